@@ -1,0 +1,34 @@
+"""Optional libraries load at first use, and a missing one says in one sentence how to get it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from recsys_embed.errors import MissingDependencyError
+
+
+def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
+    """Import ``module`` or raise the sentence that names the fix.
+
+    Args:
+        module: dotted module name.
+        extra: the extra of this distribution that installs it.
+        purpose: what needs it, e.g. ``"reading Criteo files"``.
+
+    Raises:
+        MissingDependencyError: the library is not installed, or its own import failed.
+
+    >>> require("math", extra="data").sqrt(4.0)
+    2.0
+    """
+    top = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != top:
+            raise
+        who = f"{purpose} needs" if purpose else "this needs"
+        raise MissingDependencyError(
+            f"{who} {top}, which is not installed; run: pip install 'recsys-embed[{extra}]'", name=top
+        ) from e

@@ -1,0 +1,122 @@
+"""What a model looks up: one FeatureSpec per categorical feature, a Schema for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, cast, get_args
+
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+
+Pooling = Literal["sum", "mean", "max"]
+IdKind = Literal["index", "raw"]
+MAX_ROWS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """One categorical feature.
+
+    Args:
+        name: unique in its schema; salts every hash of the feature, so renaming it moves its rows.
+        num_embeddings: number of distinct ids. With ``ids="index"`` ids lie in ``[0, num_embeddings)``;
+            with ``ids="raw"`` any int64 is an id and this is the (estimated) cardinality, used to size tables.
+        embedding_dim: width of the vector the model receives.
+        pooling: how the ids of one bag combine.
+        ids: ``"index"`` (vocabulary indices) or ``"raw"`` (arbitrary 64-bit ids, for hashing methods).
+
+    Raises:
+        ConfigError: names every argument out of range.
+
+    >>> FeatureSpec("C1", num_embeddings=1460, embedding_dim=16).pooling
+    'sum'
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    pooling: Pooling = "sum"
+    ids: IdKind = "index"
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not isinstance(self.name, str) or not self.name:
+            faults.append(f"`name` must be a non-empty string; got {self.name!r}")
+        elif "." in self.name or "#" in self.name:
+            faults.append(f"`name` must not contain '.' or '#', which separate parts of table names; got {self.name!r}")
+        for key, top in (("num_embeddings", MAX_ROWS), ("embedding_dim", 65536)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= top:
+                faults.append(f"`{key}` must be an integer in [1, {top}]; got {value!r}")
+        for key, allowed in (("pooling", get_args(Pooling)), ("ids", get_args(IdKind))):
+            if getattr(self, key) not in allowed:
+                faults.append(f"`{key}` must be one of {', '.join(allowed)}; got {getattr(self, key)!r}")
+        raise_faults(faults, f"FeatureSpec, feature {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The categorical features of a model, in the order of the columns of ``ids [B, F]``.
+
+    >>> schema = Schema([FeatureSpec("C1", 10, 4), FeatureSpec("C2", 20, 4)])
+    >>> schema.names, schema["C2"].num_embeddings, len(schema)
+    (('C1', 'C2'), 20, 2)
+    """
+
+    features: tuple[FeatureSpec, ...]
+
+    def __init__(self, features: Sequence[FeatureSpec]) -> None:
+        object.__setattr__(self, "features", tuple(features))
+        faults, seen = [], set()
+        if not self.features:
+            faults.append("a schema needs at least one feature; got none")
+        for i, spec in enumerate(self.features):
+            if not isinstance(spec, FeatureSpec):
+                faults.append(f"feature {i} must be a FeatureSpec; got {type(spec).__name__}")
+            elif spec.name in seen:
+                faults.append(f"feature name {spec.name!r} occurs more than once; names must be unique")
+            else:
+                seen.add(spec.name)
+        raise_faults(faults, "Schema")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.features)
+
+    @property
+    def uniform_dim(self) -> int | None:
+        """The width all features share, or None where they differ."""
+        dims = {f.embedding_dim for f in self.features}
+        return dims.pop() if len(dims) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __iter__(self) -> Iterator[FeatureSpec]:
+        return iter(self.features)
+
+    def __getitem__(self, name: str) -> FeatureSpec:
+        for spec in self.features:
+            if spec.name == name:
+                return spec
+        raise unknown_name("feature", name, self.names)
+
+    def with_dim(self, embedding_dim: int) -> Schema:
+        """The same features at another width, e.g. 1 for the first-order weights of a linear part."""
+        return Schema([replace(f, embedding_dim=embedding_dim) for f in self.features])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"features": [asdict(f) for f in self.features]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Schema:
+        """Inverse of :meth:`to_dict`; unknown keys are errors."""
+        items = data.get("features") if isinstance(data, dict) else None
+        if not isinstance(items, list):
+            raise ConfigError(f"a schema is an object with a list 'features'; got {type(data).__name__}")
+        known = {f.name for f in fields(FeatureSpec)}
+        for item in items:
+            for key in item:
+                if key not in known:
+                    raise unknown_name("key of a feature", key, known)
+        return cls([FeatureSpec(**cast("dict[str, Any]", item)) for item in items])
