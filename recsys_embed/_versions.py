@@ -73,16 +73,13 @@ def installed_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]
 
 def pair_faults(
     look_up: Callable[[str], Installed | None] = read_installed,
-    torch_cuda: str | None | bool = False,
-    variant: str | None = None,
+    torch_cuda: str | bool | None = False,
 ) -> list[str]:
     """Everything that is wrong with the trio torch, fbgemm and torchrec: one sentence each, none when it fits.
 
     Args:
         look_up: returns what is installed under a distribution name.
-        torch_cuda: ``torch.version.cuda`` (text, or None in a CPU build); False leaves the variant unchecked.
-        variant: ``fbgemm_gpu.__variant__`` where known (``"cpu"`` or ``"cuda"``); otherwise the name of the
-            distribution that owns the files tells it.
+        torch_cuda: ``torch.version.cuda`` (text, or None in a CPU build); False leaves the kind of build unchecked.
 
     >>> fake = {"torch": Installed("2.13.0"), "fbgemm-gpu": Installed("1.9.0"), "torchrec": Installed("1.8.0")}
     >>> for fault in pair_faults(fake.get): print(fault)
@@ -107,15 +104,20 @@ def pair_faults(
             f"torchrec {torchrec.version} is installed without fbgemm; install fbgemm-gpu-cpu (no CUDA) or fbgemm-gpu "
             f"of the same minor version"
         )
-    if torch_cuda is not False and len(real) == 1:
-        has = variant or ("cpu" if "fbgemm-gpu-cpu" in real else "cuda")
-        wants = "cuda" if torch_cuda else "cpu"
-        if has != wants:
-            right = "fbgemm-gpu" if wants == "cuda" else "fbgemm-gpu-cpu"
-            faults.append(
-                f"torch {torch.version} is a {wants} build but fbgemm is a {has} build; install {right} instead"
-            )
+    if torch_cuda is None and "fbgemm-gpu" in real:
+        faults.append(
+            f"fbgemm-gpu {real['fbgemm-gpu'].version} needs a CUDA build of torch, and torch {torch.version} is a CPU "
+            "build; install fbgemm-gpu-cpu instead"
+        )
     return faults
+
+
+def pair_notes(look_up: Callable[[str], Installed | None] = read_installed, torch_cuda: str | None = None) -> list[str]:
+    """What works but below what the machine could do: a CPU build of fbgemm beside a CUDA build of torch."""
+    cpu, cuda = look_up("fbgemm-gpu-cpu"), look_up("fbgemm-gpu")
+    if torch_cuda and cpu and cpu.owns_files and not (cuda and cuda.owns_files):
+        return [f"fbgemm-gpu-cpu {cpu.version} runs on the CPU only; for CUDA {torch_cuda} install fbgemm-gpu instead"]
+    return []
 
 
 def _minor_faults(torch: Installed, real: dict[str, Installed], torchrec: Installed | None) -> list[str]:

@@ -1,0 +1,153 @@
+"""The command line: ``recsys-embed COMMAND``, one module of this package per command.
+
+A module ``cli/<name>.py`` offers either a function ``<name>`` (a command) or a ``typer.Typer`` called ``<name>_app``
+(a group); nothing else has to be registered. Only the module of the command at hand is imported, so a library that one
+command needs cannot take the others down. Modules whose name begins with an underscore hold shared helpers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from recsys_embed._optional import require
+from recsys_embed.errors import ConfigError, RecsysEmbedError, unknown_name
+
+if TYPE_CHECKING:
+    import typer
+
+PROG = "recsys-embed"
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+_FIRST = ("doctor", "data", "plan", "train", "compare", "search", "report", "export", "bench")
+
+
+def command_names() -> list[str]:
+    """Names of all commands in the order of their use: those that exist as modules of this package.
+
+    >>> "doctor" in command_names()
+    True
+    """
+    found = {m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")}
+    return [n for n in _FIRST if n in found] + sorted(found.difference(_FIRST))
+
+
+def build_app(only: str | None = None) -> typer.Typer:
+    """Build the typer application with the command ``only``, or with all of them.
+
+    Raises:
+        MissingDependencyError: typer, or a library that a command's module needs, is not installed.
+    """
+    typer = require("typer", extra="train", purpose="the command line")
+    app: Any = typer.Typer(
+        name=PROG,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Compressed embeddings for recommendation models: compare methods at one byte budget, plan, train, ship.",
+    )
+
+    @app.callback()
+    def options(
+        debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (or RECSYS_EMBED_DEBUG=1)."),
+        version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+    ) -> None:
+        # main() acts on both before this application is built; they are declared here for the help text.
+        pass
+
+    for name in [only] if only else command_names():
+        module = importlib.import_module(f"{__name__}.{name}")
+        group = getattr(module, f"{name}_app", None)
+        if group is not None:
+            app.add_typer(group, name=name)
+        else:
+            app.command(name)(getattr(module, name))
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; errors meant for the user become one line on stderr.
+
+    Status 2 is a fault in what was asked for (arguments, files, data, configuration, a missing library), 130 an
+    interruption, 1 a check that a command made and that failed. ``--debug`` anywhere, or ``RECSYS_EMBED_DEBUG=1``,
+    shows the traceback instead of the line.
+
+    >>> main(["--version"]) == 0
+    recsys-embed ...
+    True
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("RECSYS_EMBED_DEBUG", "") not in ("", "0")
+    args = [a for a in args if a != "--debug"]
+    try:
+        return _run(args)
+    except KeyboardInterrupt as e:
+        return _fail(e, "interrupted", debug, EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except RecsysEmbedError as e:
+        return _fail(e, str(e), debug)
+    except OSError as e:
+        named = e.filename if e.filename is not None else e.filename2
+        reason = e.strerror or str(e) or type(e).__name__
+        return _fail(e, f"{reason}: {named}" if named is not None else reason, debug)
+
+
+def _run(args: list[str]) -> int:
+    if args == ["--version"]:
+        from recsys_embed._versions import installed_versions
+
+        print(PROG, installed_versions(["recsys-embed"])["recsys-embed"] or "(not installed; run from its source tree)")
+        return 0
+    names = command_names()
+    first = next((a for a in args if not a.startswith("-")), None)
+    if first is not None and first not in names:
+        raise unknown_name("command", first, names)
+    app = build_app(first)
+    from typer.main import get_command
+
+    command = get_command(app)
+    try:
+        # click's own main() would print framed panels and swallow the cause; here every error is raised as it is.
+        with command.make_context(PROG, args) as context:
+            result = command.invoke(context)
+    except Exception as e:
+        return _click_exit(e)
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _click_exit(error: Exception) -> int:
+    """Exit status of the exceptions by which click ends a command; any other exception is raised again.
+
+    typer carries its own copy of click in recent versions and imports it in older ones, so the classes cannot be named.
+    """
+    kind = type(error).__name__
+    if kind == "Exit":
+        return int(getattr(error, "exit_code", 0))
+    if kind == "Abort":
+        raise KeyboardInterrupt from error
+    if kind == "NoArgsIsHelpError":
+        # With rich the help has been printed when the exception was made; without it the message is the help.
+        print(str(getattr(error, "message", "")), end="")
+        return EXIT_ERROR
+    if hasattr(error, "format_message"):
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else PROG
+        message = error.format_message().strip().rstrip(".")
+        raise ConfigError(f"{message}; see '{where} --help'") from error
+    raise error
+
+
+def _fail(error: BaseException, message: str, debug: bool, status: int = EXIT_ERROR) -> int:
+    if debug:
+        traceback.print_exception(error)
+    line = "; ".join(part.strip().removeprefix("- ") for part in message.splitlines() if part.strip())
+    print(f"{PROG}: error: {line.replace(':; ', ': ')}", file=sys.stderr)
+    return status
