@@ -1,0 +1,106 @@
+"""Click-through-rate models over embedding collections; every model takes any plan its widths allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.features import Schema
+from recsys_embed.models.base import MODELS, CTRModel, ModelSpec, make_params, register
+from recsys_embed.models.dcn import DCN
+from recsys_embed.models.dcnv2 import DCNv2
+from recsys_embed.models.deepfm import DeepFM
+from recsys_embed.models.dlrm import DLRM
+from recsys_embed.models.dnn import DNN
+from recsys_embed.models.fm import FM
+from recsys_embed.models.ipnn import IPNN
+from recsys_embed.models.lr import LR
+from recsys_embed.models.widedeep import WideDeep
+from recsys_embed.plan import Plan
+
+__all__ = [
+    "DCN",
+    "DLRM",
+    "DNN",
+    "FM",
+    "IPNN",
+    "LR",
+    "CTRModel",
+    "DCNv2",
+    "DeepFM",
+    "ModelSpec",
+    "WideDeep",
+    "build_model",
+    "get_model",
+    "list_models",
+    "register",
+]
+
+
+def list_models() -> list[str]:
+    """Keys of all registered models, in order of registration.
+
+    >>> "deepfm" in list_models()
+    True
+    """
+    return list(MODELS)
+
+
+def get_model(name: str) -> type[CTRModel]:
+    """The model class of a key; an unknown key names the nearest one."""
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
+    return MODELS[name]
+
+
+def build_model(
+    name: str,
+    schema: Schema,
+    plan: Plan | None,
+    linear_plan: Plan | None = None,
+    *,
+    num_dense: int = 13,
+    optimizer: Any = None,
+    seed: int = 0,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    **hparams: Any,
+) -> CTRModel:
+    """Build a model whose tables follow ``plan``.
+
+    Args:
+        name: model key, see :func:`list_models`.
+        schema: categorical features, in the order of the columns of ``ids``.
+        plan: storage of the vectors. ``lr``, which has none, stores its weights by it when ``linear_plan`` is None.
+        linear_plan: storage of first-order weights (over ``schema.with_dim(1)``); None keeps them uncompressed.
+        num_dense: numeric columns.
+        optimizer: fused optimizer of the tables (:mod:`recsys_embed.optim`), or None for ordinary ``.grad``.
+        seed: same seed, same bits; dense layers start alike whatever the plan.
+        backend: kernel backend of the collections.
+        device: where the model lives.
+        **hparams: hyperparameters of the model's ``params_cls``, e.g. ``hidden=(400, 400)``.
+
+    Returns:
+        A :class:`CTRModel`: ``model(dense, ids) -> logits [B]``.
+
+    Raises:
+        UnknownNameError: unknown model or hyperparameter.
+        ConfigError: impossible sizes, or a model that needs equal widths got several.
+
+    >>> from recsys_embed.features import FeatureSpec
+    >>> schema = Schema([FeatureSpec("C1", 10, 4), FeatureSpec("C2", 20, 4)])
+    >>> model = build_model("deepfm", schema, Plan.full(schema), num_dense=3, hidden=(8,))
+    >>> model(torch.zeros(2, 3), torch.tensor([[0, 1], [9, 19]])).shape
+    torch.Size([2])
+    """
+    cls = get_model(name)
+    params = make_params(cls, hparams)
+    if num_dense < 0:
+        raise ConfigError(f"`num_dense` must be 0 or more; got {num_dense} (model {name!r})")
+    spec = ModelSpec(schema, plan, linear_plan, num_dense, optimizer, seed, backend, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(spec, params)  # type: ignore[call-arg]
+    return model if device is None else model.to(device)

@@ -1,0 +1,196 @@
+"""The part every CTR model shares: its embedding collections, numeric field vectors and byte count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.features import Schema
+from recsys_embed.memory import Footprint
+from recsys_embed.plan import Plan
+
+NUMERIC_INIT_STD = 0.05
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model is built from, whatever its architecture.
+
+    Args:
+        schema: the categorical features, in the order of the columns of ``ids``.
+        plan: how each feature's vectors are stored.
+        linear_plan: how the first-order weights (width 1) are stored; models without them refuse it.
+        num_dense: number of numeric columns of ``dense``; may be 0.
+        optimizer: fused optimizer of the tables, or None for ordinary gradients.
+        seed: seeds tables and dense layers; same seed, same bits.
+        backend: kernel backend of the collections.
+        device: where tables live.
+    """
+
+    schema: Schema
+    plan: Plan | None
+    linear_plan: Plan | None = None
+    num_dense: int = 13
+    optimizer: Any = None
+    seed: int = 0
+    backend: str = "auto"
+    device: torch.device | str | None = None
+
+
+class CTRModel(nn.Module):
+    """Base of the models: ``model(dense [B, num_dense] float32, ids [B, F] int64) -> logits [B] float32``.
+
+    A subclass names its ``key``, its frozen dataclass of hyperparameters ``params_cls``, what it needs of the
+    embeddings, and implements ``forward``. It sees collections only, never methods.
+
+    Attributes:
+        embedding: collection of vectors, or None for a purely first-order model.
+        linear: collection of first-order weights (width 1), or None.
+        numeric: ``[num_dense, D]`` vector of each numeric field; a field's vector is value * vector.
+        cat_width: number of floats of all categorical vectors of one sample.
+    """
+
+    key: ClassVar[str]
+    params_cls: ClassVar[type]
+    uses_vectors: ClassVar[bool] = True
+    uses_linear: ClassVar[bool] = False
+    uses_numeric_vectors: ClassVar[bool] = True
+    needs_equal_widths: ClassVar[bool] = False
+
+    embedding: EmbeddingCollection | None
+    linear: EmbeddingCollection | None
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.num_dense = spec.num_dense
+        self.embedding, self.linear = None, None
+        schema = spec.schema
+        if self.uses_vectors:
+            if spec.plan is None:
+                raise ConfigError(f"model {self.key!r} needs a plan for its vectors; got None")
+            if self.needs_equal_widths and schema.uniform_dim is None:
+                raise ConfigError(self._widths_message(schema))
+            self.embedding = self._collection(schema, spec.plan, spec)
+            if self.needs_equal_widths and self.embedding.output_dim is None:
+                raise ConfigError(self._widths_message(schema))
+        if self.uses_linear:
+            narrow = schema.with_dim(1)
+            given = spec.plan if spec.linear_plan is None and not self.uses_vectors else spec.linear_plan
+            self.linear = self._collection(narrow, Plan.full(narrow) if given is None else given, spec)
+            self.linear_numeric = nn.Parameter(torch.zeros(spec.num_dense))
+            self.bias = nn.Parameter(torch.zeros(1))
+        elif spec.linear_plan is not None:
+            raise ConfigError(f"model {self.key!r} has no first-order weights; drop `linear_plan`")
+        self.numeric_dim = self._numeric_dim(schema)
+        if self.uses_vectors and self.uses_numeric_vectors:
+            self.numeric = nn.Parameter(torch.randn(spec.num_dense, self.numeric_dim) * NUMERIC_INIT_STD)
+
+    def _collection(self, schema: Schema, plan: Plan, spec: ModelSpec) -> EmbeddingCollection:
+        # Restores the global generator, so dense layers start alike whatever a plan draws.
+        with torch.random.fork_rng(devices=[]):
+            return EmbeddingCollection(
+                schema, plan, optimizer=spec.optimizer, seed=spec.seed, backend=spec.backend, device=spec.device
+            )
+
+    def _numeric_dim(self, schema: Schema) -> int:
+        """Width of a numeric field's vector: that of the categories, or their mean where they differ."""
+        if self.embedding is not None and self.embedding.output_dim is not None:
+            return int(self.embedding.output_dim)
+        return max(1, round(sum(f.embedding_dim for f in schema) / len(schema)))
+
+    def _widths_message(self, schema: Schema) -> str:
+        dims = sorted({f.embedding_dim for f in schema})
+        return (
+            f"model {self.key!r} multiplies vectors of different features, so all must have one width; "
+            f"got widths {', '.join(map(str, dims))}. Use a schema of one width with a plan that projects, "
+            "or a model that concatenates (dnn, widedeep, dcn, dcnv2)"
+        )
+
+    @property
+    def vectors(self) -> EmbeddingCollection:
+        """The collection of vectors of a model that has one."""
+        if self.embedding is None:
+            raise ConfigError(f"model {self.key!r} has first-order weights only, no vectors")
+        return self.embedding
+
+    @property
+    def cat_width(self) -> int:
+        coll = self.vectors
+        if coll.output_dim is not None:
+            return int(coll.num_vectors * coll.output_dim)
+        return int(coll.total_dim)
+
+    @property
+    def input_width(self) -> int:
+        """Floats per sample of categorical and numeric vectors side by side."""
+        return self.cat_width + self.num_dense * self.numeric_dim
+
+    def flat_input(self, dense: Tensor, ids: Tensor) -> Tensor:
+        """Categorical then numeric vectors side by side: ``[B, input_width]``."""
+        cat = self.vectors(ids).flatten(1)
+        return torch.cat([cat, (dense.unsqueeze(-1) * self.numeric).flatten(1)], 1)
+
+    def field_vectors(self, dense: Tensor, ids: Tensor) -> Tensor:
+        """Categorical then numeric vectors: ``[B, V + num_dense, D]``; needs equal widths."""
+        return torch.cat([self.vectors(ids), dense.unsqueeze(-1) * self.numeric], 1)
+
+    def first_order(self, dense: Tensor, ids: Tensor) -> Tensor:
+        """Bias + weight of each category + weighted numeric values: ``[B]``."""
+        if self.linear is None:
+            raise ConfigError(f"model {self.key!r} has no first-order weights")
+        return torch.addmv(self.linear(ids).flatten(1).sum(1) + self.bias, dense, self.linear_numeric)
+
+    def collections(self) -> dict[str, EmbeddingCollection]:
+        """The collections by attribute name, in a fixed order."""
+        found = {"embedding": self.embedding, "linear": self.linear}
+        return {k: v for k, v in found.items() if v is not None}
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What an ordinary optimizer must step: dense layers, plus tables where no fused optimizer holds them."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def footprint(self) -> Footprint:
+        """Bytes of all embedding parts together (dense layers are not counted)."""
+        parts = [c.footprint() for c in self.collections().values()]
+        return Footprint(**{f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Footprint)})
+
+    @property
+    def embedding_lr(self) -> float:
+        """Learning rate of the fused optimizer of every collection."""
+        return float(next(iter(self.collections().values())).lr)
+
+    @embedding_lr.setter
+    def embedding_lr(self, value: float) -> None:
+        for coll in self.collections().values():
+            coll.lr = value
+
+
+M = TypeVar("M", bound=CTRModel)
+MODELS: dict[str, type[CTRModel]] = {}
+
+
+def register(cls: type[M]) -> type[M]:
+    """Class decorator: make a model buildable by its ``key``."""
+    if cls.key in MODELS:
+        raise ConfigError(f"model key {cls.key!r} is already registered by {MODELS[cls.key].__name__}")
+    MODELS[cls.key] = cls
+    return cls
+
+
+def make_params(cls: type[CTRModel], hparams: dict[str, Any]) -> Any:
+    """Hyperparameters of ``cls`` from keywords; lists become tuples, unknown keys are errors."""
+    known = {f.name for f in fields(cls.params_cls)}
+    for key in hparams:
+        if key not in known:
+            raise unknown_name(f"hyperparameter of model {cls.key!r}", key, known)
+    return cls.params_cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in hparams.items()})
+
+
+def check(where: str, **tests: tuple[bool, str]) -> None:
+    """Raise one ConfigError naming every argument whose test is False; ``tests`` maps name to (ok, rule)."""
+    raise_faults([f"`{k}` must be {rule}" for k, (ok, rule) in tests.items() if not ok], where)

@@ -1,0 +1,49 @@
+"""DeepFM (Guo et al., IJCAI 2017): a factorization machine and an MLP on the same vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from recsys_embed.models.base import CTRModel, ModelSpec, register
+from recsys_embed.models.layers import FieldMLP, check_mlp, pair_sum
+
+
+@dataclass(frozen=True)
+class DeepFMParams:
+    """Sizes of the deep part; see :class:`recsys_embed.models.layers.MLP`."""
+
+    hidden: tuple[int, ...] = (400, 400, 400)
+    dropout: float = 0.0
+    batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_mlp("model 'deepfm'", self.hidden, self.dropout)
+
+
+@register
+class DeepFM(CTRModel):
+    """First-order terms + dot products of all pairs + MLP over all field vectors."""
+
+    key = "deepfm"
+    params_cls = DeepFMParams
+    uses_linear = True
+    needs_equal_widths = True
+
+    def __init__(self, spec: ModelSpec, params: DeepFMParams) -> None:
+        super().__init__(spec)
+        self.mlp = FieldMLP(
+            self.cat_width,
+            self.num_dense,
+            self.numeric_dim,
+            params.hidden,
+            1,
+            dropout=params.dropout,
+            batch_norm=params.batch_norm,
+        )
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        vectors = self.vectors(ids)
+        deep = self.mlp(vectors.flatten(1), dense, self.numeric).squeeze(1)
+        return self.first_order(dense, ids) + pair_sum(vectors, dense, self.numeric) + deep

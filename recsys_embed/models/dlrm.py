@@ -1,0 +1,56 @@
+"""DLRM (Naumov et al., arXiv 1906.00091): a bottom MLP on numbers, dot products of all pairs, a top MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recsys_embed.models.base import CTRModel, ModelSpec, check, register
+from recsys_embed.models.layers import MLP, PairDots, check_mlp
+
+
+@dataclass(frozen=True)
+class DLRMParams:
+    """``bottom``: hidden sizes of the MLP on numeric columns; ``hidden``: those of the top MLP."""
+
+    bottom: tuple[int, ...] = (256, 64)
+    hidden: tuple[int, ...] = (400, 400, 400)
+    dropout: float = 0.0
+    batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_mlp("model 'dlrm'", self.hidden, self.dropout)
+        ok = all(isinstance(h, int) and h > 0 for h in self.bottom)
+        check("model 'dlrm'", bottom=(ok, f"positive integers; got {list(self.bottom)!r}"))
+
+
+@register
+class DLRM(CTRModel):
+    """Numeric columns become one vector; its pairs with every category's vector, and theirs, feed the top MLP."""
+
+    key = "dlrm"
+    params_cls = DLRMParams
+    uses_numeric_vectors = False
+    needs_equal_widths = True
+
+    def __init__(self, spec: ModelSpec, params: DLRMParams) -> None:
+        super().__init__(spec)
+        check("model 'dlrm'", num_dense=(spec.num_dense >= 1, f"at least 1; got {spec.num_dense}"))
+        self.bottom = MLP(
+            spec.num_dense, (*params.bottom, self.numeric_dim), None, dropout=params.dropout, batch_norm=False
+        )
+        self.dots = PairDots(self.vectors.num_vectors + 1)
+        self.mlp = MLP(
+            self.numeric_dim + self.dots.out_width,
+            params.hidden,
+            1,
+            dropout=params.dropout,
+            batch_norm=params.batch_norm,
+        )
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        number = self.bottom(dense)
+        dots = self.dots(torch.cat([number.unsqueeze(1), self.vectors(ids)], 1))
+        return self.mlp(torch.cat([number, dots], 1)).squeeze(1)

@@ -1,0 +1,47 @@
+"""Inner-product network, IPNN (Qu et al., ICDM 2016): an MLP over field vectors and their pairwise dot products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recsys_embed.models.base import CTRModel, ModelSpec, register
+from recsys_embed.models.layers import MLP, PairDots, check_mlp
+
+
+@dataclass(frozen=True)
+class IPNNParams:
+    """Sizes of the MLP; see :class:`recsys_embed.models.layers.MLP`."""
+
+    hidden: tuple[int, ...] = (400, 400, 400)
+    dropout: float = 0.0
+    batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_mlp("model 'ipnn'", self.hidden, self.dropout)
+
+
+@register
+class IPNN(CTRModel):
+    """MLP over all field vectors (categorical and numeric) and the dot products of all their pairs."""
+
+    key = "ipnn"
+    params_cls = IPNNParams
+    needs_equal_widths = True
+
+    def __init__(self, spec: ModelSpec, params: IPNNParams) -> None:
+        super().__init__(spec)
+        self.dots = PairDots(self.vectors.num_vectors + self.num_dense)
+        self.mlp = MLP(
+            self.input_width + self.dots.out_width,
+            params.hidden,
+            1,
+            dropout=params.dropout,
+            batch_norm=params.batch_norm,
+        )
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        fields = self.field_vectors(dense, ids)
+        return self.mlp(torch.cat([fields.flatten(1), self.dots(fields)], 1)).squeeze(1)

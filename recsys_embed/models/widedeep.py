@@ -1,0 +1,47 @@
+"""Wide & Deep (Cheng et al., DLRS 2016): first-order terms plus an MLP, trained jointly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from recsys_embed.models.base import CTRModel, ModelSpec, register
+from recsys_embed.models.layers import FieldMLP, check_mlp
+
+
+@dataclass(frozen=True)
+class WideDeepParams:
+    """Sizes of the deep part; see :class:`recsys_embed.models.layers.MLP`."""
+
+    hidden: tuple[int, ...] = (400, 400, 400)
+    dropout: float = 0.0
+    batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_mlp("model 'widedeep'", self.hidden, self.dropout)
+
+
+@register
+class WideDeep(CTRModel):
+    """First-order terms (wide) + MLP over all field vectors (deep)."""
+
+    key = "widedeep"
+    params_cls = WideDeepParams
+    uses_linear = True
+
+    def __init__(self, spec: ModelSpec, params: WideDeepParams) -> None:
+        super().__init__(spec)
+        self.mlp = FieldMLP(
+            self.cat_width,
+            self.num_dense,
+            self.numeric_dim,
+            params.hidden,
+            1,
+            dropout=params.dropout,
+            batch_norm=params.batch_norm,
+        )
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        deep = self.mlp(self.vectors(ids).flatten(1), dense, self.numeric).squeeze(1)
+        return self.first_order(dense, ids) + deep
