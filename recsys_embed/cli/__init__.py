@@ -85,13 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get("RECSYS_EMBED_DEBUG", "") not in ("", "0")
     args = [a for a in args if a != "--debug"]
     try:
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as e:
         return _fail(e, "interrupted", debug, EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader (head, less) has gone; Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return 1
     except RecsysEmbedError as e:
         return _fail(e, str(e), debug)
     except OSError as e:

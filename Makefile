@@ -1,0 +1,51 @@
+# make demo   set up .venv if needed, check it, and run the main job on seeded synthetic data (results in runs/demo)
+# make test   set up .venv if needed, and run all tests (ARGS="tests/test_cli.py -k json" for some of them)
+# make lint   style, types and the layering of the package
+# make bench  benchmarks; JSON results in runs/bench
+# make clean  remove what runs and builds left behind (make distclean: .venv too)
+VENV := $(or $(RECSYS_EMBED_VENV),.venv)
+BIN := $(VENV)/bin
+DEMO := runs/demo
+DEMO_ROWS := 200000
+DEMO_METHODS := full,lowdim,hash,compositional,unified
+JOBS := 2
+export RECSYS_EMBED_VENV := $(VENV)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean distclean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+
+setup:
+	@sh scripts/setup.sh
+
+demo: setup
+	$(BIN)/recsys-embed doctor
+	@rm -rf $(DEMO)
+	$(BIN)/recsys-embed data synthetic $(DEMO)/raw --rows $(DEMO_ROWS) --seed 1
+	$(BIN)/recsys-embed data criteo $(DEMO)/raw $(DEMO)/data
+	$(BIN)/recsys-embed compare --data $(DEMO)/data --models deepfm --methods $(DEMO_METHODS) --ratio 20 --out $(DEMO)/compare
+
+# One process per core, one thread each: torch's own threads would only get in each other's way.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	@mkdir -p runs/bench
+	@for case in benchmarks/bench_*.py; do \
+	  echo "$$case"; $(BIN)/python "$$case" --out "runs/bench/$$(basename "$$case" .py).json" || exit 1; \
+	done
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find recsys_embed tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
