@@ -1,0 +1,22 @@
+"""Training: settings, loop, exact metrics, checkpoints and comparisons of methods."""
+
+from __future__ import annotations
+
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.loop import DivergedError, Trainer, TrainResult, evaluate
+from recsys_embed.train.metrics import BinaryMetrics, Metrics, exact_auc
+from recsys_embed.train.run import run_training
+from recsys_embed.train.stop import Interrupted
+
+__all__ = [
+    "BinaryMetrics",
+    "DivergedError",
+    "Interrupted",
+    "Metrics",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "evaluate",
+    "exact_auc",
+    "run_training",
+]

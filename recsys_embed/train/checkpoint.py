@@ -1,0 +1,79 @@
+"""Checkpoints: one file with everything a run needs to go on bit for bit, and the settings it belongs to."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import nn
+
+from recsys_embed.errors import CheckpointError
+from recsys_embed.train.files import atomic_write
+
+FORMAT = "recsys-embed-checkpoint"
+VERSION = 1
+
+
+def save_checkpoint(path: str | Path, config: dict[str, Any], **parts: Any) -> None:
+    """Write ``parts`` (tensors, numbers, texts and containers of them) with their settings, atomically."""
+    payload = {"format": FORMAT, "version": VERSION, "config": config, **parts}
+    atomic_write(path, lambda f: torch.save(payload, f))
+
+
+def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it is executed (``weights_only``).
+
+    Args:
+        path: file of :func:`save_checkpoint`.
+        config: settings of the run that wants to go on; None accepts any.
+
+    Raises:
+        CheckpointError: absent, damaged, of another format version, or made with other settings (all named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError, BadZipFile, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"checkpoint {path} is damaged: {str(e).splitlines()[0]}") from e
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of a training run")
+    if payload["version"] != VERSION:
+        raise CheckpointError(f"checkpoint {path} has format version {payload['version']}; this is version {VERSION}")
+    if config is not None:
+        saved = payload["config"]
+        differing = [k for k in sorted({*saved, *config}) if saved.get(k) != config.get(k)]
+        if differing:
+            lines = [f"  - {k}: checkpoint {saved.get(k)!r}, this run {config.get(k)!r}" for k in differing]
+            raise CheckpointError(
+                f"checkpoint {path} was made with other settings; use those, or start in another folder:\n"
+                + "\n".join(lines)
+            )
+    return payload
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """Load a model's ``state_dict``; a mismatch of names or shapes is a CheckpointError that lists it."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise CheckpointError(f"weights of {path} do not fit the model: {e}") from e
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of the random generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Inverse of :func:`rng_state`; the generator of a device the run was not on keeps its state."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

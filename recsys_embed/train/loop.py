@@ -1,0 +1,383 @@
+"""The training loop: any CTR model, any data set, one device; it can be stopped anywhere and goes on bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys_embed.errors import DataError, RecsysEmbedError
+from recsys_embed.models.base import CTRModel
+from recsys_embed.train.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.logs import RunLog, progress_bar
+from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.schedule import Schedule
+from recsys_embed.train.state import RunState
+from recsys_embed.train.stop import Interrupted, StopRequest
+
+CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
+
+
+class DivergedError(RecsysEmbedError, ArithmeticError):
+    """The loss became NaN or infinite; names the step and what to change."""
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a data set (see :mod:`recsys_embed.data`)."""
+
+    @property
+    def splits(self) -> Iterable[str]: ...
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run measured.
+
+    ``samples_per_s`` covers loading, forward, backward and updates, not validation.
+    """
+
+    test: Metrics | None
+    valid: Metrics | None
+    steps: int
+    best_step: int
+    samples_per_s: float
+    seconds: float
+    history: list[dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: BatchSource,
+    split: str,
+    *,
+    batch_size: int = 16384,
+    device: torch.device | str | None = None,
+    stop: StopRequest | None = None,
+) -> Metrics | None:
+    """Metrics of a model on a whole split, in evaluation mode; None when ``stop`` asked to end it early."""
+    was_training = model.training
+    model.eval()
+    sums = BinaryMetrics()
+    try:
+        for batch in data.batches(split, batch_size, shuffle=False, device=device):
+            if stop is not None and stop.requested:
+                return None
+            sums.update(model(batch.dense, batch.ids), batch.label)
+    finally:
+        model.train(was_training)
+    return sums.compute()
+
+
+class Trainer:
+    """Trains one model by one :class:`TrainConfig`.
+
+    Args:
+        model: built with the fused optimizer the settings name, or without one for ``dense_adam``.
+        data: splits ``train``, and ``valid`` and ``test`` where they exist.
+        config: settings.
+        folder: run folder for checkpoints and logs; None keeps everything in memory.
+        resume: go on from the folder's checkpoint.
+        tensorboard: write TensorBoard events too.
+        show_progress: a bar on standard error; None: only on a terminal.
+        label: text beside the bar.
+        identity: what else, besides the settings, a checkpoint must agree on, e.g. a fingerprint of the data.
+
+    Raises:
+        CheckpointError: the folder's checkpoint is absent, damaged or of other settings.
+    """
+
+    def __init__(
+        self,
+        model: CTRModel,
+        data: BatchSource,
+        config: TrainConfig,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        tensorboard: bool = False,
+        device: torch.device | str | None = None,
+        show_progress: bool | None = None,
+        label: str = "train",
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.data, self.config, self.folder = model, data, config, folder
+        self.identity = {**config.to_dict(), **(identity or {})}
+        self.device = torch.device("cpu" if device is None else device)
+        self.label, self.show_progress = label, show_progress
+        self.fused = config.embedding_optimizer != "dense_adam"
+        self.table_lr = config.embedding_learning_rate or config.learning_rate
+        self.optimizer, self.dense = self._dense_optimizer()
+        self.steps_per_epoch = len(self._epoch(0))
+        if self.steps_per_epoch == 0:
+            raise DataError("no training samples: the split 'train' is empty")
+        self.total_steps = self.steps_per_epoch * config.epochs
+        if config.steps is not None:
+            self.total_steps = min(self.total_steps, config.steps)
+        self.schedule = Schedule(config, self.total_steps)
+        self.state = RunState()
+        self.best_weights: dict[str, Any] | None = None
+        self._resumed_rng: dict[str, Tensor] | None = None
+        if resume:
+            self._restore()
+        self.log = RunLog(folder, tensorboard=tensorboard, keep_bytes=self.state.log_bytes, step=self.state.step)
+
+    def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
+        tables = {id(p) for c in self.model.collections().values() for p in c.parameters()}
+        params = self.model.trainable()
+        dense = [p for p in params if self.fused or id(p) not in tables]
+        groups: list[dict[str, Any]] = [
+            {"params": dense, "peak": self.config.learning_rate, "weight_decay": self.config.weight_decay}
+        ]
+        if not self.fused:
+            groups.append({"params": [p for p in params if id(p) in tables], "peak": self.table_lr})
+        groups = [g for g in groups if g["params"]]
+        return torch.optim.Adam(groups, lr=self.config.learning_rate, fused=self.device.type in ("cpu", "cuda")), dense
+
+    def _epoch(self, epoch: int) -> Any:
+        c = self.config
+        return self.data.batches(
+            "train", c.batch_size, shuffle=c.shuffle, seed=c.seed, epoch=epoch, device=self.device
+        )
+
+    def run(self) -> TrainResult:
+        """Train to the end of the settings, then load the best weights and evaluate.
+
+        Raises:
+            DivergedError: the loss is no longer finite.
+            Interrupted: SIGINT or SIGTERM; the checkpoint is written and the text says how to go on.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices), StopRequest() as stop:
+                torch.manual_seed(self.config.seed)
+                if self._resumed_rng is not None:
+                    set_rng_state(self._resumed_rng, self.device)
+                self._train(stop)
+                return self._finish(stop)
+        finally:
+            self.log.close()
+
+    def _finished(self) -> bool:
+        return self.state.stopped or self.state.step >= self.total_steps
+
+    def _train(self, stop: StopRequest) -> None:
+        state = self.state
+        self.model.train()
+        bar = progress_bar(self.total_steps, self.label, state.step, self.show_progress)
+        with contextlib.closing(bar):
+            if state.pending_validation:
+                self._validate(stop)
+            while not self._finished():
+                before = state.step
+                for batch in self._timed(itertools.islice(self._epoch(state.epoch), state.batch, None)):
+                    loss = self._step(batch)
+                    bar.update(1)
+                    if state.step % self.config.log_every == 0:
+                        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                        self._log_train()
+                    epoch_ends = self._advance()
+                    if stop.requested:
+                        self._interrupt()
+                    if state.pending_validation:
+                        self._validate(stop)
+                    elif self._due(self.config.checkpoint_every):
+                        self._checkpoint()
+                    if epoch_ends or self._finished():
+                        break
+                if state.step == before:
+                    raise DataError(
+                        f"the split 'train' gave fewer than its {self.steps_per_epoch} batches in epoch {state.epoch}"
+                    )
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
+
+    def _advance(self) -> bool:
+        """Move the position past the batch just trained and note a due validation; True at the end of an epoch."""
+        state = self.state
+        epoch_ends = state.batch >= self.steps_per_epoch
+        if epoch_ends:
+            state.epoch, state.batch = state.epoch + 1, 0
+        state.pending_validation = epoch_ends or state.step >= self.total_steps or self._due(self.config.eval_every)
+        return epoch_ends
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Batches, adding the time from asking for one to asking for the next to ``state.seconds``."""
+        while True:
+            self._clock = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _step(self, batch: Any) -> float:
+        state = self.state
+        self._set_rates(self.schedule.factor(state.step))
+        loss = F.binary_cross_entropy_with_logits(self.model(batch.dense, batch.ids), batch.label)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss is {value} at step {state.step + 1} (epoch {state.epoch + 1}); lower `learning_rate` "
+                f"({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), add `warmup_steps`, "
+                "or set `clip_norm`; the last checkpoint is from before this step"
+            )
+        loss.backward()
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step, state.batch = state.step + 1, state.batch + 1
+        state.loss_sum, state.loss_count = state.loss_sum + value, state.loss_count + 1
+        state.samples += int(batch.label.numel())
+        state.seconds += time.perf_counter() - self._clock
+        return value
+
+    def _set_rates(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        if self.fused:
+            self.model.embedding_lr = self.table_lr * factor
+
+    def _log_train(self) -> None:
+        state = self.state
+        self.log.write(
+            "train",
+            state.step,
+            epoch=state.epoch,
+            loss=state.loss_sum / max(1, state.loss_count),
+            lr=self.optimizer.param_groups[0]["lr"],
+        )
+        state.loss_sum, state.loss_count = 0.0, 0
+
+    def _validate(self, stop: StopRequest) -> None:
+        state = self.state
+        if "valid" not in self.data.splits:
+            state.pending_validation = False
+            self._checkpoint()
+            return
+        metrics = self.evaluate("valid", stop)
+        if metrics is None:
+            self._interrupt()
+            return
+        self.schedule.on_validation(metrics.auc)
+        values = {"auc": metrics.auc, "logloss": metrics.logloss, "calibration": metrics.calibration}
+        best = state.note_validation(values, self.config.patience, self.config.min_delta)
+        self.log.write("valid", state.step, epoch=state.epoch, **values)
+        # The last weights of a run need no copy: nothing overwrites them.
+        if best and self.config.keep_best and not self._finished():
+            self._keep_best()
+        self._checkpoint()
+
+    def evaluate(self, split: str, stop: StopRequest | None = None) -> Metrics | None:
+        """Metrics on a split of the run's data; None when ``stop`` asked to end early."""
+        return evaluate(
+            self.model,
+            self.data,
+            split,
+            batch_size=self.config.eval_batch_size,
+            device=self.device,
+            stop=stop,
+        )
+
+    def _finish(self, stop: StopRequest) -> TrainResult:
+        state = self.state
+        if self.config.keep_best and state.history and state.best_step != state.step:
+            self._load_best()
+        results: dict[str, Metrics | None] = {}
+        for split in ("valid", "test"):
+            results[split] = self.evaluate(split, stop) if split in self.data.splits else None
+            if stop.requested:
+                # The checkpoint of the last step is written, and the weights in memory may be older, better ones.
+                raise Interrupted(self._resume_hint())
+        if (test := results["test"]) is not None:
+            self.log.write("test", state.step, auc=test.auc, logloss=test.logloss, calibration=test.calibration)
+        return TrainResult(
+            test=test,
+            valid=results["valid"],
+            steps=state.step,
+            best_step=state.best_step if state.history and self.config.keep_best else state.step,
+            samples_per_s=state.samples / max(state.seconds, 1e-9),
+            seconds=state.seconds,
+            history=state.history,
+        )
+
+    def _keep_best(self) -> None:
+        if self.folder is None:
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+        else:
+            save_checkpoint(self.folder / BEST, self.identity, model=self.model.state_dict())
+
+    def _load_best(self) -> None:
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        elif self.folder is not None:
+            saved = load_checkpoint(self.folder / BEST, self.identity)
+            load_weights(self.model, saved["model"], self.folder / BEST)
+
+    def _checkpoint(self) -> None:
+        if self.folder is None:
+            return
+        self.state.log_bytes = self.log.flush()
+        save_checkpoint(
+            self.folder / CHECKPOINT,
+            self.identity,
+            state=self.state.to_dict(),
+            schedule=self.schedule.state_dict(),
+            model=self.model.state_dict(),
+            dense_optimizer=self.optimizer.state_dict(),
+            embedding_optimizer={k: c.optimizer_state_dict() for k, c in self._fused_collections()},
+            rng=rng_state(self.device),
+        )
+
+    def _restore(self) -> None:
+        if self.folder is None:
+            raise RecsysEmbedError("resuming needs a run folder")
+        path = self.folder / CHECKPOINT
+        saved = load_checkpoint(path, self.identity)
+        load_weights(self.model, saved["model"], path)
+        self.optimizer.load_state_dict(saved["dense_optimizer"])
+        for key, coll in self._fused_collections():
+            coll.load_optimizer_state_dict(saved["embedding_optimizer"][key])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.state = RunState(**saved["state"])
+        self._resumed_rng = saved["rng"]
+
+    def _fused_collections(self) -> list[tuple[str, Any]]:
+        return list(self.model.collections().items()) if self.fused else []
+
+    def _interrupt(self) -> None:
+        self._checkpoint()
+        raise Interrupted(self._resume_hint())
+
+    def _resume_hint(self) -> str:
+        where = f"stopped at step {self.state.step} of {self.total_steps}"
+        if self.folder is None:
+            return f"{where}; nothing was kept, as the run has no folder"
+        return f"{where}; checkpoint in {self.folder}: run the same command with --resume to go on"

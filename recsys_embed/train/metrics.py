@@ -1,0 +1,108 @@
+"""Exact ranking and calibration metrics from logits, accumulated batch by batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from recsys_embed.errors import DataError
+
+_CHUNK = 1 << 20
+
+
+def exact_auc(scores: NDArray[np.float32], labels: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve: P(score of a positive > score of a negative), a tie counting one half.
+
+    Counted in integers, so the result is exact up to one final division, whatever the order of the samples.
+
+    Args:
+        scores: ``[n]`` float32, any monotone score (logits keep apart what a sigmoid would round together).
+        labels: ``[n]`` bool.
+
+    Returns:
+        A number in [0, 1]; NaN where only one class is present, as no pair exists.
+
+    Memory: a sorted copy of the scores (4 bytes each) and 32 MiB of working space.
+
+    >>> exact_auc(np.float32([0, 1, 1, 2]), np.bool_([0, 1, 0, 1]))
+    0.875
+    """
+    positive, negative = scores[labels], scores[~labels]
+    pairs = positive.size * negative.size
+    if pairs == 0:
+        return math.nan
+    negative.sort()
+    positive.sort()
+    twice_wins = 0
+    for start in range(0, positive.size, _CHUNK):
+        part = positive[start : start + _CHUNK]
+        twice_wins += int(np.searchsorted(negative, part, "left").sum(dtype=np.int64))
+        twice_wins += int(np.searchsorted(negative, part, "right").sum(dtype=np.int64))
+    return twice_wins / (2 * pairs)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation measured; ``calibration`` is mean prediction over mean label."""
+
+    auc: float
+    logloss: float
+    calibration: float
+    samples: int
+    positives: int
+
+
+class BinaryMetrics:
+    """Accumulates logits and labels; 5 bytes per sample are kept for the exact AUC, sums are float64.
+
+    >>> m = BinaryMetrics()
+    >>> m.update(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))
+    >>> m.compute().auc, round(m.compute().logloss, 4)
+    (0.5, 0.6931)
+    """
+
+    def __init__(self) -> None:
+        self._scores: list[NDArray[np.float32]] = []
+        self._labels: list[NDArray[np.bool_]] = []
+        self._loss = 0.0
+        self._predicted = 0.0
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: ``logits [n]``, ``labels [n]`` of 0 and 1.
+
+        Raises:
+            DataError: a logit that is not a number, or a label other than 0 and 1.
+        """
+        logits, labels = logits.detach().to("cpu", torch.float32), labels.detach().to("cpu", torch.float64)
+        if torch.isnan(logits).any():
+            raise DataError("the model returned logits that are not numbers; lower the learning rate or clip gradients")
+        if not ((labels == 0) | (labels == 1)).all():
+            raise DataError("labels must be 0 or 1; this split holds others (test files without labels have none)")
+        wide = logits.double()
+        # log(1 + e^x) - y x is exact where a sigmoid would have rounded to 0 or 1.
+        self._loss += float((F.softplus(wide) - labels * wide).sum())
+        self._predicted += float(torch.sigmoid(wide).sum())
+        self._scores.append(logits.numpy().copy())
+        self._labels.append(labels.bool().numpy())
+
+    def compute(self) -> Metrics:
+        """Metrics of all samples so far; DataError when there are none."""
+        if not self._scores:
+            raise DataError("no samples to evaluate: the split is empty")
+        scores, labels = np.concatenate(self._scores), np.concatenate(self._labels)
+        # One array each from here on, so that computing twice does not copy twice.
+        self._scores, self._labels = [scores], [labels]
+        n, positives = labels.size, int(labels.sum())
+        return Metrics(
+            auc=exact_auc(scores, labels),
+            logloss=self._loss / n,
+            calibration=self._predicted / positives if positives else math.nan,
+            samples=n,
+            positives=positives,
+        )

@@ -1,0 +1,221 @@
+"""One training run from settings and a data folder to a run folder with results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recsys_embed import optim
+from recsys_embed._versions import installed_versions
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import Schema
+from recsys_embed.memory import Footprint, parse_bytes
+from recsys_embed.models import CTRModel, build_model, get_model
+from recsys_embed.plan import Plan
+from recsys_embed.train.checkpoint import save_checkpoint
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.files import write_json
+from recsys_embed.train.loop import CHECKPOINT, Trainer, TrainResult
+
+OPTIMIZERS = {
+    "adam": optim.Adam,
+    "adagrad": optim.Adagrad,
+    "rowwise_adagrad": optim.RowwiseAdagrad,
+    "sgd": optim.SGD,
+}
+LINEAR_METHOD = "unified"
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Plans of a model's two collections; ``full_bytes`` is what both take uncompressed."""
+
+    vectors: Plan
+    linear: Plan | None
+    full_bytes: int
+
+
+def plans_for(schema: Schema, config: TrainConfig) -> Plans:
+    """Plans that hold the embedding part of ``config.model`` to its ``ratio`` or ``budget``.
+
+    The budget covers vectors and first-order weights together. First-order weights get one part in ``D + 1`` (their
+    share uncompressed), stored as one shared hashed array of width 1: the hashing trick. Without a budget the method's
+    own parameters decide the vectors and first-order weights stay whole.
+
+    Raises:
+        BudgetError: the method cannot meet the budget.
+    """
+    cls = get_model(config.model)
+    vectors = schema if cls.uses_vectors else schema.with_dim(1)
+    narrow = schema.with_dim(1) if cls.uses_vectors and cls.uses_linear else None
+    full_bytes = Plan.full(vectors).footprint(vectors).serve
+    if narrow is not None:
+        full_bytes += Plan.full(narrow).footprint(narrow).serve
+    budget = None
+    if config.budget is not None:
+        budget = parse_bytes(config.budget)
+    elif config.ratio is not None:
+        budget = int(full_bytes / config.ratio)
+    if config.method == "full" and budget is None:
+        return Plans(Plan.full(vectors), None if narrow is None else Plan.full(narrow), full_bytes)
+    linear = None
+    if narrow is not None and budget is not None:
+        share = budget // (config.embedding_dim + 1)
+        linear = Plan.uniform(narrow, LINEAR_METHOD, budget=share)
+        budget -= linear.footprint(narrow).serve
+    return Plans(Plan.uniform(vectors, config.method, budget=budget, **config.method_args), linear, full_bytes)
+
+
+def make_optimizer(config: TrainConfig) -> Any:
+    """The fused optimizer of the tables, or None for ``dense_adam``."""
+    if config.embedding_optimizer == "dense_adam":
+        return None
+    lr = config.embedding_learning_rate or config.learning_rate
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.embedding_optimizer_args.items()}
+    try:
+        return OPTIMIZERS[config.embedding_optimizer](lr=lr, **args)
+    except TypeError as e:
+        raise ConfigError(f"`embedding_optimizer_args` of {config.embedding_optimizer!r}: {e}") from e
+
+
+def model_from_config(
+    config: TrainConfig, schema: Schema, num_dense: int, device: torch.device | str | None = None
+) -> CTRModel:
+    """Build the model of a run; ``schema`` has the width ``config.embedding_dim``."""
+    plans = plans_for(schema, config)
+    return build_model(
+        config.model,
+        schema,
+        plans.vectors,
+        plans.linear,
+        num_dense=num_dense,
+        optimizer=make_optimizer(config),
+        seed=config.seed,
+        backend=config.backend,
+        device=device,
+        **config.model_args,
+    )
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run: what it measured and what its embeddings take."""
+
+    result: TrainResult
+    footprint: Footprint
+    full_bytes: int
+    model: CTRModel
+
+
+def run_training(
+    config: TrainConfig,
+    data: Any,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    tensorboard: bool = False,
+    save_model: bool = True,
+    show_progress: bool | None = None,
+    label: str = "train",
+) -> RunOutcome:
+    """Train by ``config`` on an opened data set.
+
+    Args:
+        config: settings.
+        data: data set of :func:`recsys_embed.data.open_dataset`, or anything with its methods.
+        folder: run folder; gets ``config.json``, ``run.json``, ``log.jsonl``, ``checkpoint.pt``, ``result.json`` and
+            ``model.pt``. None keeps nothing.
+        resume: go on from the folder's checkpoint; without one the run starts from the beginning.
+        device: e.g. ``"cuda"``; None: CPU.
+        tensorboard: also write TensorBoard events.
+        save_model: write ``model.pt`` at the end.
+        show_progress: see :class:`Trainer`.
+        label: text beside the progress bar.
+
+    Raises:
+        ConfigError: the folder already holds a run and ``resume`` is False.
+    """
+    folder = None if folder is None else Path(folder)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    schema = data.schema(config.embedding_dim)
+    going_on = folder is not None and (folder / CHECKPOINT).exists()
+    if going_on and not resume:
+        raise ConfigError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)")
+    model = model_from_config(config, schema, data.num_dense, device)
+    footprint = model.footprint()
+    full_bytes = plans_for(schema, config).full_bytes
+    identity = {"data": fingerprint(schema)}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        write_json(folder / "config.json", config.to_dict())
+        write_json(folder / "run.json", {"seed": config.seed, **environment(), "footprint": footprint_dict(footprint)})
+    trainer = Trainer(
+        model,
+        data,
+        config,
+        folder=folder,
+        resume=going_on,
+        tensorboard=tensorboard,
+        device=device,
+        show_progress=show_progress,
+        label=label,
+        identity=identity,
+    )
+    result = trainer.run()
+    if folder is not None:
+        if save_model:
+            save_checkpoint(folder / "model.pt", {**config.to_dict(), **identity}, model=model.state_dict())
+        write_json(folder / "result.json", plain(result.to_dict()))
+    return RunOutcome(result, footprint, full_bytes, model)
+
+
+def fingerprint(schema: Schema) -> str:
+    """Short hash of the features a run was trained on."""
+    return hashlib.sha256(json.dumps(schema.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def footprint_dict(footprint: Footprint) -> dict[str, int]:
+    """A footprint as JSON values, sums included."""
+    return {
+        "weights": footprint.weights,
+        "index": footprint.index,
+        "optimizer": footprint.optimizer,
+        "gradient": footprint.gradient,
+        "serve": footprint.serve,
+        "train": footprint.train,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and command line: what else a result depends on."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    versions = {k: v for k, v in installed_versions().items() if v is not None}
+    return {"python": sys.version.split()[0], "versions": versions, "commit": commit, "command": sys.argv}
+
+
+def plain(value: Any) -> Any:
+    """JSON values: numbers that JSON lacks become None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

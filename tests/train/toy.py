@@ -1,0 +1,73 @@
+"""A small in-memory data set with the methods of an opened one, and settings that suit it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.train import TrainConfig
+
+
+class Batch(NamedTuple):
+    dense: Tensor
+    ids: Tensor
+    label: Tensor
+
+
+class ToyBatches:
+    def __init__(self, parts: Batch, order: Tensor, size: int) -> None:
+        self.parts, self.order, self.size = parts, order, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.size)
+
+    def __iter__(self):
+        for start in range(0, len(self.order), self.size):
+            rows = self.order[start : start + self.size]
+            yield Batch(*(t[rows] for t in self.parts))
+
+
+class ToyData:
+    """Labels follow a planted model: an effect per category and one product of two categories."""
+
+    num_dense = 3
+    cards = (50, 20, 300, 7)
+
+    def __init__(self, rows: int = 2000, seed: int = 0, valid: bool = True) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.splits = ["train", "valid", "test"] if valid else ["train", "test"]
+        effects = [torch.randn(c, generator=g) for c in self.cards]
+        twist = [torch.randn(c, generator=g) for c in self.cards[:2]]
+        self.parts = {}
+        for split, n in (("train", rows), ("valid", rows // 2), ("test", rows // 2)):
+            ids = torch.stack([torch.randint(0, c, (n,), generator=g) for c in self.cards], 1)
+            dense = torch.rand(n, self.num_dense, generator=g)
+            logit = sum(e[ids[:, i]] for i, e in enumerate(effects)) + twist[0][ids[:, 0]] * twist[1][ids[:, 1]]
+            label = (torch.rand(n, generator=g) < torch.sigmoid(logit)).float()
+            self.parts[split] = Batch(dense, ids, label)
+
+    def schema(self, embedding_dim: int) -> Schema:
+        return Schema([FeatureSpec(f"C{i}", c, embedding_dim) for i, c in enumerate(self.cards)])
+
+    def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None):
+        parts = self.parts[split]
+        n = len(parts.label)
+        g = torch.Generator().manual_seed(seed * 1000 + epoch)
+        return ToyBatches(parts, torch.randperm(n, generator=g) if shuffle else torch.arange(n), batch_size)
+
+
+def toy_config(**changes) -> TrainConfig:
+    base = TrainConfig(
+        model="deepfm",
+        model_args={"hidden": [16, 8], "dropout": 0.1},
+        embedding_dim=4,
+        epochs=3,
+        batch_size=128,
+        learning_rate=5e-3,
+        log_every=5,
+    )
+    return base.replace(**changes)
