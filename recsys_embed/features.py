@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
@@ -11,6 +12,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]
 MAX_ROWS = 2**31 - 1
+_INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(normal|uniform):\d*\.?\d+(e-?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class FeatureSpec:
         embedding_dim: width of the vector the model receives.
         pooling: how the ids of one bag combine.
         ids: ``"index"`` (vocabulary indices) or ``"raw"`` (arbitrary 64-bit ids, for hashing methods).
+        init: distribution a plain table of this feature starts with; every method starts its rows like it.
+            ``"sqrt_rows"`` U(±1/sqrt(num_embeddings)) as DLRM and TorchRec, ``"sqrt_dim"`` U(±1/sqrt(dim)) as CCE,
+            ``"xavier"`` U(±sqrt(6/(rows+dim))), ``"normal:STD"`` or ``"uniform:BOUND"``; ``"normal:1"`` is torch's.
 
     Raises:
         ConfigError: names every argument out of range.
@@ -37,6 +42,7 @@ class FeatureSpec:
     embedding_dim: int
     pooling: Pooling = "sum"
     ids: IdKind = "index"
+    init: str = "sqrt_rows"
 
     def __post_init__(self) -> None:
         faults = []
@@ -51,7 +57,21 @@ class FeatureSpec:
         for key, allowed in (("pooling", get_args(Pooling)), ("ids", get_args(IdKind))):
             if getattr(self, key) not in allowed:
                 faults.append(f"`{key}` must be one of {', '.join(allowed)}; got {getattr(self, key)!r}")
+        if not _INIT.fullmatch(str(self.init)):
+            faults.append(f"`init` must be sqrt_rows, sqrt_dim, xavier, normal:STD or uniform:BOUND; got {self.init!r}")
         raise_faults(faults, f"FeatureSpec, feature {self.name!r}")
+
+    def init_law(self) -> tuple[Literal["uniform", "normal"], float]:
+        """The plain table's law, centred at 0: its kind and its bound (uniform) or standard deviation (normal).
+
+        >>> FeatureSpec("C1", 100, 4).init_law()
+        ('uniform', 0.1)
+        """
+        kind, _, scale = self.init.partition(":")
+        if scale:
+            return ("normal" if kind == "normal" else "uniform"), float(scale)
+        n, d = self.num_embeddings, self.embedding_dim
+        return "uniform", {"sqrt_rows": n**-0.5, "sqrt_dim": d**-0.5, "xavier": (6 / (n + d)) ** 0.5}[kind]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""The configuration of a method: frozen data that turns a feature into a lookup program, or a byte budget into itself."""
+
+from __future__ import annotations
+
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+
+from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec
+from recsys_embed.memory import Footprint, format_bytes, parse_bytes
+from recsys_embed.program import LookupProgram
+
+
+def param(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A config field with its meaning and inclusive range; ``None`` as a default makes it optional."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
+
+
+@cache
+def _types(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Allowed types per field, with optional and Literal unfolded."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: get_args(hints[f.name]) if _is_union(hints[f.name]) else (hints[f.name],) for f in fields(cls)}
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType"
+
+
+def _fault(name: str, value: Any, types: tuple[Any, ...], low: float | None, high: float | None) -> str | None:
+    choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
+    if choices:
+        wanted, ok = "one of " + ", ".join(map(str, choices)), value in choices or (value is None and type(None) in types)
+    elif bool in types:
+        wanted, ok = "true or false", isinstance(value, bool)
+    elif int in types or float in types:
+        kind = "an integer" if int in types else "a number"
+        bounds = f" in [{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+        wanted = kind + (bounds if (low, high) != (None, None) else "")
+        right = isinstance(value, int if int in types else (int, float)) and not isinstance(value, bool)
+        ok = right and (low is None or value >= low) and (high is None or value <= high)
+        ok = ok or (value is None and type(None) in types)
+    else:
+        return None
+    return None if ok else f"`{name}` must be {wanted}; got {value!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """Base of every method's configuration.
+
+    Subclasses declare their fields with :func:`param`, describe the lookup in :meth:`_program`, and say how they
+    grow with :meth:`sized`. ``seed`` salts hashes and initial weights.
+    """
+
+    method: ClassVar[str]
+    accepts_raw: ClassVar[bool] = False
+
+    seed: int = param(0, "salts hashes and initial weights")
+
+    def __post_init__(self) -> None:
+        types = _types(type(self))
+        found = (
+            _fault(f.name, getattr(self, f.name), types[f.name], f.metadata.get("low"), f.metadata.get("high"))
+            for f in fields(self)
+        )
+        raise_faults([f for f in found if f], type(self).__name__)
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
+        if spec.ids == "raw" and not self.accepts_raw:
+            return [f"method {self.method!r} needs vocabulary indices; the feature has raw 64-bit ids: use a hashing method"]
+        return []
+
+    @abstractmethod
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        """The lookup for a checked ``spec``."""
+
+    def program(self, spec: FeatureSpec) -> LookupProgram:
+        """The lookup program of ``spec``.
+
+        Raises:
+            ConfigError: the configuration does not suit the feature; all faults at once.
+        """
+        where = f"{type(self).__name__}, feature {spec.name!r}"
+        raise_faults(self.check(spec), where)
+        program = self._program(spec)
+        raise_faults(program.faults(), where)
+        return program
+
+    @property
+    def computes(self) -> bool:
+        """Whether the lookup is more than a program (e.g. a network per id), so that the module itself must run it."""
+        return False
+
+    def footprint(self, spec: FeatureSpec, itemsize: int = 4) -> Footprint:
+        """Bytes to serve ``spec`` with this configuration, at ``itemsize`` bytes per element."""
+        return self.program(spec).footprint(itemsize)
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        """Largest useful value of the size that :meth:`sized` takes."""
+        return spec.num_embeddings
+
+    @classmethod
+    @abstractmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        """The configuration of a size in ``[1, max_size]``; bytes do not shrink as the size grows."""
+
+    @classmethod
+    def for_budget(cls, spec: FeatureSpec, budget: int | str, **params: Any) -> Self:
+        """The largest configuration whose deployed bytes fit ``budget``.
+
+        Raises:
+            BudgetError: even the smallest does not fit.
+        """
+        available, low, high = parse_bytes(budget), 1, cls.max_size(spec, **params)
+        smallest = cls.sized(spec, 1, **params)
+        need = smallest.footprint(spec).serve
+        if need > available:
+            raise BudgetError(
+                f"method {cls.method!r} needs at least {format_bytes(need)} for {spec.num_embeddings} ids of width "
+                f"{spec.embedding_dim}; {format_bytes(available)} available (feature {spec.name!r}). Ways out: "
+                "1. a larger budget; 2. a method without a cost per id, such as 'hash' or 'unified'; 3. a smaller width"
+            )
+        while low < high:
+            middle = (low + high + 1) // 2
+            if cls.sized(spec, middle, **params).footprint(spec).serve <= available:
+                low = middle
+            else:
+                high = middle - 1
+        return cls.sized(spec, low, **params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the method key and every field."""
+        return {"method": self.method, **asdict(self)}
+
+    @classmethod
+    def from_params(cls, params: dict[str, Any]) -> Self:
+        """Build from keyword arguments; unknown keys are errors that name the nearest field."""
+        known = {f.name for f in fields(cls)}
+        for key in params:
+            if key not in known:
+                raise unknown_name(f"option of {cls.__name__}", key, known)
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in params.items()})
+        except TypeError as e:
+            raise ConfigError(f"{cls.__name__}: {e}") from e

@@ -1,0 +1,268 @@
+"""Drop-in modules: the call of nn.Embedding and nn.EmbeddingBag over any lookup program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_embed import hashing
+from recsys_embed.config import MethodConfig
+from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
+from recsys_embed.features import FeatureSpec
+from recsys_embed.fit import fit_tables
+from recsys_embed.kernels.checks import check_id_dtype, check_id_range
+from recsys_embed.kernels.vectorised import Place, VectorisedLookup
+from recsys_embed.memory import Footprint
+
+Mode = Literal["sum", "mean", "max"]
+
+
+class CompressedEmbedding(nn.Module):
+    """Base of every method's module; called like ``nn.Embedding``, or like ``nn.EmbeddingBag`` when ``mode`` is set.
+
+    Args:
+        num_embeddings: number of ids; index methods take ids in ``[0, num_embeddings)``, hashing methods any int64.
+        embedding_dim: width of the output.
+        padding_idx: this id gives a zero vector without gradient, and bags skip it; negative counts from the end.
+        sparse: tables get sparse gradients.
+        mode: ``None`` for one vector per id, ``"sum"``, ``"mean"`` or ``"max"`` to pool bags.
+        include_last_offset: ``offsets`` has one more entry, the number of ids.
+        config: the method's configuration; or ``budget`` (bytes or text such as ``"4MiB"``) to size one; or neither,
+            with the method's own options in ``params``.
+        name: salts the hashes; two modules of equal name, seed and size share their collisions.
+        init: law of a plain table here, see :class:`FeatureSpec`; ``"normal:1"`` is that of ``nn.Embedding``.
+
+    Raises:
+        ConfigError: an option is unknown, out of range, or not supported by the method.
+        BudgetError: the budget cannot be met.
+    """
+
+    config_cls: ClassVar[type[MethodConfig]]
+    supports_torch_options: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        mode: Mode | None = None,
+        include_last_offset: bool = False,
+        config: MethodConfig | None = None,
+        budget: int | str | None = None,
+        name: str = "embedding",
+        init: str = "normal:1",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=mode or "sum", init=init)
+        self.config = self._configure(config, budget, params)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
+        self.max_norm, self.norm_type, self.scale_grad_by_freq = max_norm, norm_type, scale_grad_by_freq
+        faults = []
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            faults.append(f"`padding_idx` must be in [{-num_embeddings}, {num_embeddings}); got {padding_idx}")
+        if mode not in (None, "sum", "mean", "max"):
+            faults.append(f"`mode` must be None, 'sum', 'mean' or 'max'; got {mode!r}")
+        if not self.supports_torch_options:
+            for key, value in (("max_norm", max_norm), ("scale_grad_by_freq", scale_grad_by_freq or None)):
+                if value is not None:
+                    faults.append(f"`{key}` is not supported by method {self.config.method!r}; use method 'full'")
+        raise_faults(faults, type(self).__name__)
+        self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
+        self.program = self.config.program(self.spec)
+        for table in self.program.tables:
+            empty = torch.empty(table.rows, table.width, device=device, dtype=dtype)
+            self.register_parameter(table.name, nn.Parameter(empty))
+        places = {t.name: Place(t.name, 0) for t in self.program.tables}
+        with torch.device(self._device()):
+            self.kernel = VectorisedLookup([self.program], [places])
+        if type(self).reset_parameters is CompressedEmbedding.reset_parameters:
+            self.reset_parameters()
+
+    def _configure(
+        self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any]
+    ) -> MethodConfig:
+        if sum(x is not None for x in (config, budget)) > 1 or (config is not None and params):
+            raise ConfigError(f"{type(self).__name__} takes either `config`, or `budget` and options; got both")
+        if config is None:
+            known = self.config_cls.from_params({**params}) if budget is None else None
+            return known or self.config_cls.for_budget(self.spec, budget, **params)  # type: ignore[arg-type]
+        if not isinstance(config, self.config_cls):
+            raise ConfigError(f"{type(self).__name__} takes a {self.config_cls.__name__}; got {type(config).__name__}")
+        return config
+
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights: a function of seed and table name alone, whatever the device."""
+        with torch.no_grad():
+            for table in self.program.tables:
+                weight = self.table(table.name)
+                table.init.fill_(weight, hashing.salt(self.config.seed, "init", self.spec.name, table.name))
+
+    # -- lookup ---------------------------------------------------------------------------------------------------
+
+    def _gather(self, table: str, rows: Tensor, partial: bool) -> Tensor:
+        return F.embedding(rows.clamp_min(0) if partial else rows, self.table(table), sparse=self.sparse)
+
+    def table(self, name: str) -> Tensor:
+        """The stored values of one of the program's tables: ``[rows, width]``."""
+        values: Tensor = getattr(self, name)
+        return values
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Vectors of checked int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
+        (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)
+        out = out.squeeze(1)
+        return out @ self.table(self.program.projection) if self.program.projection else out
+
+    @property
+    def output_dim(self) -> int:
+        """Width of the output: ``embedding_dim``, times the number of vectors where a method emits several."""
+        return self.program.width
+
+    def _vectors(self, ids: Tensor) -> Tensor:
+        if not self.config.accepts_raw:
+            check_id_range(ids, self.num_embeddings, self.spec.name)
+        out = self.lookup(ids)
+        return out if self.padding_idx is None else out.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
+
+    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Look up ``ids``.
+
+        Args:
+            ids: int32 or int64. Without ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]`` with
+                ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
+            per_sample_weights: floats of the shape of ``ids``, for ``mode="sum"``; may require grad.
+
+        Returns:
+            ``[*ids.shape, output_dim]`` without ``mode``, else ``[bags, output_dim]``.
+
+        Raises:
+            IdRangeError: an id is outside ``[0, num_embeddings)`` and the method does not hash.
+        """
+        check_id_dtype(ids, self.spec.name)
+        if self.mode is None:
+            if offsets is not None or per_sample_weights is not None:
+                raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
+            return self._vectors(ids.reshape(-1).long()).view(*ids.shape, self.output_dim)
+        flat, offsets = self._bags(ids, offsets)
+        vectors = self._vectors(flat)
+        # Pooling is torch's own: the per-id vectors become the table, read once each, in order.
+        order = torch.arange(flat.numel(), device=flat.device)
+        padding = None
+        if self.padding_idx is not None:
+            padding = flat.numel()
+            order = torch.where(flat == self.padding_idx, padding, order)
+            vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
+        elif vectors.shape[0] == 0:
+            vectors = vectors.new_zeros(1, vectors.shape[1])
+        return F.embedding_bag(
+            order,
+            vectors,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=None if per_sample_weights is None else per_sample_weights.reshape(-1),
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+    def _bags(self, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        if ids.dim() == 2:
+            if offsets is not None:
+                raise ConfigError("2-D `ids` are bags of equal length and take no `offsets`")
+            count = ids.shape[0] + int(self.include_last_offset)
+            starts = torch.arange(count, device=ids.device) * ids.shape[1]
+            return ids.reshape(-1).long(), starts
+        if ids.dim() != 1 or offsets is None:
+            raise ConfigError(f"bags are 2-D `ids`, or 1-D `ids` with `offsets`; got {ids.dim()}-D ids, offsets {offsets}")
+        return ids.long(), offsets.long()
+
+    # -- whole table ----------------------------------------------------------------------------------------------
+
+    def _chunks(self, size: int = 1 << 16) -> Iterator[Tensor]:
+        for start in range(0, self.num_embeddings, size):
+            yield torch.arange(start, min(start + size, self.num_embeddings), device=self._device())
+
+    @torch.no_grad()
+    def materialize(self) -> Tensor:
+        """The plain table this module stands for: ``[num_embeddings, output_dim]``, a copy.
+
+        >>> from recsys_embed.methods.hash import HashEmbedding
+        >>> HashEmbedding(10, 4, num_buckets=3).materialize().shape
+        torch.Size([10, 4])
+        """
+        weight = next(self.parameters())
+        out = weight.new_empty(self.num_embeddings, self.output_dim)
+        for ids in self._chunks():
+            out[ids[0] : ids[-1] + 1] = self._vectors(ids)
+        return out
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, *, counts: Tensor | None = None, **options: Any) -> Self:
+        """A module whose tables approximate a trained ``weight [num_embeddings, embedding_dim]`` in least squares.
+
+        Args:
+            weight: the plain table; dtype and device carry over.
+            counts: ``[num_embeddings]`` how often each id occurs; weighs its squared error (default: equal).
+            options: anything the constructor takes (``budget=``, ``mode=``, the method's options).
+        """
+        if weight.dim() != 2:
+            raise ConfigError(f"`weight` must be [num_embeddings, embedding_dim]; got shape {tuple(weight.shape)}")
+        options = {"device": weight.device, "dtype": weight.dtype, **options}
+        module = cls(weight.shape[0], weight.shape[1], **options)
+        fit_tables(module, weight.detach(), counts)
+        return module
+
+    def footprint(self) -> Footprint:
+        """Bytes this module serves and trains with (without optimizer state)."""
+        return self.config.footprint(self.spec, next(self.parameters()).element_size())
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Configuration and feature as JSON bytes, so that a state dict refuses to load elsewhere."""
+        state = {"config": self.config.to_dict(), "spec": asdict(self.spec)}
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to restore: :meth:`_load_from_state_dict` has compared it."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "_extra_state")
+        if isinstance(saved, Tensor):
+            try:
+                theirs = json.loads(bytes(saved.cpu().numpy()))
+                theirs = {**theirs["spec"], **theirs["config"]}
+            except (ValueError, KeyError, TypeError) as e:
+                raise CheckpointError(f"the configuration stored at {prefix + '_extra_state'!r} is damaged: {e}") from e
+            ours = json.loads(json.dumps({**asdict(self.spec), **self.config.to_dict()}))
+            diff = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
+            # Initial law, salted name aside, shapes nothing once weights are loaded.
+            diff = [k for k in diff if k not in ("init", "pooling")]
+            if diff:
+                text = ", ".join(f"{k}: saved {theirs.get(k)!r}, here {ours.get(k)!r}" for k in diff)
+                raise CheckpointError(f"the state of {prefix[:-1] or type(self).__name__!r} is of another config: {text}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        for key in ("padding_idx", "mode"):
+            if getattr(self, key) is not None:
+                text += f", {key}={getattr(self, key)!r}"
+        return text + f", config={self.config}"

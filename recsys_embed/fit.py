@@ -1,0 +1,78 @@
+"""Fit a compressed embedding to a trained table: least squares, one table at a time.
+
+The output of a lookup program is linear in each of its tables with the others held fixed. So each table's best values
+solve a linear least-squares problem, which conjugate gradients (Hestenes and Stiefel 1952) solve with the module's own
+forward and backward as the matrix; sweeping over the tables is alternating least squares.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from recsys_embed.embedding import CompressedEmbedding
+
+
+def _outputs(module: CompressedEmbedding, values: dict[str, Tensor], ids: Tensor) -> Tensor:
+    # A pooling module sees each id as a bag of one.
+    out: Tensor = torch.func.functional_call(module, values, (ids if module.mode is None else ids.unsqueeze(1),))
+    return out
+
+
+def _solve_table(
+    module: CompressedEmbedding, name: str, target: Tensor, row_weight: Tensor, steps: int, tolerance: float
+) -> None:
+    """Minimise the weighted squared error over one table, from its present values."""
+    table = module.table(name)
+    ids = torch.arange(target.shape[0], device=target.device)
+    start = table.detach().clone().requires_grad_(True)
+    out = _outputs(module, {name: start}, ids)
+
+    def adjoint(residual: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(out, start, residual * row_weight, retain_graph=True)
+        return grad.to_dense() if grad.is_sparse else grad
+
+    with torch.no_grad():
+        base = _outputs(module, {name: torch.zeros_like(table)}, ids)
+        residual = target - out.detach()
+        gradient = adjoint(residual)
+        direction, norm = gradient.clone(), gradient.square().sum()
+        first = norm.clone()
+        for _ in range(steps):
+            if norm <= tolerance * first or norm == 0:
+                break
+            moved = _outputs(module, {name: direction}, ids) - base
+            curvature = (moved.square() * row_weight).sum()
+            if curvature <= 0:
+                break
+            step = norm / curvature
+            start.add_(direction, alpha=float(step))
+            residual.sub_(moved, alpha=float(step))
+            gradient = adjoint(residual)
+            previous, norm = norm, gradient.square().sum()
+            direction.mul_(float(norm / previous)).add_(gradient)
+        table.copy_(start)
+
+
+def fit_tables(
+    module: CompressedEmbedding, weight: Tensor, counts: Tensor | None = None, sweeps: int = 5, steps: int = 50
+) -> None:
+    """Set the module's tables so that ``materialize()`` approximates ``weight [num_embeddings, width]``.
+
+    Args:
+        counts: ``[num_embeddings]`` weight of each id's squared error; equal when None.
+        sweeps: passes over the tables; one is enough where the program has a single table.
+        steps: conjugate-gradient steps per table and pass.
+    """
+    width = module.output_dim
+    if weight.shape[1] != width:
+        weight = weight.repeat(1, width // weight.shape[1])
+    importance = torch.ones(len(weight)) if counts is None else counts.to(torch.float32).clamp_min(0)
+    row_weight = (importance / importance.mean().clamp_min(1e-12)).to(weight).unsqueeze(1)
+    names = [t.name for t in module.program.tables]
+    for _ in range(1 if len(names) == 1 else sweeps):
+        for name in names:
+            _solve_table(module, name, weight, row_weight, steps, tolerance=1e-10)

@@ -1,0 +1,66 @@
+"""Gathers whose backward updates the table: no gradient tensor, no optimizer step of its own."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.autograd import Function
+
+from recsys_embed.optim import FusedOptimizer, sum_duplicates
+
+
+class Updater(Protocol):
+    """Applies summed gradients to the rows of one storage."""
+
+    def __call__(self, rows: Tensor, grad: Tensor) -> None: ...
+
+
+class FusedGather(Function):
+    """``weight[rows]`` whose backward hands the gradient to ``updater`` instead of returning it.
+
+    With ``partial``, rows of -1 read anything and update nothing.
+    ``anchor`` is any tensor that requires grad: it makes autograd run the backward and receives no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.partial, ctx.updater = partial, updater
+        return weight.index_select(0, rows.clamp_min(0) if partial else rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        if ctx.partial:
+            present = rows >= 0
+            rows, grad = rows[present], grad[present]
+        ctx.updater(rows, grad.contiguous())
+        return (None,) * 5
+
+
+def apply_update(
+    optimizer: FusedOptimizer,
+    weight: Tensor,
+    state: dict[str, Tensor],
+    rows: Tensor,
+    grad: Tensor,
+    lr: float,
+    step: int,
+) -> None:
+    """One exact step in place on the rows of ``weight`` and ``state`` that occur in ``rows``.
+
+    Args:
+        weight: ``[rows, width]``.
+        state: per name ``[rows, 1]`` or ``[rows, width]``, float32.
+        rows: int64 ``[n]``, duplicates allowed.
+        grad: ``[n, width]``.
+    """
+    if rows.numel() == 0:
+        return
+    touched, sums = sum_duplicates(rows, grad.to(weight.dtype))
+    picked = {name: values.index_select(0, touched) for name, values in state.items()}
+    updated = optimizer.update(weight.index_select(0, touched), sums, picked, lr, step)
+    weight[touched] = updated.to(weight.dtype)
+    for name, values in state.items():
+        values[touched] = picked[name].to(values.dtype)

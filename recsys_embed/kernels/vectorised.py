@@ -1,0 +1,227 @@
+"""The torch backend: all features of a collection in a fixed number of tensor operations.
+
+Features whose programs have the same structure form a group; within a group every integer of every transform is a
+tensor over (feature, probe), so no loop runs over features. All groups read a storage through one gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed import hashing
+from recsys_embed.program import LookupProgram, Probe, Transform
+
+
+class Place(NamedTuple):
+    """Where a table lives: rows ``[offset, offset + table.rows)`` of a storage."""
+
+    storage: str
+    offset: int
+
+
+Gather = Callable[[str, Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows that several probes of a group read from one storage with one kind of transform."""
+
+    storage: str
+    kind: tuple[Any, ...]
+    params: str
+    may_be_absent: bool
+
+
+@dataclass(frozen=True)
+class _ProbeSet:
+    """Probes of a group that run as one operation; ``slots`` are their places in the program."""
+
+    slots: tuple[int, ...]
+    read: _Read
+    weight: _Read | None
+    signs: str | None
+    scale: float
+
+
+def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Any, ...]) -> tuple[Any, ...]:
+    probes = tuple(
+        (
+            places[p.table].storage,
+            p.transform.signature(),
+            p.transform.may_be_absent,
+            p.scale,
+            p.sign is None,
+            p.weight and (places[p.weight.table].storage, p.weight.transform.signature()),
+        )
+        for p in program.probes
+    )
+    projection = program.projection and (program.combined_width, program.width)
+    return (probes, program.spans, program.combine, projection, program.vectors, key)
+
+
+class Group(nn.Module):
+    """Features that share one structure, run together.
+
+    Args:
+        features: their positions among the collection's features.
+        programs: one program per position.
+        places: where each table of the programs lives.
+    """
+
+    def __init__(
+        self, features: Sequence[int], programs: Sequence[LookupProgram], places: Sequence[Mapping[str, Place]]
+    ) -> None:
+        super().__init__()
+        self.features = tuple(features)
+        self.template = programs[0]
+        self._values: dict[str, list[Any]] = {}
+        by_kind: dict[tuple[Any, ...], list[int]] = {}
+        for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
+            by_kind.setdefault(signature, []).append(slot)
+        self.sets = [self._probe_set(tuple(slots), programs, places) for slots in by_kind.values()]
+        self._build(torch.get_default_device())
+
+    def _read(
+        self,
+        name: str,
+        chosen: Sequence[Sequence[tuple[str, Transform]]],
+        places: Sequence[Mapping[str, Place]],
+    ) -> _Read:
+        """Register the integers of ``chosen[feature][probe] = (table, transform)``, row offsets last."""
+        self._values[name] = [
+            [[*t.parameters(), places[f][table].offset] for table, t in row] for f, row in enumerate(chosen)
+        ]
+        table, transform = chosen[0][0]
+        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent)
+
+    def _probe_set(
+        self, slots: tuple[int, ...], programs: Sequence[LookupProgram], places: Sequence[Mapping[str, Place]]
+    ) -> _ProbeSet:
+        chosen: list[list[Probe]] = [[p.probes[s] for s in slots] for p in programs]
+        first, tag = chosen[0][0], f"{slots[0]}"
+        read = self._read(f"rows{tag}", [[(p.table, p.transform) for p in row] for row in chosen], places)
+        weight, signs = None, None
+        if first.weight is not None:
+            picks = [[(p.weight.table, p.weight.transform) for p in row if p.weight] for row in chosen]
+            weight = self._read(f"weight{tag}", picks, places)
+        if first.sign is not None:
+            signs = f"sign{tag}"
+            self._values[signs] = [[p.sign for p in row] for row in chosen]
+        return _ProbeSet(slots, read, weight, signs, first.scale)
+
+    def _build(self, device: torch.device) -> None:
+        for name, values in self._values.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Group:
+        # The integers come from the programs: rebuilding them survives a stay on the meta device, which keeps no values.
+        probe = next(iter(self._values))
+        self._build(fn(getattr(self, probe)).device)
+        return self
+
+    def rows(self, ids: Tensor, local: Tensor | None) -> list[tuple[str, Tensor]]:
+        """Rows to gather: (storage, int64 ``[..., probes]``) for every set and its weights; -1 stays -1.
+
+        Args:
+            ids: ``[B, len(features)]``, or ``[n]`` with ``local``.
+            local: ``[n]``, which of the group's features each id belongs to.
+        """
+        x = ids.unsqueeze(-1)
+        out = []
+        for s in self.sets:
+            for read in (s.read, s.weight):
+                if read is None:
+                    continue
+                stacked = getattr(self, read.params)
+                *params, offset = (stacked if local is None else stacked[local]).unbind(-1)
+                rows = read.kind[0].map(read.kind, x, params)
+                out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if read.may_be_absent else rows + offset))
+        return out
+
+    def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """Combine gathered ``values[i] = [*rows[i].shape, width]`` into ``[..., combined_width]``."""
+        program, index = self.template, 0
+        parts: dict[tuple[int, int], list[Tensor]] = {}
+        for s in self.sets:
+            value, row = values[index], rows[index]
+            index += 1
+            if s.scale != 1.0:
+                value = value * s.scale
+            if s.signs is not None:
+                salts = getattr(self, s.signs)
+                salts = salts if local is None else salts[local]
+                value = value * hashing.hash_signs(ids.unsqueeze(-1), salts).to(value.dtype).unsqueeze(-1)
+            if s.weight is not None:
+                value = value * values[index]
+                index += 1
+            if s.read.may_be_absent:
+                empty = 0.0 if program.combine == "sum" else 1.0
+                value = value.masked_fill((row < 0).unsqueeze(-1), empty)
+            spans = [program.spans[slot] for slot in s.slots]
+            if len(self.sets) == 1 and len(set(spans)) == len(spans) and sorted(spans) == spans:
+                return value.flatten(-2)
+            for span, piece in zip(spans, value.unbind(-2), strict=True):
+                parts.setdefault(span, []).append(piece)
+        columns = []
+        for span in sorted(parts):
+            join = torch.add if program.combine == "sum" else torch.mul
+            columns.append(reduce(join, parts[span]))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+
+class VectorisedLookup(nn.Module):
+    """Run many programs at once.
+
+    Args:
+        programs: one per feature.
+        places: per feature, where each of its tables lives; ``dense`` tables need no place.
+        keys: per feature, anything hashable that keeps features apart in groups (e.g. the pooling).
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[LookupProgram],
+        places: Sequence[Mapping[str, Place]],
+        keys: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for i, program in enumerate(programs):
+            members.setdefault(_signature(program, places[i], (keys[i],) if keys else ()), []).append(i)
+        self.groups = nn.ModuleList(
+            Group(m, [programs[i] for i in m], [places[i] for i in m]) for m in members.values()
+        )
+        self._partial = {s.read.storage for g in self.groups for s in g.sets if s.read.may_be_absent}
+
+    def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
+        """Per group, the combined vectors ``[*ids[g].shape, combined_width]`` of its ids.
+
+        Args:
+            ids: per group int64 ``[B, features of the group]``, or ``[n]`` with ``local``.
+            local: per group ``[n]``, which of its features each id belongs to.
+            gather: reads rows of a storage: (storage, int64 ``[n]``, whether some rows may be -1) -> ``[n, width]``;
+                called once per storage. What it returns for -1 is ignored.
+        """
+        where = local if local is not None else [None] * len(ids)
+        requests = [g.rows(x, w) for g, x, w in zip(self.groups, ids, where, strict=True)]
+        wanted: dict[str, list[Tensor]] = {}
+        for request in requests:
+            for storage, rows in request:
+                wanted.setdefault(storage, []).append(rows)
+        gathered: dict[str, list[Tensor]] = {}
+        for storage, rows in wanted.items():
+            flat = [r.reshape(-1) for r in rows]
+            values = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial)
+            pieces = values.split([r.numel() for r in rows])
+            gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(pieces, rows, strict=True)]
+        out = []
+        for g, x, w, request in zip(self.groups, ids, where, requests, strict=True):
+            values = [gathered[storage].pop(0) for storage, _ in request]
+            out.append(g.combine(x, w, [rows for _, rows in request], values))
+        return out

@@ -1,0 +1,8 @@
+"""The methods, one file each; registering one here puts it into every list, test, table and command."""
+
+from recsys_embed.methods.full import FullEmbedding
+from recsys_embed.methods.hash import HashEmbedding
+from recsys_embed.registry import register
+
+register(FullEmbedding, paper="plain table (torch.nn.Embedding)", tags=("baseline",))
+register(HashEmbedding, paper="Weinberger et al., ICML 2009, arXiv 0902.2206", tags=("hashing",))

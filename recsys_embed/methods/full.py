@@ -1,0 +1,100 @@
+"""full: the plain table, as torch has it; the baseline every method is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_embed.config import MethodConfig
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.checks import check_id_dtype, check_id_range
+from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(MethodConfig):
+    """One row per id.
+
+    >>> FullConfig().footprint(FeatureSpec("C1", 1000, 16)).serve
+    64000
+    """
+
+    method: ClassVar[str] = "full"
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        table = Table("weight", spec.num_embeddings, spec.embedding_dim, Init.plain(spec))
+        return LookupProgram((table,), (Probe("weight", Digit()),))
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        return 1
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        return cls.from_params(params)
+
+
+class FullEmbedding(CompressedEmbedding):
+    """``nn.Embedding`` (``mode=None``) or ``nn.EmbeddingBag``: same options, same numbers, same state-dict keys.
+
+    >>> emb = FullEmbedding(10, 4, padding_idx=0)
+    >>> _ = emb.load_state_dict(nn.Embedding(10, 4, padding_idx=0).state_dict())
+    >>> emb(torch.tensor([[0, 3]])).shape
+    torch.Size([1, 2, 4])
+    """
+
+    config_cls = FullConfig
+    supports_torch_options = True
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.padding_idx is not None and not self._device().type == "meta":
+            with torch.no_grad():
+                self.table("weight")[self.padding_idx] = 0.0
+
+    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
+        check_id_dtype(ids, self.spec.name)
+        check_id_range(ids, self.num_embeddings, self.spec.name)
+        options: dict[str, Any] = {
+            "padding_idx": self.padding_idx,
+            "max_norm": self.max_norm,
+            "norm_type": self.norm_type,
+            "scale_grad_by_freq": self.scale_grad_by_freq,
+            "sparse": self.sparse,
+        }
+        weight = self.table("weight")
+        if self.mode is None:
+            if offsets is not None or per_sample_weights is not None:
+                raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
+            return F.embedding(ids, weight, **options)
+        return F.embedding_bag(
+            ids,
+            weight,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            **options,
+        )
+
+    def _vectors(self, ids: Tensor) -> Tensor:
+        # The padding row is an ordinary stored row here, as in torch: it starts at zero and never gets a gradient.
+        check_id_range(ids, self.num_embeddings, self.spec.name)
+        return F.embedding(ids, self.table("weight"), padding_idx=self.padding_idx, sparse=self.sparse)
+
+    @classmethod
+    def from_pretrained(cls, embeddings: Tensor, freeze: bool = True, **options: Any) -> Self:
+        """A module over given weights ``[num_embeddings, embedding_dim]``, as ``nn.Embedding.from_pretrained``."""
+        module = cls(*embeddings.shape, device="meta", **options)
+        module.weight = nn.Parameter(embeddings, requires_grad=not freeze)
+        module.kernel.to(embeddings.device)
+        return module

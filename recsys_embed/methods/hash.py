@@ -1,0 +1,59 @@
+"""hash: ids share the rows of a smaller table through one hash (the hashing trick, Weinberger et al. 2009)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from recsys_embed import hashing
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.program import Digit, Hash, Init, LookupProgram, Probe, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashConfig(MethodConfig):
+    """One table of ``num_buckets`` rows.
+
+    Rows start with the law of a plain table of the ORIGINAL cardinality, as DLRM's do.
+
+    >>> HashConfig(num_buckets=500).footprint(FeatureSpec("C1", 10_000, 16)).serve
+    32000
+    """
+
+    method: ClassVar[str] = "hash"
+    accepts_raw: ClassVar[bool] = True
+
+    num_buckets: int = param(1, "rows of the table", low=1, high=MAX_ROWS)
+    hash: Literal["splitmix64", "mod"] = param("splitmix64", "'mod' is `id % num_buckets`, to reproduce papers")
+    sign: bool = param(False, "multiply by a second hash in {-1, +1}: unbiased inner products")
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec)
+        if spec.ids == "index" and self.num_buckets > spec.num_embeddings:
+            faults.append(f"`num_buckets` must be in [1, {spec.num_embeddings}]; got {self.num_buckets}")
+        return faults
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        salt = hashing.salt(self.seed, spec.name, "row", 0)
+        transform = Digit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
+        sign = hashing.salt(self.seed, spec.name, "sign", 0) if self.sign else None
+        table = Table("weight", self.num_buckets, spec.embedding_dim, Init.plain(spec))
+        return LookupProgram((table,), (Probe("weight", transform, sign=sign),))
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        return cls.from_params({**params, "num_buckets": size})
+
+
+class HashEmbedding(CompressedEmbedding):
+    """Drop-in over a hashed table; takes any int64 id.
+
+    >>> import torch
+    >>> emb = HashEmbedding(1_000_000, 16, num_buckets=50_000)
+    >>> emb(torch.tensor([1, 2**40])).shape
+    torch.Size([2, 16])
+    """
+
+    config_cls = HashConfig

@@ -1,0 +1,272 @@
+"""A method described as data: which tables it stores and how an id becomes a vector.
+
+ids -> transform indices -> gather rows -> combine per id -> project -> (pool over the bag, by whoever runs it).
+Transforms map int64 ids to int64 rows in exact arithmetic; their parameters are integers that either stay Python
+integers (one feature) or stack into tensors (all features of a collection at once), with one definition for both.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from recsys_embed import hashing
+from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.memory import Footprint
+
+Combine = Literal["sum", "mul"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """Law of a table's initial elements: ``loc`` + U(±scale), ``loc`` + N(0, scale**2), or constant ``loc``."""
+
+    law: Literal["uniform", "normal", "constant"]
+    scale: float = 0.0
+    loc: float = 0.0
+
+    @classmethod
+    def plain(cls, spec: FeatureSpec, factor: float = 1.0) -> Init:
+        """The law a plain table of ``spec`` would start with, its spread times ``factor``."""
+        law, scale = spec.init_law()
+        return cls(law, scale * factor)
+
+    def fill_(self, out: Tensor, seed: int) -> Tensor:
+        """Fill ``out`` in place with bits that depend on ``seed`` and the shape alone, not on device or threads."""
+        if out.is_meta:
+            return out
+        if self.law == "constant":
+            return out.fill_(self.loc)
+        generator = torch.Generator().manual_seed(seed)
+        flat = out.view(-1)
+        for chunk in flat.split(1 << 24):
+            draw = torch.empty(chunk.shape, dtype=torch.float32)
+            if self.law == "uniform":
+                draw.uniform_(-self.scale, self.scale, generator=generator)
+            else:
+                draw.normal_(0.0, self.scale, generator=generator)
+            chunk.copy_(draw.add_(self.loc) if self.loc else draw)
+        return out
+
+
+@dataclass(frozen=True)
+class Table:
+    """A physical table ``[rows, width]``.
+
+    ``shared`` names it across features: programs that name the same shared table read the same rows. A ``dense``
+    table is a matrix that every lookup multiplies by (a projection) and is never read by row.
+    """
+
+    name: str
+    rows: int
+    width: int
+    init: Init
+    shared: bool = False
+    dense: bool = False
+
+
+class Transform(ABC):
+    """Maps ids to rows. ``signature`` fixes which arithmetic runs, ``parameters`` are the integers it runs with."""
+
+    @abstractmethod
+    def signature(self) -> tuple[Any, ...]:
+        """Hashable; transforms with equal signatures differ in their parameters only and run as one."""
+
+    @abstractmethod
+    def parameters(self) -> tuple[int, ...]:
+        """The integers :meth:`map` needs."""
+
+    @staticmethod
+    @abstractmethod
+    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+        """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of ``ids`` (int64, any shape): int64, same shape; -1 where the id has no row."""
+        return self.map(self.signature(), ids, self.parameters())
+
+    @property
+    def may_be_absent(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Digit(Transform):
+    """``(x // div) % mod``, a digit of a mixed-radix number; ``mod=0`` keeps the whole quotient.
+
+    ``affine = (a, b, p)`` first replaces x by ``(a*x + b) % p``: a bijection of [0, p) for a prime p and 0 < a < p.
+    """
+
+    div: int = 1
+    mod: int = 0
+    affine: tuple[int, int, int] | None = None
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Digit, self.affine is not None, self.div != 1, self.mod != 0)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.div, self.mod, *(self.affine or (1, 0, 1)))
+
+    @staticmethod
+    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+        _, has_affine, has_div, has_mod = signature
+        div, mod, a, b, p = params
+        if has_affine:
+            ids = (ids * a + b) % p
+        if has_div:
+            ids = torch.div(ids, div, rounding_mode="floor")
+        return ids % mod if has_mod else ids
+
+
+@dataclass(frozen=True)
+class Hash(Transform):
+    """``head + offset + stride * h(x)`` with h uniform in [0, size); ids in [0, head) map to themselves.
+
+    With ``head_absent`` the ids in [0, head) have no row at all.
+    """
+
+    salt: int
+    size: int
+    stride: int = 1
+    offset: int = 0
+    head: int = 0
+    head_absent: bool = False
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Hash, self.head > 0, self.head_absent)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.salt, self.size, self.stride, self.head + self.offset, self.head)
+
+    @staticmethod
+    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+        _, has_head, absent = signature
+        salt, size, stride, offset, head = params
+        rows = hashing.hash_rows(ids, salt, size) * stride + offset
+        if has_head:
+            private = (ids >= 0) & (ids < head)
+            rows = torch.where(private, -1 if absent else ids, rows)
+        return rows
+
+    @property
+    def may_be_absent(self) -> bool:
+        return self.head > 0 and self.head_absent
+
+
+@dataclass(frozen=True)
+class Murmur(Transform):
+    """Word ``word`` of thinc's four 32-bit hash keys, modulo ``size``."""
+
+    seed: int
+    word: int
+    size: int
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Murmur, self.word)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.seed, self.size)
+
+    @staticmethod
+    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+        return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A learned scalar per id: element ``transform(id)`` of a table of width 1."""
+
+    table: str
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One row read per id: it joins the output columns ``[column, column + table.width)``.
+
+    The row is multiplied by ``scale``, by a sign hashed with ``sign`` and by the learned ``weight``, where given.
+    """
+
+    table: str
+    transform: Transform
+    column: int = 0
+    scale: float = 1.0
+    sign: int | None = None
+    weight: Weight | None = None
+
+
+@dataclass(frozen=True)
+class LookupProgram:
+    """How one feature's ids become vectors.
+
+    Args:
+        tables: what is stored.
+        probes: which row each id reads; probes with equal columns combine, disjoint columns concatenate.
+        combine: ``"sum"`` or ``"mul"`` of the probes that share columns, per id and before pooling.
+        projection: name of a dense table ``[columns, out]`` applied to the combined vector.
+        vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
+    """
+
+    tables: tuple[Table, ...]
+    probes: tuple[Probe, ...]
+    combine: Combine = "sum"
+    projection: str | None = None
+    vectors: int = 1
+    MAX_ROWS: ClassVar[int] = MAX_ROWS
+
+    def table(self, name: str) -> Table:
+        return next(t for t in self.tables if t.name == name)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Output column range of each probe."""
+        return tuple((p.column, p.column + self.table(p.table).width) for p in self.probes)
+
+    @property
+    def combined_width(self) -> int:
+        """Width before the projection."""
+        return max(stop for _, stop in self.spans)
+
+    @property
+    def width(self) -> int:
+        """Width of one id's output."""
+        return self.table(self.projection).width if self.projection else self.combined_width
+
+    def footprint(self, itemsize: int = 4) -> Footprint:
+        """Bytes of the program's own tables at ``itemsize`` bytes per element."""
+        return Footprint(weights=itemsize * sum(t.rows * t.width for t in self.tables))
+
+    def faults(self) -> list[str]:
+        """Everything wrong with the description itself, in words."""
+        faults = []
+        names = [t.name for t in self.tables]
+        if len(set(names)) != len(names):
+            faults.append(f"table names repeat: {names}")
+        for t in self.tables:
+            if not 1 <= t.rows <= MAX_ROWS or t.width < 1:
+                faults.append(f"table {t.name!r} must have 1 to {MAX_ROWS} rows and width >= 1; got {t.rows} x {t.width}")
+        used = {p.table for p in self.probes} | {p.weight.table for p in self.probes if p.weight} | {self.projection}
+        faults += [f"table {n!r} is read but not declared" for n in sorted(used - {None} - set(names), key=str)]
+        faults += [f"table {n!r} is declared but never read" for n in names if n not in used]
+        if faults:
+            return faults
+        spans = sorted(set(self.spans))
+        edges = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] != edges[:-1]:
+            faults.append(f"probe columns must tile the output without gap or partial overlap; got {spans}")
+        if self.projection and self.table(self.projection).rows != self.combined_width:
+            faults.append(f"projection must have {self.combined_width} rows; got {self.table(self.projection).rows}")
+        if self.width % self.vectors:
+            faults.append(f"width {self.width} does not divide into {self.vectors} vectors")
+        return faults
+
+
+def spread(init: Init) -> float:
+    """Standard deviation of a law's elements."""
+    return {"uniform": init.scale / math.sqrt(3), "normal": init.scale, "constant": 0.0}[init.law]

@@ -1,0 +1,77 @@
+"""The methods the library knows: one key names a method in files, classes, configs, tests and the command line."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from recsys_embed.config import MethodConfig
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError, unknown_name
+
+
+class MethodInfo(NamedTuple):
+    """One registered method."""
+
+    name: str
+    embedding_cls: type[CompressedEmbedding]
+    config_cls: type[MethodConfig]
+    paper: str
+    tags: tuple[str, ...]
+
+
+_METHODS: dict[str, MethodInfo] = {}
+
+
+def register(embedding_cls: type[CompressedEmbedding], *, paper: str, tags: tuple[str, ...] = ()) -> None:
+    """Add a method under its config's key.
+
+    Raises:
+        ConfigError: the key is taken by another class.
+    """
+    config_cls = embedding_cls.config_cls
+    known = _METHODS.setdefault(
+        config_cls.method, MethodInfo(config_cls.method, embedding_cls, config_cls, paper, tuple(tags))
+    )
+    if known.embedding_cls is not embedding_cls:
+        raise ConfigError(f"method {config_cls.method!r} is already registered by {known.embedding_cls.__name__}")
+
+
+def get_method(name: str) -> MethodInfo:
+    """The method of that key.
+
+    Raises:
+        UnknownNameError: no such method; names the nearest.
+    """
+    if name not in _METHODS:
+        raise unknown_name("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def list_methods(tag: str | None = None) -> list[MethodInfo]:
+    """All methods in order of registration, or those with a tag.
+
+    >>> import recsys_embed as rse
+    >>> rse.list_methods()[0].name
+    'full'
+    """
+    return [m for m in _METHODS.values() if tag is None or tag in m.tags]
+
+
+def config_from_dict(data: dict[str, Any]) -> MethodConfig:
+    """Inverse of :meth:`MethodConfig.to_dict`; unknown methods and options are errors."""
+    params = dict(data)
+    name = params.pop("method", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"a method configuration needs a key 'method'; got {sorted(data)}")
+    return get_method(name).config_cls.from_params(params)
+
+
+def make_embedding(method: str, num_embeddings: int, embedding_dim: int, **options: Any) -> CompressedEmbedding:
+    """A drop-in module of the named method; ``options`` as its class takes them (``budget=``, ``mode=``, ...).
+
+    >>> import torch, recsys_embed as rse
+    >>> emb = rse.make_embedding("hash", 1_000_000, 16, budget="1MiB")
+    >>> emb(torch.tensor([3, 999_999])).shape, emb.footprint().serve
+    (torch.Size([2, 16]), 1048576)
+    """
+    return get_method(method).embedding_cls(num_embeddings, embedding_dim, **options)
