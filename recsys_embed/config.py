@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.program import LookupProgram
 
 
 def param(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A config field with its meaning and inclusive range; ``None`` as a default makes it optional."""
+    """A config field with its meaning and inclusive range; ``MISSING`` as a default makes it required."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high})
 
 
@@ -134,6 +135,48 @@ class MethodConfig(ABC):
                 high = middle - 1
         return cls.sized(spec, low, **params)
 
+    @classmethod
+    def plan(
+        cls, specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, *, full_below: int = 200, **params: Any
+    ) -> dict[str, MethodConfig]:
+        """One configuration per feature such that all together deploy in ``budget`` bytes.
+
+        Every feature gets the same fraction of its plain table, as the papers do; tables of fewer than ``full_below``
+        rows, and those the method would not shrink, stay ``plain`` where that fits.
+
+        Raises:
+            BudgetError: the smallest configurations do not fit together.
+        """
+        whole = {s.name: plain.footprint(s).serve for s in specs}
+        small = {s.name: cls.sized(s, 1, **params) for s in specs}
+        need = {s.name: small[s.name].footprint(s).serve for s in specs}
+
+        def choose(ratio: float, keep: int) -> tuple[int, dict[str, MethodConfig]]:
+            total, chosen = 0, {}
+            for s in specs:
+                config: MethodConfig = plain
+                if s.num_embeddings >= keep and need[s.name] < whole[s.name]:
+                    share = int(ratio * whole[s.name])
+                    config = small[s.name] if share <= need[s.name] else cls.for_budget(s, share, **params)
+                    if config.footprint(s).serve >= whole[s.name]:
+                        config = plain
+                chosen[s.name] = config
+                total += config.footprint(s).serve
+            return total, chosen
+
+        for keep in (full_below, 0):
+            if choose(0.0, keep)[0] <= budget:
+                low, high = 0.0, 1.0
+                for _ in range(30):
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if choose(middle, keep)[0] <= budget else (low, middle)
+                return choose(low, keep)[1]
+        raise BudgetError(
+            f"method {cls.method!r} needs at least {format_bytes(choose(0.0, 0)[0])} for these {len(specs)} features; "
+            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a method with smaller tables, such as "
+            "'hash' or 'unified'; 3. a smaller embedding_dim"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the method key and every field."""
         return {"method": self.method, **asdict(self)}
@@ -145,7 +188,6 @@ class MethodConfig(ABC):
         for key in params:
             if key not in known:
                 raise unknown_name(f"option of {cls.__name__}", key, known)
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in params.items()})
-        except TypeError as e:
-            raise ConfigError(f"{cls.__name__}: {e}") from e
+        missing = [f"`{f.name}` is missing" for f in fields(cls) if f.default is MISSING and f.name not in params]
+        raise_faults(missing, f"{cls.__name__}; give it, or a byte `budget` to size it")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in params.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal, Self
@@ -11,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed import hashing
+from recsys_embed import _state, hashing
 from recsys_embed.config import MethodConfig
-from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import check_id_dtype, check_id_range
@@ -235,29 +234,21 @@ class CompressedEmbedding(nn.Module):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
+    def _identity(self) -> dict[str, Any]:
+        return {"spec": asdict(self.spec), "config": self.config.to_dict()}
+
     def get_extra_state(self) -> Tensor:
-        """Configuration and feature as JSON bytes, so that a state dict refuses to load elsewhere."""
-        state = {"config": self.config.to_dict(), "spec": asdict(self.spec)}
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        """Feature and configuration as JSON bytes, so that a state dict refuses to load elsewhere."""
+        return _state.pack(self._identity())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to restore: :meth:`_load_from_state_dict` has compared it."""
+        """Nothing to restore: the comparison comes before any weight is copied."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "_extra_state")
-        if isinstance(saved, Tensor):
-            try:
-                theirs = json.loads(bytes(saved.cpu().numpy()))
-                theirs = {**theirs["spec"], **theirs["config"]}
-            except (ValueError, KeyError, TypeError) as e:
-                raise CheckpointError(f"the configuration stored at {prefix + '_extra_state'!r} is damaged: {e}") from e
-            ours = json.loads(json.dumps({**asdict(self.spec), **self.config.to_dict()}))
-            diff = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
-            # Initial law, salted name aside, shapes nothing once weights are loaded.
-            diff = [k for k in diff if k not in ("init", "pooling")]
-            if diff:
-                text = ", ".join(f"{k}: saved {theirs.get(k)!r}, here {ours.get(k)!r}" for k in diff)
-                raise CheckpointError(f"the state of {prefix[:-1] or type(self).__name__!r} is of another config: {text}")
+        if prefix + "_extra_state" in state_dict:
+            # The law of initial weights and the pooling do not change what stored rows mean.
+            where = prefix.rstrip(".") or type(self).__name__
+            _state.check(state_dict[prefix + "_extra_state"], self._identity(), where, ignore=("init", "pooling"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed import hashing
@@ -25,7 +25,7 @@ class HashConfig(MethodConfig):
     method: ClassVar[str] = "hash"
     accepts_raw: ClassVar[bool] = True
 
-    num_buckets: int = param(1, "rows of the table", low=1, high=MAX_ROWS)
+    num_buckets: int = param(MISSING, "rows of the table", low=1, high=MAX_ROWS)
     hash: Literal["splitmix64", "mod"] = param("splitmix64", "'mod' is `id % num_buckets`, to reproduce papers")
     sign: bool = param(False, "multiply by a second hash in {-1, +1}: unbiased inner products")
 
