@@ -1,0 +1,83 @@
+"""How commands read training settings: a file, then options, then ``--set key=value``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recsys_embed.errors import ConfigError
+from recsys_embed.train.config import TrainConfig, read_settings
+
+
+def split_settings(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a file: those of training, and those of its table ``[compare]``."""
+    settings = {} if path is None else read_settings(path)
+    compare = settings.pop("compare", {})
+    if not isinstance(compare, dict):
+        raise ConfigError(f"`compare` in {path} must be a table; got {compare!r}")
+    return settings, compare
+
+
+def train_config(settings: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str]) -> TrainConfig:
+    """Merge settings, options that were given (not None) and ``key=value`` texts, later ones winning.
+
+    >>> train_config({"epochs": 1}, {"seed": 3}, ["epochs=2", "model_args.hidden=[8]"]).model_args
+    {'hidden': [8]}
+    """
+    merged = dict(settings)
+    merged |= {k: v for k, v in options.items() if v is not None}
+    for text in assignments:
+        _merge(merged, parse_assignment(text))
+    return TrainConfig.from_dict(merged)
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """``key=value`` with a TOML value; a bare word is a text.
+
+    >>> parse_assignment("model_args.hidden=[64, 32]"), parse_assignment("schedule=cosine")
+    ({'model_args': {'hidden': [64, 32]}}, {'schedule': 'cosine'})
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"--set takes key=value, e.g. --set epochs=2; got {text!r}")
+    try:
+        return tomllib.loads(f"{key} = {value}")
+    except tomllib.TOMLDecodeError:
+        quoted = value.strip().replace("\\", "\\\\").replace('"', '\\"')
+    try:
+        return tomllib.loads(f'{key} = "{quoted}"')
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"--set takes key=value, e.g. --set epochs=2; got {text!r}: {e}") from e
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        old = into.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            into[key] = dict(old)
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names.
+
+    >>> names("deepfm, dcnv2")
+    ('deepfm', 'dcnv2')
+    """
+    return tuple(p.strip() for p in text.split(",") if p.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers; an ``x`` behind one is allowed.
+
+    >>> numbers("4,20x")
+    (4.0, 20.0)
+    """
+    try:
+        return tuple(float(p.removesuffix("x")) for p in names(text))
+    except ValueError:
+        raise ConfigError(f"expected numbers separated by commas, e.g. 4,20; got {text!r}") from None

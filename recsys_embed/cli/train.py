@@ -1,0 +1,95 @@
+"""``recsys-embed train``: one model, one method, one run folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from recsys_embed.cli._settings import split_settings, train_config
+from recsys_embed.memory import format_bytes
+from recsys_embed.train import Interrupted, run_training
+from recsys_embed.train.run import RunOutcome, footprint_dict, plain
+
+EXIT_INTERRUPTED = 130
+
+
+def train(
+    data: Path = typer.Option(..., "--data", help="Folder made by 'recsys-embed data'."),
+    config: Path | None = typer.Option(None, "--config", help="Settings, TOML or JSON; options below override them."),
+    out: Path | None = typer.Option(None, "--out", help="Run folder; default runs/train/MODEL-METHOD-sSEED."),
+    resume: bool = typer.Option(False, "--resume", help="Go on from the run folder's checkpoint."),
+    model: str | None = typer.Option(None, "--model", help="lr, fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn."),
+    method: str | None = typer.Option(None, "--method", help="How embeddings are stored, e.g. full, hash, unified."),
+    ratio: float | None = typer.Option(None, "--ratio", help="Embedding bytes of full divided by this."),
+    budget: str | None = typer.Option(None, "--budget", help="Embedding bytes, e.g. 4MiB."),
+    embedding_dim: int | None = typer.Option(None, "--embedding-dim", help="Width of the vectors."),
+    epochs: int | None = typer.Option(None, "--epochs", help="Passes over the training rows."),
+    steps: int | None = typer.Option(None, "--steps", help="Stop after so many batches."),
+    batch_size: int | None = typer.Option(None, "--batch-size", help="Rows per step."),
+    learning_rate: float | None = typer.Option(None, "--learning-rate", help="Peak rate."),
+    patience: int | None = typer.Option(None, "--patience", help="Stop after so many validations without gain."),
+    seed: int | None = typer.Option(None, "--seed", help="Seed of weights, order and dropout."),
+    assign: list[str] = typer.Option([], "--set", help="Any other setting: key=value, e.g. model_args.dropout=0.1."),
+    device: str = typer.Option("cpu", "--device", help="cpu, cuda, cuda:1."),
+    tensorboard: bool = typer.Option(True, help="Write TensorBoard events into the run folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> int:
+    """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume."""
+    from recsys_embed.data import open_dataset
+
+    options = {
+        "model": model,
+        "method": method,
+        "ratio": ratio,
+        "budget": budget,
+        "embedding_dim": embedding_dim,
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "patience": patience,
+        "seed": seed,
+    }
+    settings = train_config(split_settings(config)[0], options, assign)
+    folder = out or Path("runs/train") / f"{settings.model}-{settings.method}-s{settings.seed}"
+    try:
+        outcome = run_training(
+            settings, open_dataset(data), folder=folder, resume=resume, device=device, tensorboard=tensorboard
+        )
+    except Interrupted as e:
+        print(f"recsys-embed: {e}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    summary = summarise(outcome)
+    print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
+    return 0
+
+
+def summarise(outcome: RunOutcome) -> dict[str, Any]:
+    """A finished run as JSON values."""
+    result = plain(outcome.result.to_dict())
+    result["footprint"] = footprint_dict(outcome.footprint)
+    result["compression"] = outcome.full_bytes / outcome.footprint.serve
+    return dict(result)
+
+
+def render(summary: dict[str, Any], folder: Path) -> str:
+    """The lines that a person reads."""
+    lines = []
+    for split in ("valid", "test"):
+        if (m := summary[split]) is not None:
+            auc = "-" if m["auc"] is None else f"{m['auc']:.4f}"
+            lines.append(f"{split:>5}: AUC {auc}  logloss {m['logloss']:.4f}  ({m['samples']:,} rows)")
+    parts = summary["footprint"]
+    lines.append(
+        f"bytes: weights {format_bytes(parts['serve'])}, training {format_bytes(parts['train'])}, "
+        f"compression {summary['compression']:.1f}x"
+    )
+    lines.append(
+        f"steps: {summary['steps']} (best at {summary['best_step']}), {summary['samples_per_s']:,.0f} samples/s; "
+        f"files in {folder}"
+    )
+    return "\n".join(lines)

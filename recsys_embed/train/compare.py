@@ -1,0 +1,306 @@
+"""Train every combination of model, method, size and seed alike, keep each as a file, and summarise over seeds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recsys_embed.errors import BudgetError, ConfigError, raise_faults
+from recsys_embed.memory import Footprint, parse_bytes
+from recsys_embed.registry import get_method, list_methods
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.files import write_json
+from recsys_embed.train.loop import DivergedError
+from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training
+
+ROWS = "rows"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare; everything else is the same for all rows.
+
+    Args:
+        models: model keys.
+        methods: method keys; ``full`` is always added, as the others are measured against it.
+        ratios: compressions; each gives every method ``full``'s bytes divided by it.
+        budgets: byte budgets of the whole embedding part, instead of or besides ratios.
+        seeds: number of seeds, 0 to ``seeds - 1``; one seed fixes data order and dense start of every method.
+        train: settings of all rows.
+        model_args: hyperparameters by model key, over ``train.model_args``.
+        method_args: parameters by method key, over ``train.method_args``.
+
+    >>> [c.name for c in Comparison(models=("fm",), methods=("hash",), ratios=(4.0,)).cases()]
+    ['fm full seed 0', 'fm hash 4x seed 0']
+    """
+
+    models: tuple[str, ...] = ("deepfm",)
+    methods: tuple[str, ...] = ("hash", "unified")
+    ratios: tuple[float, ...] = (20.0,)
+    budgets: tuple[str | int, ...] = ()
+    seeds: int = 1
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    method_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.seeds < 1:
+            faults.append(f"`seeds` must be at least 1; got {self.seeds}")
+        if not self.models:
+            faults.append("`models` must name at least one model")
+        faults += [f"`ratios` must be at least 1; got {r:g}" for r in self.ratios if not r >= 1]
+        if not self.ratios and not self.budgets and any(m != "full" for m in self.methods):
+            faults.append("give `ratios` or `budgets` for the methods to meet")
+        for key in ("method", "ratio", "budget", "seed"):
+            if key in self.train.non_defaults():
+                faults.append(f"`{key}` varies between rows; it must not be among the settings of all rows")
+        raise_faults(faults, "Comparison")
+        for method in self.methods:
+            get_method(method)
+        for budget in self.budgets:
+            parse_bytes(budget)
+
+    def cases(self) -> Iterator[Case]:
+        """All rows in order of training: seed by seed, so that the first round shows every method."""
+        methods = [m for m in dict.fromkeys(self.methods) if m != "full"]
+        sizes: list[tuple[float | None, str | int | None]] = [(r, None) for r in self.ratios]
+        sizes += [(None, b) for b in self.budgets]
+        for seed in range(self.seeds):
+            for model in self.models:
+                yield self._case(model, "full", None, None, seed)
+                for ratio, budget in sizes:
+                    for method in methods:
+                        yield self._case(model, method, ratio, budget, seed)
+
+    def _case(self, model: str, method: str, ratio: float | None, budget: str | int | None, seed: int) -> Case:
+        config = self.train.replace(
+            model=model,
+            method=method,
+            ratio=ratio,
+            budget=budget,
+            seed=seed,
+            model_args={**self.train.model_args, **self.model_args.get(model, {})},
+            method_args={} if method == "full" else {**self.train.method_args, **self.method_args.get(method, {})},
+        )
+        return Case(config)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to train."""
+
+    config: TrainConfig
+
+    @property
+    def size(self) -> str:
+        if self.config.ratio is not None:
+            return f"{self.config.ratio:g}x"
+        return "" if self.config.budget is None else str(self.config.budget)
+
+    @property
+    def name(self) -> str:
+        parts = (self.config.model, self.config.method, self.size, f"seed {self.config.seed}")
+        return " ".join(p for p in parts if p)
+
+    @property
+    def key(self) -> str:
+        """File name of the row."""
+        return self.name.replace(" ", "-")
+
+
+def all_methods() -> tuple[str, ...]:
+    """Keys of every registered method."""
+    return tuple(m.name for m in list_methods())
+
+
+def run_comparison(
+    comparison: Comparison,
+    data: Any,
+    folder: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    on_row: Callable[[int, int, dict[str, Any]], None] | None = None,
+    show_progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Train what is not yet trained and return all rows as JSON values.
+
+    Each row is a file in ``folder/rows``, so a comparison that was stopped goes on where it was; a row that cannot be
+    built within its budget is kept too, with the reason.
+
+    Args:
+        comparison: what to compare.
+        data: opened data set.
+        folder: where rows go.
+        device: e.g. ``"cuda"``; None: CPU.
+        on_row: called after each row with its number, the number of rows and the row.
+        show_progress: see :class:`recsys_embed.train.Trainer`.
+
+    Raises:
+        ConfigError: the folder holds a row of other settings or other data.
+    """
+    folder = Path(folder)
+    cases = list(comparison.cases())
+    found = [_finished_row(folder, case, data) for case in cases]
+    rows = []
+    for number, (case, row) in enumerate(zip(cases, found, strict=True), 1):
+        if row is None:
+            label = f"[{number}/{len(cases)}] {case.name}"
+            row = _train_row(case, data, folder, device=device, label=label, show_progress=show_progress)
+            write_json(_row_path(folder, case), row)
+        rows.append(row)
+        if on_row is not None:
+            on_row(number, len(cases), row)
+    return rows
+
+
+def _row_path(folder: Path, case: Case) -> Path:
+    return folder / ROWS / f"{case.key}.json"
+
+
+def _finished_row(folder: Path, case: Case, data: Any) -> dict[str, Any] | None:
+    path = _row_path(folder, case)
+    if not path.exists():
+        return None
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    wanted = case.config.to_dict()
+    # Settings pass through JSON so that tuples and lists compare equal.
+    wanted = json.loads(json.dumps(wanted))
+    differing = [k for k in wanted if row["settings"].get(k) != wanted[k]]
+    if row["data"] != fingerprint(data.schema(case.config.embedding_dim)):
+        differing.append("data")
+    if differing:
+        raise ConfigError(
+            f"{path} was made with other settings ({', '.join(differing)}); choose another folder (--out) or remove it"
+        )
+    return row
+
+
+def _train_row(
+    case: Case, data: Any, folder: Path, *, device: torch.device | str | None, label: str, show_progress: bool | None
+) -> dict[str, Any]:
+    config = case.config
+    schema = data.schema(config.embedding_dim)
+    row: dict[str, Any] = {
+        "model": config.model,
+        "method": config.method,
+        "size": case.size,
+        "ratio": config.ratio,
+        "budget": config.budget,
+        "seed": config.seed,
+        "status": "ok",
+        "reason": "",
+        "settings": config.to_dict(),
+        "data": fingerprint(schema),
+    }
+    try:
+        plans_for(schema, config)
+    except (BudgetError, ConfigError) as e:
+        return {**row, "status": "infeasible", "reason": str(e)}
+    # A single pass has no checkpoint before its end, unless asked for, so it needs no folder.
+    resumable = config.epochs > 1 or config.eval_every is not None or config.checkpoint_every is not None
+    run_folder = folder / ROWS / case.key if resumable else None
+    try:
+        out = run_training(
+            config,
+            data,
+            folder=run_folder,
+            resume=True,
+            device=device,
+            save_model=False,
+            show_progress=show_progress,
+            label=label,
+        )
+    except DivergedError as e:
+        return {**row, "status": "diverged", "reason": str(e)}
+    done = {
+        **row,
+        **plain(out.result.to_dict()),
+        "footprint": footprint_dict(out.footprint),
+        "full_bytes": out.full_bytes,
+        "compression": out.full_bytes / out.footprint.serve,
+    }
+    if run_folder is not None:
+        shutil.rmtree(run_folder)
+    return done
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of the table: a model, method and size over all seeds.
+
+    ``auc_gain`` is the mean over seeds of test AUC minus that of ``full`` at the same seed. Standard deviations are
+    over seeds, None for one seed.
+    """
+
+    model: str
+    method: str
+    size: str
+    status: str
+    reason: str
+    seeds: int
+    auc: float | None = None
+    auc_sd: float | None = None
+    logloss: float | None = None
+    logloss_sd: float | None = None
+    auc_gain: float | None = None
+    auc_gain_sd: float | None = None
+    footprint: Footprint = field(default_factory=Footprint)
+    compression: float | None = None
+    samples_per_s: float | None = None
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
+    """Means and standard deviations over the seeds of each (model, method, size), in order of appearance."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["method"], row["size"]), []).append(row)
+    full = {
+        (r["model"], r["seed"]): r["test"]["auc"]
+        for r in rows
+        if r["method"] == "full" and r["status"] == "ok" and r["test"] is not None
+    }
+    return [_summary(key, members, full) for key, members in groups.items()]
+
+
+def _summary(
+    key: tuple[str, str, str], rows: list[dict[str, Any]], full: dict[tuple[str, int], float | None]
+) -> Summary:
+    good = [r for r in rows if r["status"] == "ok" and r["test"] is not None and r["test"]["auc"] is not None]
+    if not good:
+        bad = rows[0]
+        return Summary(*key, status=bad["status"], reason=bad["reason"] or "no test split", seeds=0)
+    gains = []
+    for r in good:
+        base = full.get((r["model"], r["seed"]))
+        if base is not None:
+            gains.append(r["test"]["auc"] - base)
+    aucs, losses = [r["test"]["auc"] for r in good], [r["test"]["logloss"] for r in good]
+    parts = good[0]["footprint"]
+    missing = [r for r in rows if r["status"] != "ok"]
+    return Summary(
+        *key,
+        status="ok",
+        reason="; ".join(f"seed {r['seed']}: {r['reason']}" for r in missing),
+        seeds=len(good),
+        auc=statistics.fmean(aucs),
+        auc_sd=_sd(aucs),
+        logloss=statistics.fmean(losses),
+        logloss_sd=_sd(losses),
+        auc_gain=statistics.fmean(gains) if gains else None,
+        auc_gain_sd=_sd(gains),
+        footprint=Footprint(**{k: parts[k] for k in ("weights", "index", "optimizer", "gradient")}),
+        compression=good[0]["compression"],
+        samples_per_s=statistics.median(r["samples_per_s"] for r in good),
+    )
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
