@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -166,6 +167,47 @@ print(sorted(extra))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def required_by_name() -> list[tuple[str, str, str | None]]:
+    """Every ``require("library", extra="...")`` of the package, which import-linter cannot see: module, library, extra."""
+    found = []
+    for path in sorted((ROOT / "recsys_embed").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(getattr(node, "func", None), "id", None)
+            if name == "require" and isinstance(node.args[0], ast.Constant):
+                extra = next((k.value.value for k in node.keywords if k.arg == "extra"), None)
+                found.append((module, node.args[0].value.partition(".")[0], extra))
+    return found
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_libraries_loaded_by_name_stay_in_their_room_too():
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    (contract,) = [c for c in contracts if "Optional libraries" in c["name"]]
+    allowed = [line.split(" -> ") for line in contract["ignore_imports"]]
+    for module, library, _ in required_by_name():
+        if library in contract["forbidden_modules"]:
+            rooms = [room.removesuffix(".**") for room, lib in allowed if lib == library]
+            assert any(f"{module}.".startswith(f"{room}.") for room in rooms), f"{module} loads {library}"
+
+
+def test_the_extra_that_an_error_names_installs_the_library():
+    extras = PROJECT["project"]["optional-dependencies"]
+
+    def contents(extra: str) -> set[str]:
+        names: set[str] = set()
+        for line in extras[extra]:
+            own = re.match(r"recsys-embed\[(.*)\]", line)
+            names |= set().union(*map(contents, own[1].split(","))) if own else {re.match(r"[\w-]+", line)[0]}
+        return names
+
+    for module, library, extra in required_by_name():
+        if library not in ("math", "torch"):
+            assert library.replace("_", "-") in contents(extra), f"{module}: extra {extra} lacks {library}"
 
 
 # ---- scripts/setup.sh, run for real with a fake interpreter that records what it is asked to do
