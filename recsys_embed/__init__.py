@@ -5,14 +5,34 @@ Importing needs torch and numpy only; everything else loads at first use.
 
 from typing import Any as _Any
 
-from recsys_embed import methods as _methods
+from recsys_embed import methods as _methods  # noqa: F401  (importing registers them)
+from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.memory import Footprint
 from recsys_embed.optim import SGD, Adagrad, Adam, RowwiseAdagrad
+from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, get_method, list_methods, make_embedding, register
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "EmbeddingCollection",
+    "FeatureSpec",
+    "Footprint",
+    "MethodInfo",
+    "Plan",
+    "RecsysEmbedError",
+    "RowwiseAdagrad",
+    "Schema",
+    "get_method",
+    "list_methods",
+    "make_embedding",
+    "register",
+]
 
 
 def __getattr__(name: str) -> _Any:

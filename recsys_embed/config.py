@@ -1,10 +1,10 @@
-"""The configuration of a method: frozen data that turns a feature into a lookup program, or a byte budget into itself."""
+"""A method's configuration: frozen data that turns a feature into a lookup program and is sized by a byte budget."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -34,7 +34,10 @@ def _is_union(hint: Any) -> bool:
 def _fault(name: str, value: Any, types: tuple[Any, ...], low: float | None, high: float | None) -> str | None:
     choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
     if choices:
-        wanted, ok = "one of " + ", ".join(map(str, choices)), value in choices or (value is None and type(None) in types)
+        wanted, ok = (
+            "one of " + ", ".join(map(str, choices)),
+            value in choices or (value is None and type(None) in types),
+        )
     elif bool in types:
         wanted, ok = "true or false", isinstance(value, bool)
     elif int in types or float in types:
@@ -73,7 +76,9 @@ class MethodConfig(ABC):
     def check(self, spec: FeatureSpec) -> list[str]:
         """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
         if spec.ids == "raw" and not self.accepts_raw:
-            return [f"method {self.method!r} needs vocabulary indices; the feature has raw 64-bit ids: use a hashing method"]
+            return [
+                f"method {self.method!r} needs vocabulary indices; the feature has raw 64-bit ids: use a hashing method"
+            ]
         return []
 
     @abstractmethod
@@ -190,4 +195,5 @@ class MethodConfig(ABC):
                 raise unknown_name(f"option of {cls.__name__}", key, known)
         missing = [f"`{f.name}` is missing" for f in fields(cls) if f.default is MISSING and f.name not in params]
         raise_faults(missing, f"{cls.__name__}; give it, or a byte `budget` to size it")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in params.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+        return cls(**values)

@@ -92,9 +92,7 @@ class CompressedEmbedding(nn.Module):
         if type(self).reset_parameters is CompressedEmbedding.reset_parameters:
             self.reset_parameters()
 
-    def _configure(
-        self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any]
-    ) -> MethodConfig:
+    def _configure(self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any]) -> MethodConfig:
         if sum(x is not None for x in (config, budget)) > 1 or (config is not None and params):
             raise ConfigError(f"{type(self).__name__} takes either `config`, or `budget` and options; got both")
         if config is None:
@@ -107,12 +105,12 @@ class CompressedEmbedding(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def reset_parameters(self) -> None:
-        """Draw the initial weights: a function of seed and table name alone, whatever the device."""
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draw the initial weights: a function of the seed (the config's unless given) and table names alone."""
+        seed = self.config.seed if seed is None else seed
         with torch.no_grad():
             for table in self.program.tables:
-                weight = self.table(table.name)
-                table.init.fill_(weight, hashing.salt(self.config.seed, "init", self.spec.name, table.name))
+                table.init.fill_(self.table(table.name), hashing.salt(seed, "init", f"{self.spec.name}.{table.name}"))
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +187,9 @@ class CompressedEmbedding(nn.Module):
             starts = torch.arange(count, device=ids.device) * ids.shape[1]
             return ids.reshape(-1).long(), starts
         if ids.dim() != 1 or offsets is None:
-            raise ConfigError(f"bags are 2-D `ids`, or 1-D `ids` with `offsets`; got {ids.dim()}-D ids, offsets {offsets}")
+            raise ConfigError(
+                f"bags are 2-D `ids`, or 1-D `ids` with `offsets`; got {ids.dim()}-D ids, offsets {offsets}"
+            )
         return ids.long(), offsets.long()
 
     # -- whole table ----------------------------------------------------------------------------------------------

@@ -250,7 +250,9 @@ class LookupProgram:
             faults.append(f"table names repeat: {names}")
         for t in self.tables:
             if not 1 <= t.rows <= MAX_ROWS or t.width < 1:
-                faults.append(f"table {t.name!r} must have 1 to {MAX_ROWS} rows and width >= 1; got {t.rows} x {t.width}")
+                faults.append(
+                    f"table {t.name!r} must have 1 to {MAX_ROWS} rows and width >= 1; got {t.rows} x {t.width}"
+                )
         used = {p.table for p in self.probes} | {p.weight.table for p in self.probes if p.weight} | {self.projection}
         faults += [f"table {n!r} is read but not declared" for n in sorted(used - {None} - set(names), key=str)]
         faults += [f"table {n!r} is declared but never read" for n in names if n not in used]

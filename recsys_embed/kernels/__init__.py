@@ -1,0 +1,1 @@
+"""Run lookup programs: a readable definition and the backends compared with it."""

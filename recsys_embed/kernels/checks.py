@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,24 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
             raise IdRangeError(f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r})")
     elif ids.device.type != "meta":
         torch._assert_async(((ids >= 0) & (ids < size)).all(), f"ids of feature {where!r} must be in [0, {size})")
+
+
+def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature: Tensor | None = None) -> None:
+    """Raise unless every id lies below the limit of its feature; a limit of -1 lets any id pass.
+
+    Args:
+        ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id.
+        limits: int64 ``[F]``.
+
+    Raises:
+        IdRangeError: names the first feature at fault and its smallest and largest id.
+    """
+    if ids.numel() == 0 or ids.device.type == "meta":
+        return
+    bound = limits if feature is None else limits[feature]
+    bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~bad.any(), "an id lies outside the range its feature declares")
+    elif bool(bad.any()):
+        first = int(bad.any(0).nonzero().min() if feature is None else feature[bad].min())
+        check_id_range(ids[:, first] if feature is None else ids[feature == first], int(limits[first]), names[first])

@@ -30,7 +30,7 @@ class FusedGather(Function):
         return weight.index_select(0, rows.clamp_min(0) if partial else rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         (rows,) = ctx.saved_tensors
         if ctx.partial:
             present = rows >= 0

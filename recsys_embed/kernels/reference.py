@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recsys_embed import hashing
+from recsys_embed.kernels.vectorised import Place, VectorisedLookup
 from recsys_embed.program import LookupProgram, Probe
 
+Gather = Callable[[str, Tensor, bool], Tensor]
 
-def _probe(probe: Probe, tables: Mapping[str, Tensor], ids: Tensor, empty: float) -> Tensor:
+
+def _read(gather: Gather, place: Place, rows: Tensor) -> Tensor:
+    return gather(place.storage, torch.where(rows < 0, rows, rows + place.offset), True)
+
+
+def _probe(probe: Probe, places: Mapping[str, Place], ids: Tensor, gather: Gather, empty: float) -> Tensor:
     rows = probe.transform.rows(ids)
-    absent = rows < 0
-    value = tables[probe.table][rows.clamp_min(0)] * probe.scale
+    value = _read(gather, places[probe.table], rows) * probe.scale
     if probe.sign is not None:
         value = value * hashing.hash_signs(ids, probe.sign).to(value.dtype).unsqueeze(-1)
     if probe.weight is not None:
-        value = value * tables[probe.weight.table][probe.weight.transform.rows(ids)]
-    return torch.where(absent.unsqueeze(-1), torch.full_like(value, empty), value)
+        value = value * _read(gather, places[probe.weight.table], probe.weight.transform.rows(ids))
+    return torch.where((rows < 0).unsqueeze(-1), torch.full_like(value, empty), value)
+
+
+def combine(program: LookupProgram, places: Mapping[str, Place], ids: Tensor, gather: Gather) -> Tensor:
+    """Combined vectors of ``ids [n]`` before the projection: ``[n, program.combined_width]``."""
+    columns = []
+    for span in sorted(set(program.spans)):
+        values = [
+            _probe(p, places, ids, gather, empty=0.0 if program.combine == "sum" else 1.0)
+            for p, s in zip(program.probes, program.spans, strict=True)
+            if s == span
+        ]
+        combined = values[0]
+        for value in values[1:]:
+            combined = combined + value if program.combine == "sum" else combined * value
+        columns.append(combined)
+    return torch.cat(columns, dim=-1)
 
 
 def lookup(program: LookupProgram, tables: Mapping[str, Tensor], ids: Tensor) -> Tensor:
@@ -33,16 +56,35 @@ def lookup(program: LookupProgram, tables: Mapping[str, Tensor], ids: Tensor) ->
     Returns:
         ``[n, program.width]`` in the tables' dtype, differentiable in the tables.
     """
-    columns = []
-    for span in sorted(set(program.spans)):
-        values = [
-            _probe(p, tables, ids, empty=0.0 if program.combine == "sum" else 1.0)
-            for p, s in zip(program.probes, program.spans, strict=True)
-            if s == span
-        ]
-        combined = values[0]
-        for value in values[1:]:
-            combined = combined + value if program.combine == "sum" else combined * value
-        columns.append(combined)
-    out = torch.cat(columns, dim=-1)
+    places = {name: Place(name, 0) for name in tables}
+    out = combine(program, places, ids, lambda table, rows, _: tables[table][rows.clamp_min(0)])
     return out @ tables[program.projection] if program.projection else out
+
+
+class ReferenceLookup(VectorisedLookup):
+    """The groups of the torch backend, run one feature and one probe at a time."""
+
+    def __init__(
+        self,
+        programs: Sequence[LookupProgram],
+        places: Sequence[Mapping[str, Place]],
+        keys: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(programs, places, keys)
+        self.programs, self.places = list(programs), list(places)
+
+    def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
+        """As :meth:`VectorisedLookup.forward`, but ``gather`` is called once per probe."""
+        out = []
+        for g, group in enumerate(self.groups):
+            members = list(enumerate(group.features))
+            run = [(self.programs[f], self.places[f]) for _, f in members]
+            if local is None:
+                out.append(torch.stack([combine(*run[j], ids[g][:, j], gather) for j, _ in members], 1))
+                continue
+            width = group.template.combined_width
+            picks = [(local[g] == j).nonzero().squeeze(1) for j, _ in members]
+            pieces = [combine(*run[j], ids[g][at], gather) for (j, _), at in zip(members, picks, strict=True)]
+            # Every value belongs to exactly one member, so the inverse permutation restores their order.
+            out.append(torch.cat(pieces)[torch.cat(picks).argsort()].view(-1, width))
+        return out

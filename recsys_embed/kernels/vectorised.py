@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from recsys_embed import hashing
+from recsys_embed.kernels.constants import Constants
 from recsys_embed.program import LookupProgram, Probe, Transform
 
 
@@ -65,7 +66,7 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[A
     return (probes, program.spans, program.combine, projection, program.vectors, key)
 
 
-class Group(nn.Module):
+class Group(Constants):
     """Features that share one structure, run together.
 
     Args:
@@ -80,12 +81,10 @@ class Group(nn.Module):
         super().__init__()
         self.features = tuple(features)
         self.template = programs[0]
-        self._values: dict[str, list[Any]] = {}
         by_kind: dict[tuple[Any, ...], list[int]] = {}
         for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
             by_kind.setdefault(signature, []).append(slot)
         self.sets = [self._probe_set(tuple(slots), programs, places) for slots in by_kind.values()]
-        self._build(torch.get_default_device())
 
     def _read(
         self,
@@ -94,9 +93,8 @@ class Group(nn.Module):
         places: Sequence[Mapping[str, Place]],
     ) -> _Read:
         """Register the integers of ``chosen[feature][probe] = (table, transform)``, row offsets last."""
-        self._values[name] = [
-            [[*t.parameters(), places[f][table].offset] for table, t in row] for f, row in enumerate(chosen)
-        ]
+        values = [[[*t.parameters(), places[f][table].offset] for table, t in row] for f, row in enumerate(chosen)]
+        self.add_constant(name, values)
         table, transform = chosen[0][0]
         return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent)
 
@@ -112,18 +110,8 @@ class Group(nn.Module):
             weight = self._read(f"weight{tag}", picks, places)
         if first.sign is not None:
             signs = f"sign{tag}"
-            self._values[signs] = [[p.sign for p in row] for row in chosen]
+            self.add_constant(signs, [[p.sign for p in row] for row in chosen])
         return _ProbeSet(slots, read, weight, signs, first.scale)
-
-    def _build(self, device: torch.device) -> None:
-        for name, values in self._values.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Group:
-        # The integers come from the programs: rebuilding them survives a stay on the meta device, which keeps no values.
-        probe = next(iter(self._values))
-        self._build(fn(getattr(self, probe)).device)
-        return self
 
     def rows(self, ids: Tensor, local: Tensor | None) -> list[tuple[str, Tensor]]:
         """Rows to gather: (storage, int64 ``[..., probes]``) for every set and its weights; -1 stays -1.
@@ -138,10 +126,12 @@ class Group(nn.Module):
             for read in (s.read, s.weight):
                 if read is None:
                     continue
-                stacked = getattr(self, read.params)
+                stacked = self.constant(read.params)
                 *params, offset = (stacked if local is None else stacked[local]).unbind(-1)
                 rows = read.kind[0].map(read.kind, x, params)
-                out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if read.may_be_absent else rows + offset))
+                out.append(
+                    (read.storage, torch.where(rows < 0, rows, rows + offset) if read.may_be_absent else rows + offset)
+                )
         return out
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -154,7 +144,7 @@ class Group(nn.Module):
             if s.scale != 1.0:
                 value = value * s.scale
             if s.signs is not None:
-                salts = getattr(self, s.signs)
+                salts = self.constant(s.signs)
                 salts = salts if local is None else salts[local]
                 value = value * hashing.hash_signs(ids.unsqueeze(-1), salts).to(value.dtype).unsqueeze(-1)
             if s.weight is not None:
@@ -194,10 +184,15 @@ class VectorisedLookup(nn.Module):
         members: dict[tuple[Any, ...], list[int]] = {}
         for i, program in enumerate(programs):
             members.setdefault(_signature(program, places[i], (keys[i],) if keys else ()), []).append(i)
-        self.groups = nn.ModuleList(
+        self._groups = nn.ModuleList(
             Group(m, [programs[i] for i in m], [places[i] for i in m]) for m in members.values()
         )
         self._partial = {s.read.storage for g in self.groups for s in g.sets if s.read.may_be_absent}
+
+    @property
+    def groups(self) -> list[Group]:
+        """Features of one structure, in the order of the arguments and results of :meth:`forward`."""
+        return cast("list[Group]", list(self._groups))
 
     def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
         """Per group, the combined vectors ``[*ids[g].shape, combined_width]`` of its ids.
@@ -217,8 +212,8 @@ class VectorisedLookup(nn.Module):
         gathered: dict[str, list[Tensor]] = {}
         for storage, rows in wanted.items():
             flat = [r.reshape(-1) for r in rows]
-            values = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial)
-            pieces = values.split([r.numel() for r in rows])
+            read = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial)
+            pieces = read.split([r.numel() for r in rows])
             gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(pieces, rows, strict=True)]
         out = []
         for g, x, w, request in zip(self.groups, ids, where, requests, strict=True):

@@ -54,9 +54,9 @@ class FullEmbedding(CompressedEmbedding):
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.padding_idx is not None and not self._device().type == "meta":
+    def reset_parameters(self, seed: int | None = None) -> None:
+        super().reset_parameters(seed)
+        if self.padding_idx is not None and self._device().type != "meta":
             with torch.no_grad():
                 self.table("weight")[self.padding_idx] = 0.0
 

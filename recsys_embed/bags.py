@@ -1,0 +1,99 @@
+"""The forms in which multi-valued features arrive, brought to one: values feature after feature, with offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import Schema
+from recsys_embed.kernels.checks import check_id_dtype
+
+
+class Bags(NamedTuple):
+    """Bags of all features: bag ``f * batch + b`` holds the ids of feature f of sample b.
+
+    ``values`` int64 ``[n]``, ``offsets`` int64 ``[features * batch + 1]``, ``weights`` floats ``[n]`` or None.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    weights: Tensor | None
+    batch: int
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+
+def _check_offsets(values: Tensor, offsets: Tensor, where: str) -> Tensor:
+    offsets = offsets.long()
+    if offsets.dim() != 1 or offsets.numel() == 0:
+        raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = (int(offsets[0]), int(offsets[-1]))
+        if ends != (0, values.numel()) or bool((offsets.diff() < 0).any()):
+            raise ConfigError(
+                f"offsets must rise from 0 to the number of ids, {values.numel()}; got {ends[0]} to {ends[1]} ({where})"
+            )
+    return offsets
+
+
+def _one(feature: Any, where: str) -> tuple[Tensor, Tensor]:
+    """Values and offsets of one feature given as ``(values, offsets)`` or as ids ``[B, L]`` or ``[B]``."""
+    if isinstance(feature, Tensor):
+        if feature.dim() not in (1, 2):
+            raise ConfigError(f"ids of one feature are [B] or [B, L]; got {tuple(feature.shape)} (feature {where!r})")
+        length = feature.shape[1] if feature.dim() == 2 else 1
+        return feature.reshape(-1), torch.arange(feature.shape[0] + 1, device=feature.device) * length
+    if not (isinstance(feature, tuple) and len(feature) == 2):
+        raise ConfigError(
+            f"a feature is a tensor or (values, offsets); got {type(feature).__name__} (feature {where!r})"
+        )
+    return feature[0], _check_offsets(feature[0], feature[1], f"feature {where!r}")
+
+
+def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | None) -> Bags:
+    """Bring any accepted form to :class:`Bags`; see :meth:`EmbeddingCollection.forward`.
+
+    Raises:
+        ConfigError: the form, its shapes or its feature names do not fit the schema.
+    """
+    count = len(schema)
+    if isinstance(ids, Tensor):
+        check_id_dtype(ids, "of the collection")
+        if ids.dim() != 1 or offsets is None:
+            raise ConfigError(f"ids are [B, {count}], or 1-D with offsets [{count} * B + 1]; got {tuple(ids.shape)}")
+        offsets = _check_offsets(ids, offsets, "collection")
+        if (offsets.numel() - 1) % count:
+            raise ConfigError(f"offsets must have {count} * B + 1 entries; got {offsets.numel()}")
+        if weights is not None and weights.shape != ids.shape:
+            raise ConfigError(
+                f"per_sample_weights must have the shape of ids, {tuple(ids.shape)}; got {tuple(weights.shape)}"
+            )
+        return Bags(ids.long(), offsets, weights, (offsets.numel() - 1) // count)
+    if weights is not None or offsets is not None:
+        raise ConfigError("offsets and per_sample_weights go with 1-D ids")
+    if not isinstance(ids, Mapping):
+        if not (hasattr(ids, "keys") and hasattr(ids, "to_dict")):
+            raise ConfigError(f"ids must be a tensor, a dict or a KeyedJaggedTensor; got {type(ids).__name__}")
+        jagged = ids.to_dict()
+        weights = ids.weights_or_none()
+        if weights is not None:
+            weights = torch.cat([jagged[n].weights() for n in schema.names if n in jagged])
+        ids = {name: (jagged[name].values(), jagged[name].offsets()) for name in jagged}
+    missing = [n for n in schema.names if n not in ids]
+    if missing:
+        raise ConfigError(f"ids of {len(missing)} features are missing: {', '.join(missing[:8])}")
+    parts = [_one(ids[name], name) for name in schema.names]
+    batches = {name: o.numel() - 1 for name, (_, o) in zip(schema.names, parts, strict=True)}
+    if len(set(batches.values())) != 1:
+        raise ConfigError(f"features must have one batch size; got {batches}")
+    for name, (values, _) in zip(schema.names, parts, strict=True):
+        check_id_dtype(values, name)
+    lengths = torch.cat([o.diff() for _, o in parts])
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Bags(torch.cat([v for v, _ in parts]).long(), starts, weights, batches[schema.names[0]])

@@ -1,0 +1,181 @@
+"""From ids of all features to vectors of all features: groups, projections and the modules that run themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_embed.bags import Bags
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.checks import check_feature_ids
+from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.reference import ReferenceLookup
+from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup
+from recsys_embed.plan import Plan, table_key
+from recsys_embed.program import LookupProgram
+from recsys_embed.registry import get_method
+
+
+def pool(vectors: Tensor, offsets: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
+    """Pool per-id ``vectors [n, width]`` over bags ``offsets [bags + 1]``: ``[bags, width]``; empty bags give zeros."""
+    order = torch.arange(vectors.shape[0], device=vectors.device)
+    if vectors.shape[0] == 0:
+        vectors = vectors.new_zeros(1, vectors.shape[1])
+    return F.embedding_bag(order, vectors, offsets, mode=mode, per_sample_weights=weights, include_last_offset=True)
+
+
+class LookupBundle(Constants):
+    """The lookups of all features of a schema.
+
+    Features run by the kernel form groups; a feature whose method computes (``config.computes``) is a module of its
+    own. Outputs come back in schema order.
+    """
+
+    def __init__(self, schema: Schema, plan: Plan, places: Mapping[str, Place], like: Tensor, backend: str) -> None:
+        super().__init__()
+        self.schema = schema
+        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.own = nn.ModuleDict()
+        kernel: list[int] = []
+        for i, spec in enumerate(schema):
+            config = plan[spec.name]
+            if not config.computes:
+                kernel.append(i)
+                continue
+            cls = get_method(config.method).embedding_cls
+            self.own[spec.name] = cls(
+                spec.num_embeddings, spec.embedding_dim, config=config, name=spec.name, init=spec.init, **options
+            )
+        specs = [schema.features[i] for i in kernel]
+        programs = [plan[s.name].program(s) for s in specs]
+        self.programs = {s.name: p for s, p in zip(specs, programs, strict=True)}
+        where = [
+            {t.name: places[table_key(s, t)] for t in p.tables if not t.dense}
+            for s, p in zip(specs, programs, strict=True)
+        ]
+        with torch.device(like.device):
+            lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
+            self.kernel = lookup(programs, where, [s.pooling for s in specs])
+        # Positions in the schema of each part of the output: the groups, then the features that run themselves.
+        self.parts = [tuple(kernel[j] for j in g.features) for g in self.kernel.groups]
+        self.parts += [(i,) for i in range(len(schema)) if i not in set(kernel)]
+        self.projections = nn.ParameterDict()
+        for g, group in enumerate(self.kernel.groups):
+            if name := group.template.projection:
+                shape = group.template.table(name)
+                values = torch.empty(len(group.features), shape.rows, shape.width, **options)
+                self.projections[str(g)] = nn.Parameter(values)
+        self.vectors = [self._program(s).vectors for s in schema]
+        self.widths = [self._program(s).width for s in schema]
+        limits = [-1 if plan[s.name].accepts_raw else s.num_embeddings for s in schema]
+        self.add_constant("limits", limits, like.device)
+        self._add_order(like.device)
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        return self.programs[spec.name] if spec.name in self.programs else self._module(spec.name).program
+
+    def _module(self, name: str) -> CompressedEmbedding:
+        return cast("CompressedEmbedding", self.own[name])
+
+    def _add_order(self, device: torch.device) -> None:
+        """Where each output column (or vector) stands among the concatenated parts."""
+        unit = self.vectors if self.output_dim is not None else self.widths
+        start, starts = 0, {}
+        for part in self.parts:
+            for i in part:
+                starts[i] = start
+                start += unit[i]
+        order = [starts[i] + j for i in range(len(self.schema)) for j in range(unit[i])]
+        self.ordered = order == sorted(order)
+        self.add_constant("order", order, device)
+
+    @property
+    def output_dim(self) -> int | None:
+        """Width of every output vector, or None where features differ."""
+        widths = {w // v for w, v in zip(self.widths, self.vectors, strict=True)}
+        return widths.pop() if len(widths) == 1 else None
+
+    def dense_tables(self) -> dict[str, Tensor]:
+        """Each projection by its table key, as a view of the stacked parameter."""
+        out = {}
+        for name, stacked in self.projections.items():
+            group = self.kernel.groups[int(name)]
+            for values, i in zip(stacked, self.parts[int(name)], strict=True):
+                spec = self.schema.features[i]
+                out[table_key(spec, group.template.table(group.template.projection or ""))] = values
+        return out
+
+    def reset_own(self, seed: int) -> None:
+        """Draw the initial weights of the modules that run themselves."""
+        for name in self.own:
+            self._module(name).reset_parameters(seed)
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def single(self, ids: Tensor, gather: Gather) -> Tensor:
+        """One id per sample and feature: int64 ``ids [B, F]``."""
+        check_feature_ids(ids, self.constant("limits"), self.schema.names)
+        columns = [ids if len(p) == ids.shape[1] and self.ordered else ids[:, list(p)] for p in self.parts]
+        grouped = len(self.kernel.groups)
+        out = []
+        for g, value in enumerate(self.kernel(columns[:grouped], None, gather)):
+            if str(g) in self.projections:
+                value = torch.einsum("bfi,fio->bfo", value, self.projections[str(g)])
+            out.append(value)
+        for part, column in zip(self.parts[grouped:], columns[grouped:], strict=True):
+            out.append(self._module(self.schema.names[part[0]]).lookup(column[:, 0]).unsqueeze(1))
+        return self._assemble(out)
+
+    def pooled(self, bags: Bags, gather: Gather) -> Tensor:
+        """Bags of ids, pooled per feature as its spec says."""
+        if bags.weights is not None and any(s.pooling != "sum" for s in self.schema):
+            raise ConfigError("per_sample_weights need pooling 'sum' for every feature")
+        count, batch = len(self.schema), bags.batch
+        lengths = bags.lengths.view(count, batch)
+        feature = torch.repeat_interleave(torch.arange(count, device=bags.values.device), lengths.sum(1))
+        check_feature_ids(bags.values, self.constant("limits"), self.schema.names, feature)
+        picks = [self._pick(part, feature) for part in self.parts]
+        values = [bags.values if at is None else bags.values[at] for at, _ in picks]
+        grouped = len(self.kernel.groups)
+        vectors = self.kernel(values[:grouped], [local for _, local in picks[:grouped]], gather)
+        out = []
+        for g, part in enumerate(self.parts):
+            at, local = picks[g]
+            weights = bags.weights if bags.weights is None or at is None else bags.weights[at]
+            mode = self.schema.features[part[0]].pooling
+            value = vectors[g] if g < grouped else self._module(self.schema.names[part[0]]).lookup(values[g])
+            project = self.projections.get(str(g), None)
+            if project is not None and mode == "max":
+                # Maxima do not commute with the projection, so it applies to every id.
+                value, project = torch.einsum("ni,nio->no", value, project[local]), None
+            offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
+            value = pool(value, offsets, mode, weights).view(len(part), batch, -1)
+            value = value.transpose(0, 1) if project is None else torch.einsum("fbi,fio->bfo", value, project)
+            out.append(value)
+        return self._assemble(out)
+
+    def _pick(self, part: tuple[int, ...], feature: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Positions of a part's values (None for all of them) and each value's place among the part's features."""
+        if part == tuple(range(len(self.schema))):
+            return None, feature
+        place = torch.full((len(self.schema),), -1, device=feature.device)
+        place[list(part)] = torch.arange(len(part), device=feature.device)
+        local = place[feature]
+        at = (local >= 0).nonzero().squeeze(1)
+        return at, local[at]
+
+    def _assemble(self, parts: Sequence[Tensor]) -> Tensor:
+        """Parts ``[B, members, width]`` to the output in schema order."""
+        batch, dim = parts[0].shape[0], self.output_dim
+        if dim is not None:
+            out = [p.reshape(batch, -1, dim) for p in parts]
+        else:
+            out = [p.reshape(batch, -1) for p in parts]
+        joined = out[0] if len(out) == 1 else torch.cat(out, 1)
+        return joined if self.ordered else joined.index_select(1, self.constant("order"))

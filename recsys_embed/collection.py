@@ -1,0 +1,225 @@
+"""All features of a model behind one call per step: a schema and a plan become one fused lookup."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_embed import _state, hashing
+from recsys_embed.bags import to_bags
+from recsys_embed.bundle import LookupBundle
+from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.features import Schema
+from recsys_embed.kernels import dispatch
+from recsys_embed.kernels.checks import check_id_dtype
+from recsys_embed.kernels.fused import FusedGather, apply_update
+from recsys_embed.kernels.storage import allocate, stack_tables
+from recsys_embed.memory import Footprint
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+
+
+class EmbeddingCollection(nn.Module):
+    """The embeddings of all features, stored together and looked up in one call.
+
+    Args:
+        schema: the features, in the order of the id columns.
+        plan: a method configuration per feature; plain tables when None.
+        optimizer: updates tables inside backward, so that they have no ``.grad``; ``None`` leaves ordinary gradients.
+            Projections and other dense parameters always have ordinary gradients: give them to a torch optimizer.
+        seed: of the initial weights (the configurations' own seeds salt the hashes).
+        backend: ``"auto"``, or a name of :func:`available_backends`.
+        sparse: with ``optimizer=None``, gradients of the tables are sparse.
+
+    Raises:
+        ConfigError: plan and schema do not fit; all faults at once.
+
+    >>> from recsys_embed import FeatureSpec, RowwiseAdagrad
+    >>> schema = Schema([FeatureSpec("C1", 1000, 16), FeatureSpec("C2", 50_000, 16)])
+    >>> coll = EmbeddingCollection(schema, Plan.uniform(schema, "hash", budget="100KiB"), RowwiseAdagrad(lr=0.01))
+    >>> out = coll(torch.tensor([[3, 7], [999, 49_999]]))
+    >>> out.shape
+    torch.Size([2, 2, 16])
+    >>> out.sum().backward()  # the tables are updated here
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        plan: Plan | None = None,
+        optimizer: FusedOptimizer | None = None,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.schema, self.plan = schema, plan or Plan.full(schema)
+        self.optimizer, self.seed, self.sparse = optimizer, seed, sparse
+        self.backend = dispatch.choose(backend)
+        if self.backend == "reference" and optimizer is not None:
+            raise ConfigError(
+                "backend 'reference' reads a table several times per step and cannot fuse its update; "
+                "use optimizer=None, or backend 'torch'"
+            )
+        self.tables = self.plan.tables(schema)
+        shapes, self.places = stack_tables(self.tables)
+        self.storages = tuple(shapes)
+        like = torch.empty(0, device=device, dtype=dtype)
+        for name, (rows, width) in shapes.items():
+            weight = allocate(rows, width, like.device, like.dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
+            for key, kind in optimizer.state.items() if optimizer else ():
+                state = allocate(rows, 1 if kind == "row" else width, like.device, torch.float32)
+                self.register_buffer(f"{name}_{key}", state, persistent=False)
+        self.bundle = LookupBundle(schema, self.plan, self.places, like, self.backend)
+        self._lr = optimizer.lr if optimizer else 0.0
+        # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
+        self._anchor = torch.zeros(0, requires_grad=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights, a function of seed and table names alone, and clear the optimizer's state."""
+        dense = self.bundle.dense_tables()
+        with torch.no_grad():
+            for key, table in self.tables.items():
+                values = dense[key] if table.dense else self.table(key)
+                table.init.fill_(values, hashing.salt(self.seed, "init", key))
+            for name, key in self._states():
+                getattr(self, f"{name}_{key}").fill_(self.optimizer.initial(key) if self.optimizer else 0.0)
+        self.bundle.reset_own(self.seed)
+        self._steps = dict.fromkeys(self.storages, 0)
+
+    def table(self, key: str) -> Tensor:
+        """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``)."""
+        storage, offset = self.places[key]
+        weight: Tensor = getattr(self, storage)
+        return weight[offset : offset + self.tables[key].rows]
+
+    @property
+    def output_dim(self) -> int | None:
+        """Width of every vector of the output, or None where features differ."""
+        return self.bundle.output_dim
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors per sample: one per feature, more where a method generates features."""
+        return sum(self.bundle.vectors)
+
+    # -- lookup ---------------------------------------------------------------------------------------------------
+
+    def _gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
+        weight = getattr(self, storage)
+        if self.optimizer is not None and torch.is_grad_enabled():
+            out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
+            return out
+        return F.embedding(rows.clamp_min(0) if partial_rows else rows, weight, sparse=self.sparse)
+
+    @torch.no_grad()
+    def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
+        if self.optimizer is None:
+            return
+        self._steps[storage] += 1
+        state = {key: getattr(self, f"{storage}_{key}") for key in self.optimizer.state}
+        weight = getattr(self, storage)
+        apply_update(self.optimizer, weight, state, rows, grad, self._lr, self._steps[storage])
+
+    def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Vectors of all features.
+
+        Args:
+            ids: one of ``[B, F]`` (one id per sample and feature, columns in schema order); ``[n]`` with ``offsets
+                [F * B + 1]``, bags feature after feature; a dict of ``(values, offsets [B + 1])`` or ``[B, L]`` per
+                feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64.
+            per_sample_weights: ``[n]`` for the ``offsets`` form, where every feature pools by sum.
+
+        Returns:
+            ``[B, num_vectors, output_dim]`` where all widths agree, else ``[B, sum of widths]``.
+
+        Raises:
+            IdRangeError: names the first feature with an id outside its range.
+        """
+        if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
+            check_id_dtype(ids, "of the collection")
+            if ids.shape[1] != len(self.schema):
+                raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
+            return self.bundle.single(ids.long(), self._gather)
+        return self.bundle.pooled(to_bags(self.schema, ids, offsets, per_sample_weights), self._gather)
+
+    # -- optimizer ------------------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the fused optimizer; set it to follow a schedule."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self.optimizer is None:
+            raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
+        self._lr = float(value)
+
+    def _states(self) -> list[tuple[str, str]]:
+        return [(name, key) for name in self.storages for key in (self.optimizer.state if self.optimizer else ())]
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
+        return {
+            "rule": repr(self.optimizer),
+            "lr": self._lr,
+            "steps": dict(self._steps),
+            "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
+        }
+
+    def load_optimizer_state_dict(self, saved: dict[str, Any]) -> None:
+        """Inverse of :meth:`optimizer_state_dict`.
+
+        Raises:
+            CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
+        """
+        if saved.get("rule") != repr(self.optimizer):
+            raise CheckpointError(f"optimizer state is of {saved.get('rule')}; this collection uses {self.optimizer!r}")
+        wanted = {f"{name}_{key}" for name, key in self._states()}
+        state = saved["state"]
+        wrong = sorted(wanted ^ state.keys())
+        wrong += [k for k in sorted(wanted & state.keys()) if state[k].shape != getattr(self, k).shape]
+        if wrong or saved["steps"].keys() != self._steps.keys():
+            raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
+        for key in wanted:
+            getattr(self, key).copy_(state[key])
+        self._lr, self._steps = float(saved["lr"]), dict(saved["steps"])
+
+    # -- bytes and checkpoints ------------------------------------------------------------------------------------
+
+    def footprint(self) -> Footprint:
+        """Bytes held: weights, the fused optimizer's state, and with ``optimizer=None`` the gradients of the tables."""
+        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return Footprint(weights=weights, optimizer=state, gradient=sum(p.nbytes for p in trained))
+
+    def _identity(self) -> dict[str, Any]:
+        return {"schema": {f["name"]: f for f in self.schema.to_dict()["features"]}, "plan": self.plan.to_dict()}
+
+    def get_extra_state(self) -> Tensor:
+        """Schema and plan as JSON bytes, so that a state dict refuses to load elsewhere."""
+        return _state.pack(self._identity())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to restore: the comparison comes before any weight is copied."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "_extra_state" in state_dict:
+            where = prefix.rstrip(".") or type(self).__name__
+            _state.check(state_dict[prefix + "_extra_state"], self._identity(), where, ignore=("init",))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        methods = sorted({self.plan[n].method for n in self.plan})
+        return f"{len(self.schema)} features, methods {methods}, optimizer={self.optimizer}, backend={self.backend!r}"

@@ -1,0 +1,72 @@
+"""Physical storage of many tables: tables of one width are rows of one tensor, so one gather serves them all."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from recsys_embed.features import MAX_ROWS
+from recsys_embed.kernels.vectorised import Place
+from recsys_embed.program import Table
+
+_MADV_HUGEPAGE = 14
+
+
+def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]], dict[str, Place]]:
+    """Lay tables of equal width end to end.
+
+    Args:
+        tables: by key; dense tables are left out.
+
+    Returns:
+        Shape of each storage by name, and the place of each table. A storage stays below 2**31 rows.
+
+    >>> from recsys_embed.program import Init
+    >>> zero = Init("constant")
+    >>> stack_tables({"a": Table("w", 3, 4, zero), "b": Table("w", 5, 4, zero)})
+    ({'width4': (8, 4)}, {'a': Place(storage='width4', offset=0), 'b': Place(storage='width4', offset=3)})
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    places: dict[str, Place] = {}
+    current: dict[int, str] = {}
+    for key, table in tables.items():
+        if table.dense:
+            continue
+        name = current.setdefault(table.width, f"width{table.width}")
+        rows = shapes.get(name, (0, 0))[0]
+        if rows + table.rows > MAX_ROWS:
+            name = current[table.width] = f"width{table.width}_{len(shapes)}"
+            rows = 0
+        places[key] = Place(name, rows)
+        shapes[name] = (rows + table.rows, table.width)
+    return shapes, places
+
+
+def advise_huge_pages(tensor: Tensor) -> bool:
+    """Ask the OS to back a CPU tensor with huge pages; True if it accepted.
+
+    Random row reads are bound by address translation: huge pages make them 1.3 to 3.5 times faster. Advice has to come
+    before the pages are first written. Elsewhere than on Linux, and for tensors below one huge page, nothing is done.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or size < 1 << 21:
+        return False
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + size - start) // page * page
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return bool(madvise(start, length, _MADV_HUGEPAGE) == 0)
+
+
+def allocate(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Uninitialised ``[rows, width]``, on huge pages where the OS allows."""
+    out = torch.empty(rows, width, device=device, dtype=dtype)
+    if not out.is_meta:
+        advise_huge_pages(out)
+    return out
