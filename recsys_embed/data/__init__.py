@@ -1,0 +1,60 @@
+"""Criteo-shaped data: conversion, synthesis, statistics and batches. Names load at first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recsys_embed.data.batch import Batch, Batches, InMemoryDataset
+    from recsys_embed.data.convert import ConvertReport, convert_criteo
+    from recsys_embed.data.folder import StorageError
+    from recsys_embed.data.loader import Dataset, open_dataset
+    from recsys_embed.data.options import CriteoOptions
+    from recsys_embed.data.splits import SplitRule
+    from recsys_embed.data.synthetic import SyntheticReport, make_synthetic
+    from recsys_embed.data.vocab import Vocabulary
+
+_HOME = {
+    "Batch": "batch",
+    "Batches": "batch",
+    "InMemoryDataset": "batch",
+    "ConvertReport": "convert",
+    "convert_criteo": "convert",
+    "StorageError": "folder",
+    "Dataset": "loader",
+    "open_dataset": "loader",
+    "CriteoOptions": "options",
+    "SplitRule": "splits",
+    "SyntheticReport": "synthetic",
+    "make_synthetic": "synthetic",
+    "Vocabulary": "vocab",
+}
+_NEEDS_POLARS = {"convert", "loader", "vocab", "synthetic"}
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "ConvertReport",
+    "CriteoOptions",
+    "Dataset",
+    "InMemoryDataset",
+    "SplitRule",
+    "StorageError",
+    "SyntheticReport",
+    "Vocabulary",
+    "convert_criteo",
+    "make_synthetic",
+    "open_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME[name]
+    if home in _NEEDS_POLARS:
+        from recsys_embed._optional import require
+
+        require("polars", extra="data", purpose="reading and writing data folders")
+    return getattr(import_module(f"recsys_embed.data.{home}"), name)

@@ -1,0 +1,172 @@
+"""Batches of typed columns from rows in memory, cut and moved by a background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recsys_embed.data.bits import stream_key
+from recsys_embed.errors import raise_faults
+
+PREFETCH = 4
+"""Batches made ahead of the consumer."""
+
+
+class Batch(NamedTuple):
+    """One batch: ``dense`` float32 [B, num_dense], ``ids`` int64 [B, F], ``label`` float32 [B] (NaN without labels)."""
+
+    dense: Tensor
+    ids: Tensor
+    label: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+
+class Batches:
+    """Iterable over the batches of one epoch; ``len()`` is the number of batches it yields.
+
+    Iterating twice gives the same batches twice. A consumer that stops early stops the background thread as well.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Batch]], count: int, device: torch.device | str | None) -> None:
+        self._make = make
+        self._count = count
+        self._device = None if device is None else torch.device(device)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return prefetch(self._make(), self._device)
+
+
+def prefetch(batches: Iterator[Batch], device: torch.device | None = None, depth: int = PREFETCH) -> Iterator[Batch]:
+    """Draw from ``batches`` in a thread, ``depth`` ahead; on CUDA copy from pinned memory without waiting."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+    cuda = device is not None and device.type == "cuda"
+
+    def offer(item: Batch | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not offer(Batch(*(t.pin_memory() for t in batch)) if cuda else batch):
+                    return
+            offer(None)
+        except BaseException as e:
+            offer(e)
+
+    thread = threading.Thread(target=work, name="recsys-embed-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item if device is None else item.to(device, non_blocking=cuda)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def num_batches(rows: int, batch_size: int, drop_last: bool, start_batch: int = 0) -> int:
+    """Batches left from ``start_batch`` on."""
+    whole = rows // batch_size if drop_last else -(-rows // batch_size)
+    return max(0, whole - start_batch)
+
+
+def check_batching(batch_size: int, epoch: int, start_batch: int) -> None:
+    """Refuse sizes out of range, all at once."""
+    faults = [
+        f"`{name}` must be an integer of at least {low}; got {value!r}"
+        for name, value, low in (("batch_size", batch_size, 1), ("epoch", epoch, 0), ("start_batch", start_batch, 0))
+        if not isinstance(value, int) or isinstance(value, bool) or value < low
+    ]
+    raise_faults(faults, "batches()")
+
+
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch: int64 [count], a function of seed and epoch alone."""
+    generator = torch.Generator().manual_seed(stream_key(seed, 0xBA7C, epoch) >> 1)
+    return torch.randperm(count, generator=generator)
+
+
+class InMemoryDataset:
+    """Rows held as tensors, served in batches by row number.
+
+    Args:
+        dense: float32 [N, num_dense].
+        ids: int32 or int64 [N, F]; stored as given, int64 in every batch.
+        label: [N], any real type; float32 in every batch.
+
+    Raises:
+        ConfigError: shapes or types disagree.
+
+    >>> data = InMemoryDataset(torch.zeros(5, 2), torch.arange(10, dtype=torch.int32).view(5, 2), torch.ones(5))
+    >>> [b.ids.shape[0] for b in data.batches(2, shuffle=False)]
+    [2, 2, 1]
+    """
+
+    def __init__(self, dense: Tensor, ids: Tensor, label: Tensor) -> None:
+        faults = []
+        if dense.dim() != 2 or ids.dim() != 2 or label.dim() != 1:
+            shapes = f"{tuple(dense.shape)}, {tuple(ids.shape)}, {tuple(label.shape)}"
+            faults.append(f"dense, ids, label must have shapes [N, D], [N, F], [N]; got {shapes}")
+        elif not len(dense) == len(ids) == len(label):
+            faults.append(f"dense, ids, label must have equally many rows; got {len(dense)}, {len(ids)}, {len(label)}")
+        if ids.dtype not in (torch.int32, torch.int64):
+            faults.append(f"`ids` must be int32 or int64; got {ids.dtype}")
+        if dense.dtype != torch.float32:
+            faults.append(f"`dense` must be float32; got {dense.dtype}")
+        raise_faults(faults, "InMemoryDataset")
+        self.dense, self.ids, self.label = dense.contiguous(), ids.contiguous(), label.float()
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        device: torch.device | str | None = None,
+        start_batch: int = 0,
+    ) -> Batches:
+        """Batches of one epoch, the same for the same seed and epoch; see :meth:`Dataset.batches`."""
+        check_batching(batch_size, epoch, start_batch)
+        count = num_batches(len(self), batch_size, drop_last, start_batch)
+
+        def make() -> Iterator[Batch]:
+            order = permutation(len(self), seed, epoch) if shuffle else None
+            for b in range(start_batch, start_batch + count):
+                lo, hi = b * batch_size, min((b + 1) * batch_size, len(self))
+                yield self.rows(slice(lo, hi) if order is None else order[lo:hi])
+
+        return Batches(make, count, device)
+
+    def rows(self, which: Tensor | slice) -> Batch:
+        """A batch of the given rows: int64 row numbers or a slice."""
+        if isinstance(which, slice):
+            dense, ids, label = self.dense[which].clone(), self.ids[which], self.label[which].clone()
+        else:
+            dense, ids, label = (t.index_select(0, which) for t in (self.dense, self.ids, self.label))
+        return Batch(dense, ids.to(torch.int64, copy=isinstance(which, slice)), label)
+
+

@@ -1,0 +1,102 @@
+"""Files that are either whole or absent, and one writer per folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recsys_embed.errors import RecsysEmbedError
+
+SCHEMA_FILE = "schema.json"
+STATS_FILE = "stats.json"
+WORK_DIR = ".work"
+LOCK_FILE = ".lock"
+
+
+class StorageError(RecsysEmbedError, OSError):
+    """A folder cannot be written: full, read-only, or in use by another process."""
+
+
+def storage_error(path: Path, error: BaseException) -> StorageError:
+    """What to do about a failed write."""
+    why = getattr(error, "strerror", None) or str(error)
+    hint = "free some space or choose another folder, then run the same command again: it continues where it stopped"
+    return StorageError(f"{path}: cannot be written ({why}); {hint}")
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, then rename it.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except Exception as e:
+        if isinstance(e, OSError) or type(e).__module__.startswith("polars"):
+            temporary.unlink(missing_ok=True)
+            raise storage_error(path, e) from e
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Atomic write of bytes."""
+    write_file(path, lambda p: _put(p, data))
+
+
+def _put(path: Path, data: bytes) -> None:
+    with path.open("wb") as f:
+        f.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic write of JSON, the same bytes for the same value."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process; the lock ends with the process, however it ends.
+
+    Raises:
+        StorageError: another process holds it, or the folder cannot be made.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / LOCK_FILE).open("a+")
+    except OSError as e:
+        raise storage_error(folder, e) from e
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            handle.seek(0)
+            who = handle.read().strip() or "unknown"
+            raise StorageError(
+                f"{folder}: another process (pid {who}) is writing this folder; wait for it, or choose another folder"
+            ) from e
+        handle.seek(0)
+        handle.truncate()
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+    finally:
+        handle.close()

@@ -1,0 +1,61 @@
+"""Last step of a conversion: move the finished files into place, ``schema.json`` last."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from recsys_embed.data.folder import SCHEMA_FILE, STATS_FILE, WORK_DIR, storage_error, write_file, write_json
+from recsys_embed.data.manifest import Manifest
+from recsys_embed.data.shards import Built
+from recsys_embed.errors import DataError
+
+QUARANTINE_FILE = "quarantine.jsonl"
+
+
+def data_files(manifest: Manifest) -> list[str]:
+    """Relative paths of everything a manifest names."""
+    shards = [s.file for split in manifest.splits.values() for s in split.shards]
+    return shards + [f.vocab for f in manifest.features if f.vocab]
+
+
+def publish(out: Path, built: Built) -> None:
+    """Make ``built`` the content of ``out``.
+
+    A data set that was there goes first. A crash in between leaves files that the next run moves or finds in place.
+    """
+    files = data_files(built.manifest)
+    staged = built.work / "out"
+    try:
+        if any((staged / f).exists() for f in files):
+            (out / SCHEMA_FILE).unlink(missing_ok=True)
+        for name in files:
+            if (staged / name).exists():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (staged / name).replace(out / name)
+            elif not (out / name).exists():
+                raise DataError(f"{out / name}: is missing, though an earlier run wrote it; pass --restart")
+        _remove_others(out, set(files))
+    except OSError as e:
+        raise storage_error(out, e) from e
+    if built.bad_files:
+        write_file(out / QUARANTINE_FILE, lambda p: _join(p, built.bad_files))
+    else:
+        (out / QUARANTINE_FILE).unlink(missing_ok=True)
+    write_json(out / STATS_FILE, built.stats)
+    write_json(out / SCHEMA_FILE, built.manifest.to_dict())
+    shutil.rmtree(out / WORK_DIR, ignore_errors=True)
+
+
+def _remove_others(out: Path, keep: set[str]) -> None:
+    """Remove Parquet files of an earlier data set."""
+    for pattern in ("*-[0-9]*.parquet", "vocab/*.parquet"):
+        for path in out.glob(pattern):
+            if str(path.relative_to(out)) not in keep:
+                path.unlink()
+
+
+def _join(path: Path, files: tuple[Path, ...]) -> None:
+    with path.open("wb") as f:
+        for piece in files:
+            f.write(piece.read_bytes())
