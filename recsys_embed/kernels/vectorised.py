@@ -210,13 +210,13 @@ class VectorisedLookup(nn.Module):
             for storage, rows in request:
                 wanted.setdefault(storage, []).append(rows)
         gathered: dict[str, list[Tensor]] = {}
-        for storage, rows in wanted.items():
-            flat = [r.reshape(-1) for r in rows]
+        for storage, asked in wanted.items():
+            flat = [r.reshape(-1) for r in asked]
             read = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial)
-            pieces = read.split([r.numel() for r in rows])
-            gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(pieces, rows, strict=True)]
+            split = read.split([r.numel() for r in asked])
+            gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(split, rows, strict=True)]
         out = []
         for g, x, w, request in zip(self.groups, ids, where, requests, strict=True):
-            values = [gathered[storage].pop(0) for storage, _ in request]
-            out.append(g.combine(x, w, [rows for _, rows in request], values))
+            pieces = [gathered[storage].pop(0) for storage, _ in request]
+            out.append(g.combine(x, w, [rows for _, rows in request], pieces))
         return out

@@ -2,7 +2,9 @@
 
 from recsys_embed.methods.full import FullEmbedding
 from recsys_embed.methods.hash import HashEmbedding
+from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
 
 register(FullEmbedding, paper="plain table (torch.nn.Embedding)", tags=("baseline",))
 register(HashEmbedding, paper="Weinberger et al., ICML 2009, arXiv 0902.2206", tags=("hashing",))
+register(UnifiedEmbedding, paper="Coleman et al., NeurIPS 2023, arXiv 2305.12102", tags=("hashing", "shared"))

@@ -1,0 +1,165 @@
+"""unified: many features share one table, each id reading several rows of it (feature multiplexing, 2305.12102)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from recsys_embed import hashing
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.memory import format_bytes
+from recsys_embed.program import Hash, Init, LookupProgram, Probe, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedConfig(MethodConfig):
+    """One table of ``num_rows`` x ``chunk_dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
+
+    Each id reads ``num_probes`` rows, found by independent hashes salted with the feature's name and the probe, so a
+    feature keeps its rows when others come and go. Rows of different features collide freely: with a learned linear
+    layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
+
+    Two properties follow: features that are SUMMED before the first layer should not share a table, and the rows of a
+    table shared by features of unlike cardinality start with the paper's U(±0.05) unless the features' own law is
+    explicit.
+
+    >>> UnifiedConfig(num_rows=1000).footprint(FeatureSpec("C1", 100_000, 16)).serve
+    32000
+    """
+
+    method: ClassVar[str] = "unified"
+    accepts_raw: ClassVar[bool] = True
+
+    num_rows: int = param(MISSING, "rows of each shared table", low=1, high=MAX_ROWS)
+    num_probes: int | None = param(None, "rows read per id; 2 where the width is even, else 1", low=1, high=64)
+    chunk_dim: int | None = param(None, "row width; embedding_dim / num_probes (concat) or embedding_dim (sum)", low=1)
+    combine: Literal["concat", "sum"] = param("concat", "how the rows of an id combine")
+    num_tables: int = param(1, "shared tables; consecutive chunks take them in turn", low=1, high=64)
+    first_chunk: int = param(0, "chunks of earlier features, which fixes the first table in turn", low=0)
+    table: str = param("unified", "name of the shared table; features that name another do not share")
+
+    def _shape(self, spec: FeatureSpec) -> tuple[int, int]:
+        """Probes per id and row width for ``spec``."""
+        even = spec.embedding_dim % 2 == 0 and self.combine == "concat" and self.chunk_dim is None
+        probes = self.num_probes or (2 if even or self.combine == "sum" else 1)
+        if self.chunk_dim is not None:
+            return probes, self.chunk_dim
+        return probes, spec.embedding_dim if self.combine == "sum" else max(1, spec.embedding_dim // probes)
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec)
+        probes, _ = self._shape(spec)
+        if self.combine == "concat" and self.chunk_dim is None and spec.embedding_dim % probes:
+            faults.append(
+                f"`num_probes` must divide embedding_dim {spec.embedding_dim}, or `chunk_dim` be given; got {probes}"
+            )
+        if not self.table or "." in self.table or "#" in self.table:
+            faults.append(f"`table` must be a name without '.' or '#'; got {self.table!r}")
+        return faults
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        probes, width = self._shape(spec)
+        summed = self.combine == "sum"
+        explicit = ":" in spec.init
+        law = spec if explicit else replace(spec, init="uniform:0.05")
+        init = Init.plain(law, probes**-0.5 if summed else 1.0)
+        names = [self.table if self.num_tables == 1 else f"{self.table}_{i}" for i in range(self.num_tables)]
+        turns = [names[(self.first_chunk + j) % self.num_tables] for j in range(probes)]
+        reads = tuple(
+            Probe(
+                turns[j],
+                Hash(hashing.salt(self.seed, spec.name, "chunk", j), self.num_rows),
+                column=0 if summed else j * width,
+            )
+            for j in range(probes)
+        )
+        tables = [Table(n, self.num_rows, width, init, shared=True) for n in names if n in turns]
+        columns = width if summed else probes * width
+        head = None
+        if columns != spec.embedding_dim:
+            head = "projection"
+            spread = Init("uniform", (3 / columns) ** 0.5)
+            tables.append(Table(head, columns, spec.embedding_dim, spread, dense=True))
+        return LookupProgram(tuple(tables), reads, projection=head)
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        config = cls.from_params({**params, "num_rows": 1})
+        _, width = config._shape(spec)
+        return min(MAX_ROWS, max(1, spec.num_embeddings * spec.embedding_dim // (width * config.num_tables)))
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        return cls.from_params({**params, "num_rows": size})
+
+    @classmethod
+    def plan(
+        cls,
+        specs: Sequence[FeatureSpec],
+        budget: int,
+        plain: MethodConfig,
+        *,
+        full_below: int = 200,
+        num_probes: int | Mapping[str, int] | None = None,
+        **params: Any,
+    ) -> dict[str, MethodConfig]:
+        """One shared table that takes what the budget leaves.
+
+        Args:
+            full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
+                at most half the budget.
+            num_probes: for all features, or per feature name (multi-size; give ``chunk_dim`` with it, and a
+                projection brings every feature to its width).
+        """
+        chosen: dict[str, MethodConfig] = {}
+        spent = 0
+        for spec in sorted(specs, key=lambda s: (s.num_embeddings, s.name)):
+            need = plain.footprint(spec).serve
+            if spec.ids == "index" and spec.num_embeddings < full_below and spent + need <= budget // 2:
+                chosen[spec.name] = plain
+                spent += need
+        shared = [s for s in specs if s.name not in chosen]
+        if not shared:
+            return chosen
+        chunks = 0
+        small: dict[str, UnifiedConfig] = {}
+        for spec in shared:
+            probes = num_probes.get(spec.name) if isinstance(num_probes, Mapping) else num_probes
+            turn = chunks if params.get("num_tables", 1) > 1 else 0
+            config = cls.from_params({**params, "num_rows": 1, "num_probes": probes, "first_chunk": turn})
+            small[spec.name] = config
+            chunks += config._shape(spec)[0]
+        tables = {t.name: t for s in shared for t in small[s.name].program(s).tables if t.shared}
+        if len({t.width for t in tables.values()}) > 1 or len({small[s.name]._shape(s)[1] for s in shared}) > 1:
+            raise ConfigError(
+                f"features that share table {params.get('table', 'unified')!r} need rows of one width; give `chunk_dim`"
+            )
+        heads = 4 * sum(t.rows * t.width for s in shared for t in small[s.name].program(s).tables if t.dense)
+        row = 4 * sum(t.width for t in tables.values())
+        useful = sum(
+            plain.footprint(s).serve if s.ids == "index" else 4 * s.num_embeddings * s.embedding_dim for s in shared
+        )
+        rows = min(budget - spent - heads, useful) // row
+        if rows < 1:
+            raise BudgetError(
+                f"method 'unified' needs at least {format_bytes(spent + heads + row)} for these {len(specs)} features; "
+                f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller `chunk_dim`"
+            )
+        chosen |= {name: replace(config, num_rows=min(rows, MAX_ROWS)) for name, config in small.items()}
+        return {s.name: chosen[s.name] for s in specs}
+
+
+class UnifiedEmbedding(CompressedEmbedding):
+    """Drop-in for one feature: several hashed rows of one table per id; takes any int64 id.
+
+    >>> import torch
+    >>> emb = UnifiedEmbedding(1_000_000, 16, num_rows=50_000, num_probes=4)
+    >>> emb(torch.tensor([1, 2**40])).shape, emb.footprint().serve
+    (torch.Size([2, 16]), 800000)
+    """
+
+    config_cls = UnifiedConfig
