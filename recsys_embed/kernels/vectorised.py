@@ -214,7 +214,7 @@ class VectorisedLookup(nn.Module):
             flat = [r.reshape(-1) for r in asked]
             read = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial)
             split = read.split([r.numel() for r in asked])
-            gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(split, rows, strict=True)]
+            gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(split, asked, strict=True)]
         out = []
         for g, x, w, request in zip(self.groups, ids, where, requests, strict=True):
             pieces = [gathered[storage].pop(0) for storage, _ in request]
