@@ -149,13 +149,15 @@ class LookupBundle(Constants):
             at, local = picks[g]
             weights = bags.weights if bags.weights is None or at is None else bags.weights[at]
             mode = self.schema.features[part[0]].pooling
-            value = vectors[g] if g < grouped else self._module(self.schema.names[part[0]]).lookup(values[g])
+            own = None if g < grouped else self._module(self.schema.names[part[0]])
+            value = vectors[g] if own is None else own.before_pool(values[g])
             project = self.projections.get(str(g), None)
             if project is not None and mode == "max":
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, project = torch.einsum("ni,nio->no", value, project[local]), None
             offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
-            value = pool(value, offsets, mode, weights).view(len(part), batch, -1)
+            value = pool(value, offsets, mode, weights)
+            value = (value if own is None else own.after_pool(value)).view(len(part), batch, -1)
             value = value.transpose(0, 1) if project is None else torch.einsum("fbi,fio->bfo", value, project)
             out.append(value)
         return self._assemble(out)

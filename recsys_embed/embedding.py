@@ -128,14 +128,25 @@ class CompressedEmbedding(nn.Module):
         out = out.squeeze(1)
         return out @ self.table(self.program.projection) if self.program.projection else out
 
+    def before_pool(self, ids: Tensor) -> Tensor:
+        """What bags pool: one row per checked id ``[n]``; the vectors themselves unless a method says otherwise."""
+        return self.lookup(ids)
+
+    def after_pool(self, pooled: Tensor) -> Tensor:
+        """From pooled rows of :meth:`before_pool` to vectors ``[bags, output width]``."""
+        return pooled
+
     @property
     def output_dim(self) -> int:
         """Width of the output: ``embedding_dim``, times the number of vectors where a method emits several."""
         return self.program.width
 
-    def _vectors(self, ids: Tensor) -> Tensor:
+    def _check_range(self, ids: Tensor) -> None:
         if not self.config.accepts_raw:
             check_id_range(ids, self.num_embeddings, self.spec.name)
+
+    def _vectors(self, ids: Tensor) -> Tensor:
+        self._check_range(ids)
         out = self.lookup(ids)
         return out if self.padding_idx is None else out.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
 
@@ -159,7 +170,8 @@ class CompressedEmbedding(nn.Module):
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
             return self._vectors(ids.reshape(-1).long()).view(*ids.shape, self.output_dim)
         flat, offsets = self._bags(ids, offsets)
-        vectors = self._vectors(flat)
+        self._check_range(flat)
+        vectors = self.before_pool(flat)
         # Pooling is torch's own: the per-id vectors become the table, read once each, in order.
         order = torch.arange(flat.numel(), device=flat.device)
         padding = None
@@ -169,7 +181,7 @@ class CompressedEmbedding(nn.Module):
             vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
         elif vectors.shape[0] == 0:
             vectors = vectors.new_zeros(1, vectors.shape[1])
-        return F.embedding_bag(
+        pooled = F.embedding_bag(
             order,
             vectors,
             offsets,
@@ -178,6 +190,7 @@ class CompressedEmbedding(nn.Module):
             include_last_offset=self.include_last_offset,
             padding_idx=padding,
         )
+        return self.after_pool(pooled)
 
     def _bags(self, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         if ids.dim() == 2:
@@ -225,8 +238,12 @@ class CompressedEmbedding(nn.Module):
             raise ConfigError(f"`weight` must be [num_embeddings, embedding_dim]; got shape {tuple(weight.shape)}")
         options = {"device": weight.device, "dtype": weight.dtype, **options}
         module = cls(weight.shape[0], weight.shape[1], **options)
-        fit_tables(module, weight.detach(), counts)
+        module.fit_(weight.detach(), counts)
         return module
+
+    def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
+        """Approximate ``weight [num_embeddings, embedding_dim]`` in place; see :meth:`from_dense`."""
+        fit_tables(self, weight, counts)
 
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
