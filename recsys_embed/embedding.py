@@ -89,8 +89,7 @@ class CompressedEmbedding(nn.Module):
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
             self.kernel = VectorisedLookup([self.program], [places])
-        if type(self).reset_parameters is CompressedEmbedding.reset_parameters:
-            self.reset_parameters()
+        self.reset_parameters()
 
     def _configure(self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any]) -> MethodConfig:
         if sum(x is not None for x in (config, budget)) > 1 or (config is not None and params):

@@ -1,0 +1,393 @@
+"""The contract every method, backend and model keeps, shipped so that third parties can run it on theirs.
+
+Each check is a function that raises AssertionError with what it expected and got; ``check_embedding``,
+``check_backend`` and ``check_model`` run all checks of their kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import BudgetError, CheckpointError, RecsysEmbedError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels import reference
+from recsys_embed.optim import SGD
+from recsys_embed.plan import Plan
+from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
+
+ROWS, WIDTH = 403, 8
+IDS = torch.tensor([[0, 402, 7], [7, 31, 400]])
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, ``torch.empty`` returns NaN, so that reading memory nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def example(method: MethodInfo, rows: int = ROWS, width: int = WIDTH, **options: Any) -> CompressedEmbedding:
+    """A module of the method at half the bytes of a plain table, or as near as the method allows."""
+    spec = FeatureSpec("embedding", rows, width)
+    whole = rows * width * 4
+    need = method.config_cls.sized(spec, 1).footprint(spec).serve
+    with poisoned_memory():
+        return method.embedding_cls(rows, width, budget=max(whole // 2, need), **options)
+
+
+def _ids(module: CompressedEmbedding) -> Tensor:
+    return IDS % module.num_embeddings
+
+
+def names_follow_the_key(method: MethodInfo) -> None:
+    key = method.name.title().replace("_", "")
+    assert method.config_cls.method == method.name
+    for cls, suffix in ((method.embedding_cls, "Embedding"), (method.config_cls, "Config")):
+        assert cls.__name__ == key + suffix, f"expected class {key + suffix}, got {cls.__name__}"
+        assert ">>>" in (cls.__doc__ or ""), f"{cls.__name__} needs a docstring with an example that runs"
+    assert method.paper, "a method names its source"
+
+
+def shapes_are_those_of_torch(method: MethodInfo) -> None:
+    module = example(method)
+    for shape in ((), (0,), (5,), (2, 3), (2, 0, 3)):
+        for dtype in (torch.int64, torch.int32):
+            out = module(torch.zeros(shape, dtype=dtype))
+            assert out.shape == (*shape, module.output_dim), f"ids {shape} {dtype}: got {tuple(out.shape)}"
+            assert out.dtype == torch.float32
+    strided = torch.arange(20)[::3]
+    assert torch.equal(module(strided), module(strided.contiguous()))
+
+
+def bags_pool_the_vectors_of_their_ids(method: MethodInfo) -> None:
+    for mode in ("sum", "mean", "max"):
+        module = example(method, mode=mode).double()
+        plain = example(method).double()
+        ids, offsets = torch.tensor([3, 3, 402, 7, 0]), torch.tensor([0, 2, 2, 5])
+        vectors = plain(ids)
+        empty = torch.zeros(module.output_dim, dtype=torch.float64)
+        bags = [vectors[0:2], vectors[2:2], vectors[2:5], vectors[5:5]]
+        pooled = [getattr(b, mode)(0) if len(b) and mode != "max" else (b.max(0)[0] if len(b) else empty) for b in bags]
+        torch.testing.assert_close(module(ids, offsets), torch.stack(pooled))
+        torch.testing.assert_close(module(ids.view(1, 5)), module(ids, torch.tensor([0])))
+    module = example(method, mode="sum").double()
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
+    out = module(ids, torch.tensor([0, 2]), weights)
+    torch.testing.assert_close(out[0], (vectors[:2] * weights[:2, None]).sum(0))
+    (grad,) = torch.autograd.grad(out.sum(), weights)
+    torch.testing.assert_close(grad, vectors.sum(1).detach())
+
+
+def padding_is_zero_and_learns_nothing(method: MethodInfo) -> None:
+    if method.name == "full":
+        return  # torch's own padding semantics: the row is stored, starts at zero and gets no gradient
+    module = example(method, padding_idx=7)
+    out = module(torch.tensor([7]))
+    assert not out.any(), f"the padding id must give zeros; got {out}"
+    out.sum().backward()
+    for name, p in module.named_parameters():
+        assert p.grad is None or not p.grad.any(), f"padding reached the gradient of {name}"
+    bag = example(method, padding_idx=7, mode="mean")
+    torch.testing.assert_close(bag(torch.tensor([[3, 7]])), bag(torch.tensor([[3]])))
+
+
+def ids_out_of_range_raise_unless_hashed(method: MethodInfo) -> None:
+    module = example(method)
+    for bad in (-1, ROWS, 2**40):
+        ids = torch.tensor([0, bad])
+        if method.config_cls.accepts_raw:
+            assert torch.isfinite(module(ids)).all()
+        else:
+            try:
+                module(ids)
+            except IndexError as e:
+                assert str(ROWS) in str(e), f"the error names the range; got {e}"
+            else:
+                raise AssertionError(f"id {bad} of {ROWS} must raise IndexError")
+
+
+def same_seed_same_bits(method: MethodInfo) -> None:
+    first, again, other = example(method), example(method), example(method, seed=1)
+    for a, b, name in zip(first.parameters(), again.parameters(), dict(first.named_parameters()), strict=True):
+        assert torch.equal(a, b), f"{name} differs between two builds of one seed"
+        assert not torch.isnan(a).any(), f"{name} holds memory nobody wrote"
+    assert not torch.equal(first.materialize(), other.materialize()), "another seed must give other weights"
+
+
+def starts_with_the_law_of_a_plain_table(method: MethodInfo) -> None:
+    for init, std in (("normal:1", 1.0), ("uniform:0.3", 0.3 / 3**0.5)):
+        tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in range(4)]
+        values = torch.stack(tables).double()
+        assert abs(values.mean()) < 0.2 * std, f"init {init}: mean {values.mean():.4f}, expected about 0"
+        assert 0.75 * std < values.std() < 1.25 * std, f"init {init}: std {values.std():.4f}, expected about {std:.4f}"
+
+
+def gradients_are_right(method: MethodInfo) -> None:
+    module = example(method, 23, 4).double()
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def run(*parameters: Tensor) -> Tensor:
+        named = dict(zip(names, parameters, strict=True))
+        out: Tensor = torch.func.functional_call(module, named, (torch.tensor([0, 22, 7, 7]),))
+        return out
+
+    assert torch.autograd.gradcheck(run, tuple(v.detach().clone().requires_grad_(True) for v in values))
+
+
+def equals_its_program(method: MethodInfo) -> None:
+    module = example(method)
+    if module.config.computes:
+        return
+    assert not module.program.faults()
+    ids = torch.arange(ROWS)
+    tables = {t.name: module.table(t.name) for t in module.program.tables}
+    expected = reference.lookup(module.program, tables, ids)
+    torch.testing.assert_close(module(ids), expected)
+    torch.testing.assert_close(module.materialize(), expected)
+    bound = {t.name: t.rows for t in module.program.tables}
+    for probe in module.program.probes:
+        rows = probe.transform.rows(ids)
+        assert rows.max() < bound[probe.table] and rows.min() >= -1, f"rows of {probe.table} leave the table"
+
+
+def state_round_trips_and_refuses_others(method: MethodInfo) -> None:
+    module = example(method)
+    other = example(method, init="normal:0.1")
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(_ids(module)), module(_ids(module)))
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(copied(_ids(module)), module(_ids(module)))
+    if method.name == "full":
+        return  # a plain table means the same under every seed
+    try:
+        example(method, seed=1).load_state_dict(module.state_dict())
+    except CheckpointError as e:
+        assert "seed" in str(e)
+    else:
+        raise AssertionError("a state of another seed must not load")
+
+
+def footprint_is_what_is_stored(method: MethodInfo) -> None:
+    module = example(method)
+    stated = module.footprint()
+    held = sum(p.numel() * p.element_size() for p in module.parameters())
+    state = {k: v for k, v in module.state_dict().items() if not k.endswith("_extra_state")}
+    stored = sum(v.numel() * v.element_size() for v in state.values())
+    assert stated.weights == held, f"footprint states {stated.weights} bytes of weights; parameters hold {held}"
+    assert stated.serve == stored, f"footprint states {stated.serve} bytes to serve; the state dict holds {stored}"
+
+
+def budgets_are_kept(method: MethodInfo) -> None:
+    spec = FeatureSpec("embedding", 5000, 16)
+    last, met = 0, 0
+    for divisor in (1000, 100, 20, 4, 2, 1):
+        budget = 5000 * 16 * 4 // divisor
+        try:
+            config = method.config_cls.for_budget(spec, budget)
+        except BudgetError as e:
+            assert all(w in str(e) for w in ("needs at least", "available", "Ways out")), str(e)
+            assert met == 0, "a larger budget must not be harder to meet"
+            continue
+        size, met = config.footprint(spec).serve, met + 1
+        assert last <= size <= budget, f"budget {budget}: sized {size} after {last}"
+        last = size
+    assert met, "no budget up to the plain table's bytes can be met"
+
+
+def config_is_data(method: MethodInfo) -> None:
+    config = example(method).config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(copy.deepcopy(config))
+    try:
+        method.config_cls.from_params({"sede": 1})
+    except RecsysEmbedError as e:
+        assert "seed" in str(e), "an unknown option must name the nearest"
+    else:
+        raise AssertionError("an unknown option must be refused")
+
+
+def survives_the_meta_device(method: MethodInfo) -> None:
+    options = {"budget": example(method).footprint().serve}
+    built = method.embedding_cls(ROWS, WIDTH, **options)
+    lazy = method.embedding_cls(ROWS, WIDTH, device="meta", **options)
+    assert all(p.is_meta for p in lazy.parameters())
+    lazy.to_empty(device="cpu")
+    lazy.reset_parameters()
+    assert torch.equal(lazy(_ids(lazy)), built(_ids(built)))
+
+
+def compiles_and_exports_whole(method: MethodInfo) -> None:
+    module = example(method)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(_ids(module)), module(_ids(module)))
+    dynamic = {"ids": {0: torch.export.Dim("batch")}, "offsets": None, "per_sample_weights": None}
+    exported = torch.export.export(module, (torch.arange(7), None, None), dynamic_shapes=dynamic)
+    ids = torch.arange(11)
+    torch.testing.assert_close(exported.module()(ids, None, None), module(ids))
+
+
+def fits_a_trained_table(method: MethodInfo) -> None:
+    module = example(method, 200, 8)
+    target = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 8)
+    fitted = method.embedding_cls.from_dense(target, config=module.config)
+    target = target.repeat(1, module.output_dim // 8)
+    error = (fitted.materialize() - target).square().mean() / target.square().mean()
+    assert error < 0.95, f"the fit must beat predicting zero; relative squared error {error:.3f}"
+
+
+def runs_in_a_collection(method: MethodInfo) -> None:
+    schema = Schema([FeatureSpec("a", ROWS, WIDTH), FeatureSpec("b", 50, WIDTH), FeatureSpec("c", 999, WIDTH)])
+    need = {s.name: method.config_cls.sized(s, 1).footprint(s).serve for s in schema}
+    plan = Plan({s.name: method.config_cls.for_budget(s, max(need[s.name], s.num_embeddings * 16)) for s in schema})
+    try:
+        collection = EmbeddingCollection(schema, plan)
+    except RecsysEmbedError:  # features that share a table must agree in its size
+        plan = Plan.uniform(schema, method.name, budget=max(sum(need.values()), 1452 * 16))
+        collection = EmbeddingCollection(schema, plan)
+    ids = torch.tensor([[402, 49, 998], [0, 0, 0]])
+    out = collection(ids)
+    torch.testing.assert_close(out, EmbeddingCollection(schema, plan, backend="reference")(ids))
+    torch.testing.assert_close(collection(ids.T.reshape(-1), torch.arange(7)), out)
+    with poisoned_memory():
+        fused = EmbeddingCollection(schema, plan, optimizer=SGD(lr=0.1))
+    out.square().sum().backward()
+    fused(ids).square().sum().backward()
+    for name, p in collection.named_parameters():
+        after = fused.get_parameter(name)
+        expected = p - 0.1 * p.grad if p.grad is not None and not after.requires_grad else p
+        torch.testing.assert_close(after, expected, msg=f"{name}: a fused step must equal a plain one")
+        if after.requires_grad:
+            torch.testing.assert_close(after.grad, p.grad)
+
+
+EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
+    names_follow_the_key,
+    shapes_are_those_of_torch,
+    bags_pool_the_vectors_of_their_ids,
+    padding_is_zero_and_learns_nothing,
+    ids_out_of_range_raise_unless_hashed,
+    same_seed_same_bits,
+    starts_with_the_law_of_a_plain_table,
+    gradients_are_right,
+    equals_its_program,
+    state_round_trips_and_refuses_others,
+    footprint_is_what_is_stored,
+    budgets_are_kept,
+    config_is_data,
+    survives_the_meta_device,
+    compiles_and_exports_whole,
+    fits_a_trained_table,
+    runs_in_a_collection,
+)
+
+
+def check_embedding(method: str | MethodInfo) -> None:
+    """Run the whole contract of a registered method.
+
+    Raises:
+        AssertionError: names the broken clause.
+
+    >>> check_embedding("hash")
+    """
+    info = get_method(method) if isinstance(method, str) else method
+    for check in EMBEDDING_CHECKS:
+        check(info)
+
+
+def check_backend(backend: str, device: str = "cpu") -> None:
+    """Compare a backend with the reference over every method, odd batch sizes, poolings and dtypes.
+
+    Raises:
+        AssertionError: names the method and case that differ.
+
+    >>> check_backend("torch")
+    """
+    for info in list_methods():
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+            schema = Schema(
+                [
+                    FeatureSpec(f"f{i}", n, 6, pooling=p)
+                    for i, (n, p) in enumerate(((1, "sum"), (301, "mean"), (97, "max")))
+                ]
+            )
+            need = sum(info.config_cls.sized(s, 1).footprint(s).serve for s in schema)
+            plan = Plan.uniform(schema, info.name, budget=max(need, 399 * 6 * 2), full_below=1)
+            with poisoned_memory():
+                ours = EmbeddingCollection(schema, plan, backend=backend, device=device, dtype=dtype)
+                oracle = EmbeddingCollection(schema, plan, backend="reference", device=device, dtype=dtype)
+            sizes = torch.tensor([s.num_embeddings for s in schema], device=device)
+            generator = torch.Generator(device).manual_seed(0)
+            for batch in (1, 3, 65):
+                where = f"method {info.name!r}, {dtype}, batch {batch}"
+                ids = (torch.rand(batch, 3, generator=generator, device=device) * sizes).long()
+                lengths = torch.randint(0, 4, (3 * batch,), generator=generator, device=device)
+                offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+                owner = torch.repeat_interleave(torch.arange(3, device=device), lengths.view(3, batch).sum(1))
+                values = (torch.rand(len(owner), generator=generator, device=device) * sizes[owner]).long()
+                for arguments in ((ids,), (values, offsets)):
+                    got, wanted = ours(*arguments), oracle(*arguments)
+                    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, msg=f"{where}: output")
+                    seen = torch.autograd.grad(got.square().sum(), list(ours.parameters()))
+                    right = torch.autograd.grad(wanted.square().sum(), list(oracle.parameters()))
+                    for a, b in zip(seen, right, strict=True):
+                        torch.testing.assert_close(
+                            a, b, rtol=100 * tolerance, atol=100 * tolerance, msg=f"{where}: grad"
+                        )
+
+
+def check_model(model: str) -> None:
+    """Run the contract of a registered click model over every method: shape, seeding, learning, state.
+
+    Raises:
+        AssertionError: names the method and clause.
+    """
+    from recsys_embed.models import build_model, get_model
+
+    schema = Schema([FeatureSpec("a", 50, 4), FeatureSpec("b", 300, 4)])
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.rand(64, 3, generator=generator)
+    ids = torch.stack([torch.randint(0, s.num_embeddings, (64,), generator=generator) for s in schema], 1)
+    label = (ids[:, 0] % 2).float()
+    for info in list_methods():
+        need = sum(info.config_cls.sized(s, 1).footprint(s).serve for s in schema)
+        plan = Plan.uniform(schema, info.name, budget=max(need, 350 * 4 * 4), full_below=1)
+        given = plan if get_model(model).uses_vectors else Plan.full(schema.with_dim(1))
+        net, twin = (build_model(model, schema, given, num_dense=3, optimizer=SGD(lr=0.1), seed=7) for _ in range(2))
+        where = f"model {model!r}, method {info.name!r}"
+        first = net(dense, ids)
+        assert first.shape == (64,), f"{where}: logits must be [64]; got {tuple(first.shape)}"
+        assert torch.equal(first, twin(dense, ids)), f"{where}: same seed, other bits"
+        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
+        losses = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(net(dense, ids), label)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0], f"{where}: loss rose from {losses[0]:.4f} to {losses[-1]:.4f}"
+        twin.load_state_dict(net.state_dict())
+        net.eval(), twin.eval()
+        assert torch.equal(net(dense, ids), twin(dense, ids)), f"{where}: state does not restore the model"
+
+
+__all__ = [name for name, value in list(globals().items()) if inspect.isfunction(value) and name.startswith("check_")]
+__all__ += ["EMBEDDING_CHECKS", "poisoned_memory"]

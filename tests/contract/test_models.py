@@ -1,0 +1,13 @@
+"""Every registered model keeps the contract with every method."""
+
+from __future__ import annotations
+
+import pytest
+
+from recsys_embed.models import list_models
+from recsys_embed.testing import check_model
+
+
+@pytest.mark.parametrize("model", list_models())
+def test_model(model: str) -> None:
+    check_model(model)
