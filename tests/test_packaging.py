@@ -170,7 +170,7 @@ print(sorted(extra))
 
 
 def required_by_name() -> list[tuple[str, str, str | None]]:
-    """Every ``require("library", extra="...")`` of the package, which import-linter cannot see: module, library, extra."""
+    """Module, library and extra of every ``require(...)`` of the package; import-linter cannot see them."""
     found = []
     for path in sorted((ROOT / "recsys_embed").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
