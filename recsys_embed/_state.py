@@ -30,7 +30,7 @@ def check(saved: Any, config: dict[str, Any], where: str, ignore: tuple[str, ...
     """
     try:
         theirs = _flatten(json.loads(bytes(saved.cpu().numpy())))
-    except (AttributeError, TypeError, ValueError) as e:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e
     ours = _flatten(json.loads(json.dumps(config)))
     differ = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]

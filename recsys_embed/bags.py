@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels.checks import check_id_dtype
+from recsys_embed.kernels.checks import check_id_dtype, check_offsets
 
 
 class Bags(NamedTuple):
@@ -29,19 +29,6 @@ class Bags(NamedTuple):
         return self.offsets.diff()
 
 
-def _check_offsets(values: Tensor, offsets: Tensor, where: str) -> Tensor:
-    offsets = offsets.long()
-    if offsets.dim() != 1 or offsets.numel() == 0:
-        raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = (int(offsets[0]), int(offsets[-1]))
-        if ends != (0, values.numel()) or bool((offsets.diff() < 0).any()):
-            raise ConfigError(
-                f"offsets must rise from 0 to the number of ids, {values.numel()}; got {ends[0]} to {ends[1]} ({where})"
-            )
-    return offsets
-
-
 def _one(feature: Any, where: str) -> tuple[Tensor, Tensor]:
     """Values and offsets of one feature given as ``(values, offsets)`` or as ids ``[B, L]`` or ``[B]``."""
     if isinstance(feature, Tensor):
@@ -53,7 +40,8 @@ def _one(feature: Any, where: str) -> tuple[Tensor, Tensor]:
         raise ConfigError(
             f"a feature is a tensor or (values, offsets); got {type(feature).__name__} (feature {where!r})"
         )
-    return feature[0], _check_offsets(feature[0], feature[1], f"feature {where!r}")
+    check_id_dtype(feature[0], where)
+    return feature[0], check_offsets(feature[1], feature[0].numel(), f"feature {where!r}", closed=True)
 
 
 def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | None) -> Bags:
@@ -67,7 +55,7 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
         check_id_dtype(ids, "of the collection")
         if ids.dim() != 1 or offsets is None:
             raise ConfigError(f"ids are [B, {count}], or 1-D with offsets [{count} * B + 1]; got {tuple(ids.shape)}")
-        offsets = _check_offsets(ids, offsets, "collection")
+        offsets = check_offsets(offsets, ids.numel(), "collection", closed=True)
         if (offsets.numel() - 1) % count:
             raise ConfigError(f"offsets must have {count} * B + 1 entries; got {offsets.numel()}")
         if weights is not None and weights.shape != ids.shape:

@@ -26,7 +26,7 @@ def pool(vectors: Tensor, offsets: Tensor, mode: str, weights: Tensor | None = N
     """Pool per-id ``vectors [n, width]`` over bags ``offsets [bags + 1]``: ``[bags, width]``; empty bags give zeros."""
     order = torch.arange(vectors.shape[0], device=vectors.device)
     if vectors.shape[0] == 0:
-        vectors = vectors.new_zeros(1, vectors.shape[1])
+        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])  # stays in the graph
     return F.embedding_bag(order, vectors, offsets, mode=mode, per_sample_weights=weights, include_last_offset=True)
 
 
@@ -157,7 +157,8 @@ class LookupBundle(Constants):
                 value, project = torch.einsum("ni,nio->no", value, project[local]), None
             offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
             value = pool(value, offsets, mode, weights)
-            value = (value if own is None else own.after_pool(value)).view(len(part), batch, -1)
+            value = value if own is None else own.after_pool(value)
+            value = value.view(len(part), batch, value.shape[-1])
             value = value.transpose(0, 1) if project is None else torch.einsum("fbi,fio->bfo", value, project)
             out.append(value)
         return self._assemble(out)
@@ -175,9 +176,10 @@ class LookupBundle(Constants):
     def _assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Parts ``[B, members, width]`` to the output in schema order."""
         batch, dim = parts[0].shape[0], self.output_dim
+        # Sizes in full: an empty batch has no element from which to infer one.
         if dim is not None:
-            out = [p.reshape(batch, -1, dim) for p in parts]
+            out = [p.reshape(batch, p.shape[1] * p.shape[2] // dim, dim) for p in parts]
         else:
-            out = [p.reshape(batch, -1) for p in parts]
+            out = [p.flatten(1) for p in parts]
         joined = out[0] if len(out) == 1 else torch.cat(out, 1)
         return joined if self.ordered else joined.index_select(1, self.constant("order"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -163,6 +165,8 @@ class EmbeddingCollection(nn.Module):
     def lr(self, value: float) -> None:
         if self.optimizer is None:
             raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
         self._lr = float(value)
 
     def _states(self) -> list[tuple[str, str]]:
@@ -183,8 +187,10 @@ class EmbeddingCollection(nn.Module):
         Raises:
             CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
         """
-        if saved.get("rule") != repr(self.optimizer):
-            raise CheckpointError(f"optimizer state is of {saved.get('rule')}; this collection uses {self.optimizer!r}")
+        if not isinstance(saved, Mapping) or not {"rule", "lr", "steps", "state"} <= saved.keys():
+            raise CheckpointError(f"optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
+        if saved["rule"] != repr(self.optimizer):
+            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self.optimizer!r}")
         wanted = {f"{name}_{key}" for name, key in self._states()}
         state = saved["state"]
         wrong = sorted(wanted ^ state.keys())

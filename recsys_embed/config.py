@@ -5,11 +5,11 @@ from __future__ import annotations
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from recsys_embed.errors import BudgetError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.program import LookupProgram
@@ -47,6 +47,8 @@ def _fault(name: str, value: Any, types: tuple[Any, ...], low: float | None, hig
         right = isinstance(value, int if int in types else (int, float)) and not isinstance(value, bool)
         ok = right and (low is None or value >= low) and (high is None or value <= high)
         ok = ok or (value is None and type(None) in types)
+    elif str in types:
+        wanted, ok = "text", isinstance(value, str) or (value is None and type(None) in types)
     else:
         return None
     return None if ok else f"`{name}` must be {wanted}; got {value!r}"
@@ -152,7 +154,8 @@ class MethodConfig(ABC):
         Raises:
             BudgetError: the smallest configurations do not fit together.
         """
-        whole = {s.name: plain.footprint(s).serve for s in specs}
+        # Raw ids have no plain table; the one of their estimated cardinality is what the method is held against.
+        whole = {s.name: plain.footprint(replace(s, ids="index")).serve for s in specs}
         small = {s.name: cls.sized(s, 1, **params) for s in specs}
         need = {s.name: small[s.name].footprint(s).serve for s in specs}
 
@@ -160,10 +163,11 @@ class MethodConfig(ABC):
             total, chosen = 0, {}
             for s in specs:
                 config: MethodConfig = plain
-                if s.num_embeddings >= keep and need[s.name] < whole[s.name]:
+                raw = s.ids == "raw"
+                if raw or (s.num_embeddings >= keep and need[s.name] < whole[s.name]):
                     share = int(ratio * whole[s.name])
                     config = small[s.name] if share <= need[s.name] else cls.for_budget(s, share, **params)
-                    if config.footprint(s).serve >= whole[s.name]:
+                    if not raw and config.footprint(s).serve >= whole[s.name]:
                         config = plain
                 chosen[s.name] = config
                 total += config.footprint(s).serve
@@ -190,10 +194,14 @@ class MethodConfig(ABC):
     def from_params(cls, params: dict[str, Any]) -> Self:
         """Build from keyword arguments; unknown keys are errors that name the nearest field."""
         known = {f.name for f in fields(cls)}
-        for key in params:
-            if key not in known:
-                raise unknown_name(f"option of {cls.__name__}", key, known)
-        missing = [f"`{f.name}` is missing" for f in fields(cls) if f.default is MISSING and f.name not in params]
-        raise_faults(missing, f"{cls.__name__}; give it, or a byte `budget` to size it")
+        unknown = [
+            str(unknown_name(f"option of {cls.__name__}", str(key), known)) for key in params if key not in known
+        ]
+        missing = [
+            f"`{f.name}` is missing; give it, or a byte `budget` to size it"
+            for f in fields(cls)
+            if f.default is MISSING and f.name not in params
+        ]
+        raise_faults(unknown + missing, cls.__name__, ConfigError if missing else UnknownNameError)
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
         return cls(**values)

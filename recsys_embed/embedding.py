@@ -15,7 +15,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import fit_tables
-from recsys_embed.kernels.checks import check_id_dtype, check_id_range
+from recsys_embed.kernels.checks import check_id_dtype, check_id_range, check_offsets
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup
 from recsys_embed.memory import Footprint
 
@@ -83,6 +83,8 @@ class CompressedEmbedding(nn.Module):
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
+        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name == "kernel"]
+        raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
         for table in self.program.tables:
             empty = torch.empty(table.rows, table.width, device=device, dtype=dtype)
             self.register_parameter(table.name, nn.Parameter(empty))
@@ -105,11 +107,15 @@ class CompressedEmbedding(nn.Module):
         return next(self.parameters()).device
 
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw the initial weights: a function of the seed (the config's unless given) and table names alone."""
+        """Draw the initial weights: a function of the seed (the config's unless given) and table names alone.
+
+        A collection of the same seed draws the same weights.
+        """
         seed = self.config.seed if seed is None else seed
         with torch.no_grad():
             for table in self.program.tables:
-                table.init.fill_(self.table(table.name), hashing.salt(seed, "init", f"{self.spec.name}.{table.name}"))
+                key = table.name if table.shared else f"{self.spec.name}.{table.name}"
+                table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
@@ -168,6 +174,11 @@ class CompressedEmbedding(nn.Module):
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
             return self._vectors(ids.reshape(-1).long()).view(*ids.shape, self.output_dim)
+        if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
+            raise ConfigError(
+                f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "
+                f"got {tuple(per_sample_weights.shape)}"
+            )
         flat, offsets = self._bags(ids, offsets)
         self._check_range(flat)
         vectors = self.before_pool(flat)
@@ -179,7 +190,7 @@ class CompressedEmbedding(nn.Module):
             order = torch.where(flat == self.padding_idx, padding, order)
             vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
         elif vectors.shape[0] == 0:
-            vectors = vectors.new_zeros(1, vectors.shape[1])
+            vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
         pooled = F.embedding_bag(
             order,
             vectors,
@@ -202,7 +213,7 @@ class CompressedEmbedding(nn.Module):
             raise ConfigError(
                 f"bags are 2-D `ids`, or 1-D `ids` with `offsets`; got {ids.dim()}-D ids, offsets {offsets}"
             )
-        return ids.long(), offsets.long()
+        return ids.long(), check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}")
 
     # -- whole table ----------------------------------------------------------------------------------------------
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, cast, get_args
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]
 MAX_ROWS = 2**31 - 1
-_INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(normal|uniform):\d*\.?\d+(e-?\d+)?")
+_INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(?:normal|uniform):(\d*\.?\d+(?:e-?\d+)?)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class FeatureSpec:
             faults.append(f"`name` must not contain '.' or '#', which separate parts of table names; got {self.name!r}")
         for key, top in (("num_embeddings", MAX_ROWS), ("embedding_dim", 65536)):
             value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= top:
+            if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= top:
                 faults.append(f"`{key}` must be an integer in [1, {top}]; got {value!r}")
+            else:
+                # Counts often come from numpy or pandas, whose integers JSON cannot write.
+                object.__setattr__(self, key, int(value))
         for key, allowed in (("pooling", get_args(Pooling)), ("ids", get_args(IdKind))):
             if getattr(self, key) not in allowed:
                 faults.append(f"`{key}` must be one of {', '.join(allowed)}; got {getattr(self, key)!r}")
-        if not _INIT.fullmatch(str(self.init)):
+        law = _INIT.fullmatch(self.init) if isinstance(self.init, str) else None
+        if law is None or (law[1] and not math.isfinite(float(law[1]))):
             faults.append(f"`init` must be sqrt_rows, sqrt_dim, xavier, normal:STD or uniform:BOUND; got {self.init!r}")
         raise_faults(faults, f"FeatureSpec, feature {self.name!r}")
 
@@ -134,9 +140,23 @@ class Schema:
         items = data.get("features") if isinstance(data, dict) else None
         if not isinstance(items, list):
             raise ConfigError(f"a schema is an object with a list 'features'; got {type(data).__name__}")
-        known = {f.name for f in fields(FeatureSpec)}
-        for item in items:
-            for key in item:
-                if key not in known:
-                    raise unknown_name("key of a feature", key, known)
-        return cls([FeatureSpec(**cast("dict[str, Any]", item)) for item in items])
+        faults, features = [], []
+        for i, item in enumerate(items):
+            wrong = _item_faults(item, f"feature {i}")
+            try:
+                features += [] if wrong else [FeatureSpec(**item)]
+            except ConfigError as e:
+                wrong.append(str(e))
+            faults += wrong
+        raise_faults(faults, "schema")
+        return cls(features)
+
+
+def _item_faults(item: Any, where: str) -> list[str]:
+    """What keeps ``item`` from being the arguments of a FeatureSpec, values aside."""
+    if not isinstance(item, dict):
+        return [f"{where} must be an object; got {type(item).__name__}"]
+    known = {f.name for f in fields(FeatureSpec)}
+    required = [f.name for f in fields(FeatureSpec) if f.default is MISSING]
+    faults = [f"{where}: {unknown_name('key', str(key), known)}" for key in item if key not in known]
+    return faults + [f"{where}: `{key}` is missing" for key in required if key not in item]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral
 
 from recsys_embed.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, **{f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)}}
 _UNITS |= {f"{u}B": 1000**i for i, u in enumerate("KMGT", 1)}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# The digit limit keeps what comes from a file within what int() parses and any tensor could hold.
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(size: str | int) -> int:
@@ -21,17 +24,17 @@ def parse_bytes(size: str | int) -> int:
     >>> parse_bytes("4MiB"), parse_bytes("2kb"), parse_bytes(10)
     (4194304, 2000, 10)
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        value: float = size
+    if isinstance(size, Integral) and not isinstance(size, bool):
+        value = int(size)
     else:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         units = {u.lower(): n for u, n in _UNITS.items()}
         if match is None or match[2].lower() not in units:
             raise ConfigError(f"a byte size is an integer or text like '64MiB', '1.5GiB', '10MB'; got {size!r}")
-        value = int(float(match[1]) * units[match[2].lower()])
+        value = int(Fraction(match[1]) * units[match[2].lower()])
     if value < 1:
         raise ConfigError(f"a byte size must be at least 1 byte; got {size!r}")
-    return int(value)
+    return value
 
 
 def format_bytes(size: int | float) -> str:

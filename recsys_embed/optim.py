@@ -18,6 +18,11 @@ from torch import Tensor
 from recsys_embed.errors import raise_faults
 
 
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is finite and not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
 @dataclass(frozen=True)
 class FusedOptimizer(ABC):
     """One update rule. Subclasses are frozen data; state lives with the tables.
@@ -39,10 +44,10 @@ class FusedOptimizer(ABC):
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "betas":
-                ok = isinstance(value, tuple) and len(value) == 2 and all(0 <= b < 1 for b in value)
+                ok = isinstance(value, tuple) and len(value) == 2 and all(_is_number(b) and b < 1 for b in value)
                 wanted = "two numbers in [0, 1)"
             else:
-                ok = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+                ok = _is_number(value)
                 wanted = "a finite number >= 0"
             if not ok:
                 faults.append(f"`{f.name}` must be {wanted}; got {value!r}")

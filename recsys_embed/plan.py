@@ -37,6 +37,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "configs", dict(self.configs))
+        wrong = [(name, c) for name, c in self.configs.items() if not isinstance(c, MethodConfig)]
+        faults = [f"expected a method configuration; got {c!r:.80} (feature {name!r})" for name, c in wrong]
+        raise_faults(faults, "Plan")
 
     def __getitem__(self, feature: str) -> MethodConfig:
         return self.configs[feature]
@@ -97,8 +100,8 @@ class Plan:
                 known = tables.setdefault(table_key(spec, table), table)
                 if known != table:
                     raise ConfigError(
-                        f"shared table {table.name!r} is {known.rows} x {known.width} for one feature and "
-                        f"{table.rows} x {table.width} for {spec.name!r}; give both the same options"
+                        f"shared table {table.name!r} is {known.rows} x {known.width}, {known.init}, for one feature "
+                        f"and {table.rows} x {table.width}, {table.init}, for {spec.name!r}; give both the same options"
                     )
         return tables
 
@@ -131,9 +134,18 @@ class Plan:
         Raises:
             ConfigError: another version, or an unknown method or option.
         """
-        if data.get("version") != PLAN_VERSION or not isinstance(data.get("features"), Mapping):
+        found = data if isinstance(data, Mapping) else {}
+        if found.get("version") != PLAN_VERSION or not isinstance(found.get("features"), Mapping):
             raise ConfigError(
-                f"a plan is an object with 'version': {PLAN_VERSION} and 'features'; got {sorted(data)}, "
-                f"version {data.get('version')!r}"
+                f"a plan is an object with 'version': {PLAN_VERSION} and 'features'; got {data!r:.80}, "
+                f"version {found.get('version')!r}"
             )
-        return cls({name: config_from_dict(config) for name, config in data["features"].items()})
+        configs, errors = {}, []
+        for name, config in found["features"].items():
+            try:
+                configs[name] = config_from_dict(config)
+            except ConfigError as e:
+                errors.append((type(e), f"{e} (feature {name!r})"))
+        kinds = {kind for kind, _ in errors}
+        raise_faults([fault for _, fault in errors], "Plan", kinds.pop() if len(kinds) == 1 else ConfigError)
+        return cls(configs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from recsys_embed.config import MethodConfig
@@ -57,12 +58,12 @@ def list_methods(tag: str | None = None) -> list[MethodInfo]:
     return [m for m in _METHODS.values() if tag is None or tag in m.tags]
 
 
-def config_from_dict(data: dict[str, Any]) -> MethodConfig:
+def config_from_dict(data: Mapping[str, Any]) -> MethodConfig:
     """Inverse of :meth:`MethodConfig.to_dict`; unknown methods and options are errors."""
-    params = dict(data)
+    params = dict(data) if isinstance(data, Mapping) else {}
     name = params.pop("method", None)
     if not isinstance(name, str):
-        raise ConfigError(f"a method configuration needs a key 'method'; got {sorted(data)}")
+        raise ConfigError(f"a method configuration is an object with a key 'method'; got {data!r:.80}")
     return get_method(name).config_cls.from_params(params)
 
 

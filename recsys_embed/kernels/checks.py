@@ -11,9 +11,40 @@ from recsys_embed.errors import ConfigError, IdRangeError
 
 
 def check_id_dtype(ids: Tensor, where: str) -> None:
-    """Raise unless ``ids`` are int32 or int64."""
+    """Raise unless ``ids`` are a tensor of int32 or int64."""
+    if not isinstance(ids, Tensor):
+        raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} (feature {where!r})")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} (feature {where!r})")
+
+
+def check_offsets(offsets: Tensor, count: int, where: str, closed: bool = False) -> Tensor:
+    """``offsets`` as int64, or an error unless they rise from 0 to at most the number of ids, ``count``.
+
+    Values are read on the CPU only: elsewhere that would wait for the device.
+
+    Args:
+        offsets: int32 or int64, 1-D.
+        closed: the last offset must be ``count``; without, it may be less, as in torch.
+
+    Raises:
+        ConfigError: of another type or shape, falling, or beyond the ids.
+    """
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int64, torch.int32):
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise ConfigError(f"offsets must be a tensor of int32 or int64; got {got} ({where})")
+    if offsets.dim() != 1 or offsets.numel() < int(closed):
+        raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
+    offsets = offsets.long()
+    if offsets.numel() and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = int(offsets[0]), int(offsets[-1])
+        fits = last == count if closed else last <= count
+        if first != 0 or not fits or bool((offsets.diff() < 0).any()):
+            falls = ", falling in between" if first == 0 and fits else ""
+            raise ConfigError(
+                f"offsets must rise from 0 to the number of ids, {count}; got {first} to {last}{falls} ({where})"
+            )
+    return offsets
 
 
 def check_id_range(ids: Tensor, size: int, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -58,9 +59,11 @@ def apply_update(
     """
     if rows.numel() == 0:
         return
-    touched, sums = sum_duplicates(rows, grad.to(weight.dtype))
-    picked = {name: values.index_select(0, touched) for name, values in state.items()}
-    updated = optimizer.update(weight.index_select(0, touched), sums, picked, lr, step)
+    # Half-precision weights are updated in float32, so that small sums and state survive.
+    work = torch.promote_types(weight.dtype, torch.float32)
+    touched, sums = sum_duplicates(rows, grad.to(work))
+    picked = {name: values.index_select(0, touched).to(work) for name, values in state.items()}
+    updated = optimizer.update(weight.index_select(0, touched).to(work), sums, picked, lr, step)
     weight[touched] = updated.to(weight.dtype)
     for name, values in state.items():
         values[touched] = picked[name].to(values.dtype)

@@ -13,7 +13,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.checks import check_id_dtype, check_id_range
+from recsys_embed.kernels.checks import check_id_dtype, check_id_range, check_offsets
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 
@@ -76,6 +76,9 @@ class FullEmbedding(CompressedEmbedding):
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
             return F.embedding(ids, weight, **options)
+        if offsets is not None:
+            # Torch reads beyond the ids where offsets fall.
+            check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}")
         return F.embedding_bag(
             ids,
             weight,
@@ -94,7 +97,9 @@ class FullEmbedding(CompressedEmbedding):
     @classmethod
     def from_pretrained(cls, embeddings: Tensor, freeze: bool = True, **options: Any) -> Self:
         """A module over given weights ``[num_embeddings, embedding_dim]``, as ``nn.Embedding.from_pretrained``."""
+        if embeddings.dim() != 2:
+            raise ConfigError(f"`embeddings` must be [num_embeddings, dim]; got shape {tuple(embeddings.shape)}")
         module = cls(*embeddings.shape, device="meta", **options)
         module.weight = nn.Parameter(embeddings, requires_grad=not freeze)
-        module.kernel.to(embeddings.device)
+        module.kernel.to_empty(device=embeddings.device)
         return module

@@ -118,8 +118,10 @@ class UnifiedConfig(MethodConfig):
         chosen: dict[str, MethodConfig] = {}
         spent = 0
         for spec in sorted(specs, key=lambda s: (s.num_embeddings, s.name)):
+            if spec.ids == "raw" or spec.num_embeddings >= full_below:
+                continue
             need = plain.footprint(spec).serve
-            if spec.ids == "index" and spec.num_embeddings < full_below and spent + need <= budget // 2:
+            if spent + need <= budget // 2:
                 chosen[spec.name] = plain
                 spent += need
         shared = [s for s in specs if s.name not in chosen]
