@@ -2,9 +2,13 @@
 
 from recsys_embed.methods.full import FullEmbedding
 from recsys_embed.methods.hash import HashEmbedding
+from recsys_embed.methods.lowdim import LowdimEmbedding
+from recsys_embed.methods.multihash import MultihashEmbedding
 from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
 
 register(FullEmbedding, paper="plain table (torch.nn.Embedding)", tags=("baseline",))
 register(HashEmbedding, paper="Weinberger et al., ICML 2009, arXiv 0902.2206", tags=("hashing",))
+register(LowdimEmbedding, paper="low-rank factorisation; optimum by Eckart and Young 1936", tags=("baseline",))
+register(MultihashEmbedding, paper="Svenstrup et al., NeurIPS 2017, arXiv 1709.03933", tags=("hashing",))
 register(UnifiedEmbedding, paper="Coleman et al., NeurIPS 2023, arXiv 2305.12102", tags=("hashing", "shared"))

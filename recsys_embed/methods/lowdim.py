@@ -1,0 +1,89 @@
+"""lowdim: a narrow plain table and a matrix that widens it; the strong dumb baseline (a low-rank factorisation)."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import FeatureSpec
+from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowdimConfig(MethodConfig):
+    """A table ``[num_embeddings, dim]`` times a learned matrix ``[dim, embedding_dim]``.
+
+    Rows start with the law of a plain table and matrix elements with variance 1/``dim``, so that outputs start with a
+    plain table's variance.
+
+    >>> LowdimConfig(dim=4).footprint(FeatureSpec("C1", 1000, 16)).serve
+    16256
+    """
+
+    method: ClassVar[str] = "lowdim"
+
+    dim: int = param(MISSING, "width of the stored rows", low=1)
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec)
+        if self.dim > spec.embedding_dim:
+            faults.append(f"`dim` must be in [1, {spec.embedding_dim}], the feature's width; got {self.dim}")
+        return faults
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        rows = Table("weight", spec.num_embeddings, self.dim, Init.plain(spec))
+        matrix = Table("projection", self.dim, spec.embedding_dim, Init("uniform", (3 / self.dim) ** 0.5), dense=True)
+        return LookupProgram((rows, matrix), (Probe("weight", Digit()),), projection="projection")
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        return spec.embedding_dim
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        return cls.from_params({**params, "dim": size})
+
+
+class LowdimEmbedding(CompressedEmbedding):
+    """Drop-in over a narrow table and a projection.
+
+    >>> import torch
+    >>> emb = LowdimEmbedding(1000, 16, dim=4)
+    >>> emb(torch.tensor([[1, 999]])).shape
+    torch.Size([1, 2, 16])
+    """
+
+    config_cls = LowdimConfig
+
+    @torch.no_grad()
+    def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
+        """Set table and matrix to the best approximation of ``weight [num_embeddings, embedding_dim]`` of rank ``dim``.
+
+        The optimum is known (Eckart and Young 1936): the matrix holds the leading right singular vectors of the rows
+        scaled by the square roots of ``counts``, and the table the rows' coordinates along them.
+        """
+        importance = torch.ones(len(weight)) if counts is None else counts.detach()
+        if importance.shape != (len(weight),) or importance.min() < 0 or not importance.any():
+            raise ConfigError(
+                f"`counts` must be {len(weight)} numbers >= 0, not all 0; got shape {tuple(importance.shape)}"
+                f" (feature {self.spec.name!r})"
+            )
+        importance = importance.to(weight.device, torch.float64)
+        if self.padding_idx is not None:
+            importance = importance.index_fill(0, importance.new_tensor([self.padding_idx], dtype=torch.int64), 0.0)
+        width = self.embedding_dim
+        gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        for ids in self._chunks():
+            rows = weight[ids].double()
+            gram += rows.T @ (rows * importance[ids].unsqueeze(1))
+        # Eigenvalues ascend, so the last columns lead.
+        basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : self.table("projection").shape[0]]
+        self.table("projection").copy_(basis.T)
+        for ids in self._chunks():
+            self.table("weight")[ids] = (weight[ids].double() @ basis).to(self.table("weight").dtype)

@@ -1,0 +1,261 @@
+"""multihash: each id reads several hashed rows, so that two ids rarely share all of them; optionally weighs them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor
+
+from recsys_embed import hashing
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.program import Hash, Init, LookupProgram, Murmur, Probe, Table, Transform, Weight
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "thinc": {"num_hashes": 4, "hash": "murmur", "law": "thinc"},
+    "bloom": {"combine": "mean", "law": "cce"},
+    "svenstrup": {"weights": "original", "law": "svenstrup"},
+    "cce": {"weights": "flat", "law": "cce"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultihashConfig(MethodConfig):
+    """``num_hashes`` rows of a table of ``num_buckets`` rows, combined (all k agree for two ids with odds M^-k).
+
+    **Importance weights** make it hash embeddings (Svenstrup et al., NeurIPS 2017, arXiv 1709.03933): row j counts
+    ``w_j(x)``, a learned scalar from a second hashed table. With u, u_j hashes of the id into [0, num_weights):
+    ``"original"`` reads ``w_j = P[u, j]``, ``"indep"`` ``P[u_j, j]``, ``"flat"`` any element of P. The paper's option
+    of handing the weights on comes in two forms: ``append_weights="inside"`` keeps the width, with a pool of
+    ``embedding_dim - num_hashes`` and outputs ``[sum_j w_j E_j ; w / sqrt(embedding_dim)]`` (the library cce);
+    ``"outside"`` is the paper's ``[sum_j w_j E_j ; w]``, so the output is ``num_hashes`` WIDER than ``embedding_dim``.
+
+    **Frequency split** (Zhang et al. 2020, arXiv 2007.14523): ids in ``[0, head)`` have private rows, the others hash
+    into ``num_buckets`` more; ids must be numbered by descending frequency. With ``combine="sum"`` a head id is its one
+    private row; with ``"concat"`` each of the ``separate`` tables has a private chunk for it, so that its whole width
+    is its own. When sizing by a budget, ``head_share`` instead of ``head`` gives this share of the rows to head ids.
+
+    **Laws of initial rows** (``law``): ``"plain"`` gives outputs a plain table's variance (head ids under ``"sum"``:
+    1/num_hashes of it); weights start at 1, or, where they are part of the output, like a plain table. ``"svenstrup"``
+    is N(0, 0.1) rows with N(0, 5e-4) weights, ``"cce"`` U(±1/sqrt(embedding_dim)) with U(±1), ``"thinc"`` U(±0.1). The
+    near-zero weights of ``"svenstrup"`` shrink the rows' gradients by as much: train them with Adagrad or Adam.
+
+    **Presets** (``preset=`` where options are given by keyword): ``"thinc"``, ``"bloom"``, ``"svenstrup"``, ``"cce"``.
+
+    A budget is split half and half between rows and weights, as cce does.
+
+    >>> MultihashConfig(num_buckets=500).footprint(FeatureSpec("C1", 10_000, 16)).serve
+    32000
+    >>> config = MultihashConfig(num_buckets=500, weights="flat", num_weights=4000)
+    >>> config.footprint(FeatureSpec("C1", 10_000, 16)).serve
+    64000
+    """
+
+    method: ClassVar[str] = "multihash"
+    accepts_raw: ClassVar[bool] = True
+
+    num_buckets: int = param(MISSING, "hashed rows of the table, or of each table", low=1, high=MAX_ROWS)
+    num_hashes: int = param(2, "rows per id", low=1, high=64)
+    combine: Literal["sum", "mean", "concat"] = param("sum", "how the rows of an id combine")
+    separate: bool = param(False, "a table per hash instead of one for all")
+    sign: bool = param(False, "multiply each row by its own hash in {-1, +1}")
+    hash: Literal["splitmix64", "murmur"] = param("splitmix64", "'murmur': the 4 keys of thinc, salted by `seed` alone")
+    weights: Literal["original", "indep", "flat"] | None = param(None, "learned importance of each row")
+    num_weights: int | None = param(None, "rows of the weights; 10 x num_buckets by default", low=1, high=MAX_ROWS)
+    append_weights: Literal["inside", "outside"] | None = param(None, "weights become columns of the output")
+    head: int = param(0, "ids below this have private rows", low=0, high=MAX_ROWS)
+    law: Literal["plain", "svenstrup", "cce", "thinc"] = param("plain", "law of initial rows and weights")
+
+    @classmethod
+    def from_params(cls, params: dict[str, Any]) -> Self:
+        """As :meth:`MethodConfig.from_params`; ``preset`` names options that the given ones override."""
+        given = dict(params)
+        preset = given.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise unknown_name("preset of MultihashConfig", str(preset), PRESETS)
+        return super().from_params({**PRESETS.get(preset, {}), **given})
+
+    @classmethod
+    def thinc(cls, num_buckets: int, seed: int = 0) -> Self:
+        """thinc's (spaCy's) HashEmbed: the sum of four rows keyed by MurmurHash3; thinc seeds it with the layer's id.
+
+        Bit for bit thinc's rows for the same ``seed`` and table; without its dropout, which belongs to the model.
+
+        >>> MultihashConfig.thinc(5000, seed=7).num_hashes
+        4
+        """
+        return cls.from_params({"preset": "thinc", "num_buckets": num_buckets, "seed": seed})
+
+    @property
+    def _tables(self) -> int:
+        return self.num_hashes if self.separate else 1
+
+    @property
+    def _weight_rows(self) -> int:
+        """Rows of the importance table, ``num_hashes`` elements each."""
+        return self.num_weights or min(10 * self.num_buckets, MAX_ROWS // self.num_hashes)
+
+    def _chunk(self, spec: FeatureSpec) -> int:
+        """Width of a stored row."""
+        width = spec.embedding_dim - (self.num_hashes if self.append_weights == "inside" else 0)
+        return width // self.num_hashes if self.combine == "concat" else width
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        return super().check(spec) + self._check_shape(spec) + self._check_weights() + self._check_head(spec)
+
+    def _check_shape(self, spec: FeatureSpec) -> list[str]:
+        faults = []
+        width, k = spec.embedding_dim, self.num_hashes
+        chunks = k if self.combine == "concat" and not self.separate else 1
+        most = max(1, spec.num_embeddings - self.head) * chunks
+        if spec.ids == "index" and self.num_buckets > most:
+            faults.append(f"`num_buckets` must be in [1, {most}]; got {self.num_buckets}")
+        if self.combine == "concat" and width % k:
+            faults.append(f"`num_hashes` must divide embedding_dim {width} with combine='concat'; got {k}")
+        if self.append_weights == "inside" and width <= k:
+            faults.append(
+                f"`num_hashes` leaves no column of embedding_dim {width} beside the appended weights; got {k}"
+            )
+        if self.hash == "murmur":
+            if k > 4:
+                faults.append(f"`num_hashes` must be in [1, 4] with hash='murmur', which has 4 keys; got {k}")
+            if not 0 <= self.seed < 2**32:
+                faults.append(f"`seed` must be in [0, {2**32 - 1}] with hash='murmur'; got {self.seed}")
+        return faults
+
+    def _check_weights(self) -> list[str]:
+        faults = []
+        if self.weights is None:
+            for name in ("num_weights", "append_weights"):
+                if getattr(self, name) is not None:
+                    faults.append(f"`{name}` needs `weights`; got {getattr(self, name)!r} and weights=None")
+        elif self.num_weights and self.num_weights * self.num_hashes > MAX_ROWS:
+            most = MAX_ROWS // self.num_hashes
+            faults.append(f"`num_weights` must be in [1, {most}] with {self.num_hashes} hashes; got {self.num_weights}")
+        return faults
+
+    def _check_head(self, spec: FeatureSpec) -> list[str]:
+        if self.head == 0:
+            return []
+        faults = []
+        if spec.ids == "raw":
+            faults.append("`head` needs ids numbered by descending frequency; the feature has raw ids")
+        elif self.head >= spec.num_embeddings:
+            faults.append(
+                f"`head` must be in [0, {spec.num_embeddings - 1}]; got {self.head}; with a budget use `head_share`"
+            )
+        if self.hash == "murmur" or self.weights is not None or self.combine == "mean":
+            faults.append(
+                "`head` goes with combine='sum' or 'concat', hash='splitmix64' and no weights; "
+                f"got {self.combine!r}, {self.hash!r}, weights={self.weights!r}"
+            )
+        if self.combine == "concat" and not self.separate:
+            faults.append(
+                "`head` with combine='concat' needs separate=True, so that each chunk of a head id is its own"
+            )
+        return faults
+
+    def _inits(self, spec: FeatureSpec) -> tuple[Init, Init]:
+        """Laws of rows and weights."""
+        width, k = spec.embedding_dim, self.num_hashes
+        gain = {"sum": k**-0.5, "mean": k**0.5, "concat": 1.0}[self.combine]
+        if self.law == "svenstrup":
+            return Init("normal", 0.1), Init("normal", 5e-4)
+        if self.law == "cce":
+            return Init("uniform", width**-0.5), Init("uniform", 1.0)
+        if self.law == "thinc":
+            return Init("uniform", 0.1), Init("constant", loc=1.0)
+        if self.append_weights is None:
+            return Init.plain(spec, gain), Init("constant", loc=1.0)
+        # The weights carry the plain law into their own columns, and rows of matching variance into the others.
+        divisor = width**0.5 if self.append_weights == "inside" else 1.0
+        return Init("uniform", gain * 3**0.5 / divisor), Init.plain(spec, divisor)
+
+    def _rows(self, spec: FeatureSpec, j: int) -> Transform:
+        if self.hash == "murmur":
+            return Murmur(self.seed, j, self.num_buckets)
+        salt = hashing.salt(self.seed, spec.name, "row", j)
+        if self.combine == "concat":
+            return Hash(salt, self.num_buckets, head=self.head)
+        # A head id is one row of the first table, which it alone has; the other probes pass it by.
+        alone = self.head > 0 and j > 0
+        return Hash(salt, self.num_buckets, 1, -self.head if self.separate and alone else 0, self.head, alone)
+
+    def _weight(self, spec: FeatureSpec, j: int) -> Weight:
+        k, rows = self.num_hashes, self._weight_rows
+        salt = hashing.salt(self.seed, spec.name, "weight", 0 if self.weights == "original" else j)
+        return Weight("importance", Hash(salt, rows * k) if self.weights == "flat" else Hash(salt, rows, k, j))
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        k, chunk, concat = self.num_hashes, self._chunk(spec), self.combine == "concat"
+        law, weight_law = self._inits(spec)
+        names = [f"weight_{j}" for j in range(k)] if self.separate else ["weight"]
+        private = [self.head if concat or j == 0 else 0 for j in range(len(names))]
+        tables = [Table(n, self.num_buckets + p, chunk, law) for n, p in zip(names, private, strict=True)]
+        probes = [
+            Probe(
+                names[j % len(names)],
+                self._rows(spec, j),
+                column=j * chunk if concat else 0,
+                scale=1 / k if self.combine == "mean" else 1.0,
+                sign=hashing.salt(self.seed, spec.name, "sign", j) if self.sign else None,
+                weight=self._weight(spec, j) if self.weights else None,
+            )
+            for j in range(k)
+        ]
+        if self.weights:
+            tables.append(Table("importance", self._weight_rows * k, 1, weight_law))
+        if self.append_weights:
+            start, scale = k * chunk if concat else chunk, spec.embedding_dim**-0.5
+            scale = scale if self.append_weights == "inside" else 1.0
+            picks = [self._weight(spec, j) for j in range(k)]
+            probes += [Probe(w.table, w.transform, column=start + j, scale=scale) for j, w in enumerate(picks)]
+        return LookupProgram(tuple(tables), tuple(probes))
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        config = cls.from_params({k: v for k, v in params.items() if k != "head_share"} | {"num_buckets": 1})
+        chunks = config.num_hashes if config.combine == "concat" and not config.separate else 1
+        return min(MAX_ROWS, max(1, spec.num_embeddings - config.head) * chunks)
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, head_share: float | None = None, **params: Any) -> Self:
+        """The configuration of ``size`` rows, of which ``head_share`` (in [0, 1)) are for head ids."""
+        options = {**params, "num_buckets": size}
+        if head_share is not None:
+            if not isinstance(head_share, (int, float)) or not 0 <= head_share < 1 or "head" in params:
+                raise ConfigError(f"`head_share` must be a number in [0, 1), and not beside `head`; got {head_share!r}")
+            options["head"] = int(size * head_share)
+            options["num_buckets"] = size - options["head"]
+        config = cls.from_params(options)
+        if config.weights is None or config.num_weights is not None:
+            return config
+        pool = size * max(1, config._chunk(spec)) * config._tables
+        most = MAX_ROWS // config.num_hashes
+        return cls.from_params({**options, "num_weights": min(most, max(1, pool // config.num_hashes))})
+
+
+class MultihashEmbedding(CompressedEmbedding):
+    """Drop-in over several hashed rows per id; takes any int64 id.
+
+    >>> import torch
+    >>> emb = MultihashEmbedding(1_000_000, 16, num_buckets=50_000, num_hashes=2, weights="original")
+    >>> emb(torch.tensor([1, 2**40])).shape
+    torch.Size([2, 16])
+    >>> MultihashEmbedding(1_000_000, 16, num_buckets=5000, preset="thinc", seed=7).config.hash
+    'murmur'
+    """
+
+    config_cls = MultihashConfig
+
+    def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
+        """As :meth:`CompressedEmbedding.fit_`; columns beyond ``embedding_dim`` have nothing to fit and raise."""
+        if self.output_dim != self.embedding_dim:
+            raise ConfigError(
+                f"fitting needs an output of the table's width {self.embedding_dim}; got {self.output_dim} with "
+                f"append_weights='outside' (feature {self.spec.name!r}); use 'inside' or None"
+            )
+        super().fit_(weight, counts)
