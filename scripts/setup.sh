@@ -51,6 +51,7 @@ rm -f "$log"
 echo "setup: installing the $device builds into $venv (about 1.5 GB on disk for cpu, 8 GB for cuda; log in $log)"
 if ! "$venv/bin/python" -m pip --disable-pip-version-check install --log "$log" "$@" -e '.[all,dev]'; then
   why=$(grep -o -m 1 'No space left on device' "$log" || grep -o -m 1 'No matching distribution found for .*' "$log" || true)
+  if grep -q 'from versions: none' "$log"; then why="no package index answers, or none has this for the Python used: $why"; fi
   if grep -q -E 'NewConnectionError|NameResolutionError|ConnectTimeout|Network is unreachable' "$log"; then why="no network"; fi
   die "the install failed: ${why:-see the lines above}; log in $log; run it again to start over"
 fi

@@ -385,6 +385,10 @@ def test_setup_without_space(sandbox):
         ("OSError: [Errno 28] No space left on device", "No space left on device"),
         ("NewConnectionError('x: Failed to establish a new connection", "no network"),
         ("ERROR: No matching distribution found for torch==2.13.0", "No matching distribution found for torch==2.13.0"),
+        (
+            "ERROR: x (from versions: none)\nERROR: No matching distribution found for setuptools>=77",
+            "no package index answers, or none has this for the Python used: No matching distribution found for setuptools",
+        ),
         ("something else", "see the lines above"),
     ],
 )
