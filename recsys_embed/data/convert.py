@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys_embed.data.encode import encode_fields
-from recsys_embed.data.folder import SCHEMA_FILE, STATS_FILE, WORK_DIR, lock
+from recsys_embed.data.folder import CHANCE_FILE, LOCK_FILE, SCHEMA_FILE, STATS_FILE, TEXT_FILE, TRUTH_FILE, WORK_DIR, lock
 from recsys_embed.data.ingest import Ingest, input_record
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.options import CriteoOptions, different
@@ -23,6 +23,7 @@ from recsys_embed.data.shards import write_shards
 from recsys_embed.data.source import find_files
 from recsys_embed.errors import ConfigError
 
+OURS = {LOCK_FILE, STATS_FILE, TEXT_FILE, TRUTH_FILE, CHANCE_FILE}
 Progress = Callable[[str, float, float, int], None]
 """Called as ``progress(stage, done, total, rows)``; stages are read, number, write."""
 
@@ -109,9 +110,8 @@ def _adopt(options: CriteoOptions) -> tuple[CriteoOptions, Manifest | None]:
 def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; the output must be a folder")
-    known = {SCHEMA_FILE, STATS_FILE, WORK_DIR}
     if out.is_dir() and not (out / SCHEMA_FILE).exists() and not (out / WORK_DIR).exists():
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in known and p.suffix not in (".tsv", ".json"))
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in OURS and p.name.removesuffix(".tmp") not in OURS)
         if foreign:
             raise ConfigError(
                 f"{out} is not empty and holds no data set (it has {', '.join(foreign[:3])}); choose a new folder"

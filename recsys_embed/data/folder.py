@@ -16,6 +16,7 @@ SCHEMA_FILE = "schema.json"
 STATS_FILE = "stats.json"
 WORK_DIR = ".work"
 LOCK_FILE = ".lock"
+TEXT_FILE, TRUTH_FILE, CHANCE_FILE = "synthetic.tsv", "truth.json", "truth.parquet"
 
 
 class StorageError(RecsysEmbedError, OSError):

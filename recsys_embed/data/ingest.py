@@ -20,7 +20,7 @@ from recsys_embed.data.parts import Part, PartInfo
 from recsys_embed.data.source import BLOCK_BYTES, TextBlock, detect, read_blocks
 from recsys_embed.errors import ConfigError, DataError
 
-SHOWN_FAULTS = 10
+SHOWN_FAULTS = 5
 _FIXED = 400 << 20
 """Memory of the process itself: interpreter, numpy, polars, torch."""
 _PER_WORKER = 10 * BLOCK_BYTES

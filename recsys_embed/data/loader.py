@@ -13,7 +13,6 @@ import polars as pl
 import torch
 
 from recsys_embed.data.batch import Batch, Batches, InMemoryDataset, check_batching, num_batches, permutation
-from recsys_embed.data.encode import RAW_MISSING
 from recsys_embed.data.folder import file_hash
 from recsys_embed.data.manifest import Manifest, Shard, read_manifest
 from recsys_embed.data.stats import read_stats

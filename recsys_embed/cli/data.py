@@ -1,0 +1,208 @@
+"""``recsys-embed data``: Criteo text to a data folder, synthetic data, statistics."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from recsys_embed.data.convert import Progress, convert_criteo
+from recsys_embed.data.loader import open_dataset
+from recsys_embed.data.options import CriteoOptions
+from recsys_embed.data.splits import SplitRule, fraction
+from recsys_embed.data.stats import read_stats, stats_table
+from recsys_embed.data.synthetic import DEFAULT_ROWS, DEFAULT_SCALE, make_synthetic
+from recsys_embed.memory import parse_bytes
+
+data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
+
+Ids = Annotated[Literal["vocab", "raw"], typer.Option(help="vocab: ids by training frequency; raw: hashes as they are.")]
+MinCount = Annotated[int, typer.Option(help="Training rows a category must occur in to get an id (vocab).")]
+Dense = Annotated[Literal["log", "bucket"], typer.Option(help="Integers as logarithms, or bucketed to categories.")]
+Split = Annotated[
+    Literal["order", "random", "file", "all"],
+    typer.Option(help="order: by time, the last rows test; random: by seed; file: by name; all: one split."),
+]
+Share = Annotated[str, typer.Option(help="Share of all rows, such as 0.1 or 1/6.")]
+SplitSeed = Annotated[int, typer.Option(help="Seed of --split random.")]
+Memory = Annotated[str, typer.Option(help="Memory the process should stay under, at least 512MiB.")]
+Workers = Annotated[int, typer.Option(help="Threads; 0: one per core, at most 4.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in OUT.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@data_app.command()
+def criteo(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT... OUT", help="Files, globs or folders; then OUT.")],
+    ids: Ids = "vocab",
+    min_count: MinCount = 2,
+    id_bits: Annotated[int, typer.Option(help="32: 8 hex digits; 64: up to 16.")] = 32,
+    dense: Dense = "log",
+    split: Annotated[
+        Literal["order", "random", "file", "all"] | None,
+        typer.Option(help="order (default): by time, the last rows test; random: by seed; file: by name; all: one."),
+    ] = None,
+    valid: Share = "0.1",
+    test: Share = "1/6",
+    split_seed: SplitSeed = 0,
+    valid_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that validate (split file).")] = None,
+    test_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that test (split file).")] = None,
+    only: Annotated[Literal["train", "valid", "test"], typer.Option(help="The split of --split all.")] = "test",
+    header: Annotated[Literal["auto", "yes", "no"], typer.Option(help="Whether files start with a header.")] = "auto",
+    labels: Annotated[Literal["auto", "yes", "no"], typer.Option(help="Whether rows start with a label.")] = "auto",
+    separator: Annotated[Literal["tab", "comma", "semicolon", "pipe"], typer.Option(help="Between fields.")] = "tab",
+    on_bad_row: Annotated[
+        Literal["fail", "quarantine"], typer.Option(help="Stop, or set bad rows aside in quarantine.jsonl.")
+    ] = "fail",
+    max_memory: Memory = "1GiB",
+    workers: Workers = 0,
+    like: Annotated[Path | None, typer.Option(help="Data folder whose vocabularies encode these rows.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert Criteo's tab-separated text (plain, .gz or .zst) into a data folder.
+
+    Killed conversions continue when the same command is run again. With --like DIR rows get the ids of that folder and
+    go to one split (test unless --only says otherwise).
+    """
+    if len(inputs) < 2:
+        raise typer.BadParameter("expected INPUT... and OUT", param_hint="INPUT... OUT")
+    *sources, out = inputs
+    rule = SplitRule(
+        kind=split or ("file" if valid_file or test_file else "all" if like else "order"),
+        valid=fraction(valid, "valid"),
+        test=fraction(test, "test"),
+        seed=split_seed,
+        valid_files=tuple(valid_file or ()),
+        test_files=tuple(test_file or ()),
+        only=only,
+    )
+    options = CriteoOptions(
+        ids=ids, min_count=min_count, id_bits=id_bits, dense=dense, split=rule, header=header, labels=labels,
+        separator=separator, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory), workers=workers, like=like,
+    )  # fmt: skip
+    with _progress(as_json) as progress:
+        report = convert_criteo(list(sources), out, options, overwrite=overwrite, progress=progress)
+    for notice in report.notices:
+        print(notice, file=sys.stderr)
+    stats = read_stats(out)
+    result = {"out": out, "rows": report.rows, "quarantined": report.quarantined, "already_done": report.already_done}
+    if as_json:
+        print(json.dumps({**result, "file_faults": stats["file_faults"]}))
+        return
+    _say_rows(out, report.rows, report.already_done)
+    if report.quarantined:
+        print(f"{report.quarantined:,} bad rows set aside in {out}/quarantine.jsonl")
+    for fault in stats["file_faults"]:
+        print(f"fault: {fault}")
+    if any("oov_rate" in f for f in stats["fields"].values()):
+        print(f"unknown ids (mean over fields): {_mean_rates(stats, 'oov_rate')}")
+
+
+@data_app.command()
+def synthetic(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    rows: Annotated[int, typer.Option(help="Rows to make.")] = DEFAULT_ROWS,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor on Criteo's cardinalities.")] = DEFAULT_SCALE,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Write the text and the truth, no data folder.")] = False,
+    ids: Ids = "vocab",
+    min_count: MinCount = 2,
+    dense: Dense = "log",
+    split: Split = "order",
+    valid: Share = "0.1",
+    test: Share = "1/6",
+    split_seed: SplitSeed = 0,
+    max_memory: Memory = "1GiB",
+    workers: Workers = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make Criteo-shaped rows from a planted click model, whose attainable AUC is known, and their data folder."""
+    rule = SplitRule(kind=split, valid=fraction(valid, "valid"), test=fraction(test, "test"), seed=split_seed)
+    options = CriteoOptions(
+        ids=ids, min_count=min_count, dense=dense, split=rule, max_memory=parse_bytes(max_memory), workers=workers
+    )
+    with _progress(as_json) as progress:
+        made = make_synthetic(
+            out, rows, seed, scale=scale, options=options, text_only=text_only, overwrite=overwrite, progress=progress
+        )
+    if as_json:
+        result = {"out": str(out), "rows": rows, "click_rate": made.click_rate, "attainable": made.attainable}
+        print(json.dumps({**result, "already_done": made.already_done}))
+        return
+    if text_only:
+        print(f"{out}: {rows:,} rows of text")
+    else:
+        _say_rows(str(out), open_dataset(out).splits, made.already_done)
+    print(f"click rate {made.click_rate:.4f}; attainable by the planted model itself:")
+    for name, best in made.attainable.items():
+        print(f"  {name:5s} AUC {best['auc']:.4f}  logloss {best['logloss']:.4f}")
+
+
+@data_app.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(help="A data folder.")],
+    as_json: Json = False,
+) -> None:
+    """Cardinality, frequency curve, missing and unknown shares of every field."""
+    data = open_dataset(folder)
+    if as_json:
+        print(json.dumps(data.stats))
+        return
+    header, rows = stats_table(data.stats)
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for name, split in data.stats["splits"].items():
+        rate = "no labels" if split["click_rate"] is None else f"click rate {split['click_rate']:.4f}"
+        console.print(f"{name}: {split['rows']:,} rows, {rate}", highlight=False)
+    table = Table(caption="Distinct values, frequency curve: training rows; the empty field counts as a value.")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _say_rows(out: str, rows: dict[str, int], already: bool) -> None:
+    parts = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+    print(f"{out}: {sum(rows.values()):,} rows ({parts})" + (" (made earlier, nothing to do)" if already else ""))
+
+
+def _mean_rates(stats: dict[str, Any], key: str) -> str:
+    rates: dict[str, list[float]] = {}
+    for field in stats["fields"].values():
+        for split, value in field.get(key, {}).items():
+            rates.setdefault(split, []).append(value)
+    return ", ".join(f"{split} {100 * sum(v) / len(v):.2f} %" for split, v in rates.items())
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Progress]:
+    """A progress bar with rows/s and time left on a terminal, nothing elsewhere."""
+    if silent or not sys.stderr.isatty():
+        yield lambda stage, done, total, rows: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:8s}"), BarColumn(), TextColumn("{task.fields[speed]}"))
+    with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: float, total: float, rows: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, speed="")
+            spent = bar.tasks[tasks[stage]].elapsed or 0.0
+            share = 1.0 if stage != "number" else done / max(total, 1.0)
+            speed = f"{share * rows / spent / 1000:,.0f} k rows/s" if spent > 0.2 else ""
+            bar.update(tasks[stage], completed=done, total=total, speed=speed)
+
+        yield show
