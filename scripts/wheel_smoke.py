@@ -8,18 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-OPTIONAL = (
-    "polars",
-    "optuna",
-    "torchrec",
-    "fbgemm_gpu",
-    "triton",
-    "typer",
-    "rich",
-    "tqdm",
-    "matplotlib",
-    "safetensors",
-)
+# triton is not among them: CUDA builds of torch bring it.
+OPTIONAL = ("polars", "optuna", "torchrec", "fbgemm_gpu", "typer", "rich", "tqdm", "matplotlib", "safetensors")
 
 
 def main() -> int:
