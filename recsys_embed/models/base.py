@@ -120,10 +120,7 @@ class CTRModel(nn.Module):
 
     @property
     def cat_width(self) -> int:
-        coll = self.vectors
-        if coll.output_dim is not None:
-            return int(coll.num_vectors * coll.output_dim)
-        return int(coll.total_dim)
+        return sum(self.vectors.bundle.widths)
 
     @property
     def input_width(self) -> int:
@@ -156,8 +153,7 @@ class CTRModel(nn.Module):
 
     def footprint(self) -> Footprint:
         """Bytes of all embedding parts together (dense layers are not counted)."""
-        parts = [c.footprint() for c in self.collections().values()]
-        return Footprint(**{f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Footprint)})
+        return sum((c.footprint() for c in self.collections().values()), Footprint())
 
     @property
     def embedding_lr(self) -> float:

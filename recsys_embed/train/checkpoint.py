@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import nn
@@ -37,9 +37,14 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load does not compare checksums; a flipped bit in a table would go unseen.
+        with ZipFile(path) as archive:
+            broken = archive.testzip()
+        payload = torch.load(path, map_location="cpu", weights_only=True) if broken is None else None
     except (RuntimeError, ValueError, EOFError, OSError, BadZipFile, pickle.UnpicklingError) as e:
-        raise CheckpointError(f"checkpoint {path} is damaged: {str(e).splitlines()[0]}") from e
+        raise CheckpointError(f"checkpoint {path} is damaged: {type(e).__name__} {str(e)[:200]}".rstrip()) from e
+    if broken is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: wrong checksum of {broken}")
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
     if payload["version"] != VERSION:

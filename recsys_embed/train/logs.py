@@ -31,7 +31,8 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / LOG_FILE, "ab")  # noqa: SIM115 - closed by close()
-        self._file.truncate(keep_bytes)
+        # A crash of the machine may have lost lines that the checkpoint saw; growing the file would add zero bytes.
+        self._file.truncate(min(keep_bytes, self._file.seek(0, os.SEEK_END)))
         self._file.seek(0, os.SEEK_END)
         if tensorboard:
             try:
@@ -51,11 +52,10 @@ class RunLog:
                     self._board.add_scalar(f"{event}/{key}", value, step)
 
     def flush(self) -> int:
-        """Push lines to disk; returns the length of the file so far."""
+        """Hand lines to the system; returns the length of the file so far."""
         if self._file is None:
             return 0
         self._file.flush()
-        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:

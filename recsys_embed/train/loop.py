@@ -162,9 +162,7 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> Any:
         c = self.config
-        return self.data.batches(
-            "train", c.batch_size, shuffle=c.shuffle, seed=c.seed, epoch=epoch, device=self.device
-        )
+        return self.data.batches("train", c.batch_size, shuffle=c.shuffle, seed=c.seed, epoch=epoch, device=self.device)
 
     def run(self) -> TrainResult:
         """Train to the end of the settings, then load the best weights and evaluate.
