@@ -1,0 +1,108 @@
+"""lowdim: the factorisation, its optimum and its initial law."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys_embed import EmbeddingCollection, FeatureSpec, LowdimConfig, LowdimEmbedding, Plan, Schema
+from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.optim import SGD
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_output_and_gradients_are_those_of_the_product() -> None:
+    emb = LowdimEmbedding(50, 6, dim=2).double()
+    ids, out_grad = torch.tensor([3, 3, 49]), torch.randn(3, 6, dtype=torch.float64, generator=generator())
+    emb(ids).backward(out_grad)
+    torch.testing.assert_close(emb(ids), (emb.weight @ emb.projection)[ids])
+    dense = torch.zeros(50, 6, dtype=torch.float64).index_add_(0, ids, out_grad)
+    torch.testing.assert_close(emb.weight.grad, dense @ emb.projection.T)
+    torch.testing.assert_close(emb.projection.grad, emb.weight.T @ dense)
+
+
+@pytest.mark.parametrize("dim", [1, 4, 15])
+def test_outputs_start_with_the_variance_of_a_plain_table(dim: int) -> None:
+    tables = [LowdimEmbedding(300, 16, dim=dim, init="sqrt_rows", seed=s).materialize() for s in range(200)]
+    std = float(torch.stack(tables).double().std())
+    assert abs(std * (3 * 300) ** 0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8])
+def test_fit_reaches_the_singular_value_bound(dim: int) -> None:
+    target = torch.randn(200, 8, dtype=torch.float64, generator=generator())
+    emb = LowdimEmbedding.from_dense(target, dim=dim)
+    error = (emb.materialize() - target).square().sum()
+    best = torch.linalg.svdvals(target)[dim:].square().sum()
+    torch.testing.assert_close(error, best, rtol=1e-9, atol=1e-20)
+
+
+def test_weighted_fit_reaches_the_weighted_bound_and_differs() -> None:
+    target = torch.randn(200, 8, dtype=torch.float64, generator=generator())
+    counts = torch.randint(0, 50, (200,), generator=generator(1)).double() ** 2
+    emb = LowdimEmbedding.from_dense(target, dim=3, counts=counts)
+    error = ((emb.materialize() - target).square().sum(1) * counts).sum()
+    best = torch.linalg.svdvals(target * counts.sqrt().unsqueeze(1))[3:].square().sum()
+    torch.testing.assert_close(error, best, rtol=1e-9, atol=1e-20)
+    plain = LowdimEmbedding.from_dense(target, dim=3)
+    assert ((plain.materialize() - target).square().sum(1) * counts).sum() > 1.02 * best
+    # Ids that never occur still get their own best coordinates.
+    unseen = counts == 0
+    residual = (target - emb.materialize())[unseen]
+    torch.testing.assert_close(residual @ emb.projection.T, torch.zeros(int(unseen.sum()), 3, dtype=torch.float64))
+
+
+def test_fit_leaves_padding_out() -> None:
+    target = torch.randn(40, 6, dtype=torch.float64, generator=generator())
+    target[5] *= 1000
+    emb = LowdimEmbedding.from_dense(target, dim=2, padding_idx=5)
+    kept = torch.arange(40) != 5
+    best = torch.linalg.svdvals(target[kept])[2:].square().sum()
+    torch.testing.assert_close((emb.materialize() - target)[kept].square().sum(), best, rtol=1e-9, atol=1e-20)
+
+
+def test_fit_over_several_chunks_of_rows() -> None:
+    target = torch.randn(150_000, 3, generator=generator()).double()
+    emb = LowdimEmbedding.from_dense(target, dim=3)
+    torch.testing.assert_close(emb.materialize(), target)
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(40), torch.ones(39), -torch.ones(40)])
+def test_bad_counts_raise(counts: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match="`counts` must be 40 numbers >= 0, not all 0"):
+        LowdimEmbedding.from_dense(torch.randn(40, 6), dim=2, counts=counts)
+
+
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 600_000))
+def test_budgets_are_filled_to_the_last_column_and_never_exceeded(n: int, width: int, budget: int) -> None:
+    spec, column = FeatureSpec("C1", n, width), 4 * (n + width)
+    if budget < column:
+        with pytest.raises(BudgetError):
+            LowdimConfig.for_budget(spec, budget)
+        return
+    config = LowdimConfig.for_budget(spec, budget)
+    assert config.dim == min(width, budget // column)
+    assert config.footprint(spec).serve == column * config.dim
+
+
+def test_too_wide_and_raw_ids_raise_together() -> None:
+    with pytest.raises(ConfigError, match=r"2 faults in LowdimConfig, feature 'C1'") as error:
+        LowdimConfig(dim=5).program(FeatureSpec("C1", 10, 4, ids="raw"))
+    assert "`dim` must be in [1, 4]" in str(error.value)
+
+
+def test_in_a_fused_collection_tables_update_in_backward_and_projections_have_gradients() -> None:
+    schema = Schema([FeatureSpec("a", 20, 4), FeatureSpec("b", 30, 4)])
+    coll = EmbeddingCollection(schema, Plan.uniform(schema, "lowdim", dim=2), optimizer=SGD(lr=0.1))
+    before = coll.table("a.weight").detach().clone()
+    coll(torch.tensor([[3, 7]])).sum().backward()
+    moved = (coll.table("a.weight") != before).any(1)
+    assert moved.nonzero().flatten().tolist() == [3]
+    heads = [p for p in coll.parameters() if p.requires_grad]
+    assert heads
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
