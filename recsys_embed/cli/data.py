@@ -11,17 +11,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from recsys_embed.data.convert import Progress, convert_criteo
-from recsys_embed.data.loader import open_dataset
-from recsys_embed.data.options import CriteoOptions
-from recsys_embed.data.splits import SplitRule, fraction
+from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, make_synthetic, open_dataset
+from recsys_embed.data.options import Progress
+from recsys_embed.data.planted import DEFAULT_ROWS, DEFAULT_SCALE
+from recsys_embed.data.splits import fraction
 from recsys_embed.data.stats import read_stats, stats_table
-from recsys_embed.data.synthetic import DEFAULT_ROWS, DEFAULT_SCALE, make_synthetic
 from recsys_embed.memory import parse_bytes
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
 
-Ids = Annotated[Literal["vocab", "raw"], typer.Option(help="vocab: ids by training frequency; raw: hashes as they are.")]
+Ids = Annotated[
+    Literal["vocab", "raw"], typer.Option(help="vocab: by training frequency; raw: the hashes themselves.")
+]
 MinCount = Annotated[int, typer.Option(help="Training rows a category must occur in to get an id (vocab).")]
 Dense = Annotated[Literal["log", "bucket"], typer.Option(help="Integers as logarithms, or bucketed to categories.")]
 Split = Annotated[
@@ -110,7 +111,7 @@ def synthetic(
     rows: Annotated[int, typer.Option(help="Rows to make.")] = DEFAULT_ROWS,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     scale: Annotated[float, typer.Option(help="Factor on Criteo's cardinalities.")] = DEFAULT_SCALE,
-    text_only: Annotated[bool, typer.Option("--text-only", help="Write the text and the truth, no data folder.")] = False,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave out the data folder.")] = False,
     ids: Ids = "vocab",
     min_count: MinCount = 2,
     dense: Dense = "log",
@@ -191,7 +192,8 @@ def _progress(silent: bool) -> Iterator[Progress]:
         yield lambda stage, done, total, rows: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description:8s}"), BarColumn(), TextColumn("{task.fields[speed]}"))
     with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:

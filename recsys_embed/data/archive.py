@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from recsys_embed._optional import require
 from recsys_embed.errors import DataError
@@ -39,9 +39,7 @@ class Reader:
         except OSError as e:
             raise DataError(f"{path}: cannot be read ({e.strerror or e})") from e
         self.kind = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else "plain"
-        self._zstd = (
-            require("zstandard", extra="data", purpose="reading .zst files") if self.kind == "zstd" else None
-        )
+        self._zstd = require("zstandard", extra="data", purpose="reading .zst files") if self.kind == "zstd" else None
         self._decoder: _Decoder | None = None if self.kind == "plain" else self._new()
         self._held: list[bytes] = []
         self._held_size = 0
@@ -89,11 +87,10 @@ class Reader:
 
     def _new(self) -> _Decoder:
         decoder: Any = self._zstd.ZstdDecompressor().decompressobj() if self._zstd else zlib.decompressobj(31)
-        return decoder  # type: ignore[no-any-return]
+        return cast("_Decoder", decoder)
 
     def _inflate(self) -> None:
-        decoder = self._decoder
-        assert decoder is not None
+        decoder = self._decoder or self._new()
         data = self._raw(_INPUT[self.kind])
         if not data:
             self._ended = True

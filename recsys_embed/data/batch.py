@@ -168,5 +168,3 @@ class InMemoryDataset:
         else:
             dense, ids, label = (t.index_select(0, which) for t in (self.dense, self.ids, self.label))
         return Batch(dense, ids.to(torch.int64, copy=isinstance(which, slice)), label)
-
-

@@ -8,24 +8,20 @@ field's vocabulary at a time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recsys_embed.data.encode import encode_fields
-from recsys_embed.data.folder import CHANCE_FILE, LOCK_FILE, SCHEMA_FILE, STATS_FILE, TEXT_FILE, TRUTH_FILE, WORK_DIR, lock
+from recsys_embed.data.folder import OUR_FILES, SCHEMA_FILE, WORK_DIR, lock
 from recsys_embed.data.ingest import Ingest, input_record
 from recsys_embed.data.manifest import Manifest, read_manifest
-from recsys_embed.data.options import CriteoOptions, different
+from recsys_embed.data.options import CriteoOptions, Progress, different
 from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.source import find_files
 from recsys_embed.errors import ConfigError
-
-OURS = {LOCK_FILE, STATS_FILE, TEXT_FILE, TRUTH_FILE, CHANCE_FILE}
-Progress = Callable[[str, float, float, int], None]
-"""Called as ``progress(stage, done, total, rows)``; stages are read, number, write."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,11 @@ def convert_criteo(
     files = find_files([inputs] if isinstance(inputs, str | Path) else inputs)
     out = Path(out)
     options, donor = _adopt(options)
-    record = {"settings": options.content, "inputs": [input_record(f) for f in files], "extra": extra or {}}
+    record: dict[str, Any] = {
+        "settings": options.content,
+        "inputs": [input_record(f) for f in files],
+        "extra": extra or {},
+    }
     if donor is not None:
         record["settings"]["like"] = donor.fingerprint
     _check_target(out)
@@ -111,7 +111,7 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; the output must be a folder")
     if out.is_dir() and not (out / SCHEMA_FILE).exists() and not (out / WORK_DIR).exists():
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in OURS and p.name.removesuffix(".tmp") not in OURS)
+        foreign = sorted(p.name for p in out.iterdir() if p.name.removesuffix(".tmp") not in OUR_FILES)
         if foreign:
             raise ConfigError(
                 f"{out} is not empty and holds no data set (it has {', '.join(foreign[:3])}); choose a new folder"
@@ -132,5 +132,3 @@ def _finished(out: Path, record: dict[str, Any], overwrite: bool) -> ConvertRepo
         )
     rows = {name: split.rows for name, split in manifest.splits.items()}
     return ConvertReport(out, rows, manifest.quarantined, True)
-
-

@@ -17,6 +17,7 @@ STATS_FILE = "stats.json"
 WORK_DIR = ".work"
 LOCK_FILE = ".lock"
 TEXT_FILE, TRUTH_FILE, CHANCE_FILE = "synthetic.tsv", "truth.json", "truth.parquet"
+OUR_FILES = frozenset({LOCK_FILE, STATS_FILE, TEXT_FILE, TRUTH_FILE, CHANCE_FILE})
 
 
 class StorageError(RecsysEmbedError, OSError):

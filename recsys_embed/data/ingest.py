@@ -167,13 +167,7 @@ class Ingest:
         next_line = end.first_line + tail.lines + len(end.bad)
         int_type, cat_type = Part.write(self._path(index), blocks)
         if bad:
-            lines = [
-                json.dumps(
-                    {"file": name, "line": r.line, "column": r.column, "reason": r.reason, "raw": r.raw.decode("latin-1")}
-                )
-                for r in bad
-            ]
-            write_bytes(self.bad_path(index), ("\n".join(lines) + "\n").encode())
+            write_bytes(self.bad_path(index), "".join(_record(name, row) for row in bad).encode())
         rows = sum(b.rows for b in blocks)
         seen = sum(b.lines for b in blocks) + sum(len(t.bad) for t, _ in group)
         if seen != rows + len(bad):
@@ -196,3 +190,15 @@ class Ingest:
             + ("\n" if len(shown) > 1 else "; ")
             + "correct the file, or pass --on-bad-row quarantine to set such rows aside and count them"
         )  # fmt: skip
+
+
+def _record(name: str, row: BadRow) -> str:
+    """A line of the quarantine file. ``raw`` maps bytes to code points (Latin-1), so none is lost."""
+    value = {
+        "file": name,
+        "line": row.line,
+        "column": row.column,
+        "reason": row.reason,
+        "raw": row.raw.decode("latin-1"),
+    }
+    return json.dumps(value) + "\n"

@@ -18,7 +18,7 @@ from recsys_embed.data.manifest import Manifest, Shard, read_manifest
 from recsys_embed.data.stats import read_stats
 from recsys_embed.data.vocab import Vocabulary
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
-from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.features import FeatureSpec, IdKind, Schema
 
 IN_MEMORY_LIMIT = 4 << 30
 BUFFER_ROWS = 1 << 20
@@ -93,10 +93,8 @@ class Dataset:
 
     def schema(self, embedding_dim: int) -> Schema:
         """The categorical features in the order of the columns of ``ids``."""
-        kind = "raw" if self.manifest.id_mode == "raw" else "index"
-        return Schema(
-            [FeatureSpec(f.name, f.num_embeddings, embedding_dim, ids=kind) for f in self.manifest.features]  # type: ignore[arg-type]
-        )
+        kind: IdKind = "raw" if self.manifest.id_mode == "raw" else "index"
+        return Schema([FeatureSpec(f.name, f.num_embeddings, embedding_dim, ids=kind) for f in self.manifest.features])
 
     def vocabulary(self, name: str) -> Vocabulary:
         """The values of a feature and their ids (vocab mode)."""
@@ -216,7 +214,8 @@ class Dataset:
             ids = frame.select(self.feature_names)
         dense = frame.select(self.manifest.dense).to_numpy(order="c") if self.num_dense else np.zeros((rows, 0), "f4")
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
-        return Batch(*(torch.from_numpy(np.require(a, requirements="W")) for a in (dense, ids.to_numpy(order="c"), label)))
+        arrays = (dense, ids.to_numpy(order="c"), label)
+        return Batch(*(torch.from_numpy(np.require(a, requirements="W")) for a in arrays))
 
 
 def _cut(

@@ -137,8 +137,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         unfinished = (Path(folder) / ".work").exists()
-        hint = "its conversion did not finish: run the same command again" if unfinished else (
-            "make a data folder with `recsys-embed data criteo INPUT OUT` or `data synthetic OUT`"
+        hint = (
+            "its conversion did not finish: run the same command again"
+            if unfinished
+            else ("make a data folder with `recsys-embed data criteo INPUT OUT` or `data synthetic OUT`")
         )
         raise DataError(f"{folder}: holds no {SCHEMA_FILE}; {hint}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:

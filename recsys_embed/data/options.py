@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,8 @@ from recsys_embed.errors import raise_faults
 
 IdMode = Literal["vocab", "raw"]
 OnBadRow = Literal["fail", "quarantine"]
+Progress = Callable[[str, float, float, int], None]
+"""Called as ``progress(stage, done, total, rows)``; stages are make (synthetic), read, number, write."""
 MIN_MEMORY = 512 << 20
 SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
@@ -113,5 +116,3 @@ def different(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[st
         elif x != y:
             out.append(f"{prefix}{key}: {x} -> {y}")
     return out
-
-

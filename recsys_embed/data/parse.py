@@ -215,7 +215,7 @@ def _mend(
             continue
         k = slot[i]
         if block.labels is not None:
-            block.labels[k] = row.label
+            block.labels[k] = row.label or 0
         block.ints[:, k] = [BLANK_INT if v is None else v for v in row.ints]
         block.cats[:, k] = [v or 0 for v in row.cats]
         block.missing[:, k] = [v is None for v in row.cats]

@@ -1,4 +1,4 @@
-"""A click model with a known answer: per-id effects, low-rank interactions, numeric effects, and fields that say nothing.
+"""A click model with a known answer: per-id effects, low-rank interactions, numeric effects, fields that say nothing.
 
 Every number is a function of (seed, field, id) or (seed, column, row), so any piece can be made on its own and a row
 does not depend on how many others are made.
@@ -21,21 +21,25 @@ CARDINALITIES = (
     14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
 )  # fmt: skip
 """Distinct values of C1..C26 in Criteo's Kaggle training file."""
-MISSING_CATS = (0, 0, .035, .035, 0, .12, 0, 0, 0, 0, 0, .035, 0, 0, 0, .035, 0, 0, .44, .44, .035, .76, 0, .035, .44, .44)  # fmt: skip
+MISSING_CATS = (
+    0, 0, .035, .035, 0, .12, 0, 0, 0, 0, 0, .035, 0, 0, 0, .035, 0, 0, .44, .44, .035, .76, 0, .035, .44, .44,
+)  # fmt: skip
+"""Share of rows where C1..C26 is empty, as in that file."""
 MISSING_INTS = (.45, 0, .21, .21, .03, .22, .04, 0, .04, .45, .04, .77, .21)  # fmt: skip
 SMALL = 100
 """Fields shrink with the scale, but not below this many values (or their own, if fewer)."""
 ZIPF = 1.05
-RANK = 4
+RANK = 2
 _EFFECT = {"C3": 0.45, "C4": 0.45, "C12": 0.45, "C16": 0.45, "C24": 0.3, "C26": 0.3, "C10": 0.3, "C7": 0.25,
            "C15": 0.25, "C11": 0.2, "C18": 0.2, "C1": 0.2, "C14": 0.2, "C17": 0.2, "C20": 0.15, "C6": 0.15}  # fmt: skip
 """Standard deviation of an id's own effect on the logit; fields not named have none."""
-_PAIRS = {("C10", "C26"): 0.35, ("C7", "C15"): 0.35, ("C14", "C17"): 0.35, ("C11", "C24"): 0.3,
-          ("C4", "C17"): 0.25}  # fmt: skip
-"""Standard deviation of the interaction of two fields: the scaled inner product of rank-4 vectors of their ids."""
+_PAIRS = {("C14", "C17"): 0.35, ("C6", "C23"): 0.35, ("C17", "C23"): 0.3, ("C9", "C20"): 0.25,
+          ("C4", "C9"): 0.2}  # fmt: skip
+"""Standard deviation of the interaction of two fields: the scaled inner product of rank-2 vectors of their ids."""
 _NUMERIC = {"I1": 0.2, "I5": -0.3, "I6": -0.2, "I7": 0.2, "I11": 0.3, "I13": -0.2}
 """Slope of the standardised logarithm of an integer field; I6 also has a bump, and I7 acts only where C17 is even."""
 BASE_RATE = 0.25
+DEFAULT_ROWS, DEFAULT_SCALE = 300_000, 0.0002
 
 
 @dataclass
@@ -190,5 +194,3 @@ def _normal(bits: NDArray[np.uint64]) -> Floats:
     mask = U64(0xFFFF)
     total = (bits & mask) + ((bits >> U64(16)) & mask) + ((bits >> U64(32)) & mask) + (bits >> U64(48))
     return (total.astype(np.float64) - 131070.0) * (np.sqrt(3.0) / 65536.0)
-
-

@@ -18,11 +18,10 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / STATS_FILE
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        stats["fields"]  # a JSON file of another kind fails here
+        stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stats["fields"], stats["splits"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path}: cannot be read as statistics ({e!r}); convert the data again") from e
-    assert isinstance(stats, dict)
     return stats
 
 

@@ -11,15 +11,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.convert import Progress, convert_criteo
+from recsys_embed.data.convert import convert_criteo
 from recsys_embed.data.folder import CHANCE_FILE, SCHEMA_FILE, TEXT_FILE, TRUTH_FILE, lock, write_file, write_json
 from recsys_embed.data.layout import NUM_CATS, NUM_INTS
-from recsys_embed.data.options import CriteoOptions, different
-from recsys_embed.data.planted import PlantedModel, PlantedRows, sigmoid
+from recsys_embed.data.options import CriteoOptions, Progress, different
+from recsys_embed.data.planted import DEFAULT_ROWS, DEFAULT_SCALE, PlantedModel, PlantedRows, sigmoid
 from recsys_embed.data.splits import SPLITS, SplitRule
 from recsys_embed.errors import ConfigError, DataError, raise_faults
 
-DEFAULT_ROWS, DEFAULT_SCALE = 300_000, 0.0002
 _CHUNK = 1 << 15
 _NIBBLE = np.frombuffer(b"0123456789abcdef", np.uint8)
 

@@ -12,7 +12,7 @@ from recsys_embed.data.parse import BLANK_INT
 
 Dense = Literal["log", "bucket"]
 LOG_SHIFT = {name: 4.0 if name == "I2" else 1.0 for name in INT_NAMES}
-"""I2 alone holds meaningful negatives (-1 and -2 are among its commonest values): it is log(x + 4), others log(x + 1)."""
+"""I2 alone holds meaningful negatives (down to -3, and -1 is common): it is log(x + 4), the others are log(x + 1)."""
 
 
 def log_transform(name: str, column: NDArray[np.int64]) -> NDArray[np.float32]:

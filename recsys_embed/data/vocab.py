@@ -116,20 +116,20 @@ class Vocabulary:
             ids[before:] += 1
         return cls(name, values, ids, count, missing_id, counts.missing)
 
-    def prepare(self) -> None:
+    def prepare(self) -> IdTable:
         """Build the lookup now; afterwards :meth:`encode` may run in several threads."""
         if self._table is None:
             self._table = IdTable.build(self.values, self.ids)
+        return self._table
 
     def encode(self, values: NDArray[Any], missing: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Values [n] to ids int32 [n]."""
-        self.prepare()
-        assert self._table is not None
+        table = self.prepare()
         if values.dtype.itemsize > self.values.dtype.itemsize:
             fits = values <= np.iinfo(self.values.dtype).max
-            ids = np.where(fits, self._table(np.where(fits, values, 0)), np.int32(OOV_ID))
+            ids = np.where(fits, table(np.where(fits, values, 0)), np.int32(OOV_ID))
         else:
-            ids = self._table(values)
+            ids = table(values)
         ids[missing] = self.missing_id
         return ids
 
@@ -137,8 +137,8 @@ class Vocabulary:
         """Store as Parquet: ``value`` (the hex digits as a number, null for the empty field), ``id``, ``count``."""
         frame = pl.DataFrame({"value": self.values, "id": self.ids, "count": self.counts})
         if self.missing_id:
-            empty = pl.DataFrame({"value": [None], "id": [self.missing_id], "count": [self.missing_count]})
-            frame = pl.concat([frame, empty.cast(dict(frame.schema))]).sort("id")
+            rest = {"value": [None], "id": [self.missing_id], "count": [self.missing_count]}
+            frame = pl.concat([frame, pl.DataFrame(rest, schema=frame.schema)]).sort("id")
         write_file(path, lambda p: frame.write_parquet(p, compression="zstd", statistics=False))
 
     @classmethod
