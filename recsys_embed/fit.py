@@ -7,6 +7,7 @@ forward and backward as the matrix; sweeping over the tables is alternating leas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,8 +50,12 @@ def _solve_table(
             if curvature <= 0:
                 break
             step = norm / curvature
+            reached = residual - moved * step
+            # Every exact step lowers the error; one that does not is made of rounding, and those that follow diverge.
+            if not (reached.square() * row_weight).sum() < (residual.square() * row_weight).sum():
+                break
             start.add_(direction, alpha=float(step))
-            residual.sub_(moved, alpha=float(step))
+            residual = reached
             gradient = adjoint(residual)
             previous, norm = norm, gradient.square().sum()
             direction.mul_(float(norm / previous)).add_(gradient)
@@ -58,7 +63,12 @@ def _solve_table(
 
 
 def fit_tables(
-    module: CompressedEmbedding, weight: Tensor, counts: Tensor | None = None, sweeps: int = 5, steps: int = 50
+    module: CompressedEmbedding,
+    weight: Tensor,
+    counts: Tensor | None = None,
+    sweeps: int = 5,
+    steps: int = 50,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Set the module's tables so that ``materialize()`` approximates ``weight [num_embeddings, width]``.
 
@@ -66,13 +76,14 @@ def fit_tables(
         counts: ``[num_embeddings]`` weight of each id's squared error; equal when None.
         sweeps: passes over the tables; one is enough where the program has a single table.
         steps: conjugate-gradient steps per table and pass.
+        names: parameters to fit, each of which the output must be linear in; by default the program's tables.
     """
     width = module.output_dim
     if weight.shape[1] != width:
         weight = weight.repeat(1, width // weight.shape[1])
     importance = torch.ones(len(weight)) if counts is None else counts.to(torch.float32).clamp_min(0)
     row_weight = (importance / importance.mean().clamp_min(1e-12)).to(weight).unsqueeze(1)
-    names = [t.name for t in module.program.tables]
+    names = names or [t.name for t in module.program.tables]
     for _ in range(1 if len(names) == 1 else sweeps):
         for name in names:
             _solve_table(module, name, weight, row_weight, steps, tolerance=1e-10)

@@ -1,5 +1,6 @@
 """The methods, one file each; registering one here puts it into every list, test, table and command."""
 
+from recsys_embed.methods.compositional import CompositionalEmbedding
 from recsys_embed.methods.full import FullEmbedding
 from recsys_embed.methods.hash import HashEmbedding
 from recsys_embed.methods.lowdim import LowdimEmbedding
@@ -12,3 +13,4 @@ register(HashEmbedding, paper="Weinberger et al., ICML 2009, arXiv 0902.2206", t
 register(LowdimEmbedding, paper="low-rank factorisation; optimum by Eckart and Young 1936", tags=("baseline",))
 register(MultihashEmbedding, paper="Svenstrup et al., NeurIPS 2017, arXiv 1709.03933", tags=("hashing",))
 register(UnifiedEmbedding, paper="Coleman et al., NeurIPS 2023, arXiv 2305.12102", tags=("hashing", "shared"))
+register(CompositionalEmbedding, paper="Shi et al., KDD 2020, arXiv 1909.02107", tags=("partition",))

@@ -1,0 +1,111 @@
+"""Number theory of partitions: primes, coprime runs, balanced radices, and the sizes of tables that cover n ids."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import count, pairwise
+from math import gcd, prod
+
+# These bases decide primality for every n below 3.3e24 (Sorenson and Webster 2015).
+_BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+
+
+def is_prime(n: int) -> bool:
+    """Whether ``n`` is prime, by Miller and Rabin with bases that leave no doubt below 3.3e24."""
+    if n < 2 or any(n % p == 0 for p in _BASES):
+        return n in _BASES
+    twos = ((n - 1) & (1 - n)).bit_length() - 1
+    odd = (n - 1) >> twos
+    for base in _BASES:
+        powers = [pow(base, odd, n)]
+        while len(powers) <= twos:
+            powers.append(powers[-1] ** 2 % n)
+        # Modulo a prime the only roots of 1 are 1 and -1.
+        if powers[-1] != 1 or any(b == 1 and a not in (1, n - 1) for a, b in pairwise(powers)):
+            return False
+    return True
+
+
+@lru_cache(maxsize=4096)
+def next_prime(n: int) -> int:
+    """The smallest prime ``>= n``.
+
+    >>> next_prime(1), next_prime(8), next_prime(2**31 - 1) == 2**31 - 1
+    (2, 11, True)
+    """
+    return next(p for p in count(max(2, n)) if is_prime(p))
+
+
+def next_coprime(start: int, others: tuple[int, ...]) -> int:
+    """The smallest integer ``>= start`` that shares no factor with ``prod(others)``."""
+    product = prod(others)
+    return next(m for m in count(start) if gcd(m, product) == 1)
+
+
+def coprime_run(start: int, length: int) -> tuple[int, ...]:
+    """``length`` pairwise coprime integers from ``start`` upwards, greedily; largest first.
+
+    >>> coprime_run(4, 3)
+    (7, 5, 4)
+    """
+    run: tuple[int, ...] = ()
+    while len(run) < length:
+        run = (next_coprime(run[0] + 1 if run else start, run), *run)
+    return run
+
+
+def balanced(total: int, length: int) -> tuple[int, ...]:
+    """``length`` integers of sum ``total`` with the largest product; largest first.
+
+    >>> balanced(11, 3)
+    (4, 4, 3)
+    """
+    low, extra = divmod(total, length)
+    return (low + 1,) * extra + (low,) * (length - extra)
+
+
+def _root(value: int, degree: int) -> int:
+    """``floor(value ** (1 / degree))``, exactly."""
+    guess = round(value ** (1 / degree))
+    return next(r for r in range(guess + 1, -1, -1) if r**degree <= value)
+
+
+def cover(size: int, collisions: int, tables: int, coprime: bool) -> tuple[int, ...]:
+    """Moduli with a product of at least ``size``: the first about ``size / collisions``, the others about equal.
+
+    >>> cover(1000, 4, 2, coprime=False), cover(1000, 4, 2, coprime=True), cover(1000, 100, 3, coprime=False)
+    ((250, 4), (251, 4), (10, 10, 10))
+    """
+    degree, first = tables - 1, -(-size // collisions)
+    root = _root(collisions, degree)
+    if coprime:
+        # A run spreads over some integers, so one that starts a little below the root may already do.
+        runs = (coprime_run(start, degree) for start in count(max(1, root - 4 * degree)))
+    else:
+        runs = (balanced(total, degree) for total in count(degree * root))
+    others = next(r for r in runs if prod(r) >= collisions)
+    return (next_coprime(first, others) if coprime else first, *others)
+
+
+@lru_cache(maxsize=512)
+def ladder(size: int, costs: tuple[int, ...], coprime: bool, below: int) -> tuple[tuple[int, ...], ...]:
+    """Moduli that cover ``size`` at strictly rising cost, cheapest first; all cost less than ``below``.
+
+    Args:
+        size: the product of the moduli is at least this.
+        costs: per table, what a row costs.
+        coprime: whether the moduli must be pairwise coprime.
+    """
+    degree, least = len(costs) - 1, below
+    found: list[tuple[int, ...]] = []
+    for level in count(1 if coprime else degree):
+        others = coprime_run(level, degree) if coprime else balanced(level, degree)
+        if min(others) * sum(costs[1:]) >= least:
+            return tuple(reversed(found))
+        first = -(-size // prod(others))
+        moduli = (next_coprime(first, others) if coprime else first, *others)
+        cost = sum(m * c for m, c in zip(moduli, costs, strict=True))
+        if cost < least:
+            found.append(moduli)
+            least = cost
+    return ()

@@ -1,0 +1,366 @@
+"""compositional: complementary partitions (Shi, Mudigere, Naumov and Yang, KDD 2020, arXiv 1909.02107).
+
+Every partition of the ids has a small table with one row per class. No two ids share their classes in all partitions,
+so every id keeps a vector of its own (for ``add`` and ``mul``: but for coincidences of values) from about
+k * n**(1/k) rows.
+
+Where this differs from the authors' DLRM code: the quotient is exact integer division (theirs goes through floats,
+wrong above 2**24); factors combine per id and are pooled then (``bag="pooled"`` is theirs); and products start like a
+plain table (``init="dlrm_bug"`` is theirs, whose call sets the lower bound of the uniform law instead of its width).
+The affine map is ours: it breaks the tie between the order of ids and their classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+from math import gcd, prod, sqrt
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed import hashing
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.features import FeatureSpec
+from recsys_embed.fit import fit_tables
+from recsys_embed.memory import Footprint
+from recsys_embed.methods._primes import cover, ladder, next_prime
+from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
+
+_MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositionalConfig(MethodConfig):
+    """Tables ``part0``, ``part1``, ..., one per partition; a plain table where that would not take less.
+
+    With ``num_collisions`` c the first table has ceil(n / c) rows and the others cover c: c rows for the second of
+    two. Classes of an id x, with moduli m_0, m_1, ...:
+
+    - ``quotient_remainder``: x // m_1 and x % m_1;
+    - ``generalized``: the digits of x, x % m_0, (x // m_0) % m_1, ...;
+    - ``chinese_remainder``: x % m_j, with pairwise coprime moduli.
+
+    ``combine="feature"`` emits the rows as separate vectors; ``"path"`` sends the row of the first table through a
+    network per class of each further partition.
+
+    >>> CompositionalConfig(num_collisions=4).footprint(FeatureSpec("C1", 10_000, 16)).serve // (16 * 4)
+    2504
+    """
+
+    method: ClassVar[str] = "compositional"
+
+    partition: Literal["quotient_remainder", "generalized", "chinese_remainder"] = param(
+        "quotient_remainder", "how ids fall into classes"
+    )
+    num_partitions: int | None = param(None, "tables; as many as `moduli`, or 2, by default", low=2, high=31)
+    combine: Literal["mul", "add", "concat", "feature", "path"] = param("mul", "how rows become a vector")
+    num_collisions: int | None = param(None, "ids that share a row of the first table", low=1)
+    moduli: tuple[int, ...] | None = param(None, "rows of each table, instead of `num_collisions`")
+    affine: bool = param(False, "first map x to (a*x + b) % p, a bijection for a prime p >= n")
+    threshold: int = param(0, "features of at most this many ids keep a plain table", low=0)
+    bag: Literal["per_id", "pooled"] = param("per_id", "'pooled' pools each table and combines then, as DLRM does")
+    init: Literal["plain", "dlrm_bug", "xavier"] = param("plain", "'plain' starts with the plain table's mean and std")
+    hidden: int = param(64, "hidden width of the networks of combine='path'", low=1, high=65536)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.moduli, list):
+            object.__setattr__(self, "moduli", tuple(self.moduli))
+        super().__post_init__()
+
+    # -- what is wrong ----------------------------------------------------------------------------------------------
+
+    @property
+    def _tables(self) -> int:
+        """Number of partitions."""
+        if self.num_partitions is not None:
+            return self.num_partitions
+        return len(self.moduli) if self.moduli else 2
+
+    def _faults(self, spec: FeatureSpec) -> list[str]:
+        """Options that contradict each other, whatever the size of the tables."""
+        k, faults = self._tables, []
+        if self.partition == "quotient_remainder" and k != 2:
+            faults.append(f"`num_partitions` must be 2 for partition 'quotient_remainder'; got {k}; use 'generalized'")
+        if self.combine == "concat" and spec.embedding_dim < k:
+            faults.append(
+                f"`embedding_dim` must be at least the {k} tables that 'concat' joins; got {spec.embedding_dim}"
+            )
+        if self.combine == "path" and self.bag == "pooled":
+            faults.append("`bag` must be 'per_id' for combine 'path', whose networks belong to an id; got 'pooled'")
+        return faults
+
+    def _moduli_faults(self, spec: FeatureSpec) -> list[str]:
+        moduli = self.moduli
+        if moduli is None:
+            return []
+        whole = isinstance(moduli, tuple) and all(isinstance(m, int) and not isinstance(m, bool) for m in moduli)
+        if not whole or len(moduli) < 2 or min(moduli) < 1:
+            return [f"`moduli` must be 2 or more integers >= 1; got {moduli!r}"]
+        faults = []
+        if len(moduli) != self._tables:
+            faults.append(f"`moduli` must be as many as `num_partitions`, {self._tables}; got {len(moduli)}")
+        if self.partition == "chinese_remainder":
+            shared = [f"{a} and {b} share {gcd(a, b)}" for a, b in combinations(moduli, 2) if gcd(a, b) > 1]
+            if shared:
+                faults.append(f"`moduli` must be pairwise coprime for 'chinese_remainder'; got {', '.join(shared)}")
+        if spec.num_embeddings > self.threshold and prod(moduli) < self._range(spec):
+            why = f"the prime of the affine map of {spec.num_embeddings} ids" if self.affine else "the number of ids"
+            faults.append(f"`moduli` must have a product >= {self._range(spec)}, {why}; got {prod(moduli)}")
+        return faults
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec) + self._faults(spec) + self._moduli_faults(spec)
+        n, c = spec.num_embeddings, self.num_collisions
+        if c is not None and self.moduli is not None:
+            faults.append(f"`num_collisions` and `moduli` both size the tables: give one; got {c} and {self.moduli}")
+        if n > self.threshold and c is None and self.moduli is None:
+            faults.append("`num_collisions` or `moduli` is missing; give one, or a byte `budget` to size the tables")
+        if n > self.threshold and c is not None and c > n:
+            faults.append(f"`num_collisions` must be in [1, {n}]; got {c}; or keep small tables plain with `threshold`")
+        return faults
+
+    # -- the tables -------------------------------------------------------------------------------------------------
+
+    def _range(self, spec: FeatureSpec) -> int:
+        """Number of values that the partitions split: the ids, or what the affine map makes of them."""
+        return next_prime(spec.num_embeddings) if self.affine else spec.num_embeddings
+
+    def _widths(self, spec: FeatureSpec) -> list[int]:
+        d, k = spec.embedding_dim, self._tables
+        return [d // k + (j < d % k) for j in range(k)] if self.combine == "concat" else [d] * k
+
+    def _mlp_shapes(self, spec: FeatureSpec) -> list[tuple[int, ...]]:
+        """Shapes of one class's network, in the order of ``_MLP``."""
+        d = spec.embedding_dim
+        return [(d, self.hidden), (self.hidden,), (self.hidden, d), (d,)]
+
+    def _costs(self, spec: FeatureSpec) -> tuple[int, ...]:
+        """Elements that a class of each partition takes."""
+        widths = self._widths(spec)
+        network = sum(prod(shape) for shape in self._mlp_shapes(spec))
+        return (widths[0], *(network if self.combine == "path" else w for w in widths[1:]))
+
+    def moduli_of(self, spec: FeatureSpec) -> tuple[int, ...] | None:
+        """Classes of each partition of ``spec``, or None where the feature keeps a plain table.
+
+        >>> config = CompositionalConfig(num_collisions=4, threshold=200)
+        >>> config.moduli_of(FeatureSpec("C1", 1000, 16)), config.moduli_of(FeatureSpec("C2", 200, 16))
+        ((250, 4), None)
+        """
+        n = spec.num_embeddings
+        if n <= self.threshold:
+            return None
+        coprime = self.partition == "chinese_remainder"
+        moduli = self.moduli or cover(self._range(spec), self.num_collisions or 1, self._tables, coprime)
+        elements = sum(m * c for m, c in zip(moduli, self._costs(spec), strict=True))
+        return moduli if elements < n * spec.embedding_dim else None
+
+    def classes_of(self, spec: FeatureSpec) -> list[Digit]:
+        """The partitions' maps from an id to its class; only for a feature that is compressed."""
+        moduli, affine = self.moduli_of(spec), None
+        if moduli is None:
+            raise ConfigError(f"feature {spec.name!r} keeps a plain table and has no partitions")
+        if self.affine:
+            # Ids stay below 2**31, so a*x + b stays below 2**63.
+            p = self._range(spec)
+            a = 1 + hashing.salt(self.seed, spec.name, "affine", 0) % (p - 1)
+            affine = (a, hashing.salt(self.seed, spec.name, "affine", 1) % p, p)
+        if self.partition == "quotient_remainder":
+            return [Digit(div=moduli[1], affine=affine), Digit(mod=moduli[1], affine=affine)]
+        if self.partition == "generalized":
+            return [Digit(div=prod(moduli[:j]), mod=m, affine=affine) for j, m in enumerate(moduli)]
+        return [Digit(mod=m, affine=affine) for m in moduli]
+
+    def _laws(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Init]:
+        n, k = spec.num_embeddings, self._tables
+        if self.init == "xavier":
+            return [Init("normal", sqrt(2 / (m + w))) for m, w in zip(rows, widths, strict=True)]
+        if self.init == "dlrm_bug":
+            low = n**-0.5
+            return [Init("uniform", (1 - low) / 2, (1 + low) / 2)] * k
+        if self.combine == "mul":
+            # A factor 1 + U(±1/sqrt(n)) has the mean square 1 + 1/(3n).
+            return [Init.plain(spec, (1 + 1 / (3 * n)) ** (-(k - 1) / 2)), *[Init("uniform", n**-0.5, 1.0)] * (k - 1)]
+        return [Init.plain(spec, k**-0.5 if self.combine == "add" else 1.0)] * k
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        moduli = self.moduli_of(spec)
+        if moduli is None:
+            table = Table("weight", spec.num_embeddings, spec.embedding_dim, Init.plain(spec))
+            return LookupProgram((table,), (Probe("weight", Digit()),))
+        widths = self._widths(spec)
+        laws, classes = self._laws(spec, moduli, widths), self.classes_of(spec)
+        tables = [Table(f"part{j}", m, w, law) for j, (m, w, law) in enumerate(zip(moduli, widths, laws, strict=True))]
+        if self.combine == "path":
+            return LookupProgram((tables[0],), (Probe("part0", classes[0]),))
+        side_by_side = self.combine in ("concat", "feature")
+        probes = [
+            Probe(f"part{j}", digit, column=sum(widths[:j]) if side_by_side else 0) for j, digit in enumerate(classes)
+        ]
+        vectors = self._tables if self.combine == "feature" else 1
+        return LookupProgram(tuple(tables), tuple(probes), "mul" if self.combine == "mul" else "sum", vectors=vectors)
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether bags pool every table before they combine, and that makes a difference."""
+        return self.bag == "pooled" and self.combine in ("mul", "add")
+
+    @property
+    def computes(self) -> bool:
+        return self.combine == "path" or self.pools_first
+
+    def footprint(self, spec: FeatureSpec, itemsize: int = 4) -> Footprint:
+        total, moduli = super().footprint(spec, itemsize), self.moduli_of(spec)
+        if self.combine == "path" and moduli is not None:
+            total += Footprint(weights=itemsize * self._costs(spec)[1] * sum(moduli[1:]))
+        return total
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _ladder(cls, spec: FeatureSpec, params: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+        """The useful moduli, cheapest first, all below the cost of a plain table."""
+        config = cls.from_params(params)
+        faults = config._faults(spec)
+        if config.num_collisions is not None or config.moduli is not None:
+            faults.append("`num_collisions` and `moduli` fix the size of the tables; leave them out to size by bytes")
+        raise_faults(faults, f"{cls.__name__}, feature {spec.name!r}")
+        if spec.num_embeddings <= config.threshold:
+            return ()
+        coprime, plain = config.partition == "chinese_remainder", spec.num_embeddings * spec.embedding_dim
+        return ladder(config._range(spec), config._costs(spec), coprime, plain)
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        return len(cls._ladder(spec, params)) + 1
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        rungs = cls._ladder(spec, params)
+        if size > len(rungs):
+            # The largest size is the plain table.
+            threshold = max(spec.num_embeddings, params.get("threshold", 0))
+            return cls.from_params({**params, "threshold": threshold})
+        moduli = rungs[size - 1]
+        if params.get("partition", "quotient_remainder") == "quotient_remainder":
+            return cls.from_params({**params, "num_collisions": moduli[1]})
+        return cls.from_params({**params, "moduli": moduli})
+
+
+def per_class_mlp(x: Tensor, classes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """A network with one hidden ReLU layer per class, each row through that of its class.
+
+    Rows are sorted by class into tiles of one class each, so that two batched products run them all; neither the
+    shapes nor the work depend on how rows spread over classes.
+
+    Args:
+        x: ``[n, d]``.
+        classes: int64 ``[n]`` in [0, m).
+        w1, b1, w2, b2: ``[m, d, h]``, ``[m, h]``, ``[m, h, o]``, ``[m, o]``.
+
+    Returns:
+        ``[n, o]``.
+    """
+    n, m = x.shape[0], w1.shape[0]
+    # A traced program keeps n symbolic, and then neither the tile nor the number of owners may branch on it.
+    traced = torch.compiler.is_compiling()
+    tile = 32 if traced else max(1, min(128, n // m))
+    order = classes.argsort(stable=True)
+    ordered = classes[order]
+    counts = torch.zeros(m, dtype=torch.int64, device=x.device).scatter_add(0, classes, torch.ones_like(classes))
+    tiles = (counts + tile - 1) // tile
+    ends = tiles.cumsum(0)
+    rank = torch.arange(n, device=x.device) - (counts.cumsum(0) - counts)[ordered]
+    slot = (ends - tiles)[ordered] * tile + rank
+    place = torch.empty_like(slot).scatter(0, order, slot)
+    total = n // tile + (m if traced else min(m, n))
+    owner = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True).clamp_max(m - 1)
+    where = (place // tile, place % tile)
+    grouped = x.new_zeros(total, tile, x.shape[1]).index_put(where, x)
+    hidden = torch.baddbmm(b1.index_select(0, owner).unsqueeze(1), grouped, w1.index_select(0, owner)).relu()
+    out = torch.baddbmm(b2.index_select(0, owner).unsqueeze(1), hidden, w2.index_select(0, owner))
+    return out[where]
+
+
+class CompositionalEmbedding(CompressedEmbedding):
+    """Drop-in over complementary partitions; with ``combine="feature"`` its vectors stand side by side.
+
+    >>> emb = CompositionalEmbedding(10_000, 16, num_collisions=100)
+    >>> emb(torch.tensor([1, 9_999])).shape, emb.footprint().serve, len(emb.materialize().unique(dim=0))
+    (torch.Size([2, 16]), 12800, 10000)
+    """
+
+    config_cls = CompositionalConfig
+    config: CompositionalConfig
+    # Empty until the networks exist, which is after the base has drawn the tables.
+    _networks: tuple[tuple[Digit, list[str]], ...] = ()
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, *args, **options)
+        config, moduli = self.config, self.config.moduli_of(self.spec)
+        self._pools_first = config.pools_first and moduli is not None
+        if config.combine == "path" and moduli is not None:
+            digits = config.classes_of(self.spec)[1:]
+            self._networks = tuple(
+                (digit, [f"part{j}_{name}" for name in _MLP]) for j, digit in enumerate(digits, start=1)
+            )
+            base = self.table("part0")
+            for (_, names), classes in zip(self._networks, moduli[1:], strict=True):
+                for name, shape in zip(names, config._mlp_shapes(self.spec), strict=True):
+                    self.register_parameter(name, nn.Parameter(base.new_empty(classes, *shape)))
+            self._reset_networks(config.seed)
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """As for any method; networks keep the variance of their input, so that outputs start like plain rows."""
+        super().reset_parameters(seed)
+        self._reset_networks(self.config.seed if seed is None else seed)
+
+    def _reset_networks(self, seed: int) -> None:
+        # A rectified input has half the mean square of what was rectified (He et al. 2015).
+        bounds = (sqrt(3 / self.embedding_dim), 0.0, sqrt(6 / self.config.hidden), 0.0)
+        with torch.no_grad():
+            for _, names in self._networks:
+                for name, bound in zip(names, bounds, strict=True):
+                    law = Init("uniform", bound) if bound else Init("constant")
+                    law.fill_(self.table(name), hashing.salt(seed, "init", f"{self.spec.name}.{name}"))
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Vectors of checked int64 ``ids [n]``: ``[n, output width]``."""
+        out = super().lookup(ids)
+        for digit, names in self._networks:
+            out = per_class_mlp(out, digit.rows(ids), *(self.table(name) for name in names))
+        return out
+
+    def before_pool(self, ids: Tensor) -> Tensor:
+        """Vectors per id; with ``bag="pooled"`` every table's row, side by side."""
+        if not self._pools_first:
+            return self.lookup(ids)
+        return torch.cat([self._gather(p.table, p.transform.rows(ids), False) for p in self.program.probes], -1)
+
+    def after_pool(self, pooled: Tensor) -> Tensor:
+        """With ``bag="pooled"``, the combination of the pooled rows."""
+        if not self._pools_first:
+            return pooled
+        return reduce(torch.mul if self.config.combine == "mul" else torch.add, pooled.split(self.embedding_dim, -1))
+
+    def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
+        """Approximate ``weight`` in place.
+
+        Networks (``combine="path"``) start from the mean of each class of the first partition and keep their hidden
+        layers; their last output layer is fitted.
+        """
+        if not self._networks:
+            return super().fit_(weight, counts)
+        with torch.no_grad():
+            base = self.table("part0")
+            rows = self.program.probes[0].transform.rows(torch.arange(len(weight), device=weight.device))
+            share = torch.ones(len(weight)) if counts is None else counts.float().clamp_min(1e-6)
+            share = share.to(weight).unsqueeze(1)
+            total = torch.zeros_like(base[:, :1]).index_add_(0, rows, share).clamp_min(1e-12)
+            base.copy_(torch.zeros_like(base).index_add_(0, rows, weight * share) / total)
+        fit_tables(self, weight, counts, names=self._networks[-1][1][2:])
