@@ -45,7 +45,7 @@ def randomise(model: nn.Module, seed: int = 3) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.3)
 
 
-# --- independent float64 definitions, one sample at a time -----------------------------------------------------------
+# --- independent float64 definitions, one sample at a time ---
 
 
 def run_mlp(layers: list[nn.Linear], x: Tensor, last_is_plain: bool = True) -> Tensor:
@@ -70,8 +70,9 @@ def field_mlp(model: CTRModel, x: Tensor) -> Tensor:
 def sample_vectors(model: CTRModel, dense: Tensor, ids: Tensor) -> list[Tensor]:
     """Field vectors of one sample, categorical then numeric, float64."""
     cat = model.embedding(ids[None])[0].double()
-    numeric = [] if not hasattr(model, "numeric") else [v * w.double() for v, w in zip(dense.double(), model.numeric)]
-    return [*cat, *numeric]
+    if not hasattr(model, "numeric"):
+        return [*cat]
+    return [*cat, *(v * w.double() for v, w in zip(dense.double(), model.numeric, strict=True))]
 
 
 def first_order(model: CTRModel, dense: Tensor, ids: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def test_layers_pass_gradcheck(layer: nn.Module, shape: tuple[int, ...]) -> None
     assert torch.autograd.gradcheck(layer.double(), torch.randn(shape).double().requires_grad_())
 
 
-# --- what all models share ---------------------------------------------------------------------------------------------
+# --- what all models share ---
 
 
 @pytest.mark.parametrize("name", list_models())

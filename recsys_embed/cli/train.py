@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,25 +18,37 @@ EXIT_INTERRUPTED = 130
 
 
 def train(
-    data: Path = typer.Option(..., "--data", help="Folder made by 'recsys-embed data'."),
-    config: Path | None = typer.Option(None, "--config", help="Settings, TOML or JSON; options below override them."),
-    out: Path | None = typer.Option(None, "--out", help="Run folder; default runs/train/MODEL-METHOD-sSEED."),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the run folder's checkpoint."),
-    model: str | None = typer.Option(None, "--model", help="lr, fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn."),
-    method: str | None = typer.Option(None, "--method", help="How embeddings are stored, e.g. full, hash, unified."),
-    ratio: float | None = typer.Option(None, "--ratio", help="Embedding bytes of full divided by this."),
-    budget: str | None = typer.Option(None, "--budget", help="Embedding bytes, e.g. 4MiB."),
-    embedding_dim: int | None = typer.Option(None, "--embedding-dim", help="Width of the vectors."),
-    epochs: int | None = typer.Option(None, "--epochs", help="Passes over the training rows."),
-    steps: int | None = typer.Option(None, "--steps", help="Stop after so many batches."),
-    batch_size: int | None = typer.Option(None, "--batch-size", help="Rows per step."),
-    learning_rate: float | None = typer.Option(None, "--learning-rate", help="Peak rate."),
-    patience: int | None = typer.Option(None, "--patience", help="Stop after so many validations without gain."),
-    seed: int | None = typer.Option(None, "--seed", help="Seed of weights, order and dropout."),
-    assign: list[str] = typer.Option([], "--set", help="Any other setting: key=value, e.g. model_args.dropout=0.1."),
-    device: str = typer.Option("cpu", "--device", help="cpu, cuda, cuda:1."),
-    tensorboard: bool = typer.Option(True, help="Write TensorBoard events into the run folder."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    data: Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed data'.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Settings, TOML or JSON; options below override them.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; default runs/train/MODEL-METHOD-sSEED.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="lr, fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Embedding bytes of full divided by this.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Embedding bytes, e.g. 4MiB.")] = None,
+    embedding_dim: Annotated[int | None, typer.Option("--embedding-dim", help="Width of the vectors.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training rows.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many batches.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")] = None,
+    patience: Annotated[
+        int | None, typer.Option("--patience", help="Stop after so many validations without gain.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, order and dropout.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting: key=value, e.g. model_args.dropout=0.1.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")] = "cpu",
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into the run folder.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume."""
     from recsys_embed.data import open_dataset
@@ -54,7 +66,7 @@ def train(
         "patience": patience,
         "seed": seed,
     }
-    settings = train_config(split_settings(config)[0], options, assign)
+    settings = train_config(split_settings(config)[0], options, assign or [])
     folder = out or Path("runs/train") / f"{settings.model}-{settings.method}-s{settings.seed}"
     try:
         outcome = run_training(

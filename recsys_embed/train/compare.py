@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,11 +151,16 @@ def run_comparison(
     cases = list(comparison.cases())
     found = [_finished_row(folder, case, data) for case in cases]
     rows = []
+    left, spent, trained = sum(row is None for row in found), 0.0, 0
     for number, (case, row) in enumerate(zip(cases, found, strict=True), 1):
         if row is None:
             label = f"[{number}/{len(cases)}] {case.name}"
+            if trained:
+                label += f" (about {max(1, round(spent / trained * left / 60))} min left in all)"
+            start = time.perf_counter()
             row = _train_row(case, data, folder, device=device, label=label, show_progress=show_progress)
             write_json(_row_path(folder, case), row)
+            left, spent, trained = left - 1, spent + time.perf_counter() - start, trained + 1
         rows.append(row)
         if on_row is not None:
             on_row(number, len(cases), row)

@@ -32,5 +32,13 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically; numbers that JSON lacks (NaN) are errors."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    atomic_write(path, lambda f: f.write(text.encode()) and None)
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    atomic_write(path, write)

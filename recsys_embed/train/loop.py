@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -49,6 +48,7 @@ class BatchSource(Protocol):
         seed: int = 0,
         epoch: int = 0,
         device: torch.device | str | None = None,
+        start_batch: int = 0,
     ) -> Any: ...
 
 
@@ -134,7 +134,7 @@ class Trainer:
         self.fused = config.embedding_optimizer != "dense_adam"
         self.table_lr = config.embedding_learning_rate or config.learning_rate
         self.optimizer, self.dense = self._dense_optimizer()
-        self.steps_per_epoch = len(self._epoch(0))
+        self.steps_per_epoch = len(self._epoch(0, 0))
         if self.steps_per_epoch == 0:
             raise DataError("no training samples: the split 'train' is empty")
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -160,9 +160,18 @@ class Trainer:
         groups = [g for g in groups if g["params"]]
         return torch.optim.Adam(groups, lr=self.config.learning_rate, fused=self.device.type in ("cpu", "cuda")), dense
 
-    def _epoch(self, epoch: int) -> Any:
+    def _epoch(self, epoch: int, start: int) -> Any:
+        """Batches of an epoch from the one with index ``start`` on."""
         c = self.config
-        return self.data.batches("train", c.batch_size, shuffle=c.shuffle, seed=c.seed, epoch=epoch, device=self.device)
+        return self.data.batches(
+            "train",
+            c.batch_size,
+            shuffle=c.shuffle,
+            seed=c.seed,
+            epoch=epoch,
+            device=self.device,
+            start_batch=start,
+        )
 
     def run(self) -> TrainResult:
         """Train to the end of the settings, then load the best weights and evaluate.
@@ -194,7 +203,7 @@ class Trainer:
                 self._validate(stop)
             while not self._finished():
                 before = state.step
-                for batch in self._timed(itertools.islice(self._epoch(state.epoch), state.batch, None)):
+                for batch in self._timed(iter(self._epoch(state.epoch, state.batch))):
                     loss = self._step(batch)
                     bar.update(1)
                     if state.step % self.config.log_every == 0:
@@ -242,9 +251,9 @@ class Trainer:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(
-                f"the loss is {value} at step {state.step + 1} (epoch {state.epoch + 1}); lower `learning_rate` "
-                f"({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), add `warmup_steps`, "
-                "or set `clip_norm`; the last checkpoint is from before this step"
+                f"the loss is {value} at step {state.step + 1} (epoch {state.epoch + 1}); lower "
+                f"`learning_rate` ({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), "
+                "add `warmup_steps`, or set `clip_norm`; the last checkpoint is from before this step"
             )
         loss.backward()
         if self.config.clip_norm is not None:

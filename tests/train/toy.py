@@ -53,11 +53,12 @@ class ToyData:
     def schema(self, embedding_dim: int) -> Schema:
         return Schema([FeatureSpec(f"C{i}", c, embedding_dim) for i, c in enumerate(self.cards)])
 
-    def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None):
+    def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None, start_batch=0):
         parts = self.parts[split]
         n = len(parts.label)
         g = torch.Generator().manual_seed(seed * 1000 + epoch)
-        return ToyBatches(parts, torch.randperm(n, generator=g) if shuffle else torch.arange(n), batch_size)
+        order = torch.randperm(n, generator=g) if shuffle else torch.arange(n)
+        return ToyBatches(parts, order[start_batch * batch_size :], batch_size)
 
 
 def toy_config(**changes) -> TrainConfig:
