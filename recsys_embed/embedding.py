@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,9 @@ class CompressedEmbedding(nn.Module):
         **params: Any,
     ) -> None:
         super().__init__()
-        self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=mode or "sum", init=init)
+        self.spec = FeatureSpec(
+            name, num_embeddings, embedding_dim, pooling=mode if mode in get_args(Mode) else "sum", init=init
+        )
         self.config = self._configure(config, budget, params)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
@@ -74,7 +76,7 @@ class CompressedEmbedding(nn.Module):
         faults = []
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             faults.append(f"`padding_idx` must be in [{-num_embeddings}, {num_embeddings}); got {padding_idx}")
-        if mode not in (None, "sum", "mean", "max"):
+        if mode is not None and mode not in get_args(Mode):
             faults.append(f"`mode` must be None, 'sum', 'mean' or 'max'; got {mode!r}")
         if not self.supports_torch_options:
             for key, value in (("max_norm", max_norm), ("scale_grad_by_freq", scale_grad_by_freq or None)):
@@ -241,11 +243,24 @@ class CompressedEmbedding(nn.Module):
 
         Args:
             weight: the plain table; dtype and device carry over.
-            counts: ``[num_embeddings]`` how often each id occurs; weighs its squared error (default: equal).
+            counts: ``[num_embeddings]`` how often each id occurs; weighs its squared error (default: equal). Rows that
+                only ids of count 0 read keep their initial values.
             options: anything the constructor takes (``budget=``, ``mode=``, the method's options).
         """
         if weight.dim() != 2:
             raise ConfigError(f"`weight` must be [num_embeddings, embedding_dim]; got shape {tuple(weight.shape)}")
+        faults = []
+        if not weight.is_floating_point():
+            faults.append(f"`weight` must be floating point; got {weight.dtype}")
+        elif not torch.isfinite(weight).all():
+            faults.append(f"`weight` must be finite; {int((~torch.isfinite(weight)).any(1).sum())} rows are not")
+        if counts is not None and counts.shape != weight.shape[:1]:
+            faults.append(f"`counts` must be [{weight.shape[0]}]; got shape {tuple(counts.shape)}")
+        elif counts is not None and not ((counts >= 0) & torch.isfinite(counts)).all():
+            faults.append("`counts` must be finite numbers >= 0")
+        elif counts is not None and not counts.any():
+            faults.append("`counts` must not all be 0")
+        raise_faults(faults, f"{cls.__name__}.from_dense")
         options = {"device": weight.device, "dtype": weight.dtype, **options}
         module = cls(weight.shape[0], weight.shape[1], **options)
         module.fit_(weight.detach(), counts)

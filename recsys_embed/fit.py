@@ -29,36 +29,54 @@ def _solve_table(
     """Minimise the weighted squared error over one table, from its present values."""
     table = module.table(name)
     ids = torch.arange(target.shape[0], device=target.device)
-    start = table.detach().clone().requires_grad_(True)
-    out = _outputs(module, {name: start}, ids)
+    # Half precision has neither the range nor the digits for sums over all ids.
+    fixed = {key: p.detach().to(target.dtype) for key, p in module.named_parameters()}
+    start = fixed[name].clone().requires_grad_(True)
+    out = _outputs(module, {**fixed, name: start}, ids)
+
+    def error(residual: Tensor) -> Tensor:
+        return (residual.square() * row_weight).sum(dtype=torch.float64)
 
     def adjoint(residual: Tensor) -> Tensor:
         (grad,) = torch.autograd.grad(out, start, residual * row_weight, retain_graph=True)
         return grad.to_dense() if grad.is_sparse else grad
 
     with torch.no_grad():
-        base = _outputs(module, {name: torch.zeros_like(table)}, ids)
+        base = _outputs(module, {**fixed, name: torch.zeros_like(start)}, ids)
+
+        def normal(change: Tensor) -> Tensor:
+            """The normal matrix times ``change``."""
+            return adjoint(_outputs(module, {**fixed, name: change}, ids) - base)
+
+        # Rows are read with weights that differ by orders of magnitude, so steps are scaled by the size of the normal
+        # matrix's rows, estimated with random signs: exact where no two elements share an output (one hash).
+        generator = torch.Generator().manual_seed(0)
+        signs = [torch.randint(0, 2, start.shape, generator=generator).to(start) * 2 - 1 for _ in range(4)]
+        scale = torch.stack([normal(s).square() for s in signs]).mean(0).sqrt()
+        scale.masked_fill_(scale == 0, 1.0)
         residual = target - out.detach()
         gradient = adjoint(residual)
-        direction, norm = gradient.clone(), gradient.square().sum()
+        direction = gradient / scale
+        norm = (gradient * direction).sum()
         first = norm.clone()
         for _ in range(steps):
             if norm <= tolerance * first or norm == 0:
                 break
-            moved = _outputs(module, {name: direction}, ids) - base
-            curvature = (moved.square() * row_weight).sum()
+            moved = _outputs(module, {**fixed, name: direction}, ids) - base
+            curvature = error(moved)
             if curvature <= 0:
                 break
             step = norm / curvature
-            reached = residual - moved * step
+            reached = residual - moved * float(step)
             # Every exact step lowers the error; one that does not is made of rounding, and those that follow diverge.
-            if not (reached.square() * row_weight).sum() < (residual.square() * row_weight).sum():
+            if not error(reached) < error(residual):
                 break
             start.add_(direction, alpha=float(step))
             residual = reached
             gradient = adjoint(residual)
-            previous, norm = norm, gradient.square().sum()
-            direction.mul_(float(norm / previous)).add_(gradient)
+            scaled = gradient / scale
+            previous, norm = norm, (gradient * scaled).sum()
+            direction.mul_(float(norm / previous)).add_(scaled)
         table.copy_(start)
 
 
@@ -81,8 +99,9 @@ def fit_tables(
     width = module.output_dim
     if weight.shape[1] != width:
         weight = weight.repeat(1, width // weight.shape[1])
-    importance = torch.ones(len(weight)) if counts is None else counts.to(torch.float32).clamp_min(0)
-    row_weight = (importance / importance.mean().clamp_min(1e-12)).to(weight).unsqueeze(1)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    importance = torch.ones(len(weight)) if counts is None else counts.to(torch.float64)
+    row_weight = (importance / importance.mean()).to(weight).unsqueeze(1)
     names = names or [t.name for t in module.program.tables]
     for _ in range(1 if len(names) == 1 else sweeps):
         for name in names:
