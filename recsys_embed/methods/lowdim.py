@@ -10,7 +10,6 @@ from torch import Tensor
 
 from recsys_embed.config import MethodConfig, param
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
@@ -69,11 +68,6 @@ class LowdimEmbedding(CompressedEmbedding):
         scaled by the square roots of ``counts``, and the table the rows' coordinates along them.
         """
         importance = torch.ones(len(weight)) if counts is None else counts.detach()
-        if importance.shape != (len(weight),) or importance.min() < 0 or not importance.any():
-            raise ConfigError(
-                f"`counts` must be {len(weight)} numbers >= 0, not all 0; got shape {tuple(importance.shape)}"
-                f" (feature {self.spec.name!r})"
-            )
         importance = importance.to(weight.device, torch.float64)
         if self.padding_idx is not None:
             importance = importance.index_fill(0, importance.new_tensor([self.padding_idx], dtype=torch.int64), 0.0)

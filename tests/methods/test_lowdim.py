@@ -78,7 +78,7 @@ def test_fit_sees_every_chunk_of_rows() -> None:
 
 @pytest.mark.parametrize("counts", [torch.zeros(40), torch.ones(39), -torch.ones(40)])
 def test_bad_counts_raise(counts: torch.Tensor) -> None:
-    with pytest.raises(ConfigError, match="`counts` must be 40 numbers >= 0, not all 0"):
+    with pytest.raises(ConfigError, match="`counts` must"):
         LowdimEmbedding.from_dense(torch.randn(40, 6), dim=2, counts=counts)
 
 
