@@ -21,7 +21,7 @@ from recsys_embed.data.options import CriteoOptions, Progress, different
 from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.source import find_files
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ def convert_criteo(
         notices: list[str] = []
         ingest = Ingest(out / WORK_DIR, files, options, record, notices)
         parts = ingest.run(progress)
+        if not any(p.info.rows for p in parts):
+            bad = [p.path.with_suffix(".bad.jsonl") for p in parts if p.info.bad]
+            seen = f"; the bad rows are in {bad[0]}" if bad else ""
+            raise DataError(f"no row could be read from {', '.join(map(str, files[:3]))}{seen}")
         fields = encode_fields(out / WORK_DIR, parts, files, options, donor, progress)
         built = write_shards(out / WORK_DIR, parts, files, options, fields, record, progress)
         publish(out, built)

@@ -30,11 +30,10 @@ SMALL = 100
 """Fields shrink with the scale, but not below this many values (or their own, if fewer)."""
 ZIPF = 1.05
 RANK = 2
-_EFFECT = {"C3": 0.45, "C4": 0.45, "C12": 0.45, "C16": 0.45, "C24": 0.3, "C26": 0.3, "C10": 0.3, "C7": 0.25,
-           "C15": 0.25, "C11": 0.2, "C18": 0.2, "C1": 0.2, "C14": 0.2, "C17": 0.2, "C20": 0.15, "C6": 0.15}  # fmt: skip
+_EFFECT = {"C3": 0.5, "C4": 0.5, "C12": 0.5, "C16": 0.5, "C24": 0.3, "C26": 0.3, "C10": 0.3, "C7": 0.25,
+           "C15": 0.25, "C1": 0.2, "C14": 0.2, "C17": 0.2, "C20": 0.15, "C6": 0.15}  # fmt: skip
 """Standard deviation of an id's own effect on the logit; fields not named have none."""
-_PAIRS = {("C14", "C17"): 0.35, ("C6", "C23"): 0.35, ("C17", "C23"): 0.3, ("C9", "C20"): 0.25,
-          ("C4", "C9"): 0.2}  # fmt: skip
+_PAIRS = {("C14", "C17"): 0.5, ("C6", "C23"): 0.5, ("C9", "C20"): 0.3, ("C4", "C9"): 0.2}
 """Standard deviation of the interaction of two fields: the scaled inner product of rank-2 vectors of their ids."""
 _NUMERIC = {"I1": 0.2, "I5": -0.3, "I6": -0.2, "I7": 0.2, "I11": 0.3, "I13": -0.2}
 """Slope of the standardised logarithm of an integer field; I6 also has a bump, and I7 acts only where C17 is even."""

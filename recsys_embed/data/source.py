@@ -79,7 +79,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def detect(path: Path, layout: LineLayout, *, header: Tri = "auto", labels: Tri = "auto") -> tuple[bool, LineLayout]:
     """Whether the file starts with a header, and the layout of its rows, from its first line.
 
-    A first line is a header if none of its first 13 fields is empty or a number. 39 fields mean no labels.
+    A first line is a header if it has the fields of a row and all of them are names. 39 fields mean no labels.
 
     Raises:
         DataError: the header names Criteo's columns in another order.
@@ -89,7 +89,9 @@ def detect(path: Path, layout: LineLayout, *, header: Tri = "auto", labels: Tri 
     cells = first.split(layout.separator.encode())
     is_header = header == "yes"
     if header == "auto":
-        is_header = len(cells) > 1 and not any(re.fullmatch(rb"-?[0-9.]*", c) for c in cells[:13])
+        is_header = abs(len(cells) - layout.num_fields) <= 1 and all(
+            re.match(rb"[A-Za-z_][\w .-]*\Z", c) for c in cells
+        )
     has_labels = labels == "yes" or (labels == "auto" and len(cells) != layout.num_fields - layout.labels)
     layout = LineLayout(has_labels, layout.separator, layout.id_bits)
     if is_header and len(cells) == layout.num_fields:
@@ -102,13 +104,14 @@ def detect(path: Path, layout: LineLayout, *, header: Tri = "auto", labels: Tri 
 
 
 def read_blocks(
-    path: Path, *, header: bool, start: int = 0, first_line: int = 1, block_bytes: int = BLOCK_BYTES
+    path: Path, *, header: bool, start: int = 0, first_line: int = 1, block_bytes: int | None = None
 ) -> Iterator[TextBlock]:
     """Yield the file's lines block by block.
 
-    Blocks depend only on the content, ``block_bytes`` and ``start`` (a former block's ``stop``; ``first_line`` is then
-    the line after that block), so a reader that resumes sees the blocks an uninterrupted one would have seen.
+    Blocks depend only on the content, ``block_bytes`` (4 MiB unless given) and ``start`` (a former block's ``stop``;
+    ``first_line`` is then the line after it), so a reader that resumes sees the blocks that would have come.
     """
+    block_bytes = block_bytes or BLOCK_BYTES
     with Reader(path) as reader:
         reader.skip(start)
         offset, line, carry, ended = start, first_line, b"", False

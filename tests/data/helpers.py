@@ -57,4 +57,6 @@ def read_folder(out: Path) -> dict[str, list[dict[str, object]]]:
 def contents(out: Path, *, schema: bool = True) -> dict[str, bytes]:
     """Bytes of all files of a data folder, the lock aside."""
     skip = {".lock"} | (set() if schema else {"schema.json"})
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in skip}
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in skip
+    }

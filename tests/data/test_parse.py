@@ -121,7 +121,14 @@ def test_several_bad_fields_are_counted() -> None:
 
 def test_64_bit_ids() -> None:
     layout = LineLayout(id_bits=64)
-    raw = swap("C1", b"ffffffffffffffff") + b"\n" + swap("C1", b"8000000000000000") + b"\n" + swap("C1", b"1" * 17) + b"\n"
+    raw = (
+        swap("C1", b"ffffffffffffffff")
+        + b"\n"
+        + swap("C1", b"8000000000000000")
+        + b"\n"
+        + swap("C1", b"1" * 17)
+        + b"\n"
+    )
     block = parse_block(raw, layout)
     assert int(block.cats[0, 0]) == 2**64 - 1
     assert [b.line for b in block.bad] == [2, 3]
