@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, apply_update
 from recsys_embed.kernels.storage import allocate, stack_tables
 from recsys_embed.memory import Footprint
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, is_rate
 from recsys_embed.plan import Plan
 
 
@@ -165,7 +164,7 @@ class EmbeddingCollection(nn.Module):
     def lr(self, value: float) -> None:
         if self.optimizer is None:
             raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
-        if not math.isfinite(value) or value < 0:
+        if not is_rate(value):
             raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
         self._lr = float(value)
 
@@ -187,14 +186,19 @@ class EmbeddingCollection(nn.Module):
         Raises:
             CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
         """
-        if not isinstance(saved, Mapping) or not {"rule", "lr", "steps", "state"} <= saved.keys():
-            raise CheckpointError(f"optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
+        parts = saved if isinstance(saved, Mapping) else {}
+        kinds: dict[str, Any] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
+        wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
+        if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
+            raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
         if saved["rule"] != repr(self.optimizer):
             raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self.optimizer!r}")
         wanted = {f"{name}_{key}" for name, key in self._states()}
         state = saved["state"]
         wrong = sorted(wanted ^ state.keys())
-        wrong += [k for k in sorted(wanted & state.keys()) if state[k].shape != getattr(self, k).shape]
+        wrong += [
+            k for k in sorted(wanted & state.keys()) if getattr(state[k], "shape", None) != getattr(self, k).shape
+        ]
         if wrong or saved["steps"].keys() != self._steps.keys():
             raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
         for key in wanted:

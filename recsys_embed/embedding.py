@@ -66,9 +66,8 @@ class CompressedEmbedding(nn.Module):
         **params: Any,
     ) -> None:
         super().__init__()
-        self.spec = FeatureSpec(
-            name, num_embeddings, embedding_dim, pooling=mode if mode in get_args(Mode) else "sum", init=init
-        )
+        pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
+        self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init=init)
         self.config = self._configure(config, budget, params)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse

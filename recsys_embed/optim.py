@@ -18,8 +18,8 @@ from torch import Tensor
 from recsys_embed.errors import raise_faults
 
 
-def _is_number(value: object) -> bool:
-    """Whether ``value`` is finite and not negative."""
+def is_rate(value: object) -> bool:
+    """Whether ``value`` is a finite number and not negative."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
@@ -44,10 +44,10 @@ class FusedOptimizer(ABC):
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "betas":
-                ok = isinstance(value, tuple) and len(value) == 2 and all(_is_number(b) and b < 1 for b in value)
+                ok = isinstance(value, tuple) and len(value) == 2 and all(is_rate(b) and b < 1 for b in value)
                 wanted = "two numbers in [0, 1)"
             else:
-                ok = _is_number(value)
+                ok = is_rate(value)
                 wanted = "a finite number >= 0"
             if not ok:
                 faults.append(f"`{f.name}` must be {wanted}; got {value!r}")
