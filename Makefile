@@ -6,8 +6,8 @@
 VENV := $(or $(RECSYS_EMBED_VENV),.venv)
 BIN := $(VENV)/bin
 DEMO := runs/demo
-DEMO_ROWS := 200000
-DEMO_METHODS := full,lowdim,hash,compositional,unified
+DEMO_METHODS := full,lowdim,hash,multihash,compositional,unified
+DEMO_RATIO := 10
 JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
@@ -20,12 +20,10 @@ help:
 setup:
 	@sh scripts/setup.sh
 
+# Rows that an earlier run finished are kept (make clean removes them).
 demo: setup
 	$(BIN)/recsys-embed doctor
-	@rm -rf $(DEMO)
-	$(BIN)/recsys-embed data synthetic $(DEMO)/raw --rows $(DEMO_ROWS) --seed 1
-	$(BIN)/recsys-embed data criteo $(DEMO)/raw $(DEMO)/data
-	$(BIN)/recsys-embed compare --data $(DEMO)/data --models deepfm --methods $(DEMO_METHODS) --ratio 20 --out $(DEMO)/compare
+	$(BIN)/recsys-embed compare --demo --methods $(DEMO_METHODS) --ratio $(DEMO_RATIO) --out $(DEMO)
 
 # One process per core, one thread each: torch's own threads would only get in each other's way.
 test: setup

@@ -49,6 +49,7 @@ def build_app(only: str | None = None) -> typer.Typer:
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich would read "[train]" in a help text as a style and drop it
         help="Compressed embeddings for recommendation models: compare methods at one byte budget, plan, train, ship.",
     )
 
@@ -136,8 +137,7 @@ def _click_exit(error: Exception) -> int:
     if kind == "Abort":
         raise KeyboardInterrupt from error
     if kind == "NoArgsIsHelpError":
-        # With rich the help has been printed when the exception was made; without it the message is the help.
-        print(str(getattr(error, "message", "")), end="")
+        print(getattr(error, "message", ""))
         return EXIT_ERROR
     if hasattr(error, "format_message"):
         context = getattr(error, "ctx", None)
