@@ -21,6 +21,9 @@ from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram
 from recsys_embed.registry import get_method
 
+# Keeps features called "items" or "type" apart from the attributes of the dictionary that holds their modules.
+_OWN = "feature_"
+
 
 def pool(vectors: Tensor, offsets: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
     """Pool per-id ``vectors [n, width]`` over bags ``offsets [bags + 1]``: ``[bags, width]``; empty bags give zeros."""
@@ -49,7 +52,7 @@ class LookupBundle(Constants):
                 kernel.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
-            self.own[spec.name] = cls(
+            self.own[_OWN + spec.name] = cls(
                 spec.num_embeddings, spec.embedding_dim, config=config, name=spec.name, init=spec.init, **options
             )
         specs = [schema.features[i] for i in kernel]
@@ -81,7 +84,7 @@ class LookupBundle(Constants):
         return self.programs[spec.name] if spec.name in self.programs else self._module(spec.name).program
 
     def _module(self, name: str) -> CompressedEmbedding:
-        return cast("CompressedEmbedding", self.own[name])
+        return cast("CompressedEmbedding", self.own[_OWN + name])
 
     def _add_order(self, device: torch.device) -> None:
         """Where each output column (or vector) stands among the concatenated parts."""
@@ -113,8 +116,8 @@ class LookupBundle(Constants):
 
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
-        for name in self.own:
-            self._module(name).reset_parameters(seed)
+        for module in self.own.values():
+            cast("CompressedEmbedding", module).reset_parameters(seed)
 
     # -- running --------------------------------------------------------------------------------------------------
 

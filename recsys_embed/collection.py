@@ -215,7 +215,10 @@ class EmbeddingCollection(nn.Module):
         return Footprint(weights=weights, optimizer=state, gradient=sum(p.nbytes for p in trained))
 
     def _identity(self) -> dict[str, Any]:
-        return {"schema": {f["name"]: f for f in self.schema.to_dict()["features"]}, "plan": self.plan.to_dict()}
+        features = self.schema.to_dict()["features"]
+        # The order of the features fixes where their rows stand in a storage.
+        order = list(self.schema.names)
+        return {"schema": {f["name"]: f for f in features}, "order": order, "plan": self.plan.to_dict()}
 
     def get_extra_state(self) -> Tensor:
         """Schema and plan as JSON bytes, so that a state dict refuses to load elsewhere."""
