@@ -34,6 +34,19 @@ from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 _MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
 
 
+def class_maps(partition: str, moduli: tuple[int, ...], affine: tuple[int, int, int] | None = None) -> list[Digit]:
+    """The map of each partition from ids in [0, prod(moduli)) to its classes; together they are injective.
+
+    >>> [int(digit.rows(torch.tensor(1234))) for digit in class_maps("generalized", (10, 20, 30))]
+    [4, 3, 6]
+    """
+    if partition == "quotient_remainder":
+        return [Digit(div=moduli[1], affine=affine), Digit(mod=moduli[1], affine=affine)]
+    if partition == "generalized":
+        return [Digit(div=prod(moduli[:j]), mod=m, affine=affine) for j, m in enumerate(moduli)]
+    return [Digit(mod=m, affine=affine) for m in moduli]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompositionalConfig(MethodConfig):
     """Tables ``part0``, ``part1``, ..., one per partition; a plain table where that would not take less.
@@ -170,11 +183,7 @@ class CompositionalConfig(MethodConfig):
             p = self._range(spec)
             a = 1 + hashing.salt(self.seed, spec.name, "affine", 0) % (p - 1)
             affine = (a, hashing.salt(self.seed, spec.name, "affine", 1) % p, p)
-        if self.partition == "quotient_remainder":
-            return [Digit(div=moduli[1], affine=affine), Digit(mod=moduli[1], affine=affine)]
-        if self.partition == "generalized":
-            return [Digit(div=prod(moduli[:j]), mod=m, affine=affine) for j, m in enumerate(moduli)]
-        return [Digit(mod=m, affine=affine) for m in moduli]
+        return class_maps(self.partition, moduli, affine)
 
     def _laws(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Init]:
         n, k = spec.num_embeddings, self._tables
