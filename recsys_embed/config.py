@@ -47,6 +47,10 @@ def _fault(name: str, value: Any, types: tuple[Any, ...], low: float | None, hig
         right = isinstance(value, int if int in types else (int, float)) and not isinstance(value, bool)
         ok = right and (low is None or value >= low) and (high is None or value <= high)
         ok = ok or (value is None and type(None) in types)
+    elif any(get_origin(t) is tuple for t in types):
+        items = value if isinstance(value, tuple) else ()
+        wanted, ok = "a list of integers", bool(items) and all(type(i) is int for i in items)
+        ok = ok or (value is None and type(None) in types)
     elif str in types:
         wanted, ok = "text", isinstance(value, str) or (value is None and type(None) in types)
     else:

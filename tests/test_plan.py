@@ -1,0 +1,154 @@
+"""Plans: budgets are kept whatever the schema, errors say everything at once, files come back as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
+from recsys_embed.registry import config_from_dict, list_methods
+
+METHODS = [m.name for m in list_methods()]
+SCHEMA = Schema([FeatureSpec("C1", 1000, 8), FeatureSpec("C2", 50_000, 8), FeatureSpec("C3", 3, 8)])
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> Schema:
+    width = draw(st.sampled_from([2, 4, 8, 16]))
+    sizes = draw(st.lists(st.integers(1, 200_000) | st.integers(1, 30), min_size=1, max_size=6))
+    return Schema([FeatureSpec(f"C{i}", n, width) for i, n in enumerate(sizes)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=25)
+@given(schemas(), st.integers(1, 10**7), st.integers(0, 300))
+def test_no_budget_is_exceeded_and_more_never_gives_less(method: str, schema: Schema, budget: int, below: int) -> None:
+    sizes: list[int] = []
+    for size in (budget, budget * 2):
+        plan: Plan | None = None
+        with contextlib.suppress(BudgetError):
+            plan = Plan.uniform(schema, method, budget=size, full_below=below)
+        if plan is None:
+            assert not sizes, "a larger budget must not be harder to meet"
+            with pytest.raises(BudgetError, match=r"needs at least .* available.* Ways out: 1\."):
+                Plan.uniform(schema, method, budget=size, full_below=below)
+            continue
+        plan.check(schema)
+        assert set(plan) == set(schema.names)
+        serve = plan.footprint(schema).serve
+        assert serve <= size
+        sizes.append(serve)
+    # Equal fractions round row by row, so a plan may lose a row of one feature while it gains others elsewhere.
+    assert sizes == sorted(sizes) or sizes[1] > 0.9 * sizes[0]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "lowdim")])
+def test_budgets_are_used(method: str) -> None:
+    schema = Schema([FeatureSpec("C1", 30_000, 16), FeatureSpec("C2", 200_000, 16), FeatureSpec("C3", 30, 16)])
+    whole = Plan.full(schema).footprint(schema).serve
+    for divisor in (4, 20):
+        used = Plan.uniform(schema, method, budget=whole // divisor).footprint(schema).serve
+        assert used > 0.8 * (whole // divisor), "a plan that leaves budget unused loses accuracy for nothing"
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_the_budget_bounds_what_is_allocated(data: st.DataObject) -> None:
+    method = data.draw(st.sampled_from(METHODS))
+    schema = Schema([FeatureSpec(f"C{i}", data.draw(st.integers(1, 900)), 4) for i in range(3)])
+    budget = data.draw(st.integers(200, 40_000))
+    try:
+        plan = Plan.uniform(schema, method, budget=budget)
+    except BudgetError:
+        return
+    coll = EmbeddingCollection(schema, plan)
+    assert sum(p.nbytes for p in coll.parameters()) <= budget
+
+
+def test_raw_ids_have_plans_for_methods_that_take_them() -> None:
+    schema = Schema([FeatureSpec("url", 10**6, 8, ids="raw"), FeatureSpec("day", 7, 8)])
+    for info in list_methods():
+        if info.config_cls.accepts_raw:
+            plan = Plan.uniform(schema, info.name, budget="1MiB")
+            assert plan["url"].method == info.name
+            assert 0.5 * 2**20 < plan.footprint(schema).serve <= 2**20
+        else:
+            with pytest.raises(ConfigError, match=r"raw 64-bit ids.*'url'"):
+                Plan.uniform(schema, info.name, budget="1MiB")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plans_survive_json(method: str) -> None:
+    plan = Plan.uniform(SCHEMA, method, budget="2MiB")
+    again = Plan.from_dict(json.loads(plan.to_json()))
+    assert again == plan
+    assert again.footprint(SCHEMA) == plan.footprint(SCHEMA)
+    assert [again[n] for n in again] == [plan[n] for n in plan]
+
+
+def test_all_faults_of_a_plan_file_come_at_once() -> None:
+    data: dict[str, Any] = {
+        "version": 1,
+        "features": {
+            "C1": {"method": "hsh", "num_buckets": 4},
+            "C2": {"method": "hash", "num_bukets": 4},
+            "C3": {"method": "hash", "num_buckets": 0, "sign": "yes"},
+            "C4": {"num_buckets": 4},
+            "C5": 7,
+            "C6": None,
+            "C7": {"method": ["hash"]},
+        },
+    }
+    with pytest.raises(ConfigError) as caught:
+        Plan.from_dict(data)
+    text = str(caught.value)
+    for part in ("did you mean 'hash'", "did you mean 'num_buckets'", "`num_buckets` must be", "`sign` must be true"):
+        assert part in text
+    for name in data["features"]:
+        assert f"'{name}'" in text
+    with pytest.raises(UnknownNameError, match=r"did you mean 'hash'.*'C1'"):
+        Plan.from_dict({"version": 1, "features": {"C1": {"method": "hsh"}}})
+
+
+@pytest.mark.parametrize(
+    "data", [None, [], "plan", 3, {}, {"version": 2, "features": {}}, {"version": 1, "features": []}]
+)
+def test_what_is_no_plan_is_refused(data: Any) -> None:
+    with pytest.raises(ConfigError, match="a plan is an object with 'version': 1"):
+        Plan.from_dict(data)
+
+
+def test_plans_hold_configurations() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)2 faults.*'hash'.*'C1'.*'C2'"):
+        Plan({"C1": "hash", "C2": {"method": "hash"}})  # type: ignore[dict-item]
+
+
+def test_plans_name_every_feature_that_does_not_fit() -> None:
+    small, large = (config_from_dict({"method": "hash", "num_buckets": n}) for n in (2, 5000))
+    plan = Plan({"C1": large, "C2": small, "C9": small})
+    with pytest.raises(ConfigError, match=r"(?s)3 faults.*'C3' has no entry.*'C9'.*\[1, 1000\]; got 5000.*'C1'"):
+        plan.check(SCHEMA)
+    with pytest.raises(ConfigError, match="3 faults"):
+        EmbeddingCollection(SCHEMA, plan)
+
+
+def test_wrong_requests_say_what_is_wrong() -> None:
+    for kind, options, text in (
+        (UnknownNameError, {"method": "hsh"}, "did you mean 'hash'"),
+        (UnknownNameError, {"method": "hash", "budget": "1MiB", "num_bucket": 4}, "did you mean 'num_buckets'"),
+        (ConfigError, {"method": "hash"}, "`num_buckets` is missing; give it, or a byte `budget`"),
+        (ConfigError, {"method": "hash", "budget": "much"}, "byte size"),
+        (ConfigError, {"method": "hash", "budget": 0}, "at least 1 byte"),
+        (ConfigError, {"method": "hash", "budget": True}, "byte size"),
+        (ConfigError, {"method": "hash", "budget": 1.5}, "byte size"),
+        (ConfigError, {"method": "hash", "budget": "1MiB", "seed": "x"}, "`seed` must be an integer"),
+        (BudgetError, {"method": "full", "budget": "1MiB"}, "needs at least 1.56 MiB .*1.00 MiB available"),
+    ):
+        with pytest.raises(kind, match=text):
+            Plan.uniform(SCHEMA, **options)
