@@ -207,8 +207,8 @@ def test_all_faults_at_once() -> None:
         ({"moduli": (10, 10), "affine": True}, r"product >= 101, the prime of the affine map of 100 ids; got 100"),
         ({"moduli": (100,)}, r"`moduli` must be 2 or more integers >= 1; got \(100,\)"),
         ({"moduli": (50, 0)}, r"`moduli` must be 2 or more integers >= 1"),
-        ({"moduli": (50, 2.0)}, r"`moduli` must be 2 or more integers >= 1"),
-        ({"moduli": "ab"}, r"`moduli` must be 2 or more integers >= 1; got 'ab'"),
+        ({"moduli": (50, 2.0)}, r"`moduli` must be a list of integers"),
+        ({"moduli": "ab"}, r"`moduli` must be a list of integers; got 'ab'"),
         ({"combine": "path", "bag": "pooled", "num_collisions": 4}, r"`bag` must be 'per_id' for combine 'path'"),
         ({"partition": "quotient"}, r"`partition` must be one of quotient_remainder, generalized"),
         ({"modulo": 4}, r"did you mean 'moduli'"),
@@ -560,7 +560,7 @@ def _per_feature(schema: rse.Schema, coll: rse.EmbeddingCollection, name: str, i
     """A feature of a collection by the readable definition, or by its own module in float64."""
     config = coll.plan[name]
     if config.computes:
-        return coll.bundle.own[name](ids)
+        return coll.bundle.own["feature_" + name](ids)
     program = config.program(schema[name])
     return reference.lookup(program, {t.name: coll.table(f"{name}.{t.name}") for t in program.tables}, ids)
 
@@ -587,7 +587,7 @@ def test_pooled_bags_in_a_collection_are_those_of_the_module() -> None:
         module = CompositionalEmbedding(
             s.num_embeddings, 8, config=coll.plan[s.name], name=s.name, mode="sum", dtype=torch.float64
         )
-        module.load_state_dict(coll.bundle.own[s.name].state_dict())
+        module.load_state_dict(coll.bundle.own["feature_" + s.name].state_dict())
         torch.testing.assert_close(out[:, i], module(bags[s.name]), rtol=1e-12, atol=1e-12)
     _, per_id = _collection()
     compressed = [i for i, s in enumerate(schema) if s.num_embeddings > 200]
