@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "WideDeep",
     "build_model",
     "get_model",
+    "hyperparameters",
     "list_models",
     "register",
 ]
@@ -53,6 +55,15 @@ def get_model(name: str) -> type[CTRModel]:
     if name not in MODELS:
         raise unknown_name("model", name, MODELS)
     return MODELS[name]
+
+
+def hyperparameters(name: str) -> tuple[str, ...]:
+    """Names of a model's hyperparameters.
+
+    >>> hyperparameters("dnn")
+    ('hidden', 'dropout', 'batch_norm')
+    """
+    return tuple(f.name for f in fields(get_model(name).params_cls))
 
 
 def build_model(

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from recsys_embed.errors import BudgetError, ConfigError, raise_faults
+from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
 from recsys_embed.memory import Footprint, parse_bytes
+from recsys_embed.models import get_model, hyperparameters
+from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.files import write_json
@@ -34,7 +36,7 @@ class Comparison:
         ratios: compressions; each gives every method ``full``'s bytes divided by it.
         budgets: byte budgets of the whole embedding part, instead of or besides ratios.
         seeds: number of seeds, 0 to ``seeds - 1``; one seed fixes data order and dense start of every method.
-        train: settings of all rows.
+        train: settings of all rows; each model takes those of its ``model_args`` that it knows.
         model_args: hyperparameters by model key, over ``train.model_args``.
         method_args: parameters by method key, over ``train.method_args``.
 
@@ -68,6 +70,22 @@ class Comparison:
             get_method(method)
         for budget in self.budgets:
             parse_bytes(budget)
+        self._check_model_args()
+
+    def _check_model_args(self) -> None:
+        for model in self.model_args:
+            if model not in self.models:
+                raise unknown_name("model in `model_args`", model, self.models)
+        for model in self.models:
+            make_params(get_model(model), self._model_args(model))
+        known = {key for model in self.models for key in hyperparameters(model)}
+        for key in self.train.model_args:
+            if key not in known:
+                raise unknown_name("hyperparameter of the models", key, known)
+
+    def _model_args(self, model: str) -> dict[str, Any]:
+        shared = {k: v for k, v in self.train.model_args.items() if k in hyperparameters(model)}
+        return {**shared, **self.model_args.get(model, {})}
 
     def cases(self) -> Iterator[Case]:
         """All rows in order of training: seed by seed, so that the first round shows every method."""
@@ -88,7 +106,7 @@ class Comparison:
             ratio=ratio,
             budget=budget,
             seed=seed,
-            model_args={**self.train.model_args, **self.model_args.get(model, {})},
+            model_args=self._model_args(model),
             method_args={} if method == "full" else {**self.train.method_args, **self.method_args.get(method, {})},
         )
         return Case(config)

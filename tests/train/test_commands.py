@@ -1,0 +1,80 @@
+"""The commands train and compare end to end on a small synthetic folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recsys_embed.cli import main
+from recsys_embed.data import make_synthetic
+
+FAST = ["--batch-size", "256", "--embedding-dim", "4", "--set", "model_args.hidden=[8]"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("synthetic")
+    make_synthetic(folder, rows=3000, seed=1)
+    return str(folder)
+
+
+def test_train_writes_a_run_and_refuses_to_overwrite_it(data: str, tmp_path: Path, capsys) -> None:
+    args = ["train", "--data", data, "--out", str(tmp_path / "run"), "--method", "hash", "--ratio", "4", *FAST]
+    assert main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 <= result["test"]["auc"] <= 1
+    assert result["compression"] >= 4
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"config.json", "run.json", "result.json", "model.pt"}
+    assert main(args) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*args, "--resume"]) == 0
+    assert "test: AUC" in capsys.readouterr().out
+
+
+def test_a_config_file_and_its_faults(data: str, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("epoch = 1\n")
+    assert main(["train", "--data", data, "--config", str(config), "--out", str(tmp_path / "r")]) == 2
+    assert "did you mean 'epochs'" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_compare_prints_one_table_and_writes_its_files(data: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "cmp"
+    args = ["compare", "--data", data, "--models", "fm,lr", "--methods", "hash,unified", "--ratios", "4", *FAST[:4]]
+    assert main([*args, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "attainable" in text
+    assert text.count("full") >= 2
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["rows"]) == 6
+    assert results["environment"]["versions"]["torch"]
+    assert {p.name for p in out.iterdir()} >= {"results.json", "table.md", "pareto.png", "rows", "run.json"}
+    assert main([*args, "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == results["rows"]
+
+
+def test_compare_from_text_and_with_a_budget(data: str, tmp_path: Path, capsys) -> None:
+    text = next(Path(data).glob("*.tsv*"))
+    args = ["compare", "--input", str(text), "--models", "dnn", "--methods", "hash", "--budget", "24KiB", *FAST]
+    assert main([*args, "--out", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["size"] for r in rows] == ["", "24KiB"]
+    assert rows[1]["footprint"]["serve"] <= 24 * 1024
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "one of --data"),
+        (["--demo", "--data", "x"], "one of --data"),
+        (["--demo", "--methods", "hsah"], "did you mean 'hash'"),
+        (["--demo", "--ratios", "a"], "numbers separated by commas"),
+        (["--demo", "--set", "seed=3"], "varies between rows"),
+    ],
+)
+def test_bad_requests_end_with_one_line(args: list[str], message: str, tmp_path: Path, capsys) -> None:
+    assert main(["compare", "--out", str(tmp_path / "x"), *args]) == 2
+    assert message in capsys.readouterr().err
