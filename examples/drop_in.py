@@ -1,4 +1,4 @@
-"""One table of a model you already have, made 20 times smaller: same task, same loop, one line changed.
+"""One table of a model you already have, made 10 times smaller: same task, same loop, one line changed.
 
     python examples/drop_in.py [--smoke]
 
@@ -62,7 +62,7 @@ def main() -> None:
     full = USERS * DIM * 4
     print(f"{'method':<16}{'MiB':>8}{'right':>8}{'seconds':>9}   (the best possible is 0.80)")
     for method in rse.list_methods():
-        options = {} if method.name == "full" else {"budget": full // 20}
+        options = {} if method.name == "full" else {"budget": full // 10}
         users = rse.make_embedding(method.name, USERS, DIM, **options)
         start = time.perf_counter()
         right = train(users, steps)

@@ -215,7 +215,9 @@ def test_an_interrupted_process_ends_with_one_line(tmp_path):
 
 def test_a_closed_pipe_is_no_error():
     command = [sys.executable, "-m", "recsys_embed", "doctor"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    # Buffered, so that the text meets the closed pipe when it is flushed and not when it is printed.
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         child.stdout.close()

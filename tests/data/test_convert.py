@@ -247,7 +247,11 @@ def test_damaged_archive(tmp_path: Path) -> None:
         convert_criteo(tmp_path / "a.gz", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"", "the file is empty"), (gzip.compress(b""), "the file is empty")])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "the file is empty"), (gzip.compress(b""), "the file is empty")],
+    ids=["plain", "gzip"],  # the bytes hold the time, and parallel test processes must agree on names
+)
 def test_empty_files(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "e.tsv").write_bytes(content)
     with pytest.raises(DataError, match=says):
