@@ -111,8 +111,7 @@ class CompositionalConfig(MethodConfig):
         moduli = self.moduli
         if moduli is None:
             return []
-        whole = isinstance(moduli, tuple) and all(isinstance(m, int) and not isinstance(m, bool) for m in moduli)
-        if not whole or len(moduli) < 2 or min(moduli) < 1:
+        if len(moduli) < 2 or min(moduli) < 1:
             return [f"`moduli` must be 2 or more integers >= 1; got {moduli!r}"]
         faults = []
         if len(moduli) != self._tables:

@@ -129,6 +129,13 @@ def test_affine_map_depends_on_seed_and_feature_and_parts_neighbours() -> None:
         config = CompositionalConfig(num_collisions=100, affine=True, seed=seed)
         return config.classes_of(_spec(10_000, name=name))[0].rows(torch.arange(10_000)).tolist()
 
+    drawn = [
+        CompositionalConfig(num_collisions=100, affine=True, seed=seed).classes_of(_spec(10_000, name=name))[0].affine
+        for seed, name in ((0, "C1"), (0, "C2"), (1, "C1"))
+    ]
+    multipliers, offsets, primes = zip(*(d for d in drawn if d), strict=True)
+    assert len(set(multipliers)) == len(set(offsets)) == 3
+    assert set(primes) == {10_007}
     assert first(0, "C1") == first(0, "C1")
     assert first(0, "C1") != first(0, "C2")
     assert first(0, "C1") != first(1, "C1")
