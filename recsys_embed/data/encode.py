@@ -25,8 +25,8 @@ from recsys_embed.data.transform import bucket_transform
 from recsys_embed.data.vocab import Vocabulary
 from recsys_embed.errors import ConfigError
 
-_ROW_COST, _DISTINCT_COST = 64, 100
-"""Peak bytes per pending row and per distinct value while a field is counted and numbered."""
+_FIXED, _ROW_COST, _DISTINCT_COST = 300 << 20, 64, 150
+"""Bytes of the process itself; measured peak bytes per pending row and per distinct value of the field at hand."""
 RAW_MISSING = {32: 1 << 32, 64: -RESERVED_ID}
 """Raw id of the empty field: outside the range of 32-bit ids; for 64 bits the one value the parser refuses."""
 
@@ -102,7 +102,7 @@ def _one_field(
     work: Path, name: str, rows: Rows, options: CriteoOptions, donor: Manifest | None, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
     raw = options.ids == "raw"
-    limit = options.max_memory // 2 // _DISTINCT_COST
+    limit = (options.max_memory - _FIXED) // _DISTINCT_COST
     counter = FieldCounter(max_rows=options.max_memory // 4 // _ROW_COST, max_distinct=limit)
     for part, _, codes in rows:
         train = codes == TRAIN
@@ -118,7 +118,7 @@ def _one_field(
         feature = theirs or Feature(name, size, missing_id, estimated=counts.level > 0)
         return {"feature": asdict(feature), "stats": stats}
     if counts.level and donor is None:
-        need = (len(counts.values) << counts.level) * 2 * _DISTINCT_COST
+        need = _FIXED + (len(counts.values) << counts.level) * _DISTINCT_COST * 5 // 4
         raise ConfigError(
             f"field {name} has more than {limit} distinct values; its vocabulary needs about {need >> 20} MiB and "
             f"--max-memory is {options.max_memory >> 20} MiB: raise --max-memory, or use --ids raw with hashing methods"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -35,9 +37,17 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stopped_before_any_rename(
     tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    text = write(tmp_path / ("a" + suffix), random_rows(400, 3))
-    convert_criteo(text, tmp_path / "whole", OPTIONS)
+    text = write(tmp_path / "a.tsv", random_rows(400, 3))
+    lines = text.read_bytes().splitlines(keepends=True)
+    lines[50::90] = [b"broken\n"] * len(lines[50::90])
+    lines[200] = b"endless" * 20_000 + b"\n"
+    text = tmp_path / ("b" + suffix)
+    text.write_bytes(gzip.compress(b"".join(lines)) if suffix == ".gz" else b"".join(lines))
+    options = CriteoOptions(workers=1, on_bad_row="quarantine")
+    assert convert_criteo(text, tmp_path / "whole", options).quarantined == 5
     wanted = contents(tmp_path / "whole")
+    bad = [json.loads(record)["line"] for record in wanted["quarantine.jsonl"].splitlines()]
+    assert bad == [51, 141, 201, 231, 321]
     assert sum(name.startswith("train-") for name in wanted) > 1
     real = Path.replace
     left = 0
@@ -57,7 +67,7 @@ def test_stopped_before_any_rename(
         for _ in range(400):
             left = step
             try:
-                convert_criteo(text, out, OPTIONS)
+                convert_criteo(text, out, options)
                 break
             except Killed:
                 stops += 1

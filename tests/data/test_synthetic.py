@@ -92,6 +92,9 @@ def test_hashes_are_distinct_and_shares_follow_zipf() -> None:
     assert len(np.unique(model.hashes("C3", np.arange(card)))) == card
     counts = np.bincount(model.ranks("C3", 0, 200_000), minlength=card + 1)
     assert counts[card] / 200_000 == pytest.approx(0.035, abs=0.003)
+    # Which rows are empty has nothing to do with the id they would have had.
+    first = (2**-0.05 - 1) / ((card + 1) ** -0.05 - 1)
+    assert counts[0] / 200_000 == pytest.approx(0.965 * first, abs=0.004)
     # A bounded Zipf law of exponent 1.05: ten times the rank, 10**-1.05 of the count.
     assert counts[90:110].mean() / counts[9:11].mean() == pytest.approx(10**-1.05, rel=0.2)
 
