@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,8 @@ class EmbeddingCollection(nn.Module):
         plan: a method configuration per feature; plain tables when None.
         optimizer: updates tables inside backward, so that they have no ``.grad``; ``None`` leaves ordinary gradients.
             Projections and other dense parameters always have ordinary gradients: give them to a torch optimizer.
+            Each backward is one step of the rule, so gradients of several backwards cannot be accumulated, and
+            running backward twice over one graph updates twice.
         seed: of the initial weights (the configurations' own seeds salt the hashes).
         backend: ``"auto"``, or a name of :func:`available_backends`.
         sparse: with ``optimizer=None``, gradients of the tables are sparse.
@@ -171,10 +174,15 @@ class EmbeddingCollection(nn.Module):
     def _states(self) -> list[tuple[str, str]]:
         return [(name, key) for name in self.storages for key in (self.optimizer.state if self.optimizer else ())]
 
+    @property
+    def _rule(self) -> str:
+        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
+        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
+
     def optimizer_state_dict(self) -> dict[str, Any]:
         """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
         return {
-            "rule": repr(self.optimizer),
+            "rule": self._rule,
             "lr": self._lr,
             "steps": dict(self._steps),
             "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
@@ -191,8 +199,8 @@ class EmbeddingCollection(nn.Module):
         wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
         if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
             raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
-        if saved["rule"] != repr(self.optimizer):
-            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self.optimizer!r}")
+        if saved["rule"] != self._rule:
+            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
         wanted = {f"{name}_{key}" for name, key in self._states()}
         state = saved["state"]
         wrong = sorted(wanted ^ state.keys())

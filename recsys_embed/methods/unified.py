@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from recsys_embed import hashing
 from recsys_embed.config import MethodConfig, param
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.errors import BudgetError, ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 from recsys_embed.memory import format_bytes
 from recsys_embed.program import Hash, Init, LookupProgram, Probe, Table
@@ -117,6 +117,9 @@ class UnifiedConfig(MethodConfig):
         """
         chosen: dict[str, MethodConfig] = {}
         spent = 0
+        for name in num_probes if isinstance(num_probes, Mapping) else ():
+            if name not in {s.name for s in specs}:
+                raise unknown_name("feature in `num_probes`", name, [s.name for s in specs])
         for spec in sorted(specs, key=lambda s: (s.num_embeddings, s.name)):
             if spec.ids == "raw" or spec.num_embeddings >= full_below:
                 continue

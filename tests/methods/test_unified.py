@@ -126,12 +126,12 @@ def test_plans_use_the_budget_and_never_more(sizes: list[int], ratio: float, pro
 def test_faults_are_named() -> None:
     with pytest.raises(ConfigError, match="must divide embedding_dim 16"):
         rse.make_embedding("unified", 100, 16, num_rows=10, num_probes=3)
-    with pytest.raises(BudgetError, match="needs at least .* available. Ways out"):
+    with pytest.raises(BudgetError, match=r"needs at least .* available. Ways out"):
         rse.Plan.uniform(SCHEMA, "unified", budget=10)
     with pytest.raises(ConfigError, match=r"without '\.' or '#'"):
         rse.make_embedding("unified", 100, 16, num_rows=10, table="a.b")
     mixed = rse.Plan({"A": rse.UnifiedConfig(num_rows=5), "B": rse.UnifiedConfig(num_rows=6), "C": rse.FullConfig()})
-    with pytest.raises(ConfigError, match=r"shared table 'unified' is 5 x 8 .* 6 x 8 for 'B'"):
+    with pytest.raises(ConfigError, match=r"shared table 'unified' is 5 x 8.* 6 x 8.* for 'B'"):
         rse.EmbeddingCollection(SCHEMA, mixed)
 
 
