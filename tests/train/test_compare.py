@@ -52,6 +52,10 @@ def test_other_settings_in_the_same_folder_are_refused_but_more_rows_are_welcome
     run_comparison(small(), ToyData(), tmp_path)
     with pytest.raises(ConfigError, match=r"made with other settings .*batch_size"):
         run_comparison(small(train=toy_config(epochs=1, batch_size=64)), ToyData(), tmp_path)
+    other = ToyData()
+    other.cards = (50, 20, 301, 7)
+    with pytest.raises(ConfigError, match=r"made with other settings \(data\)"):
+        run_comparison(small(), other, tmp_path)
     more = run_comparison(small(ratios=(3.0, 5.0)), ToyData(), tmp_path)
     assert len(more) == 6
 

@@ -46,7 +46,7 @@ class _Signalling(ToyBatches):
 
 
 CASES = {
-    "adam": {"embedding_optimizer": "adam", "schedule": "plateau", "patience": 2},
+    "adam": {"schedule": "plateau", "min_delta": 0.5, "plateau_factor": 0.5, "eval_every": 5},
     "rowwise_adagrad": {"embedding_optimizer": "rowwise_adagrad", "embedding_learning_rate": 0.05, "eval_every": 7},
     "dense_adam": {"embedding_optimizer": "dense_adam", "clip_norm": 0.5, "weight_decay": 1e-4, "warmup_steps": 5},
     "hash": {"method": "hash", "ratio": 3.0, "schedule": "cosine", "checkpoint_every": 4},
@@ -141,6 +141,25 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
         assert out.result.best_step == best["step"]
         assert out.result.steps == best["step"] + 3 * 16
         assert out.result.valid.auc == best["auc"]
+
+
+def test_every_epoch_has_its_own_order_fixed_by_the_seed() -> None:
+    class Recording(ToyData):
+        def batches(self, split, batch_size, **options):
+            made = super().batches(split, batch_size, **options)
+            if split == "train":
+                seen.append((options["epoch"], made.order.tolist()))
+            return made
+
+    seen: list[tuple[int, list[int]]] = []
+    run_training(toy_config(seed=5), Recording())
+    first = dict(seen)
+    assert sorted(first) == [0, 1, 2]
+    assert all(sorted(order) == list(range(2000)) for order in first.values())
+    assert first[0] != first[1] != first[2] != first[0]
+    again, seen = seen, []
+    run_training(toy_config(seed=5, method="hash", ratio=3.0), Recording())
+    assert seen == again
 
 
 def test_min_delta_asks_for_a_real_gain() -> None:
