@@ -20,9 +20,7 @@ from recsys_embed.memory import parse_bytes
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
 
-Ids = Annotated[
-    Literal["vocab", "raw"], typer.Option(help="vocab: by training frequency; raw: the hashes themselves.")
-]
+Ids = Annotated[Literal["vocab", "raw"], typer.Option(help="vocab: by training frequency; raw: the hashes themselves.")]
 MinCount = Annotated[int, typer.Option(help="Training rows a category must occur in to get an id (vocab).")]
 Dense = Annotated[Literal["log", "bucket"], typer.Option(help="Integers as logarithms, or bucketed to categories.")]
 Split = Annotated[
