@@ -12,6 +12,7 @@ import typer
 
 from recsys_embed.cli._settings import names, numbers, split_settings, train_config
 from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.models import hyperparameters
 from recsys_embed.report.comparison import markdown_table, reasons, rich_table
 from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
@@ -20,10 +21,11 @@ from recsys_embed.train.files import write_json, write_text
 from recsys_embed.train.run import environment, footprint_dict
 
 EXIT_INTERRUPTED = 130
-DEMO_ROWS = 200_000
+DEMO_ROWS = 400_000
 DEMO_SEED = 1
-DEMO_METHODS = ("lowdim", "hash", "compositional", "unified")
-DEMO_SETTINGS = {"epochs": 1, "batch_size": 1024, "learning_rate": 1e-3}
+DEMO_SETTINGS = {"epochs": 3, "batch_size": 1024, "learning_rate": 1e-3}
+DEMO_MODEL_ARGS = {"hidden": [128, 64], "dropout": 0.1, "batch_norm": True}
+DEMO_COMPARISON = {"methods": ["all"], "ratios": [10.0]}
 
 
 def compare(
@@ -63,8 +65,11 @@ def compare(
     """
     settings, varied = split_settings(config)
     if demo:
-        settings = {**DEMO_SETTINGS, **settings}
-        varied = {"methods": list(DEMO_METHODS), **varied}
+        varied = {**DEMO_COMPARISON, **varied}
+        chosen = names(models) if models is not None else tuple(varied.get("models", Comparison.models))
+        known = {key for model in chosen for key in hyperparameters(model)}
+        shared = {k: v for k, v in DEMO_MODEL_ARGS.items() if k in known}
+        settings = {**DEMO_SETTINGS, "model_args": shared, **settings}
     options = {
         "embedding_dim": embedding_dim,
         "epochs": epochs,
@@ -109,7 +114,7 @@ def make_comparison(varied: dict[str, Any], given: dict[str, Any], train: Any) -
             raise unknown_name("key of [compare]", key, known)
     merged = {**varied, **{k: v for k, v in given.items() if v is not None}}
     merged = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    if tuple(merged.get("methods", ())) == ("all",):
+    if "all" in merged.get("methods", ()):
         merged["methods"] = all_methods()
     return Comparison(**merged, train=train)
 

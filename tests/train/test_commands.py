@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import recsys_embed.cli.compare as compare_command
 from recsys_embed.cli import main
 from recsys_embed.data import make_synthetic
+from recsys_embed.registry import list_methods
 
 FAST = ["--batch-size", "256", "--embedding-dim", "4", "--set", "model_args.hidden=[8]"]
 
@@ -63,6 +65,15 @@ def test_compare_from_text_and_with_a_budget(data: str, tmp_path: Path, capsys) 
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [r["size"] for r in rows] == ["", "24KiB"]
     assert rows[1]["footprint"]["serve"] <= 24 * 1024
+
+
+def test_the_demo_suits_every_model(data: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(compare_command, "DEMO_ROWS", 2000)
+    args = ["compare", "--demo", "--models", "lr", "--ratio", "2", "--epochs", "1", "--out", str(tmp_path), "--json"]
+    assert main(args) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [r["method"] for r in results["rows"]] == [m.name for m in list_methods()]
+    assert results["data"]["truth"]["attainable"]["test"]["auc"] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,10 @@ class ToyData:
     def schema(self, embedding_dim: int) -> Schema:
         return Schema([FeatureSpec(f"C{i}", c, embedding_dim) for i, c in enumerate(self.cards)])
 
+    def numeric_moments(self):
+        dense = self.parts["train"].dense
+        return dense.mean(0), dense.std(0, correction=0)
+
     def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None, start_batch=0):
         parts = self.parts[split]
         n = len(parts.label)
