@@ -131,6 +131,10 @@ class Schema:
         """The same features at another width, e.g. 1 for the first-order weights of a linear part."""
         return Schema([replace(f, embedding_dim=embedding_dim) for f in self.features])
 
+    def with_init(self, init: str) -> Schema:
+        """The same features with another law of initial weights, see :class:`FeatureSpec`."""
+        return Schema([replace(f, init=init) for f in self.features])
+
     def to_dict(self) -> dict[str, Any]:
         return {"features": [asdict(f) for f in self.features]}
 

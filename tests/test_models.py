@@ -36,13 +36,21 @@ def inputs(rows: int = 11, schema: Schema = SCHEMA, seed: int = 0) -> tuple[Tens
     return torch.randn(rows, NUM_DENSE, generator=g), ids
 
 
-def randomise(model: nn.Module, seed: int = 3) -> None:
+def randomise(module: nn.Module, seed: int = 3) -> None:
     """Give every weight a value that matters, so that a forgotten zero-initialised term shows."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in [*model.parameters(), *model.buffers()]:
+        for p in [*module.parameters(), *module.buffers()]:
             if p.is_floating_point():
                 p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+        if isinstance(module, CTRModel):
+            n = module.num_dense
+            module.standardise(torch.randn(n, generator=g), 0.5 + torch.rand(n, generator=g))
+
+
+def standard(model: CTRModel, dense: Tensor) -> Tensor:
+    """The numeric columns as the model's layers see them."""
+    return (dense.double() - model.numeric_mean.double()) / model.numeric_std.double()
 
 
 # --- independent float64 definitions, one sample at a time ---
@@ -124,10 +132,19 @@ def test_logits_equal_the_models_definition(name: str) -> None:
     dense, ids = inputs()
     with torch.no_grad():
         got = model(dense, ids)
-        want = torch.stack([expected(name, model, d, i) for d, i in zip(dense, ids, strict=True)])
+        want = torch.stack([expected(name, model, d, i) for d, i in zip(standard(model, dense), ids, strict=True)])
     assert got.shape == (11,)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-4)
+
+
+def test_columns_that_do_not_vary_are_centred_only() -> None:
+    model = build("dnn")
+    model.standardise(torch.full((3,), 2.0), torch.tensor([0.0, 4.0, 0.5]))
+    assert model.numeric_std.tolist() == [1.0, 4.0, 0.5]
+    dense, ids = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(model(dense, ids), model.logits((dense - 2) / model.numeric_std, ids))
 
 
 def test_every_model_has_a_definition_here() -> None:
@@ -139,7 +156,7 @@ def test_stacked_and_low_rank_dcnv2() -> None:
     randomise(model)
     dense, ids = inputs(5)
     with torch.no_grad():
-        flat = model.flat_input(dense, ids).double()
+        flat = model.flat_input(standard(model, dense).float(), ids).double()
         x = flat
         for down, up in model.cross.maps:
             x = flat * (x @ down.weight.double().T @ up.weight.double().T + up.bias.double()) + x

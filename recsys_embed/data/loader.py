@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from recsys_embed.data.batch import Batch, Batches, InMemoryDataset, check_batching, num_batches, permutation
 from recsys_embed.data.folder import file_hash
@@ -169,6 +170,15 @@ class Dataset:
             return _cut(self, windows, batch_size, start_batch, count, shuffle, seed, epoch)
 
         return Batches(make, count, device)
+
+    def numeric_moments(self, split: str = "train") -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``[num_dense]`` of the numeric columns, summed in float64 in one bounded pass."""
+        rows, total, squares = 0, torch.zeros(self.num_dense).double(), torch.zeros(self.num_dense).double()
+        for batch in self.batches(split, CHUNK_ROWS, shuffle=False):
+            dense = batch.dense.double()
+            rows, total, squares = rows + len(dense), total + dense.sum(0), squares + dense.square().sum(0)
+        mean = total / max(rows, 1)
+        return mean.float(), (squares / max(rows, 1) - mean.square()).clamp_min(0).sqrt().float()
 
     def _split(self, name: str) -> Any:
         if name not in self.manifest.splits:

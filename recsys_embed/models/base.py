@@ -46,7 +46,7 @@ class CTRModel(nn.Module):
     """Base of the models: ``model(dense [B, num_dense] float32, ids [B, F] int64) -> logits [B] float32``.
 
     A subclass names its ``key``, its frozen dataclass of hyperparameters ``params_cls``, what it needs of the
-    embeddings, and implements ``forward``. It sees collections only, never methods.
+    embeddings, and implements ``logits``. It sees collections only, never methods.
 
     Attributes:
         embedding: collection of vectors, or None for a purely first-order model.
@@ -68,6 +68,8 @@ class CTRModel(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.num_dense = spec.num_dense
+        self.register_buffer("numeric_mean", torch.zeros(spec.num_dense))
+        self.register_buffer("numeric_std", torch.ones(spec.num_dense))
         self.embedding, self.linear = None, None
         schema = spec.schema
         if self.uses_vectors:
@@ -89,6 +91,25 @@ class CTRModel(nn.Module):
         self.numeric_dim = self._numeric_dim(schema)
         if self.uses_vectors and self.uses_numeric_vectors:
             self.numeric = nn.Parameter(torch.randn(spec.num_dense, self.numeric_dim) * NUMERIC_INIT_STD)
+
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+        """Logits ``[B]`` from standardised numeric values; what a model is."""
+        raise TypeError(f"{type(self).__name__} does not define logits(dense, ids)")
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        """Logits ``[B]`` of ``dense [B, num_dense]`` as the data holds it and ``ids [B, F]``."""
+        mean, std = self.get_buffer("numeric_mean"), self.get_buffer("numeric_std")
+        return self.logits((dense - mean) / std, ids)
+
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Bring numeric columns to mean 0 and standard deviation 1 inside the model, so that serving feeds raw values.
+
+        Args:
+            mean: ``[num_dense]`` of the training rows.
+            std: ``[num_dense]``; columns that do not vary are only centred.
+        """
+        self.get_buffer("numeric_mean").copy_(mean)
+        self.get_buffer("numeric_std").copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def _collection(self, schema: Schema, plan: Plan, spec: ModelSpec) -> EmbeddingCollection:
         # Restores the global generator, so dense layers start alike whatever a plan draws.

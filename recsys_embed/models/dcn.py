@@ -39,6 +39,6 @@ class DCN(CTRModel):
         self.mlp = MLP(width, params.hidden, None, dropout=params.dropout, batch_norm=params.batch_norm)
         self.head = nn.Linear(width + self.mlp.out_width, 1)
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         x = self.flat_input(dense, ids)
         return self.head(torch.cat([self.cross(x), self.mlp(x)], 1)).squeeze(1)

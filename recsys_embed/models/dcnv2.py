@@ -55,7 +55,7 @@ class DCNv2(CTRModel):
         self.mlp = MLP(width, params.hidden, None, dropout=params.dropout, batch_norm=params.batch_norm)
         self.head = nn.Linear(self.mlp.out_width + (width if self.parallel else 0), 1)
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         x = self.flat_input(dense, ids)
         crossed = self.cross(x)
         joined = torch.cat([crossed, self.mlp(x)], 1) if self.parallel else self.mlp(crossed)

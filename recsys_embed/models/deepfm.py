@@ -43,7 +43,7 @@ class DeepFM(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         vectors = self.vectors(ids)
         deep = self.mlp(vectors.flatten(1), dense, self.numeric).squeeze(1)
         return self.first_order(dense, ids) + pair_sum(vectors, dense, self.numeric) + deep

@@ -50,7 +50,7 @@ class DLRM(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         number = self.bottom(dense)
         dots = self.dots(torch.cat([number.unsqueeze(1), self.vectors(ids)], 1))
         return self.mlp(torch.cat([number, dots], 1)).squeeze(1)

@@ -41,5 +41,5 @@ class DNN(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         return self.mlp(self.vectors(ids).flatten(1), dense, self.numeric).squeeze(1)

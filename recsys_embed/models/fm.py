@@ -27,5 +27,5 @@ class FM(CTRModel):
     def __init__(self, spec: ModelSpec, params: FMParams) -> None:
         super().__init__(spec)
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         return self.first_order(dense, ids) + pair_sum(self.vectors(ids), dense, self.numeric)

@@ -42,6 +42,6 @@ class IPNN(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         fields = self.field_vectors(dense, ids)
         return self.mlp(torch.cat([fields.flatten(1), self.dots(fields)], 1)).squeeze(1)

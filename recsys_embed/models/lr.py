@@ -26,5 +26,5 @@ class LR(CTRModel):
     def __init__(self, spec: ModelSpec, params: LRParams) -> None:
         super().__init__(spec)
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         return self.first_order(dense, ids)

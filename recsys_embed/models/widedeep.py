@@ -42,6 +42,6 @@ class WideDeep(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
         deep = self.mlp(self.vectors(ids).flatten(1), dense, self.numeric).squeeze(1)
         return self.first_order(dense, ids) + deep

@@ -21,7 +21,7 @@ from recsys_embed.registry import get_method, list_methods
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import DivergedError
-from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training
+from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training, schema_of
 
 ROWS = "rows"
 
@@ -198,7 +198,7 @@ def _finished_row(folder: Path, case: Case, data: Any) -> dict[str, Any] | None:
     # Settings pass through JSON so that tuples and lists compare equal.
     wanted = json.loads(json.dumps(wanted))
     differing = [k for k in wanted if row["settings"].get(k) != wanted[k]]
-    if row["data"] != fingerprint(data.schema(case.config.embedding_dim)):
+    if row["data"] != fingerprint(schema_of(data, case.config)):
         differing.append("data")
     if differing:
         raise ConfigError(
@@ -211,7 +211,7 @@ def _train_row(
     case: Case, data: Any, folder: Path, *, device: torch.device | str | None, label: str, show_progress: bool | None
 ) -> dict[str, Any]:
     config = case.config
-    schema = data.schema(config.embedding_dim)
+    schema = schema_of(data, config)
     row: dict[str, Any] = {
         "model": config.model,
         "method": config.method,

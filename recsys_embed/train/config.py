@@ -28,6 +28,9 @@ class TrainConfig:
         ratio: compression: the embedding part may take the bytes of ``full`` divided by this.
         budget: bytes of the embedding part, e.g. ``"4MiB"``; exclusive with ``ratio``.
         embedding_dim: width of the vectors.
+        embedding_init: law of a plain table's initial weights, see :class:`recsys_embed.FeatureSpec`. Near zero by
+            default: an id too rare to be learned then adds nothing, where a larger law would make it noise.
+        standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
         epochs: passes over the training split.
         steps: stop after this many batches, whatever ``epochs`` says; None: no limit.
         batch_size: samples per step.
@@ -68,6 +71,8 @@ class TrainConfig:
     ratio: float | None = None
     budget: str | int | None = None
     embedding_dim: int = 16
+    embedding_init: str = "normal:0.0001"
+    standardise: bool = True
     epochs: int = 1
     steps: int | None = None
     batch_size: int = 4096

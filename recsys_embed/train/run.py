@@ -145,11 +145,13 @@ def run_training(
     folder = None if folder is None else Path(folder)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    schema = data.schema(config.embedding_dim)
+    schema = schema_of(data, config)
     going_on = folder is not None and (folder / CHECKPOINT).exists()
     if going_on and not resume:
         raise ConfigError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)")
     model = model_from_config(config, schema, data.num_dense, device)
+    if config.standardise and data.num_dense:
+        model.standardise(*data.numeric_moments())
     footprint = model.footprint()
     full_bytes = plans_for(schema, config).full_bytes
     identity = {"data": fingerprint(schema)}
@@ -177,6 +179,12 @@ def run_training(
             save_checkpoint(folder / "model.pt", {**config.to_dict(), **identity}, model=model.state_dict())
         write_json(folder / "result.json", plain(result.to_dict()))
     return RunOutcome(result, footprint, full_bytes, model)
+
+
+def schema_of(data: Any, config: TrainConfig) -> Schema:
+    """The data's features at the width and with the initial law of ``config``."""
+    schema: Schema = data.schema(config.embedding_dim)
+    return schema.with_init(config.embedding_init)
 
 
 def fingerprint(schema: Schema) -> str:

@@ -225,3 +225,13 @@ class TestDamage:
         (copy / "stats.json").unlink()
         with pytest.raises(DataError, match="cannot be read as statistics"):
             _ = open_dataset(copy).stats
+
+
+def test_numeric_moments_are_those_of_the_training_rows(folder: Path) -> None:
+    data = open_dataset(folder)
+    mean, std = data.numeric_moments()
+    dense = data.load("train").dense.double()
+    torch.testing.assert_close(mean.double(), dense.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(std.double(), dense.std(0, correction=0), rtol=1e-5, atol=1e-6)
+    streamed = open_dataset(folder, memory_limit=0).numeric_moments()
+    torch.testing.assert_close(streamed, (mean, std))
