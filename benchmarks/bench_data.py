@@ -56,6 +56,14 @@ def pandas_codes(text: str, out: str) -> None:
     np.save(f"{out}/label.npy", frame.label.to_numpy(np.int8))
 
 
+def peak_mib() -> float:
+    """Peak resident memory of this process. Linux hands ``ru_maxrss`` down from the parent, but not VmHWM."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1024)
+
+
 def convert_one(case: str, text: str, out: str) -> None:
     """Body of a child process: convert, print seconds and peak memory."""
     stages: dict[str, float] = {}
@@ -74,8 +82,7 @@ def convert_one(case: str, text: str, out: str) -> None:
         )
     seconds = time.perf_counter() - start
     cpu = time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mib": round(peak), "stages_end": stages}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mib": round(peak_mib()), "stages_end": stages}))
 
 
 def conversions(text: Path, rows: int, rounds: int, work: Path) -> list[dict[str, Any]]:

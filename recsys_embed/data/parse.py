@@ -8,6 +8,7 @@ either reads the row or names what is wrong with it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ Flags = NDArray[np.bool_]
 BLANK_INT = -(1 << 63)
 """Stands for an empty integer field; no row can contain it, the parser refuses integers of that size."""
 _PAD = 16
+_SLICE = 16384
 _LF, _CR, _MINUS, _ZERO, _ONE = 10, 13, 45, 48, 49
 
 
@@ -37,6 +39,23 @@ _LANE16, _LANE32, _LOW32 = U64(0x00FF00FF00FF00FF), U64(0x0000FFFF0000FFFF), U64
 # Masks of the last n of eight bytes: a field is read backwards from its end, and what precedes it becomes zeros.
 _TAIL = np.array([((1 << 64) - 1) ^ ((1 << (64 - 8 * n)) - 1) for n in range(9)], dtype=U64)
 _HEAD30 = ~_TAIL & _X30
+
+
+class _Scratch(threading.local):
+    """Large temporaries, kept per thread: fresh pages for every block would cost a third of the time."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, NDArray[Any]] = {}
+
+    def take(self, name: str, size: int, kind: type[Any]) -> NDArray[Any]:
+        """An array [size] with undefined content, valid until the next call with this name."""
+        held = self.held.get(name)
+        if held is None or len(held) < size:
+            held = self.held[name] = np.empty(size, kind)
+        return held[:size]
+
+
+_scratch = _Scratch()
 
 
 @dataclass
@@ -77,68 +96,98 @@ def parse_block(text: bytes, layout: LineLayout, *, first_line: int = 1) -> Bloc
     >>> block.rows, int(block.ints[0, 0]), int(block.cats[25, 0])
     (1, 7, 10)
     """
-    padded = np.zeros(len(text) + 2 * _PAD, np.uint8)
+    padded = _scratch.take("text", len(text) + 2 * _PAD, np.uint8)
+    padded[:_PAD] = 0
     body = padded[_PAD : _PAD + len(text)]
     body[:] = np.frombuffer(text, np.uint8)
-    mark = body == ord(layout.separator)
-    mark |= body == _LF
-    marks = np.flatnonzero(mark)
-    del mark
-    ends = np.flatnonzero(body[marks] == _LF)
-    line_stop = marks[ends]
-    line_start = np.concatenate([np.zeros(min(1, len(ends)), np.int64), line_stop[:-1] + 1])
-    counts = np.diff(ends, prepend=-1)
-    whole = counts == layout.num_fields
-    if not whole.all():
-        marks = marks[: ends[-1] + 1][np.repeat(whole, counts)]
-    stops = np.ascontiguousarray(marks.reshape(-1, layout.num_fields).T)
-    del marks
-    block, suspect = _decode(padded, stops, line_start[whole], layout)
-    block.lines = len(ends)
-    if len(block.ints[0]) != block.lines or suspect.any():
+    found = np.equal(body, _LF, out=_scratch.take("newline", len(text), bool))
+    line_stop = np.flatnonzero(found)
+    found |= np.equal(body, ord(layout.separator), out=_scratch.take("separator", len(text), bool))
+    marks = np.flatnonzero(found)
+    lines, width = len(line_stop), layout.num_fields
+    line_start = np.concatenate([np.zeros(min(1, lines), np.int64), line_stop[:-1] + 1])
+    whole = np.ones(lines, bool)
+    if len(marks) != lines * width or not np.array_equal(marks[width - 1 :: width], line_stop):
+        counts = np.diff(np.searchsorted(marks, line_stop), prepend=-1)
+        whole = counts == width
+        marks = marks[: counts.sum()][np.repeat(whole, counts)]
+    block, suspect = _decode(padded, marks.reshape(-1, width), line_start[whole], layout)
+    block.lines = lines
+    if block.rows != lines or suspect.any():
         _mend(text, block, whole, suspect, line_start, line_stop, layout, first_line)
     return block
 
 
 def _decode(
-    padded: NDArray[np.uint8], stops: NDArray[np.int64], start: NDArray[np.int64], layout: LineLayout
+    padded: NDArray[np.uint8], marks: NDArray[np.int64], start: NDArray[np.int64], layout: LineLayout
 ) -> tuple[Block, Flags]:
-    """Decode rows that have the right number of fields; flag those with a field the fast path cannot read."""
-    n = stops.shape[1]
-    words = np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))
+    """Decode rows that have the right number of fields; flag those with a field the fast path cannot read.
+
+    Args:
+        padded: the text between two pads.
+        marks: int64 [n, fields], where each field ends.
+        start: int64 [n], where each row begins.
+    """
+    n = len(marks)
+    block = Block(
+        labels=np.zeros(n, np.int8) if layout.labels else None,
+        ints=np.empty((NUM_INTS, n), np.int64),
+        cats=np.empty((NUM_CATS, n), np.uint64 if layout.id_bits == 64 else np.uint32),
+        missing=np.empty((NUM_CATS, n), bool),
+        lines=n,
+    )
+    suspect = np.zeros(n, bool)
+    for first in range(0, n, _SLICE):
+        rows = slice(first, min(first + _SLICE, n))
+        stops = _scratch.take("stops", marks[rows].size, np.int64).reshape(layout.num_fields, -1)
+        stops[:] = marks[rows].T
+        _decode_slice(padded, stops, start[rows], layout, block, rows, suspect[rows])
+    return block, suspect
+
+
+def _decode_slice(
+    padded: NDArray[np.uint8],
+    stops: NDArray[np.int64],
+    start: NDArray[np.int64],
+    layout: LineLayout,
+    block: Block,
+    rows: slice,
+    suspect: Flags,
+) -> None:
+    """Decode a slice of rows into ``block``; temporaries then stay in the cache and need no fresh pages."""
+    # words[i] are the eight bytes before position i of the text.
+    words = np.ndarray((len(padded) - _PAD,), "<u8", padded, offset=_PAD - 8, strides=(1,))
     at = padded[_PAD:]
     stops[-1] -= padded[stops[-1] + (_PAD - 1)] == _CR
-    suspect = np.zeros(n, bool)
-    wide = layout.id_bits == 64
-    labels = np.zeros(n, np.int8) if layout.labels else None
-    ints = np.empty((NUM_INTS, n), np.int64)
-    cats = np.empty((NUM_CATS, n), np.uint64 if wide else np.uint32)
-    missing = np.empty((NUM_CATS, n), bool)
+    labels = None if block.labels is None else block.labels[rows]
+    ints, cats, missing = block.ints[:, rows], block.cats[:, rows], block.missing[:, rows]
     lead = 1 if layout.labels else 0
-    for f in range(layout.num_fields):
-        stop = stops[f]
+    for f, stop in enumerate(stops):
         length = stop - start
         if f < lead and labels is not None:
             byte = at[start]
             suspect |= (length != 1) | ((byte != _ZERO) & (byte != _ONE))
-            labels[:] = byte == _ONE
+            np.equal(byte, _ONE, out=labels.view(bool))
         elif f < lead + NUM_INTS:
-            negative = at[start] == _MINUS
-            length -= negative
-            value = _number(words, stop, length, _decimal, U64(10**8), suspect)
             column = ints[f - lead]
+            value, bad = _number(words, stop, length, _decimal, U64(10**8))
             column[:] = value.view(np.int64)
-            np.negative(column, out=column, where=negative)
-            column[(length == 0) & ~negative] = BLANK_INT
-            suspect |= negative & (length == 0)
+            column[length == 0] = BLANK_INT
+            odd = np.flatnonzero(bad)
+            if len(odd):
+                signed = odd[at[start[odd]] == _MINUS]
+                value, bad[signed] = _number(words, stop[signed], length[signed] - 1, _decimal, U64(10**8))
+                bad[signed] |= length[signed] == 1
+                column[signed] = -value.view(np.int64)
+                suspect |= bad
         else:
             j = f - lead - NUM_INTS
-            number = _number(words, stop, length, _hexadecimal, U64(1 << 32), suspect)
-            suspect |= (number == U64(RESERVED_ID)) if wide else (length > 8)
-            cats[j] = number
+            value, bad = _number(words, stop, length, _hexadecimal, U64(1 << 32))
+            cats[j] = value
             np.equal(length, 0, out=missing[j])
+            bad |= (value == U64(RESERVED_ID)) if layout.id_bits == 64 else (length > 8)
+            suspect |= bad
         start = stop + 1
-    return Block(labels, ints, cats, missing, n), suspect
 
 
 def _number(
@@ -147,23 +196,21 @@ def _number(
     length: NDArray[np.int64],
     decode: Callable[[Words], tuple[Words, Flags]],
     unit: np.uint64,
-    suspect: Flags,
-) -> Words:
-    """Values of digit strings of up to 16 digits that end before ``stop``; ORs the unreadable ones into ``suspect``."""
-    x = words[stop + (_PAD - 8)]
-    short = np.minimum(length, 8)
-    if len(short) and not (short == 8).all():
+) -> tuple[Words, Flags]:
+    """Values of digit strings of up to 16 digits that end before ``stop``, and which of them cannot be read."""
+    x = words[stop]
+    if length.min(initial=8) < 8:
+        short = np.minimum(length, 8)
         x &= _TAIL[short]
         x |= _HEAD30[short]
     value, bad = decode(x)
-    long = np.flatnonzero(length > 8)
-    if len(long):
+    if length.max(initial=0) > 8:
+        long = np.flatnonzero(length > 8)
         rest = np.minimum(length[long] - 8, 8)
-        head, head_bad = decode(words[stop[long] + (_PAD - 16)] & _TAIL[rest] | _HEAD30[rest])
+        head, head_bad = decode(words[stop[long] - 8] & _TAIL[rest] | _HEAD30[rest])
         value[long] += head * unit
         bad[long] |= head_bad | (length[long] > 16)
-    suspect |= bad
-    return value
+    return value, bad
 
 
 def _decimal(x: Words) -> tuple[Words, Flags]:

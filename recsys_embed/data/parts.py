@@ -82,21 +82,33 @@ class Part:
     @staticmethod
     def write(path: Path, blocks: list[Block]) -> tuple[str, str]:
         """Store blocks one after another; returns the types of integer and category columns."""
-        ints = np.concatenate([b.ints for b in blocks], axis=1)
-        blank = ints == BLANK_INT
-        low, high = int(ints.min(where=~blank, initial=0)), int(ints.max(where=~blank, initial=0))
-        if low > _SMALL_BLANK and high < 1 << 31:
-            small = ints.astype(np.int32)
-            small[blank] = _SMALL_BLANK
-            ints = small
-        cats = np.concatenate([b.cats for b in blocks], axis=1)
+        narrow = [_narrow(b.ints) for b in blocks]
+        fits = [n for n in narrow if n is not None]
+        ints: list[NDArray[Any]] = list(fits) if len(fits) == len(blocks) else [b.ints for b in blocks]
         missing = np.concatenate([b.missing for b in blocks], axis=1)
-        labels = [b.labels for b in blocks if b.labels is not None]
 
         def save(temporary: Path) -> None:
             with temporary.open("wb") as f:
-                for column in [*labels, ints, cats, np.packbits(missing, axis=1)]:
-                    f.write(np.ascontiguousarray(column).data)
+                for b in blocks:
+                    if b.labels is not None:
+                        f.write(b.labels.data)
+                for rows in (ints, [b.cats for b in blocks]):
+                    for column in zip(*rows, strict=True):
+                        for piece in column:
+                            f.write(np.ascontiguousarray(piece).data)
+                f.write(np.packbits(missing, axis=1).data)
 
         write_file(path, save)
-        return str(ints.dtype), str(cats.dtype)
+        return str(ints[0].dtype), str(blocks[0].cats.dtype)
+
+
+def _narrow(ints: NDArray[np.int64]) -> NDArray[np.int32] | None:
+    """The integers in 32 bits with their own mark for empty, or None if one does not fit."""
+    small = ints.astype(np.int32)
+    if (small == _SMALL_BLANK).any():
+        return None
+    changed = small != ints
+    if not (ints[changed] == BLANK_INT).all():
+        return None
+    small[changed] = _SMALL_BLANK
+    return small
