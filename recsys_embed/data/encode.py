@@ -90,7 +90,7 @@ def encode_fields(
         for i, name in enumerate(names):
             done = work / "fields" / f"{name}.json"
             if not done.exists():
-                write_json(done, _one_field(work, name, rows, options, donor, pool))
+                write_json(done, _one_field(work, name, rows, options, donor, pool), durable=False)
             saved = json.loads(done.read_text())
             ids = work / "fields" / f"{name}.ids" if options.ids == "vocab" else None
             results.append(FieldResult(Feature(**saved["feature"]), saved["stats"], ids))
@@ -154,7 +154,7 @@ def _write_ids(path: Path, name: str, rows: Rows, vocab: Vocabulary, pool: Threa
                 for ids in pool.map(encode, rows.parts[at : at + width]):
                     f.write(ids.data)
 
-    write_file(path, save)
+    write_file(path, save, durable=False)
 
 
 def describe(counts: FieldCounts) -> dict[str, Any]:

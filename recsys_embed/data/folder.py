@@ -31,8 +31,17 @@ def storage_error(path: Path, error: BaseException) -> StorageError:
     return StorageError(f"{path}: cannot be written ({why}); {hint}")
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def boot_id() -> str | None:
+    """Names the time since the machine started, or None where the system does not say."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else None
+
+
+def write_file(path: Path, write: Callable[[Path], None], *, durable: bool = True) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, then rename it.
+
+    ``durable=False`` leaves out the flush: the file outlives the process but perhaps not a power cut. It is for work
+    that is discarded after a restart of the machine, which :func:`boot_id` tells.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -41,8 +50,9 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
+        if durable or boot_id() is None:
+            with temporary.open("rb+") as f:
+                os.fsync(f.fileno())
         temporary.replace(path)
     except Exception as e:
         if isinstance(e, OSError) or type(e).__module__.startswith("polars"):
@@ -51,9 +61,9 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Atomic write of bytes."""
-    write_file(path, lambda p: _put(p, data))
+    write_file(path, lambda p: _put(p, data), durable=durable)
 
 
 def _put(path: Path, data: bytes) -> None:
@@ -61,9 +71,9 @@ def _put(path: Path, data: bytes) -> None:
         f.write(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Atomic write of JSON, the same bytes for the same value."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), durable=durable)
 
 
 def file_hash(path: Path) -> str:

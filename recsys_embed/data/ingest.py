@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys_embed.data.explain import BadRow
-from recsys_embed.data.folder import write_bytes, write_json
+from recsys_embed.data.folder import boot_id, write_bytes, write_json
 from recsys_embed.data.layout import LineLayout
 from recsys_embed.data.options import SEPARATORS, CriteoOptions, different
 from recsys_embed.data.parse import Block, parse_block
@@ -61,13 +61,16 @@ class Ingest:
         self, work: Path, files: list[Path], options: CriteoOptions, record: dict[str, Any], notices: list[str]
     ) -> None:
         self.work, self.files, self.options = work, files, options
-        state = {**record, "part_blocks": part_blocks(options)}
+        state = {**record, "part_blocks": part_blocks(options), "machine_start": boot_id()}
         path = work / "state.json"
         if path.exists():
             old = json.loads(path.read_text())
             changed = different(old, state)
             if changed:
-                notices.append("unfinished work with other settings or inputs was discarded: " + "; ".join(changed))
+                notices.append(
+                    "unfinished work with other settings or inputs, or from before a restart, was discarded: "
+                    + "; ".join(changed)
+                )
                 shutil.rmtree(work)
         if not path.exists():
             write_json(path, state)
@@ -167,7 +170,7 @@ class Ingest:
         next_line = end.first_line + tail.lines + len(end.bad)
         int_type, cat_type = Part.write(self._path(index), blocks)
         if bad:
-            write_bytes(self.bad_path(index), "".join(_record(name, row) for row in bad).encode())
+            write_bytes(self.bad_path(index), "".join(_record(name, row) for row in bad).encode(), durable=False)
         rows = sum(b.rows for b in blocks)
         seen = sum(b.lines for b in blocks) + sum(len(t.bad) for t, _ in group)
         if seen != rows + len(bad):
@@ -176,7 +179,7 @@ class Ingest:
             index, file, group[0][0].start, end.stop, next_line, last, rows, len(bad), fault,
             self.layout.labels, int_type, cat_type,
         )  # fmt: skip
-        write_json(self._sidecar(index), info.to_dict())
+        write_json(self._sidecar(index), info.to_dict(), durable=False)
         return Part(self._path(index), info)
 
     def _fail(self, name: str, bad: list[BadRow], fault: str | None) -> None:

@@ -96,9 +96,9 @@ class Part:
                     for column in zip(*rows, strict=True):
                         for piece in column:
                             f.write(np.ascontiguousarray(piece).data)
-                f.write(np.packbits(missing, axis=1).data)
+                f.write(np.ascontiguousarray(np.packbits(missing, axis=1)).data)
 
-        write_file(path, save)
+        write_file(path, save, durable=False)
         return str(ints[0].dtype), str(blocks[0].cats.dtype)
 
 

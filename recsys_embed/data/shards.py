@@ -131,7 +131,7 @@ def _part_shards(
         oov = {f.feature.name: int((some[f.feature.name] == 0).sum()) for f in fields if f.ids}
         positives = int(some["label"].sum()) if part.info.labels else None
         pieces.append(_Piece(name, shard, positives, missing, oov))
-    write_json(done, [asdict(piece) for piece in pieces])
+    write_json(done, [asdict(piece) for piece in pieces], durable=False)
     return pieces
 
 
