@@ -35,7 +35,9 @@ class UnifiedConfig(MethodConfig):
     accepts_raw: ClassVar[bool] = True
 
     num_rows: int = param(MISSING, "rows of each shared table", low=1, high=MAX_ROWS)
-    num_probes: int | None = param(None, "rows read per id; 2 where the width is even, else 1", low=1, high=64)
+    num_probes: int | None = param(
+        None, "rows read per id; the most up to 4 that leave rows of 4 or more (concat), else 2 (sum)", low=1, high=64
+    )
     chunk_dim: int | None = param(None, "row width; embedding_dim / num_probes (concat) or embedding_dim (sum)", low=1)
     combine: Literal["concat", "sum"] = param("concat", "how the rows of an id combine")
     num_tables: int = param(1, "shared tables; consecutive chunks take them in turn", low=1, high=64)
@@ -44,11 +46,17 @@ class UnifiedConfig(MethodConfig):
 
     def _shape(self, spec: FeatureSpec) -> tuple[int, int]:
         """Probes per id and row width for ``spec``."""
-        even = spec.embedding_dim % 2 == 0 and self.combine == "concat" and self.chunk_dim is None
-        probes = self.num_probes or (2 if even or self.combine == "sum" else 1)
+        d, summed = spec.embedding_dim, self.combine == "sum"
+        if self.num_probes is not None:
+            probes = self.num_probes
+        elif summed or self.chunk_dim is not None:
+            probes = 2
+        else:
+            # Narrower rows waste most of the memory transfer that reads them.
+            probes = max(k for k in (1, 2, 3, 4) if k == 1 or (d % k == 0 and d // k >= 4))
         if self.chunk_dim is not None:
             return probes, self.chunk_dim
-        return probes, spec.embedding_dim if self.combine == "sum" else max(1, spec.embedding_dim // probes)
+        return probes, d if summed else max(1, d // probes)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         faults = super().check(spec)

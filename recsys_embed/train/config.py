@@ -37,7 +37,10 @@ class TrainConfig:
         eval_batch_size: samples per step of an evaluation.
         learning_rate: peak rate of dense layers (Adam).
         weight_decay: L2 penalty of dense layers, added to their gradient.
-        embedding_optimizer: fused optimizer of the tables; ``dense_adam`` trains them as ordinary parameters.
+        embedding_optimizer: fused optimizer of the tables; ``dense_adam`` trains them as ordinary parameters, every
+            row at every step, which suits small tables only.
+        embedding_weight_decay: L2 penalty of the tables, for ``dense_adam``: it pulls on all rows at every step, and a
+            fused optimizer sees the rows of the batch alone.
         embedding_learning_rate: peak rate of the tables; None: ``learning_rate``.
         embedding_optimizer_args: further arguments of that optimizer, e.g. ``{"eps": 1e-6}``.
         schedule: course of both rates after the warm-up.
@@ -79,6 +82,7 @@ class TrainConfig:
     eval_batch_size: int = 16384
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    embedding_weight_decay: float = 0.0
     embedding_optimizer: EmbeddingOptimizer = "adam"
     embedding_learning_rate: float | None = None
     embedding_optimizer_args: dict[str, Any] = field(default_factory=dict)
@@ -125,6 +129,11 @@ class TrainConfig:
         for key in ("final_factor", "plateau_factor"):
             if not 0 <= getattr(self, key) <= 1:
                 faults.append(f"`{key}` must be in [0, 1]; got {getattr(self, key)!r}")
+        if self.embedding_weight_decay and self.embedding_optimizer != "dense_adam":
+            faults.append(
+                "`embedding_weight_decay` needs `embedding_optimizer` 'dense_adam', which reaches every row; "
+                f"got {self.embedding_optimizer!r}"
+            )
         if self.ratio is not None and self.budget is not None:
             faults.append(f"`ratio` and `budget` exclude each other; got {self.ratio!r} and {self.budget!r}")
         return faults
@@ -178,7 +187,7 @@ _AT_LEAST_ONE = (
     "log_every",
     "threads",
 )
-_NOT_NEGATIVE = ("weight_decay", "warmup_steps", "min_delta", "seed")
+_NOT_NEGATIVE = ("weight_decay", "embedding_weight_decay", "warmup_steps", "min_delta", "seed")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -156,7 +156,9 @@ class Trainer:
             {"params": dense, "peak": self.config.learning_rate, "weight_decay": self.config.weight_decay}
         ]
         if not self.fused:
-            groups.append({"params": [p for p in params if id(p) in tables], "peak": self.table_lr})
+            rows = [p for p in params if id(p) in tables]
+            decay = self.config.embedding_weight_decay
+            groups.append({"params": rows, "peak": self.table_lr, "weight_decay": decay})
         groups = [g for g in groups if g["params"]]
         return torch.optim.Adam(groups, lr=self.config.learning_rate, fused=self.device.type in ("cpu", "cuda")), dense
 

@@ -131,7 +131,7 @@ def test_faults_are_named() -> None:
     with pytest.raises(ConfigError, match=r"without '\.' or '#'"):
         rse.make_embedding("unified", 100, 16, num_rows=10, table="a.b")
     mixed = rse.Plan({"A": rse.UnifiedConfig(num_rows=5), "B": rse.UnifiedConfig(num_rows=6), "C": rse.FullConfig()})
-    with pytest.raises(ConfigError, match=r"shared table 'unified' is 5 x 8.* 6 x 8.* for 'B'"):
+    with pytest.raises(ConfigError, match=r"shared table 'unified' is 5 x 4.* 6 x 4.* for 'B'"):
         rse.EmbeddingCollection(SCHEMA, mixed)
 
 

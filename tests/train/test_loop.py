@@ -48,7 +48,13 @@ class _Signalling(ToyBatches):
 CASES = {
     "adam": {"schedule": "plateau", "min_delta": 0.5, "plateau_factor": 0.5, "eval_every": 5},
     "rowwise_adagrad": {"embedding_optimizer": "rowwise_adagrad", "embedding_learning_rate": 0.05, "eval_every": 7},
-    "dense_adam": {"embedding_optimizer": "dense_adam", "clip_norm": 0.5, "weight_decay": 1e-4, "warmup_steps": 5},
+    "dense_adam": {
+        "embedding_optimizer": "dense_adam",
+        "clip_norm": 0.5,
+        "weight_decay": 1e-4,
+        "warmup_steps": 5,
+        "embedding_weight_decay": 1e-3,
+    },
     "hash": {"method": "hash", "ratio": 3.0, "schedule": "cosine", "checkpoint_every": 4},
     "steps": {"steps": 37, "epochs": 9, "embedding_optimizer": "adagrad", "eval_every": 5, "patience": 3},
 }
@@ -297,3 +303,18 @@ def test_a_file_is_on_disk_before_it_takes_its_name(real_disk: None, tmp_path: P
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     save_checkpoint(tmp_path / "c.pt", {})
     assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_the_penalty_of_tables_shrinks_rows_that_no_batch_reads() -> None:
+    data = ToyData(rows=64)
+    config = toy_config(embedding_optimizer="dense_adam", embedding_init="normal:1", epochs=3)
+    ends = {}
+    for decay in (0.0, 0.1):
+        out = run_training(config.replace(embedding_weight_decay=decay), data)
+        ends[decay] = out.model.embedding.table("C2.weight").detach()
+    unread = torch.ones(300, dtype=torch.bool)
+    unread[data.parts["train"].ids[:, 2]] = False
+    assert unread.any()
+    assert ends[0.1][unread].abs().mean() < ends[0.0][unread].abs().mean() - 0.003
+    with pytest.raises(ConfigError, match="needs `embedding_optimizer` 'dense_adam'"):
+        toy_config(embedding_weight_decay=0.1)
