@@ -9,18 +9,19 @@ from recsys_embed._optional import require
 from recsys_embed.train.compare import Summary
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of points ``(bytes, auc)`` that no other beats in both, by rising bytes.
+def pareto_front(points: Sequence[tuple[float, float]], slack: float = 0.01) -> list[int]:
+    """Indices of points ``(bytes, auc)`` that no other beats, by rising bytes.
 
-    >>> pareto_front([(10, 0.7), (5, 0.6), (20, 0.65)])
+    A point is beaten by one of higher AUC and at most ``1 + slack`` times its bytes: sizes that aim at one budget
+    differ by a row or two, which is no reason to prefer the worse.
+
+    >>> pareto_front([(10, 0.7), (5, 0.6), (20, 0.65), (4.99, 0.5)])
     [1, 0]
     """
-    front, best = [], float("-inf")
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[i][1] > best:
-            best = points[i][1]
-            front.append(i)
-    return front
+    kept = [
+        i for i, (size, auc) in enumerate(points) if not any(b > auc and s <= size * (1 + slack) for s, b in points)
+    ]
+    return sorted(kept, key=lambda i: points[i])
 
 
 def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
@@ -38,19 +39,29 @@ def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
         return None
     require("matplotlib", extra="train", purpose="the Pareto plot").use("Agg")
     plt = require("matplotlib.pyplot", extra="train", purpose="the Pareto plot")
+    ticker = require("matplotlib.ticker", extra="train", purpose="the Pareto plot")
     models, methods = list(dict.fromkeys(s.model for s in good)), list(dict.fromkeys(s.method for s in good))
     figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.8), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
         mine = [s for s in good if s.model == model]
         points = [(s.footprint.serve / 2**20, s.auc or 0.0) for s in mine]
-        for s, (x, y) in zip(mine, points, strict=True):
-            color = f"C{methods.index(s.method) % 10}"
-            axis.errorbar(x, y, yerr=s.auc_sd, fmt="o", capsize=3, color=color)
-            axis.annotate(f"{s.method} {s.size}".strip(), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         front = [points[i] for i in pareto_front(points)]
-        axis.plot([x for x, _ in front], [y for _, y in front], color="0.7", linewidth=1, zorder=0)
+        axis.plot(
+            *zip(*front, strict=True), color="0.75", linestyle="--", linewidth=1, zorder=0, label="best at its bytes"
+        )
+        for s, (x, y) in zip(mine, points, strict=True):
+            look = methods.index(s.method)
+            axis.errorbar(
+                x, y, yerr=s.auc_sd, fmt="osD^vPX*"[look % 8], capsize=3, color=f"C{look % 10}", label=s.method
+            )
         axis.set(title=model, xscale="log", xlabel="deployed embedding bytes (MiB)", ylabel="test AUC")
+        axis.margins(x=0.12, y=0.12)
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3)
+        found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.legend(found.values(), found.keys(), fontsize=8)
     path = Path(path)
     figure.savefig(path, dpi=150)
     plt.close(figure)
