@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    classes = [cls.__name__ for m in list_methods() for cls in (m.embedding_cls, m.config_cls)]
+    return sorted({*globals(), *classes})
+
+
 def __getattr__(name: str) -> _Any:
     """Classes of registered methods by name, so that registering a method is all it takes to export it."""
     for method in list_methods():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from recsys_embed._versions import require_pair
 from recsys_embed.errors import MissingDependencyError
+
+_PAIRED = ("fbgemm_gpu", "torchrec")
 
 
 def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
@@ -17,12 +20,15 @@ def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
         purpose: what needs it, e.g. ``"reading Criteo files"``.
 
     Raises:
-        MissingDependencyError: the library is not installed, or its own import failed.
+        MissingDependencyError: the library is not installed, or its version does not go with that of torch, which is
+            checked before the import.
 
     >>> require("math", extra="data").sqrt(4.0)
     2.0
     """
     top = module.partition(".")[0]
+    if top in _PAIRED:
+        require_pair()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:

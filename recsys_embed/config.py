@@ -123,15 +123,15 @@ class MethodConfig(ABC):
         """The configuration of a size in ``[1, max_size]``; bytes do not shrink as the size grows."""
 
     @classmethod
-    def for_budget(cls, spec: FeatureSpec, budget: int | str, **params: Any) -> Self:
-        """The largest configuration whose deployed bytes fit ``budget``.
+    def for_budget(cls, spec: FeatureSpec, budget: int | str, *, itemsize: int = 4, **params: Any) -> Self:
+        """The largest configuration whose deployed bytes, at ``itemsize`` bytes per element, fit ``budget``.
 
         Raises:
             BudgetError: even the smallest does not fit.
         """
         available, low, high = parse_bytes(budget), 1, cls.max_size(spec, **params)
         smallest = cls.sized(spec, 1, **params)
-        need = smallest.footprint(spec).serve
+        need = smallest.footprint(spec, itemsize).serve
         if need > available:
             raise BudgetError(
                 f"method {cls.method!r} needs at least {format_bytes(need)} for {spec.num_embeddings} ids of width "
@@ -140,7 +140,7 @@ class MethodConfig(ABC):
             )
         while low < high:
             middle = (low + high + 1) // 2
-            if cls.sized(spec, middle, **params).footprint(spec).serve <= available:
+            if cls.sized(spec, middle, **params).footprint(spec, itemsize).serve <= available:
                 low = middle
             else:
                 high = middle - 1

@@ -68,7 +68,8 @@ class CompressedEmbedding(nn.Module):
         super().__init__()
         pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
         self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init=init)
-        self.config = self._configure(config, budget, params)
+        itemsize = torch.empty(0, dtype=dtype, device="meta").element_size()
+        self.config = self._configure(config, budget, params, itemsize)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
         self.max_norm, self.norm_type, self.scale_grad_by_freq = max_norm, norm_type, scale_grad_by_freq
@@ -94,12 +95,15 @@ class CompressedEmbedding(nn.Module):
             self.kernel = VectorisedLookup([self.program], [places])
         self.reset_parameters()
 
-    def _configure(self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any]) -> MethodConfig:
+    def _configure(
+        self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any], itemsize: int
+    ) -> MethodConfig:
         if sum(x is not None for x in (config, budget)) > 1 or (config is not None and params):
             raise ConfigError(f"{type(self).__name__} takes either `config`, or `budget` and options; got both")
         if config is None:
-            known = self.config_cls.from_params({**params}) if budget is None else None
-            return known or self.config_cls.for_budget(self.spec, budget, **params)  # type: ignore[arg-type]
+            if budget is None:
+                return self.config_cls.from_params(params)
+            return self.config_cls.for_budget(self.spec, budget, itemsize=itemsize, **params)
         if not isinstance(config, self.config_cls):
             raise ConfigError(f"{type(self).__name__} takes a {self.config_cls.__name__}; got {type(config).__name__}")
         return config

@@ -7,11 +7,10 @@ integers (one feature) or stack into tensors (all features of a collection at on
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -218,7 +217,6 @@ class LookupProgram:
     combine: Combine = "sum"
     projection: str | None = None
     vectors: int = 1
-    MAX_ROWS: ClassVar[int] = MAX_ROWS
 
     def table(self, name: str) -> Table:
         return next(t for t in self.tables if t.name == name)
@@ -267,8 +265,3 @@ class LookupProgram:
         if self.width % self.vectors:
             faults.append(f"width {self.width} does not divide into {self.vectors} vectors")
         return faults
-
-
-def spread(init: Init) -> float:
-    """Standard deviation of a law's elements."""
-    return {"uniform": init.scale / math.sqrt(3), "normal": init.scale, "constant": 0.0}[init.law]

@@ -218,6 +218,12 @@ def budgets_are_kept(method: MethodInfo) -> None:
         assert last <= size <= budget, f"budget {budget}: sized {size} after {last}"
         last = size
     assert met, "no budget up to the plain table's bytes can be met"
+    half = max(5000 * 16 * 4 // 2, method.config_cls.sized(spec, 1).footprint(spec).serve)
+    for dtype in (torch.float64, torch.bfloat16):
+        budget = half * dtype.itemsize // 4
+        module = method.embedding_cls(5000, 16, budget=budget, dtype=dtype)
+        assert module.footprint().serve <= budget, f"budget {budget} at {dtype}: sized {module.footprint().serve}"
+        assert module.config == method.config_cls.for_budget(spec, half), f"a budget must count elements of {dtype}"
 
 
 def config_is_data(method: MethodInfo) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys_embed._optional import require
 from recsys_embed._versions import Installed, installed_versions, pair_faults, pair_notes, read_installed, require_pair
 from recsys_embed.errors import MissingDependencyError
 
@@ -103,6 +104,15 @@ def test_require_pair_raises_before_any_import(monkeypatch):
     monkeypatch.setattr("recsys_embed._versions.pair_faults", lambda: ["a", "b"])
     with pytest.raises(MissingDependencyError, match="a; b"):
         require_pair()
+    require_pair.cache_clear()
+
+
+def test_a_pair_is_checked_before_torchrec_is_imported(monkeypatch):
+    require_pair.cache_clear()
+    monkeypatch.setattr("recsys_embed._versions.pair_faults", lambda: ["they do not belong together"])
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    with pytest.raises(MissingDependencyError, match="do not belong together"):
+        require("torchrec.sparse", extra="torchrec")
     require_pair.cache_clear()
 
 

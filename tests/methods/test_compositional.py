@@ -19,7 +19,7 @@ from recsys_embed.kernels import reference
 from recsys_embed.methods._primes import balanced, coprime_run, cover, is_prime, next_prime
 from recsys_embed.methods.compositional import CompositionalConfig, CompositionalEmbedding, class_maps, per_class_mlp
 from recsys_embed.plan import Plan
-from recsys_embed.program import Digit, spread
+from recsys_embed.program import Digit
 from recsys_embed.registry import MethodInfo, config_from_dict
 from recsys_embed.testing import EMBEDDING_CHECKS
 
@@ -434,7 +434,8 @@ def test_outputs_start_with_mean_and_std_of_a_plain_table(partition: str, k: int
 def test_products_start_with_the_variance_of_a_plain_table_exactly() -> None:
     for n in (10, 1000):
         laws = [t.init for t in CompositionalConfig(num_collisions=3).program(_spec(n, 4, "normal:2")).tables]
-        second = spread(laws[0]) ** 2 * (laws[1].loc ** 2 + spread(laws[1]) ** 2)
+        assert (laws[0].law, laws[1].law) == ("normal", "uniform")
+        second = laws[0].scale ** 2 * (laws[1].loc ** 2 + laws[1].scale ** 2 / 3)
         assert math.isclose(second, 4.0)
         assert laws[1].loc == 1.0
         assert math.isclose(laws[1].scale, n**-0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,29 +72,38 @@ def test_backend_tables_take_chunks_in_turn_across_features() -> None:
 
 def test_inter_feature_collisions_leave_orthogonal_features_unharmed() -> None:
     """Section 3.4: with fixed orthogonal readouts, collisions between features do not move a feature's logit."""
-    width, ids, steps = 8, 6, 40
-    theta = torch.linalg.qr(torch.randn(width, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0].T
-    generator = torch.Generator().manual_seed(1)
-    batches = [torch.randint(0, ids, (32, 2), generator=generator) for _ in range(steps)]
-    truth = torch.randn(ids, generator=generator, dtype=torch.float64)
+    width, steps = 8, 40
+    generator = torch.Generator().manual_seed(0)
+    schema = rse.Schema([rse.FeatureSpec(n, 1000, width) for n in "AB"])
+    config = rse.UnifiedConfig(num_rows=50, num_probes=1, chunk_dim=width)
+    rows_a, rows_b = (config.program(s).probes[0].transform.rows(torch.arange(1000)) for s in schema)
+    # One id per row and feature, so that all collisions are between the features; half of the rows are read by both.
+    shared, alone_a, alone_b = torch.randperm(50, generator=generator)[:30].split(10)
+    first = torch.stack([(rows_a == r).nonzero()[0, 0] for r in torch.cat([shared, alone_a])])
+    second = torch.stack([(rows_b == r).nonzero()[0, 0] for r in torch.cat([shared, alone_b])])
+    batches = [torch.randint(0, 20, (32, 2), generator=generator) for _ in range(steps)]
+    truth = torch.randn(20, generator=generator, dtype=torch.float64)
+    theta = torch.linalg.qr(torch.randn(width, 2, generator=generator, dtype=torch.float64))[0].T
 
-    def logits_of_first(rows_of_second: torch.Tensor, readout: torch.Tensor) -> torch.Tensor:
-        table = torch.zeros(2 * ids, width, dtype=torch.float64)
+    def logits_of_first(tables: tuple[str, str], readout: torch.Tensor) -> torch.Tensor:
+        plan = rse.Plan({n: replace(config, table=t) for n, t in zip("AB", tables, strict=True)})
+        coll = rse.EmbeddingCollection(schema, plan, rse.SGD(lr=8.0), dtype=torch.float64)
+        for name in set(tables):
+            coll.table(name).data.zero_()
         for batch in batches:
+            ids = torch.stack([first[batch[:, 0]], second[batch[:, 1]]], 1)
+            z = torch.einsum("bfw,fw->b", coll(ids), readout)
             label = (truth[batch[:, 0]] > 0).double()
-            rows = torch.stack([batch[:, 0], rows_of_second[batch[:, 1]]], 1)
-            # The paper's argument treats each feature's residual as its own; the second feature's effect on the label's
-            # residual is the same with and without collisions when its readout is orthogonal.
-            z = torch.einsum("bfw,fw->b", table[rows], readout)
-            residual = torch.sigmoid(z) - label
-            gradient = residual[:, None, None] * readout[None]
-            table.index_add_(0, rows.reshape(-1), gradient.reshape(-1, width), alpha=-0.5)
-        return table[:ids] @ readout[0]
+            torch.nn.functional.binary_cross_entropy_with_logits(z, label).backward()
+        ids = torch.stack([first, second], 1)
+        return (coll(ids)[:, 0] @ readout[0]).detach()
 
-    apart, onto = torch.arange(ids, 2 * ids), torch.arange(ids)
-    torch.testing.assert_close(logits_of_first(onto, theta), logits_of_first(apart, theta), rtol=0, atol=1e-12)
+    apart, together = ("a", "b"), ("one", "one")
+    alone = logits_of_first(apart, theta)
+    assert alone.abs().min() > 0.1, "the feature must have learned something"
+    torch.testing.assert_close(logits_of_first(together, theta), alone, rtol=0, atol=1e-12)
     parallel = torch.stack([theta[0], theta[0]])
-    assert (logits_of_first(onto, parallel) - logits_of_first(apart, parallel)).abs().max() > 0.05
+    assert (logits_of_first(together, parallel) - logits_of_first(apart, parallel)).abs().max() > 0.05
 
 
 def test_multi_size_features_reach_one_width_through_their_projections() -> None:
