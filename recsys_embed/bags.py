@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
@@ -44,6 +45,34 @@ def _one(feature: Any, where: str) -> tuple[Tensor, Tensor]:
     return feature[0], check_offsets(feature[1], feature[0].numel(), f"feature {where!r}", closed=True)
 
 
+def _check_present(schema: Schema, names: Container[str]) -> None:
+    missing = [n for n in schema.names if n not in names]
+    if missing:
+        raise ConfigError(f"ids of {len(missing)} features are missing: {', '.join(missing[:8])}")
+
+
+def _of_jagged(schema: Schema, ids: Any) -> Bags:
+    """Bags of a KeyedJaggedTensor, whose features are brought to the schema's order all at once."""
+    keys = list(ids.keys())
+    _check_present(schema, keys)
+    if ids.variable_stride_per_key():
+        raise ConfigError("features must have one batch size; the KeyedJaggedTensor has one per feature")
+    values, weights = ids.values(), ids.weights_or_none()
+    check_id_dtype(values, "of the collection")
+    offsets = check_offsets(ids.offsets(), values.numel(), "KeyedJaggedTensor", closed=True)
+    batch = (offsets.numel() - 1) // len(keys)
+    if keys != list(schema.names):
+        order = [keys.index(n) for n in schema.names]
+        lengths = offsets.diff().view(len(keys), batch)
+        sizes = lengths.sum(1)
+        starts, sizes = (sizes.cumsum(0) - sizes)[order], sizes[order]
+        offsets = F.pad(lengths[order].reshape(-1).cumsum(0), (1, 0))
+        moved = torch.repeat_interleave(starts - (sizes.cumsum(0) - sizes), sizes)
+        at = moved + torch.arange(moved.numel(), device=moved.device)
+        values, weights = values[at], None if weights is None else weights[at]
+    return Bags(values.long(), offsets, weights, batch)
+
+
 def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | None) -> Bags:
     """Bring any accepted form to :class:`Bags`; see :meth:`EmbeddingCollection.forward`.
 
@@ -66,16 +95,10 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
     if weights is not None or offsets is not None:
         raise ConfigError("offsets and per_sample_weights go with 1-D ids")
     if not isinstance(ids, Mapping):
-        if not (hasattr(ids, "keys") and hasattr(ids, "to_dict")):
+        if not (hasattr(ids, "keys") and hasattr(ids, "weights_or_none")):
             raise ConfigError(f"ids must be a tensor, a dict or a KeyedJaggedTensor; got {type(ids).__name__}")
-        jagged = ids.to_dict()
-        weights = ids.weights_or_none()
-        if weights is not None:
-            weights = torch.cat([jagged[n].weights() for n in schema.names if n in jagged])
-        ids = {name: (jagged[name].values(), jagged[name].offsets()) for name in jagged}
-    missing = [n for n in schema.names if n not in ids]
-    if missing:
-        raise ConfigError(f"ids of {len(missing)} features are missing: {', '.join(missing[:8])}")
+        return _of_jagged(schema, ids)
+    _check_present(schema, ids)
     parts = [_one(ids[name], name) for name in schema.names]
     batches = {name: o.numel() - 1 for name, (_, o) in zip(schema.names, parts, strict=True)}
     if len(set(batches.values())) != 1:
@@ -84,4 +107,4 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
         check_id_dtype(values, name)
     lengths = torch.cat([o.diff() for _, o in parts])
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Bags(torch.cat([v for v, _ in parts]).long(), starts, weights, batches[schema.names[0]])
+    return Bags(torch.cat([v for v, _ in parts]).long(), starts, None, batches[schema.names[0]])

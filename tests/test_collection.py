@@ -134,22 +134,14 @@ class FakeJagged:
     def weights_or_none(self) -> Tensor | None:
         return None if self.given is None else torch.cat(list(self.given.values()))
 
-    def to_dict(self) -> dict[str, Any]:
-        class Part:
-            def __init__(self, key: str, owner: FakeJagged) -> None:
-                self.key, self.owner = key, owner
+    def values(self) -> Tensor:
+        return torch.cat([v for v, _ in self.bags.values()])
 
-            def values(self) -> Tensor:
-                return self.owner.bags[self.key][0]
+    def offsets(self) -> Tensor:
+        return torch.nn.functional.pad(torch.cat([o.diff() for _, o in self.bags.values()]).cumsum(0), (1, 0))
 
-            def offsets(self) -> Tensor:
-                return self.owner.bags[self.key][1]
-
-            def weights(self) -> Tensor:
-                assert self.owner.given is not None
-                return self.owner.given[self.key]
-
-        return {key: Part(key, self) for key in self.bags}
+    def variable_stride_per_key(self) -> bool:
+        return len({len(o) for _, o in self.bags.values()}) > 1
 
 
 SCHEMA = Schema([FeatureSpec("a", 30, 4), FeatureSpec("b", 500, 4), FeatureSpec("c", 50, 4)])
@@ -248,11 +240,11 @@ def test_shared_tables_are_one() -> None:
     plan = Plan.uniform(schema, "unified", num_rows=50)
     coll = EmbeddingCollection(schema, plan)
     assert list(coll.tables) == ["unified"]
-    assert coll.footprint().weights == plan.footprint(schema).weights == 4 * 50 * 2
-    assert sum(p.numel() for p in coll.parameters()) == 50 * 2
+    assert coll.footprint().weights == plan.footprint(schema).weights == 4 * 50 * 4
+    assert sum(p.numel() for p in coll.parameters()) == 50 * 4
     ids = torch.arange(300).view(100, 3)
     assert not torch.equal(coll(ids)[:, 0], coll(ids)[:, 1]), "features hash on their own"
-    with pytest.raises(ConfigError, match=r"shared table 'unified' is 50 x 2.*60 x 2.*for 'b'"):
+    with pytest.raises(ConfigError, match=r"shared table 'unified' is 50 x 4.*60 x 4.*for 'b'"):
         EmbeddingCollection(
             schema, Plan({**plan.configs, "b": config_from_dict({"method": "unified", "num_rows": 60})})
         )
@@ -333,6 +325,9 @@ def test_wrong_calls_say_what_is_wrong() -> None:
         ({"a": one, "b": one, "c": ([1], [0, 1])}, (), "list.*'c'"),
         ({"a": one, "b": one, "c": (torch.tensor([1, 2]), torch.tensor([0, 1]))}, (), "number of ids, 2.*'c'"),
         ({"a": bag, "b": bag, "c": bag}, (torch.arange(4),), "go with 1-D ids"),
+        (FakeJagged({"a": bag, "b": bag}), (), "missing: c"),
+        (FakeJagged({"a": bag, "b": bag, "c": (one, torch.tensor([0, 1, 1]))}), (), "one batch size"),
+        (FakeJagged({"a": bag, "b": bag, "c": (one.float(), torch.tensor([0, 1]))}), (), "float32"),
     ):
         with pytest.raises(ConfigError, match=text):
             coll(ids, *rest)
