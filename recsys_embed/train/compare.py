@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
@@ -70,14 +70,17 @@ class Comparison:
             get_method(method)
         for budget in self.budgets:
             parse_bytes(budget)
-        self._check_model_args()
+        self._check_args()
 
-    def _check_model_args(self) -> None:
+    def _check_args(self) -> None:
         for model in self.model_args:
             if model not in self.models:
                 raise unknown_name("model in `model_args`", model, self.models)
         for model in self.models:
             make_params(get_model(model), self._model_args(model))
+        for method in self.method_args:
+            if method not in self.methods:
+                raise unknown_name("method in `method_args`", method, self.methods)
         known = {key for model in self.models for key in hyperparameters(model)}
         for key in self.train.model_args:
             if key not in known:
@@ -226,6 +229,8 @@ def _train_row(
     }
     try:
         plans_for(schema, config)
+    except UnknownNameError:
+        raise  # a misspelt option is a fault of the request, not of the size
     except (BudgetError, ConfigError) as e:
         return {**row, "status": "infeasible", "reason": str(e)}
     # A single pass has no checkpoint before its end, unless asked for, so it needs no folder.

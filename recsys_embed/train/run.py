@@ -152,7 +152,7 @@ def run_training(
     model = model_from_config(config, schema, data.num_dense, device)
     if config.standardise and data.num_dense:
         model.standardise(*data.numeric_moments())
-    footprint = model.footprint()
+    footprint = trained_footprint(model)
     full_bytes = plans_for(schema, config).full_bytes
     identity = {"data": fingerprint(schema)}
     if folder is not None:
@@ -179,6 +179,12 @@ def run_training(
             save_checkpoint(folder / "model.pt", {**config.to_dict(), **identity}, model=model.state_dict())
         write_json(folder / "result.json", plain(result.to_dict()))
     return RunOutcome(result, footprint, full_bytes, model)
+
+
+def trained_footprint(model: CTRModel) -> Footprint:
+    """Bytes of the embedding part in a run: the trainer's Adam keeps two moments of what no fused optimizer holds."""
+    ordinary = {p for c in model.collections().values() for p in c.parameters() if p.requires_grad}
+    return model.footprint() + Footprint(optimizer=2 * sum(p.nbytes for p in ordinary))
 
 
 def schema_of(data: Any, config: TrainConfig) -> Schema:

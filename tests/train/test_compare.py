@@ -15,7 +15,8 @@ from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
 from recsys_embed.train import compare as compare_module
 from recsys_embed.train.compare import Comparison, run_comparison, summarise
-from recsys_embed.train.run import model_from_config, plans_for
+from recsys_embed.train.loop import Trainer
+from recsys_embed.train.run import model_from_config, plans_for, trained_footprint
 from tests.train.test_loop import SignallingData
 from tests.train.toy import ToyData, toy_config
 
@@ -101,6 +102,23 @@ def test_budgets_cover_both_collections(model: str, ratio: float) -> None:
         assert built.linear.footprint().serve <= full_bytes / ratio / 5
 
 
+@pytest.mark.parametrize("method", ["full", "lowdim"])
+@pytest.mark.parametrize("optimizer", ["dense_adam", "adam", "rowwise_adagrad"])
+def test_training_bytes_are_those_held_after_a_step(method: str, optimizer: str) -> None:
+    data = ToyData(rows=256)
+    config = toy_config(method=method, embedding_optimizer=optimizer, steps=1, ratio=None if method == "full" else 2.0)
+    model = model_from_config(config, data.schema(4), data.num_dense)
+    stated = trained_footprint(model)
+    trainer = Trainer(model, data, config)
+    trainer.run()
+    held = 0
+    for coll in model.collections().values():
+        held += sum(t.nbytes for t in coll.optimizer_state_dict()["state"].values())
+        moments = [trainer.optimizer.state[p] for p in coll.parameters() if p.requires_grad]
+        held += sum(m[key].nbytes for m in moments for key in ("exp_avg", "exp_avg_sq"))
+    assert stated.optimizer == held > 0
+
+
 def test_summary_is_the_plain_mean_and_pairs_seeds() -> None:
     def row(method: str, seed: int, auc: float) -> dict:
         return {
@@ -142,6 +160,14 @@ def test_faults_of_a_comparison_at_once() -> None:
         Comparison(models=(), seeds=0, ratios=(0.5,), train=toy_config(seed=3))
     with pytest.raises(UnknownNameError, match="did you mean 'hash'"):
         Comparison(methods=("hsah",))
+    with pytest.raises(UnknownNameError, match="method in `method_args` 'hsh'; did you mean 'hash'"):
+        Comparison(method_args={"hsh": {"sign": True}})
+
+
+def test_a_misspelt_option_of_a_method_stops_the_comparison_and_leaves_no_row(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="'sing'; did you mean 'sign'"):
+        run_comparison(small(seeds=1, method_args={"hash": {"sing": True}}), ToyData(), tmp_path)
+    assert [p.name for p in (tmp_path / "rows").glob("*.json")] == ["deepfm-full-seed-0.json"]
 
 
 def test_each_model_takes_the_shared_settings_it_knows() -> None:
