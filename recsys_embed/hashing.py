@@ -81,7 +81,11 @@ def hash_rows(ids: Tensor, salts: Tensor | int, size: Tensor | int) -> Tensor:
 
 
 def hash_signs(ids: Tensor, salts: Tensor | int) -> Tensor:
-    """Signs in {-1, +1} as int64, from the top bit of the mix (Weinberger et al. 2009)."""
+    """Signs in {-1, +1} as int64 of the broadcast shape, from the top bit of the mix (Weinberger et al. 2009).
+
+    >>> sorted(set(hash_signs(torch.arange(100), salt(0, "C1")).tolist()))
+    [-1, 1]
+    """
     return 1 - 2 * _shift_right(splitmix64(ids, salts), 63)
 
 

@@ -42,6 +42,10 @@ def get_method(name: str) -> MethodInfo:
 
     Raises:
         UnknownNameError: no such method; names the nearest.
+
+    >>> import recsys_embed as rse
+    >>> rse.get_method("hash").embedding_cls.__name__
+    'HashEmbedding'
     """
     if name not in _METHODS:
         raise unknown_name("method", name, _METHODS)
