@@ -46,7 +46,7 @@ OPTIONS += [
         "compositional",
         {"num_collisions": 6, "partition": partition, "num_partitions": k, "combine": combine, "affine": a},
     )
-    for (partition, k), how, a in product(
+    for (partition, k), combine, a in product(
         (("quotient_remainder", 2), ("generalized", 3), ("chinese_remainder", 2)),
         ("mul", "add", "concat", "feature"),
         (False, True),
