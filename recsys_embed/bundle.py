@@ -68,12 +68,7 @@ class LookupBundle(Constants):
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
         self.parts = [tuple(kernel[j] for j in g.features) for g in self.kernel.groups]
         self.parts += [(i,) for i in range(len(schema)) if i not in set(kernel)]
-        self.projections = nn.ParameterDict()
-        for g, group in enumerate(self.kernel.groups):
-            if name := group.template.projection:
-                shape = group.template.table(name)
-                values = torch.empty(len(group.features), shape.rows, shape.width, **options)
-                self.projections[str(g)] = nn.Parameter(values)
+        self._add_projections(options)
         self.vectors = [self._program(s).vectors for s in schema]
         self.widths = [self._program(s).width for s in schema]
         limits = [-1 if plan[s.name].accepts_raw else s.num_embeddings for s in schema]
@@ -85,6 +80,34 @@ class LookupBundle(Constants):
 
     def _module(self, name: str) -> CompressedEmbedding:
         return cast("CompressedEmbedding", self.own[_OWN + name])
+
+    def _add_projections(self, options: dict[str, Any]) -> None:
+        """One stacked parameter per shape, features in schema order, whatever groups the kernel makes of them."""
+        self.projected: dict[str, list[int]] = {}
+        shape_of: dict[int, str] = {}
+        for i, spec in enumerate(self.schema):
+            program = self.programs.get(spec.name)
+            if program is not None and program.projection:
+                table = program.table(program.projection)
+                shape_of[i] = f"{table.rows}x{table.width}"
+                self.projected.setdefault(shape_of[i], []).append(i)
+        self.projections = nn.ParameterDict()
+        for shape, members in self.projected.items():
+            sizes = (int(n) for n in shape.split("x"))
+            self.projections[shape] = nn.Parameter(torch.empty(len(members), *sizes, **options))
+        self._projection_of = {g: shape_of[part[0]] for g, part in enumerate(self.parts) if part[0] in shape_of}
+        for g, shape in self._projection_of.items():
+            places = [self.projected[shape].index(i) for i in self.parts[g]]
+            self.add_constant(f"projection{g}", places, options["device"])
+
+    def _projection(self, g: int) -> Tensor | None:
+        """Projections ``[members, in, out]`` of a part's features, or None where it has none."""
+        shape = self._projection_of.get(g)
+        if shape is None:
+            return None
+        stacked: Tensor = self.projections[shape]
+        whole = list(self.parts[g]) == self.projected[shape]
+        return stacked if whole else stacked.index_select(0, self.constant(f"projection{g}"))
 
     def _add_order(self, device: torch.device) -> None:
         """Where each output column (or vector) stands among the concatenated parts."""
@@ -107,11 +130,11 @@ class LookupBundle(Constants):
     def dense_tables(self) -> dict[str, Tensor]:
         """Each projection by its table key, as a view of the stacked parameter."""
         out = {}
-        for name, stacked in self.projections.items():
-            group = self.kernel.groups[int(name)]
-            for values, i in zip(stacked, self.parts[int(name)], strict=True):
+        for shape, members in self.projected.items():
+            for values, i in zip(self.projections[shape], members, strict=True):
                 spec = self.schema.features[i]
-                out[table_key(spec, group.template.table(group.template.projection or ""))] = values
+                program = self.programs[spec.name]
+                out[table_key(spec, program.table(program.projection or ""))] = values
         return out
 
     def reset_own(self, seed: int) -> None:
@@ -128,8 +151,9 @@ class LookupBundle(Constants):
         grouped = len(self.kernel.groups)
         out = []
         for g, value in enumerate(self.kernel(columns[:grouped], None, gather)):
-            if str(g) in self.projections:
-                value = torch.einsum("bfi,fio->bfo", value, self.projections[str(g)])
+            project = self._projection(g)
+            if project is not None:
+                value = torch.einsum("bfi,fio->bfo", value, project)
             out.append(value)
         for part, column in zip(self.parts[grouped:], columns[grouped:], strict=True):
             out.append(self._module(self.schema.names[part[0]]).lookup(column[:, 0]).unsqueeze(1))
@@ -154,7 +178,7 @@ class LookupBundle(Constants):
             mode = self.schema.features[part[0]].pooling
             own = None if g < grouped else self._module(self.schema.names[part[0]])
             value = vectors[g] if own is None else own.before_pool(values[g])
-            project = self.projections.get(str(g), None)
+            project = self._projection(g)
             if project is not None and mode == "max":
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, project = torch.einsum("ni,nio->no", value, project[local]), None

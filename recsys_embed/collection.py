@@ -64,7 +64,7 @@ class EmbeddingCollection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.schema, self.plan = schema, plan or Plan.full(schema)
+        self.schema, self.plan = schema, Plan.full(schema) if plan is None else plan
         self.optimizer, self.seed, self.sparse = optimizer, seed, sparse
         self.backend = dispatch.choose(backend)
         if self.backend == "reference" and optimizer is not None:

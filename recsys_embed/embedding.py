@@ -15,7 +15,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import fit_tables
-from recsys_embed.kernels.checks import check_id_dtype, check_id_range, check_offsets
+from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup
 from recsys_embed.memory import Footprint
 
@@ -200,7 +200,7 @@ class CompressedEmbedding(nn.Module):
             order,
             vectors,
             offsets,
-            mode=self.mode,
+            mode=bag_mode(self.mode, offsets),
             per_sample_weights=None if per_sample_weights is None else per_sample_weights.reshape(-1),
             include_last_offset=self.include_last_offset,
             padding_idx=padding,

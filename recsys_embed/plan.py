@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recsys_embed.config import MethodConfig
-from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.optim import FusedOptimizer
@@ -140,6 +140,9 @@ class Plan:
                 f"a plan is an object with 'version': {PLAN_VERSION} and 'features'; got {data!r:.80}, "
                 f"version {found.get('version')!r}"
             )
+        for key in found:
+            if key not in ("version", "features"):
+                raise unknown_name("key of a plan", str(key), ("version", "features"))
         configs, errors = {}, []
         for name, config in found["features"].items():
             try:

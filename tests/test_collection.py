@@ -427,3 +427,17 @@ def test_exports_with_a_dynamic_batch() -> None:
     program = torch.export.export(coll, (torch.ones(4, 3, dtype=torch.int64), None, None), dynamic_shapes=dynamic)
     ids = torch.arange(27).view(9, 3)
     torch.testing.assert_close(program.module()(ids, None, None), coll(ids))
+
+
+def test_projections_keep_their_names_when_a_feature_pools_otherwise() -> None:
+    names = []
+    for pooling in ("sum", "mean"):
+        schema = rse.Schema([rse.FeatureSpec("a", 100, 8), rse.FeatureSpec("b", 100, 8, pooling=pooling)])
+        coll = rse.EmbeddingCollection(schema, rse.Plan.uniform(schema, "lowdim", dim=2))
+        names.append({k: v.shape for k, v in coll.state_dict().items() if not k.endswith("_extra_state")})
+        plain = rse.EmbeddingCollection(schema, coll.plan, backend="reference")
+        ids = torch.tensor([[3, 99], [0, 7]])
+        torch.testing.assert_close(coll(ids), plain(ids))
+        bags = (torch.tensor([3, 4, 99, 7]), torch.tensor([0, 2, 2, 3, 4]))
+        torch.testing.assert_close(coll(*bags), plain(*bags))
+    assert names[0] == names[1]

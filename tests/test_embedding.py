@@ -415,6 +415,14 @@ def test_calls_that_do_not_fit_say_so() -> None:
         rse.make_embedding("unified", 10, 4, num_rows=5, table="forward")
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("name", ["full", "hash"])
+def test_no_bags_give_no_vectors(name: str, mode: str) -> None:
+    module = rse.make_embedding(name, ROWS, WIDTH, mode=mode, **({} if name == "full" else {"num_buckets": 7}))
+    none = torch.empty(0, dtype=torch.long)
+    assert module(torch.tensor([1, 2]), none).shape == module(none, none).shape == (0, WIDTH)
+
+
 @pytest.mark.parametrize("name", ["hash", "compositional path"])
 def test_pooling_compiles_whole_with_a_dynamic_batch(name: str) -> None:
     torch._dynamo.reset()

@@ -124,6 +124,13 @@ def test_what_is_no_plan_is_refused(data: Any) -> None:
         Plan.from_dict(data)
 
 
+def test_unknown_keys_and_an_empty_plan_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'features'"):
+        Plan.from_dict({"version": 1, "features": {}, "feature": {}})
+    with pytest.raises(ConfigError, match="no entry in the plan"):
+        EmbeddingCollection(SCHEMA, Plan({}))
+
+
 def test_plans_hold_configurations() -> None:
     with pytest.raises(ConfigError, match=r"(?s)2 faults.*'hash'.*'C1'.*'C2'"):
         Plan({"C1": "hash", "C2": {"method": "hash"}})  # type: ignore[dict-item]

@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [a for a in args if a != "--debug"]
     try:
         status = _run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as when it was closed before the start
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt as e:
         return _fail(e, "interrupted", debug, EXIT_INTERRUPTED)

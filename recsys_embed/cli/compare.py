@@ -114,7 +114,8 @@ def make_comparison(varied: dict[str, Any], given: dict[str, Any], train: Any) -
             raise unknown_name("key of [compare]", key, known)
     merged = {**varied, **{k: v for k, v in given.items() if v is not None}}
     merged = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    if "all" in merged.get("methods", ()):
+    chosen = merged.get("methods", ())
+    if isinstance(chosen, tuple) and "all" in chosen:
         merged["methods"] = all_methods()
     return Comparison(**merged, train=train)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,12 @@ class Dataset:
     def truth(self) -> dict[str, Any] | None:
         """For synthetic data, what the planted model attains (``attainable`` holds AUC and logloss); else None."""
         return self.manifest.extra.get("truth")
+
+    @property
+    def digest(self) -> str:
+        """Hash of the rows of all splits: equal digests hold the same rows in the same order."""
+        rows = sorted((name, split.sha256) for name, split in self.manifest.splits.items())
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     @cached_property
     def stats(self) -> dict[str, Any]:

@@ -54,11 +54,16 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             hits = [p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_"))]
         elif path.exists():
-            hits = [path]
+            hits = [path] if path.is_file() else []
         else:
             hits = [Path(p) for p in glob.glob(str(item), recursive=True) if Path(p).is_file()]
         if not hits:
-            why = "the folder holds no files" if path.is_dir() else "no such file or folder, and no match as a glob"
+            why = "no such file or folder, and no match as a glob"
+            if path.is_dir():
+                why = "the folder holds no files"
+            elif path.exists():
+                # Inputs are read more than once and resumed at an offset.
+                why = "not a regular file; write a pipe or device to a file first"
             faults.append(f"input {str(item)!r}: {why}")
         found += sorted(hits, key=_natural)
     seen: set[Path] = set()

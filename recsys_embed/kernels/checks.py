@@ -47,6 +47,11 @@ def check_offsets(offsets: Tensor, count: int, where: str, closed: bool = False)
     return offsets
 
 
+def bag_mode(mode: str, offsets: Tensor) -> str:
+    """The mode to pool with: without a single bag all give ``[0, D]``, but torch's ``max`` ends the process."""
+    return mode if offsets.numel() else "sum"
+
+
 def check_id_range(ids: Tensor, size: int, where: str) -> None:
     """Raise unless all ids lie in ``[0, size)``.
 

@@ -13,7 +13,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.checks import check_id_dtype, check_id_range, check_offsets
+from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 
@@ -83,7 +83,7 @@ class FullEmbedding(CompressedEmbedding):
             ids,
             weight,
             offsets,
-            mode=self.mode,
+            mode=self.mode if offsets is None else bag_mode(self.mode, offsets),
             per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
             **options,

@@ -20,7 +20,15 @@ VERSION = 1
 def save_checkpoint(path: str | Path, config: dict[str, Any], **parts: Any) -> None:
     """Write ``parts`` (tensors, numbers, texts and containers of them) with their settings, atomically."""
     payload = {"format": FORMAT, "version": VERSION, "config": config, **parts}
-    atomic_write(path, lambda f: torch.save(payload, f))
+    try:
+        atomic_write(path, lambda f: torch.save(payload, f))
+    except RuntimeError as e:
+        # Torch's writer puts a failed write (a full disk) into such an error, with the cause in its context.
+        cause = e.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(e).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {path} cannot be written ({reason}); free some space, then go on from the one before"
+        ) from e
 
 
 def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -47,10 +55,12 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
         raise CheckpointError(f"checkpoint {path} is damaged: wrong checksum of {broken}")
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
-    if payload["version"] != VERSION:
-        raise CheckpointError(f"checkpoint {path} has format version {payload['version']}; this is version {VERSION}")
+    version, saved = payload.get("version"), payload.get("config")
+    if not isinstance(version, int) or version != VERSION:
+        raise CheckpointError(f"checkpoint {path} has format version {version!r}; this is version {VERSION}")
+    if not isinstance(saved, dict) or not all(isinstance(k, str) for k in saved):
+        raise CheckpointError(f"checkpoint {path} is damaged: it does not hold the settings it was made with")
     if config is not None:
-        saved = payload["config"]
         differing = [k for k in sorted({*saved, *config}) if saved.get(k) != config.get(k)]
         if differing:
             lines = [f"  - {k}: checkpoint {saved.get(k)!r}, this run {config.get(k)!r}" for k in differing]

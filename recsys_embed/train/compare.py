@@ -54,7 +54,19 @@ class Comparison:
     method_args: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = [
+            f"`{key}` must be {what}; got {getattr(self, key)!r}"
+            for key, what, fits in (
+                ("models", "a list of names", lambda v: isinstance(v, str)),
+                ("methods", "a list of names", lambda v: isinstance(v, str)),
+                ("ratios", "a list of numbers", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
+                ("budgets", "a list of byte sizes", lambda v: isinstance(v, (int, str)) and not isinstance(v, bool)),
+            )
+            if not isinstance(getattr(self, key), (tuple, list)) or not all(map(fits, getattr(self, key)))
+        ]
+        if not isinstance(self.seeds, int) or isinstance(self.seeds, bool):
+            faults.append(f"`seeds` must be an integer; got {self.seeds!r}")
+        raise_faults(faults, "Comparison")
         if self.seeds < 1:
             faults.append(f"`seeds` must be at least 1; got {self.seeds}")
         if not self.models:
@@ -196,12 +208,17 @@ def _finished_row(folder: Path, case: Case, data: Any) -> dict[str, Any] | None:
     path = _row_path(folder, case)
     if not path.exists():
         return None
-    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("settings"), dict):
+        raise ConfigError(f"{path} is not a row of a comparison; remove it to train the row again")
     wanted = case.config.to_dict()
     # Settings pass through JSON so that tuples and lists compare equal.
     wanted = json.loads(json.dumps(wanted))
     differing = [k for k in wanted if row["settings"].get(k) != wanted[k]]
-    if row["data"] != fingerprint(schema_of(data, case.config)):
+    if row.get("data") != fingerprint(schema_of(data, case.config), data):
         differing.append("data")
     if differing:
         raise ConfigError(
@@ -225,7 +242,7 @@ def _train_row(
         "status": "ok",
         "reason": "",
         "settings": config.to_dict(),
-        "data": fingerprint(schema),
+        "data": fingerprint(schema, data),
     }
     try:
         plans_for(schema, config)

@@ -122,6 +122,8 @@ class TrainConfig:
         for key in _NOT_NEGATIVE:
             if not getattr(self, key) >= 0:
                 faults.append(f"`{key}` must not be negative; got {getattr(self, key)!r}")
+        if self.seed >= 2**63:
+            faults.append(f"`seed` must be below 2^63; got {self.seed}")
         for key in ("learning_rate", "embedding_learning_rate", "clip_norm"):
             value = getattr(self, key)
             if value is not None and not value > 0:
@@ -232,8 +234,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ConfigError: not a file of that form; names file, line and column.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as e:
         raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'toml'}: {e}") from e

@@ -149,7 +149,7 @@ class Trainer:
         self.log = RunLog(folder, tensorboard=tensorboard, keep_bytes=self.state.log_bytes, step=self.state.step)
 
     def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
-        tables = {id(p) for c in self.model.collections().values() for p in c.parameters()}
+        tables = {id(c.get_parameter(name)) for c in self.model.collections().values() for name in c.storages}
         params = self.model.trainable()
         dense = [p for p in params if self.fused or id(p) not in tables]
         groups: list[dict[str, Any]] = [

@@ -140,11 +140,13 @@ def run_training(
         label: text beside the progress bar.
 
     Raises:
-        ConfigError: the folder already holds a run and ``resume`` is False.
+        ConfigError: the folder already holds a run and ``resume`` is False; the device cannot be used.
     """
     folder = None if folder is None else Path(folder)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if device is not None:
+        check_device(device)
     schema = schema_of(data, config)
     going_on = folder is not None and (folder / CHECKPOINT).exists()
     if going_on and not resume:
@@ -154,7 +156,7 @@ def run_training(
         model.standardise(*data.numeric_moments())
     footprint = trained_footprint(model)
     full_bytes = plans_for(schema, config).full_bytes
-    identity = {"data": fingerprint(schema)}
+    identity = {"data": fingerprint(schema, data)}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.tmp"):
@@ -187,15 +189,24 @@ def trained_footprint(model: CTRModel) -> Footprint:
     return model.footprint() + Footprint(optimizer=2 * sum(p.nbytes for p in ordinary))
 
 
+def check_device(device: torch.device | str) -> None:
+    """Raise ConfigError, with torch's reason, unless tensors can be made on ``device``."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}; see 'recsys-embed doctor'") from e
+
+
 def schema_of(data: Any, config: TrainConfig) -> Schema:
     """The data's features at the width and with the initial law of ``config``."""
     schema: Schema = data.schema(config.embedding_dim)
     return schema.with_init(config.embedding_init)
 
 
-def fingerprint(schema: Schema) -> str:
-    """Short hash of the features a run was trained on."""
-    return hashlib.sha256(json.dumps(schema.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(schema: Schema, data: Any) -> str:
+    """Short hash of the features and rows a run was trained on."""
+    return hashlib.sha256(json.dumps([schema.to_dict(), data.digest], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def footprint_dict(footprint: Footprint) -> dict[str, int]:

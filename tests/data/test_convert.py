@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -354,3 +355,9 @@ def test_vocabulary_file_round_trip(tmp_path: Path) -> None:
     assert again.ids.tolist() == vocab.ids.tolist()
     assert (again.missing_id, again.missing_count, again.size) == (vocab.missing_id, vocab.missing_count, vocab.size)
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "out" / "vocab" / "C2.parquet").read_bytes()
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        convert_criteo(tmp_path / "pipe", tmp_path / "out")

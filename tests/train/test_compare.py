@@ -61,6 +61,22 @@ def test_other_settings_in_the_same_folder_are_refused_but_more_rows_are_welcome
     assert len(more) == 6
 
 
+@pytest.mark.parametrize("text", ['{"model": "fm', "[]", "{}"])
+def test_a_damaged_row_is_named(text: str, tmp_path: Path) -> None:
+    comparison = small()
+    path = tmp_path / "rows" / f"{next(iter(comparison.cases())).key}.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is not a row of a comparison; remove it"):
+        run_comparison(comparison, ToyData(), tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"models": 3}, {"methods": "hash"}, {"ratios": ("x",)}, {"seeds": "x"}])
+def test_settings_of_another_type_are_named(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` must be"):
+        small(**wrong)
+
+
 def test_impossible_rows_say_why(tmp_path: Path) -> None:
     train = toy_config(epochs=1, model_args={})
     comparison = small(models=("fm",), methods=("lowdim", "hash"), ratios=(100.0,), seeds=1, train=train)
@@ -188,3 +204,10 @@ def test_plot(tmp_path: Path) -> None:
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")
     assert plot_pareto([], tmp_path / "none.png") is None
+
+
+def test_rows_of_other_data_are_not_reused(tmp_path: Path) -> None:
+    comparison = Comparison(methods=(), train=toy_config(epochs=1))
+    run_comparison(comparison, ToyData(seed=0), tmp_path)
+    with pytest.raises(ConfigError, match=r"other settings \(data\)"):
+        run_comparison(comparison, ToyData(seed=1), tmp_path)

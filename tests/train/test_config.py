@@ -103,3 +103,14 @@ def test_plateau_waits_then_multiplies_and_its_state_moves_over() -> None:
         assert b == a
         seen.append(a.factor(0))
     assert seen == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_a_seed_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="below 2\\^63"):
+        TrainConfig(seed=2**63)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"a = 1 # \xff")
+    with pytest.raises(ConfigError, match=r"c\.toml is not valid toml"):
+        read_settings(tmp_path / "c.toml")

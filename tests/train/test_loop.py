@@ -267,6 +267,29 @@ def test_absent_foreign_and_newer_checkpoints(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "y.pt")
 
 
+@pytest.mark.parametrize("rest", [{}, {"version": 1}, {"version": 1, "config": [1]}, {"version": 1, "config": {1: 2}}])
+def test_a_checkpoint_without_its_settings_is_refused(rest: dict, tmp_path: Path) -> None:
+    torch.save({"format": "recsys-embed-checkpoint", **rest}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"version None|settings it was made with"):
+        load_checkpoint(tmp_path / "c.pt", {"a": 1})
+
+
+def test_a_device_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device 'nowhere' cannot be used"):
+        run_training(toy_config(), ToyData(), folder=tmp_path, device="nowhere")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch) -> None:
+    def full(path, write) -> None:
+        with open("/dev/full", "wb", buffering=0) as f:
+            write(f)
+
+    monkeypatch.setattr("recsys_embed.train.checkpoint.atomic_write", full)
+    with pytest.raises((CheckpointError, OSError), match="No space left"):
+        save_checkpoint(tmp_path / "c.pt", {"a": 1}, model={"w": torch.zeros(300_000)})
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"a": 1}, model={"w": torch.zeros(3)})

@@ -53,6 +53,10 @@ class ToyData:
     def schema(self, embedding_dim: int) -> Schema:
         return Schema([FeatureSpec(f"C{i}", c, embedding_dim) for i, c in enumerate(self.cards)])
 
+    @property
+    def digest(self) -> str:
+        return repr([(split, [t.sum().item() for t in batch]) for split, batch in self.parts.items()])
+
     def numeric_moments(self):
         dense = self.parts["train"].dense
         return dense.mean(0), dense.std(0, correction=0)
