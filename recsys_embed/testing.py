@@ -61,8 +61,9 @@ def refused(error: type[Exception], *words: str) -> Iterator[None]:
 def example(method: MethodInfo, rows: int = ROWS, width: int = WIDTH, **options: Any) -> CompressedEmbedding:
     """A module of the method at half the bytes of a plain table, or as near as the method allows."""
     spec = FeatureSpec("embedding", rows, width)
-    whole = rows * width * 4
-    need = method.config_cls.sized(spec, 1).footprint(spec).serve
+    itemsize = (options.get("dtype") or torch.get_default_dtype()).itemsize
+    whole = rows * width * itemsize
+    need = method.config_cls.sized(spec, 1).footprint(spec, itemsize).serve
     with poisoned_memory():
         return method.embedding_cls(rows, width, budget=max(whole // 2, need), **options)
 
