@@ -14,7 +14,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]
 MAX_ROWS = 2**31 - 1
-_INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(?:normal|uniform):(\d*\.?\d+(?:e-?\d+)?)", re.ASCII)
+_INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(?:normal|uniform):((?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -105,3 +105,15 @@ def test_all_faults_of_a_schema_file_come_at_once() -> None:
         "'C7'",
     ):
         assert part in text, text
+
+
+def test_a_long_law_is_refused_at_once() -> None:
+    # A pattern that tries every split of the digits would take minutes.
+    with pytest.raises(ConfigError, match="`init` must be"):
+        FeatureSpec("a", 1, 1, init="normal:" + "9" * 200_000 + "x")
+    assert [FeatureSpec("a", 1, 1, init=f"normal:{x}").init_law()[1] for x in ("2", ".5", "0.25", "1e-3")] == [
+        2.0,
+        0.5,
+        0.25,
+        1e-3,
+    ]
