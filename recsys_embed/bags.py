@@ -58,7 +58,7 @@ def _of_jagged(schema: Schema, ids: Any) -> Bags:
     if ids.variable_stride_per_key():
         raise ConfigError("features must have one batch size; the KeyedJaggedTensor has one per feature")
     values, weights = ids.values(), ids.weights_or_none()
-    check_id_dtype(values, "of the collection")
+    check_id_dtype(values, "")
     offsets = check_offsets(ids.offsets(), values.numel(), "KeyedJaggedTensor", closed=True)
     batch = (offsets.numel() - 1) // len(keys)
     if keys != list(schema.names):
@@ -81,7 +81,7 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
     """
     count = len(schema)
     if isinstance(ids, Tensor):
-        check_id_dtype(ids, "of the collection")
+        check_id_dtype(ids, "")
         if ids.dim() != 1 or offsets is None:
             raise ConfigError(f"ids are [B, {count}], or 1-D with offsets [{count} * B + 1]; got {tuple(ids.shape)}")
         offsets = check_offsets(offsets, ids.numel(), "collection", closed=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,11 @@ class EmbeddingCollection(nn.Module):
         self.schema, self.plan = schema, Plan.full(schema) if plan is None else plan
         self.optimizer, self.seed, self.sparse = optimizer, seed, sparse
         self.backend = dispatch.choose(backend)
+        if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
+            raise ConfigError(
+                "`optimizer` must be recsys_embed.SGD, Adagrad, RowwiseAdagrad or Adam with its rate, or None; got "
+                f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
+            )
         if self.backend == "reference" and optimizer is not None:
             raise ConfigError(
                 "backend 'reference' reads a table several times per step and cannot fuse its update; "
@@ -87,6 +92,16 @@ class EmbeddingCollection(nn.Module):
         # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
         self._anchor = torch.zeros(0, requires_grad=True)
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
+        kept = {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
 
     def reset_parameters(self) -> None:
         """Draw initial weights, a function of seed and table names alone, and clear the optimizer's state."""
@@ -150,7 +165,7 @@ class EmbeddingCollection(nn.Module):
             IdRangeError: names the first feature with an id outside its range.
         """
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
-            check_id_dtype(ids, "of the collection")
+            check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
             return self.bundle.single(ids.long(), self._gather)

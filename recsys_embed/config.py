@@ -136,7 +136,7 @@ class MethodConfig(ABC):
             raise BudgetError(
                 f"method {cls.method!r} needs at least {format_bytes(need)} for {spec.num_embeddings} ids of width "
                 f"{spec.embedding_dim}; {format_bytes(available)} available (feature {spec.name!r}). Ways out: "
-                "1. a larger budget; 2. a method without a cost per id, such as 'hash' or 'unified'; 3. a smaller width"
+                f"1. a larger budget; 2. a smaller width{cls._smaller()}"
             )
         while low < high:
             middle = (low + high + 1) // 2
@@ -186,9 +186,15 @@ class MethodConfig(ABC):
                 return choose(low, keep)[1]
         raise BudgetError(
             f"method {cls.method!r} needs at least {format_bytes(choose(0.0, 0)[0])} for these {len(specs)} features; "
-            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a method with smaller tables, such as "
-            "'hash' or 'unified'; 3. a smaller embedding_dim"
+            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller embedding_dim"
+            + cls._smaller()
         )
+
+    @classmethod
+    def _smaller(cls) -> str:
+        """The last way out of a budget: methods without a cost per id, where this is not one of them already."""
+        others = [f"{m!r}" for m in ("hash", "unified") if m != cls.method]
+        return f"; 3. a method without a cost per id: {' or '.join(others)}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the method key and every field."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from recsys_embed import _state, hashing
 from recsys_embed.config import MethodConfig
-from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
@@ -101,6 +103,11 @@ class CompressedEmbedding(nn.Module):
         if sum(x is not None for x in (config, budget)) > 1 or (config is not None and params):
             raise ConfigError(f"{type(self).__name__} takes either `config`, or `budget` and options; got both")
         if config is None:
+            own = [*inspect.signature(CompressedEmbedding).parameters][2:-1]
+            options = [f.name for f in fields(self.config_cls)]
+            for key in params:
+                if key not in options and get_close_matches(key, own, cutoff=0.8):
+                    raise unknown_name(f"option of {type(self).__name__}", key, own + options)
             if budget is None:
                 return self.config_cls.from_params(params)
             return self.config_cls.for_budget(self.spec, budget, itemsize=itemsize, **params)
@@ -294,7 +301,15 @@ class CompressedEmbedding(nn.Module):
             # The law of initial weights and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
             _state.check(state_dict[prefix + "_extra_state"], self._identity(), where, ignore=("init", "pooling"))
+        errors = args[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(errors) > before and prefix + "_extra_state" not in state_dict:
+            name = type(self).__name__
+            errors.append(
+                f"the state at {prefix.rstrip('.') or 'the top'!r} names no configuration, so it is not of a {name}; "
+                f"take over a plain trained table with {name}.from_dense(weight, budget=...)"
+            )
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"

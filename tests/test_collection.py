@@ -441,3 +441,14 @@ def test_projections_keep_their_names_when_a_feature_pools_otherwise() -> None:
         bags = (torch.tensor([3, 4, 99, 7]), torch.tensor([0, 2, 2, 3, 4]))
         torch.testing.assert_close(coll(*bags), plain(*bags))
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_optimizer_state_stays_float32_when_weights_change_type(dtype: torch.dtype) -> None:
+    schema = rse.Schema([rse.FeatureSpec("a", 5, 4)])
+    coll = rse.EmbeddingCollection(schema, optimizer=rse.Adagrad(lr=0.0)).to(dtype)
+    assert coll.table("a.weight").dtype == dtype
+    for _ in range(300):
+        (coll(torch.tensor([[2]])) * 16).sum().backward()
+    assert coll.width4_sum.dtype == torch.float32
+    assert coll.width4_sum[2].tolist() == [300 * 256.0] * 4

@@ -431,3 +431,19 @@ def test_pooling_compiles_whole_with_a_dynamic_batch(name: str) -> None:
     for shape in ((2, 3), (5, 4)):
         ids = torch.arange(shape[0] * shape[1]).view(shape)
         torch.testing.assert_close(compiled(ids), module(ids))
+
+
+def test_a_plain_tables_state_points_to_from_dense() -> None:
+    with pytest.raises(RuntimeError, match=r"HashEmbedding\.from_dense\(weight"):
+        rse.make_embedding("hash", 100, 4, num_buckets=9).load_state_dict(torch.nn.Embedding(100, 4).state_dict())
+
+
+def test_misspelt_constructor_options_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'budget'"):
+        rse.make_embedding("hash", 100, 4, budgt="1KiB")
+
+
+def test_a_torch_optimizer_is_refused_with_the_way_to_use_it() -> None:
+    schema = rse.Schema([rse.FeatureSpec("a", 10, 4)])
+    with pytest.raises(ConfigError, match="optimizer=None"):
+        rse.EmbeddingCollection(schema, optimizer=torch.optim.Adam)

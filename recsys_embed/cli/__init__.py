@@ -50,7 +50,7 @@ def build_app(only: str | None = None) -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # rich would read "[train]" in a help text as a style and drop it
-        help="Compressed embeddings for recommendation models: compare methods at one byte budget, plan, train, ship.",
+        help="Compressed embeddings for recommenders: data, training, methods compared at one byte budget.",
     )
 
     @app.callback()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,3 +82,18 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(p.removesuffix("x")) for p in names(text))
     except ValueError:
         raise ConfigError(f"expected numbers separated by commas, e.g. 4,20; got {text!r}") from None
+
+
+FEW_STEPS = 200
+
+
+def say_few_steps(data: Any, config: TrainConfig) -> None:
+    """Warn where a run is too short to learn much, as with settings for large data on a small sample."""
+    steps = -(-data.splits["train"] // config.batch_size) * config.epochs
+    steps = steps if config.steps is None else min(steps, config.steps)
+    if steps < FEW_STEPS:
+        print(
+            f"recsys-embed: only {steps} training steps; on small data a smaller --batch-size and more --epochs "
+            "(or --config examples/criteo_sample.toml) learn far more",
+            file=sys.stderr,
+        )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed.cli._settings import names, numbers, split_settings, train_config
+from recsys_embed.cli._settings import names, numbers, say_few_steps, split_settings, train_config
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.models import hyperparameters
 from recsys_embed.report.comparison import markdown_table, reasons, rich_table
@@ -90,6 +90,7 @@ def compare(
         varied = {**varied, "ratios": []}
     comparison = make_comparison(varied, given, train)
     dataset = open_source(data, source, demo, out, quiet=as_json)
+    say_few_steps(dataset, train)
     write_json(out / "run.json", environment())
     try:
         rows = run_comparison(comparison, dataset, out, device=device, on_row=None if as_json else say_row)
@@ -172,9 +173,12 @@ def show(summaries: list[Summary], results: dict[str, Any], out: Path) -> None:
     """The table, the reasons for rows without results, and where the files are."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
     seeds = results["comparison"]["seeds"]
-    console.print(rich_table(summaries, f"test split, {seeds} seed{'s' if seeds > 1 else ''}"))
+    table = rich_table(summaries, f"test split, {seeds} seed{'s' if seeds > 1 else ''}")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    # A line that wraps can be read; a number that is cut cannot.
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)
     for line in reasons(summaries):
         console.print(line, style="dim", highlight=False)
     if (truth := results["data"]["truth"]) is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed.cli._settings import split_settings, train_config
+from recsys_embed.cli._settings import say_few_steps, split_settings, train_config
 from recsys_embed.memory import format_bytes
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.run import RunOutcome, footprint_dict, plain
@@ -68,10 +68,10 @@ def train(
     }
     settings = train_config(split_settings(config)[0], options, assign or [])
     folder = out or Path("runs/train") / f"{settings.model}-{settings.method}-s{settings.seed}"
+    dataset = open_dataset(data)
+    say_few_steps(dataset, settings)
     try:
-        outcome = run_training(
-            settings, open_dataset(data), folder=folder, resume=resume, device=device, tensorboard=tensorboard
-        )
+        outcome = run_training(settings, dataset, folder=folder, resume=resume, device=device, tensorboard=tensorboard)
     except Interrupted as e:
         print(f"recsys-embed: {e}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -11,11 +11,12 @@ from recsys_embed.errors import ConfigError, IdRangeError
 
 
 def check_id_dtype(ids: Tensor, where: str) -> None:
-    """Raise unless ``ids`` are a tensor of int32 or int64."""
+    """Raise unless ``ids`` are a tensor of int32 or int64; ``where`` is the feature, empty for all of a collection."""
+    at = f"feature {where!r}" if where else "a collection's features"
     if not isinstance(ids, Tensor):
-        raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} (feature {where!r})")
+        raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
     if ids.dtype not in (torch.int64, torch.int32):
-        raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} (feature {where!r})")
+        raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
 
 
 def check_offsets(offsets: Tensor, count: int, where: str, closed: bool = False) -> Tensor:

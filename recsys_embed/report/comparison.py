@@ -58,14 +58,21 @@ def reasons(summaries: Sequence[Summary]) -> list[str]:
 
 def rich_table(summaries: Sequence[Summary], title: str = "") -> Any:
     """The table as a :class:`rich.table.Table`."""
-    table = require("rich.table", extra="train", purpose="the table").Table(title=title or None)
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
+    models = {s.model for s in summaries}
+    # One model needs no column, and headers break between words, so that one seed fits 80 columns.
+    skip = 1 if len(models) == 1 else 0
+    title = ", ".join(t for t in (*(models if skip else ()), title) if t)
+    box = require("rich.box", extra="train", purpose="the table").SIMPLE_HEAD
+    table = require("rich.table", extra="train", purpose="the table").Table(
+        title=title or None, box=box, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for i, name in enumerate(HEADER[skip:]):
+        table.add_column(name.replace(" ", "\n"), justify="left" if i + skip < 3 else "right", no_wrap=True)
     previous = None
     for s in summaries:
         if previous is not None and previous != s.model:
             table.add_section()
-        table.add_row(*cells(s), style="dim" if s.auc is None else None)
+        table.add_row(*cells(s)[skip:], style="dim" if s.auc is None else None)
         previous = s.model
     return table
 

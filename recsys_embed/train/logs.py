@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def progress_bar(total: int, description: str, initial: int = 0, show: bool | No
     if not visible:
         return _NoBar()
     tqdm = require("tqdm", extra="train", purpose="the progress bar").tqdm
-    return tqdm(total=total, initial=initial, desc=description, unit="step", leave=False, dynamic_ncols=True)
+    # A terminal that does not know its width reports 0 columns, in which a bar would draw nothing.
+    width = None if shutil.get_terminal_size((0, 0)).columns else 80
+    return tqdm(total=total, initial=initial, desc=description, unit="step", leave=False, ncols=width)
 
 
 class _NoBar:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from recsys_embed import optim
 from recsys_embed._versions import installed_versions
+from recsys_embed.data.folder import lock
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.memory import Footprint, parse_bytes
@@ -125,7 +127,7 @@ def run_training(
     show_progress: bool | None = None,
     label: str = "train",
 ) -> RunOutcome:
-    """Train by ``config`` on an opened data set.
+    """Train by ``config`` on an opened data set; a run folder belongs to one process at a time.
 
     Args:
         config: settings.
@@ -143,44 +145,48 @@ def run_training(
         ConfigError: the folder already holds a run and ``resume`` is False; the device cannot be used.
     """
     folder = None if folder is None else Path(folder)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if device is not None:
-        check_device(device)
-    schema = schema_of(data, config)
-    going_on = folder is not None and (folder / CHECKPOINT).exists()
-    if going_on and not resume:
-        raise ConfigError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)")
-    model = model_from_config(config, schema, data.num_dense, device)
-    if config.standardise and data.num_dense:
-        model.standardise(*data.numeric_moments())
-    footprint = trained_footprint(model)
-    full_bytes = plans_for(schema, config).full_bytes
-    identity = {"data": fingerprint(schema, data)}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
-        write_json(folder / "config.json", config.to_dict())
-        write_json(folder / "run.json", {"seed": config.seed, **environment(), "footprint": footprint_dict(footprint)})
-    trainer = Trainer(
-        model,
-        data,
-        config,
-        folder=folder,
-        resume=going_on,
-        tensorboard=tensorboard,
-        device=device,
-        show_progress=show_progress,
-        label=label,
-        identity=identity,
-    )
-    result = trainer.run()
-    if folder is not None:
-        if save_model:
-            save_checkpoint(folder / "model.pt", {**config.to_dict(), **identity}, model=model.state_dict())
-        write_json(folder / "result.json", plain(result.to_dict()))
-    return RunOutcome(result, footprint, full_bytes, model)
+    with nullcontext() if folder is None else lock(folder):
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        if device is not None:
+            check_device(device)
+        schema = schema_of(data, config)
+        going_on = folder is not None and (folder / CHECKPOINT).exists()
+        if going_on and not resume:
+            raise ConfigError(
+                f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)"
+            )
+        model = model_from_config(config, schema, data.num_dense, device)
+        if config.standardise and data.num_dense:
+            model.standardise(*data.numeric_moments())
+        footprint = trained_footprint(model)
+        full_bytes = plans_for(schema, config).full_bytes
+        identity = {"data": fingerprint(schema, data)}
+        if folder is not None:
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
+            write_json(folder / "config.json", config.to_dict())
+            write_json(
+                folder / "run.json", {"seed": config.seed, **environment(), "footprint": footprint_dict(footprint)}
+            )
+        trainer = Trainer(
+            model,
+            data,
+            config,
+            folder=folder,
+            resume=going_on,
+            tensorboard=tensorboard,
+            device=device,
+            show_progress=show_progress,
+            label=label,
+            identity=identity,
+        )
+        result = trainer.run()
+        if folder is not None:
+            if save_model:
+                save_checkpoint(folder / "model.pt", {**config.to_dict(), **identity}, model=model.state_dict())
+            write_json(folder / "result.json", plain(result.to_dict()))
+        return RunOutcome(result, footprint, full_bytes, model)
 
 
 def trained_footprint(model: CTRModel) -> Footprint:

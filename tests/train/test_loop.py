@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.data.folder import lock
+from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.train import DivergedError, Interrupted, Trainer, run_training
 from recsys_embed.train.checkpoint import load_checkpoint, save_checkpoint
 from recsys_embed.train.run import model_from_config
@@ -341,3 +342,9 @@ def test_the_penalty_of_tables_shrinks_rows_that_no_batch_reads() -> None:
     assert ends[0.1][unread].abs().mean() < ends[0.0][unread].abs().mean() - 0.003
     with pytest.raises(ConfigError, match="needs `embedding_optimizer` 'dense_adam'"):
         toy_config(embedding_weight_decay=0.1)
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    with lock(tmp_path / "run"), pytest.raises(RecsysEmbedError, match="another process"):
+        run_training(toy_config(epochs=1), ToyData(rows=64), folder=tmp_path / "run")
+    assert run_training(toy_config(epochs=1), ToyData(rows=64), folder=tmp_path / "run").result.test is not None
