@@ -1,5 +1,6 @@
 # make demo   set up .venv if needed, check it, and run the main job on seeded synthetic data (results in runs/demo)
 # make test   set up .venv if needed, and run all tests (ARGS="tests/test_cli.py -k json" for some of them)
+# make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
 # make lint   style, types and the layering of the package
 # make bench  benchmarks; JSON results in runs/bench
 # make clean  remove what runs and builds left behind (make distclean: .venv too)
@@ -12,10 +13,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean distclean
+.PHONY: help setup demo test test-gpu lint bench clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 setup:
 	@sh scripts/setup.sh
@@ -28,6 +29,9 @@ demo: setup
 # One process per core, one thread each: torch's own threads would only get in each other's way.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-gpu:
+	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -m gpu -p no:cacheprovider tests/gpu $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
