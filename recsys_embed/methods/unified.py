@@ -28,7 +28,7 @@ class UnifiedConfig(MethodConfig):
     explicit.
 
     >>> UnifiedConfig(num_rows=1000).footprint(FeatureSpec("C1", 100_000, 16)).serve
-    32000
+    16000
     """
 
     method: ClassVar[str] = "unified"
