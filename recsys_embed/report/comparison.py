@@ -64,10 +64,11 @@ def rich_table(summaries: Sequence[Summary], title: str = "") -> Any:
     title = ", ".join(t for t in (*(models if skip else ()), title) if t)
     box = require("rich.box", extra="train", purpose="the table").SIMPLE_HEAD
     table = require("rich.table", extra="train", purpose="the table").Table(
-        title=title or None, box=box, padding=(0, 1, 0, 0), pad_edge=False
+        title=title or None, box=box, padding=0, pad_edge=False
     )
     for i, name in enumerate(HEADER[skip:]):
-        table.add_column(name.replace(" ", "\n"), justify="left" if i + skip < 3 else "right", no_wrap=True)
+        name = name.replace(" ", "\n").replace("compression", "com-\npression")
+        table.add_column(name, justify="left" if i + skip < 3 else "right", no_wrap=True)
     previous = None
     for s in summaries:
         if previous is not None and previous != s.model:

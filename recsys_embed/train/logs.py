@@ -72,9 +72,10 @@ def progress_bar(total: int, description: str, initial: int = 0, show: bool | No
     if not visible:
         return _NoBar()
     tqdm = require("tqdm", extra="train", purpose="the progress bar").tqdm
-    # A terminal that does not know its width reports 0 columns, in which a bar would draw nothing.
-    width = None if shutil.get_terminal_size((0, 0)).columns else 80
-    return tqdm(total=total, initial=initial, desc=description, unit="step", leave=False, ncols=width)
+    # A terminal that does not know its size reports 0, where tqdm draws nothing; this takes 80 x 24 instead.
+    size = shutil.get_terminal_size()
+    options = {"ncols": size.columns, "nrows": size.lines}
+    return tqdm(total=total, initial=initial, desc=description, unit="step", leave=False, **options)
 
 
 class _NoBar:

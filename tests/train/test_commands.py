@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ import recsys_embed.cli.compare as compare_command
 from recsys_embed.cli import main
 from recsys_embed.data import make_synthetic
 from recsys_embed.registry import list_methods
+from recsys_embed.report.comparison import rich_table
+from recsys_embed.train.compare import Summary
 
 FAST = ["--batch-size", "256", "--embedding-dim", "4", "--set", "model_args.hidden=[8]"]
 
@@ -89,3 +96,26 @@ def test_the_demo_suits_every_model(data: str, tmp_path: Path, monkeypatch, caps
 def test_bad_requests_end_with_one_line(args: list[str], message: str, tmp_path: Path, capsys) -> None:
     assert main(["compare", "--out", str(tmp_path / "x"), *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_bar_draws_on_a_terminal_that_does_not_know_its_size() -> None:
+    leader, follower = pty.openpty()
+    code = "from recsys_embed.train.logs import progress_bar; b = progress_bar(3, 'label'); b.update(1); b.close()"
+    subprocess.run([sys.executable, "-c", code], stderr=follower, stdout=follower, check=True, timeout=60)
+    assert b"label" in os.read(leader, 10_000)
+    os.close(leader)
+    os.close(follower)
+
+
+def test_the_table_of_one_model_and_seed_fits_80_columns() -> None:
+    from rich.console import Console
+
+    line = Summary(
+        "deepfm", "compositional", "20x", "ok", "", 1, auc=0.75, logloss=0.5, auc_gain=-0.01, compression=20.0,
+        samples_per_s=123_456.0,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(rich_table([line]))
+    text = console.export_text()
+    assert all(part in text for part in ("compositional", "0.7500", "-0.0100", "20.0x", "123,456", "pression"))
+    assert max(len(row.rstrip()) for row in text.splitlines()) <= 80
