@@ -55,6 +55,9 @@ def _of_jagged(schema: Schema, ids: Any) -> Bags:
     """Bags of a KeyedJaggedTensor, whose features are brought to the schema's order all at once."""
     keys = list(ids.keys())
     _check_present(schema, keys)
+    twice = sorted({k for k in keys if keys.count(k) > 1})
+    if twice:
+        raise ConfigError(f"keys of a KeyedJaggedTensor must be unique; got {', '.join(twice)} more than once")
     if ids.variable_stride_per_key():
         raise ConfigError("features must have one batch size; the KeyedJaggedTensor has one per feature")
     values, weights = ids.values(), ids.weights_or_none()

@@ -34,7 +34,7 @@ class EmbeddingCollection(nn.Module):
         optimizer: updates tables inside backward, so that they have no ``.grad``; ``None`` leaves ordinary gradients.
             Projections and other dense parameters always have ordinary gradients: give them to a torch optimizer.
             Each backward is one step of the rule, so gradients of several backwards cannot be accumulated, and
-            running backward twice over one graph updates twice.
+            running backward twice over one graph updates twice. In ``eval()`` nothing is updated.
         seed: of the initial weights (the configurations' own seeds salt the hashes).
         backend: ``"auto"``, or a name of :func:`available_backends`.
         sparse: with ``optimizer=None``, gradients of the tables are sparse.
@@ -135,7 +135,7 @@ class EmbeddingCollection(nn.Module):
 
     def _gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
         weight = getattr(self, storage)
-        if self.optimizer is not None and torch.is_grad_enabled():
+        if self.optimizer is not None and self.training and torch.is_grad_enabled():
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
             return out
         return F.embedding(rows.clamp_min(0) if partial_rows else rows, weight, sparse=self.sparse)

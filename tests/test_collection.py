@@ -452,3 +452,22 @@ def test_optimizer_state_stays_float32_when_weights_change_type(dtype: torch.dty
         (coll(torch.tensor([[2]])) * 16).sum().backward()
     assert coll.width4_sum.dtype == torch.float32
     assert coll.width4_sum[2].tolist() == [300 * 256.0] * 4
+
+
+def test_backward_in_eval_mode_leaves_fused_tables_alone() -> None:
+    schema = rse.Schema([rse.FeatureSpec("a", 5, 4), rse.FeatureSpec("b", 5, 4)])
+    coll = rse.EmbeddingCollection(schema, rse.Plan.uniform(schema, "lowdim", dim=2), rse.SGD(lr=1.0)).eval()
+    before = coll.table("a.weight").clone()
+    coll(torch.tensor([[2, 3]])).sum().backward()
+    assert torch.equal(coll.table("a.weight"), before)
+    coll.train()(torch.tensor([[2, 3]])).sum().backward()
+    assert not torch.equal(coll.table("a.weight"), before)
+
+
+def test_a_jagged_tensor_with_a_key_twice_is_refused() -> None:
+    sparse = pytest.importorskip("torchrec.sparse.jagged_tensor", reason="needs torchrec")
+    values, lengths = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])
+    jagged = sparse.KeyedJaggedTensor.from_lengths_sync(keys=["a", "a", "b"], values=values, lengths=lengths)
+    schema = rse.Schema([rse.FeatureSpec("a", 5, 4), rse.FeatureSpec("b", 5, 4)])
+    with pytest.raises(ConfigError, match="a more than once"):
+        rse.EmbeddingCollection(schema)(jagged)
