@@ -20,26 +20,9 @@ from recsys_embed.methods.compositional import CompositionalConfig, Compositiona
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, config_from_dict
 from recsys_embed.testing import EMBEDDING_CHECKS
+from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
 
-PARTITIONS = ("quotient_remainder", "generalized", "chinese_remainder")
 COMBINES = ("mul", "add", "concat", "feature", "path")
-SHAPES = [("quotient_remainder", 2), *itertools.product(("generalized", "chinese_remainder"), (2, 3, 5))]
-
-
-def _spec(n: int, d: int = 8, init: str = "sqrt_rows", name: str = "C1") -> rse.FeatureSpec:
-    return rse.FeatureSpec(name, n, d, init=init)
-
-
-def _classes(partition: str, moduli: tuple[int, ...], x: int, affine: tuple[int, int, int] | None = None) -> list[int]:
-    """The paper's definitions, in Python's integers."""
-    if affine:
-        a, b, p = affine
-        x = (a * x + b) % p
-    if partition == "quotient_remainder":
-        return [x // moduli[1], x % moduli[1]]
-    if partition == "generalized":
-        return [x // math.prod(moduli[:j]) % m for j, m in enumerate(moduli)]
-    return [x % m for m in moduli]
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------
@@ -50,7 +33,7 @@ def test_all_faults_at_once() -> None:
         partition="chinese_remainder", moduli=(6, 4, 9), num_partitions=2, combine="concat", num_collisions=5
     )
     with pytest.raises(ConfigError) as caught:
-        config.program(_spec(1000, 1))
+        config.program(make_spec(1000, 1))
     text = str(caught.value)
     assert text.startswith("5 faults in CompositionalConfig, feature 'C1'")
     for part in (
@@ -83,7 +66,7 @@ def test_all_faults_at_once() -> None:
 )
 def test_faults_in_words(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        CompositionalConfig.from_params(options).program(_spec(100))
+        CompositionalConfig.from_params(options).program(make_spec(100))
 
 
 def test_size_options_and_a_budget_exclude_each_other() -> None:
@@ -102,7 +85,7 @@ def _oracle(module: CompositionalEmbedding, ids: list[int]) -> Tensor:
     values = {name: p.detach().double() for name, p in module.named_parameters()}
     out = []
     for x in ids:
-        classes = _classes(config.partition, moduli, x, affine)
+        classes = classes_by_definition(config.partition, moduli, x, affine)
         if config.combine == "path":
             v = values["part0"][classes[0]]
             for j, c in enumerate(classes[1:], start=1):
@@ -162,7 +145,7 @@ def test_gradients_of_a_product_are_the_other_factors(k: int) -> None:
         expected = torch.zeros_like(module.table(f"part{j}"))
         for bag, row in enumerate(ids.tolist()):
             for x in row:
-                classes = _classes("generalized", moduli, x)
+                classes = classes_by_definition("generalized", moduli, x)
                 others = [module.table(f"part{i}")[c].detach() for i, c in enumerate(classes) if i != j]
                 expected[classes[j]] += upstream[bag] * torch.stack(others).prod(0)
         torch.testing.assert_close(module.table(f"part{j}").grad, expected, rtol=1e-12, atol=1e-12)
@@ -259,14 +242,14 @@ def test_grouped_networks_equal_a_loop(classes: int, n: int, seed: int, skewed: 
 
 def test_parameters_of_networks_are_counted() -> None:
     config = CompositionalConfig(combine="path", num_collisions=4, hidden=16)
-    spec = _spec(100_000, 16)
+    spec = make_spec(100_000, 16)
     # |P_1| rows of the base, and 4 networks 16 -> 16 -> 16 with biases.
     assert config.footprint(spec).serve == 4 * (25_000 * 16 + 4 * (16 * 16 + 16 + 16 * 16 + 16))
     assert (
         sum(p.nbytes for p in CompositionalEmbedding(100_000, 16, config=config).parameters())
         == config.footprint(spec).serve
     )
-    assert config.moduli_of(_spec(150, 16)) is None, "networks larger than the table they replace are not used"
+    assert config.moduli_of(make_spec(150, 16)) is None, "networks larger than the table they replace are not used"
 
 
 # -- initial weights ------------------------------------------------------------------------------------------------
@@ -284,7 +267,7 @@ def test_outputs_start_with_mean_and_std_of_a_plain_table(partition: str, k: int
         for s in range(8)
     ]
     values = torch.stack(tables).double()
-    law, scale = _spec(n, d, init).init_law()
+    law, scale = make_spec(n, d, init).init_law()
     std = scale if law == "normal" else scale / math.sqrt(3)
     # Rows repeat in tables of 8 rows, and networks share weights: the spread of an estimate is about 5 %.
     assert abs(values.std() / std - 1) < 0.08
@@ -293,7 +276,7 @@ def test_outputs_start_with_mean_and_std_of_a_plain_table(partition: str, k: int
 
 def test_products_start_with_the_variance_of_a_plain_table_exactly() -> None:
     for n in (10, 1000):
-        laws = [t.init for t in CompositionalConfig(num_collisions=3).program(_spec(n, 4, "normal:2")).tables]
+        laws = [t.init for t in CompositionalConfig(num_collisions=3).program(make_spec(n, 4, "normal:2")).tables]
         assert (laws[0].law, laws[1].law) == ("normal", "uniform")
         second = laws[0].scale ** 2 * (laws[1].loc ** 2 + laws[1].scale ** 2 / 3)
         assert math.isclose(second, 4.0)
@@ -302,7 +285,7 @@ def test_products_start_with_the_variance_of_a_plain_table_exactly() -> None:
 
 
 def test_initial_laws_of_other_codes() -> None:
-    spec = _spec(10_000, 16)
+    spec = make_spec(10_000, 16)
     for table in CompositionalConfig(num_collisions=50, init="dlrm_bug").program(spec).tables:
         values = table.init.fill_(torch.empty(1000, 16), seed=1)
         assert 0.01 <= values.min() < 0.011, "the bound that was meant as a width is the lower one"
@@ -328,7 +311,7 @@ def _requests(draw: st.DrawFn) -> tuple[rse.FeatureSpec, dict[str, Any]]:
         "hidden": draw(st.integers(1, 16)),
         "threshold": draw(st.sampled_from([0, 0, 50])),
     }
-    return _spec(n, draw(st.integers(6, 20))), params
+    return make_spec(n, draw(st.integers(6, 20))), params
 
 
 @given(_requests())
@@ -369,7 +352,7 @@ def test_budgets_are_never_exceeded_and_well_used(
 
 @pytest.mark.parametrize("n", [100, 9_999, 10_131_227])
 def test_most_compression_is_about_half_the_root(n: int) -> None:
-    spec = _spec(n, 16)
+    spec = make_spec(n, 16)
     rows = CompositionalConfig.sized(spec, 1).footprint(spec).serve // 64
     assert rows == min(-(-n // c) + c for c in range(1, math.isqrt(n) + 3))
     cubic = CompositionalConfig.sized(spec, 1, partition="generalized", num_partitions=3).footprint(spec).serve // 64
@@ -381,11 +364,11 @@ def test_most_compression_is_about_half_the_root(n: int) -> None:
 @pytest.mark.parametrize(("n", "compressed"), [(3, False), (5, False), (200, False), (201, True), (10_000, True)])
 def test_small_features_stay_plain(n: int, compressed: bool) -> None:
     config = CompositionalConfig(num_collisions=4, threshold=200)
-    names = [t.name for t in config.program(_spec(n)).tables]
+    names = [t.name for t in config.program(make_spec(n)).tables]
     assert names == (["part0", "part1"] if compressed else ["weight"])
     # Without a threshold it is the size that decides: 5 ids would take 2 + 4 rows.
     if n >= 4:
-        kept = CompositionalConfig(num_collisions=4).moduli_of(_spec(n)) is None
+        kept = CompositionalConfig(num_collisions=4).moduli_of(make_spec(n)) is None
         assert kept == (n == 5)
     module = CompositionalEmbedding(n, 8, config=config)
     assert module.footprint().serve <= n * 8 * 4
@@ -419,7 +402,7 @@ def test_from_dense_of_networks_beats_the_mean_of_each_class() -> None:
 
 
 def _collection(optimizer: Any = None, **options: Any) -> tuple[rse.Schema, rse.EmbeddingCollection]:
-    schema = rse.Schema([_spec(n, 8, name=f"C{n}") for n in (30, 5000, 200, 800, 3)])
+    schema = rse.Schema([make_spec(n, 8, name=f"C{n}") for n in (30, 5000, 200, 800, 3)])
     plan = Plan.uniform(schema, "compositional", num_collisions=3, threshold=200, **options)
     return schema, rse.EmbeddingCollection(schema, plan, optimizer, dtype=torch.float64)
 

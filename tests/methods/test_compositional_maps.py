@@ -16,27 +16,9 @@ import recsys_embed as rse
 from recsys_embed.methods._primes import balanced, coprime_run, cover, is_prime, next_prime
 from recsys_embed.methods.compositional import CompositionalConfig, class_maps
 from recsys_embed.program import Digit
+from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
 
-PARTITIONS = ("quotient_remainder", "generalized", "chinese_remainder")
-COMBINES = ("mul", "add", "concat", "feature", "path")
-SHAPES = [("quotient_remainder", 2), *itertools.product(("generalized", "chinese_remainder"), (2, 3, 5))]
 BIG = [2**24 + 1, 2**31 - 2, 2**40 + 3]
-
-
-def _spec(n: int, d: int = 8, init: str = "sqrt_rows", name: str = "C1") -> rse.FeatureSpec:
-    return rse.FeatureSpec(name, n, d, init=init)
-
-
-def _classes(partition: str, moduli: tuple[int, ...], x: int, affine: tuple[int, int, int] | None = None) -> list[int]:
-    """The paper's definitions, in Python's integers."""
-    if affine:
-        a, b, p = affine
-        x = (a * x + b) % p
-    if partition == "quotient_remainder":
-        return [x // moduli[1], x % moduli[1]]
-    if partition == "generalized":
-        return [x // math.prod(moduli[:j]) % m for j, m in enumerate(moduli)]
-    return [x % m for m in moduli]
 
 
 def _inverse(partition: str, moduli: tuple[int, ...], classes: list[int]) -> int:
@@ -68,7 +50,7 @@ def test_no_two_ids_share_all_classes(partition: Any, k: int, n: int, affine: bo
         assert rows.min() >= 0
         assert (rows < torch.tensor(moduli)).all(), "a class is a row of its table"
         assert len({tuple(r) for r in rows.tolist()}) == n
-        assert rows[n // 2].tolist() == _classes(partition, moduli, n // 2, coefficients)
+        assert rows[n // 2].tolist() == classes_by_definition(partition, moduli, n // 2, coefficients)
 
 
 @given(data=st.data())
@@ -81,7 +63,7 @@ def test_classes_identify_the_id_for_any_number_of_partitions(data: st.DataObjec
     assert math.prod(moduli) >= n
     ids = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
     rows = _rows(class_maps(partition, moduli), torch.tensor(ids)).tolist()
-    assert rows == [_classes(partition, moduli, x) for x in ids]
+    assert rows == [classes_by_definition(partition, moduli, x) for x in ids]
     assert [_inverse(partition, moduli, r) for r in rows] == ids
 
 
@@ -109,7 +91,7 @@ def test_affine_map_does_not_overflow(a: int, b: int, p: int) -> None:
 def test_affine_map_of_the_largest_feature_fits_64_bits() -> None:
     config = CompositionalConfig(num_collisions=40_000, affine=True)
     for name in ("C1", "C2", "C3"):
-        (digit, _) = config.classes_of(_spec(rse.features.MAX_ROWS, name=name))
+        (digit, _) = config.classes_of(make_spec(rse.features.MAX_ROWS, name=name))
         assert digit.affine is not None
         a, b, p = digit.affine
         assert 0 < a < p
@@ -121,10 +103,12 @@ def test_affine_map_of_the_largest_feature_fits_64_bits() -> None:
 def test_affine_map_depends_on_seed_and_feature_and_parts_neighbours() -> None:
     def first(seed: int, name: str) -> list[int]:
         config = CompositionalConfig(num_collisions=100, affine=True, seed=seed)
-        return config.classes_of(_spec(10_000, name=name))[0].rows(torch.arange(10_000)).tolist()
+        return config.classes_of(make_spec(10_000, name=name))[0].rows(torch.arange(10_000)).tolist()
 
     drawn = [
-        CompositionalConfig(num_collisions=100, affine=True, seed=seed).classes_of(_spec(10_000, name=name))[0].affine
+        CompositionalConfig(num_collisions=100, affine=True, seed=seed)
+        .classes_of(make_spec(10_000, name=name))[0]
+        .affine
         for seed, name in ((0, "C1"), (0, "C2"), (1, "C1"))
     ]
     multipliers, offsets, primes = zip(*(d for d in drawn if d), strict=True)
@@ -133,7 +117,7 @@ def test_affine_map_depends_on_seed_and_feature_and_parts_neighbours() -> None:
     assert first(0, "C1") == first(0, "C1")
     assert first(0, "C1") != first(0, "C2")
     assert first(0, "C1") != first(1, "C1")
-    plain = CompositionalConfig(num_collisions=100).classes_of(_spec(10_000))[0].rows(torch.arange(10_000))
+    plain = CompositionalConfig(num_collisions=100).classes_of(make_spec(10_000))[0].rows(torch.arange(10_000))
     same = sum(a == b for a, b in itertools.pairwise(first(0, "C1")))
     assert plain.diff().eq(0).sum() == 9900
     assert same < 5000, "neighbouring ids mostly part company"
