@@ -1,0 +1,223 @@
+"""The embedding tables of any model: plain, TorchRec's and this library's, with every place where each is used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from recsys_embed.errors import ConfigError
+
+TableKind = Literal["embedding", "embedding_bag", "torchrec_ebc", "torchrec_ec", "compressed", "collection"]
+Pooling = Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True, eq=False)
+class FoundTable:
+    """One logical embedding table of a model and every place that reads it.
+
+    Args:
+        name: the first dotted path with ``/`` for ``.``, as :class:`FeatureSpec` names are; unique in the model.
+        paths: every dotted path at which the same module, or another one with the same weight, stands.
+        kind: ``"embedding"``, ``"embedding_bag"``, a table of a TorchRec ``"torchrec_ebc"`` or ``"torchrec_ec"``, a
+            ``"compressed"`` drop-in, or a feature of this library's ``"collection"``.
+        rows: number of ids.
+        width: width of one id's vector.
+        dtype: of the stored values.
+        requires_grad: whether any of them is trained.
+        module: the module at the first path: the embedding, or the collection that holds the table.
+        table: name of the table (TorchRec) or feature (this library's collection) within ``module``.
+        pooling: how bags are pooled; None where there is one vector per id.
+        modules: the embedding module at each of ``paths``; for a feature of a collection, the collection.
+        tied: dotted names of parameters of other modules that are the same tensor, e.g. a tied output layer's.
+        obstacle: why the table cannot be replaced as it is; empty where it can.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    kind: TableKind
+    rows: int
+    width: int
+    dtype: torch.dtype
+    requires_grad: bool
+    module: nn.Module = field(repr=False)
+    table: str | None = None
+    pooling: Pooling | None = None
+    modules: tuple[nn.Module, ...] = field(default=(), repr=False)
+    tied: tuple[str, ...] = ()
+    obstacle: str = ""
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The plain table ``[rows, width]``; None for the kinds of this library, which store something else."""
+        if self.kind in ("compressed", "collection"):
+            return None
+        weight: Tensor = self.modules[0].weight  # type: ignore[assignment]
+        return weight
+
+
+def find_tables(model: nn.Module) -> list[FoundTable]:
+    """Every embedding table in a tree of modules, in the order of the tree; builds nothing, works on meta tensors.
+
+    A module that stands at several paths, and modules that hold the same weight, are one table. Sharded and quantised
+    TorchRec modules are not tables that a process owns and are left out.
+
+    Raises:
+        ConfigError: ``model`` is not a module.
+
+    >>> model = nn.ModuleDict({"user": nn.Embedding(100, 8), "tags": nn.EmbeddingBag(50, 8, mode="sum")})
+    >>> [(t.name, t.kind, t.rows, t.width, t.pooling) for t in find_tables(model)]
+    [('user', 'embedding', 100, 8, None), ('tags', 'embedding_bag', 50, 8, 'sum')]
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
+    groups: dict[Any, list[_Seen]] = {}
+    for seen in _walk(model, "", ()):
+        groups.setdefault(seen.key, []).append(seen)
+    others = _other_parameters(model, {id(s.module) for group in groups.values() for s in group})
+    taken: set[str] = set()
+    return [_describe(group, others, taken) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One place in the tree that reads a table."""
+
+    path: str
+    kind: TableKind
+    module: nn.Module
+    owner: nn.Module
+    table: str | None
+    key: Any
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_Seen]:
+    """Every place of the tree below ``module``; a module that contains itself is entered once."""
+    if id(module) in above:
+        return
+    if _is_ours(module, "collection", "EmbeddingCollection"):
+        for name in module.schema.names:  # type: ignore[union-attr]
+            yield _Seen(_join(path, name), "collection", module, module, name, (id(module), name))
+        return
+    if _is_ours(module, "embedding", "CompressedEmbedding"):
+        yield _Seen(path, "compressed", module, module, None, id(module))
+        return
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        kind: TableKind = "embedding" if isinstance(module, nn.Embedding) else "embedding_bag"
+        yield _Seen(path, kind, module, module, None, _weight_key(module))
+        return
+    held = _torchrec_tables(module)
+    if held is not None:
+        kind, folder, tables = held
+        for name, bag in tables.items():
+            where = _join(path, f"{folder}.{name}")
+            for seen in _walk(bag, where, (*above, id(module))):
+                plain = seen.kind in ("embedding", "embedding_bag")
+                yield _Seen(where, kind if plain else seen.kind, bag, module if plain else bag, name, seen.key)
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, _join(path, name), (*above, id(module)))
+
+
+def _is_ours(module: nn.Module, where: str, name: str) -> bool:
+    # By name, since those modules stand above this one.
+    return any(c.__module__ == f"recsys_embed.{where}" and c.__name__ == name for c in type(module).__mro__)
+
+
+def _torchrec_tables(module: nn.Module) -> tuple[TableKind, str, nn.ModuleDict] | None:
+    """Kind, attribute and tables of a TorchRec collection; None for other modules."""
+    torchrec = sys.modules.get("torchrec.modules.embedding_modules")
+    if torchrec is None:
+        return None  # without the import no module can be of it
+    if isinstance(module, torchrec.EmbeddingBagCollection):
+        return "torchrec_ebc", "embedding_bags", module.embedding_bags
+    if isinstance(module, torchrec.EmbeddingCollection):
+        return "torchrec_ec", "embeddings", module.embeddings
+    return None
+
+
+def _tensor_key(tensor: Tensor) -> Any:
+    """What two parameters over the same memory have in common; works without memory, on the meta device."""
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
+
+
+def _weight_key(module: nn.Module) -> Any:
+    weight = module._parameters.get("weight")
+    return id(module) if weight is None else _tensor_key(weight)
+
+
+def _other_parameters(model: nn.Module, tables: set[int]) -> dict[Any, list[str]]:
+    """Dotted names of the parameters and buffers outside embedding modules, by what they store."""
+    found: dict[Any, list[str]] = {}
+    for path, module in model.named_modules():
+        if id(module) in tables:
+            continue
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and not is_lazy(tensor):
+                found.setdefault(_tensor_key(tensor), []).append(_join(path, name))
+    return found
+
+
+def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str]) -> FoundTable:
+    first = group[0]
+    # '#' separates parts of table names elsewhere; the model itself may be a table, whose path is empty.
+    name = base = first.path.replace(".", "/").replace("#", "_") or "embedding"
+    n = 1
+    while name in taken:
+        n += 1
+        name = f"{base}_{n}"
+    taken.add(name)
+    common: dict[str, Any] = {
+        "name": name,
+        "paths": tuple(s.path for s in group),
+        "kind": first.kind,
+        "module": first.owner,
+        "table": first.table,
+        "modules": tuple(s.module for s in group),
+    }
+    module: Any = first.module
+    if first.kind in ("compressed", "collection"):
+        spec = module.spec if first.kind == "compressed" else module.schema[first.table]
+        pooling = module.mode if first.kind == "compressed" else spec.pooling
+        parameters = list(module.parameters())
+        trained = any(p.requires_grad for p in parameters) or getattr(module, "optimizer", None) is not None
+        return FoundTable(
+            rows=spec.num_embeddings,
+            width=spec.embedding_dim,
+            dtype=parameters[0].dtype,
+            requires_grad=trained,
+            pooling=pooling,
+            **common,
+        )
+    weight = module.weight
+    return FoundTable(
+        rows=module.num_embeddings,
+        width=module.embedding_dim,
+        dtype=weight.dtype,
+        requires_grad=any(s.module.weight.requires_grad for s in group),
+        pooling=getattr(module, "mode", None),
+        tied=tuple(others.get(first.key, ())),
+        obstacle="; ".join(dict.fromkeys(filter(None, (_obstacle(s.module) for s in group)))),
+        **common,
+    )
+
+
+def _obstacle(module: nn.Module) -> str:
+    if module._parameters.get("weight") is None:
+        return "its weight is computed (a parametrization, or weight_norm), not stored"
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance"
+    if type(module) not in (nn.Embedding, nn.EmbeddingBag):
+        cls = type(module)
+        return f"it is of {cls.__module__}.{cls.__qualname__}, a subclass that may do more than its base"
+    return ""
