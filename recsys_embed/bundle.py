@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from recsys_embed.bags import Bags
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.checks import check_feature_ids
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.reference import ReferenceLookup
-from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup
+from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup, project
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram
 from recsys_embed.registry import get_method
@@ -137,6 +137,18 @@ class LookupBundle(Constants):
                 out[table_key(spec, program.table(program.projection or ""))] = values
         return out
 
+    def assign_(self, counts: Mapping[str, Tensor]) -> None:
+        """Fill the index buffers of the named features; see :meth:`EmbeddingCollection.assign_`."""
+        unknown = [
+            str(unknown_name("feature", name, self.schema.names)) for name in counts if name not in self.schema.names
+        ]
+        raise_faults(unknown, "assign_", UnknownNameError)
+        for name, values in counts.items():
+            if name in self.programs:
+                self.kernel.index.assign_(list(self.programs).index(name), values)
+            else:
+                self._module(name).assign_(values)
+
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
         for module in self.own.values():
@@ -151,10 +163,8 @@ class LookupBundle(Constants):
         grouped = len(self.kernel.groups)
         out = []
         for g, value in enumerate(self.kernel(columns[:grouped], None, gather)):
-            project = self._projection(g)
-            if project is not None:
-                value = torch.einsum("bfi,fio->bfo", value, project)
-            out.append(value)
+            matrices = self._projection(g)
+            out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
         for part, column in zip(self.parts[grouped:], columns[grouped:], strict=True):
             out.append(self._module(self.schema.names[part[0]]).lookup(column[:, 0]).unsqueeze(1))
         return self._assemble(out)
@@ -178,16 +188,16 @@ class LookupBundle(Constants):
             mode = self.schema.features[part[0]].pooling
             own = None if g < grouped else self._module(self.schema.names[part[0]])
             value = vectors[g] if own is None else own.before_pool(values[g])
-            project = self._projection(g)
-            if project is not None and mode == "max":
+            matrices = self._projection(g)
+            if matrices is not None and mode == "max":
                 # Maxima do not commute with the projection, so it applies to every id.
-                value, project = torch.einsum("ni,nio->no", value, project[local]), None
+                value, matrices = project(value, matrices[local], "ni,nio->no"), None
             offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
             value = pool(value, offsets, mode, weights)
             value = value if own is None else own.after_pool(value)
             value = value.view(len(part), batch, value.shape[-1])
-            value = value.transpose(0, 1) if project is None else torch.einsum("fbi,fio->bfo", value, project)
-            out.append(value)
+            value = value.transpose(0, 1)
+            out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
         return self._assemble(out)
 
     def _pick(self, part: tuple[int, ...], feature: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -19,6 +19,7 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, apply_update
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.storage import allocate, stack_tables
 from recsys_embed.memory import Footprint
 from recsys_embed.optim import FusedOptimizer, is_rate
@@ -120,6 +121,17 @@ class EmbeddingCollection(nn.Module):
         storage, offset = self.places[key]
         weight: Tensor = getattr(self, storage)
         return weight[offset : offset + self.tables[key].rows]
+
+    def assign_(self, counts: Mapping[str, Tensor]) -> Self:
+        """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.
+
+        Fills the index buffers; it changes which rows ids read, so call it before training.
+
+        Args:
+            counts: per feature name ``[num_embeddings]`` how often each id occurs; features left out stay as they are.
+        """
+        self.bundle.assign_(counts)
+        return self
 
     @property
     def output_dim(self) -> int | None:
@@ -231,11 +243,12 @@ class EmbeddingCollection(nn.Module):
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 
     def footprint(self) -> Footprint:
-        """Bytes held: weights, the fused optimizer's state, and with ``optimizer=None`` the gradients of the tables."""
+        """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
         weights = sum(p.numel() * p.element_size() for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         trained = [p for p in self.parameters() if p.requires_grad]
-        return Footprint(weights=weights, optimizer=state, gradient=sum(p.nbytes for p in trained))
+        index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
+        return Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
 
     def _identity(self) -> dict[str, Any]:
         features = self.schema.to_dict()["features"]

@@ -18,7 +18,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
-from recsys_embed.kernels.vectorised import Place, VectorisedLookup
+from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
 from recsys_embed.memory import Footprint
 
 Mode = Literal["sum", "mean", "max"]
@@ -129,6 +129,17 @@ class CompressedEmbedding(nn.Module):
                 key = table.name if table.shared else f"{self.spec.name}.{table.name}"
                 table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
 
+    def assign_(self, counts: Tensor) -> Self:
+        """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.
+
+        Fills the index buffers; it changes which row an id reads, so call it before training.
+
+        Args:
+            counts: ``[num_embeddings]`` how often each id occurs; ties go to the smaller id.
+        """
+        self.kernel.index.assign_(0, counts)
+        return self
+
     # -- lookup ---------------------------------------------------------------------------------------------------
 
     def _gather(self, table: str, rows: Tensor, partial: bool) -> Tensor:
@@ -143,7 +154,8 @@ class CompressedEmbedding(nn.Module):
         """Vectors of checked int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
         (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)
         out = out.squeeze(1)
-        return out @ self.table(self.program.projection) if self.program.projection else out
+        name = self.program.projection
+        return project(out, self.table(name), "ni,io->no") if name else out
 
     def before_pool(self, ids: Tensor) -> Tensor:
         """What bags pool: one row per checked id ``[n]``; the vectors themselves unless a method says otherwise."""
@@ -273,6 +285,8 @@ class CompressedEmbedding(nn.Module):
         raise_faults(faults, f"{cls.__name__}.from_dense")
         options = {"device": weight.device, "dtype": weight.dtype, **options}
         module = cls(weight.shape[0], weight.shape[1], **options)
+        if counts is not None:
+            module.assign_(counts)
         module.fit_(weight.detach(), counts)
         return module
 

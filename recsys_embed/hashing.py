@@ -89,6 +89,16 @@ def hash_signs(ids: Tensor, salts: Tensor | int) -> Tensor:
     return 1 - 2 * _shift_right(splitmix64(ids, salts), 63)
 
 
+def sequence(salts: Tensor | int, numbers: Tensor) -> Tensor:
+    """Salts of a numbered series of hashes under one salt: int64 of the broadcast shape; number 0 is the salt itself.
+
+    >>> sequence(5, torch.arange(2))[0].item()
+    5
+    """
+    # Steps of an odd constant with all bits in use keep `id ^ salt` of nearby ids and numbers apart.
+    return salts + numbers * _GAMMA
+
+
 _MURMUR1 = _signed(0x87C37B91114253D5)
 _MURMUR2 = _signed(0x4CF5AD432745937F)
 

@@ -118,6 +118,8 @@ class Plan:
         for spec in schema:
             if self[spec.name].computes:
                 total += self[spec.name].footprint(spec, itemsize)
+            else:
+                total += Footprint(index=self[spec.name].footprint(spec).index)
         return total
 
     def to_dict(self) -> dict[str, Any]:

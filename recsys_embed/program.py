@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recsys_embed import hashing
 from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.members import Index, IndexArrays, positions
 from recsys_embed.memory import Footprint
 
 Combine = Literal["sum", "mul"]
@@ -83,16 +84,26 @@ class Transform(ABC):
 
     @staticmethod
     @abstractmethod
-    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
-        """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``."""
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``.
 
-    def rows(self, ids: Tensor) -> Tensor:
+        ``at`` says where the transform's own index begins in ``arrays``.
+        """
+
+    def rows(self, ids: Tensor, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
         """Rows of ``ids`` (int64, any shape): int64, same shape; -1 where the id has no row."""
-        return self.map(self.signature(), ids, self.parameters())
+        return self.map(self.signature(), ids, self.parameters(), at, arrays)
 
     @property
     def may_be_absent(self) -> bool:
         return False
+
+    @property
+    def reads(self) -> str | None:
+        """Name of the index whose arrays the transform reads, if any."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,9 @@ class Digit(Transform):
         return (self.div, self.mod, *(self.affine or (1, 0, 1)))
 
     @staticmethod
-    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
         _, has_affine, has_div, has_mod = signature
         div, mod, a, b, p = params
         if has_affine:
@@ -144,7 +157,9 @@ class Hash(Transform):
         return (self.salt, self.size, self.stride, self.head + self.offset, self.head)
 
     @staticmethod
-    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
         _, has_head, absent = signature
         salt, size, stride, offset, head = params
         rows = hashing.hash_rows(ids, salt, size) * stride + offset
@@ -173,8 +188,44 @@ class Murmur(Transform):
         return (self.seed, self.size)
 
     @staticmethod
-    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any]) -> Tensor:
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
         return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
+
+
+@dataclass(frozen=True)
+class Member(Transform):
+    """Place of an id among the members of ``index``; others hash to ``count + [0, rest)``, or have no row (rest 0)."""
+
+    index: Index
+    rest: int = 0
+    salt: int = 0
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Member, self.index.form, self.rest > 0)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.index.start, self.index.count, self.index.size, self.rest, self.salt)
+
+    @staticmethod
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        _, form, has_rest = signature
+        start, count, size, rest, salt = params
+        place = positions(form, ids, (start, count, size), at, arrays)
+        if not has_rest:
+            return place
+        return torch.where(place < 0, count + hashing.hash_rows(ids, salt, rest), place)
+
+    @property
+    def may_be_absent(self) -> bool:
+        return self.rest == 0
+
+    @property
+    def reads(self) -> str | None:
+        return self.index.name if self.index.form != "range" else None
 
 
 @dataclass(frozen=True)
@@ -187,9 +238,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Probe:
-    """One row read per id: it joins the output columns ``[column, column + table.width)``.
+    """One row read per id: it joins the output columns from ``column`` on.
 
     The row is multiplied by ``scale``, by a sign hashed with ``sign`` and by the learned ``weight``, where given.
+
+    Args:
+        run: this many consecutive rows are read and stand side by side; after the table's last row comes its first.
+            Each element of a run has a sign of its own.
+        width: columns it fills, where these are more than it reads: a table of width 1 repeats over them.
     """
 
     table: str
@@ -198,6 +254,13 @@ class Probe:
     scale: float = 1.0
     sign: int | None = None
     weight: Weight | None = None
+    run: int = 1
+    width: int | None = None
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """Those of the row and of the weight."""
+        return (self.transform,) if self.weight is None else (self.transform, self.weight.transform)
 
 
 @dataclass(frozen=True)
@@ -208,7 +271,8 @@ class LookupProgram:
         tables: what is stored.
         probes: which row each id reads; probes with equal columns combine, disjoint columns concatenate.
         combine: ``"sum"`` or ``"mul"`` of the probes that share columns, per id and before pooling.
-        projection: name of a dense table ``[columns, out]`` applied to the combined vector.
+        projection: name of a dense table applied to the combined vector: ``[columns, out]``; or
+            ``[columns - out, out]``, where the first ``out`` columns pass as they are and the projected rest is added.
         vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
     """
 
@@ -222,9 +286,16 @@ class LookupProgram:
         return next(t for t in self.tables if t.name == name)
 
     @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The sets of ids that transforms look up, each once."""
+        found = (t.index for p in self.probes for t in p.transforms if isinstance(t, Member))
+        return tuple({index.name: index for index in found}.values())
+
+    @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Output column range of each probe."""
-        return tuple((p.column, p.column + self.table(p.table).width) for p in self.probes)
+        widths = ((p.column, p.width or p.run * self.table(p.table).width) for p in self.probes)
+        return tuple((column, column + width) for column, width in widths)
 
     @property
     def combined_width(self) -> int:
@@ -237,8 +308,9 @@ class LookupProgram:
         return self.table(self.projection).width if self.projection else self.combined_width
 
     def footprint(self, itemsize: int = 4) -> Footprint:
-        """Bytes of the program's own tables at ``itemsize`` bytes per element."""
-        return Footprint(weights=itemsize * sum(t.rows * t.width for t in self.tables))
+        """Bytes of the program's own tables at ``itemsize`` bytes per element, and of its index arrays."""
+        weights = itemsize * sum(t.rows * t.width for t in self.tables)
+        return Footprint(weights=weights, index=sum(index.nbytes for index in self.indexes))
 
     def faults(self) -> list[str]:
         """Everything wrong with the description itself, in words."""
@@ -260,8 +332,17 @@ class LookupProgram:
         edges = [0, *(stop for _, stop in spans)]
         if [start for start, _ in spans] != edges[:-1]:
             faults.append(f"probe columns must tile the output without gap or partial overlap; got {spans}")
-        if self.projection and self.table(self.projection).rows != self.combined_width:
-            faults.append(f"projection must have {self.combined_width} rows; got {self.table(self.projection).rows}")
+        for p in self.probes:
+            if p.run < 1 or p.run > self.table(p.table).rows:
+                faults.append(f"`run` must be in [1, {self.table(p.table).rows}], table {p.table!r}; got {p.run}")
+            if p.width is not None and (p.run, self.table(p.table).width) != (1, 1):
+                faults.append(f"only single elements repeat over columns; table {p.table!r} has wider rows")
+        faults += [fault for index in self.indexes for fault in index.faults()]
+        if self.projection:
+            rows = self.table(self.projection).rows
+            whole = self.combined_width
+            if rows not in (whole, whole - self.table(self.projection).width):
+                faults.append(f"projection must have {whole} rows, or {whole} less its width; got {rows}")
         if self.width % self.vectors:
             faults.append(f"width {self.width} does not divide into {self.vectors} vectors")
         return faults

@@ -3,38 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recsys_embed import hashing
-from recsys_embed.kernels.vectorised import Place, VectorisedLookup
-from recsys_embed.program import LookupProgram, Probe
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
+from recsys_embed.members import IndexArrays
+from recsys_embed.program import LookupProgram, Probe, Transform
 
 Gather = Callable[[str, Tensor, bool], Tensor]
+
+
+class Indexes(NamedTuple):
+    """A program's index arrays: where each of its indexes begins, and the arrays."""
+
+    places: Mapping[str, int]
+    arrays: IndexArrays | None
+
+    def rows(self, transform: Transform, ids: Tensor) -> Tensor:
+        return transform.rows(ids, self.places.get(transform.reads or "", 0), self.arrays)
+
+
+NO_INDEXES = Indexes({}, None)
 
 
 def _read(gather: Gather, place: Place, rows: Tensor) -> Tensor:
     return gather(place.storage, torch.where(rows < 0, rows, rows + place.offset), True)
 
 
-def _probe(probe: Probe, places: Mapping[str, Place], ids: Tensor, gather: Gather, empty: float) -> Tensor:
-    rows = probe.transform.rows(ids)
-    value = _read(gather, places[probe.table], rows) * probe.scale
-    if probe.sign is not None:
-        value = value * hashing.hash_signs(ids, probe.sign).to(value.dtype).unsqueeze(-1)
+def _probe(
+    program: LookupProgram,
+    probe: Probe,
+    places: Mapping[str, Place],
+    ids: Tensor,
+    gather: Gather,
+    indexes: Indexes,
+) -> Tensor:
+    table = program.table(probe.table)
+    first = indexes.rows(probe.transform, ids)
+    pieces = []
+    for step in range(probe.run):
+        rows = torch.where(first < 0, first, (first + step) % table.rows)
+        piece = _read(gather, places[probe.table], rows) * probe.scale
+        if probe.sign is not None:
+            salt = hashing.sequence(probe.sign, torch.tensor(step, device=ids.device))
+            piece = piece * hashing.hash_signs(ids, salt).to(piece.dtype).unsqueeze(-1)
+        pieces.append(piece)
+    value = torch.cat(pieces, -1)
     if probe.weight is not None:
-        value = value * _read(gather, places[probe.weight.table], probe.weight.transform.rows(ids))
-    return torch.where((rows < 0).unsqueeze(-1), torch.full_like(value, empty), value)
+        value = value * _read(gather, places[probe.weight.table], indexes.rows(probe.weight.transform, ids))
+    if probe.width is not None:
+        value = value.repeat(1, probe.width)
+    empty = 0.0 if program.combine == "sum" else 1.0
+    return torch.where((first < 0).unsqueeze(-1), torch.full_like(value, empty), value)
 
 
-def combine(program: LookupProgram, places: Mapping[str, Place], ids: Tensor, gather: Gather) -> Tensor:
+def combine(
+    program: LookupProgram,
+    places: Mapping[str, Place],
+    ids: Tensor,
+    gather: Gather,
+    indexes: Indexes = NO_INDEXES,
+) -> Tensor:
     """Combined vectors of ``ids [n]`` before the projection: ``[n, program.combined_width]``."""
     columns = []
     for span in sorted(set(program.spans)):
         values = [
-            _probe(p, places, ids, gather, empty=0.0 if program.combine == "sum" else 1.0)
+            _probe(program, p, places, ids, gather, indexes)
             for p, s in zip(program.probes, program.spans, strict=True)
             if s == span
         ]
@@ -45,20 +83,25 @@ def combine(program: LookupProgram, places: Mapping[str, Place], ids: Tensor, ga
     return torch.cat(columns, dim=-1)
 
 
-def lookup(program: LookupProgram, tables: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+def lookup(
+    program: LookupProgram, tables: Mapping[str, Tensor], ids: Tensor, indexes: IndexStore | None = None
+) -> Tensor:
     """Vectors of ``ids``.
 
     Args:
         program: the description to run.
         tables: each of the program's tables by name, ``[rows, width]``.
         ids: int64 ``[n]``.
+        indexes: arrays of the program's indexes; by default, ids are frequency ranks.
 
     Returns:
         ``[n, program.width]`` in the tables' dtype, differentiable in the tables.
     """
     places = {name: Place(name, 0) for name in tables}
-    out = combine(program, places, ids, lambda table, rows, _: tables[table][rows.clamp_min(0)])
-    return out @ tables[program.projection] if program.projection else out
+    store = IndexStore([program.indexes]) if indexes is None else indexes
+    found = Indexes(store.places(0), store.arrays)
+    out = combine(program, places, ids, lambda table, rows, _: tables[table][rows.clamp_min(0)], found)
+    return project(out, tables[program.projection], "ni,io->no") if program.projection else out
 
 
 class ReferenceLookup(VectorisedLookup):
@@ -79,12 +122,13 @@ class ReferenceLookup(VectorisedLookup):
         for g, group in enumerate(self.groups):
             members = list(enumerate(group.features))
             run = [(self.programs[f], self.places[f]) for _, f in members]
+            index = [Indexes(self.index.places(f), self.index.arrays) for _, f in members]
             if local is None:
-                out.append(torch.stack([combine(*run[j], ids[g][:, j], gather) for j, _ in members], 1))
+                out.append(torch.stack([combine(*run[j], ids[g][:, j], gather, index[j]) for j, _ in members], 1))
                 continue
             width = group.template.combined_width
             picks = [(local[g] == j).nonzero().squeeze(1) for j, _ in members]
-            pieces = [combine(*run[j], ids[g][at], gather) for (j, _), at in zip(members, picks, strict=True)]
+            pieces = [combine(*run[j], ids[g][at], gather, index[j]) for (j, _), at in zip(members, picks, strict=True)]
             # Every value belongs to exactly one member, so the inverse permutation restores their order.
             out.append(torch.cat(pieces)[torch.cat(picks).argsort()].view(-1, width))
         return out

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from recsys_embed import hashing
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.members import IndexArrays
 from recsys_embed.program import LookupProgram, Probe, Transform
 
 
@@ -31,12 +33,17 @@ Gather = Callable[[str, Tensor, bool], Tensor]
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows that several probes of a group read from one storage with one kind of transform."""
+    """Rows that several probes of a group read from one storage with one kind of transform.
+
+    ``params`` names a constant ``[features, probes, n]``: the transform's integers, where its index begins, the rows
+    of the table, and the table's place in the storage.
+    """
 
     storage: str
     kind: tuple[Any, ...]
     params: str
     may_be_absent: bool
+    run: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class _ProbeSet:
     weight: _Read | None
     signs: str | None
     scale: float
+    width: int | None
 
 
 def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -58,11 +66,13 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[A
             p.transform.may_be_absent,
             p.scale,
             p.sign is None,
+            p.run,
+            p.width,
             p.weight and (places[p.weight.table].storage, p.weight.transform.signature()),
         )
         for p in program.probes
     )
-    projection = program.projection and (program.combined_width, program.width)
+    projection = program.projection and (program.table(program.projection).rows, program.width)
     return (probes, program.spans, program.combine, projection, program.vectors, key)
 
 
@@ -73,10 +83,15 @@ class Group(Constants):
         features: their positions among the collection's features.
         programs: one program per position.
         places: where each table of the programs lives.
+        index: where the indexes of all features lie.
     """
 
     def __init__(
-        self, features: Sequence[int], programs: Sequence[LookupProgram], places: Sequence[Mapping[str, Place]]
+        self,
+        features: Sequence[int],
+        programs: Sequence[LookupProgram],
+        places: Sequence[Mapping[str, Place]],
+        index: IndexStore,
     ) -> None:
         super().__init__()
         self.features = tuple(features)
@@ -84,41 +99,59 @@ class Group(Constants):
         by_kind: dict[tuple[Any, ...], list[int]] = {}
         for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
             by_kind.setdefault(signature, []).append(slot)
-        self.sets = [self._probe_set(tuple(slots), programs, places) for slots in by_kind.values()]
+        self.sets = [self._probe_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
+        runs = {s.read.run for s in self.sets}
+        for run in runs - {1}:
+            self.add_constant(f"run{run}", list(range(run)))
 
     def _read(
         self,
         name: str,
         chosen: Sequence[Sequence[tuple[str, Transform]]],
+        programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
+        index: IndexStore,
+        run: int = 1,
     ) -> _Read:
-        """Register the integers of ``chosen[feature][probe] = (table, transform)``, row offsets last."""
-        values = [[[*t.parameters(), places[f][table].offset] for table, t in row] for f, row in enumerate(chosen)]
-        self.add_constant(name, values)
+        """Register the integers of ``chosen[feature][probe] = (table, transform)``."""
+
+        def integers(f: int, table: str, transform: Transform) -> list[int]:
+            at = index.at(self.features[f], transform.reads)
+            return [*transform.parameters(), at, programs[f].table(table).rows, places[f][table].offset]
+
+        self.add_constant(name, [[integers(f, table, t) for table, t in row] for f, row in enumerate(chosen)])
         table, transform = chosen[0][0]
-        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent)
+        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, run)
 
     def _probe_set(
-        self, slots: tuple[int, ...], programs: Sequence[LookupProgram], places: Sequence[Mapping[str, Place]]
+        self,
+        slots: tuple[int, ...],
+        programs: Sequence[LookupProgram],
+        places: Sequence[Mapping[str, Place]],
+        index: IndexStore,
     ) -> _ProbeSet:
         chosen: list[list[Probe]] = [[p.probes[s] for s in slots] for p in programs]
         first, tag = chosen[0][0], f"{slots[0]}"
-        read = self._read(f"rows{tag}", [[(p.table, p.transform) for p in row] for row in chosen], places)
+        picks = [[(p.table, p.transform) for p in row] for row in chosen]
+        read = self._read(f"rows{tag}", picks, programs, places, index, first.run)
         weight, signs = None, None
         if first.weight is not None:
             picks = [[(p.weight.table, p.weight.transform) for p in row if p.weight] for row in chosen]
-            weight = self._read(f"weight{tag}", picks, places)
+            weight = self._read(f"weight{tag}", picks, programs, places, index)
         if first.sign is not None:
             signs = f"sign{tag}"
             self.add_constant(signs, [[p.sign for p in row] for row in chosen])
-        return _ProbeSet(slots, read, weight, signs, first.scale)
+        return _ProbeSet(slots, read, weight, signs, first.scale, first.width)
 
-    def rows(self, ids: Tensor, local: Tensor | None) -> list[tuple[str, Tensor]]:
-        """Rows to gather: (storage, int64 ``[..., probes]``) for every set and its weights; -1 stays -1.
+    def rows(self, ids: Tensor, local: Tensor | None, arrays: IndexArrays) -> list[tuple[str, Tensor]]:
+        """Rows to gather: (storage, int64 ``[..., probes]`` or ``[..., probes, run]``) for every set and its weights.
+
+        -1 stays -1.
 
         Args:
             ids: ``[B, len(features)]``, or ``[n]`` with ``local``.
             local: ``[n]``, which of the group's features each id belongs to.
+            arrays: of all indexes.
         """
         x = ids.unsqueeze(-1)
         out = []
@@ -127,12 +160,24 @@ class Group(Constants):
                 if read is None:
                     continue
                 stacked = self.constant(read.params)
-                *params, offset = (stacked if local is None else stacked[local]).unbind(-1)
-                rows = read.kind[0].map(read.kind, x, params)
+                *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
+                rows = read.kind[0].map(read.kind, x, params, at, arrays)
+                if read.run > 1:
+                    size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
+                    ahead = (rows + self.constant(f"run{read.run}")) % size
+                    rows = torch.where(rows < 0, rows, ahead) if read.may_be_absent else ahead
                 out.append(
                     (read.storage, torch.where(rows < 0, rows, rows + offset) if read.may_be_absent else rows + offset)
                 )
         return out
+
+    def _signs(self, s: _ProbeSet, ids: Tensor, local: Tensor | None) -> Tensor:
+        """-1 or +1 per read, to multiply with its values."""
+        salts = self.constant(s.signs or "")
+        salts, x = salts if local is None else salts[local], ids.unsqueeze(-1)
+        if s.read.run > 1:
+            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"run{s.read.run}")), x.unsqueeze(-1)
+        return hashing.hash_signs(x, salts).unsqueeze(-1)
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """Combine gathered ``values[i] = [*rows[i].shape, width]`` into ``[..., combined_width]``."""
@@ -144,15 +189,17 @@ class Group(Constants):
             if s.scale != 1.0:
                 value = value * s.scale
             if s.signs is not None:
-                salts = self.constant(s.signs)
-                salts = salts if local is None else salts[local]
-                value = value * hashing.hash_signs(ids.unsqueeze(-1), salts).to(value.dtype).unsqueeze(-1)
+                value = value * self._signs(s, ids, local).to(value.dtype)
+            if s.read.run > 1:
+                value, row = value.flatten(-2), row[..., 0]
             if s.weight is not None:
                 value = value * values[index]
                 index += 1
             if s.read.may_be_absent:
                 empty = 0.0 if program.combine == "sum" else 1.0
                 value = value.masked_fill((row < 0).unsqueeze(-1), empty)
+            if s.width is not None:
+                value = value.expand(*value.shape[:-1], s.width)
             spans = [program.spans[slot] for slot in s.slots]
             if len(self.sets) == 1 and len(set(spans)) == len(spans) and sorted(spans) == spans:
                 return value.flatten(-2)
@@ -163,6 +210,13 @@ class Group(Constants):
             join = torch.add if program.combine == "sum" else torch.mul
             columns.append(reduce(join, parts[span]))
         return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+
+def project(value: Tensor, matrix: Tensor, equation: str) -> Tensor:
+    """Combined vectors times their projection by an einsum ``equation``; columns beyond its rows pass and are added."""
+    passing = value.shape[-1] - matrix.shape[-2]
+    out = torch.einsum(equation, value[..., passing:], matrix)
+    return out + value[..., :passing] if passing else out
 
 
 class VectorisedLookup(nn.Module):
@@ -184,8 +238,9 @@ class VectorisedLookup(nn.Module):
         members: dict[tuple[Any, ...], list[int]] = {}
         for i, program in enumerate(programs):
             members.setdefault(_signature(program, places[i], (keys[i],) if keys else ()), []).append(i)
+        self.index = IndexStore([p.indexes for p in programs])
         self._groups = nn.ModuleList(
-            Group(m, [programs[i] for i in m], [places[i] for i in m]) for m in members.values()
+            Group(m, [programs[i] for i in m], [places[i] for i in m], self.index) for m in members.values()
         )
         self._partial = {s.read.storage for g in self.groups for s in g.sets if s.read.may_be_absent}
 
@@ -204,7 +259,8 @@ class VectorisedLookup(nn.Module):
                 called once per storage. What it returns for -1 is ignored.
         """
         where = local if local is not None else [None] * len(ids)
-        requests = [g.rows(x, w) for g, x, w in zip(self.groups, ids, where, strict=True)]
+        arrays = self.index.arrays
+        requests = [g.rows(x, w, arrays) for g, x, w in zip(self.groups, ids, where, strict=True)]
         wanted: dict[str, list[Tensor]] = {}
         for request in requests:
             for storage, rows in request:

@@ -1,0 +1,146 @@
+"""Sets of ids as arrays a lookup reads: which ids own a row, and which row that is.
+
+A method that treats frequent ids apart needs to know them. Where ids are numbered by falling frequency this costs
+nothing; elsewhere the set is kept as a bitmap with running counts (rank), or as the sorted members, whichever is
+smaller. Rows stand in order of ids, so no array has to hold a permutation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Form = Literal["range", "bitmap", "sorted"]
+
+
+def words_of(size: int) -> int:
+    """64-bit words of a bitmap over ``size`` ids."""
+    return -(-size // 64)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The ids of ``[0, size)`` whose frequency rank lies in ``[start, start + count)``.
+
+    Args:
+        name: unique in its program.
+        size: number of ids.
+        start: first rank; 0 is the most frequent id.
+        count: members.
+        form: ``"range"`` where ids are ranks (no bytes), ``"bitmap"`` (12 bytes per 64 ids), ``"sorted"`` (4 bytes per
+            member).
+
+    >>> Index.smallest("hot", size=1000, start=0, count=500).form, Index.smallest("hot", 10**6, 0, 10).nbytes
+    ('bitmap', 40)
+    """
+
+    name: str
+    size: int
+    start: int
+    count: int
+    form: Form = "range"
+
+    @classmethod
+    def smallest(cls, name: str, size: int, start: int, count: int) -> Index:
+        """The set in whichever array form takes fewer bytes."""
+        forms: tuple[Form, Form] = ("bitmap", "sorted")
+        return min((cls(name, size, start, count, form) for form in forms), key=lambda index: index.nbytes)
+
+    @property
+    def length(self) -> int:
+        """Entries of each array."""
+        return {"range": 0, "bitmap": words_of(self.size), "sorted": self.count}[self.form]
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * {"range": 0, "bitmap": 12, "sorted": 4}[self.form]
+
+    def faults(self) -> list[str]:
+        """What is wrong with the description, in words."""
+        if self.start < 0 or self.count < 1 or self.start + self.count > self.size:
+            return [
+                f"index {self.name!r} must select at least one of ranks 0 to {self.size - 1}; "
+                f"got {self.count} from {self.start}"
+            ]
+        return []
+
+
+class IndexArrays(NamedTuple):
+    """Arrays of all indexes of a module, end to end.
+
+    ``words`` int64 and ``ranks`` int32 hold bitmaps and the members before each word; ``values`` int32 holds sorted
+    members; ``steps`` is the number of halvings that searches the longest of them.
+    """
+
+    words: Tensor
+    ranks: Tensor
+    values: Tensor
+    steps: int
+
+
+def bitmap(members: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Words int64 and ranks int32, both ``[words_of(size)]``, of distinct ``members`` in ``[0, size)``.
+
+    >>> words, ranks = bitmap(torch.tensor([1, 64, 66]), 100)
+    >>> words.tolist(), ranks.tolist()
+    ([2, 5], [0, 1])
+    """
+    words = torch.zeros(words_of(size), dtype=torch.int64, device=members.device)
+    # Members are distinct, so the sum of their bits is the union.
+    words.index_add_(0, members >> 6, torch.ones_like(members) << (members & 63))
+    return words, ranks_of(words)
+
+
+def ranks_of(words: Tensor) -> Tensor:
+    """Members before each word: int32 of the shape of ``words``."""
+    counts = popcount(words)
+    return (counts.cumsum(0) - counts).to(torch.int32)
+
+
+def popcount(x: Tensor) -> Tensor:
+    """Bits set in each int64.
+
+    >>> popcount(torch.tensor([0, 7, -1, -(2**63)])).tolist()
+    [0, 3, 64, 1]
+    """
+    # Torch shifts copy the sign bit in; each mask takes those copies away again.
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((x * 0x0101010101010101) >> 56) & 0x7F
+
+
+def positions(form: Form, ids: Tensor, params: tuple[Any, Any, Any], at: Any, arrays: IndexArrays | None) -> Tensor:
+    """Place of each id among the members in order of ids: int64 of the shape of ``ids``; -1 for others.
+
+    Args:
+        form: of the index.
+        ids: int64, any value.
+        params: start, count and size of the index: integers, or tensors that broadcast with ``ids``.
+        at: where the index begins in ``arrays``: likewise.
+        arrays: of the module; not needed for ranges.
+    """
+    start, count, size = params
+    if form == "range":
+        place = ids - start
+        return torch.where((place >= 0) & (place < count), place, -1)
+    if arrays is None:
+        raise RuntimeError("a lookup with index arrays was run without them")
+    if form == "bitmap":
+        inside = (ids >= 0) & (ids < size)
+        word = torch.where(inside, (ids >> 6) + at, at)
+        bits, bit = arrays.words[word], ids & 63
+        below = popcount(bits & ((torch.ones_like(ids) << bit) - 1))
+        member = inside & (((bits >> bit) & 1) != 0)
+        return torch.where(member, arrays.ranks[word].long() + below, -1)
+    last = at + count
+    place = torch.zeros_like(ids) + (at - 1)
+    for step in reversed(range(arrays.steps)):
+        ahead = place + (1 << step)
+        known = arrays.values[torch.minimum(ahead, torch.zeros_like(ids) + (last - 1))]
+        place = torch.where((ahead < last) & (known <= ids), ahead, place)
+    found = (place >= at) & (arrays.values[torch.maximum(place, torch.zeros_like(ids) + at)] == ids)
+    return torch.where(found, place - at, -1)
