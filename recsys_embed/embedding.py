@@ -20,6 +20,7 @@ from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
 from recsys_embed.memory import Footprint
+from recsys_embed.shared import PlainView, SharedTables
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -38,6 +39,7 @@ class CompressedEmbedding(nn.Module):
             with the method's own options in ``params``.
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
         init: law of a plain table here, see :class:`FeatureSpec`; ``"normal:1"`` is that of ``nn.Embedding``.
+        shared: holds the tables of these names for several drop-ins; others are this module's own.
 
     Raises:
         ConfigError: an option is unknown, out of range, or not supported by the method.
@@ -46,6 +48,8 @@ class CompressedEmbedding(nn.Module):
 
     config_cls: ClassVar[type[MethodConfig]]
     supports_torch_options: ClassVar[bool] = False
+    # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
+    stands_in: bool = False
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class CompressedEmbedding(nn.Module):
         budget: int | str | None = None,
         name: str = "embedding",
         init: str = "normal:1",
+        shared: SharedTables | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **params: Any,
@@ -89,7 +94,11 @@ class CompressedEmbedding(nn.Module):
         self.program = self.config.program(self.spec)
         taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name == "kernel"]
         raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
+        self.shared = shared
         for table in self.program.tables:
+            if shared is not None and table.name in shared:
+                shared.check(table, f"{type(self).__name__} {name!r}")
+                continue
             empty = torch.empty(table.rows, table.width, device=device, dtype=dtype)
             self.register_parameter(table.name, nn.Parameter(empty))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
@@ -126,6 +135,8 @@ class CompressedEmbedding(nn.Module):
         seed = self.config.seed if seed is None else seed
         with torch.no_grad():
             for table in self.program.tables:
+                if self.shared is not None and table.name in self.shared:
+                    continue  # drawn once, by its holder
                 key = table.name if table.shared else f"{self.spec.name}.{table.name}"
                 table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
 
@@ -147,7 +158,26 @@ class CompressedEmbedding(nn.Module):
 
     def table(self, name: str) -> Tensor:
         """The stored values of one of the program's tables: ``[rows, width]``."""
-        values: Tensor = getattr(self, name)
+        if self.shared is not None and name in self.shared:
+            return self.shared.parameter(name)
+        values = self._parameters[name]
+        if values is None:
+            raise ConfigError(f"table {name!r} of {type(self).__name__} {self.spec.name!r} has been removed")
+        return values
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored table called ``weight``, where the method has one.
+
+        In a model whose plain tables have been compressed it is the plain table that this module stands for,
+        ``[num_embeddings, embedding_dim]``: computed anew at every access, with gradients, and read-only.
+        """
+        if self.stands_in:
+            return self._vectors(torch.arange(self.num_embeddings, device=self._device())).as_subclass(PlainView)
+        stored = self.__dict__.get("_parameters", {}).get("weight")
+        if stored is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")
+        values: Tensor = stored
         return values
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -179,20 +209,21 @@ class CompressedEmbedding(nn.Module):
         out = self.lookup(ids)
         return out if self.padding_idx is None else out.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
 
-    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Look up ``ids``.
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Look up ids.
 
         Args:
-            ids: int32 or int64. Without ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]`` with
-                ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
-            per_sample_weights: floats of the shape of ``ids``, for ``mode="sum"``; may require grad.
+            input: the ids, int32 or int64. Without ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]``
+                with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
+            per_sample_weights: floats of the shape of ``input``, for ``mode="sum"``; may require grad.
 
         Returns:
-            ``[*ids.shape, output_dim]`` without ``mode``, else ``[bags, output_dim]``.
+            ``[*input.shape, output_dim]`` without ``mode``, else ``[bags, output_dim]``.
 
         Raises:
             IdRangeError: an id is outside ``[0, num_embeddings)`` and the method does not hash.
         """
+        ids = input  # the parameter's name is torch's, which callers may spell out
         check_id_dtype(ids, self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:

@@ -250,7 +250,7 @@ def compiles_and_exports_whole(method: MethodInfo) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(_ids(module)), module(_ids(module)))
-    dynamic = {"ids": {0: torch.export.Dim("batch")}, "offsets": None, "per_sample_weights": None}
+    dynamic = {"input": {0: torch.export.Dim("batch")}, "offsets": None, "per_sample_weights": None}
     exported = torch.export.export(module, (torch.arange(7), None, None), dynamic_shapes=dynamic)
     ids = torch.arange(11)
     torch.testing.assert_close(exported.module()(ids, None, None), module(ids))

@@ -60,8 +60,9 @@ class FullEmbedding(CompressedEmbedding):
             with torch.no_grad():
                 self.table("weight")[self.padding_idx] = 0.0
 
-    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
+        ids = input
         check_id_dtype(ids, self.spec.name)
         check_id_range(ids, self.num_embeddings, self.spec.name)
         options: dict[str, Any] = {
@@ -100,6 +101,6 @@ class FullEmbedding(CompressedEmbedding):
         if embeddings.dim() != 2:
             raise ConfigError(f"`embeddings` must be [num_embeddings, dim]; got shape {tuple(embeddings.shape)}")
         module = cls(*embeddings.shape, device="meta", **options)
-        module.weight = nn.Parameter(embeddings, requires_grad=not freeze)
+        module.register_parameter("weight", nn.Parameter(embeddings, requires_grad=not freeze))
         module.kernel.to_empty(device=embeddings.device)
         return module
