@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, raise_faults
 
 TableKind = Literal["embedding", "embedding_bag", "torchrec_ebc", "torchrec_ec", "compressed", "collection"]
 Pooling = Literal["sum", "mean", "max"]
@@ -61,11 +62,15 @@ class FoundTable:
         return weight
 
 
-def find_tables(model: nn.Module) -> list[FoundTable]:
+def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[FoundTable]:
     """Every embedding table in a tree of modules, in the order of the tree; builds nothing, works on meta tensors.
 
     A module that stands at several paths, and modules that hold the same weight, are one table. Sharded and quantised
     TorchRec modules are not tables that a process owns and are left out.
+
+    Args:
+        model: any module.
+        subclasses: classes derived from ``nn.Embedding`` or ``nn.EmbeddingBag`` that may be replaced like their base.
 
     Raises:
         ConfigError: ``model`` is not a module.
@@ -79,9 +84,10 @@ def find_tables(model: nn.Module) -> list[FoundTable]:
     groups: dict[Any, list[_Seen]] = {}
     for seen in _walk(model, "", ()):
         groups.setdefault(seen.key, []).append(seen)
+    known = (nn.Embedding, nn.EmbeddingBag, *subclasses)
     others = _other_parameters(model, {id(s.module) for group in groups.values() for s in group})
     taken: set[str] = set()
-    return [_describe(group, others, taken) for group in groups.values()]
+    return [_describe(group, others, taken, known) for group in groups.values()]
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class _Seen:
     owner: nn.Module
     table: str | None
     key: Any
+    registered: bool = True
 
 
 def _join(path: str, name: str) -> str:
@@ -127,6 +134,22 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
     for name, child in module._modules.items():
         if child is not None:
             yield from _walk(child, _join(path, name), (*above, id(module)))
+    for name, value in vars(module).items():
+        if name not in _TORCH_OWN:
+            for where, table in _unregistered(value, _join(path, name)):
+                if not any(table is m for m in module.modules()):
+                    yield from (replace(seen, registered=False) for seen in _walk(table, where, ()))
+
+
+_TORCH_OWN = frozenset(vars(nn.Module()))
+
+
+def _unregistered(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Embeddings in plain lists, tuples and dictionaries, which are no part of the tree that torch sees."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        if isinstance(item, nn.Embedding | nn.EmbeddingBag):
+            yield f"{path}[{key!r}]", item
 
 
 def _is_ours(module: nn.Module, where: str, name: str) -> bool:
@@ -168,7 +191,7 @@ def _other_parameters(model: nn.Module, tables: set[int]) -> dict[Any, list[str]
     return found
 
 
-def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str]) -> FoundTable:
+def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str], known: tuple[type, ...]) -> FoundTable:
     first = group[0]
     # '#' separates parts of table names elsewhere; the model itself may be a table, whose path is empty.
     name = base = first.path.replace(".", "/").replace("#", "_") or "embedding"
@@ -200,24 +223,58 @@ def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str])
             **common,
         )
     weight = module.weight
+    tied = tuple(others.get(first.key, ()))
+    faults = [fault for s in group for fault in _obstacles(s, known)]
+    if tied:
+        faults.append(f"its weight is also {', '.join(tied)}")
     return FoundTable(
         rows=module.num_embeddings,
         width=module.embedding_dim,
         dtype=weight.dtype,
         requires_grad=any(s.module.weight.requires_grad for s in group),
         pooling=getattr(module, "mode", None),
-        tied=tuple(others.get(first.key, ())),
-        obstacle="; ".join(dict.fromkeys(filter(None, (_obstacle(s.module) for s in group)))),
+        tied=tied,
+        obstacle="; ".join(dict.fromkeys(faults)),
         **common,
     )
 
 
-def _obstacle(module: nn.Module) -> str:
+def _obstacles(seen: _Seen, known: tuple[type, ...]) -> Iterator[str]:
+    module = seen.module
+    if not seen.registered:
+        yield f"it stands in a plain list or dictionary ({seen.path}), which torch does not look into"
     if module._parameters.get("weight") is None:
-        return "its weight is computed (a parametrization, or weight_norm), not stored"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance"
-    if type(module) not in (nn.Embedding, nn.EmbeddingBag):
+        yield "its weight is computed (a parametrization, or weight_norm), not stored"
+    elif type(module) not in known:
         cls = type(module)
-        return f"it is of {cls.__module__}.{cls.__qualname__}, a subclass that may do more than its base"
-    return ""
+        yield f"it is of {cls.__module__}.{cls.__qualname__}, a subclass that may do more than its base"
+    if "forward" in vars(module):
+        yield "its forward is replaced on the instance"
+
+
+def select_tables(
+    tables: Sequence[FoundTable], include: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> list[FoundTable]:
+    """Tables whose name or a dotted path matches a pattern of ``include`` (all, without any) and none of ``exclude``.
+
+    Args:
+        include: shell patterns, e.g. ``"linear_model.*"``; one text or several.
+        exclude: as ``include``.
+
+    Raises:
+        ConfigError: a pattern matches no table.
+
+    >>> tables = find_tables(nn.ModuleDict({"user": nn.Embedding(9, 2), "item": nn.Embedding(9, 2)}))
+    >>> [t.name for t in select_tables(tables, exclude=["us*"])]
+    ['item']
+    """
+    wanted, unwanted = (list([p] if isinstance(p, str) else p) for p in (include, exclude))
+
+    def matches(table: FoundTable, pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in (table.name, *table.paths))
+
+    idle = [p for p in [*wanted, *unwanted] if not any(matches(t, p) for t in tables)]
+    names = ", ".join(t.name for t in tables) or "none"
+    raise_faults([f"pattern {p!r} matches no table; tables: {names}" for p in idle], "include and exclude")
+    chosen = [t for t in tables if not wanted or any(matches(t, p) for p in wanted)]
+    return [t for t in chosen if not any(matches(t, p) for p in unwanted)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
+from torch import nn
+
+from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
 Pooling = Literal["sum", "mean", "max"]
@@ -134,6 +137,40 @@ class Schema:
     def with_init(self, init: str) -> Schema:
         """The same features with another law of initial weights, see :class:`FeatureSpec`."""
         return Schema([replace(f, init=init) for f in self.features])
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        subclasses: Collection[type] = (),
+    ) -> Schema:
+        """One feature per embedding table of any model, named by its path with ``/`` for ``.``.
+
+        Left out are tables that :func:`recsys_embed.compress_` cannot replace (see ``obstacle`` of
+        :class:`recsys_embed.discover.FoundTable`); the law of initial weights is the default, not the model's.
+
+        Args:
+            model: any module, on any device, also ``meta``.
+            include: shell patterns of names or dotted paths; only tables that match one.
+            exclude: patterns of tables to leave out.
+            subclasses: classes derived from ``nn.Embedding`` or ``nn.EmbeddingBag`` to take for their base.
+
+        Raises:
+            ConfigError: no table is left, or a pattern matches none.
+
+        >>> model = nn.ModuleDict({"user": nn.Embedding(1000, 16), "tags": nn.EmbeddingBag(50, 16, mode="mean")})
+        >>> [(f.name, f.num_embeddings, f.embedding_dim, f.pooling) for f in Schema.from_model(model)]
+        [('user', 1000, 16, 'sum'), ('tags', 50, 16, 'mean')]
+        """
+        found = find_tables(model, subclasses=subclasses)
+        chosen = select_tables(found, include, exclude)
+        if not any(not t.obstacle for t in chosen):
+            why = "; ".join(f"{t.name}: {t.obstacle}" for t in chosen) or "it has none"
+            raise ConfigError(f"no embedding table of {type(model).__name__} can be replaced ({why})")
+        return cls([FeatureSpec(t.name, t.rows, t.width, pooling=t.pooling or "sum") for t in chosen if not t.obstacle])
 
     def to_dict(self) -> dict[str, Any]:
         return {"features": [asdict(f) for f in self.features]}

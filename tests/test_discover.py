@@ -72,6 +72,7 @@ def test_tied_weights_are_one_table_and_other_users_of_the_weight_are_named() ->
             a, alone = find_tables(Tied())
         assert a.paths == ("a", "b")
         assert a.tied == ("head.weight",)
+        assert "head.weight" in a.obstacle
         assert alone.paths == ("alone", "view")
         assert alone.tied == ()
 
@@ -106,6 +107,39 @@ def test_obstacles_are_named() -> None:
     assert "computed" in text["normed"]
     assert "forward" in text["patched"]
     assert text["plain"] == ""
+    assert find_tables(model, subclasses=[Scaled])[0].obstacle == ""
+
+
+def test_tables_in_plain_containers_are_named_unless_they_are_registered_too() -> None:
+    model = nn.Module()
+    model.hidden = {"a": nn.Embedding(5, 4)}
+    model.known = nn.ModuleList([nn.Embedding(5, 4)])
+    model.alias = list(model.known)
+    hidden = {t.name: t.obstacle for t in find_tables(model)}
+    assert list(hidden) == ["known/0", "hidden['a']"]
+    assert "plain list" in hidden["hidden['a']"]
+    assert hidden["known/0"] == ""
+
+
+def test_a_schema_of_any_model() -> None:
+    model = Model()
+    schema = rse.Schema.from_model(model)
+    assert [(f.name, f.num_embeddings, f.embedding_dim, f.pooling) for f in schema] == [
+        ("user", 100, 8, "sum"),
+        ("fields/0", 10, 4, "sum"),
+        ("fields/1", 20, 4, "sum"),
+        ("tower/1/item", 7, 8, "sum"),
+    ]
+    assert rse.Schema.from_model(model, include="fields.*", exclude=["fields/1"]).names == ("fields/0",)
+    model.scaled = Scaled(5, 4)
+    assert rse.Schema.from_model(model) == schema
+    assert rse.Schema.from_model(model, subclasses={Scaled}).names == (*schema.names, "scaled")
+    with pytest.raises(ConfigError, match=r"'nope\*' matches no table"):
+        rse.Schema.from_model(model, exclude=["nope*"])
+    with pytest.raises(ConfigError, match="no embedding table"):
+        rse.Schema.from_model(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="Scaled"):
+        rse.Schema.from_model(nn.ModuleList([Scaled(5, 4)]))
 
 
 def test_frozen_tables_and_a_table_alone() -> None:
