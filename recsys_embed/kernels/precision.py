@@ -1,0 +1,238 @@
+"""How rows are kept at a precision: the bytes of a row, and the way there and back.
+
+Integer rows have the layout of FBGEMM's n-bit inference tables, so that its kernels can read the very bytes: an fp16
+scale and an fp16 bias at the head of the row, then the codes (two to a byte for int4, the even column in the low half);
+x = code * scale + bias. Quantisation is FBGEMM's (``FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf``): the minimum is
+rounded to fp16 first, the range is taken from there. Its tail layouts are converted by :func:`head_to_tail` and
+:func:`tail_to_head`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_embed.errors import unknown_name
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Search = Literal["minmax", "greedy"]
+FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BITS = {"int8": 8, "int4": 4}
+HEAD = 4  # bytes of scale and bias
+FP16_MAX = 65504.0
+
+_NARROW = 8  # narrower rows would pay more for their scale and bias than they save
+_BLOCK = 64
+
+
+def check_precision(precision: str) -> Precision:
+    """``precision``, or an error that names the nearest one.
+
+    >>> check_precision("int9")
+    Traceback (most recent call last):
+    recsys_embed.errors.UnknownNameError: unknown precision 'int9'; did you mean 'int8'? ...
+    """
+    if precision not in get_args(Precision):
+        raise unknown_name("precision", str(precision), get_args(Precision))
+    return precision  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one table are kept.
+
+    Args:
+        kind: ``"fp64"``, ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int4"``.
+        width: elements of a table row.
+        block: consecutive table rows that share one stored row, and with it scale and bias; 1 for floats.
+
+    >>> Layout.of(16, "int8").row_bytes, Layout.of(16, "int4").row_bytes, Layout.of(1, "int8")
+    (20, 12, Layout(kind='int8', width=1, block=64))
+    """
+
+    kind: str
+    width: int
+    block: int = 1
+
+    @classmethod
+    def of(cls, width: int, precision: str, dtype: torch.dtype = torch.float32) -> Layout:
+        """The layout of rows of ``width`` elements that are of ``dtype`` now.
+
+        Rows of fewer than 8 elements are quantised in blocks of about 64 elements. ``"fp32"`` keeps narrower types as
+        they are: exact, and smaller.
+        """
+        if precision in BITS:
+            return cls(precision, width, 1 if width >= _NARROW else _BLOCK // width)
+        if precision == "fp32" and dtype in (torch.float16, torch.bfloat16):
+            precision = "fp16" if dtype == torch.float16 else "bf16"
+        return cls(precision, width)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a code; None for floats."""
+        return BITS.get(self.kind)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored tensor."""
+        return FLOATS.get(self.kind, torch.uint8)
+
+    @property
+    def items(self) -> int:
+        """Elements of a stored row: the table row's own, or bytes."""
+        return self.width if self.bits is None else HEAD + -(-self.block * self.width * self.bits // 8)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.items * self.dtype.itemsize
+
+    def stored_rows(self, rows: int) -> int:
+        return -(-rows // self.block)
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of a table of ``rows`` rows."""
+        return self.stored_rows(rows) * self.row_bytes
+
+    def encode(self, values: Tensor, search: Search = "minmax") -> Tensor:
+        """Stored rows of ``values [n, width]``: ``[stored_rows(n), items]``.
+
+        A last block that is not full is filled with copies of its last row.
+        """
+        if self.bits is None:
+            return values.to(self.dtype)
+        flat = values.to(torch.float32)
+        if self.block > 1:
+            missing = self.stored_rows(len(flat)) * self.block - len(flat)
+            flat = torch.cat([flat, flat[-1:].expand(missing, -1)]).view(-1, self.block * self.width)
+        return quantise(flat, self.bits, search)
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """Table rows of ``stored [n, items]``: float32 (float64 for fp64) ``[n * block, width]``."""
+        if self.bits is None:
+            return stored.to(torch.promote_types(stored.dtype, torch.float32))
+        return dequantise(stored, self.bits, self.block * self.width).view(-1, self.width)
+
+
+def table_bytes(rows: int, width: int, precision: str) -> int:
+    """Bytes of a table of float32 ``rows x width`` kept at a precision, scales and biases included.
+
+    >>> [table_bytes(1000, 16, p) for p in ("fp32", "fp16", "int8", "int4")]
+    [64000, 32000, 20000, 12000]
+    """
+    return Layout.of(width, precision).nbytes(rows)
+
+
+def matrix_bytes(elements: int, precision: str) -> int:
+    """Bytes of parameters that every lookup reads whole (projections, networks): 16 bits where rows are quantised.
+
+    >>> matrix_bytes(256, "fp32"), matrix_bytes(256, "int4")
+    (1024, 512)
+    """
+    return elements * (4 if precision == "fp32" else 2)
+
+
+def _grid(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scale and bias of rows that span ``low`` to ``high``: float32 ``[n, 1]``, exact in fp16."""
+    bias = low.half()
+    below = torch.nextafter(bias, torch.full_like(bias, -torch.inf))
+    # FBGEMM rounds both to nearest. Where that would clip an end of the range by more than half a step (offsets far
+    # from zero, scales that are subnormal in fp16) the neighbour that covers it is taken.
+    step = (high - low).abs() / levels
+    bias = torch.where(bias.float() - low > step / 2, below, bias).float()
+    scale = ((high - bias) / levels).half()
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    short = high - (bias + levels * scale.float())
+    scale = torch.where((short > step / 2) & (step > 0), above, scale).float()
+    return torch.where((scale == 0) | torch.isinf(1 / scale), torch.ones_like(scale), scale), bias
+
+
+def _codes(values: Tensor, scale: Tensor, bias: Tensor, levels: int) -> Tensor:
+    return ((values - bias) * (1 / scale)).round_().clamp_(0, levels)
+
+
+def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
+    """Rows as codes with their scale and bias at the head.
+
+    Args:
+        values: float32 ``[n, width]``, finite and within ±65504.
+        bits: 8 or 4.
+        search: ``"minmax"`` covers each row's range; ``"greedy"`` narrows it while the squared error falls, as
+            FBGEMM's ``param_search_greedy`` does, which pays at 4 bits.
+
+    Returns:
+        uint8 ``[n, 4 + ceil(width * bits / 8)]``.
+
+    >>> rows = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    >>> quantise(rows, 4).tolist()[0][4:], dequantise(quantise(rows, 4), 4, 4).tolist()
+    ([80, 250], [[0.0, 1.0, 2.0, 3.0]])
+    """
+    levels = (1 << bits) - 1
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    scale, bias = _grid(low, high, levels)
+    if search == "greedy":
+        scale, bias = _greedy(values, low, high, scale, bias, levels)
+    codes = _codes(values, scale, bias, levels).to(torch.uint8)
+    if bits == 4:
+        codes = F.pad(codes, (0, codes.shape[1] % 2))
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    head = torch.cat([scale, bias], 1).half().contiguous().view(torch.uint8)
+    return torch.cat([head, codes], 1)
+
+
+def _greedy(
+    values: Tensor, low: Tensor, high: Tensor, scale: Tensor, bias: Tensor, levels: int, bins: int = 64, steps: int = 24
+) -> tuple[Tensor, Tensor]:
+    """The best scale and bias met while the end of the range that costs less is drawn in, step by step."""
+
+    def loss(scale: Tensor, bias: Tensor) -> Tensor:
+        back = _codes(values, scale, bias, levels).mul_(scale).add_(bias)
+        return back.sub_(values).square_().sum(1, keepdim=True)
+
+    best, step = loss(scale, bias), (high - low) / bins
+    for _ in range(steps):
+        up, down = _grid(low + step, high, levels), _grid(low, high - step, levels)
+        loss_up, loss_down = loss(*up), loss(*down)
+        rise = loss_up < loss_down
+        low, high = torch.where(rise, low + step, low), torch.where(rise, high, high - step)
+        found = torch.minimum(loss_up, loss_down)
+        better = found < best
+        best = torch.where(better, found, best)
+        scale = torch.where(better, torch.where(rise, up[0], down[0]), scale)
+        bias = torch.where(better, torch.where(rise, up[1], down[1]), bias)
+    return scale, bias
+
+
+def dequantise(rows: Tensor, bits: int, width: int) -> Tensor:
+    """Inverse of :func:`quantise` up to rounding: float32 ``[n, width]`` of uint8 ``[n, 4 + ...]``."""
+    head = rows[:, :HEAD].contiguous().view(torch.float16).float()
+    codes = rows[:, HEAD:]
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :width]
+    return codes.float() * head[:, :1] + head[:, 1:]
+
+
+def head_to_tail(rows: Tensor, bits: int) -> Tensor:
+    """From this layout to FBGEMM's fused rows: codes, then scale and bias; fp32 for 8 bits, fp16 for 4.
+
+    >>> rows = quantise(torch.randn(5, 8), 8)
+    >>> head_to_tail(rows, 8).shape, bool((tail_to_head(head_to_tail(rows, 8), 8) == rows).all())
+    (torch.Size([5, 16]), True)
+    """
+    head = rows[:, :HEAD].contiguous()
+    if bits == 8:
+        head = head.view(torch.float16).float().view(torch.uint8)
+    return torch.cat([rows[:, HEAD:], head], 1)
+
+
+def tail_to_head(rows: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`head_to_tail`; scales and biases that are fp32 are rounded to fp16, codes stay."""
+    size = 8 if bits == 8 else HEAD
+    tail = rows[:, -size:].contiguous()
+    if bits == 8:
+        tail = tail.view(torch.float32).half().view(torch.uint8)
+    return torch.cat([tail, rows[:, :-size]], 1)
