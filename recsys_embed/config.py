@@ -115,7 +115,7 @@ class MethodConfig(ABC):
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
         """Largest useful value of the size that :meth:`sized` takes."""
-        return spec.num_embeddings
+        return spec.num_ids
 
     @classmethod
     @abstractmethod

@@ -16,6 +16,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]
+Unseen = Literal["hash", "oov", "zero", "raise"]
 MAX_ROWS = 2**31 - 1
 _INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(?:normal|uniform):((?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
 
@@ -34,6 +35,13 @@ class FeatureSpec:
         init: distribution a plain table of this feature starts with; every method starts its rows like it.
             ``"sqrt_rows"`` U(±1/sqrt(num_embeddings)) as DLRM and TorchRec, ``"sqrt_dim"`` U(±1/sqrt(dim)) as CCE,
             ``"xavier"`` U(±sqrt(6/(rows+dim))), ``"normal:STD"`` or ``"uniform:BOUND"``; ``"normal:1"`` is torch's.
+        unseen: what an id outside ``[0, num_embeddings)``, negative ones included, becomes. ``"hash"``: hashing methods
+            hash it like any other, other methods read the row of a hash of it into ``[0, num_embeddings)``, salted by
+            the feature's name. ``"oov"``: all unseen ids are one more id, number ``num_embeddings``, stored as the
+            method stores every id; it learns from whatever unseen ids training meets, and keeps its initial values if
+            it meets none. ``"zero"``: a zero vector without gradient, which bags skip. ``"raise"``: an IdRangeError.
+            ``None`` leaves it to the method: hashing methods hash, others raise. With ``ids="raw"`` no id is unseen,
+            so only ``None`` and ``"hash"`` go with it.
 
     Raises:
         ConfigError: names every argument out of range.
@@ -48,6 +56,7 @@ class FeatureSpec:
     pooling: Pooling = "sum"
     ids: IdKind = "index"
     init: str = "sqrt_rows"
+    unseen: Unseen | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -65,10 +74,30 @@ class FeatureSpec:
         for key, allowed in (("pooling", get_args(Pooling)), ("ids", get_args(IdKind))):
             if getattr(self, key) not in allowed:
                 faults.append(f"`{key}` must be one of {', '.join(allowed)}; got {getattr(self, key)!r}")
+        faults += self._unseen_faults()
         law = _INIT.fullmatch(self.init) if isinstance(self.init, str) else None
         if law is None or (law[1] and not math.isfinite(float(law[1]))):
             faults.append(f"`init` must be sqrt_rows, sqrt_dim, xavier, normal:STD or uniform:BOUND; got {self.init!r}")
         raise_faults(faults, f"FeatureSpec, feature {self.name!r}")
+
+    def _unseen_faults(self) -> list[str]:
+        allowed = get_args(Unseen)
+        if self.unseen is not None and self.unseen not in allowed:
+            return [f"`unseen` must be one of {', '.join(allowed)}, or None; got {self.unseen!r}"]
+        if self.ids == "raw" and self.unseen not in (None, "hash"):
+            return [f"`unseen` must be hash or None with ids='raw', where every int64 is an id; got {self.unseen!r}"]
+        if self.unseen == "oov" and self.num_embeddings == MAX_ROWS:
+            return [f"`num_embeddings` must be below {MAX_ROWS} with unseen='oov', which takes one more id"]
+        return []
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that tables hold: ``num_embeddings``, and with ``unseen="oov"`` one more, the last, for unseen ones.
+
+        >>> FeatureSpec("C1", 100, 4).num_ids, FeatureSpec("C1", 100, 4, unseen="oov").num_ids
+        (100, 101)
+        """
+        return self.num_embeddings + (self.unseen == "oov")
 
     def init_law(self) -> tuple[Literal["uniform", "normal"], float]:
         """The plain table's law, centred at 0: its kind and its bound (uniform) or standard deviation (normal).
@@ -172,8 +201,17 @@ class Schema:
             raise ConfigError(f"no embedding table of {type(model).__name__} can be replaced ({why})")
         return cls([FeatureSpec(t.name, t.rows, t.width, pooling=t.pooling or "sum") for t in chosen if not t.obstacle])
 
+    def with_unseen(self, unseen: Unseen | None) -> Schema:
+        """The same features with another treatment of unseen ids, see :class:`FeatureSpec`.
+
+        >>> Schema([FeatureSpec("C1", 10, 4)]).with_unseen("zero")["C1"].unseen
+        'zero'
+        """
+        return Schema([replace(f, unseen=unseen) for f in self.features])
+
     def to_dict(self) -> dict[str, Any]:
-        return {"features": [asdict(f) for f in self.features]}
+        """JSON-ready; ``unseen`` is left out where it is None, so that texts from before it read and compare alike."""
+        return {"features": [spec_to_dict(f) for f in self.features]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Schema:
@@ -191,6 +229,14 @@ class Schema:
             faults += wrong
         raise_faults(faults, "schema")
         return cls(features)
+
+
+def spec_to_dict(spec: FeatureSpec) -> dict[str, Any]:
+    """The arguments of a FeatureSpec, JSON-ready; ``unseen`` only where it is not None."""
+    values = asdict(spec)
+    if spec.unseen is None:
+        del values["unseen"]
+    return values
 
 
 def _item_faults(item: Any, where: str) -> list[str]:

@@ -120,14 +120,14 @@ class CompositionalConfig(MethodConfig):
             shared = [f"{a} and {b} share {gcd(a, b)}" for a, b in combinations(moduli, 2) if gcd(a, b) > 1]
             if shared:
                 faults.append(f"`moduli` must be pairwise coprime for 'chinese_remainder'; got {', '.join(shared)}")
-        if spec.num_embeddings > self.threshold and prod(moduli) < self._range(spec):
-            why = f"the prime of the affine map of {spec.num_embeddings} ids" if self.affine else "the number of ids"
+        if spec.num_ids > self.threshold and prod(moduli) < self._range(spec):
+            why = f"the prime of the affine map of {spec.num_ids} ids" if self.affine else "the number of ids"
             faults.append(f"`moduli` must have a product >= {self._range(spec)}, {why}; got {prod(moduli)}")
         return faults
 
     def check(self, spec: FeatureSpec) -> list[str]:
         faults = super().check(spec) + self._faults(spec) + self._moduli_faults(spec)
-        n, c = spec.num_embeddings, self.num_collisions
+        n, c = spec.num_ids, self.num_collisions
         if c is not None and self.moduli is not None:
             faults.append(f"`num_collisions` and `moduli` both size the tables: give one; got {c} and {self.moduli}")
         if n > self.threshold and c is None and self.moduli is None:
@@ -140,7 +140,7 @@ class CompositionalConfig(MethodConfig):
 
     def _range(self, spec: FeatureSpec) -> int:
         """Number of values that the partitions split: the ids, or what the affine map makes of them."""
-        return next_prime(spec.num_embeddings) if self.affine else spec.num_embeddings
+        return next_prime(spec.num_ids) if self.affine else spec.num_ids
 
     def _widths(self, spec: FeatureSpec) -> list[int]:
         d, k = spec.embedding_dim, self._tables
@@ -164,7 +164,7 @@ class CompositionalConfig(MethodConfig):
         >>> config.moduli_of(FeatureSpec("C1", 1000, 16)), config.moduli_of(FeatureSpec("C2", 200, 16))
         ((250, 4), None)
         """
-        n = spec.num_embeddings
+        n = spec.num_ids
         if n <= self.threshold:
             return None
         coprime = self.partition == "chinese_remainder"
@@ -199,7 +199,7 @@ class CompositionalConfig(MethodConfig):
     def _program(self, spec: FeatureSpec) -> LookupProgram:
         moduli = self.moduli_of(spec)
         if moduli is None:
-            table = Table("weight", spec.num_embeddings, spec.embedding_dim, Init.plain(spec))
+            table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec))
             return LookupProgram((table,), (Probe("weight", Digit()),))
         widths = self._widths(spec)
         laws, classes = self._laws(spec, moduli, widths), self.classes_of(spec)
@@ -238,9 +238,9 @@ class CompositionalConfig(MethodConfig):
         if config.num_collisions is not None or config.moduli is not None:
             faults.append("`num_collisions` and `moduli` fix the size of the tables; leave them out to size by bytes")
         raise_faults(faults, f"{cls.__name__}, feature {spec.name!r}")
-        if spec.num_embeddings <= config.threshold:
+        if spec.num_ids <= config.threshold:
             return ()
-        coprime, plain = config.partition == "chinese_remainder", spec.num_embeddings * spec.embedding_dim
+        coprime, plain = config.partition == "chinese_remainder", spec.num_ids * spec.embedding_dim
         return ladder(config._range(spec), config._costs(spec), coprime, plain)
 
     @classmethod
@@ -252,7 +252,7 @@ class CompositionalConfig(MethodConfig):
         rungs = cls._ladder(spec, params)
         if size > len(rungs):
             # The largest size is the plain table.
-            threshold = max(spec.num_embeddings, params.get("threshold", 0))
+            threshold = max(spec.num_ids, params.get("threshold", 0))
             return cls.from_params({**params, "threshold": threshold})
         moduli = rungs[size - 1]
         if params.get("partition", "quotient_remainder") == "quotient_remainder":

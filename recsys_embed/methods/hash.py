@@ -31,8 +31,8 @@ class HashConfig(MethodConfig):
 
     def check(self, spec: FeatureSpec) -> list[str]:
         faults = super().check(spec)
-        if spec.ids == "index" and self.num_buckets > spec.num_embeddings:
-            faults.append(f"`num_buckets` must be in [1, {spec.num_embeddings}]; got {self.num_buckets}")
+        if spec.ids == "index" and self.num_buckets > spec.num_ids:
+            faults.append(f"`num_buckets` must be in [1, {spec.num_ids}]; got {self.num_buckets}")
         return faults
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:

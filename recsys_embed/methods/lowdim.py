@@ -36,7 +36,7 @@ class LowdimConfig(MethodConfig):
         return faults
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
-        rows = Table("weight", spec.num_embeddings, self.dim, Init.plain(spec))
+        rows = Table("weight", spec.num_ids, self.dim, Init.plain(spec))
         matrix = Table("projection", self.dim, spec.embedding_dim, Init("uniform", (3 / self.dim) ** 0.5), dense=True)
         return LookupProgram((rows, matrix), (Probe("weight", Digit()),), projection="projection")
 

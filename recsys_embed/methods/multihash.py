@@ -110,7 +110,7 @@ class MultihashConfig(MethodConfig):
         faults = []
         width, k = spec.embedding_dim, self.num_hashes
         chunks = k if self.combine == "concat" and not self.separate else 1
-        most = max(1, spec.num_embeddings - self.head) * chunks
+        most = max(1, spec.num_ids - self.head) * chunks
         if spec.ids == "index" and self.num_buckets > most:
             faults.append(f"`num_buckets` must be in [1, {most}]; got {self.num_buckets}")
         if self.combine == "concat" and width % k:
@@ -143,10 +143,8 @@ class MultihashConfig(MethodConfig):
         faults = []
         if spec.ids == "raw":
             faults.append("`head` needs ids numbered by descending frequency; the feature has raw ids")
-        elif self.head >= spec.num_embeddings:
-            faults.append(
-                f"`head` must be in [0, {spec.num_embeddings - 1}]; got {self.head}; with a budget use `head_share`"
-            )
+        elif self.head >= spec.num_ids:
+            faults.append(f"`head` must be in [0, {spec.num_ids - 1}]; got {self.head}; with a budget use `head_share`")
         if self.hash == "murmur" or self.weights is not None or self.combine == "mean":
             faults.append(
                 "`head` goes with combine='sum' or 'concat', hash='splitmix64' and no weights; "
@@ -219,7 +217,7 @@ class MultihashConfig(MethodConfig):
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
         config = cls.from_params({k: v for k, v in params.items() if k != "head_share"} | {"num_buckets": 1})
         chunks = config.num_hashes if config.combine == "concat" and not config.separate else 1
-        return min(MAX_ROWS, max(1, spec.num_embeddings - config.head) * chunks)
+        return min(MAX_ROWS, max(1, spec.num_ids - config.head) * chunks)
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, head_share: float | None = None, **params: Any) -> Self:

@@ -12,6 +12,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import BudgetError, ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 from recsys_embed.memory import format_bytes
+from recsys_embed.methods._pool import private_tables
 from recsys_embed.program import Hash, Init, LookupProgram, Probe, Table
 
 
@@ -98,7 +99,7 @@ class UnifiedConfig(MethodConfig):
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
         config = cls.from_params({**params, "num_rows": 1})
         _, width = config._shape(spec)
-        return min(MAX_ROWS, max(1, spec.num_embeddings * spec.embedding_dim // (width * config.num_tables)))
+        return min(MAX_ROWS, max(1, spec.num_ids * spec.embedding_dim // (width * config.num_tables)))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
@@ -123,18 +124,10 @@ class UnifiedConfig(MethodConfig):
             num_probes: for all features, or per feature name (multi-size; give ``chunk_dim`` with it, and a
                 projection brings every feature to its width).
         """
-        chosen: dict[str, MethodConfig] = {}
-        spent = 0
         for name in num_probes if isinstance(num_probes, Mapping) else ():
             if name not in {s.name for s in specs}:
                 raise unknown_name("feature in `num_probes`", name, [s.name for s in specs])
-        for spec in sorted(specs, key=lambda s: (s.num_embeddings, s.name)):
-            if spec.ids == "raw" or spec.num_embeddings >= full_below:
-                continue
-            need = plain.footprint(spec).serve
-            if spent + need <= budget // 2:
-                chosen[spec.name] = plain
-                spent += need
+        chosen, spent = private_tables(specs, budget, plain, full_below)
         shared = [s for s in specs if s.name not in chosen]
         if not shared:
             return chosen
