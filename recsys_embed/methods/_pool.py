@@ -1,0 +1,27 @@
+"""What plans of methods with one store for many features have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recsys_embed.config import MethodConfig
+from recsys_embed.features import FeatureSpec
+
+
+def private_tables(
+    specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, full_below: int
+) -> tuple[dict[str, MethodConfig], int]:
+    """Features of fewer than ``full_below`` ids that keep a plain table of their own, and the bytes these take.
+
+    Smallest first, while they take at most half of ``budget``.
+    """
+    chosen: dict[str, MethodConfig] = {}
+    spent = 0
+    for spec in sorted(specs, key=lambda s: (s.num_embeddings, s.name)):
+        if spec.ids == "raw" or spec.num_embeddings >= full_below:
+            continue
+        need = plain.footprint(spec).serve
+        if spent + need <= budget // 2:
+            chosen[spec.name] = plain
+            spent += need
+    return chosen, spent
