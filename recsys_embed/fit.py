@@ -7,7 +7,7 @@ forward and backward as the matrix; sweeping over the tables is alternating leas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,3 +106,33 @@ def fit_tables(
     for _ in range(1 if len(names) == 1 else sweeps):
         for name in names:
             _solve_table(module, name, weight, row_weight, steps, tolerance=1e-10)
+
+
+def importance_of(module: CompressedEmbedding, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """How much the squared error of each row of ``weight`` counts: float64 ``[len(weight)]``, 0 for padding."""
+    importance = torch.ones(len(weight)) if counts is None else counts.detach()
+    importance = importance.to(weight.device, torch.float64)
+    if module.padding_idx is None:
+        return importance
+    return importance.index_fill(0, importance.new_tensor([module.padding_idx], dtype=torch.int64), 0.0)
+
+
+def principal_axes(weight: Tensor, importance: Tensor, count: int, ids: Iterable[Tensor]) -> Tensor:
+    """The directions whose span holds most of some rows' weighted squares: float64 ``[width, count]``, orthonormal.
+
+    These are the leading right singular vectors of the rows scaled by the square roots of ``importance``, so that
+    coordinates along them are the best approximation of that rank (Eckart and Young 1936).
+
+    Args:
+        weight: ``[rows, width]``.
+        importance: float64 ``[rows]``.
+        count: of directions, at most ``width``.
+        ids: the rows, in parts.
+    """
+    width = weight.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+    for part in ids:
+        rows = weight[part].double()
+        gram += rows.T @ (rows * importance[part].unsqueeze(1))
+    # Eigenvalues ascend, so the last columns lead.
+    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]

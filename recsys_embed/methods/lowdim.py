@@ -11,6 +11,7 @@ from torch import Tensor
 from recsys_embed.config import MethodConfig, param
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
+from recsys_embed.fit import importance_of, principal_axes
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 
@@ -67,17 +68,8 @@ class LowdimEmbedding(CompressedEmbedding):
         The optimum is known (Eckart and Young 1936): the matrix holds the leading right singular vectors of the rows
         scaled by the square roots of ``counts``, and the table the rows' coordinates along them.
         """
-        importance = torch.ones(len(weight)) if counts is None else counts.detach()
-        importance = importance.to(weight.device, torch.float64)
-        if self.padding_idx is not None:
-            importance = importance.index_fill(0, importance.new_tensor([self.padding_idx], dtype=torch.int64), 0.0)
-        width = self.embedding_dim
-        gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-        for ids in self._chunks():
-            rows = weight[ids].double()
-            gram += rows.T @ (rows * importance[ids].unsqueeze(1))
-        # Eigenvalues ascend, so the last columns lead.
-        basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : self.table("projection").shape[0]]
+        importance, table = importance_of(self, weight, counts), self.table("weight")
+        basis = principal_axes(weight, importance, table.shape[1], self._chunks())
         self.table("projection").copy_(basis.T)
         for ids in self._chunks():
-            self.table("weight")[ids] = (weight[ids].double() @ basis).to(self.table("weight").dtype)
+            table[ids] = (weight[ids].double() @ basis).to(table.dtype)
