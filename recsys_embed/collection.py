@@ -21,6 +21,7 @@ from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, apply_update
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.storage import allocate, stack_tables
+from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.memory import Footprint
 from recsys_embed.optim import FusedOptimizer, is_rate
 from recsys_embed.plan import Plan
@@ -81,6 +82,8 @@ class EmbeddingCollection(nn.Module):
         self.tables = self.plan.tables(schema)
         shapes, self.places = stack_tables(self.tables)
         self.storages = tuple(shapes)
+        # What a loaded export reads in place of its tables.
+        self.served: StoredTables | None = None
         like = torch.empty(0, device=device, dtype=dtype)
         for name, (rows, width) in shapes.items():
             weight = allocate(rows, width, like.device, like.dtype)
@@ -106,6 +109,8 @@ class EmbeddingCollection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw initial weights, a function of seed and table names alone, and clear the optimizer's state."""
+        if self.served is not None:
+            raise ConfigError("this collection serves exported tables, which do not change")
         dense = self.bundle.dense_tables()
         with torch.no_grad():
             for key, table in self.tables.items():
@@ -117,8 +122,13 @@ class EmbeddingCollection(nn.Module):
         self._steps = dict.fromkeys(self.storages, 0)
 
     def table(self, key: str) -> Tensor:
-        """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``)."""
+        """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``).
+
+        After an export it is decoded, a copy.
+        """
         storage, offset = self.places[key]
+        if self.served is not None and storage in self.served:
+            return self.served[storage].dense(offset, self.tables[key].rows)
         weight: Tensor = getattr(self, storage)
         return weight[offset : offset + self.tables[key].rows]
 
@@ -146,6 +156,9 @@ class EmbeddingCollection(nn.Module):
     # -- lookup ---------------------------------------------------------------------------------------------------
 
     def _gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
+        if self.served is not None and storage in self.served:
+            vectors: Tensor = self.served[storage](rows, partial_rows)
+            return vectors
         weight = getattr(self, storage)
         if self.optimizer is not None and self.training and torch.is_grad_enabled():
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
@@ -248,7 +261,8 @@ class EmbeddingCollection(nn.Module):
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         trained = [p for p in self.parameters() if p.requires_grad]
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
-        return Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
+        served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
+        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
 
     def _identity(self) -> dict[str, Any]:
         features = self.schema.to_dict()["features"]

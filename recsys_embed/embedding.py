@@ -18,6 +18,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
+from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
 from recsys_embed.memory import Footprint
 from recsys_embed.shared import PlainView, SharedTables
@@ -95,6 +96,8 @@ class CompressedEmbedding(nn.Module):
         taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name == "kernel"]
         raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
         self.shared = shared
+        # What a loaded export reads in place of its tables.
+        self.served: StoredTables | None = None
         for table in self.program.tables:
             if shared is not None and table.name in shared:
                 shared.check(table, f"{type(self).__name__} {name!r}")
@@ -124,14 +127,20 @@ class CompressedEmbedding(nn.Module):
             raise ConfigError(f"{type(self).__name__} takes a {self.config_cls.__name__}; got {type(config).__name__}")
         return config
 
+    def _like(self) -> Tensor:
+        """A tensor of the type and on the device of the vectors."""
+        return next(self.parameters()) if self.served is None else self.served.like
+
     def _device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self._like().device
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draw the initial weights: a function of the seed (the config's unless given) and table names alone.
 
         A collection of the same seed draws the same weights.
         """
+        if self.served is not None:
+            raise ConfigError(f"{type(self).__name__} {self.spec.name!r} serves exported tables, which do not change")
         seed = self.config.seed if seed is None else seed
         with torch.no_grad():
             for table in self.program.tables:
@@ -154,10 +163,15 @@ class CompressedEmbedding(nn.Module):
     # -- lookup ---------------------------------------------------------------------------------------------------
 
     def _gather(self, table: str, rows: Tensor, partial: bool) -> Tensor:
+        if self.served is not None and table in self.served:
+            vectors: Tensor = self.served[table](rows, partial)
+            return vectors
         return F.embedding(rows.clamp_min(0) if partial else rows, self.table(table), sparse=self.sparse)
 
     def table(self, name: str) -> Tensor:
-        """The stored values of one of the program's tables: ``[rows, width]``."""
+        """The stored values of one of the program's tables: ``[rows, width]``; decoded, a copy, after an export."""
+        if self.served is not None and name in self.served:
+            return self.served[name].dense()
         if self.shared is not None and name in self.shared:
             return self.shared.parameter(name)
         values = self._parameters[name]
@@ -175,6 +189,8 @@ class CompressedEmbedding(nn.Module):
         if self.stands_in:
             return self._vectors(torch.arange(self.num_embeddings, device=self._device())).as_subclass(PlainView)
         stored = self.__dict__.get("_parameters", {}).get("weight")
+        if stored is None and self.__dict__.get("_modules", {}).get("served") is not None:
+            stored = self.table("weight") if "weight" in (self.served or ()) else None
         if stored is None:
             raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")
         values: Tensor = stored
@@ -284,8 +300,7 @@ class CompressedEmbedding(nn.Module):
         >>> HashEmbedding(10, 4, num_buckets=3).materialize().shape
         torch.Size([10, 4])
         """
-        weight = next(self.parameters())
-        out = weight.new_empty(self.num_embeddings, self.output_dim)
+        out = self._like().new_empty(self.num_embeddings, self.output_dim)
         for ids in self._chunks():
             out[ids[0] : ids[-1] + 1] = self._vectors(ids)
         return out
@@ -327,6 +342,9 @@ class CompressedEmbedding(nn.Module):
 
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
+        if self.served is not None:
+            rest = Footprint(sum(p.nbytes for p in self.parameters()), self.kernel.index.nbytes)
+            return self.served.footprint() + rest
         return self.config.footprint(self.spec, next(self.parameters()).element_size())
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -167,9 +167,9 @@ def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
     Returns:
         uint8 ``[n, 4 + ceil(width * bits / 8)]``.
 
-    >>> rows = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    >>> rows = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
     >>> quantise(rows, 4).tolist()[0][4:], dequantise(quantise(rows, 4), 4, 4).tolist()
-    ([80, 250], [[0.0, 1.0, 2.0, 3.0]])
+    ([80, 250], [[0.0, 5.0, 10.0, 15.0]])
     """
     levels = (1 << bits) - 1
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)

@@ -62,6 +62,8 @@ class FullEmbedding(CompressedEmbedding):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
+        if self.served is not None:
+            return super().forward(input, offsets, per_sample_weights)
         ids = input
         check_id_dtype(ids, self.spec.name)
         check_id_range(ids, self.num_embeddings, self.spec.name)
@@ -93,6 +95,8 @@ class FullEmbedding(CompressedEmbedding):
     def _vectors(self, ids: Tensor) -> Tensor:
         # The padding row is an ordinary stored row here, as in torch: it starts at zero and never gets a gradient.
         check_id_range(ids, self.num_embeddings, self.spec.name)
+        if self.served is not None:
+            return self.lookup(ids)
         return F.embedding(ids, self.table("weight"), padding_idx=self.padding_idx, sparse=self.sparse)
 
     @classmethod
