@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from recsys_embed.config import MethodConfig
@@ -16,6 +16,7 @@ from recsys_embed.program import Table
 from recsys_embed.registry import config_from_dict, get_method
 
 PLAN_VERSION = 1
+REASON = "reason"
 
 
 def table_key(spec: FeatureSpec, table: Table) -> str:
@@ -24,8 +25,73 @@ def table_key(spec: FeatureSpec, table: Table) -> str:
 
 
 @dataclass(frozen=True)
+class PlanNotes:
+    """What a planner aimed at and came to; a plan means the same without it.
+
+    Args:
+        budget: bytes the plan had to keep to.
+        bytes: bytes it takes.
+        target: what these bytes cover, ``"serve"`` or ``"train"``.
+        optimizer: fused optimizer whose state ``"train"`` counts; None for ordinary gradients.
+        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`.
+        least_loss: no plan it could have made loses less.
+        exact: the plan is proved to be the best of those.
+        statistics: where frequencies came from.
+        measured: methods whose losses were fitted to measured runs.
+
+    Raises:
+        ConfigError: a value of the wrong type.
+    """
+
+    budget: int
+    bytes: int
+    target: str
+    optimizer: str | None
+    predicted_loss: float
+    least_loss: float
+    exact: bool
+    statistics: str
+    measured: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        wanted = {"budget": int, "bytes": int, "predicted_loss": (int, float), "least_loss": (int, float)}
+        faults = [
+            f"`{key}` must be a number; got {getattr(self, key)!r:.80}"
+            for key, kind in wanted.items()
+            if not isinstance(getattr(self, key), kind) or isinstance(getattr(self, key), bool)
+        ]
+        texts = [self.target, self.statistics, *([] if self.optimizer is None else [self.optimizer])]
+        if isinstance(self.measured, (list, tuple)):
+            object.__setattr__(self, "measured", tuple(self.measured))
+            texts += self.measured
+        if not isinstance(self.measured, tuple) or not all(isinstance(t, str) for t in texts):
+            faults.append("`target`, `optimizer`, `statistics` and the names in `measured` must be texts")
+        if not isinstance(self.exact, bool):
+            faults.append(f"`exact` must be true or false; got {self.exact!r:.80}")
+        raise_faults(faults, "notes of a plan")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PlanNotes:
+        """Inverse of ``asdict``; unknown and missing keys are errors, all at once."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
+        known = [f.name for f in fields(cls)]
+        faults = [str(unknown_name("key of a plan's notes", str(key), known)) for key in data if key not in known]
+        faults += [f"`{key}` is missing" for key in known if key not in data]
+        raise_faults(faults, "notes of a plan")
+        return cls(**data)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A method configuration per feature name.
+
+    Args:
+        configs: by feature name.
+        reasons: by feature name, in words, why a planner chose it.
+        notes: what the planner aimed at and came to.
+
+    ``reasons`` and ``notes`` are for people: plans of equal configurations are equal.
 
     >>> schema = Schema([FeatureSpec("C1", 1000, 16), FeatureSpec("C2", 50_000, 16)])
     >>> plan = Plan.uniform(schema, "hash", budget="100KiB")
@@ -34,11 +100,17 @@ class Plan:
     """
 
     configs: Mapping[str, MethodConfig]
+    reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
+    notes: PlanNotes | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "configs", dict(self.configs))
+        object.__setattr__(self, "reasons", dict(self.reasons))
         wrong = [(name, c) for name, c in self.configs.items() if not isinstance(c, MethodConfig)]
         faults = [f"expected a method configuration; got {c!r:.80} (feature {name!r})" for name, c in wrong]
+        for name, text in self.reasons.items():
+            if name not in self.configs or not isinstance(text, str):
+                faults.append(f"a reason is a text for a feature of the plan; got {text!r:.80} (feature {name!r})")
         raise_faults(faults, "Plan")
 
     def __getitem__(self, feature: str) -> MethodConfig:
@@ -123,7 +195,12 @@ class Plan:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        return {"version": PLAN_VERSION, "features": {name: c.to_dict() for name, c in self.configs.items()}}
+        notes = {} if self.notes is None else {"notes": {**asdict(self.notes), "measured": list(self.notes.measured)}}
+        features = {
+            name: {**c.to_dict(), **({REASON: self.reasons[name]} if name in self.reasons else {})}
+            for name, c in self.configs.items()
+        }
+        return {"version": PLAN_VERSION, **notes, "features": features}
 
     def to_json(self) -> str:
         """Text a person can read, diff and edit; :meth:`from_dict` of its parse gives the plan back."""
@@ -143,14 +220,17 @@ class Plan:
                 f"version {found.get('version')!r}"
             )
         for key in found:
-            if key not in ("version", "features"):
-                raise unknown_name("key of a plan", str(key), ("version", "features"))
-        configs, errors = {}, []
-        for name, config in found["features"].items():
+            if key not in ("version", "notes", "features"):
+                raise unknown_name("key of a plan", str(key), ("version", "notes", "features"))
+        configs, reasons, errors = {}, {}, []
+        for name, given in found["features"].items():
             try:
+                config = dict(given) if isinstance(given, Mapping) else given
+                if isinstance(config, dict) and REASON in config:
+                    reasons[name] = config.pop(REASON)
                 configs[name] = config_from_dict(config)
             except ConfigError as e:
                 errors.append((type(e), f"{e} (feature {name!r})"))
         kinds = {kind for kind, _ in errors}
         raise_faults([fault for _, fault in errors], "Plan", kinds.pop() if len(kinds) == 1 else ConfigError)
-        return cls(configs)
+        return cls(configs, reasons, None if found.get("notes") is None else PlanNotes.from_dict(found["notes"]))
