@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +23,21 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key in value for k, v in _flatten(value[key], f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def check(saved: Any, config: dict[str, Any], where: str, ignore: tuple[str, ...] = ()) -> None:
-    """Raise where a packed configuration differs from ``config``; ``ignore`` names leaf keys that may differ.
+def check(
+    saved: Any,
+    config: dict[str, Any],
+    where: str,
+    ignore: tuple[str, ...] = (),
+    views: Mapping[str, Callable[[Any], Any]] | None = None,
+) -> None:
+    """Raise where a packed configuration differs from ``config``.
+
+    Args:
+        saved: what :func:`pack` made.
+        config: of the module that is to take the state over.
+        where: names that module.
+        ignore: leaf keys that may differ.
+        views: per leaf key, the view of it that must agree, where not all of it must.
 
     Raises:
         CheckpointError: names every key that differs, with both values.
@@ -34,7 +48,11 @@ def check(saved: Any, config: dict[str, Any], where: str, ignore: tuple[str, ...
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e
     ours = _flatten(json.loads(json.dumps(config)))
     differ = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
-    differ = [k for k in differ if k.rpartition(".")[2] not in ignore]
+    views = views or {}
+    for key in list(differ):
+        leaf = key.rpartition(".")[2]
+        if leaf in ignore or (leaf in views and views[leaf](theirs.get(key)) == views[leaf](ours.get(key))):
+            differ.remove(key)
     if differ:
         text = "; ".join(f"{k}: saved {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differ[:8])
         more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""

@@ -13,9 +13,9 @@ from recsys_embed.bags import Bags
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.checks import check_feature_ids
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.reference import ReferenceLookup
+from recsys_embed.kernels.unseen import Unseen, with_unseen
 from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup, project
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram
@@ -25,12 +25,29 @@ from recsys_embed.registry import get_method
 _OWN = "feature_"
 
 
-def pool(vectors: Tensor, offsets: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
-    """Pool per-id ``vectors [n, width]`` over bags ``offsets [bags + 1]``: ``[bags, width]``; empty bags give zeros."""
+def pool(
+    vectors: Tensor, offsets: Tensor, mode: str, weights: Tensor | None = None, skipped: Tensor | None = None
+) -> Tensor:
+    """Pool per-id ``vectors [n, width]`` over bags ``offsets [bags + 1]``: ``[bags, width]``; empty bags give zeros.
+
+    Bags do without the ids of ``skipped`` (bool ``[n]``), and means do not count them.
+    """
     order = torch.arange(vectors.shape[0], device=vectors.device)
-    if vectors.shape[0] == 0:
+    padding = None
+    if skipped is not None:
+        padding = vectors.shape[0]
+        order = torch.where(skipped, padding, order)
+    if skipped is not None or vectors.shape[0] == 0:
         vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])  # stays in the graph
-    return F.embedding_bag(order, vectors, offsets, mode=mode, per_sample_weights=weights, include_last_offset=True)
+    return F.embedding_bag(
+        order,
+        vectors,
+        offsets,
+        mode=mode,
+        per_sample_weights=weights,
+        include_last_offset=True,
+        padding_idx=padding,
+    )
 
 
 class LookupBundle(Constants):
@@ -52,9 +69,8 @@ class LookupBundle(Constants):
                 kernel.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
-            self.own[_OWN + spec.name] = cls(
-                spec.num_embeddings, spec.embedding_dim, config=config, name=spec.name, init=spec.init, **options
-            )
+            given = {"config": config, "name": spec.name, "init": spec.init, "unseen": spec.unseen, **options}
+            self.own[_OWN + spec.name] = cls(spec.num_embeddings, spec.embedding_dim, **given)
         specs = [schema.features[i] for i in kernel]
         programs = [plan[s.name].program(s) for s in specs]
         self.programs = {s.name: p for s, p in zip(specs, programs, strict=True)}
@@ -64,15 +80,15 @@ class LookupBundle(Constants):
         ]
         with torch.device(like.device):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
-            self.kernel = lookup(programs, where, [s.pooling for s in specs])
+            self.unseen = Unseen(schema.features, [plan[s.name].accepts_raw for s in schema])
+            zeros = self.unseen.zeros
+            self.kernel = lookup(programs, where, [s.pooling for s in specs], [zeros[i] for i in kernel])
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
         self.parts = [tuple(kernel[j] for j in g.features) for g in self.kernel.groups]
         self.parts += [(i,) for i in range(len(schema)) if i not in set(kernel)]
         self._add_projections(options)
         self.vectors = [self._program(s).vectors for s in schema]
         self.widths = [self._program(s).width for s in schema]
-        limits = [-1 if plan[s.name].accepts_raw else s.num_embeddings for s in schema]
-        self.add_constant("limits", limits, like.device)
         self._add_order(like.device)
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
@@ -127,6 +143,11 @@ class LookupBundle(Constants):
         widths = {w // v for w, v in zip(self.widths, self.vectors, strict=True)}
         return widths.pop() if len(widths) == 1 else None
 
+    @property
+    def limits(self) -> Tensor:
+        """Per feature, the bound below which ids must lie, -1 where any id may come: int64 ``[features]``."""
+        return self.unseen.constant("limits")
+
     def dense_tables(self) -> dict[str, Tensor]:
         """Each projection by its table key, as a view of the stacked parameter."""
         out = {}
@@ -145,7 +166,7 @@ class LookupBundle(Constants):
         raise_faults(unknown, "assign_", UnknownNameError)
         for name, values in counts.items():
             if name in self.programs:
-                self.kernel.index.assign_(list(self.programs).index(name), values)
+                self.kernel.index.assign_(list(self.programs).index(name), with_unseen(self.schema[name], values))
             else:
                 self._module(name).assign_(values)
 
@@ -158,7 +179,7 @@ class LookupBundle(Constants):
 
     def single(self, ids: Tensor, gather: Gather) -> Tensor:
         """One id per sample and feature: int64 ``ids [B, F]``."""
-        check_feature_ids(ids, self.constant("limits"), self.schema.names)
+        ids = self.unseen(ids)
         columns = [ids if len(p) == ids.shape[1] and self.ordered else ids[:, list(p)] for p in self.parts]
         grouped = len(self.kernel.groups)
         out = []
@@ -166,7 +187,7 @@ class LookupBundle(Constants):
             matrices = self._projection(g)
             out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
         for part, column in zip(self.parts[grouped:], columns[grouped:], strict=True):
-            out.append(self._module(self.schema.names[part[0]]).lookup(column[:, 0]).unsqueeze(1))
+            out.append(self._module(self.schema.names[part[0]]).lookup_resolved(column[:, 0]).unsqueeze(1))
         return self._assemble(out)
 
     def pooled(self, bags: Bags, gather: Gather) -> Tensor:
@@ -176,9 +197,9 @@ class LookupBundle(Constants):
         count, batch = len(self.schema), bags.batch
         lengths = bags.lengths.view(count, batch)
         feature = torch.repeat_interleave(torch.arange(count, device=bags.values.device), lengths.sum(1))
-        check_feature_ids(bags.values, self.constant("limits"), self.schema.names, feature)
+        ids = self.unseen(bags.values, feature)
         picks = [self._pick(part, feature) for part in self.parts]
-        values = [bags.values if at is None else bags.values[at] for at, _ in picks]
+        values = [ids if at is None else ids[at] for at, _ in picks]
         grouped = len(self.kernel.groups)
         vectors = self.kernel(values[:grouped], [local for _, local in picks[:grouped]], gather)
         out = []
@@ -187,13 +208,13 @@ class LookupBundle(Constants):
             weights = bags.weights if bags.weights is None or at is None else bags.weights[at]
             mode = self.schema.features[part[0]].pooling
             own = None if g < grouped else self._module(self.schema.names[part[0]])
-            value = vectors[g] if own is None else own.before_pool(values[g])
+            value = vectors[g] if own is None else own.before_pool_resolved(values[g])
             matrices = self._projection(g)
             if matrices is not None and mode == "max":
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, matrices = project(value, matrices[local], "ni,nio->no"), None
             offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
-            value = pool(value, offsets, mode, weights)
+            value = pool(value, offsets, mode, weights, values[g] < 0 if self.unseen.zeros[part[0]] else None)
             value = value if own is None else own.after_pool(value)
             value = value.view(len(part), batch, value.shape[-1])
             value = value.transpose(0, 1)

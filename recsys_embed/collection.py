@@ -8,20 +8,21 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed import _state, hashing
 from recsys_embed.bags import to_bags
 from recsys_embed.bundle import LookupBundle
+from recsys_embed.embedding import STORED_UNSEEN
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.checks import check_id_dtype
-from recsys_embed.kernels.fused import FusedGather, apply_update
+from recsys_embed.kernels.fused import FusedGather, apply_update, read_rows
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.storage import allocate, stack_tables
 from recsys_embed.kernels.stored import StoredTables
+from recsys_embed.kernels.unseen import UnseenCount
 from recsys_embed.memory import Footprint
 from recsys_embed.optim import FusedOptimizer, is_rate
 from recsys_embed.plan import Plan
@@ -143,6 +144,31 @@ class EmbeddingCollection(nn.Module):
         self.bundle.assign_(counts)
         return self
 
+    def unseen_counts(self) -> dict[str, UnseenCount]:
+        """Ids looked up since counting began or was reset, and how many of them were unseen, by feature name.
+
+        Counting is on for all features where one has ``unseen`` ``"hash"``, ``"oov"`` or ``"zero"``, else after
+        :meth:`count_unseen`. It adds to counters on the device, without waiting for it; reading waits. Counters are
+        not saved, and programs made by ``torch.export`` do not count. Several threads may look up at once; additions
+        of two threads at the same moment may lose one.
+
+        >>> from recsys_embed import FeatureSpec
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4, unseen="zero"), FeatureSpec("C2", 10, 4)]))
+        >>> _ = coll(torch.tensor([[10, 3], [4, 5]]))
+        >>> coll.unseen_counts()["C1"]
+        UnseenCount(unseen=1, looked_up=2)
+        """
+        return self.bundle.unseen.read()
+
+    def reset_unseen_counts(self) -> None:
+        """Count from zero."""
+        self.bundle.unseen.reset()
+
+    def count_unseen(self, counting: bool = True) -> Self:
+        """Switch counting on or off for all features, whatever their policies."""
+        self.bundle.unseen.counting = counting
+        return self
+
     @property
     def output_dim(self) -> int | None:
         """Width of every vector of the output, or None where features differ."""
@@ -163,7 +189,7 @@ class EmbeddingCollection(nn.Module):
         if self.optimizer is not None and self.training and torch.is_grad_enabled():
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
             return out
-        return F.embedding(rows.clamp_min(0) if partial_rows else rows, weight, sparse=self.sparse)
+        return read_rows(weight, rows, partial_rows, self.sparse)
 
     @torch.no_grad()
     def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
@@ -187,7 +213,7 @@ class EmbeddingCollection(nn.Module):
             ``[B, num_vectors, output_dim]`` where all widths agree, else ``[B, sum of widths]``.
 
         Raises:
-            IdRangeError: names the first feature with an id outside its range.
+            IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
@@ -280,7 +306,8 @@ class EmbeddingCollection(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
-            _state.check(state_dict[prefix + "_extra_state"], self._identity(), where, ignore=("init",))
+            saved = state_dict[prefix + "_extra_state"]
+            _state.check(saved, self._identity(), where, ignore=("init",), views=STORED_UNSEEN)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

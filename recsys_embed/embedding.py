@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -15,15 +15,20 @@ from torch import Tensor, nn
 from recsys_embed import _state, hashing
 from recsys_embed.config import MethodConfig
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
-from recsys_embed.features import FeatureSpec
+from recsys_embed.features import FeatureSpec, spec_to_dict
+from recsys_embed.features import Unseen as UnseenPolicy
 from recsys_embed.fit import fit_tables
-from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
+from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets
+from recsys_embed.kernels.fused import read_rows
 from recsys_embed.kernels.stored import StoredTables
+from recsys_embed.kernels.unseen import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
 from recsys_embed.memory import Footprint
 from recsys_embed.shared import PlainView, SharedTables
 
 Mode = Literal["sum", "mean", "max"]
+# A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
+STORED_UNSEEN = {"unseen": lambda policy: policy == "oov"}
 
 
 class CompressedEmbedding(nn.Module):
@@ -40,6 +45,8 @@ class CompressedEmbedding(nn.Module):
             with the method's own options in ``params``.
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
         init: law of a plain table here, see :class:`FeatureSpec`; ``"normal:1"`` is that of ``nn.Embedding``.
+        unseen: what ids outside ``[0, num_embeddings)`` become, see :class:`FeatureSpec`: ``"hash"``, ``"oov"``,
+            ``"zero"``, ``"raise"``, or ``None`` for what the method does by nature.
         shared: holds the tables of these names for several drop-ins; others are this module's own.
 
     Raises:
@@ -68,6 +75,7 @@ class CompressedEmbedding(nn.Module):
         budget: int | str | None = None,
         name: str = "embedding",
         init: str = "normal:1",
+        unseen: UnseenPolicy | None = None,
         shared: SharedTables | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,7 +83,7 @@ class CompressedEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
-        self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init=init)
+        self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init=init, unseen=unseen)
         itemsize = torch.empty(0, dtype=dtype, device="meta").element_size()
         self.config = self._configure(config, budget, params, itemsize)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -90,10 +98,12 @@ class CompressedEmbedding(nn.Module):
             for key, value in (("max_norm", max_norm), ("scale_grad_by_freq", scale_grad_by_freq or None)):
                 if value is not None:
                     faults.append(f"`{key}` is not supported by method {self.config.method!r}; use method 'full'")
+        if unseen == "zero" and (max_norm is not None or scale_grad_by_freq):
+            faults.append("`max_norm` and `scale_grad_by_freq` act on rows that `unseen='zero'` has none of; use 'oov'")
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
-        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name == "kernel"]
+        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name in ("kernel", "unseen")]
         raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
         self.shared = shared
         # What a loaded export reads in place of its tables.
@@ -106,7 +116,8 @@ class CompressedEmbedding(nn.Module):
             self.register_parameter(table.name, nn.Parameter(empty))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
-            self.kernel = VectorisedLookup([self.program], [places])
+            self.unseen = Unseen([self.spec], [self.config.accepts_raw])
+            self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self.reset_parameters()
 
     def _configure(
@@ -157,7 +168,7 @@ class CompressedEmbedding(nn.Module):
         Args:
             counts: ``[num_embeddings]`` how often each id occurs; ties go to the smaller id.
         """
-        self.kernel.index.assign_(0, counts)
+        self.kernel.index.assign_(0, with_unseen(self.spec, counts))
         return self
 
     # -- lookup ---------------------------------------------------------------------------------------------------
@@ -166,7 +177,7 @@ class CompressedEmbedding(nn.Module):
         if self.served is not None and table in self.served:
             vectors: Tensor = self.served[table](rows, partial)
             return vectors
-        return F.embedding(rows.clamp_min(0) if partial else rows, self.table(table), sparse=self.sparse)
+        return read_rows(self.table(table), rows, partial, self.sparse)
 
     def table(self, name: str) -> Tensor:
         """The stored values of one of the program's tables: ``[rows, width]``; decoded, a copy, after an export."""
@@ -197,14 +208,14 @@ class CompressedEmbedding(nn.Module):
         return values
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Vectors of checked int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
+        """Vectors of resolved int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
         (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)
         out = out.squeeze(1)
         name = self.program.projection
         return project(out, self.table(name), "ni,io->no") if name else out
 
     def before_pool(self, ids: Tensor) -> Tensor:
-        """What bags pool: one row per checked id ``[n]``; the vectors themselves unless a method says otherwise."""
+        """What bags pool: one row per resolved id ``[n]``; the vectors themselves unless a method says otherwise."""
         return self.lookup(ids)
 
     def after_pool(self, pooled: Tensor) -> Tensor:
@@ -216,14 +227,49 @@ class CompressedEmbedding(nn.Module):
         """Width of the output: ``embedding_dim``, times the number of vectors where a method emits several."""
         return self.program.width
 
-    def _check_range(self, ids: Tensor) -> None:
-        if not self.config.accepts_raw:
-            check_id_range(ids, self.num_embeddings, self.spec.name)
+    def lookup_resolved(self, ids: Tensor) -> Tensor:
+        """As :meth:`lookup`, with zeros where an id is -1, "no id", whatever the method."""
+        if not (self.unseen.zeros[0] and self.config.computes):
+            return self.lookup(ids)  # the kernel knows about them
+        return self.lookup(ids.clamp_min(0)).masked_fill((ids < 0).unsqueeze(-1), 0.0)
+
+    def before_pool_resolved(self, ids: Tensor) -> Tensor:
+        """As :meth:`before_pool`; rows where an id is -1, "no id", are to be skipped."""
+        return self.before_pool(ids.clamp_min(0) if self.unseen.zeros[0] and self.config.computes else ids)
 
     def _vectors(self, ids: Tensor) -> Tensor:
-        self._check_range(ids)
-        out = self.lookup(ids)
+        """Vectors of resolved int64 ``ids [n]``, padding included."""
+        out = self.lookup_resolved(ids)
         return out if self.padding_idx is None else out.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
+
+    def _resolve(self, ids: Tensor) -> Tensor:
+        """What the policy makes of ``ids``, counted: see :class:`Unseen`."""
+        padding = None if self.padding_idx is None or not self.unseen.counting else ids == self.padding_idx
+        resolved: Tensor = self.unseen(ids, None, padding)
+        return resolved
+
+    def unseen_counts(self) -> dict[str, UnseenCount]:
+        """Ids looked up since counting began or was reset, and how many of them were unseen, by feature name.
+
+        Counting is on where ``unseen`` is ``"hash"``, ``"oov"`` or ``"zero"``, else after :meth:`count_unseen`. Padding
+        does not count. Reading waits for the device; counting does not.
+
+        >>> from recsys_embed.methods.hash import HashEmbedding
+        >>> emb = HashEmbedding(10, 4, num_buckets=3, unseen="oov")
+        >>> _ = emb(torch.tensor([3, 10, -1]))
+        >>> emb.unseen_counts()
+        {'embedding': UnseenCount(unseen=2, looked_up=3)}
+        """
+        return self.unseen.read()
+
+    def reset_unseen_counts(self) -> None:
+        """Count from zero."""
+        self.unseen.reset()
+
+    def count_unseen(self, counting: bool = True) -> Self:
+        """Switch counting on or off, whatever the policy."""
+        self.unseen.counting = counting
+        return self
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Look up ids.
@@ -237,30 +283,33 @@ class CompressedEmbedding(nn.Module):
             ``[*input.shape, output_dim]`` without ``mode``, else ``[bags, output_dim]``.
 
         Raises:
-            IdRangeError: an id is outside ``[0, num_embeddings)`` and the method does not hash.
+            IdRangeError: an id is outside ``[0, num_embeddings)``, and ``unseen`` is ``"raise"``, or is ``None`` and
+                the method does not hash.
         """
         ids = input  # the parameter's name is torch's, which callers may spell out
         check_id_dtype(ids, self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
-            return self._vectors(ids.reshape(-1).long()).view(*ids.shape, self.output_dim)
+            return self._vectors(self._resolve(ids.reshape(-1).long())).view(*ids.shape, self.output_dim)
         if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
             raise ConfigError(
                 f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "
                 f"got {tuple(per_sample_weights.shape)}"
             )
         flat, offsets = self._bags(ids, offsets)
-        self._check_range(flat)
-        vectors = self.before_pool(flat)
+        flat = self._resolve(flat)
+        vectors = self.before_pool_resolved(flat)
         # Pooling is torch's own: the per-id vectors become the table, read once each, in order.
         order = torch.arange(flat.numel(), device=flat.device)
         padding = None
-        if self.padding_idx is not None:
+        if self.padding_idx is not None or self.unseen.zeros[0]:
             padding = flat.numel()
-            order = torch.where(flat == self.padding_idx, padding, order)
-            vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
-        elif vectors.shape[0] == 0:
+            skipped = (flat < 0) if self.padding_idx is None else (flat == self.padding_idx)
+            if self.padding_idx is not None and self.unseen.zeros[0]:
+                skipped |= flat < 0
+            order = torch.where(skipped, padding, order)
+        if padding is not None or vectors.shape[0] == 0:
             vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
         pooled = F.embedding_bag(
             order,
@@ -288,9 +337,9 @@ class CompressedEmbedding(nn.Module):
 
     # -- whole table ----------------------------------------------------------------------------------------------
 
-    def _chunks(self, size: int = 1 << 16) -> Iterator[Tensor]:
-        for start in range(0, self.num_embeddings, size):
-            yield torch.arange(start, min(start + size, self.num_embeddings), device=self._device())
+    def _chunks(self, count: int, size: int = 1 << 16) -> Iterator[Tensor]:
+        for start in range(0, count, size):
+            yield torch.arange(start, min(start + size, count), device=self._device())
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
@@ -301,7 +350,7 @@ class CompressedEmbedding(nn.Module):
         torch.Size([10, 4])
         """
         out = self._like().new_empty(self.num_embeddings, self.output_dim)
-        for ids in self._chunks():
+        for ids in self._chunks(self.num_embeddings):
             out[ids[0] : ids[-1] + 1] = self._vectors(ids)
         return out
 
@@ -312,7 +361,8 @@ class CompressedEmbedding(nn.Module):
         Args:
             weight: the plain table; dtype and device carry over.
             counts: ``[num_embeddings]`` how often each id occurs; weighs its squared error (default: equal). Rows that
-                only ids of count 0 read keep their initial values.
+                only ids of count 0 read keep their initial values. With ``unseen="oov"``, the id of unseen ids starts
+                from the mean over all ids, so weighted, and is fitted as one of mean count.
             options: anything the constructor takes (``budget=``, ``mode=``, the method's options).
         """
         if weight.dim() != 2:
@@ -333,11 +383,12 @@ class CompressedEmbedding(nn.Module):
         module = cls(weight.shape[0], weight.shape[1], **options)
         if counts is not None:
             module.assign_(counts)
-        module.fit_(weight.detach(), counts)
+        module.fit_(*with_unseen_row(module.spec, weight.detach(), counts))
+        module.reset_unseen_counts()
         return module
 
     def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
-        """Approximate ``weight [num_embeddings, embedding_dim]`` in place; see :meth:`from_dense`."""
+        """Approximate ``weight [spec.num_ids, embedding_dim]`` in place; see :meth:`from_dense`."""
         fit_tables(self, weight, counts)
 
     def footprint(self) -> Footprint:
@@ -350,7 +401,7 @@ class CompressedEmbedding(nn.Module):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        return {"spec": asdict(self.spec), "config": self.config.to_dict()}
+        return {"spec": spec_to_dict(self.spec), "config": self.config.to_dict()}
 
     def get_extra_state(self) -> Tensor:
         """Feature and configuration as JSON bytes, so that a state dict refuses to load elsewhere."""
@@ -363,7 +414,8 @@ class CompressedEmbedding(nn.Module):
         if prefix + "_extra_state" in state_dict:
             # The law of initial weights and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
-            _state.check(state_dict[prefix + "_extra_state"], self._identity(), where, ignore=("init", "pooling"))
+            saved = state_dict[prefix + "_extra_state"]
+            _state.check(saved, self._identity(), where, ignore=("init", "pooling"), views=STORED_UNSEEN)
         errors = args[-1]
         before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -376,7 +428,7 @@ class CompressedEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"
-        for key in ("padding_idx", "mode"):
-            if getattr(self, key) is not None:
-                text += f", {key}={getattr(self, key)!r}"
+        for key, value in (("padding_idx", self.padding_idx), ("mode", self.mode), ("unseen", self.spec.unseen)):
+            if value is not None:
+                text += f", {key}={value!r}"
         return text + f", config={self.config}"

@@ -66,7 +66,10 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= size:
-            raise IdRangeError(f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r})")
+            raise IdRangeError(
+                f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r}). Where ids "
+                "never seen may come, say what becomes of them: `unseen` 'hash', 'oov' or 'zero'"
+            )
     elif ids.device.type != "meta":
         torch._assert_async(((ids >= 0) & (ids < size)).all(), f"ids of feature {where!r} must be in [0, {size})")
 

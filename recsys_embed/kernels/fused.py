@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -38,6 +39,18 @@ class FusedGather(Function):
             rows, grad = rows[present], grad[present]
         ctx.updater(rows, grad.contiguous())
         return (None,) * 5
+
+
+def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:
+    """``weight[rows]`` for int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows of -1 read anything.
+
+    Sparse gradients leave such rows out: a sparse optimizer moves every row that its gradient names.
+    """
+    if not partial or not sparse:
+        return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
+    present = (rows >= 0).nonzero().squeeze(1)
+    read = F.embedding(rows[present], weight, sparse=True)
+    return weight.new_zeros(rows.shape[0], weight.shape[1]).index_copy(0, present, read)
 
 
 def apply_update(

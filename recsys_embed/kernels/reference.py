@@ -112,23 +112,25 @@ class ReferenceLookup(VectorisedLookup):
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         keys: Sequence[Any] | None = None,
+        optional: Sequence[bool] | None = None,
     ) -> None:
-        super().__init__(programs, places, keys)
+        super().__init__(programs, places, keys, optional)
         self.programs, self.places = list(programs), list(places)
 
     def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
         """As :meth:`VectorisedLookup.forward`, but ``gather`` is called once per probe."""
         out = []
         for g, group in enumerate(self.groups):
-            members = list(enumerate(group.features))
-            run = [(self.programs[f], self.places[f]) for _, f in members]
-            index = [Indexes(self.index.places(f), self.index.arrays) for _, f in members]
             if local is None:
-                out.append(torch.stack([combine(*run[j], ids[g][:, j], gather, index[j]) for j, _ in members], 1))
+                out.append(torch.stack([self._one(f, ids[g][:, j], gather) for j, f in enumerate(group.features)], 1))
                 continue
-            width = group.template.combined_width
-            picks = [(local[g] == j).nonzero().squeeze(1) for j, _ in members]
-            pieces = [combine(*run[j], ids[g][at], gather, index[j]) for (j, _), at in zip(members, picks, strict=True)]
+            picks = [(local[g] == j).nonzero().squeeze(1) for j in range(len(group.features))]
+            pieces = [self._one(f, ids[g][at], gather) for f, at in zip(group.features, picks, strict=True)]
             # Every value belongs to exactly one member, so the inverse permutation restores their order.
-            out.append(torch.cat(pieces)[torch.cat(picks).argsort()].view(-1, width))
+            out.append(torch.cat(pieces)[torch.cat(picks).argsort()].view(-1, group.template.combined_width))
         return out
+
+    def _one(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
+        indexes = Indexes(self.index.places(feature), self.index.arrays)
+        vectors = combine(self.programs[feature], self.places[feature], ids, gather, indexes)
+        return vectors.masked_fill((ids < 0).unsqueeze(-1), 0.0) if self.optional[feature] else vectors

@@ -84,6 +84,7 @@ class Group(Constants):
         programs: one program per position.
         places: where each table of the programs lives.
         index: where the indexes of all features lie.
+        optional: the id -1 is none: it reads no row and gives zeros.
     """
 
     def __init__(
@@ -92,10 +93,12 @@ class Group(Constants):
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         index: IndexStore,
+        optional: bool = False,
     ) -> None:
         super().__init__()
         self.features = tuple(features)
         self.template = programs[0]
+        self.optional = optional
         by_kind: dict[tuple[Any, ...], list[int]] = {}
         for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
             by_kind.setdefault(signature, []).append(slot)
@@ -121,7 +124,8 @@ class Group(Constants):
 
         self.add_constant(name, [[integers(f, table, t) for table, t in row] for f, row in enumerate(chosen)])
         table, transform = chosen[0][0]
-        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, run)
+        absent = self.optional or transform.may_be_absent
+        return _Read(places[0][table].storage, transform.signature(), name, absent, run)
 
     def _probe_set(
         self,
@@ -162,6 +166,8 @@ class Group(Constants):
                 stacked = self.constant(read.params)
                 *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
                 rows = read.kind[0].map(read.kind, x, params, at, arrays)
+                if self.optional:
+                    rows = torch.where(x < 0, -1, rows)
                 if read.run > 1:
                     size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
                     ahead = (rows + self.constant(f"run{read.run}")) % size
@@ -226,6 +232,7 @@ class VectorisedLookup(nn.Module):
         programs: one per feature.
         places: per feature, where each of its tables lives; ``dense`` tables need no place.
         keys: per feature, anything hashable that keeps features apart in groups (e.g. the pooling).
+        optional: per feature, whether its id -1 is none: such ids read no row and give zeros.
     """
 
     def __init__(
@@ -233,16 +240,21 @@ class VectorisedLookup(nn.Module):
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         keys: Sequence[Any] | None = None,
+        optional: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
+        self.optional = tuple(optional or [False] * len(programs))
         members: dict[tuple[Any, ...], list[int]] = {}
         for i, program in enumerate(programs):
-            members.setdefault(_signature(program, places[i], (keys[i],) if keys else ()), []).append(i)
+            key = (keys[i] if keys else None, self.optional[i])
+            members.setdefault(_signature(program, places[i], key), []).append(i)
         self.index = IndexStore([p.indexes for p in programs])
         self._groups = nn.ModuleList(
-            Group(m, [programs[i] for i in m], [places[i] for i in m], self.index) for m in members.values()
+            Group(m, [programs[i] for i in m], [places[i] for i in m], self.index, self.optional[m[0]])
+            for m in members.values()
         )
-        self._partial = {s.read.storage for g in self.groups for s in g.sets if s.read.may_be_absent}
+        reads = [read for g in self.groups for s in g.sets for read in (s.read, s.weight) if read is not None]
+        self._partial = {read.storage for read in reads if read.may_be_absent}
 
     @property
     def groups(self) -> list[Group]:
@@ -274,5 +286,9 @@ class VectorisedLookup(nn.Module):
         out = []
         for g, x, w, request in zip(self.groups, ids, where, requests, strict=True):
             pieces = [gathered[storage].pop(0) for storage, _ in request]
-            out.append(g.combine(x, w, [rows for _, rows in request], pieces))
+            value = g.combine(x, w, [rows for _, rows in request], pieces)
+            if g.optional and g.template.combine == "mul":
+                # A product over no rows would be one.
+                value = value.masked_fill((x < 0).unsqueeze(-1), 0.0)
+            out.append(value)
         return out

@@ -13,7 +13,8 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_id_range, check_offsets
+from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets
+from recsys_embed.kernels.unseen import with_unseen_row
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 
@@ -62,11 +63,12 @@ class FullEmbedding(CompressedEmbedding):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
-        if self.served is not None:
+        if self.served is not None or self.unseen.zeros[0]:
+            # Torch has no row for no id.
             return super().forward(input, offsets, per_sample_weights)
         ids = input
         check_id_dtype(ids, self.spec.name)
-        check_id_range(ids, self.num_embeddings, self.spec.name)
+        ids = self._resolve(ids.long() if self.unseen.replaces else ids)
         options: dict[str, Any] = {
             "padding_idx": self.padding_idx,
             "max_norm": self.max_norm,
@@ -94,17 +96,26 @@ class FullEmbedding(CompressedEmbedding):
 
     def _vectors(self, ids: Tensor) -> Tensor:
         # The padding row is an ordinary stored row here, as in torch: it starts at zero and never gets a gradient.
-        check_id_range(ids, self.num_embeddings, self.spec.name)
         if self.served is not None:
             return self.lookup(ids)
+        if self.unseen.zeros[0]:
+            out = self.lookup(ids)
+            if self.padding_idx is None:
+                return out
+            return torch.where((ids == self.padding_idx).unsqueeze(-1), out.detach(), out)
         return F.embedding(ids, self.table("weight"), padding_idx=self.padding_idx, sparse=self.sparse)
 
     @classmethod
     def from_pretrained(cls, embeddings: Tensor, freeze: bool = True, **options: Any) -> Self:
-        """A module over given weights ``[num_embeddings, embedding_dim]``, as ``nn.Embedding.from_pretrained``."""
+        """A module over given weights ``[num_embeddings, embedding_dim]``, as ``nn.Embedding.from_pretrained``.
+
+        With ``unseen="oov"`` the weights are copied and get a row more, their mean.
+        """
         if embeddings.dim() != 2:
             raise ConfigError(f"`embeddings` must be [num_embeddings, dim]; got shape {tuple(embeddings.shape)}")
         module = cls(*embeddings.shape, device="meta", **options)
-        module.register_parameter("weight", nn.Parameter(embeddings, requires_grad=not freeze))
-        module.kernel.to_empty(device=embeddings.device)
+        weight, _ = with_unseen_row(module.spec, embeddings, None)
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=not freeze))
+        for part in (module.kernel, module.unseen):
+            part.to_empty(device=embeddings.device)
         return module

@@ -69,7 +69,7 @@ class LowdimEmbedding(CompressedEmbedding):
         scaled by the square roots of ``counts``, and the table the rows' coordinates along them.
         """
         importance, table = importance_of(self, weight, counts), self.table("weight")
-        basis = principal_axes(weight, importance, table.shape[1], self._chunks())
+        basis = principal_axes(weight, importance, table.shape[1], self._chunks(len(weight)))
         self.table("projection").copy_(basis.T)
-        for ids in self._chunks():
+        for ids in self._chunks(len(weight)):
             table[ids] = (weight[ids].double() @ basis).to(table.dtype)
