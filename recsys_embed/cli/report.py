@@ -1,0 +1,112 @@
+"""``recsys-embed report``: where the bytes of embedding tables are, and what they could be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys_embed.cli._target import load_target
+from recsys_embed.errors import ConfigError
+
+WIDTH = 100
+
+
+def report(
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder, data folder, checkpoint or state dict (.pt), .safetensors, plan.json or schema.json."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model instead: package.module:function, called without arguments.")
+    ] = None,
+    meta: Annotated[
+        bool, typer.Option("--meta", help="Build --model on the meta device: tables of any size take no memory.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data folder: statistics, and the features of a plan.json.")
+    ] = None,
+    schema: Annotated[Path | None, typer.Option("--schema", help="Features of a plan.json: schema.json.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="Of the tables: adam, adagrad, rowwise_adagrad, sgd, ...")
+    ] = None,
+    dense_optimizer: Annotated[
+        str | None, typer.Option("--dense-optimizer", help="Of everything else; the same where it is torch's.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="Of deployed weights: fp32, fp16, bf16, int8, int4.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples per step.")] = 4096,
+    ids_per_sample: Annotated[float, typer.Option("--ids-per-sample", help="Ids per sample and feature.")] = 1.0,
+    embedding_dim: Annotated[int, typer.Option("--embedding-dim", help="Width of the tables of a data folder.")] = 16,
+    ratio: Annotated[float, typer.Option("--ratio", help="Compression at which other methods are compared.")] = 10.0,
+    tables: Annotated[
+        list[str] | None, typer.Option("--tables", help="Which tensors of a file are tables, e.g. '*emb*.weight'.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="List every table, not the 30 largest.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page with charts.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write Markdown.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Show the bytes of embedding tables by cause, serving and training, and what other methods would cost."""
+    from recsys_embed.report.memory import memory_report
+    from recsys_embed.train.files import write_text
+
+    if (source is None) == (model is None):
+        raise ConfigError("give a SOURCE or --model package.module:function, and not both")
+    if meta and model is None:
+        raise ConfigError("--meta is about --model")
+    found: Any = source if model is None else _load(model, meta)
+    dataset = None
+    if data is not None:
+        from recsys_embed.data import open_dataset
+
+        dataset = open_dataset(data)
+    rep = memory_report(
+        found,
+        schema=_schema(schema, dataset, embedding_dim),
+        optimizer=optimizer,
+        dense_optimizer=dense_optimizer,
+        precision=precision,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        ids_per_sample=ids_per_sample,
+        stats=dataset,
+        embedding_dim=embedding_dim,
+        tables=tables or None,
+        ratio=ratio,
+    )
+    if html is not None:
+        rep.to_html(html)
+    if markdown is not None:
+        write_text(markdown, rep.to_markdown())
+    if as_json:
+        print(rep.to_json())
+        return 0
+    print(rep.to_text(limit=None if every else 30, width=WIDTH), end="")
+    for path in (html, markdown):
+        if path is not None:
+            print(f"written: {path}", file=sys.stderr)
+    return 0
+
+
+def _load(text: str, meta: bool) -> Any:
+    import torch
+
+    if not meta:
+        return load_target(text)
+    with torch.device("meta"):
+        return load_target(text)
+
+
+def _schema(path: Path | None, dataset: Any, embedding_dim: int) -> Any:
+    """The features a plan is for: of a file, or of the data."""
+    if path is not None:
+        from recsys_embed.features import Schema
+        from recsys_embed.report.memory_files import read_json
+
+        return Schema.from_dict(read_json(path))
+    return None if dataset is None else dataset.schema(embedding_dim)

@@ -1,0 +1,360 @@
+"""Tables of what lies on disk: run folders, checkpoints, state dicts, safetensors, plans, schemas and data folders."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+from recsys_embed.registry import config_from_dict
+from recsys_embed.report.memory_arrays import Array, Entry, Role
+from recsys_embed.report.memory_optimizer import StateLaw, make_law
+from recsys_embed.report.memory_sources import Parts, parts_of_plan, spec_of
+from recsys_embed.report.memory_stats import row_keys
+
+STATE = "_extra_state"
+RUN_FILES = ("model.pt", "checkpoint.pt")
+GUESSES = ("*emb*", "*lookup*", "*table*")
+"""Patterns of the names, in lower case, by which a state dict's two-dimensional tensors are taken for tables."""
+_MAX_HEADER = 100_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a path holds, and the settings that it brings along."""
+
+    parts: Parts
+    optimizer: StateLaw | None = None
+    dense_optimizer: Any = None
+    stats: Any = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: equal ``key`` means the same bytes; ``read`` gives its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    key: Hashable
+    read: Callable[[], Tensor]
+
+
+def parts_of_path(
+    path: Path,
+    optimizer: Any,
+    dense_optimizer: Any,
+    schema: Schema | None,
+    embedding_dim: int,
+    tables: Sequence[str] | None,
+) -> Read:
+    """Whatever of the kinds above lies at ``path``.
+
+    Raises:
+        ConfigError: nothing there, or none of these kinds.
+        CheckpointError: damaged.
+    """
+    if path.is_dir():
+        return _folder(path, optimizer, dense_optimizer, embedding_dim, tables)
+    if not path.is_file():
+        raise ConfigError(f"there is nothing at {path}; expected a run folder, a data folder or a file of weights")
+    if path.suffix == ".json":
+        law = make_law(optimizer, prefer_fused=True)
+        return Read(_json(path, schema, law.fused if law else None), law, dense_optimizer)
+    return _weights(path, optimizer, dense_optimizer, tables)
+
+
+def _folder(path: Path, optimizer: Any, dense_optimizer: Any, embedding_dim: int, tables: Sequence[str] | None) -> Read:
+    for name in RUN_FILES:
+        if (path / name).is_file():
+            return _weights(path / name, optimizer, dense_optimizer, tables)
+    if (path / "schema.json").is_file():
+        from recsys_embed.data import open_dataset
+
+        data = open_dataset(path)
+        schema, law = data.schema(embedding_dim), make_law(optimizer, prefer_fused=True)
+        raw = any(f.ids == "raw" for f in schema)
+        # Raw ids have no plain table; that of as many ids is what a person compares with.
+        if raw:
+            schema = Schema([replace(f, ids="index") for f in schema])
+        parts = parts_of_plan(schema, Plan.full(schema), law.fused if law else None, kind="data")
+        note = f"plain tables of width {embedding_dim} for the features of the data"
+        note += ", whose raw ids were counted" if raw else ""
+        return Read(replace(parts, notes=(note,)), law, dense_optimizer, data)
+    raise ConfigError(f"{path} is no run folder (no {' or '.join(RUN_FILES)}) and no data folder (no schema.json)")
+
+
+def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Parts:
+    """A plan or a schema."""
+    data = read_json(path)
+    if isinstance(data.get("features"), list) and "format" not in data:
+        own = Schema.from_dict(data)
+        return parts_of_plan(own, Plan.full(own), fused)
+    if isinstance(data.get("features"), Mapping):
+        if schema is None:
+            raise ConfigError(f"{path} is a plan, which needs the features it is for: give a schema or a data folder")
+        return parts_of_plan(schema, Plan.from_dict(data), fused)
+    raise ConfigError(f"{path} holds neither a plan nor a schema; a data folder's schema.json is read by its folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file.
+
+    Raises:
+        ConfigError: cannot be read, or is no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold an object; got {type(data).__name__}")
+    return data
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _weights(path: Path, optimizer: Any, dense_optimizer: Any, patterns: Sequence[str] | None) -> Read:
+    tensors, config = (_safetensors(path), {}) if path.suffix == ".safetensors" else _torch(path)
+    if optimizer is None and isinstance(config.get("embedding_optimizer"), str):
+        optimizer = config["embedding_optimizer"]
+        dense_optimizer = "adam" if dense_optimizer is None else dense_optimizer
+    law = make_law(optimizer, prefer_fused=True)
+    return Read(_parts(path, tensors, law.fused if law else None, patterns), law, dense_optimizer)
+
+
+def _torch(path: Path) -> tuple[list[Stored], dict[str, Any]]:
+    """Tensors of a file of ``torch.save``, and the settings of a training run; nothing in it is executed."""
+    payload: Any = None
+    for mmap in (True, False):  # files of the format before zip cannot be mapped
+        try:
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except pickle.UnpicklingError as e:
+            raise CheckpointError(
+                f"{path} holds more than tensors, numbers and texts, or is damaged, and loading it would run code; "
+                f"save model.state_dict() instead, or load it yourself and pass the module ({str(e).splitlines()[0]})"
+            ) from e
+        except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as e:
+            if not mmap:
+                raise CheckpointError(f"{path} cannot be read as a file of torch.save: {str(e)[:200]}") from e
+    config: dict[str, Any] = {}
+    if isinstance(payload, dict) and payload.get("format") == "recsys-embed-checkpoint":
+        config = payload["config"] if isinstance(payload.get("config"), dict) else {}
+        payload = payload.get("model")
+    state = _state_of(payload)
+    if state is None:
+        raise CheckpointError(f"{path} holds no state dict: expected names with tensors, got {type(payload).__name__}")
+
+    def stored(name: str, t: Tensor) -> Stored:
+        key = (t.untyped_storage()._cdata, t.storage_offset(), t.numel())
+        return Stored(name, tuple(t.shape), t.dtype, key, lambda: t)
+
+    return [stored(str(name), t) for name, t in state.items() if isinstance(t, Tensor)], config
+
+
+def _state_of(payload: Any) -> Mapping[str, Any] | None:
+    """The names with tensors: the payload itself, or the member of it that holds most bytes in tensors."""
+    if not isinstance(payload, Mapping):
+        return None
+
+    def size(value: Any) -> int:
+        tensors = value.values() if isinstance(value, Mapping) else ()
+        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+    found = max([payload, *payload.values()], key=size)
+    return found if size(found) or (found is payload and not payload) else None
+
+
+def _safetensors(path: Path) -> list[Stored]:
+    """Tensors of a safetensors file, from its header; https://github.com/huggingface/safetensors describes it."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(f.read(length).decode())
+        start = 8 + length
+        found = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+            if min(shape, default=0) < 0 or not 0 <= first <= last <= size - start:
+                raise ValueError(f"tensor {name!r} lies outside the file")
+            if last - first != prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name!r} of shape {shape} has {last - first} bytes")
+            found.append(
+                Stored(name, shape, dtype, (first, last), _reader(path, start + first, last - first, dtype, shape))
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {e}") from e
+    return found
+
+
+def _reader(path: Path, at: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        with path.open("rb") as f:
+            f.seek(at)
+            data = bytearray(f.read(size))
+        return torch.frombuffer(data, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+    return read
+
+
+def _parts(
+    path: Path, tensors: Sequence[Stored], fused: FusedOptimizer | None, patterns: Sequence[str] | None
+) -> Parts:
+    """This library's modules by the configuration stored with them, tables of others by their names."""
+    entries: list[Entry] = []
+    notes: list[str] = []
+    taken: set[str] = set()
+    for stored in tensors:
+        prefix = stored.name.removesuffix(STATE)
+        if stored.name == prefix or stored.dtype != torch.uint8:
+            continue
+        inside = {t.name.removeprefix(prefix): t for t in tensors if t.name.startswith(prefix) and t.name not in taken}
+        # Modules within a collection carry a configuration of their own, which the collection's contains.
+        own = _of_state(path, stored, inside, prefix, fused)
+        if own is None:
+            continue
+        taken |= {prefix + name for name in inside}
+        entries += own.entries
+        held = sum(prod(t.shape) * t.dtype.itemsize for n, t in inside.items() if not n.endswith(STATE))
+        said = sum(a.nbytes for e in own.entries for a in e.arrays)
+        if held != said:
+            where = prefix.rstrip(".") or "the file"
+            notes.append(f"{where} holds {held:,} bytes of weights where its configuration says {said:,}")
+    rest: list[Array] = []
+    seen: set[Hashable] = set()
+    guessed = 0
+    for t in tensors:
+        if t.name in taken or t.name.endswith(STATE) or t.key in seen:
+            continue
+        seen.add(t.key)
+        matrix = len(t.shape) == 2 and t.dtype.is_floating_point
+        if matrix and (_is_table(t.name, patterns) or (patterns is None and len(tensors) == 1)):
+            entries.append(_plain(t))
+            guessed += 1
+        else:
+            rows, width = (t.shape[0], prod(t.shape[1:])) if len(t.shape) >= 2 else (1, prod(t.shape))
+            floating = t.dtype.is_floating_point
+            role: Role = "dense" if floating else "index"
+            rest.append(Array(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating))
+    if guessed and patterns is None:
+        notes.append(
+            f"{guessed} tensors were taken for tables by their names ({', '.join(GUESSES)}); name others with "
+            "tables=[...] (--tables)"
+        )
+    if not entries:
+        notes.append("no tensor looks like an embedding table by its name; name them with tables=[...] (--tables)")
+    return Parts(tuple(entries), tuple(rest), tuple(notes))
+
+
+def _is_table(name: str, patterns: Sequence[str] | None) -> bool:
+    if patterns is not None:
+        return any(fnmatchcase(name, p) for p in patterns)
+    return any(fnmatchcase(name.lower(), p) for p in GUESSES)
+
+
+def _plain(t: Stored) -> Entry:
+    path = t.name.removesuffix("weight").rstrip(".") or "embedding"
+    rows, width = t.shape
+    return Entry(
+        name=path.replace(".", "/"),
+        kind="file",
+        method="full",
+        ids=rows,
+        width=width,
+        arrays=(Array("weight", rows, width, t.dtype.itemsize, "table", 1, t.key),),
+        spec=spec_of(path, rows, width),
+        paths=(path,),
+    )
+
+
+def _of_state(
+    path: Path, stored: Stored, inside: Mapping[str, Stored], prefix: str, fused: FusedOptimizer | None
+) -> Parts | None:
+    """The tables of a module that stored its configuration; None where it is of somebody else or of an outer one."""
+    try:
+        identity = json.loads(bytes(stored.read().numpy()))
+    except (ValueError, RuntimeError):
+        return None
+    if not isinstance(identity, dict) or stored.name.removeprefix(prefix) not in inside:
+        return None
+    at = prefix.rstrip(".").replace(".", "/")
+    try:
+        if {"schema", "order", "plan"} <= identity.keys():
+            schema = Schema.from_dict({"features": [identity["schema"][name] for name in identity["order"]]})
+            plan, index = Plan.from_dict(identity["plan"]), "bundle.kernel.index."
+            at += "/" if at else ""
+        elif {"spec", "config"} <= identity.keys():
+            spec = FeatureSpec(**identity["spec"])
+            schema, plan, index = (
+                Schema([spec]),
+                Plan({spec.name: config_from_dict(identity["config"])}),
+                "kernel.index.",
+            )
+        else:
+            return None
+    except (ConfigError, TypeError, KeyError) as e:
+        raise CheckpointError(f"{path}: the configuration stored as {stored.name} cannot be used: {e}") from e
+    itemsize = next((t.dtype.itemsize for t in inside.values() if t.dtype.is_floating_point), 4)
+    parts = parts_of_plan(schema, plan, fused, kind="file", at=at, itemsize=itemsize)
+    entries = _with_indexes(parts.entries, plan, schema, inside, index, at)
+    if index == "kernel.index.":
+        # A drop-in shares its arrays with nobody.
+        (entry,) = (e for e in entries if e.kind != "shared")
+        arrays = [a for e in entries for a in e.arrays]
+        entries = [replace(entry, name=at or "embedding", arrays=tuple(arrays), shared=(), paths=(prefix.rstrip("."),))]
+    return Parts(tuple(entries))
+
+
+def _with_indexes(
+    entries: Sequence[Entry], plan: Plan, schema: Schema, inside: Mapping[str, Stored], index: str, at: str
+) -> list[Entry]:
+    """Entries whose lookups read the file's own index buffers."""
+    specs = [s for s in schema if not plan[s.name].computes]
+    store = IndexStore([plan[s.name].program(s).indexes for s in specs])
+    for name, buffer in store.named_buffers():
+        if buffer.numel() and f"{index}{name}" in inside:
+            buffer.copy_(inside[f"{index}{name}"].read())
+    places = {f"{at}{s.name}": i for i, s in enumerate(specs)}
+    return [
+        replace(e, hashed=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e
+        for e in entries
+    ]

@@ -1,0 +1,291 @@
+"""Tables of modules and of plans, as entries of a memory report. Nothing is built and meta tensors do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.config import MethodConfig
+from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan, table_key
+from recsys_embed.program import LookupProgram, Table
+from recsys_embed.report.memory_arrays import Array, Entry, Role, Update, index_arrays, lookup_shape, reads_of
+from recsys_embed.report.memory_stats import row_keys
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a source is made of: its tables, and the arrays of the rest of the model."""
+
+    entries: tuple[Entry, ...]
+    rest: tuple[Array, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def parts_of_module(model: nn.Module) -> Parts:
+    """Tables and the rest of any module tree."""
+    entries: list[Entry] = []
+    seen: set[int] = set()
+    tables = find_tables(model)
+    for table in tables:
+        if table.kind == "collection":
+            if id(table.module) not in seen:
+                seen.add(id(table.module))
+                mine = [t for t in tables if t.module is table.module]
+                entries += _entries_of_collection(cast("EmbeddingCollection", table.module), mine)
+        elif table.kind == "compressed":
+            entries.append(_entry_of_drop_in(cast("CompressedEmbedding", table.module), table))
+        else:
+            entries.append(_entry_of_plain(table))
+    counted = {_key(t) for table in tables for m in table.modules for t in _tensors(m)}
+    rest, lazy = _rest(model, counted)
+    notes = [f"{len(lazy)} parameters have no shape yet and are not counted: {', '.join(lazy[:4])}"] if lazy else []
+    for table in tables:
+        if table.tied:
+            notes.append(f"{table.name} is also {', '.join(table.tied)}: one tensor, counted once, as a table")
+    if not tables:
+        notes.append("no embedding table was found in the model")
+    return Parts(tuple(entries), tuple(rest), tuple(notes))
+
+
+def parts_of_plan(
+    schema: Schema, plan: Plan, fused: FusedOptimizer | None, kind: str = "plan", at: str = "", itemsize: int = 4
+) -> Parts:
+    """Tables of a plan; ``at`` is put before their names."""
+    plan.check(schema)
+    plan.tables(schema)  # tables that features share must agree
+    entries, shared = [], _Shared(kind)
+    for spec in schema:
+        config = plan[spec.name]
+        program = config.program(spec)
+        arrays = arrays_of(spec, config, program, itemsize, private=True)
+        shared.add(spec.name, program, itemsize, None, True)
+        entries.append(_entry(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
+    update: Update = "dense" if fused is None else "fused"
+    found = [*entries, *shared.entries(at)]
+    return Parts(tuple(replace(e, update=update, fused=fused) for e in found))
+
+
+def arrays_of(
+    spec: FeatureSpec, config: MethodConfig, program: LookupProgram, itemsize: int = 4, *, private: bool = False
+) -> tuple[Array, ...]:
+    """What a configuration stores for a feature; ``private`` leaves out what features share."""
+    arrays = [_array(t, program, itemsize, None, True) for t in program.tables if not (private and t.shared)]
+    networks = config.footprint(spec).weights - 4 * sum(t.rows * t.width for t in program.tables)
+    if networks:
+        arrays.append(Array("network", 1, networks // 4, itemsize, "dense"))
+    return (*arrays, *index_arrays(program))
+
+
+class _Shared:
+    """Arrays that several features read, each once."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.arrays: dict[str, Array] = {}
+        self.readers: dict[str, list[str]] = {}
+
+    def add(self, feature: str, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> None:
+        for table in program.tables:
+            if table.shared:
+                array = _array(table, program, itemsize, parameter, trained)
+                known = self.arrays.get(table.name)
+                self.arrays[table.name] = replace(array, reads=array.reads + (known.reads if known else 0))
+                self.readers.setdefault(table.name, []).append(feature)
+
+    def entries(self, at: str) -> list[Entry]:
+        return [
+            Entry(
+                name=f"{at}{name}",
+                kind="shared",
+                method="shared",
+                ids=0,
+                width=array.width,
+                arrays=(array,),
+                members=tuple(f"{at}{feature}" for feature in self.readers[name]),
+            )
+            for name, array in self.arrays.items()
+        ]
+
+
+def _array(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> Array:
+    role: Role = "dense" if table.dense else "table"
+    return Array(table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained)
+
+
+def _entry(
+    name: str,
+    kind: str,
+    spec: FeatureSpec,
+    config: MethodConfig,
+    program: LookupProgram,
+    arrays: Sequence[Array],
+    at: str = "",
+) -> Entry:
+    numbers, gathered = lookup_shape(program)
+    return Entry(
+        name=name,
+        kind=kind,
+        method=config.method,
+        ids=spec.num_embeddings,
+        width=program.width,
+        arrays=tuple(arrays),
+        spec=spec,
+        config=config.to_dict(),
+        program=program,
+        shared=tuple(f"{at}{t.name}" for t in program.tables if t.shared),
+        row_reads=numbers,
+        gathered=gathered,
+        # Index buffers hold frequency ranks until assigned, so a plan's are those of ids in order of frequency.
+        hashed=None if config.computes else row_keys(program),
+    )
+
+
+def _entry_of_plain(table: FoundTable) -> Entry:
+    module: Any = table.modules[0]
+    own = list(module.named_parameters())
+    whole = module._parameters.get("weight") is not None
+    arrays = []
+    for name, p in own:
+        rows, width = (p.shape[0], p.shape[1]) if p.dim() == 2 else (1, p.numel())
+        role: Role = "table" if whole else "dense"
+        arrays.append(Array(name, rows, width, p.element_size(), role, int(whole), id(p), p.requires_grad))
+    trained = any(p.requires_grad for _, p in own)
+    update: Update = "sparse" if module.sparse else "dense"
+    return Entry(
+        name=table.name,
+        kind=table.kind,
+        method="full",
+        ids=table.rows,
+        width=table.width,
+        arrays=tuple(arrays),
+        update=update if trained else "frozen",
+        spec=spec_of(table.name, table.rows, table.width),
+        paths=table.paths,
+        pools=table.pooling is not None,
+    )
+
+
+def spec_of(name: str, rows: int, width: int) -> FeatureSpec | None:
+    """The table as a feature; None where a feature could not be that large."""
+    try:
+        return FeatureSpec(name.replace(".", "/").replace("#", "_") or "embedding", rows, width)
+    except ConfigError:
+        return None
+
+
+def _own_arrays(module: CompressedEmbedding) -> list[Array]:
+    """A drop-in's stored arrays, from its parameters and persistent buffers."""
+    tables = {t.name: t for t in module.program.tables}
+    arrays = []
+    for name, p in module.named_parameters():
+        table = tables.get(name)
+        dense = table is None or table.dense
+        rows, width = (p.shape[0], p.numel() // p.shape[0]) if p.dim() >= 2 else (1, p.numel())
+        reads = 0 if dense else reads_of(module.program, name)
+        role: Role = "dense" if dense else "table"
+        arrays.append(Array(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad))
+    return arrays + [Array(n, b.numel(), 1, b.element_size(), "index", trained=False) for n, b in _persistent(module)]
+
+
+def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Buffers that a state dict holds."""
+    for path, part in module.named_modules():
+        for name, b in part._buffers.items():
+            if b is not None and name not in part._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), b
+
+
+def _entry_of_drop_in(module: CompressedEmbedding, table: FoundTable) -> Entry:
+    update: Update = "sparse" if module.sparse else "dense"
+    entry = _entry(table.name, table.kind, module.spec, module.config, module.program, _own_arrays(module))
+    hashed = None if module.config.computes else row_keys(module.program, module.kernel.index)
+    plain = module.config.method == "full"
+    return replace(
+        entry,
+        update=update if any(p.requires_grad for p in module.parameters()) else "frozen",
+        paths=table.paths,
+        shared=(),
+        hashed=hashed,
+        pools=plain and module.mode is not None,
+        row_reads=0 if plain else entry.row_reads,
+    )
+
+
+def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[FoundTable]) -> list[Entry]:
+    names = {t.table: t for t in tables}
+    # The name of a feature's table is the collection's path and the feature's name.
+    first = tables[0]
+    at = first.name.removesuffix(str(first.table).replace(".", "/"))
+    schema, plan, fused = collection.schema, collection.plan, collection.optimizer
+    held: dict[str, nn.Parameter] = {}
+    for key, table in collection.tables.items():
+        if not table.dense:
+            held[key] = getattr(collection, collection.places[key].storage)
+    stacked = {f"{t.rows}x{t.width}": t for t in collection.tables.values() if t.dense}
+    matrices = {shape: collection.bundle.projections[shape] for shape in stacked}
+    bundle, shared, entries = collection.bundle, _Shared("collection"), []
+    frozen = fused is None and not any(p.requires_grad for p in collection.parameters())
+    update: Update = "fused" if fused else "frozen" if frozen else "sparse" if collection.sparse else "dense"
+    for spec in schema:
+        config = plan[spec.name]
+        found = names[spec.name]
+        if config.computes:
+            module = bundle._module(spec.name)
+            entry = _entry(found.name, found.kind, spec, config, module.program, _own_arrays(module))
+            entries.append(replace(entry, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
+            continue
+        program = bundle.programs[spec.name]
+        arrays = []
+        for table in program.tables:
+            p = matrices[f"{table.rows}x{table.width}"] if table.dense else held[table_key(spec, table)]
+            trained = p.requires_grad or (fused is not None and not table.dense)
+            if not table.shared:
+                arrays.append(_array(table, program, p.element_size(), id(p), trained))
+        for table in program.tables:
+            if table.shared:
+                p = held[table.name]
+                only = replace(program, tables=(table,))
+                shared.add(spec.name, only, p.element_size(), id(p), p.requires_grad or fused is not None)
+        place = list(bundle.programs).index(spec.name)
+        entry = _entry(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
+        hashed = row_keys(program, bundle.kernel.index, place)
+        entries.append(replace(entry, update=update, fused=fused, paths=found.paths, hashed=hashed))
+    return entries + [replace(e, update=update, fused=fused) for e in shared.entries(at)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in [*module.parameters(), *module.buffers()] if not is_lazy(t)]
+
+
+def _key(tensor: Tensor) -> Any:
+    """Equal for parameters over the same memory; works without memory, on the meta device."""
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
+
+
+def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[Array], list[str]]:
+    """Parameters and buffers outside the tables, each once; names of those without a shape."""
+    rest, lazy, seen = [], [], set(counted)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(t):
+            lazy.append(name)
+            continue
+        if _key(t) in seen:
+            continue
+        seen.add(_key(t))
+        # Matrices keep their shape, on which the state of some optimizers depends.
+        rows, width = (t.shape[0], t.numel() // max(1, t.shape[0])) if t.dim() >= 2 else (1, t.numel())
+        parameter = isinstance(t, nn.Parameter)
+        role: Role = "dense" if parameter else "index"
+        trained = parameter and t.requires_grad
+        rest.append(Array(name, rows, width, t.element_size(), role, 0, id(t), trained))
+    return rest, lazy

@@ -1,0 +1,310 @@
+"""What frequencies say about a table: coverage by its top rows, ids never seen, and ids that share a vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys_embed import hashing
+from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.planning.curves import FrequencyCurve, curves_from
+from recsys_embed.program import Digit, Hash, LookupProgram, Member, Murmur, Transform
+
+TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+_CHUNK = 1 << 20
+_SIGNS_OF_A_RUN = 32
+
+
+@dataclass(frozen=True, eq=False)
+class FieldStats:
+    """How often the ids of one feature occur.
+
+    Args:
+        name: of the feature.
+        curve: share of all occurrences by rank.
+        seen_once: values that occur once, where known.
+        unseen: per split, the share of its occurrences whose value training did not know.
+        ids: int64 ``[n]`` the ids that occur, where they are known one by one.
+        counts: float64 ``[n]`` how often each occurs.
+    """
+
+    name: str
+    curve: FrequencyCurve
+    seen_once: int | None = None
+    unseen: Mapping[str, float] = field(default_factory=dict)
+    ids: Tensor | None = field(default=None, repr=False)
+    counts: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_counts(
+        cls,
+        name: str,
+        counts: Any,
+        ids: Any = None,
+        curve: FrequencyCurve | None = None,
+        seen_once: int | None = None,
+        unseen: Mapping[str, float] | None = None,
+    ) -> FieldStats:
+        """From ``counts [n]`` of ids 0 to n - 1, or of ``ids [n]``.
+
+        Raises:
+            ConfigError: of another shape, not finite, negative, or all zero.
+
+        >>> stats = FieldStats.of_counts("C1", [5, 0, 3, 2])
+        >>> stats.distinct, stats.coverage()
+        (3, ((1, 0.5), (3, 1.0)))
+        """
+        count = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
+        each = np.arange(len(count)) if ids is None and count.ndim == 1 else ids
+        each = np.asarray(each.cpu() if isinstance(each, Tensor) else each)
+        if count.ndim != 1 or count.dtype.kind not in "iuf" or each.shape != count.shape or each.dtype.kind not in "iu":
+            raise ConfigError(
+                "statistics of a feature are counts [n], or (ids [n], counts [n]) with integer ids; got shapes "
+                f"{count.shape} and {each.shape} of {count.dtype} and {each.dtype} (feature {name!r})"
+            )
+        if not (np.isfinite(count).all() and (count >= 0).all() and count.any()):
+            raise ConfigError(f"counts must be finite numbers >= 0 and not all 0 (feature {name!r})")
+        seen = count > 0
+        return cls(
+            name,
+            FrequencyCurve.from_counts(count) if curve is None else curve,
+            int((count == 1).sum()) if seen_once is None else seen_once,
+            dict(unseen or {}),
+            torch.from_numpy(each[seen].astype(np.int64)),
+            torch.from_numpy(count[seen].astype(np.float64)),
+        )
+
+    @property
+    def distinct(self) -> int:
+        """Ids that occur."""
+        return self.curve.seen
+
+    def share(self, k: float) -> float:
+        """Share of all occurrences that the ``k`` most frequent ids make up."""
+        return min(1.0, self.curve.coverage(k))
+
+    def coverage(self) -> tuple[tuple[int, float], ...]:
+        """``(k, share of the k most frequent ids)`` for the powers of ten below the number of ids, and all of them."""
+        ks = [k for k in TOPS if k < self.distinct] + [self.distinct]
+        return tuple((k, self.share(k)) for k in ks)
+
+
+def read_stats_of(source: Any) -> dict[str, FieldStats]:
+    """Statistics per feature, from whatever a caller has.
+
+    Args:
+        source: mapping of feature name to counts ``[n]``, ``(ids, counts)``, :class:`FrequencyCurve` or
+            :class:`FieldStats`; the content of a data folder's ``stats.json``; a data folder (path or opened), whose
+            vocabularies give exact counts.
+
+    Raises:
+        ConfigError: of another kind.
+        DataError: the folder cannot be read.
+    """
+    if isinstance(source, str | Path):
+        from recsys_embed.data import open_dataset
+
+        source = open_dataset(source)
+    if hasattr(source, "manifest") and hasattr(source, "stats"):
+        return _of_dataset(source)
+    if not isinstance(source, Mapping):
+        raise ConfigError(
+            "`stats` must be a mapping of feature names to counts, the content of a stats.json, or a data folder; "
+            f"got {type(source).__name__}"
+        )
+    if isinstance(source.get("fields"), Mapping) and "splits" in source:
+        return {
+            name: FieldStats(name, curve, _once(source, name), _unseen(source, name))
+            for name, curve in curves_from(source).items()
+        }
+    return {name: _of_value(name, value) for name, value in source.items()}
+
+
+def _of_value(name: str, value: Any) -> FieldStats:
+    if isinstance(value, FieldStats):
+        return value
+    if isinstance(value, FrequencyCurve):
+        return FieldStats(name, value)
+    counts, ids = (value[1], value[0]) if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    return FieldStats.of_counts(name, counts, ids)
+
+
+def _once(stats: Mapping[str, Any], name: str) -> int | None:
+    once = stats["fields"][name].get("seen_once")
+    return None if once is None else int(once)
+
+
+def _unseen(stats: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {split: float(rate) for split, rate in stats["fields"][name].get("oov_rate", {}).items()}
+
+
+def _of_dataset(data: Any) -> dict[str, FieldStats]:
+    out = {}
+    rows = data.manifest.splits["train"].rows if "train" in data.manifest.splits else 0
+    vocabularies = {f.name: f for f in data.manifest.features if f.vocab is not None}
+    for name, curve in curves_from(data.stats).items():
+        once, unseen = _once(data.stats, name), _unseen(data.stats, name)
+        if name not in vocabularies:
+            out[name] = FieldStats(name, curve, once, unseen)
+            continue
+        v = data.vocabulary(name)
+        counts = np.zeros(vocabularies[name].num_embeddings)
+        counts[v.ids] = v.counts
+        if v.missing_id:
+            counts[v.missing_id] += v.missing_count
+        counts[0] += max(0.0, rows - counts.sum())  # values too rare for a row of their own
+        out[name] = (
+            FieldStats.of_counts(name, counts, seen_once=once, unseen=unseen)
+            if counts.any()
+            else (FieldStats(name, curve, once, unseen))
+        )
+    return out
+
+
+# -- ids that share a vector -----------------------------------------------------------------------------------------
+
+
+def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int = 0) -> Callable[[Tensor], Tensor]:
+    """A function from int64 ids ``[n]`` to keys ``[n]``, equal where two ids read the same rows with the same signs.
+
+    The keys are 64 mixed bits of all rows, signs and weights that an id reads.
+
+    Args:
+        program: the lookup.
+        store: arrays of its indexes; by default those of ids numbered by falling frequency.
+        place: which of the store's programs it is.
+    """
+
+    def keys(ids: Tensor) -> Tensor:
+        arrays = IndexStore([program.indexes]) if store is None else store
+        where = 0 if store is None else place
+        at = arrays.places(where)
+        ids = ids.to(arrays.arrays.words.device)
+        key = torch.zeros_like(ids)
+        for probe in program.probes:
+            for transform in probe.transforms:
+                rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
+                key = hashing.splitmix64(key + rows, 1)
+            for step in range(0 if probe.sign is None else min(probe.run, _SIGNS_OF_A_RUN)):
+                salt: Any = probe.sign
+                if probe.run > 1:
+                    salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
+                key = hashing.splitmix64(key + hashing.hash_signs(ids, salt), 2)
+        return key
+
+    return keys
+
+
+@dataclass(frozen=True)
+class Collisions:
+    """Share of ids, and of occurrences, whose vector is that of another id too."""
+
+    ids: float
+    traffic: float | None
+
+
+def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
+    """Collisions among the ids that occur, each hashed; exact."""
+    if stats.ids is None or stats.counts is None:
+        raise ConfigError(f"collisions are measured on counts per id, which {stats.name!r} does not have")
+    found = torch.cat([keys(part).cpu() for part in stats.ids.split(_CHUNK)])
+    _, group, size = found.unique(return_inverse=True, return_counts=True)
+    shares = size[group] > 1
+    return Collisions(float(shares.double().mean()), float(stats.counts[shares].sum() / stats.counts.sum()))
+
+
+def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) -> Collisions:
+    """Collisions that the program's transforms give on average over their salts.
+
+    Ids that own a row (a head, members of an index) collide with none. Of the n others, each shares all its hashed
+    rows with one of the rest with probability ``1 - (1 - 1/cells)**(n - 1)``, ``cells`` being the number of
+    combinations of rows and signs; ids that already differ in a digit do not count.
+
+    Args:
+        program: the lookup.
+        ids: number of ids, taken as ranks of frequency.
+        stats: counts only the ids that occur, and gives the share of occurrences.
+
+    >>> from recsys_embed import FeatureSpec, get_method
+    >>> config = get_method("hash").config_cls(num_buckets=1000)
+    >>> round(expect(config.program(FeatureSpec("C1", 1001, 16)), 1001).ids, 3)
+    0.632
+    """
+    n = ids if stats is None else max(1, min(ids, stats.distinct))
+    heads = _merge([_private(t) for p in program.probes for t in p.transforms], n)
+    others = n - sum(stop - start for start, stop in heads)
+    if others <= 0:
+        return Collisions(0.0, None if stats is None else 0.0)
+    rate = _rate(program, n, others)
+    traffic = None
+    if stats is not None:
+        private = sum(stats.share(stop) - stats.share(start) for start, stop in heads)
+        traffic = rate * max(0.0, 1.0 - private)
+    return Collisions(rate * others / n, traffic)
+
+
+def _private(transform: Transform) -> tuple[int, int]:
+    """Ranks of the ids that a transform gives a row of their own."""
+    if isinstance(transform, Member):
+        return transform.index.start, transform.index.start + transform.index.count
+    if isinstance(transform, Hash) and not transform.head_absent:
+        return 0, transform.head
+    return 0, 0
+
+
+def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """Disjoint spans of [0, n) that cover the same."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted((min(a, n), min(b, n)) for a, b in spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        elif start < stop:
+            out.append((start, stop))
+    return out
+
+
+def _cells(program: LookupProgram) -> float:
+    """Combinations of hashed rows and signs, as equally likely as the hash makes them."""
+    sizes: dict[Any, int] = {}
+    cells = 1.0
+    for probe in program.probes:
+        for t in probe.transforms:
+            if isinstance(t, Hash):
+                sizes[t.salt, t.size] = t.size
+            elif isinstance(t, Member) and t.rest:
+                sizes[t.salt, t.rest] = t.rest
+            elif isinstance(t, Murmur):
+                sizes[t.seed, t.word] = t.size
+        if probe.sign is not None:
+            cells *= 2.0 ** min(probe.run, _SIGNS_OF_A_RUN)
+    return cells * math.prod(float(s) for s in sizes.values())
+
+
+def _rate(program: LookupProgram, n: int, others: int) -> float:
+    """Probability that one of ``others`` ids without a row of its own reads what another of them reads."""
+    cells = _cells(program)
+    digits = [t for p in program.probes for t in p.transforms if isinstance(t, Digit)]
+    if not digits:
+        return _birthday(cells, others - 1)
+    classes = math.prod(min(d.mod or n, -(-n // d.div)) for d in {(d.div, d.mod): d for d in digits}.values())
+    if classes >= n:
+        return 0.0
+    # Balanced classes: n - classes * (n // classes) of them hold one id more.
+    small, larger = divmod(n, classes)
+    in_larger = larger * (small + 1) / n
+    return in_larger * _birthday(cells, small) + (1 - in_larger) * _birthday(cells, small - 1)
+
+
+def _birthday(cells: float, rest: int) -> float:
+    """Probability that at least one of ``rest`` other ids falls into the same of ``cells`` cells."""
+    if rest <= 0:
+        return 0.0
+    return 1.0 if cells <= 1 else -math.expm1(rest * math.log1p(-1.0 / cells))
