@@ -116,7 +116,9 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
             yield _Seen(_join(path, name), "collection", module, module, name, (id(module), name))
         return
     if _is_ours(module, "embedding", "CompressedEmbedding"):
-        yield _Seen(path, "compressed", module, module, None, id(module))
+        # Drop-ins of one name over the same parameters stand for one table, as tied plain modules do.
+        key = (module.spec.name, *(id(p) for p in module.parameters()))  # type: ignore[union-attr]
+        yield _Seen(path, "compressed", module, module, None, key)
         return
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         kind: TableKind = "embedding" if isinstance(module, nn.Embedding) else "embedding_bag"

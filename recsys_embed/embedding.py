@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -109,8 +109,8 @@ class CompressedEmbedding(nn.Module):
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
         for table in self.program.tables:
-            if shared is not None and table.name in shared:
-                shared.check(table, f"{type(self).__name__} {name!r}")
+            if shared is not None and table.name in shared.values:
+                self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
                 continue
             empty = torch.empty(table.rows, table.width, device=device, dtype=dtype)
             self.register_parameter(table.name, nn.Parameter(empty))
@@ -118,7 +118,9 @@ class CompressedEmbedding(nn.Module):
         with torch.device(self._device()):
             self.unseen = Unseen([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
+        self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
+        self._given = frozenset()
 
     def _configure(
         self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any], itemsize: int
@@ -155,8 +157,8 @@ class CompressedEmbedding(nn.Module):
         seed = self.config.seed if seed is None else seed
         with torch.no_grad():
             for table in self.program.tables:
-                if self.shared is not None and table.name in self.shared:
-                    continue  # drawn once, by its holder
+                if table.name in self._given:
+                    continue  # under construction: whoever shares the table has drawn it
                 key = table.name if table.shared else f"{self.spec.name}.{table.name}"
                 table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
 
@@ -183,8 +185,6 @@ class CompressedEmbedding(nn.Module):
         """The stored values of one of the program's tables: ``[rows, width]``; decoded, a copy, after an export."""
         if self.served is not None and name in self.served:
             return self.served[name].dense()
-        if self.shared is not None and name in self.shared:
-            return self.shared.parameter(name)
         values = self._parameters[name]
         if values is None:
             raise ConfigError(f"table {name!r} of {type(self).__name__} {self.spec.name!r} has been removed")
@@ -398,6 +398,21 @@ class CompressedEmbedding(nn.Module):
             return self.served.footprint() + rest
         return self.config.footprint(self.spec, next(self.parameters()).element_size())
 
+    # -- tables shared with other modules -------------------------------------------------------------------------
+
+    def _reunite(self, before: dict[str, nn.Parameter | None]) -> None:
+        """Read the tables that another reader's exchange of parameters has led to."""
+        for name, old in before.items():
+            new = self._parameters.get(name)
+            if self.shared is not None and old is not None and new is not None and new is not old:
+                self._parameters[name] = self.shared.follow(old, new)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._parameters)
+        super()._apply(fn, recurse)
+        self._reunite(before)
+        return self
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
@@ -418,7 +433,9 @@ class CompressedEmbedding(nn.Module):
             _state.check(saved, self._identity(), where, ignore=("init", "pooling"), views=STORED_UNSEEN)
         errors = args[-1]
         before = len(errors)
+        held = dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._reunite(held)
         if len(errors) > before and prefix + "_extra_state" not in state_dict:
             name = type(self).__name__
             errors.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.program import Table
 
 
-class SharedTables(nn.Module):
-    """Physical tables that several drop-ins read, each stored once.
+class SharedTables:
+    """Physical tables that several drop-ins read, each stored once: every reader registers the very same parameter.
 
-    Every drop-in holds this module, so that what replaces parameters (``to_empty``, ``load_state_dict(assign=True)``)
-    replaces them for all readers at once, which equal parameters of several modules do not survive.
+    What exchanges parameters module by module (``to_empty``, ``load_state_dict(assign=True)``) would leave every reader
+    with one of its own; readers ask here which parameter has followed which, and so stay together.
 
     Args:
         tables: distinct by name.
@@ -39,37 +40,35 @@ class SharedTables(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.tables, self.seed = {t.name: t for t in tables}, seed
-        for name, table in self.tables.items():
-            values = torch.empty(table.rows, table.width, device=device, dtype=dtype)
-            self.register_parameter(f"table_{name}", nn.Parameter(values))
-        self.reset_parameters()
+        self.values: dict[str, nn.Parameter] = {}
+        for table in tables:
+            values = nn.Parameter(torch.empty(table.rows, table.width, device=device, dtype=dtype))
+            with torch.no_grad():
+                table.init.fill_(values, hashing.salt(seed, "init", table.name))
+            self.values[table.name] = values
+        self._moved: dict[int, tuple[ref[nn.Parameter], ref[nn.Parameter]]] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.tables
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """The stored values of a table."""
-        return self.get_parameter(f"table_{name}")
-
-    def check(self, table: Table, where: str) -> None:
-        """Raise unless ``table`` has the shape of the one stored under its name."""
-        known = self.tables[table.name]
-        if (known.rows, known.width) != (table.rows, table.width):
+    def take(self, table: Table, where: str) -> nn.Parameter:
+        """The parameter of a table, which must have the shape of ``table``."""
+        values = self.values[table.name]
+        if values.shape != (table.rows, table.width):
             raise ConfigError(
-                f"shared table {table.name!r} is {known.rows} x {known.width}; {where} needs it "
+                f"shared table {table.name!r} is {values.shape[0]} x {values.shape[1]}; {where} needs it "
                 f"{table.rows} x {table.width}; give all that share it the same options"
             )
+        return values
 
-    def reset_parameters(self) -> None:
-        """Draw the initial weights, a function of the seed and the names of the tables alone."""
-        with torch.no_grad():
-            for name, table in self.tables.items():
-                table.init.fill_(self.parameter(name), hashing.salt(self.seed, "init", name))
+    def follow(self, before: nn.Parameter, after: nn.Parameter) -> nn.Parameter:
+        """What has taken the place of ``before``: ``after``, unless another reader exchanged it already."""
+        known = self._moved.get(id(before))
+        if known is not None and known[0]() is before and (first := known[1]()) is not None:
+            return first
+        self._moved[id(before)] = (ref(before), ref(after))
+        self.values = {name: after if held is before else held for name, held in self.values.items()}
+        return after
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{t.name}: {t.rows} x {t.width}" for t in self.tables.values())
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_moved": {}}  # a copy starts anew, and weak references cannot be written
 
 
 # In-place operators; other operations that write say so by a trailing underscore.
@@ -98,11 +97,11 @@ class PlainView(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-        # A view of the table (`.data`, a slice) leads nowhere either.
-        held = [a.untyped_storage()._cdata for a in args if isinstance(a, cls)]
-        if isinstance(out, tuple | list):
-            return type(out)(_guarded(o, held) for o in out) if type(out) in (tuple, list) else out
-        return _guarded(out, held)
+            # A view of the table (`.data`, a slice) leads nowhere either.
+            held = [a.untyped_storage()._cdata for a in args if isinstance(a, cls)]
+            if type(out) in (tuple, list):
+                return type(out)(_guarded(o, held) for o in out)
+            return _guarded(out, held)
 
 
 def _guarded(out: Any, held: list[int]) -> Any:

@@ -1,0 +1,72 @@
+"""A replacement takes over what its predecessor carried besides its table: mode, hooks, attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from recsys_embed.compress.build import call_options
+from recsys_embed.embedding import CompressedEmbedding
+
+# RemovableHandle finds these dictionaries by identity, so that handing over the very objects keeps handles working.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_TORCH_OWN = frozenset(vars(nn.Module()))
+_OURS = ("stands_in",)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A module of the same kind with nothing but what its constructor gives it, without memory."""
+    if isinstance(module, CompressedEmbedding):
+        options = {"config": module.config, "name": module.spec.name, "device": "meta", **call_options(module)}
+        return type(module)(module.num_embeddings, module.embedding_dim, **options)
+    return (nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag)(1, 1, device="meta")
+
+
+def _extras(module: nn.Module) -> dict[str, list[str]]:
+    """Names that somebody added to a module: plain attributes, parameters, buffers, submodules."""
+    bare = _bare(module)
+    known = {*_TORCH_OWN, *_OURS, *vars(bare), *bare._parameters, *bare._buffers, *bare._modules}
+    return {
+        part: [name for name in where if name not in known]
+        for part, where in (
+            ("", vars(module)),
+            ("_parameters", module._parameters),
+            ("_buffers", module._buffers),
+            ("_modules", module._modules),
+        )
+    }
+
+
+def extra_faults(old: nn.Module, new: nn.Module, where: str) -> Iterator[str]:
+    """Attributes of ``old`` that would hide those of ``new``."""
+    for names in _extras(old).values():
+        for name in names:
+            if name != "forward" and hasattr(new, name):
+                yield f"{where}: its attribute {name!r} has a name that {type(new).__name__} needs; rename it"
+
+
+def dress(old: nn.Module, new: nn.Module) -> None:
+    """Hand over to ``new`` the mode, ``requires_grad``, hooks and additions of ``old``, which keeps them too."""
+    new.requires_grad_(any(p.requires_grad for p in old.parameters()))
+    for part, names in _extras(old).items():
+        for name in names:
+            if part:
+                vars(new)[part][name] = vars(old)[part][name]
+            else:
+                vars(new)[name] = vars(old)[name]
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set & set(_extras(old)["_buffers"])
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    new.train(old.training)
+    if isinstance(new, CompressedEmbedding):
+        new.stands_in = True

@@ -1,0 +1,147 @@
+"""``compress_`` and ``materialize_``: plain tables of a model become compressed ones, and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from recsys_embed.compress import match
+from recsys_embed.compress.build import Job, Start
+from recsys_embed.compress.exchange import Replacement, Subclasses
+from recsys_embed.compress.outcome import CompressReport
+from recsys_embed.compress.summary import summarise
+from recsys_embed.config import MethodConfig
+from recsys_embed.discover import FoundTable, find_tables, select_tables
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.methods.full import FullConfig
+from recsys_embed.plan import Plan
+
+
+def compress_(
+    model: nn.Module,
+    plan: Plan | Mapping[str, MethodConfig],
+    init: Start = "dense",
+    *,
+    counts: Mapping[str, Tensor] | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] = (),
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    subclasses: Subclasses = (),
+    dry_run: bool = False,
+) -> CompressReport:
+    """Replace the embedding tables of ``model`` in place by compressed ones, as ``plan`` says.
+
+    ``nn.Embedding``, ``nn.EmbeddingBag`` and the tables inside TorchRec's collections become drop-ins that are called
+    the same way, on the same device, in the same dtype, with the same hooks, attributes, ``requires_grad`` and mode.
+    Their ``weight`` still reads as one row per id, computed at every access. Everything is checked first and built
+    beside the model, and then exchanged at once: an error leaves the model as it was. Features of the plan that name a
+    shared table store it once. The padding id of a table gives zeros.
+
+    Args:
+        model: any module that holds the tables; not a table itself.
+        plan: a method configuration per table, by name (its path with ``/`` for ``.``, as
+            :meth:`Schema.from_model` names features) or dotted path. ``full`` leaves a table as it is.
+        init: ``"dense"`` fits each new table to the trained one in least squares (bucket means for hashes, a truncated
+            SVD for lowdim, alternating least squares for products); ``"fresh"`` draws rows as wide as the old ones.
+        counts: how often each id of a table occurs, ``[rows]``, by name or path: weighs the fit, and tells methods
+            that treat frequent ids apart which those are (without, ids count as numbered by falling frequency).
+        optimizer: torch optimizers to take over: new parameters stand in their groups where the old ones stood and
+            start without state. Others that hold a replaced parameter are named in a warning.
+        include: shell patterns of names or paths; only matching tables are considered.
+        exclude: patterns of tables to leave alone.
+        subclasses: classes derived from ``nn.Embedding`` or ``nn.EmbeddingBag`` to replace like their base. One that
+            overrides ``forward`` needs a function ``(old, new) -> module`` that wraps the new table: give a mapping.
+        dry_run: check everything and return the report; build nothing.
+
+    Returns:
+        One line per table, with bytes before and after and the relative error of the fit.
+
+    Raises:
+        ConfigError: all faults at once: plan entries that fit no table, tables without an entry, what a table does
+            that its replacement could not (``max_norm``, state-dict hooks, weights tied to other layers, ...).
+
+    >>> import torch, recsys_embed as rse
+    >>> model = nn.ModuleDict({"user": nn.Embedding(50_000, 16), "item": nn.Embedding(2_000, 16)})
+    >>> plan = rse.Plan.uniform(rse.Schema.from_model(model), "hash", budget="300KiB")
+    >>> report = compress_(model, plan, init="fresh")
+    >>> model["user"](torch.tensor([1, 49_999])).shape, report.bytes_after <= 300 * 1024
+    (torch.Size([2, 16]), True)
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
+    if init not in get_args(Start):
+        raise ConfigError(f"`init` must be 'dense' or 'fresh'; got {init!r}")
+    adapters = dict(subclasses) if isinstance(subclasses, Mapping) else dict.fromkeys(subclasses)
+    tables = find_tables(model, subclasses=tuple(adapters))
+    chosen = select_tables(tables, include, exclude)
+    faults: list[str] = []
+    configs = match.by_table(match.configs_of(plan), tables, "the plan", faults)
+    known = match.by_table(counts or {}, tables, "`counts`", faults)
+    faults += match.uncovered(tables, chosen, configs)
+    faults += match.counts_faults(known, tables)
+    jobs = [
+        Job(t, configs[t.name], _on_device(known.get(t.name), t))
+        for t in chosen
+        if t.name in configs and not t.obstacle and (configs[t.name].method != "full" or t.kind == "compressed")
+    ]
+    swap = Replacement(model, jobs, _optimizers(optimizer), adapters)
+    faults += swap.faults()
+    if init == "dense" and not dry_run:
+        for job in jobs:
+            if job.table.weight is not None:
+                faults += match.weight_faults(job.table, job.table.weight)
+    raise_faults(faults, f"compress_({type(model).__name__})")
+    if not dry_run:
+        swap.run(init)
+    return summarise(tables, jobs, configs, dry_run)
+
+
+def materialize_(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] = (),
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> CompressReport:
+    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with the tables they stand for.
+
+    Undoes :func:`compress_` but for the values, which are those of the compressed tables; inside TorchRec's collections
+    too. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`.
+
+    Args:
+        model: holds the drop-ins; not one itself.
+        optimizer: as for :func:`compress_`.
+        include: shell patterns of names or paths; only matching tables.
+        exclude: patterns of tables to leave alone.
+
+    Raises:
+        ConfigError: there is none, or one cannot be replaced.
+
+    >>> import torch, recsys_embed as rse
+    >>> model = nn.Sequential(rse.HashEmbedding(1000, 8, num_buckets=100))
+    >>> before = model(torch.tensor([7]))
+    >>> _ = materialize_(model)
+    >>> type(model[0]).__name__, torch.equal(model(torch.tensor([7])), before)
+    ('Embedding', True)
+    """
+    tables = find_tables(model)
+    chosen = [t for t in select_tables(tables, include, exclude) if t.kind in ("compressed", "collection")]
+    jobs = [Job(t, FullConfig()) for t in chosen]
+    swap = Replacement(model, jobs, _optimizers(optimizer), {})
+    faults = swap.faults()
+    if not jobs:
+        faults.append("there is no compressed table to turn back")
+    raise_faults(faults, f"materialize_({type(model).__name__})")
+    swap.run("fresh")
+    return summarise(tables, jobs, {}, False)
+
+
+def _on_device(counts: Tensor | None, table: FoundTable) -> Tensor | None:
+    return counts if counts is None else counts.to(next(table.modules[0].parameters()).device)
+
+
+def _optimizers(given: Any) -> list[Any]:
+    return [given] if isinstance(given, Optimizer) or not isinstance(given, Iterable) else list(given)

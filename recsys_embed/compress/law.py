@@ -1,0 +1,40 @@
+"""The law of initial weights for a table that takes the place of a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.embedding import CompressedEmbedding
+
+
+def spread(module: nn.Module) -> float:
+    """Standard deviation of a plain table's elements, the padding row aside; 1, torch's own, where unknown."""
+    if isinstance(module, CompressedEmbedding):
+        return module.spec.init_law()[1]
+    weight = cast("Tensor", module.weight)
+    if weight.is_meta:
+        return 1.0
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    count = weight.numel()
+    for part in weight.detach().split(1 << 18):
+        sums += torch.stack([part.double().sum(), part.double().square().sum()])
+    padding = getattr(module, "padding_idx", None)
+    if padding is not None:
+        row = weight.detach()[padding].double()
+        sums -= torch.stack([row.sum(), row.square().sum()])
+        count -= row.numel()
+    if not torch.isfinite(sums).all() or count < 2:
+        return 1.0
+    mean = sums[0] / count
+    return float((sums[1] / count - mean * mean).clamp_min(0).sqrt())
+
+
+def law_of(modules: Iterable[nn.Module]) -> str:
+    """The law new rows start with: normal, as wide as the tables they replace (their mean square over the tables)."""
+    squares = [spread(m) ** 2 for m in modules]
+    std = (sum(squares) / len(squares)) ** 0.5
+    return f"normal:{std:.6g}".replace("e+", "e")

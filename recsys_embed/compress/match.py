@@ -1,0 +1,120 @@
+"""Which table of a model gets which configuration, and everything that speaks against it, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.config import MethodConfig
+from recsys_embed.discover import FoundTable
+from recsys_embed.errors import ConfigError
+from recsys_embed.plan import Plan
+
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DistributedModelParallel", "DataParallel")
+
+
+def configs_of(plan: Any) -> dict[str, MethodConfig]:
+    """The configurations of a plan: a :class:`Plan`, a mapping from names, or what carries a plan as ``.plan``."""
+    plan = getattr(plan, "plan", plan)
+    if not isinstance(plan, Plan | Mapping):
+        raise ConfigError(
+            f"`plan` must be a recsys_embed.Plan, or method configurations by table name; got {type(plan).__name__}"
+        )
+    return dict((plan if isinstance(plan, Plan) else Plan(plan)).configs)
+
+
+def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, faults: list[str]) -> dict[str, Any]:
+    """``given`` by the tables' names, from names or dotted paths; what fits no table joins ``faults``."""
+    names = {n: t.name for t in tables for n in (*t.paths, t.name)}
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        name = names.get(key)
+        if name is None:
+            near = get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            faults.append(f"{what} names {key!r}, which is no table of the model{hint}")
+        elif name in out:
+            faults.append(f"{what} names table {name!r} twice, once as {key!r}")
+        else:
+            out[name] = value
+    return out
+
+
+def uncovered(
+    tables: Sequence[FoundTable], chosen: Sequence[FoundTable], configs: Mapping[str, MethodConfig]
+) -> Iterator[str]:
+    """Faults: tables without a configuration, and configurations of tables that are not to be touched."""
+    inside = {t.name for t in chosen}
+    for table in tables:
+        config = configs.get(table.name)
+        if table.name not in inside:
+            if config is not None:
+                yield f"the plan names {table.name!r}, which include and exclude leave out"
+        elif config is None and not table.obstacle and table.weight is not None:
+            yield f"table {table.name!r} has no entry in the plan; add one, or exclude={[table.name]!r}"
+        elif config is not None and config.method != "full" and table.obstacle:
+            remedy = " (name the class in `subclasses`)" if "subclass" in table.obstacle else ""
+            yield f"table {table.name!r} cannot be replaced: {table.obstacle}{remedy}"
+
+
+def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Iterator[str]:
+    """What one module does that a replacement could not keep."""
+    where = f"table {table.name!r}"
+    if "" in table.paths:
+        yield f"{where} is the whole model, which cannot be replaced in place; use <Method>Embedding.from_dense(weight)"
+    if table.kind == "collection":
+        yield f"{where} belongs to an EmbeddingCollection; build that with EmbeddingCollection(schema, plan)"
+        return
+    for hooks in _STATE_HOOKS:
+        if getattr(module, hooks, None):
+            yield f"{where} has hooks in {hooks}, which rewrite the state of a plain table; remove them first"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            yield f"{where}: its parameter {name!r} has gradient hooks, which would be lost; remove them first"
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            yield f"{where}: its parameter {name!r} is sharded (DTensor); compress before sharding"
+    if overriding:
+        yield (
+            f"{where}: {type(module).__qualname__} overrides forward, which a replacement would lose; give "
+            f"subclasses={{{type(module).__qualname__}: lambda old, new: module}} that wraps the new table"
+        )
+
+
+def wrapper_faults(model: nn.Module) -> Iterator[str]:
+    """Wrappers that keep their own references to the parameters."""
+    for path, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            yield f"{path or 'the model'} is a {type(module).__name__}, which holds on to parameters; compress first"
+
+
+def weight_faults(table: FoundTable, weight: Tensor) -> Iterator[str]:
+    """Why a table cannot be fitted to."""
+    if weight.is_meta:
+        yield f"table {table.name!r} is on the meta device and has no values; use init='fresh'"
+    elif not all(torch.isfinite(part).all() for part in weight.detach().split(1 << 20)):
+        bad = int((~torch.isfinite(weight.detach())).any(1).sum())
+        yield f"table {table.name!r} has {bad} rows that are not finite"
+
+
+def counts_faults(counts: Mapping[str, Any], tables: Sequence[FoundTable]) -> Iterator[str]:
+    """Wrong counts, by table name."""
+    rows = {t.name: t.rows for t in tables}
+    for name, given in counts.items():
+        where = f"`counts` of table {name!r}"
+        if not isinstance(given, Tensor) or given.shape != (rows[name],):
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            yield f"{where} must be a tensor [{rows[name]}], how often each id occurs; got {shape}"
+        elif not (torch.isfinite(given) & (given >= 0)).all() or not given.any():
+            yield f"{where} must be finite numbers >= 0, not all 0"

@@ -1,0 +1,83 @@
+"""The report of a compression, from what was found and what was built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from recsys_embed.compress.build import Job
+from recsys_embed.compress.outcome import CompressedTable, CompressReport, SharedTable
+from recsys_embed.config import MethodConfig
+from recsys_embed.discover import FoundTable
+from recsys_embed.program import Table
+
+
+def summarise(
+    tables: Sequence[FoundTable], jobs: Sequence[Job], configs: Mapping[str, MethodConfig], dry_run: bool
+) -> CompressReport:
+    """One line per table of the model, whether it was replaced or not."""
+    by_name = {job.table.name: job for job in jobs}
+    lines: list[CompressedTable] = []
+    shared: dict[str, tuple[Table, int]] = {}
+    readers: dict[str, list[str]] = {}
+    counted: set[int] = set()
+    for table in tables:
+        job = by_name.get(table.name)
+        before = _bytes(table, counted)
+        common: dict[str, Any] = {
+            "name": table.name, "paths": table.paths, "kind": table.kind, "rows": table.rows, "width": table.width,
+            "bytes_before": before,
+        }  # fmt: skip
+        if job is None:
+            kept = table.name in configs
+            why = "" if kept else table.obstacle or "left out"
+            action: Any = "kept" if kept else "skipped"
+            lines.append(CompressedTable(action=action, method=_method(table), bytes_after=before, note=why, **common))
+            continue
+        for t in job.shared():
+            shared[t.name] = (t, table.dtype.itemsize)
+            readers.setdefault(t.name, []).append(table.name)
+        names = tuple(t.name for t in job.shared())
+        done: dict[str, Any] = {"shared": names, "relative_error": job.error, "note": _note(job)}
+        lines.append(
+            CompressedTable(action="replaced", method=job.config.method, bytes_after=job.own_bytes(), **done, **common)
+        )
+    joint = [
+        SharedTable(t.name, t.rows, t.width, t.rows * t.width * size, tuple(readers[t.name]))
+        for t, size in shared.values()
+    ]
+    return CompressReport(tuple(lines), tuple(joint), dry_run)
+
+
+def _method(table: FoundTable) -> str:
+    """What stores a table that stays as it is."""
+    module: Any = table.module
+    if table.kind == "compressed":
+        return str(module.config.method)
+    return str(module.plan[table.table].method) if table.kind == "collection" else "full"
+
+
+def _bytes(table: FoundTable, counted: set[int]) -> int:
+    """Bytes of a table as found; what several tables share counts for the first of them."""
+    if table.weight is not None:
+        return table.rows * table.width * table.dtype.itemsize
+    module: Any = table.module
+    if table.kind == "collection":
+        return int(module.plan[table.table].footprint(module.schema[table.table], table.dtype.itemsize).serve)
+    held = {id(p): p for m in table.modules for p in m.parameters() if id(p) not in counted}
+    counted.update(held)
+    return sum(p.nbytes for p in held.values()) + int(module.footprint().index)
+
+
+def _note(job: Job) -> str:
+    notes = []
+    module: nn.Module = job.modules[0]
+    padding, weight = getattr(module, "padding_idx", None), job.table.weight
+    pads = not job.plain and padding is not None and job.table.pooling is None
+    if pads and weight is not None and not weight.is_meta and bool(weight.detach()[padding].any()):
+        notes.append("its padding row held values; the padding id gives zeros now")
+    if job.trial is not None and job.counts is None and job.trial.program.indexes:
+        notes.append("ids count as numbered by falling frequency; give `counts` where they are not")
+    return "; ".join(notes)
