@@ -9,6 +9,7 @@ from recsys_embed import methods as _methods  # noqa: F401  (importing registers
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.hashing import string_ids
 from recsys_embed.memory import Footprint
 from recsys_embed.optim import SGD, Adagrad, Adam, RowwiseAdagrad
 from recsys_embed.plan import Plan
@@ -32,6 +33,7 @@ __all__ = [
     "list_methods",
     "make_embedding",
     "register",
+    "string_ids",
 ]
 
 

@@ -13,6 +13,7 @@ from recsys_embed.bags import Bags
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.reference import ReferenceLookup
 from recsys_embed.kernels.unseen import Unseen, with_unseen
@@ -60,6 +61,7 @@ class LookupBundle(Constants):
     def __init__(self, schema: Schema, plan: Plan, places: Mapping[str, Place], like: Tensor, backend: str) -> None:
         super().__init__()
         self.schema = schema
+        self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.own = nn.ModuleDict()
         kernel: list[int] = []
@@ -80,7 +82,7 @@ class LookupBundle(Constants):
         ]
         with torch.device(like.device):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
-            self.unseen = Unseen(schema.features, [plan[s.name].accepts_raw for s in schema])
+            self.unseen = Unseen(schema.features, self.hashes)
             zeros = self.unseen.zeros
             self.kernel = lookup(programs, where, [s.pooling for s in specs], [zeros[i] for i in kernel])
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
@@ -174,6 +176,17 @@ class LookupBundle(Constants):
         """Draw the initial weights of the modules that run themselves."""
         for module in self.own.values():
             cast("CompressedEmbedding", module).reset_parameters(seed)
+
+    def given(self, ids: Mapping[str, Any]) -> dict[str, Any]:
+        """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
+        out = dict(ids)
+        for spec, hashes in zip(self.schema, self.hashes, strict=True):
+            value = out.get(spec.name)
+            if isinstance(value, tuple) and len(value) == 2:
+                out[spec.name] = (given_ids(value[0], spec, hashes, self.limits.device), value[1])
+            elif value is not None:
+                out[spec.name] = given_ids(value, spec, hashes, self.limits.device)
+        return out
 
     # -- running --------------------------------------------------------------------------------------------------
 

@@ -206,7 +206,9 @@ class EmbeddingCollection(nn.Module):
         Args:
             ids: one of ``[B, F]`` (one id per sample and feature, columns in schema order); ``[n]`` with ``offsets
                 [F * B + 1]``, bags feature after feature; a dict of ``(values, offsets [B + 1])`` or ``[B, L]`` per
-                feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64.
+                feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64; in a dict,
+                features of hashing methods also take strings, in lists or numpy arrays, and integers in numpy arrays,
+                see :func:`recsys_embed.string_ids`.
             per_sample_weights: ``[n]`` for the ``offsets`` form, where every feature pools by sum.
 
         Returns:
@@ -220,7 +222,8 @@ class EmbeddingCollection(nn.Module):
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
             return self.bundle.single(ids.long(), self._gather)
-        return self.bundle.pooled(to_bags(self.schema, ids, offsets, per_sample_weights), self._gather)
+        given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
+        return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._gather)
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 

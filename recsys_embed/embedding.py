@@ -18,7 +18,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.features import Unseen as UnseenPolicy
 from recsys_embed.fit import fit_tables
-from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets
+from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.fused import read_rows
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import Unseen, UnseenCount, with_unseen, with_unseen_row
@@ -275,7 +275,8 @@ class CompressedEmbedding(nn.Module):
         """Look up ids.
 
         Args:
-            input: the ids, int32 or int64. Without ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]``
+            input: the ids, int32 or int64; for hashing methods also strings, in lists or numpy arrays, and integers in
+                numpy arrays, see :func:`recsys_embed.string_ids`. Without ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]``
                 with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
             per_sample_weights: floats of the shape of ``input``, for ``mode="sum"``; may require grad.
 
@@ -286,7 +287,8 @@ class CompressedEmbedding(nn.Module):
             IdRangeError: an id is outside ``[0, num_embeddings)``, and ``unseen`` is ``"raise"``, or is ``None`` and
                 the method does not hash.
         """
-        ids = input  # the parameter's name is torch's, which callers may spell out
+        # The parameter's name is torch's, which callers may spell out.
+        ids = given_ids(input, self.spec, self.config.accepts_raw, self.unseen.counts.device)
         check_id_dtype(ids, self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:

@@ -7,9 +7,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from recsys_embed.errors import ConfigError
 
 _U64 = 1 << 64
 
@@ -135,3 +139,115 @@ def murmur3_words(ids: Tensor, seeds: Tensor | int) -> Tensor:
     h1 = h1 + h2
     h2 = h2 + h1
     return torch.stack([h1 & 0xFFFFFFFF, _shift_right(h1, 32), h2 & 0xFFFFFFFF, _shift_right(h2, 32)], -1)
+
+
+# -- strings ----------------------------------------------------------------------------------------------------------
+
+EMPTY_ID = {32: 1 << 32, 64: -(1 << 63)}
+"""Id of an empty value by the width of the data's ids, as the data tool's raw mode has it."""
+_DIGITS = np.full(256, 255, np.uint8)
+for _text in (b"0123456789abcdef", b"0123456789ABCDEF"):
+    _DIGITS[list(_text)] = np.arange(16)
+
+
+def string_ids(values: Any, *, id_bits: Literal[32, 64] = 32, hexadecimal: bool = False) -> Tensor:
+    """64-bit ids of strings, the same on every machine and in every version: what hashing methods make of strings.
+
+    - A string of exactly 8 or 16 hexadecimal digits, in either case, is the number it spells. So are Criteo's values
+      written, and ``recsys-embed data criteo --ids raw`` reads them so: the same value gives the same id.
+    - An empty string, None or NaN is ``2**32``, or ``-2**63`` with ``id_bits=64``: that tool's id of the empty field.
+    - Any other string is the first 8 bytes of its BLAKE2b hash (RFC 7693, ``digest_size=8``) in UTF-8, little-endian.
+    - Bytes are text in UTF-8. An integer is itself; from 2**63 to 2**64 - 1 it is the int64 of the same bits.
+
+    No string is read as a decimal number: ``"17"`` and 17 are different ids.
+
+    Args:
+        values: one value, or (nested) sequences or an array of them, or a tensor of integers.
+        id_bits: of the data at hand, ``--id-bits`` of the data tool; it matters to empty values and ``hexadecimal``.
+        hexadecimal: every string is a number of at most ``id_bits / 4`` hexadecimal digits, however few, or empty: how
+            the data tool reads all categories. Anything else is an error.
+
+    Returns:
+        int64 of the shape of ``values``, on the CPU unless ``values`` are a tensor elsewhere.
+
+    Raises:
+        ConfigError: a value is of another type, too large, or not hexadecimal; or nested sequences differ in length.
+
+    >>> string_ids(["68fd1e64", "Zürich", ""]).tolist()
+    [1761418852, 636548684707296368, 4294967296]
+    >>> string_ids([[2**64 - 1, 7]])
+    tensor([[-1,  7]])
+    """
+    if id_bits not in EMPTY_ID:
+        raise ConfigError(f"`id_bits` must be 32 or 64; got {id_bits!r}")
+    if isinstance(values, Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ConfigError(f"ids must be strings or integers; got a tensor of {values.dtype}")
+        return values.view(torch.int64) if values.dtype == torch.uint64 else values.long()
+    array = np.asarray(values) if hasattr(values, "__array__") else np.array(values, dtype=object)
+    if array.dtype.kind in "iu":
+        return torch.from_numpy(array.astype(np.int64))
+    if array.dtype.kind not in "OUST":
+        raise ConfigError(f"ids must be strings or integers; got an array of {array.dtype}")
+    flat = array.ravel().tolist()
+    _check_types(flat)
+    # Python touches each distinct value once; the rest are look-ups in C.
+    ids = _distinct_ids(list(set(flat)), id_bits, hexadecimal)
+    found = np.fromiter(map(ids.__getitem__, flat), np.int64, len(flat))
+    return torch.from_numpy(found.reshape(array.shape))
+
+
+def _check_types(values: list[Any]) -> None:
+    """Raise unless all are strings, bytes, integers of 64 bits, None or NaN."""
+    for kind in set(map(type, values)):
+        if issubclass(kind, (str, bytes)) or kind is type(None):
+            continue
+        if issubclass(kind, (list, tuple, np.ndarray)):
+            raise ConfigError("nested sequences of ids must be of equal length; for bags give values and offsets")
+        some = [v for v in values if type(v) is kind]
+        if issubclass(kind, (int, np.integer)) and kind is not bool:
+            wrong = [v for v in some if not -(1 << 63) <= v < _U64]
+        else:
+            # NaN is what is not itself; pandas' own missing value does not say.
+            wrong = [v for v in some if kind.__name__ != "NAType" and not (isinstance(v, float) and v != v)]
+        if wrong:
+            raise ConfigError(
+                f"ids must be strings, bytes, integers of 64 bits, or None; got {wrong[0]!r:.80} ({kind.__name__})"
+            )
+
+
+def _distinct_ids(values: list[Any], id_bits: int, hexadecimal: bool) -> dict[Any, int]:
+    """The id of each value; see :func:`string_ids`."""
+    ids: dict[Any, int] = {}
+    texts: list[tuple[Any, bytes]] = []
+    for value in values:
+        if isinstance(value, str):
+            texts.append((value, value.encode("utf-8", "surrogatepass")))
+        elif isinstance(value, bytes):
+            texts.append((value, value))
+        elif isinstance(value, (int, np.integer)):
+            ids[value] = _signed(int(value))
+        else:
+            ids[value] = EMPTY_ID[id_bits]
+    lengths = range(1, id_bits // 4 + 1) if hexadecimal else (8, 16)
+    spelt = [text.rjust(16, b"0") for _, text in texts if len(text) in lengths]
+    digits = _DIGITS[np.frombuffer(b"".join(spelt), np.uint8)].reshape(-1, 16)
+    numbers = np.zeros(len(digits), np.uint64)
+    for column in digits.T:
+        numbers = (numbers << np.uint64(4)) | (column & 15)
+    read = iter(zip(numbers.view(np.int64).tolist(), (digits < 16).all(1).tolist(), strict=True))
+    for value, text in texts:
+        number, valid = next(read) if len(text) in lengths else (0, False)
+        if not text:
+            ids[value] = EMPTY_ID[id_bits]
+        elif valid and not (hexadecimal and number == EMPTY_ID[64]):
+            ids[value] = number
+        elif hexadecimal:
+            raise ConfigError(
+                f"ids must be up to {id_bits // 4} hexadecimal digits, or empty, with `hexadecimal`; got {value!r:.80}"
+                + (", the id of the empty field" if valid else "")
+            )
+        else:
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            ids[value] = _signed(int.from_bytes(digest, "little"))
+    return ids

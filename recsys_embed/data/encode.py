@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from recsys_embed.data.counts import FieldCounter, FieldCounts
 from recsys_embed.data.folder import file_hash, write_file, write_json
 from recsys_embed.data.ingest import worker_count
-from recsys_embed.data.layout import CAT_NAMES, INT_NAMES, RESERVED_ID
+from recsys_embed.data.layout import CAT_NAMES, INT_NAMES
 from recsys_embed.data.manifest import Feature, Manifest
 from recsys_embed.data.options import CriteoOptions
 from recsys_embed.data.parts import Part
@@ -24,10 +24,11 @@ from recsys_embed.data.splits import TRAIN
 from recsys_embed.data.transform import bucket_transform
 from recsys_embed.data.vocab import Vocabulary
 from recsys_embed.errors import ConfigError
+from recsys_embed.hashing import EMPTY_ID
 
 _FIXED, _ROW_COST, _DISTINCT_COST = 300 << 20, 64, 150
 """Bytes of the process itself; measured peak bytes per pending row and per distinct value of the field at hand."""
-RAW_MISSING = {32: 1 << 32, 64: -RESERVED_ID}
+RAW_MISSING = EMPTY_ID
 """Raw id of the empty field: outside the range of 32-bit ids; for 64 bits the one value the parser refuses."""
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from recsys_embed import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
+from recsys_embed.features import FeatureSpec
 
 
 def check_id_dtype(ids: Tensor, where: str) -> None:
@@ -17,6 +21,36 @@ def check_id_dtype(ids: Tensor, where: str) -> None:
         raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
+
+
+def given_ids(values: Any, spec: FeatureSpec, hashes: bool, device: torch.device) -> Any:
+    """Ids of one feature as users give them: for a method that hashes, also strings and numpy arrays, as a tensor.
+
+    What is neither comes back as it is, for :func:`check_id_dtype` to name.
+
+    Raises:
+        ConfigError: strings for a feature whose ids are indices.
+    """
+    if isinstance(values, Tensor) and values.dtype != torch.uint64:
+        return values
+    texts = not isinstance(values, Tensor) and _has_texts(values)
+    if texts and (not hashes or spec.unseen not in (None, "hash")):
+        why = f"with `unseen` {spec.unseen!r} it takes" if hashes else "its method takes"
+        raise ConfigError(
+            f"got strings for feature {spec.name!r}, but {why} indices into [0, {spec.num_embeddings}). Use a hashing "
+            "method without another `unseen`, which takes strings as recsys_embed.string_ids makes them ids; or number "
+            "them by a vocabulary first"
+        )
+    known = texts or hasattr(values, "__array__") or (isinstance(values, list) and not values)
+    return hashing.string_ids(values).to(device) if hashes and known else values
+
+
+def _has_texts(values: Any) -> bool:
+    if isinstance(values, (list, tuple)):
+        return any(_has_texts(v) for v in values)
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind in "USTO"
+    return isinstance(values, (str, bytes))
 
 
 def check_offsets(offsets: Tensor, count: int, where: str, closed: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets
+from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen import with_unseen_row
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
@@ -66,7 +66,7 @@ class FullEmbedding(CompressedEmbedding):
         if self.served is not None or self.unseen.zeros[0]:
             # Torch has no row for no id.
             return super().forward(input, offsets, per_sample_weights)
-        ids = input
+        ids = given_ids(input, self.spec, False, self.unseen.counts.device)
         check_id_dtype(ids, self.spec.name)
         ids = self._resolve(ids.long() if self.unseen.replaces else ids)
         options: dict[str, Any] = {
