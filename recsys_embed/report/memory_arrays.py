@@ -34,6 +34,8 @@ class Array:
         reads: rows that one id reads.
         parameter: identity of the parameter that holds it; tables stacked in one storage have the same.
         trained: gets gradients.
+        packed: bytes it takes where its rows are kept in fewer than ``width * itemsize`` each.
+        flat: a vector ``[width]``, which some optimizers treat unlike a matrix of one row.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Array:
     reads: int = 0
     parameter: Hashable = None
     trained: bool = True
+    packed: int | None = None
+    flat: bool = False
 
     @property
     def elements(self) -> int:
@@ -51,7 +55,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * self.itemsize
+        return self.elements * self.itemsize if self.packed is None else self.packed
 
 
 def stored_bytes(array: Array, precision: Precision | None) -> int:

@@ -274,7 +274,7 @@ def _parts(
             rows, width = (t.shape[0], prod(t.shape[1:])) if len(t.shape) >= 2 else (1, prod(t.shape))
             floating = t.dtype.is_floating_point
             role: Role = "dense" if floating else "index"
-            rest.append(Array(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating))
+            rest.append(Array(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating, flat=len(t.shape) < 2))
     if guessed and patterns is None:
         notes.append(
             f"{guessed} tensors were taken for tables by their names ({', '.join(GUESSES)}); name others with "

@@ -61,22 +61,25 @@ class StateLaw:
             return 0, 0
         if self.fused is not None:
             return self.fused.state_bytes(array.rows, array.width) if array.role == "table" else 0, 0
-        if self.cls is None:
-            return 0, 0
+        if self.cls is None or (self.cls is torch.optim.SparseAdam and array.role == "dense"):
+            return 0, 0  # what has dense gradients SparseAdam cannot step
         cls = torch.optim.SparseAdam if self.cls is torch.optim.Adam and update == "sparse" else self.cls
         options = self.options if cls is self.cls else ()
         sparse = update == "sparse" or cls is torch.optim.SparseAdam
         key: Any = cls  # classes are hashable, which torch's annotations hide
-        element, row, column, fixed = _measured(key, options, array.itemsize, sparse)
+        element, row, column, fixed = _measured(key, options, array.itemsize, sparse, array.flat)
         return element * array.elements + row * array.rows + column * array.width, fixed
 
 
 @lru_cache(maxsize=64)
-def _measured(cls: Any, options: Any, itemsize: int, sparse: bool) -> tuple[int, int, int, int]:
-    """Bytes per element, per row, per column and per parameter of an optimizer, seen on a parameter of 5 x 3."""
+def _measured(cls: Any, options: Any, itemsize: int, sparse: bool, flat: bool) -> tuple[int, int, int, int]:
+    """Bytes per element, per row, per column and per parameter of an optimizer, seen on a parameter of 5 x 3.
+
+    A ``flat`` parameter is a vector of 15.
+    """
     rows, width = 5, 3
     dtype = {2: torch.bfloat16, 8: torch.float64}.get(itemsize, torch.float32)
-    weight = torch.nn.Parameter(torch.zeros(rows, width, dtype=dtype))
+    weight = torch.nn.Parameter(torch.zeros((rows * width,) if flat else (rows, width), dtype=dtype))
     zero = torch.zeros(1, width, dtype=dtype)
     weight.grad = (
         torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.int64), zero, (rows, width), check_invariants=True)

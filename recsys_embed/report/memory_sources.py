@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.stored import Stored
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram, Table
@@ -34,6 +37,7 @@ class Parts:
 def parts_of_module(model: nn.Module) -> Parts:
     """Tables and the rest of any module tree."""
     entries: list[Entry] = []
+    drop_ins: list[Entry] = []
     seen: set[int] = set()
     tables = find_tables(model)
     for table in tables:
@@ -43,9 +47,10 @@ def parts_of_module(model: nn.Module) -> Parts:
                 mine = [t for t in tables if t.module is table.module]
                 entries += _entries_of_collection(cast("EmbeddingCollection", table.module), mine)
         elif table.kind == "compressed":
-            entries.append(_entry_of_drop_in(cast("CompressedEmbedding", table.module), table))
+            drop_ins.append(_entry_of_drop_in(cast("CompressedEmbedding", table.module), table))
         else:
             entries.append(_entry_of_plain(table))
+    entries += _unshared(drop_ins)
     counted = {_key(t) for table in tables for m in table.modules for t in _tensors(m)}
     rest, lazy = _rest(model, counted)
     notes = [f"{len(lazy)} parameters have no shape yet and are not counted: {', '.join(lazy[:4])}"] if lazy else []
@@ -68,7 +73,9 @@ def parts_of_plan(
         config = plan[spec.name]
         program = config.program(spec)
         arrays = arrays_of(spec, config, program, itemsize, private=True)
-        shared.add(spec.name, program, itemsize, None, True)
+        for table in program.tables:
+            if table.shared:
+                shared.put(spec.name, table.name, [_array(table, program, itemsize, None, True)])
         entries.append(_entry(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
     update: Update = "dense" if fused is None else "fused"
     found = [*entries, *shared.entries(at)]
@@ -87,20 +94,18 @@ def arrays_of(
 
 
 class _Shared:
-    """Arrays that several features read, each once."""
+    """Arrays that several tables read, each once."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.arrays: dict[str, Array] = {}
+        self.arrays: dict[str, list[Array]] = {}
         self.readers: dict[str, list[str]] = {}
 
-    def add(self, feature: str, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> None:
-        for table in program.tables:
-            if table.shared:
-                array = _array(table, program, itemsize, parameter, trained)
-                known = self.arrays.get(table.name)
-                self.arrays[table.name] = replace(array, reads=array.reads + (known.reads if known else 0))
-                self.readers.setdefault(table.name, []).append(feature)
+    def put(self, reader: str, name: str, arrays: Sequence[Array]) -> None:
+        """``reader`` reads these arrays, which it and others know by ``name``."""
+        reads = self.arrays[name][0].reads if name in self.arrays else 0
+        self.arrays[name] = [replace(a, reads=a.reads + reads) if a.role == "table" else a for a in arrays]
+        self.readers.setdefault(name, []).append(reader)
 
     def entries(self, at: str) -> list[Entry]:
         return [
@@ -109,11 +114,11 @@ class _Shared:
                 kind="shared",
                 method="shared",
                 ids=0,
-                width=array.width,
-                arrays=(array,),
-                members=tuple(f"{at}{feature}" for feature in self.readers[name]),
+                width=arrays[0].width,
+                arrays=tuple(arrays),
+                members=tuple(dict.fromkeys(f"{at}{reader}" for reader in self.readers[name])),
             )
-            for name, array in self.arrays.items()
+            for name, arrays in self.arrays.items()
         ]
 
 
@@ -193,8 +198,50 @@ def _own_arrays(module: CompressedEmbedding) -> list[Array]:
         rows, width = (p.shape[0], p.numel() // p.shape[0]) if p.dim() >= 2 else (1, p.numel())
         reads = 0 if dense else reads_of(module.program, name)
         role: Role = "dense" if dense else "table"
-        arrays.append(Array(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad))
-    return arrays + [Array(n, b.numel(), 1, b.element_size(), "index", trained=False) for n, b in _persistent(module)]
+        arrays.append(Array(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2))
+    if module.served is not None:
+        for name in tables:
+            if name in module.served:
+                arrays += _served(name, module.served[name], 0, reads_of(module.program, name))
+    for name, b in _persistent(module):
+        if not name.startswith("served."):
+            arrays.append(Array(name, b.numel(), 1, b.element_size(), "index", trained=False))
+    return arrays
+
+
+def _served(name: str, stored: Stored, offset: int, reads: int) -> list[Array]:
+    """A table that a loaded export keeps, which begins at row ``offset`` of what is stored."""
+    start = 0
+    for part in stored.parts:
+        if start == offset:
+            table = Array(name, part.count, part.layout.width, 4, "table", reads, None, False, part.nbytes)
+            kept = Array(f"{name}.kept", part.index_bytes, 1, 1, "index", trained=False)
+            return [table, kept] if kept.nbytes else [table]
+        start += part.rows
+    raise ConfigError(f"an export stores no table at row {offset} for {name!r}")
+
+
+def _unshared(entries: Sequence[Entry]) -> list[Entry]:
+    """Drop-ins, and apart from them the arrays that several of them hold."""
+    holders = Counter(a.parameter for e in entries for a in e.arrays if a.parameter is not None)
+    shared, names = _Shared("compressed"), {}
+    taken = {e.name for e in entries}
+    out, updates = [], {}
+    for e in entries:
+        mine = []
+        for a in e.arrays:
+            if holders[a.parameter] < 2:
+                continue
+            if a.parameter not in names:
+                options = chain([a.name], (f"{a.name}_{n}" for n in count(2)))
+                names[a.parameter] = next(n for n in options if n not in taken)
+                taken.add(names[a.parameter])
+            mine.append(names[a.parameter])
+            shared.put(e.name, names[a.parameter], [a])
+            updates[names[a.parameter]] = e.update
+        own = tuple(a for a in e.arrays if holders[a.parameter] < 2)
+        out.append(replace(e, arrays=own, shared=tuple(mine)))
+    return out + [replace(e, update=updates[e.name]) for e in shared.entries("")]
 
 
 def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -224,43 +271,43 @@ def _entry_of_drop_in(module: CompressedEmbedding, table: FoundTable) -> Entry:
 def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[FoundTable]) -> list[Entry]:
     names = {t.table: t for t in tables}
     # The name of a feature's table is the collection's path and the feature's name.
-    first = tables[0]
-    at = first.name.removesuffix(str(first.table).replace(".", "/"))
-    schema, plan, fused = collection.schema, collection.plan, collection.optimizer
-    held: dict[str, nn.Parameter] = {}
-    for key, table in collection.tables.items():
-        if not table.dense:
-            held[key] = getattr(collection, collection.places[key].storage)
-    stacked = {f"{t.rows}x{t.width}": t for t in collection.tables.values() if t.dense}
-    matrices = {shape: collection.bundle.projections[shape] for shape in stacked}
-    bundle, shared, entries = collection.bundle, _Shared("collection"), []
+    at = tables[0].name.removesuffix(str(tables[0].table).replace(".", "/"))
+    plan, fused, bundle = collection.plan, collection.optimizer, collection.bundle
     frozen = fused is None and not any(p.requires_grad for p in collection.parameters())
     update: Update = "fused" if fused else "frozen" if frozen else "sparse" if collection.sparse else "dense"
-    for spec in schema:
-        config = plan[spec.name]
-        found = names[spec.name]
+    shared, entries = _Shared("collection"), []
+    for spec in collection.schema:
+        config, found = plan[spec.name], names[spec.name]
         if config.computes:
             module = bundle._module(spec.name)
             entry = _entry(found.name, found.kind, spec, config, module.program, _own_arrays(module))
             entries.append(replace(entry, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
             continue
-        program = bundle.programs[spec.name]
-        arrays = []
+        program, arrays = bundle.programs[spec.name], []
         for table in program.tables:
-            p = matrices[f"{table.rows}x{table.width}"] if table.dense else held[table_key(spec, table)]
-            trained = p.requires_grad or (fused is not None and not table.dense)
-            if not table.shared:
-                arrays.append(_array(table, program, p.element_size(), id(p), trained))
-        for table in program.tables:
+            held = _held(collection, spec, table, program)
             if table.shared:
-                p = held[table.name]
-                only = replace(program, tables=(table,))
-                shared.add(spec.name, only, p.element_size(), id(p), p.requires_grad or fused is not None)
+                shared.put(spec.name, table.name, held)
+            else:
+                arrays += held
         place = list(bundle.programs).index(spec.name)
         entry = _entry(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
         hashed = row_keys(program, bundle.kernel.index, place)
         entries.append(replace(entry, update=update, fused=fused, paths=found.paths, hashed=hashed))
     return entries + [replace(e, update=update, fused=fused) for e in shared.entries(at)]
+
+
+def _held(collection: EmbeddingCollection, spec: FeatureSpec, table: Table, program: LookupProgram) -> list[Array]:
+    """What a collection stores of one table of a feature."""
+    if table.dense:
+        matrices = collection.bundle.projections[f"{table.rows}x{table.width}"]
+        return [_array(table, program, matrices.element_size(), id(matrices), matrices.requires_grad)]
+    storage, offset = collection.places[table_key(spec, table)]
+    if collection.served is not None and storage in collection.served:
+        return _served(table.name, collection.served[storage], offset, reads_of(program, table.name))
+    weight = getattr(collection, storage)
+    trained = weight.requires_grad or collection.optimizer is not None
+    return [_array(table, program, weight.element_size(), id(weight), trained)]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -287,5 +334,5 @@ def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[Array], list[str]]:
         parameter = isinstance(t, nn.Parameter)
         role: Role = "dense" if parameter else "index"
         trained = parameter and t.requires_grad
-        rest.append(Array(name, rows, width, t.element_size(), role, 0, id(t), trained))
+        rest.append(Array(name, rows, width, t.element_size(), role, 0, id(t), trained, flat=t.dim() < 2))
     return rest, lazy
