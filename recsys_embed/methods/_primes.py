@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import count, pairwise
-from math import gcd, prod
+from math import gcd, isqrt, prod
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 # These bases decide primality for every n below 3.3e24 (Sorenson and Webster 2015).
 _BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -87,8 +92,40 @@ def cover(size: int, collisions: int, tables: int, coprime: bool) -> tuple[int, 
     return (next_coprime(first, others) if coprime else first, *others)
 
 
+class Pairs(Sequence[tuple[int, int]]):
+    """``(ceil(size / m), m)`` for each m of ``second``, kept as one array: there are sqrt(size) of them."""
+
+    def __init__(self, size: int, second: NDArray[np.integer[Any]]) -> None:
+        self._size, self._second = size, second.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._second)
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[int, int]: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Pairs: ...
+
+    def __getitem__(self, at: int | slice) -> tuple[int, int] | Pairs:
+        if isinstance(at, slice):
+            return Pairs(self._size, self._second[at])
+        m = int(self._second[at])
+        return -(-self._size // m), m
+
+
+def _pairs(size: int, costs: tuple[int, ...], below: int) -> Pairs:
+    """:func:`ladder` of two moduli without a condition on their factors, in whole arrays."""
+    # Beyond this the second table alone costs more than the cheapest pair.
+    most = 2 * isqrt(size * costs[0] // costs[1] + 1) + costs[0] // costs[1] + 3
+    second = np.arange(1, min(most, below // costs[1] + 1) + 1, dtype=np.int64)
+    total = -(-size // second) * costs[0] + second * costs[1]
+    least = np.minimum.accumulate(np.concatenate([[below], total]))
+    return Pairs(size, second[total < least[:-1]][::-1])
+
+
 @lru_cache(maxsize=512)
-def ladder(size: int, costs: tuple[int, ...], coprime: bool, below: int) -> tuple[tuple[int, ...], ...]:
+def ladder(size: int, costs: tuple[int, ...], coprime: bool, below: int) -> Sequence[tuple[int, ...]]:
     """Moduli that cover ``size`` at strictly rising cost, cheapest first; all cost less than ``below``.
 
     Args:
@@ -97,6 +134,8 @@ def ladder(size: int, costs: tuple[int, ...], coprime: bool, below: int) -> tupl
         coprime: whether the moduli must be pairwise coprime.
     """
     degree, least = len(costs) - 1, below
+    if degree == 1 and not coprime:
+        return _pairs(size, costs, below)
     found: list[tuple[int, ...]] = []
     for level in count(1 if coprime else degree):
         others = coprime_run(level, degree) if coprime else balanced(level, degree)

@@ -12,6 +12,7 @@ The affine map is ours: it breaks the tie between the order of ids and their cla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
@@ -231,7 +232,7 @@ class CompositionalConfig(MethodConfig):
     # -- sizes ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _ladder(cls, spec: FeatureSpec, params: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+    def _ladder(cls, spec: FeatureSpec, params: dict[str, Any]) -> Sequence[tuple[int, ...]]:
         """The useful moduli, cheapest first, all below the cost of a plain table."""
         config = cls.from_params(params)
         faults = config._faults(spec)
