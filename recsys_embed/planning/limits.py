@@ -1,0 +1,216 @@
+"""What a user rules out, and what bytes cost: the frame in which options are looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from recsys_embed.config import MethodConfig
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.planning.price import Factor
+from recsys_embed.program import LookupProgram, Table
+from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
+
+EVERY = "*"
+"""In `pin` and `forbid`: all features."""
+
+Pin = str | MethodConfig
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What options must keep to, besides the budget.
+
+    Args:
+        pin: per feature the method it must have, or its whole configuration; ``"*"`` for all other features.
+        forbid: per feature the methods it must not have; ``"*"`` for all.
+        full_below: features with fewer ids keep a plain table, unless bytes are so scarce that others would lose more
+            for it than a twentieth of all that a feature can tell.
+        min_width: every id stores at least this many numbers of its own vector, before any projection.
+        width_multiple: stored rows of more than one number have a width that this divides.
+        needs_equal_widths: the model multiplies vectors of different features, so all must come out with one width.
+        max_rows_per_id: rows gathered per id, learned scalars included: what a lookup waits for.
+        max_bytes_per_id: bytes these rows hold.
+    """
+
+    pin: Mapping[str, Pin] = field(default_factory=dict)
+    forbid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    full_below: int = 200
+    min_width: int = 1
+    width_multiple: int = 1
+    needs_equal_widths: bool = False
+    max_rows_per_id: int | None = None
+    max_bytes_per_id: int | None = None
+
+    def faults(self, schema: Schema) -> list[str]:
+        """Everything wrong with the limits, in words."""
+        found = []
+        for name, low in (("full_below", 0), ("min_width", 1), ("width_multiple", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                found.append(f"`{name}` must be an integer >= {low}; got {value!r}")
+        for name in ("max_rows_per_id", "max_bytes_per_id"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                found.append(f"`{name}` must be an integer >= 1, or None; got {value!r}")
+        for key, entries in (("pin", self.pin), ("forbid", self.forbid)):
+            for feature in entries:
+                if feature != EVERY and feature not in schema.names:
+                    found.append(str(unknown_name(f"feature in `{key}`", str(feature), (*schema.names, EVERY))))
+        for value in self.pin.values():
+            if not isinstance(value, MethodConfig):
+                found += _method_faults("pin", [value])
+        for methods in self.forbid.values():
+            found += _method_faults("forbid", methods)
+        if self.needs_equal_widths and schema.uniform_dim is None:
+            dims = sorted({s.embedding_dim for s in schema})
+            found.append(f"`needs_equal_widths` needs features of one width; got widths {', '.join(map(str, dims))}")
+        return found
+
+    def pinned(self, feature: str) -> Pin | None:
+        return self.pin.get(feature, self.pin.get(EVERY))
+
+    def forbidden(self, feature: str) -> set[str]:
+        return {*self.forbid.get(feature, ()), *self.forbid.get(EVERY, ())}
+
+    def refusal(self, program: LookupProgram, parts: Sequence[Factor], spec: FeatureSpec, itemsize: int) -> str | None:
+        """Why a program breaks the limits, or None."""
+        if self.needs_equal_widths and (program.width != spec.embedding_dim or program.vectors != 1):
+            return f"its output is {program.width} wide, not {spec.embedding_dim}"
+        tables = {t.name: t for t in program.tables}
+        widths = [p.run * tables[p.table].width for p in program.probes]
+        odd = [w for w in widths if w > 1 and w % self.width_multiple]
+        if odd:
+            return f"its rows are {odd[0]} wide, no multiple of {self.width_multiple}"
+        if self.min_width > 1:
+            stored = sum((f.width * (f.private + f.shared > 0) for f in parts if f.width > 1), np.zeros(1))
+            narrow = int(np.min(stored)) if np.any(stored) else max(widths)
+            if narrow < self.min_width:
+                return f"it stores {narrow} numbers of an id's vector, fewer than {self.min_width}"
+        weights = sum(p.weight is not None for p in program.probes)
+        reads, size = len(widths) + weights, itemsize * (sum(widths) + weights)
+        if self.max_rows_per_id is not None and reads > self.max_rows_per_id:
+            return f"it reads {reads} rows per id, more than {self.max_rows_per_id}"
+        if self.max_bytes_per_id is not None and size > self.max_bytes_per_id:
+            return f"it reads {size} bytes per id, more than {self.max_bytes_per_id}"
+        return None
+
+
+def _method_faults(where: str, names: Iterable[Any]) -> list[str]:
+    known = [m.name for m in list_methods()]
+    return [str(unknown_name(f"method in `{where}`", str(n), known)) for n in names if n not in known]
+
+
+def named_limits(options: Mapping[str, Any]) -> Limits:
+    """Limits from keyword arguments as people write them: texts instead of tuples, mappings instead of configurations.
+
+    >>> named_limits({"forbid": {"*": "hash"}}).forbid
+    {'*': ('hash',)}
+    """
+    known = {f.name for f in fields(Limits)}
+    for key in options:
+        if key not in known:
+            raise unknown_name("option of plan_for_budget", key, known)
+    given = {k: v for k, v in options.items() if v is not None or k.startswith("max_")}
+    for key in ("pin", "forbid"):
+        if not isinstance(given.get(key, {}), Mapping):
+            raise ConfigError(f"`{key}` must be a mapping of features to methods; got {given[key]!r:.80}")
+    pin = {k: config_from_dict(v) if isinstance(v, Mapping) else v for k, v in given.get("pin", {}).items()}
+    forbid = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in given.get("forbid", {}).items()}
+    return Limits(**{**given, "pin": pin, "forbid": forbid})
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A method to be sized.
+
+    Args:
+        info: the method.
+        params: its options; None leaves them to the method.
+    """
+
+    info: MethodInfo
+    params: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    def variants(self, spec: FeatureSpec, curve: FrequencyCurve) -> list[Candidate]:
+        """The method with each set of options worth trying for a feature.
+
+        A configuration class may name them itself by a class method ``planning_variants(spec, curve)`` that returns
+        mappings of options; ``curve`` is the feature's :class:`FrequencyCurve`.
+        """
+        hook = getattr(self.info.config_cls, "planning_variants", None)
+        if self.params is not None or hook is None:
+            return [self]
+        return [Candidate(self.info, dict(params)) for params in hook(spec, curve)]
+
+
+def candidates(methods: Any) -> list[Candidate]:
+    """The methods to consider, in the order of registration.
+
+    Args:
+        methods: None for all that are registered; names; or names with options, ``{"multihash": {"num_hashes": 3}}``.
+
+    Raises:
+        UnknownNameError: no such method.
+        ConfigError: nothing to choose from.
+    """
+    known = [m.name for m in list_methods()]
+    if methods is None:
+        methods = known
+    if isinstance(methods, str):
+        methods = [methods]
+    if not isinstance(methods, Collection):
+        raise ConfigError(f"`methods` must be names, or names with options; got {methods!r:.80}")
+    if not methods:
+        raise ConfigError("`methods` must name at least one method; got none")
+    raise_faults(_method_faults("methods", methods), "plan_for_budget", UnknownNameError)
+    found = []
+    for name in known:
+        if name not in methods:
+            continue
+        given = methods[name] if isinstance(methods, Mapping) else None
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(f"options of a method in `methods` must be a mapping; got {given!r:.80} ({name!r})")
+        found.append(Candidate(get_method(name), dict(given) if given else None))
+    return found
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What things cost in bytes of the budget, by the arithmetic of :meth:`recsys_embed.Plan.footprint`.
+
+    Args:
+        optimizer: fused optimizer; None where an ordinary one steps dense gradients as large as the weights.
+        train: count the optimizer's state, or those gradients.
+        itemsize: bytes per number.
+    """
+
+    optimizer: FusedOptimizer | None
+    train: bool
+    itemsize: int = 4
+
+    def table(self, table: Table) -> int:
+        weights = self.itemsize * table.rows * table.width
+        if not self.train:
+            return weights
+        if self.optimizer is None:
+            return 2 * weights
+        return weights + (0 if table.dense else self.optimizer.state_bytes(table.rows, table.width))
+
+    def own(self, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
+        """Bytes of a feature's tables and index buffers, without tables that it shares."""
+        if config.computes:
+            parts = config.footprint(spec, self.itemsize)
+            return parts.serve + (parts.weights if self.train and self.optimizer is None else 0)
+        index = sum(i.nbytes for i in program.indexes)
+        return index + sum(self.table(t) for t in program.tables if not t.shared)

@@ -1,0 +1,226 @@
+"""What a lookup program loses of a feature's signal: arithmetic on the feature's frequency curve.
+
+This is a model, not a measurement; its constants were fitted to test AUCs of DeepFM and DCNv2 on a Criteo sample
+(``benchmarks/results/criteo_sample.json``) and :mod:`recsys_embed.planning.evidence` refits it to runs of your own.
+
+**Loss of a feature.** ``sum over ids of  p * s * lost``: p is the id's share of the feature's lookups; ``s = c / (c +
+100)`` is how much of what the id could tell is learned from the c lookups that were counted, so that rare ids weigh
+little; ``lost`` in [0, 1] is what the program takes away. Missing rows (-1) lose all.
+
+**Sharing rows.** Let a row be shared by ids whose vectors are independent. The row that fits them best is their mean
+weighted by frequency, which keeps ``p / (p + O)`` of an id's signal, O being the frequency of the others in its row.
+With M rows and a random hash the number of others of each frequency is Poisson, and ``E[p / (p + O)]`` is exactly
+``integral over u of  p exp(-p u) exp(-G(u) / M)`` with ``G(u) = sum over ids of (1 - exp(-p u))``: one quadrature for
+any M. Ids of *other* features in a shared table count :data:`BETWEEN` as much, since the layers above tell features
+apart (Coleman et al., NeurIPS 2023, section 3.4), and so do other chunks of the same feature.
+
+**Several rows per id.** Rows that add up or multiply have to undo each other's changes: what one hash over as many rows
+would keep is raised to :data:`SUM_POWER` or :data:`MUL_POWER`.
+
+**Width.** A vector of width w keeps ``1 - exp(-w / tau)`` of a wide one's signal, ``tau = 1.7 sqrt(D / 16)`` with D the
+full width: the first columns carry most. Chunks side by side each take their share away from what the others left, so
+an id keeps most of its signal as long as one of its chunks is its own. A learned scalar per id is a chunk of width 1.
+
+Two ids of one feature are treated as equally similar whatever they mean, training noise and regularisation (small
+tables sometimes generalise better) are left out, and features count alike unless ``importance`` says otherwise.
+
+A method whose lookup is more than a program (``config.computes``) is priced by the program it declares, which is
+conservative: what its network adds is not counted. It may say better itself, by a method
+``planning_loss(spec, curve) -> float`` of its configuration, in the unit above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from recsys_embed.planning.curves import Floats, FrequencyCurve
+from recsys_embed.program import Digit, Hash, LookupProgram, Member, Murmur, Table, Transform
+
+HALF_KNOWN = 100.0
+"""Lookups after which half of what an id can tell is learned."""
+BETWEEN = 0.25
+"""Harm of an id of another feature in the same row, against one of the same feature."""
+SUM_POWER = 1.4
+MUL_POWER = 3.0
+AUC_PER_LOSS = 0.0022
+"""AUC that a loss of 1 (all of one feature's signal) costs, on the sample above."""
+
+_STEP = 0.5
+_U = np.exp(np.arange(np.log(1e-4), np.log(4e13), _STEP))
+
+
+def width_scale(dim: int) -> float:
+    """Columns that carry 63 % of the signal of a vector of width ``dim``."""
+    return float(1.7 * np.sqrt(dim / 16))
+
+
+class Terms:
+    """What a curve contributes to every price; ``B`` bins, ``U`` quadrature points.
+
+    Attributes:
+        value: [B] learned signal of a bin: its share of the lookups, shrunk where ids are seen rarely.
+        kernel: [B, U] weights of the quadrature.
+        taken: [B, U] what the bin's ids add to G(u).
+    """
+
+    def __init__(self, curve: FrequencyCurve) -> None:
+        self.curve, self.n = curve, curve.n
+        share, ids = curve.share, curve.ids
+        count = share * curve.total
+        self.ends = np.cumsum(ids)
+        self.begins = self.ends - ids
+        self.value = curve.mass * count / (count + HALF_KNOWN)
+        exponent = share[:, None] * _U
+        decay = np.exp(-exponent)
+        self.kernel = exponent * decay * _STEP
+        # An id does not collide with itself; the factor matters for tables of a few ids.
+        self.taken = ids[:, None] * (1 - decay) * (max(self.n - 1, 0) / max(self.n, 1))
+        self.ones, self.zeros = np.ones(len(ids)), np.zeros(len(ids))
+        self.load = self.taken.sum(0)
+
+    def members(self, start: float, count: float) -> Floats:
+        """Part of each bin whose frequency rank lies in ``[start, start + count)``: [B]."""
+        inside = np.minimum(self.ends, start + count) - np.maximum(self.begins, start)
+        out: Floats = np.clip(inside / self.curve.ids, 0.0, 1.0)
+        return out
+
+    def kept(self, rows: Floats, shared: Floats, others: Floats | float = 0.0) -> Floats:
+        """What ids keep of their signal that share ``rows`` [Q] with the parts ``shared`` [Q, B] of the bins: [Q, B].
+
+        Args:
+            others: [Q, U] or 0, load of ids that harm less, already weighed.
+        """
+        load = shared @ self.taken + others
+        out: Floats = np.exp(-load / rows[:, None]) @ self.kernel.T
+        return out
+
+
+class Factor(NamedTuple):
+    """Columns of the output that an id has to itself or shares.
+
+    Args:
+        private: [B] part of each bin whose ids have rows of their own.
+        shared: [B] part whose ids share rows; the rest has none.
+        rows: how many rows are shared.
+        width: columns.
+        power: of what sharing keeps, see the module.
+        table: name of the table where features share it, else None.
+    """
+
+    private: Floats
+    shared: Floats
+    rows: float
+    width: float
+    power: float
+    table: str | None
+
+
+def sharing(transform: Transform, table: Table, terms: Terms) -> tuple[Floats, Floats, float]:
+    """Private part [B], sharing part [B] and number of shared rows of a transform into ``table``.
+
+    A transform of an unknown kind counts as private where the table has a row per id and as a hash elsewhere.
+    """
+    n = terms.n
+    if isinstance(transform, Digit):
+        rows = transform.mod or -(-n // transform.div)
+    elif isinstance(transform, Hash):
+        rest = terms.ones - terms.members(0, transform.head) if transform.head else terms.ones
+        own = terms.zeros if transform.head_absent or not transform.head else terms.ones - rest
+        return own, rest, transform.size
+    elif isinstance(transform, Murmur):
+        return terms.zeros, terms.ones, transform.size
+    elif isinstance(transform, Member):
+        own = terms.members(transform.index.start, transform.index.count)
+        return own, terms.ones - own if transform.rest else terms.zeros, max(transform.rest, 1)
+    else:
+        rows = table.rows
+    return (terms.ones, terms.zeros, 1) if rows >= n else (terms.zeros, terms.ones, rows)
+
+
+def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
+    """The parts of a program's output, each with who shares it."""
+    tables = {t.name: t for t in program.tables}
+    groups: dict[tuple[int, int], list[tuple[str, Factor]]] = {}
+    found: list[Factor] = []
+    power = MUL_POWER if program.combine == "mul" else SUM_POWER
+    for probe, span in zip(program.probes, program.spans, strict=True):
+        table = tables[probe.table]
+        name = table.name if table.shared else None
+        own, rest, rows = sharing(probe.transform, table, terms)
+        width = span[1] - span[0]
+        if probe.run > 1:
+            # Runs start anywhere, so an element is read by as many others as if runs were rows.
+            rows = max(1.0, rows / probe.run)
+        if width > 1 and table.width == 1 and probe.run == 1:
+            found.append(Factor(own, rest, rows, 1, 1.0, name))
+        else:
+            group = groups.setdefault(span, [])
+            group.append((table.name, Factor(own, rest, rows, width, 1.0, name)))
+        if probe.weight is not None:
+            pool = tables[probe.weight.table]
+            own, rest, rows = sharing(probe.weight.transform, pool, terms)
+            found.append(Factor(own, rest, rows, 1, 1.0, pool.name if pool.shared else None))
+    for members in groups.values():
+        found.append(members[0][1] if len(members) == 1 else _together(members, power))
+    return found
+
+
+def _together(members: Sequence[tuple[str, Factor]], power: float) -> Factor:
+    """One factor for rows that add up or multiply: an id's own row is enough, and shared rows help each other."""
+    own = np.maximum.reduce([m.private for _, m in members])
+    rest = np.minimum(np.maximum.reduce([m.shared for _, m in members]), 1 - own)
+    sharers = [(table, m) for table, m in members if m.shared.any()]
+    rows = sum({table: m.rows for table, m in sharers}.values()) or 1
+    name = next((m.table for _, m in sharers if m.table), None)
+    return Factor(own, rest, rows, members[0][1].width, power if len(sharers) > 1 else 1.0, name)
+
+
+def price(
+    terms: Terms, programs: Sequence[Sequence[Factor]], dim: int, others: Mapping[str, Floats] | None = None
+) -> Floats:
+    """Loss of each program (given by its factors) for a feature of width ``dim``: float64 [programs].
+
+    Args:
+        others: by shared table, [U] weighed load of what else lies in it, see :func:`crowd`.
+    """
+    if not programs:
+        return np.zeros(0)
+    flat = [f for program in programs for f in program]
+    places = np.cumsum([0, *(len(p) for p in programs[:-1])])
+    tau = width_scale(dim)
+    queries: dict[tuple[float, int, str | None], int] = {}
+    where: list[int] = []
+    asked: list[Factor] = []
+    for f in flat:
+        key = (f.rows, id(f.shared), f.table)
+        if key not in queries:
+            queries[key] = len(asked)
+            asked.append(f)
+        where.append(queries[key])
+    rows = np.array([float(f.rows) for f in asked])
+    shared = np.stack([f.shared for f in asked])
+    beside: Floats | float = 0.0
+    if others:
+        beside = np.stack([others.get(f.table or "", np.zeros(len(_U))) for f in asked])
+    kept = terms.kept(rows, shared, beside)[where]
+    power = np.array([f.power for f in flat])[:, None]
+    keep = np.stack([f.private for f in flat]) + np.stack([f.shared for f in flat]) * kept**power
+    carried = 1 - np.exp(-np.array([f.width for f in flat]) / tau)
+    lost = np.multiply.reduceat(1 - keep * carried[:, None], places, axis=0)
+    floor = np.exp(-dim / tau)
+    lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)
+    out: Floats = lost @ terms.value
+    return out
+
+
+def crowd(terms: Terms, everybody: Floats) -> Floats:
+    """Load [U] that a feature's ids meet in a shared table besides their own kind, weighed by :data:`BETWEEN`.
+
+    Args:
+        everybody: [U] load of all features in the table, each times the rows of it that an id reads.
+    """
+    out: Floats = BETWEEN * np.maximum(everybody - terms.load, 0.0)
+    return out
