@@ -36,6 +36,15 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
         {"num_collisions": 3, "combine": "add", "bag": "pooled"},
         {"num_collisions": 8, "combine": "path", "hidden": 2},
     ],
+    "memcom": [{"num_buckets": 5}, {"num_buckets": 3, "bias": True}],
+    "robe": [{"num_elements": 17, "block_size": 3}, {"num_elements": 13, "sign": True, "wrap": False, "table": "r"}],
+    "mixeddim": [
+        {"dims": (2,)},
+        {"dims": (4, 1), "blocks": (3,)},
+        {"dims": (3, 2, 1), "blocks": (2, 3), "order": "counts"},
+    ],
+    "adaptive": [{"num_hot": 2, "num_buckets": 3}, {"num_hot": 3, "num_buckets": 2, "order": "counts"}],
+    "freqcut": [{"num_kept": 4}, {"num_kept": 5, "order": "counts"}],
 }
 KNOWN = [{"method": m.name, **p} for m in list_methods() for p in PARAMS.get(m.name, [])]
 
@@ -259,7 +268,8 @@ def test_bytes_are_those_of_the_state_dict(given_plan: tuple[Schema, Plan], rule
     assert sum(v.nbytes for v in stored.values()) == coll.footprint().serve == plan.footprint(schema).serve
     held = sum(v.nbytes for v in coll.optimizer_state_dict()["state"].values())
     assert held == coll.footprint().optimizer == plan.footprint(schema, rule).optimizer
-    assert plan.footprint(schema, itemsize=2).serve * 2 == coll.footprint().serve
+    assert plan.footprint(schema, itemsize=2).weights * 2 == coll.footprint().weights
+    assert plan.footprint(schema, itemsize=2).index == coll.footprint().index
 
 
 def test_storages_stay_below_the_rows_that_32_bits_count() -> None:

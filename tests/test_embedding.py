@@ -34,6 +34,13 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "compositional add": ("compositional", {"num_collisions": 5, "combine": "add"}),
     "compositional feature": ("compositional", {"num_collisions": 5, "combine": "feature"}),
     "compositional path": ("compositional", {"num_collisions": 30, "combine": "path", "hidden": 2}),
+    "memcom bias": ("memcom", {"num_buckets": 7, "bias": True, "hash": "splitmix64"}),
+    "robe blocks": ("robe", {"num_elements": 50, "block_size": 3, "wrap": False, "sign": True}),
+    "robe elements": ("robe", {"num_elements": 50, "block_size": 1}),
+    "adaptive counts": ("adaptive", {"num_hot": 9, "num_buckets": 7, "order": "counts"}),
+    "freqcut counts": ("freqcut", {"num_kept": 20, "order": "counts"}),
+    "mixeddim blocks": ("mixeddim", {"dims": (4, 2, 1), "blocks": (5, 20)}),
+    "mixeddim counts": ("mixeddim", {"dims": (3, 1), "blocks": (30,), "order": "counts"}),
     "compositional three": ("compositional", {"moduli": (4, 4, 4), "partition": "generalized"}),
 }
 NAMES = [m.name for m in list_methods()] + list(OPTIONS)

@@ -1,10 +1,15 @@
 """The methods, one file each; registering one here puts it into every list, test, table and command."""
 
+from recsys_embed.methods.adaptive import AdaptiveEmbedding
 from recsys_embed.methods.compositional import CompositionalEmbedding
+from recsys_embed.methods.freqcut import FreqcutEmbedding
 from recsys_embed.methods.full import FullEmbedding
 from recsys_embed.methods.hash import HashEmbedding
 from recsys_embed.methods.lowdim import LowdimEmbedding
+from recsys_embed.methods.memcom import MemcomEmbedding
+from recsys_embed.methods.mixeddim import MixeddimEmbedding
 from recsys_embed.methods.multihash import MultihashEmbedding
+from recsys_embed.methods.robe import RobeEmbedding
 from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
 
@@ -14,3 +19,8 @@ register(LowdimEmbedding, paper="low-rank factorisation; optimum by Eckart and Y
 register(MultihashEmbedding, paper="Svenstrup et al., NeurIPS 2017, arXiv 1709.03933", tags=("hashing",))
 register(UnifiedEmbedding, paper="Coleman et al., NeurIPS 2023, arXiv 2305.12102", tags=("hashing", "shared"))
 register(CompositionalEmbedding, paper="Shi et al., KDD 2020, arXiv 1909.02107", tags=("partition",))
+register(MemcomEmbedding, paper="Pansare et al., MLSys 2022, arXiv 2203.10135", tags=("hashing", "per-id"))
+register(RobeEmbedding, paper="Desai et al., MLSys 2022, arXiv 2108.02191", tags=("hashing", "shared"))
+register(MixeddimEmbedding, paper="Ginart et al. 2019, arXiv 1909.11810", tags=("frequency", "projection"))
+register(AdaptiveEmbedding, paper="AdaptEmb, as in DeepRec", tags=("hashing", "frequency"))
+register(FreqcutEmbedding, paper="a smaller vocabulary with one row for the rest", tags=("baseline", "frequency"))

@@ -19,6 +19,7 @@ SCHEMA = Schema(
         FeatureSpec("d", 51, 8, pooling="max"),
     ]
 )
+COUNTS = {s.name: torch.randperm(s.num_embeddings, generator=torch.Generator().manual_seed(1)) for s in SCHEMA}
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("lowdim", {"dim": 3}),
@@ -56,6 +57,21 @@ OPTIONS += [
     ("unified", {"num_rows": 11, "num_probes": 2, "combine": combine, "num_tables": tables})
     for combine, tables in product(("sum", "concat"), (1, 3))
 ]
+OPTIONS += [
+    ("memcom", {"num_buckets": 9, "hash": h, "bias": b}) for h, b in product(("mod", "splitmix64"), (False, True))
+]
+OPTIONS += [
+    ("robe", {"num_elements": 23, "block_size": block, "wrap": wrap, "sign": sign})
+    for block, wrap, sign in product((1, 3, 8), (True, False), (False, True))
+]
+OPTIONS += [
+    ("mixeddim", {"dims": dims, "blocks": (5, 20)[: len(dims) - 1] or None, "order": order})
+    for dims, order in product(((8,), (3,), (8, 2), (8, 3, 1), (5, 2, 1)), ("ids", "counts"))
+]
+OPTIONS += [
+    ("adaptive", {"num_hot": hot, "num_buckets": 7, "order": o}) for hot, o in product((0, 9, 33), ("ids", "counts"))
+]
+OPTIONS += [("freqcut", {"num_kept": kept, "order": o}) for kept, o in product((0, 9, 39), ("ids", "counts"))]
 
 
 def inputs() -> tuple[tuple[Tensor, ...], ...]:
@@ -77,6 +93,7 @@ def test_backends_agree(method: str, options: dict[str, Any]) -> None:
         outputs = {}
         for kind, given in (("torch", {}), ("reference", {"backend": "reference"}), ("fused", {"optimizer": SGD(0.1)})):
             coll = EmbeddingCollection(SCHEMA, plan, dtype=torch.float64, **given)
+            coll.assign_(COUNTS)
             outputs[kind] = coll(*arguments)
             outputs[kind].square().sum().backward()
             with torch.no_grad():

@@ -1,0 +1,89 @@
+"""adaptive: the most frequent ids own rows, all others share hashed ones (AdaptEmb, as in DeepRec)."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from recsys_embed import hashing
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.members import Index
+from recsys_embed.program import Hash, Init, LookupProgram, Member, Probe, Table, Transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig(MethodConfig):
+    """One table: ``num_hot`` rows for as many ids, then ``num_buckets`` rows into which all other ids hash.
+
+    Which ids are hot is a matter of frequency. ``order="ids"`` takes ids to be numbered by falling frequency, so that
+    the hot ones are ``[0, num_hot)`` and nothing more is stored. ``order="counts"`` stores the set of hot ids (a bitmap
+    or a sorted array, whichever is smaller, part of the footprint) and needs ``assign_(counts)`` before training; until
+    then it is that of ``"ids"``. Papers store a remap of 4 bytes per id and do not count it.
+
+    Pitfall: with ``order="ids"`` over ids numbered otherwise, arbitrary ids own the rows, and frequent ones collide.
+
+    When sizing by a budget, ``hot_share`` of the rows (default: half) are for hot ids.
+
+    >>> AdaptiveConfig(num_hot=100, num_buckets=400).footprint(FeatureSpec("C1", 10_000, 16)).serve
+    32000
+    >>> AdaptiveConfig(num_hot=100, num_buckets=400, order="counts").footprint(FeatureSpec("C1", 10_000, 16)).index
+    400
+    """
+
+    method: ClassVar[str] = "adaptive"
+
+    num_hot: int = param(MISSING, "most frequent ids, which own rows", low=0, high=MAX_ROWS)
+    num_buckets: int = param(MISSING, "rows that the other ids share", low=1, high=MAX_ROWS)
+    order: Literal["ids", "counts"] = param("ids", "'ids' fall in frequency, or `assign_(counts)` says which are hot")
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec)
+        n = spec.num_ids
+        if self.num_hot >= n:
+            faults.append(f"`num_hot` must be in [0, {n - 1}]; got {self.num_hot}; with a budget use `hot_share`")
+        elif self.num_buckets > n - self.num_hot:
+            most = n - self.num_hot
+            faults.append(f"`num_buckets` must be in [1, {most}], one per id that is not hot; got {self.num_buckets}")
+        return faults
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        salt = hashing.salt(self.seed, spec.name, "row", 0)
+        rows: Transform = Hash(salt, self.num_buckets)
+        if self.num_hot:
+            index = Index("hot", spec.num_ids, 0, self.num_hot)
+            if self.order == "counts":
+                index = Index.smallest("hot", spec.num_ids, 0, self.num_hot)
+            rows = Member(index, rest=self.num_buckets, salt=salt)
+        table = Table("weight", self.num_hot + self.num_buckets, spec.embedding_dim, Init.plain(spec))
+        return LookupProgram((table,), (Probe("weight", rows),))
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        return max(1, spec.num_ids - params.get("num_hot", 0))
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, hot_share: float | None = None, **params: Any) -> Self:
+        """``size`` rows, of which ``hot_share`` in [0, 1) are for hot ids; with ``num_hot``, ``size`` shared ones."""
+        if "num_hot" in params and hot_share is None:
+            return cls.from_params({**params, "num_buckets": size})
+        share = 0.5 if hot_share is None else hot_share
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share < 1 or "num_hot" in params:
+            raise ConfigError(f"`hot_share` must be a number in [0, 1), and not beside `num_hot`; got {hot_share!r}")
+        hot = int(share * size)
+        return cls.from_params({**params, "num_hot": hot, "num_buckets": size - hot})
+
+
+class AdaptiveEmbedding(CompressedEmbedding):
+    """Drop-in over one table in which frequent ids own rows and the others share hashed ones.
+
+    >>> import torch
+    >>> emb = AdaptiveEmbedding(1_000_000, 16, num_hot=10_000, num_buckets=40_000, order="counts")
+    >>> _ = emb.assign_(torch.arange(1_000_000))  # the larger the id, the more frequent
+    >>> emb(torch.tensor([1, 999_999])).shape
+    torch.Size([2, 16])
+    """
+
+    config_cls = AdaptiveConfig

@@ -1,0 +1,62 @@
+"""freqcut: frequent ids own rows, all rarer ids share a single one; the baseline any other method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.members import Index
+from recsys_embed.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreqcutConfig(MethodConfig):
+    """``num_kept`` rows for as many of the most frequent ids, and one row for all others.
+
+    This is what a smaller vocabulary with an out-of-vocabulary id would be, so it costs the information which rare id
+    it was, and nothing else. ``order`` says how the kept ids are known, as for ``adaptive``: ``"ids"`` are numbered by
+    falling frequency (nothing is stored), or ``assign_(counts)`` before training tells (a bitmap or a sorted array).
+
+    >>> FreqcutConfig(num_kept=499).footprint(FeatureSpec("C1", 10_000, 16)).serve
+    32000
+    """
+
+    method: ClassVar[str] = "freqcut"
+
+    num_kept: int = param(MISSING, "most frequent ids, which own rows", low=0, high=MAX_ROWS - 1)
+    order: Literal["ids", "counts"] = param("ids", "'ids' fall in frequency, or `assign_(counts)` says which are kept")
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec)
+        if self.num_kept >= spec.num_ids:
+            faults.append(f"`num_kept` must be in [0, {spec.num_ids - 1}]; got {self.num_kept}")
+        return faults
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        rows: Transform = Digit(mod=1)
+        if self.num_kept:
+            index = Index("kept", spec.num_ids, 0, self.num_kept)
+            if self.order == "counts":
+                index = Index.smallest("kept", spec.num_ids, 0, self.num_kept)
+            rows = Member(index, rest=1)
+        table = Table("weight", self.num_kept + 1, spec.embedding_dim, Init.plain(spec))
+        return LookupProgram((table,), (Probe("weight", rows),))
+
+    @classmethod
+    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+        return cls.from_params({**params, "num_kept": size - 1})
+
+
+class FreqcutEmbedding(CompressedEmbedding):
+    """Drop-in over a table of the most frequent ids and one row that all others share.
+
+    >>> import torch
+    >>> emb = FreqcutEmbedding(1_000_000, 16, num_kept=50_000)
+    >>> bool((emb(torch.tensor([50_000])) == emb(torch.tensor([999_999]))).all())
+    True
+    """
+
+    config_cls = FreqcutConfig

@@ -1,0 +1,282 @@
+"""mixeddim: rows as wide as they are popular, widened by a matrix (Ginart et al. 2019, arXiv 1909.11810)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from recsys_embed.config import MethodConfig, param
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec
+from recsys_embed.fit import importance_of, principal_axes
+from recsys_embed.members import Index
+from recsys_embed.memory import format_bytes
+from recsys_embed.methods._popularity import Rounding, WidthRule, alpha_fault, block_faults
+from recsys_embed.program import Digit, Init, LookupProgram, Member, Probe, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixeddimConfig(MethodConfig):
+    """Blocks of ids in order of frequency; rows of block b are ``dims[b]`` wide, falling, and projected where narrower.
+
+    With one block this is a narrow table and a matrix without bias, which tables as wide as the output do without.
+    With more, the blocks' columns stand side by side under one matrix; those of a first block as wide as the output
+    pass it by. Bags of a collection are pooled before the matrix applies.
+
+    ``blocks`` holds the number of ids of every block but the last, which takes the rest; :meth:`equal_traffic` finds
+    them. ``order="ids"`` takes ids to be numbered by falling frequency; ``"counts"`` stores the sets of ids (part of
+    the footprint) and needs ``assign_(counts)`` before training, see ``adaptive``.
+
+    **Widths by popularity.** A table or block of n rows, of which a sample asks for k, gets the width
+    ``scale * (n / k) ** -alpha``, between 1 and ``embedding_dim``. A budget fixes the scale, for one feature with
+    ``blocks=`` as for many in a plan (see :meth:`plan`, also for a budget that fixes alpha). ``alpha=0`` gives all the
+    same width; around 0.3 is the paper's advice.
+
+    **Laws of initial rows** (``law``): ``"plain"`` gives outputs a plain table's variance, ``"xavier"`` is the authors'
+    (Glorot and Bengio 2010 for rows and matrix), which makes those of large tables very small.
+
+    Pitfalls: at least one element per id is stored. Rounding to powers of two wastes a budget: the steps are large.
+
+    >>> MixeddimConfig(dims=(4,)).footprint(FeatureSpec("C1", 1000, 16)).serve
+    16256
+    >>> MixeddimConfig(dims=(16, 2), blocks=(100,)).footprint(FeatureSpec("C1", 1000, 16)).serve  # 2 columns projected
+    13728
+    """
+
+    method: ClassVar[str] = "mixeddim"
+
+    dims: tuple[int, ...] = param(MISSING, "widths of the blocks' rows, falling")
+    blocks: tuple[int, ...] | None = param(None, "ids of each block but the last, most frequent first")
+    order: Literal["ids", "counts"] = param("ids", "'ids' fall in frequency, or `assign_(counts)` orders them")
+    law: Literal["plain", "xavier"] = param("plain", "law of initial rows and matrix")
+
+    @property
+    def _starts(self) -> list[int]:
+        """First rank of each block."""
+        starts = [0]
+        for count in self.blocks or ():
+            starts.append(starts[-1] + count)
+        return starts
+
+    def check(self, spec: FeatureSpec) -> list[str]:
+        faults = super().check(spec) + block_faults(spec, self.blocks or ())
+        width, count = spec.embedding_dim, len(self.blocks or ()) + 1
+        if len(self.dims) != count:
+            faults.append(f"`dims` must hold {count} widths, one per block; got {len(self.dims)}")
+        falling = all(a > b for a, b in zip(self.dims, self.dims[1:], strict=False))
+        if not (falling and self.dims[0] <= width and self.dims[-1] >= 1):
+            faults.append(f"`dims` must fall, within [1, {width}], the feature's width; got {self.dims}")
+        return faults
+
+    def _program(self, spec: FeatureSpec) -> LookupProgram:
+        n, width = spec.num_ids, spec.embedding_dim
+        narrow = [d for d in self.dims if d < width]
+        starts = self._starts
+        counts = [stop - start for start, stop in zip(starts, [*starts[1:], n], strict=True)]
+        tables, probes = [], []
+        for b, (start, count, dim) in enumerate(zip(starts, counts, self.dims, strict=True)):
+            name = f"block_{b}" if self.blocks else "weight"
+            tables.append(Table(name, count, dim, self._law(spec, count, dim, max(narrow, default=0))))
+            form = Index if self.order == "ids" else Index.smallest
+            rows = Member(form(name, n, start, count)) if self.blocks else Digit()
+            probes.append(Probe(name, rows, column=sum(self.dims[:b])))
+        if narrow:
+            spread = (6 / (narrow[0] + width)) ** 0.5 if self.law == "xavier" else (3 / narrow[0]) ** 0.5
+            tables.append(Table("projection", sum(narrow), width, Init("uniform", spread), dense=True))
+        return LookupProgram(tuple(tables), tuple(probes), projection="projection" if narrow else None)
+
+    def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Init:
+        """Law of a block's rows; the matrix has that of the widest projected block, so narrower ones make up for it."""
+        whole = spec.embedding_dim
+        if self.law == "xavier":
+            gain = (widest + whole) / (dim + whole) if dim < whole else 1.0
+            return Init("uniform", (6 / (rows + dim) * gain) ** 0.5)
+        return Init.plain(spec, (widest / dim) ** 0.5 if dim < whole else 1.0)
+
+    @staticmethod
+    def equal_traffic(counts: Tensor, num_blocks: int) -> tuple[int, ...]:
+        """Ids of each block but the last, such that each of ``num_blocks`` blocks is asked for about equally often.
+
+        Where a few ids take most of the traffic there may be fewer blocks.
+
+        Args:
+            counts: ``[num_embeddings]`` how often each id occurs, in any order.
+            num_blocks: at least 2.
+
+        >>> MixeddimConfig.equal_traffic(torch.tensor([5, 1, 1, 1, 1, 1]), 2)
+        (1,)
+        """
+        if num_blocks < 2 or not counts.any():
+            raise ConfigError(f"`num_blocks` must be at least 2, and some count not 0; got {num_blocks}")
+        traffic = counts.to(torch.float64).sort(descending=True).values.cumsum(0)
+        marks = traffic[-1] * torch.arange(1, num_blocks, dtype=torch.float64, device=traffic.device) / num_blocks
+        # An id that reaches over a mark belongs to the block before it.
+        edges = sorted({int(e) for e in torch.searchsorted(traffic, marks) + 1 if int(e) < len(counts)})
+        return tuple(b - a for a, b in zip([0, *edges], edges, strict=False))
+
+    @classmethod
+    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+        return spec.embedding_dim
+
+    @classmethod
+    def sized(
+        cls,
+        spec: FeatureSpec,
+        size: int,
+        *,
+        alpha: float = 0.3,
+        blocks: Sequence[int] | None = None,
+        shares: Sequence[float] | None = None,
+        rounding: Rounding = "integer",
+        **params: Any,
+    ) -> Self:
+        """A first block ``size`` wide, or wider where that costs nothing, and the others by the alpha rule.
+
+        Args:
+            alpha: how fast widths fall with popularity.
+            blocks: ids of each block but the last; those that come out equally wide are joined.
+            shares: of lookups that each block serves, equal by default.
+            rounding: of the widths.
+        """
+        rule = WidthRule.of(spec, blocks, shares, 1.0, rounding)
+        raise_faults(alpha_fault(alpha), f"widths by popularity, feature {spec.name!r}")
+        # The last widths save less than the matrix takes; a single block grows with each but the full one.
+        wider = range(size, rule.most + 1) if blocks else {size, rule.most}
+        configs = (cls.from_params({**params, **rule.blocks(alpha, d * rule.unit(alpha))}) for d in sorted(wider))
+        return min(reversed(list(configs)), key=lambda config: config.footprint(spec).serve)
+
+    @classmethod
+    def plan(
+        cls,
+        specs: Sequence[FeatureSpec],
+        budget: int,
+        plain: MethodConfig,
+        *,
+        full_below: int = 200,
+        alpha: float | None = 0.3,
+        d0: int | None = None,
+        queries: Mapping[str, float] | None = None,
+        blocks: Mapping[str, Sequence[int]] | None = None,
+        shares: Mapping[str, Sequence[float]] | None = None,
+        rounding: Rounding = "integer",
+        **params: Any,
+    ) -> dict[str, MethodConfig]:
+        """Widths by the alpha rule across all tables and blocks.
+
+        Args:
+            full_below: features with fewer ids keep a plain table, where that fits.
+            alpha: the budget fixes the scale of the rule; with None, the scale is such that the most popular table or
+                block is ``d0`` wide, and the budget fixes alpha in [0, 1].
+            d0: largest width; ``embedding_dim`` by default.
+            queries: per feature, ids per sample; 1 by default.
+            blocks: per feature, ids of each block but the last.
+            shares: per feature with blocks, share of its lookups that each block serves; equal by default.
+            rounding: of the widths.
+        """
+        names, faults = [s.name for s in specs], alpha_fault(0 if alpha is None else alpha)
+        given: dict[str, Mapping[str, Any]] = {}
+        for what, values in (("queries", queries), ("blocks", blocks), ("shares", shares)):
+            given[what] = values if isinstance(values, Mapping) else {}
+            if values is not None and not isinstance(values, Mapping):
+                faults.append(f"`{what}` of a plan must be given per feature name; got {values!r:.80}")
+            faults += [str(unknown_name(f"feature in `{what}`", n, names)) for n in given[what] if n not in names]
+        raise_faults(faults, "widths by popularity")
+        rules = {
+            s.name: WidthRule.of(
+                s,
+                given["blocks"].get(s.name),
+                given["shares"].get(s.name),
+                given["queries"].get(s.name, 1),
+                rounding,
+                d0,
+            )
+            for s in specs
+        }
+        whole = {s.name: plain.footprint(s).serve for s in specs}
+
+        def choose(keep: int, x: float) -> tuple[int, dict[str, MethodConfig]]:
+            """The plan at a point on the way from the fewest bytes (0) to the most (1), and its bytes."""
+            ruled = [rules[s.name] for s in specs if s.num_embeddings >= keep]
+            if alpha is None:
+                power, scale = 1 - x, min((r.unit(1 - x) * r.most for r in ruled), default=0.0)
+            else:
+                power, scale = alpha, x * max((r.widest(alpha) for r in ruled), default=0.0)
+            total, chosen = 0, {}
+            for s in specs:
+                config, need = plain, whole[s.name]
+                if s.num_embeddings >= keep:
+                    narrow = cls.from_params({**params, **rules[s.name].blocks(power, scale)})
+                    if narrow.footprint(s).serve < need:
+                        config, need = narrow, narrow.footprint(s).serve
+                chosen[s.name] = config
+                total += need
+            return total, chosen
+
+        for keep in (full_below, 0):
+            if choose(keep, 0.0)[0] > budget:
+                continue
+            low, high = 0.0, 1.0
+            if choose(keep, high)[0] <= budget:
+                return choose(keep, high)[1]
+            for _ in range(35):
+                middle = (low + high) / 2
+                low, high = (middle, high) if choose(keep, middle)[0] <= budget else (low, middle)
+            return choose(keep, low)[1]
+        least = choose(0, 0.0)[0]
+        raise BudgetError(
+            f"method 'mixeddim' needs at least {format_bytes(least)} for these {len(specs)} features; "
+            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller "
+            f"{'`d0`' if alpha is None else 'embedding_dim'}{cls._smaller()}"
+        )
+
+
+class MixeddimEmbedding(CompressedEmbedding):
+    """Drop-in over rows as wide as their ids are frequent, and a matrix that widens them.
+
+    >>> import torch
+    >>> emb = MixeddimEmbedding(1_000_000, 16, dims=(16, 4, 1), blocks=(1000, 50_000))
+    >>> emb(torch.tensor([[1, 999_999]])).shape, emb.footprint().serve
+    (torch.Size([1, 2, 16]), 4660320)
+    """
+
+    config_cls = MixeddimConfig
+
+    @torch.no_grad()
+    def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
+        """Set rows and matrix to the best approximation of ``weight [spec.num_ids, embedding_dim]``.
+
+        Each block has columns and rows of the matrix of its own, so each has its own optimum: the leading right
+        singular vectors of its rows scaled by the square roots of ``counts`` (Eckart and Young 1936). Ids of a block
+        that none of the counted ids belong to count alike.
+        """
+        importance = importance_of(self, weight, counts)
+        for probe, ids in zip(self.program.probes, self._members(), strict=True):
+            table = self.table(probe.table)
+            parts = [(at, ids[at : at + (1 << 16)]) for at in range(0, len(ids), 1 << 16)]
+            axes = None
+            if table.shape[1] < self.embedding_dim:
+                known = importance if importance[ids].any() else torch.ones_like(importance)
+                axes = principal_axes(weight, known, table.shape[1], (part for _, part in parts))
+                matrix = self.table("projection")
+                # Columns of a first block that passes the matrix by have no rows in it.
+                first = probe.column - (self.program.combined_width - matrix.shape[0])
+                matrix[first : first + table.shape[1]] = axes.T.to(matrix.dtype)
+            for at, part in parts:
+                rows = weight[part].double()
+                table[at : at + len(part)] = (rows if axes is None else rows @ axes).to(table.dtype)
+
+    def _members(self) -> Iterator[Tensor]:
+        """Ids of each block, in the order of its rows."""
+        for probe in self.program.probes:
+            if not isinstance(probe.transform, Member):
+                yield torch.arange(self.spec.num_ids, device=self._device())
+            elif probe.transform.reads is None:
+                index = probe.transform.index
+                yield torch.arange(index.start, index.start + index.count, device=self._device())
+            else:
+                yield self.kernel.index.members(0, probe.transform.reads)
