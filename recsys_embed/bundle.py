@@ -15,6 +15,7 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
 from recsys_embed.kernels.unseen import Unseen, with_unseen
 from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup, project
@@ -24,31 +25,6 @@ from recsys_embed.registry import get_method
 
 # Keeps features called "items" or "type" apart from the attributes of the dictionary that holds their modules.
 _OWN = "feature_"
-
-
-def pool(
-    vectors: Tensor, offsets: Tensor, mode: str, weights: Tensor | None = None, skipped: Tensor | None = None
-) -> Tensor:
-    """Pool per-id ``vectors [n, width]`` over bags ``offsets [bags + 1]``: ``[bags, width]``; empty bags give zeros.
-
-    Bags do without the ids of ``skipped`` (bool ``[n]``), and means do not count them.
-    """
-    order = torch.arange(vectors.shape[0], device=vectors.device)
-    padding = None
-    if skipped is not None:
-        padding = vectors.shape[0]
-        order = torch.where(skipped, padding, order)
-    if skipped is not None or vectors.shape[0] == 0:
-        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])  # stays in the graph
-    return F.embedding_bag(
-        order,
-        vectors,
-        offsets,
-        mode=mode,
-        per_sample_weights=weights,
-        include_last_offset=True,
-        padding_idx=padding,
-    )
 
 
 class LookupBundle(Constants):
@@ -227,7 +203,8 @@ class LookupBundle(Constants):
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, matrices = project(value, matrices[local], "ni,nio->no"), None
             offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
-            value = pool(value, offsets, mode, weights, values[g] < 0 if self.unseen.zeros[part[0]] else None)
+            skipped = values[g] < 0 if self.unseen.zeros[part[0]] else None
+            value = pool_vectors(value, offsets, mode, weights, skipped, include_last_offset=True)
             value = value if own is None else own.after_pool(value)
             value = value.view(len(part), batch, value.shape[-1])
             value = value.transpose(0, 1)

@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed import _state, hashing
@@ -20,6 +19,7 @@ from recsys_embed.features import Unseen as UnseenPolicy
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.fused import read_rows
+from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
@@ -302,26 +302,14 @@ class CompressedEmbedding(nn.Module):
         flat, offsets = self._bags(ids, offsets)
         flat = self._resolve(flat)
         vectors = self.before_pool_resolved(flat)
-        # Pooling is torch's own: the per-id vectors become the table, read once each, in order.
-        order = torch.arange(flat.numel(), device=flat.device)
-        padding = None
+        skipped = None
         if self.padding_idx is not None or self.unseen.zeros[0]:
-            padding = flat.numel()
             skipped = (flat < 0) if self.padding_idx is None else (flat == self.padding_idx)
             if self.padding_idx is not None and self.unseen.zeros[0]:
                 skipped |= flat < 0
-            order = torch.where(skipped, padding, order)
-        if padding is not None or vectors.shape[0] == 0:
-            vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
-        pooled = F.embedding_bag(
-            order,
-            vectors,
-            offsets,
-            mode=bag_mode(self.mode, offsets),
-            per_sample_weights=None if per_sample_weights is None else per_sample_weights.reshape(-1),
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding,
-        )
+        weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+        mode = bag_mode(self.mode, offsets)
+        pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
 
     def _bags(self, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,8 @@ class Digit(Transform):
         if has_affine:
             ids = (ids * a + b) % p
         if has_div:
-            ids = torch.div(ids, div, rounding_mode="floor")
+            # Not torch.div: its translation to ONNX divides in float32.
+            ids = ids // div
         return ids % mod if has_mod else ids
 
 
