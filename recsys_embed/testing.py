@@ -60,7 +60,7 @@ def refused(error: type[Exception], *words: str) -> Iterator[None]:
 
 def example(method: MethodInfo, rows: int = ROWS, width: int = WIDTH, **options: Any) -> CompressedEmbedding:
     """A module of the method at half the bytes of a plain table, or as near as the method allows."""
-    spec = FeatureSpec("embedding", rows, width)
+    spec = FeatureSpec("embedding", rows, width, unseen=options.get("unseen"))
     itemsize = (options.get("dtype") or torch.get_default_dtype()).itemsize
     whole = rows * width * itemsize
     need = method.config_cls.sized(spec, 1).footprint(spec, itemsize).serve
@@ -133,6 +133,51 @@ def ids_out_of_range_raise_unless_hashed(method: MethodInfo) -> None:
         else:
             with refused(IndexError, str(ROWS)):
                 module(ids)
+
+
+def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
+    seen, unseen = torch.tensor([0, 402, 7]), torch.tensor([-1, ROWS, ROWS + 1, 2**31, 2**63 - 1, -(2**63)])
+    ids, hashes = torch.cat([unseen, seen]), method.config_cls.accepts_raw
+    with refused(IndexError, str(ROWS), "'embedding'"):
+        example(method, unseen="raise")(ids)
+    plain = example(method)
+    hashed = example(method, unseen="hash")
+    inside = {tuple(v) for v in hashed.materialize().tolist()}
+    assert torch.equal(hashed(seen), plain(seen)), "seen ids must not feel the policy"
+    if hashes:
+        assert torch.equal(hashed(unseen), plain(unseen)), "a hashing method hashes unseen ids like any other"
+    else:
+        rows = hashed(unseen)
+        assert all(tuple(v) in inside for v in rows.tolist()), "unseen ids must read rows of ids in range"
+        assert len(rows.unique(dim=0)) > 1, "unseen ids must spread over the rows"
+    shared = example(method, unseen="oov")
+    rows = shared(unseen)
+    assert (rows == rows[0]).all(), "all unseen ids must have one vector"
+    assert shared.materialize().shape == (ROWS, shared.output_dim), "the id of unseen ones is not one of the table"
+    assert torch.equal(shared(seen), shared.materialize()[seen]), "seen ids keep their own vectors"
+    rows.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in shared.parameters()), "the shared vector must learn"
+    held = {k: v for k, v in shared.state_dict().items() if not k.endswith("_extra_state")}
+    assert shared.footprint().serve == sum(v.nbytes for v in held.values()), "the footprint must count its row"
+    nothing = example(method, unseen="zero")
+    out = nothing(ids)
+    assert not out[: len(unseen)].any(), "unseen ids must give zeros"
+    assert torch.equal(out[len(unseen) :], plain(seen)), "seen ids must not feel the policy"
+    out[: len(unseen)].sum().backward()
+    for name, p in nothing.named_parameters():
+        assert p.grad is None or not p.grad.any(), f"unseen ids reached the gradient of {name}"
+    for mode in ("sum", "mean", "max"):
+        bag = example(method, unseen="zero", mode=mode)
+        torch.testing.assert_close(bag(ids.view(1, -1)), bag(seen.view(1, -1)), msg=f"{mode}: bags must skip them")
+        assert not bag(unseen.view(1, -1)).any(), f"{mode}: a bag of nothing else gives zeros"
+    for module in (hashed, shared, nothing):
+        module.reset_unseen_counts()
+        module.eval()(ids if module.mode is None else ids.view(1, -1))
+        assert module.unseen_counts() == {"embedding": (len(unseen), len(ids))}, module.unseen_counts()
+        example(method, unseen=module.spec.unseen, seed=0).load_state_dict(module.state_dict())
+    if method.name != "full":
+        with refused(CheckpointError, "unseen", "oov"):
+            plain.load_state_dict(shared.state_dict())
 
 
 def same_seed_same_bits(method: MethodInfo) -> None:
@@ -296,6 +341,7 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     bags_pool_the_vectors_of_their_ids,
     padding_is_zero_and_learns_nothing,
     ids_out_of_range_raise_unless_hashed,
+    unseen_ids_follow_their_policy,
     same_seed_same_bits,
     starts_with_the_law_of_a_plain_table,
     gradients_are_right,

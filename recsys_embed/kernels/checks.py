@@ -33,7 +33,9 @@ def given_ids(values: Any, spec: FeatureSpec, hashes: bool, device: torch.device
     """
     if isinstance(values, Tensor) and values.dtype != torch.uint64:
         return values
-    texts = not isinstance(values, Tensor) and _has_texts(values)
+    if hasattr(values, "__array__") and not isinstance(values, Tensor):
+        values = np.asarray(values)
+    texts = _has_texts(values)
     if texts and (not hashes or spec.unseen not in (None, "hash")):
         why = f"with `unseen` {spec.unseen!r} it takes" if hashes else "its method takes"
         raise ConfigError(
@@ -41,7 +43,7 @@ def given_ids(values: Any, spec: FeatureSpec, hashes: bool, device: torch.device
             "method without another `unseen`, which takes strings as recsys_embed.string_ids makes them ids; or number "
             "them by a vocabulary first"
         )
-    known = texts or hasattr(values, "__array__") or (isinstance(values, list) and not values)
+    known = texts or isinstance(values, (np.ndarray, Tensor)) or (isinstance(values, list) and not values)
     return hashing.string_ids(values).to(device) if hashes and known else values
 
 
