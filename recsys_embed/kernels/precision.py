@@ -207,9 +207,14 @@ def _greedy(
     return scale, bias
 
 
+def _own(rows: Tensor) -> Tensor:
+    """A copy that may be viewed as another type: one row of a larger tensor counts as contiguous with odd strides."""
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 def dequantise(rows: Tensor, bits: int, width: int) -> Tensor:
     """Inverse of :func:`quantise` up to rounding: float32 ``[n, width]`` of uint8 ``[n, 4 + ...]``."""
-    head = rows[:, :HEAD].contiguous().view(torch.float16).float()
+    head = _own(rows[:, :HEAD]).view(torch.float16).float()
     codes = rows[:, HEAD:]
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :width]
@@ -223,7 +228,7 @@ def head_to_tail(rows: Tensor, bits: int) -> Tensor:
     >>> head_to_tail(rows, 8).shape, bool((tail_to_head(head_to_tail(rows, 8), 8) == rows).all())
     (torch.Size([5, 16]), True)
     """
-    head = rows[:, :HEAD].contiguous()
+    head = _own(rows[:, :HEAD])
     if bits == 8:
         head = head.view(torch.float16).float().view(torch.uint8)
     return torch.cat([rows[:, HEAD:], head], 1)
@@ -232,7 +237,7 @@ def head_to_tail(rows: Tensor, bits: int) -> Tensor:
 def tail_to_head(rows: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`head_to_tail`; scales and biases that are fp32 are rounded to fp16, codes stay."""
     size = 8 if bits == 8 else HEAD
-    tail = rows[:, -size:].contiguous()
+    tail = _own(rows[:, -size:])
     if bits == 8:
         tail = tail.view(torch.float32).half().view(torch.uint8)
     return torch.cat([tail, rows[:, :-size]], 1)

@@ -77,7 +77,9 @@ def _integers(parts: Sequence[Part]) -> Iterator[_Integers]:
     for i, p in enumerate(parts):
         size = p.rows if p.form == "bitmap" else 0
         rest = (p.layout.width, p.layout.block, p.layout.items, i)
-        yield _Integers(p.start, p.count, size, word, value, _FORMS.index(p.form), base, stored, *rest)
+        # A part without such an array must not point behind the last one.
+        at = (word if p.form == "bitmap" else 0, value if p.form == "sorted" else 0)
+        yield _Integers(p.start, p.count, size, *at, _FORMS.index(p.form), base, stored, *rest)
         stored += p.layout.stored_rows(p.count)
         base += p.layout.stored_rows(p.count) * p.layout.items
         word += words_of(size)

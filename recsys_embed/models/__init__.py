@@ -114,4 +114,5 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(spec, params)  # type: ignore[call-arg]
+    model.params = params
     return model if device is None else model.to(device)

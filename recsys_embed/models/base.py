@@ -53,6 +53,7 @@ class CTRModel(nn.Module):
         linear: collection of first-order weights (width 1), or None.
         numeric: ``[num_dense, D]`` vector of each numeric field; a field's vector is value * vector.
         cat_width: number of floats of all categorical vectors of one sample.
+        params: the hyperparameters it was built with by :func:`recsys_embed.models.build_model`, else None.
     """
 
     key: ClassVar[str]
@@ -62,6 +63,7 @@ class CTRModel(nn.Module):
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
 
+    params: Any = None
     embedding: EmbeddingCollection | None
     linear: EmbeddingCollection | None
 
