@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed.cli._settings import say_few_steps, split_settings, train_config
+from recsys_embed.errors import ConfigError
 from recsys_embed.memory import format_bytes
 from recsys_embed.train import Interrupted, run_training
+from recsys_embed.train.config import PLANNED, read_settings
 from recsys_embed.train.run import RunOutcome, footprint_dict, plain
 
 EXIT_INTERRUPTED = 130
@@ -30,7 +32,10 @@ def train(
         str | None, typer.Option("--model", help="lr, fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified.")
+        str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified, planned.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Plan of 'recsys-embed plan --out', instead of --method.")
     ] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="Embedding bytes of full divided by this.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Embedding bytes, e.g. 4MiB.")] = None,
@@ -53,9 +58,12 @@ def train(
     """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume."""
     from recsys_embed.data import open_dataset
 
+    if plan is not None and method not in (None, PLANNED):
+        raise ConfigError(f"give either --plan or --method; got {plan} and {method!r}")
     options = {
         "model": model,
-        "method": method,
+        "method": PLANNED if plan is not None else method,
+        "plan": None if plan is None else read_settings(plan),
         "ratio": ratio,
         "budget": budget,
         "embedding_dim": embedding_dim,

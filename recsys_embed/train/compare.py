@@ -18,7 +18,7 @@ from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods
-from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import DivergedError
 from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training, schema_of
@@ -74,12 +74,13 @@ class Comparison:
         faults += [f"`ratios` must be at least 1; got {r:g}" for r in self.ratios if not r >= 1]
         if not self.ratios and not self.budgets and any(m != "full" for m in self.methods):
             faults.append("give `ratios` or `budgets` for the methods to meet")
-        for key in ("method", "ratio", "budget", "seed"):
+        for key in ("method", "plan", "ratio", "budget", "seed"):
             if key in self.train.non_defaults():
                 faults.append(f"`{key}` varies between rows; it must not be among the settings of all rows")
         raise_faults(faults, "Comparison")
         for method in self.methods:
-            get_method(method)
+            if method != PLANNED:
+                get_method(method)
         for budget in self.budgets:
             parse_bytes(budget)
         self._check_args()
@@ -245,7 +246,7 @@ def _train_row(
         "data": fingerprint(schema, data),
     }
     try:
-        plans_for(schema, config)
+        plans_for(schema, config, data)
     except UnknownNameError:
         raise  # a misspelt option is a fault of the request, not of the size
     except (BudgetError, ConfigError) as e:
@@ -273,6 +274,8 @@ def _train_row(
         "full_bytes": out.full_bytes,
         "compression": out.full_bytes / out.footprint.serve,
     }
+    if config.method == PLANNED:
+        done["plan"] = out.model.vectors.plan.to_dict()
     if run_folder is not None:
         shutil.rmtree(run_folder)
     return done

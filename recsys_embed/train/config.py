@@ -12,6 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
+PLANNED = "planned"
+"""The method of runs whose features are stored by a plan."""
+
 EmbeddingOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "sgd", "dense_adam"]
 ScheduleName = Literal["constant", "cosine", "plateau"]
 
@@ -23,8 +26,10 @@ class TrainConfig:
     Args:
         model: model key.
         model_args: hyperparameters of the model, e.g. ``{"hidden": [400, 400]}``.
-        method: how embeddings are stored: a method key.
-        method_args: parameters of the method.
+        method: how embeddings are stored: a method key, or ``"planned"``: each feature by the method and size of
+            ``plan``, or of the planner's choice under the budget.
+        method_args: parameters of the method; for ``"planned"`` those of :func:`recsys_embed.plan_for_budget`.
+        plan: a plan of the vectors as its JSON says it (``recsys-embed plan --out``), for method ``"planned"``.
         ratio: compression: the embedding part may take the bytes of ``full`` divided by this.
         budget: bytes of the embedding part, e.g. ``"4MiB"``; exclusive with ``ratio``.
         embedding_dim: width of the vectors.
@@ -71,6 +76,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     method: str = "full"
     method_args: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
     ratio: float | None = None
     budget: str | int | None = None
     embedding_dim: int = 16
@@ -138,6 +144,10 @@ class TrainConfig:
             )
         if self.ratio is not None and self.budget is not None:
             faults.append(f"`ratio` and `budget` exclude each other; got {self.ratio!r} and {self.budget!r}")
+        if self.plan is not None and (self.method != PLANNED or self.method_args):
+            faults.append(f"a `plan` goes with `method` {PLANNED!r} and without `method_args`; got {self.method!r}")
+        if self.method == PLANNED and self.plan is None and self.ratio is None and self.budget is None:
+            faults.append(f"`method` {PLANNED!r} needs a `ratio` or `budget` to plan for, or a `plan`")
         return faults
 
     @classmethod

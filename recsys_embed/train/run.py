@@ -16,13 +16,14 @@ import torch
 from recsys_embed import optim
 from recsys_embed._versions import installed_versions
 from recsys_embed.data.folder import lock
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.memory import Footprint, parse_bytes
+from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.models import CTRModel, build_model, get_model
 from recsys_embed.plan import Plan
+from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.train.checkpoint import save_checkpoint
-from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import CHECKPOINT, Trainer, TrainResult
 
@@ -44,12 +45,16 @@ class Plans:
     full_bytes: int
 
 
-def plans_for(schema: Schema, config: TrainConfig) -> Plans:
+def plans_for(schema: Schema, config: TrainConfig, data: Any = None) -> Plans:
     """Plans that hold the embedding part of ``config.model`` to its ``ratio`` or ``budget``.
 
     The budget covers vectors and first-order weights together. First-order weights get one part in ``D + 1`` (their
     share uncompressed), stored as one shared hashed array of width 1: the hashing trick. Without a budget the method's
-    own parameters decide the vectors and first-order weights stay whole.
+    own parameters decide the vectors and first-order weights stay whole; beside a plan of the vectors they get their
+    part of its bytes.
+
+    Args:
+        data: opened data set, whose frequencies the planner goes by (method ``"planned"`` without a plan).
 
     Raises:
         BudgetError: the method cannot meet the budget.
@@ -66,12 +71,35 @@ def plans_for(schema: Schema, config: TrainConfig) -> Plans:
         budget = int(full_bytes / config.ratio)
     if config.method == "full" and budget is None:
         return Plans(Plan.full(vectors), None if narrow is None else Plan.full(narrow), full_bytes)
+    given = None if config.plan is None else Plan.from_dict(config.plan)
+    if given is not None and budget is None:
+        spent = given.footprint(vectors).serve
+        budget = spent + max(spent // config.embedding_dim, 4)
     linear = None
     if narrow is not None and budget is not None:
         share = budget // (config.embedding_dim + 1)
         linear = Plan.uniform(narrow, LINEAR_METHOD, budget=share)
         budget -= linear.footprint(narrow).serve
+    if given is not None:
+        need = given.footprint(vectors).serve
+        if budget is not None and need > budget:
+            raise BudgetError(
+                f"the plan needs {format_bytes(need)} for the vectors; the budget leaves {format_bytes(budget)}. "
+                "Ways out: 1. a larger budget, or none; 2. plan again for less"
+            )
+        return Plans(given, linear, full_bytes)
+    if config.method == PLANNED and budget is not None:
+        stats = data if hasattr(data, "manifest") else None
+        options = {"needs_equal_widths": cls.needs_equal_widths, **config.method_args}
+        return Plans(plan_for_budget(vectors, budget, stats=stats, **options), linear, full_bytes)
     return Plans(Plan.uniform(vectors, config.method, budget=budget, **config.method_args), linear, full_bytes)
+
+
+def resolve(schema: Schema, config: TrainConfig, data: Any) -> TrainConfig:
+    """``config`` with the plan that method ``"planned"`` comes to on ``data``, so that a run says what it stored."""
+    if config.method != PLANNED or config.plan is not None:
+        return config
+    return config.replace(plan=plans_for(schema, config, data).vectors.to_dict(), method_args={})
 
 
 def make_optimizer(config: TrainConfig) -> Any:
@@ -151,6 +179,7 @@ def run_training(
         if device is not None:
             check_device(device)
         schema = schema_of(data, config)
+        config = resolve(schema, config, data)
         going_on = folder is not None and (folder / CHECKPOINT).exists()
         if going_on and not resume:
             raise ConfigError(
