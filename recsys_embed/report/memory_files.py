@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -160,7 +161,9 @@ def _torch(path: Path) -> tuple[list[Stored], dict[str, Any]]:
     payload: Any = None
     for mmap in (True, False):  # files of the format before zip cannot be mapped
         try:
-            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises
+                payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             break
         except pickle.UnpicklingError as e:
             raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,9 +174,9 @@ def _of_dataset(data: Any) -> dict[str, FieldStats]:
 
 
 def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int = 0) -> Callable[[Tensor], Tensor]:
-    """A function from int64 ids ``[n]`` to keys ``[n]``, equal where two ids read the same rows with the same signs.
+    """A function from int64 ids ``[n]`` to keys ``[n]``, equal where two ids have the same vector whatever is stored.
 
-    The keys are 64 mixed bits of all rows, signs and weights that an id reads.
+    The keys are 64 mixed bits of all rows, signs and weights that an id reads, in any order where they add up.
 
     Args:
         program: the lookup.
@@ -185,19 +186,26 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
 
     def keys(ids: Tensor) -> Tensor:
         arrays = IndexStore([program.indexes]) if store is None else store
-        where = 0 if store is None else place
-        at = arrays.places(where)
+        at = arrays.places(0 if store is None else place)
         ids = ids.to(arrays.arrays.words.device)
-        key = torch.zeros_like(ids)
-        for probe in program.probes:
+        names = [t.name for t in program.tables]
+        read: dict[tuple[int, int], list[Tensor]] = {}
+        for probe, span in zip(program.probes, program.spans, strict=True):
+            code = torch.full_like(ids, names.index(probe.table) << 40)  # beyond any row
             for transform in probe.transforms:
                 rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
-                key = hashing.splitmix64(key + rows, 1)
+                code = hashing.splitmix64(code + rows, 1)
             for step in range(0 if probe.sign is None else min(probe.run, _SIGNS_OF_A_RUN)):
                 salt: Any = probe.sign
                 if probe.run > 1:
                     salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
-                key = hashing.splitmix64(key + hashing.hash_signs(ids, salt), 2)
+                code = hashing.splitmix64(code + hashing.hash_signs(ids, salt), 2)
+            read.setdefault(span, []).append(code)
+        key = torch.zeros_like(ids)
+        for span in sorted(read):
+            # Sums and products are the same in any order of their rows.
+            for code in torch.stack(read[span]).sort(0).values:
+                key = hashing.splitmix64(key + code, 3)
         return key
 
     return keys
@@ -226,7 +234,7 @@ def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) ->
 
     Ids that own a row (a head, members of an index) collide with none. Of the n others, each shares all its hashed
     rows with one of the rest with probability ``1 - (1 - 1/cells)**(n - 1)``, ``cells`` being the number of
-    combinations of rows and signs; ids that already differ in a digit do not count.
+    combinations of rows and signs in any order; ids that already differ in a digit do not count.
 
     Args:
         program: the lookup.
@@ -285,7 +293,9 @@ def _cells(program: LookupProgram) -> float:
                 sizes[t.seed, t.word] = t.size
         if probe.sign is not None:
             cells *= 2.0 ** min(probe.run, _SIGNS_OF_A_RUN)
-    return cells * math.prod(float(s) for s in sizes.values())
+    alike = Counter((p.table, span) for p, span in zip(program.probes, program.spans, strict=True) if p.weight is None)
+    orders = math.prod(math.factorial(k) for k in alike.values())
+    return max(1.0, cells * math.prod(float(s) for s in sizes.values()) / orders)
 
 
 def _rate(program: LookupProgram, n: int, others: int) -> float:
