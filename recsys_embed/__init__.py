@@ -3,6 +3,8 @@
 Importing needs torch and numpy only; everything else loads at first use.
 """
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from recsys_embed import methods as _methods  # noqa: F401  (importing registers them)
@@ -15,7 +17,23 @@ from recsys_embed.optim import SGD, Adagrad, Adam, RowwiseAdagrad
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, get_method, list_methods, make_embedding, register
 
+if TYPE_CHECKING:
+    from recsys_embed.compress import compress_, materialize_
+    from recsys_embed.export import export, load
+    from recsys_embed.planning import plan_for_budget
+    from recsys_embed.report.memory import memory_report
+
 __version__ = "0.1.0"
+
+# Public names that load at first use, and the modules that hold them.
+_LAZY = {
+    "compress_": "compress",
+    "export": "export",
+    "load": "export",
+    "materialize_": "compress",
+    "memory_report": "report.memory",
+    "plan_for_budget": "planning",
+}
 
 __all__ = [
     "SGD",
@@ -29,9 +47,15 @@ __all__ = [
     "RecsysEmbedError",
     "RowwiseAdagrad",
     "Schema",
+    "compress_",
+    "export",
     "get_method",
     "list_methods",
+    "load",
     "make_embedding",
+    "materialize_",
+    "memory_report",
+    "plan_for_budget",
     "register",
     "string_ids",
 ]
@@ -39,11 +63,13 @@ __all__ = [
 
 def __dir__() -> list[str]:
     classes = [cls.__name__ for m in list_methods() for cls in (m.embedding_cls, m.config_cls)]
-    return sorted({*globals(), *classes})
+    return sorted({*globals(), *_LAZY, *classes})
 
 
 def __getattr__(name: str) -> _Any:
-    """Classes of registered methods by name, so that registering a method is all it takes to export it."""
+    """Names that load at first use, and the classes of registered methods: registering one is all it takes."""
+    if name in _LAZY:
+        return getattr(_import_module(f"{__name__}.{_LAZY[name]}"), name)
     for method in list_methods():
         for cls in (method.embedding_cls, method.config_cls):
             if cls.__name__ == name:
