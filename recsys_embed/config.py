@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
 
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
@@ -58,6 +58,33 @@ def _fault(name: str, value: Any, types: tuple[Any, ...], low: float | None, hig
     return None if ok else f"`{name}` must be {wanted}; got {value!r}"
 
 
+class _Rule(NamedTuple):
+    """What a field of a configuration may be; ``right`` is a value known to be allowed, its default as a rule."""
+
+    name: str
+    right: Any
+    types: tuple[Any, ...]
+    low: float | None
+    high: float | None
+
+
+@cache
+def _rules(cls: type) -> tuple[_Rule, ...]:
+    """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
+    types, rules = _types(cls), []
+    for f in fields(cls):
+        low, high = f.metadata.get("low"), f.metadata.get("high")
+        right = MISSING if f.default is MISSING or _fault(f.name, f.default, types[f.name], low, high) else f.default
+        rules.append(_Rule(f.name, right, types[f.name], low, high))
+    return tuple(rules)
+
+
+@cache
+def _keys(cls: type) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names of all fields, and of those without a default."""
+    return frozenset(f.name for f in fields(cls)), tuple(f.name for f in fields(cls) if f.default is MISSING)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(ABC):
     """Base of every method's configuration.
@@ -72,12 +99,13 @@ class MethodConfig(ABC):
     seed: int = param(0, "salts hashes and initial weights")
 
     def __post_init__(self) -> None:
-        types = _types(type(self))
-        found = (
-            _fault(f.name, getattr(self, f.name), types[f.name], f.metadata.get("low"), f.metadata.get("high"))
-            for f in fields(self)
-        )
-        raise_faults([f for f in found if f], type(self).__name__)
+        faults = []
+        for rule in _rules(type(self)):
+            value = getattr(self, rule.name)
+            if value is not rule.right:
+                fault = _fault(rule.name, value, rule.types, rule.low, rule.high)
+                faults += [fault] if fault else []
+        raise_faults(faults, type(self).__name__)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
@@ -203,14 +231,12 @@ class MethodConfig(ABC):
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
         """Build from keyword arguments; unknown keys are errors that name the nearest field."""
-        known = {f.name for f in fields(cls)}
+        known, required = _keys(cls)
         unknown = [
             str(unknown_name(f"option of {cls.__name__}", str(key), known)) for key in params if key not in known
         ]
         missing = [
-            f"`{f.name}` is missing; give it, or a byte `budget` to size it"
-            for f in fields(cls)
-            if f.default is MISSING and f.name not in params
+            f"`{name}` is missing; give it, or a byte `budget` to size it" for name in required if name not in params
         ]
         raise_faults(unknown + missing, cls.__name__, ConfigError if missing else UnknownNameError)
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
