@@ -17,7 +17,8 @@ from recsys_embed.plan import Plan, PlanNotes
 from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve, curves_from
 from recsys_embed.planning.evidence import Evidence, fit_evidence, read_rows
 from recsys_embed.planning.limits import Candidate, Costs, Limits, candidates, named_limits
-from recsys_embed.planning.options import Frame, Menu, MenuMaker, size_for, tiny_bytes
+from recsys_embed.planning.menus import MenuMaker, fix
+from recsys_embed.planning.options import Frame, Menu, tiny_bytes
 from recsys_embed.planning.pools import Pool, configs_of, pools_of
 from recsys_embed.planning.predict import plan_losses, terms_of
 from recsys_embed.planning.price import factors
@@ -100,7 +101,7 @@ def plan_for_budget(
     found = search.best(total - spent) if total >= least else None
     if found is None:
         raise BudgetError(_ways_out(schema, menus, frame, least, total))
-    configs = _configs(schema, menus, maker, found, total - spent)
+    configs = _configs(schema, menus, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in schema})
     reached = plan_cost(plan, schema, frame.costs)
     if reached > total:
@@ -182,8 +183,10 @@ def _optimizer(optimizer: Any) -> FusedOptimizer | None:
 
 def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
     """Curves of all features, where they are from in words, and the features whose curve was counted."""
-    given = {} if stats is None else curves_from(stats)
-    faults = [str(unknown_name("feature in the statistics", n, schema.names)) for n in given if n not in schema.names]
+    given, names = {} if stats is None else curves_from(stats), schema.names
+    faults = [
+        str(unknown_name("feature in the statistics", n, names)) for n in sorted(set(given) - set(names), key=str)
+    ]
     for spec in schema:
         curve = given.get(spec.name)
         if curve is not None and spec.ids == "index" and curve.n > spec.num_embeddings:
@@ -206,8 +209,8 @@ def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str,
 
 
 def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[str, float]:
-    given = {} if importance is None else dict(importance)
-    faults = [str(unknown_name("feature in `importance`", n, schema.names)) for n in given if n not in schema.names]
+    given, names = {} if importance is None else dict(importance), schema.names
+    faults = [str(unknown_name("feature in `importance`", n, names)) for n in sorted(set(given) - set(names), key=str)]
     for name, value in given.items():
         if not optim.is_rate(value):
             faults.append(f"`importance` must be a finite number >= 0; got {value!r} (feature {name!r})")
@@ -215,10 +218,10 @@ def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[
     return {s.name: float(given.get(s.name, 1.0)) for s in schema}
 
 
-def _detail(schema: Schema, chosen: Sequence[Candidate]) -> tuple[int, int]:
-    """Sizes per method on the coarse grid, and rounds of refinement: fewer where there are many features."""
+def _detail(schema: Schema, chosen: Sequence[Candidate]) -> tuple[int, int, float]:
+    """Sizes per method on the coarse grid, rounds of refinement and step: coarser where there are many features."""
     each = EVALUATIONS // (len(schema) * max(1, len(chosen)))
-    return min(14, max(4, each)), 3 if len(schema) <= 200 else 2
+    return min(14, max(4, each)), 3 if len(schema) <= 200 else 2, 1.06 if len(schema) <= 200 else 1.2
 
 
 # -- what cannot be -------------------------------------------------------------------------------------------------
@@ -237,7 +240,7 @@ def _pinned_tables(schema: Schema, menus: Sequence[Menu], frame: Frame) -> tuple
     weights = {m.spec.name: m.weight for m in fixed}
     losses = plan_losses(part, plan, terms, weights, frame.factors)
     for menu in fixed:
-        MenuMaker(frame).fix(menu, losses[menu.spec.name])
+        fix(menu, menu.pools[0].sized, losses[menu.spec.name])
     return tables, sum(frame.costs.table(t) for t in tables)
 
 
@@ -249,7 +252,7 @@ def _check_possible(menus: Sequence[Menu], pools: Sequence[Pool]) -> None:
             continue
         why = "; ".join(f"{name}: {text}" for name, text in menu.refused.items()) or "none was offered"
         if menu.pools:
-            why = f"{menu.pools[0].candidate.name}: its table has another shape than that of the other features"
+            why = f"{menu.pools[0].sized.config.method}: its table has another shape than that of the other features"
         faults.append(f"no method is left ({why}) (feature {menu.spec.name!r})")
     alone = {i for i, m in enumerate(menus) if not m.options}
     if not faults and alone and not any(alone <= set(pool.members) for pool in pools):
@@ -302,9 +305,7 @@ def _ways_out(schema: Schema, menus: Sequence[Menu], frame: Frame, least: int, t
 # -- what it comes to -----------------------------------------------------------------------------------------------
 
 
-def _configs(
-    schema: Schema, menus: Sequence[Menu], maker: MenuMaker, found: Found, total: int
-) -> dict[str, MethodConfig]:
+def _configs(schema: Schema, menus: Sequence[Menu], found: Found, total: int) -> dict[str, MethodConfig]:
     """Configurations of the options chosen; bytes left over go to the pool, or to what can still grow."""
     configs: dict[str, MethodConfig] = {}
     members = [i for i, name in enumerate(found.names) if name == JOIN]
@@ -316,7 +317,7 @@ def _configs(
         option = menus[i].options[name]
         config, cost = option.config, option.cost
         if config is None:
-            config, cost = size_for(maker, menus[i], option, option.cost)
+            config, cost = option.grown(option.cost)
         configs[schema.features[i].name] = config
         left -= cost
         growing.append((i, option, cost))
@@ -328,11 +329,10 @@ def _configs(
             raise RuntimeError(f"method {pool.name!r} cannot be sized to {left} bytes for {len(members)} features")
         return {**configs, **together}
     for i, option, cost in sorted(growing, key=lambda g: -g[1].loss)[:16]:
-        if option.low < option.high:
-            config, grown = size_for(maker, menus[i], option, cost + left)
-            if grown > cost:
-                configs[schema.features[i].name] = config
-                left -= grown - cost
+        config, grown = option.grown(cost + left)
+        if grown > cost:
+            configs[schema.features[i].name] = config
+            left -= grown - cost
     return configs
 
 

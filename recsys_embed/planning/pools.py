@@ -18,10 +18,13 @@ from recsys_embed.features import MAX_ROWS
 from recsys_embed.planning.curves import Floats
 from recsys_embed.planning.knapsack import Ints
 from recsys_embed.planning.limits import Candidate, Costs
-from recsys_embed.planning.options import Frame, Menu, Sized, tiny_penalty
+from recsys_embed.planning.options import Frame, Joinable, Menu, Sized, tiny_penalty
 from recsys_embed.planning.price import BETWEEN, width_scale
 from recsys_embed.program import Table
 from recsys_embed.registry import get_method
+
+_AT_ONCE = 1 << 21
+"""Elements of the arrays that losses are computed in."""
 
 
 @dataclass(eq=False)
@@ -67,17 +70,27 @@ class Pool:
 
     def losses(self, rows: Floats, allowed: int) -> Floats:
         """Loss of each of the first ``allowed`` members in tables of ``rows`` [R]: [allowed, R]."""
-        everybody = (self._reads[:allowed, None] * self._load[:allowed]).sum(0) / len(self.tables)
+        size = max(1, _AT_ONCE // (allowed * self._load.shape[1]))
+        parts = [self._losses(rows[at : at + size], allowed) for at in range(0, len(rows), size)]
+        return np.concatenate(parts, 1)
+
+    def _losses(self, rows: Floats, allowed: int) -> Floats:
         load = self._load[:allowed]
+        everybody = (self._reads[:allowed, None] * load).sum(0) / len(self.tables)
         met = load + BETWEEN * np.maximum(everybody - load, 0.0)
-        exponent = met[:, :, None] / (self._scale[:allowed, None, None] * rows)
-        kept = self._kernel[:allowed] @ np.exp(-exponent)
-        kept **= self._power[:allowed, None, None]
-        lost = (1 - self._carried[:allowed, None, None] * kept) ** self._chunks[:allowed, None, None]
+        exponent = (met / -self._scale[:allowed, None])[:, :, None] / rows
+        lost = self._kernel[:allowed] @ np.exp(exponent, out=exponent)
+        # In place from here: with a thousand members these are the planner's largest arrays.
+        lost **= self._power[:allowed, None, None]
+        lost *= -self._carried[:allowed, None, None]
+        lost += 1.0
+        lost **= self._chunks[:allowed, None, None]
         lost *= self._base[:allowed, :, None]
         floor = self._floor[:allowed, None, None]
-        lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)
-        out: Floats = (self._value[:allowed, :, None] * lost).sum(1)
+        lost -= floor
+        lost /= 1.0 - floor
+        np.clip(lost, 0.0, 1.0, out=lost)
+        out: Floats = np.einsum("mb,mbr->mr", self._value[:allowed], lost)
         return out * self._factor[:allowed, None] + self._penalty[:allowed, None]
 
 
@@ -89,7 +102,7 @@ def pools_of(menus: Sequence[Menu], frame: Frame, taken: set[str]) -> list[Pool]
     """
     pools = []
     for candidate in frame.candidates:
-        found = [(i, s) for i, m in enumerate(menus) for s in m.pools if s.candidate is candidate]
+        found = [(i, j.sized) for i, m in enumerate(menus) for j in m.pools if j.candidate is candidate]
         groups: dict[tuple[Table, ...], list[tuple[int, Sized]]] = {}
         for i, sized in found:
             shape = tuple((t.name, t.width, t.init) for t in sized.program.tables if t.shared)
@@ -111,7 +124,7 @@ def _pool(candidate: Candidate, menus: Sequence[Menu], members: list[tuple[int, 
     # Who can do nothing else comes first, then whoever has most to store.
     members = sorted(members, key=lambda m: (len(menus[m[0]].options) > 0, -_size(menus[m[0]]), menus[m[0]].spec.name))
     bins = max(len(menus[i].terms.value) for i, _ in members)
-    rows = [_member(menus[i], s, bins, frame) for i, s in members]
+    rows = [_member(menus[i], s, bins, frame, candidate.name) for i, s in members]
     columns = [np.array([r[j] for r in rows]) for j in range(len(rows[0]))]
     biggest = max((s for _, s in members), key=lambda s: max(t.rows for t in s.program.tables if t.shared))
     tables = tuple(t for t in biggest.program.tables if t.shared)
@@ -125,7 +138,7 @@ def _pool(candidate: Candidate, menus: Sequence[Menu], members: list[tuple[int, 
     return Pool(candidate, tables, [i for i, _ in members], must, unit, least, max(least, most), own, tiny, *columns)
 
 
-def _member(menu: Menu, sized: Sized, bins: int, frame: Frame) -> tuple[Floats | float, ...]:
+def _member(menu: Menu, sized: Sized, bins: int, frame: Frame, method: str) -> tuple[Floats | float, ...]:
     """Arrays of one member, in the order of the fields of :class:`Pool`."""
     terms, dim = menu.terms, menu.spec.embedding_dim
     tau = width_scale(dim)
@@ -149,9 +162,13 @@ def _member(menu: Menu, sized: Sized, bins: int, frame: Frame) -> tuple[Floats |
         sum(f.power for f in shared) / len(shared),
         float(len(shared)),
         np.exp(-dim / tau),
-        menu.weight * frame.factors.get(sized.candidate.name, 1.0),
+        menu.weight * frame.factors.get(method, 1.0),
         tiny_penalty(menu, frame),
     )
+
+
+def _of(pools: Sequence[Joinable], candidate: Candidate) -> Joinable:
+    return next(j for j in pools if j.candidate is candidate)
 
 
 def configs_of(pool: Pool, menus: Sequence[Menu], members: Sequence[int], rows: int) -> dict[str, MethodConfig] | None:
@@ -162,7 +179,7 @@ def configs_of(pool: Pool, menus: Sequence[Menu], members: Sequence[int], rows: 
     specs = [menus[i].spec for i in members]
     plain = get_method("full").config_cls.from_params({})
     serve = Costs(None, False)
-    small = [s for i in members for s in menus[i].pools if s.candidate is pool.candidate]
+    small = [_of(menus[i].pools, pool.candidate).sized for i in members]
     heads = sum(serve.own(s.config, s.program, menus[i].spec) for i, s in zip(members, small, strict=True))
     budget = heads + sum(serve.table(t) // t.rows for t in pool.tables) * rows
     try:

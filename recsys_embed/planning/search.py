@@ -27,6 +27,8 @@ JOIN = -1
 PARTS = 256
 SHARES = (*range(4, 128, 8), *range(128, 192, 4), *range(192, PARTS))
 """Parts of the budget, of :data:`PARTS`, that a pool is tried with."""
+MANY = 64
+"""Features beyond which fewer parts are tried: bytes left over make the pool larger afterwards."""
 LEVELS = 32
 """Largest number of members that any number of may be allowed to join; a dozen numbers are tried beyond it."""
 PRICES = 24
@@ -79,6 +81,7 @@ class Search:
         # A class has one option more where a pool may be joined; which solvers run must not depend on the budget.
         self._effort = Effort.of([len(m.choices.costs) + 1 for m in menus])
         self._prices = self._price_grid()
+        self._shares = SHARES if len(menus) <= MANY else SHARES[::6]
 
     def _price_grid(self) -> Floats:
         """Losses per byte, from the dearest to the cheapest step of any feature."""
@@ -130,7 +133,7 @@ class Search:
         # Beside the smallest pool, and the largest: with nothing else that costs, or with whole tiny tables.
         splits = [(pool.unit * pool.least, budget - pool.unit * pool.least), (budget - private, private)]
         splits += [(budget - private - self._tiny, private + self._tiny)]
-        splits += [(budget * part // PARTS, budget * (PARTS - part) // PARTS) for part in SHARES]
+        splits += [(budget * part // PARTS, budget * (PARTS - part) // PARTS) for part in self._shares]
         cells = [Cell(pool, min(pool.most, shared // pool.unit), allowed, rest) for shared, rest in splits]
         return [c for c in dict.fromkeys(cells) if c.rows >= pool.least and c.private >= private]
 
