@@ -131,6 +131,9 @@ class MenuMaker:
             if not pairs:
                 break
         options = []
+        pairs = list(known)
+        best = reduce_options([found[c][1][s].cost for c, s in pairs], [known[p] for p in pairs])
+        good = {pairs[i] for i in best.names.tolist()}
         for c, (sizer, kept) in enumerate(found):
             points = [Option(sizer, s, s, kept[s].config, kept[s].cost, known[c, s]) for s in sorted(kept)]
             options += [a._replace(high=b.low) for a, b in pairwise(points)] + points[-1:]
