@@ -18,8 +18,9 @@ if [ -z "$device" ]; then
 fi
 case $device in cpu | cuda) ;; *) die "RECSYS_EMBED_DEVICE must be cpu or cuda; got '$device'" ;; esac
 
+peers=tests/requirements-peers.txt
 # The folder is part of the key: an editable install and the scripts' first lines point at it.
-key="$(cat pyproject.toml packaging/*/pyproject.toml scripts/setup.sh | cksum) $device $(pwd)"
+key="$(cat pyproject.toml packaging/*/pyproject.toml scripts/setup.sh $peers 2>/dev/null | cksum) $device $(pwd)"
 if works "$venv/bin/python" && [ "$(cat "$venv/.setup-done" 2>/dev/null)" = "$key" ]; then exit 0; fi
 
 # Wheels may be half unpacked where an earlier run was cut off, which pip would take for installed: start over.
@@ -56,5 +57,9 @@ if ! "$venv/bin/python" -m pip --disable-pip-version-check install --log "$log" 
   die "the install failed: ${why:-see the lines above}; log in $log; run it again to start over"
 fi
 "$venv/bin/python" -m pip --disable-pip-version-check check || die "installed packages disagree (lines above)"
+# After the check, since these come without what they ask for; tests and examples do without them.
+if [ -e "$peers" ] && ! "$venv/bin/python" -m pip --disable-pip-version-check -q install --no-deps -r "$peers"; then
+  echo "setup: the libraries of $peers did not install; what compresses their models will be skipped"
+fi
 rm -f "$venv/.setup-started"
 printf '%s\n' "$key" >"$venv/.setup-done"

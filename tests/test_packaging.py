@@ -318,6 +318,23 @@ def test_setup_repeats_for_another_device(sandbox):
     assert "shim" not in command
 
 
+def test_setup_adds_the_models_of_other_people_and_does_without_them(sandbox):
+    peers = sandbox.root / "tests/requirements-peers.txt"
+    peers.parent.mkdir()
+    peers.write_text("deepctr-torch\n")
+    assert sandbox.run().returncode == 0
+    _, command = sandbox.installs()
+    assert command.endswith("install --no-deps -r tests/requirements-peers.txt")
+    peers.write_text("deepctr-torch\ntorchfm\n")
+    fails = FAKE_PYTHON.replace('case "$*" in', 'case "$*" in\n  *--no-deps*) exit 1 ;;', 1)
+    (sandbox.venv / "bin/python").write_text(fails)
+    done = sandbox.run()
+    assert done.returncode == 0, done.stderr
+    assert "did not install; what compresses their models will be skipped" in done.stdout
+    assert sandbox.run().returncode == 0
+    assert sandbox.installs() == []
+
+
 def test_setup_uses_the_cpu_index_when_it_answers(sandbox):
     sandbox.run(FAKE_PROBE="0", RECSYS_EMBED_CPU_INDEX="https://example.invalid/cpu")
     assert "--extra-index-url https://example.invalid/cpu" in sandbox.installs()[0]
