@@ -116,8 +116,10 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
             yield _Seen(_join(path, name), "collection", module, module, name, (id(module), name))
         return
     if _is_ours(module, "embedding", "CompressedEmbedding"):
-        # Drop-ins of one name over the same parameters stand for one table, as tied plain modules do.
-        key = (module.spec.name, *(id(p) for p in module.parameters()))  # type: ignore[union-attr]
+        # Drop-ins of one name over the same parameters stand for one table, as tied plain modules do; a loaded
+        # export has none.
+        own = tuple(id(p) for p in module.parameters()) or (id(module),)
+        key = (module.spec.name, *own)  # type: ignore[union-attr]
         yield _Seen(path, "compressed", module, module, None, key)
         return
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -219,7 +221,7 @@ def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str],
         return FoundTable(
             rows=spec.num_embeddings,
             width=spec.embedding_dim,
-            dtype=parameters[0].dtype,
+            dtype=parameters[0].dtype if parameters else module.served.like.dtype,
             requires_grad=trained,
             pooling=pooling,
             **common,

@@ -140,13 +140,13 @@ class Rest:
 
     weights: int = 0
     buffers: int = 0
-    stored: int = 0
     optimizer: int = 0
     gradient: int = 0
 
     @property
     def serve(self) -> int:
-        return self.stored + self.buffers
+        """Deployed bytes; exports keep these as they are, whatever the precision of the tables."""
+        return self.weights + self.buffers
 
     @property
     def train(self) -> int:
@@ -477,7 +477,6 @@ def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, 
     dense = Rest(
         weights=sum(a.nbytes for a in rest),
         buffers=sum(a.nbytes for a in parts.rest if a.role == "index"),
-        stored=sum(stored_bytes(a, settings.precision) for a in rest),
         optimizer=sum(state(a, settings.dense_optimizer, "dense") for a in rest),
         gradient=sum(a.nbytes for a in rest if a.trained),
     )

@@ -23,6 +23,8 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict
 from recsys_embed.report.memory_arrays import Array, Entry, Role
+from recsys_embed.report.memory_export import KEY as EXPORT
+from recsys_embed.report.memory_export import parts_of_export
 from recsys_embed.report.memory_optimizer import StateLaw, make_law
 from recsys_embed.report.memory_sources import Parts, parts_of_plan, spec_of
 from recsys_embed.report.memory_stats import row_keys
@@ -148,7 +150,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights(path: Path, optimizer: Any, dense_optimizer: Any, patterns: Sequence[str] | None) -> Read:
-    tensors, config = (_safetensors(path), {}) if path.suffix == ".safetensors" else _torch(path)
+    if path.suffix == ".safetensors":
+        tensors, metadata = _safetensors(path)
+        config: dict[str, Any] = {}
+        if EXPORT in metadata:
+            manifest = _manifest(path, metadata[EXPORT])
+            return Read(parts_of_export(path, manifest, {t.name: t for t in tensors}), None, dense_optimizer)
+    else:
+        tensors, config = _torch(path)
     if optimizer is None and isinstance(config.get("embedding_optimizer"), str):
         optimizer = config["embedding_optimizer"]
         dense_optimizer = "adam" if dense_optimizer is None else dense_optimizer
@@ -201,8 +210,18 @@ def _state_of(payload: Any) -> Mapping[str, Any] | None:
     return found if size(found) or (found is payload and not payload) else None
 
 
-def _safetensors(path: Path) -> list[Stored]:
-    """Tensors of a safetensors file, from its header; https://github.com/huggingface/safetensors describes it."""
+def _manifest(path: Path, text: Any) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text)
+    except (ValueError, TypeError) as e:
+        raise CheckpointError(f"{path} is damaged: its manifest is no JSON ({e})") from e
+    if not isinstance(manifest, dict) or manifest.get("version") != 1:
+        raise CheckpointError(f"{path} is an export of a version that this library does not read")
+    return manifest
+
+
+def _safetensors(path: Path) -> tuple[list[Stored], Mapping[str, Any]]:
+    """Tensors and metadata of a file, from its header as https://github.com/huggingface/safetensors describes it."""
     size = path.stat().st_size
     try:
         with path.open("rb") as f:
@@ -211,6 +230,7 @@ def _safetensors(path: Path) -> list[Stored]:
                 raise ValueError(f"its header would have {length} bytes")
             header = json.loads(f.read(length).decode())
         start = 8 + length
+        metadata = header.get("__metadata__") or {}
         found = []
         for name, entry in header.items():
             if name == "__metadata__":
@@ -226,7 +246,7 @@ def _safetensors(path: Path) -> list[Stored]:
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {e}") from e
-    return found
+    return found, metadata if isinstance(metadata, dict) else {}
 
 
 def _reader(path: Path, at: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -168,7 +168,7 @@ def test_safetensors_reader_agrees_with_the_library(tmp_path: Path) -> None:
         for i, dtype in enumerate([torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.int64])
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    for found in _safetensors(tmp_path / "a.safetensors"):
+    for found in _safetensors(tmp_path / "a.safetensors")[0]:
         assert found.dtype == tensors[found.name].dtype
         assert torch.equal(found.read(), tensors[found.name])
 
