@@ -78,25 +78,33 @@ class WidthRule:
         width = spec.embedding_dim
         return cls((*front, spec.num_ids - sum(front)), asked, min(width, most or width), rounding)
 
-    def unit(self, alpha: float) -> float:
-        """The scale at which the most popular block is 1 wide."""
-        return min(n / k for n, k in zip(self.rows, self.queries, strict=True)) ** alpha
+    @property
+    def front(self) -> float:
+        """``rows / queries`` of the first block, whose width is 1 at a scale of this to the power of alpha."""
+        return self.rows[0] / self.queries[0]
 
-    def widest(self, alpha: float) -> float:
-        """A scale at which every block is as wide as it may be."""
-        return self.most * max(n / k for n, k in zip(self.rows, self.queries, strict=True)) ** alpha
+    @property
+    def popularity(self) -> tuple[float, float]:
+        """Least and largest ``rows / queries`` of the blocks: of the most popular one, and of the least."""
+        ratios = [n / k for n, k in zip(self.rows, self.queries, strict=True)]
+        return min(ratios), max(ratios)
 
     def widths(self, alpha: float, scale: float) -> list[int]:
         """Width of every block; no block is wider than those before it."""
         out: list[int] = []
         for n, k in zip(self.rows, self.queries, strict=True):
             width = max(1.0, scale * (n / k) ** -alpha)
-            if self.rounding == "power_of_two":
-                width = 2.0 ** math.floor(math.log2(width) + 0.5)
-            elif self.rounding == "multiple_of_4":
-                width = 4.0 * max(1, math.floor(width / 4 + 0.5))
-            out.append(min(self.most, math.floor(width + 0.5), *out[-1:]))
+            # The full width is always in reach, whatever it is a multiple of; powers of ratios lose the last digits.
+            rounded = self.most if width >= self.most * (1 - 1e-9) else self._round(width)
+            out.append(min(self.most, rounded, *out[-1:]))
         return out
+
+    def _round(self, width: float) -> int:
+        if self.rounding == "power_of_two":
+            return 1 << math.floor(math.log2(width) + 0.5)
+        if self.rounding == "multiple_of_4":
+            return 4 * max(1, math.floor(width / 4 + 0.5))
+        return math.floor(width + 0.5)
 
     def blocks(self, alpha: float, scale: float) -> dict[str, Any]:
         """Options ``dims`` and ``blocks``; neighbours of one width are one block."""
@@ -109,6 +117,38 @@ class WidthRule:
                 dims.append(width)
                 rows.append(n)
         return {"dims": tuple(dims), "blocks": tuple(rows[:-1]) or None}
+
+
+class Growth:
+    """The rule's way from the fewest bytes (0) to the most (1) for several tables, on which no width ever falls.
+
+    Args:
+        rules: of the tables.
+        alpha: the scale grows; with None alpha falls from 1 to 0, and the most popular block keeps the largest width.
+    """
+
+    def __init__(self, rules: Sequence[WidthRule], alpha: float | None) -> None:
+        self.alpha = alpha
+        self.most = max((rule.most for rule in rules), default=1)
+        self.first = min((rule.popularity[0] for rule in rules), default=1.0)
+        self.last = max((rule.popularity[1] for rule in rules), default=1.0)
+
+    def at(self, x: float) -> tuple[float, float]:
+        """Alpha and scale of a point."""
+        if self.alpha is None:
+            return 1 - x, self.most * self.first ** (1 - x)
+        return self.alpha, x * self.most * self.last**self.alpha
+
+    def step(self, rule: WidthRule, x: float) -> float | None:
+        """The next point at which a width of ``rule`` changes, or None."""
+        now = rule.widths(*self.at(x))
+        if rule.widths(*self.at(1.0)) == now:
+            return None
+        low, high = x, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if rule.widths(*self.at(middle)) == now else (low, middle)
+        return high
 
 
 def _positive(value: Any) -> bool:

@@ -62,7 +62,8 @@ class AdaptiveConfig(MethodConfig):
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
-        return max(1, spec.num_ids - params.get("num_hot", 0))
+        hot = cls.sized(spec, 1, **params).num_hot if "num_hot" in params else 0
+        return max(1, spec.num_ids - hot)
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, hot_share: float | None = None, **params: Any) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -16,7 +17,7 @@ from recsys_embed.features import FeatureSpec
 from recsys_embed.fit import importance_of, principal_axes
 from recsys_embed.members import Index
 from recsys_embed.memory import format_bytes
-from recsys_embed.methods._popularity import Rounding, WidthRule, alpha_fault, block_faults
+from recsys_embed.methods._popularity import Growth, Rounding, WidthRule, alpha_fault, block_faults
 from recsys_embed.program import Digit, Init, LookupProgram, Member, Probe, Table
 
 
@@ -143,11 +144,11 @@ class MixeddimConfig(MethodConfig):
             shares: of lookups that each block serves, equal by default.
             rounding: of the widths.
         """
-        rule = WidthRule.of(spec, blocks, shares, 1.0, rounding)
+        rule = WidthRule.of(spec, blocks, shares, rounding=rounding)
         raise_faults(alpha_fault(alpha), f"widths by popularity, feature {spec.name!r}")
         # The last widths save less than the matrix takes; a single block grows with each but the full one.
         wider = range(size, rule.most + 1) if blocks else {size, rule.most}
-        configs = (cls.from_params({**params, **rule.blocks(alpha, d * rule.unit(alpha))}) for d in sorted(wider))
+        configs = (cls.from_params({**params, **rule.blocks(alpha, d * rule.front**alpha)}) for d in sorted(wider))
         return min(reversed(list(configs)), key=lambda config: config.footprint(spec).serve)
 
     @classmethod
@@ -168,71 +169,81 @@ class MixeddimConfig(MethodConfig):
     ) -> dict[str, MethodConfig]:
         """Widths by the alpha rule across all tables and blocks.
 
+        As the budget grows, widths rise in the order of the rule; a table whose next step does not fit stays as it is
+        while others, of smaller steps, go on.
+
         Args:
             full_below: features with fewer ids keep a plain table, where that fits.
-            alpha: the budget fixes the scale of the rule; with None, the scale is such that the most popular table or
-                block is ``d0`` wide, and the budget fixes alpha in [0, 1].
+            alpha: the budget fixes the scale of the rule; with None, the most popular table or block is ``d0`` wide
+                and the budget fixes alpha in [0, 1].
             d0: largest width; ``embedding_dim`` by default.
             queries: per feature, ids per sample; 1 by default.
             blocks: per feature, ids of each block but the last.
             shares: per feature with blocks, share of its lookups that each block serves; equal by default.
             rounding: of the widths.
         """
-        names, faults = [s.name for s in specs], alpha_fault(0 if alpha is None else alpha)
-        given: dict[str, Mapping[str, Any]] = {}
-        for what, values in (("queries", queries), ("blocks", blocks), ("shares", shares)):
-            given[what] = values if isinstance(values, Mapping) else {}
-            if values is not None and not isinstance(values, Mapping):
-                faults.append(f"`{what}` of a plan must be given per feature name; got {values!r:.80}")
-            faults += [str(unknown_name(f"feature in `{what}`", n, names)) for n in given[what] if n not in names]
-        raise_faults(faults, "widths by popularity")
-        rules = {
-            s.name: WidthRule.of(
-                s,
-                given["blocks"].get(s.name),
-                given["shares"].get(s.name),
-                given["queries"].get(s.name, 1),
-                rounding,
-                d0,
-            )
-            for s in specs
-        }
+        given = {"queries": queries, "blocks": blocks, "shares": shares}
+        rules = _rules(specs, alpha, d0, rounding, given)
         whole = {s.name: plain.footprint(s).serve for s in specs}
 
-        def choose(keep: int, x: float) -> tuple[int, dict[str, MethodConfig]]:
-            """The plan at a point on the way from the fewest bytes (0) to the most (1), and its bytes."""
-            ruled = [rules[s.name] for s in specs if s.num_embeddings >= keep]
-            if alpha is None:
-                power, scale = 1 - x, min((r.unit(1 - x) * r.most for r in ruled), default=0.0)
-            else:
-                power, scale = alpha, x * max((r.widest(alpha) for r in ruled), default=0.0)
-            total, chosen = 0, {}
-            for s in specs:
-                config, need = plain, whole[s.name]
-                if s.num_embeddings >= keep:
-                    narrow = cls.from_params({**params, **rules[s.name].blocks(power, scale)})
-                    if narrow.footprint(s).serve < need:
-                        config, need = narrow, narrow.footprint(s).serve
-                chosen[s.name] = config
-                total += need
-            return total, chosen
+        def option(spec: FeatureSpec, widths: tuple[float, float]) -> tuple[int, MethodConfig]:
+            """Bytes and configuration of a feature at an alpha and a scale."""
+            config = cls.from_params({**params, **rules[spec.name].blocks(*widths)})
+            need = config.footprint(spec).serve
+            return (need, config) if need < whole[spec.name] else (whole[spec.name], plain)
 
+        used = 0
         for keep in (full_below, 0):
-            if choose(keep, 0.0)[0] > budget:
+            ruled = [s for s in specs if s.num_embeddings >= keep]
+            growth = Growth([rules[s.name] for s in ruled], alpha)
+            chosen = {s.name: (whole[s.name], plain) for s in specs}
+            chosen |= {s.name: option(s, growth.at(0.0)) for s in ruled}
+            used = sum(need for need, _ in chosen.values())
+            if used > budget:
                 continue
-            low, high = 0.0, 1.0
-            if choose(keep, high)[0] <= budget:
-                return choose(keep, high)[1]
-            for _ in range(35):
-                middle = (low + high) / 2
-                low, high = (middle, high) if choose(keep, middle)[0] <= budget else (low, middle)
-            return choose(keep, low)[1]
-        least = choose(0, 0.0)[0]
+            steps = [(growth.step(rules[s.name], 0.0), i) for i, s in enumerate(ruled)]
+            queue = [(x, i) for x, i in steps if x is not None]
+            heapify(queue)
+            while queue:
+                x, i = heappop(queue)
+                spec = ruled[i]
+                grown = option(spec, growth.at(x))
+                if used - chosen[spec.name][0] + grown[0] > budget:
+                    continue
+                used += grown[0] - chosen[spec.name][0]
+                chosen[spec.name] = grown
+                following = growth.step(rules[spec.name], x)
+                if following is not None:
+                    heappush(queue, (following, i))
+            return {name: config for name, (_, config) in chosen.items()}
         raise BudgetError(
-            f"method 'mixeddim' needs at least {format_bytes(least)} for these {len(specs)} features; "
+            f"method 'mixeddim' needs at least {format_bytes(used)} for these {len(specs)} features; "
             f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller "
             f"{'`d0`' if alpha is None else 'embedding_dim'}{cls._smaller()}"
         )
+
+
+def _rules(
+    specs: Sequence[FeatureSpec], alpha: Any, d0: Any, rounding: Any, given: Mapping[str, Any]
+) -> dict[str, WidthRule]:
+    """The rule of every feature, from a plan's options by feature name.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    names, faults = [s.name for s in specs], alpha_fault(0 if alpha is None else alpha)
+    options: dict[str, Mapping[str, Any]] = {}
+    for what, values in given.items():
+        options[what] = values if isinstance(values, Mapping) else {}
+        if values is not None and not isinstance(values, Mapping):
+            faults.append(f"`{what}` of a plan must be given per feature name; got {values!r:.80}")
+        faults += [str(unknown_name(f"feature in `{what}`", n, names)) for n in options[what] if n not in names]
+    raise_faults(faults, "widths by popularity")
+    rules = {}
+    for s in specs:
+        own = {what: values[s.name] for what, values in options.items() if s.name in values}
+        rules[s.name] = WidthRule.of(s, rounding=rounding, most=d0, **own)
+    return rules
 
 
 class MixeddimEmbedding(CompressedEmbedding):
