@@ -97,7 +97,7 @@ class Entry:
         row_reads: row numbers that one id's lookup computes.
         gathered: floats that one id's lookup reads before they combine; 0 where they are the output.
         pools: whether the module pools bags without holding a vector per id.
-        hashed: computes the rows an id reads as a key (see ``memory_stats``); None where only the program says.
+        hashed: computes the rows an id reads as a key (see ``memory_collisions``); None where only the program says.
     """
 
     name: str
@@ -166,11 +166,12 @@ def reads_of(program: LookupProgram, table: str) -> int:
 
 
 def lookup_shape(program: LookupProgram) -> tuple[int, int]:
-    """Row numbers computed and floats gathered per id; a single row that is the output is not gathered besides."""
+    """Row numbers computed and floats gathered per id; rows that stand side by side are the output itself."""
     numbers = sum(p.run + (p.weight is not None) for p in program.probes)
-    plain = len(program.probes) == 1 and program.projection is None
     floats = sum(p.run * program.table(p.table).width + (p.weight is not None) for p in program.probes)
-    return numbers, 0 if plain and program.probes[0].weight is None else floats
+    side_by_side = len(set(program.spans)) == len(program.probes) and len({p.table for p in program.probes}) == 1
+    changed = any(p.weight is not None or p.sign is not None for p in program.probes)
+    return numbers, 0 if side_by_side and not changed and program.projection is None else floats
 
 
 def index_arrays(program: LookupProgram) -> tuple[Array, ...]:

@@ -14,7 +14,7 @@ from recsys_embed.report.memory_arrays import Array, Entry, Role
 from recsys_embed.report.memory_sources import Parts, spec_of
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory_files import Stored
+    from recsys_embed.report.memory_tensors import Stored
 
 KEY = "recsys_embed"
 """Under which a safetensors file's metadata holds the manifest."""

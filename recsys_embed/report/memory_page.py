@@ -14,7 +14,7 @@ from recsys_embed.memory import format_bytes
 from recsys_embed.report import memory_text
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory import MemoryReport, TableReport
+    from recsys_embed.report.memory_values import MemoryReport, TableReport
 
 BARS = 24
 CURVES = 6

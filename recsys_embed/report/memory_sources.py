@@ -22,7 +22,7 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram, Table
 from recsys_embed.report.memory_arrays import Array, Entry, Role, Update, index_arrays, lookup_shape, reads_of
-from recsys_embed.report.memory_stats import row_keys
+from recsys_embed.report.memory_collisions import row_keys
 
 
 @dataclass(frozen=True)

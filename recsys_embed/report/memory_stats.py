@@ -1,10 +1,8 @@
-"""What frequencies say about a table: coverage by its top rows, ids never seen, and ids that share a vector."""
+"""How often the ids of a table occur: coverage by its top rows, and ids never seen."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_embed import hashing
 from recsys_embed.errors import ConfigError
-from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.planning.curves import FrequencyCurve, curves_from
-from recsys_embed.program import Digit, Hash, LookupProgram, Member, Murmur, Transform
 
 TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
-_CHUNK = 1 << 20
-_SIGNS_OF_A_RUN = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,153 +161,3 @@ def _of_dataset(data: Any) -> dict[str, FieldStats]:
             else (FieldStats(name, curve, once, unseen))
         )
     return out
-
-
-# -- ids that share a vector -----------------------------------------------------------------------------------------
-
-
-def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int = 0) -> Callable[[Tensor], Tensor]:
-    """A function from int64 ids ``[n]`` to keys ``[n]``, equal where two ids have the same vector whatever is stored.
-
-    The keys are 64 mixed bits of all rows, signs and weights that an id reads, in any order where they add up.
-
-    Args:
-        program: the lookup.
-        store: arrays of its indexes; by default those of ids numbered by falling frequency.
-        place: which of the store's programs it is.
-    """
-
-    def keys(ids: Tensor) -> Tensor:
-        arrays = IndexStore([program.indexes]) if store is None else store
-        at = arrays.places(0 if store is None else place)
-        ids = ids.to(arrays.arrays.words.device)
-        names = [t.name for t in program.tables]
-        read: dict[tuple[int, int], list[Tensor]] = {}
-        for probe, span in zip(program.probes, program.spans, strict=True):
-            code = torch.full_like(ids, names.index(probe.table) << 40)  # beyond any row
-            for transform in probe.transforms:
-                rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
-                code = hashing.splitmix64(code + rows, 1)
-            for step in range(0 if probe.sign is None else min(probe.run, _SIGNS_OF_A_RUN)):
-                salt: Any = probe.sign
-                if probe.run > 1:
-                    salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
-                code = hashing.splitmix64(code + hashing.hash_signs(ids, salt), 2)
-            read.setdefault(span, []).append(code)
-        key = torch.zeros_like(ids)
-        for span in sorted(read):
-            # Sums and products are the same in any order of their rows.
-            for code in torch.stack(read[span]).sort(0).values:
-                key = hashing.splitmix64(key + code, 3)
-        return key
-
-    return keys
-
-
-@dataclass(frozen=True)
-class Collisions:
-    """Share of ids, and of occurrences, whose vector is that of another id too."""
-
-    ids: float
-    traffic: float | None
-
-
-def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
-    """Collisions among the ids that occur, each hashed; exact."""
-    if stats.ids is None or stats.counts is None:
-        raise ConfigError(f"collisions are measured on counts per id, which {stats.name!r} does not have")
-    found = torch.cat([keys(part).cpu() for part in stats.ids.split(_CHUNK)])
-    _, group, size = found.unique(return_inverse=True, return_counts=True)
-    shares = size[group] > 1
-    return Collisions(float(shares.double().mean()), float(stats.counts[shares].sum() / stats.counts.sum()))
-
-
-def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) -> Collisions:
-    """Collisions that the program's transforms give on average over their salts.
-
-    Ids that own a row (a head, members of an index) collide with none. Of the n others, each shares all its hashed
-    rows with one of the rest with probability ``1 - (1 - 1/cells)**(n - 1)``, ``cells`` being the number of
-    combinations of rows and signs in any order; ids that already differ in a digit do not count.
-
-    Args:
-        program: the lookup.
-        ids: number of ids, taken as ranks of frequency.
-        stats: counts only the ids that occur, and gives the share of occurrences.
-
-    >>> from recsys_embed import FeatureSpec, get_method
-    >>> config = get_method("hash").config_cls(num_buckets=1000)
-    >>> round(expect(config.program(FeatureSpec("C1", 1001, 16)), 1001).ids, 3)
-    0.632
-    """
-    n = ids if stats is None else max(1, min(ids, stats.distinct))
-    heads = _merge([_private(t) for p in program.probes for t in p.transforms], n)
-    others = n - sum(stop - start for start, stop in heads)
-    if others <= 0:
-        return Collisions(0.0, None if stats is None else 0.0)
-    rate = _rate(program, n, others)
-    traffic = None
-    if stats is not None:
-        private = sum(stats.share(stop) - stats.share(start) for start, stop in heads)
-        traffic = rate * max(0.0, 1.0 - private)
-    return Collisions(rate * others / n, traffic)
-
-
-def _private(transform: Transform) -> tuple[int, int]:
-    """Ranks of the ids that a transform gives a row of their own."""
-    if isinstance(transform, Member):
-        return transform.index.start, transform.index.start + transform.index.count
-    if isinstance(transform, Hash) and not transform.head_absent:
-        return 0, transform.head
-    return 0, 0
-
-
-def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """Disjoint spans of [0, n) that cover the same."""
-    out: list[tuple[int, int]] = []
-    for start, stop in sorted((min(a, n), min(b, n)) for a, b in spans):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], stop))
-        elif start < stop:
-            out.append((start, stop))
-    return out
-
-
-def _cells(program: LookupProgram) -> float:
-    """Combinations of hashed rows and signs, as equally likely as the hash makes them."""
-    sizes: dict[Any, int] = {}
-    cells = 1.0
-    for probe in program.probes:
-        for t in probe.transforms:
-            if isinstance(t, Hash):
-                sizes[t.salt, t.size] = t.size
-            elif isinstance(t, Member) and t.rest:
-                sizes[t.salt, t.rest] = t.rest
-            elif isinstance(t, Murmur):
-                sizes[t.seed, t.word] = t.size
-        if probe.sign is not None:
-            cells *= 2.0 ** min(probe.run, _SIGNS_OF_A_RUN)
-    alike = Counter((p.table, span) for p, span in zip(program.probes, program.spans, strict=True) if p.weight is None)
-    orders = math.prod(math.factorial(k) for k in alike.values())
-    return max(1.0, cells * math.prod(float(s) for s in sizes.values()) / orders)
-
-
-def _rate(program: LookupProgram, n: int, others: int) -> float:
-    """Probability that one of ``others`` ids without a row of its own reads what another of them reads."""
-    cells = _cells(program)
-    digits = [t for p in program.probes for t in p.transforms if isinstance(t, Digit)]
-    if not digits:
-        return _birthday(cells, others - 1)
-    classes = math.prod(min(d.mod or n, -(-n // d.div)) for d in {(d.div, d.mod): d for d in digits}.values())
-    if classes >= n:
-        return 0.0
-    # Balanced classes: n - classes * (n // classes) of them hold one id more.
-    small, larger = divmod(n, classes)
-    in_larger = larger * (small + 1) / n
-    return in_larger * _birthday(cells, small) + (1 - in_larger) * _birthday(cells, small - 1)
-
-
-def _birthday(cells: float, rest: int) -> float:
-    """Probability that at least one of ``rest`` other ids falls into the same of ``cells`` cells."""
-    if rest <= 0:
-        return 0.0
-    return 1.0 if cells <= 1 else -math.expm1(rest * math.log1p(-1.0 / cells))

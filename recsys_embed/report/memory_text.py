@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.memory import format_bytes
-from recsys_embed.report.memory_stats import Collisions
+from recsys_embed.report.memory_collisions import Collisions
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory import MemoryReport, TableReport
+    from recsys_embed.report.memory_values import MemoryReport, TableReport
 
 SHOWN: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 """Precisions of the tables of texts; bf16 takes what fp16 takes."""

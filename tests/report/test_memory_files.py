@@ -14,7 +14,7 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.report.memory import memory_report
-from recsys_embed.report.memory_files import _safetensors
+from recsys_embed.report.memory_tensors import read_safetensors
 
 METHODS = rse.list_methods()
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -168,7 +168,7 @@ def test_safetensors_reader_agrees_with_the_library(tmp_path: Path) -> None:
         for i, dtype in enumerate([torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.int64])
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    for found in _safetensors(tmp_path / "a.safetensors")[0]:
+    for found in read_safetensors(tmp_path / "a.safetensors")[0]:
         assert found.dtype == tensors[found.name].dtype
         assert torch.equal(found.read(), tensors[found.name])
 
