@@ -200,6 +200,10 @@ def _distinct(items: list[Any], new: Iterable[Sequence[nn.Parameter]]) -> list[A
     return out
 
 
+def _subclasses(cls: type[Any]) -> set[type[Any]]:
+    return {cls}.union(*(_subclasses(c) for c in cls.__subclasses__()))
+
+
 def live_optimizers(model: nn.Module, exchange: Exchange, given: Sequence[Optimizer]) -> Iterator[str]:
     """One sentence per optimizer of the process that holds a replaced parameter and is not ``given``."""
     attributes = {
@@ -209,8 +213,9 @@ def live_optimizers(model: nn.Module, exchange: Exchange, given: Sequence[Optimi
         if name not in _TORCH_OWN
     }
     mine = {id(o) for o in given}
-    for found in gc.get_objects():
-        if not issubclass(type(found), Optimizer) or id(found) in mine or not hasattr(found, "param_groups"):
+    kinds = _subclasses(Optimizer)
+    for found in [o for o in gc.get_objects() if type(o) in kinds]:
+        if id(found) in mine or not hasattr(found, "param_groups"):
             continue
         held = exchange.held_by(found)
         if held:
