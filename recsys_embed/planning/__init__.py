@@ -10,5 +10,15 @@ from recsys_embed.planning.curves import FrequencyCurve, curves_from
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.planning.predict import plan_losses, terms_of
+from recsys_embed.planning.words import describe_changes, size_in_words
 
-__all__ = ["FrequencyCurve", "Limits", "curves_from", "plan_for_budget", "plan_losses", "terms_of"]
+__all__ = [
+    "FrequencyCurve",
+    "Limits",
+    "curves_from",
+    "describe_changes",
+    "plan_for_budget",
+    "plan_losses",
+    "size_in_words",
+    "terms_of",
+]

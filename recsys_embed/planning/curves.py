@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class FrequencyCurve:
     ) -> FrequencyCurve:
         """Curve through known points: the ``k`` most frequent ids take the share ``coverage[k]`` of the lookups.
 
-        Between two points shares fall as 1/k.
+        Between two points shares fall as 1/k, or more slowly where they would begin above those before.
 
         Args:
             coverage: share by number of ids, as ``stats.json`` of a data folder holds it.
@@ -137,14 +138,9 @@ class FrequencyCurve:
         shares = np.array([points[k] for k in ks])
         if (np.diff(shares) < -1e-6).any() or not (shares.min() >= 0 and shares.max() <= 1 + 1e-9):
             raise ConfigError(f"`coverage` must be shares in [0, 1] that rise with k; got {dict(points)!r:.200}")
-        edges = np.unique(np.concatenate([_edges(distinct, distinct), ks.astype(np.int64)]))
-        logs = np.log(np.maximum(edges, 1))
-        reached = np.interp(logs, np.log(ks), np.maximum.accumulate(shares))
-        reached[edges == 0] = 0.0
-        if ks[0] > 1:
-            below = (edges > 0) & (edges < ks[0])
-            reached[below] = shares[0] * np.log1p(edges[below]) / np.log1p(ks[0])
-        return cls(np.diff(edges).astype(np.float64), np.diff(reached), float(total), ranked)
+        edges = np.unique(np.concatenate([_edges(distinct, distinct), ks.astype(np.int64)])).astype(np.float64)
+        reached = _between_points(edges, np.append(0.0, ks), np.append(0.0, np.maximum.accumulate(shares)))
+        return cls(np.diff(edges), np.diff(reached), float(total), ranked)
 
     # -- what it says -----------------------------------------------------------------------------------------------
 
@@ -196,6 +192,22 @@ def _edges(n: int, seen: int) -> NDArray[np.int64]:
     """Ranks between which bins lie, from 0 to ``n``: single ranks first, then in a geometric row; one is ``seen``."""
     grown = np.geomspace(1, max(n, 1), BINS).astype(np.int64)
     return np.unique(np.concatenate([[0], np.arange(1, min(n, 8) + 1), grown, [seen, n]])).astype(np.int64)
+
+
+def _between_points(edges: Floats, ks: Floats, shares: Floats) -> Floats:
+    """Coverage at ``edges`` of a curve through the points ``(ks, shares)``, which begin at (0, 0)."""
+    reached = np.interp(edges, ks, shares)
+    steepest = np.inf
+    for low, high in pairwise(range(len(ks))):
+        inside = (edges > ks[low]) & (edges < ks[high])
+        if inside.any():
+            at = edges[inside]
+            log = np.log((1 + at) / (1 + ks[low])) / np.log((1 + ks[high]) / (1 + ks[low]))
+            curved = shares[low] + (shares[high] - shares[low]) * log
+            reached[inside] = np.maximum(reached[inside], np.minimum(curved, shares[low] + steepest * (at - ks[low])))
+        last = int(np.searchsorted(edges, ks[high]))
+        steepest = (reached[last] - reached[last - 1]) / (edges[last] - edges[last - 1])
+    return reached
 
 
 def _power_integral(low: NDArray[np.floating[Any]], high: NDArray[np.floating[Any]], exponent: float) -> Floats:

@@ -84,7 +84,9 @@ def plan_for_budget(
     >>> plan["C1"].method, plan["C2"].method, plan.footprint(schema).serve <= 2**20
     ('full', 'hash', True)
     """
-    schema = _schema(model_or_schema)
+    given = _schema(model_or_schema)
+    # In one order, whichever the features come in: ties are then broken alike.
+    schema = Schema(sorted(given, key=lambda s: s.name))
     total, fused, frame = _frame(schema, budget, target, methods, optimizer, itemsize, limits)
     curves, source, known = _curves(schema, stats)
     weights = _importance(schema, importance)
@@ -102,7 +104,7 @@ def plan_for_budget(
     if found is None:
         raise BudgetError(_ways_out(schema, menus, frame, least, total))
     configs = _configs(schema, menus, found, total - spent)
-    plan = Plan({s.name: configs[s.name] for s in schema})
+    plan = Plan({s.name: configs[s.name] for s in given})
     reached = plan_cost(plan, schema, frame.costs)
     if reached > total:
         raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")

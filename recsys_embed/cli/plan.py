@@ -1,0 +1,221 @@
+"""``recsys-embed plan``: a method and a size for every table within a byte budget."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys_embed.cli._settings import names
+from recsys_embed.cli._target import load_target
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.features import Schema
+from recsys_embed.memory import format_bytes
+from recsys_embed.plan import Plan
+from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
+
+WIDTH = 160
+
+
+def plan(
+    budget: Annotated[str, typer.Option("--budget", help="Bytes of all embedding tables together, e.g. 64MiB.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data folder: its features and how often ids occur.")
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="Features instead: a file, as Schema.to_dict.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model's tables instead: package.module:function.")
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option("--stats", help="Data folder that says how often the ids of --schema or --model occur."),
+    ] = None,
+    embedding_dim: Annotated[
+        int, typer.Option("--embedding-dim", "--dim", help="Width of the vectors (with --data).")
+    ] = 16,
+    target: Annotated[
+        str, typer.Option("--target", help="What the bytes cover: serve (tables and index buffers) or train.")
+    ] = "serve",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="For --target train: adam, adagrad, rowwise_adagrad, sgd, none.")
+    ] = "rowwise_adagrad",
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Keys to choose from, comma-separated; all by default.")
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option("--pin", help="FEATURE=METHOD, or =JSON of a configuration; '*' stands for all others."),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option("--forbid", help="FEATURE=METHOD,METHOD, or METHOD for all features.")
+    ] = None,
+    full_below: Annotated[
+        int, typer.Option("--full-below", help="Tables of fewer ids stay plain where bytes allow.")
+    ] = 200,
+    min_width: Annotated[int, typer.Option("--min-width", help="Least numbers stored of an id's vector.")] = 1,
+    width_multiple: Annotated[int, typer.Option("--width-multiple", help="Divides the width of stored rows.")] = 1,
+    equal_widths: Annotated[
+        bool, typer.Option("--equal-widths", help="The model needs vectors of one width (FM, DLRM, ...).")
+    ] = False,
+    max_rows: Annotated[int | None, typer.Option("--max-rows-per-id", help="Most rows a lookup gathers.")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes-per-id", help="Most bytes these hold.")] = None,
+    evidence: Annotated[
+        Path | None, typer.Option("--evidence", help="Folder of 'recsys-embed compare', to fit losses to.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan: JSON to read, edit and train with.")
+    ] = None,
+    diff: Annotated[Path | None, typer.Option("--diff", help="Also say what changes against this plan.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> int:
+    """Choose a method and a size for every table, within a byte budget, and say why."""
+    from recsys_embed.train.files import write_text
+
+    features, known = _features(data, schema, model, stats, embedding_dim)
+    limits: dict[str, Any] = {
+        "pin": _pins(pin or []),
+        "forbid": _forbidden(forbid or []),
+        "full_below": full_below,
+        "min_width": min_width,
+        "width_multiple": width_multiple,
+        "needs_equal_widths": equal_widths,
+        "max_rows_per_id": max_rows,
+        "max_bytes_per_id": max_bytes,
+    }
+    made = plan_for_budget(
+        features,
+        budget,
+        target,
+        None if methods is None else names(methods),
+        None if optimizer == "none" else optimizer,
+        known,
+        evidence=evidence,
+        **limits,
+    )
+    changes = None if diff is None else describe_changes(_read_plan(diff), made, features)
+    if out is not None:
+        write_text(out, made.to_json() + "\n")
+    if as_json:
+        print(made.to_json())
+    else:
+        _show(features, made)
+    for line in changes or ():
+        print(line, file=sys.stderr if as_json else sys.stdout)
+    if out is not None:
+        print(f"written: {out}", file=sys.stderr)
+    return 0
+
+
+def _features(
+    data: Path | None, schema: Path | None, model: str | None, stats: Path | None, embedding_dim: int
+) -> tuple[Schema, Any]:
+    """The features, and who knows how often their ids occur."""
+    if sum(source is not None for source in (data, schema, model)) != 1:
+        raise ConfigError("give one of --data, --schema and --model")
+    if data is not None:
+        if stats is not None:
+            raise ConfigError("--stats goes with --schema or --model; --data has its own")
+        dataset = _open(data)
+        return dataset.schema(embedding_dim), dataset
+    known = None if stats is None else _open(stats)
+    if schema is not None:
+        return Schema.from_dict(_read_json(schema)), known
+    return Schema.from_model(load_target(model or "")), known
+
+
+def _open(folder: Path) -> Any:
+    from recsys_embed.data import open_dataset
+
+    return open_dataset(folder)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ConfigError(f"{path} is not valid JSON: {e}") from e
+
+
+def _read_plan(path: Path) -> Plan:
+    return Plan.from_dict(_read_json(path))
+
+
+def _pins(texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    faults = []
+    for text in texts:
+        feature, sign, value = (part.strip() for part in text.partition("="))
+        if not sign or not feature or not value:
+            faults.append(f"--pin takes FEATURE=METHOD; got {text!r}")
+            continue
+        try:
+            found[feature] = json.loads(value) if value.startswith("{") else value
+        except ValueError as e:
+            faults.append(f"--pin {text!r} is not valid JSON: {e}")
+    raise_faults(faults, "command line")
+    return found
+
+
+def _forbidden(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        feature, sign, value = (part.strip() for part in text.partition("="))
+        feature, value = (feature, value) if sign else ("*", feature)
+        found[feature] = (*found.get(feature, ()), *names(value))
+    return found
+
+
+def _show(features: Schema, made: Plan) -> None:
+    """Print the plan as a table and what it comes to."""
+    from rich.console import Console
+    from rich.table import Table
+
+    costs = {s.name: made[s.name].footprint(s) for s in features}
+    shared = {s.name: [t for t in made[s.name].program(s).tables if t.shared] for s in features}
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column, justify in (("feature", "left"), ("ids", "right"), ("method", "left"), ("size", "left")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for spec in features:
+        own = costs[spec.name].serve - sum(4 * t.rows * t.width for t in shared[spec.name])
+        size = format_bytes(own) if own or not shared[spec.name] else "shared"
+        words = size_in_words(made[spec.name])
+        why = made.reasons.get(spec.name, "")
+        table.add_row(spec.name, f"{spec.num_embeddings:,}", made[spec.name].method, words, size, why)
+    Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False).print(table)
+    for key, found in {t.name: t for tables in shared.values() for t in tables}.items():
+        users = sum(any(t.name == key for t in tables) for tables in shared.values())
+        held = format_bytes(4 * found.rows * found.width)
+        print(f"table {key!r}: {found.rows:,} x {found.width}, {held}, read by {users} features")
+    print(_summary(features, made))
+
+
+def _summary(features: Schema, made: Plan) -> str:
+    notes = made.notes
+    if notes is None:
+        return ""
+    plain = 4 * sum(s.num_embeddings * s.embedding_dim for s in features)
+    serve = made.footprint(features).serve
+    kind = "for training" if notes.target == "train" else "to serve"
+    if notes.target == "train":
+        kind += f" with {notes.optimizer or 'dense gradients'}"
+    gap = notes.predicted_loss - notes.least_loss
+    proved = (
+        "proved best" if notes.exact else f"at most {100 * gap / max(notes.predicted_loss, 1e-12):.2g} % above the best"
+    )
+    lines = [
+        f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; plain tables would take "
+        f"{format_bytes(plain)} to serve, {plain / max(serve, 1):.1f}x as much",
+        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options",
+        f"frequencies: {notes.statistics}",
+    ]
+    if notes.measured:
+        lines.append(f"losses fitted to measured runs: {', '.join(notes.measured)}")
+    return "\n".join(lines)
