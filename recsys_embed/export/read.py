@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import CheckpointError, raise_faults
+from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
 from recsys_embed.export.container import ExportFile
 from recsys_embed.export.manifest import Manifest, StorageItem, TableItem, read_manifest
 from recsys_embed.export.serve import (
@@ -24,7 +24,9 @@ from recsys_embed.export.serve import (
 )
 from recsys_embed.kernels.stored import Stored
 from recsys_embed.members import IndexArrays, popcount, ranks_of, words_of
+from recsys_embed.methods.full import FullConfig
 
+Backend = Literal["auto", "torch", "fbgemm"]
 _CPU = torch.device("cpu")
 
 
@@ -35,6 +37,7 @@ def load(
     device: torch.device | str | None = None,
     verify: bool = True,
     mmap: bool = True,
+    backend: Backend = "auto",
 ) -> nn.Module:
     """The module that :func:`recsys_embed.export` wrote, in evaluation mode, with the outputs of its source.
 
@@ -50,6 +53,8 @@ def load(
         verify: compare every tensor with its digest; False skips reading a huge file once more, and checks its
             structure only.
         mmap: map the file into memory; False reads it whole.
+        backend: what decodes quantised rows on the CPU: ``"fbgemm"``, ``"torch"`` (the same numbers, several times
+            slower), or FBGEMM where it is installed (``"auto"``).
 
     Returns:
         The module; ``into`` where it was given.
@@ -62,7 +67,9 @@ def load(
     manifest = read_manifest(file)
     if verify:
         file.verify(manifest.digests)
-    loader = _Loader(file, manifest)
+    if backend not in get_args(Backend):
+        raise unknown_name("backend", str(backend), get_args(Backend))
+    loader = _Loader(file, manifest, backend)
     kind = manifest.model["kind"]
     if into is None and kind == "state":
         raise CheckpointError(
@@ -91,7 +98,7 @@ def verify(path: str | Path) -> Mapping[str, Any]:
     file = ExportFile(path)
     manifest = read_manifest(file)
     file.verify(manifest.digests)
-    loader = _Loader(file, manifest)
+    loader = _Loader(file, manifest, "torch")
     if manifest.model["kind"] == "state":
         loader.modules()
     else:
@@ -100,8 +107,8 @@ def verify(path: str | Path) -> Mapping[str, Any]:
 
 
 class _Loader:
-    def __init__(self, file: ExportFile, manifest: Manifest) -> None:
-        self.file, self.manifest = file, manifest
+    def __init__(self, file: ExportFile, manifest: Manifest, backend: Backend) -> None:
+        self.file, self.manifest, self.backend = file, manifest, backend
         self.tables: dict[str, dict[str, Tensor | Stored]] = {}
         for storage in manifest.storages:
             values = self._storage(storage)
@@ -128,7 +135,7 @@ class _Loader:
         steps = max((p.count for p in parts if p.form == "sorted"), default=0).bit_length()
         kinds = {"words": torch.int64, "ranks": torch.int32, "values": torch.int32}
         words, ranks, values = (_joined(arrays[end], kind) for end, kind in kinds.items())
-        return Stored(parts, first.width, data, IndexArrays(words, ranks, values, steps), first.dtype)
+        return Stored(parts, first.width, data, IndexArrays(words, ranks, values, steps), first.dtype, self.backend)
 
     def _index(self, table: TableItem) -> dict[str, Tensor]:
         """The arrays that know a table's kept rows; what they hold is checked, for rows beyond the table."""
@@ -270,8 +277,9 @@ def _shape(values: Tensor | Stored) -> tuple[int, int]:
 
 
 def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether torch's own modules keep their places: what they get is a plain table as they hold it."""
-    return all(
+    """Whether torch's own modules keep their places: the source had such there, and what they get is a plain table."""
+    plain = item.build["config"] == FullConfig().to_dict() and item.build["spec"].get("unseen") is None
+    return plain and all(
         isinstance(here[path], nn.Embedding | nn.EmbeddingBag) and isinstance(tables[path].get("weight"), Tensor)
         for path in item.paths
     )

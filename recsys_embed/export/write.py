@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
-from recsys_embed._versions import installed_versions
+from recsys_embed import __version__
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.export.container import NAMES, Entry, header_bytes, lay_out
 from recsys_embed.export.files import replacing
@@ -244,10 +244,9 @@ class _Writer:
             dense[key] = {"dtype": NAMES[value.dtype]}
             if self.aliases[key] != key:
                 dense[key]["tensor"] = self.aliases[key]
-        versions = {k: v for k, v in installed_versions(("recsys-embed", "torch")).items() if v is not None}
         return {
             "version": MANIFEST_VERSION,
-            "written_by": versions,
+            "written_by": {"recsys-embed": __version__, "torch": str(torch.__version__)},
             "precision": self.precision,
             "search": self.search,
             "model": self.kind,

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.precision import HEAD, Layout
 from recsys_embed.members import IndexArrays, positions, words_of
@@ -95,6 +96,7 @@ class Stored(Constants):
         data: stored rows of all parts, end to end; flat, of the layouts' dtype.
         arrays: words, ranks and values of all row sets, end to end, each in the order of the parts.
         dtype: of the vectors.
+        backend: what decodes whole rows of integers on the CPU: FBGEMM, torch, or FBGEMM where it can be imported.
 
     >>> table = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     >>> part = Part(3, Layout("fp16", 2), "sorted", 0, 2)
@@ -117,6 +119,7 @@ class Stored(Constants):
         data: Tensor,
         arrays: IndexArrays | None = None,
         dtype: torch.dtype = torch.float32,
+        backend: Literal["auto", "torch", "fbgemm"] = "torch",
     ) -> None:
         super().__init__()
         self.parts, self.width = tuple(parts), width
@@ -126,6 +129,7 @@ class Stored(Constants):
         self._whole = all(p.columns is None for p in self.parts)
         # Rows of one size, each of one table row, are read whole; others element by element.
         self._uniform = self._kind if self._whole and len(layouts) == 1 and self._kind.block == 1 else None
+        self._reader = None if self._uniform is None else fbgemm.reader(self._uniform, backend)
         self._pruned = any(p.form != "all" for p in self.parts)
         device = data.device
         if arrays is None:
@@ -165,16 +169,21 @@ class Stored(Constants):
         if partial:
             rows = rows.clamp_min(0)
         if self._uniform is not None and not self._pruned:
-            return self._uniform.decode(self.data.index_select(0, rows)).to(self.dtype)
+            return self._whole_rows(rows).to(self.dtype)
         place, n = self._place(rows)
         pos = place.clamp_min(0)
-        if self._uniform is not None:
-            out = self._uniform.decode(self.data.index_select(0, pos + n.stored))
-        else:
-            out = self._scattered(pos, n)
+        out = self._scattered(pos, n) if self._uniform is None else self._whole_rows(pos + n.stored)
         if self._pruned:
             out = out.masked_fill((place < 0).unsqueeze(1), 0.0)
         return out.to(self.dtype)
+
+    def _whole_rows(self, rows: Tensor) -> Tensor:
+        """Decoded stored rows of one layout."""
+        layout = cast("Layout", self._uniform)
+        if self._reader is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            out: Tensor = self._reader(self.data, rows)
+            return out
+        return layout.decode(self.data.index_select(0, rows))
 
     def _place(self, rows: Tensor) -> tuple[Tensor, _Integers]:
         """Place of each row among the kept rows of its part, -1 where it is not kept; and the part's integers."""

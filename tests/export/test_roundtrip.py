@@ -7,21 +7,24 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import recsys_embed as rse
-from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
-from recsys_embed.export import export, load, verify
+from recsys_embed.export import export, load
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.precision import Precision
-from recsys_embed.models import build_model, list_models
 from recsys_embed.plan import Plan
-from recsys_embed.registry import MethodInfo, config_from_dict, list_methods
+from recsys_embed.registry import MethodInfo, list_methods
 
 PRECISIONS = get_args(Precision)
 METHODS = pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name)
 ROWS, WIDTH = 1500, 12
-SCHEMA = Schema([FeatureSpec(f"C{i}", n, 8, pooling=p) for i, (n, p) in enumerate([(40, "sum"), (900, "mean"), (7, "sum"), (300, "max")])])
+SCHEMA = Schema(
+    [
+        FeatureSpec(f"C{i}", n, 8, pooling=p)
+        for i, (n, p) in enumerate([(40, "sum"), (900, "mean"), (7, "sum"), (300, "max")])
+    ]
+)
 
 
 def make(method: MethodInfo, **options: Any) -> Any:
@@ -30,7 +33,9 @@ def make(method: MethodInfo, **options: Any) -> Any:
 
 
 def plan_of(method: MethodInfo) -> Plan:
-    return Plan.full(SCHEMA) if method.name == "full" else Plan.uniform(SCHEMA, method.name, budget="16KiB", full_below=10)
+    return (
+        Plan.full(SCHEMA) if method.name == "full" else Plan.uniform(SCHEMA, method.name, budget="16KiB", full_below=10)
+    )
 
 
 def ids_of(schema: Schema, batch: int = 50) -> Tensor:
