@@ -1,0 +1,95 @@
+"""``recsys-embed compress``: the tables of somebody's model, replaced as a plan says, from a trained state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys_embed.cli._target import load_target
+from recsys_embed.errors import CheckpointError, ConfigError
+
+
+def compress(
+    model: Annotated[str, typer.Option("--model", help="package.module:function that returns the plain model.")],
+    plan: Annotated[Path, typer.Option("--plan", help="JSON of 'recsys-embed plan', by table name or path.")],
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Trained state dict of the plain model: .pt or .safetensors.")
+    ] = None,
+    init: Annotated[str, typer.Option("--init", help="dense (fit to the trained tables) or fresh.")] = "dense",
+    counts: Annotated[
+        Path | None, typer.Option("--counts", help="Data folder that says how often ids occur: weighs the fit.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option("--include", help="Only tables like this, e.g. 'emb.*'.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Leave tables like this alone.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the table, build nothing.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the compressed model's state dict (.pt), to train on or export.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Replace the embedding tables of a model as a plan says, fitted to its trained ones, and write its new state.
+
+    To go on in Python: build the model, compress_(model, plan, init="fresh"), load_state_dict(torch.load(OUT)).
+    """
+    import torch
+
+    from recsys_embed.compress import compress_
+    from recsys_embed.plan import Plan
+    from recsys_embed.train.files import atomic_write
+
+    if dry_run and out is not None:
+        raise ConfigError("--dry-run writes nothing; leave --out or --dry-run away")
+    try:
+        chosen = Plan.from_dict(json.loads(plan.read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise e if isinstance(e, ConfigError) else ConfigError(f"{plan} is not valid JSON: {e}") from e
+    target = load_target(model)
+    if state is not None:
+        _load(target, state)
+    report = compress_(
+        target,
+        chosen,
+        init,  # type: ignore[arg-type]
+        counts=None if counts is None else _counts(target, counts),
+        include=include or (),
+        exclude=exclude or (),
+        dry_run=dry_run,
+    )
+    if out is not None:
+        atomic_write(out, lambda file: torch.save(target.state_dict(), file))
+    print(report.to_json() if as_json else report)
+    if out is not None and not as_json:
+        print(f"state: {out}")
+    return 0
+
+
+def _counts(model: Any, folder: Path) -> Any:
+    from recsys_embed.compress import table_counts
+    from recsys_embed.data import open_dataset
+
+    return table_counts(model, open_dataset(folder))
+
+
+def _load(model: Any, path: Path) -> None:
+    import torch
+
+    from recsys_embed._optional import require
+
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            found = require("safetensors.torch", extra="train", purpose="reading .safetensors").load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(found)
+    except ImportError:
+        raise
+    except Exception as e:
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        raise CheckpointError(f"{path} is not a state dict of this model: {' '.join(lines)[:400]}") from e

@@ -1,0 +1,82 @@
+"""How often the ids of a model's tables occur, from what knows the features they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.discover import find_tables
+from recsys_embed.errors import ConfigError, raise_faults
+
+
+def table_counts(model: nn.Module, source: Any) -> dict[str, Tensor]:
+    """Counts per table of ``model``, by table name: for ``counts`` of :func:`compress_`, ``stats`` of a planner.
+
+    A table belongs to the feature that its name or the last part of a path of it equals, e.g.
+    ``embedding_dict.C1`` and ``linear.C1`` to ``C1``. Tables of no feature are left out.
+
+    Args:
+        model: holds the tables.
+        source: counts per id by feature, or an opened data set with vocabularies, see
+            :func:`recsys_embed.data.open_dataset`.
+
+    Raises:
+        ConfigError: no table belongs to a feature, or one has fewer rows than its feature has ids.
+
+    >>> model = nn.ModuleDict({"C1": nn.Embedding(4, 2), "other": nn.Embedding(9, 2)})
+    >>> table_counts(model, {"C1": [5, 3, 1]})
+    {'C1': tensor([5., 3., 1., 0.], dtype=torch.float64)}
+    """
+    known = source if isinstance(source, Mapping) else _Vocabularies(source)
+    tables = [t for t in find_tables(model) if not t.obstacle]
+    faults, out = [], {}
+    for table in tables:
+        parts = [table.name, *table.paths, *(p.rpartition(".")[2] for p in table.paths)]
+        feature = next((p for p in parts if p in known), None)
+        if feature is None:
+            continue
+        given = torch.as_tensor(known[feature], dtype=torch.float64)
+        if given.dim() != 1 or len(given) > table.rows:
+            faults.append(
+                f"table {table.name!r} has {table.rows} rows; feature {feature!r} has {tuple(given.shape)} ids"
+            )
+            continue
+        out[table.name] = torch.nn.functional.pad(given, (0, table.rows - len(given)))
+    raise_faults(faults, "counts of tables")
+    if not out:
+        raise ConfigError(
+            f"no table belongs to a feature: tables {', '.join(t.name for t in tables) or 'none'}; features "
+            f"{', '.join(known) or 'none'}"
+        )
+    return out
+
+
+class _Vocabularies(Mapping[str, Any]):
+    """Counts of a data set's features, read as they are asked for."""
+
+    def __init__(self, data: Any) -> None:
+        if not (hasattr(data, "manifest") and hasattr(data, "vocabulary")):
+            raise ConfigError(f"expected counts by feature, or an opened data set; got {type(data).__name__}")
+        self.data = data
+        self.features = {f.name: f for f in data.manifest.features if f.vocab is not None}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __iter__(self) -> Any:
+        return iter(self.features)
+
+    def __getitem__(self, name: str) -> Any:
+        vocabulary = self.data.vocabulary(name)
+        counts = np.zeros(self.features[name].num_embeddings)
+        counts[vocabulary.ids] = vocabulary.counts
+        if vocabulary.missing_id:
+            counts[vocabulary.missing_id] = vocabulary.missing_count
+        # Rows whose value is too rare for the vocabulary share id 0.
+        splits = self.data.manifest.splits
+        counts[0] += max(0.0, (splits["train"].rows if "train" in splits else 0.0) - counts.sum())
+        return counts
