@@ -1,0 +1,101 @@
+"""``recsys-embed export``: a trained model as one small file to serve, and a check of such files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+from zipfile import is_zipfile
+
+import typer
+
+from recsys_embed.cli._target import load_target
+from recsys_embed.errors import ConfigError
+from recsys_embed.memory import format_bytes
+
+
+def export(
+    source: Annotated[
+        Path | None, typer.Argument(help="Folder of a finished run, its model.pt, or an exported file to convert.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A trained model instead: package.module:function, called without arguments."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write, e.g. model.safetensors.")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the tables' rows: fp32 (same bits), fp16, bf16, int8, int4.")
+    ] = "fp32",
+    search: Annotated[
+        str | None, typer.Option("--search", help="Scales of int8 and int4: minmax (fast) or greedy (less error).")
+    ] = None,
+    prune: Annotated[bool, typer.Option(help="Drop rows and columns of zeros where that saves bytes.")] = True,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder made by 'recsys-embed data': AUC before and after.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Rows of --data to measure on.")] = "test",
+    check: Annotated[
+        Path | None, typer.Option("--verify", help="Only check an exported file: every byte of it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Write what serving needs into one file: pruned, quantised, without optimizer state; and say what it costs."""
+    from recsys_embed.export import export as write
+    from recsys_embed.export import load
+
+    if check is not None:
+        if source is not None or model is not None or out is not None:
+            raise ConfigError("--verify only checks a file; leave out SOURCE, --model and --out")
+        print(_verified(check, as_json))
+        return 0
+    if (source is None) == (model is None):
+        raise ConfigError("give a SOURCE or --model package.module:function, and not both")
+    if out is None:
+        raise ConfigError("name the file to write: --out model.safetensors")
+    found: Any = load_target(model) if model is not None else source
+    if source is not None and source.is_file() and not is_zipfile(source):
+        found = load(source, backend="torch")
+    report = write(
+        found,
+        out,
+        precision,  # type: ignore[arg-type]
+        prune=prune,
+        search=search,  # type: ignore[arg-type]
+        evaluate=None if data is None else _auc(data, split),
+        metric=f"{split} AUC",
+    )
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    return 0
+
+
+def _auc(folder: Path, split: str) -> Callable[[Any], float]:
+    """What measures a model's AUC on a split of a data folder."""
+    from recsys_embed.data import open_dataset
+    from recsys_embed.train import evaluate
+
+    dataset = open_dataset(folder)
+    if split not in dataset.splits:
+        raise ConfigError(f"--split must be one of {', '.join(dataset.splits)}; got {split!r}")
+
+    def measure(model: Any) -> float:
+        metrics = evaluate(model, dataset, split)
+        if metrics is None or metrics.auc is None:
+            raise ConfigError(f"split {split!r} of {folder} has labels of one class only, so no AUC")
+        return float(metrics.auc)
+
+    return measure
+
+
+def _verified(path: Path, as_json: bool) -> str:
+    from recsys_embed.export import verify
+
+    manifest = verify(path)
+    size = path.stat().st_size
+    if as_json:
+        return json.dumps({"path": str(path), "bytes": size, "manifest": manifest}, indent=2)
+    kinds = sorted({t["kind"] for t in manifest["tables"].values()})
+    return (
+        f"{path}: whole; {format_bytes(size)}, {len(manifest['tables'])} tables ({', '.join(kinds)}), "
+        f"{len(manifest['dense'])} other tensors, written by recsys-embed {manifest['written_by'].get('recsys-embed')}"
+    )
