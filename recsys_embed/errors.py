@@ -34,6 +34,10 @@ class CheckpointError(RecsysEmbedError, RuntimeError):
     """A checkpoint is damaged or belongs to another configuration."""
 
 
+class ExportError(RecsysEmbedError, RuntimeError):
+    """What was exported does not compute what the model computes."""
+
+
 class MissingDependencyError(RecsysEmbedError, ImportError):
     """An optional library is absent or of an incompatible version; names the fix."""
 
