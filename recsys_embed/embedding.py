@@ -198,7 +198,8 @@ class CompressedEmbedding(nn.Module):
         ``[num_embeddings, embedding_dim]``: computed anew at every access, with gradients, and read-only.
         """
         if self.stands_in:
-            return self._vectors(torch.arange(self.num_embeddings, device=self._device())).as_subclass(PlainView)
+            rows = self._vectors(torch.arange(self.num_embeddings, device=self._device()))
+            return rows if torch.compiler.is_compiling() else rows.as_subclass(PlainView)
         stored = self.__dict__.get("_parameters", {}).get("weight")
         if stored is None and self.__dict__.get("_modules", {}).get("served") is not None:
             stored = self.table("weight") if "weight" in (self.served or ()) else None

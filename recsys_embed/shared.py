@@ -97,14 +97,24 @@ class PlainView(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
+            if func == Tensor._base.__get__:  # type: ignore[union-attr]
+                return out
             # A view of the table (`.data`, a slice) leads nowhere either.
-            held = [a.untyped_storage()._cdata for a in args if isinstance(a, cls)]
+            held = {_memory(a) for a in args if isinstance(a, cls)} - {None}
             if type(out) in (tuple, list):
                 return type(out)(_guarded(o, held) for o in out)
             return _guarded(out, held)
 
 
-def _guarded(out: Any, held: list[int]) -> Any:
-    if type(out) is Tensor and out.layout is torch.strided and out.untyped_storage()._cdata in held:
+def _memory(tensor: Tensor) -> int | None:
+    """What views of one tensor have in common; None for what transforms of functions wrap."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _guarded(out: Any, held: set[int | None]) -> Any:
+    if type(out) is Tensor and out.layout is torch.strided and _memory(out) in held:
         return out.as_subclass(PlainView)
     return out
