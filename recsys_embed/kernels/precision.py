@@ -147,7 +147,7 @@ def _grid(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     scale = ((high - bias) / levels).half()
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     short = high - (bias + levels * scale.float())
-    scale = torch.where((short > step / 2) & (step > 0), above, scale).float()
+    scale = torch.where((short > step / 2) & (short > 0), above, scale).float()
     return torch.where((scale == 0) | torch.isinf(1 / scale), torch.ones_like(scale), scale), bias
 
 
