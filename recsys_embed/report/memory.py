@@ -190,7 +190,7 @@ def _optimizer_notes(tables: Sequence[TableReport], rest: Rest, settings: Settin
 def _stats_of(entry: Entry, stats: FieldStats) -> TableStats:
     if entry.program is None:
         # A plain table gives every id a row of its own.
-        none = Collisions(0.0, 0.0)
+        none = Collisions(0.0, 0.0, 0.0)
         return TableStats(stats, none, None if stats.ids is None else none)
     if entry.hashed is None:
         return TableStats(stats, None, None)

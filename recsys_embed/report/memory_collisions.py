@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from recsys_embed.report.memory_stats import FieldStats
 
 _CHUNK = 1 << 20
 _SIGNS_OF_A_RUN = 32
+_STEPS = 64
+_ALMOST_ONE = 1 - 1e-12
 
 
 def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int = 0) -> Callable[[Tensor], Tensor]:
@@ -61,10 +64,18 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
 
 @dataclass(frozen=True)
 class Collisions:
-    """Share of ids, and of occurrences, whose vector is that of another id too."""
+    """What sharing vectors does to ids.
+
+    Args:
+        ids: share of ids whose vector is that of another id too.
+        traffic: share of lookups that read such a vector.
+        mixed: how much of the lookups of its vector are of other ids, on average over lookups: near 0 where frequent
+            ids share with rare ones alone, near 1 where every id is one of many.
+    """
 
     ids: float
     traffic: float | None
+    mixed: float | None
 
 
 def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
@@ -73,8 +84,11 @@ def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
         raise ConfigError(f"collisions are measured on counts per id, which {stats.name!r} does not have")
     found = torch.cat([keys(part).cpu() for part in stats.ids.split(_CHUNK)])
     _, group, size = found.unique(return_inverse=True, return_counts=True)
-    shares = size[group] > 1
-    return Collisions(float(shares.double().mean()), float(stats.counts[shares].sum() / stats.counts.sum()))
+    shares, counts = size[group] > 1, stats.counts
+    total = torch.zeros(len(size), dtype=counts.dtype).index_add_(0, group, counts)
+    own = float((counts.square() / total[group]).sum() / counts.sum())
+    traffic = float(counts[shares].sum() / counts.sum())
+    return Collisions(float(shares.double().mean()), traffic, max(0.0, 1.0 - own))
 
 
 def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) -> Collisions:
@@ -98,13 +112,37 @@ def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) ->
     heads = _merge([_private(t) for p in program.probes for t in p.transforms], n)
     others = n - sum(stop - start for start, stop in heads)
     if others <= 0:
-        return Collisions(0.0, None if stats is None else 0.0)
-    rate = _rate(program, n, others)
-    traffic = None
-    if stats is not None:
-        private = sum(stats.share(stop) - stats.share(start) for start, stop in heads)
-        traffic = rate * max(0.0, 1.0 - private)
-    return Collisions(rate * others / n, traffic)
+        return Collisions(0.0, *((None, None) if stats is None else (0.0, 0.0)))
+    rate, cells = _rate(program, n, others)
+    if stats is None:
+        return Collisions(rate * others / n, None, None)
+    private = sum(stats.share(stop) - stats.share(start) for start, stop in heads)
+    return Collisions(rate * others / n, rate * max(0.0, 1.0 - private), _mixed(stats, heads, rate, cells))
+
+
+def _mixed(stats: FieldStats, heads: Sequence[tuple[int, int]], rate: float, cells: float) -> float:
+    """Share of others among the lookups of a vector, on average over lookups and over the hashes."""
+    size, mass = stats.curve.ids, stats.curve.mass
+    ends = np.cumsum(size)
+    private = np.zeros(len(size))
+    for start, stop in heads:
+        private += np.clip(np.minimum(ends, stop) - np.maximum(ends - size, start), 0.0, None)
+    open_share = np.clip(1.0 - private / size, 0.0, 1.0)
+    live = (open_share > 0) & (mass > 0)
+    if rate <= 0 or not live.any():
+        return 0.0
+    # With others X beside an id of share c in its cell, c / (c + X) = E[exp(-u X / c)] for exponential u; and the
+    # expectation of exp(-s X) is a product over the others, each of which is in the cell with chance 1 / cells.
+    count, each = (size * open_share)[live], (mass / size)[live]
+    u = np.geomspace(1e-9, 40.0, _STEPS)
+    s = u / each[:, None]
+    absent = np.zeros_like(s)
+    for m, n in zip(each, count, strict=True):
+        absent += n * np.log1p(-np.minimum(-np.expm1(-s * m) / cells, _ALMOST_ONE))
+    absent -= np.log1p(-np.minimum(-np.expm1(-s * each[:, None]) / cells, _ALMOST_ONE))  # itself is no other
+    inside = u * np.exp(-u + np.minimum(absent, 0.0))
+    own = ((inside[:, 1:] + inside[:, :-1]) / 2 * np.diff(np.log(u))).sum(1)
+    return float((count * each * (1.0 - np.minimum(own, 1.0))).sum())
 
 
 def _private(transform: Transform) -> tuple[int, int]:
@@ -146,19 +184,20 @@ def _cells(program: LookupProgram) -> float:
     return max(1.0, cells * math.prod(float(s) for s in sizes.values()) / orders)
 
 
-def _rate(program: LookupProgram, n: int, others: int) -> float:
-    """Probability that one of ``others`` ids without a row of its own reads what another of them reads."""
+def _rate(program: LookupProgram, n: int, others: int) -> tuple[float, float]:
+    """Probability that an id without a row of its own reads what another such id reads; and the number of cells."""
     cells = _cells(program)
     digits = [t for p in program.probes for t in p.transforms if isinstance(t, Digit)]
     if not digits:
-        return _birthday(cells, others - 1)
+        return _birthday(cells, others - 1), cells
     classes = math.prod(min(d.mod or n, -(-n // d.div)) for d in {(d.div, d.mod): d for d in digits}.values())
     if classes >= n:
-        return 0.0
-    # Balanced classes: n - classes * (n // classes) of them hold one id more.
+        return 0.0, cells * classes
+    # Balanced classes: some of them hold one id more than the others.
     small, larger = divmod(n, classes)
     in_larger = larger * (small + 1) / n
-    return in_larger * _birthday(cells, small) + (1 - in_larger) * _birthday(cells, small - 1)
+    rate = in_larger * _birthday(cells, small) + (1 - in_larger) * _birthday(cells, small - 1)
+    return rate, cells * classes
 
 
 def _birthday(cells: float, rest: int) -> float:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.memory import format_bytes
-from recsys_embed.report.memory_collisions import Collisions
 
 if TYPE_CHECKING:
     from recsys_embed.report.memory_values import MemoryReport, TableReport
@@ -37,7 +36,7 @@ def render_text(report: MemoryReport, limit: int | None, width: int) -> str:
     """Every grid of the report in at most ``width`` columns, and its notes."""
     lines = [headline(report), ""]
     for grid in grids(report, limit):
-        lines += [grid.title] if grid.title else []
+        lines += grid.title.splitlines()
         lines += [*_aligned(grid, width), ""]
     for note in report.notes:
         lines += _wrapped(f"note: {note}", width)
@@ -48,7 +47,7 @@ def render_markdown(report: MemoryReport, limit: int | None) -> str:
     """Every grid of the report as a Markdown table."""
     lines = ["# Memory report", "", _escape(headline(report)), ""]
     for grid in grids(report, limit):
-        lines += [f"## {grid.title}", ""] if grid.title else []
+        lines += [f"## {' '.join(grid.title.split())}", ""] if grid.title else []
         rule = ("---",) * grid.left + ("---:",) * (len(grid.header) - grid.left)
         for row in (grid.header, rule, *grid.rows):
             lines.append("| " + " | ".join(row if row is rule else map(_escape, row)) + " |")
@@ -169,6 +168,8 @@ def _alternatives(report: MemoryReport) -> Grid:
     rows: list[tuple[str, ...]] = [own]
     for a in report.alternatives():
         if a.method == "full":
+            if a.serve["fp32"] == report.stored("fp32"):
+                continue  # it is
             name = "full, whole"
         else:
             name = f"{a.method}{' *' if a.missed or a.unfit else ''}"
@@ -181,27 +182,25 @@ def _alternatives(report: MemoryReport) -> Grid:
 
 def _statistics(report: MemoryReport, limit: int | None) -> Grid:
     shown, _ = _largest([t for t in report.tables if t.stats is not None], limit)
-    splits = list(dict.fromkeys(s for t in shown if t.stats for s in t.stats.field.unseen if s != "train"))
-    header = ("table", "ids seen", "top 100", "top 10k", *(f"unseen {s}" for s in splits), "collide", "measured")
+    found = [(t, t.stats) for t in shown if t.stats is not None]
+    splits = list(dict.fromkeys(s for _, stats in found for s in stats.field.unseen if s != "train"))
+    tops = [k for k in (100, 10_000) if any(k < stats.field.distinct for _, stats in found)]
+    names = {100: "top 100", 10_000: "top 10k"}
+    header = ["table", "ids seen", *(names[k] for k in tops), *(f"unseen {s}" for s in splits)]
     rows = []
-    for t in shown:
-        if t.stats is None:
-            continue
-        f = t.stats.field
-        tops = [percent(f.share(k)) if k < f.distinct else "all" for k in (100, 10_000)]
+    for t, stats in found:
+        f, expected, measured = stats.field, stats.expected, stats.measured
+        covered = [percent(f.share(k)) if k < f.distinct else "all" for k in tops]
         unseen = [percent(f.unseen.get(s)) for s in splits]
-        both = (_pair(t.stats.expected), _pair(t.stats.measured))
-        rows.append((t.name, _count(f.distinct), *tops, *unseen, *both))
-    return Grid(
-        header, tuple(rows), 1, "Frequencies: share of lookups by top rows; ids / lookups whose vector is shared"
+        shared = [percent(None if c is None else c.ids) for c in (expected, measured)]
+        mixed = [percent(None if c is None else c.mixed) for c in (expected, measured)]
+        rows.append((t.name, _count(f.distinct), *covered, *unseen, *shared, *mixed))
+    header += ["shared", "measured", "mixed", "measured"]
+    title = (
+        "Frequencies: lookups that the top rows cover; ids whose vector is shared with others, and how\n"
+        "much of its lookups are others' (expected, and measured on the ids)"
     )
-
-
-def _pair(c: Collisions | None) -> str:
-    if c is None:
-        return "-"
-    ids, traffic = percent(c.ids), percent(c.traffic)
-    return f"{ids.removesuffix(' %')} / {traffic}" if c.traffic is not None else ids
+    return Grid(tuple(header), tuple(rows), 1, title)
 
 
 # -- layout --------------------------------------------------------------------------------------------------------

@@ -162,6 +162,20 @@ def test_flipped_headers_are_refused_or_harmless(tmp_path: Path, at: int) -> Non
     assert size <= path.stat().st_size
 
 
+@pytest.mark.parametrize("change", [{"shape": [21, 4]}, {"shape": [-20, -4]}, {"dtype": "F64"}, {"dtype": "Q8"}])
+def test_headers_that_contradict_themselves_are_refused(tmp_path: Path, change: dict) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"emb.weight": torch.randn(20, 4)}, path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["emb.weight"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(CheckpointError, match="is damaged or no safetensors file"):
+        memory_report(path)
+
+
 def test_safetensors_reader_agrees_with_the_library(tmp_path: Path) -> None:
     tensors = {
         f"t{i}": torch.ones(i, 3, dtype=dtype)

@@ -24,11 +24,13 @@ from recsys_embed.report.memory_whatif import alternatives
 EVIL = '</script><b onmouseover="x">\'&amp; |`*_\u2028'
 
 
+SCHEMA = Schema([FeatureSpec("C1", 50_000, 16), FeatureSpec("C2", 100, 16), FeatureSpec("C3", 900, 16)])
+
+
 @cache
 def report(**more) -> MemoryReport:
-    schema = Schema([FeatureSpec("C1", 50_000, 16), FeatureSpec("C2", 100, 16), FeatureSpec("C3", 900, 16)])
     counts = (1e5 / torch.arange(1, 50_001)).ceil()
-    return memory_report(schema, optimizer="rowwise_adagrad", stats={"C1": counts}, **more)
+    return memory_report(SCHEMA, optimizer="rowwise_adagrad", stats={"C1": counts}, **more)
 
 
 class Page(HTMLParser):
@@ -71,7 +73,10 @@ def test_text_fits_and_holds_the_totals() -> None:
     for value in (rep.total("serve"), rep.total("train"), rep.footprint.optimizer, rep.plain):
         assert format_bytes(value) in text
     for info in rse.list_methods():
-        assert re.search(rf"^{info.name}\b", text, re.M)
+        # Plain tables as they are need no line of their own.
+        assert bool(re.search(rf"^{info.name}\b", text, re.M)) == (info.name != "full")
+    hashed = memory_report(Plan.uniform(SCHEMA, "hash", budget="1MiB"), schema=SCHEMA)
+    assert re.search(r"^full, whole", str(hashed), re.M)
 
 
 @given(st.lists(st.text(st.characters(exclude_characters=".#", exclude_categories=("Cs",)), min_size=1, max_size=150)))
@@ -116,7 +121,7 @@ def test_json_says_the_same_and_is_versioned(tmp_path: Path) -> None:
     assert data["precisions"]["int8"] == rep.total("serve")
     assert sum(t["share"] for t in data["tables"]) == pytest.approx(1.0)
     assert [a["method"] for a in data["alternatives"]] == [m.name for m in rse.list_methods()]
-    assert data["tables"][0]["statistics"]["collisions_measured"] == {"ids": 0.0, "traffic": 0.0}
+    assert data["tables"][0]["statistics"]["collisions_measured"] == {"ids": 0.0, "traffic": 0.0, "mixed": 0.0}
     for table in data["tables"]:
         b = table["bytes"]
         assert b["weights"] + b["index"] == sum(a["bytes"] for a in table["arrays"])
@@ -235,6 +240,15 @@ def test_small_tables_stay_plain_and_unfit_ones_are_counted() -> None:
     assert by_method["hash"].unfit == 0
     assert by_method["lowdim"].unfit == 1
     assert raw.plain == 5000 * 32
+
+
+def test_fused_state_of_an_alternative_is_that_of_its_tables() -> None:
+    schema = Schema([FeatureSpec("C1", 50_000, 16)])
+    found = {a.method: a for a in memory_report(schema, optimizer=rse.Adagrad(lr=0.1)).alternatives(4.0)}
+    config = rse.get_method("lowdim").config_cls.for_budget(schema["C1"], 50_000 * 16)
+    tables = {t.name: 4 * t.rows * t.width for t in config.program(schema["C1"]).tables}
+    # The projection has an ordinary gradient and no fused state.
+    assert found["lowdim"].train == 2 * sum(tables.values())
 
 
 def test_only_the_largest_shapes_are_sized() -> None:
