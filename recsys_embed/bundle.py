@@ -18,7 +18,7 @@ from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
 from recsys_embed.kernels.unseen import Unseen, with_unseen
-from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup, project
+from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup, absent_ids, project
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram
 from recsys_embed.registry import get_method
@@ -203,7 +203,7 @@ class LookupBundle(Constants):
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, matrices = project(value, matrices[local], "ni,nio->no"), None
             offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
-            skipped = values[g] < 0 if self.unseen.zeros[part[0]] else None
+            skipped = absent_ids(values[g]) if self.unseen.zeros[part[0]] else None
             value = pool_vectors(value, offsets, mode, weights, skipped, include_last_offset=True)
             value = value if own is None else own.after_pool(value)
             value = value.view(len(part), batch, value.shape[-1])

@@ -22,7 +22,7 @@ from recsys_embed.kernels.fused import read_rows
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import Unseen, UnseenCount, with_unseen, with_unseen_row
-from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
+from recsys_embed.kernels.vectorised import Place, VectorisedLookup, absent_ids, project
 from recsys_embed.memory import Footprint
 from recsys_embed.shared import PlainView, SharedTables
 
@@ -277,8 +277,8 @@ class CompressedEmbedding(nn.Module):
 
         Args:
             input: the ids, int32 or int64; for hashing methods also strings, in lists or numpy arrays, and integers in
-                numpy arrays, see :func:`recsys_embed.string_ids`. Without ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]``
-                with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
+                numpy arrays, see :func:`recsys_embed.string_ids`. Without ``mode`` any shape; with ``mode``
+                ``[bags, length]``, or ``[n]`` with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
             per_sample_weights: floats of the shape of ``input``, for ``mode="sum"``; may require grad.
 
         Returns:
@@ -303,11 +303,10 @@ class CompressedEmbedding(nn.Module):
         flat, offsets = self._bags(ids, offsets)
         flat = self._resolve(flat)
         vectors = self.before_pool_resolved(flat)
-        skipped = None
-        if self.padding_idx is not None or self.unseen.zeros[0]:
-            skipped = (flat < 0) if self.padding_idx is None else (flat == self.padding_idx)
-            if self.padding_idx is not None and self.unseen.zeros[0]:
-                skipped |= flat < 0
+        skipped = absent_ids(flat) if self.unseen.zeros[0] else None
+        if self.padding_idx is not None:
+            padding = flat == self.padding_idx
+            skipped = padding if skipped is None else skipped | padding
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)

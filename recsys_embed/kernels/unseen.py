@@ -110,7 +110,7 @@ class Unseen(Constants):
             ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id; of a single feature any
                 shape.
             feature: int64 ``[n]``.
-            ignored: bool of the shape of ``ids``, those that are not counted.
+            ignored: bool of the shape of ``ids``: ids in range that are not counted.
 
         Returns:
             int64 of the shape of ``ids``: ids in ``[0, num_ids)``, -1 where an id reads no row, and what it will where
@@ -163,8 +163,6 @@ class Unseen(Constants):
 
     @torch.no_grad()
     def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
-        if ignored is not None:
-            outside = outside & ~ignored
         if feature is not None:
             counted = torch.ones_like(outside) if ignored is None else ~ignored
             self.counts.index_add_(0, feature, torch.stack([outside, counted], -1).to(torch.int64))

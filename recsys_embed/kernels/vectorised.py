@@ -124,8 +124,7 @@ class Group(Constants):
 
         self.add_constant(name, [[integers(f, table, t) for table, t in row] for f, row in enumerate(chosen)])
         table, transform = chosen[0][0]
-        absent = self.optional or transform.may_be_absent
-        return _Read(places[0][table].storage, transform.signature(), name, absent, run)
+        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, run)
 
     def _probe_set(
         self,
@@ -147,7 +146,14 @@ class Group(Constants):
             self.add_constant(signs, [[p.sign for p in row] for row in chosen])
         return _ProbeSet(slots, read, weight, signs, first.scale, first.width)
 
-    def rows(self, ids: Tensor, local: Tensor | None, arrays: IndexArrays) -> list[tuple[str, Tensor]]:
+    @property
+    def reads(self) -> list[_Read]:
+        """What :meth:`rows` asks for, in order."""
+        return [read for s in self.sets for read in (s.read, s.weight) if read is not None]
+
+    def rows(
+        self, ids: Tensor, local: Tensor | None, arrays: IndexArrays, absent: Tensor | None = None
+    ) -> list[tuple[str, Tensor]]:
         """Rows to gather: (storage, int64 ``[..., probes]`` or ``[..., probes, run]``) for every set and its weights.
 
         -1 stays -1.
@@ -156,25 +162,22 @@ class Group(Constants):
             ids: ``[B, len(features)]``, or ``[n]`` with ``local``.
             local: ``[n]``, which of the group's features each id belongs to.
             arrays: of all indexes.
+            absent: bool of the shape of ``ids``, those that read no row; None where that is none of them.
         """
         x = ids.unsqueeze(-1)
         out = []
-        for s in self.sets:
-            for read in (s.read, s.weight):
-                if read is None:
-                    continue
-                stacked = self.constant(read.params)
-                *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
-                rows = read.kind[0].map(read.kind, x, params, at, arrays)
-                if self.optional:
-                    rows = torch.where(x < 0, -1, rows)
-                if read.run > 1:
-                    size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
-                    ahead = (rows + self.constant(f"run{read.run}")) % size
-                    rows = torch.where(rows < 0, rows, ahead) if read.may_be_absent else ahead
-                out.append(
-                    (read.storage, torch.where(rows < 0, rows, rows + offset) if read.may_be_absent else rows + offset)
-                )
+        for read in self.reads:
+            stacked = self.constant(read.params)
+            *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
+            rows = read.kind[0].map(read.kind, x, params, at, arrays)
+            if absent is not None:
+                rows = torch.where(absent.unsqueeze(-1), -1, rows)
+            partial = read.may_be_absent or absent is not None
+            if read.run > 1:
+                size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
+                ahead = (rows + self.constant(f"run{read.run}")) % size
+                rows = torch.where(rows < 0, rows, ahead) if partial else ahead
+            out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if partial else rows + offset))
         return out
 
     def _signs(self, s: _ProbeSet, ids: Tensor, local: Tensor | None) -> Tensor:
@@ -225,6 +228,13 @@ def project(value: Tensor, matrix: Tensor, equation: str) -> Tensor:
     return out + value[..., :passing] if passing else out
 
 
+def absent_ids(ids: Tensor) -> Tensor | None:
+    """Where ids are -1, "none": bool of their shape; None if nowhere, which only the CPU tells without a wait."""
+    absent = ids < 0
+    eager = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if eager and not bool(absent.any()) else absent
+
+
 class VectorisedLookup(nn.Module):
     """Run many programs at once.
 
@@ -253,8 +263,7 @@ class VectorisedLookup(nn.Module):
             Group(m, [programs[i] for i in m], [places[i] for i in m], self.index, self.optional[m[0]])
             for m in members.values()
         )
-        reads = [read for g in self.groups for s in g.sets for read in (s.read, s.weight) if read is not None]
-        self._partial = {read.storage for read in reads if read.may_be_absent}
+        self._partial = {read.storage for g in self.groups for read in g.reads if read.may_be_absent}
 
     @property
     def groups(self) -> list[Group]:
@@ -272,7 +281,9 @@ class VectorisedLookup(nn.Module):
         """
         where = local if local is not None else [None] * len(ids)
         arrays = self.index.arrays
-        requests = [g.rows(x, w, arrays) for g, x, w in zip(self.groups, ids, where, strict=True)]
+        absent = [absent_ids(x) if g.optional else None for g, x in zip(self.groups, ids, strict=True)]
+        requests = [g.rows(x, w, arrays, a) for g, x, w, a in zip(self.groups, ids, where, absent, strict=True)]
+        missing = {r.storage for g, a in zip(self.groups, absent, strict=True) if a is not None for r in g.reads}
         wanted: dict[str, list[Tensor]] = {}
         for request in requests:
             for storage, rows in request:
@@ -280,15 +291,12 @@ class VectorisedLookup(nn.Module):
         gathered: dict[str, list[Tensor]] = {}
         for storage, asked in wanted.items():
             flat = [r.reshape(-1) for r in asked]
-            read = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial)
+            read = gather(storage, flat[0] if len(flat) == 1 else torch.cat(flat), storage in self._partial | missing)
             split = read.split([r.numel() for r in asked])
             gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(split, asked, strict=True)]
         out = []
-        for g, x, w, request in zip(self.groups, ids, where, requests, strict=True):
+        for g, x, w, a, request in zip(self.groups, ids, where, absent, requests, strict=True):
             pieces = [gathered[storage].pop(0) for storage, _ in request]
             value = g.combine(x, w, [rows for _, rows in request], pieces)
-            if g.optional and g.template.combine == "mul":
-                # A product over no rows would be one.
-                value = value.masked_fill((x < 0).unsqueeze(-1), 0.0)
-            out.append(value)
+            out.append(value if a is None else value.masked_fill(a.unsqueeze(-1), 0.0))
         return out
