@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 COMPLETE_STATES = 1 << 16
 """Longest list that the complete solver goes through, before options are compared."""
-ROUNDED_WORK = 1 << 24
+ROUNDED_WORK = 1 << 22
 """Additions that the rounded solver may take; it has fewer units where there are more options."""
 LEAST_UNITS, MOST_UNITS = 1 << 10, 1 << 14
 

@@ -12,6 +12,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.price import Factor
 from recsys_embed.program import LookupProgram, Table
@@ -33,7 +34,7 @@ class Limits:
         full_below: features with fewer ids keep a plain table, unless bytes are so scarce that others would lose more
             for it than a twentieth of all that a feature can tell.
         min_width: every id stores at least this many numbers of its own vector, before any projection.
-        width_multiple: stored rows of more than one number have a width that this divides.
+        width_multiple: divides the width of stored rows; learned scalars aside.
         needs_equal_widths: the model multiplies vectors of different features, so all must come out with one width.
         max_rows_per_id: rows gathered per id, learned scalars included: what a lookup waits for.
         max_bytes_per_id: bytes these rows hold.
@@ -85,12 +86,13 @@ class Limits:
             return f"its output is {program.width} wide, not {spec.embedding_dim}"
         tables = {t.name: t for t in program.tables}
         widths = [p.run * tables[p.table].width for p in program.probes]
-        odd = [w for w in widths if w > 1 and w % self.width_multiple]
+        rows = [w for w, p in zip(widths, program.probes, strict=True) if p.width is None]
+        odd = [w for w in rows if w % self.width_multiple]
         if odd:
             return f"its rows are {odd[0]} wide, no multiple of {self.width_multiple}"
         if self.min_width > 1:
             stored = sum((f.width * (f.private + f.shared > 0) for f in parts if f.width > 1), np.zeros(1))
-            narrow = int(np.min(stored)) if np.any(stored) else max(widths)
+            narrow = int(np.min(stored)) if np.any(stored) else 1
             if narrow < self.min_width:
                 return f"it stores {narrow} numbers of an id's vector, fewer than {self.min_width}"
         weights = sum(p.weight is not None for p in program.probes)
@@ -190,8 +192,9 @@ class Costs:
     """What things cost in bytes of the budget, by the arithmetic of :meth:`recsys_embed.Plan.footprint`.
 
     Args:
-        optimizer: fused optimizer; None where an ordinary one steps dense gradients as large as the weights.
-        train: count the optimizer's state, or those gradients.
+        optimizer: fused optimizer of the tables; None where an ordinary one steps dense gradients.
+        train: count the optimizer's state, and gradients as large as the weights of what it does not hold: projections,
+            networks, or everything.
         itemsize: bytes per number.
     """
 
@@ -200,17 +203,29 @@ class Costs:
     itemsize: int = 4
 
     def table(self, table: Table) -> int:
+        """Bytes of one physical table."""
         weights = self.itemsize * table.rows * table.width
         if not self.train:
             return weights
-        if self.optimizer is None:
+        if self.optimizer is None or table.dense:
             return 2 * weights
-        return weights + (0 if table.dense else self.optimizer.state_bytes(table.rows, table.width))
+        return weights + self.optimizer.state_bytes(table.rows, table.width)
 
     def own(self, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
         """Bytes of a feature's tables and index buffers, without tables that it shares."""
         if config.computes:
             parts = config.footprint(spec, self.itemsize)
-            return parts.serve + (parts.weights if self.train and self.optimizer is None else 0)
+            return parts.serve + (parts.weights if self.train else 0)
         index = sum(i.nbytes for i in program.indexes)
         return index + sum(self.table(t) for t in program.tables if not t.shared)
+
+    def plan(self, plan: Plan, schema: Schema) -> int:
+        """Bytes of all features together, shared tables once."""
+        parts = plan.footprint(schema, self.optimizer if self.train else None, self.itemsize)
+        if not self.train:
+            return parts.serve
+        if self.optimizer is None:
+            return parts.train + parts.weights
+        computed = sum(plan[s.name].footprint(s, self.itemsize).weights for s in schema if plan[s.name].computes)
+        dense = sum(self.itemsize * t.rows * t.width for t in plan.tables(schema).values() if t.dense)
+        return parts.train + computed + dense

@@ -33,6 +33,7 @@ from recsys_embed.planning.options import (
 )
 from recsys_embed.planning.price import Terms, price
 
+MOST_MULTIPLES = 32
 MOST_BETWEEN = 24
 """Options interpolated between two sizes, at most."""
 
@@ -94,7 +95,7 @@ class MenuMaker:
 
     def _grid(self, menu: Menu, candidate: Candidate, sizer: Sizer, known: bool) -> dict[int, Sized]:
         """A method at sizes of a coarse grid, without those that are refused; nothing where its tables are shared."""
-        sizes = _grid_sizes(sizer.top(), self.frame.knots)
+        sizes = _grid_sizes(sizer.top(), self.frame.knots, self.frame.limits.width_multiple)
         first = sizer.at(sizes[0])
         shared = any(t.shared for t in first.program.tables)
         kept = {}
@@ -136,12 +137,20 @@ class MenuMaker:
         good = {pairs[i] for i in best.names.tolist()}
         for c, (sizer, kept) in enumerate(found):
             points = [Option(sizer, s, s, kept[s].config, kept[s].cost, known[c, s]) for s in sorted(kept)]
-            options += [a._replace(high=b.low) for a, b in pairwise(points)] + points[-1:]
+            options += points[-1:]
             for a, b in pairwise(points):
+                between = self._allowed_between(kept[a.low], kept[b.low])
+                options.append(a._replace(high=b.low) if between else a)
                 # Between two sizes that others beat there is hardly one that others do not.
-                if (c, a.low) in good or (c, b.low) in good:
+                if between and ((c, a.low) in good or (c, b.low) in good):
                     options += _interpolated(a, b, self.frame.step)
         _finish(menu, options)
+
+    def _allowed_between(self, a: Sized, b: Sized) -> bool:
+        """Whether all sizes between two that are allowed are allowed too."""
+        if self.frame.limits.width_multiple == 1:
+            return True
+        return [t.width for t in a.program.tables] == [t.width for t in b.program.tables]
 
     def _between(
         self, menu: Menu, found: list[tuple[Sizer, dict[int, Sized]]], known: dict[tuple[int, int], float]
@@ -192,14 +201,18 @@ def _finish(menu: Menu, options: list[Option]) -> None:
     menu.hull = hull(menu.choices)
 
 
-def _grid_sizes(top: int, knots: int) -> list[int]:
-    """Sizes in a geometric row up to ``top``, and 1.
+def _grid_sizes(top: int, knots: int, multiple: int) -> list[int]:
+    """Sizes in a geometric row up to ``top``, and 1; all, or all multiples, where these are few.
 
     Sizes far below a ten-thousandth matter only where bytes hardly suffice for a row.
     """
+    if top <= knots:
+        return list(range(1, top + 1))
     low = max(1, top >> 14)
     ratio = (top / low) ** (1 / max(1, knots - 1))
-    return sorted({1, top, *(min(top, round(low * ratio**j)) for j in range(knots))})
+    # Where sizes are widths, only multiples may be left.
+    whole = range(multiple, top + 1, multiple) if 1 < multiple <= top <= MOST_MULTIPLES * multiple else ()
+    return sorted({1, top, *whole, *(min(top, round(low * ratio**j)) for j in range(knots))})
 
 
 def _interpolated(a: Option, b: Option, step: float) -> list[Option]:

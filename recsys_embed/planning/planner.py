@@ -57,8 +57,8 @@ def plan_for_budget(
     Args:
         model_or_schema: the features, or a model whose embedding tables are the features.
         budget: bytes, or text such as ``"64MiB"``, that all embedding tables and index buffers may take.
-        target: ``"serve"``: weights and index buffers; ``"train"``: also the optimizer's state, or with
-            ``optimizer=None`` dense gradients.
+        target: ``"serve"``: weights and index buffers; ``"train"``: also the optimizer's state, and gradients of what
+            it does not hold (projections and networks; with ``optimizer=None`` everything).
         methods: names to choose from, or names with options; all by default.
         optimizer: fused optimizer of the tables, or its name.
         stats: how often ids occur: per feature counts or a :class:`FrequencyCurve`, an opened data set, its folder or
@@ -105,7 +105,7 @@ def plan_for_budget(
         raise BudgetError(_ways_out(schema, menus, frame, least, total))
     configs = _configs(schema, menus, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given})
-    reached = plan_cost(plan, schema, frame.costs)
+    reached = frame.costs.plan(plan, schema)
     if reached > total:
         raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")
     losses = plan_losses(schema, plan, terms, weights, proof.factors)
@@ -121,12 +121,6 @@ def plan_for_budget(
         measured=tuple(sorted(proof.factors)),
     )
     return Plan(plan.configs, _reasons(schema, plan, menus, losses, frame, known), notes)
-
-
-def plan_cost(plan: Plan, schema: Schema, costs: Costs) -> int:
-    """Bytes of the budget that a plan takes, by :meth:`Plan.footprint`."""
-    parts = plan.footprint(schema, costs.optimizer if costs.train else None, costs.itemsize)
-    return parts.train + (parts.weights if costs.train and costs.optimizer is None else 0)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ MUL_POWER = 3.0
 AUC_PER_LOSS = 0.0022
 """AUC that a loss of 1 (all of one feature's signal) costs, on the sample above."""
 
+ROUNDING = 1e-12
 _STEP = 0.5
 _U = np.exp(np.arange(np.log(1e-4), np.log(4e13), _STEP))
 
@@ -212,6 +213,8 @@ def price(
     lost = np.multiply.reduceat(1 - keep * carried[:, None], places, axis=0)
     floor = np.exp(-dim / tau)
     lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)
+    # Differences of rounding are no reason to prefer one way of losing nothing to another.
+    lost[lost < ROUNDING] = 0.0
     out: Floats = lost @ terms.value
     return out
 

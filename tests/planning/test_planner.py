@@ -1,0 +1,458 @@
+"""Plans: never above budget, never worse for more bytes, the same for the same input, and as the user limits them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, list_methods
+from recsys_embed import optim as optimizers
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
+from recsys_embed.planning import FrequencyCurve, plan_for_budget, plan_losses, terms_of
+from recsys_embed.planning import planner as planner_module
+from recsys_embed.planning.limits import Costs, Limits, candidates
+from recsys_embed.planning.menus import MenuMaker
+from recsys_embed.planning.options import Frame
+from recsys_embed.registry import get_method
+
+NAMES = [m.name for m in list_methods()]
+FEW = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def schemas(draw: st.DrawFn, most: int = 5) -> Schema:
+    width = draw(st.sampled_from([4, 8, 16]))
+    sizes = draw(st.lists(st.integers(1, 50_000) | st.integers(1, 300), min_size=1, max_size=most))
+    return Schema([FeatureSpec(f"C{i}", n, width) for i, n in enumerate(sizes)])
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> list[str]:
+    return draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=5, unique=True))
+
+
+def whole(schema: Schema) -> int:
+    return 4 * sum(s.num_embeddings * s.embedding_dim for s in schema)
+
+
+def ranked(schema: Schema, exponent: float = 1.1) -> dict[str, Any]:
+    """Counts whose ids are numbered by frequency."""
+    return {s.name: np.ceil(1e5 * np.arange(1, s.num_embeddings + 1, dtype=np.float64) ** -exponent) for s in schema}
+
+
+def planned(schema: Schema, budget: int, **options: Any) -> Plan | None:
+    try:
+        return plan_for_budget(schema, budget, **options)
+    except (BudgetError, ConfigError) as e:
+        if not any(part in str(e) for part in ("Ways out: 1.", "no method is left", "can only share tables")):
+            raise
+        return None
+
+
+@FEW
+@given(schemas(), st.floats(0.001, 1.5), choices(), st.booleans())
+def test_no_plan_takes_more_than_its_budget(schema: Schema, part: float, methods: list[str], counted: bool) -> None:
+    budget = max(1, int(whole(schema) * part))
+    plan = planned(schema, budget, methods=methods, stats=ranked(schema) if counted else None)
+    if plan is None:
+        return
+    assert tuple(plan) == schema.names
+    assert plan.footprint(schema).serve <= budget
+    assert plan.notes is not None
+    assert plan.notes.bytes == plan.footprint(schema).serve
+    assert {plan[name].method for name in plan} <= set(methods)
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "adam", "sgd", None])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@given(schemas(), st.floats(0.05, 3.0))
+def test_training_budgets_cover_what_training_holds(optimizer: str | None, schema: Schema, part: float) -> None:
+    budget = max(1, int(whole(schema) * part))
+    plan = planned(schema, budget, target="train", optimizer=optimizer, stats=ranked(schema))
+    if plan is None:
+        return
+    fused = None if optimizer is None else planner_module.OPTIMIZERS[optimizer]()
+    collection = EmbeddingCollection(schema, plan, fused, device="meta")
+    assert plan.notes is not None
+    assert plan.notes.bytes == collection.footprint().train <= budget
+
+
+@FEW
+@given(schemas(), choices(), st.lists(st.floats(0.002, 1.2), min_size=2, max_size=4), st.booleans())
+def test_a_larger_budget_never_loses_more(
+    schema: Schema, methods: list[str], parts: list[float], counted: bool
+) -> None:
+    losses: list[float] = []
+    for part in sorted(parts):
+        plan = planned(
+            schema, max(1, int(whole(schema) * part)), methods=methods, stats=ranked(schema) if counted else None
+        )
+        if plan is None:
+            assert not losses, "a larger budget must not be harder to meet"
+            continue
+        assert plan.notes is not None
+        losses.append(plan.notes.predicted_loss)
+        assert plan.notes.least_loss <= plan.notes.predicted_loss + 1e-9
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("methods", [None, ["unified", "full"], ["hash", "full", "lowdim"]])
+def test_losses_fall_along_a_fine_row_of_budgets(methods: list[str] | None) -> None:
+    schema = Schema([FeatureSpec(f"C{i}", n, 16) for i, n in enumerate((50, 900, 7000, 30_000))])
+    losses = []
+    for budget in np.unique(np.geomspace(600, whole(schema), 25).astype(int)).tolist():
+        plan = planned(schema, budget, methods=methods, stats=ranked(schema))
+        if plan is not None:
+            assert plan.notes is not None
+            losses.append(plan.notes.predicted_loss)
+    assert len(losses) > 18
+    assert (np.diff(losses) <= 1e-12).all()
+    assert losses[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+@FEW
+@given(schemas(), st.floats(0.01, 0.9), st.randoms())
+def test_order_and_repetition_change_nothing(schema: Schema, part: float, random: Any) -> None:
+    budget = max(1, int(whole(schema) * part))
+    features = list(schema)
+    random.shuffle(features)
+    found = [planned(s, budget, stats=ranked(schema)) for s in (schema, schema, Schema(features))]
+    assert found[0] == found[1] == found[2]
+    if found[0] is not None and found[2] is not None:
+        assert found[0].to_json() == found[1].to_json()  # type: ignore[union-attr]
+        assert tuple(found[2]) == tuple(f.name for f in features)
+        assert found[0].reasons == found[2].reasons
+
+
+@FEW
+@given(schemas(3), st.floats(0.01, 1.0))
+def test_small_choices_are_solved_exactly(schema: Schema, part: float) -> None:
+    budget = max(1, int(whole(schema) * part))
+    methods = {"full": None, "lowdim": {"dim": 2}}
+    stats = ranked(schema)
+    plan = planned(schema, budget, methods=methods, stats=stats, full_below=0)
+    frame = Frame(candidates(methods), Costs(None, False), Limits(full_below=0))
+    terms = terms_of(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
+    menus = [MenuMaker(frame).menu(s, terms[s.name], 1.0, True) for s in schema]
+    best = min(
+        (
+            sum(o.loss for o in picked)
+            for picked in itertools.product(*(m.options for m in menus))
+            if sum(o.cost for o in picked) <= budget
+        ),
+        default=None,
+    )
+    assert (plan is None) == (best is None)
+    if plan is not None:
+        assert plan.notes is not None
+        assert plan.notes.exact
+        assert plan.notes.predicted_loss == pytest.approx(best)
+        assert sum(plan_losses(schema, plan, terms).values()) == pytest.approx(best)
+
+
+CRITEO = (255, 483, 4620, 5640, 80, 12, 5752, 141, 4, 5772, 3197, 4717, 2546, 26, 3378, 5057, 10, 1849, 900, 5, 4837,
+          10, 15, 4289, 45, 3295)  # fmt: skip
+
+
+def criteo(dim: int = 16) -> Schema:
+    return Schema([FeatureSpec(f"C{i}", n, dim) for i, n in enumerate(CRITEO, 1)])
+
+
+@pytest.mark.parametrize("ratio", [4, 10, 50])
+def test_a_mixed_plan_is_predicted_to_lose_no_more_than_any_single_method(ratio: int) -> None:
+    schema, stats = criteo(), ranked(criteo())
+    terms = terms_of(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
+    budget = whole(schema) // ratio
+    plan = plan_for_budget(schema, budget, stats=stats)
+    assert plan.notes is not None
+    mixed = sum(plan_losses(schema, plan, terms).values())
+    assert mixed <= plan.notes.predicted_loss + 1e-9
+    for method in NAMES:
+        single = planned_uniform(schema, method, budget)
+        if single is not None:
+            # A pool is priced cautiously, as though every feature that may join did.
+            assert mixed <= 1.03 * sum(plan_losses(schema, single, terms).values())
+    assert plan.notes.bytes > 0.97 * budget
+    assert plan.notes.predicted_loss - plan.notes.least_loss < 0.02 * plan.notes.predicted_loss
+
+
+def planned_uniform(schema: Schema, method: str, budget: int) -> Plan | None:
+    try:
+        return Plan.uniform(schema, method, budget=budget) if method != "full" else None
+    except BudgetError:
+        return None
+
+
+def test_tiny_tables_stay_plain_and_large_ones_do_not() -> None:
+    schema = criteo()
+    plan = plan_for_budget(schema, whole(schema) // 10, stats=ranked(schema))
+    for spec in schema:
+        assert (plan[spec.name].method == "full") == (spec.num_embeddings < 200), plan.reasons[spec.name]
+    plan = plan_for_budget(schema, whole(schema) // 10, stats=ranked(schema), full_below=0, forbid={"C6": "full"})
+    assert plan["C6"].method != "full"
+
+
+def test_bytes_to_spare_make_everything_plain() -> None:
+    schema = criteo()
+    plan = plan_for_budget(schema, whole(schema))
+    assert plan == Plan.full(schema)
+    assert plan.notes is not None
+    assert (plan.notes.exact, plan.notes.predicted_loss) == (True, 0.0)
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(schemas(), st.floats(0.2, 1.0), st.sampled_from([n for n in NAMES if n != "full"]))
+def test_pins_and_bans_are_kept(schema: Schema, part: float, method: str) -> None:
+    first = schema.names[0]
+    budget = max(1, int(whole(schema) * part))
+    plan = planned(schema, budget, pin={first: method}, stats=ranked(schema))
+    if plan is not None:
+        assert plan[first].method == method
+        assert "pinned" in plan.reasons[first]
+    plan = planned(schema, budget, forbid={"*": method, first: ["hash"]}, stats=ranked(schema))
+    if plan is not None:
+        assert method not in {plan[n].method for n in plan}
+        assert plan[first].method != "hash"
+
+
+def test_a_pinned_configuration_is_taken_as_it_is_and_its_bytes_count() -> None:
+    schema = criteo()
+    config = get_method("hash").config_cls.from_params({"num_buckets": 777, "seed": 5})
+    plan = plan_for_budget(schema, "300KiB", pin={"C3": config, "C4": config.to_dict()}, stats=ranked(schema))
+    assert plan["C3"] == plan["C4"] == config
+    assert plan.footprint(schema).serve <= 300 * 1024
+
+
+def test_pinned_shared_tables_count_once_and_no_other_pool_takes_their_name() -> None:
+    schema = criteo()
+    config = get_method("unified").config_cls.from_params({"num_rows": 9000})
+    plan = plan_for_budget(schema, "300KiB", pin={"C3": config, "C4": config}, stats=ranked(schema))
+    assert plan["C3"] == plan["C4"] == config
+    users = [n for n in plan if plan[n].method == "unified"]
+    assert users == ["C3", "C4"]
+    assert plan.footprint(schema).serve <= 300 * 1024
+
+
+def test_everything_can_be_pinned_to_one_method() -> None:
+    schema = criteo()
+    for method in ("unified", "hash"):
+        plan = plan_for_budget(schema, "100KiB", pin={"*": method, "C1": "full"})
+        assert [plan[n].method for n in plan] == ["full", *[method] * 25]
+        assert 0.9 * 100 * 1024 < plan.footprint(schema).serve <= 100 * 1024
+
+
+def test_narrow_rows_and_many_reads_can_be_ruled_out() -> None:
+    schema, stats = criteo(), ranked(criteo())
+
+    def widths(plan: Plan) -> set[int]:
+        programs = [plan[s.name].program(s) for s in schema]
+        return {p.run * q.table(p.table).width for q in programs for p in q.probes}
+
+    budget = whole(schema) // 3
+    assert min(widths(plan_for_budget(schema, budget, stats=stats, methods=["lowdim", "full"]))) < 8
+    assert min(widths(plan_for_budget(schema, budget * 2, stats=stats, methods=["lowdim", "full"], min_width=8))) >= 8
+    fours = plan_for_budget(schema, budget, stats=stats, methods=["lowdim", "full"], width_multiple=4)
+    assert all(w % 4 == 0 for w in widths(fours))
+    for limits in ({"max_rows_per_id": 1}, {"max_bytes_per_id": 64, "max_rows_per_id": 2}):
+        plan = plan_for_budget(schema, budget, stats=stats, **limits)
+        for spec in schema:
+            assert len(plan[spec.name].program(spec).probes) <= limits["max_rows_per_id"]
+
+
+def test_outputs_of_other_widths_can_be_ruled_out() -> None:
+    schema = Schema([FeatureSpec("C1", 50_000, 16)])
+    methods = {"compositional": {"combine": "feature"}, "hash": None}
+    free = plan_for_budget(schema, "100KiB", methods=methods)
+    assert free.footprint(schema).serve <= 100 * 1024
+    plan = plan_for_budget(schema, "100KiB", methods=methods, needs_equal_widths=True)
+    assert plan["C1"].method == "hash"
+    with pytest.raises(ConfigError, match="`needs_equal_widths` needs features of one width; got widths 4, 8"):
+        plan_for_budget(Schema([FeatureSpec("a", 9, 4), FeatureSpec("b", 9, 8)]), "1MiB", needs_equal_widths=True)
+
+
+def test_raw_ids_get_methods_that_take_them() -> None:
+    schema = Schema([FeatureSpec("C1", 50_000, 16, ids="raw"), FeatureSpec("C2", 50, 16, ids="raw")])
+    plan = plan_for_budget(schema, "100KiB")
+    assert all(plan[n].accepts_raw for n in plan)
+    with pytest.raises(ConfigError, match=r"no method is left \(full: .*raw"):
+        plan_for_budget(schema, "100KiB", methods=["full", "lowdim"])
+
+
+def test_features_of_unlike_widths_are_planned_together() -> None:
+    schema = Schema([FeatureSpec(f"C{i}", 9000, 4 * 2**i) for i in range(4)])
+    for methods in (None, ["unified", "hash"], ["robe"]):
+        plan = plan_for_budget(schema, whole(schema) // 8, methods=methods)
+        plan.check(schema)
+        assert plan.footprint(schema).serve <= whole(schema) // 8
+
+
+def test_important_features_get_more() -> None:
+    schema = Schema([FeatureSpec("a", 20_000, 16), FeatureSpec("b", 20_000, 16)])
+    plan = plan_for_budget(schema, "200KiB", methods=["hash"], importance={"b": 10})
+    assert plan["b"].num_buckets > 2 * plan["a"].num_buckets  # type: ignore[attr-defined]
+
+
+def test_ids_not_numbered_by_frequency_are_found_by_an_index() -> None:
+    schema = Schema([FeatureSpec("C1", 20_000, 16)])
+    counts = np.random.default_rng(0).permutation(ranked(schema)["C1"])
+    plan = plan_for_budget(schema, "200KiB", methods=["freqcut"], stats={"C1": counts})
+    assert plan["C1"].order == "counts"  # type: ignore[attr-defined]
+    assert plan.footprint(schema).index > 0
+    plan = plan_for_budget(schema, "200KiB", methods=["freqcut"], stats=ranked(schema))
+    assert plan["C1"].order == "ids"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="it goes by frequencies, which no statistics tell"):
+        plan_for_budget(schema, "200KiB", methods=["freqcut"])
+    plan = plan_for_budget(schema, "200KiB", methods={"freqcut": {"order": "ids"}})
+    assert plan["C1"].method == "freqcut"
+
+
+def test_optimizer_state_leaves_less_for_weights() -> None:
+    schema = Schema([FeatureSpec("C1", 50_000, 16)])
+    rows = [
+        plan_for_budget(schema, "1MiB", "train", ["hash"], optimizer)["C1"].num_buckets  # type: ignore[attr-defined]
+        for optimizer in ("sgd", "rowwise_adagrad", optimizers.Adagrad(), "adam", None)
+    ]
+    full = 2**20 // 64
+    assert rows[0] == full
+    assert rows[1] == pytest.approx(full * 16 / 17, rel=0.01)
+    assert rows[2] == rows[4] == full // 2
+    assert rows[3] == full // 3
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def test_an_impossible_budget_says_what_is_required_and_what_to_do() -> None:
+    schema = criteo()
+    with pytest.raises(BudgetError) as caught:
+        plan_for_budget(schema, "10KiB", methods=["lowdim", "full"])
+    text = str(caught.value)
+    assert "26 features need at least" in text
+    assert "10.00 KiB available. Ways out: 1. a budget of" in text
+    assert "let the planner choose from all methods" in text
+    need = int(text.split("(")[1].split(" bytes")[0])
+    assert plan_for_budget(schema, need, methods=["lowdim", "full"]).footprint(schema).serve <= need
+    with pytest.raises(BudgetError):
+        plan_for_budget(schema, need - 1, methods=["lowdim", "full"])
+    with pytest.raises(BudgetError, match=r"2\. fewer limits"):
+        plan_for_budget(schema, "100KiB", pin={"C3": "full"})
+    with pytest.raises(BudgetError, match=r"without state, such as 'sgd'"):
+        plan_for_budget(schema, "2KiB", "train", optimizer="adam", methods=["hash"])
+
+
+def test_all_faults_of_the_arguments_come_at_once() -> None:
+    schema = criteo()
+    with pytest.raises(ConfigError) as caught:
+        plan_for_budget(
+            schema,
+            "much",
+            target="both",
+            methods=["hsh"],
+            optimizer="adan",
+            pin={"C33": "full", "C1": "ful"},
+            forbid={"*": "unifed"},
+            full_below=-1,
+            min_width="x",
+            max_rows_per_id=0,
+            itemsize=0,
+        )
+    text = str(caught.value)
+    assert text.startswith("11 faults")
+    for part in (
+        "'much'", "`target`", "did you mean 'hash'", "did you mean 'adam'", "'C33'", "did you mean 'full'",
+        "did you mean 'unified'", "`full_below`", "`min_width`", "`max_rows_per_id`", "`itemsize`",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stats": {"C33": [1, 2]}}, "unknown feature in the statistics 'C33'; did you mean 'C3'"),
+        ({"stats": {"C9": [1] * 5}}, "statistics of 5 ids for 4 embeddings"),
+        ({"importance": {"C99": 1}}, "did you mean 'C9'"),
+        ({"importance": {"C9": -1}}, "finite number >= 0; got -1"),
+        ({"methods": []}, "at least one method"),
+        ({"methods": {"hash": 3}}, "must be a mapping"),
+        ({"methods": {"hash": {"bukets": 3}}}, "no method is left"),
+        ({"pin": ["C1"]}, "`pin` must be a mapping"),
+        ({"pins": {}}, "did you mean 'pin'"),
+        ({"optimizer": 3}, "fused optimizer, its name, or None"),
+        ({"pin": {"C1": "unified", "C2": "robe"}}, "can only share tables, and of different methods"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_for_budget(criteo(), "1MiB", **options)
+    with pytest.raises(ConfigError, match=r"a Schema or a torch\.nn\.Module"):
+        plan_for_budget([], "1MiB")  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError):
+        candidates(["nothing"])
+
+
+# -- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_plans_come_back_from_their_file_with_reasons_and_notes() -> None:
+    schema = criteo()
+    plan = plan_for_budget(schema, "300KiB", stats=ranked(schema))
+    text = plan.to_json()
+    back = Plan.from_dict(json.loads(text))
+    assert (back, back.reasons, back.notes) == (plan, plan.reasons, plan.notes)
+    assert back.to_json() == text
+    assert set(plan.reasons) == set(schema.names)
+    assert "under 200" in plan.reasons["C9"]
+    assert "3,295 ids, the 165 most frequent take" in plan.reasons["C26"]
+    for change, message in (
+        ({"notes": {"budget": 1}}, "8 faults|`bytes` is missing"),
+        ({"notes": {**json.loads(text)["notes"], "colour": 1}}, "'colour'"),
+        ({"notes": {**json.loads(text)["notes"], "bytes": "x"}}, "`bytes` must be a number"),
+        ({"notes": []}, "notes of a plan are an object"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Plan.from_dict({**json.loads(text), **change})
+    wrong = json.loads(text)
+    wrong["features"]["C1"]["reason"] = 5
+    with pytest.raises(ConfigError, match="a reason is a text"):
+        Plan.from_dict(wrong)
+
+
+def test_a_plan_runs() -> None:
+    schema = criteo(8)
+    plan = plan_for_budget(schema, "60KiB", stats=ranked(schema))
+    collection = EmbeddingCollection(schema, plan)
+    ids = torch.stack([torch.randint(s.num_embeddings, (5,)) for s in schema], 1)
+    assert collection(ids).shape == (5, 26, 8)
+    assert collection.footprint().serve == plan.notes.bytes  # type: ignore[union-attr]
+
+
+def test_tables_of_any_model_are_planned() -> None:
+    model = nn.ModuleDict(
+        {"user": nn.Embedding(50_000, 16), "deep": nn.Sequential(nn.EmbeddingBag(9000, 8, mode="sum"), nn.Linear(8, 1))}
+    )
+    plan = plan_for_budget(model, "200KiB")
+    assert set(plan) == {"user", "deep/0"}
+    assert plan.footprint(Schema.from_model(model)).serve <= 200 * 1024
+
+
+def test_hundreds_of_huge_tables_are_planned_quickly() -> None:
+    rng = np.random.default_rng(0)
+    schema = Schema([FeatureSpec(f"C{i}", int(10 ** rng.uniform(1, 9)), 32) for i in range(100)])
+    import time
+
+    begin = time.process_time()
+    plan = plan_for_budget(schema, whole(schema) // 20)
+    # The machine may be busy; a thousand take ten times as long.
+    assert time.process_time() - begin < 5
+    assert plan.footprint(schema).serve <= whole(schema) // 20
