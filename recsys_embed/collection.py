@@ -297,7 +297,9 @@ class EmbeddingCollection(nn.Module):
         features = self.schema.to_dict()["features"]
         # The order of the features fixes where their rows stand in a storage.
         order = list(self.schema.names)
-        return {"schema": {f["name"]: f for f in features}, "order": order, "plan": self.plan.to_dict()}
+        # A planner's reasons and notes are no part of what is stored.
+        plan = Plan(self.plan.configs).to_dict()
+        return {"schema": {f["name"]: f for f in features}, "order": order, "plan": plan}
 
     def get_extra_state(self) -> Tensor:
         """Schema and plan as JSON bytes, so that a state dict refuses to load elsewhere."""
