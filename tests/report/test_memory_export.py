@@ -102,6 +102,17 @@ def test_pruned_rows_are_gone_and_their_index_is_counted(tmp_path: Path) -> None
         assert report.total("serve") < 0.7 * 4000 * 20
 
 
+def test_pruned_columns_are_gone(tmp_path: Path) -> None:
+    module = rse.make_embedding("full", 4000, 16)
+    with torch.no_grad():
+        module.weight[:, 5:] = 0.0
+    export(module, tmp_path / "a.safetensors", "fp32")
+    for report in (memory_report(tmp_path / "a.safetensors"), memory_report(load(tmp_path / "a.safetensors"))):
+        assert report.total("serve") == 4000 * 5 * 4
+        (table,) = report.tables[0].entry.of("table")
+        assert (table.rows, table.width, report.tables[0].entry.width) == (4000, 5, 16)
+
+
 @pytest.mark.parametrize("change", ["version", "tables", "modules", "text"])
 def test_damaged_manifests_are_refused(tmp_path: Path, change: str) -> None:
     path = tmp_path / "a.safetensors"

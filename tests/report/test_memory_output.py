@@ -87,6 +87,16 @@ def test_any_name_fits_a_line(names: list[str]) -> None:
     assert not any(c in line for line in lines for c in "\x1b\r\t\x08")
 
 
+def test_long_names_give_way_to_numbers() -> None:
+    order = {"order": "counts", "num_hot": 400, "num_buckets": 50}
+    schema = Schema([FeatureSpec("x" * 90 + str(i), 200_000_000 + i, 16) for i in range(2)])
+    plan = Plan({n: rse.get_method("adaptive").config_cls.from_params(order) for n in schema.names})
+    lines = memory_report(plan, schema=schema, optimizer=torch.optim.Adam).to_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    # Names keep their ends, which tell them apart.
+    assert [line.split()[0][-1] for line in lines if line.startswith("…")] == ["0", "1"]
+
+
 def test_many_tables_are_summed_in_one_line() -> None:
     rep = memory_report(Schema([FeatureSpec(f"f{i}", 1000 + i, 4) for i in range(50)]))
     text = rep.to_text(limit=10)
