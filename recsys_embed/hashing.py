@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
@@ -204,7 +205,7 @@ def _check_types(values: list[Any]) -> None:
             continue
         if issubclass(kind, (list, tuple, np.ndarray)):
             raise ConfigError("nested sequences of ids must be of equal length; for bags give values and offsets")
-        some = [v for v in values if type(v) is kind]
+        some: list[Any] = [v for v in values if type(v) is kind]
         if issubclass(kind, (int, np.integer)) and kind is not bool:
             wrong = [v for v in some if not -(1 << 63) <= v < _U64]
         else:
@@ -232,10 +233,11 @@ def _distinct_ids(values: list[Any], id_bits: int, hexadecimal: bool) -> dict[An
     lengths = range(1, id_bits // 4 + 1) if hexadecimal else (8, 16)
     spelt = [text.rjust(16, b"0") for _, text in texts if len(text) in lengths]
     digits = _DIGITS[np.frombuffer(b"".join(spelt), np.uint8)].reshape(-1, 16)
-    numbers = np.zeros(len(digits), np.uint64)
+    numbers: NDArray[Any] = np.zeros(len(digits), np.uint64)
     for column in digits.T:
         numbers = (numbers << np.uint64(4)) | (column & 15)
-    read = iter(zip(numbers.view(np.int64).tolist(), (digits < 16).all(1).tolist(), strict=True))
+    valid_rows = np.all(digits < 16, axis=1)
+    read = iter(zip(numbers.view(np.int64).tolist(), valid_rows.tolist(), strict=True))
     for value, text in texts:
         number, valid = next(read) if len(text) in lengths else (0, False)
         if not text:

@@ -392,6 +392,22 @@ def test_any_shape_and_both_widths_of_integers(method: str, policy: Any, ids: Te
     torch.testing.assert_close(out.reshape(-1, 4), flat)
 
 
+def test_training_runs_declare_it() -> None:
+    from recsys_embed.train.config import TrainConfig
+    from recsys_embed.train.run import schema_of
+
+    class Data:
+        @staticmethod
+        def schema(width: int) -> Schema:
+            return Schema([FeatureSpec("a", 10, width)])
+
+    config = TrainConfig(unseen="zero")
+    assert schema_of(Data, config)["a"].unseen == "zero"
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="`unseen` must be one of hash, oov, zero, raise"):
+        TrainConfig(unseen="drop")  # type: ignore[arg-type]
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 

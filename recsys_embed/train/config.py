@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.features import Unseen
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
@@ -35,6 +36,8 @@ class TrainConfig:
         embedding_dim: width of the vectors.
         embedding_init: law of a plain table's initial weights, see :class:`recsys_embed.FeatureSpec`. Near zero by
             default: an id too rare to be learned then adds nothing, where a larger law would make it noise.
+        unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
+            number every value, unknown ones too, so it matters to whoever serves the model other ids.
         standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
         epochs: passes over the training split.
         steps: stop after this many batches, whatever ``epochs`` says; None: no limit.
@@ -81,6 +84,7 @@ class TrainConfig:
     budget: str | int | None = None
     embedding_dim: int = 16
     embedding_init: str = "normal:0.0001"
+    unseen: Unseen | None = None
     standardise: bool = True
     epochs: int = 1
     steps: int | None = None

@@ -234,9 +234,9 @@ def check_device(device: torch.device | str) -> None:
 
 
 def schema_of(data: Any, config: TrainConfig) -> Schema:
-    """The data's features at the width and with the initial law of ``config``."""
+    """The data's features at the width and with the initial law and the unseen ids' policy of ``config``."""
     schema: Schema = data.schema(config.embedding_dim)
-    return schema.with_init(config.embedding_init)
+    return schema.with_init(config.embedding_init).with_unseen(config.unseen)
 
 
 def fingerprint(schema: Schema, data: Any) -> str:
