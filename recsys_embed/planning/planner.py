@@ -24,6 +24,7 @@ from recsys_embed.planning.predict import plan_losses, terms_of
 from recsys_embed.planning.price import factors
 from recsys_embed.planning.reasons import reason
 from recsys_embed.planning.search import JOIN, Found, Search
+from recsys_embed.program import Init, Table
 
 OPTIMIZERS = {
     "adam": optim.Adam,
@@ -346,10 +347,12 @@ def _reasons(
         program = programs[spec.name]
         company = max((readers[t.name] for t in program.tables if t.shared), default=0)
         cost = frame.costs.own(plan[spec.name], program, spec)
+        plain = Table("weight", spec.num_embeddings, spec.embedding_dim, Init.plain(spec))
+        whole = frame.costs.table(plain)
         value = float(terms.value.sum()) * menu.weight
         lost = losses[spec.name] / value if value else 0.0
         parts = factors(program, terms)
         out[spec.name] = reason(
-            spec, terms, plan[spec.name], program, parts, cost, lost, frame.limits, company, spec.name in known
+            spec, terms, plan[spec.name], program, parts, cost, whole, lost, frame.limits, company, spec.name in known
         )
     return out

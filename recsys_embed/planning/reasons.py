@@ -12,18 +12,18 @@ from recsys_embed.program import LookupProgram
 
 def reason(
     spec: FeatureSpec, terms: Terms, config: MethodConfig, program: LookupProgram, parts: list[Factor],
-    cost: int, lost: float, limits: Limits, company: int, known: bool,
+    cost: int, whole: int, lost: float, limits: Limits, company: int, known: bool,
 ) -> str:  # fmt: skip
     """One or two sentences: what the feature looks like, how it is stored and what that loses.
 
     Args:
         parts: the program's factors.
         cost: bytes of the feature's own tables.
+        whole: bytes of a plain table.
         lost: predicted loss as a part of the feature's learned signal.
         company: features in the same shared tables.
         known: frequencies were counted.
     """
-    whole = 4 * spec.num_embeddings * spec.embedding_dim
     texts = [f"{count(spec.num_embeddings, 'id')}{_spread(terms, known)}"]
     pin = limits.pinned(spec.name)
     if pin is not None:
@@ -62,8 +62,9 @@ def _storage(spec: FeatureSpec, terms: Terms, program: LookupProgram, parts: lis
         )
     widths = sorted({f.width for f in parts}, reverse=True)
     if own >= curve.n - 0.5 and not rows:
-        narrow = " numbers wide, widened by a matrix" if program.projection else " numbers wide"
-        return f"every id has a row of its own, {' or '.join(f'{w:g}' for w in widths)}{narrow}"
+        wide = " or ".join(f"{w:g}" for w in widths)
+        matrix = ", widened by a matrix" if program.projection else ""
+        return f"every id has a row of its own, of width {wide}{matrix}"
     text = []
     if own >= 0.5:
         rows_of = "a row of its own" if round(own) == 1 else "rows of their own"

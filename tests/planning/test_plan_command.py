@@ -1,0 +1,134 @@
+"""``recsys-embed plan`` on data folders, schema files and models, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.cli import main
+from recsys_embed.data import make_synthetic, open_dataset
+from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
+
+SCHEMA = Schema([FeatureSpec("C1", 100, 16), FeatureSpec("C2", 50_000, 16), FeatureSpec("C3", 9000, 16)])
+
+
+@pytest.fixture
+def schema_file(tmp_path: Path) -> Path:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA.to_dict()))
+    return path
+
+
+def test_a_schema_is_planned_shown_and_written(
+    schema_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "plan.json"
+    assert main(["plan", "--schema", str(schema_file), "--budget", "300KiB", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    plan = plan_for_budget(SCHEMA, "300KiB")
+    assert Plan.from_dict(json.loads(out.read_text())) == plan
+    assert out.read_text() == plan.to_json() + "\n"
+    for part in ("C1", "50,000", "full", plan["C2"].method, "of 300.00 KiB", "predicted loss", "Zipf curves"):
+        assert part in text
+    assert "\x1b" not in text
+
+
+def test_limits_and_target_reach_the_planner(schema_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--schema", str(schema_file), "--budget", "1MiB", "--target", "train", "--optimizer", "adam"]
+    args += ["--methods", "full,hash,lowdim", "--pin", "C2=lowdim", "--forbid", "C3=lowdim,full", "--json"]
+    assert main([*args, "--budget", "500KiB"]) == 2, "C2 in lowdim takes 200 kB, and Adam twice as much"
+    capsys.readouterr()
+    assert main([*args, "--budget", "2MiB", "--full-below", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f["method"] for f in found["features"].values()][1:] == ["lowdim", "hash"]
+    assert (found["notes"]["target"], found["notes"]["optimizer"]) == ("train", "Adam")
+
+
+def test_a_pin_may_be_a_whole_configuration(schema_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pin = 'C2={"method": "hash", "num_buckets": 123}'
+    assert main(["plan", "--schema", str(schema_file), "--budget", "300KiB", "--pin", pin, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"]["C2"]["num_buckets"] == 123
+
+
+def test_data_folders_bring_their_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data"
+    make_synthetic(folder, 3000, seed=0)
+    data = open_dataset(folder)
+    schema = data.schema(8)
+    budget = Plan.full(schema).footprint(schema).serve // 8
+    assert main(["plan", "--data", str(folder), "--dim", "8", "--budget", str(budget), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"]["statistics"] == "counted"
+    assert Plan.from_dict(found) == plan_for_budget(schema, budget, stats=data)
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema.to_dict()))
+    args = ["plan", "--schema", str(file), "--stats", str(folder), "--budget", str(budget), "--json"]
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_a_models_tables_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    target = "tests.planning.test_plan_command:model"
+    assert main(["plan", "--model", target, "--budget", "100KiB", "--methods", "hash", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["features"]) == ["user", "item"]
+
+
+def model() -> object:
+    """A model of somebody else."""
+    from torch import nn
+
+    return nn.ModuleDict({"user": nn.Embedding(5000, 16), "item": nn.Embedding(9000, 16)})
+
+
+def test_changes_against_an_older_plan(schema_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = tmp_path / "old.json"
+    args = ["plan", "--schema", str(schema_file), "--methods", "full,hash"]
+    assert main([*args, "--budget", "300KiB", "--out", str(old)]) == 0
+    capsys.readouterr()
+    assert main([*args, "--budget", "300KiB", "--diff", str(old)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no change"
+    assert main([*args, "--budget", "600KiB", "--diff", str(old)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0].startswith("C2: hash (num_buckets ")
+    assert lines[1].startswith("C3: hash (num_buckets ")
+
+
+def test_changes_name_features_that_come_and_go() -> None:
+    old, new = Plan.full(Schema([FeatureSpec("C1", 100, 16), FeatureSpec("C9", 5, 16)])), Plan.full(SCHEMA)
+    assert describe_changes(old, new, SCHEMA) == [
+        "C2: nothing -> full; - -> 3.05 MiB",
+        "C3: nothing -> full; - -> 562.50 KiB",
+        "C9: no longer there",
+    ]
+    assert size_in_words(new["C1"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give one of --data, --schema and --model"),
+        (["--schema", "SCHEMA", "--model", "a:b"], "give one of"),
+        (["--schema", "SCHEMA", "--pin", "C1"], "--pin takes FEATURE=METHOD; got 'C1'"),
+        (["--schema", "SCHEMA", "--pin", "C1={x"], "is not valid JSON"),
+        (["--schema", "SCHEMA", "--forbid", "hsh"], "did you mean 'hash'"),
+        (["--schema", "SCHEMA", "--optimizer", "adan"], "did you mean 'adam'"),
+        (["--schema", "SCHEMA", "--methods", "lowdim"], "Ways out: 1."),
+        (["--schema", "absent.json"], "No such file"),
+        (["--schema", "SCHEMA", "--diff", "BROKEN"], "is not valid JSON"),
+        (["--data", "absent"], "absent"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: list[str], message: str, schema_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    given = [{"SCHEMA": str(schema_file), "BROKEN": str(broken)}.get(a, a) for a in args]
+    assert main(["plan", "--budget", "100KiB", *given]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
