@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
+import torch
+from torch import Tensor
+
 from recsys_embed import hashing
 from recsys_embed.config import MethodConfig, param
 from recsys_embed.embedding import CompressedEmbedding
@@ -57,3 +60,24 @@ class HashEmbedding(CompressedEmbedding):
     """
 
     config_cls = HashConfig
+
+    @torch.no_grad()
+    def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
+        """Set every row to the mean of the ids that read it, weighted by ``counts``: the least-squares optimum.
+
+        Rows that no id of positive count reads keep their values. Memory beyond the table is that of a chunk of ids and
+        of float64 sums per row.
+        """
+        (probe,), table = self.program.probes, self.table("weight")
+        sums = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
+        mass = sums.new_zeros(len(table))
+        for ids in self._chunks(len(weight)):
+            share = torch.ones_like(ids, dtype=torch.float64) if counts is None else counts[ids].to(sums)
+            if self.padding_idx is not None:
+                share = share.masked_fill(ids == self.padding_idx, 0.0)
+            rows = probe.transform.rows(ids)
+            signed = share if probe.sign is None else share * hashing.hash_signs(ids, probe.sign)
+            sums.index_add_(0, rows, weight[ids].to(sums) * signed.unsqueeze(1))
+            mass.index_add_(0, rows, share)
+        read = (mass > 0).nonzero().squeeze(1)
+        table[read] = (sums[read] / mass[read].unsqueeze(1)).to(table)
