@@ -41,6 +41,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _ALIGN = 64
+_MAX_DIMS = 16  # numbers of many factors take long to multiply
 _START = b'{"__metadata__":{"digest":"'
 _ZEROS = b"0" * 64
 _NORESERVE = 0x4000  # MAP_NORESERVE of Linux: private pages that are never written need no swap
@@ -177,6 +178,8 @@ class ExportFile:
         for name, item in header.items():
             try:
                 (start, stop), shape = item["data_offsets"], item["shape"]
+                if len(shape) > _MAX_DIMS:
+                    raise ValueError
                 numbers = [start, stop, *shape]
                 if any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
                     raise ValueError

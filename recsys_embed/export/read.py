@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -69,24 +70,39 @@ def load(
         file.verify(manifest.digests)
     if backend not in get_args(Backend):
         raise unknown_name("backend", str(backend), get_args(Backend))
-    loader = _Loader(file, manifest, backend)
+    with _naming(file.path):
+        root = _loaded(_Loader(file, manifest, backend), into)
+    if device is None and into is not None:
+        device = next((p.device for p in into.parameters() if not p.is_meta and p.device.type != "cpu"), None)
+    if device is not None:
+        root.to(device)
+    return root.eval()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Every refusal names the file."""
+    try:
+        yield
+    except CheckpointError as e:
+        if str(path) in str(e):
+            raise
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def _loaded(loader: _Loader, into: nn.Module | None) -> nn.Module:
+    file, manifest = loader.file, loader.manifest
     kind = manifest.model["kind"]
     if into is None and kind == "state":
         raise CheckpointError(
             f"{file.path} holds a model of class {str(manifest.model.get('class'))[:80]!r}, which the library cannot "
             "build; build it as you did for training and call load(path, into=model)"
         )
-    if into is not None:
-        if kind == "embedding":
-            raise CheckpointError(f"{file.path} holds a single embedding; call load(path) without `into`")
-        root = loader.fill(into)
-    else:
-        root = loader.build()
-    if device is None and into is not None:
-        device = next((p.device for p in into.parameters() if not p.is_meta and p.device.type != "cpu"), None)
-    if device is not None:
-        root.to(device)
-    return root.eval()
+    if into is None:
+        return loader.build()
+    if kind == "embedding":
+        raise CheckpointError(f"{file.path} holds a single embedding; call load(path) without `into`")
+    return loader.fill(into)
 
 
 def verify(path: str | Path) -> Mapping[str, Any]:
@@ -98,11 +114,12 @@ def verify(path: str | Path) -> Mapping[str, Any]:
     file = ExportFile(path)
     manifest = read_manifest(file)
     file.verify(manifest.digests)
-    loader = _Loader(file, manifest, "torch")
-    if manifest.model["kind"] == "state":
-        loader.modules()
-    else:
-        loader.build()
+    with _naming(file.path):
+        loader = _Loader(file, manifest, "torch")
+        if manifest.model["kind"] == "state":
+            loader.modules()
+        else:
+            loader.build()
     return manifest.raw
 
 
@@ -110,6 +127,7 @@ class _Loader:
     def __init__(self, file: ExportFile, manifest: Manifest, backend: Backend) -> None:
         self.file, self.manifest, self.backend = file, manifest, backend
         self.tables: dict[str, dict[str, Tensor | Stored]] = {}
+        self.read: set[str] = set()  # paths of embeddings that have been found to read them
         for storage in manifest.storages:
             values = self._storage(storage)
             for path, name in storage.targets:
@@ -166,11 +184,14 @@ class _Loader:
             roots = [item for item in manifest.modules if "" in item.paths]
             if len(roots) != 1 or len(manifest.modules) != 1:
                 raise self._unfit("it should hold one embedding")
-            return self._module(roots[0], self.manifest.dense.keys())
+            module = self._module(roots[0], self.manifest.dense.keys())
+            self._check_read()
+            return module
         collections = {item.paths[0]: item for item in manifest.modules if item.kind == "collection"}
         sizes = {key: self.file.entries[item.tensor].shape for key, item in manifest.dense.items()}
         root: nn.Module = build_model(manifest.model, collections, sizes)
-        self._finish(root, "", manifest.dense.keys())
+        self._finish(root, ("",), manifest.dense.keys())
+        self._check_read()
         return root
 
     def modules(self) -> dict[int, nn.Module]:
@@ -179,21 +200,31 @@ class _Loader:
         for i, item in enumerate(self.manifest.modules):
             prefix = f"{item.paths[0]}." if item.paths[0] else ""
             out[i] = self._module(item, [k for k in self.manifest.dense if k.startswith(prefix)])
+        self._check_read()
         return out
+
+    def _check_read(self) -> None:
+        unread = sorted(self.tables.keys() - self.read)
+        if unread:
+            raise self._unfit(f"it fills tables at {unread[:5]}, where it has no embedding")
 
     def _module(self, item: ModuleItem, keys: Iterable[str]) -> nn.Module:
         module = build_module(item)
-        self._finish(module, item.paths[0], keys)
+        self._finish(module, item.paths, keys)
         return module
 
-    def _finish(self, root: nn.Module, path: str, keys: Iterable[str]) -> None:
-        """Fill a module that stands at ``path``: tables, then the tensors of the state dict under ``keys``."""
+    def _finish(self, root: nn.Module, paths: Sequence[str], keys: Iterable[str]) -> None:
+        """Fill a module that stands at ``paths``: tables, then the tensors of the state dict under ``keys``."""
+        path = paths[0]
         where = f"{type(root).__name__} at {path!r}"
         filled = set()
         for inner, module in list(root.named_modules()):
-            full = ".".join(p for p in (path, inner) if p)
             wanted = row_tables(module)
-            given = self.tables.get(full, {}) if wanted else {}
+            if not wanted:
+                continue
+            full = _joined_path(path, inner)
+            given = self.tables.get(full, {})
+            self.read |= {_joined_path(p, inner) for p in paths}
             if wanted.keys() != given.keys():
                 raise self._unfit(f"{where} reads {sorted(wanted)} at {full!r}; the file fills {sorted(given)}")
             for name, (rows, width) in wanted.items():
@@ -264,6 +295,10 @@ class _Loader:
         with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
             model.load_state_dict(state, strict=False, assign=any(v.is_meta for v in held.values()))
         return model
+
+
+def _joined_path(path: str, inner: str) -> str:
+    return f"{path}.{inner}" if path and inner else path or inner
 
 
 def _joined(arrays: list[Tensor], kind: torch.dtype) -> Tensor:

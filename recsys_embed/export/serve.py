@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import CheckpointError, RecsysEmbedError
+from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema, spec_to_dict
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.stored import Stored, StoredTables
@@ -103,7 +103,7 @@ def build_model(build: Mapping[str, Any], collections: Mapping[str, ModuleItem],
         vectors, linear = parts("embedding"), parts("linear")
         schema, plan = vectors or linear or (None, None)
         if schema is None:
-            raise CheckpointError("it has no collection")
+            raise ConfigError("it has no collection")
         second = linear[1] if vectors is not None and linear is not None else None
         params = make_params(cls, build["params"])
         spec = ModelSpec(schema, plan, second, build["num_dense"], device=_META)
@@ -116,7 +116,7 @@ def build_model(build: Mapping[str, Any], collections: Mapping[str, ModuleItem],
         found = {k: tuple(v.shape) for k, v in tried.state_dict(keep_vars=True).items() if k in sizes}
         if found != {k: tuple(shape) for k, shape in sizes.items()}:
             odd = sorted(k for k in sizes if found.get(k) != tuple(sizes[k]))
-            raise CheckpointError(f"its tensors are of other shapes than those it is to be filled with: {odd[:5]}")
+            raise ConfigError(f"its tensors are of other shapes than those it is to be filled with: {odd[:5]}")
         model = make()
         model.params = make_params(get_model(build["key"]), build["params"])
         return model

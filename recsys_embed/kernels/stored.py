@@ -224,8 +224,8 @@ class Stored(Constants):
             values = codes.float() * head[:, :1] + head[:, 1:]
         if self._whole:
             return values
-        where = self.constant("columns")[n.number].expand(len(pos), -1)
-        return values.new_zeros(len(pos), self.width + 1).scatter(1, where, values)[:, : self.width]
+        where = self.constant("columns")[n.number].expand(pos.shape[0], -1)
+        return values.new_zeros(pos.shape[0], self.width + 1).scatter(1, where, values)[:, : self.width]
 
     def dense(self, start: int = 0, count: int | None = None) -> Tensor:
         """Decoded rows ``[start, start + count)``, all by default: ``[count, width]``, a copy."""
