@@ -77,6 +77,7 @@ def translate(program: ExportedProgram) -> Any:
     """``program``, which is changed, as a ``torch.onnx.ONNXProgram`` of the same input names.
 
     Raises:
+        ExportError: an operator has no translation.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     refuse_bad_ids(program)
@@ -95,6 +96,11 @@ def translate(program: ExportedProgram) -> Any:
             custom_translation_table=translations(),
             verbose=False,
         )
+    except torch.onnx.errors.OnnxExporterError as e:
+        cause: BaseException = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"the model cannot be written as ONNX: {cause}") from e
     finally:
         registry.setLevel(level)
     if graph is None:
@@ -120,7 +126,7 @@ def write(graph: Any, file: Path, external_data: bool | None) -> list[Path]:
     Returns:
         The files, the graph first.
     """
-    ir = require("onnx_ir", extra="onnx", purpose=PURPOSE)
+    ir = require("onnxscript", extra="onnx", purpose=PURPOSE).ir
     held = [v.const_value for v in graph.model.graph.initializers.values()]
     if external_data is None:
         external_data = sum(t.nbytes for t in held) > EXTERNAL_BYTES
@@ -168,7 +174,7 @@ def _quicken(model: Any) -> None:
     A scalar meets a tensor whose last dimension is 1 element by element, 14 times slower than as ``[1, 1]``; a split
     into one part is a copy.
     """
-    ir = require("onnx_ir", extra="onnx", purpose=PURPOSE)
+    ir = require("onnxscript", extra="onnx", purpose=PURPOSE).ir
     wide: dict[str, Any] = {}
     for node in list(model.graph):
         if node.op_type == "Split" and len(node.outputs) == 1:

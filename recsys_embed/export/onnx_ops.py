@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from recsys_embed._optional import require
@@ -101,6 +102,43 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def ints(value: int) -> Any:
         return op.Constant(value_ints=[value])
 
+    def array(values: Any, dtype: str) -> Any:
+        kind = ir.DataType[dtype]
+        return op.Constant(value=ir.tensor(values.astype(kind.numpy()), dtype=kind))
+
+    def bucketize(x: Any, edges: Any, out_int32: bool = False, right: bool = False) -> Any:
+        count = edges.shape[0] if edges.shape is not None else None
+        if not isinstance(count, int):
+            raise NotImplementedError("torch.bucketize with a varying number of boundaries")
+        passes = op.LessOrEqual if right else op.Less
+        place = op.Cast(op.Less(x, x), to=ir.DataType.INT64)  # zeros
+        for step in reversed(range(count.bit_length())):
+            # Of 2**step more boundaries, all lie before x if the last does.
+            ahead = op.Add(place, ints(1 << step))
+            known = op.Gather(edges, op.Sub(op.Min(ahead, ints(count)), ints(1)))
+            place = op.Where(op.And(op.LessOrEqual(ahead, ints(count)), passes(known, x)), ahead, place)
+        return op.Cast(place, to=ir.DataType.INT32) if out_int32 else place
+
+    def view_as(x: Any, dtype: int) -> Any:
+        if x.dtype == ir.DataType.UINT8 and dtype == ir.DataType.FLOAT16:
+            return halves(x)
+        raise NotImplementedError(f"bytes of {x.dtype.name} read as {ir.DataType(dtype).name}")
+
+    def halves(x: Any) -> Any:
+        # Sign and exponent are six bits, so a table of 64 knows what the mantissa is worth and whether a 1 precedes it.
+        exponent = np.arange(64) % 32
+        worth = np.ldexp(1.0, np.maximum(exponent, 1) - 25)
+        worth = np.where(exponent == 31, np.inf, worth) * np.where(np.arange(64) < 32, 1, -1)
+        first = np.where(exponent > 0, 1024, 0)
+        low, high = (
+            op.Cast(op.Slice(x, ints(i), ints(2**62), ints(-1), ints(2)), to=ir.DataType.INT64) for i in (0, 1)
+        )
+        top = op.Div(high, ints(4))
+        mantissa = op.Add(op.Mul(op.Mod(high, ints(4)), ints(256)), op.Add(low, op.Gather(array(first, "INT64"), top)))
+        value = op.Mul(op.Cast(mantissa, to=ir.DataType.FLOAT), op.Gather(array(worth, "FLOAT"), top))
+        unknown = op.And(op.Gather(array(exponent == 31, "BOOL"), top), op.Greater(mantissa, ints(1024)))
+        return op.Cast(op.Where(unknown, array(np.array(np.nan), "FLOAT"), value), to=ir.DataType.FLOAT16)
+
     def whether_any(x: Any) -> Any:
         # A sum, because a maximum over no elements is not False.
         return op.Greater(op.ReduceSum(op.Cast(x, to=ir.DataType.INT64), keepdims=False), op.Constant(value_int=0))
@@ -114,6 +152,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         shift_right: (aten.__rshift__.Scalar, aten.__rshift__.Tensor),
         shift_left: (aten.__lshift__.Scalar, aten.__lshift__.Tensor),
         embedding_bag: (aten.embedding_bag.padding_idx, aten.embedding_bag.default),
+        bucketize: (aten.bucketize.Tensor,),
+        view_as: (aten.view.dtype,),
         whether_any: (aten.any.default,),
         whether_all: (aten.all.default,),
     }

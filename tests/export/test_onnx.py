@@ -124,12 +124,20 @@ def test_somebody_elses_model(tmp_path: Path) -> None:
     assert {o.type for o in session(written.files[0]).get_outputs()} == {"tensor(float)", "tensor(bool)"}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_what_an_export_loads(precision: str, tmp_path: Path) -> None:
+    written = to_onnx(zoo.served(precision, tmp_path), tmp_path / "served.onnx")
+    assert written.check is not None
+    assert written.nbytes <= (tmp_path / "served.rse").stat().st_size + 60_000
+
+
 class Integers(nn.Module):
     """Everything that lookups do to ids."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("sizes", torch.tensor([2**31 - 1, 1_000_003, 7, 1]))
+        self.register_buffer("edges", torch.tensor([-(2**40), -3, 0, 0, 5, 2**62]))
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         x, salt = ids.unsqueeze(1), hashing.salt(3, "a")
@@ -148,6 +156,8 @@ class Integers(nn.Module):
             "bits": popcount(ids),
             "narrow": (ids & 0x7FFFFFFF).to(torch.int32) >> 3,
             "byte": (ids & 255).to(torch.uint8) >> 4,
+            "place": torch.bucketize(ids, self.edges),
+            "place_right": torch.bucketize(ids, self.edges, right=True, out_int32=True),
             "signed_byte": (ids & 255).to(torch.int8) >> 4,
         }
 
@@ -162,6 +172,29 @@ def test_integer_arithmetic_is_exact_on_millions_of_ids(tmp_path: Path) -> None:
     for name, out in zip(wanted, run(tmp_path / "integers.onnx", ids), strict=True):
         assert out.dtype == wanted[name].dtype, name
         assert torch.equal(out, wanted[name]), name
+
+
+def test_bytes_read_as_halves_are_exact(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(torch.float16)
+
+    all_of_them = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(-1, 2)
+    to_onnx(Halves(), tmp_path / "h.onnx", all_of_them.view(torch.uint8)[:2], check=False)
+    (out,) = run(tmp_path / "h.onnx", all_of_them.view(torch.uint8))
+    wanted = all_of_them.view(torch.float16)
+    known = ~wanted.isnan()
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert torch.equal(out[known].view(torch.int16), wanted[known].view(torch.int16))
+
+
+def test_what_has_no_translation_is_named(tmp_path: Path) -> None:
+    class Singles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(torch.float32)
+
+    with pytest.raises(ExportError, match="cannot be written as ONNX: bytes of UINT8 read as FLOAT"):
+        to_onnx(Singles(), tmp_path / "s.onnx", torch.zeros(2, 4, dtype=torch.uint8))
 
 
 def test_ids_out_of_range_are_refused_by_name(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 import recsys_embed as rse
+from recsys_embed.export import export, load
 from recsys_embed.models import build_model, list_models
 from recsys_embed.testing import example
 
@@ -42,6 +45,25 @@ def model(name: str, mixed: bool = True, **options) -> nn.Module:
     features = schema() if mixed else rse.Schema([rse.FeatureSpec(n, 50, 4) for n in "ab"])
     chosen = plan(features) if mixed else rse.Plan.full(features)
     return randomised(build_model(name, features, chosen, num_dense=DENSE, **options))
+
+
+def served(precision: str, folder: Path) -> nn.Module:
+    """A collection as it is loaded from an export at a precision: tables with pruned rows and columns, and others."""
+    names = {"range": "full", "bitmap": "full", "sorted": "full", "hash": "hash", "mixed": "mixeddim", "low": "lowdim"}
+    features = rse.Schema([rse.FeatureSpec(name, 640, 8) for name in names])
+    configs = [
+        rse.get_method(m).config_cls.for_budget(f, "20KiB" if m == "full" else "12KiB")
+        for f, m in zip(features, names.values(), strict=True)
+    ]
+    coll = rse.EmbeddingCollection(features, rse.Plan(dict(zip(names, configs, strict=True))))
+    with torch.no_grad():
+        coll.table("range.weight")[300:] = 0
+        coll.table("bitmap.weight")[::2] = 0
+        coll.table("bitmap.weight")[:, 3] = 0
+        keep = coll.table("sorted.weight")[[7, 100, 639]].clone()
+        coll.table("sorted.weight").zero_()[[7, 100, 639]] = keep
+    export(coll, folder / "served.rse", precision)
+    return load(folder / "served.rse")
 
 
 def randomised(module: nn.Module) -> nn.Module:
