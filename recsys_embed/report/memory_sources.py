@@ -202,7 +202,10 @@ def _own_arrays(module: CompressedEmbedding) -> list[Array]:
     if module.served is not None:
         for name in tables:
             if name in module.served:
-                arrays += _served(name, module.served[name], 0, reads_of(module.program, name))
+                stored = module.served[name]
+                # Drop-ins that shared a table serve one between them.
+                held = _served(name, stored, 0, reads_of(module.program, name))
+                arrays += [replace(a, parameter=(id(stored), a.role)) for a in held]
     for name, b in _persistent(module):
         if not name.startswith("served."):
             arrays.append(Array(name, b.numel(), 1, b.element_size(), "index", trained=False))

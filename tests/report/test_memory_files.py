@@ -233,3 +233,17 @@ def test_damaged_configuration_of_a_state_is_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"(?s)_extra_state cannot be used: .*num_bukkets"):
         memory_report(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_table_that_drop_ins_share_counts_once_when_loaded(precision: str, tmp_path: Path) -> None:
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({"a": nn.Embedding(3000, 16), "b": nn.Embedding(2000, 16)})
+
+    model = build()
+    rse.compress_(model, Plan.uniform(Schema.from_model(model), "unified", budget="64KiB"))
+    path = tmp_path / "model.safetensors"
+    rse.export(model, path, precision)
+    loaded = memory_report(rse.load(path, into=build())).total("serve")
+    assert loaded == memory_report(path).total("serve")
+    assert loaded <= 64 * 1024
