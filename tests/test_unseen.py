@@ -476,8 +476,13 @@ def test_compiled_and_exported_programs_follow_the_policy(method: str, options: 
     if policy != "raise":
         assert coll.unseen_counts()["a"] == (6, 6), "compiled programs count too"
     exported = torch.export.export(coll, (ids,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    assert not exported.graph_signature.buffers_to_mutate
-    torch.testing.assert_close(exported.module()(ids.repeat(3, 1)), coll(ids).repeat(3, 1, 1))
+    coll.reset_unseen_counts()
+    program = exported.module()
+    wanted = coll(ids).repeat(3, 1, 1)
+    before = {name: b.clone() for name, b in program.named_buffers()}
+    torch.testing.assert_close(program(ids.repeat(3, 1)), wanted)
+    for name, b in program.named_buffers():
+        assert torch.equal(b, before[name]), f"an exported program has no state to change; {name} changed"
     if policy == "raise":
         with pytest.raises(RuntimeError, match="outside the range"):
-            exported.module()(bad)
+            program(bad)
