@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +23,7 @@ from recsys_embed.hashing import string_ids
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.testing import example
 
+SAMPLE = Path(os.environ.get("RECSYS_EMBED_DATA", "absent")) / "criteo_kaggle" / "criteo_days1to6.tsv.gz"
 HASHING = [m for m in list_methods() if m.config_cls.accepts_raw]
 INDEXED = [m for m in list_methods() if not m.config_cls.accepts_raw]
 
@@ -147,6 +150,17 @@ def test_strings_have_the_ids_of_the_data_tool(tmp_path: Path, id_bits: Any) -> 
     ours = string_ids(rows, id_bits=id_bits)
     assert torch.equal(open_dataset(tmp_path / "out").load("train").ids, ours)
     assert torch.equal(ours, string_ids(rows, id_bits=id_bits, hexadecimal=True))
+
+
+@pytest.mark.skipif(not SAMPLE.exists(), reason="RECSYS_EMBED_DATA is not set")
+def test_strings_of_real_rows_have_the_ids_of_the_data_tool(tmp_path: Path) -> None:
+    from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, open_dataset
+
+    options = CriteoOptions(ids="raw", split=SplitRule(valid=Fraction(0), test=Fraction(0)))
+    convert_criteo(SAMPLE, tmp_path / "out", options)
+    with gzip.open(SAMPLE, "rt") as file:
+        rows = [line.rstrip("\n").split("\t")[14:] for line in file]
+    assert torch.equal(open_dataset(tmp_path / "out").load("train").ids, string_ids(rows))
 
 
 # -- where they are taken ---------------------------------------------------------------------------------------------
