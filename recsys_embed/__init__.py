@@ -19,7 +19,7 @@ from recsys_embed.registry import MethodInfo, get_method, list_methods, make_emb
 
 if TYPE_CHECKING:
     from recsys_embed.compress import compress_, materialize_
-    from recsys_embed.export import export, load
+    from recsys_embed.shipping import export, load
     from recsys_embed.planning import plan_for_budget
     from recsys_embed.report.memory import memory_report
 
@@ -28,8 +28,8 @@ __version__ = "0.1.0"
 # Public names that load at first use, and the modules that hold them.
 _LAZY = {
     "compress_": "compress",
-    "export": "export",
-    "load": "export",
+    "export": "shipping",
+    "load": "shipping",
     "materialize_": "compress",
     "memory_report": "report.memory",
     "plan_for_budget": "planning",

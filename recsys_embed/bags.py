@@ -104,7 +104,8 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
     _check_present(schema, ids)
     parts = [_one(ids[name], name) for name in schema.names]
     batches = {name: o.numel() - 1 for name, (_, o) in zip(schema.names, parts, strict=True)}
-    if len(set(batches.values())) != 1:
+    # Compared, not put into a set: the sizes of a program that is being exported have no hash.
+    if any(batch != batches[schema.names[0]] for batch in batches.values()):
         raise ConfigError(f"features must have one batch size; got {batches}")
     for name, (values, _) in zip(schema.names, parts, strict=True):
         check_id_dtype(values, name)

@@ -41,8 +41,8 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Write what serving needs into one file: pruned, quantised, without optimizer state; and say what it costs."""
-    from recsys_embed.export import export as write
-    from recsys_embed.export import load
+    from recsys_embed.shipping import export as write
+    from recsys_embed.shipping import load
 
     if check is not None:
         if source is not None or model is not None or out is not None:
@@ -88,7 +88,7 @@ def _auc(folder: Path, split: str) -> Callable[[Any], float]:
 
 
 def _verified(path: Path, as_json: bool) -> str:
-    from recsys_embed.export import verify
+    from recsys_embed.shipping import verify
 
     manifest = verify(path)
     size = path.stat().st_size

@@ -14,6 +14,8 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.discover import FoundTable
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
+from recsys_embed.features import Unseen
+from recsys_embed.kernels.unseen import with_unseen_row
 from recsys_embed.program import Table
 from recsys_embed.registry import get_method
 from recsys_embed.shared import SharedTables
@@ -30,6 +32,7 @@ class Job:
         table: what was found.
         config: what stores it from now on.
         counts: how often each id occurs, where known.
+        unseen: what ids outside the table become, see :class:`FeatureSpec`; None leaves it to the method.
         law: of the initial weights.
         trial: the replacement without memory (on the meta device), once it is known to be possible.
         built: the replacement of each distinct module of the table.
@@ -38,6 +41,7 @@ class Job:
     table: FoundTable
     config: MethodConfig
     counts: Tensor | None = None
+    unseen: Unseen | None = None
     law: str = "normal:1"
     trial: CompressedEmbedding | None = None
     built: dict[nn.Module, nn.Module] = field(default_factory=dict)
@@ -50,8 +54,8 @@ class Job:
 
     @property
     def plain(self) -> bool:
-        """Whether a compressed table becomes a plain one."""
-        return self.config.method == "full"
+        """Whether what comes out is torch's own module."""
+        return self.config.method == "full" and self.unseen is None
 
     def shared(self) -> list[Table]:
         """The program's tables that other features may read too."""
@@ -88,6 +92,7 @@ def make(job: Job, module: nn.Module, device: Any, shared: SharedTables | None =
         config=job.config,
         name=job.table.name,
         init=job.law,
+        unseen=job.unseen,
         shared=shared,
         device=device,
         dtype=job.table.dtype,
@@ -183,10 +188,14 @@ def fit(group: Sequence[Job], made: Sequence[CompressedEmbedding]) -> None:
     """Fit the new modules of a group to the trained tables and measure what is left."""
     with torch.enable_grad():
         weights = [dense_weight(job.modules[0]) for job in group]
-        if len(made) == 1 and made[0].shared is None:
-            made[0].fit_(weights[0], group[0].counts)
+        stored = [with_unseen_row(m.spec, w, job.counts) for m, w, job in zip(made, weights, group, strict=True)]
+        if group[0].config.method == "full":
+            with torch.no_grad():
+                made[0].table("weight").copy_(stored[0][0])
+        elif len(made) == 1:
+            made[0].fit_(*stored[0])
         else:
-            fit_jointly(made, weights, [job.counts for job in group])
+            fit_jointly(made, [w for w, _ in stored], [c for _, c in stored])
     for job, module, weight in zip(group, made, weights, strict=True):
         job.error = relative_error(module, weight, job.counts)
 
@@ -211,7 +220,7 @@ def plain_module(module: nn.Module, tables: dict[int | None, nn.Parameter]) -> n
     mode, last = options.pop("mode"), options.pop("include_last_offset")
     shape = (drop_in.num_embeddings, drop_in.output_dim)
     trained = any(p.requires_grad for p in drop_in.parameters())
-    if drop_in.config.method == "full":
+    if drop_in.config.method == "full" and drop_in.spec.num_ids == drop_in.num_embeddings:
         values = cast("nn.Parameter", drop_in.table("weight"))
     else:
         if drop_in.padding_idx not in tables:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -27,8 +28,13 @@ _OURS = ("stands_in",)
 def _bare(module: nn.Module) -> nn.Module:
     """A module of the same kind with nothing but what its constructor gives it, without memory."""
     if isinstance(module, CompressedEmbedding):
-        options = {"config": module.config, "name": module.spec.name, "device": "meta", **call_options(module)}
-        return type(module)(module.num_embeddings, module.embedding_dim, **options)
+        own: dict[str, Any] = {
+            "config": module.config,
+            "name": module.spec.name,
+            "unseen": module.spec.unseen,
+            "device": "meta",
+        }
+        return type(module)(module.num_embeddings, module.embedding_dim, **own, **call_options(module))
     return (nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag)(1, 1, device="meta")
 
 
@@ -69,4 +75,5 @@ def dress(old: nn.Module, new: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
     new.train(old.training)
     if isinstance(new, CompressedEmbedding):
-        new.stands_in = True
+        # A plain table of the same rows is its own weight.
+        new.stands_in = new.config.method != "full" or new.spec.num_ids != new.num_embeddings

@@ -14,8 +14,9 @@ from recsys_embed.compress.exchange import Replacement, Subclasses
 from recsys_embed.compress.outcome import CompressReport
 from recsys_embed.compress.summary import summarise
 from recsys_embed.config import MethodConfig
-from recsys_embed.discover import FoundTable, find_tables, select_tables
+from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.features import Unseen
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan
 
@@ -26,6 +27,7 @@ def compress_(
     init: Start = "dense",
     *,
     counts: Mapping[str, Tensor] | None = None,
+    unseen: Unseen | Mapping[str, Unseen] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] = (),
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -48,6 +50,9 @@ def compress_(
             SVD for lowdim, alternating least squares for products); ``"fresh"`` draws rows as wide as the old ones.
         counts: how often each id of a table occurs, ``[rows]``, by name or path: weighs the fit, and tells methods
             that treat frequent ids apart which those are (without, ids count as numbered by falling frequency).
+        unseen: what ids outside a table become, for all tables or by name or path: ``"hash"``, ``"oov"``, ``"zero"`` or
+            ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as plain tables do.
+            A table with a policy is replaced also where the plan says ``full``.
         optimizer: torch optimizers to take over: new parameters stand in their groups where the old ones stood and
             start without state. Others that hold a replaced parameter are named in a warning.
         include: shell patterns of names or paths; only matching tables are considered.
@@ -79,14 +84,16 @@ def compress_(
     chosen = select_tables(tables, include, exclude)
     faults: list[str] = []
     configs = match.by_table(match.configs_of(plan), tables, "the plan", faults)
-    known = match.by_table(counts or {}, tables, "`counts`", faults)
+    known = match.sound_counts(counts or {}, tables, faults)
+    policies = match.policies(unseen, tables, faults)
     faults += match.uncovered(tables, chosen, configs)
-    faults += match.counts_faults(known, tables)
     jobs = [
-        Job(t, configs[t.name], _on_device(known.get(t.name), t))
+        Job(t, configs[t.name], known.get(t.name), policies.get(t.name))
         for t in chosen
-        if t.name in configs and not t.obstacle and (configs[t.name].method != "full" or t.kind == "compressed")
+        if t.name in configs and not t.obstacle
     ]
+    # A plain table that stays one needs no replacement.
+    jobs = [job for job in jobs if not job.plain or job.table.kind == "compressed"]
     swap = Replacement(model, jobs, _optimizers(optimizer), adapters)
     faults += swap.faults()
     if init == "dense" and not dry_run:
@@ -109,7 +116,8 @@ def materialize_(
     """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with the tables they stand for.
 
     Undoes :func:`compress_` but for the values, which are those of the compressed tables; inside TorchRec's collections
-    too. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`.
+    too. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`. An :class:`EmbeddingCollection`
+    stays: plain tables are one of its plans.
 
     Args:
         model: holds the drop-ins; not one itself.
@@ -128,7 +136,7 @@ def materialize_(
     ('Embedding', True)
     """
     tables = find_tables(model)
-    chosen = [t for t in select_tables(tables, include, exclude) if t.kind in ("compressed", "collection")]
+    chosen = [t for t in select_tables(tables, include, exclude) if t.kind == "compressed"]
     jobs = [Job(t, FullConfig()) for t in chosen]
     swap = Replacement(model, jobs, _optimizers(optimizer), {})
     faults = swap.faults()
@@ -137,10 +145,6 @@ def materialize_(
     raise_faults(faults, f"materialize_({type(model).__name__})")
     swap.run("fresh")
     return summarise(tables, jobs, {}, False)
-
-
-def _on_device(counts: Tensor | None, table: FoundTable) -> Tensor | None:
-    return counts if counts is None else counts.to(next(table.modules[0].parameters()).device)
 
 
 def _optimizers(given: Any) -> list[Any]:

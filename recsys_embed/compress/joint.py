@@ -31,7 +31,7 @@ class _Joint(nn.Module):
         out = []
         for module in self.members:
             member = cast("CompressedEmbedding", module)
-            vectors = member._vectors(torch.arange(member.num_embeddings, device=ids.device))
+            vectors = member._vectors(torch.arange(member.spec.num_ids, device=ids.device))
             out.append(F.pad(vectors, (0, self.output_dim - vectors.shape[1])))
         return torch.cat(out)
 

@@ -108,13 +108,29 @@ def weight_faults(table: FoundTable, weight: Tensor) -> Iterator[str]:
         yield f"table {table.name!r} has {bad} rows that are not finite"
 
 
-def counts_faults(counts: Mapping[str, Any], tables: Sequence[FoundTable]) -> Iterator[str]:
-    """Wrong counts, by table name."""
-    rows = {t.name: t.rows for t in tables}
-    for name, given in counts.items():
-        where = f"`counts` of table {name!r}"
-        if not isinstance(given, Tensor) or given.shape != (rows[name],):
-            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-            yield f"{where} must be a tensor [{rows[name]}], how often each id occurs; got {shape}"
-        elif not (torch.isfinite(given) & (given >= 0)).all() or not given.any():
-            yield f"{where} must be finite numbers >= 0, not all 0"
+def policies(given: Any, tables: Sequence[FoundTable], faults: list[str]) -> dict[str, Any]:
+    """What ids never seen become, by table name; drop-ins that are replaced go on as they do."""
+    kept = {t.name: t.module.spec.unseen for t in tables if t.kind == "compressed"}  # type: ignore[union-attr]
+    if isinstance(given, Mapping):
+        return kept | by_table(given, tables, "`unseen`", faults)
+    return kept if given is None else {t.name: given for t in tables}
+
+
+def sound_counts(given: Mapping[str, Any], tables: Sequence[FoundTable], faults: list[str]) -> dict[str, Tensor]:
+    """Counts by table name, on the tables' devices; what is wrong with others joins ``faults``."""
+    found = {t.name: t for t in tables}
+    out: dict[str, Tensor] = {}
+    for name, value in by_table(given, tables, "`counts`", faults).items():
+        where, rows = f"`counts` of table {name!r}", found[name].rows
+        try:
+            counts = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            faults.append(f"{where} must be numbers [{rows}], how often each id occurs; got {type(value).__name__}")
+            continue
+        if counts.shape != (rows,):
+            faults.append(f"{where} must be [{rows}], how often each id occurs; got shape {tuple(counts.shape)}")
+        elif not (torch.isfinite(counts) & (counts >= 0)).all() or not counts.any():
+            faults.append(f"{where} must be finite numbers >= 0, not all 0")
+        else:
+            out[name] = counts.to(next(found[name].modules[0].parameters()).device)
+    return out

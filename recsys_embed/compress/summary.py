@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from recsys_embed.compress.build import Job
 from recsys_embed.compress.outcome import CompressedTable, CompressReport, SharedTable
 from recsys_embed.config import MethodConfig
 from recsys_embed.discover import FoundTable
+from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.program import Table
 
 
@@ -78,6 +79,18 @@ def _note(job: Job) -> str:
     pads = not job.plain and padding is not None and job.table.pooling is None
     if pads and weight is not None and not weight.is_meta and bool(weight.detach()[padding].any()):
         notes.append("its padding row held values; the padding id gives zeros now")
-    if job.trial is not None and job.counts is None and job.trial.program.indexes:
+    if job.plain and isinstance(module, CompressedEmbedding) and module.spec.unseen not in (None, "raise"):
+        notes.append(f"ids never seen raise now, as torch does ({module.spec.unseen!r} before)")
+    by_id = getattr(job.config, "order", None) == "ids"
+    apart = by_id or (job.trial is not None and bool(job.trial.program.indexes))
+    if apart and job.counts is None:
         notes.append("ids count as numbered by falling frequency; give `counts` where they are not")
+    elif by_id and job.counts is not None and not _falling(job.counts):
+        notes.append("the plan takes ids as numbered by falling frequency, `counts` say otherwise: use order='counts'")
     return "; ".join(notes)
+
+
+def _falling(counts: Tensor) -> bool:
+    """Whether the first tenth of the ids is about as frequent as the most frequent tenth."""
+    head = max(1, len(counts) // 10)
+    return bool(counts[:head].sum() >= 0.9 * counts.topk(head).values.sum())

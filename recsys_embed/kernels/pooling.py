@@ -30,7 +30,8 @@ def pool_vectors(
     [[1.0], [4.0]]
     """
     order = torch.arange(vectors.shape[0], device=vectors.device)
-    if skipped is not None or vectors.shape[0] == 0:
+    # The empty case is autograd's; an exported program must not ask for a size that its input decides.
+    if skipped is not None or (not torch.compiler.is_exporting() and vectors.shape[0] == 0):
         vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])  # stays in the graph
     if skipped is None or (weights is not None and mode != "sum"):
         return F.embedding_bag(

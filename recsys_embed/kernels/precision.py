@@ -59,14 +59,14 @@ class Layout:
     block: int = 1
 
     @classmethod
-    def of(cls, width: int, precision: str, dtype: torch.dtype = torch.float32) -> Layout:
-        """The layout of rows of ``width`` elements that are of ``dtype`` now.
+    def of(cls, width: int, precision: str, dtype: torch.dtype = torch.float32, rows: int = _BLOCK) -> Layout:
+        """The layout of ``rows`` rows of ``width`` elements that are of ``dtype`` now.
 
-        Rows of fewer than 8 elements are quantised in blocks of about 64 elements. ``"fp32"`` keeps narrower types as
-        they are: exact, and smaller.
+        Rows of fewer than 8 elements are quantised in blocks of about 64 elements, or of all there are. ``"fp32"``
+        keeps narrower types as they are: exact, and smaller.
         """
         if precision in BITS:
-            return cls(precision, width, 1 if width >= _NARROW else _BLOCK // width)
+            return cls(precision, width, 1 if width >= _NARROW else min(_BLOCK // width, rows))
         if precision == "fp32" and dtype in (torch.float16, torch.bfloat16):
             precision = "fp16" if dtype == torch.float16 else "bf16"
         return cls(precision, width)
@@ -124,7 +124,7 @@ def table_bytes(rows: int, width: int, precision: str) -> int:
     >>> [table_bytes(1000, 16, p) for p in ("fp32", "fp16", "int8", "int4")]
     [64000, 32000, 20000, 12000]
     """
-    return Layout.of(width, precision).nbytes(rows)
+    return Layout.of(width, precision, rows=rows).nbytes(rows)
 
 
 def matrix_bytes(elements: int, precision: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -75,6 +76,11 @@ class AdaptiveConfig(MethodConfig):
             raise ConfigError(f"`hot_share` must be a number in [0, 1), and not beside `num_hot`; got {hot_share!r}")
         hot = int(share * size)
         return cls.from_params({**params, "num_hot": hot, "num_buckets": size - hot})
+
+    @classmethod
+    def planning_variants(cls, spec: FeatureSpec, curve: Any) -> Sequence[Mapping[str, Any]]:
+        """Shares of the rows for hot ids that the planner tries."""
+        return ({"hot_share": 0.5}, {"hot_share": 0.8})
 
 
 class AdaptiveEmbedding(CompressedEmbedding):

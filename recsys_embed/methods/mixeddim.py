@@ -152,6 +152,15 @@ class MixeddimConfig(MethodConfig):
         return min(reversed(list(configs)), key=lambda config: config.footprint(spec).serve)
 
     @classmethod
+    def planning_variants(cls, spec: FeatureSpec, curve: Any) -> Sequence[Mapping[str, Any]]:
+        """One width, and blocks of ids that take 60, 30 and 10 % of the lookups (of a planner's frequency curve)."""
+        edges = sorted({curve.head(0.6), curve.head(0.9)})
+        blocks = [b - a for a, b in zip([0, *edges], edges, strict=False)]
+        if len(edges) < 2 or not blocks[0] > 0 or edges[-1] >= spec.num_embeddings:
+            return ({},)
+        return ({}, {"blocks": blocks, "shares": (0.6, 0.3, 0.1)})
+
+    @classmethod
     def plan(
         cls,
         specs: Sequence[FeatureSpec],

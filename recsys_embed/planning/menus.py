@@ -83,7 +83,8 @@ class MenuMaker:
                 menu.refused[name] = "it is forbidden" if name in barred else f"{pin!r} is pinned"
                 continue
             try:
-                for variant in candidate.variants(menu.spec, menu.terms.curve):
+                variants = candidate.variants(menu.spec, menu.terms.curve) if self.frame.variants else [candidate]
+                for variant in variants:
                     sizer = Sizer(variant, menu.spec, menu.terms, self.frame.costs)
                     kept = self._grid(menu, candidate, sizer, known)
                     found += [(sizer, kept)] if kept else []

@@ -30,6 +30,7 @@ class Frame:
         knots: sizes per method looked at first.
         rounds: how often sizes next to good ones are looked at.
         step: largest ratio of the bytes of neighbouring options of a method.
+        variants: whether methods are tried with each set of options that they name.
     """
 
     candidates: Sequence[Candidate]
@@ -39,6 +40,7 @@ class Frame:
     knots: int = 12
     rounds: int = 3
     step: float = 1.06
+    variants: bool = True
 
 
 class Sized(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,8 @@ OPTIMIZERS = {
     "rowwise_adagrad": optim.RowwiseAdagrad,
     "sgd": optim.SGD,
 }
+MANY = 200
+"""Features beyond which options are looked at less closely."""
 EVALUATIONS = 24_000
 """Configurations looked at on the coarse grid of all features together, about."""
 
@@ -93,7 +96,7 @@ def plan_for_budget(
     weights = _importance(schema, importance)
     terms = terms_of(schema, curves)
     proof = Evidence() if evidence is None else fit_evidence(read_rows(evidence), schema, terms)
-    frame = Frame(frame.candidates, frame.costs, frame.limits, proof.factors, *_detail(schema, frame.candidates))
+    frame = replace(frame, factors=proof.factors, **_detail(schema, frame.candidates))
     maker = MenuMaker(frame)
     menus = [maker.menu(s, terms[s.name], weights[s.name], s.name in known) for s in schema]
     pinned, spent = _pinned_tables(schema, menus, frame)
@@ -215,10 +218,12 @@ def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[
     return {s.name: float(given.get(s.name, 1.0)) for s in schema}
 
 
-def _detail(schema: Schema, chosen: Sequence[Candidate]) -> tuple[int, int, float]:
-    """Sizes per method on the coarse grid, rounds of refinement and step: coarser where there are many features."""
-    each = EVALUATIONS // (len(schema) * max(1, len(chosen)))
-    return min(14, max(4, each)), 3 if len(schema) <= 200 else 2, 1.06 if len(schema) <= 200 else 1.2
+def _detail(schema: Schema, chosen: Sequence[Candidate]) -> dict[str, Any]:
+    """How closely options are looked at: less where there are many features."""
+    knots = min(14, max(4, EVALUATIONS // (len(schema) * max(1, len(chosen)))))
+    if len(schema) <= MANY:
+        return {"knots": knots, "rounds": 3}
+    return {"knots": knots, "rounds": 2, "step": 1.2, "variants": False}
 
 
 # -- what cannot be -------------------------------------------------------------------------------------------------

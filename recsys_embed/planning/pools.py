@@ -156,7 +156,7 @@ def _member(menu: Menu, sized: Sized, bins: int, frame: Frame, method: str) -> t
         np.pad(terms.kernel, ((0, gap), (0, 0))),
         np.pad(terms.value, (0, gap)),
         np.pad(base, (0, gap)),
-        float(len(shared)),
+        sum(f.reads for f in shared),
         sum(f.rows for f in shared) / len(shared) / reference,
         1 - np.exp(-width / tau),
         sum(f.power for f in shared) / len(shared),

@@ -29,7 +29,7 @@ def plan_losses(
     for name, found in parts.items():
         for f in found:
             if f.table is not None:
-                everybody[f.table] = everybody.get(f.table, 0.0) + terms[name].load
+                everybody[f.table] = everybody.get(f.table, 0.0) + f.reads * terms[name].load
     losses = {}
     for spec in schema:
         own = getattr(plan[spec.name], "planning_loss", None)

@@ -17,6 +17,9 @@ apart (Coleman et al., NeurIPS 2023, section 3.4), and so do other chunks of the
 **Several rows per id.** Rows that add up or multiply have to undo each other's changes: what one hash over as many rows
 would keep is raised to :data:`SUM_POWER` or :data:`MUL_POWER`.
 
+A run of consecutive elements that starts anywhere is overlapped in parts, so it is priced in :data:`RUN_PIECES` pieces
+side by side.
+
 **Width.** A vector of width w keeps ``1 - exp(-w / tau)`` of a wide one's signal, ``tau = 1.7 sqrt(D / 16)`` with D the
 full width: the first columns carry most. Chunks side by side each take their share away from what the others left, so
 an id keeps most of its signal as long as one of its chunks is its own. A learned scalar per id is a chunk of width 1.
@@ -48,6 +51,8 @@ MUL_POWER = 3.0
 AUC_PER_LOSS = 0.0022
 """AUC that a loss of 1 (all of one feature's signal) costs, on the sample above."""
 
+RUN_PIECES = 4
+"""Parts that a run of elements is priced in."""
 ROUNDING = 1e-12
 _STEP = 0.5
 _U = np.exp(np.arange(np.log(1e-4), np.log(4e13), _STEP))
@@ -109,6 +114,7 @@ class Factor(NamedTuple):
         width: columns.
         power: of what sharing keeps, see the module.
         table: name of the table where features share it, else None.
+        reads: rows of that table that an id reads for these columns.
     """
 
     private: Floats
@@ -117,6 +123,7 @@ class Factor(NamedTuple):
     width: float
     power: float
     table: str | None
+    reads: float = 1.0
 
 
 def sharing(transform: Transform, table: Table, terms: Terms) -> tuple[Floats, Floats, float]:
@@ -147,15 +154,15 @@ def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
     groups: dict[tuple[int, int], list[tuple[str, Factor]]] = {}
     found: list[Factor] = []
     power = MUL_POWER if program.combine == "mul" else SUM_POWER
-    for probe, span in zip(program.probes, program.spans, strict=True):
+    spans = program.spans
+    for probe, span in zip(program.probes, spans, strict=True):
         table = tables[probe.table]
         name = table.name if table.shared else None
         own, rest, rows = sharing(probe.transform, table, terms)
         width = span[1] - span[0]
-        if probe.run > 1:
-            # Runs start anywhere, so an element is read by as many others as if runs were rows.
-            rows = max(1.0, rows / probe.run)
-        if width > 1 and table.width == 1 and probe.run == 1:
+        if probe.run > 1 and spans.count(span) == 1:
+            found += _pieces(own, rest, rows, probe.run, name)
+        elif width > 1 and table.width == 1 and probe.run == 1:
             found.append(Factor(own, rest, rows, 1, 1.0, name))
         else:
             group = groups.setdefault(span, [])
@@ -167,6 +174,13 @@ def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))
     return found
+
+
+def _pieces(own: Floats, rest: Floats, rows: float, run: int, name: str | None) -> list[Factor]:
+    """A run of elements that starts anywhere: others overlap some of it, so its pieces are spoiled one by one."""
+    count = min(RUN_PIECES, run)
+    # A piece is met by every run that starts within its length and a run before it.
+    return [Factor(own, rest, rows / (run + run / count), run / count, 1.0, name, 1 / count)] * count
 
 
 def _together(members: Sequence[tuple[str, Factor]], power: float) -> Factor:

@@ -72,7 +72,7 @@ def stored_bytes(array: Array, precision: Precision | None) -> int:
     if array.role == "dense":
         return min(array.nbytes, matrix_bytes(array.elements, precision))
     dtype = {2: torch.float16}.get(array.itemsize, torch.float32)
-    return Layout.of(array.width, precision, dtype).nbytes(array.rows)
+    return Layout.of(array.width, precision, dtype, array.rows).nbytes(array.rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,6 +131,15 @@ def test_hash_buckets_start_as_weighted_means_of_the_trained_rows() -> None:
     assert report["a"].relative_error == pytest.approx(float(lost.sqrt()), rel=1e-4)
 
 
+def test_the_padding_row_is_no_part_of_the_error() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(40, 8, padding_idx=3)})
+    with torch.no_grad():
+        model["a"].weight[3] = 1e4
+    report = compress_(model, rse.Plan({"a": rse.LowdimConfig(dim=8)}))
+    assert report["a"].relative_error < 1e-5
+    assert "padding row" in report["a"].note
+
+
 def test_low_rank_tables_come_back_exactly() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(60, 8)})
     with torch.no_grad():
@@ -315,6 +324,79 @@ def _tied(table: Any) -> nn.Module:
     return head
 
 
+ORDERED = [m.name for m in rse.list_methods() if "order" in m.config_cls.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("method", ORDERED)
+def test_counts_say_which_ids_are_frequent(method: str) -> None:
+    counts = torch.arange(300.0) + 1  # the last id is the most frequent
+
+    def fresh() -> nn.ModuleDict:
+        return nn.ModuleDict({"a": nn.Embedding(300, 8)})
+
+    plan = uniform(fresh(), method, order="counts")
+    if not plan["a"].program(rse.Schema.from_model(fresh())["a"]).indexes:
+        pytest.skip("takes no ids apart at this size")
+    assert "falling frequency" in compress_(fresh(), plan, dry_run=True)["a"].note
+    for init in ("fresh", "dense"):
+        model = fresh()
+        report = compress_(model, plan, init=init, counts={"a": counts.tolist()})  # type: ignore[arg-type,dict-item]
+        assert report["a"].note == ""
+        store = model["a"].kernel.index
+        assert store.indexes[0]
+        for index in store.indexes[0].values():
+            wanted = torch.arange(300).flip(0)[index.start : index.start + index.count].sort().values
+            assert torch.equal(store.members(0, index.name), wanted)
+    by_id = uniform(fresh(), method, order="ids")
+    assert "falling frequency" in compress_(fresh(), by_id, dry_run=True)["a"].note
+    assert "use order='counts'" in compress_(fresh(), by_id, counts={"a": counts}, dry_run=True)["a"].note
+    assert compress_(fresh(), by_id, counts={"a": counts.flip(0)}, dry_run=True)["a"].note == ""
+
+
+@pytest.mark.parametrize("policy", ["hash", "oov", "zero", "raise"])
+def test_ids_never_seen_become_what_one_says(policy: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"big": nn.Embedding(300, 8), "tiny": nn.Embedding(5, 8), "low": nn.Embedding(100, 8)})
+    dense = {k: m.weight.detach().clone() for k, m in model.items()}
+    plan = {"big": rse.HashConfig(num_buckets=30), "tiny": rse.FullConfig(), "low": rse.LowdimConfig(dim=8)}
+    compress_(model, rse.Plan(plan), unseen=policy)
+    assert model["tiny"].spec.unseen == policy
+    assert model["tiny"].weight.shape == (5, 8)
+    torch.testing.assert_close(model["tiny"].weight + 0, dense["tiny"])
+    torch.testing.assert_close(model["low"](torch.arange(100)), dense["low"], rtol=1e-4, atol=1e-5)
+    beyond = torch.tensor([400, -3])
+    for name, module in model.items():
+        if policy == "raise":
+            with pytest.raises(IndexError):
+                module(beyond)
+            continue
+        out = module(beyond)
+        assert out.eq(0).all() == (policy == "zero")
+        if policy == "oov":
+            torch.testing.assert_close(out[0], out[1])
+            if name == "tiny":
+                torch.testing.assert_close(out[0], dense["tiny"].mean(0))
+    compress_(model, rse.Plan(plan | {"big": rse.LowdimConfig(dim=2)}))
+    assert {m.spec.unseen for m in model.values()} == {policy}, "it stays"
+    report = materialize_(model)
+    assert all(type(m) is nn.Embedding for m in model.values())
+    assert [m.weight.shape[0] for m in model.values()] == [300, 5, 100]
+    assert all("as torch does" in t.note for t in report.tables) == (policy != "raise")
+
+
+def test_policies_by_table() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(300, 8), "b": nn.Embedding(300, 8)})
+    plan = rse.Plan(dict.fromkeys("ab", rse.LowdimConfig(dim=2)))
+    with pytest.raises(ConfigError, match=r"`unseen` names 'c'.*"):
+        compress_(model, plan, unseen={"c": "zero"})
+    with pytest.raises(ConfigError, match="must be one of hash, oov, zero, raise"):
+        compress_(model, plan, unseen="never")  # type: ignore[arg-type]
+    compress_(model, plan, unseen={"b": "zero"})
+    assert model["b"](torch.tensor([999])).eq(0).all()
+    with pytest.raises(IndexError):
+        model["a"](torch.tensor([999]))
+
+
 # -- matching the plan ------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +414,7 @@ def test_plan_and_tables_must_match_and_every_fault_is_told() -> None:
         "table 'user' has no entry",
         "table 'fields/1' has no entry",
         "`counts` names 'nope'",
-        "tensor [300]",
+        "must be [300]",
         "`num_buckets` must be in [1, 100]; got 101",
         "`optimizer` must be torch optimizers; got int",
     ):
@@ -538,6 +620,34 @@ def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was() -> None:
             compress_(model, uniform(model, "hash"))
     assert snapshot(model) == before
     del optimizer
+
+
+def test_a_table_that_many_share_enters_an_optimizer_once() -> None:
+    model = nn.ModuleDict({f"C{i}": nn.Embedding(50, 8) for i in range(4)})
+    optimizer = torch.optim.SGD([{"params": [m.weight]} for m in model.values()], lr=0.1)
+    held = [[m.weight for m in model.values()]]
+    model.held = held
+    compress_(model, rse.Plan(dict.fromkeys(model, rse.UnifiedConfig(num_rows=20))), optimizer=optimizer)
+    (shared,) = model.parameters()
+    assert [len(g["params"]) for g in optimizer.param_groups] == [1, 0, 0, 0]
+    assert optimizer.param_groups[0]["params"][0] is shared
+    assert [id(p) for p in held[0]] == [id(shared)]
+
+
+def test_changes_are_made_together_or_not_at_all() -> None:
+    from recsys_embed.compress.swap import Change, apply
+
+    done: list[str] = []
+
+    def fails() -> None:
+        done.append("half")
+        raise KeyboardInterrupt
+
+    first = Change(lambda: done.append("first"), lambda: done.append("undo first"))
+    second = Change(fails, lambda: done.append("undo half"))
+    with pytest.raises(KeyboardInterrupt):
+        apply([first, second, first])
+    assert done == ["first", "half", "undo half", "undo first"]
 
 
 def test_named_and_repeated_groups_of_an_optimizer() -> None:

@@ -16,9 +16,9 @@ from torch.export import Dim
 import recsys_embed as rse
 from recsys_embed import hashing
 from recsys_embed.errors import ConfigError, ExportError, MissingDependencyError
-from recsys_embed.export import onnx_file
-from recsys_embed.export.graph import check_graph, to_onnx
 from recsys_embed.members import popcount
+from recsys_embed.shipping import onnx_file
+from recsys_embed.shipping.graph import check_graph, to_onnx, to_torch_export
 from tests.export import zoo
 
 
@@ -107,14 +107,34 @@ def test_bags_with_last_offset_and_weights(include: bool, weighted: bool, tmp_pa
 
 
 def test_features_of_bags_in_one_call(tmp_path: Path) -> None:
-    schema = rse.Schema([rse.FeatureSpec(n, 3000, 4, pooling="mean") for n in "abc"])
-    coll = rse.EmbeddingCollection(schema, rse.Plan.uniform(schema, "hash", budget="20KiB"))
+    specs = [rse.FeatureSpec("a", 3000, 4), rse.FeatureSpec("b", 3000, 4, pooling="max")]
+    specs += [rse.FeatureSpec("c", 3000, 4, pooling="mean", unseen="zero")]
+    schema = rse.Schema(specs)
+    hashed = rse.Plan.uniform(schema, "hash", budget="20KiB")
+    coll = rse.EmbeddingCollection(schema, rse.Plan({"a": hashed["a"], "b": rse.FullConfig(), "c": hashed["c"]}))
     offsets = torch.tensor([0, 2, 2, 5, 6, 9, 9, 9, 14, 14, 18, 20, 20, 23, 24, 27])
     ids = torch.arange(27) * 31
-    to_onnx(coll, tmp_path / "bags.onnx", (ids, offsets), check=False)
-    ids, offsets = ids.flip(0)[:20], torch.cat([offsets[:12], offsets[:1] + 20])
-    (out,) = run(tmp_path / "bags.onnx", ids, offsets)
-    torch.testing.assert_close(out, coll(ids, offsets).detach())
+    to_onnx(coll, tmp_path / "bags.onnx", (ids, offsets))
+    to_torch_export(coll, tmp_path / "bags.pt2", (ids, offsets))
+    program = torch.export.load(tmp_path / "bags.pt2").module()
+    ids[20:] *= 1000  # of feature c, which has no row for them
+    # More samples, fewer, a feature without any id.
+    for bags in (offsets, torch.tensor([0, 9, 9, 20]), torch.tensor([0, 3, 5, 5, 5, 8, 27])):
+        values = ids[: bags[-1]]
+        if len(bags) == 7:
+            values = values % 3000
+        wanted = coll(values, bags).detach()
+        if len(bags) > 4:  # torch.export takes two samples or more in this form
+            torch.testing.assert_close(program(values, bags), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(run(tmp_path / "bags.onnx", values, bags)[0], wanted)
+
+
+def test_features_of_bags_by_name(tmp_path: Path) -> None:
+    coll = rse.EmbeddingCollection(rse.Schema([rse.FeatureSpec("a", 90, 4), rse.FeatureSpec("b", 90, 4)]))
+    given = {"a": torch.arange(12).view(4, 3), "b": (torch.arange(7), torch.tensor([0, 2, 2, 5, 7]))}
+    to_onnx(coll, tmp_path / "bags.onnx", (given,))
+    names = [i.name for i in session(tmp_path / "bags.onnx").get_inputs()]
+    assert names == ["ids_a", "ids_b_0", "ids_b_1"]
 
 
 def test_somebody_elses_model(tmp_path: Path) -> None:

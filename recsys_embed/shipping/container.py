@@ -162,7 +162,7 @@ class ExportFile:
         text = file.read(length)
         at = len(_START)
         if not text.startswith(_START) or len(text) < at + 64:
-            raise CheckpointError(f"{self.path} was not written by recsys_embed.export, or its header is damaged")
+            raise CheckpointError(f"{self.path} was not written by recsys_embed.shipping, or its header is damaged")
         found = text[at : at + 64]
         wanted = hashlib.sha256(prefix + text[:at] + _ZEROS + text[at + 64 :]).hexdigest().encode()
         if found != wanted:

@@ -13,13 +13,13 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import raise_faults
-from recsys_embed.export.container import NAMES
-from recsys_embed.export.serve import ModuleItem, build_module, plain_spec, revive
 from recsys_embed.features import spec_to_dict
 from recsys_embed.kernels.stored import Stored
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method
+from recsys_embed.shipping.container import NAMES
+from recsys_embed.shipping.serve import ModuleItem, build_module, plain_spec, revive
 
 Source = Tensor | Stored
 

@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 
 from recsys_embed._optional import require
 from recsys_embed.errors import ConfigError, ExportError
-from recsys_embed.export import onnx_file
-from recsys_embed.export.graph_check import GraphCheck, check_graph, quiet, serving
-from recsys_embed.export.graph_inputs import Inputs, example_inputs, tensors
+from recsys_embed.shipping import onnx_file
+from recsys_embed.shipping.graph_check import GraphCheck, check_graph, quiet, serving
+from recsys_embed.shipping.graph_inputs import Inputs, example_inputs, tensors
 
 __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export"]
 
@@ -90,7 +90,8 @@ def to_torch_export(
     """Write ``model`` as a torch.export program; ``torch.export.load(path).module()`` runs it with torch alone.
 
     It computes what the model computes in eval mode, with the model's own operators. An id out of range that raises
-    :class:`IdRangeError` in the model raises ``RuntimeError`` in the program.
+    :class:`IdRangeError` in the model raises ``RuntimeError`` in the program. Batches of any size pass, an empty one
+    included; a collection's bags in the form ``(values, offsets)`` take two samples or more.
 
     The file is a zip archive of torch's: the program as JSON, tensors as raw bytes, and nothing pickled.
     ``torch.export.load`` compiles Python from it (its shape guards), so load only files you trust.
@@ -147,7 +148,8 @@ def to_onnx(
 
     It computes what the model computes in eval mode. ONNX has no assertions: where the model raises
     :class:`IdRangeError`, a node named after the message reads beyond a tensor, so that onnxruntime's CPU kernels
-    refuse the batch. Its GPU kernels do not; check ids before they arrive there.
+    refuse the batch. Its GPU kernels do not; check ids before they arrive there. Models that multiply a matrix and a
+    vector (fm, deepfm and others with first-order weights) refuse an empty batch in onnxruntime.
 
     Args:
         model: as :func:`to_torch_export`; so are ``inputs``, ``dynamic_shapes`` and ``check``.

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from recsys_embed import __version__
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
-from recsys_embed.export.container import NAMES, Entry, header_bytes, lay_out
-from recsys_embed.export.files import replacing
-from recsys_embed.export.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
-from recsys_embed.export.pack import Error, Packed, settle, survey
-from recsys_embed.export.read import load
-from recsys_embed.export.report import ExportReport, Metric, TableOutcome
-from recsys_embed.export.scan import Found, Storage, scan
-from recsys_embed.export.serve import build_model
 from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
+from recsys_embed.shipping.container import NAMES, Entry, header_bytes, lay_out
+from recsys_embed.shipping.files import replacing
+from recsys_embed.shipping.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
+from recsys_embed.shipping.pack import Error, Packed, settle, survey
+from recsys_embed.shipping.read import load
+from recsys_embed.shipping.report import ExportReport, Metric, TableOutcome
+from recsys_embed.shipping.scan import Found, Storage, scan
+from recsys_embed.shipping.serve import build_model
 
 _PLACEHOLDER = -1.7976931348623157e308  # no number takes more characters
 _KINDS = {dtype: name for name, dtype in FLOATS.items()}
@@ -75,7 +75,7 @@ def export(
         CheckpointError: the run folder cannot be read, or the file cannot be written.
 
     >>> import torch, tempfile, recsys_embed as rse
-    >>> from recsys_embed.export import export, load
+    >>> from recsys_embed.shipping import export, load
     >>> emb = rse.make_embedding("hash", 100_000, 16, budget="64KiB")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = export(emb, f"{folder}/items.safetensors", "int8")
@@ -88,7 +88,7 @@ def export(
     if search not in (None, "minmax", "greedy"):
         raise unknown_name("search", str(search), ("minmax", "greedy"))
     if isinstance(model, str | Path):
-        from recsys_embed.export.runs import model_of_run
+        from recsys_embed.shipping.runs import model_of_run
 
         model = model_of_run(model)
     if not isinstance(model, nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from recsys_embed._optional import require
 from recsys_embed.errors import ExportError
-from recsys_embed.export.graph_inputs import Inputs, batches, example_inputs, tensors
 from recsys_embed.kernels.unseen import Unseen
+from recsys_embed.shipping.graph_inputs import Inputs, batches, example_inputs, tensors
 
 # Largest difference that other orders of summation explain, relative to the largest output (at least 1).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}

@@ -14,12 +14,12 @@ from typing import Any, get_args
 import torch
 
 from recsys_embed.errors import CheckpointError
-from recsys_embed.export.container import DTYPES, NAMES, ExportFile
-from recsys_embed.export.serve import ModuleItem
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.precision import BITS, FLOATS, Layout
 from recsys_embed.kernels.stored import Part, RowForm
 from recsys_embed.members import words_of
+from recsys_embed.shipping.container import DTYPES, NAMES, ExportFile
+from recsys_embed.shipping.serve import ModuleItem
 
 MANIFEST_VERSION = 1
 

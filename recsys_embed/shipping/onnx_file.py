@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from recsys_embed._optional import require
 from recsys_embed.errors import ExportError
-from recsys_embed.export.onnx_ops import OPSET, PURPOSE, translations
+from recsys_embed.shipping.onnx_ops import OPSET, PURPOSE, translations
 
 # A protocol buffer holds less than 2 GiB, of which the tables may not take all.
 EXTERNAL_BYTES = 3 * 2**29

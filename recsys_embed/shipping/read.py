@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
-from recsys_embed.export.container import ExportFile
-from recsys_embed.export.manifest import Manifest, StorageItem, TableItem, read_manifest
-from recsys_embed.export.serve import (
+from recsys_embed.kernels.stored import Stored
+from recsys_embed.members import IndexArrays, popcount, ranks_of, words_of
+from recsys_embed.methods.full import FullConfig
+from recsys_embed.shipping.container import ExportFile
+from recsys_embed.shipping.manifest import Manifest, StorageItem, TableItem, read_manifest
+from recsys_embed.shipping.serve import (
     ModuleItem,
     build_model,
     build_module,
@@ -23,9 +26,6 @@ from recsys_embed.export.serve import (
     revive,
     row_tables,
 )
-from recsys_embed.kernels.stored import Stored
-from recsys_embed.members import IndexArrays, popcount, ranks_of, words_of
-from recsys_embed.methods.full import FullConfig
 
 Backend = Literal["auto", "torch", "fbgemm"]
 _CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def verify(path: str | Path) -> Mapping[str, Any]:
 class _Loader:
     def __init__(self, file: ExportFile, manifest: Manifest, backend: Backend) -> None:
         self.file, self.manifest, self.backend = file, manifest, backend
-        self.tables: dict[str, dict[str, Tensor | Stored]] = {}
+        self.tables: dict[str, dict[str, nn.Parameter | Stored]] = {}
         self.read: set[str] = set()  # paths of embeddings that have been found to read them
         for storage in manifest.storages:
             values = self._storage(storage)
@@ -140,12 +140,12 @@ class _Loader:
 
     # -- tables -----------------------------------------------------------------------------------------------------
 
-    def _storage(self, storage: StorageItem) -> Tensor | Stored:
+    def _storage(self, storage: StorageItem) -> nn.Parameter | Stored:
         first, parts = storage.tables[0], [t.part for t in storage.tables]
         data = self.file.run([t.name for t in storage.tables])
         if all(p.form == "all" and p.columns is None for p in parts) and data.dtype == first.dtype:
             # Nothing to decode: the very parameter that the source reads.
-            return data.view(-1, first.width)
+            return nn.Parameter(data.view(-1, first.width), requires_grad=False)
         arrays: dict[str, list[Tensor]] = {"words": [], "ranks": [], "values": []}
         for table in storage.tables:
             for end, values in self._index(table).items():
@@ -292,9 +292,22 @@ class _Loader:
                 else:
                     put_tables(here[path], self.tables[path])
         state = {key: self._dense(key) for key in given}
+        assign = any(v.is_meta for v in held.values())
         with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
-            model.load_state_dict(state, strict=False, assign=any(v.is_meta for v in held.values()))
+            model.load_state_dict(state, strict=False, assign=assign)
+        if assign:
+            _tie(model, {k: held[k] for k in given})
         return model
+
+
+def _tie(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Make parameters one again that were one before others were assigned in their places."""
+    first: dict[int, str] = {}
+    for key, tensor in before.items():
+        known = first.setdefault(id(tensor), key)
+        if known != key and isinstance(tensor, nn.Parameter):
+            parent, _, name = key.rpartition(".")
+            model.get_submodule(parent)._parameters[name] = model.get_parameter(known)
 
 
 def _joined_path(path: str, inner: str) -> str:
@@ -307,21 +320,26 @@ def _joined(arrays: list[Tensor], kind: torch.dtype) -> Tensor:
     return arrays[0] if len(arrays) == 1 else torch.cat(arrays)
 
 
-def _shape(values: Tensor | Stored) -> tuple[int, int]:
+def _shape(values: nn.Parameter | Stored) -> tuple[int, int]:
     return (values.rows, values.width) if isinstance(values, Stored) else cast("tuple[int, int]", tuple(values.shape))
 
 
 def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether torch's own modules keep their places: the source had such there, and what they get is a plain table."""
-    plain = item.build["config"] == FullConfig().to_dict() and item.build["spec"].get("unseen") is None
+    """Whether torch's own modules keep their places: the source had such there, and what they get is a plain table.
+
+    With ``max_norm`` they would change rows that are read, and the file's are of that norm already.
+    """
+    plain = item.build.get("config") == FullConfig().to_dict() and item.build["spec"].get("unseen") is None
     return plain and all(
-        isinstance(here[path], nn.Embedding | nn.EmbeddingBag) and isinstance(tables[path].get("weight"), Tensor)
+        isinstance(here[path], nn.Embedding | nn.EmbeddingBag)
+        and getattr(here[path], "max_norm", None) is None
+        and isinstance(tables[path].get("weight"), Tensor)
         for path in item.paths
     )
 
 
 def _place_faults(
-    path: str, item: ModuleItem, module: nn.Module | None, tables: Mapping[str, Tensor | Stored]
+    path: str, item: ModuleItem, module: nn.Module | None, tables: Mapping[str, nn.Parameter | Stored]
 ) -> list[str]:
     """What keeps an embedding of the file from taking the place of ``module``."""
     if module is None:

@@ -12,7 +12,7 @@ from recsys_embed.kernels.precision import BITS, FP16_MAX, Layout, Search
 from recsys_embed.kernels.stored import Part, RowForm
 from recsys_embed.members import ranks_of, words_of
 
-_ELEMENTS = 1 << 20  # of a chunk: it stays in a processor's cache while it is searched and encoded
+_ELEMENTS = 1 << 18  # of a chunk: it stays in a processor's cache while it is searched and encoded
 
 Read = Callable[[int, int], Tensor]
 
@@ -24,7 +24,7 @@ class Error:
     >>> error = Error()
     >>> error.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))
     >>> error.close(2)
-    (1.0, 0.707107, 3.53553)
+    (1.0, 0.707107, 3.53557)
     """
 
     largest: float = 0.0
@@ -40,10 +40,15 @@ class Error:
         self.values += float(wanted.double().square().sum())
 
     def close(self, elements: int) -> tuple[float, float, float]:
-        """Largest, root mean square and the values' root mean square over ``elements``, to six digits."""
+        """Largest, root mean square and the values' root mean square over ``elements``, to six digits, rounded up."""
         count = max(elements, 1)
-        numbers = (self.largest, (self.squares / count) ** 0.5, (self.values / count) ** 0.5)
-        return tuple(float(f"{n:.6g}") for n in numbers)  # type: ignore[return-value]
+        return _up(self.largest), _up((self.squares / count) ** 0.5), _up((self.values / count) ** 0.5)
+
+
+def _up(number: float) -> float:
+    """To six digits, and not below: an error that is stated is a bound."""
+    rounded = float(f"{number:.6g}")
+    return rounded if rounded >= number else float(f"{number * (1 + 1e-5):.6g}")
 
 
 @dataclass
@@ -164,7 +169,7 @@ def survey(
         used[0] = True
     if not columns.any():
         columns[0] = True
-    layout = Layout.of(width, precision, dtype)
+    layout = Layout.of(width, precision, dtype, rows)
     ways = _ways(layout, dtype, used, columns) if prune and not faults else (Part(rows, layout, "all", 0, rows),) * 3
     return Packed(name, width, ways[0], read, used, ways), faults
 
@@ -174,6 +179,8 @@ def _ways(layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor) -> 
     rows, count = len(used), int(used.sum())
     whole = Part(rows, layout, "all", 0, rows)
     first = int(used.nonzero()[0])
+    if count < rows:
+        layout = Layout.of(layout.width, layout.kind, dtype, count)
     if used[first : first + count].all():
         forms: list[tuple[RowForm, int]] = [("range", first)]
     else:
@@ -184,8 +191,8 @@ def _ways(layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor) -> 
     narrower = fewer
     if not columns.all():
         some = tuple(int(c) for c in columns.nonzero().squeeze(1))
-        kept = Layout.of(len(some), layout.kind, dtype)
-        narrower = fewer + [Part(rows, kept, p.form, p.start, p.count, some) for p in fewer]
+        kept = [Layout.of(len(some), layout.kind, dtype, p.count) for p in fewer]
+        narrower = fewer + [Part(rows, k, p.form, p.start, p.count, some) for k, p in zip(kept, fewer, strict=True)]
     return whole, min(fewer, key=_cost), min(narrower, key=_cost)
 
 

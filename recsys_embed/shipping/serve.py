@@ -133,7 +133,7 @@ def revive(module: nn.Module, device: torch.device) -> None:
                 setattr(part, name, torch.zeros_like(buffer, device=device))
 
 
-def put_tables(module: nn.Module, tables: Mapping[str, Tensor | Stored]) -> None:
+def put_tables(module: nn.Module, tables: Mapping[str, nn.Parameter | Stored]) -> None:
     """Replace the row tables of one embedding module, by the names it reads them under."""
     served = {}
     for name, values in tables.items():
@@ -141,7 +141,9 @@ def put_tables(module: nn.Module, tables: Mapping[str, Tensor | Stored]) -> None
             del module._parameters[name]
             served[name] = values
         else:
-            module._parameters[name] = nn.Parameter(values, requires_grad=False)
+            # Modules that shared a table in the source share one here.
+            shared = isinstance(values, nn.Parameter)
+            module._parameters[name] = values if shared else nn.Parameter(values, requires_grad=False)
     if served:
         cast("Any", module).served = StoredTables(served)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from recsys_embed.errors import CheckpointError, ConfigError
-from recsys_embed.export.serve import ModuleItem, build_model, refusals, revive
+from recsys_embed.shipping.serve import ModuleItem, build_model, refusals, revive
 from recsys_embed.train.checkpoint import load_checkpoint
 
 

@@ -1,0 +1,210 @@
+"""A file is there whole or not at all, whatever happens while it is written; and writing takes little memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import recsys_embed as rse
+from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.shipping import export, load, verify
+from recsys_embed.shipping.files import replacing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def emb(value: float, rows: int = 500) -> nn.Module:
+    module = rse.make_embedding("full", rows, 8)
+    with torch.no_grad():
+        module.table("weight").fill_(value)
+    return module
+
+
+def value_of(path: Path) -> float:
+    return float(load(path)(torch.tensor([3]))[0, 0])
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    export(emb(1.0), path)
+    before = path.read_bytes()
+
+    def interrupted() -> None:
+        with replacing(path) as (f, temporary):
+            f.write(b"half")
+            assert temporary.exists()
+            raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"):
+        interrupted()
+    assert path.read_bytes() == before
+    assert leftovers(tmp_path) == []
+
+    def evaluate(module: nn.Module) -> float:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        export(emb(2.0), path, evaluate=evaluate)
+    assert path.read_bytes() == before
+    assert leftovers(tmp_path) == []
+
+
+def test_a_folder_and_an_impossible_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        export(emb(1.0), tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        export(emb(1.0), tmp_path / "file" / "f")
+    export(emb(1.0), tmp_path / "new" / "folders" / "f")
+    assert value_of(tmp_path / "new" / "folders" / "f") == 1.0
+
+
+def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_leaves_the_file_before(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    export(emb(1.0), path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"f could not be written: File too large; what was there before"):
+            export(emb(2.0, 50_000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert leftovers(tmp_path) == []
+
+
+def test_many_writers_of_one_path(tmp_path: Path) -> None:
+    """Readers meet a whole file at any time, and in the end it is that of one writer."""
+    path = tmp_path / "f"
+    export(emb(0.0), path)
+    stop, seen = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            verify(path)
+            seen.append(value_of(path))
+
+    def write(value: float) -> None:
+        for _ in range(5):
+            export(emb(value, 500 + int(value)), path)
+
+    reader = threading.Thread(target=read)
+    writers = [threading.Thread(target=write, args=(float(v),)) for v in (1, 2, 3)]
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    reader.join()
+    assert set(seen) <= {0.0, 1.0, 2.0, 3.0}
+    assert value_of(path) in (1.0, 2.0, 3.0)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.distributed
+def test_a_killed_export_leaves_the_file_before(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    export(emb(1.0), path)
+    done = run(
+        """
+        import os, signal, sys
+        import recsys_embed as rse
+        from recsys_embed.shipping import export
+        def evaluate(module):
+            os.kill(os.getpid(), signal.SIGKILL)
+        export(rse.make_embedding("full", 500, 8), sys.argv[1], evaluate=evaluate)
+        """,
+        path,
+    )
+    assert done.returncode == -9
+    assert value_of(path) == 1.0
+
+
+def test_a_served_module_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    export(emb(1.0), path)
+    served = load(path)
+    export(emb(2.0), path)
+    assert float(served(torch.tensor([7]))[0, 0]) == 1.0
+    path.unlink()
+    assert float(served(torch.tensor([8]))[0, 0]) == 1.0
+
+
+def test_a_served_module_can_be_exported_to_its_own_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    source = rse.make_embedding("hash", 1000, 8, num_buckets=100)
+    export(source, path, "int8")
+    ids = torch.arange(1000)
+    before = load(path)(ids)
+    export(load(path), path, "int8")
+    assert (load(path)(ids) - before).abs().max() < 1e-3
+    export(load(path), path)
+    assert torch.equal(load(path)(ids), load(path, backend="torch")(ids))
+
+
+def test_equal_models_make_equal_files(tmp_path: Path) -> None:
+    for name in "ab":
+        export(rse.make_embedding("robe", 1000, 8, budget="8KiB"), tmp_path / name, "int4")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from the kernel")
+def test_export_and_load_take_memory_of_chunks_not_of_tables(tmp_path: Path) -> None:
+    done = run(
+        """
+        import re, sys, torch
+        import recsys_embed as rse
+        from recsys_embed.shipping import export, load
+        def peak():
+            with open("/proc/self/clear_refs", "w") as f:
+                f.write("5")
+        def high():
+            return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+        emb = rse.make_embedding("full", 1_000_000, 16)  # 61 MiB
+        for precision in ("fp32", "int8"):
+            export(rse.make_embedding("full", 100, 16), sys.argv[1] + "small", precision)
+            peak(); before = high()
+            export(emb, sys.argv[1] + precision, precision)
+            print(high() - before)
+        del emb
+        def own():  # pages of the file belong to the kernel, which takes them back
+            return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+        for precision in ("fp32", "int8"):
+            before = own()
+            served = load(sys.argv[1] + precision, verify=False, backend="torch")
+            served(torch.randint(0, 1_000_000, (100,)))
+            print(own() - before)
+        """,
+        tmp_path / "f",
+    )
+    assert done.returncode == 0, done.stderr
+    grown = [int(n) for n in done.stdout.split()]
+    assert len(grown) == 4
+    assert max(grown) < 20, grown
