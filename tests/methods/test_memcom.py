@@ -169,9 +169,13 @@ def test_fit_leaves_padding_out() -> None:
     assert error.item() == pytest.approx(optimum(target, buckets(emb), importance, False), rel=1e-9)
 
 
-def test_a_zero_table_is_fitted_exactly() -> None:
+def test_zero_tables_and_zero_rows_are_no_trouble() -> None:
     emb = MemcomEmbedding.from_dense(torch.zeros(20, 3), num_buckets=4, bias=True)
     assert not emb.materialize().any()
+    counts = (torch.arange(20) % 4 != 1).float()
+    emb = MemcomEmbedding.from_dense(torch.randn(20, 3), counts=counts, num_buckets=4, init="normal:0")
+    assert not emb.materialize()[1::4].any(), "rows that no counted id reads keep their values, here 0"
+    assert emb.materialize()[2::4].any(1).all()
 
 
 def test_one_fused_step_moves_the_rows_and_scalars_of_the_ids_alone() -> None:
