@@ -19,9 +19,9 @@ from recsys_embed.registry import MethodInfo, get_method, list_methods, make_emb
 
 if TYPE_CHECKING:
     from recsys_embed.compress import compress_, materialize_
-    from recsys_embed.shipping import export, load
     from recsys_embed.planning import plan_for_budget
     from recsys_embed.report.memory import memory_report
+    from recsys_embed.shipping import export, load
 
 __version__ = "0.1.0"
 

@@ -54,7 +54,8 @@ class PlanNotes:
     measured: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        wanted = {"budget": int, "bytes": int, "predicted_loss": (int, float), "least_loss": (int, float)}
+        number = (int, float)
+        wanted: dict[str, Any] = {"budget": int, "bytes": int, "predicted_loss": number, "least_loss": number}
         faults = [
             f"`{key}` must be a number; got {getattr(self, key)!r:.80}"
             for key, kind in wanted.items()
