@@ -12,6 +12,7 @@ import typer
 
 from recsys_embed.cli._settings import names
 from recsys_embed.cli._target import load_target
+from recsys_embed.compress import table_counts
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.memory import format_bytes
@@ -126,7 +127,8 @@ def _features(
     known = None if stats is None else _open(stats)
     if schema is not None:
         return Schema.from_dict(_read_json(schema)), known
-    return Schema.from_model(load_target(model or "")), known
+    target = load_target(model or "")
+    return Schema.from_model(target), None if known is None else table_counts(target, known)
 
 
 def _open(folder: Path) -> Any:

@@ -70,6 +70,9 @@ class _Vocabularies(Mapping[str, Any]):
     def __iter__(self) -> Any:
         return iter(self.features)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.features
+
     def __getitem__(self, name: str) -> Any:
         vocabulary = self.data.vocabulary(name)
         counts = np.zeros(self.features[name].num_embeddings)

@@ -57,7 +57,8 @@ class Replacement:
                 if len(group) > 1:
                     law = law_of([job.modules[0] for job in group])
                     for job in group:
-                        job.law = law
+                        job.law, job.trial = law, None
+                        faults += try_out(job)
             exchange = self._exchange(lambda job, old: job.trial or nn.Embedding(1, 1, device="meta"))
             exchange.beside(self.model)
             faults += exchange.faults

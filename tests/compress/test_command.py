@@ -79,11 +79,13 @@ def test_counts_of_a_data_folder_weigh_the_fit(place: Path, capsys: pytest.Captu
     sizes = {f.name: f.num_embeddings for f in open_dataset("data").schema(8)}
     name = place.name + "_sized"
     lines = ", ".join(f'"{n}": nn.Embedding({sizes[n]}, 8)' for n in ("C1", "C2"))
-    (place.parent / f"{name}.py").write_text(
-        f"from torch import nn\ndef build():\n    return nn.ModuleDict({{{lines}}})"
-    )
-    plan = rse.Plan({n: rse.HashConfig(num_buckets=2) for n in ("C1", "C2")})
-    Path("plan.json").write_text(plan.to_json())
+    text = f"from torch import nn\ndef build():\n    return nn.ModuleDict({{'deep': nn.ModuleDict({{{lines}}})}})"
+    (place.parent / f"{name}.py").write_text(text)
+    assert main(["plan", "--model", f"{name}:build", "--stats", "data", "--budget", "2KiB", "--json"]) == 0
+    plan = rse.Plan.from_dict(json.loads(capsys.readouterr().out))
+    assert set(plan) == {"deep/C1", "deep/C2"}
+    plan = rse.Plan({n: rse.HashConfig(num_buckets=2) for n in ("deep/C1", "deep.C2")})
+    Path("plan.json").write_text(json.dumps(plan.to_dict()))
     assert run(place.parent / name, "--counts", "data", "--json") == 0
     weighted = json.loads(capsys.readouterr().out)
     assert all(0 < t["relative_error"] < 1 for t in weighted["tables"])

@@ -634,6 +634,33 @@ def test_a_table_that_many_share_enters_an_optimizer_once() -> None:
     assert [id(p) for p in held[0]] == [id(shared)]
 
 
+def test_parameters_that_stay_in_use_stay_in_the_optimizer() -> None:
+    model = nn.ModuleDict({f"C{i}": nn.Embedding(50, 8) for i in range(3)})
+    compress_(model, rse.Plan(dict.fromkeys(model, rse.UnifiedConfig(num_rows=20))))
+    optimizer = torch.optim.Adam(model.parameters())
+    model["C1"](torch.arange(5)).sum().backward()
+    optimizer.step()
+    shared = model["C1"].table("unified")
+    compress_(model, {"C0": rse.HashConfig(num_buckets=9)}, optimizer=[])
+    assert optimizer.param_groups[0]["params"] == [shared]
+    model["full"] = rse.FullEmbedding(30, 8)
+    optimizer.add_param_group({"params": [model["full"].weight]})
+    kept = model["full"].weight
+    materialize_(model, include="full")
+    assert model["full"].weight is kept
+    assert optimizer.param_groups[1]["params"][0] is kept
+    assert shared in optimizer.state
+
+
+def test_shared_rows_start_as_wide_as_the_tables_together() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(4000, 8), "b": nn.Embedding(4000, 8)})
+    with torch.no_grad():
+        model["a"].weight.normal_(0, 0.3)
+        model["b"].weight.normal_(0, 0.4)
+    compress_(model, rse.Plan(dict.fromkeys("ab", rse.UnifiedConfig(num_rows=3000))), init="fresh")
+    assert abs(float(model["a"].table("unified").detach().std()) - (0.125**0.5)) < 0.01
+
+
 def test_changes_are_made_together_or_not_at_all() -> None:
     from recsys_embed.compress.swap import Change, apply
 
