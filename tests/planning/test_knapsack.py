@@ -78,6 +78,24 @@ def test_rounding_up_to_a_coarser_unit_keeps_the_finer_units_solution() -> None:
     assert (np.diff(losses) <= 1e-12).all()
 
 
+def test_where_the_unit_doubles_the_finer_one_is_still_considered() -> None:
+    # Greedy takes the first and third class; the best, first and second, fits 16 to the byte, and 17 not in units of 2.
+    classes = [reduce_options([0, c], [loss, 0.0]) for c, loss in ((7, 10.0), (9, 10.0), (4, 5.0))]
+    for budget in (16, 17):
+        found = solve(classes, budget, effort=Effort(False, 16))
+        assert found is not None
+        assert (found.options, found.loss) == ((1, 1, 0), 5.0)
+
+
+def test_costs_round_up() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        classes = [reduce_options(rng.integers(0, 60, 6), rng.integers(0, 40, 6) / 7) for _ in range(5)]
+        budget = int(rng.integers(150, 300))
+        found = solve(classes, budget, effort=Effort(False, 16))
+        assert found is None or found.cost <= budget
+
+
 @given(OPTIONS)
 def test_reduced_options_rise_in_cost_and_fall_in_loss_and_keep_the_best(options: list[tuple[int, int]]) -> None:
     choices = reduce_options([c for c, _ in options], [float(loss) for _, loss in options])

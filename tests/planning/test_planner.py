@@ -132,6 +132,23 @@ def test_order_and_repetition_change_nothing(schema: Schema, part: float, random
         assert found[0].reasons == found[2].reasons
 
 
+def test_ties_between_features_are_broken_by_name_and_not_by_place() -> None:
+    features = [FeatureSpec(name, 5000, 16) for name in "fcaedb"]
+    plans = [
+        plan_for_budget(
+            Schema(order), "100KiB", methods={"hash": None, "lowdim": {"dim": 1}, "freqcut": {"order": "ids"}}
+        )
+        for order in (features, features[::-1], sorted(features, key=lambda f: f.name))
+    ]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_projections_have_gradients_while_training() -> None:
+    schema = Schema([FeatureSpec("C1", 20, 64)])
+    plan = plan_for_budget(schema, 4 * 5 * (20 + 2 * 64), "train", ["lowdim"], "sgd", full_below=0)
+    assert plan["C1"].dim == 5  # type: ignore[attr-defined]
+
+
 @FEW
 @given(schemas(3), st.floats(0.01, 1.0))
 def test_small_choices_are_solved_exactly(schema: Schema, part: float) -> None:

@@ -128,6 +128,32 @@ def test_rare_ids_weigh_less_than_their_share_of_lookups() -> None:
     assert rarely.value.sum() < 0.1
 
 
+def test_rows_that_add_up_or_multiply_hinder_each_other() -> None:
+    spec = FeatureSpec("C1", 10_000, 16)
+    terms = Terms(FrequencyCurve.zipf(10_000))
+    made = {
+        method: get_method(method).config_cls.from_params(params).program(spec)
+        for method, params in (
+            ("hash", {"num_buckets": 500}),
+            ("multihash", {"num_buckets": 500}),
+            ("compositional", {"moduli": (480, 25)}),
+        )
+    }
+    one, added, multiplied = (loss_of(program, terms) for program in made.values())
+    assert one < added < multiplied
+
+
+def test_chunks_side_by_side_save_an_id_that_lost_one_of_them() -> None:
+    terms = Terms(FrequencyCurve.zipf(10_000))
+    losses = []
+    for chunks in (1, 2, 4):
+        rows, width = 500 * chunks, 16 // chunks
+        table = Table("weight", rows, width, Init("constant"))
+        probes = tuple(Probe("weight", Hash(j, rows), column=j * width) for j in range(chunks))
+        losses.append(loss_of(LookupProgram((table,), probes), terms))
+    assert losses[0] > 1.5 * losses[1] > 2 * losses[2], "the same bytes in more chunks"
+
+
 def test_a_scalar_of_its_own_gives_an_id_something() -> None:
     spec = FeatureSpec("C1", 10_000, 16)
     terms = Terms(FrequencyCurve.zipf(10_000))
