@@ -152,8 +152,9 @@ class Plan:
 
     def check(self, schema: Schema) -> None:
         """Raise unless the plan covers exactly the features of ``schema`` and suits each; all faults at once."""
+        known = set(schema.names)
         faults = [f"feature {n!r} has no entry in the plan" for n in schema.names if n not in self.configs]
-        faults += [f"the plan names {n!r}, which the schema does not have" for n in self if n not in schema.names]
+        faults += [f"the plan names {n!r}, which the schema does not have" for n in self if n not in known]
         for spec in schema:
             if spec.name in self.configs:
                 faults += [f"{fault} (feature {spec.name!r})" for fault in self[spec.name].check(spec)]

@@ -295,8 +295,8 @@ class LookupProgram:
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Output column range of each probe."""
-        widths = ((p.column, p.width or p.run * self.table(p.table).width) for p in self.probes)
-        return tuple((column, column + width) for column, width in widths)
+        widths = {t.name: t.width for t in self.tables}
+        return tuple((p.column, p.column + (p.width or p.run * widths[p.table])) for p in self.probes)
 
     @property
     def combined_width(self) -> int:

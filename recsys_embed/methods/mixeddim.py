@@ -149,7 +149,8 @@ class MixeddimConfig(MethodConfig):
         # The last widths save less than the matrix takes; a single block grows with each but the full one.
         wider = range(size, rule.most + 1) if blocks else {size, rule.most}
         configs = (cls.from_params({**params, **rule.blocks(alpha, d * rule.front**alpha)}) for d in sorted(wider))
-        return min(reversed(list(configs)), key=lambda config: config.footprint(spec).serve)
+        # Widths by the rule suit the feature, and planning tries many: no need to check them here.
+        return min(reversed(list(configs)), key=lambda config: config._program(spec).footprint().serve)
 
     @classmethod
     def planning_variants(cls, spec: FeatureSpec, curve: Any) -> Sequence[Mapping[str, Any]]:

@@ -223,7 +223,7 @@ def _detail(schema: Schema, chosen: Sequence[Candidate]) -> dict[str, Any]:
     knots = min(14, max(4, EVALUATIONS // (len(schema) * max(1, len(chosen)))))
     if len(schema) <= MANY:
         return {"knots": knots, "rounds": 3}
-    return {"knots": knots, "rounds": 2, "step": 1.2, "variants": False}
+    return {"knots": knots, "rounds": 1, "step": 1.2, "variants": False}
 
 
 # -- what cannot be -------------------------------------------------------------------------------------------------
