@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import CheckpointError
+from recsys_embed.errors import CheckpointError, ConfigError
 
 MAX_HEADER = 32 << 20
 DTYPES = {
@@ -124,6 +124,7 @@ class ExportFile:
         memory_map: read tensors from the file as they are needed; otherwise read it whole now.
 
     Raises:
+        ConfigError: ``path`` is no path.
         CheckpointError: absent, not an export, cut, or its header is damaged or contradicts itself.
 
     Attributes:
@@ -132,8 +133,10 @@ class ExportFile:
     """
 
     def __init__(self, path: str | Path, memory_map: bool = True) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"`path` must be the path of an exported file; got {type(path).__name__}")
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise CheckpointError(f"no exported file at {self.path}")
         with open(self.path, "rb") as f:
             size = os.fstat(f.fileno()).st_size

@@ -20,12 +20,17 @@ def replacing(path: str | Path) -> Iterator[tuple[IO[bytes], Path]]:
     one path; the last to end wins.
 
     Raises:
-        ConfigError: ``path`` is a folder.
+        ConfigError: ``path`` is a folder, a device or a pipe.
         CheckpointError: writing failed, e.g. the disk is full; says why.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"`path` must be the path of a file to write; got {type(path).__name__}")
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{path} is a folder; name the file to export to")
+    if os.path.exists(path) and not os.path.isfile(path):
+        # A rename would put a file in the place of the device itself.
+        raise ConfigError(f"{path} is a device or a pipe; name the file to export to")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

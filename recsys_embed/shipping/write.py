@@ -97,7 +97,7 @@ def export(
     kind = _model_kind(model, found)
     search = search or ("greedy" if precision == "int4" else "minmax")
     with torch.no_grad():
-        return _Writer(model, found, kind, precision, search, prune).write(Path(path), evaluate, metric)
+        return _Writer(model, found, kind, precision, search, prune).write(path, evaluate, metric)
 
 
 def _model_kind(model: nn.Module, found: Found) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class _Writer:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, path: Path, evaluate: Callable[[nn.Module], float] | None, metric: str) -> ExportReport:
+    def write(self, path: str | Path, evaluate: Callable[[nn.Module], float] | None, metric: str) -> ExportReport:
         producers = self._producers()
         entries = lay_out({name: (dtype, shape) for name, (dtype, shape, _) in producers.items()})
         placeholder = None if evaluate is None else Metric(metric, _PLACEHOLDER, _PLACEHOLDER)
@@ -219,7 +219,7 @@ class _Writer:
                 measured = self._measure(temporary, evaluate, metric)
                 _write_header(f, header_bytes(self._manifest(entries, measured), entries, size))
             total = f.seek(0, 2)
-        return self._report(path, total, size, entries, measured)
+        return self._report(Path(path), total, size, entries, measured)
 
     def _measure(self, file: Path, evaluate: Callable[[nn.Module], float], name: str) -> Metric:
         """The source's measure, and that of the file as it will be loaded."""

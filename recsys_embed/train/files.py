@@ -8,10 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from recsys_embed.errors import ConfigError
+
 
 def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let ``write`` fill a temporary file, then rename it to ``path``; a crash leaves the previous file whole."""
+    """Let ``write`` fill a temporary file, then rename it to ``path``; a crash leaves the previous file whole.
+
+    Raises:
+        ConfigError: ``path`` is a folder, a device or a pipe.
+        OSError: writing failed.
+    """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        # A rename would put a file in the place of a device such as /dev/null.
+        raise ConfigError(f"{path} is a folder, a device or a pipe; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import recsys_embed as rse
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.shipping import export, load, verify
 from recsys_embed.shipping.files import replacing
+from recsys_embed.train.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +72,24 @@ def test_a_folder_and_an_impossible_place(tmp_path: Path) -> None:
         export(emb(1.0), tmp_path / "file" / "f")
     export(emb(1.0), tmp_path / "new" / "folders" / "f")
     assert value_of(tmp_path / "new" / "folders" / "f") == 1.0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes have names on POSIX only")
+def test_a_device_is_no_place_for_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="is a device or a pipe"):
+        export(emb(1.0), pipe)
+    with pytest.raises(ConfigError, match="a device or a pipe"):
+        atomic_write(pipe, lambda file: None)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("path", [None, 5])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    for act in (lambda: export(emb(1.0), path), lambda: load(path), lambda: verify(path)):
+        with pytest.raises(ConfigError, match=f"`path` must be .*; got {type(path).__name__}"):
+            act()
 
 
 def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
