@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from recsys_embed._json import strict_json
 from recsys_embed.cli._target import load_target
 from recsys_embed.errors import CheckpointError, ConfigError
 
@@ -45,7 +45,7 @@ def compress(
     if dry_run and out is not None:
         raise ConfigError("--dry-run writes nothing; leave --out or --dry-run away")
     try:
-        chosen = Plan.from_dict(json.loads(plan.read_text(encoding="utf-8")))
+        chosen = Plan.from_dict(strict_json(plan.read_text(encoding="utf-8")))
     except ValueError as e:
         raise e if isinstance(e, ConfigError) else ConfigError(f"{plan} is not valid JSON: {e}") from e
     target = load_target(model)

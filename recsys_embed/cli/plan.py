@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed._json import strict_json
 from recsys_embed.cli._settings import names
 from recsys_embed.cli._target import load_target
 from recsys_embed.compress import table_counts
@@ -139,7 +139,7 @@ def _open(folder: Path) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ConfigError(f"{path} is not valid JSON: {e}") from e
 
@@ -157,7 +157,7 @@ def _pins(texts: Sequence[str]) -> dict[str, Any]:
             faults.append(f"--pin takes FEATURE=METHOD; got {text!r}")
             continue
         try:
-            found[feature] = json.loads(value) if value.startswith("{") else value
+            found[feature] = strict_json(value) if value.startswith("{") else value
         except ValueError as e:
             faults.append(f"--pin {text!r} is not valid JSON: {e}")
     raise_faults(faults, "command line")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from recsys_embed._json import strict_json
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.indexes import IndexStore
@@ -106,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: cannot be read, or is no object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(data, dict):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_embed._json import strict_json
 from recsys_embed.errors import CheckpointError, ConfigError
 
 MAX_HEADER = 32 << 20
@@ -91,18 +92,6 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} occurs more than once")
-    return found
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
 def parse_json(text: str | bytes, what: str, path: Path) -> Any:
     """JSON without repeated keys, NaN or infinities.
 
@@ -110,10 +99,9 @@ def parse_json(text: str | bytes, what: str, path: Path) -> Any:
         CheckpointError: anything else; names file and reason.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as e:
-        reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
-        raise CheckpointError(f"{path} is damaged: its {what} cannot be read: {reason}") from e
+        return strict_json(text)
+    except ValueError as e:
+        raise CheckpointError(f"{path} is damaged: its {what} cannot be read: {e}") from e
 
 
 class ExportFile:

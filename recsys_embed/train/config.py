@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from recsys_embed._json import strict_json
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Unseen
 
@@ -250,7 +250,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = strict_json(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as e:
         raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'toml'}: {e}") from e
     if not isinstance(data, dict):

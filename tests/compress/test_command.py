@@ -1,6 +1,7 @@
 """recsys-embed compress: the table, the compressed state, and one line for whatever is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,19 @@ import torch
 import recsys_embed as rse
 from recsys_embed.cli import main
 from recsys_embed.compress import compress_
+from recsys_embed.errors import ConfigError
+from recsys_embed.report.memory import memory_report
+from recsys_embed.train.config import read_settings
 
+UNREADABLE = [
+    ("{", "line 1 column 2"),
+    (
+        '{"version": 1, "features": {"C1": {"method": "full"}, "C1": {"method": "hash"}}}',
+        "key 'C1' occurs more than once",
+    ),
+    ('{"version": NaN}', "NaN is not JSON"),
+    ("[" * 100_000, "it is nested too deeply"),
+]
 MODEL = """
 import torch
 from torch import nn
@@ -110,7 +123,13 @@ def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str], 
     assert not Path("x.pt").exists()
 
 
-def test_a_plan_that_is_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("plan.json").write_text("{")
+@pytest.mark.parametrize(("text", "said"), UNREADABLE)
+def test_a_plan_that_is_none(place: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+    Path("plan.json").write_text(text)
     assert run(place) == 2
-    assert "plan.json is not valid JSON" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "plan.json is not valid JSON" in err
+    assert said in err
+    for read in (read_settings, memory_report):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            read(Path("plan.json"))
