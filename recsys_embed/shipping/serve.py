@@ -130,7 +130,8 @@ def revive(module: nn.Module, device: torch.device) -> None:
                 part.add_constant(name, values, device)
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta and (buffer.numel() == 0 or isinstance(part, Unseen)):
-                setattr(part, name, torch.zeros_like(buffer, device=device))
+                # Not zeros_like: asked of a meta tensor, it loads all of torch's symbolic shapes.
+                setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def put_tables(module: nn.Module, tables: Mapping[str, nn.Parameter | Stored]) -> None:

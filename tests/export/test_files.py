@@ -228,3 +228,35 @@ def test_export_and_load_take_memory_of_chunks_not_of_tables(tmp_path: Path) -> 
     grown = [int(n) for n in done.stdout.split()]
     assert len(grown) == 4
     assert max(grown) < 20, grown
+
+
+ALONE = """
+import sys
+import numpy, torch
+
+there = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) | {"recsys_embed"}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in there:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import recsys_embed as rse
+
+for path in sys.argv[1:]:
+    torch.save(rse.load(path)(torch.arange(3000)), path + ".out")
+"""
+
+
+def test_loading_needs_torch_and_numpy_only(tmp_path: Path) -> None:
+    wanted = {}
+    for method in rse.list_methods():
+        options = {} if method.name == "full" else {"budget": "64KiB"}
+        for precision in ("fp32", "int4"):
+            path = tmp_path / f"{method.name}-{precision}"
+            export(rse.make_embedding(method.name, 3000, 8, **options), path, precision=precision)
+            wanted[path] = load(path, backend="torch")(torch.arange(3000))
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, wanted)], cwd=ROOT, check=True)
+    for path, vectors in wanted.items():
+        assert torch.equal(torch.load(f"{path}.out"), vectors), path
