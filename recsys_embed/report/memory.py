@@ -17,7 +17,8 @@ from recsys_embed.plan import Plan
 from recsys_embed.report.memory_arrays import Array, Entry, Update, stored_bytes
 from recsys_embed.report.memory_collisions import Collisions, expect, measure
 from recsys_embed.report.memory_optimizer import StateLaw, make_law
-from recsys_embed.report.memory_sources import Parts, parts_of_module, parts_of_plan
+from recsys_embed.report.memory_plan import Parts, parts_of_plan
+from recsys_embed.report.memory_sources import parts_of_module
 from recsys_embed.report.memory_stats import FieldStats, read_stats_of
 from recsys_embed.report.memory_values import (
     DEFAULT_BATCH,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from recsys_embed.errors import CheckpointError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.report.memory_arrays import Array, Entry, Role
-from recsys_embed.report.memory_sources import Parts, spec_of
+from recsys_embed.report.memory_plan import Parts, spec_of
 
 if TYPE_CHECKING:
     from recsys_embed.report.memory_tensors import Stored

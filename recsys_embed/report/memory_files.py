@@ -24,7 +24,7 @@ from recsys_embed.report.memory_collisions import row_keys
 from recsys_embed.report.memory_export import KEY as EXPORT
 from recsys_embed.report.memory_export import parts_of_export
 from recsys_embed.report.memory_optimizer import StateLaw, make_law
-from recsys_embed.report.memory_sources import Parts, parts_of_plan, spec_of
+from recsys_embed.report.memory_plan import Parts, parts_of_plan, spec_of
 from recsys_embed.report.memory_tensors import Stored, read_manifest, read_safetensors, read_torch
 
 STATE = "_extra_state"

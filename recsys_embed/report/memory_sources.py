@@ -1,10 +1,10 @@
-"""Tables of modules and of plans, as entries of a memory report. Nothing is built and meta tensors do."""
+"""Tables of modules, as entries of a memory report. Nothing is built and meta tensors do."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, count
 from typing import Any, cast
 
@@ -12,26 +12,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recsys_embed.collection import EmbeddingCollection
-from recsys_embed.config import MethodConfig
 from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
-from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.stored import Stored
-from recsys_embed.optim import FusedOptimizer
-from recsys_embed.plan import Plan, table_key
+from recsys_embed.plan import table_key
 from recsys_embed.program import LookupProgram, Table
-from recsys_embed.report.memory_arrays import Array, Entry, Role, Update, index_arrays, lookup_shape, reads_of
+from recsys_embed.report.memory_arrays import Array, Entry, Role, Update, index_arrays, reads_of
 from recsys_embed.report.memory_collisions import row_keys
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a source is made of: its tables, and the arrays of the rest of the model."""
-
-    entries: tuple[Entry, ...]
-    rest: tuple[Array, ...] = ()
-    notes: tuple[str, ...] = ()
+from recsys_embed.report.memory_plan import Parts, SharedArrays, array_of, entry_of, spec_of
 
 
 def parts_of_module(model: nn.Module) -> Parts:
@@ -62,99 +52,6 @@ def parts_of_module(model: nn.Module) -> Parts:
     return Parts(tuple(entries), tuple(rest), tuple(notes))
 
 
-def parts_of_plan(
-    schema: Schema, plan: Plan, fused: FusedOptimizer | None, kind: str = "plan", at: str = "", itemsize: int = 4
-) -> Parts:
-    """Tables of a plan; ``at`` is put before their names."""
-    plan.check(schema)
-    plan.tables(schema)  # tables that features share must agree
-    entries, shared = [], _Shared(kind)
-    for spec in schema:
-        config = plan[spec.name]
-        program = config.program(spec)
-        arrays = arrays_of(spec, config, program, itemsize, private=True)
-        for table in program.tables:
-            if table.shared:
-                shared.put(spec.name, table.name, [_array(table, program, itemsize, None, True)])
-        entries.append(_entry(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
-    update: Update = "dense" if fused is None else "fused"
-    found = [*entries, *shared.entries(at)]
-    return Parts(tuple(replace(e, update=update, fused=fused) for e in found))
-
-
-def arrays_of(
-    spec: FeatureSpec, config: MethodConfig, program: LookupProgram, itemsize: int = 4, *, private: bool = False
-) -> tuple[Array, ...]:
-    """What a configuration stores for a feature; ``private`` leaves out what features share."""
-    arrays = [_array(t, program, itemsize, None, True) for t in program.tables if not (private and t.shared)]
-    networks = config.footprint(spec).weights - 4 * sum(t.rows * t.width for t in program.tables)
-    if networks:
-        arrays.append(Array("network", 1, networks // 4, itemsize, "dense"))
-    return (*arrays, *index_arrays(program))
-
-
-class _Shared:
-    """Arrays that several tables read, each once."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.arrays: dict[str, list[Array]] = {}
-        self.readers: dict[str, list[str]] = {}
-
-    def put(self, reader: str, name: str, arrays: Sequence[Array]) -> None:
-        """``reader`` reads these arrays, which it and others know by ``name``."""
-        reads = self.arrays[name][0].reads if name in self.arrays else 0
-        self.arrays[name] = [replace(a, reads=a.reads + reads) if a.role == "table" else a for a in arrays]
-        self.readers.setdefault(name, []).append(reader)
-
-    def entries(self, at: str) -> list[Entry]:
-        return [
-            Entry(
-                name=f"{at}{name}",
-                kind="shared",
-                method="shared",
-                ids=0,
-                width=arrays[0].width,
-                arrays=tuple(arrays),
-                members=tuple(dict.fromkeys(f"{at}{reader}" for reader in self.readers[name])),
-            )
-            for name, arrays in self.arrays.items()
-        ]
-
-
-def _array(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> Array:
-    role: Role = "dense" if table.dense else "table"
-    return Array(table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained)
-
-
-def _entry(
-    name: str,
-    kind: str,
-    spec: FeatureSpec,
-    config: MethodConfig,
-    program: LookupProgram,
-    arrays: Sequence[Array],
-    at: str = "",
-) -> Entry:
-    numbers, gathered = lookup_shape(program)
-    return Entry(
-        name=name,
-        kind=kind,
-        method=config.method,
-        ids=spec.num_embeddings,
-        width=program.width,
-        arrays=tuple(arrays),
-        spec=spec,
-        config=config.to_dict(),
-        program=program,
-        shared=tuple(f"{at}{t.name}" for t in program.tables if t.shared),
-        row_reads=numbers,
-        gathered=gathered,
-        # Index buffers hold frequency ranks until assigned, so a plan's are those of ids in order of frequency.
-        hashed=None if config.computes else row_keys(program),
-    )
-
-
 def _entry_of_plain(table: FoundTable) -> Entry:
     module: Any = table.modules[0]
     own = list(module.named_parameters())
@@ -178,14 +75,6 @@ def _entry_of_plain(table: FoundTable) -> Entry:
         paths=table.paths,
         pools=table.pooling is not None,
     )
-
-
-def spec_of(name: str, rows: int, width: int) -> FeatureSpec | None:
-    """The table as a feature; None where a feature could not be that large."""
-    try:
-        return FeatureSpec(name.replace(".", "/").replace("#", "_") or "embedding", rows, width)
-    except ConfigError:
-        return None
 
 
 def _own_arrays(module: CompressedEmbedding) -> list[Array]:
@@ -227,7 +116,7 @@ def _served(name: str, stored: Stored, offset: int, reads: int) -> list[Array]:
 def _unshared(entries: Sequence[Entry]) -> list[Entry]:
     """Drop-ins, and apart from them the arrays that several of them hold."""
     holders = Counter(a.parameter for e in entries for a in e.arrays if a.parameter is not None)
-    shared, names = _Shared("compressed"), {}
+    shared, names = SharedArrays("compressed"), {}
     taken = {e.name for e in entries}
     out, updates = [], {}
     for e in entries:
@@ -257,7 +146,7 @@ def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 def _entry_of_drop_in(module: CompressedEmbedding, table: FoundTable) -> Entry:
     update: Update = "sparse" if module.sparse else "dense"
-    entry = _entry(table.name, table.kind, module.spec, module.config, module.program, _own_arrays(module))
+    entry = entry_of(table.name, table.kind, module.spec, module.config, module.program, _own_arrays(module))
     hashed = None if module.config.computes else row_keys(module.program, module.kernel.index)
     plain = module.config.method == "full"
     return replace(
@@ -278,12 +167,12 @@ def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[Fou
     plan, fused, bundle = collection.plan, collection.optimizer, collection.bundle
     frozen = fused is None and not any(p.requires_grad for p in collection.parameters())
     update: Update = "fused" if fused else "frozen" if frozen else "sparse" if collection.sparse else "dense"
-    shared, entries = _Shared("collection"), []
+    shared, entries = SharedArrays("collection"), []
     for spec in collection.schema:
         config, found = plan[spec.name], names[spec.name]
         if config.computes:
             module = bundle._module(spec.name)
-            entry = _entry(found.name, found.kind, spec, config, module.program, _own_arrays(module))
+            entry = entry_of(found.name, found.kind, spec, config, module.program, _own_arrays(module))
             entries.append(replace(entry, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
             continue
         program, arrays = bundle.programs[spec.name], []
@@ -294,7 +183,7 @@ def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[Fou
             else:
                 arrays += held
         place = list(bundle.programs).index(spec.name)
-        entry = _entry(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
+        entry = entry_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
         hashed = row_keys(program, bundle.kernel.index, place)
         entries.append(replace(entry, update=update, fused=fused, paths=found.paths, hashed=hashed))
     return entries + [replace(e, update=update, fused=fused) for e in shared.entries(at)]
@@ -304,13 +193,13 @@ def _held(collection: EmbeddingCollection, spec: FeatureSpec, table: Table, prog
     """What a collection stores of one table of a feature."""
     if table.dense:
         matrices = collection.bundle.projections[f"{table.rows}x{table.width}"]
-        return [_array(table, program, matrices.element_size(), id(matrices), matrices.requires_grad)]
+        return [array_of(table, program, matrices.element_size(), id(matrices), matrices.requires_grad)]
     storage, offset = collection.places[table_key(spec, table)]
     if collection.served is not None and storage in collection.served:
         return _served(table.name, collection.served[storage], offset, reads_of(program, table.name))
     weight = getattr(collection, storage)
     trained = weight.requires_grad or collection.optimizer is not None
-    return [_array(table, program, weight.element_size(), id(weight), trained)]
+    return [array_of(table, program, weight.element_size(), id(weight), trained)]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

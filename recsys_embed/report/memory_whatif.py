@@ -13,7 +13,7 @@ from recsys_embed.kernels.precision import Precision
 from recsys_embed.registry import MethodInfo, get_method, list_methods
 from recsys_embed.report.memory_arrays import PRECISIONS, Array, Entry, Update, stored_bytes
 from recsys_embed.report.memory_optimizer import StateLaw
-from recsys_embed.report.memory_sources import arrays_of
+from recsys_embed.report.memory_plan import arrays_of
 
 KEEP_BELOW = 200
 """Tables of fewer rows stay plain, as plans do it: there is nothing to gain."""
