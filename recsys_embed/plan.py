@@ -38,6 +38,7 @@ class PlanNotes:
         exact: the plan is proved to be the best of those.
         statistics: where frequencies came from.
         measured: methods whose losses were fitted to measured runs.
+        left_out: tables of the model that no plan can replace and the budget does not count: name, bytes and why.
 
     Raises:
         ConfigError: a value of the wrong type.
@@ -52,6 +53,7 @@ class PlanNotes:
     exact: bool
     statistics: str
     measured: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         number = (int, float)
@@ -61,26 +63,33 @@ class PlanNotes:
             for key, kind in wanted.items()
             if not isinstance(getattr(self, key), kind) or isinstance(getattr(self, key), bool)
         ]
-        texts = [self.target, self.statistics, *([] if self.optimizer is None else [self.optimizer])]
-        if isinstance(self.measured, (list, tuple)):
-            object.__setattr__(self, "measured", tuple(self.measured))
-            texts += self.measured
-        if not isinstance(self.measured, tuple) or not all(isinstance(t, str) for t in texts):
-            faults.append("`target`, `optimizer`, `statistics` and the names in `measured` must be texts")
+        texts: list[Any] = [self.target, self.statistics, *([] if self.optimizer is None else [self.optimizer])]
+        for key in ("measured", "left_out"):
+            value = getattr(self, key)
+            listed = isinstance(value, (list, tuple))
+            object.__setattr__(self, key, tuple(value) if listed else value)
+            texts += value if listed else [None]
+        if not all(isinstance(t, str) for t in texts):
+            faults.append("`target`, `optimizer`, `statistics` must be texts, `measured` and `left_out` lists of texts")
         if not isinstance(self.exact, bool):
             faults.append(f"`exact` must be true or false; got {self.exact!r:.80}")
         raise_faults(faults, "notes of a plan")
 
     @classmethod
     def from_dict(cls, data: Any) -> PlanNotes:
-        """Inverse of ``asdict``; unknown and missing keys are errors, all at once."""
+        """Inverse of :meth:`to_dict`; unknown and missing keys are errors, all at once."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
         known = [f.name for f in fields(cls)]
         faults = [str(unknown_name("key of a plan's notes", str(key), known)) for key in data if key not in known]
-        faults += [f"`{key}` is missing" for key in known if key not in data]
+        faults += [f"`{key}` is missing" for key in known if key not in data and key != "left_out"]
         raise_faults(faults, "notes of a plan")
         return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``left_out`` only where there is something, so that texts from before it compare alike."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return values if self.left_out else {k: v for k, v in values.items() if k != "left_out"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ class Plan:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        notes = {} if self.notes is None else {"notes": {**asdict(self.notes), "measured": list(self.notes.measured)}}
+        notes = {} if self.notes is None else {"notes": self.notes.to_dict()}
         features = {
             name: {**c.to_dict(), **({REASON: self.reasons[name]} if name in self.reasons else {})}
             for name, c in self.configs.items()

@@ -78,7 +78,7 @@ def plan(
     """Choose a method and a size for every table, within a byte budget, and say why."""
     from recsys_embed.train.files import write_text
 
-    features, known = _features(data, schema, model, stats, embedding_dim)
+    features, source, known = _features(data, schema, model, stats, embedding_dim)
     limits: dict[str, Any] = {
         "pin": _pins(pin or []),
         "forbid": _forbidden(forbid or []),
@@ -90,7 +90,7 @@ def plan(
         "max_bytes_per_id": max_bytes,
     }
     made = plan_for_budget(
-        features,
+        source,
         budget,
         target,
         None if methods is None else names(methods),
@@ -115,20 +115,22 @@ def plan(
 
 def _features(
     data: Path | None, schema: Path | None, model: str | None, stats: Path | None, embedding_dim: int
-) -> tuple[Schema, Any]:
-    """The features, and who knows how often their ids occur."""
+) -> tuple[Schema, Any, Any]:
+    """The features, what they are features of, and who knows how often their ids occur."""
     if sum(source is not None for source in (data, schema, model)) != 1:
         raise ConfigError("give one of --data, --schema and --model")
     if data is not None:
         if stats is not None:
             raise ConfigError("--stats goes with --schema or --model; --data has its own")
         dataset = _open(data)
-        return dataset.schema(embedding_dim), dataset
+        features = dataset.schema(embedding_dim)
+        return features, features, dataset
     known = None if stats is None else _open(stats)
     if schema is not None:
-        return Schema.from_dict(_read_json(schema)), known
+        features = Schema.from_dict(_read_json(schema))
+        return features, features, known
     target = load_target(model or "")
-    return Schema.from_model(target), None if known is None else table_counts(target, known)
+    return Schema.from_model(target), target, None if known is None else table_counts(target, known)
 
 
 def _open(folder: Path) -> Any:
@@ -218,6 +220,8 @@ def _summary(features: Schema, made: Plan) -> str:
         f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options",
         f"frequencies: {notes.statistics}",
     ]
+    if notes.left_out:
+        lines.append(f"not in the plan nor its budget: {'; '.join(notes.left_out)}")
     if notes.measured:
         lines.append(f"losses fitted to measured runs: {', '.join(notes.measured)}")
     return "\n".join(lines)

@@ -56,14 +56,15 @@ class MenuMaker:
         pin = self.frame.limits.pinned(spec.name)
         barred = frozenset(self.frame.limits.forbidden(spec.name))
         data = tuple(getattr(spec, f.name) for f in fields(spec) if f.name != "name")
-        key = (data, id(terms), weight, known, pin, barred)
+        option, kind = self.frame.options.get(spec.name), self.frame.kinds.get(spec.name)
+        key = (data, id(terms), weight, known, pin, barred, option, kind)
         if key not in self._made:
             none = np.zeros(0, np.int64)
             made = Menu(spec, terms, weight, [], Choices(none, np.zeros(0), none), none, [], {})
             if isinstance(pin, MethodConfig):
                 self._pin(made, pin)
             else:
-                self._fill(made, known, pin, barred)
+                self._fill(made, known, pin, barred, option)
             self._made[key] = made
         return replace(self._made[key], spec=spec)
 
@@ -75,12 +76,15 @@ class MenuMaker:
         else:
             fix(menu, only, self._losses(menu, [only], config.method)[0])
 
-    def _fill(self, menu: Menu, known: bool, pin: str | None, barred: frozenset[str]) -> None:
+    def _fill(self, menu: Menu, known: bool, pin: str | None, barred: frozenset[str], option: str | None) -> None:
         found: list[tuple[Sizer, dict[int, Sized]]] = []
         for candidate in self.frame.candidates:
             name = candidate.name
             if name in barred or (pin is not None and name != pin):
                 menu.refused[name] = "it is forbidden" if name in barred else f"{pin!r} is pinned"
+                continue
+            if option is not None and not candidate.info.embedding_cls.supports_torch_options:
+                menu.refused[name] = f"it does not support the `{option}` of the model's table"
                 continue
             try:
                 variants = candidate.variants(menu.spec, menu.terms.curve) if self.frame.variants else [candidate]

@@ -31,6 +31,8 @@ class Frame:
         rounds: how often sizes next to good ones are looked at.
         step: largest ratio of the bytes of neighbouring options of a method.
         variants: whether methods are tried with each set of options that they name.
+        options: by feature, an option of torch's that its method must support (:class:`Needs`).
+        kinds: by feature, what it must have in common with those it shares a table with.
     """
 
     candidates: Sequence[Candidate]
@@ -41,6 +43,8 @@ class Frame:
     rounds: int = 3
     step: float = 1.06
     variants: bool = True
+    options: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sized(NamedTuple):

@@ -19,6 +19,7 @@ from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurv
 from recsys_embed.planning.evidence import Evidence, fit_evidence, read_rows
 from recsys_embed.planning.limits import Candidate, Costs, Limits, candidates, named_limits
 from recsys_embed.planning.menus import MenuMaker, fix
+from recsys_embed.planning.needs import Needs, needs_of
 from recsys_embed.planning.options import Frame, Menu, tiny_bytes
 from recsys_embed.planning.pools import Pool, configs_of, pools_of
 from recsys_embed.planning.predict import plan_losses, terms_of
@@ -59,8 +60,9 @@ def plan_for_budget(
     share one table, where a method has such. Equal arguments give equal plans.
 
     Args:
-        model_or_schema: the features, or a model whose embedding tables are the features.
-        budget: bytes, or text such as ``"64MiB"``, that all embedding tables and index buffers may take.
+        model_or_schema: the features, or a model whose embedding tables are the features. Of a model the plan is one
+            that :func:`recsys_embed.compress_` can follow; tables that cannot be replaced are named in its notes.
+        budget: bytes, or text such as ``"64MiB"``, that all tables of the plan and index buffers may take.
         target: ``"serve"``: weights and index buffers; ``"train"``: also the optimizer's state, and gradients of what
             it does not hold (projections and networks; with ``optimizer=None`` everything).
         methods: names to choose from, or names with options; all by default.
@@ -96,7 +98,9 @@ def plan_for_budget(
     weights = _importance(schema, importance)
     terms = terms_of(schema, curves)
     proof = Evidence() if evidence is None else fit_evidence(read_rows(evidence), schema, terms)
-    frame = replace(frame, factors=proof.factors, **_detail(schema, frame.candidates))
+    needs = needs_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else Needs({}, {}, ())
+    frame = replace(frame, factors=proof.factors, options=needs.options, kinds=needs.kinds)
+    frame = replace(frame, **_detail(schema, frame.candidates))
     maker = MenuMaker(frame)
     menus = [maker.menu(s, terms[s.name], weights[s.name], s.name in known) for s in schema]
     pinned, spent = _pinned_tables(schema, menus, frame)
@@ -123,6 +127,7 @@ def plan_for_budget(
         exact=found.exact,
         statistics=source,
         measured=tuple(sorted(proof.factors)),
+        left_out=needs.left_out,
     )
     return Plan(plan.configs, _reasons(schema, plan, menus, losses, frame, known), notes)
 
@@ -254,7 +259,7 @@ def _check_possible(menus: Sequence[Menu], pools: Sequence[Pool]) -> None:
             continue
         why = "; ".join(f"{name}: {text}" for name, text in menu.refused.items()) or "none was offered"
         if menu.pools:
-            why = f"{menu.pools[0].sized.config.method}: its table has another shape than that of the other features"
+            why = f"{menu.pools[0].sized.config.method}: its table is of another shape or kind than the others'"
         faults.append(f"no method is left ({why}) (feature {menu.spec.name!r})")
     alone = {i for i, m in enumerate(menus) if not m.options}
     if not faults and alone and not any(alone <= set(pool.members) for pool in pools):
@@ -268,7 +273,7 @@ def _ways_out(schema: Schema, menus: Sequence[Menu], frame: Frame, least: int, t
     ways: list[tuple[int, str]] = []
 
     def smallest(costs: Costs, limits: Limits, names: Any) -> int | None:
-        other = Frame(candidates(names), costs, limits, knots=4, rounds=0)
+        other = Frame(candidates(names), costs, limits, knots=4, rounds=0, options=frame.options, kinds=frame.kinds)
         maker = MenuMaker(other)
         made = [maker.menu(m.spec, m.terms, m.weight, True) for m in menus]
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -103,10 +104,10 @@ def pools_of(menus: Sequence[Menu], frame: Frame, taken: set[str]) -> list[Pool]
     pools = []
     for candidate in frame.candidates:
         found = [(i, j.sized) for i, m in enumerate(menus) for j in m.pools if j.candidate is candidate]
-        groups: dict[tuple[Table, ...], list[tuple[int, Sized]]] = {}
+        groups: dict[Any, list[tuple[int, Sized]]] = {}
         for i, sized in found:
             shape = tuple((t.name, t.width, t.init) for t in sized.program.tables if t.shared)
-            groups.setdefault(shape, []).append((i, sized))  # type: ignore[arg-type]
+            groups.setdefault((shape, frame.kinds.get(menus[i].spec.name)), []).append((i, sized))
         if not groups:
             continue
         # Features that would shape the table otherwise cannot share it; the group with most to store gets it.

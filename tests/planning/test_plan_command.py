@@ -74,13 +74,18 @@ def test_a_models_tables_are_planned(capsys: pytest.CaptureFixture[str]) -> None
     target = "tests.planning.test_plan_command:model"
     assert main(["plan", "--model", target, "--budget", "100KiB", "--methods", "hash", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["features"]) == ["user", "item"]
+    assert main(["plan", "--model", target, "--budget", "100KiB", "--methods", "hash"]) == 0
+    assert "not in the plan nor its budget: tied (500 B): its weight is also head.weight" in capsys.readouterr().out
 
 
 def model() -> object:
     """A model of somebody else."""
     from torch import nn
 
-    return nn.ModuleDict({"user": nn.Embedding(5000, 16), "item": nn.Embedding(9000, 16)})
+    model = nn.ModuleDict({"user": nn.Embedding(5000, 16), "item": nn.Embedding(9000, 16), "tied": nn.Embedding(25, 5)})
+    model["head"] = nn.Linear(5, 25, bias=False)
+    model["head"].weight = model["tied"].weight
+    return model
 
 
 def test_changes_against_an_older_plan(schema_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, list_methods
 from recsys_embed import optim as optimizers
+from recsys_embed.compress import compress_
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
 from recsys_embed.planning import FrequencyCurve, plan_for_budget, plan_losses, terms_of
 from recsys_embed.planning import planner as planner_module
@@ -463,6 +464,39 @@ def test_tables_of_any_model_are_planned() -> None:
     plan = plan_for_budget(model, "200KiB")
     assert set(plan) == {"user", "deep/0"}
     assert plan.footprint(Schema.from_model(model)).serve <= 200 * 1024
+
+
+class Own(nn.Embedding):
+    pass
+
+
+def unlike_tables() -> nn.ModuleDict:
+    model = nn.ModuleDict({f"t{i}": nn.Embedding(3000 + 500 * i, 16) for i in range(4)})
+    model["normed"] = nn.Embedding(5000, 16, max_norm=1.0)
+    model["scaled"] = nn.EmbeddingBag(4000, 16, mode="sum", scale_grad_by_freq=True)
+    model["float16"] = nn.Embedding(3000, 16, dtype=torch.float16)
+    model["frozen"] = nn.Embedding(9000, 16).requires_grad_(False)
+    model["own"] = Own(1024, 16)
+    return model
+
+
+@pytest.mark.parametrize("methods", [None, ["full", "hash", "unified"]])
+def test_plans_of_models_can_be_followed(methods: list[str] | None) -> None:
+    model = unlike_tables()
+    plan = plan_for_budget(model, "800KiB", methods=methods)
+    # Tables of one dtype and training share; those whose options only torch's own modules have stay theirs.
+    assert sum(config.method == "unified" for config in plan.configs.values()) >= 2
+    assert plan["normed"].method == plan["scaled"].method == "full"
+    compress_(model, plan, init="fresh")
+    assert plan.notes is not None
+    (left_out,) = plan.notes.left_out
+    assert left_out.startswith("own (64.00 KiB): it is of ")
+    assert Plan.from_dict(json.loads(plan.to_json())).notes == plan.notes
+
+
+def test_a_table_no_offered_method_suits_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"hash: it does not support the `max_norm` of the model's table.*'normed'"):
+        plan_for_budget(unlike_tables(), "800KiB", methods=["hash"])
 
 
 MANY_HUGE_TABLES = """

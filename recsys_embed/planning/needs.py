@@ -1,0 +1,52 @@
+"""What the tables of a model ask of a plan beyond what their features say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.memory import format_bytes
+
+
+class Needs(NamedTuple):
+    """What a plan must keep to, so that :func:`recsys_embed.compress_` can follow it.
+
+    Args:
+        options: by table, the option of torch's that its method must support.
+        kinds: by table, what it must have in common with those it shares a table with: device, dtype, training.
+        left_out: tables that cannot be replaced, with their bytes and why, in words.
+    """
+
+    options: Mapping[str, str]
+    kinds: Mapping[str, Any]
+    left_out: tuple[str, ...]
+
+
+def needs_of(model: nn.Module) -> Needs:
+    """Needs of all tables of ``model``, by name.
+
+    >>> model = nn.ModuleDict({"user": nn.Embedding(50, 8, max_norm=1.0), "item": nn.Embedding(20, 8)})
+    >>> needs_of(model).options
+    {'user': 'max_norm'}
+    """
+    found = find_tables(model)
+    options = {t.name: option for t in found if (option := _option(t))}
+    kinds = {t.name: _kind(t) for t in found}
+    return Needs(options, kinds, tuple(f"{t.name} ({_size(t)}): {t.obstacle}" for t in found if t.obstacle))
+
+
+def _option(table: FoundTable) -> str | None:
+    names = ("max_norm", "scale_grad_by_freq")
+    return next((n for m in table.modules for n in names if getattr(m, n, None) not in (None, False)), None)
+
+
+def _kind(table: FoundTable) -> Any:
+    like = next(table.modules[0].parameters(), None)
+    return (None if like is None else like.device, table.dtype, table.requires_grad)
+
+
+def _size(table: FoundTable) -> str:
+    return format_bytes(table.rows * table.width * table.dtype.itemsize)
