@@ -61,6 +61,14 @@ class FoundTable:
         weight: Tensor = self.modules[0].weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where its values are; also of a loaded export, which has no parameters."""
+        first: Any = self.modules[0]
+        own = next(first.parameters(), None)
+        device: torch.device = (first.served.like if own is None else own).device
+        return device
+
 
 def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[FoundTable]:
     """Every embedding table in a tree of modules, in the order of the tree; builds nothing, works on meta tensors.

@@ -140,8 +140,7 @@ def shared_faults(group: Sequence[Job]) -> list[str]:
     faults: list[str] = []
     first: dict[str, tuple[Any, Any, str]] = {}
     for job in group:
-        device = next(iter(job.modules[0].parameters())).device
-        traits = (device, job.table.dtype, job.table.requires_grad)
+        traits = (job.table.device, job.table.dtype, job.table.requires_grad)
         for table in job.shared():
             known, shape, other = first.setdefault(table.name, (traits, (table.rows, table.width), job.table.name))
             if shape != (table.rows, table.width):
@@ -162,10 +161,10 @@ def shared_faults(group: Sequence[Job]) -> list[str]:
 def build(group: Sequence[Job], start: Start) -> None:
     """Build the modules of jobs that share tables, or of one alone; with ``"dense"`` fit them to the trained tables."""
     shared = {t.name: t for job in group for t in job.shared()}
-    like = next(iter(group[0].modules[0].parameters()))
+    table = group[0].table
     holder = None
     if shared:
-        holder = SharedTables(shared.values(), seed=group[0].config.seed, device=like.device, dtype=like.dtype)
+        holder = SharedTables(shared.values(), seed=group[0].config.seed, device=table.device, dtype=table.dtype)
     made: list[CompressedEmbedding] = []
     for job in group:
         first = job.modules[0]
@@ -173,7 +172,7 @@ def build(group: Sequence[Job], start: Start) -> None:
             tables: dict[int | None, nn.Parameter] = {}
             job.built = {m: plain_module(m, tables) for m in job.modules}
             continue
-        new = make(job, first, next(iter(first.parameters())).device, holder)
+        new = make(job, first, job.table.device, holder)
         if job.counts is not None:
             new.assign_(job.counts)
         job.built[first] = new

@@ -132,5 +132,5 @@ def sound_counts(given: Mapping[str, Any], tables: Sequence[FoundTable], faults:
         elif not (torch.isfinite(counts) & (counts >= 0)).all() or not counts.any():
             faults.append(f"{where} must be finite numbers >= 0, not all 0")
         else:
-            out[name] = counts.to(next(found[name].modules[0].parameters()).device)
+            out[name] = counts.to(found[name].device)
     return out

@@ -67,7 +67,11 @@ def _bytes(table: FoundTable, counted: set[int]) -> int:
     module: Any = table.module
     if table.kind == "collection":
         return int(module.plan[table.table].footprint(module.schema[table.table], table.dtype.itemsize).serve)
-    held = {id(p): p for m in table.modules for p in m.parameters() if id(p) not in counted}
+    tensors: list[Tensor] = [p for m in table.modules for p in m.parameters()]
+    # A loaded export has no parameters: it reads what stands in the file.
+    served: list[Any] = [m.served for m in table.modules if getattr(m, "served", None) is not None]
+    tensors += [stored.data for s in served for stored in s.children()]
+    held = {id(t): t for t in tensors if id(t) not in counted}
     counted.update(held)
     return sum(p.nbytes for p in held.values()) + int(module.footprint().index)
 

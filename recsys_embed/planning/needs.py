@@ -44,8 +44,7 @@ def _option(table: FoundTable) -> str | None:
 
 
 def _kind(table: FoundTable) -> Any:
-    like = next(table.modules[0].parameters(), None)
-    return (None if like is None else like.device, table.dtype, table.requires_grad)
+    return (table.device, table.dtype, table.requires_grad)
 
 
 def _size(table: FoundTable) -> str:

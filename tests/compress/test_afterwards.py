@@ -70,6 +70,22 @@ def test_ship(ranker: Ranker, tmp_path: Path) -> None:
     assert torch.equal(served(IDS), ranker(IDS))
 
 
+def test_what_was_loaded_is_turned_back_and_compressed_anew(ranker: Ranker, tmp_path: Path) -> None:
+    before, file = ranker(IDS), tmp_path / "ranker.safetensors"
+    written = rse.export(ranker, file, precision="int8")
+    plan = rse.Plan.uniform(rse.Schema.from_model(ranker), "hash", budget="8KiB", full_below=0)
+    counts = {"item": torch.ones(300)}
+    for act in (rse.materialize_, lambda model: compress_(model, plan, counts=counts)):
+        served = rse.load(file, into=Ranker())
+        report = act(served)
+        assert report.bytes_before == written.embedding_bytes
+        assert served(IDS).shape == before.shape
+    served = rse.load(file, into=Ranker())
+    expected = served(IDS)
+    rse.materialize_(served)
+    torch.testing.assert_close(served(IDS), expected)
+
+
 def test_functional_calls_and_gradients(ranker: Ranker) -> None:
     parameters = {k: p.detach() for k, p in ranker.named_parameters()}
 
