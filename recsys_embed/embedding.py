@@ -98,8 +98,10 @@ class CompressedEmbedding(nn.Module):
             for key, value in (("max_norm", max_norm), ("scale_grad_by_freq", scale_grad_by_freq or None)):
                 if value is not None:
                     faults.append(f"`{key}` is not supported by method {self.config.method!r}; use method 'full'")
-        if unseen == "zero" and (max_norm is not None or scale_grad_by_freq):
-            faults.append("`max_norm` and `scale_grad_by_freq` act on rows that `unseen='zero'` has none of; use 'oov'")
+        if (max_norm is not None or scale_grad_by_freq) and (
+            unseen == "zero" or (unseen == "hash" and padding_idx is not None)
+        ):
+            faults.append(f"`max_norm` and `scale_grad_by_freq` do not go with `unseen={unseen!r}` here; use 'oov'")
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
@@ -238,10 +240,16 @@ class CompressedEmbedding(nn.Module):
         """As :meth:`before_pool`; rows where an id is -1, "no id", are to be skipped."""
         return self.before_pool(ids.clamp_min(0) if self.unseen.zeros[0] and self.config.computes else ids)
 
-    def _vectors(self, ids: Tensor) -> Tensor:
-        """Vectors of resolved int64 ``ids [n]``, padding included."""
+    def _vectors(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
+        """Vectors of resolved int64 ``ids [n]``, padding included.
+
+        Args:
+            given: the ids before they were resolved: an unseen id that hashes to the padding's row is no padding.
+        """
         out = self.lookup_resolved(ids)
-        return out if self.padding_idx is None else out.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
+        if self.padding_idx is None:
+            return out
+        return out.masked_fill(((ids if given is None else given) == self.padding_idx).unsqueeze(-1), 0.0)
 
     def _resolve(self, ids: Tensor) -> Tensor:
         """What the policy makes of ``ids``, counted: see :class:`Unseen`."""
@@ -294,18 +302,19 @@ class CompressedEmbedding(nn.Module):
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
-            return self._vectors(self._resolve(ids.reshape(-1).long())).view(*ids.shape, self.output_dim)
+            flat = ids.reshape(-1).long()
+            return self._vectors(self._resolve(flat), flat).view(*ids.shape, self.output_dim)
         if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
             raise ConfigError(
                 f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "
                 f"got {tuple(per_sample_weights.shape)}"
             )
-        flat, offsets = self._bags(ids, offsets)
-        flat = self._resolve(flat)
+        given, offsets = self._bags(ids, offsets)
+        flat = self._resolve(given)
         vectors = self.before_pool_resolved(flat)
         skipped = absent_ids(flat) if self.unseen.zeros[0] else None
         if self.padding_idx is not None:
-            padding = flat == self.padding_idx
+            padding = given == self.padding_idx
             skipped = padding if skipped is None else skipped | padding
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         mode = bag_mode(self.mode, offsets)

@@ -492,3 +492,16 @@ def test_compiled_and_exported_programs_follow_the_policy(method: str, options: 
     if policy == "raise":
         with pytest.raises(RuntimeError, match="outside the range"):
             program(bad)
+
+
+@METHODS
+@pytest.mark.parametrize("mode", [None, "sum"])
+def test_an_unseen_id_that_hashes_to_the_padding_is_no_padding(method: MethodInfo, mode: str | None) -> None:
+    module = built(method, "hash", mode, 5, ())
+    unseen = next(i for i in range(-1, -1000, -1) if stands_for(i, module.spec, False) == 5)
+    if module.config.accepts_raw:
+        pytest.skip("hashes unseen ids by itself")
+    out = module(torch.tensor([[unseen]]))
+    torch.testing.assert_close(out.view(-1), vector(module, 5).detach().view(-1))
+    assert out.requires_grad
+    assert not module(torch.tensor([[5]])).any() or (method.name == "full" and mode is None)

@@ -63,8 +63,9 @@ class FullEmbedding(CompressedEmbedding):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
-        if self.served is not None or self.unseen.zeros[0]:
-            # Torch has no row for no id.
+        hashes = self.unseen.actions[0] == "hash"
+        if self.served is not None or self.unseen.zeros[0] or (hashes and self.padding_idx is not None):
+            # Torch has no row for no id, and takes an unseen id that hashes to the padding's row for padding.
             return super().forward(input, offsets, per_sample_weights)
         ids = given_ids(input, self.spec, False, self.unseen.counts.device)
         check_id_dtype(ids, self.spec.name)
@@ -94,15 +95,16 @@ class FullEmbedding(CompressedEmbedding):
             **options,
         )
 
-    def _vectors(self, ids: Tensor) -> Tensor:
+    def _vectors(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
         # The padding row is an ordinary stored row here, as in torch: it starts at zero and never gets a gradient.
         if self.served is not None:
             return self.lookup(ids)
-        if self.unseen.zeros[0]:
+        if self.unseen.zeros[0] or given is not None:
             out = self.lookup(ids)
             if self.padding_idx is None:
                 return out
-            return torch.where((ids == self.padding_idx).unsqueeze(-1), out.detach(), out)
+            padding = (ids if given is None else given) == self.padding_idx
+            return torch.where(padding.unsqueeze(-1), out.detach(), out)
         return F.embedding(ids, self.table("weight"), padding_idx=self.padding_idx, sparse=self.sparse)
 
     @classmethod
