@@ -234,7 +234,7 @@ case "$*" in
       while [ "$1" != --log ]; do shift; done; echo "$FAKE_PIP_SAYS" >"$2"; exit 1
     fi
     [ -z "${FAKE_PIP_DIES:-}" ] || kill -9 $PPID ;;
-  *"pip"*" check") exit ${FAKE_CHECK:-0} ;;
+  *"pip"*" check") printf "${FAKE_CHECK:-}"; [ -z "${FAKE_CHECK:-}" ] || exit 1 ;;
 esac
 """
 
@@ -436,6 +436,19 @@ def test_setup_names_why_pip_failed(sandbox, pip_says, told):
 
 
 def test_setup_fails_when_packages_disagree(sandbox):
-    assert "packages disagree" in one_line(sandbox.run(FAKE_CHECK="1"))
+    assert "packages disagree" in one_line(sandbox.run(FAKE_CHECK="torchrec 1.8 requires polars, which is not here.\n"))
     assert sandbox.run().returncode == 0
     assert len(sandbox.installs()) == 1
+
+
+def test_setup_lets_models_of_other_people_lack_what_they_ask_for(sandbox):
+    peers = sandbox.root / "tests/requirements-peers.txt"
+    peers.parent.mkdir()
+    peers.write_text("# theirs\nfuxictr==2.3\nhuggingface-hub>=2\n")
+    theirs = "fuxictr 2.3 requires ray, which is not installed.\nhuggingface-hub 2.4 has requirement x, but ...\n"
+    assert sandbox.run(FAKE_CHECK=theirs).returncode == 0
+    peers.write_text("fuxictr==2.3\n")
+    failed = sandbox.run(FAKE_CHECK=theirs)
+    assert "packages disagree" in one_line(failed)
+    assert "huggingface-hub 2.4" in failed.stdout
+    assert "fuxictr" not in failed.stdout
