@@ -220,7 +220,7 @@ def test_fuxictr(fuxictr: Any) -> None:
         check(model, loss, lambda: model(x).detach())
 
 
-# -- libraries too heavy to install for the tests ---------------------------------------------------------------------
+# -- Hugging Face transformers ----------------------------------------------------------------------------------------
 
 
 def test_hugging_face() -> None:
@@ -245,6 +245,9 @@ def test_hugging_face() -> None:
         compress_(tied, {words.name: rse.HashConfig(num_buckets=9)}, include=[words.name])
     skipped = compressed(tied)
     assert "decoder.weight" in skipped[words.name].note
+
+
+# -- a library too heavy to install for the tests ---------------------------------------------------------------------
 
 
 def test_recbole() -> None:
