@@ -13,8 +13,10 @@ from recsys_embed.bags import Bags
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.fusion import FusedBundle
 from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.native_lookup import Updater
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
 from recsys_embed.kernels.unseen import Unseen, with_unseen
@@ -34,7 +36,15 @@ class LookupBundle(Constants):
     own. Outputs come back in schema order.
     """
 
-    def __init__(self, schema: Schema, plan: Plan, places: Mapping[str, Place], like: Tensor, backend: str) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        plan: Plan,
+        places: Mapping[str, Place],
+        storages: Mapping[str, tuple[int, int]],
+        like: Tensor,
+        backend: str,
+    ) -> None:
         super().__init__()
         self.schema = schema
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
@@ -67,7 +77,11 @@ class LookupBundle(Constants):
         self._add_projections(options)
         self.vectors = [self._program(s).vectors for s in schema]
         self.widths = [self._program(s).width for s in schema]
-        self._add_order(like.device)
+        self.ordered = self._add_order("order", self.parts, like.device)
+        self.fused: FusedBundle | None = None
+        if backend == "native" and FusedBundle.fits(self):
+            self.fused = FusedBundle(self, where, storages)
+            self.fused_ordered = self._add_order("fused_order", self.fused.parts, like.device)
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
         return self.programs[spec.name] if spec.name in self.programs else self._module(spec.name).program
@@ -103,17 +117,17 @@ class LookupBundle(Constants):
         whole = list(self.parts[g]) == self.projected[shape]
         return stacked if whole else stacked.index_select(0, self.constant(f"projection{g}"))
 
-    def _add_order(self, device: torch.device) -> None:
-        """Where each output column (or vector) stands among the concatenated parts."""
+    def _add_order(self, name: str, parts: Sequence[tuple[int, ...]], device: torch.device) -> bool:
+        """Where each output column (or vector) stands among the concatenated parts; True if in its place already."""
         unit = self.vectors if self.output_dim is not None else self.widths
         start, starts = 0, {}
-        for part in self.parts:
+        for part in parts:
             for i in part:
                 starts[i] = start
                 start += unit[i]
         order = [starts[i] + j for i in range(len(self.schema)) for j in range(unit[i])]
-        self.ordered = order == sorted(order)
-        self.add_constant("order", order, device)
+        self.add_constant(name, order, device)
+        return order == sorted(order)
 
     @property
     def output_dim(self) -> int | None:
@@ -176,8 +190,26 @@ class LookupBundle(Constants):
             matrices = self._projection(g)
             out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
         for part, column in zip(self.parts[grouped:], columns[grouped:], strict=True):
-            out.append(self._module(self.schema.names[part[0]]).lookup_resolved(column[:, 0]).unsqueeze(1))
-        return self._assemble(out)
+            out.append(self.vectors_of(part[0], column[:, 0]))
+        return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
+
+    def single_native(
+        self, ids: Tensor, tables: list[Tensor], anchor: Tensor | None, updater: Updater | None, sparse: bool
+    ) -> Tensor:
+        """As :meth:`single`, by the native kernels, for bundles that have ``fused``.
+
+        Args:
+            tables: float32 per storage, on the CPU.
+            anchor, updater, sparse: see :func:`look_up`.
+        """
+        if self.fused is None:
+            raise RuntimeError("this bundle was not built for the native kernels")
+        parts = self.fused.single(self, ids, tables, anchor, updater, sparse)
+        return self._assemble(parts, self.fused_ordered, "fused_order")
+
+    def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
+        """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
+        return self._module(self.schema.names[feature]).lookup_resolved(ids)
 
     def pooled(self, bags: Bags, gather: Gather) -> Tensor:
         """Bags of ids, pooled per feature as its spec says."""
@@ -209,7 +241,7 @@ class LookupBundle(Constants):
             value = value.view(len(part), batch, value.shape[-1])
             value = value.transpose(0, 1)
             out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
-        return self._assemble(out)
+        return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
 
     def _pick(self, part: tuple[int, ...], feature: Tensor) -> tuple[Tensor | None, Tensor]:
         """Positions of a part's values (None for all of them) and each value's place among the part's features."""
@@ -221,13 +253,10 @@ class LookupBundle(Constants):
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
 
-    def _assemble(self, parts: Sequence[Tensor]) -> Tensor:
-        """Parts ``[B, members, width]`` to the output in schema order."""
+    def _assemble(self, parts: Sequence[Tensor], ordered: bool, order: str) -> Tensor:
+        """Parts ``[B, columns]`` to the output in schema order."""
         batch, dim = parts[0].shape[0], self.output_dim
         # Sizes in full: an empty batch has no element from which to infer one.
-        if dim is not None:
-            out = [p.reshape(batch, p.shape[1] * p.shape[2] // dim, dim) for p in parts]
-        else:
-            out = [p.flatten(1) for p in parts]
+        out = list(parts) if dim is None else [p.reshape(batch, p.shape[1] // dim, dim) for p in parts]
         joined = out[0] if len(out) == 1 else torch.cat(out, 1)
-        return joined if self.ordered else joined.index_select(1, self.constant("order"))
+        return joined if ordered else joined.index_select(1, self.constant(order))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -16,10 +16,11 @@ from recsys_embed.bundle import LookupBundle
 from recsys_embed.embedding import STORED_UNSEEN
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels import dispatch
+from recsys_embed.kernels import dispatch, native
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, apply_update, read_rows
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.native import NativeLookup
 from recsys_embed.kernels.storage import allocate, stack_tables
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import UnseenCount
@@ -69,12 +70,12 @@ class EmbeddingCollection(nn.Module):
         super().__init__()
         self.schema, self.plan = schema, Plan.full(schema) if plan is None else plan
         self.optimizer, self.seed, self.sparse = optimizer, seed, sparse
-        self.backend = dispatch.choose(backend)
         if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
             raise ConfigError(
                 "`optimizer` must be recsys_embed.SGD, Adagrad, RowwiseAdagrad or Adam with its rate, or None; got "
                 f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
             )
+        self.backend = dispatch.choose(backend, optimizer)
         if self.backend == "reference" and optimizer is not None:
             raise ConfigError(
                 "backend 'reference' reads a table several times per step and cannot fuse its update; "
@@ -92,7 +93,7 @@ class EmbeddingCollection(nn.Module):
             for key, kind in optimizer.state.items() if optimizer else ():
                 state = allocate(rows, 1 if kind == "row" else width, like.device, torch.float32)
                 self.register_buffer(f"{name}_{key}", state, persistent=False)
-        self.bundle = LookupBundle(schema, self.plan, self.places, like, self.backend)
+        self.bundle = LookupBundle(schema, self.plan, self.places, shapes, like, self.backend)
         self._lr = optimizer.lr if optimizer else 0.0
         # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
         self._anchor = torch.zeros(0, requires_grad=True)
@@ -191,6 +192,23 @@ class EmbeddingCollection(nn.Module):
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
+    def _native_tables(self, ids: Tensor) -> list[Tensor] | None:
+        """The storages where the native kernels can run on them and on ``ids``, else None."""
+        if self.bundle.fused is None or self.served is not None:
+            return None
+        tables = [getattr(self, name) for name in self.storages]
+        return tables if native.runs_on(ids, tables) else None
+
+    @torch.no_grad()
+    def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor]) -> None:
+        if self.optimizer is None:
+            return
+        for storage in self.storages:
+            self._steps[storage] += 1
+        states = [[getattr(self, f"{name}_{key}") for key in self.optimizer.state] for name in self.storages]
+        tables = [getattr(self, name) for name in self.storages]
+        lookup.update(ids, tables, grads, self.optimizer, states, self._lr, list(self._steps.values()))
+
     @torch.no_grad()
     def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
         if self.optimizer is None:
@@ -221,7 +239,12 @@ class EmbeddingCollection(nn.Module):
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
-            return self.bundle.single(ids.long(), self._gather)
+            tables = self._native_tables(ids)
+            if tables is None:
+                return self.bundle.single(ids.long(), self._gather)
+            if self.optimizer is not None and self.training and torch.is_grad_enabled():
+                return self.bundle.single_native(ids, tables, self._anchor, self._update_native, False)
+            return self.bundle.single_native(ids, tables, None, None, self.sparse)
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
         return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._gather)
 

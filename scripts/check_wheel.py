@@ -67,11 +67,15 @@ def main() -> int:
         work = Path(folder)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
         # A copy, because setuptools leaves build/ behind and packs what an older build/ still holds.
-        shutil.copytree(ROOT / "recsys_embed", work / "src/recsys_embed", ignore=shutil.ignore_patterns("__pycache__"))
+        leave = shutil.ignore_patterns("__pycache__", "*.so")
+        for folder_name in ("recsys_embed", "ops"):
+            shutil.copytree(ROOT / folder_name, work / "src" / folder_name, ignore=leave)
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, work / "src")
         call(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", work / "dist", work / "src")
         (wheel,) = (work / "dist").glob("*.whl")
+        if shutil.which("c++") and "-abi3-" not in wheel.name:
+            raise SystemExit(f"{wheel.name} holds no kernels, or for one version of Python alone")
         call(sys.executable, "-m", "venv", "--without-pip", work / "venv")
         python = work / "venv/bin/python"
         call(*pip, "--python", python, "install", "--no-deps", wheel)

@@ -43,6 +43,12 @@ def main() -> int:
         if emb.footprint().serve <= 0:
             raise SystemExit(f"{method.name}: footprint {emb.footprint()}")
 
+    schema = rse.Schema([rse.FeatureSpec(name, 1000, 16) for name in ("a", "b")])
+    coll = rse.EmbeddingCollection(schema, optimizer=rse.RowwiseAdagrad(lr=0.1))
+    if list(here.parent.glob("kernels/_native*")) and coll.backend != "native":
+        raise SystemExit(f"the wheel's kernels do not run: backend {coll.backend}")
+    coll(ids[:, :2]).sum().backward()
+
     command = Path(sys.prefix) / "bin" / "recsys-embed"
     done = subprocess.run([command, "doctor"], capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines()

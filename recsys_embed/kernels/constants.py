@@ -28,6 +28,10 @@ class Constants(nn.Module):
         value: Tensor = getattr(self, name)
         return value
 
+    def integers_of(self, name: str) -> Any:
+        """The nested lists that a constant was made of."""
+        return self._integers[name]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         for name, values in self._integers.items():

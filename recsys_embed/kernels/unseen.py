@@ -127,10 +127,10 @@ class Unseen(Constants):
     ) -> Tensor:
         """As calling it, counting only if told to."""
         if not (self.replaces or count) or ids.device.type == "meta":
-            self._check(ids, feature)
+            self.check(ids, feature)
             return ids
         if "raise" in self.actions:
-            self._check(ids, feature)
+            self.check(ids, feature)
         outside = (ids < self._of("low", feature)) | (ids > self._of("last", feature))
         if count:
             self._count(outside, feature, ignored)
@@ -152,7 +152,8 @@ class Unseen(Constants):
             return values[feature]
         return values if len(self.names) > 1 else values.view(())  # ids of a single feature have any shape
 
-    def _check(self, ids: Tensor, feature: Tensor | None) -> None:
+    def check(self, ids: Tensor, feature: Tensor | None = None) -> None:
+        """Raise for ids that their features refuse; see calling it."""
         if len(self.names) > 1 or feature is not None:
             check_feature_ids(ids, self.constant("limits"), self.names, feature)
         elif self.actions[0] == "raise":

@@ -126,12 +126,15 @@ def test_gradients_are_those_of_a_backward(info: MethodInfo, more: dict[str, Any
 
 @pytest.mark.parametrize("info", METHODS, ids=NAMES)
 @pytest.mark.parametrize("sparse", [False, True])
-def test_gradients_of_a_collection(info: MethodInfo, sparse: bool) -> None:
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_gradients_of_a_collection(info: MethodInfo, sparse: bool, backend: str) -> None:
     schema = small_schema()
-    module = rse.EmbeddingCollection(schema, plan_of(info, schema), sparse=sparse)
+    module = rse.EmbeddingCollection(schema, plan_of(info, schema), sparse=sparse, backend=backend)
     module(torch.randint(0, 40, (128, 3))).sum().backward()
     found = sum(_grad_bytes(p.grad) for p in module.parameters() if p.grad is not None)
-    assert memory_report(module, batch_size=128).footprint.gradient == found
+    said = memory_report(module, batch_size=128).footprint.gradient
+    # The native kernels add up what a row gets, so a sparse gradient holds it once; what is reported is the peak.
+    assert found <= said if sparse and backend == "native" else found == said
 
 
 def _grad_bytes(grad: Tensor) -> int:

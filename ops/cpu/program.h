@@ -1,0 +1,79 @@
+// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/encode.py.
+#pragma once
+#include <cstdint>
+
+using i32 = int32_t;
+using i64 = int64_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+
+enum Kind : i64 { DIGIT = 0, HASH = 1, MURMUR = 2, RANGE = 3, BITMAP = 4, SORTED = 5 };
+enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
+enum Rule : i64 { SGD = 0, ADAGRAD = 1, ROWWISE_ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
+
+// From ids to rows of one table; -1 where an id has none.
+struct Transform {
+  i64 kind;
+  i64 div, mod, affine, a, b, p;                   // DIGIT: ((a x + b) % p) / div % mod; mod 0 keeps the quotient
+  i64 salt, size, stride, offset, head, absent;    // HASH
+  i64 word;                                        // MURMUR, with salt as its seed
+  i64 start, count, at, rest;                      // members of an index; others hash into `rest` rows behind them
+};
+
+// One read per id: `run` rows of `width` from the row on, at `column` of the feature's part of an output.
+struct Probe {
+  i64 storage, base, rows, width;                  // table: rows [base, base + rows) of a storage
+  i64 column, span, run, join, product;            // span: columns it fills; join: with what other probes left there
+  i64 has_sign, sign;
+  i64 weight_storage, weight_base, weight_rows;    // learned scalar per id; storage -1: none
+  double scale;
+  Transform rows_of, weight_of;
+};
+
+struct Feature {
+  i64 ids;                                         // column of the id matrix
+  i64 first, probes;                               // its probes
+  i64 limit;                                       // ids lie in [0, limit); -1: any
+  i64 optional;                                    // the id -1 is none and gives zeros
+  i64 output, column, width;                       // where its vectors go
+  i64 plain;                                       // gradients reach rows unchanged but for a constant factor
+};
+
+// Arrays of all indexes; see recsys_embed/members.py.
+struct Index {
+  const i64* words;
+  const i32* ranks;
+  const i32* values;
+};
+
+struct Matrix {
+  float* data;
+  i64 stride;                                      // elements from one row to the next
+};
+
+// One call: what is looked up, in which tables, and where vectors (or their gradients) lie.
+struct Call {
+  const Feature* features;
+  const Probe* probes;
+  i64 feature_count, probe_count;
+  const void* ids;
+  i64 batch, sample_stride, feature_stride, ids_are_32;
+  float* const* storages;
+  const i64* storage_widths;
+  i64 storage_count;
+  const Matrix* outputs;
+  i64 output_count;
+  Index index;
+  i64 threads;
+};
+
+// What becomes of the summed gradients of a storage's rows.
+struct Update {
+  i64 rule;
+  double lr, eps, beta1, beta2, step_size;         // step_size: Adam's rate with its bias correction
+  float* state[2];
+  float* gradient;                                 // [rows, width], or [lookups, width] of distinct rows
+  i64* touched;                                    // [lookups] rows of a sparse gradient
+  i64* touched_count;
+  i64 rows;
+};

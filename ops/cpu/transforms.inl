@@ -1,0 +1,149 @@
+// Ids to rows, many at once. Part of kernels.inl.
+
+// floor(x / d) for d > 0. A product with 1/d is off by one at most where the quotient stays below 2^50.
+static void quotients(const i64* x, i64 n, i64 d, i64* out) {
+  i64 all = 0, most = 0;
+  for (i64 i = 0; i < n; i++) all |= x[i], most = x[i] > most ? x[i] : most;
+  if (all >= 0 && most / d < (i64(1) << 50)) {
+    const double inverse = 1.0 / double(d);
+    for (i64 i = 0; i < n; i++) {
+      i64 q = i64(double(x[i]) * inverse), rest = i64(u64(x[i]) - u64(q) * u64(d));
+      out[i] = q + (rest >= d) - (rest < 0);
+    }
+    return;
+  }
+  for (i64 i = 0; i < n; i++) {
+    i64 q = x[i] / d;
+    out[i] = q - (q * d > x[i]);
+  }
+}
+
+static void remainders(const i64* x, i64 n, i64 d, i64* out) {
+  i64 q[CHUNK];
+  quotients(x, n, d, q);
+  for (i64 i = 0; i < n; i++) out[i] = i64(u64(x[i]) - u64(q[i]) * u64(d));
+}
+
+static inline u64 splitmix(u64 z) {
+  z += 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+// (bits * size) >> 64 for size < 2^31, in 64-bit products that vectorise.
+static inline i64 reduce_range(u64 bits, u64 size) {
+  return i64(((bits >> 32) * size + (((bits & 0xFFFFFFFFull) * size) >> 32)) >> 32);
+}
+
+static void digits(const Transform& t, const i64* x, i64 n, i64* rows) {
+  i64 moved[CHUNK];
+  if (t.affine) {
+    for (i64 i = 0; i < n; i++) moved[i] = i64(u64(x[i]) * u64(t.a) + u64(t.b));
+    remainders(moved, n, t.p, moved);
+    x = moved;
+  }
+  if (t.div != 1) {
+    quotients(x, n, t.div, rows);
+    x = rows;
+  }
+  if (t.mod) remainders(x, n, t.mod, rows);
+  else if (x != rows) std::memcpy(rows, x, n * sizeof(i64));
+}
+
+static void hashes(const Transform& t, const i64* x, i64 n, i64* rows) {
+  const u64 salt = t.salt, size = t.size;
+  const i64 stride = t.stride, offset = t.offset, head = t.head, own = t.absent ? 0 : -1;
+  for (i64 i = 0; i < n; i++) rows[i] = reduce_range(splitmix(u64(x[i]) ^ salt), size) * stride + offset;
+  if (head)
+    for (i64 i = 0; i < n; i++)
+      if (u64(x[i]) < u64(head)) rows[i] = own ? x[i] : -1;
+}
+
+static inline u64 fmix(u64 h) {
+  h = (h ^ (h >> 33)) * 0xFF51AFD7ED558CCDull;
+  h = (h ^ (h >> 33)) * 0xC4CEB9FE1A85EC53ull;
+  return h ^ (h >> 33);
+}
+
+static void murmur(const Transform& t, const i64* x, i64 n, i64* rows) {
+  i64 words[CHUNK];
+  for (i64 i = 0; i < n; i++) {
+    u64 k = u64(x[i]) * 0x87C37B91114253D5ull;
+    k = ((k << 31) | (k >> 33)) * 0x4CF5AD432745937Full;
+    u64 h2 = u64(t.salt) ^ 8, h1 = (k ^ u64(t.salt) ^ 8) + h2;
+    h2 += h1;
+    h1 = fmix(h1), h2 = fmix(h2);
+    h1 += h2, h2 += h1;
+    u64 half = t.word < 2 ? h1 : h2;
+    words[i] = i64(t.word & 1 ? half >> 32 : half & 0xFFFFFFFFull);
+  }
+  remainders(words, n, t.size, rows);
+}
+
+static inline i64 bits_set(u64 x) {
+#if defined(__GNUC__)
+  return __builtin_popcountll(x);
+#else
+  i64 n = 0;
+  for (; x; x &= x - 1) n++;
+  return n;
+#endif
+}
+
+static void members(const Transform& t, const Index& index, const i64* x, i64 n, i64* rows) {
+  if (t.kind == RANGE) {
+    for (i64 i = 0; i < n; i++) {
+      u64 place = u64(x[i]) - u64(t.start);
+      rows[i] = place < u64(t.count) ? i64(place) : -1;
+    }
+  } else if (t.kind == BITMAP) {
+    for (i64 i = 0; i < n; i++) {
+      rows[i] = -1;
+      if (u64(x[i]) >= u64(t.size)) continue;
+      i64 at = t.at + (x[i] >> 6), bit = x[i] & 63;
+      u64 word = u64(index.words[at]);
+      if (word >> bit & 1) rows[i] = index.ranks[at] + bits_set(word & ((u64(1) << bit) - 1));
+    }
+  } else {
+    const i32* first = index.values + t.at;
+    for (i64 i = 0; i < n; i++) {
+      i64 low = 0, high = t.count;  // the first member >= x
+      while (low < high) {
+        i64 middle = (low + high) / 2;
+        if (first[middle] < x[i]) low = middle + 1;
+        else high = middle;
+      }
+      rows[i] = low < t.count && first[low] == x[i] ? low : -1;
+    }
+  }
+  if (t.rest)
+    for (i64 i = 0; i < n; i++)
+      if (rows[i] < 0) rows[i] = t.count + reduce_range(splitmix(u64(x[i]) ^ u64(t.salt)), u64(t.rest));
+}
+
+static void map_ids(const Transform& t, const Index& index, const i64* x, i64 n, i64* rows) {
+  switch (t.kind) {
+    case DIGIT: return digits(t, x, n, rows);
+    case HASH: return hashes(t, x, n, rows);
+    case MURMUR: return murmur(t, x, n, rows);
+    default: return members(t, index, x, n, rows);
+  }
+}
+
+// Rows of a storage. One that lies outside its table (damaged arrays, an id that no check saw) is not read: -1.
+static bool storage_rows(const Transform& t, const Index& index, i64 base, i64 table_rows, const i64* x, i64 n,
+                         const unsigned char* none, i32* out) {
+  i64 rows[CHUNK];
+  map_ids(t, index, x, n, rows);
+  i64 wrong = 0;
+  for (i64 i = 0; i < n; i++) {
+    bool inside = u64(rows[i]) < u64(table_rows);
+    wrong |= !inside & (rows[i] != -1);
+    out[i] = inside ? i32(base + rows[i]) : -1;
+  }
+  if (none)
+    for (i64 i = 0; i < n; i++)
+      if (none[i]) out[i] = -1;
+  return !wrong;
+}

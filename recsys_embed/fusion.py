@@ -1,0 +1,102 @@
+"""A bundle's features as the native kernels run them: one call whose outputs stand in schema order already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.native import NativeLookup
+from recsys_embed.kernels.native_lookup import Updater, look_up
+from recsys_embed.kernels.outputs import OutputPool
+from recsys_embed.kernels.records import Slot, supported
+from recsys_embed.kernels.vectorised import Place, project
+
+if TYPE_CHECKING:
+    from recsys_embed.bundle import LookupBundle
+
+
+class FusedBundle:
+    """Features without a projection share one output; those of one shape of projection share another.
+
+    Args:
+        bundle: the features, each with a program that the kernels know.
+        places: per feature, where its tables lie.
+        storages: shape of each storage by name.
+    """
+
+    def __init__(
+        self,
+        bundle: LookupBundle,
+        places: list[dict[str, Place]],
+        storages: Mapping[str, tuple[int, int]],
+    ) -> None:
+        names = list(bundle.programs)
+        position = {name: i for i, name in enumerate(bundle.schema.names)}
+        projected = {i: shape for shape, members in bundle.projected.items() for i in members}
+        direct = tuple(position[n] for n in names if position[n] not in projected)
+        self.shapes: list[tuple[str | None, tuple[int, ...]]] = [(None, direct)] if direct else []
+        self.shapes += [(shape, tuple(members)) for shape, members in bundle.projected.items()]
+        slots: dict[int, Slot] = {}
+        widths = []
+        for output, (_, members) in enumerate(self.shapes):
+            column = 0
+            for i in members:
+                slots[i] = Slot(output, column)
+                column += bundle.programs[bundle.schema.names[i]].combined_width
+            widths.append(column)
+        at = [position[name] for name in names]
+        limits = bundle.unseen.integers_of("limits")
+        self.lookup = NativeLookup(
+            list(bundle.programs.values()),
+            places,
+            bundle.kernel.index,
+            storages,
+            [slots[i] for i in at],
+            widths,
+            at,
+            [limits[i] for i in at],
+            [bundle.unseen.zeros[i] for i in at],
+        )
+        self.pool = OutputPool()
+        self.parts = [members for _, members in self.shapes]
+        self.parts += [part for part in bundle.parts if part[0] not in slots]
+
+    @staticmethod
+    def fits(bundle: LookupBundle) -> bool:
+        """Whether there is something to run, and the kernels know how."""
+        return bool(bundle.programs) and all(map(supported, bundle.programs.values()))
+
+    def single(
+        self,
+        bundle: LookupBundle,
+        ids: Tensor,
+        tables: list[Tensor],
+        anchor: Tensor | None,
+        updater: Updater | None,
+        sparse: bool,
+    ) -> list[Tensor]:
+        """Vectors of ``ids [B, F]``: one tensor ``[B, ...]`` per entry of ``parts``.
+
+        Raises:
+            IdRangeError: names the first feature at fault.
+        """
+        if bundle.unseen.replaces or bundle.unseen.counting:
+            ids = bundle.unseen(ids.long())
+        try:
+            outputs = look_up(self.lookup, self.pool, ids, tables, anchor=anchor, updater=updater, sparse=sparse)
+        except IdRangeError:
+            bundle.unseen.check(ids.long())
+            raise
+        out = []
+        for (shape, members), value in zip(self.shapes, outputs, strict=True):
+            if shape is None:
+                out.append(value)
+                continue
+            stacked = value.view(ids.shape[0], len(members), value.shape[1] // len(members))
+            out.append(project(stacked, bundle.projections[shape], "bfi,fio->bfo").flatten(1))
+        for (i,) in self.parts[len(self.shapes) :]:
+            out.append(bundle.vectors_of(i, ids[:, i].long()))
+        return out

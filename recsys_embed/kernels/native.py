@@ -1,0 +1,322 @@
+"""The compiled CPU kernels: one call looks up, or updates, the rows of all features (ops/cpu)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from recsys_embed.errors import BackendError
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM, Slot, encode
+from recsys_embed.kernels.vectorised import Place
+from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.program import LookupProgram
+
+VARIANTS = ("plain", "avx2", "avx512")
+_RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad: 2, Adam: 3}
+_DENSE, _SPARSE = 4, 5
+_DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
+# Lookups that a second thread is worth waking for.
+_WORTH_A_THREAD = 2048
+
+
+class _Index(ctypes.Structure):
+    _fields_: ClassVar = [("words", c_void_p), ("ranks", c_void_p), ("values", c_void_p)]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_: ClassVar = [("data", c_void_p), ("stride", c_int64)]
+
+
+class _Call(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("features", c_void_p),
+        ("probes", c_void_p),
+        ("feature_count", c_int64),
+        ("probe_count", c_int64),
+        ("ids", c_void_p),
+        ("batch", c_int64),
+        ("sample_stride", c_int64),
+        ("feature_stride", c_int64),
+        ("ids_are_32", c_int64),
+        ("storages", c_void_p),
+        ("storage_widths", c_void_p),
+        ("storage_count", c_int64),
+        ("outputs", c_void_p),
+        ("output_count", c_int64),
+        ("index", _Index),
+        ("threads", c_int64),
+    ]
+
+
+class _Update(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("rule", c_int64),
+        ("lr", c_double),
+        ("eps", c_double),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("step_size", c_double),
+        ("state", c_void_p * 2),
+        ("gradient", c_void_p),
+        ("touched", c_void_p),
+        ("touched_count", c_void_p),
+        ("rows", c_int64),
+    ]
+
+
+class Library(NamedTuple):
+    """The loaded kernels.
+
+    Args:
+        handle: of the shared library.
+        variant: instruction set in use.
+        threaded: whether they run in the threads of torch's runtime, or in one.
+    """
+
+    handle: ctypes.CDLL
+    variant: str
+    threaded: bool
+
+
+def _file() -> Path | None:
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    return found[-1] if found else None
+
+
+@cache
+def library() -> Library | str:
+    """The kernels, or in words why there are none. ``RECSYS_EMBED_CPU`` names the instruction set to use."""
+    path = _file()
+    if path is None:
+        return "not built: installing from source with a C++ compiler (g++ or clang++) builds them"
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    handle.rse_select.restype = c_char_p
+    handle.rse_record_sizes.restype = c_int64
+    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(5)]
+    own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, ctypes.sizeof(_Call), ctypes.sizeof(_Update)]
+    if sizes != own:
+        return f"{path.name} was built from other sources; install again"
+    wanted = os.environ.get("RECSYS_EMBED_CPU")
+    if wanted is not None and wanted not in VARIANTS:
+        return f"RECSYS_EMBED_CPU must be one of {', '.join(VARIANTS)}; got {wanted!r}"
+    name = handle.rse_select(None if wanted is None else wanted.encode())
+    if name is None:
+        return f"RECSYS_EMBED_CPU={wanted}, which this processor or this build does not have"
+    handle.rse_forward.argtypes = [c_void_p]
+    handle.rse_backward.argtypes = [c_void_p, c_void_p]
+    handle.rse_forward.restype = handle.rse_backward.restype = c_int
+    return Library(handle, name.decode(), _share_threads(handle))
+
+
+def _share_threads(handle: ctypes.CDLL) -> bool:
+    """Give the kernels the entry points of the OpenMP runtime that torch has loaded; False where there is none."""
+    process = ctypes.CDLL(None)
+    try:
+        entries = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]
+    except AttributeError:
+        return False
+    handle.rse_set_runtime(*(ctypes.cast(e, c_void_p) for e in entries))
+    return True
+
+
+def loaded() -> Library:
+    """The kernels.
+
+    Raises:
+        BackendError: they cannot run here; says why.
+    """
+    found = library()
+    if isinstance(found, str):
+        raise BackendError(f"backend 'native' cannot run: {found}. Use backend 'auto' or 'torch'")
+    return found
+
+
+def knows(optimizer: FusedOptimizer | None) -> bool:
+    """Whether the kernels hold the optimizer's rule; a rule of one's own runs on backend ``"torch"``."""
+    return optimizer is None or type(optimizer) in _RULES
+
+
+def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
+    """Whether the kernels may read these tensors' memory: real, on the CPU, in float32, and nobody traces."""
+    return (
+        type(ids) is Tensor
+        and ids.device.type == "cpu"
+        and all(type(t) in (Tensor, Parameter) and t.dtype is torch.float32 for t in tables)
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in tables)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else 0
+
+
+class NativeLookup:
+    """Programs of many features, ready to run.
+
+    Args:
+        programs, places, index: as :class:`VectorisedLookup` has them.
+        storages: shape of each storage by name.
+        slots: where each feature's vectors go.
+        widths: columns of each output.
+        columns: column of each feature in the matrix of ids.
+        limits: bound of each feature's ids, -1 for any id.
+        optional: whether a feature's id -1 is none.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[LookupProgram],
+        places: Sequence[Mapping[str, Place]],
+        index: IndexStore,
+        storages: Mapping[str, tuple[int, int]],
+        slots: Sequence[Slot],
+        widths: Sequence[int],
+        columns: Sequence[int],
+        limits: Sequence[int],
+        optional: Sequence[bool],
+    ) -> None:
+        self._library = loaded().handle
+        self.storages, self.widths, self._index = dict(storages), tuple(widths), index
+        self._features, self._probes = encode(programs, places, list(storages), index, slots, columns, limits, optional)
+        count = len(storages)
+        self._storage_widths = (c_int64 * count)(*(width for _, width in storages.values()))
+        self._pointers, self._matrices = c_void_p * count, _Matrix * len(widths)
+        call = _Call(
+            features=self._features.ctypes.data,
+            probes=self._probes.ctypes.data,
+            feature_count=len(self._features),
+            probe_count=len(self._probes),
+            storage_widths=ctypes.addressof(self._storage_widths),
+            storage_count=count,
+            output_count=len(widths),
+        )
+        self._template = bytes(call)
+        self._indexed = any(index.indexes)
+        # Copies encode anew: records hold addresses.
+        self._given = (programs, places, index, storages, slots, widths, columns, limits, optional)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NativeLookup, self._given
+
+    def _call(self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[_Call, Any]:
+        """One call's record, and what has to stay alive with it."""
+        call = _Call.from_buffer_copy(self._template)
+        pointers = self._pointers(*(t.data_ptr() for t in tables))
+        matrices = self._matrices(*(_Matrix(o.data_ptr(), o.stride(0)) for o in outputs))
+        call.ids, call.batch = ids.data_ptr(), ids.shape[0]
+        call.sample_stride, call.feature_stride = ids.stride()
+        call.ids_are_32 = ids.dtype == torch.int32
+        call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
+        if self._indexed:
+            arrays = self._index.arrays
+            call.index = _Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
+        small = call.batch * call.probe_count < _WORTH_A_THREAD
+        call.threads = 1 if small else torch.get_num_threads()
+        return call, (pointers, matrices)
+
+    def forward(self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+        """Fill ``outputs [B, width]`` with the vectors of ``ids [B, F]``; False where an id is out of range.
+
+        Args:
+            ids: int32 or int64 on the CPU, of any strides.
+            tables: float32 ``[rows, width]`` per storage, contiguous.
+            outputs: float32, rows of contiguous elements.
+        """
+        call, alive = self._call(ids, tables, outputs)
+        outcome = self._library.rse_forward(ctypes.addressof(call))
+        del alive
+        return self._checked(outcome)
+
+    def _checked(self, outcome: int) -> bool:
+        if outcome == _DONE:
+            return True
+        if outcome == _OUT_OF_RANGE:
+            return False
+        if outcome == _TOO_LARGE:
+            raise BackendError("one step's gradients exceed 2**30 elements; use smaller batches, or backend 'torch'")
+        raise MemoryError("no memory for the gradients of a step")
+
+    def update(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        optimizer: FusedOptimizer,
+        states: Sequence[Sequence[Tensor]],
+        lr: float,
+        steps: Sequence[int],
+    ) -> None:
+        """One step of the optimizer on the rows that ``ids`` read, in place.
+
+        Args:
+            gradients: of the outputs.
+            states: per storage, the tensors of the optimizer's state in its order.
+            steps: per storage, 1 for the first.
+        """
+        updates = (_Update * len(tables))()
+        for update, table, state, step in zip(updates, tables, states, steps, strict=True):
+            update.rule, update.lr, update.rows = _RULES[type(optimizer)], lr, table.shape[0]
+            update.eps = getattr(optimizer, "eps", 0.0)
+            update.beta1, update.beta2 = getattr(optimizer, "betas", (0.0, 0.0))
+            if isinstance(optimizer, Adam):
+                update.step_size = lr * (1 - update.beta2**step) ** 0.5 / (1 - update.beta1**step)
+            for i, tensor in enumerate(state):
+                update.state[i] = tensor.data_ptr()
+        self._backward(ids, tables, gradients, updates)
+
+    def gradients(
+        self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], sparse: bool
+    ) -> list[Tensor]:
+        """Gradients of the tables: dense, or sparse and coalesced."""
+        updates = (_Update * len(tables))()
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        reads = self._reads()
+        for update, table, most in zip(updates, tables, reads, strict=True):
+            update.rule, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
+            number = min(table.shape[0], most * ids.shape[0])
+            values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
+            rows, count = torch.empty(number if sparse else 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
+            found.append((values, rows, count))
+        self._backward(ids, tables, gradients, updates)
+        if not sparse:
+            return [values for values, _, _ in found]
+        out = []
+        for table, (values, rows, count) in zip(tables, found, strict=True):
+            ordered, order = rows[: int(count)].sort()
+            parts = (ordered.unsqueeze(0), values.index_select(0, order))
+            out.append(torch.sparse_coo_tensor(*parts, table.shape, is_coalesced=True, check_invariants=False))
+        return out
+
+    def _reads(self) -> list[int]:
+        """Most rows per sample of each storage."""
+        out = [0] * len(self.storages)
+        for probe in self._probes:
+            out[probe["storage"]] += int(probe["run"])
+            if probe["weight_storage"] >= 0:
+                out[probe["weight_storage"]] += 1
+        return out
+
+    def _backward(self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], updates: Any) -> None:
+        call, alive = self._call(ids, tables, gradients)
+        outcome = self._library.rse_backward(ctypes.addressof(call), ctypes.addressof(updates))
+        del alive
+        if not self._checked(outcome):
+            raise RuntimeError("ids changed between forward and backward")

@@ -1,0 +1,252 @@
+"""The compiled CPU kernels against the readable definition: values, gradients, updates, bits, and ids of every kind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import recsys_embed as rse
+from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.errors import BackendError, IdRangeError
+from recsys_embed.kernels import native
+from recsys_embed.kernels.outputs import OutputPool
+from recsys_embed.optim import FusedOptimizer
+
+LIBRARY = native.library()
+pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
+METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
+RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]
+
+
+@pytest.fixture(params=native.VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of one instruction set."""
+    found = native.loaded()
+    if found.handle.rse_select(request.param.encode()) is None:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    found.handle.rse_select(found.variant.encode())
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def plan_of(method: Any, schema: Schema, part: float = 0.5) -> Plan:
+    config = method.config_cls
+    need = sum(config.sized(s, 1).footprint(s).serve for s in schema)
+    bytes_of_all = sum(4 * s.num_embeddings * s.embedding_dim for s in schema)
+    return Plan.uniform(schema, method.name, budget=max(need, int(part * bytes_of_all)), full_below=1)
+
+
+def ids_of(schema: Schema, batch: int, seed: int = 0, repeat: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    columns = [torch.randint(0, max(1, s.num_embeddings // repeat), (batch,), generator=generator) for s in schema]
+    return torch.stack(columns, 1)
+
+
+@METHODS
+@settings(max_examples=6, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=5),
+    dim=st.sampled_from([1, 3, 4, 8, 12, 16, 33, 64]),
+    batch=st.sampled_from([0, 1, 7, 300]),
+    part=st.floats(0.05, 1.2),
+    sparse=st.booleans(),
+)
+def test_vectors_and_gradients_are_those_of_the_definition(
+    method: Any, sizes: list[int], dim: int, batch: int, part: float, sparse: bool
+) -> None:
+    schema = Schema([FeatureSpec(f"C{i}", n, dim) for i, n in enumerate(sizes)])
+    plan = plan_of(method, schema, part)
+    ours = EmbeddingCollection(schema, plan, backend="native", sparse=sparse)
+    oracle = EmbeddingCollection(schema, plan, backend="reference").double()
+    ids = ids_of(schema, batch)
+    got, wanted = ours(ids), oracle(ids)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got.backward(upstream.float())
+    wanted.backward(upstream)
+    for (name, p), q in zip(ours.named_parameters(), oracle.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert q.grad is not None, name
+        assert p.grad.is_sparse == (sparse and name in ours.storages)
+        if p.grad.is_sparse:
+            assert bool((p.grad._indices()[0].diff() > 0).all()), "each row once, in order"
+        torch.testing.assert_close(p.grad.to_dense().double(), q.grad, rtol=1e-4, atol=1e-5)
+
+
+@METHODS
+def test_every_instruction_set(method: Any, variant: str) -> None:
+    schema = Schema([FeatureSpec("C1", 97, 16), FeatureSpec("C2", 1000, 16), FeatureSpec("C3", 5, 16)])
+    plan = plan_of(method, schema)
+    ours = EmbeddingCollection(schema, plan, rse.RowwiseAdagrad(lr=0.1), backend="native")
+    other = EmbeddingCollection(schema, plan, rse.RowwiseAdagrad(lr=0.1), backend="torch").double()
+    for step in range(3):
+        ids = ids_of(schema, 50, step)
+        got, wanted = ours(ids), other(ids)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+        got.square().sum().backward()
+        wanted.square().sum().backward()
+
+
+@METHODS
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+def test_a_step_is_the_rule_on_summed_gradients(method: Any, rule: FusedOptimizer) -> None:
+    schema = Schema([FeatureSpec("C1", 60, 16), FeatureSpec("C2", 900, 16), FeatureSpec("C3", 2, 16)])
+    plan = plan_of(method, schema)
+    ours = EmbeddingCollection(schema, plan, rule, backend="native")
+    oracle = EmbeddingCollection(schema, plan, rule, backend="torch").double()
+    for step in range(4):
+        ids = ids_of(schema, 80, step)
+        got, wanted = ours(ids), oracle(ids)
+        upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        got.backward(upstream.float())
+        wanted.backward(upstream)
+    for name in ours.storages:
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(oracle, name), rtol=2e-4, atol=2e-5)
+        for key in rule.state:
+            state = getattr(ours, f"{name}_{key}").double()
+            torch.testing.assert_close(state, getattr(oracle, f"{name}_{key}").double(), rtol=2e-4, atol=2e-5)
+
+
+def trained(method: Any, batch: int) -> list[Tensor]:
+    schema = Schema([FeatureSpec("C1", 3, 16), FeatureSpec("C2", 20_000, 16), FeatureSpec("C3", 700, 16)])
+    coll = EmbeddingCollection(schema, plan_of(method, schema), rse.Adagrad(lr=0.1), backend="native")
+    outputs = []
+    for step in range(2):
+        out = coll(ids_of(schema, batch, step, repeat=10))
+        outputs.append(out.detach().clone())
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(step)))
+    return [*outputs, *(getattr(coll, name) for name in coll.storages)]
+
+
+@METHODS
+def test_bits_do_not_depend_on_the_number_of_threads(method: Any, threads: int) -> None:
+    torch.set_num_threads(1)
+    alone = trained(method, 6000)
+    torch.set_num_threads(threads)
+    for a, b in zip(alone, trained(method, 6000), strict=True):
+        assert torch.equal(a, b)
+
+
+@METHODS
+@pytest.mark.parametrize("bad", [-1, 10, 2**31, 2**40, -(2**63), 2**63 - 1])
+def test_ids_out_of_range_are_named_before_anything_is_read(method: Any, bad: int) -> None:
+    schema = Schema([FeatureSpec("good", 10, 4), FeatureSpec("bad", 10, 4)])
+    coll = EmbeddingCollection(schema, plan_of(method, schema, 1.0), backend="native")
+    ids = torch.tensor([[0, 0], [9, bad], [3, 3]])
+    if coll.plan["bad"].accepts_raw:
+        torch.testing.assert_close(coll(ids), EmbeddingCollection(schema, coll.plan, backend="reference")(ids))
+        return
+    with pytest.raises(IdRangeError, match="'bad'"):
+        coll(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_of_any_layout(dtype: torch.dtype) -> None:
+    schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
+    coll = EmbeddingCollection(schema, backend="native")
+    ids = ids_of(schema, 64).to(dtype)
+    wanted = coll(ids.long())
+    assert torch.equal(coll(ids), wanted)
+    assert torch.equal(coll(ids.T.contiguous().T), wanted)
+    wide = torch.zeros(128, 5, dtype=dtype)
+    wide[::2, 1:4:2] = ids
+    assert torch.equal(coll(wide[::2, 1:4:2]), wanted)
+    assert torch.equal(coll(ids[:1].expand(9, 2)), wanted[:1].expand(9, 2, 8))
+
+
+def test_what_the_kernels_do_not_do_runs_in_torch() -> None:
+    schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
+    coll = EmbeddingCollection(schema, backend="native")
+    ids = ids_of(schema, 6)
+    out = coll(ids)
+    torch.testing.assert_close(coll(ids.T.reshape(-1), torch.arange(13)), out)
+    torch.testing.assert_close(copy.deepcopy(coll).double()(ids), out.double())
+    program = torch.export.export(coll, (ids,))
+    torch.testing.assert_close(program.module()(ids), out)
+    torch.testing.assert_close(torch.compile(coll, backend="eager", fullgraph=True)(ids), out)
+    jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(coll, {"width8": w}, ids[:1]))(coll.width8)
+    assert jacobian.sum() == 16
+
+
+def test_copies_are_independent() -> None:
+    schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
+    plan = Plan.uniform(schema, "adaptive", budget="3KiB", full_below=1)
+    coll = EmbeddingCollection(schema, plan, rse.SGD(lr=1.0), backend="native")
+    coll.assign_({"b": torch.arange(70)})
+    ids = ids_of(schema, 16)
+    before = coll(ids).detach().clone()
+    twins = [copy.deepcopy(coll), pickle.loads(pickle.dumps(coll))]
+    coll(ids).sum().backward()
+    coll.assign_({"b": torch.arange(70).flip(0)})
+    del coll
+    for twin in twins:
+        assert torch.equal(twin(ids), before)
+        twin(ids).sum().backward()
+        assert not torch.equal(twin(ids), before)
+
+
+def test_a_rule_of_ones_own_runs_in_torch() -> None:
+    class Mine(rse.SGD):
+        pass
+
+    schema = Schema([FeatureSpec("a", 50, 8)])
+    assert EmbeddingCollection(schema, optimizer=Mine(lr=0.1)).backend == "torch"
+    with pytest.raises(BackendError, match=r"Mine.*backend 'torch'"):
+        EmbeddingCollection(schema, optimizer=Mine(lr=0.1), backend="native")
+
+
+def test_without_a_library_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: "not built")
+    schema = Schema([FeatureSpec("a", 50, 8)])
+    assert EmbeddingCollection(schema).backend == "torch"
+    with pytest.raises(BackendError, match=r"not built.*'torch'"):
+        EmbeddingCollection(schema, backend="native")
+
+
+def test_outputs_in_use_are_never_handed_out_again() -> None:
+    pool, shape = OutputPool(), (512, 256)
+    held = [pool.take(shape).fill_(i) for i in range(6)]
+    view = pool.take(shape).fill_(7)[3:5, 1]
+    graph = torch.zeros((), requires_grad=True) * pool.take(shape).fill_(8)
+    array = pool.take(shape).fill_(9).numpy()
+    storage = pool.take(shape).fill_(10).untyped_storage()
+    for _ in range(8):
+        pool.take(shape).fill_(-1)
+    assert [int(t[0, 0]) for t in held] == list(range(6))
+    assert view.eq(7).all()
+    assert (array == 9).all()
+    assert torch.empty(0).set_(storage)[0] == 10
+    graph.sum().backward()  # what autograd saved is as it was
+    address = pool.take(shape).data_ptr()
+    assert pool.take(shape).data_ptr() == address, "freed at once, so used again"
+    assert pool.nbytes <= 4 * 4 * 512 * 256
+
+
+def test_outputs_of_two_steps_are_apart() -> None:
+    schema = Schema([FeatureSpec("a", 5000, 64)])
+    coll = EmbeddingCollection(schema, backend="native")
+    first_ids, second_ids = ids_of(schema, 4000, 0), ids_of(schema, 4000, 1)
+    first = coll(first_ids)
+    kept = first.detach().clone()
+    second = coll(second_ids)
+    assert torch.equal(first, kept)
+    (first.square().sum() + second.sum()).backward()
+    table = coll.width64.detach()
+    wanted = torch.zeros_like(table).index_add_(0, first_ids[:, 0], 2 * table[first_ids[:, 0]])
+    wanted.index_add_(0, second_ids[:, 0], torch.ones(4000, 64))
+    torch.testing.assert_close(coll.width64.grad, wanted)
