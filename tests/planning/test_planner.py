@@ -516,8 +516,8 @@ print(json.dumps([seconds, peak, plan.footprint(schema).serve, plan.notes.predic
 def test_a_thousand_huge_tables_are_planned_quickly_and_in_little_memory() -> None:
     out = subprocess.run([sys.executable, "-c", MANY_HUGE_TABLES], capture_output=True, text=True, check=True).stdout
     seconds, peak, reached, loss, bound = json.loads(out)
-    # Alone on two cores it takes four seconds; other tests beside it slow it down.
-    assert seconds < 10
+    # Alone on two cores it takes four seconds; a busy machine may take several times that, a square law minutes.
+    assert seconds < 60
     assert peak * 1024 < 500e6
     assert reached <= 2 * 2**30
     assert bound <= loss < 1.001 * bound
