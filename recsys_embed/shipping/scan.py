@@ -122,7 +122,7 @@ class _Scanner:
             self.found.notes.append(f"{paths[0]}: kept whole, {why}")
             return
         else:
-            item = _plain_item(module, tuple(paths))
+            item = _plain_item(module, table.name, tuple(paths))
         self.found.modules.append(item)
         for path in paths:
             self._tables(module, path)
@@ -228,12 +228,12 @@ def _item(module: CompressedEmbedding | EmbeddingCollection, paths: tuple[str, .
     return ModuleItem("embedding", paths, build, _dtype(module))
 
 
-def _plain_item(module: Any, paths: tuple[str, ...]) -> ModuleItem:
+def _plain_item(module: Any, name: str, paths: tuple[str, ...]) -> ModuleItem:
     """A torch module as what serves in its place: the method ``full``."""
     bag = isinstance(module, nn.EmbeddingBag)
     mode = module.mode if bag else None
     build = {
-        "spec": plain_spec(module.num_embeddings, module.embedding_dim, mode),
+        "spec": plain_spec(name, module.num_embeddings, module.embedding_dim, mode),
         "config": FullConfig().to_dict(),
         "padding_idx": module.padding_idx,
         "mode": mode,

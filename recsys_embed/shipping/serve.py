@@ -164,7 +164,7 @@ def row_tables(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (values.shape[0], values.shape[1]) for name, values in held.items()}
 
 
-def plain_spec(num_embeddings: int, embedding_dim: int, mode: str | None) -> dict[str, Any]:
-    """The specification of a torch module as what serves in its place."""
+def plain_spec(name: str, num_embeddings: int, embedding_dim: int, mode: str | None) -> dict[str, Any]:
+    """The specification of a torch module as what serves in its place; ``name`` is what its errors call it."""
     pooling: Any = mode or "sum"
-    return spec_to_dict(FeatureSpec("embedding", num_embeddings, embedding_dim, pooling=pooling, init="normal:1"))
+    return spec_to_dict(FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init="normal:1"))

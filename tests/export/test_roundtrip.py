@@ -368,6 +368,19 @@ def test_ids_never_seen_become_what_they_were(unseen: Any, precision: Any, tmp_p
         assert torch.equal(got == 0, wanted == 0) or precision == "int4"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_served_plain_table_is_called_by_its_path(precision: Any, tmp_path: Path) -> None:
+    def make_model() -> nn.Module:
+        tables = {"user": nn.Embedding(30, 4, max_norm=1.0), "tags": nn.EmbeddingBag(20, 4, max_norm=1.0)}
+        return nn.ModuleDict({"tower": nn.ModuleDict(tables)})
+
+    export(make_model(), tmp_path / "m", precision)
+    served: Any = load(tmp_path / "m", into=make_model())
+    for name, table in served["tower"].items():
+        with pytest.raises(IdRangeError, match=f"feature 'tower/{name}'"):
+            table(torch.tensor([[99]]))
+
+
 def test_pruned_rows_and_columns_of_one_field_among_many(tmp_path: Path) -> None:
     source = rse.EmbeddingCollection(SCHEMA)
     with torch.no_grad():
