@@ -39,6 +39,7 @@ class PlanNotes:
         statistics: where frequencies came from.
         measured: methods whose losses were fitted to measured runs.
         left_out: tables of the model that no plan can replace and the budget does not count: name, bytes and why.
+        itemsize: bytes per number that ``bytes`` counts.
 
     Raises:
         ConfigError: a value of the wrong type.
@@ -54,10 +55,12 @@ class PlanNotes:
     statistics: str
     measured: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    itemsize: int = 4
 
     def __post_init__(self) -> None:
         number = (int, float)
-        wanted: dict[str, Any] = {"budget": int, "bytes": int, "predicted_loss": number, "least_loss": number}
+        wanted: dict[str, Any] = dict.fromkeys(("budget", "bytes", "itemsize"), int)
+        wanted |= dict.fromkeys(("predicted_loss", "least_loss"), number)
         faults = [
             f"`{key}` must be a number; got {getattr(self, key)!r:.80}"
             for key, kind in wanted.items()
@@ -82,14 +85,17 @@ class PlanNotes:
             raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
         known = [f.name for f in fields(cls)]
         faults = [str(unknown_name("key of a plan's notes", str(key), known)) for key in data if key not in known]
-        faults += [f"`{key}` is missing" for key in known if key not in data and key != "left_out"]
+        faults += [f"`{key}` is missing" for key in known if key not in data and key not in _LATER]
         raise_faults(faults, "notes of a plan")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; ``left_out`` only where there is something, so that texts from before it compare alike."""
+        """JSON-ready; what came later only where it says something, so that texts from before it compare alike."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return values if self.left_out else {k: v for k, v in values.items() if k != "left_out"}
+        return {k: v for k, v in values.items() if k not in _LATER or getattr(self, k) != _LATER[k]}
+
+
+_LATER = {f.name: f.default for f in fields(PlanNotes) if f.name in ("left_out", "itemsize")}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ def plan(
     optimizer: Annotated[
         str, typer.Option("--optimizer", help="For --target train: adam, adagrad, rowwise_adagrad, sgd, none.")
     ] = "rowwise_adagrad",
+    itemsize: Annotated[
+        int | None, typer.Option("--itemsize", help="Bytes per number; those of --model's tables, else 4, by default.")
+    ] = None,
     methods: Annotated[
         str | None, typer.Option("--methods", help="Keys to choose from, comma-separated; all by default.")
     ] = None,
@@ -97,6 +100,7 @@ def plan(
         None if optimizer == "none" else optimizer,
         known,
         evidence=evidence,
+        itemsize=itemsize,
         **limits,
     )
     changes = None if diff is None else describe_changes(_read_plan(diff), made, features)
@@ -180,7 +184,8 @@ def _show(features: Schema, made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    costs = {s.name: made[s.name].footprint(s) for s in features}
+    itemsize = 4 if made.notes is None else made.notes.itemsize
+    costs = {s.name: made[s.name].footprint(s, itemsize) for s in features}
     shared = {s.name: [t for t in made[s.name].program(s).tables if t.shared] for s in features}
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column, justify in (("feature", "left"), ("ids", "right"), ("method", "left"), ("size", "left")):
@@ -188,7 +193,7 @@ def _show(features: Schema, made: Plan) -> None:
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for spec in features:
-        own = costs[spec.name].serve - sum(4 * t.rows * t.width for t in shared[spec.name])
+        own = costs[spec.name].serve - sum(itemsize * t.rows * t.width for t in shared[spec.name])
         size = format_bytes(own) if own or not shared[spec.name] else "shared"
         words = size_in_words(made[spec.name])
         why = made.reasons.get(spec.name, "")
@@ -196,7 +201,7 @@ def _show(features: Schema, made: Plan) -> None:
     Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False).print(table)
     for key, found in {t.name: t for tables in shared.values() for t in tables}.items():
         users = sum(any(t.name == key for t in tables) for tables in shared.values())
-        held = format_bytes(4 * found.rows * found.width)
+        held = format_bytes(itemsize * found.rows * found.width)
         print(f"table {key!r}: {found.rows:,} x {found.width}, {held}, read by {users} features")
     print(_summary(features, made))
 
@@ -205,8 +210,8 @@ def _summary(features: Schema, made: Plan) -> str:
     notes = made.notes
     if notes is None:
         return ""
-    plain = 4 * sum(s.num_embeddings * s.embedding_dim for s in features)
-    serve = made.footprint(features).serve
+    plain = notes.itemsize * sum(s.num_embeddings * s.embedding_dim for s in features)
+    serve = made.footprint(features, itemsize=notes.itemsize).serve
     kind = "for training" if notes.target == "train" else "to serve"
     if notes.target == "train":
         kind += f" with {notes.optimizer or 'dense gradients'}"

@@ -18,11 +18,13 @@ class Needs(NamedTuple):
         options: by table, the option of torch's that its method must support.
         kinds: by table, what it must have in common with those it shares a table with: device, dtype, training.
         left_out: tables that cannot be replaced, with their bytes and why, in words.
+        itemsizes: bytes per number of each table that can.
     """
 
     options: Mapping[str, str]
     kinds: Mapping[str, Any]
     left_out: tuple[str, ...]
+    itemsizes: Mapping[str, int]
 
 
 def needs_of(model: nn.Module) -> Needs:
@@ -35,7 +37,8 @@ def needs_of(model: nn.Module) -> Needs:
     found = find_tables(model)
     options = {t.name: option for t in found if (option := _option(t))}
     kinds = {t.name: _kind(t) for t in found}
-    return Needs(options, kinds, tuple(f"{t.name} ({_size(t)}): {t.obstacle}" for t in found if t.obstacle))
+    left_out = tuple(f"{t.name} ({_size(t)}): {t.obstacle}" for t in found if t.obstacle)
+    return Needs(options, kinds, left_out, {t.name: t.dtype.itemsize for t in found if not t.obstacle})
 
 
 def _option(table: FoundTable) -> str | None:

@@ -50,7 +50,7 @@ def plan_for_budget(
     *,
     evidence: Any = None,
     importance: Mapping[str, float] | None = None,
-    itemsize: int = 4,
+    itemsize: int | None = None,
     **limits: Any,
 ) -> Plan:
     """Choose a method and a size for every table, so that all together keep to a byte budget and lose least.
@@ -73,7 +73,8 @@ def plan_for_budget(
         evidence: rows of an earlier ``recsys-embed compare`` (its folder, or a JSON file), to which the losses of the
             methods found there are fitted.
         importance: factors of the losses by feature; 1 by default.
-        itemsize: bytes per stored number.
+        itemsize: bytes per stored number; by default those of the model's tables, 4 of a schema. A model whose tables
+            differ in it needs to be told one for all.
         limits: ``pin``, ``forbid``, ``full_below``, ``min_width``, ``width_multiple``, ``needs_equal_widths``,
             ``max_rows_per_id`` and ``max_bytes_per_id``: see :class:`recsys_embed.planning.Limits`.
 
@@ -93,12 +94,12 @@ def plan_for_budget(
     given = _schema(model_or_schema)
     # In one order, whichever the features come in: ties are then broken alike.
     schema = Schema(sorted(given, key=lambda s: s.name))
-    total, fused, frame = _frame(schema, budget, target, methods, optimizer, itemsize, limits)
+    needs = needs_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else Needs({}, {}, (), {})
+    total, fused, frame = _frame(schema, budget, target, methods, optimizer, _itemsize(itemsize, needs), limits)
     curves, source, known = _curves(schema, stats)
     weights = _importance(schema, importance)
     terms = terms_of(schema, curves)
     proof = Evidence() if evidence is None else fit_evidence(read_rows(evidence), schema, terms)
-    needs = needs_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else Needs({}, {}, ())
     frame = replace(frame, factors=proof.factors, options=needs.options, kinds=needs.kinds)
     frame = replace(frame, **_detail(schema, frame.candidates))
     maker = MenuMaker(frame)
@@ -128,6 +129,7 @@ def plan_for_budget(
         statistics=source,
         measured=tuple(sorted(proof.factors)),
         left_out=needs.left_out,
+        itemsize=frame.costs.itemsize,
     )
     return Plan(plan.configs, _reasons(schema, plan, menus, losses, frame, known), notes)
 
@@ -141,6 +143,16 @@ def _schema(model_or_schema: Any) -> Schema:
     if isinstance(model_or_schema, nn.Module):
         return Schema.from_model(model_or_schema)
     raise ConfigError(f"expected a Schema or a torch.nn.Module; got {type(model_or_schema).__name__}")
+
+
+def _itemsize(given: Any, needs: Needs) -> Any:
+    """Bytes per number: as given, else those of all tables; where these differ, the first table of each size."""
+    if given is not None or not needs.itemsizes:
+        return 4 if given is None else given
+    first: dict[int, str] = {}
+    for name, size in needs.itemsizes.items():
+        first.setdefault(size, name)
+    return first if len(first) > 1 else next(iter(first))
 
 
 def _frame(
@@ -163,7 +175,13 @@ def _frame(
     faults += limits.faults(schema)
     if target not in ("serve", "train"):
         faults.append(f"`target` must be 'serve' or 'train'; got {target!r}")
-    if not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
+    if isinstance(itemsize, Mapping):
+        examples = "; ".join(f"{size} of {name!r}" for size, name in itemsize.items())
+        faults.append(
+            f"the model's tables differ in bytes per number ({examples}); give `itemsize`, the largest to keep to the "
+            "budget in any case"
+        )
+    elif not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
         faults.append(f"`itemsize` must be an integer >= 1; got {itemsize!r}")
     raise_faults(faults, "plan_for_budget")
     return total, fused, Frame(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)

@@ -26,9 +26,12 @@ def size_in_words(config: MethodConfig) -> str:
     return ", ".join(parts)
 
 
-def _own_bytes(config: MethodConfig, spec: FeatureSpec) -> str:
-    shared = sum(4 * t.rows * t.width for t in config.program(spec).tables if t.shared)
-    own = config.footprint(spec).serve - shared
+def _own_bytes(plan: Plan, spec: FeatureSpec) -> str:
+    if spec.name not in plan.configs:
+        return "-"
+    config, itemsize = plan[spec.name], 4 if plan.notes is None else plan.notes.itemsize
+    shared = sum(itemsize * t.rows * t.width for t in config.program(spec).tables if t.shared)
+    own = config.footprint(spec, itemsize).serve - shared
     return (
         (format_bytes(own) if own or not shared else "") + (" + " if own and shared else "") + "shared" * bool(shared)
     )
@@ -51,7 +54,7 @@ def describe_changes(old: Plan, new: Plan, schema: Schema) -> list[str]:
         for config in (before, after):
             size = "" if config is None else size_in_words(config)
             words.append("nothing" if config is None else config.method + (f" ({size})" if size else ""))
-        costs = ["-" if c is None else _own_bytes(c, spec) for c in (before, after)]
+        costs = [_own_bytes(plan, spec) for plan in (old, new)]
         lines.append(f"{spec.name}: {' -> '.join(words)}; {' -> '.join(costs)}")
     lines += [f"{name}: no longer there" for name in old if name not in schema.names]
     return lines or ["no change"]

@@ -137,3 +137,22 @@ def test_bad_input_is_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_bytes_shown_are_those_of_the_models_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half_tables.py").write_text(
+        "import torch\ndef build(): return torch.nn.ModuleList([torch.nn.Embedding(8192, 16, dtype=torch.float16)])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    args = ["plan", "--model", "half_tables:build", "--methods", "hash", "--full-below", "0", "--diff", "old.json"]
+    old = plan_for_budget(Schema([FeatureSpec("0", 8192, 16)]), "256KiB", methods=["full"], itemsize=2)
+    (tmp_path / "old.json").write_text(old.to_json())
+    assert main([*args, "--budget", "128KiB"]) == 0
+    text = capsys.readouterr().out
+    assert "0: full -> hash (num_buckets 4,096); 256.00 KiB -> 128.00 KiB" in text
+    assert "plain tables would take 256.00 KiB to serve, 2.0x as much" in text
+    assert main([*args, "--budget", "256KiB", "--itemsize", "4"]) == 0
+    assert "256.00 KiB -> 256.00 KiB" in capsys.readouterr().out

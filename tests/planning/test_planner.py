@@ -483,7 +483,7 @@ def unlike_tables() -> nn.ModuleDict:
 @pytest.mark.parametrize("methods", [None, ["full", "hash", "unified"]])
 def test_plans_of_models_can_be_followed(methods: list[str] | None) -> None:
     model = unlike_tables()
-    plan = plan_for_budget(model, "800KiB", methods=methods)
+    plan = plan_for_budget(model, "800KiB", methods=methods, itemsize=4)
     # Tables of one dtype and training share; those whose options only torch's own modules have stay theirs.
     assert sum(config.method == "unified" for config in plan.configs.values()) >= 2
     assert plan["normed"].method == plan["scaled"].method == "full"
@@ -496,7 +496,25 @@ def test_plans_of_models_can_be_followed(methods: list[str] | None) -> None:
 
 def test_a_table_no_offered_method_suits_is_named() -> None:
     with pytest.raises(ConfigError, match=r"hash: it does not support the `max_norm` of the model's table.*'normed'"):
-        plan_for_budget(unlike_tables(), "800KiB", methods=["hash"])
+        plan_for_budget(unlike_tables(), "800KiB", methods=["hash"], itemsize=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_bytes_of_a_models_plan_are_those_of_its_tables_dtype(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({f"t{i}": nn.Embedding(3000 + 500 * i, 16, dtype=dtype) for i in range(4)})
+    budget = 14_000 * 16 * dtype.itemsize // 4
+    plan = plan_for_budget(model, budget)
+    assert plan.notes is not None
+    assert plan.notes.itemsize == dtype.itemsize
+    assert Plan.from_dict(json.loads(plan.to_json())).notes == plan.notes
+    reached = compress_(model, plan, init="fresh").bytes_after
+    assert 0.9 * budget < reached <= budget
+    assert plan.notes.bytes == reached
+
+
+def test_tables_that_differ_in_bytes_per_number_need_one_for_all() -> None:
+    with pytest.raises(ConfigError, match=r"4 of 't0'; 2 of 'float16'.*give `itemsize`"):
+        plan_for_budget(unlike_tables(), "800KiB")
 
 
 MANY_HUGE_TABLES = """
