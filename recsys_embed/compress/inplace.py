@@ -96,10 +96,8 @@ def compress_(
     jobs = [job for job in jobs if not job.plain or job.table.kind == "compressed"]
     swap = Replacement(model, jobs, _optimizers(optimizer), adapters)
     faults += swap.faults()
-    if init == "dense" and not dry_run:
-        for job in jobs:
-            if job.table.weight is not None:
-                faults += match.weight_faults(job.table, job.table.weight)
+    if init == "dense":
+        faults += [fault for job in jobs for fault in match.weight_faults(job.table)]
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
         swap.run(init)

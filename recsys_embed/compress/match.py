@@ -99,13 +99,16 @@ def wrapper_faults(model: nn.Module) -> Iterator[str]:
             yield f"{path or 'the model'} is a {type(module).__name__}, which holds on to parameters; compress first"
 
 
-def weight_faults(table: FoundTable, weight: Tensor) -> Iterator[str]:
-    """Why a table cannot be fitted to."""
-    if weight.is_meta:
-        yield f"table {table.name!r} is on the meta device and has no values; use init='fresh'"
-    elif not all(torch.isfinite(part).all() for part in weight.detach().split(1 << 20)):
-        bad = int((~torch.isfinite(weight.detach())).any(1).sum())
-        yield f"table {table.name!r} has {bad} rows that are not finite"
+def weight_faults(table: FoundTable) -> Iterator[str]:
+    """Why a table, plain or compressed, cannot be fitted to."""
+    held = [table.weight] if table.weight is not None else list(table.modules[0].parameters())
+    for values in (v.detach() for v in held):
+        if values.is_meta:
+            yield f"table {table.name!r} is on the meta device and has no values; use init='fresh'"
+            return
+        if not all(torch.isfinite(part).all() for part in values.split(1 << 20)):
+            bad = int((~torch.isfinite(values)).reshape(len(values), -1).any(1).sum())
+            yield f"table {table.name!r} has {bad} rows that are not finite"
 
 
 def policies(given: Any, tables: Sequence[FoundTable], faults: list[str]) -> dict[str, Any]:

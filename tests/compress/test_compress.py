@@ -318,6 +318,33 @@ def test_what_cannot_move_is_refused_by_name() -> None:
         compress_(model, plan)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_every_table_that_cannot_be_fitted_to_is_named(dry_run: bool) -> None:
+    tables = {"plain": nn.Embedding(50, 4), "hashed": rse.HashEmbedding(60, 4, num_buckets=9)}
+    meta = {
+        "absent": nn.Embedding(30, 4, device="meta"),
+        "hollow": rse.HashEmbedding(40, 4, num_buckets=9, device="meta"),
+    }
+    model = nn.ModuleDict(tables | meta)
+    with torch.no_grad():
+        model["plain"].weight[3] = float("inf")
+        next(model["hashed"].parameters())[:2] = float("nan")
+    plan = rse.Plan(dict.fromkeys(model, rse.HashConfig(num_buckets=5)))
+    before = dict(model)
+    with pytest.raises(ConfigError) as caught:
+        compress_(model, plan, dry_run=dry_run)
+    for text in (
+        "4 faults",
+        "'plain' has 1 rows that are not",
+        "'hashed' has 2 rows",
+        "'absent' is on",
+        "'hollow' is on",
+    ):
+        assert text in str(caught.value)
+    assert dict(model) == before
+    compress_(model, plan, init="fresh", dry_run=dry_run)
+
+
 def _tied(table: Any) -> nn.Module:
     head = nn.Linear(8, 400, bias=False)
     head.weight = table.weight
