@@ -18,6 +18,7 @@ Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]
 Unseen = Literal["hash", "oov", "zero", "raise"]
 MAX_ROWS = 2**31 - 1
+MAX_DIM = 65536
 _INIT = re.compile(r"sqrt_rows|sqrt_dim|xavier|(?:normal|uniform):((?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
 
 
@@ -64,7 +65,7 @@ class FeatureSpec:
             faults.append(f"`name` must be a non-empty string; got {self.name!r}")
         elif "." in self.name or "#" in self.name:
             faults.append(f"`name` must not contain '.' or '#', which separate parts of table names; got {self.name!r}")
-        for key, top in (("num_embeddings", MAX_ROWS), ("embedding_dim", 65536)):
+        for key, top in (("num_embeddings", MAX_ROWS), ("embedding_dim", MAX_DIM)):
             value = getattr(self, key)
             if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= top:
                 faults.append(f"`{key}` must be an integer in [1, {top}]; got {value!r}")

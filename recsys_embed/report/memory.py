@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from recsys_embed.errors import ConfigError
-from recsys_embed.features import Schema
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.features import MAX_DIM, Schema
 from recsys_embed.kernels.precision import Precision, check_precision
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
@@ -19,7 +19,7 @@ from recsys_embed.report.memory_collisions import Collisions, expect, measure
 from recsys_embed.report.memory_optimizer import StateLaw, make_law
 from recsys_embed.report.memory_plan import Parts, parts_of_plan
 from recsys_embed.report.memory_sources import parts_of_module
-from recsys_embed.report.memory_stats import FieldStats, read_stats_of
+from recsys_embed.report.memory_stats import FieldStats, is_stats_json, read_stats_of
 from recsys_embed.report.memory_values import (
     DEFAULT_BATCH,
     DEFAULT_RATIO,
@@ -60,13 +60,14 @@ def memory_report(
         precision: of the deployed weights; None: as held now.
         batch_size: samples per step, for gradients and lookups.
         ids_per_sample: ids of one sample, for all features or by name.
-        stats: counts per id by feature (``{"C1": counts}``), the content of a ``stats.json``, or a data folder.
+        stats: counts per id by feature (``{"C1": counts}``); or the content of a ``stats.json`` or a data folder, whose
+            features that match no table are named in a note.
         embedding_dim: width of the tables of a data folder.
         tables: for files that do not say which tensors are tables: patterns of their names, e.g. ``"*emb*.weight"``.
         ratio: compression at which other methods are compared.
 
     Raises:
-        ConfigError: an argument is of the wrong kind or range.
+        ConfigError: arguments are of the wrong kind or range, or name tables that there are not; all faults at once.
         CheckpointError: a file is damaged.
 
     >>> model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 1))
@@ -74,7 +75,9 @@ def memory_report(
     >>> rep.total("serve"), rep.total("train"), round(rep.share, 4)
     (64000, 256004, 0.9989)
     """
-    _check(precision, batch_size, ids_per_sample, ratio)
+    if precision is not None:
+        check_precision(precision)
+    raise_faults(_faults(schema, batch_size, ids_per_sample, embedding_dim, ratio), "memory_report")
     if isinstance(source, nn.Module):
         law = make_law(optimizer, prefer_fused=False)
         parts, name = parts_of_module(source), type(source).__name__
@@ -96,20 +99,44 @@ def memory_report(
     dense = make_law(dense_optimizer, prefer_fused=False)
     if dense is None and law is not None and law.fused is None:
         dense = law
+    raise_faults(_unknown(parts, stats, ids_per_sample), "memory_report")
     settings = Settings(law, dense, precision, batch_size, ids_per_sample, float(ratio))
     return assemble(name, parts, settings, {} if stats is None else read_stats_of(stats))
 
 
-def _check(precision: Any, batch_size: Any, ids_per_sample: Any, ratio: Any) -> None:
-    if precision is not None:
-        check_precision(precision)
+def _faults(schema: Any, batch_size: Any, ids_per_sample: Any, embedding_dim: Any, ratio: Any) -> list[str]:
+    """What is wrong with the arguments, whether the source needs them or not."""
+    faults = []
     numbers = ids_per_sample.values() if isinstance(ids_per_sample, Mapping) else [ids_per_sample]
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"`batch_size` must be an integer >= 1; got {batch_size!r}")
+    if schema is not None and not isinstance(schema, Schema):
+        faults.append(f"`schema` must be a Schema or None; got {type(schema).__name__}")
+    for key, value, most in (("batch_size", batch_size, None), ("embedding_dim", embedding_dim, MAX_DIM)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+            wanted = ">= 1" if most is None else f"in [1, {most}]"
+            faults.append(f"`{key}` must be an integer {wanted}; got {value!r}")
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < 1e6 for n in numbers):
-        raise ConfigError(f"`ids_per_sample` must be numbers in [0, 1e6); got {ids_per_sample!r}")
+        faults.append(f"`ids_per_sample` must be numbers in [0, 1e6); got {ids_per_sample!r}")
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= ratio <= 1e9:
-        raise ConfigError(f"`ratio` must be a number in [1, 1e9]; got {ratio!r}")
+        faults.append(f"`ratio` must be a number in [1, 1e9]; got {ratio!r}")
+    return faults
+
+
+def _known(parts: Parts) -> set[str]:
+    """Names that settings may have for tables: whole, or without the path of their collection."""
+    return {name for e in parts.entries for name in (e.name, e.name.rpartition("/")[2])}
+
+
+def _unknown(parts: Parts, stats: Any, ids_per_sample: Any) -> list[str]:
+    """Faults: names a caller wrote that fit no table. A data set may well have features that a model has not."""
+    written = {"ids_per_sample": ids_per_sample, "stats": None if is_stats_json(stats) else stats}
+    known = _known(parts)
+    return [
+        str(unknown_name(f"table in `{key}`", str(name), known))
+        for key, given in written.items()
+        if isinstance(given, Mapping)
+        for name in given
+        if name not in known
+    ]
 
 
 def _parts_of_plan(source: Plan | Schema, schema: Schema | None, law: StateLaw | None) -> Parts:
@@ -124,7 +151,6 @@ def _parts_of_plan(source: Plan | Schema, schema: Schema | None, law: StateLaw |
 def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, FieldStats]) -> MemoryReport:
     """The report of the parts of a source."""
     notes, counted = list(parts.notes), set()
-    used: set[str] = set()
 
     def state(array: Array, law: StateLaw | None, update: Update) -> int:
         if law is None:
@@ -144,8 +170,6 @@ def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, 
             e = replace(e, update="fused", fused=own.fused)
         lookups = settings.lookups(e.name)
         found = stats.get(e.name) or stats.get(e.name.rpartition("/")[2])
-        if found is not None:
-            used.add(found.name)
         learned = [a for a in e.arrays if a.role != "index"]
         reports.append(
             TableReport(
@@ -170,7 +194,7 @@ def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, 
         optimizer=sum(state(a, settings.dense_optimizer, "dense") for a in rest),
         gradient=sum(a.nbytes for a in rest if a.trained),
     )
-    unused = sorted(set(stats) - used)
+    unused = sorted(set(stats) - _known(parts))
     if unused:
         notes.append(f"statistics of {len(unused)} features match no table: {', '.join(unused[:6])}")
     notes += _optimizer_notes(reports, dense, settings)

@@ -114,12 +114,17 @@ def read_stats_of(source: Any) -> dict[str, FieldStats]:
             "`stats` must be a mapping of feature names to counts, the content of a stats.json, or a data folder; "
             f"got {type(source).__name__}"
         )
-    if isinstance(source.get("fields"), Mapping) and "splits" in source:
+    if is_stats_json(source):
         return {
             name: FieldStats(name, curve, _once(source, name), _unseen(source, name))
             for name, curve in curves_from(source).items()
         }
     return {name: _of_value(name, value) for name, value in source.items()}
+
+
+def is_stats_json(source: Any) -> bool:
+    """Whether it is the content of a data folder's ``stats.json``."""
+    return isinstance(source, Mapping) and isinstance(source.get("fields"), Mapping) and "splits" in source
 
 
 def _of_value(name: str, value: Any) -> FieldStats:

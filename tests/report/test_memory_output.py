@@ -167,8 +167,10 @@ def test_page_nests_and_fetches_nothing() -> None:
 def test_page_escapes_every_name() -> None:
     schema = Schema([FeatureSpec(EVIL, 5000, 16), FeatureSpec("b", 900, 8)])
     plan = Plan.uniform(schema, "unified", budget="64KiB", chunk_dim=4)
+    one = {"distinct": 5000, "num_embeddings": 5000, "coverage": {"1": 0.2, "10000": 1.0}}
+    stats = {"splits": {"train": {"rows": 10_000}}, "fields": {EVIL: one, EVIL + "2": one}}
     for rep in (
-        memory_report(schema, stats={EVIL: torch.ones(5000), EVIL + "2": torch.ones(3)}),
+        memory_report(schema, stats=stats),
         memory_report(plan, schema=schema),
         memory_report(torch.nn.ModuleDict({EVIL.replace(".", ""): torch.nn.Embedding(3, 3)})),
     ):

@@ -147,13 +147,25 @@ def test_unknown_things_are_refused() -> None:
         memory_report(schema, optimizer=3)
     with pytest.raises(UnknownNameError, match="did you mean 'int8'"):
         memory_report(schema, precision="int9")  # type: ignore[arg-type]
-    for key, value in (("batch_size", 0), ("ids_per_sample", -1), ("ratio", 0.5), ("batch_size", True)):
+    wrong = {"batch_size": 0, "ids_per_sample": -1, "ratio": 0.5, "schema": 5, "embedding_dim": 0}
+    for key, value in (*wrong.items(), ("batch_size", True), ("embedding_dim", 65537)):
         with pytest.raises(ConfigError, match=f"`{key}` must"):
-            memory_report(schema, **{key: value})
+            memory_report(nn.Embedding(3, 2), **{key: value})
+    with pytest.raises(ConfigError, match="5 faults"):
+        memory_report(schema, **wrong)
     with pytest.raises(UnknownNameError, match="unknown total"):
         memory_report(schema).total("serving")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="LBFGS"):
         memory_report(nn.Embedding(3, 2), optimizer=torch.optim.LBFGS)
+
+
+def test_names_of_no_table_are_refused() -> None:
+    model = nn.ModuleDict({"tower": nn.ModuleDict({"user": nn.Embedding(10, 4)})})
+    memory_report(model, stats={"tower/user": [1] * 10}, ids_per_sample={"user": 3})
+    with pytest.raises(ConfigError) as caught:
+        memory_report(model, stats={"tower/usr": [1] * 10}, ids_per_sample={"user": 3, "uer": 2, 7: 1})
+    for text in ("3 faults", "`stats` 'tower/usr'; did you mean 'tower/user'", "'uer'; did you mean 'user'", "'7'"):
+        assert text in str(caught.value)
 
 
 def test_batches_and_ids_per_sample_decide_what_a_lookup_takes() -> None:

@@ -190,11 +190,18 @@ def test_names_match_with_and_without_their_collection() -> None:
 
     schema = Schema([FeatureSpec("C1", 100, 4), FeatureSpec("C2", 100, 4)])
     model = build_model("deepfm", schema, Plan.full(schema), num_dense=1)
-    report = memory_report(model, stats={"C1": torch.ones(100), "nope": torch.ones(3)})
+    report = memory_report(model, stats={"C1": torch.ones(100)})
     assert report["embedding/C1"].stats is not None
     assert report["linear/C1"].stats is not None
     assert report["embedding/C2"].stats is None
-    assert any("match no table: nope" in n for n in report.notes)
+
+
+def test_features_of_a_data_set_that_match_no_table_are_noted() -> None:
+    one = {"distinct": 50, "num_embeddings": 51, "coverage": {"1": 0.2, "100": 1.0}}
+    stats = {"splits": {"train": {"rows": 1000}}, "fields": {"C1": one, "C9": one}}
+    report = memory_report(Schema([FeatureSpec("C1", 100, 4)]), stats=stats)
+    assert report["C1"].stats is not None
+    assert any("match no table: C9" in n for n in report.notes)
 
 
 @pytest.mark.parametrize(
