@@ -164,6 +164,20 @@ def test_a_killed_export_leaves_the_file_before(tmp_path: Path) -> None:
     )
     assert done.returncode == -9
     assert value_of(path) == 1.0
+    assert len(leftovers(tmp_path)) == 1
+    export(emb(4.0), tmp_path / "g")
+    assert len(leftovers(tmp_path)) == 1, "it is none of that file's"
+    (tmp_path / ".f.notes.tmp").touch()
+
+    def while_another_exports(module: Any) -> float:
+        (mine,) = set(leftovers(tmp_path)) - {".f.notes.tmp"}
+        export(emb(2.0), path)
+        assert set(leftovers(tmp_path)) == {mine, ".f.notes.tmp"}
+        return 0.0
+
+    export(emb(3.0), path, evaluate=lambda m: while_another_exports(m))
+    assert value_of(path) == 3.0
+    assert set(leftovers(tmp_path)) == {".f.notes.tmp"}
 
 
 def test_a_served_module_outlives_its_file(tmp_path: Path) -> None:
