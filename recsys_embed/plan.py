@@ -231,7 +231,11 @@ class Plan:
             ConfigError: another version, or an unknown method or option.
         """
         found = data if isinstance(data, Mapping) else {}
-        if found.get("version") != PLAN_VERSION or not isinstance(found.get("features"), Mapping):
+        if (
+            type(found.get("version")) is not int
+            or found["version"] != PLAN_VERSION
+            or not isinstance(found.get("features"), Mapping)
+        ):
             raise ConfigError(
                 f"a plan is an object with 'version': {PLAN_VERSION} and 'features'; got {data!r:.80}, "
                 f"version {found.get('version')!r}"

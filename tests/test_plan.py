@@ -120,7 +120,17 @@ def test_all_faults_of_a_plan_file_come_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [None, [], "plan", 3, {}, {"version": 2, "features": {}}, {"version": 1, "features": []}]
+    "data",
+    [
+        None,
+        [],
+        "plan",
+        3,
+        {},
+        {"version": 2, "features": {}},
+        {"version": 1, "features": []},
+        {"version": True, "features": {}},
+    ],
 )
 def test_what_is_no_plan_is_refused(data: Any) -> None:
     with pytest.raises(ConfigError, match="a plan is an object with 'version': 1"):

@@ -95,7 +95,7 @@ class Manifest:
         """
         if data.get("format") != FORMAT:
             raise DataError(f"{where}: expected format {FORMAT!r}; got {data.get('format')!r}")
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise DataError(
                 f"{where}: expected version {VERSION}; got {data.get('version')!r}: "
                 "convert the data again with this version of recsys-embed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -57,9 +58,9 @@ def parts_of_path(
         ConfigError: nothing there, or none of these kinds.
         CheckpointError: damaged.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(path, optimizer, dense_optimizer, embedding_dim, tables)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"there is nothing at {path}; expected a run folder, a data folder or a file of weights")
     if path.suffix == ".json":
         law = make_law(optimizer, prefer_fused=True)

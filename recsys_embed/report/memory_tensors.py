@@ -99,7 +99,8 @@ def read_manifest(path: Path, text: Any) -> dict[str, Any]:
         manifest = json.loads(text)
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{path} is damaged: its manifest is no JSON ({e})") from e
-    if not isinstance(manifest, dict) or manifest.get("version") != 1:
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if type(version) is not int or version != 1:
         raise CheckpointError(f"{path} is an export of a version that this library does not read")
     return manifest
 

@@ -143,6 +143,12 @@ class ExportFile:
 
     def _header(self, prefix: bytes, file: Any, size: int) -> Any:
         length = int.from_bytes(prefix, "little")
+        text = file.read(length) if length <= min(MAX_HEADER, size - 8) else b""
+        if _foreign(text):
+            raise CheckpointError(
+                f"{self.path} is a safetensors file, but not one that recsys_embed.export wrote; read it with "
+                "safetensors.torch.load_file"
+            )
         if len(prefix) < 8 or size < 8 + len(_START) + 64:
             raise self._damaged(f"{size} bytes are too few for a header; it may have been cut")
         if length > MAX_HEADER or 8 + length > size:
@@ -150,7 +156,6 @@ class ExportFile:
                 f"{self.path} is not an exported file, or damaged: its header claims {length} bytes; the file has "
                 f"{size}, and headers at most {MAX_HEADER}"
             )
-        text = file.read(length)
         at = len(_START)
         if not text.startswith(_START) or len(text) < at + 64:
             raise CheckpointError(f"{self.path} was not written by recsys_embed.shipping, or its header is damaged")
@@ -232,6 +237,19 @@ class ExportFile:
         if count == 0:
             return torch.empty(0, dtype=DTYPES[dtype])
         return torch.frombuffer(self._buffer, dtype=DTYPES[dtype], count=count, offset=self._offset + start)
+
+
+def _foreign(text: bytes) -> bool:
+    """Whether a header is one of safetensors that says nothing of this library."""
+    if text.startswith(_START) or b'"recsys_embed"' in text:
+        return False
+    try:
+        header = strict_json(text)
+    except ValueError:
+        return False
+    return isinstance(header, dict) and all(
+        name == "__metadata__" or (isinstance(item, dict) and "data_offsets" in item) for name, item in header.items()
+    )
 
 
 def _map(fd: int, size: int) -> mmap.mmap:

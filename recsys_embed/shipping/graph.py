@@ -184,7 +184,7 @@ def to_onnx(
 
 def _target(path: str | os.PathLike[str], suffix: str) -> Path:
     target = Path(path)
-    if target.suffix != suffix or target.is_dir():
+    if target.suffix != suffix or os.path.isdir(target) or "\0" in str(target):
         raise ConfigError(f"`path` must be a file that ends in {suffix}; got {str(path)!r}")
     return target
 

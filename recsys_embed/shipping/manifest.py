@@ -159,7 +159,7 @@ def read_manifest(file: ExportFile) -> Manifest:
     """
     c, raw = _Checker(file.path), file.manifest
     version = raw.get("version") if isinstance(raw, dict) else None
-    if version != MANIFEST_VERSION or isinstance(version, bool):
+    if type(version) is not int or version != MANIFEST_VERSION:
         raise CheckpointError(
             f"{file.path} is of format version {str(version)[:20]}; this library reads version {MANIFEST_VERSION}: "
             "export it again, or load it with the library that wrote it"

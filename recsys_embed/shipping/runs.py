@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ def model_of_run(path: str | Path) -> nn.Module:
         CheckpointError: not a finished run, or damaged.
     """
     path = Path(path)
-    file = path / "model.pt" if path.is_dir() else path
-    if not file.exists():
-        what = "holds no model.pt; is it the folder of a finished run?" if path.is_dir() else "does not exist"
+    # os.path says no, where the methods of a path raise, of what cannot be the name of a file.
+    folder = os.path.isdir(path)
+    file = path / "model.pt" if folder else path
+    if not os.path.exists(file):
+        what = "holds no model.pt; is it the folder of a finished run?" if folder else "does not exist"
         raise ConfigError(f"{path} {what}")
     payload = load_checkpoint(file)
     config, state = payload["config"], payload.get("model")

@@ -56,7 +56,7 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a training run")
     version, saved = payload.get("version"), payload.get("config")
-    if not isinstance(version, int) or version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise CheckpointError(f"checkpoint {path} has format version {version!r}; this is version {VERSION}")
     if not isinstance(saved, dict) or not all(isinstance(k, str) for k in saved):
         raise CheckpointError(f"checkpoint {path} is damaged: it does not hold the settings it was made with")

@@ -15,10 +15,12 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let ``write`` fill a temporary file, then rename it to ``path``; a crash leaves the previous file whole.
 
     Raises:
-        ConfigError: ``path`` is a folder, a device or a pipe.
+        ConfigError: ``path`` is a folder, a device or a pipe, or holds a NUL character.
         OSError: writing failed.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise ConfigError(f"the path of a file must not hold NUL characters; got {str(path)!r:.200}")
     if os.path.exists(path) and not os.path.isfile(path):
         # A rename would put a file in the place of a device such as /dev/null.
         raise ConfigError(f"{path} is a folder, a device or a pipe; name a file to write")

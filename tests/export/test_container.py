@@ -295,6 +295,15 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
         load(tmp_path / "pipe")
 
 
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_a_safetensors_file_of_others_is_not_called_damaged(tmp_path: Path, rows: int, metadata: Any) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": torch.zeros(rows, 4)}, tmp_path / "f", metadata)
+    with pytest.raises(CheckpointError, match=r"a safetensors file, but not one that recsys_embed\.export wrote"):
+        load(tmp_path / "f")
+
+
 # -- manifests made to harm -------------------------------------------------------------------------------------------
 
 

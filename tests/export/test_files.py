@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 import recsys_embed as rse
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed import memory_report
+from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.shipping import export, load, verify
 from recsys_embed.shipping.files import replacing
+from recsys_embed.shipping.graph import to_torch_export
 from recsys_embed.train.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +92,23 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
     for act in (lambda: export(emb(1.0), path), lambda: load(path), lambda: verify(path)):
         with pytest.raises(ConfigError, match=f"`path` must be .*; got {type(path).__name__}"):
             act()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    path, model = tmp_path / name, emb(1.0)
+    acts = (
+        lambda: export(model, path),
+        lambda: export(path, tmp_path / "f"),
+        lambda: load(path),
+        lambda: verify(path),
+        lambda: to_torch_export(model, f"{path}.pt2"),
+        lambda: memory_report(path),
+    )
+    for act in acts:
+        with pytest.raises(RecsysEmbedError):
+            act()
+    assert list(tmp_path.iterdir()) == []
 
 
 def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
