@@ -63,4 +63,6 @@ def raise_faults(faults: Sequence[str], where: str, error: type[RecsysEmbedError
     if len(faults) == 1:
         raise error(f"{faults[0]} ({where})")
     if faults:
-        raise error(f"{len(faults)} faults in {where}:\n" + "\n".join(f"  - {f}" for f in faults))
+        raise error(
+            f"{len(faults)} faults in {where}:\n" + "\n".join("  - " + f.replace("\n", "\n    ") for f in faults)
+        )

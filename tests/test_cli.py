@@ -137,11 +137,12 @@ def test_errors_become_one_line(throwing, capsys, error, status, line):
     assert error_line(capsys).startswith(line)
 
 
-def test_many_faults_stay_on_one_line(throwing, capsys):
+def test_many_faults_have_a_line_each(throwing, capsys):
     with pytest.raises(ConfigError) as caught:
         raise_faults(["a is wrong", "b is wrong"], "config.toml")
     assert throwing(caught.value) == 2
-    assert error_line(capsys) == "2 faults in config.toml: a is wrong; b is wrong"
+    wanted = ["recsys-embed: error: 2 faults in config.toml:", "  - a is wrong", "  - b is wrong"]
+    assert capsys.readouterr().err.splitlines() == wanted
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(throwing):

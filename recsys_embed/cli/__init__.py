@@ -72,7 +72,8 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; errors meant for the user become one line on stderr.
+    """Run one command and return its exit status; errors meant for the user become one line on stderr, or one
+    per fault where there are several.
 
     Status 2 is a fault in what was asked for (arguments, files, data, configuration, a missing library), 130 an
     interruption, 1 a check that a command made and that failed. ``--debug`` anywhere, or ``RECSYS_EMBED_DEBUG=1``,
@@ -151,6 +152,8 @@ def _click_exit(error: Exception) -> int:
 def _fail(error: BaseException, message: str, debug: bool, status: int = EXIT_ERROR) -> int:
     if debug:
         traceback.print_exception(error)
-    line = "; ".join(part.strip().removeprefix("- ") for part in message.splitlines() if part.strip())
-    print(f"{PROG}: error: {line.replace(':; ', ': ')}", file=sys.stderr)
+    # Faults have a line each, as `raise_faults` lists them; whatever else has several lines becomes one.
+    lines = [part.rstrip() for part in message.splitlines() if part.strip()]
+    between = "\n" if all(part.lstrip().startswith("- ") for part in lines[1:]) else "; "
+    print(f"{PROG}: error: {between.join(lines)}", file=sys.stderr)
     return status

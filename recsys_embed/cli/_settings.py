@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recsys_embed._json import strict_json
 from recsys_embed.errors import ConfigError
+from recsys_embed.plan import Plan
 from recsys_embed.train.config import TrainConfig, read_settings
 
 
@@ -61,6 +63,24 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file of ``recsys-embed plan --out``, or as TOML; its faults come under the file's name.
+
+    Raises:
+        ConfigError: no plan, or a faulty one.
+    """
+    try:
+        data = read_settings(path) if path.suffix == ".toml" else strict_json(path.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(f"{path} is not valid JSON: {e}") from e
+    try:
+        return Plan.from_dict(data)
+    except ConfigError as e:
+        raise type(e)(f"{path}: {e}") from e
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed._json import strict_json
+from recsys_embed.cli._settings import read_plan
 from recsys_embed.cli._target import load_target
 from recsys_embed.errors import CheckpointError, ConfigError
 
@@ -39,15 +39,11 @@ def compress(
     import torch
 
     from recsys_embed.compress import compress_
-    from recsys_embed.plan import Plan
     from recsys_embed.train.files import atomic_write
 
     if dry_run and out is not None:
         raise ConfigError("--dry-run writes nothing; leave --out or --dry-run away")
-    try:
-        chosen = Plan.from_dict(strict_json(plan.read_text(encoding="utf-8")))
-    except ValueError as e:
-        raise e if isinstance(e, ConfigError) else ConfigError(f"{plan} is not valid JSON: {e}") from e
+    chosen = read_plan(plan)
     target = load_target(model)
     if state is not None:
         _load(target, state)

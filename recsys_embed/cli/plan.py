@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed._json import strict_json
-from recsys_embed.cli._settings import names
+from recsys_embed.cli._settings import names, read_plan
 from recsys_embed.cli._target import load_target
 from recsys_embed.compress import table_counts
 from recsys_embed.errors import ConfigError, raise_faults
@@ -103,7 +103,7 @@ def plan(
         itemsize=itemsize,
         **limits,
     )
-    changes = None if diff is None else describe_changes(_read_plan(diff), made, features)
+    changes = None if diff is None else describe_changes(read_plan(diff), made, features)
     if out is not None:
         write_text(out, made.to_json() + "\n")
     if as_json:
@@ -148,10 +148,6 @@ def _read_json(path: Path) -> Any:
         return strict_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ConfigError(f"{path} is not valid JSON: {e}") from e
-
-
-def _read_plan(path: Path) -> Plan:
-    return Plan.from_dict(_read_json(path))
 
 
 def _pins(texts: Sequence[str]) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed.cli._settings import say_few_steps, split_settings, train_config
+from recsys_embed.cli._settings import read_plan, say_few_steps, split_settings, train_config
 from recsys_embed.errors import ConfigError
 from recsys_embed.memory import format_bytes
 from recsys_embed.train import Interrupted, run_training
-from recsys_embed.train.config import PLANNED, read_settings
+from recsys_embed.train.config import PLANNED
 from recsys_embed.train.run import RunOutcome, footprint_dict, plain
 
 EXIT_INTERRUPTED = 130
@@ -63,7 +63,7 @@ def train(
     options = {
         "model": model,
         "method": PLANNED if plan is not None else method,
-        "plan": None if plan is None else read_settings(plan),
+        "plan": None if plan is None else read_plan(plan).to_dict(),
         "ratio": ratio,
         "budget": budget,
         "embedding_dim": embedding_dim,

@@ -97,7 +97,11 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Pa
     if isinstance(data.get("features"), Mapping):
         if schema is None:
             raise ConfigError(f"{path} is a plan, which needs the features it is for: give a schema or a data folder")
-        return parts_of_plan(schema, Plan.from_dict(data), fused)
+        try:
+            plan = Plan.from_dict(data)
+        except ConfigError as e:
+            raise type(e)(f"{path}: {e}") from e
+        return parts_of_plan(schema, plan, fused)
     raise ConfigError(f"{path} holds neither a plan nor a schema; a data folder's schema.json is read by its folder")
 
 

@@ -156,3 +156,23 @@ def test_bytes_shown_are_those_of_the_models_dtype(
     assert "plain tables would take 256.00 KiB to serve, 2.0x as much" in text
     assert main([*args, "--budget", "256KiB", "--itemsize", "4"]) == 0
     assert "256.00 KiB -> 256.00 KiB" in capsys.readouterr().out
+
+
+def test_faults_of_a_plan_file_have_a_line_each_under_its_name(
+    schema_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "broken.json"
+    wrong = {"C1": {"method": "hsh"}, "C2": {"method": "hash", "num_buckets": 0, "sign": 3}, "C3": {"method": "hash"}}
+    file.write_text(json.dumps({"version": 1, "features": wrong}))
+    uses = (
+        ["plan", "--schema", str(schema_file), "--budget", "300KiB", "--diff", str(file)],
+        ["compress", "--model", "torch.nn:Identity", "--plan", str(file)],
+        ["train", "--data", str(tmp_path), "--plan", str(file), "--out", str(tmp_path / "run")],
+        ["report", str(file), "--schema", str(schema_file)],
+    )
+    for args in uses:
+        assert main(args) == 2
+        first, *lines = capsys.readouterr().err.splitlines()
+        assert first.startswith(f"recsys-embed: error: {file}: 3 faults in Plan:"), args
+        assert len(lines) == 5
+        assert [name for name in wrong if f"'{name}'" in "".join(lines)] == list(wrong)
