@@ -110,21 +110,31 @@ def _method_faults(where: str, names: Iterable[Any]) -> list[str]:
 
 
 def named_limits(options: Mapping[str, Any]) -> Limits:
-    """Limits from keyword arguments as people write them: texts instead of tuples, mappings instead of configurations.
+    """Limits from keyword arguments as people write them: texts instead of tuples, mappings instead of configurations,
+    methods forbidden for all features without ``"*"``.
 
     >>> named_limits({"forbid": {"*": "hash"}}).forbid
     {'*': ('hash',)}
+    >>> named_limits({"forbid": ["hash", "robe"]}).forbid
+    {'*': ('hash', 'robe')}
     """
     known = {f.name for f in fields(Limits)}
     for key in options:
         if key not in known:
             raise unknown_name("option of plan_for_budget", key, known)
     given = {k: v for k, v in options.items() if v is not None or k.startswith("max_")}
+    if isinstance(given.get("forbid"), str | list | tuple | set | frozenset):
+        given["forbid"] = {EVERY: given["forbid"]}
     for key in ("pin", "forbid"):
         if not isinstance(given.get(key, {}), Mapping):
-            raise ConfigError(f"`{key}` must be a mapping of features to methods; got {given[key]!r:.80}")
+            raise ConfigError(
+                f"`{key}` must be a mapping of features to methods, {EVERY!r} for all; got {given[key]!r:.80}"
+            )
     pin = {k: config_from_dict(v) if isinstance(v, Mapping) else v for k, v in given.get("pin", {}).items()}
-    forbid = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in given.get("forbid", {}).items()}
+    forbid = {
+        k: tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else (v,)
+        for k, v in given.get("forbid", {}).items()
+    }
     return Limits(**{**given, "pin": pin, "forbid": forbid})
 
 

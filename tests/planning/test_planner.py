@@ -466,6 +466,19 @@ def test_tables_of_any_model_are_planned() -> None:
     assert plan.footprint(Schema.from_model(model)).serve <= 200 * 1024
 
 
+@pytest.mark.parametrize("forbid", [["full", "hash"], ("hash", "full"), {"full", "hash"}])
+def test_methods_forbidden_without_a_feature_are_so_for_all(forbid: Any) -> None:
+    schema = Schema([FeatureSpec("a", 1000, 8), FeatureSpec("b", 5000, 8)])
+    methods = ["full", "hash", "lowdim"]
+    plan = plan_for_budget(schema, "1MiB", methods=methods, forbid=forbid)
+    assert plan == plan_for_budget(schema, "1MiB", methods=methods, forbid={"*": ["full", "hash"]})
+    assert {c.method for c in plan.configs.values()} == {"lowdim"}
+    with pytest.raises(ConfigError, match=r"`forbid` must be a mapping .* '\*' for all; got 3"):
+        plan_for_budget(schema, "1MiB", forbid=3)
+    with pytest.raises(ConfigError, match="unknown method in `forbid` '3'"):
+        plan_for_budget(schema, "1MiB", forbid={"a": 3})
+
+
 class Own(nn.Embedding):
     pass
 
