@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from recsys_embed.shipping.read import load, verify
 from recsys_embed.shipping.report import ExportReport, Metric, TableOutcome
 from recsys_embed.shipping.write import export
 
-__all__ = ["ExportReport", "Metric", "TableOutcome", "export", "load", "verify"]
+if TYPE_CHECKING:
+    from recsys_embed.shipping.graph import to_onnx, to_torch_export
+
+__all__ = ["ExportReport", "Metric", "TableOutcome", "export", "load", "to_onnx", "to_torch_export", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    # At first use: torch.export takes longer to import than a file to load.
+    if name in ("to_onnx", "to_torch_export"):
+        from recsys_embed.shipping import graph
+
+        return getattr(graph, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -146,6 +146,9 @@ def to_onnx(
 ) -> GraphFile:
     """Write ``model`` as an ONNX graph of opset 18, hashes and rows exact for every int64 id.
 
+    ``torch.onnx.export`` cannot do this: it has no ONNX for operators by which quantised rows are read, such as
+    ``view.dtype``, which takes bytes for numbers of another type; here these are written in terms of ones it has.
+
     It computes what the model computes in eval mode. ONNX has no assertions: where the model raises
     :class:`IdRangeError`, a node named after the message reads beyond a tensor, so that onnxruntime's CPU kernels
     refuse the batch. Its GPU kernels do not; check ids before they arrive there. Models that multiply a matrix and a

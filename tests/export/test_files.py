@@ -282,6 +282,20 @@ for path in sys.argv[1:]:
 """
 
 
+def test_graphs_are_offered_and_loaded_at_first_use() -> None:
+    done = run(
+        """
+        import sys
+        from recsys_embed import shipping
+        assert {"to_onnx", "to_torch_export"} <= set(shipping.__all__)
+        assert "recsys_embed.shipping.graph" not in sys.modules
+        assert all(getattr(shipping, name).__name__ == name for name in shipping.__all__)
+        assert not hasattr(shipping, "to_onx")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_loading_needs_torch_and_numpy_only(tmp_path: Path) -> None:
     wanted = {}
     for method in rse.list_methods():
