@@ -1,26 +1,26 @@
 // Vectors of ids: rows are found for a chunk of samples ahead of being read, so that they arrive meanwhile. Part of
 // kernels.inl.
 
-template <int W>
-static inline i64 width_of(i64 w) { return W ? W : w; }
-
 // Rows of one probe joined into `out`; absent ones count as `empty`. FACTOR: each row is first multiplied by factor[i].
 template <int W, int J, bool FACTOR>
 static void gather_rows(const float* table, const i32* rows, const float* factor, float empty, i64 n, i64 w, float* out,
                         i64 stride) {
   const i64 width = width_of<W>(w);
   for (i64 i = 0; i < n; i++) {
-    float* __restrict o = out + i * stride;
+    float* o = out + i * stride;
     if (rows[i] < 0) {
       if (J == STORE) for (i64 k = 0; k < width; k++) o[k] = empty;
       continue;
     }
-    const float* __restrict q = table + i64(rows[i]) * width;
+    const float* q = table + i64(rows[i]) * width;
     const float f = FACTOR ? factor[i] : 1.f;
-    for (i64 k = 0; k < width; k++) {
-      const float v = FACTOR ? q[k] * f : q[k];
-      o[k] = J == STORE ? v : J == ADD ? o[k] + v : o[k] * v;
-    }
+    blocks<W>(width, [&](auto lanes, i64 k) {
+      auto v = lanes.load(q + k);
+      if (FACTOR) v *= f;
+      if (J == ADD) v = lanes.load(o + k) + v;
+      if (J == MUL) v = lanes.load(o + k) * v;
+      lanes.store(o + k, v);
+    });
   }
 }
 
@@ -101,9 +101,10 @@ static void gather_repeated(const float* table, const Probe& p, i64 join, const 
   }
 }
 
+template <int WRITE = 0>
 static inline void prefetch(const void* address, i64 bytes) {
 #if defined(__GNUC__)
-  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at);
+  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at, WRITE);
 #endif
 }
 
@@ -203,17 +204,29 @@ static void read_feature(const Call& c, const Feature& f, const Chunk& at, i64 n
       if (at.none[i]) std::memset(out + i * stride, 0, f.width * sizeof(float));
 }
 
+// Features read ids in strides, which no hardware sees coming.
+static void prefetch_ids(const Call& c, i64 from, i64 to) {
+  const i64 size = c.ids_are_32 ? 4 : 8;
+  if (c.feature_stride != 1) return;
+  for (i64 i = from; i < to; i++)
+    prefetch(static_cast<const char*>(c.ids) + i * c.sample_stride * size, c.feature_count * size);
+}
+
 // Samples [from, to); false where some id or row was out of range. Rows are found one chunk ahead of being read.
 static bool look_up(const Call& c, i64 from, i64 to) {
   const Workspace work(c, 2);
   bool good = true;
   auto prepare = [&](i64 at, i64 copy) {
     const i64 n = std::min(work.size(), to - at);
+    prefetch_ids(c, at + n, std::min(to, at + n + work.size()));
     for (i64 f = 0; f < c.feature_count; f++) {
       const Chunk chunk = work.chunk(c.features, f, copy);
       good &= find(c, c.features[f], at, n, chunk);
       prefetch_rows(c, c.features[f], n, chunk);
     }
+    // Features write in strides, which no hardware sees coming.
+    for (i64 o = 0; o < c.output_count; o++)
+      for (i64 i = at; i < at + n; i++) prefetch<1>(c.outputs[o].data + i * c.outputs[o].stride, 4 * c.outputs[o].stride);
   };
   i64 copy = 0;
   if (from < to) prepare(from, copy);

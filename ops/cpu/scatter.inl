@@ -17,15 +17,15 @@ constexpr i64 BASES = 8, OFFSET_BITS = 30;
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
-  const i64 width = width_of<W>(w);
-  float part[16] = {0.f};
-  i64 k = 0;
-  for (; k + 16 <= width; k += 16)
-    for (i64 j = 0; j < 16; j++) part[j] += g[k + j] * g[k + j];
-  for (i64 j = 0; k < width && j < 16; k++, j++) part[j] += g[k] * g[k];
-  for (i64 half = 8; half; half /= 2)
-    for (i64 j = 0; j < half; j++) part[j] += part[j + half];
-  return part[0] / float(width);
+  float total = 0.f;
+  auto wide = Lanes<16>::all(0.f);
+  blocks<W>(w, [&](auto lanes, i64 k) {
+    const auto v = lanes.load(g + k);
+    if constexpr (sizeof(v) == sizeof(wide)) wide += v * v;
+    else total += lanes.sum(v * v);
+  });
+  if (!W || W >= 16) total += Lanes<16>::sum(wide);
+  return total / float(width_of<W>(w));
 }
 
 // One step of the rule on a row whose summed gradient is g; `at` is the row's place in a sparse gradient.
@@ -33,136 +33,52 @@ template <int W>
 static inline void update_row(const Update& u, float* table, i64 row, i64 at, const float* g, i64 w) {
   const i64 width = width_of<W>(w), first = row * width;
   const float lr = float(u.lr), eps = float(u.eps);
-  float* __restrict weight = table + first;
+  float* weight = table + first;
   switch (u.rule) {
     case SGD:
-      for (i64 k = 0; k < width; k++) weight[k] -= lr * g[k];
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * lr); });
       break;
     case ADAGRAD: {
-      float* __restrict sum = u.state[0] + first;
-      for (i64 k = 0; k < width; k++) {
-        sum[k] += g[k] * g[k];
-        weight[k] -= lr * (g[k] / (std::sqrt(sum[k]) + eps));
-      }
+      float* sum = u.state[0] + first;
+      blocks<W>(width, [&](auto lanes, i64 k) {
+        const auto v = lanes.load(g + k), total = lanes.load(sum + k) + v * v;
+        lanes.store(sum + k, total);
+        lanes.store(weight + k, lanes.load(weight + k) - v / (lanes.root(total) + eps) * lr);
+      });
       break;
     }
     case ROWWISE_ADAGRAD: {
       const float step = lr / (std::sqrt(u.state[0][row] += mean_square<W>(g, w)) + eps);
-      for (i64 k = 0; k < width; k++) weight[k] -= step * g[k];
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * step); });
       break;
     }
     case ADAM: {
       const float rest1 = float(1 - u.beta1), rest2 = float(1 - u.beta2), size = float(u.step_size);
-      float* __restrict mean = u.state[0] + first;
-      float* __restrict square = u.state[1] + first;
-      for (i64 k = 0; k < width; k++) {
-        mean[k] += rest1 * (g[k] - mean[k]);
-        square[k] += rest2 * (g[k] * g[k] - square[k]);
-        weight[k] -= size * (mean[k] / (std::sqrt(square[k]) + eps));
-      }
+      float* mean = u.state[0] + first;
+      float* square = u.state[1] + first;
+      blocks<W>(width, [&](auto lanes, i64 k) {
+        const auto v = lanes.load(g + k);
+        auto m = lanes.load(mean + k), s = lanes.load(square + k);
+        m += (v - m) * rest1, s += (v * v - s) * rest2;
+        lanes.store(mean + k, m), lanes.store(square + k, s);
+        lanes.store(weight + k, lanes.load(weight + k) - m / (lanes.root(s) + eps) * size);
+      });
       break;
     }
     case DENSE_GRADIENT:
-      for (i64 k = 0; k < width; k++) u.gradient[first + k] = g[k];
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(u.gradient + first + k, lanes.load(g + k)); });
       break;
     default:
       u.touched[at] = row;
-      for (i64 k = 0; k < width; k++) u.gradient[at * width + k] = g[k];
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(u.gradient + at * width + k, lanes.load(g + k)); });
   }
 }
 
 static inline void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.rule < DENSE_GRADIENT) prefetch(table + row * width, 4 * width);
-  if (u.rule == ROWWISE_ADAGRAD) prefetch(u.state[0] + row, 4);
-  if (u.rule == ADAGRAD || u.rule == ADAM) prefetch(u.state[0] + row * width, 4 * width);
-  if (u.rule == ADAM) prefetch(u.state[1] + row * width, 4 * width);
-}
-
-// Places for `count` rows of a sparse gradient. Their order differs from run to run; whoever called sorts them.
-static inline i64 claim(const Update& u, i64 count) {
-  return u.rule == SPARSE_GRADIENT ? __atomic_fetch_add(u.touched_count, count, __ATOMIC_RELAXED) : 0;
-}
-
-// -- rows -------------------------------------------------------------------------------------------------------------
-
-static inline u64 pack(i32 row, i64 tag, i64 offset) { return u64(row) << 33 | u64(tag) << OFFSET_BITS | u64(offset); }
-
-static inline i64 bucket_of(i32 row, i64 bits) { return bits ? i64(u64(row) * 0x9E3779B97F4A7C15ull >> (64 - bits)) : 0; }
-
-// Lists of equal rows within a bucket, found with a hash map that stays in the nearest cache.
-struct Lists {
-  std::vector<u32> slots, next, head, tail;
-
-  i64 build(const u64* entries, i64 count) {
-    u64 capacity = 64;
-    while (capacity < u64(count) * 2) capacity *= 2;
-    slots.assign(capacity, NONE);
-    if (i64(next.size()) < count) next.resize(count), head.resize(count), tail.resize(count);
-    const int shift = 64 - __builtin_ctzll(capacity);
-    i64 known = 0;
-    for (i64 i = 0; i < count; i++) {
-      const u64 row = entries[i] >> 33;
-      next[i] = NONE;
-      for (u64 at = row * 0xD1342543DE82EF95ull >> shift;; at = (at + 1) & (capacity - 1)) {
-        const u32 list = slots[at];
-        if (list == NONE) {
-          slots[at] = u32(known);
-          head[known] = tail[known] = u32(i);
-          known++;
-          break;
-        }
-        if (entries[head[list]] >> 33 == row) {
-          next[tail[list]] = u32(i);
-          tail[list] = u32(i);
-          break;
-        }
-      }
-    }
-    return known;
-  }
-
-  static constexpr u32 NONE = 0xFFFFFFFFu;
-};
-
-template <int W>
-static void update_bucket(const Update& u, float* table, i64 w, const Base* bases, const u64* entries, i64 count,
-                          Lists& lists, std::vector<float>& memory) {
-  const i64 width = width_of<W>(w), ahead = 8;
-  const u64 mask = (u64(1) << OFFSET_BITS) - 1;
-  float fixed[W ? W : 1];
-  if (!W && i64(memory.size()) < width) memory.resize(width);
-  float* __restrict sum = W ? fixed : memory.data();
-  const i64 known = lists.build(entries, count), place = claim(u, known);
-  auto gradient = [&](u64 entry) { return bases[entry >> OFFSET_BITS & (BASES - 1)].gradient + (entry & mask); };
-  for (i64 list = 0; list < known; list++) {
-    if (list + ahead < known) {
-      const u64 entry = entries[lists.head[list + ahead]];
-      prefetch_state(u, table, i64(entry >> 33), width);
-      prefetch(gradient(entry), 4 * width);
-    }
-    for (i64 k = 0; k < width; k++) sum[k] = 0.f;
-    for (u32 i = lists.head[list]; i != Lists::NONE; i = lists.next[i]) {
-      const u32 following = lists.next[i];
-      if (following != Lists::NONE) prefetch(gradient(entries[following]), 4 * width);
-      const float* __restrict g = gradient(entries[i]);
-      const float factor = bases[entries[i] >> OFFSET_BITS & (BASES - 1)].factor;
-      for (i64 k = 0; k < width; k++) sum[k] += factor * g[k];
-    }
-    update_row<W>(u, table, i64(entries[lists.head[list]] >> 33), place + list, sum, w);
-  }
-}
-
-static auto choose_update(i64 width) {
-  switch (width) {
-    case 1: return update_bucket<1>;
-    case 4: return update_bucket<4>;
-    case 8: return update_bucket<8>;
-    case 16: return update_bucket<16>;
-    case 32: return update_bucket<32>;
-    case 64: return update_bucket<64>;
-    case 128: return update_bucket<128>;
-    default: return update_bucket<0>;
-  }
+  if (u.rule < DENSE_GRADIENT) prefetch<1>(table + row * width, 4 * width);
+  if (u.rule == ROWWISE_ADAGRAD) prefetch<1>(u.state[0] + row, 4);
+  if (u.rule == ADAGRAD || u.rule == ADAM) prefetch<1>(u.state[0] + row * width, 4 * width);
+  if (u.rule == ADAM) prefetch<1>(u.state[1] + row * width, 4 * width);
 }
 
 // Lookups [from, to) of all sources, numbered source after source: fn(source, sample).
@@ -173,6 +89,175 @@ static void each_lookup(const std::vector<Source>& sources, i64 batch, i64 from,
     for (; from < stop; from++) fn(sources[s], from - s * batch);
   }
 }
+
+// Places for `count` rows of a sparse gradient. Their order differs from run to run; whoever called sorts them.
+static inline i64 claim(const Update& u, i64 count) { return __atomic_fetch_add(u.touched_count, count, __ATOMIC_RELAXED); }
+
+// -- rows -------------------------------------------------------------------------------------------------------------
+
+static inline u64 pack(i32 row, i64 tag, i64 offset) { return u64(row) << 33 | u64(tag) << OFFSET_BITS | u64(offset); }
+
+static inline i64 row_of(u64 entry) { return i64(entry >> 33); }
+
+// Counting sort by `bits` bits of row - base from `shift` on; equal ones keep their order.
+static void sort_digit(const u64* from, u64* to, i64 count, i64 base, i64 shift, i64 bits, i64 threads) {
+  const i64 number = i64(1) << bits;
+  std::vector<u32> counts(threads * number, 0);
+  auto part = [&](i64 t) { return count * t / threads; };
+  auto digit = [&](u64 entry) { return u64(row_of(entry) - base) >> shift & u64(number - 1); };
+  parallel(threads, [&](i64 thread, i64 team) {
+    for (i64 t = thread; t < threads; t += team)
+      for (i64 i = part(t); i < part(t + 1); i++) counts[t * number + digit(from[i])]++;
+  });
+  u32 total = 0;
+  for (i64 d = 0; d < number; d++)
+    for (i64 t = 0; t < threads; t++) {
+      const u32 here = counts[t * number + d];
+      counts[t * number + d] = total;
+      total += here;
+    }
+  parallel(threads, [&](i64 thread, i64 team) {
+    for (i64 t = thread; t < threads; t += team) {
+      u32* at = counts.data() + t * number;
+      for (i64 i = part(t); i < part(t + 1); i++) to[at[digit(from[i])]++] = from[i];
+    }
+  });
+}
+
+// All reads of one table, and memory for its entries, twice.
+struct TableReads {
+  i64 base, rows;
+  std::vector<Source> sources;
+  u64* entries[2];
+};
+
+// The table's entries sorted by row, and their number. Neighbouring rows share pages, and walking to a page takes longer
+// than reading a row of it.
+static const u64* sorted_entries(const TableReads& table, i64 batch, i64 threads, i64& count) {
+  const i64 lookups = batch * i64(table.sources.size());
+  u64 *from = table.entries[0], *to = table.entries[1];
+  std::vector<i64> filled(threads, 0);
+  auto part = [&](i64 t) { return lookups * t / threads; };
+  parallel(threads, [&](i64 thread, i64 team) {
+    for (i64 t = thread; t < threads; t += team) {
+      i64 at = part(t);
+      each_lookup(table.sources, batch, part(t), part(t + 1), [&](const Source& s, i64 b) {
+        from[at] = pack(s.of[b], s.tag, b * s.stride + s.column);
+        at += s.of[b] >= 0;
+      });
+      filled[t] = at - part(t);
+    }
+  });
+  count = filled[0];
+  for (i64 t = 1; t < threads; count += filled[t++])
+    if (count != part(t)) std::memmove(from + count, from + part(t), filled[t] * sizeof(u64));
+  i64 bits = 0;
+  while ((table.rows - 1) >> bits) bits++;
+  const i64 passes = (bits + 8) / 9;
+  for (i64 p = 0, shift = 0; p < passes; p++, std::swap(from, to)) {
+    const i64 digit = (bits - shift + passes - p - 1) / (passes - p);
+    sort_digit(from, to, count, table.base, shift, digit, threads);
+    shift += digit;
+  }
+  return from;
+}
+
+// Sorted entries [from, to): sums each row's gradients and updates it; `at` is the first row's place in a sparse gradient.
+template <int W>
+static void update_sorted(const Update& u, float* table, i64 w, const Base* bases, const u64* entries, i64 from, i64 to,
+                          i64 at) {
+  const i64 width = width_of<W>(w), ahead = 32;
+  const u64 mask = (u64(1) << OFFSET_BITS) - 1;
+  float fixed[W ? W : 1];
+  std::vector<float> memory(W ? 0 : width);
+  float* sum = W ? fixed : memory.data();
+  auto gradient = [&](u64 entry) { return bases[entry >> OFFSET_BITS & (BASES - 1)].gradient + (entry & mask); };
+  auto fetch = [&](i64 i) {
+    prefetch(gradient(entries[i]), 4 * width);
+    if (i == from || row_of(entries[i]) != row_of(entries[i - 1])) prefetch_state(u, table, row_of(entries[i]), width);
+  };
+  for (i64 i = from; i < std::min(from + ahead, to); i++) fetch(i);
+  for (i64 i = from; i < to; at++) {
+    const i64 row = row_of(entries[i]);
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(sum + k, lanes.all(0.f)); });
+    for (; i < to && row_of(entries[i]) == row; i++) {
+      if (i + ahead < to) fetch(i + ahead);
+      const float* g = gradient(entries[i]);
+      const float factor = bases[entries[i] >> OFFSET_BITS & (BASES - 1)].factor;
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(sum + k, lanes.load(sum + k) + lanes.load(g + k) * factor); });
+    }
+    update_row<W>(u, table, row, at, sum, w);
+  }
+}
+
+static auto choose_update(i64 width) {
+  switch (width) {
+    case 1: return update_sorted<1>;
+    case 4: return update_sorted<4>;
+    case 8: return update_sorted<8>;
+    case 16: return update_sorted<16>;
+    case 32: return update_sorted<32>;
+    case 64: return update_sorted<64>;
+    case 128: return update_sorted<128>;
+    default: return update_sorted<0>;
+  }
+}
+
+// Updates the rows of one table in pieces that begin where a row does; whoever is free takes the next one.
+static void update_table(const Update& u, const TableReads& reads, float* table, i64 width, const Base* bases, i64 batch,
+                         i64 threads) {
+  i64 count = 0;
+  const u64* entries = sorted_entries(reads, batch, threads, count);
+  const i64 pieces = threads == 1 ? 1 : std::min<i64>(1 + count / 2048, 16 * threads);
+  auto start = [&](i64 p) {
+    i64 at = count * p / pieces;
+    while (at && at < count && row_of(entries[at]) == row_of(entries[at - 1])) at++;
+    return at;
+  };
+  const auto update = choose_update(width);
+  i64 next = 0;
+  parallel(threads, [&](i64, i64) {
+    for (i64 p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < pieces;) {
+      const i64 from = start(p), to = start(p + 1);
+      i64 place = 0;
+      if (u.rule == SPARSE_GRADIENT) {
+        i64 known = 0;
+        for (i64 i = from; i < to; i++) known += i == from || row_of(entries[i]) != row_of(entries[i - 1]);
+        place = claim(u, known);
+      }
+      update(u, table, width, bases, entries, from, to, place);
+    }
+  });
+}
+
+// Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
+static void update_rows(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
+                        float* table, i64 width, Scratch& scratch) {
+  std::vector<TableReads> tables;
+  for (const Source& s : sources) {
+    auto same = [&](const TableReads& t) { return t.base == s.base; };
+    auto found = std::find_if(tables.begin(), tables.end(), same);
+    if (found == tables.end()) found = tables.insert(tables.end(), TableReads{s.base, s.rows, {}, {nullptr, nullptr}});
+    found->sources.push_back(s);
+  }
+  std::vector<const TableReads*> narrow;
+  for (TableReads& t : tables) {
+    for (u64*& entries : t.entries)
+      entries = static_cast<u64*>(scratch.take(c.batch * i64(t.sources.size()) * sizeof(u64)));
+    if (c.threads > 1 && t.sources.size() * c.threads * 2 > sources.size())
+      update_table(u, t, table, width, bases, c.batch, c.threads);
+    else narrow.push_back(&t);
+  }
+  auto work = [](const TableReads* a, const TableReads* b) { return a->rows * i64(a->sources.size()) > b->rows * i64(b->sources.size()); };
+  std::stable_sort(narrow.begin(), narrow.end(), work);
+  i64 next = 0;
+  parallel(c.threads, [&](i64, i64) {
+    for (u64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < narrow.size();)
+      update_table(u, *narrow[i], table, width, bases, c.batch, 1);
+  });
+}
+
+// -- runs of elements -------------------------------------------------------------------------------------------------
 
 // Entries into buckets, in order of occurrence: `count(add)` and `place(put)` walk the same entries of one thread.
 template <class Entry>
@@ -225,31 +310,6 @@ struct Buckets {
   }
 };
 
-struct RowMemory {
-  Lists lists;
-  std::vector<float> sum;
-};
-
-static void update_rows(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
-                        float* table, i64 width, Scratch& scratch) {
-  const i64 lookups = c.batch * i64(sources.size());
-  i64 bits = 0;
-  while (bits < 12 && lookups >> bits > 512) bits++;
-  Buckets<u64> buckets{i64(1) << bits, 0, {}, nullptr};
-  buckets.fill(c.threads, lookups, scratch, [&](i64 from, i64 to, auto&& put) {
-    each_lookup(sources, c.batch, from, to, [&](const Source& s, i64 b) {
-      if (s.of[b] >= 0) put(bucket_of(s.of[b], bits), pack(s.of[b], s.tag, b * s.stride + s.column));
-    });
-  });
-  const auto update = choose_update(width);
-  buckets.each<RowMemory>(c.threads, [&](i64 b, RowMemory& memory) {
-    update(u, table, width, bases, buckets.entries + buckets.starts[b], buckets.starts[b + 1] - buckets.starts[b],
-           memory.lists, memory.sum);
-  });
-}
-
-// -- runs of elements -------------------------------------------------------------------------------------------------
-
 struct Piece {
   u32 first, offset;
   uint16_t length, tag;
@@ -299,7 +359,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
     i64 known = 0;
     if (u.rule == SPARSE_GRADIENT)
       for (u64 word : memory.touched) known += bits_set(word);
-    i64 place = claim(u, known);
+    i64 place = u.rule == SPARSE_GRADIENT ? claim(u, known) : 0;
     for (i64 word = 0; word < range / 64; word++)
       for (u64 bits = memory.touched[word]; bits; bits &= bits - 1) {
         const i64 k = word * 64 + __builtin_ctzll(bits);

@@ -1,0 +1,55 @@
+// Blocks of a row that the compiler keeps in one register (or a few, where registers are narrower). Part of kernels.inl.
+
+template <int N>
+struct Lanes;
+
+// Spelt out per width: GCC drops the attribute where the size depends on a template.
+#define RSE_LANES(N)                                                                   \
+  template <>                                                                          \
+  struct Lanes<N> {                                                                    \
+    typedef float V __attribute__((vector_size(4 * N), aligned(4), may_alias));        \
+    static inline V load(const float* from) { return *reinterpret_cast<const V*>(from); } \
+    static inline void store(float* to, V v) { *reinterpret_cast<V*>(to) = v; }        \
+    static inline V all(float x) { return x - V{}; }                                   \
+    static inline V root(V v) {                                                        \
+      for (int j = 0; j < N; j++) v[j] = std::sqrt(v[j]);                              \
+      return v;                                                                        \
+    }                                                                                  \
+    static inline float sum(V v) {                                                     \
+      for (int half = N / 2; half; half /= 2)                                          \
+        for (int j = 0; j < half; j++) v[j] += v[j + half];                            \
+      return v[0];                                                                     \
+    }                                                                                  \
+  };
+RSE_LANES(4)
+RSE_LANES(8)
+RSE_LANES(16)
+#undef RSE_LANES
+
+template <>
+struct Lanes<1> {
+  typedef float V;
+  static inline V load(const float* from) { return *from; }
+  static inline void store(float* to, V v) { *to = v; }
+  static inline V all(float x) { return x; }
+  static inline V root(V v) { return std::sqrt(v); }
+  static inline float sum(V v) { return v; }
+};
+
+template <int W>
+static inline i64 width_of(i64 w) { return W ? W : w; }
+
+// fn(Lanes<N>, k) for consecutive blocks [k, k + N) of a row; W is its width where known, else 0.
+template <int W, class F>
+static inline __attribute__((always_inline)) void blocks(i64 w, F&& fn) {
+  if constexpr (W && W % 16 == 0) {
+    for (i64 k = 0; k < W; k += 16) fn(Lanes<16>(), k);
+  } else if constexpr (W) {
+    fn(Lanes<W>(), i64(0));
+  } else {
+    i64 k = 0;
+    for (; k + 16 <= w; k += 16) fn(Lanes<16>(), k);
+    for (; k + 4 <= w; k += 4) fn(Lanes<4>(), k);
+    for (; k < w; k++) fn(Lanes<1>(), k);
+  }
+}
