@@ -2,6 +2,7 @@
 # make test   set up .venv if needed, and run all tests (ARGS="tests/test_cli.py -k json" for some of them)
 # make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
 # make lint   style, types and the layering of the package
+# make sanitize  the tests of the native kernels under the address and undefined-behaviour sanitizers of g++
 # make bench  benchmarks; JSON results in runs/bench
 # make clean  remove what runs and builds left behind (make distclean: .venv too)
 VENV := $(or $(RECSYS_EMBED_VENV),.venv)
@@ -13,10 +14,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint bench clean distclean
+.PHONY: help setup demo test test-gpu sanitize lint bench clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup:
 	@sh scripts/setup.sh
@@ -32,6 +33,14 @@ test: setup
 
 test-gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -m gpu -p no:cacheprovider tests/gpu $(ARGS)
+
+# The C++ runtime is loaded with the sanitizer's, which otherwise finds no exceptions to intercept.
+SANITIZE := -g -O1 -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -Wno-psabi -fvisibility=hidden
+sanitize: setup
+	@mkdir -p runs/sanitize
+	g++ $(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined ops/cpu/native.cpp -o runs/sanitize/memory.so
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 RECSYS_EMBED_NATIVE=runs/sanitize/memory.so \
+	  $(BIN)/python -m pytest -n 0 -q -p no:cacheprovider tests/kernels $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -77,6 +77,9 @@ class LookupBundle(Constants):
         self._add_projections(options)
         self.vectors = [self._program(s).vectors for s in schema]
         self.widths = [self._program(s).width for s in schema]
+        widths = {w // v for w, v in zip(self.widths, self.vectors, strict=True)}
+        # Width of every output vector, None where features differ.
+        self.output_dim = widths.pop() if len(widths) == 1 else None
         self.ordered = self._add_order("order", self.parts, like.device)
         self.fused: FusedBundle | None = None
         if backend == "native" and FusedBundle.fits(self):
@@ -128,12 +131,6 @@ class LookupBundle(Constants):
         order = [starts[i] + j for i in range(len(self.schema)) for j in range(unit[i])]
         self.add_constant(name, order, device)
         return order == sorted(order)
-
-    @property
-    def output_dim(self) -> int | None:
-        """Width of every output vector, or None where features differ."""
-        widths = {w // v for w, v in zip(self.widths, self.vectors, strict=True)}
-        return widths.pop() if len(widths) == 1 else None
 
     @property
     def limits(self) -> Tensor:

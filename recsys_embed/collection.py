@@ -200,14 +200,14 @@ class EmbeddingCollection(nn.Module):
         return tables if native.runs_on(ids, tables) else None
 
     @torch.no_grad()
-    def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor]) -> None:
+    def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor], kept: Tensor | None) -> None:
         if self.optimizer is None:
             return
         for storage in self.storages:
             self._steps[storage] += 1
         states = [[getattr(self, f"{name}_{key}") for key in self.optimizer.state] for name in self.storages]
         tables = [getattr(self, name) for name in self.storages]
-        lookup.update(ids, tables, grads, self.optimizer, states, self._lr, list(self._steps.values()))
+        lookup.update(ids, tables, grads, kept, self.optimizer, states, self._lr, list(self._steps.values()))
 
     @torch.no_grad()
     def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:

@@ -19,7 +19,10 @@ from recsys_embed.features import Unseen as UnseenPolicy
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.fused import read_rows
+from recsys_embed.kernels.native import runs_on
+from recsys_embed.kernels.native_lookup import SingleLookup
 from recsys_embed.kernels.pooling import pool_vectors
+from recsys_embed.kernels.records import supported
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, absent_ids, project
@@ -120,6 +123,9 @@ class CompressedEmbedding(nn.Module):
         with torch.device(self._device()):
             self.unseen = Unseen([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
+        self._native: SingleLookup | None = None
+        if supported(self.program):
+            self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
@@ -212,10 +218,19 @@ class CompressedEmbedding(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Vectors of resolved int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
-        (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)
-        out = out.squeeze(1)
+        out = self._native_lookup(ids)
+        if out is None:
+            (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)
+            out = out.squeeze(1)
         name = self.program.projection
         return project(out, self.table(name), "ni,io->no") if name else out
+
+    def _native_lookup(self, ids: Tensor) -> Tensor | None:
+        """Combined vectors by the native kernels, None where these cannot run."""
+        if self._native is None or self.served is not None:
+            return None
+        tables = [self.table(name) for name in self._native.tables]
+        return self._native(ids, tables, self.sparse) if runs_on(ids, tables) else None
 
     def before_pool(self, ids: Tensor) -> Tensor:
         """What bags pool: one row per resolved id ``[n]``; the vectors themselves unless a method says otherwise."""

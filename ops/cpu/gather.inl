@@ -52,14 +52,22 @@ static inline float sign_of(i64 id, i64 salt) { return i64(splitmix(u64(id) ^ u6
 static inline i64 step_salt(i64 salt, i64 step) { return i64(u64(salt) + u64(step) * 0x9E3779B97F4A7C15ull); }
 
 // What each row of a probe is multiplied by, or null where that is nothing. Runs carry their signs themselves.
-static const float* factors(const Call& c, const Probe& p, const i64* ids, const i32* weights, i64 n, float* out) {
+static const float* factors(const Probe& p, const i64* ids, const float* weights, i64 n, float* out) {
   const bool sign = p.has_sign && p.run == 1;
-  if (p.scale == 1.0 && !sign && p.weight_storage < 0) return nullptr;
+  if (p.scale == 1.0 && !sign && !weights) return nullptr;
   for (i64 i = 0; i < n; i++) out[i] = float(p.scale);
   if (sign)
     for (i64 i = 0; i < n; i++) out[i] *= sign_of(ids[i], p.sign);
-  if (p.weight_storage >= 0)
-    for (i64 i = 0; i < n; i++) out[i] *= weights[i] < 0 ? 0.f : c.storages[p.weight_storage][weights[i]];
+  if (weights)
+    for (i64 i = 0; i < n; i++) out[i] *= weights[i];
+  return out;
+}
+
+// Learned scalars of n ids, or null where a probe has none.
+static const float* weights_of(const Call& c, const Probe& p, const i32* rows, i64 n, float* out) {
+  if (p.weight_storage < 0) return nullptr;
+  const float* table = c.storages[p.weight_storage];
+  for (i64 i = 0; i < n; i++) out[i] = rows[i] < 0 ? 0.f : table[rows[i]];
   return out;
 }
 
@@ -184,13 +192,30 @@ static void prefetch_rows(const Call& c, const Feature& f, i64 n, const Chunk& a
 
 // A probe's values of n ids, joined into `out`.
 static void read_probe(const Call& c, const Probe& p, i64 join, const Chunk& at, i64 j, i64 n, float* out, i64 stride) {
-  float memory[CHUNK];
+  float memory[CHUNK], weight_memory[CHUNK];
   const i32* rows = at.rows_of(j);
-  const float* factor = factors(c, p, at.ids, rows + at.size, n, memory);
+  const float* weights = weights_of(c, p, rows + at.size, n, weight_memory);
+  const float* factor = factors(p, at.ids, weights, n, memory);
   const float* table = c.storages[p.storage];
   if (p.run > 1) gather_runs(c, p, join, at.ids, rows, factor, n, out, stride);
   else if (p.span != p.width) gather_repeated(table, p, join, rows, factor, n, out, stride);
   else choose_gather(p.width, join, factor != nullptr)(table, rows, factor, p.product, n, p.width, out, stride);
+}
+
+// Keeps what backward needs of a feature whose rows are multiplied with something: the tables may have moved on by then.
+static void keep_rows(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n) {
+  for (i64 j = 0; j < f.probes; j++) {
+    const Probe& p = c.probes[f.first + j];
+    const i32* rows = at.rows_of(j);
+    float* to = c.kept.data + first * c.kept.stride + p.kept;
+    Probe bare = p;
+    bare.has_sign = 0;
+    if (p.run > 1) gather_runs(c, bare, STORE, at.ids, rows, nullptr, n, to, c.kept.stride);
+    else choose_gather(p.width, STORE, false)(c.storages[p.storage], rows, nullptr, 0.f, n, p.width, to, c.kept.stride);
+    float weights[CHUNK];
+    if (weights_of(c, p, rows + at.size, n, weights))
+      for (i64 i = 0; i < n; i++) to[i * c.kept.stride + p.run * p.width] = weights[i];
+  }
 }
 
 // Combined vectors of n ids of a feature.
@@ -236,7 +261,9 @@ static bool look_up(const Call& c, i64 from, i64 to) {
     for (i64 f = 0; f < c.feature_count; f++) {
       const Feature& feature = c.features[f];
       const Matrix& out = c.outputs[feature.output];
-      read_feature(c, feature, work.chunk(c.features, f, copy), n, out.data + at * out.stride + feature.column, out.stride);
+      const Chunk chunk = work.chunk(c.features, f, copy);
+      read_feature(c, feature, chunk, n, out.data + at * out.stride + feature.column, out.stride);
+      if (c.kept.data && !feature.plain) keep_rows(c, feature, chunk, at, n);
     }
   }
   return good;

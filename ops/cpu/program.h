@@ -26,6 +26,7 @@ struct Probe {
   i64 column, span, run, join, product;            // span: columns it fills; join: with what other probes left there
   i64 has_sign, sign;
   i64 weight_storage, weight_base, weight_rows;    // learned scalar per id; storage -1: none
+  i64 kept;                                        // column among what is kept for backward: row, then weight
   double scale;
   Transform rows_of, weight_of;
 };
@@ -63,6 +64,7 @@ struct Call {
   i64 storage_count;
   const Matrix* outputs;
   i64 output_count;
+  Matrix kept;                                     // rows as features that are not plain read them; data may be null
   Index index;
   i64 threads;
 };

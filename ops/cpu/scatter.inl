@@ -370,55 +370,56 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
 
 // -- gradients that depend on other values ----------------------------------------------------------------------------
 
-// Gradients of a feature's rows and weights for n ids, where rows are multiplied with something. `own` holds one matrix
-// per probe and its weights: [probes][2].
+// to[k] *= by[k] * factor; a single element of `by` stands for all.
+static inline void multiply(float* to, const float* by, i64 elements, i64 span, float factor) {
+  if (elements == span)
+    blocks<0>(span, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(to + k) * (lanes.load(by + k) * factor)); });
+  else
+    blocks<0>(span, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(to + k) * (by[0] * factor)); });
+}
+
+// Gradients of a feature's rows and weights for n ids, from what forward kept. `own` holds one matrix per probe and its
+// weights: [probes][2].
 static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix* own,
                           std::vector<float>& memory) {
   const Matrix& out = c.outputs[f.output];
-  memory.resize((f.width + 1) * n * (f.probes + 1));
-  std::vector<float*> values(f.probes);
-  float* free = memory.data();
+  memory.resize(f.probes * n + f.width);
+  float* here = memory.data() + f.probes * n;
+  for (i64 j = 0; j < f.probes; j++)
+    if (!factors(c.probes[f.first + j], at.ids, nullptr, n, memory.data() + j * n)) std::fill_n(memory.data() + j * n, n, 1.f);
+  auto kept = [&](const Probe& p, i64 i) { return c.kept.data + (first + i) * c.kept.stride + p.kept; };
+  auto weight = [&](const Probe& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.run * p.width]; };
+  auto signs = [&](const Probe& p, i64 i) {
+    for (i64 k = 0; p.run > 1 && p.has_sign && k < p.span; k++) here[k] *= sign_of(at.ids[i], step_salt(p.sign, k));
+  };
   for (i64 j = 0; j < f.probes; j++) {
     const Probe& p = c.probes[f.first + j];
-    values[j] = free;
-    free += p.span * n;
-    if (p.product) read_probe(c, p, STORE, at, j, n, values[j], p.span);
-  }
-  float factor[CHUNK];
-  for (i64 j = 0; j < f.probes; j++) {
-    const Probe& p = c.probes[f.first + j];
-    const i32* rows = at.rows_of(j);
     const i64 read = p.run * p.width;
-    Probe plain = p;
-    plain.weight_storage = -1;
-    const float* constant = factors(c, plain, at.ids, nullptr, n, factor);
     for (i64 i = 0; i < n; i++) {
+      if (at.rows_of(j)[i] < 0) continue;
       const float* g = out.data + (first + i) * out.stride + f.column + p.column;
-      float* to = own[2 * j].data + (first + i) * own[2 * j].stride;
-      float* weight_to = own[2 * j + 1].data + (first + i) * own[2 * j + 1].stride;
-      if (rows[i] < 0) continue;
-      const float weight = p.weight_storage < 0 ? 1.f : rows[at.size + i] < 0 ? 0.f : c.storages[p.weight_storage][rows[at.size + i]];
-      const float scale = constant ? constant[i] : 1.f;
-      const float* table = c.storages[p.storage];
-      float product = 0.f, repeated = 0.f;
-      for (i64 k = 0; k < p.span; k++) {
-        float here = g[k];
-        if (p.product)
-          for (i64 q = 0; q < f.probes; q++)
-            if (q != j && c.probes[f.first + q].column == p.column) here *= values[q][i * p.span + k];
-        here *= scale;
-        if (p.run > 1 && p.has_sign) here *= sign_of(at.ids[i], step_salt(p.sign, k));
-        if (p.weight_storage >= 0) {
-          const i64 element = k < read ? k : 0;
-          const i64 run_at = rows[i] - p.base + element;
-          const float value = p.run > 1 ? table[p.base + (run_at < p.rows ? run_at : run_at - p.rows)] : table[i64(rows[i]) * p.width + element];
-          product += here * value;
-        }
-        if (read == p.span) to[k] = here * weight;
-        else repeated += here * weight;
+      const float* row = kept(p, i);
+      const float factor = memory[j * n + i], scalar = weight(p, i);
+      blocks<0>(p.span, [&](auto lanes, i64 k) { lanes.store(here + k, lanes.load(g + k) * factor); });
+      signs(p, i);
+      for (i64 q = 0; p.product && q < f.probes; q++) {
+        const Probe& other = c.probes[f.first + q];
+        if (q == j || other.column != p.column || at.rows_of(q)[i] < 0) continue;
+        multiply(here, kept(other, i), other.run * other.width, p.span, memory[q * n + i] * weight(other, i));
+        signs(other, i);
       }
-      if (read != p.span) to[0] = repeated;
-      if (p.weight_storage >= 0) weight_to[0] = product;
+      if (p.weight_storage >= 0) {
+        float product = 0.f;
+        for (i64 k = 0; k < p.span; k++) product += here[k] * row[k < read ? k : 0];
+        own[2 * j + 1].data[(first + i) * own[2 * j + 1].stride] = product;
+      }
+      float* to = own[2 * j].data + (first + i) * own[2 * j].stride;
+      if (read == p.span) {
+        blocks<0>(read, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(here + k) * scalar); });
+      } else {
+        to[0] = 0.f;
+        for (i64 k = 0; k < p.span; k++) to[0] += here[k] * scalar;
+      }
     }
   }
 }

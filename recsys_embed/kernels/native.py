@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError
@@ -53,6 +54,7 @@ class _Call(ctypes.Structure):
         ("storage_count", c_int64),
         ("outputs", c_void_p),
         ("output_count", c_int64),
+        ("kept", _Matrix),
         ("index", _Index),
         ("threads", c_int64),
     ]
@@ -89,13 +91,19 @@ class Library(NamedTuple):
 
 
 def _file() -> Path | None:
+    given = os.environ.get("RECSYS_EMBED_NATIVE")
+    if given:
+        return Path(given)
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     return found[-1] if found else None
 
 
 @cache
 def library() -> Library | str:
-    """The kernels, or in words why there are none. ``RECSYS_EMBED_CPU`` names the instruction set to use."""
+    """The kernels, or in words why there are none.
+
+    ``RECSYS_EMBED_CPU`` names the instruction set to use, ``RECSYS_EMBED_NATIVE`` another build to load.
+    """
     path = _file()
     if path is None:
         return "not built: installing from source with a C++ compiler (g++ or clang++) builds them"
@@ -151,16 +159,14 @@ def knows(optimizer: FusedOptimizer | None) -> bool:
 
 def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
     """Whether the kernels may read these tensors' memory: real, on the CPU, in float32, and nobody traces."""
-    return (
-        type(ids) is Tensor
-        and ids.device.type == "cpu"
-        and all(type(t) in (Tensor, Parameter) and t.dtype is torch.float32 for t in tables)
-        and all(t.device.type == "cpu" and t.is_contiguous() for t in tables)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(library(), Library):
+        return False
+    if type(ids) is not Tensor or not ids.is_cpu or torch._C._len_torch_dispatch_stack():
+        return False
+    for t in tables:
+        if type(t) not in (Tensor, Parameter) or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+            return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -192,9 +198,10 @@ class NativeLookup:
         limits: Sequence[int],
         optional: Sequence[bool],
     ) -> None:
-        self._library = loaded().handle
         self.storages, self.widths, self._index = dict(storages), tuple(widths), index
-        self._features, self._probes = encode(programs, places, list(storages), index, slots, columns, limits, optional)
+        self._features, self._probes, self.kept_width = encode(
+            programs, places, list(storages), index, slots, columns, limits, optional
+        )
         count = len(storages)
         self._storage_widths = (c_int64 * count)(*(width for _, width in storages.values()))
         self._pointers, self._matrices = c_void_p * count, _Matrix * len(widths)
@@ -215,7 +222,9 @@ class NativeLookup:
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeLookup, self._given
 
-    def _call(self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[_Call, Any]:
+    def _call(
+        self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None
+    ) -> tuple[_Call, Any]:
         """One call's record, and what has to stay alive with it."""
         call = _Call.from_buffer_copy(self._template)
         pointers = self._pointers(*(t.data_ptr() for t in tables))
@@ -224,6 +233,8 @@ class NativeLookup:
         call.sample_stride, call.feature_stride = ids.stride()
         call.ids_are_32 = ids.dtype == torch.int32
         call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
+        if kept is not None:
+            call.kept = _Matrix(kept.data_ptr(), self.kept_width)
         if self._indexed:
             arrays = self._index.arrays
             call.index = _Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
@@ -231,16 +242,19 @@ class NativeLookup:
         call.threads = 1 if small else torch.get_num_threads()
         return call, (pointers, matrices)
 
-    def forward(self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    def forward(
+        self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None = None
+    ) -> bool:
         """Fill ``outputs [B, width]`` with the vectors of ``ids [B, F]``; False where an id is out of range.
 
         Args:
             ids: int32 or int64 on the CPU, of any strides.
             tables: float32 ``[rows, width]`` per storage, contiguous.
             outputs: float32, rows of contiguous elements.
+            kept: float32 ``[B, kept_width]``, filled with what a backward will need.
         """
-        call, alive = self._call(ids, tables, outputs)
-        outcome = self._library.rse_forward(ctypes.addressof(call))
+        call, alive = self._call(ids, tables, outputs, kept)
+        outcome = loaded().handle.rse_forward(ctypes.addressof(call))
         del alive
         return self._checked(outcome)
 
@@ -258,6 +272,7 @@ class NativeLookup:
         ids: Tensor,
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
+        kept: Tensor | None,
         optimizer: FusedOptimizer,
         states: Sequence[Sequence[Tensor]],
         lr: float,
@@ -267,6 +282,7 @@ class NativeLookup:
 
         Args:
             gradients: of the outputs.
+            kept: by forward, None where ``kept_width`` is 0.
             states: per storage, the tensors of the optimizer's state in its order.
             steps: per storage, 1 for the first.
         """
@@ -279,10 +295,16 @@ class NativeLookup:
                 update.step_size = lr * (1 - update.beta2**step) ** 0.5 / (1 - update.beta1**step)
             for i, tensor in enumerate(state):
                 update.state[i] = tensor.data_ptr()
-        self._backward(ids, tables, gradients, updates)
+        self._backward(ids, tables, gradients, kept, updates)
+        increment_version([*tables, *(tensor for state in states for tensor in state)])
 
     def gradients(
-        self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], sparse: bool
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Tensor | None,
+        sparse: bool,
     ) -> list[Tensor]:
         """Gradients of the tables: dense, or sparse and coalesced."""
         updates = (_Update * len(tables))()
@@ -295,7 +317,7 @@ class NativeLookup:
             rows, count = torch.empty(number if sparse else 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
             found.append((values, rows, count))
-        self._backward(ids, tables, gradients, updates)
+        self._backward(ids, tables, gradients, kept, updates)
         if not sparse:
             return [values for values, _, _ in found]
         out = []
@@ -314,9 +336,16 @@ class NativeLookup:
                 out[probe["weight_storage"]] += 1
         return out
 
-    def _backward(self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], updates: Any) -> None:
-        call, alive = self._call(ids, tables, gradients)
-        outcome = self._library.rse_backward(ctypes.addressof(call), ctypes.addressof(updates))
+    def _backward(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Tensor | None,
+        updates: Any,
+    ) -> None:
+        call, alive = self._call(ids, tables, gradients, kept)
+        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates))
         del alive
         if not self._checked(outcome):
             raise RuntimeError("ids changed between forward and backward")

@@ -11,10 +11,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import NativeLookup
 from recsys_embed.kernels.outputs import OutputPool
+from recsys_embed.kernels.records import Slot
+from recsys_embed.kernels.vectorised import Place
+from recsys_embed.program import LookupProgram
 
-Updater = Callable[[NativeLookup, Tensor, Sequence[Tensor]], None]
+Updater = Callable[[NativeLookup, Tensor, Sequence[Tensor], Tensor | None], None]
 
 
 class _Lookup(Function):
@@ -31,25 +35,30 @@ class _Lookup(Function):
         sparse: bool,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs = _outputs(lookup, pool, ids, tables)
+        kept = pool.take((ids.shape[0], lookup.kept_width)) if lookup.kept_width else None
+        outputs = _outputs(lookup, pool, ids, tables, kept)
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
-        ctx.save_for_backward(ids, *(() if updater else tables))
+        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
+        ctx.kept, ctx.tables = kept, tables
+        ctx.save_for_backward(ids)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        ids, *tables = ctx.saved_tensors
+        (ids,) = ctx.saved_tensors
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
-            ctx.updater(ctx.lookup, ids, gradients)
+            ctx.updater(ctx.lookup, ids, gradients, ctx.kept)
             return (None,) * len(ctx.needs_input_grad)
-        return (None,) * 6 + tuple(ctx.lookup.gradients(ids, tables, gradients, ctx.sparse))
+        return (None,) * 6 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.sparse))
 
 
-def _outputs(lookup: NativeLookup, pool: OutputPool, ids: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _outputs(
+    lookup: NativeLookup, pool: OutputPool, ids: Tensor, tables: Sequence[Tensor], kept: Tensor | None = None
+) -> tuple[Tensor, ...]:
     outputs = tuple(pool.take((ids.shape[0], width)) for width in lookup.widths)
-    if not lookup.forward(ids, tables, outputs):
+    if not lookup.forward(ids, tables, outputs, kept):
         raise IdRangeError("an id lies outside the range its feature declares")
     return outputs
 
@@ -78,3 +87,36 @@ def look_up(
         return _outputs(lookup, pool, ids, tables)
     out: tuple[Tensor, ...] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, *tables)
     return out
+
+
+class SingleLookup:
+    """One program over tables of its own, as a drop-in runs it.
+
+    Args:
+        program: the kernels know its transforms.
+        index: of the program.
+        optional: the id -1 is none.
+    """
+
+    def __init__(self, program: LookupProgram, index: IndexStore, optional: bool) -> None:
+        self.tables = [t.name for t in program.tables if not t.dense]
+        self._lookup = NativeLookup(
+            [program],
+            [{name: Place(name, 0) for name in self.tables}],
+            index,
+            {name: (program.table(name).rows, program.table(name).width) for name in self.tables},
+            [Slot(0, 0)],
+            [program.combined_width],
+            [0],
+            [-1],
+            [optional],
+        )
+        self._pool = OutputPool()
+
+    def __call__(self, ids: Tensor, tables: Sequence[Tensor], sparse: bool) -> Tensor:
+        """Combined vectors ``[n, combined_width]`` of resolved int64 ``ids [n]``.
+
+        Raises:
+            IdRangeError: an id has no row.
+        """
+        return look_up(self._lookup, self._pool, ids.unsqueeze(1), tables, sparse=sparse)[0]

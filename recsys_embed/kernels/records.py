@@ -22,7 +22,7 @@ TRANSFORM = np.dtype(_fields("kind div mod affine a b p salt size stride offset 
 PROBE = np.dtype(
     [
         *_fields("storage base rows width column span run join product has_sign sign"),
-        *_fields("weight_storage weight_base weight_rows"),
+        *_fields("weight_storage weight_base weight_rows kept"),
         ("scale", "f8"),
         ("of", TRANSFORM),
         ("weight_of", TRANSFORM),
@@ -101,8 +101,8 @@ def encode(
     columns: Sequence[int],
     limits: Sequence[int],
     optional: Sequence[bool],
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Records of features and of their probes.
+) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """Records of features and of their probes, and how many numbers per sample backward needs of what forward read.
 
     Args:
         programs: one per feature.
@@ -117,7 +117,7 @@ def encode(
     features = np.zeros(len(programs), FEATURE)
     probes = np.zeros(sum(len(p.probes) for p in programs), PROBE)
     number = {name: i for i, name in enumerate(storages)}
-    at = 0
+    at = kept = 0
     for i, (program, place) in enumerate(zip(programs, places, strict=True)):
         feature = {"ids": columns[i], "first": at, "probes": len(program.probes), "limit": limits[i]}
         feature |= {"optional": optional[i], "output": slots[i].output, "column": slots[i].column}
@@ -139,5 +139,8 @@ def encode(
                 record["weight_storage"], record["weight_base"], record["weight_rows"] = table(probe.weight.table)
                 of = probe.weight.transform
                 _fill(record["weight_of"], _transform(of, index.at(i, of.reads)))
+            if not features[i]["plain"]:
+                record["kept"] = kept
+                kept += probe.run * program.table(probe.table).width + (probe.weight is not None)
             at += 1
-    return features, probes
+    return features, probes, kept

@@ -250,3 +250,42 @@ def test_outputs_of_two_steps_are_apart() -> None:
     wanted = torch.zeros_like(table).index_add_(0, first_ids[:, 0], 2 * table[first_ids[:, 0]])
     wanted.index_add_(0, second_ids[:, 0], torch.ones(4000, 64))
     torch.testing.assert_close(coll.width64.grad, wanted)
+
+
+@METHODS
+@pytest.mark.parametrize("fused", [True, False])
+def test_two_lookups_before_their_backwards(method: Any, fused: bool) -> None:
+    """The tables move between the two backwards: each counts with the rows that its own lookup read."""
+    schema = Schema([FeatureSpec("C1", 60, 16), FeatureSpec("C2", 900, 16)])
+    plan = plan_of(method, schema)
+    rule = rse.SGD(lr=0.5) if fused else None
+    ours = EmbeddingCollection(schema, plan, rule, backend="native")
+    oracle = EmbeddingCollection(schema, plan, rule, backend="torch").double()
+    ids = [ids_of(schema, 80, 0), ids_of(schema, 80, 1)]
+    for coll in (ours, oracle):
+        outs = [coll(i) for i in ids]
+        (outs[0].sin().sum() * 2 + outs[1].square().sum()).backward()
+    for name in ours.storages:
+        got, wanted = getattr(ours, name), getattr(oracle, name)
+        if fused:
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(got.grad.double(), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+@METHODS
+def test_drop_ins_run_them_too(method: Any) -> None:
+    spec = FeatureSpec("embedding", 300, 12)
+    need = method.config_cls.sized(spec, 1).footprint(spec).serve
+    options = {} if method.name == "full" else {"budget": max(need, 300 * 12 * 2)}
+    ours = rse.make_embedding(method.name, 300, 12, **options)
+    oracle = copy.deepcopy(ours).double()
+    ids = torch.randint(0, 300, (40, 3), generator=torch.Generator().manual_seed(0))
+    got, wanted = ours(ids), oracle(ids)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    got.square().sum().backward()
+    wanted.square().sum().backward()
+    for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
+    if method.name != "full":
+        assert "_Lookup" in str(type(ours.lookup(ids.view(-1)).grad_fn)) or ours.program.projection
