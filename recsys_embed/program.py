@@ -275,6 +275,7 @@ class LookupProgram:
         projection: name of a dense table applied to the combined vector: ``[columns, out]``; or
             ``[columns - out, out]``, where the first ``out`` columns pass as they are and the projected rest is added.
         vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
+        padding: columns of zeros behind the combined ones, for features that are narrower than their neighbours.
     """
 
     tables: tuple[Table, ...]
@@ -282,6 +283,7 @@ class LookupProgram:
     combine: Combine = "sum"
     projection: str | None = None
     vectors: int = 1
+    padding: int = 0
 
     def table(self, name: str) -> Table:
         return next(t for t in self.tables if t.name == name)
@@ -301,7 +303,7 @@ class LookupProgram:
     @property
     def combined_width(self) -> int:
         """Width before the projection."""
-        return max(stop for _, stop in self.spans)
+        return max(stop for _, stop in self.spans) + self.padding
 
     @property
     def width(self) -> int:
@@ -339,6 +341,8 @@ class LookupProgram:
             if p.width is not None and (p.run, self.table(p.table).width) != (1, 1):
                 faults.append(f"only single elements repeat over columns; table {p.table!r} has wider rows")
         faults += [fault for index in self.indexes for fault in index.faults()]
+        if self.padding < 0 or (self.padding and self.projection):
+            faults.append(f"`padding` must be >= 0, and 0 beside a projection; got {self.padding}")
         if self.projection:
             rows = self.table(self.projection).rows
             whole = self.combined_width

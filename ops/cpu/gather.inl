@@ -224,6 +224,8 @@ static void read_feature(const Call& c, const Feature& f, const Chunk& at, i64 n
     const Probe& p = c.probes[f.first + j];
     read_probe(c, p, p.join, at, j, n, out + p.column, stride);
   }
+  if (f.padding)
+    for (i64 i = 0; i < n; i++) std::memset(out + i * stride + f.width - f.padding, 0, f.padding * sizeof(float));
   if (f.optional)
     for (i64 i = 0; i < n; i++)
       if (at.none[i]) std::memset(out + i * stride, 0, f.width * sizeof(float));

@@ -1,4 +1,4 @@
-// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/encode.py.
+// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/records.py.
 #pragma once
 #include <cstdint>
 
@@ -37,6 +37,7 @@ struct Feature {
   i64 limit;                                       // ids lie in [0, limit); -1: any
   i64 optional;                                    // the id -1 is none and gives zeros
   i64 output, column, width;                       // where its vectors go
+  i64 padding;                                     // of the width, columns of zeros at the end
   i64 plain;                                       // gradients reach rows unchanged but for a constant factor
 };
 

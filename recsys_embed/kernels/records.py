@@ -28,7 +28,7 @@ PROBE = np.dtype(
         ("weight_of", TRANSFORM),
     ]
 )
-FEATURE = np.dtype(_fields("ids first probes limit optional output column width plain"))
+FEATURE = np.dtype(_fields("ids first probes limit optional output column width padding plain"))
 _MEMBERS = {"range": 3, "bitmap": 4, "sorted": 5}
 STORE, ADD, MUL = 0, 1, 2
 
@@ -121,7 +121,10 @@ def encode(
     for i, (program, place) in enumerate(zip(programs, places, strict=True)):
         feature = {"ids": columns[i], "first": at, "probes": len(program.probes), "limit": limits[i]}
         feature |= {"optional": optional[i], "output": slots[i].output, "column": slots[i].column}
-        _fill(features[i], feature | {"width": program.combined_width, "plain": _plain(program)})
+        _fill(
+            features[i],
+            feature | {"width": program.combined_width, "padding": program.padding, "plain": _plain(program)},
+        )
 
         def table(name: str, program: LookupProgram = program, place: Mapping[str, Place] = place) -> tuple[int, ...]:
             """Storage, first row and number of rows of a table."""

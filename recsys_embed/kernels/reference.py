@@ -80,6 +80,8 @@ def combine(
         for value in values[1:]:
             combined = combined + value if program.combine == "sum" else combined * value
         columns.append(combined)
+    if program.padding:
+        columns.append(combined.new_zeros(len(ids), program.padding))
     return torch.cat(columns, dim=-1)
 
 

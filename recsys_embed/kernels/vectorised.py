@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed import hashing
@@ -73,7 +74,7 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[A
         for p in program.probes
     )
     projection = program.projection and (program.table(program.projection).rows, program.width)
-    return (probes, program.spans, program.combine, projection, program.vectors, key)
+    return (probes, program.spans, program.combine, projection, program.vectors, program.padding, key)
 
 
 class Group(Constants):
@@ -190,6 +191,11 @@ class Group(Constants):
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """Combine gathered ``values[i] = [*rows[i].shape, width]`` into ``[..., combined_width]``."""
+        columns = self._columns(ids, local, rows, values)
+        return F.pad(columns, (0, self.template.padding)) if self.template.padding else columns
+
+    def _columns(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """As :meth:`combine`, without the padding."""
         program, index = self.template, 0
         parts: dict[tuple[int, int], list[Tensor]] = {}
         for s in self.sets:

@@ -170,6 +170,7 @@ def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     numbers = sum(p.run + (p.weight is not None) for p in program.probes)
     floats = sum(p.run * program.table(p.table).width + (p.weight is not None) for p in program.probes)
     side_by_side = len(set(program.spans)) == len(program.probes) and len({p.table for p in program.probes}) == 1
+    side_by_side = side_by_side and not program.padding
     changed = any(p.weight is not None or p.sign is not None for p in program.probes)
     return numbers, 0 if side_by_side and not changed and program.projection is None else floats
 

@@ -19,6 +19,7 @@ from recsys_embed.errors import BackendError, IdRangeError
 from recsys_embed.kernels import native
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.optim import FusedOptimizer
+from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
@@ -289,3 +290,32 @@ def test_drop_ins_run_them_too(method: Any) -> None:
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
     if method.name != "full":
         assert "_Lookup" in str(type(ours.lookup(ids.view(-1)).grad_fn)) or ours.program.projection
+
+
+class Narrow(type(Plan.full(Schema([FeatureSpec("C", 2, 2)]))["C"])):  # type: ignore[misc]
+    """Plain tables of half the width, and zeros."""
+
+    def program(self, spec: FeatureSpec) -> LookupProgram:
+        table = Table("weight", spec.num_embeddings, spec.embedding_dim // 2, Init.plain(spec))
+        return LookupProgram((table,), (Probe("weight", Digit()),), padding=spec.embedding_dim - table.width)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_narrow_features_end_in_zeros(backend: str) -> None:
+    schema = Schema([FeatureSpec("C1", 50, 16), FeatureSpec("C2", 7, 16, unseen="zero"), FeatureSpec("C3", 9, 16)])
+    coll = EmbeddingCollection(
+        schema, Plan({"C1": Narrow(), "C2": Narrow(), "C3": Plan.full(schema)["C3"]}), backend=backend
+    )
+    ids = ids_of(schema, 30)
+    with torch.no_grad():
+        for name in coll.storages:
+            getattr(coll, name).add_(1.0)
+    out = coll(ids)
+    for i, spec in enumerate(schema):
+        table = coll.table(f"{spec.name}.weight")
+        assert torch.equal(out[:, i, : table.shape[1]], table[ids[:, i]])
+        assert not out[:, i, table.shape[1] :].any()
+    out.backward(torch.ones_like(out))
+    counted = torch.zeros(50).index_add_(0, ids[:, 0], torch.ones(30))
+    storage, offset = coll.places["C1.weight"]
+    assert torch.equal(getattr(coll, storage).grad[offset : offset + 50], counted.unsqueeze(1).expand(50, 8))
