@@ -8,7 +8,7 @@ integers (one feature) or stack into tensors (all features of a collection at on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from recsys_embed.members import Index, IndexArrays, positions
 from recsys_embed.memory import Footprint
 
 Combine = Literal["sum", "mul"]
+
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,24 @@ class Init:
             return out
         if self.law == "constant":
             return out.fill_(self.loc)
+        flat, at = out.view(-1), 0
+        for draw in self.stream(flat.numel(), seed):
+            flat[at : at + len(draw)].copy_(draw)
+            at += len(draw)
+        return out
+
+    def stream(self, count: int, seed: int) -> Iterator[Tensor]:
+        """The ``count`` elements that :meth:`fill_` writes, in float32 pieces of bounded size."""
         generator = torch.Generator().manual_seed(seed)
-        flat = out.view(-1)
-        for chunk in flat.split(1 << 24):
-            draw = torch.empty(chunk.shape, dtype=torch.float32)
-            if self.law == "uniform":
+        for start in range(0, count, _PIECE):
+            draw = torch.empty(min(_PIECE, count - start), dtype=torch.float32)
+            if self.law == "constant":
+                draw.fill_(0.0)
+            elif self.law == "uniform":
                 draw.uniform_(-self.scale, self.scale, generator=generator)
             else:
                 draw.normal_(0.0, self.scale, generator=generator)
-            chunk.copy_(draw.add_(self.loc) if self.loc else draw)
-        return out
+            yield draw.add_(self.loc) if self.loc else draw
 
 
 @dataclass(frozen=True)
