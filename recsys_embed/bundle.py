@@ -147,7 +147,7 @@ class LookupBundle(Constants):
                 out[table_key(spec, program.table(program.projection or ""))] = values
         return out
 
-    def assign_(self, counts: Mapping[str, Tensor]) -> None:
+    def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> None:
         """Fill the index buffers of the named features; see :meth:`EmbeddingCollection.assign_`."""
         unknown = [
             str(unknown_name("feature", name, self.schema.names)) for name in counts if name not in self.schema.names
@@ -155,7 +155,9 @@ class LookupBundle(Constants):
         raise_faults(unknown, "assign_", UnknownNameError)
         for name, values in counts.items():
             if name in self.programs:
-                self.kernel.index.assign_(list(self.programs).index(name), with_unseen(self.schema[name], values))
+                sets = isinstance(values, Mapping)
+                stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
+                self.kernel.index.assign_(list(self.programs).index(name), stored)
             else:
                 self._module(name).assign_(values)
 

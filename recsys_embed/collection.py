@@ -19,6 +19,7 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch, native
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, apply_update, read_rows
+from recsys_embed.kernels.pace import Pace, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import NativeLookup
 from recsys_embed.kernels.storage import allocate, stack_tables
@@ -90,8 +91,9 @@ class EmbeddingCollection(nn.Module):
         for name, (rows, width) in shapes.items():
             weight = allocate(rows, width, like.device, like.dtype)
             self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
-            for key, kind in optimizer.state.items() if optimizer else ():
-                state = allocate(rows, 1 if kind == "row" else width, like.device, torch.float32)
+            for key, kind in optimizer.tensors.items() if optimizer else ():
+                number = torch.int32 if kind == "step" else torch.float32
+                state = allocate(rows, width if kind == "element" else 1, like.device, number)
                 self.register_buffer(f"{name}_{key}", state, persistent=False)
         self.bundle = LookupBundle(schema, self.plan, self.places, shapes, like, self.backend)
         self._lr = optimizer.lr if optimizer else 0.0
@@ -121,26 +123,29 @@ class EmbeddingCollection(nn.Module):
             for name, key in self._states():
                 getattr(self, f"{name}_{key}").fill_(self.optimizer.initial(key) if self.optimizer else 0.0)
         self.bundle.reset_own(self.seed)
-        self._steps = dict.fromkeys(self.storages, 0)
+        self.bundle.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
+        self._paces = {name: Pace() for name in self.storages}
 
     def table(self, key: str) -> Tensor:
         """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``).
 
         After an export it is decoded, a copy.
         """
+        self.settle_()
         storage, offset = self.places[key]
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
         weight: Tensor = getattr(self, storage)
         return weight[offset : offset + self.tables[key].rows]
 
-    def assign_(self, counts: Mapping[str, Tensor]) -> Self:
+    def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Self:
         """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.
 
         Fills the index buffers; it changes which rows ids read, so call it before training.
 
         Args:
             counts: per feature name ``[num_embeddings]`` how often each id occurs; features left out stay as they are.
+                Or, by name of an index, the ids that it holds, as :meth:`Plan.members` has them.
         """
         self.bundle.assign_(counts)
         return self
@@ -187,7 +192,9 @@ class EmbeddingCollection(nn.Module):
             vectors: Tensor = self.served[storage](rows, partial_rows)
             return vectors
         weight = getattr(self, storage)
-        if self.optimizer is not None and self.training and torch.is_grad_enabled():
+        if self.optimizer is not None and self._stepping:
+            if self.optimizer.rows == "all":
+                self._catch_up(storage, rows[rows >= 0].unique() if partial_rows else rows.unique())
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
@@ -199,24 +206,79 @@ class EmbeddingCollection(nn.Module):
         tables = [getattr(self, name) for name in self.storages]
         return tables if native.runs_on(ids, tables) else None
 
+    @property
+    def _stepping(self) -> bool:
+        """Whether a backward of what is looked up now will step the fused optimizer."""
+        return self.optimizer is not None and self.training and torch.is_grad_enabled()
+
+    def _state(self, storage: str) -> dict[str, Tensor]:
+        return {key: getattr(self, f"{storage}_{key}") for key in (self.optimizer.tensors if self.optimizer else ())}
+
     @torch.no_grad()
     def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor], kept: Tensor | None) -> None:
         if self.optimizer is None:
             return
-        for storage in self.storages:
-            self._steps[storage] += 1
-        states = [[getattr(self, f"{name}_{key}") for key in self.optimizer.state] for name in self.storages]
-        tables = [getattr(self, name) for name in self.storages]
-        lookup.update(ids, tables, grads, kept, self.optimizer, states, self._lr, list(self._steps.values()))
+        for pace in self._paces.values():
+            pace.advance(self.optimizer, self._lr)
+        tables, states = [getattr(self, name) for name in self.storages], list(map(self._state, self.storages))
+        lookup.update(ids, tables, grads, kept, self.optimizer, states, list(self._paces.values()))
 
     @torch.no_grad()
     def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
         if self.optimizer is None:
             return
-        self._steps[storage] += 1
-        state = {key: getattr(self, f"{storage}_{key}") for key in self.optimizer.state}
-        weight = getattr(self, storage)
-        apply_update(self.optimizer, weight, state, rows, grad, self._lr, self._steps[storage])
+        self._paces[storage].advance(self.optimizer, self._lr)
+        apply_update(self.optimizer, getattr(self, storage), self._state(storage), rows, grad, self._paces[storage])
+
+    # -- rows that no batch reads ---------------------------------------------------------------------------------
+
+    @property
+    def _behind(self) -> bool:
+        """Whether some rows have steps to make up for."""
+        return (
+            self.optimizer is not None and self.optimizer.rows == "all" and any(p.rates for p in self._paces.values())
+        )
+
+    @torch.no_grad()
+    def _catch_up(self, storage: str, rows: Tensor | None = None) -> None:
+        """Bring rows of a storage (all by default) up to date with torch's operations."""
+        if self.optimizer is not None and self._paces[storage].rates:
+            pace = self._paces[storage]
+            catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, pace, pace.step)
+
+    @torch.no_grad()
+    def settle_(self) -> Self:
+        """Bring all rows up to date where the optimizer moves ``rows="all"``; nothing to do elsewhere.
+
+        A step moves the rows of its batch; the others make up for what they missed when they are next read, here, or
+        before they are saved, served or handed out by :meth:`table`. Only who reads the parameters themselves has to
+        call it.
+
+        >>> from recsys_embed import Adam, FeatureSpec
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=Adam(weight_decay=0.1, rows="all"))
+        >>> coll(torch.tensor([[3]])).sum().backward()
+        >>> before = coll.width4[5].clone()
+        >>> bool((coll.settle_().width4[5] != before).all())
+        True
+        """
+        if self._behind and self.optimizer is not None:
+            for name, pace in self._paces.items():
+                table = getattr(self, name)
+                if native.runs_on(table, [table]) and native.knows(self.optimizer):
+                    native.settle(self.optimizer, table, self._state(name), pace)
+                else:
+                    self._catch_up(name)
+                pace.settled()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:
+            self.settle_()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.settle_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Vectors of all features.
@@ -242,7 +304,8 @@ class EmbeddingCollection(nn.Module):
             tables = self._native_tables(ids)
             if tables is None:
                 return self.bundle.single(ids.long(), self._gather)
-            if self.optimizer is not None and self.training and torch.is_grad_enabled():
+            if self._stepping:
+                self._settle_batch(ids, tables)
                 return self.bundle.single_native(ids, tables, self._anchor, self._update_native, False)
             return self.bundle.single_native(ids, tables, None, None, self.sparse)
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
@@ -264,7 +327,7 @@ class EmbeddingCollection(nn.Module):
         self._lr = float(value)
 
     def _states(self) -> list[tuple[str, str]]:
-        return [(name, key) for name in self.storages for key in (self.optimizer.state if self.optimizer else ())]
+        return [(name, key) for name in self.storages for key in (self.optimizer.tensors if self.optimizer else ())]
 
     @property
     def _rule(self) -> str:
@@ -273,10 +336,11 @@ class EmbeddingCollection(nn.Module):
 
     def optimizer_state_dict(self) -> dict[str, Any]:
         """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
+        self.settle_()
         return {
             "rule": self._rule,
             "lr": self._lr,
-            "steps": dict(self._steps),
+            "steps": {name: pace.step for name, pace in self._paces.items()},
             "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
         }
 
@@ -299,11 +363,11 @@ class EmbeddingCollection(nn.Module):
         wrong += [
             k for k in sorted(wanted & state.keys()) if getattr(state[k], "shape", None) != getattr(self, k).shape
         ]
-        if wrong or saved["steps"].keys() != self._steps.keys():
+        if wrong or saved["steps"].keys() != self._paces.keys():
             raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
         for key in wanted:
             getattr(self, key).copy_(state[key])
-        self._lr, self._steps = float(saved["lr"]), dict(saved["steps"])
+        self._lr, self._paces = float(saved["lr"]), {name: Pace(saved["steps"][name]) for name in self.storages}
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

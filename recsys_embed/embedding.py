@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -170,15 +170,16 @@ class CompressedEmbedding(nn.Module):
                 key = table.name if table.shared else f"{self.spec.name}.{table.name}"
                 table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
 
-    def assign_(self, counts: Tensor) -> Self:
+    def assign_(self, counts: Tensor | Mapping[str, Tensor]) -> Self:
         """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.
 
         Fills the index buffers; it changes which row an id reads, so call it before training.
 
         Args:
-            counts: ``[num_embeddings]`` how often each id occurs; ties go to the smaller id.
+            counts: ``[num_embeddings]`` how often each id occurs; ties go to the smaller id. Or, by name of an index
+                of the program, the ids that it holds, as :meth:`Plan.members` has them.
         """
-        self.kernel.index.assign_(0, with_unseen(self.spec, counts))
+        self.kernel.index.assign_(0, counts if isinstance(counts, Mapping) else with_unseen(self.spec, counts))
         return self
 
     # -- lookup ---------------------------------------------------------------------------------------------------

@@ -7,11 +7,17 @@ smaller. Rows stand in order of ids, so no array has to hold a permutation.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from recsys_embed.errors import ConfigError
 
 Form = Literal["range", "bitmap", "sorted"]
 
@@ -92,6 +98,34 @@ def bitmap(members: Tensor, size: int) -> tuple[Tensor, Tensor]:
     # Members are distinct, so the sum of their bits is the union.
     words.index_add_(0, members >> 6, torch.ones_like(members) << (members & 63))
     return words, ranks_of(words)
+
+
+def set_text(members: Tensor, size: int) -> str:
+    """Distinct ``members`` in ``[0, size)`` as a text for plans: base64 of a compressed bitmap; at most size / 6 long.
+
+    >>> members_of(set_text(torch.tensor([64, 1]), 100), 100)
+    tensor([ 1, 64])
+    """
+    bits = np.zeros(size, np.bool_)
+    bits[members.cpu().numpy()] = True
+    return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 9)).decode()
+
+
+def members_of(text: str, size: int) -> Tensor:
+    """Inverse of :func:`set_text`: ascending int64.
+
+    Raises:
+        ConfigError: not such a text, or of another size.
+    """
+    wanted = -(-size // 8)
+    try:
+        found = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), wanted + 1)
+    except (binascii.Error, zlib.error, ValueError) as e:
+        raise ConfigError(f"a set of ids is base64 of a compressed bitmap; got {text!r:.40} ({e})") from e
+    bits = np.unpackbits(np.frombuffer(found, np.uint8))
+    if len(found) != wanted or bits[size:].any():
+        raise ConfigError(f"a set of ids of [0, {size}) holds {wanted} bytes; got {len(found)}, or ids beyond")
+    return torch.from_numpy(np.flatnonzero(bits))
 
 
 def ranks_of(words: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
+
 from recsys_embed.config import MethodConfig
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.members import members_of
 from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.program import Table
@@ -17,6 +20,8 @@ from recsys_embed.registry import config_from_dict, get_method
 
 PLAN_VERSION = 1
 REASON = "reason"
+SETS = "sets"
+_KEYS = ("version", "notes", "features", SETS)
 
 
 def table_key(spec: FeatureSpec, table: Table) -> str:
@@ -106,6 +111,8 @@ class Plan:
         configs: by feature name.
         reasons: by feature name, in words, why a planner chose it.
         notes: what the planner aimed at and came to.
+        sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.members.set_text`;
+            features without any own rows by frequency.
 
     ``reasons`` and ``notes`` are for people: plans of equal configurations are equal.
 
@@ -118,15 +125,20 @@ class Plan:
     configs: Mapping[str, MethodConfig]
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
     notes: PlanNotes | None = field(default=None, compare=False)
+    sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "configs", dict(self.configs))
+        object.__setattr__(self, "sets", {name: dict(texts) for name, texts in self.sets.items()})
         object.__setattr__(self, "reasons", dict(self.reasons))
         wrong = [(name, c) for name, c in self.configs.items() if not isinstance(c, MethodConfig)]
         faults = [f"expected a method configuration; got {c!r:.80} (feature {name!r})" for name, c in wrong]
         for name, text in self.reasons.items():
             if name not in self.configs or not isinstance(text, str):
                 faults.append(f"a reason is a text for a feature of the plan; got {text!r:.80} (feature {name!r})")
+        for name, texts in self.sets.items():
+            if name not in self.configs or not all(isinstance(t, str) for t in (*texts, *texts.values())):
+                faults.append(f"sets of ids are texts by index, for a feature of the plan; got {name!r}")
         raise_faults(faults, "Plan")
 
     def __getitem__(self, feature: str) -> MethodConfig:
@@ -137,6 +149,10 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.configs)
+
+    def members(self, spec: FeatureSpec) -> dict[str, Tensor]:
+        """Ids of each index of a feature that a search has filled: int64, ascending."""
+        return {index: members_of(text, spec.num_ids) for index, text in self.sets.get(spec.name, {}).items()}
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
@@ -217,7 +233,8 @@ class Plan:
             name: {**c.to_dict(), **({REASON: self.reasons[name]} if name in self.reasons else {})}
             for name, c in self.configs.items()
         }
-        return {"version": PLAN_VERSION, **notes, "features": features}
+        sets = {SETS: {name: dict(texts) for name, texts in self.sets.items()}} if self.sets else {}
+        return {"version": PLAN_VERSION, **notes, "features": features, **sets}
 
     def to_json(self) -> str:
         """Text a person can read, diff and edit; :meth:`from_dict` of its parse gives the plan back."""
@@ -241,8 +258,11 @@ class Plan:
                 f"version {found.get('version')!r}"
             )
         for key in found:
-            if key not in ("version", "notes", "features"):
-                raise unknown_name("key of a plan", str(key), ("version", "notes", "features"))
+            if key not in _KEYS:
+                raise unknown_name("key of a plan", str(key), _KEYS)
+        sets = found.get(SETS, {})
+        if not isinstance(sets, Mapping) or not all(isinstance(texts, Mapping) for texts in sets.values()):
+            raise ConfigError(f"`{SETS}` of a plan are texts by feature and index; got {sets!r:.80}")
         configs, reasons, errors = {}, {}, []
         for name, given in found["features"].items():
             try:
@@ -254,4 +274,5 @@ class Plan:
                 errors.append((type(e), f"{e} (feature {name!r})"))
         kinds = {kind for kind, _ in errors}
         raise_faults([fault for _, fault in errors], "Plan", kinds.pop() if len(kinds) == 1 else ConfigError)
-        return cls(configs, reasons, None if found.get("notes") is None else PlanNotes.from_dict(found["notes"]))
+        notes = None if found.get("notes") is None else PlanNotes.from_dict(found["notes"])
+        return cls(configs, reasons, notes, sets)

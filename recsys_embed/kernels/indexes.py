@@ -68,12 +68,20 @@ class IndexStore(nn.Module):
                 self._write(program, index, torch.arange(index.start, index.start + index.count, device=device))
 
     @torch.no_grad()
-    def assign_(self, program: int, counts: Tensor) -> None:
+    def assign_(self, program: int, counts: Tensor | Mapping[str, Tensor]) -> None:
         """Fill the indexes of a program from ``counts [size]``; ties go to the smaller id.
 
+        Args:
+            program: its position.
+            counts: or, by name of the index, the distinct ids that are its members.
+
         Raises:
-            ConfigError: of another shape, or not all finite numbers >= 0.
+            ConfigError: counts of another shape, or not all finite numbers >= 0; members that are not ids or not as
+                many as the index holds.
         """
+        if isinstance(counts, Mapping):
+            self._assign_sets(program, counts)
+            return
         for index in self.indexes[program].values():
             counts = torch.as_tensor(counts)
             if counts.shape != (index.size,):
@@ -85,6 +93,28 @@ class IndexStore(nn.Module):
             for index in self.indexes[program].values():
                 self._write(program, index, order[index.start : index.start + index.count].sort().values)
 
+    def _assign_sets(self, program: int, sets: Mapping[str, Tensor]) -> None:
+        faults = []
+        known = self.indexes[program]
+        sound = {}
+        for name, given in sets.items():
+            index, members = known.get(name), given.sort().values
+            if index is None:
+                faults.append(f"no index {name!r} holds a set of ids here; there are: {', '.join(known) or 'none'}")
+            elif (
+                members.shape != (index.count,)
+                or not bool((members.diff() > 0).all())
+                or not 0 <= int(members[0]) <= int(members[-1]) < index.size
+            ):
+                faults.append(
+                    f"index {name!r} takes {index.count} distinct ids of [0, {index.size}); got {len(members)}"
+                )
+            else:
+                sound[name] = members.to(self.arrays.words.device)
+        raise_faults(faults, "sets of ids")
+        for name, members in sound.items():
+            self._write(program, known[name], members)
+
     def members(self, program: int, name: str) -> Tensor:
         """Ids of an index, ascending: int64 ``[count]``."""
         index, at = self.indexes[program][name], self._places[program][name]
@@ -95,7 +125,7 @@ class IndexStore(nn.Module):
         return bits.view(-1).nonzero().squeeze(1)
 
     def _write(self, program: int, index: Index, members: Tensor) -> None:
-        if members.is_meta:
+        if members.is_meta or self.arrays.words.is_meta:
             return
         at = self._places[program][index.name]
         if index.form == "sorted":
