@@ -35,7 +35,7 @@ test-gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -m gpu -p no:cacheprovider tests/gpu $(ARGS)
 
 # The C++ runtime is loaded with the sanitizer's, which otherwise finds no exceptions to intercept.
-SANITIZE := -g -O1 -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -Wno-psabi -fvisibility=hidden
+SANITIZE := -g -O1 -std=c++17 -fPIC -shared -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -fvisibility=hidden
 sanitize: setup
 	@mkdir -p runs/sanitize
 	g++ $(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined ops/cpu/native.cpp -o runs/sanitize/memory.so

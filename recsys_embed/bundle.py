@@ -16,7 +16,7 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.fusion import FusedBundle
 from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.kernels.native_lookup import Updater
+from recsys_embed.kernels.native_lookup import NativeStep
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
 from recsys_embed.kernels.unseen import Unseen, with_unseen
@@ -192,18 +192,16 @@ class LookupBundle(Constants):
             out.append(self.vectors_of(part[0], column[:, 0]))
         return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
 
-    def single_native(
-        self, ids: Tensor, tables: list[Tensor], anchor: Tensor | None, updater: Updater | None, sparse: bool
-    ) -> Tensor:
+    def single_native(self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool) -> Tensor:
         """As :meth:`single`, by the native kernels, for bundles that have ``fused``.
 
         Args:
             tables: float32 per storage, on the CPU.
-            anchor, updater, sparse: see :func:`look_up`.
+            step, sparse: see :func:`look_up`.
         """
         if self.fused is None:
             raise RuntimeError("this bundle was not built for the native kernels")
-        parts = self.fused.single(self, ids, tables, anchor, updater, sparse)
+        parts = self.fused.single(self, ids, tables, step, sparse)
         return self._assemble(parts, self.fused_ordered, "fused_order")
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:

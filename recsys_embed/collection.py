@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_embed import _state, hashing
 from recsys_embed.bags import to_bags
 from recsys_embed.bundle import LookupBundle
 from recsys_embed.embedding import STORED_UNSEEN
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch, native
 from recsys_embed.kernels.checks import check_id_dtype
-from recsys_embed.kernels.fused import FusedGather, apply_update, read_rows
-from recsys_embed.kernels.pace import Pace, catch_up
+from recsys_embed.kernels.fused import FusedGather, read_rows
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native import NativeLookup
-from recsys_embed.kernels.storage import allocate, stack_tables
+from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import UnseenCount
 from recsys_embed.memory import Footprint
-from recsys_embed.optim import FusedOptimizer, is_rate
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.stepping import SteppedTables
 
 
-class EmbeddingCollection(nn.Module):
+class EmbeddingCollection(SteppedTables):
     """The embeddings of all features, stored together and looked up in one call.
 
     Args:
@@ -68,48 +66,28 @@ class EmbeddingCollection(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.schema, self.plan = schema, Plan.full(schema) if plan is None else plan
-        self.optimizer, self.seed, self.sparse = optimizer, seed, sparse
         if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
             raise ConfigError(
                 "`optimizer` must be recsys_embed.SGD, Adagrad, RowwiseAdagrad or Adam with its rate, or None; got "
                 f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
             )
-        self.backend = dispatch.choose(backend, optimizer)
-        if self.backend == "reference" and optimizer is not None:
+        backend = dispatch.choose(backend, optimizer)
+        if backend == "reference" and optimizer is not None:
             raise ConfigError(
                 "backend 'reference' reads a table several times per step and cannot fuse its update; "
                 "use optimizer=None, or backend 'torch'"
             )
-        self.tables = self.plan.tables(schema)
-        shapes, self.places = stack_tables(self.tables)
-        self.storages = tuple(shapes)
+        plan = Plan.full(schema) if plan is None else plan
+        tables = plan.tables(schema)
+        shapes, places = stack_tables(tables)
+        like = torch.empty(0, device=device, dtype=dtype)
+        super().__init__(shapes, optimizer, like.device, like.dtype, backend)
+        self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
+        self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
-        like = torch.empty(0, device=device, dtype=dtype)
-        for name, (rows, width) in shapes.items():
-            weight = allocate(rows, width, like.device, like.dtype)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
-            for key, kind in optimizer.tensors.items() if optimizer else ():
-                number = torch.int32 if kind == "step" else torch.float32
-                state = allocate(rows, width if kind == "element" else 1, like.device, number)
-                self.register_buffer(f"{name}_{key}", state, persistent=False)
-        self.bundle = LookupBundle(schema, self.plan, self.places, shapes, like, self.backend)
-        self._lr = optimizer.lr if optimizer else 0.0
-        # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
-        self._anchor = torch.zeros(0, requires_grad=True)
+        self.bundle = LookupBundle(schema, plan, places, shapes, like, backend)
         self.reset_parameters()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
-        kept = {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != before.dtype:
-                setattr(self, name, before.to(moved.device))
-        return self
 
     def reset_parameters(self) -> None:
         """Draw initial weights, a function of seed and table names alone, and clear the optimizer's state."""
@@ -120,11 +98,9 @@ class EmbeddingCollection(nn.Module):
             for key, table in self.tables.items():
                 values = dense[key] if table.dense else self.table(key)
                 table.init.fill_(values, hashing.salt(self.seed, "init", key))
-            for name, key in self._states():
-                getattr(self, f"{name}_{key}").fill_(self.optimizer.initial(key) if self.optimizer else 0.0)
+            self._reset_steps()
         self.bundle.reset_own(self.seed)
         self.bundle.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
-        self._paces = {name: Pace() for name in self.storages}
 
     def table(self, key: str) -> Tensor:
         """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``).
@@ -192,9 +168,8 @@ class EmbeddingCollection(nn.Module):
             vectors: Tensor = self.served[storage](rows, partial_rows)
             return vectors
         weight = getattr(self, storage)
-        if self.optimizer is not None and self._stepping:
-            if self.optimizer.rows == "all":
-                self._catch_up(storage, rows[rows >= 0].unique() if partial_rows else rows.unique())
+        if self._stepping:
+            self._settle_rows(storage, rows)
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
@@ -205,80 +180,6 @@ class EmbeddingCollection(nn.Module):
             return None
         tables = [getattr(self, name) for name in self.storages]
         return tables if native.runs_on(ids, tables) else None
-
-    @property
-    def _stepping(self) -> bool:
-        """Whether a backward of what is looked up now will step the fused optimizer."""
-        return self.optimizer is not None and self.training and torch.is_grad_enabled()
-
-    def _state(self, storage: str) -> dict[str, Tensor]:
-        return {key: getattr(self, f"{storage}_{key}") for key in (self.optimizer.tensors if self.optimizer else ())}
-
-    @torch.no_grad()
-    def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor], kept: Tensor | None) -> None:
-        if self.optimizer is None:
-            return
-        for pace in self._paces.values():
-            pace.advance(self.optimizer, self._lr)
-        tables, states = [getattr(self, name) for name in self.storages], list(map(self._state, self.storages))
-        lookup.update(ids, tables, grads, kept, self.optimizer, states, list(self._paces.values()))
-
-    @torch.no_grad()
-    def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
-        if self.optimizer is None:
-            return
-        self._paces[storage].advance(self.optimizer, self._lr)
-        apply_update(self.optimizer, getattr(self, storage), self._state(storage), rows, grad, self._paces[storage])
-
-    # -- rows that no batch reads ---------------------------------------------------------------------------------
-
-    @property
-    def _behind(self) -> bool:
-        """Whether some rows have steps to make up for."""
-        return (
-            self.optimizer is not None and self.optimizer.rows == "all" and any(p.rates for p in self._paces.values())
-        )
-
-    @torch.no_grad()
-    def _catch_up(self, storage: str, rows: Tensor | None = None) -> None:
-        """Bring rows of a storage (all by default) up to date with torch's operations."""
-        if self.optimizer is not None and self._paces[storage].rates:
-            pace = self._paces[storage]
-            catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, pace, pace.step)
-
-    @torch.no_grad()
-    def settle_(self) -> Self:
-        """Bring all rows up to date where the optimizer moves ``rows="all"``; nothing to do elsewhere.
-
-        A step moves the rows of its batch; the others make up for what they missed when they are next read, here, or
-        before they are saved, served or handed out by :meth:`table`. Only who reads the parameters themselves has to
-        call it.
-
-        >>> from recsys_embed import Adam, FeatureSpec
-        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=Adam(weight_decay=0.1, rows="all"))
-        >>> coll(torch.tensor([[3]])).sum().backward()
-        >>> before = coll.width4[5].clone()
-        >>> bool((coll.settle_().width4[5] != before).all())
-        True
-        """
-        if self._behind and self.optimizer is not None:
-            for name, pace in self._paces.items():
-                table = getattr(self, name)
-                if native.runs_on(table, [table]) and native.knows(self.optimizer):
-                    native.settle(self.optimizer, table, self._state(name), pace)
-                else:
-                    self._catch_up(name)
-                pace.settled()
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        if not mode:
-            self.settle_()
-        return super().train(mode)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.settle_()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Vectors of all features.
@@ -297,6 +198,8 @@ class EmbeddingCollection(nn.Module):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
+        if not self._stepping:
+            self.settle_()
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
@@ -304,70 +207,10 @@ class EmbeddingCollection(nn.Module):
             tables = self._native_tables(ids)
             if tables is None:
                 return self.bundle.single(ids.long(), self._gather)
-            if self._stepping:
-                self._settle_batch(ids, tables)
-                return self.bundle.single_native(ids, tables, self._anchor, self._update_native, False)
-            return self.bundle.single_native(ids, tables, None, None, self.sparse)
+            step = self._native_step if self._stepping else None
+            return self.bundle.single_native(ids, tables, step, self.sparse)
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
         return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._gather)
-
-    # -- optimizer ------------------------------------------------------------------------------------------------
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the fused optimizer; set it to follow a schedule."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        if self.optimizer is None:
-            raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
-        if not is_rate(value):
-            raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
-        self._lr = float(value)
-
-    def _states(self) -> list[tuple[str, str]]:
-        return [(name, key) for name in self.storages for key in (self.optimizer.tensors if self.optimizer else ())]
-
-    @property
-    def _rule(self) -> str:
-        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
-        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
-
-    def optimizer_state_dict(self) -> dict[str, Any]:
-        """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
-        self.settle_()
-        return {
-            "rule": self._rule,
-            "lr": self._lr,
-            "steps": {name: pace.step for name, pace in self._paces.items()},
-            "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
-        }
-
-    def load_optimizer_state_dict(self, saved: dict[str, Any]) -> None:
-        """Inverse of :meth:`optimizer_state_dict`.
-
-        Raises:
-            CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
-        """
-        parts = saved if isinstance(saved, Mapping) else {}
-        kinds: dict[str, Any] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
-        wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
-        if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
-            raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
-        if saved["rule"] != self._rule:
-            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
-        wanted = {f"{name}_{key}" for name, key in self._states()}
-        state = saved["state"]
-        wrong = sorted(wanted ^ state.keys())
-        wrong += [
-            k for k in sorted(wanted & state.keys()) if getattr(state[k], "shape", None) != getattr(self, k).shape
-        ]
-        if wrong or saved["steps"].keys() != self._paces.keys():
-            raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
-        for key in wanted:
-            getattr(self, key).copy_(state[key])
-        self._lr, self._paces = float(saved["lr"]), {name: Pace(saved["steps"][name]) for name in self.storages}
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.native import NativeLookup
-from recsys_embed.kernels.native_lookup import Updater, look_up
+from recsys_embed.kernels.native_lookup import NativeStep, look_up
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.kernels.records import Slot, supported
 from recsys_embed.kernels.vectorised import Place, project
@@ -74,8 +74,7 @@ class FusedBundle:
         bundle: LookupBundle,
         ids: Tensor,
         tables: list[Tensor],
-        anchor: Tensor | None,
-        updater: Updater | None,
+        step: NativeStep | None,
         sparse: bool,
     ) -> list[Tensor]:
         """Vectors of ``ids [B, F]``: one tensor ``[B, ...]`` per entry of ``parts``.
@@ -86,7 +85,7 @@ class FusedBundle:
         if bundle.unseen.replaces or bundle.unseen.counting:
             ids = bundle.unseen(ids.long())
         try:
-            outputs = look_up(self.lookup, self.pool, ids, tables, anchor=anchor, updater=updater, sparse=sparse)
+            outputs = look_up(self.lookup, self.pool, ids, tables, step=step, sparse=sparse)
         except IdRangeError:
             bundle.unseen.check(ids.long())
             raise

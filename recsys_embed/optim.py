@@ -1,7 +1,8 @@
 """Optimizers that update embedding rows inside the backward pass, touching only the rows a batch reads.
 
 Every rule sees each touched row once, with the sum of the gradients of all its occurrences in the batch (exact
-semantics); rows outside the batch keep their weights and state.
+semantics). Rows outside the batch keep their weights and state; or, with ``rows="all"``, they move as torch's dense
+optimizers move them, each row's missed steps being made up for when it is next read.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,29 +30,41 @@ class FusedOptimizer(ABC):
 
     Args:
         lr: learning rate, > 0 (0 freezes the tables).
+        weight_decay: L2 penalty, ``weight_decay * w`` added to the gradient of every row that moves.
+        rows: which rows a step moves: ``"touched"``, those of the batch; or ``"all"``, so that weights are those of the
+            dense optimizer of torch (rows that are never read decay and moments fade), at the cost of touched ones.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
     lr: float = 0.01
+    weight_decay: float = field(default=0.0, kw_only=True)
+    rows: Literal["touched", "all"] = field(default="touched", kw_only=True)
 
-    # Name and width of each state tensor: "row" is one float per row, "element" one per weight.
+    # Name and kind of each state tensor: "row" is one float per row, "element" one per weight, "step" a count per row.
     state: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        faults = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "betas":
-                ok = isinstance(value, tuple) and len(value) == 2 and all(is_rate(b) and b < 1 for b in value)
-                wanted = "two numbers in [0, 1)"
-            else:
-                ok = is_rate(value)
-                wanted = "a finite number >= 0"
-            if not ok:
-                faults.append(f"`{f.name}` must be {wanted}; got {value!r}")
-        raise_faults(faults, type(self).__name__)
+        raise_faults([fault for f in fields(self) for fault in self._faults(f.name)], type(self).__name__)
+
+    def _faults(self, name: str) -> list[str]:
+        """What is wrong with one argument."""
+        value = getattr(self, name)
+        choices = _CHOICES.get(name)
+        if choices:
+            ok, wanted = value in choices, " or ".join(map(repr, choices))
+        elif name == "betas":
+            ok = isinstance(value, tuple) and len(value) == 2 and all(is_rate(b) and b < 1 for b in value)
+            wanted = "two numbers in [0, 1)"
+        else:
+            ok, wanted = is_rate(value), "a finite number >= 0"
+        return [] if ok else [f"`{name}` must be {wanted}; got {value!r}"]
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
+        return {**self.state, "last": "step"} if self.rows == "all" else dict(self.state)
 
     def initial(self, name: str) -> float:
         """Value every element of state ``name`` starts with."""
@@ -59,7 +72,11 @@ class FusedOptimizer(ABC):
 
     def state_bytes(self, rows: int, width: int) -> int:
         """Bytes of float32 state for a table of ``rows`` x ``width``."""
-        return 4 * sum(rows if kind == "row" else rows * width for kind in self.state.values())
+        return 4 * sum(rows * width if kind == "element" else rows for kind in self.tensors.values())
+
+    def pace(self, lr: float, step: int) -> tuple[float, float]:
+        """What a step's direction is multiplied by, and the epsilon of its denominator."""
+        return lr, getattr(self, "eps", 0.0)
 
     @abstractmethod
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
@@ -67,8 +84,8 @@ class FusedOptimizer(ABC):
 
         Args:
             weight: ``[u, width]`` current weights of the touched rows.
-            grad: ``[u, width]`` their summed gradients.
-            state: per name ``[u, 1]`` or ``[u, width]``; replaced in the dict by its new value.
+            grad: ``[u, width]`` their summed gradients, weight decay included.
+            state: per name of :attr:`state` ``[u, 1]`` or ``[u, width]``; replaced in the dict by its new value.
             lr: current learning rate (a schedule may have moved it from ``self.lr``).
             step: 1 for the first update of the table.
         """
@@ -128,7 +145,11 @@ class RowwiseAdagrad(FusedOptimizer):
 class Adam(FusedOptimizer):
     """Adam on the touched rows, as ``torch.optim.SparseAdam``: moments of other rows neither decay nor move.
 
-    The bias correction counts the table's steps, not the row's (Kingma and Ba 2015, lazy variant).
+    With ``rows="all"`` it is ``torch.optim.Adam`` on a dense gradient (Kingma and Ba 2015).
+
+    Args:
+        bias_correction: counts the ``"table"``'s steps, or each ``"row"``'s own, so that a row first seen late starts
+            with steps as long as those of a row seen early.
 
     >>> Adam(lr=0.001).state_bytes(rows=1000, width=16)
     128000
@@ -137,15 +158,45 @@ class Adam(FusedOptimizer):
     lr: float = 0.001
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    bias_correction: Literal["table", "row"] = "table"
 
     state: ClassVar[Mapping[str, str]] = {"exp_avg": "element", "exp_avg_sq": "element"}
+
+    def _faults(self, name: str) -> list[str]:
+        if name == "bias_correction" and self.bias_correction == "row" and self.rows == "all":
+            return ["`bias_correction` must be 'table' where all rows move, since they all take the table's steps"]
+        return super()._faults(name)
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        return {**super().tensors, "count": "step"} if self.bias_correction == "row" else super().tensors
+
+    def correction(self, step: int) -> float:
+        """Factor that makes up for moments which start at zero."""
+        beta1, beta2 = self.betas
+        return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+    def pace(self, lr: float, step: int) -> tuple[float, float]:
+        if self.bias_correction == "row":
+            return lr, self.eps
+        # SparseAdam adds epsilon to the biased denominator, Adam to the corrected one.
+        eps = self.eps * math.sqrt(1 - self.betas[1] ** step) if self.rows == "all" else self.eps
+        return lr * self.correction(step), eps
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         beta1, beta2 = self.betas
         state["exp_avg"] = state["exp_avg"].lerp(grad, 1 - beta1)
         state["exp_avg_sq"] = state["exp_avg_sq"].lerp(grad.square(), 1 - beta2)
-        size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        return weight.addcdiv(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(self.eps), value=-size)
+        size, eps = self.pace(lr, step)
+        direction = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(eps)
+        if self.bias_correction == "row":
+            state["count"] = state["count"] + 1
+            count = state["count"].double()
+            direction = direction * ((1 - beta2**count).sqrt() / (1 - beta1**count)).to(weight.dtype)
+        return weight.sub(direction, alpha=size)
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {"rows": ("touched", "all"), "bias_correction": ("table", "row")}
 
 
 def sum_duplicates(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels.fused import apply_update
+from recsys_embed.kernels.pace import Pace
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad, sum_duplicates
 
 RULES = (
@@ -46,8 +47,10 @@ def run_fused(rule: FusedOptimizer, lrs: list[float] | None = None) -> tuple[Ten
     state = {
         key: torch.full((ROWS, 1 if kind == "row" else WIDTH), rule.initial(key)) for key, kind in rule.state.items()
     }
+    pace = Pace()
     for step, (rows, grad) in enumerate(batches(), start=1):
-        apply_update(rule, weight, state, rows, grad, (lrs or [rule.lr] * 9)[step - 1], step)
+        pace.advance(rule, (lrs or [rule.lr] * 9)[step - 1])
+        apply_update(rule, weight, state, rows, grad, pace)
     return weight, state
 
 
@@ -117,7 +120,9 @@ def test_other_precisions_follow_float32(rule: FusedOptimizer, dtype: torch.dtyp
     for kind in (torch.float32, dtype):
         weight = start().to(dtype).to(kind)
         state = {k: torch.full((ROWS, 1 if v == "row" else WIDTH), rule.initial(k)) for k, v in rule.state.items()}
-        apply_update(rule, weight, state, rows, grad.to(dtype).to(kind), rule.lr, 1)
+        pace = Pace()
+        pace.advance(rule, rule.lr)
+        apply_update(rule, weight, state, rows, grad.to(dtype).to(kind), pace)
         assert weight.dtype == kind
         assert all(s.dtype == torch.float32 for s in state.values())
         results.append(weight)

@@ -99,14 +99,15 @@ namespace avx512 {
 struct Variant {
   const char* name;
   bool (*look_up)(const Call&, i64, i64);
-  int (*backward)(const Call&, const Update*, Scratch&);
+  int (*backward)(const Call&, const Update*, bool, Scratch&);
+  void (*settle_all)(const Update&, float*, i64, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward},
+    {"plain", plain::look_up, plain::backward, plain::settle_all},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward},
-    {"avx512", avx512::look_up, avx512::backward},
+    {"avx2", avx2::look_up, avx2::backward, avx2::settle_all},
+    {"avx512", avx512::look_up, avx512::backward, avx512::settle_all},
 #endif
 };
 
@@ -167,15 +168,21 @@ RSE_API int rse_forward(const Call* c) try {
   return NO_MEMORY;
 }
 
-RSE_API int rse_backward(const Call* c, const Update* updates) try {
+// One step of all storages; or, with `settle`, the steps that the rows of the batch missed, which forward does not make.
+RSE_API int rse_backward(const Call* c, const Update* updates, int settle) try {
   std::unique_lock<std::mutex> lock(scratch_lock, std::try_to_lock);
   if (!lock.owns_lock()) {  // another thread is in a backward of its own
     Scratch own;
-    return active->backward(*c, updates, own);
+    return active->backward(*c, updates, settle, own);
   }
   shared_scratch.reset();
-  return active->backward(*c, updates, shared_scratch);
+  return active->backward(*c, updates, settle, shared_scratch);
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
+}
+
+// All steps that rows of a storage [update->rows, width] missed.
+RSE_API void rse_settle(const Update* update, float* table, i64 width, i64 threads) {
+  active->settle_all(*update, table, width, threads);
 }
 }

@@ -73,7 +73,13 @@ struct Call {
 // What becomes of the summed gradients of a storage's rows.
 struct Update {
   i64 rule;
-  double lr, eps, beta1, beta2, step_size;         // step_size: Adam's rate with its bias correction
+  double beta1, beta2, decay;                      // decay times the row is part of its gradient
+  const double *sizes, *epsilons;                  // of steps first + 1 to step: rate (with Adam's correction), epsilon
+  i64 first, step;
+  i32* last;                                       // [rows] step each row has come to; null: rows nobody reads stay
+  i32* count;                                      // [rows] steps of each row; null: corrections are in the sizes
+  const double* corrections;                       // by steps of a row; from the last entry on they stay
+  i64 correction_count;
   float* state[2];
   float* gradient;                                 // [rows, width], or [lookups, width] of distinct rows
   i64* touched;                                    // [lookups] rows of a sparse gradient

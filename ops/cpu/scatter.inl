@@ -28,49 +28,131 @@ static inline float mean_square(const float* g, i64 w) {
   return total / float(width_of<W>(w));
 }
 
-// One step of the rule on a row whose summed gradient is g; `at` is the row's place in a sparse gradient.
+// Elements of one row, in registers where its width is known.
 template <int W>
-static inline void update_row(const Update& u, float* table, i64 row, i64 at, const float* g, i64 w) {
-  const i64 width = width_of<W>(w), first = row * width;
-  const float lr = float(u.lr), eps = float(u.eps);
-  float* weight = table + first;
+struct Row {
+  float fixed[W ? W : 1];
+  std::vector<float> memory;
+  explicit Row(i64 width) : memory(W ? 0 : width) {}
+  float* data() { return W ? fixed : memory.data(); }
+};
+
+// Steps of one element of each lane, given its gradient: what Adagrad and Adam do, once or many times in a row.
+struct AdagradStep {
+  template <class L, class V>
+  static inline void run(L lanes, V v, V& weight, V& sum, float size, float eps) {
+    sum += v * v;
+    weight -= v / (lanes.root(sum) + eps) * size;
+  }
+};
+
+struct AdamStep {
+  float rest1, rest2;
+  explicit AdamStep(const Update& u) : rest1(float(1 - u.beta1)), rest2(float(1 - u.beta2)) {}
+  template <class L, class V>
+  inline void run(L lanes, V v, V& weight, V& mean, V& square, float size, float eps) const {
+    mean += (v - mean) * rest1, square += (v * v - square) * rest2;
+    weight -= mean / (lanes.root(square) + eps) * size;
+  }
+};
+
+static inline float* state_of(const Update& u, i64 which, i64 place) {
+  return u.state[which] ? u.state[which] + place : nullptr;
+}
+
+static inline float size_of(const Update& u, i64 step) { return float(u.sizes[step - u.first - 1]); }
+static inline float epsilon_of(const Update& u, i64 step) { return float(u.epsilons[step - u.first - 1]); }
+
+// Steps that a row missed, up to `to`: its gradient was its decay alone.
+template <int W>
+static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  if (!u.last || u.last[row] >= to) return;
+  const i64 width = width_of<W>(w), place = row * width, from = u.last[row] + 1;
+  const float decay = float(u.decay);
+  float *weight = table + place, *first = state_of(u, 0, place), *second = state_of(u, 1, place);
+  u.last[row] = i32(to);
   switch (u.rule) {
     case SGD:
-      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * lr); });
-      break;
-    case ADAGRAD: {
-      float* sum = u.state[0] + first;
       blocks<W>(width, [&](auto lanes, i64 k) {
-        const auto v = lanes.load(g + k), total = lanes.load(sum + k) + v * v;
-        lanes.store(sum + k, total);
-        lanes.store(weight + k, lanes.load(weight + k) - v / (lanes.root(total) + eps) * lr);
+        auto x = lanes.load(weight + k);
+        for (i64 t = from; t <= to; t++) x -= x * decay * size_of(u, t);
+        lanes.store(weight + k, x);
       });
       break;
-    }
+    case ADAGRAD:
+      blocks<W>(width, [&](auto lanes, i64 k) {
+        auto x = lanes.load(weight + k), sum = lanes.load(first + k);
+        for (i64 t = from; t <= to; t++) AdagradStep::run(lanes, x * decay, x, sum, size_of(u, t), epsilon_of(u, t));
+        lanes.store(weight + k, x), lanes.store(first + k, sum);
+      });
+      break;
     case ROWWISE_ADAGRAD: {
-      const float step = lr / (std::sqrt(u.state[0][row] += mean_square<W>(g, w)) + eps);
+      Row<W> memory(width);
+      float *g = memory.data(), sum = u.state[0][row];
+      for (i64 t = from; t <= to; t++) {
+        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(weight + k) * decay); });
+        const float step = size_of(u, t) / (std::sqrt(sum += mean_square<W>(g, w)) + epsilon_of(u, t));
+        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * step); });
+      }
+      u.state[0][row] = sum;
+      break;
+    }
+    default: {
+      const AdamStep adam(u);
+      blocks<W>(width, [&](auto lanes, i64 k) {
+        auto x = lanes.load(weight + k), mean = lanes.load(first + k), square = lanes.load(second + k);
+        for (i64 t = from; t <= to; t++) adam.run(lanes, x * decay, x, mean, square, size_of(u, t), epsilon_of(u, t));
+        lanes.store(weight + k, x), lanes.store(first + k, mean), lanes.store(second + k, square);
+      });
+    }
+  }
+}
+
+// One step of the rule on a row whose summed gradient is g; `at` is the row's place in a sparse gradient.
+template <int W>
+static inline void update_row(const Update& u, float* table, i64 row, i64 at, float* g, i64 w) {
+  const i64 width = width_of<W>(w), place = row * width;
+  float *weight = table + place, *first = state_of(u, 0, place), *second = state_of(u, 1, place);
+  if (u.rule >= DENSE_GRADIENT) {
+    const bool sparse = u.rule == SPARSE_GRADIENT;
+    if (sparse) u.touched[at] = row;
+    float* to = u.gradient + (sparse ? at * width : place);
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(g + k)); });
+    return;
+  }
+  if (u.last) {
+    catch_up<W>(u, table, row, u.step - 1, w);
+    u.last[row] = i32(u.step);
+  }
+  if (u.decay != 0)
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * float(u.decay)); });
+  float size = size_of(u, u.step);
+  const float eps = epsilon_of(u, u.step);
+  switch (u.rule) {
+    case SGD:
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * size); });
+      break;
+    case ADAGRAD:
+      blocks<W>(width, [&](auto lanes, i64 k) {
+        auto x = lanes.load(weight + k), sum = lanes.load(first + k);
+        AdagradStep::run(lanes, lanes.load(g + k), x, sum, size, eps);
+        lanes.store(weight + k, x), lanes.store(first + k, sum);
+      });
+      break;
+    case ROWWISE_ADAGRAD: {
+      const float step = size / (std::sqrt(u.state[0][row] += mean_square<W>(g, w)) + eps);
       blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * step); });
       break;
     }
-    case ADAM: {
-      const float rest1 = float(1 - u.beta1), rest2 = float(1 - u.beta2), size = float(u.step_size);
-      float* mean = u.state[0] + first;
-      float* square = u.state[1] + first;
+    default: {
+      const AdamStep adam(u);
+      if (u.count) size *= float(u.corrections[std::min<i64>(++u.count[row], u.correction_count) - 1]);
       blocks<W>(width, [&](auto lanes, i64 k) {
-        const auto v = lanes.load(g + k);
-        auto m = lanes.load(mean + k), s = lanes.load(square + k);
-        m += (v - m) * rest1, s += (v * v - s) * rest2;
-        lanes.store(mean + k, m), lanes.store(square + k, s);
-        lanes.store(weight + k, lanes.load(weight + k) - m / (lanes.root(s) + eps) * size);
+        auto x = lanes.load(weight + k), mean = lanes.load(first + k), square = lanes.load(second + k);
+        adam.run(lanes, lanes.load(g + k), x, mean, square, size, eps);
+        lanes.store(weight + k, x), lanes.store(first + k, mean), lanes.store(second + k, square);
       });
-      break;
     }
-    case DENSE_GRADIENT:
-      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(u.gradient + first + k, lanes.load(g + k)); });
-      break;
-    default:
-      u.touched[at] = row;
-      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(u.gradient + at * width + k, lanes.load(g + k)); });
   }
 }
 
@@ -79,6 +161,8 @@ static inline void prefetch_state(const Update& u, const float* table, i64 row, 
   if (u.rule == ROWWISE_ADAGRAD) prefetch<1>(u.state[0] + row, 4);
   if (u.rule == ADAGRAD || u.rule == ADAM) prefetch<1>(u.state[0] + row * width, 4 * width);
   if (u.rule == ADAM) prefetch<1>(u.state[1] + row * width, 4 * width);
+  if (u.last) prefetch<1>(u.last + row, 4);
+  if (u.count) prefetch<1>(u.count + row, 4);
 }
 
 // Lookups [from, to) of all sources, numbered source after source: fn(source, sample).
@@ -168,9 +252,8 @@ static void update_sorted(const Update& u, float* table, i64 w, const Base* base
                           i64 at) {
   const i64 width = width_of<W>(w), ahead = 32;
   const u64 mask = (u64(1) << OFFSET_BITS) - 1;
-  float fixed[W ? W : 1];
-  std::vector<float> memory(W ? 0 : width);
-  float* sum = W ? fixed : memory.data();
+  Row<W> memory(width);
+  float* sum = memory.data();
   auto gradient = [&](u64 entry) { return bases[entry >> OFFSET_BITS & (BASES - 1)].gradient + (entry & mask); };
   auto fetch = [&](i64 i) {
     prefetch(gradient(entries[i]), 4 * width);
@@ -190,22 +273,63 @@ static void update_sorted(const Update& u, float* table, i64 w, const Base* base
   }
 }
 
-static auto choose_update(i64 width) {
-  switch (width) {
-    case 1: return update_sorted<1>;
-    case 4: return update_sorted<4>;
-    case 8: return update_sorted<8>;
-    case 16: return update_sorted<16>;
-    case 32: return update_sorted<32>;
-    case 64: return update_sorted<64>;
-    case 128: return update_sorted<128>;
-    default: return update_sorted<0>;
+// Sorted entries [from, to): brings each row up to date.
+template <int W>
+static void settle_sorted(const Update& u, float* table, i64 w, const Base*, const u64* entries, i64 from, i64 to, i64) {
+  const i64 width = width_of<W>(w), ahead = 32;
+  auto new_row = [&](i64 i) { return i == from || row_of(entries[i]) != row_of(entries[i - 1]); };
+  for (i64 i = from; i < to; i++) {
+    if (i + ahead < to && new_row(i + ahead)) prefetch_state(u, table, row_of(entries[i + ahead]), width);
+    if (new_row(i)) catch_up<W>(u, table, row_of(entries[i]), u.step, w);
   }
 }
 
-// Updates the rows of one table in pieces that begin where a row does; whoever is free takes the next one.
-static void update_table(const Update& u, const TableReads& reads, float* table, i64 width, const Base* bases, i64 batch,
-                         i64 threads) {
+// Rows [from, to) of a storage.
+template <int W>
+static void settle_range(const Update& u, float* table, i64 w, i64 from, i64 to) {
+  for (i64 row = from; row < to; row++) catch_up<W>(u, table, row, u.step, w);
+}
+
+using Visit = void (*)(const Update&, float*, i64, const Base*, const u64*, i64, i64, i64);
+
+// What to do with the rows of a table: update them, or bring them up to date.
+struct Visits {
+  Visit update, settle;
+  void (*settle_all)(const Update&, float*, i64, i64, i64);
+};
+
+template <int W>
+static Visits visits_of() {
+  return {update_sorted<W>, settle_sorted<W>, settle_range<W>};
+}
+
+static Visits choose_visits(i64 width) {
+  switch (width) {
+    case 1: return visits_of<1>();
+    case 4: return visits_of<4>();
+    case 8: return visits_of<8>();
+    case 16: return visits_of<16>();
+    case 32: return visits_of<32>();
+    case 64: return visits_of<64>();
+    case 128: return visits_of<128>();
+    default: return visits_of<0>();
+  }
+}
+
+// All rows of a storage.
+static void settle_all(const Update& u, float* table, i64 width, i64 threads) {
+  const auto settle = choose_visits(width).settle_all;
+  const i64 piece = 4096;
+  i64 next = 0;
+  parallel(threads, [&](i64, i64) {
+    for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < u.rows;)
+      settle(u, table, width, from, std::min(from + piece, u.rows));
+  });
+}
+
+// Visits the rows of one table in pieces that begin where a row does; whoever is free takes the next one.
+static void visit_table(const Update& u, const TableReads& reads, float* table, i64 width, const Base* bases, i64 batch,
+                        i64 threads, Visit visit) {
   i64 count = 0;
   const u64* entries = sorted_entries(reads, batch, threads, count);
   const i64 pieces = threads == 1 ? 1 : std::min<i64>(1 + count / 2048, 16 * threads);
@@ -214,7 +338,6 @@ static void update_table(const Update& u, const TableReads& reads, float* table,
     while (at && at < count && row_of(entries[at]) == row_of(entries[at - 1])) at++;
     return at;
   };
-  const auto update = choose_update(width);
   i64 next = 0;
   parallel(threads, [&](i64, i64) {
     for (i64 p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < pieces;) {
@@ -225,14 +348,14 @@ static void update_table(const Update& u, const TableReads& reads, float* table,
         for (i64 i = from; i < to; i++) known += i == from || row_of(entries[i]) != row_of(entries[i - 1]);
         place = claim(u, known);
       }
-      update(u, table, width, bases, entries, from, to, place);
+      visit(u, table, width, bases, entries, from, to, place);
     }
   });
 }
 
 // Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
-static void update_rows(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
-                        float* table, i64 width, Scratch& scratch) {
+static void visit_rows(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
+                       float* table, i64 width, Visit visit, Scratch& scratch) {
   std::vector<TableReads> tables;
   for (const Source& s : sources) {
     auto same = [&](const TableReads& t) { return t.base == s.base; };
@@ -245,7 +368,7 @@ static void update_rows(const Call& c, const std::vector<Source>& sources, const
     for (u64*& entries : t.entries)
       entries = static_cast<u64*>(scratch.take(c.batch * i64(t.sources.size()) * sizeof(u64)));
     if (c.threads > 1 && t.sources.size() * c.threads * 2 > sources.size())
-      update_table(u, t, table, width, bases, c.batch, c.threads);
+      visit_table(u, t, table, width, bases, c.batch, c.threads, visit);
     else narrow.push_back(&t);
   }
   auto work = [](const TableReads* a, const TableReads* b) { return a->rows * i64(a->sources.size()) > b->rows * i64(b->sources.size()); };
@@ -253,7 +376,7 @@ static void update_rows(const Call& c, const std::vector<Source>& sources, const
   i64 next = 0;
   parallel(c.threads, [&](i64, i64) {
     for (u64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < narrow.size();)
-      update_table(u, *narrow[i], table, width, bases, c.batch, 1);
+      visit_table(u, *narrow[i], table, width, bases, c.batch, 1, visit);
   });
 }
 
@@ -426,16 +549,23 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
 
 // -- a whole backward -------------------------------------------------------------------------------------------------
 
-static int backward(const Call& c, const Update* updates, Scratch& scratch) {
-  std::vector<std::vector<Source>> sources(c.storage_count);
+// Reads of each storage by all features, and where the gradients of each lie.
+struct Reads {
+  std::vector<std::vector<Source>> sources;
   std::vector<Base> bases;
-  std::vector<Matrix> own(2 * c.probe_count, Matrix{nullptr, 0});
-  std::vector<i32*> rows(2 * c.probe_count, nullptr);
+  std::vector<Matrix> own;   // per probe: of its rows and of its weights, where these differ from the output's
+  std::vector<i32*> rows;    // per probe: of its rows and of its weights
+};
+
+static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
+  reads.sources.resize(c.storage_count);
+  reads.own.assign(2 * c.probe_count, Matrix{nullptr, 0});
+  reads.rows.assign(2 * c.probe_count, nullptr);
   auto tag_of = [&](const float* gradient, float factor) {
-    for (i64 i = 0; i < i64(bases.size()); i++)
-      if (bases[i].gradient == gradient && bases[i].factor == factor) return i;
-    bases.push_back({gradient, factor});
-    return i64(bases.size()) - 1;
+    for (i64 i = 0; i < i64(reads.bases.size()); i++)
+      if (reads.bases[i].gradient == gradient && reads.bases[i].factor == factor) return i;
+    reads.bases.push_back({gradient, factor});
+    return i64(reads.bases.size()) - 1;
   };
   i64 elements = 0;
   for (i64 f = 0; f < c.feature_count; f++)
@@ -451,28 +581,33 @@ static int backward(const Call& c, const Update* updates, Scratch& scratch) {
     used += width;
     return m;
   };
+  auto rows = [&] { return static_cast<i32*>(scratch.take(c.batch * sizeof(i32))); };
   for (i64 f = 0; f < c.feature_count; f++) {
     const Feature& feature = c.features[f];
     for (i64 j = feature.first; j < feature.first + feature.probes; j++) {
       const Probe& p = c.probes[j];
       const Matrix& out = c.outputs[feature.output];
-      rows[2 * j] = static_cast<i32*>(scratch.take(c.batch * sizeof(i32)));
-      Source s{p.storage, p.run, p.base, p.rows, 0, out.stride, feature.column + p.column, rows[2 * j]};
+      reads.rows[2 * j] = rows();
+      Source s{p.storage, p.run, p.base, p.rows, 0, out.stride, feature.column + p.column, reads.rows[2 * j]};
       if (feature.plain) {
         s.tag = tag_of(out.data, float(p.scale));
       } else {
-        own[2 * j] = matrix(p.run * p.width);
-        s.tag = tag_of(temporary, 1.f), s.stride = elements, s.column = own[2 * j].data - temporary;
+        reads.own[2 * j] = matrix(p.run * p.width);
+        s.tag = tag_of(temporary, 1.f), s.stride = elements, s.column = reads.own[2 * j].data - temporary;
       }
-      sources[p.storage].push_back(s);
+      reads.sources[p.storage].push_back(s);
       if (p.weight_storage < 0) continue;
-      own[2 * j + 1] = matrix(1);
-      rows[2 * j + 1] = static_cast<i32*>(scratch.take(c.batch * sizeof(i32)));
-      sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, s.tag, elements,
-                                           own[2 * j + 1].data - temporary, rows[2 * j + 1]});
+      reads.own[2 * j + 1] = matrix(1);
+      reads.rows[2 * j + 1] = rows();
+      reads.sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, s.tag, elements,
+                                                 reads.own[2 * j + 1].data - temporary, reads.rows[2 * j + 1]});
     }
   }
-  if (i64(bases.size()) > BASES) return TOO_LARGE;
+  return i64(reads.bases.size()) > BASES ? TOO_LARGE : DONE;
+}
+
+// Rows of all reads and, on request, gradients that differ from the output's; false where an id is out of range.
+static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
   bool good = true;
   parallel(c.threads, [&](i64 thread, i64 team) {
     const Workspace work(c, 1);
@@ -485,21 +620,33 @@ static int backward(const Call& c, const Update* updates, Scratch& scratch) {
         const Chunk chunk = work.chunk(c.features, f, 0);
         if (!find(c, feature, first, n, chunk)) __atomic_store_n(&good, false, __ATOMIC_RELAXED);
         for (i64 j = 0; j < feature.probes; j++) {
-          i32* const* to_rows = &rows[2 * (feature.first + j)];
+          i32* const* to_rows = &reads.rows[2 * (feature.first + j)];
           std::memcpy(to_rows[0] + first, chunk.rows_of(j), n * sizeof(i32));
           if (to_rows[1]) std::memcpy(to_rows[1] + first, chunk.rows_of(j) + chunk.size, n * sizeof(i32));
         }
-        if (!feature.plain) own_gradients(c, feature, chunk, first, n, &own[2 * feature.first], memory);
+        if (gradients && !feature.plain) own_gradients(c, feature, chunk, first, n, &reads.own[2 * feature.first], memory);
       }
     }
   });
-  if (!good) return OUT_OF_RANGE;
+  return good;
+}
+
+// One step of every storage, or, where `settle`, all steps that the rows of the batch missed before it is read.
+static int backward(const Call& c, const Update* updates, bool settle, Scratch& scratch) {
+  Reads reads;
+  const Outcome outcome = plan_reads(c, scratch, reads);
+  if (outcome != DONE) return outcome;
+  if (!find_reads(c, reads, !settle)) return OUT_OF_RANGE;
   for (i64 s = 0; s < c.storage_count; s++) {
-    if (sources[s].empty()) continue;
+    const std::vector<Source>& sources = reads.sources[s];
+    if (sources.empty()) continue;
     bool runs = false;
-    for (const Source& source : sources[s]) runs |= source.run > 1;
-    if (runs) update_elements(c, sources[s], bases.data(), updates[s], c.storages[s], scratch);
-    else update_rows(c, sources[s], bases.data(), updates[s], c.storages[s], c.storage_widths[s], scratch);
+    for (const Source& source : sources) runs |= source.run > 1;
+    const i64 width = c.storage_widths[s];
+    const Visits visits = choose_visits(width);
+    if (runs && settle) settle_all(updates[s], c.storages[s], width, c.threads);
+    else if (runs) update_elements(c, sources, reads.bases.data(), updates[s], c.storages[s], scratch);
+    else visit_rows(c, sources, reads.bases.data(), updates[s], c.storages[s], width, settle ? visits.settle : visits.update, scratch);
   }
   return DONE;
 }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from recsys_embed.kernels.pace import Pace, catch_up
 from recsys_embed.optim import FusedOptimizer, sum_duplicates
 
 
@@ -59,24 +60,30 @@ def apply_update(
     state: dict[str, Tensor],
     rows: Tensor,
     grad: Tensor,
-    lr: float,
-    step: int,
+    pace: Pace,
 ) -> None:
     """One exact step in place on the rows of ``weight`` and ``state`` that occur in ``rows``.
 
     Args:
         weight: ``[rows, width]``.
-        state: per name ``[rows, 1]`` or ``[rows, width]``, float32.
+        state: per name of ``optimizer.tensors`` ``[rows, 1]`` or ``[rows, width]``; float32, steps int32.
         rows: int64 ``[n]``, duplicates allowed.
         grad: ``[n, width]``.
+        pace: advanced to this step.
     """
     if rows.numel() == 0:
         return
     # Half-precision weights are updated in float32, so that small sums and state survive.
     work = torch.promote_types(weight.dtype, torch.float32)
     touched, sums = sum_duplicates(rows, grad.to(work))
-    picked = {name: values.index_select(0, touched).to(work) for name, values in state.items()}
-    updated = optimizer.update(weight.index_select(0, touched).to(work), sums, picked, lr, step)
-    weight[touched] = updated.to(weight.dtype)
-    for name, values in state.items():
-        values[touched] = picked[name].to(values.dtype)
+    if optimizer.rows == "all":
+        catch_up(optimizer, weight, state, touched, pace, pace.step - 1)
+        state["last"][touched] = pace.step
+    picked = {name: state[name].index_select(0, touched) for name in state if name != "last"}
+    picked = {name: values.to(work) if values.is_floating_point() else values for name, values in picked.items()}
+    before = weight.index_select(0, touched).to(work)
+    if optimizer.weight_decay:
+        sums = sums.add(before, alpha=optimizer.weight_decay)
+    weight[touched] = optimizer.update(before, sums, picked, pace.rates[-1], pace.step).to(weight.dtype)
+    for name, values in picked.items():
+        state[name][touched] = values.to(state[name].dtype)

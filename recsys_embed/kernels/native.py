@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM, Slot, encode
 from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
@@ -63,11 +65,17 @@ class _Call(ctypes.Structure):
 class _Update(ctypes.Structure):
     _fields_: ClassVar = [
         ("rule", c_int64),
-        ("lr", c_double),
-        ("eps", c_double),
         ("beta1", c_double),
         ("beta2", c_double),
-        ("step_size", c_double),
+        ("decay", c_double),
+        ("sizes", c_void_p),
+        ("epsilons", c_void_p),
+        ("first", c_int64),
+        ("step", c_int64),
+        ("last", c_void_p),
+        ("count", c_void_p),
+        ("corrections", c_void_p),
+        ("correction_count", c_int64),
         ("state", c_void_p * 2),
         ("gradient", c_void_p),
         ("touched", c_void_p),
@@ -124,7 +132,8 @@ def library() -> Library | str:
     if name is None:
         return f"RECSYS_EMBED_CPU={wanted}, which this processor or this build does not have"
     handle.rse_forward.argtypes = [c_void_p]
-    handle.rse_backward.argtypes = [c_void_p, c_void_p]
+    handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
+    handle.rse_settle.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle))
 
@@ -171,6 +180,42 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
 
 def _pointer(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
+
+
+@lru_cache(maxsize=8)
+def _corrections(optimizer: Adam) -> array[float]:
+    """Bias corrections by number of steps, up to where they are 1."""
+    most = 1 << 17
+    last = next((n for n in range(1, most) if abs(optimizer.correction(n) - 1) < 1e-8), most)
+    return array("d", map(optimizer.correction, range(1, last + 1)))
+
+
+def _updates(
+    optimizer: FusedOptimizer, tables: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], paces: Sequence[Pace]
+) -> Any:
+    """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
+    updates = (_Update * len(tables))()
+    for update, table, state, pace in zip(updates, tables, states, paces, strict=True):
+        update.rule, update.rows, update.decay = _RULES[type(optimizer)], table.shape[0], optimizer.weight_decay
+        update.beta1, update.beta2 = getattr(optimizer, "betas", (0.0, 0.0))
+        update.sizes, update.epsilons = pace.sizes.buffer_info()[0], pace.epsilons.buffer_info()[0]
+        update.first, update.step = pace.first, pace.step
+        for i, name in enumerate(optimizer.state):
+            update.state[i] = state[name].data_ptr()
+        if "last" in state:
+            update.last = state["last"].data_ptr()
+        if isinstance(optimizer, Adam) and "count" in state:
+            corrections = _corrections(optimizer)
+            update.count = state["count"].data_ptr()
+            update.corrections, update.correction_count = corrections.buffer_info()
+    return updates
+
+
+def settle(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], pace: Pace) -> None:
+    """Bring all rows of a storage up to date, in place."""
+    updates = _updates(optimizer, [table], [state], [pace])
+    loaded().handle.rse_settle(ctypes.addressof(updates), table.data_ptr(), table.shape[1], torch.get_num_threads())
+    increment_version([table, *state.values()])
 
 
 class NativeLookup:
@@ -274,29 +319,35 @@ class NativeLookup:
         gradients: Sequence[Tensor],
         kept: Tensor | None,
         optimizer: FusedOptimizer,
-        states: Sequence[Sequence[Tensor]],
-        lr: float,
-        steps: Sequence[int],
+        states: Sequence[Mapping[str, Tensor]],
+        paces: Sequence[Pace],
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
         Args:
             gradients: of the outputs.
             kept: by forward, None where ``kept_width`` is 0.
-            states: per storage, the tensors of the optimizer's state in its order.
-            steps: per storage, 1 for the first.
+            states: per storage, the tensors of the optimizer's state by name.
+            paces: per storage, advanced to this step.
         """
-        updates = (_Update * len(tables))()
-        for update, table, state, step in zip(updates, tables, states, steps, strict=True):
-            update.rule, update.lr, update.rows = _RULES[type(optimizer)], lr, table.shape[0]
-            update.eps = getattr(optimizer, "eps", 0.0)
-            update.beta1, update.beta2 = getattr(optimizer, "betas", (0.0, 0.0))
-            if isinstance(optimizer, Adam):
-                update.step_size = lr * (1 - update.beta2**step) ** 0.5 / (1 - update.beta1**step)
-            for i, tensor in enumerate(state):
-                update.state[i] = tensor.data_ptr()
+        updates = _updates(optimizer, tables, states, paces)
         self._backward(ids, tables, gradients, kept, updates)
-        increment_version([*tables, *(tensor for state in states for tensor in state)])
+        increment_version([*tables, *(tensor for state in states for tensor in state.values())])
+
+    def settle(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        optimizer: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        paces: Sequence[Pace],
+    ) -> None:
+        """Bring the rows that ``ids`` read up to date, in place; ids out of range are left for forward to refuse."""
+        call, alive = self._call(ids, tables, (), None)
+        updates = _updates(optimizer, tables, states, paces)
+        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1)
+        del alive
+        self._checked(outcome)
 
     def gradients(
         self,
@@ -345,7 +396,7 @@ class NativeLookup:
         updates: Any,
     ) -> None:
         call, alive = self._call(ids, tables, gradients, kept)
-        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates))
+        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)
         del alive
         if not self._checked(outcome):
             raise RuntimeError("ids changed between forward and backward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ from recsys_embed.kernels.vectorised import Place
 from recsys_embed.program import LookupProgram
 
 Updater = Callable[[NativeLookup, Tensor, Sequence[Tensor], Tensor | None], None]
+
+
+class NativeStep(NamedTuple):
+    """What a lookup whose backward steps an optimizer does.
+
+    Args:
+        anchor: requires grad, so that autograd runs the backward.
+        settle: brings the rows of ids up to date before they are read.
+        update: gets the outputs' gradients in backward.
+    """
+
+    anchor: Tensor
+    settle: Callable[[NativeLookup, Tensor], None]
+    update: Updater
 
 
 class _Lookup(Function):
@@ -69,22 +83,24 @@ def look_up(
     ids: Tensor,
     tables: Sequence[Tensor],
     *,
-    anchor: Tensor | None = None,
-    updater: Updater | None = None,
+    step: NativeStep | None = None,
     sparse: bool = False,
 ) -> tuple[Tensor, ...]:
     """Vectors of ``ids [B, F]``: per output of the lookup, float32 ``[B, width]``.
 
     Args:
         tables: per storage, float32 ``[rows, width]``.
-        updater: with ``anchor``, backward hands it the outputs' gradients instead of returning the tables'.
+        step: its optimizer updates the tables in backward, which otherwise returns their gradients.
         sparse: gradients of the tables are sparse.
 
     Raises:
         IdRangeError: some id has no row; the caller knows which.
     """
-    if updater is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in tables)):
+    if step is not None:
+        step.settle(lookup, ids)
+    elif not (torch.is_grad_enabled() and any(t.requires_grad for t in tables)):
         return _outputs(lookup, pool, ids, tables)
+    anchor, updater = (None, None) if step is None else (step.anchor, step.update)
     out: tuple[Tensor, ...] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, *tables)
     return out
 

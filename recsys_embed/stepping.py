@@ -1,0 +1,218 @@
+"""Tables whose optimizer steps inside backward: its state, its pace, and the rows that no batch reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.kernels import native
+from recsys_embed.kernels.fused import apply_update
+from recsys_embed.kernels.native import NativeLookup
+from recsys_embed.kernels.native_lookup import NativeStep
+from recsys_embed.kernels.pace import Pace, catch_up
+from recsys_embed.kernels.storage import allocate
+from recsys_embed.optim import FusedOptimizer, is_rate
+
+
+class SteppedTables(nn.Module):
+    """Storages ``[rows, width]`` as parameters, each with the state of a fused optimizer, or None.
+
+    Args:
+        shapes: of each storage by name.
+        optimizer: None leaves ordinary gradients.
+        backend: ``"native"`` or another.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        optimizer: FusedOptimizer | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
+        for name, (rows, width) in shapes.items():
+            weight = allocate(rows, width, device, dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
+            for key, kind in optimizer.tensors.items() if optimizer else ():
+                number = torch.int32 if kind == "step" else torch.float32
+                state = allocate(rows, width if kind == "element" else 1, device, number)
+                self.register_buffer(f"{name}_{key}", state, persistent=False)
+        self._lr = optimizer.lr if optimizer else 0.0
+        self._paces = {name: Pace() for name in self.storages}
+        # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
+        self._anchor = torch.zeros(0, requires_grad=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
+        kept = {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+    def _states(self) -> list[tuple[str, str]]:
+        return [(name, key) for name in self.storages for key in (self.optimizer.tensors if self.optimizer else ())]
+
+    def _state(self, storage: str) -> dict[str, Tensor]:
+        return {key: getattr(self, f"{storage}_{key}") for key in (self.optimizer.tensors if self.optimizer else ())}
+
+    def _reset_steps(self) -> None:
+        """The state of tables that took no step."""
+        for name, key in self._states():
+            getattr(self, f"{name}_{key}").fill_(self.optimizer.initial(key) if self.optimizer else 0.0)
+        self._paces = {name: Pace() for name in self.storages}
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _stepping(self) -> bool:
+        """Whether a backward of what is looked up now steps the optimizer."""
+        return self.optimizer is not None and self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
+        if self.optimizer is None:
+            return
+        self._paces[storage].advance(self.optimizer, self._lr)
+        apply_update(self.optimizer, getattr(self, storage), self._state(storage), rows, grad, self._paces[storage])
+
+    @property
+    def _native_step(self) -> NativeStep:
+        return NativeStep(self._anchor, self._settle_native, self._update_native)
+
+    def _native_parts(self) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Pace]]:
+        return [getattr(self, name) for name in self.storages], list(map(self._state, self.storages)), self._all_paces
+
+    @property
+    def _all_paces(self) -> list[Pace]:
+        return [self._paces[name] for name in self.storages]
+
+    @torch.no_grad()
+    def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor], kept: Tensor | None) -> None:
+        if self.optimizer is None:
+            return
+        for pace in self._all_paces:
+            pace.advance(self.optimizer, self._lr)
+        tables, states, paces = self._native_parts()
+        lookup.update(ids, tables, grads, kept, self.optimizer, states, paces)
+
+    # -- rows that no batch reads ---------------------------------------------------------------------------------
+
+    @property
+    def _behind(self) -> bool:
+        """Whether some rows have steps to make up for."""
+        return self.optimizer is not None and self.optimizer.rows == "all" and any(p.rates for p in self._all_paces)
+
+    @torch.no_grad()
+    def _settle_native(self, lookup: NativeLookup, ids: Tensor) -> None:
+        """Bring the rows that ``ids [B, F]`` read up to date."""
+        if self._behind and self.optimizer is not None:
+            tables, states, paces = self._native_parts()
+            lookup.settle(ids, tables, self.optimizer, states, paces)
+
+    @torch.no_grad()
+    def _settle_rows(self, storage: str, rows: Tensor | None = None) -> None:
+        """Bring rows of a storage (-1 is none; all by default) up to date with torch's operations."""
+        if self._behind and self.optimizer is not None:
+            pace = self._paces[storage]
+            rows = None if rows is None else rows[rows >= 0].unique()
+            catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, pace, pace.step)
+
+    @torch.no_grad()
+    def settle_(self) -> Self:
+        """Bring all rows up to date where the optimizer moves ``rows="all"``; nothing to do elsewhere.
+
+        A step moves the rows of its batch; the others make up for what they missed when they are next read, here, or
+        before they are evaluated, saved, served or handed out by ``table``. Only who reads the parameters themselves
+        has to call it.
+
+        >>> from recsys_embed import Adam, EmbeddingCollection, FeatureSpec, Schema
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=Adam(weight_decay=0.1, rows="all"))
+        >>> coll(torch.tensor([[3]])).sum().backward()
+        >>> before = coll.width4[5].clone()
+        >>> bool((coll.settle_().width4[5] != before).all())
+        True
+        """
+        if self._behind and self.optimizer is not None:
+            for name, pace in self._paces.items():
+                table = getattr(self, name)
+                if self.backend == "native" and native.runs_on(table.detach(), [table]):
+                    native.settle(self.optimizer, table, self._state(name), pace)
+                else:
+                    self._settle_rows(name)
+                pace.settled()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:
+            self.settle_()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.settle_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    # -- what users see of the optimizer --------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the fused optimizer; set it to follow a schedule."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self.optimizer is None:
+            raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
+        if not is_rate(value):
+            raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
+        self._lr = float(value)
+
+    @property
+    def _rule(self) -> str:
+        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
+        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
+        self.settle_()
+        return {
+            "rule": self._rule,
+            "lr": self._lr,
+            "steps": {name: pace.step for name, pace in self._paces.items()},
+            "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
+        }
+
+    def load_optimizer_state_dict(self, saved: dict[str, Any]) -> None:
+        """Inverse of :meth:`optimizer_state_dict`.
+
+        Raises:
+            CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
+        """
+        parts = saved if isinstance(saved, Mapping) else {}
+        kinds: dict[str, Any] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
+        wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
+        if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
+            raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
+        if saved["rule"] != self._rule:
+            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
+        wanted = {f"{name}_{key}" for name, key in self._states()}
+        state = saved["state"]
+        wrong = sorted(wanted ^ state.keys())
+        wrong += [
+            k for k in sorted(wanted & state.keys()) if getattr(state[k], "shape", None) != getattr(self, k).shape
+        ]
+        if wrong or saved["steps"].keys() != self._paces.keys():
+            raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
+        for key in wanted:
+            getattr(self, key).copy_(state[key])
+        self._lr, self._paces = float(saved["lr"]), {name: Pace(saved["steps"][name]) for name in self.storages}
