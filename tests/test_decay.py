@@ -18,9 +18,6 @@ from recsys_embed.optim import FusedOptimizer
 
 NATIVE = pytest.mark.skipif(isinstance(native.library(), str), reason="no kernels")
 BACKENDS = [pytest.param("native", marks=NATIVE), "torch"]
-    pytest.param("native", marks=pytest.mark.skipif(isinstance(native.library(), str), reason="no kernels")),
-    "torch",
-]
 SCHEMA = Schema([FeatureSpec("C1", 300, 16), FeatureSpec("C2", 40, 16), FeatureSpec("C3", 5, 16)])
 RULES: list[tuple[FusedOptimizer, Any]] = [
     (rse.SGD(lr=0.1, weight_decay=0.05, rows="all"), lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05)),
