@@ -1,0 +1,15 @@
+"""Compressed embeddings under TorchRec: any plan as modules that its DistributedModelParallel shards by itself.
+
+Importing this package imports TorchRec; ``import recsys_embed`` does not.
+"""
+
+from recsys_embed._optional import require
+
+require("torchrec", extra="torchrec", purpose="sharding")
+
+from recsys_embed.sharding.collection import ShardableCollection  # noqa: E402
+from recsys_embed.sharding.drop_in import CompressedEBC  # noqa: E402
+from recsys_embed.sharding.shard import shard  # noqa: E402
+from recsys_embed.sharding.stepping import Optimizers  # noqa: E402
+
+__all__ = ["CompressedEBC", "Optimizers", "ShardableCollection", "shard"]

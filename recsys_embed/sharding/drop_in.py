@@ -1,0 +1,102 @@
+"""Drop-in for TorchRec's EmbeddingBagCollection: KeyedJaggedTensor in, KeyedTensor out, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+from recsys_embed.sharding.collection import ShardableCollection
+from recsys_embed.sharding.division import Pooling
+
+
+class CompressedEBC(nn.Module):
+    """Bags of ids by feature name to vectors by feature name, stored by any plan.
+
+    TorchRec's models take it in place of an EmbeddingBagCollection, and its DistributedModelParallel shards the
+    collections of physical tables inside.
+
+    Args:
+        schema: the features with their pooling.
+        plan: a method configuration per feature; plain tables when None.
+        optimizer, pool, weighted, seed, device: see :class:`ShardableCollection`.
+
+    >>> import recsys_embed as rse
+    >>> schema = rse.Schema([rse.FeatureSpec("C1", 1000, 16), rse.FeatureSpec("C2", 50_000, 16)])
+    >>> ebc = CompressedEBC(schema, rse.Plan.uniform(schema, "compositional", budget="200KiB"))
+    >>> ids = KeyedJaggedTensor(["C2", "C1"], torch.tensor([7, 8, 3, 4, 5]), lengths=torch.tensor([2, 0, 1, 2]))
+    >>> out = ebc(ids)
+    >>> out.keys(), out["C2"].shape
+    (['C1', 'C2'], torch.Size([2, 16]))
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        plan: Plan | None = None,
+        optimizer: FusedOptimizer | None = None,
+        *,
+        pool: Pooling = "tables",
+        weighted: bool = False,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.collection = ShardableCollection(
+            schema, plan, optimizer, pool=pool, weighted=weighted, seed=seed, device=device
+        )
+
+    @classmethod
+    def like(cls, ebc: Any, plan: Plan | None = None, optimizer: FusedOptimizer | None = None, **options: Any) -> Any:
+        """One with the features of TorchRec's ``ebc``, a collection or its list of configurations."""
+        return cls(schema_of(ebc), plan, optimizer, **options)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """A configuration per feature, of the plain table that it stands for: what models size their layers by."""
+        widths = zip(self.collection.schema, self.collection.widths, strict=True)
+        return [
+            EmbeddingBagConfig(
+                name=spec.name,
+                num_embeddings=spec.num_embeddings,
+                embedding_dim=width,
+                feature_names=[spec.name],
+                pooling=PoolingType.MEAN if spec.pooling == "mean" else PoolingType.SUM,
+            )
+            for spec, width in widths
+        ]
+
+    def is_weighted(self) -> bool:
+        """Whether ids bring weights."""
+        return self.collection.weighted
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pooled vectors: a KeyedTensor of ``[B, sum of widths]`` with the schema's features as keys.
+
+        Args:
+            features: holds the schema's features, in any order.
+        """
+        out: Tensor = self.collection(features)
+        return KeyedTensor(list(self.collection.schema.names), self.collection.widths, out.flatten(1))
+
+
+def schema_of(ebc: Any) -> Schema:
+    """The features of TorchRec's ``ebc``, a collection or its list of configurations.
+
+    Raises:
+        ConfigError: a feature that several tables serve, which has no one vector.
+    """
+    configs = ebc.embedding_bag_configs() if hasattr(ebc, "embedding_bag_configs") else ebc
+    specs: dict[str, FeatureSpec] = {}
+    for config in configs:
+        for name in config.feature_names:
+            if name in specs:
+                raise ConfigError(f"feature {name!r} is served by several tables; give each a feature of its own")
+            pooling: Any = "mean" if config.pooling is PoolingType.MEAN else "sum"
+            specs[name] = FeatureSpec(name, config.num_embeddings, config.embedding_dim, pooling=pooling)
+    return Schema(list(specs.values()))

@@ -1,0 +1,132 @@
+"""Features whose bags are pooled where their tables lie: index transform, EmbeddingBagCollection, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+
+from recsys_embed.bags import Bags
+from recsys_embed.bundle import LookupBundle
+from recsys_embed.features import Schema
+from recsys_embed.kernels.vectorised import Place, project
+from recsys_embed.plan import Plan, table_key
+from recsys_embed.sharding.layout import Slab
+
+
+class PooledFeatures(nn.Module):
+    """Features whose vectors are sums of rows; every probe of a feature is a feature of TorchRec's collection ``ebc``.
+
+    Args:
+        schema: the features; their programs pass :func:`pools_in_tables`.
+        plan: of at least these features.
+        slabs: layout of their tables, one row of a table per stored row.
+        weighted: ids bring weights.
+        device: of the tables; ``"meta"`` allocates nothing until they are sharded.
+        like: dtype and device of everything else.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        plan: Plan,
+        slabs: Mapping[str, Slab],
+        weighted: bool,
+        device: torch.device | str,
+        like: Tensor,
+    ) -> None:
+        super().__init__()
+        self.schema, self.slabs = schema, dict(slabs)
+        # Every table starts at row 0, so features whose programs look alike map their ids in one operation.
+        places = {key: Place(f"width{slab.width}", 0) for key, slab in slabs.items()}
+        self.bundle = LookupBundle(schema, plan, places, {}, like, "torch")
+        self.keys: list[str] = []
+        tables: dict[str, list[str]] = {key: [] for key in slabs}
+        # Per table, whose ids each of TorchRec's features of it are.
+        self.features_of: dict[str, list[str]] = {key: [] for key in slabs}
+        for group in self.bundle.kernel.groups:
+            for number, kind in enumerate(group.sets):
+                for j, slot in enumerate(kind.slots):
+                    for f in group.features:
+                        spec = schema.features[f]
+                        program = self.bundle.programs[spec.name]
+                        key = f"{spec.name}#{number}.{j}"
+                        self.keys.append(key)
+                        table = table_key(spec, program.table(program.probes[slot].table))
+                        tables[table].append(key)
+                        self.features_of[table].append(spec.name)
+        configs = [
+            EmbeddingBagConfig(
+                name=slab.name, num_embeddings=slab.shape[0], embedding_dim=slab.shape[1], feature_names=tables[key]
+            )
+            for key, slab in slabs.items()
+        ]
+        self.ebc = EmbeddingBagCollection(tables=configs, is_weighted=weighted, device=torch.device(device))
+
+    def forward(self, bags: Bags) -> Tensor:
+        """Vectors of bags of the features: ``[B, num_vectors, output_dim]``, or ``[B, sum of widths]``."""
+        bundle, batch, count = self.bundle, bags.batch, len(self.schema)
+        lengths = bags.lengths.view(count, batch)
+        feature = torch.repeat_interleave(torch.arange(count, device=bags.values.device), lengths.sum(1))
+        ids = bundle.unseen(bags.values, feature)
+        values, sizes, weights = [], [], []
+        for part, group in zip(bundle.parts, bundle.kernel.groups, strict=True):
+            at, local = bundle._pick(part, feature)
+            mine = lengths[list(part)].reshape(-1)
+            given = bags.weights if bags.weights is None or at is None else bags.weights[at]
+            for read, (_, rows) in zip(
+                group.reads, group.rows(ids if at is None else ids[at], local, bundle.kernel.index.arrays), strict=True
+            ):
+                probes = rows.shape[1]
+                flat, per_bag = rows.t().reshape(-1), mine.repeat(probes)
+                weight = None if given is None else given.repeat(probes)
+                if read.may_be_absent:
+                    flat, per_bag, weight = _without_absent(flat, per_bag, weight)
+                values.append(flat)
+                sizes.append(per_bag)
+                weights += [] if weight is None else [weight]
+        jagged = KeyedJaggedTensor(
+            keys=self.keys,
+            values=torch.cat(values),
+            lengths=torch.cat(sizes),
+            weights=torch.cat(weights) if weights else None,
+            stride=batch,
+        )
+        return self._combine(self.ebc(jagged), lengths, batch)
+
+    def _combine(self, found: KeyedTensor, lengths: Tensor, batch: int) -> Tensor:
+        bundle, at, out = self.bundle, 0, []
+        for g, (part, group) in enumerate(zip(bundle.parts, bundle.kernel.groups, strict=True)):
+            pieces, rows = [], []
+            for kind in group.sets:
+                members, probes = len(part), len(kind.slots)
+                names = self.keys[at : at + members * probes]
+                at += members * probes
+                width = self._width(part[0], kind.slots[0])
+                # By name: the order of a sharded collection's output is that of its shards.
+                value = torch.cat([found[name] for name in names], 1).view(batch, probes, members, -1)
+                pieces.append(value[..., :width].transpose(1, 2))
+                rows.append(lengths.new_zeros(batch, members, probes))
+            value = group.combine(lengths, None, rows, pieces)
+            if self.schema.features[part[0]].pooling == "mean":
+                value = value / lengths[list(part)].t().clamp_min(1).unsqueeze(-1)
+            matrices = bundle._projection(g)
+            if matrices is not None:
+                value = project(value, matrices, "bfi,fio->bfo")
+            out.append(value.flatten(1))
+        return bundle._assemble(out, bundle.ordered, "order")
+
+    def _width(self, feature: int, slot: int) -> int:
+        program = self.bundle.programs[self.schema.names[feature]]
+        return program.table(program.probes[slot].table).width
+
+
+def _without_absent(rows: Tensor, lengths: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bags without the ids that have no row."""
+    kept = rows >= 0
+    before = F.pad(kept.long().cumsum(0), (1, 0))
+    ends = F.pad(lengths.cumsum(0), (1, 0))
+    return rows[kept], before[ends].diff(), None if weights is None else weights[kept]

@@ -1,0 +1,89 @@
+"""From a model with shardable collections to TorchRec's DistributedModelParallel, nothing left to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+from recsys_embed.errors import ConfigError
+from recsys_embed.sharding.collection import ShardableCollection
+from recsys_embed.sharding.cpu_rows import read_dense_rows
+from recsys_embed.sharding.sharders import Kind, collections_of, constraints_for, sharders
+from recsys_embed.sharding.shards import copy_in
+from recsys_embed.sharding.update import fuse, fuses
+
+
+def shard(
+    model: nn.Module,
+    kinds: Mapping[str, Kind] | Kind | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    plan: ShardingPlan | None = None,
+    topology: Topology | None = None,
+    group: Any = None,
+) -> DistributedModelParallel:
+    """Shard a model's :class:`ShardableCollection` tables over the processes of ``group``.
+
+    Tables keep the weights they have, and get their initial ones where they are on the meta device, whatever TorchRec
+    does to them on the way. Their optimizers run inside backward where fbgemm has them.
+
+    Args:
+        model: holds shardable collections, among any other modules; the same on every rank.
+        kinds: ``"table_wise"``, ``"row_wise"``, ``"column_wise"`` or ``"data_parallel"`` for all tables, or by table
+            or feature; the rest, and None, is left to TorchRec's planner.
+        device: of this rank.
+        plan: of TorchRec, instead of planning here.
+        topology: what the planner reckons with; by default of ``group`` and TorchRec's own figures.
+        group: process group; the default one if None.
+
+    Raises:
+        ConfigError: no shardable collection, no process group, or kinds that do not go with the optimizer.
+    """
+    device = torch.device(device)
+    colls = collections_of(model)
+    if not colls:
+        raise ConfigError("the model holds no ShardableCollection or CompressedEBC; replace its embedding tables first")
+    if not dist.is_initialized():
+        raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group")
+    group = dist.GroupMember.WORLD if group is None else group
+    world = dist.get_world_size(group)
+    constraints = constraints_for(colls, kinds, world, device.type)
+    for coll in colls:
+        if coll.optimizer is not None and fuses(coll.optimizer, device.type):
+            fuse(coll.stored(), coll.optimizer)
+    held = [weights_of(coll) for coll in colls]
+    if plan is None:
+        topology = topology or topology_of(world, device.type)
+        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
+        plan = planner.collective_plan(model, sharders(), group)
+    sharded = DistributedModelParallel(
+        model, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders()
+    )
+    read_dense_rows(sharded)
+    for coll, weights in zip(colls, held, strict=True):
+        if weights is None:
+            coll.reset_parameters()
+        else:
+            # TorchRec draws new weights where tables come from and go to CPUs.
+            copy_in(coll.shards(), weights)
+    return sharded
+
+
+def weights_of(coll: ShardableCollection) -> dict[str, Tensor] | None:
+    """Stored tables by key as they are before sharding; None on the meta device."""
+    found = {slab.key: parameter.detach() for slab, parameter in coll.stored()}
+    return None if any(values.is_meta for values in found.values()) else found
+
+
+def topology_of(world_size: int, device_type: str, **options: Any) -> Topology:
+    """TorchRec's view of the machines of a running job."""
+    local = get_local_size(world_size)
+    return Topology(world_size=world_size, compute_device=device_type, local_world_size=local, **options)

@@ -1,0 +1,147 @@
+"""What the worker processes run: each case compares a sharded model with an unsharded one in the same process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+import recsys_embed as rse
+from recsys_embed.sharding import Optimizers, ShardableCollection, shard
+from recsys_embed.sharding.sharders import splits_by_row
+
+SIZES = {"C1": 1000, "C2": 5000, "C3": 70, "C4": 300}
+RULES: dict[str, Any] = {
+    "sgd": rse.SGD(lr=0.02),
+    "adagrad": rse.Adagrad(lr=0.02),
+    "rowwise_adagrad": rse.RowwiseAdagrad(lr=0.02),
+    "adam": rse.Adam(lr=0.02),
+}
+
+
+def schema_for(dims: tuple[int, ...] = (16,), pooling: tuple[str, ...] = ("sum",), **options: Any) -> rse.Schema:
+    return rse.Schema(
+        [
+            rse.FeatureSpec(
+                n, size, dims[i % len(dims)], pooling=pooling[i % len(pooling)], init="uniform:0.5", **options
+            )
+            for i, (n, size) in enumerate(SIZES.items())
+        ]
+    )
+
+
+def plan_for(schema: rse.Schema, method: str, **options: Any) -> rse.Plan:
+    if options or method == "full":
+        return rse.Plan.uniform(schema, method, **options)
+    return rse.Plan.uniform(schema, method, budget="120KiB", full_below=100)
+
+
+def single(seed: int, batch: int = 24) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(0, n, (batch,), generator=g) for n in SIZES.values()], 1)
+
+
+def jagged(seed: int, batch: int = 12, weighted: bool = False) -> KeyedJaggedTensor:
+    """Bags of 0 to 4 ids, features in another order than the schema's."""
+    g = torch.Generator().manual_seed(seed)
+    names = list(SIZES)[::-1]
+    lengths = torch.randint(0, 5, (len(names), batch), generator=g)
+    values = [torch.randint(0, SIZES[n], (int(lengths[i].sum()),), generator=g) for i, n in enumerate(names)]
+    total = int(lengths.sum())
+    weights = torch.rand(total, generator=g) if weighted else None
+    return KeyedJaggedTensor(names, torch.cat(values), weights=weights, lengths=lengths.view(-1))
+
+
+def joined(parts: list[Any]) -> Any:
+    """Batches of all ranks as one: a step of the unsharded collection."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    names = parts[0].keys()
+    held = [p.to_dict() for p in parts]
+    weights = None
+    if parts[0].weights_or_none() is not None:
+        weights = torch.cat([h[n].weights() for n in names for h in held])
+    values, lengths = ([getattr(h[n], kind)() for n in names for h in held] for kind in ("values", "lengths"))
+    return KeyedJaggedTensor(names, torch.cat(values), weights=weights, lengths=torch.cat(lengths))
+
+
+def kinds_for(collection: ShardableCollection, kind: str | None, world: int) -> Any:
+    """``"mixed"``: the kinds in turn over the tables."""
+    if kind != "mixed":
+        return kind
+    turns = ["table_wise", "row_wise", "data_parallel"]
+    if not isinstance(collection.optimizer, rse.RowwiseAdagrad):
+        turns.append("column_wise")
+    chosen = {key: turns[i % len(turns)] for i, key in enumerate(collection.slabs)}
+    small = {k for k, slab in collection.slabs.items() if not splits_by_row(slab, world)}
+    return {k: "table_wise" if k in small and kind == "row_wise" else kind for k, kind in chosen.items()}
+
+
+def loss_of(out: Tensor, seed: int) -> Tensor:
+    """A loss whose gradient differs for every element, so that nothing cancels."""
+    g = torch.Generator().manual_seed(seed)
+    return (out * torch.rand(out.shape, generator=g)).sum() + out.square().sum()
+
+
+def parity(
+    group: Any,
+    rank: int,
+    world: int,
+    method: str,
+    kind: str | None,
+    pool: str = "tables",
+    rule: str = "sgd",
+    form: str = "single",
+    dims: tuple[int, ...] = (16,),
+    pooling: tuple[str, ...] = ("sum",),
+    steps: int = 3,
+    weighted: bool = False,
+    device: str = "meta",
+    options: dict[str, Any] | None = None,
+    spec: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Forward before training, differences after, and what did not move."""
+    schema = schema_for(dims, pooling, **(spec or {}))
+    plan = plan_for(schema, method, **(options or {}))
+    optimizer = RULES[rule]
+    whole = rse.EmbeddingCollection(schema, plan, optimizer, seed=3, backend="torch")
+    coll = ShardableCollection(schema, plan, optimizer, seed=3, pool=pool, weighted=weighted, device=device)
+    model = shard(coll, kinds_for(coll, kind, world), group=group)
+    make: Any = single if form == "single" else lambda seed: jagged(seed, weighted=weighted)
+    optimizers = Optimizers(model, lambda params: torch.optim.SGD(params, lr=0.02))
+    before = snapshot(coll)
+    ordinary = [p for p in whole.parameters() if p.requires_grad]
+    dense = torch.optim.SGD(ordinary, lr=0.02) if ordinary else None
+    first = (model(make(rank)), whole(make(rank)))
+    equal = torch.equal(*first)
+    start = float((first[0] - first[1]).abs().max())
+    for step in range(steps):
+        loss_of(model(make(10 * step + rank)), rank).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        parts = [make(10 * step + r) for r in range(world)]
+        outs = whole(joined(parts)).chunk(world)
+        (sum(loss_of(out, r) for r, out in enumerate(outs)) / world).backward()
+        if dense is not None:
+            dense.step()
+            dense.zero_grad()
+    after, expected = model(make(77 + rank)), whole(make(77 + rank))
+    moved = snapshot(coll)
+    return {
+        "equal": equal,
+        "start": start,
+        "after": float((after - expected).abs().max()),
+        "moved": float((expected - first[1]).abs().max()),
+        "still": sorted(k for k in before if torch.equal(before[k], moved[k])),
+        "shape": list(after.shape) == list(expected.shape),
+    }
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter here by name; shards of a table are told apart by where they begin."""
+    found = {n: p.detach().clone() for n, p in model.named_parameters() if p.numel()}
+    for coll in [m for m in model.modules() if isinstance(m, ShardableCollection)]:
+        found |= {f"{s.slab.key} {s.row} {s.column}": s.tensor.clone() for s in coll.shards() if s.tensor.numel()}
+    return found

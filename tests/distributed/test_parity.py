@@ -1,0 +1,101 @@
+"""Sharded collections compute what unsharded ones do: same bits at the start, same updates, nothing left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import recsys_embed as rse
+from tests.distributed.workers import Workers
+
+METHODS = [m.name for m in rse.list_methods()]
+RULES = ("sgd", "adagrad", "rowwise_adagrad")
+
+
+def check(found: list[dict[str, Any]], bits: bool = True) -> None:
+    for rank in found:
+        assert rank["shape"]
+        assert rank["equal"] if bits else rank["start"] <= 1e-6
+        assert rank["moved"] > 1e-2, "the steps did not change the output, so they show nothing"
+        assert rank["after"] <= 2e-6 * max(1.0, rank["moved"])
+        assert rank["still"] == []
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks(workers: Workers, method: str, kind: str) -> None:
+    rule = RULES[(METHODS.index(method) + len(kind)) % 3]
+    rule = "adagrad" if kind == "column_wise" and rule == "rowwise_adagrad" else rule
+    check(workers.run("parity", 2, method=method, kind=kind, rule=rule))
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_bags_on_two_ranks(workers: Workers, method: str, kind: str) -> None:
+    """Bags pooled after a row per id have the bits of the unsharded collection; pooled in shards, they cannot."""
+    options: dict[str, Any] = {"form": "jagged", "pooling": ("sum", "mean", "max")}
+    check(workers.run("parity", 2, method=method, kind=kind, pool="ids", **options))
+    if kind == "mixed":
+        check(workers.run("parity", 2, method=method, kind=kind, **options), bits=False)
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_four_ranks(workers: Workers, method: str, kind: str) -> None:
+    check(workers.run("parity", 4, method=method, kind=kind, rule="rowwise_adagrad"))
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "column_wise"])
+@pytest.mark.parametrize("method", ["full", "compositional", "memcom"])
+def test_four_ranks_in_other_ways(workers: Workers, method: str, kind: str) -> None:
+    check(workers.run("parity", 4, method=method, kind=kind, rule="adagrad", form="jagged", pool="ids"))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("method", ["lowdim", "memcom", "pep"])
+def test_replicated_tables_follow_the_fused_rule(workers: Workers, method: str, rule: str) -> None:
+    check(workers.run("parity", 2, method=method, kind="data_parallel", rule=rule))
+
+
+@pytest.mark.parametrize("kind", [None, "table_wise"])
+@pytest.mark.parametrize("dims", [(6, 6, 6, 6), (8, 16, 3, 2)])
+def test_any_width(workers: Workers, dims: tuple[int, ...], kind: str | None) -> None:
+    """Padded rows train as they would without padding, row-wise state included."""
+    for pool in ("tables", "ids"):
+        check(workers.run("parity", 2, method="full", kind=kind, dims=dims, rule="rowwise_adagrad", pool=pool))
+
+
+@pytest.mark.parametrize("unseen", ["zero", "oov", "hash"])
+def test_policies_for_unseen_ids(workers: Workers, unseen: str) -> None:
+    for method in ("full", "compositional"):
+        check(workers.run("parity", 2, method=method, kind="mixed", form="jagged", pool="ids", spec={"unseen": unseen}))
+
+
+def test_weighted_bags(workers: Workers) -> None:
+    for method, kind in (("full", "row_wise"), ("compositional", "mixed"), ("memcom", "table_wise")):
+        found = workers.run("parity", 2, method=method, kind=kind, form="jagged", weighted=True)
+        check(found, bits=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *[("compositional", {"combine": c, "num_collisions": 7}) for c in ("mul", "add", "concat", "feature", "path")],
+        ("compositional", {"combine": "mul", "num_collisions": 7, "bag": "pooled"}),
+        ("compositional", {"partition": "chinese_remainder", "combine": "add", "moduli": (17, 19, 23)}),
+        ("multihash", {"num_buckets": 60, "combine": "mean", "separate": True, "sign": True}),
+        ("multihash", {"num_buckets": 60, "weights": "indep", "append_weights": "outside"}),
+        ("unified", {"num_rows": 500, "combine": "sum", "num_probes": 3}),
+        ("unified", {"num_rows": 500, "num_tables": 2, "chunk_dim": 4}),
+    ],
+)
+def test_forms_of_methods(workers: Workers, method: str, options: dict[str, Any]) -> None:
+    """Among them programs that multiply, signs, learned weights, several vectors per feature, and one that computes."""
+    check(workers.run("parity", 2, method=method, options=options, kind="mixed", pool="ids", form="jagged"))
+    check(workers.run("parity", 2, method=method, options=options, kind="row_wise", rule="adagrad"))
+
+
+def test_weights_that_are_there_are_kept(workers: Workers) -> None:
+    """Sharding from CPU memory keeps the weights, which TorchRec by itself replaces by new ones."""
+    check(workers.run("parity", 2, method="hash", kind="mixed", device="cpu"))
