@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 import recsys_embed as rse
-from recsys_embed.sharding import Optimizers, ShardableCollection, shard
+from recsys_embed.sharding import CompressedEBC, Optimizers, ShardableCollection, shard
 from recsys_embed.sharding.sharders import splits_by_row
 
 SIZES = {"C1": 1000, "C2": 5000, "C3": 70, "C4": 300}
@@ -145,3 +145,56 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     for coll in [m for m in model.modules() if isinstance(m, ShardableCollection)]:
         found |= {f"{s.slab.key} {s.row} {s.column}": s.tensor.clone() for s in coll.shards() if s.tensor.numel()}
     return found
+
+
+def torchrec_model(name: str, ebc: nn.Module) -> nn.Module:
+    """TorchRec's own model, built as for an EmbeddingBagCollection."""
+    from torchrec.models.deepfm import SimpleDeepFMNN
+    from torchrec.models.dlrm import DLRM, DLRM_DCN
+
+    torch.manual_seed(5)
+    if name == "deepfm":
+        return SimpleDeepFMNN(4, ebc, hidden_layer_size=8, deep_fm_dimension=3)
+    options: dict[str, Any] = {
+        "dense_in_features": 4,
+        "dense_arch_layer_sizes": [8, 16],
+        "over_arch_layer_sizes": [8, 1],
+    }
+    if name == "dlrm_dcn":
+        return DLRM_DCN(ebc, dcn_num_layers=2, dcn_low_rank_dim=4, **options)
+    return DLRM(ebc, **options)
+
+
+def torchrec_models(group: Any, rank: int, world: int, name: str, method: str, kind: str) -> dict[str, Any]:
+    """A model of TorchRec over a compressed collection, sharded, beside itself unsharded in one process."""
+    schema = schema_for()
+    plan = plan_for(schema, method)
+    rule = rse.SGD(lr=0.05)
+    whole = torchrec_model(name, CompressedEBC(schema, plan, seed=3))
+    ebc = CompressedEBC(schema, plan, rule, seed=3, device="meta")
+    model = shard(torchrec_model(name, ebc), kinds_for(ebc.collection, kind, world), group=group)
+    optimizers = Optimizers(model, lambda params: torch.optim.SGD(params, lr=0.05))
+    single_process = torch.optim.SGD(whole.parameters(), lr=0.05)
+
+    def batch(seed: int) -> tuple[Tensor, KeyedJaggedTensor]:
+        return torch.randn(12, 4, generator=torch.Generator().manual_seed(seed)), jagged(seed)
+
+    before = snapshot(model)
+    start = [m(*batch(rank)) for m in (model, whole)]
+    for step in range(3):
+        parts = [batch(10 * step + r) for r in range(world)]
+        loss_of(model(*parts[rank]), rank).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        outs = whole(torch.cat([d for d, _ in parts]), joined([k for _, k in parts])).chunk(world)
+        (sum(loss_of(out, r) for r, out in enumerate(outs)) / world).backward()
+        single_process.step()
+        single_process.zero_grad()
+    end = [m(*batch(77 + rank)) for m in (model, whole)]
+    moved = snapshot(model)
+    return {
+        "start": float((start[0] - start[1]).abs().max()),
+        "after": float((end[0] - end[1]).abs().max()),
+        "moved": float((end[1] - whole(*batch(rank))).abs().max() + (start[1] - whole(*batch(rank))).abs().max()),
+        "still": sorted(k for k in before if torch.equal(before[k], moved[k])),
+    }

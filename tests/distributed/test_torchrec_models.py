@@ -1,0 +1,64 @@
+"""TorchRec's own models run unchanged with a compressed collection, and shard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+
+import recsys_embed as rse
+from recsys_embed.errors import ConfigError
+from recsys_embed.sharding import CompressedEBC, ShardableCollection, shard
+from tests.distributed.workers import Workers
+
+
+@pytest.mark.parametrize("kind", ["mixed", "row_wise"])
+@pytest.mark.parametrize("method", ["full", "compositional", "unified", "memcom"])
+@pytest.mark.parametrize("name", ["dlrm", "deepfm", "dlrm_dcn"])
+def test_models_train_as_unsharded(workers: Workers, name: str, method: str, kind: str) -> None:
+    for rank in workers.run("torchrec_models", 2, name=name, method=method, kind=kind):
+        assert rank["start"] <= 1e-5
+        assert rank["after"] <= 1e-5
+        assert rank["moved"] > 1e-2
+        assert rank["still"] == []
+
+
+def features() -> list[EmbeddingBagConfig]:
+    return [
+        EmbeddingBagConfig(name="a", num_embeddings=40, embedding_dim=8, feature_names=["f0", "f1"]),
+        EmbeddingBagConfig(
+            name="b", num_embeddings=30, embedding_dim=8, feature_names=["f2"], pooling=PoolingType.MEAN
+        ),
+    ]
+
+
+def test_plain_tables_are_those_of_torchrec() -> None:
+    """With weights copied over, the vectors are those of an EmbeddingBagCollection, for any order of the keys."""
+    ebc = EmbeddingBagCollection(tables=features())
+    ours = CompressedEBC.like(ebc)
+    tables = {"f0": "a", "f1": "a", "f2": "b"}
+    for shard_ in ours.collection.shards():
+        shard_.take(ebc.state_dict()[f"embedding_bags.{tables[shard_.slab.key.split('.')[0]]}.weight"])
+    lengths = torch.tensor([2, 0, 1, 1, 3, 2, 0, 1, 1])
+    ids = KeyedJaggedTensor(["f2", "f0", "f1"], torch.arange(11), lengths=lengths)
+    found, wanted = ours(ids), ebc(ids)
+    assert found.keys() == ["f0", "f1", "f2"]
+    for name in found.keys():  # noqa: SIM118 - a KeyedTensor is no dictionary
+        torch.testing.assert_close(found[name], wanted[name])
+    assert [c.feature_names for c in ours.embedding_bag_configs()] == [["f0"], ["f1"], ["f2"]]
+    assert not ours.is_weighted()
+
+
+def test_what_cannot_be_said_is_an_error() -> None:
+    twice = [*features(), EmbeddingBagConfig(name="c", num_embeddings=9, embedding_dim=8, feature_names=["f0"])]
+    with pytest.raises(ConfigError, match="'f0' is served by several tables"):
+        CompressedEBC.like(twice)
+    schema = rse.Schema([rse.FeatureSpec("C1", 10, 4)])
+    with pytest.raises(ConfigError, match="`pool` must be 'tables' or 'ids'; got 'bags'"):
+        ShardableCollection(schema, pool="bags")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="`optimizer` must be a fused optimizer"):
+        ShardableCollection(schema, optimizer=torch.optim.SGD)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no ShardableCollection"):
+        shard(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="no process group"):
+        shard(ShardableCollection(schema))
