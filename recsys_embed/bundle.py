@@ -13,7 +13,7 @@ from recsys_embed.bags import Bags
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.fusion import FusedBundle
+from recsys_embed.fusion import BUNDLES, FusedBundle
 from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.native_lookup import NativeStep
@@ -44,6 +44,7 @@ class LookupBundle(Constants):
         storages: Mapping[str, tuple[int, int]],
         like: Tensor,
         backend: str,
+        kernels: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.schema = schema
@@ -81,10 +82,10 @@ class LookupBundle(Constants):
         # Width of every output vector, None where features differ.
         self.output_dim = widths.pop() if len(widths) == 1 else None
         self.ordered = self._add_order("order", self.parts, like.device)
-        self.fused: FusedBundle | None = None
-        if backend == "native" and FusedBundle.fits(self):
-            self.fused = FusedBundle(self, where, storages)
-            self.fused_ordered = self._add_order("fused_order", self.fused.parts, like.device)
+        self.fused: dict[str, FusedBundle] = {}
+        for name in kernels if FusedBundle.fits(self) else ():
+            self.fused[name] = BUNDLES[name](self, where, storages)
+            self.fused_ordered = self._add_order("fused_order", self.fused[name].parts, like.device)
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
         return self.programs[spec.name] if spec.name in self.programs else self._module(spec.name).program
@@ -192,16 +193,16 @@ class LookupBundle(Constants):
             out.append(self.vectors_of(part[0], column[:, 0]))
         return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
 
-    def single_native(self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool) -> Tensor:
-        """As :meth:`single`, by the native kernels, for bundles that have ``fused``.
+    def single_fused(
+        self, kernels: str, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+    ) -> Tensor:
+        """As :meth:`single`, by one of the kernels in ``fused``.
 
         Args:
             tables: float32 per storage, on the CPU.
             step, sparse: see :func:`look_up`.
         """
-        if self.fused is None:
-            raise RuntimeError("this bundle was not built for the native kernels")
-        parts = self.fused.single(self, ids, tables, step, sparse)
+        parts = self.fused[kernels].single(self, ids, tables, step, sparse)
         return self._assemble(parts, self.fused_ordered, "fused_order")
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from recsys_embed.bundle import LookupBundle
 from recsys_embed.embedding import STORED_UNSEEN
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels import dispatch, native
+from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, read_rows
 from recsys_embed.kernels.indexes import IndexStore
@@ -71,7 +71,9 @@ class EmbeddingCollection(SteppedTables):
                 "`optimizer` must be recsys_embed.SGD, Adagrad, RowwiseAdagrad or Adam with its rate, or None; got "
                 f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
             )
-        backend = dispatch.choose(backend, optimizer)
+        like = torch.empty(0, device=device, dtype=dtype)
+        kernels = dispatch.kernels(backend, optimizer)
+        backend = dispatch.choose(backend, optimizer, like.device)
         if backend == "reference" and optimizer is not None:
             raise ConfigError(
                 "backend 'reference' reads a table several times per step and cannot fuse its update; "
@@ -80,13 +82,12 @@ class EmbeddingCollection(SteppedTables):
         plan = Plan.full(schema) if plan is None else plan
         tables = plan.tables(schema)
         shapes, places = stack_tables(tables)
-        like = torch.empty(0, device=device, dtype=dtype)
         super().__init__(shapes, optimizer, like.device, like.dtype, backend)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
         self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
-        self.bundle = LookupBundle(schema, plan, places, shapes, like, backend)
+        self.bundle = LookupBundle(schema, plan, places, shapes, like, backend, kernels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,12 +175,12 @@ class EmbeddingCollection(SteppedTables):
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
-    def _native_tables(self, ids: Tensor) -> list[Tensor] | None:
-        """The storages where the native kernels can run on them and on ``ids``, else None."""
-        if self.bundle.fused is None or self.served is not None:
+    def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
+        """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
+        if not self.bundle.fused or self.served is not None:
             return None
         tables = [getattr(self, name) for name in self.storages]
-        return tables if native.runs_on(ids, tables) else None
+        return next(((name, tables) for name in self.bundle.fused if dispatch.RUNS_ON[name](ids, tables)), None)
 
     def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Vectors of all features.
@@ -204,11 +205,11 @@ class EmbeddingCollection(SteppedTables):
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
-            tables = self._native_tables(ids)
-            if tables is None:
+            fused = self._fused_tables(ids)
+            if fused is None:
                 return self.bundle.single(ids.long(), self._gather)
             step = self._native_step if self._stepping else None
-            return self.bundle.single_native(ids, tables, step, self.sparse)
+            return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
         return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._gather)
 

@@ -1,14 +1,14 @@
-"""A bundle's features as the native kernels run them: one call whose outputs stand in schema order already."""
+"""A bundle's features as fused kernels run them: one call whose outputs stand in schema order already."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from recsys_embed.errors import IdRangeError
-from recsys_embed.kernels.native import NativeLookup
+from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep, look_up
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.kernels.records import Slot, supported
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FusedBundle:
-    """Features without a projection share one output; those of one shape of projection share another.
+    """On the CPU. Features without a projection share one output; those of one shape of projection share another.
 
     Args:
         bundle: the features, each with a program that the kernels know.
@@ -49,7 +49,8 @@ class FusedBundle:
             widths.append(column)
         at = [position[name] for name in names]
         limits = bundle.unseen.integers_of("limits")
-        self.lookup = NativeLookup(
+        self._build(
+            names,
             list(bundle.programs.values()),
             places,
             bundle.kernel.index,
@@ -60,9 +61,12 @@ class FusedBundle:
             [limits[i] for i in at],
             [bundle.unseen.zeros[i] for i in at],
         )
-        self.pool = OutputPool()
         self.parts = [members for _, members in self.shapes]
         self.parts += [part for part in bundle.parts if part[0] not in slots]
+
+    def _build(self, names: Sequence[str], *arguments: Any) -> None:
+        self.lookup: Any = NativeLookup(*arguments)
+        self._pool = OutputPool()
 
     @staticmethod
     def fits(bundle: LookupBundle) -> bool:
@@ -82,13 +86,8 @@ class FusedBundle:
         Raises:
             IdRangeError: names the first feature at fault.
         """
-        if bundle.unseen.replaces or bundle.unseen.counting:
-            ids = bundle.unseen(ids.long())
-        try:
-            outputs = look_up(self.lookup, self.pool, ids, tables, step=step, sparse=sparse)
-        except IdRangeError:
-            bundle.unseen.check(ids.long())
-            raise
+        ids = self._resolved(bundle, ids)
+        outputs = self._outputs(bundle, ids, tables, step, sparse)
         out = []
         for (shape, members), value in zip(self.shapes, outputs, strict=True):
             if shape is None:
@@ -99,3 +98,41 @@ class FusedBundle:
         for (i,) in self.parts[len(self.shapes) :]:
             out.append(bundle.vectors_of(i, ids[:, i].long()))
         return out
+
+    def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
+        """``ids`` after the policies for unseen ones."""
+        return bundle.unseen(ids.long()) if bundle.unseen.replaces or bundle.unseen.counting else ids
+
+    def _outputs(
+        self, bundle: LookupBundle, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+    ) -> tuple[Tensor, ...]:
+        try:
+            return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse)
+        except IdRangeError:
+            bundle.unseen.check(ids.long())
+            raise
+
+
+class TritonBundle(FusedBundle):
+    """On GPUs. Triton loads where this is built, so only where it runs."""
+
+    def _build(self, names: Sequence[str], *arguments: Any) -> None:
+        from recsys_embed.kernels.triton.lookup import TritonLookup
+
+        self.lookup = TritonLookup(names, *arguments)
+
+    def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
+        # The kernels check ranges themselves: the assertion that torch has for GPUs would end the process.
+        if not (bundle.unseen.replaces or bundle.unseen.counting):
+            return ids
+        return bundle.unseen.resolve(ids.long(), count=bundle.unseen.counting, check=False)
+
+    def _outputs(
+        self, bundle: LookupBundle, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+    ) -> tuple[Tensor, ...]:
+        from recsys_embed.kernels.triton.autograd import look_up as look_up_there
+
+        return look_up_there(self.lookup, ids, tables, step=step, sparse=sparse)
+
+
+BUNDLES: Mapping[str, type[FusedBundle]] = {"native": FusedBundle, "triton": TritonBundle}

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
 
 from recsys_embed.errors import BackendError, unknown_name
 from recsys_embed.kernels import native
+from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer
 
-Backend = Literal["auto", "reference", "torch", "native"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
+Chosen = Literal["reference", "torch", "native", "triton"]
+
+
+# By name of fused kernels: whether they may read these tensors.
+RUNS_ON: Mapping[str, Callable[[Tensor, Sequence[Tensor]], bool]] = {
+    "native": native.runs_on,
+    "triton": status.runs_on,
+}
 
 
 class BackendStatus(NamedTuple):
@@ -23,7 +36,7 @@ def available_backends() -> list[BackendStatus]:
     """Every backend of the library with its status here.
 
     >>> [b.name for b in available_backends()]
-    ['reference', 'torch', 'native']
+    ['reference', 'torch', 'native', 'triton']
     """
     found = native.library()
     why = found
@@ -34,14 +47,23 @@ def available_backends() -> list[BackendStatus]:
         BackendStatus("reference", True, "readable definition, one feature at a time; for checking, not for speed"),
         BackendStatus("torch", True, "all features in a fixed number of torch operations, on any device"),
         BackendStatus("native", isinstance(found, native.Library), str(why)),
+        BackendStatus(
+            "triton",
+            status.why_not() is None,
+            status.why_not()
+            or "compiled for the GPU at first use; float32, bfloat16 and float16 tables, all features in one launch",
+        ),
     ]
 
 
-def choose(backend: str, optimizer: FusedOptimizer | None = None) -> Literal["reference", "torch", "native"]:
+def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.device | None = None) -> Chosen:
     """The backend to build: the fastest that runs for ``"auto"``, else the named one or an error.
 
     ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags, compiled and exported
-    programs) to ``"torch"``.
+    programs) to ``"torch"``; so does ``"triton"`` (other devices than GPUs, float64, the same).
+
+    Args:
+        device: of the tables, the CPU by default.
 
     Raises:
         UnknownNameError: no backend has that name.
@@ -50,10 +72,23 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None) -> Literal["re
     if backend not in get_args(Backend):
         raise unknown_name("backend", backend, get_args(Backend))
     fits = native.knows(optimizer)
-    if backend == "native":
-        native.loaded()
+    if backend in ("native", "triton"):
+        if backend == "native":
+            native.loaded()
+        else:
+            status.require_triton()
         if not fits:
-            raise BackendError(f"backend 'native' does not know the rule of {optimizer!r}; use backend 'torch'")
+            raise BackendError(f"backend {backend!r} does not know the rule of {optimizer!r}; use backend 'torch'")
     if backend == "auto":
-        return "native" if fits and isinstance(native.library(), native.Library) else "torch"
-    return cast("Literal['reference', 'torch', 'native']", backend)
+        wanted = "triton" if device is not None and device.type == "cuda" else "native"
+        return cast("Chosen", wanted if wanted in kernels(backend, optimizer) else "torch")
+    return cast("Chosen", backend)
+
+
+def kernels(backend: str, optimizer: FusedOptimizer | None = None) -> tuple[str, ...]:
+    """Names of the fused kernels that lookups of a backend may run on, whichever device their tables move to."""
+    here = {"native": isinstance(native.library(), native.Library), "triton": status.why_not() is None}
+    if backend == "auto":
+        # In the interpreter nothing but tests should run.
+        here["triton"] &= not status.interpreted()
+    return tuple(name for name, runs in here.items() if runs and native.knows(optimizer) and backend in ("auto", name))

@@ -123,13 +123,20 @@ class Unseen(Constants):
         return self.resolve(ids, feature, ignored, count=counts)
 
     def resolve(
-        self, ids: Tensor, feature: Tensor | None = None, ignored: Tensor | None = None, *, count: bool = False
+        self,
+        ids: Tensor,
+        feature: Tensor | None = None,
+        ignored: Tensor | None = None,
+        *,
+        count: bool = False,
+        check: bool = True,
     ) -> Tensor:
-        """As calling it, counting only if told to."""
+        """As calling it, counting only if told to; without ``check`` ids that are refused come back as they are."""
         if not (self.replaces or count) or ids.device.type == "meta":
-            self.check(ids, feature)
+            if check:
+                self.check(ids, feature)
             return ids
-        if "raise" in self.actions:
+        if check and "raise" in self.actions:
             self.check(ids, feature)
         outside = (ids < self._of("low", feature)) | (ids > self._of("last", feature))
         if count:

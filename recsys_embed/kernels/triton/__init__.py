@@ -1,0 +1,1 @@
+"""Lookup programs on CUDA devices. Only ``status`` may be imported where triton is not installed."""

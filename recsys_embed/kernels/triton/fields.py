@@ -1,0 +1,179 @@
+"""Lookup programs as integer tables, the form in which the GPU kernels read them.
+
+A *job* is what one program of the forward kernel does for a tile of samples: all probes of a feature that share output
+columns. A *read* is one row per sample of one table: a probe's own, or that of its learned weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys_embed.kernels.records import TRANSFORM
+
+JOB = ("ids", "feature", "first", "probes", "limit", "optional", "out", "stride", "column", "span", "product", "plain")
+# Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not.
+MAP = (*(TRANSFORM.names or ()), "div_inverse", "mod_inverse", "p_inverse", "size_inverse")
+PLACE = ("storage", "base", "rows", "width", "run", "repeat", "has_sign", "sign", "kept", "own", "read")
+WEIGHT = ("weight_storage", "weight_base", "weight_rows", "weight_kept", "weight_own", "weight_read")
+PROBE = (*PLACE, *WEIGHT, *(f"of_{name}" for name in MAP), *(f"weight_of_{name}" for name in MAP))
+READ = ("storage", "base", "rows", "own", "at", "stride", "column", "run", "path", "buffer")
+SORTED, SMALL = 0, 1
+_SMALL_BYTES = 1 << 17
+_INVERTED = {"div_inverse": "div", "mod_inverse": "mod", "p_inverse": "p", "size_inverse": "size"}
+
+
+def inverse(divisor: int) -> int:
+    """``floor((2**64 - 1) / divisor)`` as int64 bits: its high product with x is the quotient, or one less.
+
+    >>> [inverse(d) % 2**64 for d in (1, 2, 10)] == [2**64 - 1, 2**63 - 1, (2**64 - 1) // 10]
+    True
+    """
+    value = (2**64 - 1) // max(divisor, 1)
+    return value - 2**64 if value >= 2**63 else value
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The integers of a collection's programs.
+
+    Args:
+        jobs, probes, reads: int64, a column per name of ``JOB``, ``PROBE`` and ``READ``.
+        scales: float32, per probe.
+        read_scales: float32, per read: what its gradient is multiplied by.
+        kept: numbers per sample that backward needs of what forward read.
+        own: numbers per sample of gradients that are not plainly those of the output.
+    """
+
+    jobs: NDArray[Any]
+    probes: NDArray[Any]
+    scales: NDArray[Any]
+    reads: NDArray[Any]
+    read_scales: NDArray[Any]
+    kept: int
+    own: int
+
+    def column(self, table: str, name: str) -> NDArray[Any]:
+        """One column of ``jobs``, ``probes`` or ``reads`` by name."""
+        names = {"jobs": JOB, "probes": PROBE, "reads": READ}[table]
+        found: NDArray[Any] = getattr(self, table)[:, names.index(name)]
+        return found
+
+
+def _map(record: Any, prefix: str) -> dict[str, int]:
+    fields = {name: int(record[name]) for name in TRANSFORM.names or ()}
+    fields |= {name: inverse(fields[of]) for name, of in _INVERTED.items()}
+    return {prefix + name: value for name, value in fields.items()}
+
+
+def _give_buffers(reads: Sequence[dict[str, Any]]) -> None:
+    """Where each small table begins in its storage's buffer of gradients."""
+    starts: dict[tuple[int, int], int] = {}
+    ends: dict[int, int] = {}
+    for read in reads:
+        storage, key = read["storage"], (read["storage"], read["base"])
+        if read["path"] == SMALL and key not in starts:
+            starts[key] = ends.get(storage, 0)
+            ends[storage] = starts[key] + read["rows"]
+        read["buffer"] = starts.get(key, -1)
+
+
+class _Layout:
+    """Tables in the making."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self.starts, self.widths = np.concatenate([[0], np.cumsum(widths)]), widths
+        self.jobs: list[dict[str, int]] = []
+        self.probes: list[dict[str, int]] = []
+        self.scales: list[float] = []
+        self.reads: list[dict[str, Any]] = []
+        self.kept = self.own = 0
+
+    def add(self, number: int, feature: Any, probes: NDArray[Any]) -> None:
+        """One feature: a job per range of columns that probes share, one for those that none fills."""
+        output = int(feature["output"])
+        job = {"ids": int(feature["ids"]), "feature": number, "limit": int(feature["limit"])}
+        job |= {"optional": int(feature["optional"]), "plain": int(feature["plain"])}
+        job |= {"out": int(self.starts[output]), "stride": self.widths[output]}
+        at = int(feature["column"])
+        for column in sorted({int(p["column"]) for p in probes}):
+            members = [p for p in probes if p["column"] == column]
+            place = {"column": at + column, "span": int(members[0]["span"]), "product": int(members[0]["product"])}
+            self.jobs.append({**job, **place, "first": len(self.probes), "probes": len(members)})
+            for p in members:
+                self._add_probe(self.jobs[-1], p)
+        if feature["padding"]:
+            place = {"column": at + int(feature["width"] - feature["padding"]), "span": int(feature["padding"])}
+            self.jobs.append({**job, **place, "product": 0, "first": 0, "probes": 0})
+
+    def _add_probe(self, job: Mapping[str, int], p: Any) -> None:
+        width, elements = int(p["width"]), int(p["run"] * p["width"])
+        table = {"storage": int(p["storage"]), "base": int(p["base"]), "rows": int(p["rows"])}
+        probe = {**table, "width": width, "run": int(p["run"]), "repeat": int(p["span"] != elements)}
+        probe |= {"has_sign": int(p["has_sign"]), "sign": int(p["sign"]), "kept": self.kept, "own": self.own}
+        probe |= {name: int(p[name]) for name in ("weight_storage", "weight_base", "weight_rows")}
+        probe |= _map(p["of"], "of_") | _map(p["weight_of"], "weight_of_")
+        if job["plain"]:
+            gradient = {"own": 0, "at": job["out"], "stride": job["stride"], "column": job["column"]}
+        else:
+            gradient = {"own": 1, "at": self.own, "stride": elements, "column": 0}
+            self.kept, self.own = self.kept + elements, self.own + elements
+        read = {**table, **gradient, "run": int(p["run"]), "width": width, "of": (probe, "read")}
+        self.reads.append({**read, "scale": float(p["scale"]) if job["plain"] else 1.0})
+        self.probes.append(probe)
+        self.scales.append(float(p["scale"]))
+
+    def add_weights(self) -> None:
+        """Reads of learned weights, behind all rows, which so keep their alignment."""
+        for probe in self.probes:
+            if probe["weight_storage"] < 0:
+                continue
+            probe["weight_kept"], probe["weight_own"] = self.kept, self.own
+            table = {name: probe["weight_" + name] for name in ("storage", "base", "rows")}
+            gradient = {"own": 1, "at": self.own, "stride": 1, "column": 0, "scale": 1.0}
+            self.reads.append({**table, **gradient, "run": 1, "width": 1, "of": (probe, "weight_read")})
+            self.kept, self.own = self.kept + 1, self.own + 1
+
+    def order_reads(self) -> None:
+        """Number the reads storage after storage, first those whose rows get sorted, so that these are a slice."""
+        # Small or not is a matter of tables, not of reads, since a row must be updated once.
+        runs = {(read["storage"], read["base"]) for read in self.reads if read["run"] > 1}
+        for read in self.reads:
+            small = 4 * read["rows"] * read["width"] <= _SMALL_BYTES or (read["storage"], read["base"]) in runs
+            read["path"] = SMALL if small else SORTED
+        self.reads.sort(key=lambda read: (read["storage"], read["path"], read["base"]))
+        _give_buffers(self.reads)
+        for i, read in enumerate(self.reads):
+            probe, name = read["of"]
+            probe[name] = i
+
+
+def _integers(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> NDArray[Any]:
+    return np.array([[r.get(n, -1) for n in names] for r in records], np.int64).reshape(len(records), len(names))
+
+
+def lay_out(features: NDArray[Any], probes: NDArray[Any], widths: Sequence[int]) -> Tables:
+    """Jobs, probes and reads of encoded programs.
+
+    Args:
+        features, probes: as :func:`recsys_embed.kernels.records.encode` has them.
+        widths: columns of each output.
+    """
+    layout = _Layout(widths)
+    for number, feature in enumerate(features):
+        layout.add(number, feature, probes[feature["first"] : feature["first"] + feature["probes"]])
+    layout.add_weights()
+    layout.order_reads()
+    return Tables(
+        _integers(layout.jobs, JOB),
+        _integers(layout.probes, PROBE),
+        np.array(layout.scales, np.float32),
+        _integers(layout.reads, READ),
+        np.array([read["scale"] for read in layout.reads], np.float32),
+        layout.kept,
+        layout.own,
+    )

@@ -1,0 +1,132 @@
+"""The forward kernel: vectors of all features in one launch."""
+
+import triton
+import triton.language as tl
+
+from recsys_embed.kernels.triton import probes as p
+from recsys_embed.kernels.triton.probes import find, find_weight, read_run, read_straight, storage, straight, weighed
+
+
+@triton.jit
+def _probe(
+    total, probe, scale, used, live, x, sample, batch, product, plain, cols, span,
+    storages, words, ranks, values, steps, found, kept, out,
+    KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr,
+    WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """``total`` joined with one probe's values; ``used`` are the samples that have any, ``live`` those to write of."""
+    rows = find(x, probe, words, ranks, values, steps, used, KINDS)
+    table = storage(storages, tl.load(probe + p.STORAGE), out)
+    if SAVE:
+        place = tl.where(rows >= 0, rows + tl.load(probe + p.BASE), -1).to(tl.int32)
+        tl.store(found + tl.load(probe + p.READ) * batch + sample, place, mask=live)
+    if RUNS:
+        if straight(probe):
+            value = read_straight(table, rows, probe, cols, span, VECTOR)
+        else:
+            value = read_run(table, rows, probe, cols, span)
+    else:
+        value = read_straight(table, rows, probe, cols, span, VECTOR)
+    if KEEP:
+        if plain == 0:
+            width = span
+            if RUNS:
+                width = tl.where(tl.load(probe + p.REPEAT) != 0, 1, span)
+            to = kept + (tl.load(probe + p.KEPT) // VECTOR * VECTOR) * batch + sample * width
+            tl.store(to[:, None] + cols[None, :], value.to(kept.dtype.element_ty),
+                     mask=live[:, None] & (cols < width)[None, :])  # fmt: skip
+    value = weighed(value, x, probe, scale, cols, SIGNS, RUNS)
+    if WEIGHTS:
+        number = tl.load(probe + p.WEIGHT_STORAGE)
+        if number >= 0:
+            at = find_weight(x, probe, words, ranks, values, steps, used, KINDS)
+            base = tl.load(probe + p.WEIGHT_BASE)
+            weights = storage(storages, number, out)
+            weight = tl.load(weights + base + at, mask=at >= 0, other=0.0).to(tl.float32)
+            if SAVE:
+                place = tl.where(at >= 0, at + base, -1).to(tl.int32)
+                tl.store(found + tl.load(probe + p.WEIGHT_READ) * batch + sample, place, mask=live)
+            if KEEP:
+                if plain == 0:
+                    to = kept + tl.load(probe + p.WEIGHT_KEPT) * batch + sample
+                    tl.store(to, weight.to(kept.dtype.element_ty), mask=live)
+            value = value * weight[:, None]
+    if PRODUCTS:
+        # A product passes over what a probe has no row for.
+        factor = tl.where((rows >= 0)[:, None], value, 1.0)
+        return tl.where(product != 0, total * factor, total + value)
+    return total + value
+
+
+@triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "steps", "job_count"])
+def forward(
+    ids, sample_stride, feature_stride, batch,
+    jobs, probes, scales, storages, words, ranks, values, steps,
+    out, found, kept, faults, job_count,
+    TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr,
+    KINDS: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
+    LIMITS: tl.constexpr, NONE: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One job for TILE samples.
+
+    Args:
+        ids: int32 or int64, of any strides.
+        jobs, probes, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
+        storages: addresses of the tables.
+        words, ranks, values, steps: arrays of all indexes.
+        out: outputs one behind the other, each ``[batch, stride]``.
+        found: int32 ``[reads, batch]`` rows of each read, where SAVE.
+        kept: rows as they are read, where KEEP.
+        faults: int64 ``[features, 2]``: an id out of range writes 1 and itself.
+    """
+    # Jobs of one tile run side by side: they share the cache lines of its ids and outputs.
+    job = jobs + (tl.program_id(0) % job_count) * p.JOB_SIZE
+    sample = (tl.program_id(0) // job_count).to(tl.int64) * TILE + tl.arange(0, TILE)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    live = sample < batch
+    x = tl.load(ids + sample * sample_stride + tl.load(job + p.IDS) * feature_stride, mask=live, other=0).to(tl.int64)
+    used = live
+    if LIMITS:
+        limit = tl.load(job + p.LIMIT)
+        bad = live & (limit >= 0) & ((x < 0) | (x >= limit))
+        # Any one culprit will do, so a plain store of whichever comes last.
+        fault = faults + tl.load(job + p.FEATURE) * 2 + tl.zeros_like(x)
+        tl.store(fault + 1, x, mask=bad)
+        tl.store(fault, tl.full(x.shape, 1, tl.int64), mask=bad)
+        used = used & ~bad
+    if NONE:
+        used = used & ((tl.load(job + p.OPTIONAL) == 0) | (x != -1))
+    count = tl.load(job + p.PROBES)
+    first = tl.load(job + p.FIRST)
+    product = tl.load(job + p.PRODUCT)
+    plain = tl.load(job + p.PLAIN)
+    span = tl.load(job + p.SPAN).to(tl.int32) // VECTOR * VECTOR
+    total = tl.zeros([TILE, COLS], tl.float32)
+    if PRODUCTS:
+        total = tl.where(product != 0, total + 1.0, total)
+    if MOST <= 4:
+        for j in tl.static_range(MOST):
+            asked = used
+            written = live
+            if not EVEN:
+                asked = used & (j < count)
+                written = live & (j < count)
+            at = first + tl.maximum(tl.minimum(j, count - 1), 0)
+            total = _probe(
+                total, probes + at * p.PROBE_SIZE, tl.load(scales + at), asked, written, x, sample, batch, product,
+                plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
+                KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
+            )  # fmt: skip
+    else:
+        for j in range(count):
+            at = first + j
+            total = _probe(
+                total, probes + at * p.PROBE_SIZE, tl.load(scales + at), used, live, x, sample, batch, product,
+                plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
+                KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
+            )  # fmt: skip
+    total = tl.where(used[:, None], total, 0.0)
+    stride = tl.load(job + p.STRIDE) // VECTOR * VECTOR
+    column = tl.load(job + p.COLUMN) // VECTOR * VECTOR
+    to = out + (tl.load(job + p.OUT) // VECTOR * VECTOR) * batch + sample * stride + column
+    tl.store(to[:, None] + cols[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & (cols < span)[None, :])

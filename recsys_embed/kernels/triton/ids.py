@@ -1,0 +1,203 @@
+"""From ids to rows of tables, in registers: the transforms of :mod:`recsys_embed.program`, bit for bit."""
+
+# Triton reads annotations as objects, so this module and its neighbours do not defer them.
+import triton
+import triton.language as tl
+
+from recsys_embed.kernels.triton.fields import MAP
+
+DIGITS = tl.constexpr(1)
+HASHES = tl.constexpr(2)
+MURMURS = tl.constexpr(4)
+RANGES = tl.constexpr(8)
+BITMAPS = tl.constexpr(16)
+SORTED = tl.constexpr(32)
+
+KIND = tl.constexpr(MAP.index("kind"))
+DIV = tl.constexpr(MAP.index("div"))
+MOD = tl.constexpr(MAP.index("mod"))
+AFFINE = tl.constexpr(MAP.index("affine"))
+A = tl.constexpr(MAP.index("a"))
+B = tl.constexpr(MAP.index("b"))
+P = tl.constexpr(MAP.index("p"))
+SALT = tl.constexpr(MAP.index("salt"))
+SIZE = tl.constexpr(MAP.index("size"))
+STRIDE = tl.constexpr(MAP.index("stride"))
+OFFSET = tl.constexpr(MAP.index("offset"))
+HEAD = tl.constexpr(MAP.index("head"))
+ABSENT = tl.constexpr(MAP.index("absent"))
+WORD = tl.constexpr(MAP.index("word"))
+START = tl.constexpr(MAP.index("start"))
+COUNT = tl.constexpr(MAP.index("count"))
+AT = tl.constexpr(MAP.index("at"))
+REST = tl.constexpr(MAP.index("rest"))
+DIV_INVERSE = tl.constexpr(MAP.index("div_inverse"))
+MOD_INVERSE = tl.constexpr(MAP.index("mod_inverse"))
+P_INVERSE = tl.constexpr(MAP.index("p_inverse"))
+SIZE_INVERSE = tl.constexpr(MAP.index("size_inverse"))
+
+
+@triton.jit
+def floor_divide(x, divisor, inverse):
+    """floor(x / divisor) of int64 x, with the divisor's reciprocal."""
+    sign = x >> 63
+    # floor(x / d) of a negative x is that of its complement, complemented.
+    y = (x ^ sign).to(tl.uint64)
+    d = divisor.to(tl.uint64)
+    q = tl.umulhi(y, inverse.to(tl.uint64))
+    q = tl.where(y - q * d >= d, q + 1, q)
+    return q.to(tl.int64) ^ sign
+
+
+@triton.jit
+def remainder(x, divisor, inverse):
+    return x - floor_divide(x, divisor, inverse) * divisor
+
+
+@triton.jit
+def splitmix(z):
+    """splitmix64 of uint64 bits."""
+    z = z + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def hashed(x, salt, size):
+    """Rows in [0, size), as :func:`recsys_embed.hashing.hash_rows`."""
+    bits = splitmix((x ^ salt).to(tl.uint64))
+    return tl.umulhi(bits, size.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def sign_of(x, salt):
+    """-1.0 or 1.0, as :func:`recsys_embed.hashing.hash_signs`."""
+    bits = splitmix((x ^ salt).to(tl.uint64))
+    return tl.where((bits >> 63) != 0, -1.0, 1.0)
+
+
+@triton.jit
+def _fmix(h):
+    h = (h ^ (h >> 33)) * 0xFF51AFD7ED558CCD
+    h = (h ^ (h >> 33)) * 0xC4CEB9FE1A85EC53
+    return h ^ (h >> 33)
+
+
+@triton.jit
+def _murmur(x, at):
+    seed = tl.load(at + SALT).to(tl.uint64) ^ 8
+    k = x.to(tl.uint64) * 0x87C37B91114253D5
+    k = ((k << 31) | (k >> 33)) * 0x4CF5AD432745937F
+    h1 = (k ^ seed) + seed
+    h2 = seed + h1
+    h1 = _fmix(h1)
+    h2 = _fmix(h2)
+    h1 = h1 + h2
+    h2 = h2 + h1
+    word = tl.load(at + WORD)
+    half = tl.where(word < 2, h1, h2)
+    key = tl.where((word & 1) != 0, half >> 32, half & 0xFFFFFFFF).to(tl.int64)
+    return remainder(key, tl.load(at + SIZE), tl.load(at + SIZE_INVERSE))
+
+
+@triton.jit
+def _digit(x, at):
+    y = x
+    if tl.load(at + AFFINE) != 0:
+        y = remainder(y * tl.load(at + A) + tl.load(at + B), tl.load(at + P), tl.load(at + P_INVERSE))
+    div = tl.load(at + DIV)
+    if div != 1:
+        y = floor_divide(y, div, tl.load(at + DIV_INVERSE))
+    mod = tl.load(at + MOD)
+    if mod != 0:
+        y = remainder(y, mod, tl.load(at + MOD_INVERSE))
+    return y
+
+
+@triton.jit
+def _hash(x, at):
+    rows = hashed(x, tl.load(at + SALT), tl.load(at + SIZE)) * tl.load(at + STRIDE) + tl.load(at + OFFSET)
+    head = tl.load(at + HEAD)
+    private = tl.where(tl.load(at + ABSENT) != 0, tl.full(x.shape, -1, tl.int64), x)
+    return tl.where((x >= 0) & (x < head), private, rows)
+
+
+@triton.jit
+def _bits_set(v):
+    v = v - ((v >> 1) & 0x5555555555555555)
+    v = (v & 0x3333333333333333) + ((v >> 2) & 0x3333333333333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (v * 0x0101010101010101) >> 56
+
+
+@triton.jit
+def _bitmap(x, at, words, ranks, live):
+    inside = live & (x >= 0) & (x < tl.load(at + SIZE))
+    place = tl.load(at + AT) + (x >> 6)
+    word = tl.load(words + place, mask=inside, other=0).to(tl.uint64)
+    bit = (x & 63).to(tl.uint64)
+    one = tl.full(x.shape, 1, tl.uint64)
+    member = inside & (((word >> bit) & 1) != 0)
+    below = _bits_set(word & ((one << bit) - 1)).to(tl.int64)
+    return tl.where(member, tl.load(ranks + place, mask=member, other=0).to(tl.int64) + below, -1)
+
+
+@triton.jit
+def _sorted(x, at, values, steps, live):
+    count = tl.load(at + COUNT)
+    first = values + tl.load(at + AT)
+    place = tl.full(x.shape, -1, tl.int64)
+    # The last member that is not above x, by halving.
+    for step in range(steps):
+        ahead = place + (tl.full(x.shape, 1, tl.int64) << (steps - 1 - step))
+        within = live & (ahead < count)
+        known = tl.load(first + ahead, mask=within, other=0).to(tl.int64)
+        place = tl.where(within & (known <= x), ahead, place)
+    found = live & (place >= 0)
+    known = tl.load(first + place, mask=found, other=0).to(tl.int64)
+    return tl.where(found & (known == x), place, -1)
+
+
+@triton.jit
+def _member(x, at, kind, words, ranks, values, steps, live, KINDS: tl.constexpr):
+    rows = tl.full(x.shape, -1, tl.int64)
+    if RANGES & KINDS:
+        if kind == 3:
+            place = x - tl.load(at + START)
+            rows = tl.where((place >= 0) & (place < tl.load(at + COUNT)), place, -1)
+    if BITMAPS & KINDS:
+        if kind == 4:
+            rows = _bitmap(x, at, words, ranks, live)
+    if SORTED & KINDS:
+        if kind == 5:
+            rows = _sorted(x, at, values, steps, live)
+    rest = tl.load(at + REST)
+    if rest != 0:
+        rows = tl.where(rows < 0, tl.load(at + COUNT) + hashed(x, tl.load(at + SALT), rest), rows)
+    return rows
+
+
+@triton.jit
+def rows_of(x, at, words, ranks, values, steps, live, KINDS: tl.constexpr):
+    """Rows of ids, -1 where an id has none; ``at`` points to the transform's fields, KINDS are those that occur."""
+    kind = tl.load(at + KIND)
+    if DIGITS == KINDS:
+        rows = _digit(x, at)
+    elif HASHES == KINDS:
+        rows = _hash(x, at)
+    else:
+        rows = tl.full(x.shape, -1, tl.int64)
+        if DIGITS & KINDS:
+            if kind == 0:
+                rows = _digit(x, at)
+        if HASHES & KINDS:
+            if kind == 1:
+                rows = _hash(x, at)
+        if MURMURS & KINDS:
+            if kind == 2:
+                rows = _murmur(x, at)
+        if RANGES <= KINDS:
+            if kind >= 3:
+                rows = _member(x, at, kind, words, ranks, values, steps, live, KINDS)
+    return rows

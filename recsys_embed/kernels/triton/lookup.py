@@ -1,0 +1,312 @@
+"""Programs of many features on a GPU: the host's side of the kernels."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.pace import Pace, catch_up
+from recsys_embed.kernels.records import Slot, encode
+from recsys_embed.kernels.triton import forward as forward_kernel
+from recsys_embed.kernels.triton import ids as id_kernels
+from recsys_embed.kernels.triton import spread as spread_kernel
+from recsys_embed.kernels.triton.fields import Tables, lay_out
+from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
+from recsys_embed.kernels.vectorised import Place
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.program import LookupProgram
+
+_KINDS = ("DIGITS", "HASHES", "MURMURS", "RANGES", "BITMAPS", "SORTED")
+# Elements that a program reads at once, and most columns of its tile.
+_TILE, _COLUMNS = 2048, 256
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class Kept(NamedTuple):
+    """What backward needs of forward: rows of every read, int32 ``[reads, B]``, and of products what was read."""
+
+    found: Tensor
+    kept: Tensor | None
+
+
+class _Device(NamedTuple):
+    """The integers of the programs on one device, and where forward reports ids out of range."""
+
+    jobs: Tensor
+    probes: Tensor
+    scales: Tensor
+    reads: Tensor
+    read_scales: Tensor
+    faults: Tensor
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+class TritonLookup:
+    """Programs of many features, ready to run on whichever CUDA device the tensors of a call are on.
+
+    Args:
+        names: of the features, for errors.
+
+    Other arguments are those of :class:`NativeLookup`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        programs: Sequence[LookupProgram],
+        places: Sequence[Mapping[str, Place]],
+        index: IndexStore,
+        storages: Mapping[str, tuple[int, int]],
+        slots: Sequence[Slot],
+        widths: Sequence[int],
+        columns: Sequence[int],
+        limits: Sequence[int],
+        optional: Sequence[bool],
+    ) -> None:
+        self._given = (names, programs, places, index, storages, slots, widths, columns, limits, optional)
+        self.storages, self.widths, self.names, self._index = dict(storages), tuple(widths), tuple(names), index
+        features, probes, _ = encode(programs, places, list(storages), index, slots, columns, limits, optional)
+        self.tables: Tables = lay_out(features, probes, widths)
+        self._limits = list(limits)
+        self._options = self._structure(features)
+        self._reads = reads_by_storage(self.tables, list(storages.values()))
+        self._devices: dict[torch.device, _Device] = {}
+        self._addresses: dict[tuple[int, ...], Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TritonLookup, self._given
+
+    def _structure(self, features: Any) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        column = self.tables.column
+        used = column("probes", "weight_storage") >= 0
+        kinds = {*column("probes", "of_kind").tolist(), *column("probes", "weight_of_kind")[used].tolist()}
+        runs = (column("probes", "run") > 1) | (column("probes", "repeat") != 0)
+        counts = column("jobs", "probes")
+        aligned = [column("jobs", name) for name in ("out", "stride", "column", "span")]
+        aligned += [column("probes", "width")[~runs], column("probes", "kept")[~runs & (column("probes", "kept") >= 0)]]
+        span = int(column("jobs", "span").max())
+        cols = min(_COLUMNS, power_of_two(span))
+        self._blocks = -(-span // cols)
+        return {
+            "TILE": max(1, _TILE // cols) if cols > 4 else 512,
+            "COLS": cols,
+            "VECTOR": math.gcd(8, *(int(v) for values in aligned for v in values)),
+            "MOST": int(counts.max()),
+            "EVEN": bool((counts == counts.max()).all()),
+            "KINDS": sum(getattr(id_kernels, _KINDS[kind]).value for kind in kinds),
+            "PRODUCTS": bool(column("jobs", "product").any()),
+            "RUNS": bool(runs.any()),
+            "SIGNS": bool(column("probes", "has_sign").any()),
+            "WEIGHTS": bool(used.any()),
+            "LIMITS": bool((column("jobs", "limit") >= 0).any()),
+            "NONE": bool(column("jobs", "optional").any()),
+        }
+
+    # -- what lies on the device ----------------------------------------------------------------------------------
+
+    def _device(self, device: torch.device) -> _Device:
+        found = self._devices.get(device)
+        if found is None:
+            arrays = (
+                self.tables.jobs,
+                self.tables.probes,
+                self.tables.scales,
+                self.tables.reads,
+                self.tables.read_scales,
+            )
+            jobs, probes, scales, reads, read_scales = (torch.from_numpy(a).to(device) for a in arrays)
+            # The device writes faults into the host's memory, where they are read without waiting for it.
+            faults = torch.zeros(len(self.names), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+            found = _Device(jobs, probes, scales, reads, read_scales, faults)
+            self._devices[device] = found
+        return found
+
+    def _storages(self, tables: Sequence[Tensor]) -> Tensor:
+        """Addresses of the tables, on their device."""
+        key = tuple(t.data_ptr() for t in tables)
+        found = self._addresses.get(key)
+        if found is None or found.device != tables[0].device:
+            self._addresses.clear()
+            found = self._addresses[key] = torch.tensor(key, dtype=torch.int64, device=tables[0].device)
+        return found
+
+    def raise_faults(self, device: torch.device) -> None:
+        """Raise if a lookup that has run met an id out of range; waits for nothing.
+
+        Raises:
+            IdRangeError: names the first feature at fault and one such id.
+        """
+        faults = self._device(device).faults
+        bad = faults[:, 0].nonzero()
+        if len(bad):
+            first = int(bad[0])
+            got = int(faults[first, 1])
+            faults.zero_()
+            raise IdRangeError(
+                f"ids must be in [0, {self._limits[first]}); got {got} (feature {self.names[first]!r}). Where ids "
+                "never seen may come, say what becomes of them: `unseen` 'hash', 'oov' or 'zero'"
+            )
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def forward(self, ids: Tensor, tables: Sequence[Tensor], keep: bool) -> tuple[tuple[Tensor, ...], Kept | None]:
+        """Vectors of ``ids [B, F]`` per output, ``[B, width]`` in the tables' type; and what backward will need.
+
+        Ids out of range read nothing and give zeros. The error follows when their lookup has run: at once under
+        ``CUDA_LAUNCH_BLOCKING=1``, else with the next lookup or backward that finds it done.
+
+        Raises:
+            IdRangeError: an id of this lookup or one before is out of range.
+        """
+        self.raise_faults(ids.device)
+        outputs, kept = self._run(ids, tables, keep)
+        if not ids.is_cuda or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+            self.raise_faults(ids.device)
+        return outputs, kept if keep else None
+
+    def _run(self, ids: Tensor, tables: Sequence[Tensor], keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
+        device = self._device(ids.device)
+        batch, like, jobs = ids.shape[0], tables[0], len(self.tables.jobs)
+        whole = torch.empty(batch * sum(self.widths), dtype=like.dtype, device=ids.device)
+        found = torch.empty(len(self.tables.reads) if keep else 0, batch, dtype=torch.int32, device=ids.device)
+        kept = like.new_empty(self.tables.kept * batch) if keep and self.tables.kept else None
+        arrays = self._index.arrays
+        options = self._options
+        tiles = -(-batch // options["TILE"])
+        if tiles:
+            with _on(ids):
+                forward_kernel.forward[(tiles * jobs, self._blocks)](
+                    ids, *ids.stride(), batch,
+                    device.jobs, device.probes, device.scales, self._storages(tables),
+                    arrays.words, arrays.ranks, arrays.values, arrays.steps,
+                    whole, found, whole if kept is None else kept, device.faults, jobs,
+                    **options, SAVE=keep, KEEP=kept is not None, num_warps=4,
+                )  # fmt: skip
+        return self._split(whole, batch), Kept(found, kept)
+
+    def _split(self, whole: Tensor, batch: int) -> tuple[Tensor, ...]:
+        """Outputs that share memory but are no views of one another, for autograd's sake."""
+        if len(self.widths) == 1:
+            return (whole.view(batch, -1) if batch else whole.view(0, self.widths[0]),)
+        outputs, at = [], 0
+        for width in self.widths:
+            outputs.append(whole.new_empty(0).set_(whole.untyped_storage(), at, (batch, width), (width, 1)))
+            at += batch * width
+        return tuple(outputs)
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def _source(self, ids: Tensor, gradients: Sequence[Tensor], kept: Kept) -> Source:
+        """Gradients of all lookups; those of rows that were multiplied with something are computed here."""
+        device, batch = self._device(ids.device), ids.shape[0]
+        outer = gradients[0] if len(gradients) == 1 else torch.cat([g.reshape(-1) for g in gradients])
+        if kept.kept is None:
+            return Source(device.reads, device.read_scales, outer, outer)
+        own = torch.empty(self.tables.own * batch, device=ids.device)
+        jobs, cols = len(self.tables.jobs), power_of_two(int(self.tables.column("jobs", "span").max()))
+        tile = max(1, _TILE // cols)
+        chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "RUNS", "SIGNS", "WEIGHTS")}
+        spread_kernel.spread[(-(-batch // tile) * jobs,)](
+            ids, *ids.stride(), batch, device.jobs, device.probes, device.scales, kept.found, kept.kept, outer, own,
+            jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
+        )  # fmt: skip
+        return Source(device.reads, device.read_scales, outer, own)
+
+    def update(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Kept,
+        optimizer: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        paces: Sequence[Pace],
+    ) -> None:
+        """One step of the optimizer on the rows that ``ids`` read, in place.
+
+        Args:
+            gradients: of the outputs, contiguous.
+            kept: by forward.
+            states: per storage, the tensors of the optimizer's state by name.
+            paces: per storage, advanced to this step.
+        """
+        self.raise_faults(ids.device)
+        if ids.shape[0] == 0:
+            return
+        all_sorted = torch.are_deterministic_algorithms_enabled()
+        with _on(ids):
+            source = self._source(ids, gradients, kept)
+            for number, reads in self._reads:
+                target = Target.step(optimizer, tables[number], states[number], paces[number], number)
+                reads.run(kept.found, source, target, all_sorted)
+        increment_version([*tables, *(tensor for state in states for tensor in state.values())])
+
+    def settle(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        optimizer: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        paces: Sequence[Pace],
+    ) -> None:
+        """Bring the rows that ``ids`` read up to date, in place, with torch's operations."""
+        _, kept = self._run(ids, tables, keep=True)
+        for number, reads in self._reads:
+            rows, pace = reads.all_rows(kept.found), paces[number]
+            catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), pace, pace.step)
+
+    def gradients(
+        self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept, sparse: bool
+    ) -> list[Tensor]:
+        """Gradients of the tables: dense; or sparse and coalesced, which waits for the device to count the rows."""
+        self.raise_faults(ids.device)
+        source = self._source(ids, gradients, kept) if ids.shape[0] else None
+        out = []
+        for number, reads in self._reads:
+            table = tables[number]
+            if source is None:
+                empty = table.new_empty(0, table.shape[1])
+                rows = torch.empty(1, 0, dtype=torch.int64, device=table.device)
+                out.append(_coalesced(rows, empty, table) if sparse else torch.zeros_like(table))
+                continue
+            with _on(ids):
+                out.append(self._sparse(reads, kept.found, source, table) if sparse else
+                           self._dense(reads, kept.found, source, table))  # fmt: skip
+        return out
+
+    def _dense(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
+        gradient = torch.zeros_like(table)
+        reads.run(found, source, Target.gradient(gradient), torch.are_deterministic_algorithms_enabled())
+        return gradient
+
+    def _sparse(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
+        keys, order = reads.all_rows(found).sort(stable=True)
+        rows, place = keys.unique_consecutive(return_inverse=True)
+        if int(rows[0]) < 0:
+            rows, place = rows[1:], place - 1
+        values = table.new_zeros(len(rows), table.shape[1])
+        reads.sum_sorted(
+            place.to(torch.int32), order, found.shape[1], reads.all_sources(source), 0, Target.gradient(values)
+        )
+        return _coalesced(rows.long().unsqueeze(0), values, table)
+
+
+def _coalesced(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(rows, values, table.shape, is_coalesced=True, check_invariants=False)

@@ -1,0 +1,138 @@
+"""Backward by sorted rows: every run of one row is summed in order of occurrence, then the row is updated once.
+
+Sorted reads are cut into *pieces* where the row changes and at every multiple of CHUNK. A piece that is a whole run
+ends in the optimizer's step; the others leave a partial sum per chunk, and a second kernel adds those up. No two
+programs touch one row, there are no atomics on values and sums have a fixed order: the same bits in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from recsys_embed.kernels.triton.fields import READ
+from recsys_embed.kernels.triton.rules import apply
+
+READ_SIZE = tl.constexpr(len(READ))
+OWN = tl.constexpr(READ.index("own"))
+AT = tl.constexpr(READ.index("at"))
+STRIDE = tl.constexpr(READ.index("stride"))
+COLUMN = tl.constexpr(READ.index("column"))
+
+
+@triton.jit(do_not_specialize=["count"])
+def cut(keys, starts, ends, number, count, TILE: tl.constexpr, CHUNK: tl.constexpr):
+    """Where pieces begin and end among ``count`` sorted ``keys``, and their ``number``; absent rows (-1) have none.
+
+    Pieces of one tile stand together; tiles come in any order, which nothing depends on.
+    """
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    live = i < count
+    key = tl.load(keys + i, mask=live, other=-1)
+    before = tl.load(keys + i - 1, mask=live & (i > 0), other=-1)
+    opens = live & (key >= 0) & ((key != before) | (i % CHUNK == 0))
+    after = tl.load(keys + i + 1, mask=i + 1 < count, other=-1)
+    closes = live & (key >= 0) & ((key != after) | ((i + 1) % CHUNK == 0))
+    place = tl.cumsum(opens.to(tl.int32), 0) - 1
+    first = tl.atomic_add(number, tl.sum(opens.to(tl.int32), 0))
+    # Pieces do not cross tiles, so the piece that ends here is the last that began.
+    tl.store(starts + first + place, i, mask=opens)
+    tl.store(ends + first + place, i + 1, mask=closes)
+
+
+@triton.jit
+def _gradients(position, live, batch, reads, scales, outer, own, cols, first_read,
+               WIDTH: tl.constexpr, VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    """Gradients ``[n, columns]`` of lookups, numbered read after read."""
+    number = first_read + position // batch
+    sample = (position % batch).to(tl.int64)
+    read = reads + number * READ_SIZE
+    at = tl.load(read + AT, mask=live, other=0) // VECTOR * VECTOR * batch
+    at += sample * (tl.load(read + STRIDE, mask=live, other=0) // VECTOR * VECTOR)
+    at += tl.load(read + COLUMN, mask=live, other=0) // VECTOR * VECTOR
+    place = at[:, None] + cols[None, :]
+    inside = (cols < WIDTH)[None, :]
+    if OUTER and INNER:
+        mine = tl.load(read + OWN, mask=live, other=0) != 0
+        value = tl.load(outer + place, mask=(live & ~mine)[:, None] & inside, other=0.0).to(tl.float32)
+        value += tl.load(own + place, mask=(live & mine)[:, None] & inside, other=0.0)
+    elif OUTER:
+        value = tl.load(outer + place, mask=live[:, None] & inside, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(own + place, mask=live[:, None] & inside, other=0.0)
+    return value * tl.load(scales + number, mask=live, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["count", "batch", "first_read", "step", "seed"])
+def sum_pieces(
+    starts, ends, number, keys, order, count, heads, tails,
+    reads, scales, outer, own, batch, first_read,
+    weights, first, second, counts, last, gradient, size, eps, rest1, rest2, log1, log2, decay, seed, step,
+    TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr,
+    DECAY: tl.constexpr,
+):  # fmt: skip
+    """Sum TILE pieces; whole runs are updated, partial sums go to ``heads`` or ``tails [chunks, WIDTH]``."""
+    piece = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    total = tl.load(number)
+    if tl.program_id(0) * TILE >= total:
+        return
+    live = piece < total
+    start = tl.load(starts + piece, mask=live, other=0)
+    end = tl.load(ends + piece, mask=live, other=0)
+    row = tl.load(keys + start, mask=live, other=-1)
+    goes_on = tl.load(keys + end, mask=live & (end < count), other=-1) == row
+    began = tl.load(keys + start - 1, mask=live & (start > 0), other=-1) == row
+    cols = tl.arange(0, COLS)
+    length = tl.max(end - start, 0)
+    grad = tl.zeros([TILE, COLS], tl.float32)
+    for t in range(length):
+        at = start + t
+        here = live & (at < end)
+        position = tl.load(order + at, mask=here, other=0).to(tl.int32)
+        grad += _gradients(position, here, batch, reads, scales, outer, own, cols, first_read,
+                           WIDTH, VECTOR, OUTER, INNER)  # fmt: skip
+    whole = live & ~goes_on & ~began
+    apply(row, grad, whole, cols, weights, first, second, counts, last, gradient,
+          size, eps, rest1, rest2, log1, log2, decay, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)  # fmt: skip
+    place = (start // CHUNK).to(tl.int64)[:, None] * WIDTH + cols[None, :]
+    inside = (cols < WIDTH)[None, :]
+    tl.store(heads + place, grad, mask=(live & began)[:, None] & inside)
+    tl.store(tails + place, grad, mask=(live & goes_on & ~began)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["count", "step", "seed"])
+def join_pieces(
+    keys, count, heads, tails,
+    weights, first, second, counts, last, gradient, size, eps, rest1, rest2, log1, log2, decay, seed, step,
+    TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Of the run that begins in one chunk and goes on in the next, if any: its sum over all chunks, and the update."""
+    chunk = tl.program_id(0)
+    border = (chunk + 1) * CHUNK
+    if border >= count:
+        return
+    row = tl.load(keys + border - 1)
+    if row < 0:
+        return
+    if tl.load(keys + border) != row:
+        return
+    if chunk > 0:
+        if tl.load(keys + chunk * CHUNK - 1) == row:
+            return
+    cols = tl.arange(0, COLS)
+    inside = cols < WIDTH
+    total = tl.load(tails + chunk.to(tl.int64) * WIDTH + cols, mask=inside, other=0.0)
+    at = chunk + 1
+    more = True
+    while more:
+        part = at + tl.arange(0, TILE)
+        # Rows are sorted, so the chunks that begin with this row are the next ones.
+        key = tl.load(keys + part * CHUNK, mask=part * CHUNK < count, other=-1)
+        same = key == row
+        place = part.to(tl.int64)[:, None] * WIDTH + cols[None, :]
+        total += tl.sum(tl.load(heads + place, mask=same[:, None] & inside[None, :], other=0.0), 0)
+        more = tl.min(same.to(tl.int32), 0) > 0
+        at += TILE
+    one = tl.zeros([1], tl.int32)
+    apply(one + row, total[None, :], one == 0, cols, weights, first, second, counts, last, gradient,
+          size, eps, rest1, rest2, log1, log2, decay, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)  # fmt: skip
