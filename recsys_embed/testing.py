@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import BudgetError, CheckpointError, RecsysEmbedError
+from recsys_embed.errors import BackendError, BudgetError, CheckpointError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels import reference
 from recsys_embed.optim import SGD
@@ -192,6 +192,7 @@ def starts_with_the_law_of_a_plain_table(method: MethodInfo) -> None:
     for init, std in (("normal:1", 1.0), ("uniform:0.3", 0.3 / 3**0.5)):
         tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in range(4)]
         values = torch.stack(tables).double()
+        values = values[values != 0]  # what a method has pruned follows no law
         assert abs(values.mean()) < 0.2 * std, f"init {init}: mean {values.mean():.4f}, expected about 0"
         assert 0.75 * std < values.std() < 1.25 * std, f"init {init}: std {values.std():.4f}, expected about {std:.4f}"
 
@@ -373,6 +374,8 @@ def check_embedding(method: str | MethodInfo) -> None:
 def check_backend(backend: str, device: str = "cpu") -> None:
     """Compare a backend with the reference over every method, odd batch sizes, poolings and dtypes.
 
+    What a backend refuses with a :class:`BackendError` is left out; plain float32 tables it must run.
+
     Raises:
         AssertionError: names the method and case that differ.
 
@@ -390,7 +393,12 @@ def check_backend(backend: str, device: str = "cpu") -> None:
             need = sum(info.config_cls.sized(s, 1).footprint(s).serve for s in schema)
             plan = Plan.uniform(schema, info.name, budget=max(need, 399 * 6 * 2), full_below=1)
             with poisoned_memory():
-                ours = EmbeddingCollection(schema, plan, backend=backend, device=device, dtype=dtype)
+                try:
+                    ours = EmbeddingCollection(schema, plan, backend=backend, device=device, dtype=dtype)
+                except BackendError:
+                    if info.name == "full" and dtype == torch.float32:
+                        raise
+                    continue
                 oracle = EmbeddingCollection(schema, plan, backend="reference", device=device, dtype=dtype)
             sizes = torch.tensor([s.num_embeddings for s in schema], device=device)
             generator = torch.Generator(device).manual_seed(0)

@@ -2,6 +2,7 @@
 
 from recsys_embed.methods.adaptive import AdaptiveEmbedding
 from recsys_embed.methods.compositional import CompositionalEmbedding
+from recsys_embed.methods.dnis import DnisEmbedding
 from recsys_embed.methods.freqcut import FreqcutEmbedding
 from recsys_embed.methods.full import FullEmbedding
 from recsys_embed.methods.hash import HashEmbedding
@@ -9,6 +10,8 @@ from recsys_embed.methods.lowdim import LowdimEmbedding
 from recsys_embed.methods.memcom import MemcomEmbedding
 from recsys_embed.methods.mixeddim import MixeddimEmbedding
 from recsys_embed.methods.multihash import MultihashEmbedding
+from recsys_embed.methods.optembed import OptembedEmbedding
+from recsys_embed.methods.pep import PepEmbedding
 from recsys_embed.methods.robe import RobeEmbedding
 from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
@@ -24,3 +27,6 @@ register(RobeEmbedding, paper="Desai et al., MLSys 2022, arXiv 2108.02191", tags
 register(MixeddimEmbedding, paper="Ginart et al. 2019, arXiv 1909.11810", tags=("frequency", "projection"))
 register(AdaptiveEmbedding, paper="AdaptEmb, as in DeepRec", tags=("hashing", "frequency"))
 register(FreqcutEmbedding, paper="a smaller vocabulary with one row for the rest", tags=("baseline", "frequency"))
+register(OptembedEmbedding, paper="Lyu et al., CIKM 2022, arXiv 2208.04482", tags=("pruning", "search"))
+register(DnisEmbedding, paper="Cheng, Shen, Huang 2020, arXiv 2006.04466", tags=("pruning", "search"))
+register(PepEmbedding, paper="Liu et al., ICLR 2021, arXiv 2101.07577", tags=("pruning", "search"))

@@ -170,7 +170,8 @@ def candidates(methods: Any) -> list[Candidate]:
     """The methods to consider, in the order of registration.
 
     Args:
-        methods: None for all that are registered; names; or names with options, ``{"multihash": {"num_hashes": 3}}``.
+        methods: None for all that are registered, less those of which a search says what they keep; names; or names
+            with options, ``{"multihash": {"num_hashes": 3}}``.
 
     Raises:
         UnknownNameError: no such method.
@@ -178,7 +179,7 @@ def candidates(methods: Any) -> list[Candidate]:
     """
     known = [m.name for m in list_methods()]
     if methods is None:
-        methods = known
+        methods = [m.name for m in list_methods() if "search" not in m.tags]
     if isinstance(methods, str):
         methods = [methods]
     if not isinstance(methods, Collection):

@@ -258,15 +258,18 @@ class Trainer:
                 "add `warmup_steps`, or set `clip_norm`; the last checkpoint is from before this step"
             )
         loss.backward()
-        if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._apply_gradients()
         state.step, state.batch = state.step + 1, state.batch + 1
         state.loss_sum, state.loss_count = state.loss_sum + value, state.loss_count + 1
         state.samples += int(batch.label.numel())
         state.seconds += time.perf_counter() - self._clock
         return value
+
+    def _apply_gradients(self) -> None:
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_rates(self, factor: float) -> None:
         for group in self.optimizer.param_groups:

@@ -1,0 +1,29 @@
+"""Searches for what cannot be guessed: which rows to keep, and how wide each field must be.
+
+>>> from recsys_embed.search import OptembedLayer  # between a lookup and a network, in any model
+"""
+
+from recsys_embed.search.common import Search, SearchOutcome, run_search
+from recsys_embed.search.evaluate import CandidateEvaluator
+from recsys_embed.search.evolution import Evolution, Space, evolve
+from recsys_embed.search.layers import DnisLayer, OptembedLayer
+from recsys_embed.search.optembed import OptembedSearch
+from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
+from recsys_embed.search.supernet import Supernet
+
+__all__ = [
+    "CandidateEvaluator",
+    "DnisLayer",
+    "DnisSettings",
+    "Evolution",
+    "OptembedLayer",
+    "OptembedSearch",
+    "OptembedSettings",
+    "PepSettings",
+    "Search",
+    "SearchOutcome",
+    "Space",
+    "Supernet",
+    "evolve",
+    "run_search",
+]

@@ -1,0 +1,167 @@
+"""Candidates of a frozen supernet, evaluated together: the data is read and looked up once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.search.evolution import Candidate
+from recsys_embed.search.layers import OptembedLayer
+from recsys_embed.search.supernet import Supernet, batch_norms
+from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.stop import Interrupted, StopRequest
+
+_HELD = ("running_mean", "running_var", "momentum", "num_batches_tracked")
+Statistics = list[tuple[Any, ...]]
+"""What each batch-norm module holds, in the order of the modules."""
+
+
+class CandidateEvaluator:
+    """Validation metrics of widths per field, with the supernet's weights and its pruned rows as they are.
+
+    Args:
+        net: a supernet with an :class:`OptembedLayer`, trained; it is put into evaluation mode.
+        data: the data set.
+        split: where candidates are evaluated.
+        rows: evaluate on the first so many rows only; None: all.
+        recalibrate: batches of the training split from which each candidate's batch-norm statistics are taken anew,
+            since those of the supernet are of random widths; 0 keeps the supernet's.
+        batch_size: rows at once.
+        seed: of the training batches.
+        stop: ends an evaluation early, by :class:`Interrupted`.
+
+    Raises:
+        ConfigError: the split has no rows, or those of one class only, so that no candidate is better than another.
+    """
+
+    def __init__(
+        self,
+        net: Supernet,
+        data: Any,
+        *,
+        split: str = "valid",
+        rows: int | None = None,
+        recalibrate: int = 0,
+        batch_size: int = 4096,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        if split not in data.splits:
+            raise ConfigError(
+                f"a search needs a split {split!r} to compare candidates on; got {', '.join(data.splits)}"
+            )
+        self.net, self.data, self.split, self.rows = net.eval(), data, split, rows
+        self.recalibrate, self.batch_size, self.seed, self.device, self.stop = (
+            recalibrate, batch_size, seed, device, stop
+        )  # fmt: skip
+        self.layer = cast("OptembedLayer", net.layer)
+        self.norms = batch_norms(net)
+
+    def _batches(self) -> Iterator[Any]:
+        """Batches of the first ``rows`` rows of the split."""
+        left = self.rows if self.rows is not None else float("inf")
+        for batch in self.data.batches(self.split, self.batch_size, shuffle=False, device=self.device):
+            if left <= 0:
+                return
+            n = int(min(left, len(batch.label)))
+            left -= n
+            yield batch if n == len(batch.label) else type(batch)(*(t[:n] for t in batch))
+
+    def _run(
+        self,
+        batch: Any,
+        columns: Sequence[Tensor],
+        before: Callable[[int], None] = lambda number: None,
+        after: Callable[[int, Tensor], None] = lambda number, logits: None,
+    ) -> None:
+        """Logits of a batch for every candidate, handed to ``after(number, logits)``; ``before`` comes first."""
+        if self.stop is not None and self.stop.requested:
+            raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
+        net = self.net
+        found = {key: c for key, c in net.collections().items() if c is not net.vectors}
+        # Pruned rows are the same for all candidates; only columns differ.
+        net.stand_in = lambda out: self.layer.prune(out, batch.ids)
+        looked_up = {"embedding": net.vectors(batch.ids), **{key: c(batch.ids) for key, c in found.items()}}
+        with net.replay(looked_up):
+            for number, mask in enumerate(columns):
+                net.stand_in = mask.mul
+                before(number)
+                after(number, net(batch.dense, batch.ids))
+        net.stand_in = None
+
+    @torch.no_grad()
+    def metrics(self, candidates: Sequence[Candidate]) -> list[Metrics]:
+        """Metrics of every candidate; one pass over the rows, whatever their number."""
+        if not candidates:
+            return []
+        device = self.net.table(self.net.vectors.schema.names[0]).device
+        columns = [self.layer.columns(torch.tensor(c, device=device)) for c in candidates]
+        statistics = self._statistics(columns) if self.recalibrate and self.norms else None
+        kept = self._present()
+        sums = [BinaryMetrics() for _ in candidates]
+        try:
+            for batch in self._batches():
+
+                def before(number: int) -> None:
+                    if statistics is not None:
+                        self._set(statistics[number])
+
+                def after(number: int, logits: Tensor, label: Tensor = batch.label) -> None:
+                    sums[number].update(logits, label)
+
+                self._run(batch, columns, before, after)
+        finally:
+            self._set(kept)
+            self.net.stand_in = None
+        found = [s.compute() for s in sums]
+        if not 0 < found[0].positives < found[0].samples:
+            raise DataError(
+                f"the {found[0].samples} rows of split {self.split!r} that candidates are compared on are of one "
+                "class; use more of them"
+            )
+        return found
+
+    def auc(self, candidates: Sequence[Candidate]) -> list[float]:
+        """AUC of every candidate."""
+        return [m.auc for m in self.metrics(candidates)]
+
+    def _present(self) -> Statistics:
+        return [tuple(getattr(m, name) for name in _HELD) for m in self.norms]
+
+    def _set(self, statistics: Statistics) -> None:
+        for module, values in zip(self.norms, statistics, strict=True):
+            for name, value in zip(_HELD, values, strict=True):
+                setattr(module, name, value)
+
+    def _statistics(self, columns: Sequence[Tensor]) -> list[Statistics]:
+        """Batch-norm statistics of every candidate: means over the same training batches, which are read once."""
+        found: list[Statistics] = []
+        kept = self._present()
+        for _ in columns:
+            fresh = [
+                (torch.zeros_like(mean), torch.ones_like(var), None, torch.zeros_like(n)) for mean, var, _, n in kept
+            ]
+            found.append(fresh)
+
+        def keep(number: int, logits: Tensor) -> None:
+            found[number] = self._present()
+
+        batches = self.data.batches("train", self.batch_size, shuffle=True, seed=self.seed, device=self.device)
+        try:
+            for module in self.norms:
+                module.train()
+            for batch in islice(iter(batches), self.recalibrate):
+                self._run(batch, columns, lambda number: self._set(found[number]), keep)
+        finally:
+            for module in self.norms:
+                module.eval()
+            self._set(kept)
+            self.net.stand_in = None
+        return [[(mean, var, momentum, n) for (mean, var, _, n), (_, _, momentum, _) in zip(s, kept, strict=True)]
+                for s in found]  # fmt: skip

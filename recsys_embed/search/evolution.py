@@ -1,0 +1,209 @@
+"""Evolution over the widths of fields, as OptEmbed does it, on scores that anyone may supply.
+
+Every generation is a function of the seed, its number and all scores before it, so a search that was stopped goes on
+as if it had not been.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from recsys_embed.errors import BudgetError, raise_faults
+
+Candidate = tuple[int, ...]
+Score = Callable[[Sequence[Candidate]], list[float]]
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """Options of the search; the defaults are the paper's (Lyu et al., arXiv 2208.04482).
+
+    Args:
+        generations: of candidates, each scored once.
+        population: candidates of the first generation.
+        mutations: of every later generation: the best candidates, with some fields drawn anew.
+        crossovers: of every later generation: the front of one parent and the rest of another.
+        keep: best candidates that pass on unchanged; their scores are known.
+        parents: of mutations and crossovers: so many of the best found so far.
+        mutation_rate: chance of each field to be drawn anew.
+
+    Raises:
+        ConfigError: an option is out of range; all faults at once.
+    """
+
+    generations: int = 30
+    population: int = 20
+    mutations: int = 10
+    crossovers: int = 10
+    keep: int = 0
+    parents: int = 15
+    mutation_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"`{name}` must be an integer of at least {low}; got {getattr(self, name)!r}"
+            for name, low in (
+                ("generations", 1), ("population", 2), ("mutations", 0), ("crossovers", 0), ("keep", 0), ("parents", 2)
+            )
+            if type(getattr(self, name)) is not int or getattr(self, name) < low
+        ]  # fmt: skip
+        if not isinstance(self.mutation_rate, (int, float)) or not 0 < self.mutation_rate <= 1:
+            faults.append(f"`mutation_rate` must be in (0, 1]; got {self.mutation_rate!r}")
+        if not faults and self.generations > 1 and self.mutations + self.crossovers < 1:
+            faults.append("later generations are empty: give `mutations` or `crossovers`")
+        raise_faults(faults, "Evolution")
+
+
+def mutate(parent: Candidate, most: int, rate: float, rng: random.Random) -> Candidate:
+    """A copy with each width drawn anew from 1 to ``most`` with chance ``rate``.
+
+    >>> parent = (3, 3, 3)
+    >>> mutate(parent, 8, 1.0, random.Random(0)), parent
+    ((7, 8, 5), (3, 3, 3))
+    """
+    return tuple(rng.randint(1, most) if rng.random() < rate else width for width in parent)
+
+
+def crossover(front: Candidate, back: Candidate, rng: random.Random) -> Candidate:
+    """The first widths of one parent and the rest of the other; the point lies strictly inside.
+
+    >>> crossover((1, 1, 1), (2, 2, 2), random.Random(0))
+    (1, 1, 2)
+    """
+    point = rng.randint(1, len(front) - 1)
+    return front[:point] + back[point:]
+
+
+def _child(parents: Sequence[Candidate], rng: random.Random) -> Candidate:
+    front, back = rng.sample(parents, 2)
+    return crossover(front, back, rng)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Widths that candidates may have.
+
+    Args:
+        fields: number of fields.
+        most: largest width.
+        costs: bytes of one column of each field.
+        fixed: bytes whatever the widths.
+        limit: bytes a candidate may take; None: any.
+
+    Raises:
+        BudgetError: even width 1 everywhere takes more than ``limit``.
+    """
+
+    fields: int
+    most: int
+    costs: tuple[int, ...] = ()
+    fixed: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        least = self.bytes((1,) * self.fields)
+        if self.limit is not None and least > self.limit:
+            raise BudgetError(
+                f"the smallest subnet, one column of every kept row, takes {least:,} bytes; {self.limit:,} are "
+                "available for the vectors. Ways out: 1. a larger budget; 2. prune more rows (a larger "
+                "`threshold_lr` or `embedding_weight_decay`)"
+            )
+
+    def bytes(self, candidate: Candidate) -> int:
+        """What a candidate takes."""
+        return self.fixed + sum(c * w for c, w in zip(self.costs, candidate, strict=False))
+
+    def fit(self, candidate: Candidate, rng: random.Random) -> Candidate:
+        """The candidate, narrowed column by column at random fields until it keeps to the limit."""
+        if self.limit is None or self.bytes(candidate) <= self.limit:
+            return candidate
+        widths, size = list(candidate), self.bytes(candidate)
+        order = [f for f, width in enumerate(widths) for _ in range(width - 1)]
+        rng.shuffle(order)
+        for field in order:
+            widths[field] -= 1
+            size -= self.costs[field]
+            if size <= self.limit:
+                break
+        return tuple(widths)
+
+    def draw(self, rng: random.Random) -> Candidate:
+        """Uniform widths, narrowed to the limit."""
+        return self.fit(tuple(rng.randint(1, self.most) for _ in range(self.fields)), rng)
+
+
+def ranked(scores: Mapping[Candidate, float]) -> list[Candidate]:
+    """Candidates by falling score; ties go to the one that was scored first, and what has no score comes last."""
+    return sorted(scores, key=lambda c: -scores[c] if scores[c] == scores[c] else float("inf"))
+
+
+def next_generation(
+    options: Evolution, space: Space, seed: int, generation: int, scores: Mapping[Candidate, float]
+) -> list[Candidate]:
+    """Candidates of a generation (0 is the first), none of them scored before as far as chance finds new ones.
+
+    Args:
+        options: of the evolution.
+        space: of widths.
+        seed: of all draws.
+        generation: its number.
+        scores: of all candidates before, in the order in which they were scored.
+    """
+    rng = random.Random(f"{seed}/{generation}")
+    found: dict[Candidate, None] = {}
+
+    def add(make: Callable[[], Candidate], tries: int = 20) -> None:
+        for _ in range(tries):
+            candidate = space.fit(make(), rng)
+            if candidate not in found and candidate not in scores:
+                found[candidate] = None
+                return
+
+    if generation == 0:
+        for _ in range(options.population):
+            add(lambda: space.draw(rng))
+        return list(found)
+    best = ranked(scores)[: options.parents]
+    for i in range(options.mutations):
+        add(lambda i=i: mutate(best[i % len(best)], space.most, options.mutation_rate, rng))  # type: ignore[misc]
+    if len(best) > 1 and space.fields > 1:
+        for _ in range(options.crossovers):
+            add(lambda: _child(best, rng))
+    return list(dict.fromkeys([*best[: options.keep], *found]))
+
+
+def evolve(
+    options: Evolution,
+    space: Space,
+    score: Score,
+    *,
+    seed: int = 0,
+    scores: Mapping[Candidate, float] | None = None,
+    generation: int = 0,
+    on_generation: Callable[[int, Mapping[Candidate, float]], None] | None = None,
+) -> dict[Candidate, float]:
+    """Search, and return the score of every candidate in the order in which they were scored.
+
+    Args:
+        options: of the evolution.
+        space: of widths.
+        score: the scores of some candidates, higher is better.
+        seed: of all draws.
+        scores: known already, of a search that goes on.
+        generation: the first to score, of a search that goes on.
+        on_generation: called after each generation with its number and all scores.
+
+    >>> space = Space(fields=3, most=8)
+    >>> found = evolve(Evolution(generations=20), space, lambda many: [-float(abs(sum(c) - 7)) for c in many])
+    >>> sum(ranked(found)[0])
+    7
+    """
+    known = dict(scores or {})
+    for number in range(generation, options.generations):
+        fresh = [c for c in next_generation(options, space, seed, number, known) if c not in known]
+        known.update(zip(fresh, score(fresh) if fresh else [], strict=True))
+        if on_generation is not None:
+            on_generation(number, known)
+    return known

@@ -1,0 +1,115 @@
+"""From what a search decided to an ordinary plan, and from plain tables to the rows and columns that the plan keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_embed import hashing
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.config import MethodConfig
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.members import set_text
+from recsys_embed.plan import Plan
+from recsys_embed.program import Digit, Member, Probe
+from recsys_embed.registry import get_method
+
+_CHUNK = 1 << 18
+
+
+def chunks(table: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First row and rows of parts of a table of bounded size."""
+    for start in range(0, len(table), _CHUNK):
+        yield start, table[start : start + _CHUNK]
+
+
+def choose(spec: FeatureSpec, kept: Tensor, width: int, pruned: str = "zero") -> tuple[MethodConfig, dict[str, str]]:
+    """The configuration of a feature that keeps some rows at one width, and its sets of ids.
+
+    Args:
+        spec: the feature.
+        kept: bool ``[num_ids]``.
+        width: columns kept.
+        pruned: what other ids give, see ``OptembedConfig``.
+
+    >>> spec = FeatureSpec("C1", 100, 8)
+    >>> choose(spec, torch.arange(100) < 30, 4)[0].order, choose(spec, torch.arange(100) % 2 == 0, 4)[0].order
+    ('ids', 'counts')
+    """
+    count = int(kept.sum())
+    if count == spec.num_ids and width == spec.embedding_dim:
+        return get_method("full").config_cls.from_params({}), {}
+    # The first ids need no set: their number says which they are.
+    front = count in (0, spec.num_ids) or bool(kept[:count].all())
+    options = {"num_kept": count, "dim": width, "pruned": pruned, "order": "ids" if front else "counts"}
+    sets = {} if front else {"kept": set_text(kept.nonzero().squeeze(1), spec.num_ids)}
+    return get_method("optembed").config_cls.from_params(options), sets
+
+
+def make_plan(
+    schema: Schema, chosen: Mapping[str, tuple[MethodConfig, dict[str, str]]], reasons: Mapping[str, str] | None = None
+) -> Plan:
+    """A plan of configurations with their sets, by feature."""
+    sets = {name: texts for name, (_, texts) in chosen.items() if texts}
+    plan = Plan({name: config for name, (config, _) in chosen.items()}, reasons or {}, sets=sets)
+    plan.check(schema)
+    return plan
+
+
+def initial_table(spec: FeatureSpec, seed: int) -> Tensor:
+    """The plain table that a collection of ``seed`` starts from: ``[num_ids, embedding_dim]``."""
+    table = get_method("full").config_cls.from_params({}).program(spec).tables[0]
+    return table.init.fill_(
+        torch.empty(table.rows, table.width), hashing.salt(seed, "init", f"{spec.name}.{table.name}")
+    )
+
+
+def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, probe: Probe) -> Tensor | None:
+    """Ids whose rows a probe reads, in the order of the rows; None for rows that many ids share."""
+    transform = probe.transform
+    if isinstance(transform, Digit):
+        return torch.arange(spec.num_ids) if transform == Digit() else None
+    if not isinstance(transform, Member):
+        return None
+    index = transform.index
+    if index.form == "range":
+        return torch.arange(index.start, index.start + index.count)
+    store, programs = collection.bundle.kernel.index, list(collection.bundle.programs)
+    return store.members(programs.index(spec.name), index.name).cpu()
+
+
+@torch.no_grad()
+def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor) -> None:
+    """Copy the kept rows and columns of a plain table ``dense [num_ids, width]`` into a feature's compact tables.
+
+    Rows that many ids share keep their values.
+    """
+    spec, program = collection.schema[name], collection.bundle.programs[name]
+    for probe in program.probes:
+        ids, table = _ids_of(collection, spec, probe), program.table(probe.table)
+        if ids is not None:
+            values = collection.table(f"{name}.{table.name}")
+            columns = slice(probe.column, probe.column + table.width)
+            for start, part in chunks(values[: len(ids)]):
+                part.copy_(dense[ids[start : start + len(part)].to(dense.device)][:, columns])
+
+
+def plain_bytes(schema: Schema) -> int:
+    """Bytes of plain tables of all features."""
+    return sum(4 * s.num_ids * s.embedding_dim for s in schema)
+
+
+def widths_text(schema: Schema, kept: Sequence[Tensor], widths: Sequence[int]) -> dict[str, str]:
+    """Per feature, in words, what a search kept."""
+    return {
+        s.name: f"kept {int(k.sum()):,} of {s.num_ids:,} rows, {w} of {s.embedding_dim} columns"
+        for s, k, w in zip(schema, kept, widths, strict=True)
+    }
+
+
+def as_json(candidates: Mapping[Any, float]) -> list[list[Any]]:
+    """Candidates with their scores, for a file."""
+    return [[list(c), score] for c, score in candidates.items()]

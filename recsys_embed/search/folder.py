@@ -1,0 +1,110 @@
+"""The run folder of a search: what it belongs to, which stages are done, and how long they took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recsys_embed.data.folder import lock
+from recsys_embed.errors import CheckpointError
+from recsys_embed.train.files import write_json, write_text
+from recsys_embed.train.run import environment
+
+SEARCH = "search.json"
+
+
+class SearchFolder:
+    """Files of one search; without a path it keeps what it is given in memory.
+
+    A stage that is done leaves its result as one file, written at once or not at all, so a search killed at any moment
+    goes on with the stage it was in.
+
+    Args:
+        path: of the folder, made if need be; None keeps nothing.
+        identity: settings and data the search depends on.
+
+    Raises:
+        CheckpointError: the folder holds a search of other settings or other data; names what differs.
+        StorageError: another process is at work in it.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._held: dict[str, Any] = {}
+        # As JSON has it: lists for tuples.
+        self.identity = json.loads(json.dumps(dict(identity)))
+        if path is None:
+            return
+        known = self._read(SEARCH)
+        if known is None:
+            write_json(path / SEARCH, {**environment(), "identity": self.identity})
+            return
+        saved = known.get("identity", {})
+        differing = sorted(k for k in {*saved, *self.identity} if saved.get(k) != self.identity.get(k))
+        if differing:
+            lines = [f"  - {k}: {saved.get(k)!r:.200} there, {self.identity.get(k)!r:.200} now" for k in differing]
+            raise CheckpointError(
+                f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
+            )
+        for stale in path.rglob(".*.tmp"):
+            stale.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> Any:
+        if self.path is None or not (self.path / name).exists():
+            return None
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise CheckpointError(f"{self.path / name} is damaged ({e}); remove it to do its part again") from e
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.path / name} is damaged: no object; remove it to do its part again")
+        return value
+
+    def get(self, name: str) -> Any:
+        """What a stage left, or None."""
+        return self._held.get(name) if self.path is None else self._read(f"{name}.json")
+
+    def put(self, name: str, value: Mapping[str, Any]) -> None:
+        """Leave the result of a stage, or how far it is."""
+        if self.path is None:
+            self._held[name] = value
+        else:
+            write_json(self.path / f"{name}.json", value)
+
+    def text(self, name: str, text: str) -> None:
+        """Write a file for people."""
+        if self.path is not None:
+            write_text(self.path / name, text)
+
+    def inside(self, name: str) -> Path | None:
+        """A folder of its own for a stage."""
+        return None if self.path is None else self.path / name
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to the stage's, also over several runs."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = self.get("seconds") or {}
+            self.put("seconds", {**spent, stage: spent.get(stage, 0.0) + time.perf_counter() - begin})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in each stage so far."""
+        return dict(self.get("seconds") or {})
+
+
+@contextmanager
+def held(path: Path | None) -> Iterator[None]:
+    """Keep other processes out of a folder."""
+    if path is None:
+        yield
+        return
+    with lock(path):
+        yield

@@ -1,0 +1,230 @@
+"""What a search learns beside the weights: modules between a lookup and a network, for any model with embeddings.
+
+Each takes the vectors of all fields ``[B, F, D]``, as a collection or several ``nn.Embedding`` give them, and hands
+them on masked or scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.errors import ConfigError, raise_faults
+
+Rows = Literal["field", "row", "none"]
+
+
+def long_tailed(u: Tensor) -> Tensor:
+    """Estimated derivative of the unit step at ``u`` (Dynamic Sparse Training, arXiv 2005.06870): it reaches far.
+
+    >>> long_tailed(torch.tensor([0.0, -0.2, 0.4, 1.0, 1.1]))
+    tensor([2.0000, 1.2000, 0.4000, 0.4000, 0.0000])
+    """
+    far = u.abs()
+    return torch.where(far <= 0.4, 2 - 4 * far, 0.4 * (far <= 1).to(u.dtype))
+
+
+class _UnitStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        return (u > 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (u,) = ctx.saved_tensors
+        return grads[0] * long_tailed(u)
+
+
+def unit_step(u: Tensor) -> Tensor:
+    """1 where ``u`` > 0, else 0; its gradient is :func:`long_tailed`."""
+    out: Tensor = _UnitStep.apply(u)
+    return out
+
+
+class OptembedLayer(nn.Module):
+    """Thresholds on the norms of rows, and widths, of every field (OptEmbed, Lyu et al., arXiv 2208.04482).
+
+    A row whose norm is at most its threshold gives zeros, or the field's own ``oov`` vector. In training every sample
+    and field keeps a prefix of its columns, of a width drawn uniformly from 1 to D at every step; in evaluation all
+    columns, or those of ``widths``. A pruned row still gets the gradient of the step's estimator, so it may come back.
+
+    What makes rows die is weight decay on **all** rows at every step (dense Adam with L2): the pull on thresholds is
+    far too weak alone. A sparse or lazy optimizer without such decay never prunes.
+
+    Args:
+        fields: F.
+        width: D.
+        rows: a threshold per ``"field"``, per ``"row"`` (needs ``sizes``), or ``"none"``: none is pruned (OptEmbed-D).
+        dims: whether columns are masked (False: OptEmbed-E).
+        norm: 1 or 2, of a whole row.
+        oov: learn a vector per field that stands for pruned rows.
+        sizes: ids of each field.
+
+    The thresholds are for plain SGD without weight decay, see :meth:`step`; all else is for Adam with L2.
+
+    >>> layer = OptembedLayer(fields=2, width=4)
+    >>> layer(torch.ones(3, 2, 4)).shape
+    torch.Size([3, 2, 4])
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        width: int,
+        *,
+        rows: Rows = "field",
+        dims: bool = True,
+        norm: int = 1,
+        oov: bool = False,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        faults = []
+        if rows not in ("field", "row", "none"):
+            faults.append(f"`rows` must be field, row or none; got {rows!r}")
+        if norm not in (1, 2):
+            faults.append(f"`norm` must be 1 or 2; got {norm!r}")
+        if rows == "row" and (sizes is None or len(sizes) != fields):
+            faults.append(f"`rows='row'` needs `sizes`, the number of ids of each of {fields} fields; got {sizes!r}")
+        if rows == "none" and not dims:
+            faults.append("one of `rows` and `dims` must be searched; got rows='none', dims=False")
+        raise_faults(faults, "OptembedLayer")
+        self.fields, self.width, self.rows, self.dims, self.norm = fields, width, rows, dims, norm
+        self.thresholds: nn.Parameter | None = None
+        if rows != "none":
+            self.thresholds = nn.Parameter(torch.zeros(fields if rows == "field" else sum(sizes or ())))
+        starts = [0, *accumulate(sizes or [0] * fields)][:fields]
+        self.register_buffer("starts", torch.tensor(starts), persistent=False)
+        self.oov = nn.Parameter(torch.zeros(fields, width)) if oov and rows != "none" else None
+        # Columns that evaluation keeps of each field; None keeps all.
+        self.widths: Tensor | None = None
+
+    def threshold_of(self, ids: Tensor | None) -> Tensor:
+        """Thresholds that broadcast with norms ``[B, F]`` of the rows of ``ids [B, F]``."""
+        if self.thresholds is None:
+            raise ConfigError("this layer prunes no rows")
+        if self.rows == "field":
+            return self.thresholds
+        if ids is None:
+            raise ConfigError("thresholds per row need the ids of the vectors")
+        starts: Tensor = self.get_buffer("starts")
+        return nn.functional.embedding((ids + starts).long(), self.thresholds.unsqueeze(1)).squeeze(-1)
+
+    def keep(self, vectors: Tensor, thresholds: Tensor) -> Tensor:
+        """1 for rows ``[..., D]`` whose norm exceeds its threshold, else 0: ``[...]``; differentiable by estimation."""
+        norms = vectors.abs().sum(-1) if self.norm == 1 else vectors.square().sum(-1).clamp_min(1e-30).sqrt()
+        return unit_step(norms - thresholds)
+
+    def prune(self, vectors: Tensor, ids: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Vectors without pruned rows; ``columns`` ``[..., D]`` of 0 and 1 mask what is left."""
+        kept = vectors if columns is None else vectors * columns
+        if self.thresholds is None:
+            return kept
+        keep = self.keep(vectors, self.threshold_of(ids)).unsqueeze(-1)
+        if self.oov is None:
+            return keep * kept
+        spare = self.oov if columns is None else self.oov * columns
+        return keep * kept + (1 - keep) * spare
+
+    def columns(self, widths: Tensor) -> Tensor:
+        """Prefix masks ``[..., D]`` of ``widths [...]``.
+
+        >>> OptembedLayer(1, 3).columns(torch.tensor([1, 3]))
+        tensor([[1., 0., 0.],
+                [1., 1., 1.]])
+        """
+        places = torch.arange(self.width, device=widths.device)
+        return (places < widths.unsqueeze(-1)).to(torch.float32)
+
+    def forward(self, vectors: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Masked vectors.
+
+        Args:
+            vectors: ``[B, F, D]``.
+            ids: int64 ``[B, F]``, for thresholds per row.
+        """
+        widths = self.widths
+        if self.training and self.dims:
+            widths = torch.randint(1, self.width + 1, vectors.shape[:-1], device=vectors.device)
+        return self.prune(vectors, ids, None if widths is None else self.columns(widths))
+
+    @torch.no_grad()
+    def step(self, lr: float, pull: float) -> None:
+        """One step of plain SGD on the thresholds, for the loss plus ``pull`` times the sum of exp(-t)."""
+        if self.thresholds is None or self.thresholds.grad is None:
+            return
+        self.thresholds.grad.sub_((-self.thresholds).exp(), alpha=pull)
+        self.thresholds.sub_(self.thresholds.grad, alpha=lr)
+        self.thresholds.grad = None
+
+
+class DnisLayer(nn.Module):
+    """Soft selection: every block of ids scales every column by its own number in [0, 1] (DNIS, AutoSrh).
+
+    Args:
+        blocks: of each field, the block of each id: int64 ``[ids]``; blocks are numbered through all fields.
+        width: D.
+
+    >>> layer = DnisLayer([torch.tensor([0, 1])], width=4)
+    >>> layer(torch.ones(3, 1, 4), torch.tensor([[0], [1], [1]])).shape, layer.alpha.shape
+    (torch.Size([3, 1, 4]), torch.Size([2, 4]))
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], width: int) -> None:
+        super().__init__()
+        joined = torch.cat([b.long() for b in blocks])
+        count = int(joined.max()) + 1
+        self.alpha = nn.Parameter(torch.ones(count, width))
+        # One byte per id where it holds all numbers; the map is no part of any state: counts decide it.
+        self.register_buffer("block", joined.to(torch.uint8 if count <= 256 else torch.int32), persistent=False)
+        self.register_buffer("starts", torch.tensor([0, *accumulate(len(b) for b in blocks)][:-1]), persistent=False)
+        self.sizes = [len(b) for b in blocks]
+
+    def blocks_of(self, field: int) -> Tensor:
+        """Block of each id of a field: int64 ``[ids]``."""
+        start = int(self.get_buffer("starts")[field])
+        return self.get_buffer("block")[start : start + self.sizes[field]].long()
+
+    def forward(self, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids [B, F]``, scaled."""
+        block = self.get_buffer("block")[ids + self.get_buffer("starts")].long()
+        return vectors * nn.functional.embedding(block, self.alpha)
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, lr: float, second: Tensor | None = None) -> None:
+        """Move against ``grad`` and stay in [0, 1].
+
+        Every block's row is divided by its mean absolute gradient, so that all blocks move at one speed, however rare
+        their ids are; without that only the most frequent block moves. ``second`` comes on top as it is.
+        """
+        move = normalised(grad)
+        if second is not None:
+            move = move + second
+        self.alpha.sub_(move, alpha=lr).clamp_(0.0, 1.0)
+
+
+def normalised(grad: Tensor) -> Tensor:
+    """Rows divided by their mean absolute value.
+
+    >>> normalised(torch.tensor([[1.0, -3.0], [0.0, 0.0]]))
+    tensor([[ 0.5000, -1.5000],
+            [ 0.0000,  0.0000]])
+    """
+    return grad / (grad.abs().mean(-1, keepdim=True) + 1e-8)
+
+
+Granularity = Literal["global", "dimension", "field", "field_dimension", "feature", "feature_dimension"]
+
+
+def soft_threshold(vectors: Tensor, thresholds: Tensor) -> Tensor:
+    """``sign(v) * relu(|v| - sigmoid(s))`` (PEP, Liu et al., arXiv 2101.07577).
+
+    >>> soft_threshold(torch.tensor([2.0, -2.0, 0.3]), torch.tensor(0.0))
+    tensor([ 1.5000, -1.5000,  0.0000])
+    """
+    return vectors.sign() * (vectors.abs() - thresholds.sigmoid()).relu()

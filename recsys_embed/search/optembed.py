@@ -1,0 +1,156 @@
+"""OptEmbed end to end: train a supernet, evolve widths on it, keep what they say, train that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_embed.errors import ConfigError
+from recsys_embed.plan import Plan
+from recsys_embed.search.common import Search
+from recsys_embed.search.evaluate import CandidateEvaluator
+from recsys_embed.search.evolution import Candidate, Space, evolve, ranked
+from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
+from recsys_embed.search.layers import OptembedLayer
+from recsys_embed.search.settings import OptembedSettings
+from recsys_embed.search.supernet import OptembedTrainer, Supernet
+from recsys_embed.train.stop import StopRequest
+
+_LEAST_ROWS = 2048
+
+
+@dataclass
+class OptembedSearch(Search):
+    """One search; see :class:`Search` for what all have in common."""
+
+    settings: OptembedSettings
+
+    method = "optembed"
+
+    def check(self) -> None:
+        """Refuse what would silently prune nothing."""
+        c = self.config
+        if self.settings.rows != "none" and not c.embedding_weight_decay > 0:
+            raise ConfigError(
+                "rows die by weight decay that reaches all of them at every step: set `embedding_weight_decay` above "
+                "0 (with an optimizer that takes it), or search dimensions only (rows 'none')"
+            )
+        self.need_validation()
+
+    def search(self) -> Plan:
+        """Supernet, evolution, extraction."""
+        net = self._supernet()
+        kept = kept_rows(net)
+        space = self._space(kept)
+        widths = self._evolve(net, space) if self.settings.dims else (space.most,) * space.fields
+        return self._extract(kept, widths)
+
+    # -- supernet -------------------------------------------------------------------------------------------------
+
+    def build(self) -> Supernet:
+        """The supernet, untrained."""
+        s, schema = self.settings, self.schema
+        layer = OptembedLayer(
+            len(schema), self.config.embedding_dim, rows=s.rows, dims=s.dims, norm=s.norm, oov=s.oov,
+            sizes=[f.num_ids for f in schema],
+        )  # fmt: skip
+        return Supernet(self.plain_model(), layer.to(self.device or "cpu"))
+
+    def _supernet(self) -> Supernet:
+        net = self.build()
+        trainer = self.trainer(OptembedTrainer, net, "supernet",
+                               threshold_lr=self.settings.threshold_lr, pull=self.settings.pull)  # fmt: skip
+        self.run_stage("supernet", trainer)
+        net.settle_()
+        return net
+
+    # -- evolution ------------------------------------------------------------------------------------------------
+
+    def _space(self, kept: Sequence[Tensor]) -> Space:
+        """Widths, and what they cost where the rows ``kept`` are."""
+        costs, fixed, oov = [], 0, "oov" if self.settings.oov else "zero"
+        for spec, rows in zip(self.schema, kept, strict=True):
+            config, _ = choose(spec, rows, 1, oov)
+            footprint = config.footprint(spec)
+            costs.append(footprint.weights)
+            fixed += footprint.index
+        return Space(len(self.schema), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
+
+    def _rows(self) -> int | None:
+        """Validation rows on which candidates are compared."""
+        s = self.settings
+        if s.evaluation_rows is None or s.evaluation_rows > 0:
+            return s.evaluation_rows
+        # Forward alone is a third of a training step's work; the candidates together get one training's worth.
+        work = 3 * self.data.splits["train"] * self.config.epochs if isinstance(self.data.splits, Mapping) else 0
+        candidates = s.population + (s.generations - 1) * (s.mutations + s.crossovers)
+        return max(_LEAST_ROWS, work // max(1, candidates)) if work else None
+
+    def _evolve(self, net: Supernet, space: Space) -> Candidate:
+        rows, s = self._rows(), self.settings
+        whole = plain_bytes(self.schema)
+        saved = self.folder.get("evolution") or {"generation": 0, "scores": []}
+        scores = {tuple(c): score for c, score in saved["scores"]}
+        with self.folder.clock("evolution"), StopRequest() as stop:
+            options: dict[str, Any] = {"recalibrate": s.recalibrate, "seed": self.config.seed, "device": self.device}
+            options |= {"batch_size": self.config.eval_batch_size, "stop": stop}
+            evaluator = CandidateEvaluator(net, self.data, rows=rows, **options)
+
+            def score(many: Sequence[Candidate], judge: CandidateEvaluator = evaluator) -> list[float]:
+                return [
+                    auc - s.size_weight * space.bytes(c) / whole for c, auc in zip(many, judge.auc(many), strict=True)
+                ]
+
+            def done(number: int, known: Mapping[Candidate, float]) -> None:
+                self.folder.put(
+                    "evolution", {"generation": number + 1, "scores": [[list(c), v] for c, v in known.items()]}
+                )
+                self.progress("evolution", number + 1, s.generations, f"best {max(known.values()):.4f}")
+
+            scores = evolve(
+                s.evolution, space, score, seed=self.config.seed, scores=scores, generation=saved["generation"],
+                on_generation=done,
+            )  # fmt: skip
+            best = ranked(scores)
+            total = self.data.splits["valid"] if isinstance(self.data.splits, Mapping) else None
+            if rows is not None and (total is None or rows < total) and s.finalists > 1:
+                final = best[: s.finalists]
+                judge = CandidateEvaluator(net, self.data, rows=None, **options)
+                best = ranked(dict(zip(final, score(final, judge), strict=True)))
+        return best[0]
+
+    # -- extraction -----------------------------------------------------------------------------------------------
+
+    def _extract(self, kept: Sequence[Tensor], widths: Sequence[int]) -> Plan:
+        oov = "oov" if self.settings.oov else "zero"
+        chosen = {
+            spec.name: choose(spec, rows, width, oov)
+            for spec, rows, width in zip(self.schema, kept, widths, strict=True)
+        }
+        return make_plan(self.schema, chosen, widths_text(self.schema, kept, widths))
+
+
+@torch.no_grad()
+def kept_rows(net: Supernet) -> list[Tensor]:
+    """Per field, the rows whose norm exceeds their threshold: bool ``[num_ids]`` on the CPU."""
+    layer = net.layer
+    if not isinstance(layer, OptembedLayer):
+        raise ConfigError(f"rows are pruned by an OptembedLayer; got {type(layer).__name__}")
+    out = []
+    for field, spec in enumerate(net.vectors.schema):
+        if layer.thresholds is None:
+            out.append(torch.ones(spec.num_ids, dtype=torch.bool))
+            continue
+        parts = []
+        for start, rows in chunks(net.table(spec.name)):
+            at = layer.thresholds[field]
+            if layer.rows == "row":
+                first = int(layer.get_buffer("starts")[field]) + start
+                at = layer.thresholds[first : first + len(rows)]
+            parts.append(layer.keep(rows, at).bool().cpu())
+        out.append(torch.cat(parts))
+    return out

@@ -1,0 +1,98 @@
+"""Training what a search has found, from the weights the search began with or from those it ended with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recsys_embed.errors import CheckpointError
+from recsys_embed.features import Schema
+from recsys_embed.models.base import CTRModel
+from recsys_embed.plan import Plan
+from recsys_embed.search.extract import initial_table, take_rows
+from recsys_embed.train.config import PLANNED, TrainConfig
+from recsys_embed.train.run import model_from_config
+
+Start = Literal["init", "supernet"]
+
+
+def planned(config: TrainConfig, plan: Plan, budget: int | None = None) -> TrainConfig:
+    """``config`` for training ``plan``; ``budget`` bytes for vectors and first-order weights together."""
+    return config.replace(method=PLANNED, method_args={}, plan=plan.to_dict(), ratio=None, budget=budget)
+
+
+def weights_hash(values: Tensor) -> str:
+    """Short hash of a tensor's bytes."""
+    flat = values.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(flat.data if flat.size else b"").hexdigest()[:16]
+
+
+def dense_weights(model: CTRModel) -> dict[str, Tensor]:
+    """A model's state outside its collections: the network, numeric vectors, buffers."""
+    inside = tuple(f"{key}." for key in model.collections())
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(inside) and isinstance(v, Tensor)}
+
+
+def drawn_weights(model: CTRModel) -> dict[str, Tensor]:
+    """Parameters outside the collections: what a seed draws, whatever the plan."""
+    inside = tuple(f"{key}." for key in model.collections())
+    return {k: p for k, p in model.named_parameters() if not k.startswith(inside)}
+
+
+def initial_hashes(model: CTRModel) -> dict[str, str]:
+    """Hash of every plain table of vectors and of every dense weight of a model that has not been trained."""
+    tables = {f"table {s.name}": weights_hash(model.vectors.table(f"{s.name}.weight")) for s in model.vectors.schema}
+    return {**tables, **{f"weight {k}": weights_hash(v) for k, v in drawn_weights(model).items()}}
+
+
+def build_retrained(
+    config: TrainConfig,
+    schema: Schema,
+    num_dense: int,
+    *,
+    hashes: Mapping[str, str] | None = None,
+    tables: Mapping[str, Tensor] | None = None,
+    dense: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+) -> CTRModel:
+    """The model of a plan, with the kept rows and columns of plain tables.
+
+    Args:
+        config: of :func:`planned`; its seed is that of the search.
+        schema: of the search.
+        num_dense: numeric columns.
+        hashes: :func:`initial_hashes` of the search; the weights drawn must be the same.
+        tables: by feature, plain tables to take from; by default the search's initial ones, drawn again.
+        dense: weights outside the tables, by default the initial ones.
+
+    Raises:
+        CheckpointError: the initial weights are not those that the search began with.
+    """
+    model = model_from_config(config, schema, num_dense, device)
+    differing = []
+    for spec in schema:
+        table = initial_table(spec, config.seed) if tables is None else tables[spec.name]
+        if tables is None and hashes is not None and weights_hash(table) != hashes.get(f"table {spec.name}"):
+            differing.append(f"table {spec.name}")
+        take_rows(model.vectors, spec.name, table)
+    if dense is not None:
+        model.load_state_dict(dict(dense), strict=False)
+    elif hashes is not None:
+        found = {f"weight {k}": weights_hash(v) for k, v in drawn_weights(model).items()}
+        differing += [k for k, v in found.items() if hashes.get(k) != v]
+    if differing:
+        raise CheckpointError(
+            f"initial weights are not those the search began with: {', '.join(differing)}; retrain with the versions "
+            "of the libraries that searched, or from the supernet's weights"
+        )
+    return model
+
+
+def folder_of(folder: Path | None, name: str) -> Path | None:
+    """A folder inside a run folder, where there is one."""
+    return None if folder is None else folder / name
