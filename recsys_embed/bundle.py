@@ -14,6 +14,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.fusion import BUNDLES, FusedBundle
+from recsys_embed.kernels.bag_lookup import BagLookup
 from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.native_lookup import NativeStep
@@ -68,7 +69,8 @@ class LookupBundle(Constants):
             for s, p in zip(specs, programs, strict=True)
         ]
         with torch.device(like.device):
-            lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
+            kinds: dict[str, type[VectorisedLookup]] = {"reference": ReferenceLookup, "fbgemm": BagLookup}
+            lookup = kinds.get(backend, VectorisedLookup)
             self.unseen = Unseen(schema.features, self.hashes)
             zeros = self.unseen.zeros
             self.kernel = lookup(programs, where, [s.pooling for s in specs], [zeros[i] for i in kernel])

@@ -15,7 +15,8 @@ from recsys_embed.bundle import LookupBundle
 from recsys_embed.embedding import STORED_UNSEEN
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels import dispatch
+from recsys_embed.kernels import bag_lookup, bag_step, dispatch
+from recsys_embed.kernels.bag_step import BagCall, BagReader, apply_bags
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, read_rows
 from recsys_embed.kernels.indexes import IndexStore
@@ -80,6 +81,9 @@ class EmbeddingCollection(SteppedTables):
                 "use optimizer=None, or backend 'torch'"
             )
         plan = Plan.full(schema) if plan is None else plan
+        if backend == "fbgemm":
+            programs = {s.name: plan[s.name].program(s) for s in schema if not plan[s.name].computes}
+            bag_lookup.refuse(programs, optimizer, like, sparse)
         tables = plan.tables(schema)
         shapes, places = stack_tables(tables)
         super().__init__(shapes, optimizer, like.device, like.dtype, backend)
@@ -175,6 +179,20 @@ class EmbeddingCollection(SteppedTables):
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
+    @property
+    def _reader(self) -> Any:
+        """What hands rows of storages to lookups that are not fused: the gather, or FBGEMM's sums of rows."""
+        if self.backend != "fbgemm" or self.served is not None or not bag_step.runs_here():
+            return self._gather
+        tables = {name: getattr(self, name) for name in self.storages}
+        return BagReader(tables, self._anchor, self._update_bags) if self._stepping else BagReader(tables)
+
+    @torch.no_grad()
+    def _update_bags(self, storage: str, call: BagCall, grad: Tensor) -> None:
+        if self.optimizer is not None:
+            self._paces[storage].advance(self.optimizer, self._lr)
+            apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
+
     def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not self.bundle.fused or self.served is not None:
@@ -207,11 +225,11 @@ class EmbeddingCollection(SteppedTables):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
             fused = self._fused_tables(ids)
             if fused is None:
-                return self.bundle.single(ids.long(), self._gather)
+                return self.bundle.single(ids.long(), self._reader)
             step = self._native_step if self._stepping else None
             return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
-        return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._gather)
+        return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._reader)
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

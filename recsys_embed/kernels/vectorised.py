@@ -276,6 +276,16 @@ class VectorisedLookup(nn.Module):
         """Features of one structure, in the order of the arguments and results of :meth:`forward`."""
         return cast("list[Group]", list(self._groups))
 
+    def _requests(
+        self, ids: Sequence[Tensor], local: Sequence[Tensor] | None
+    ) -> tuple[Sequence[Tensor | None], list[Tensor | None], list[list[tuple[str, Tensor]]]]:
+        """Per group: which of its features each id belongs to, which ids read no row, and the rows to gather."""
+        where: Sequence[Tensor | None] = local if local is not None else [None] * len(ids)
+        arrays = self.index.arrays
+        absent = [absent_ids(x) if g.optional else None for g, x in zip(self.groups, ids, strict=True)]
+        requests = [g.rows(x, w, arrays, a) for g, x, w, a in zip(self.groups, ids, where, absent, strict=True)]
+        return where, absent, requests
+
     def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
         """Per group, the combined vectors ``[*ids[g].shape, combined_width]`` of its ids.
 
@@ -285,10 +295,7 @@ class VectorisedLookup(nn.Module):
             gather: reads rows of a storage: (storage, int64 ``[n]``, whether some rows may be -1) -> ``[n, width]``;
                 called once per storage. What it returns for -1 is ignored.
         """
-        where = local if local is not None else [None] * len(ids)
-        arrays = self.index.arrays
-        absent = [absent_ids(x) if g.optional else None for g, x in zip(self.groups, ids, strict=True)]
-        requests = [g.rows(x, w, arrays, a) for g, x, w, a in zip(self.groups, ids, where, absent, strict=True)]
+        where, absent, requests = self._requests(ids, local)
         missing = {r.storage for g, a in zip(self.groups, absent, strict=True) if a is not None for r in g.reads}
         wanted: dict[str, list[Tensor]] = {}
         for request in requests:
