@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from recsys_embed.bags import Bags
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep, look_up
@@ -44,7 +46,7 @@ class FusedBundle:
         for output, (_, members) in enumerate(self.shapes):
             column = 0
             for i in members:
-                slots[i] = Slot(output, column)
+                slots[i] = Slot(output, column, bundle.schema.features[i].pooling == "mean")
                 column += bundle.programs[bundle.schema.names[i]].combined_width
             widths.append(column)
         at = [position[name] for name in names]
@@ -87,16 +89,45 @@ class FusedBundle:
             IdRangeError: names the first feature at fault.
         """
         ids = self._resolved(bundle, ids)
-        outputs = self._outputs(bundle, ids, tables, step, sparse)
+        out = self._projected(bundle, self._outputs(bundle, ids, tables, step, sparse))
+        for (i,) in self.parts[len(self.shapes) :]:
+            out.append(bundle.vectors_of(i, ids[:, i].long()))
+        return out
+
+    def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
+        """Whether :meth:`pooled` takes the bags: sums and means, whose weights are constants."""
+        if any(bundle.schema.features[i].pooling == "max" for _, members in self.shapes for i in members):
+            return False
+        return bags.weights is None or (bags.weights.dtype == torch.float32 and not bags.weights.requires_grad)
+
+    def pooled(
+        self, bundle: LookupBundle, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool
+    ) -> list[Tensor]:
+        """Pooled vectors of bags: one tensor ``[B, ...]`` per entry of ``parts``."""
+        bags = bundle.resolved(bags) if bundle.unseen.replaces or bundle.unseen.counting else bags
+        weights = None if bags.weights is None else bags.weights.contiguous()
+        ids = Ids(bags.values.contiguous(), bags.offsets.contiguous(), weights, bags.batch)
+        try:
+            outputs = look_up(self.lookup, self._pool, ids, tables, step=step, sparse=sparse)
+        except IdRangeError:
+            bundle.resolved(bags)
+            raise
+        out = self._projected(bundle, outputs)
+        for (i,) in self.parts[len(self.shapes) :]:
+            offsets = bags.offsets[i * bags.batch : (i + 1) * bags.batch + 1]
+            first, last = int(offsets[0]), int(offsets[-1])
+            weights = None if bags.weights is None else bags.weights[first:last]
+            out.append(bundle.pooled_own(i, bags.values[first:last], offsets - first, weights))
+        return out
+
+    def _projected(self, bundle: LookupBundle, outputs: Sequence[Tensor]) -> list[Tensor]:
         out = []
         for (shape, members), value in zip(self.shapes, outputs, strict=True):
             if shape is None:
                 out.append(value)
                 continue
-            stacked = value.view(ids.shape[0], len(members), value.shape[1] // len(members))
+            stacked = value.view(value.shape[0], len(members), value.shape[1] // len(members))
             out.append(project(stacked, bundle.projections[shape], "bfi,fio->bfo").flatten(1))
-        for (i,) in self.parts[len(self.shapes) :]:
-            out.append(bundle.vectors_of(i, ids[:, i].long()))
         return out
 
     def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
@@ -120,6 +151,9 @@ class TritonBundle(FusedBundle):
         from recsys_embed.kernels.triton.lookup import TritonLookup
 
         self.lookup = TritonLookup(names, *arguments)
+
+    def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
+        return False
 
     def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
         # The kernels check ranges themselves: the assertion that torch has for GPUs would end the process.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels import native
 from recsys_embed.kernels.fused import apply_update
-from recsys_embed.kernels.native import NativeLookup
+from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep
 from recsys_embed.kernels.pace import Pace, catch_up
 from recsys_embed.kernels.storage import allocate
@@ -98,7 +98,7 @@ class SteppedTables(nn.Module):
         return [self._paces[name] for name in self.storages]
 
     @torch.no_grad()
-    def _update_native(self, lookup: NativeLookup, ids: Tensor, grads: Sequence[Tensor], kept: Tensor | None) -> None:
+    def _update_native(self, lookup: NativeLookup, ids: Ids, grads: Sequence[Tensor], kept: Tensor | None) -> None:
         if self.optimizer is None:
             return
         for pace in self._all_paces:
@@ -114,8 +114,8 @@ class SteppedTables(nn.Module):
         return self.optimizer is not None and self.optimizer.rows == "all" and any(p.rates for p in self._all_paces)
 
     @torch.no_grad()
-    def _settle_native(self, lookup: NativeLookup, ids: Tensor) -> None:
-        """Bring the rows that ``ids [B, F]`` read up to date."""
+    def _settle_native(self, lookup: NativeLookup, ids: Ids) -> None:
+        """Bring the rows that ids read up to date."""
         if self._behind and self.optimizer is not None:
             tables, states, paces = self._native_parts()
             lookup.settle(ids, tables, self.optimizer, states, paces)

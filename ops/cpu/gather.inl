@@ -127,12 +127,13 @@ struct Chunk {
   const i32* rows_of(i64 probe) const { return rows + 2 * size * probe; }
 };
 
-// Chunks of all features for one thread.
+// Chunks of all features for one thread; of bags, one feature's at a time.
 class Workspace {
  public:
-  Workspace(const Call& c, i64 copies) : features_(c.feature_count), probes_(c.probe_count) {
+  Workspace(const Call& c, i64 copies) : features_(c.offsets ? 1 : c.feature_count), probes_(c.probe_count) {
     // Many features in short chunks, few in long ones: what is found ahead has to stay in the nearest cache.
     size_ = std::max<i64>(8, std::min<i64>(CHUNK, 768 / std::max<i64>(1, c.probe_count) / 8 * 8));
+    if (c.offsets) size_ = BAG_CHUNK;
     const i64 ids = copies * features_ * size_, rows = 2 * copies * probes_ * size_;
     memory_.reset(new char[ids * 9 + rows * 4 + 8]);
     ids_ = reinterpret_cast<i64*>(memory_.get());
@@ -143,7 +144,7 @@ class Workspace {
   i64 size() const { return size_; }
 
   Chunk chunk(const Feature* all, i64 feature, i64 copy) const {
-    const i64 at = (copy * features_ + feature) * size_;
+    const i64 at = (copy * features_ + (features_ == 1 ? 0 : feature)) * size_;
     return {size_, ids_ + at, none_ + at, rows_ + 2 * size_ * (copy * probes_ + all[feature].first)};
   }
 
@@ -155,13 +156,21 @@ class Workspace {
   unsigned char* none_;
 };
 
+// Position of a feature's first id of a sample.
+static inline i64 first_id(const Call& c, const Feature& f, i64 sample) {
+  return c.offsets ? c.offsets[f.ids * c.batch + sample] : sample;
+}
+
+// Number of ids of a feature.
+static inline i64 count_ids(const Call& c, const Feature& f) { return first_id(c, f, c.batch) - first_id(c, f, 0); }
+
 // Ids [first, first + n) of a feature and the rows of all its probes; false if one lies outside its range.
 static bool find(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
-  const i64 from = first * c.sample_stride + f.ids * c.feature_stride;
+  const i64 step = c.offsets ? 1 : c.sample_stride, from = first * step + (c.offsets ? 0 : f.ids * c.feature_stride);
   if (c.ids_are_32)
-    for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i32*>(c.ids)[from + i * c.sample_stride];
+    for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i32*>(c.ids)[from + i * step];
   else
-    for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i64*>(c.ids)[from + i * c.sample_stride];
+    for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i64*>(c.ids)[from + i * step];
   i64 wrong = 0;
   if (f.limit >= 0)
     for (i64 i = 0; i < n; i++) wrong |= u64(at.ids[i]) >= u64(f.limit);
@@ -202,19 +211,37 @@ static void read_probe(const Call& c, const Probe& p, i64 join, const Chunk& at,
   else choose_gather(p.width, join, factor != nullptr)(table, rows, factor, p.product, n, p.width, out, stride);
 }
 
+// What is kept of each feature: of its i-th id at data + i * stride + the probe's column.
+static std::vector<Matrix> kept_of(const Call& c) {
+  std::vector<Matrix> found(c.feature_count, c.kept);
+  float* next = c.kept.data;
+  for (i64 f = 0; c.offsets && next && f < c.feature_count; f++) {
+    const Feature& feature = c.features[f];
+    i64 width = 0;
+    for (i64 j = 0; !feature.plain && j < feature.probes; j++) {
+      const Probe& p = c.probes[feature.first + j];
+      width += p.run * p.width + (p.weight_storage >= 0);
+    }
+    found[f] = {next - (feature.plain ? 0 : c.probes[feature.first].kept), width};
+    next += width * count_ids(c, feature);
+  }
+  return found;
+}
+
 // Keeps what backward needs of a feature whose rows are multiplied with something: the tables may have moved on by then.
-static void keep_rows(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n) {
+// `first` is the place of the first id among the feature's.
+static void keep_rows(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix& kept) {
   for (i64 j = 0; j < f.probes; j++) {
     const Probe& p = c.probes[f.first + j];
     const i32* rows = at.rows_of(j);
-    float* to = c.kept.data + first * c.kept.stride + p.kept;
+    float* to = kept.data + first * kept.stride + p.kept;
     Probe bare = p;
     bare.has_sign = 0;
-    if (p.run > 1) gather_runs(c, bare, STORE, at.ids, rows, nullptr, n, to, c.kept.stride);
-    else choose_gather(p.width, STORE, false)(c.storages[p.storage], rows, nullptr, 0.f, n, p.width, to, c.kept.stride);
+    if (p.run > 1) gather_runs(c, bare, STORE, at.ids, rows, nullptr, n, to, kept.stride);
+    else choose_gather(p.width, STORE, false)(c.storages[p.storage], rows, nullptr, 0.f, n, p.width, to, kept.stride);
     float weights[CHUNK];
     if (weights_of(c, p, rows + at.size, n, weights))
-      for (i64 i = 0; i < n; i++) to[i * c.kept.stride + p.run * p.width] = weights[i];
+      for (i64 i = 0; i < n; i++) to[i * kept.stride + p.run * p.width] = weights[i];
   }
 }
 
@@ -239,8 +266,11 @@ static void prefetch_ids(const Call& c, i64 from, i64 to) {
     prefetch(static_cast<const char*>(c.ids) + i * c.sample_stride * size, c.feature_count * size);
 }
 
+#include "bags.inl"
+
 // Samples [from, to); false where some id or row was out of range. Rows are found one chunk ahead of being read.
 static bool look_up(const Call& c, i64 from, i64 to) {
+  if (c.offsets) return look_up_bags(c, from, to);
   const Workspace work(c, 2);
   bool good = true;
   auto prepare = [&](i64 at, i64 copy) {
@@ -265,7 +295,7 @@ static bool look_up(const Call& c, i64 from, i64 to) {
       const Matrix& out = c.outputs[feature.output];
       const Chunk chunk = work.chunk(c.features, f, copy);
       read_feature(c, feature, chunk, n, out.data + at * out.stride + feature.column, out.stride);
-      if (c.kept.data && !feature.plain) keep_rows(c, feature, chunk, at, n);
+      if (c.kept.data && !feature.plain) keep_rows(c, feature, chunk, at, n, c.kept);
     }
   }
   return good;

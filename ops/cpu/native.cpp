@@ -15,6 +15,7 @@
 namespace {
 
 constexpr i64 CHUNK = 256;  // ids that one pass of a transform takes at most
+constexpr i64 BAG_CHUNK = 128;
 enum Outcome { DONE = 0, OUT_OF_RANGE = 1, TOO_LARGE = 2, NO_MEMORY = 3 };
 
 // OpenMP's entry points as GCC calls them; LLVM's and Intel's runtimes have them too.

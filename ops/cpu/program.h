@@ -39,6 +39,7 @@ struct Feature {
   i64 output, column, width;                       // where its vectors go
   i64 padding;                                     // of the width, columns of zeros at the end
   i64 plain;                                       // gradients reach rows unchanged but for a constant factor
+  i64 mean;                                        // bags are averaged, not summed
 };
 
 // Arrays of all indexes; see recsys_embed/members.py.
@@ -53,19 +54,23 @@ struct Matrix {
   i64 stride;                                      // elements from one row to the next
 };
 
-// One call: what is looked up, in which tables, and where vectors (or their gradients) lie.
+// One call: what is looked up, in which tables, and where vectors (or their gradients) lie. With `offsets`, ids stand
+// feature after feature, and those of sample b and id column f are [offsets[f * batch + b], offsets[f * batch + b + 1]).
 struct Call {
   const Feature* features;
   const Probe* probes;
   i64 feature_count, probe_count;
   const void* ids;
   i64 batch, sample_stride, feature_stride, ids_are_32;
+  const i64* offsets;                              // null: one id per sample
+  const float* sample_weights;                     // [ids] factors of bags' vectors; may be null
   float* const* storages;
   const i64* storage_widths;
   i64 storage_count;
   const Matrix* outputs;
   i64 output_count;
-  Matrix kept;                                     // rows as features that are not plain read them; data may be null
+  Matrix kept;                                     // rows as features that are not plain read them; data may be null;
+                                                   // with offsets packed feature after feature
   Index index;
   i64 threads;
 };

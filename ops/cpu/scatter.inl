@@ -1,11 +1,15 @@
 // Gradients to rows: duplicates are summed in order of occurrence, then each row is updated once. Work is divided by
 // row, not by thread, so results are the same bits for any number of threads. Part of kernels.inl.
 
-// Where the gradients of one table read lie: element [b * stride + column] of a base, for sample b.
+// Where the gradients of one table read lie: element [b * stride + column] of a base, for id b or for its bag.
 struct Source {
   i64 storage, run, base, rows;  // run > 1: consecutive elements of the table [base, base + rows)
   i64 tag, stride, column;
-  const i32* of;                 // [batch] row, -1 for none
+  i64 count;                     // ids
+  const i32* of;                 // [count] row, -1 for none
+  const i32* bag;                // [count], or null
+
+  i64 offset(i64 b) const { return (bag ? bag[b] : b) * stride + column; }
 };
 
 struct Base {
@@ -165,12 +169,20 @@ static inline void prefetch_state(const Update& u, const float* table, i64 row, 
   if (u.count) prefetch<1>(u.count + row, 4);
 }
 
-// Lookups [from, to) of all sources, numbered source after source: fn(source, sample).
+static i64 count_lookups(const std::vector<Source>& sources) {
+  i64 total = 0;
+  for (const Source& s : sources) total += s.count;
+  return total;
+}
+
+// Lookups [from, to) of all sources, numbered source after source: fn(source, id).
 template <class F>
-static void each_lookup(const std::vector<Source>& sources, i64 batch, i64 from, i64 to, F&& fn) {
-  for (i64 s = batch ? from / batch : 0; from < to; s++) {
-    const i64 stop = std::min(to, (s + 1) * batch);
-    for (; from < stop; from++) fn(sources[s], from - s * batch);
+static void each_lookup(const std::vector<Source>& sources, i64 from, i64 to, F&& fn) {
+  i64 start = 0;
+  for (const Source& s : sources) {
+    const i64 stop = std::min(to, start + s.count);
+    for (; from < stop; from++) fn(s, from - start);
+    start += s.count;
   }
 }
 
@@ -217,16 +229,16 @@ struct TableReads {
 
 // The table's entries sorted by row, and their number. Neighbouring rows share pages, and walking to a page takes longer
 // than reading a row of it.
-static const u64* sorted_entries(const TableReads& table, i64 batch, i64 threads, i64& count) {
-  const i64 lookups = batch * i64(table.sources.size());
+static const u64* sorted_entries(const TableReads& table, i64 threads, i64& count) {
+  const i64 lookups = count_lookups(table.sources);
   u64 *from = table.entries[0], *to = table.entries[1];
   std::vector<i64> filled(threads, 0);
   auto part = [&](i64 t) { return lookups * t / threads; };
   parallel(threads, [&](i64 thread, i64 team) {
     for (i64 t = thread; t < threads; t += team) {
       i64 at = part(t);
-      each_lookup(table.sources, batch, part(t), part(t + 1), [&](const Source& s, i64 b) {
-        from[at] = pack(s.of[b], s.tag, b * s.stride + s.column);
+      each_lookup(table.sources, part(t), part(t + 1), [&](const Source& s, i64 b) {
+        from[at] = pack(s.of[b], s.tag, s.offset(b));
         at += s.of[b] >= 0;
       });
       filled[t] = at - part(t);
@@ -328,10 +340,10 @@ static void settle_all(const Update& u, float* table, i64 width, i64 threads) {
 }
 
 // Visits the rows of one table in pieces that begin where a row does; whoever is free takes the next one.
-static void visit_table(const Update& u, const TableReads& reads, float* table, i64 width, const Base* bases, i64 batch,
-                        i64 threads, Visit visit) {
+static void visit_table(const Update& u, const TableReads& reads, float* table, i64 width, const Base* bases, i64 threads,
+                        Visit visit) {
   i64 count = 0;
-  const u64* entries = sorted_entries(reads, batch, threads, count);
+  const u64* entries = sorted_entries(reads, threads, count);
   const i64 pieces = threads == 1 ? 1 : std::min<i64>(1 + count / 2048, 16 * threads);
   auto start = [&](i64 p) {
     i64 at = count * p / pieces;
@@ -364,19 +376,22 @@ static void visit_rows(const Call& c, const std::vector<Source>& sources, const 
     found->sources.push_back(s);
   }
   std::vector<const TableReads*> narrow;
+  const i64 all = count_lookups(sources);
   for (TableReads& t : tables) {
     for (u64*& entries : t.entries)
-      entries = static_cast<u64*>(scratch.take(c.batch * i64(t.sources.size()) * sizeof(u64)));
-    if (c.threads > 1 && t.sources.size() * c.threads * 2 > sources.size())
-      visit_table(u, t, table, width, bases, c.batch, c.threads, visit);
+      entries = static_cast<u64*>(scratch.take(count_lookups(t.sources) * sizeof(u64)));
+    if (c.threads > 1 && count_lookups(t.sources) * c.threads * 2 > all)
+      visit_table(u, t, table, width, bases, c.threads, visit);
     else narrow.push_back(&t);
   }
-  auto work = [](const TableReads* a, const TableReads* b) { return a->rows * i64(a->sources.size()) > b->rows * i64(b->sources.size()); };
+  auto work = [](const TableReads* a, const TableReads* b) {
+    return a->rows * count_lookups(a->sources) > b->rows * count_lookups(b->sources);
+  };
   std::stable_sort(narrow.begin(), narrow.end(), work);
   i64 next = 0;
   parallel(c.threads, [&](i64, i64) {
     for (u64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < narrow.size();)
-      visit_table(u, *narrow[i], table, width, bases, c.batch, 1, visit);
+      visit_table(u, *narrow[i], table, width, bases, 1, visit);
   });
 }
 
@@ -446,15 +461,15 @@ struct ElementMemory {
 // Runs overlap, so they are cut where ranges of the array end, and each range is summed element by element.
 static void update_elements(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
                             float* table, Scratch& scratch) {
-  const i64 lookups = c.batch * i64(sources.size());
+  const i64 lookups = count_lookups(sources);
   i64 shift = 11;
   while (u.rows >> shift > 8192) shift++;
   const i64 range = i64(1) << shift;
   Buckets<Piece> buckets{(u.rows + range - 1) >> shift, 0, {}, nullptr};
   buckets.fill(c.threads, lookups, scratch, [&](i64 from, i64 to, auto&& put) {
-    each_lookup(sources, c.batch, from, to, [&](const Source& s, i64 b) {
+    each_lookup(sources, from, to, [&](const Source& s, i64 b) {
       if (s.of[b] < 0) return;
-      i64 at = s.of[b], left = s.run, offset = b * s.stride + s.column;
+      i64 at = s.of[b], left = s.run, offset = s.offset(b);
       while (left) {
         const i64 end = std::min(s.base + s.rows, (at >> shift << shift) + range), length = std::min(left, end - at);
         put(at >> shift, Piece{u32(at), u32(offset), uint16_t(length), uint16_t(s.tag)});
@@ -501,16 +516,15 @@ static inline void multiply(float* to, const float* by, i64 elements, i64 span, 
     blocks<0>(span, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(to + k) * (by[0] * factor)); });
 }
 
-// Gradients of a feature's rows and weights for n ids, from what forward kept. `own` holds one matrix per probe and its
-// weights: [probes][2].
-static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix* own,
-                          std::vector<float>& memory) {
-  const Matrix& out = c.outputs[f.output];
+// Gradients of a feature's rows and weights for n of its ids from the first-th on, from those of their vectors
+// (rows of `out`) and what forward kept. `own` holds one matrix per probe and its weights: [probes][2].
+static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix& out,
+                          const Matrix& saved, const Matrix* own, std::vector<float>& memory) {
   memory.resize(f.probes * n + f.width);
   float* here = memory.data() + f.probes * n;
   for (i64 j = 0; j < f.probes; j++)
     if (!factors(c.probes[f.first + j], at.ids, nullptr, n, memory.data() + j * n)) std::fill_n(memory.data() + j * n, n, 1.f);
-  auto kept = [&](const Probe& p, i64 i) { return c.kept.data + (first + i) * c.kept.stride + p.kept; };
+  auto kept = [&](const Probe& p, i64 i) { return saved.data + (first + i) * saved.stride + p.kept; };
   auto weight = [&](const Probe& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.run * p.width]; };
   auto signs = [&](const Probe& p, i64 i) {
     for (i64 k = 0; p.run > 1 && p.has_sign && k < p.span; k++) here[k] *= sign_of(at.ids[i], step_salt(p.sign, k));
@@ -520,7 +534,7 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
     const i64 read = p.run * p.width;
     for (i64 i = 0; i < n; i++) {
       if (at.rows_of(j)[i] < 0) continue;
-      const float* g = out.data + (first + i) * out.stride + f.column + p.column;
+      const float* g = out.data + i * out.stride + p.column;
       const float* row = kept(p, i);
       const float factor = memory[j * n + i], scalar = weight(p, i);
       blocks<0>(p.span, [&](auto lanes, i64 k) { lanes.store(here + k, lanes.load(g + k) * factor); });
@@ -553,80 +567,124 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
 struct Reads {
   std::vector<std::vector<Source>> sources;
   std::vector<Base> bases;
-  std::vector<Matrix> own;   // per probe: of its rows and of its weights, where these differ from the output's
-  std::vector<i32*> rows;    // per probe: of its rows and of its weights
+  std::vector<Matrix> own;    // per probe: of its rows and of its weights, where these are not those of the vectors
+  std::vector<Matrix> ids;    // per feature: of its ids' vectors, where bags spread theirs in parts
+  std::vector<i32*> rows;     // per probe: of its rows and of its weights
+  std::vector<i32*> bags;     // per feature: of its ids, where gradients are those of the bags
 };
+
+// Whether the gradient of a bag is that of each of its vectors.
+static bool is_shared(const Call& c, const Feature& f) { return f.plain && !f.mean && !c.sample_weights; }
 
 static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   reads.sources.resize(c.storage_count);
   reads.own.assign(2 * c.probe_count, Matrix{nullptr, 0});
+  reads.ids.assign(c.feature_count, Matrix{nullptr, 0});
   reads.rows.assign(2 * c.probe_count, nullptr);
+  reads.bags.assign(c.feature_count, nullptr);
   auto tag_of = [&](const float* gradient, float factor) {
     for (i64 i = 0; i < i64(reads.bases.size()); i++)
       if (reads.bases[i].gradient == gradient && reads.bases[i].factor == factor) return i;
     reads.bases.push_back({gradient, factor});
     return i64(reads.bases.size()) - 1;
   };
+  // Columns that a feature's ids need of their own.
+  auto width_of = [&](const Feature& f) {
+    i64 width = f.plain && c.offsets && !is_shared(c, f) ? f.width : 0;
+    for (i64 j = f.first; !f.plain && j < f.first + f.probes; j++)
+      width += c.probes[j].run * c.probes[j].width + (c.probes[j].weight_storage >= 0);
+    return width;
+  };
   i64 elements = 0;
-  for (i64 f = 0; f < c.feature_count; f++)
-    for (i64 j = c.features[f].first; !c.features[f].plain && j < c.features[f].first + c.features[f].probes; j++)
-      elements += c.probes[j].run * c.probes[j].width + (c.probes[j].weight_storage >= 0);
-  if (elements * c.batch >> OFFSET_BITS) return TOO_LARGE;
+  for (i64 f = 0; f < c.feature_count; f++) elements += width_of(c.features[f]) * count_ids(c, c.features[f]);
+  if (elements >> OFFSET_BITS) return TOO_LARGE;
   for (i64 o = 0; o < c.output_count; o++)
     if (c.batch * c.outputs[o].stride >> OFFSET_BITS) return TOO_LARGE;
-  float* temporary = static_cast<float*>(scratch.take(elements * c.batch * sizeof(float)));
-  i64 used = 0;
-  auto matrix = [&](i64 width) {
-    Matrix m{temporary + used, elements};
-    used += width;
-    return m;
-  };
-  auto rows = [&] { return static_cast<i32*>(scratch.take(c.batch * sizeof(i32))); };
-  for (i64 f = 0; f < c.feature_count; f++) {
-    const Feature& feature = c.features[f];
-    for (i64 j = feature.first; j < feature.first + feature.probes; j++) {
+  float* const temporary = static_cast<float*>(scratch.take(elements * sizeof(float)));
+  float* next = temporary;
+  for (i64 k = 0; k < c.feature_count; k++) {
+    const Feature& f = c.features[k];
+    const i64 count = count_ids(c, f), stride = width_of(f);
+    float* column = next;
+    next += stride * count;
+    auto matrix = [&](i64 width) {
+      const Matrix m{column, stride};
+      column += width;
+      return m;
+    };
+    auto rows = [&] { return static_cast<i32*>(scratch.take(count * sizeof(i32))); };
+    if (c.offsets && is_shared(c, f)) reads.bags[k] = rows();
+    else if (f.plain && c.offsets) reads.ids[k] = matrix(f.width);
+    for (i64 j = f.first; j < f.first + f.probes; j++) {
       const Probe& p = c.probes[j];
-      const Matrix& out = c.outputs[feature.output];
+      const Matrix& out = c.outputs[f.output];
       reads.rows[2 * j] = rows();
-      Source s{p.storage, p.run, p.base, p.rows, 0, out.stride, feature.column + p.column, reads.rows[2 * j]};
-      if (feature.plain) {
-        s.tag = tag_of(out.data, float(p.scale));
+      Source s{p.storage, p.run, p.base, p.rows, 0, out.stride, f.column + p.column, count, reads.rows[2 * j], reads.bags[k]};
+      if (!f.plain || reads.ids[k].data) {
+        s.tag = tag_of(temporary, f.plain ? float(p.scale) : 1.f);
+        s.stride = stride;
+        reads.own[2 * j] = f.plain ? reads.ids[k] : matrix(p.run * p.width);
+        s.column = reads.own[2 * j].data - temporary + (f.plain ? p.column : 0);
       } else {
-        reads.own[2 * j] = matrix(p.run * p.width);
-        s.tag = tag_of(temporary, 1.f), s.stride = elements, s.column = reads.own[2 * j].data - temporary;
+        s.tag = tag_of(out.data, float(p.scale));
       }
       reads.sources[p.storage].push_back(s);
       if (p.weight_storage < 0) continue;
       reads.own[2 * j + 1] = matrix(1);
       reads.rows[2 * j + 1] = rows();
-      reads.sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, s.tag, elements,
-                                                 reads.own[2 * j + 1].data - temporary, reads.rows[2 * j + 1]});
+      reads.sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, s.tag, stride,
+                                                 reads.own[2 * j + 1].data - temporary, count, reads.rows[2 * j + 1], nullptr});
     }
   }
   return i64(reads.bases.size()) > BASES ? TOO_LARGE : DONE;
 }
 
-// Rows of all reads and, on request, gradients that differ from the output's; false where an id is out of range.
+// Pieces of the ids of samples [from, to), as workspaces take them: fn(feature, first id, number).
+template <class F>
+static void each_piece(const Call& c, i64 from, i64 to, i64 size, F&& fn) {
+  if (c.offsets) {
+    for (i64 k = 0; k < c.feature_count; k++) {
+      const i64 last = first_id(c, c.features[k], to);
+      for (i64 at = first_id(c, c.features[k], from); at < last; at += size) fn(k, at, std::min(size, last - at));
+    }
+    return;
+  }
+  for (i64 at = from; at < to; at += size)
+    for (i64 k = 0; k < c.feature_count; k++) fn(k, at, std::min(size, to - at));
+}
+
+// Rows of all reads and, on request, gradients that are not those of the output; false where an id is out of range.
 static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
   bool good = true;
+  const std::vector<Matrix> kept = kept_of(c);
   parallel(c.threads, [&](i64 thread, i64 team) {
     const Workspace work(c, 1);
-    std::vector<float> memory;
-    const i64 from = c.batch * thread / team, to = c.batch * (thread + 1) / team;
-    for (i64 first = from; first < to; first += work.size()) {
-      const i64 n = std::min(work.size(), to - first);
-      for (i64 f = 0; f < c.feature_count; f++) {
-        const Feature& feature = c.features[f];
-        const Chunk chunk = work.chunk(c.features, f, 0);
-        if (!find(c, feature, first, n, chunk)) __atomic_store_n(&good, false, __ATOMIC_RELAXED);
-        for (i64 j = 0; j < feature.probes; j++) {
-          i32* const* to_rows = &reads.rows[2 * (feature.first + j)];
-          std::memcpy(to_rows[0] + first, chunk.rows_of(j), n * sizeof(i32));
-          if (to_rows[1]) std::memcpy(to_rows[1] + first, chunk.rows_of(j) + chunk.size, n * sizeof(i32));
-        }
-        if (gradients && !feature.plain) own_gradients(c, feature, chunk, first, n, &reads.own[2 * feature.first], memory);
+    std::vector<float> memory, vectors;
+    each_piece(c, c.batch * thread / team, c.batch * (thread + 1) / team, work.size(), [&](i64 k, i64 at, i64 n) {
+      const Feature& f = c.features[k];
+      const Chunk chunk = work.chunk(c.features, k, 0);
+      const i64 place = at - first_id(c, f, 0) * (c.offsets != nullptr);
+      if (!find(c, f, at, n, chunk)) __atomic_store_n(&good, false, __ATOMIC_RELAXED);
+      for (i64 j = 0; j < f.probes; j++) {
+        i32* const* to_rows = &reads.rows[2 * (f.first + j)];
+        std::memcpy(to_rows[0] + place, chunk.rows_of(j), n * sizeof(i32));
+        if (to_rows[1]) std::memcpy(to_rows[1] + place, chunk.rows_of(j) + chunk.size, n * sizeof(i32));
       }
-    }
+      if (reads.bags[k]) {
+        BagWalk walk(c, f, at);
+        for (i64 i = 0; i < n; i++) reads.bags[k][place + i] = i32(walk.bag_of(at + i));
+      }
+      if (!gradients || is_shared(c, f) || (f.plain && !c.offsets)) return;
+      const Matrix& out = c.outputs[f.output];
+      if (f.plain) return spread(c, f, at, n, reads.ids[k].data + place * f.width);
+      Matrix given{out.data + at * out.stride + f.column, out.stride};
+      if (c.offsets) {
+        vectors.resize(n * f.width);
+        spread(c, f, at, n, vectors.data());
+        given = {vectors.data(), f.width};
+      }
+      own_gradients(c, f, chunk, place, n, given, kept[k], &reads.own[2 * f.first], memory);
+    });
   });
   return good;
 }

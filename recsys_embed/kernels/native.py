@@ -51,6 +51,8 @@ class _Call(ctypes.Structure):
         ("sample_stride", c_int64),
         ("feature_stride", c_int64),
         ("ids_are_32", c_int64),
+        ("offsets", c_void_p),
+        ("sample_weights", c_void_p),
         ("storages", c_void_p),
         ("storage_widths", c_void_p),
         ("storage_count", c_int64),
@@ -218,6 +220,33 @@ def settle(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor]
     increment_version([table, *state.values()])
 
 
+class Ids(NamedTuple):
+    """Ids of many features, int32 or int64 on the CPU.
+
+    Args:
+        values: ``[B, F]`` of any strides; or ``[n]`` with ``offsets``, feature after feature.
+        offsets: int64 ``[F * B + 1]``, rising from 0 to n: bag ``f * B + b`` holds the ids of feature f of sample b.
+        weights: float32 ``[n]``, factors of the vectors of bags that are summed.
+        batch: B.
+    """
+
+    values: Tensor
+    offsets: Tensor | None
+    weights: Tensor | None
+    batch: int
+
+    @classmethod
+    def matrix(cls, values: Tensor) -> Ids:
+        return cls(values, None, None, values.shape[0])
+
+    def counts(self, columns: Sequence[int]) -> list[int]:
+        """Number of ids of each feature, given their columns."""
+        if self.offsets is None:
+            return [self.batch] * len(columns)
+        starts = self.offsets[:: self.batch].tolist() if self.batch else [0] * (max(columns) + 2)
+        return [starts[c + 1] - starts[c] for c in columns]
+
+
 class NativeLookup:
     """Programs of many features, ready to run.
 
@@ -247,6 +276,7 @@ class NativeLookup:
         self._features, self._probes, self.kept_width = encode(
             programs, places, list(storages), index, slots, columns, limits, optional
         )
+        self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
         count = len(storages)
         self._storage_widths = (c_int64 * count)(*(width for _, width in storages.values()))
         self._pointers, self._matrices = c_void_p * count, _Matrix * len(widths)
@@ -267,36 +297,57 @@ class NativeLookup:
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeLookup, self._given
 
+    def _per_feature(self) -> list[int]:
+        """Numbers per id that are kept for backward."""
+        starts = [f["first"] for f in self._features]
+        kept = [
+            0 if f["plain"] else self._probes[first]["kept"] for f, first in zip(self._features, starts, strict=True)
+        ]
+        ends, end = [0] * len(kept), self.kept_width
+        for i in range(len(kept) - 1, -1, -1):
+            ends[i] = 0 if self._features[i]["plain"] else end - kept[i]
+            end = end if self._features[i]["plain"] else kept[i]
+        return [int(n) for n in ends]
+
+    def kept_shape(self, ids: Ids) -> tuple[int, int]:
+        """Of what forward keeps for backward."""
+        if ids.offsets is None:
+            return ids.batch, self.kept_width
+        counts = ids.counts(self._columns) if self.kept_width else []
+        return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
+
     def _call(
-        self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None
+        self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None
     ) -> tuple[_Call, Any]:
         """One call's record, and what has to stay alive with it."""
         call = _Call.from_buffer_copy(self._template)
         pointers = self._pointers(*(t.data_ptr() for t in tables))
         matrices = self._matrices(*(_Matrix(o.data_ptr(), o.stride(0)) for o in outputs))
-        call.ids, call.batch = ids.data_ptr(), ids.shape[0]
-        call.sample_stride, call.feature_stride = ids.stride()
-        call.ids_are_32 = ids.dtype == torch.int32
+        call.ids, call.batch, lookups = ids.values.data_ptr(), ids.batch, ids.batch * call.probe_count
+        call.ids_are_32 = ids.values.dtype == torch.int32
+        if ids.offsets is None:
+            call.sample_stride, call.feature_stride = ids.values.stride()
+        else:
+            call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
+            call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
         call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
         if kept is not None:
             call.kept = _Matrix(kept.data_ptr(), self.kept_width)
         if self._indexed:
             arrays = self._index.arrays
             call.index = _Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
-        small = call.batch * call.probe_count < _WORTH_A_THREAD
-        call.threads = 1 if small else torch.get_num_threads()
+        call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
         return call, (pointers, matrices)
 
     def forward(
-        self, ids: Tensor, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None = None
+        self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None = None
     ) -> bool:
-        """Fill ``outputs [B, width]`` with the vectors of ``ids [B, F]``; False where an id is out of range.
+        """Fill ``outputs [B, width]`` with the vectors of ids, or of bags; False where an id is out of range.
 
         Args:
-            ids: int32 or int64 on the CPU, of any strides.
             tables: float32 ``[rows, width]`` per storage, contiguous.
             outputs: float32, rows of contiguous elements.
-            kept: float32 ``[B, kept_width]``, filled with what a backward will need.
+            kept: float32 of ``kept_shape``, filled with what a backward will need.
         """
         call, alive = self._call(ids, tables, outputs, kept)
         outcome = loaded().handle.rse_forward(ctypes.addressof(call))
@@ -314,7 +365,7 @@ class NativeLookup:
 
     def update(
         self,
-        ids: Tensor,
+        ids: Ids,
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
@@ -336,7 +387,7 @@ class NativeLookup:
 
     def settle(
         self,
-        ids: Tensor,
+        ids: Ids,
         tables: Sequence[Tensor],
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
@@ -351,7 +402,7 @@ class NativeLookup:
 
     def gradients(
         self,
-        ids: Tensor,
+        ids: Ids,
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
@@ -360,10 +411,10 @@ class NativeLookup:
         """Gradients of the tables: dense, or sparse and coalesced."""
         updates = (_Update * len(tables))()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        reads = self._reads()
-        for update, table, most in zip(updates, tables, reads, strict=True):
+        counts = ids.counts(self._columns)
+        for update, table, reads in zip(updates, tables, self._reads, strict=True):
             update.rule, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
-            number = min(table.shape[0], most * ids.shape[0])
+            number = min(table.shape[0], sum(n * r for n, r in zip(counts, reads, strict=True)))
             values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
             rows, count = torch.empty(number if sparse else 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
@@ -378,18 +429,19 @@ class NativeLookup:
             out.append(torch.sparse_coo_tensor(*parts, table.shape, is_coalesced=True, check_invariants=False))
         return out
 
-    def _reads(self) -> list[int]:
-        """Most rows per sample of each storage."""
-        out = [0] * len(self.storages)
-        for probe in self._probes:
-            out[probe["storage"]] += int(probe["run"])
-            if probe["weight_storage"] >= 0:
-                out[probe["weight_storage"]] += 1
+    def _rows_read(self) -> list[list[int]]:
+        """Most rows of each storage that an id of each feature reads."""
+        out = [[0] * len(self._features) for _ in self.storages]
+        for i, feature in enumerate(self._features):
+            for probe in self._probes[feature["first"] : feature["first"] + feature["probes"]]:
+                out[probe["storage"]][i] += int(probe["run"])
+                if probe["weight_storage"] >= 0:
+                    out[probe["weight_storage"]][i] += 1
         return out
 
     def _backward(
         self,
-        ids: Tensor,
+        ids: Ids,
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,

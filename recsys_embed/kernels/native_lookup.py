@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native import NativeLookup
+from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.kernels.records import Slot
 from recsys_embed.kernels.vectorised import Place
 from recsys_embed.program import LookupProgram
 
-Updater = Callable[[NativeLookup, Tensor, Sequence[Tensor], Tensor | None], None]
+Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Tensor | None], None]
 
 
 class NativeStep(NamedTuple):
@@ -31,7 +31,7 @@ class NativeStep(NamedTuple):
     """
 
     anchor: Tensor
-    settle: Callable[[NativeLookup, Tensor], None]
+    settle: Callable[[NativeLookup, Ids], None]
     update: Updater
 
 
@@ -44,23 +44,24 @@ class _Lookup(Function):
         anchor: Tensor | None,
         lookup: NativeLookup,
         pool: OutputPool,
-        ids: Tensor,
+        ids: Ids,
         updater: Updater | None,
         sparse: bool,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
-        kept = pool.take((ids.shape[0], lookup.kept_width)) if lookup.kept_width else None
+        kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
         outputs = _outputs(lookup, pool, ids, tables, kept)
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
-        ctx.kept, ctx.tables = kept, tables
-        ctx.save_for_backward(ids)
+        ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
+        ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (ids,) = ctx.saved_tensors
+        values, offsets, weights = ctx.saved_tensors
+        ids = Ids(values, offsets, weights, ctx.batch)
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
             ctx.updater(ctx.lookup, ids, gradients, ctx.kept)
@@ -69,9 +70,9 @@ class _Lookup(Function):
 
 
 def _outputs(
-    lookup: NativeLookup, pool: OutputPool, ids: Tensor, tables: Sequence[Tensor], kept: Tensor | None = None
+    lookup: NativeLookup, pool: OutputPool, ids: Ids, tables: Sequence[Tensor], kept: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    outputs = tuple(pool.take((ids.shape[0], width)) for width in lookup.widths)
+    outputs = tuple(pool.take((ids.batch, width)) for width in lookup.widths)
     if not lookup.forward(ids, tables, outputs, kept):
         raise IdRangeError("an id lies outside the range its feature declares")
     return outputs
@@ -80,13 +81,13 @@ def _outputs(
 def look_up(
     lookup: NativeLookup,
     pool: OutputPool,
-    ids: Tensor,
+    ids: Ids,
     tables: Sequence[Tensor],
     *,
     step: NativeStep | None = None,
     sparse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Vectors of ``ids [B, F]``: per output of the lookup, float32 ``[B, width]``.
+    """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, width]``.
 
     Args:
         tables: per storage, float32 ``[rows, width]``.
@@ -135,4 +136,4 @@ class SingleLookup:
         Raises:
             IdRangeError: an id has no row.
         """
-        return look_up(self._lookup, self._pool, ids.unsqueeze(1), tables, sparse=sparse)[0]
+        return look_up(self._lookup, self._pool, Ids.matrix(ids.unsqueeze(1)), tables, sparse=sparse)[0]

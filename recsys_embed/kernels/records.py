@@ -28,17 +28,18 @@ PROBE = np.dtype(
         ("weight_of", TRANSFORM),
     ]
 )
-FEATURE = np.dtype(_fields("ids first probes limit optional output column width padding plain"))
+FEATURE = np.dtype(_fields("ids first probes limit optional output column width padding plain mean"))
 _MEMBERS = {"range": 3, "bitmap": 4, "sorted": 5}
 STORE, ADD, MUL = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one feature's vectors go: ``column`` of output number ``output``."""
+    """Where one feature's vectors go: ``column`` of output number ``output``; whether bags are averaged, not summed."""
 
     output: int
     column: int
+    mean: bool = False
 
 
 def _transform(transform: Transform, at: int) -> dict[str, int]:
@@ -121,6 +122,7 @@ def encode(
     for i, (program, place) in enumerate(zip(programs, places, strict=True)):
         feature = {"ids": columns[i], "first": at, "probes": len(program.probes), "limit": limits[i]}
         feature |= {"optional": optional[i], "output": slots[i].output, "column": slots[i].column}
+        feature["mean"] = slots[i].mean
         _fill(
             features[i],
             feature | {"width": program.combined_width, "padding": program.padding, "plain": _plain(program)},

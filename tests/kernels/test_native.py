@@ -319,3 +319,81 @@ def test_narrow_features_end_in_zeros(backend: str) -> None:
     counted = torch.zeros(50).index_add_(0, ids[:, 0], torch.ones(30))
     storage, offset = coll.places["C1.weight"]
     assert torch.equal(getattr(coll, storage).grad[offset : offset + 50], counted.unsqueeze(1).expand(50, 8))
+
+
+def bags_of(schema: Schema, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Values and offsets of bags of the given lengths, taken in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+    values = [
+        torch.randint(0, s.num_embeddings, (n,), generator=generator)
+        for i, s in enumerate(schema)
+        for n in lengths[i % batch :] + lengths[: i % batch]
+    ]
+    sizes = [len(v) for v in values]
+    return torch.cat(values), torch.tensor([0, *sizes]).cumsum(0)
+
+
+@METHODS
+@settings(max_examples=8, deadline=None)
+@given(
+    dim=st.sampled_from([1, 3, 8, 16, 33]),
+    lengths=st.lists(st.sampled_from([0, 1, 2, 5, 130]), min_size=1, max_size=4),
+    pooling=st.sampled_from(["sum", "mean"]),
+    weighted=st.booleans(),
+    unseen=st.sampled_from([None, "zero"]),
+)
+def test_bags_are_those_of_the_definition(
+    method: Any, dim: int, lengths: list[int], pooling: str, weighted: bool, unseen: Any
+) -> None:
+    sizes = (90, 7, 400)
+    schema = Schema([FeatureSpec(f"C{i}", n, dim, pooling=pooling, unseen=unseen) for i, n in enumerate(sizes)])
+    plan = plan_of(method, schema)
+    ours = EmbeddingCollection(schema, plan, rse.SGD(lr=0.1), backend="native")
+    oracle = EmbeddingCollection(schema, plan, backend="reference").double()
+    step = torch.optim.SGD(oracle.parameters(), lr=0.1)
+    for seed in range(2):
+        values, offsets = bags_of(schema, lengths, seed)
+        if unseen:
+            values[::3] = 1000
+        weights = torch.rand(len(values), generator=torch.Generator().manual_seed(seed))
+        weights = weights if weighted and pooling == "sum" else None
+        got = ours(values, offsets, weights)
+        wanted = oracle(values, offsets, None if weights is None else weights.double())
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+        upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        step.zero_grad()
+        got.backward(upstream.float())
+        wanted.backward(upstream)
+        step.step()
+        for name in ours.storages:
+            ours_now, oracle_now = getattr(ours, name).double(), getattr(oracle, name)
+            torch.testing.assert_close(ours_now, oracle_now, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for mine, theirs in zip(ours.parameters(), oracle.parameters(), strict=True):
+                theirs.copy_(mine)
+
+
+@METHODS
+def test_bits_of_bags_do_not_depend_on_the_number_of_threads(method: Any, threads: int) -> None:
+    schema = Schema([FeatureSpec("C1", 3, 16), FeatureSpec("C2", 9_000, 16, pooling="mean"), FeatureSpec("C3", 70, 16)])
+    values, offsets = bags_of(schema, [3, 0, 1, 7] * 500)
+    results = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        coll = EmbeddingCollection(schema, plan_of(method, schema), rse.Adagrad(lr=0.1), backend="native")
+        out = coll(values, offsets)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        results.append([out.detach(), *(getattr(coll, name) for name in coll.storages)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bags_of_ids_out_of_range_are_refused_by_name() -> None:
+    schema = Schema([FeatureSpec("C1", 30, 8), FeatureSpec("C2", 5, 8)])
+    coll = EmbeddingCollection(schema, rse.Plan.full(schema), rse.SGD(lr=0.1), backend="native")
+    before = coll.state_dict()["width8"].clone()
+    for bad in (5, -1, 2**40, -(2**63)):
+        with pytest.raises(IdRangeError, match="C2"):
+            coll(torch.tensor([29, 0, bad]), torch.tensor([0, 1, 3]))
+    assert torch.equal(coll.state_dict()["width8"], before)

@@ -1,0 +1,120 @@
+// Bags: the vectors of a sample's ids of one feature, summed or averaged. Part of kernels.inl.
+
+// Walks ids [at, ...) of a feature in order and says which bag each belongs to.
+class BagWalk {
+ public:
+  BagWalk(const Call& c, const Feature& f, i64 at) : c_(c), f_(f), ends_(c.offsets + f.ids * c.batch + 1) {
+    bag_ = std::upper_bound(ends_, ends_ + c.batch, at) - ends_;
+    share_ = bag_ < c.batch ? share() : 0.f;
+  }
+
+  i64 bag_of(i64 at) {
+    if (at >= ends_[bag_]) {
+      while (at >= ends_[bag_]) bag_++;
+      share_ = share();
+    }
+    return bag_;
+  }
+
+  // What the vector of the id at `at`, in the bag it was last found in, is multiplied by.
+  float factor(i64 at) const { return c_.sample_weights ? share_ * c_.sample_weights[at] : share_; }
+
+ private:
+  // One over the number of the bag's ids that are some.
+  float share() const {
+    if (!f_.mean) return 1.f;
+    const i64 from = ends_[bag_ - 1], to = ends_[bag_];
+    i64 none = 0;
+    for (i64 i = from; f_.optional && i < to; i++)
+      none += (c_.ids_are_32 ? i64(static_cast<const i32*>(c_.ids)[i]) : static_cast<const i64*>(c_.ids)[i]) == -1;
+    return to - from > none ? 1.f / float(to - from - none) : 0.f;
+  }
+
+  const Call& c_;
+  const Feature& f_;
+  const i64* ends_;
+  i64 bag_;
+  float share_;
+};
+
+// Whether vectors are rows of one table as they are, which bags then add up without a copy in between.
+static bool is_bare(const Call& c, const Feature& f) {
+  const Probe& p = c.probes[f.first];
+  return f.probes == 1 && p.run == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
+}
+
+// out[bag] += vector * factor for n ids from `at` on; rows given: vectors are rows of a table, -1 for none.
+template <int W>
+static void pool(BagWalk& walk, i64 at, i64 n, const float* vectors, const i32* rows, i64 w, float* out, i64 stride) {
+  const i64 width = width_of<W>(w);
+  for (i64 i = 0; i < n; i++) {
+    float* o = out + walk.bag_of(at + i) * stride;
+    if (rows && rows[i] < 0) continue;
+    const float* q = vectors + (rows ? i64(rows[i]) : i) * width;
+    const float factor = walk.factor(at + i);
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.load(o + k) + lanes.load(q + k) * factor); });
+  }
+}
+
+static auto choose_pool(i64 width) {
+  switch (width) {
+    case 1: return pool<1>;
+    case 4: return pool<4>;
+    case 8: return pool<8>;
+    case 16: return pool<16>;
+    case 32: return pool<32>;
+    case 64: return pool<64>;
+    case 128: return pool<128>;
+    default: return pool<0>;
+  }
+}
+
+// Bags of samples [from, to) of all features.
+static bool look_up_bags(const Call& c, i64 from, i64 to) {
+  const Workspace work(c, 2);
+  const std::vector<Matrix> kept = kept_of(c);
+  std::vector<float> memory;
+  bool good = true;
+  for (i64 k = 0; k < c.feature_count; k++) {
+    const Feature& f = c.features[k];
+    const Matrix& matrix = c.outputs[f.output];
+    float* out = matrix.data + f.column;
+    for (i64 b = from; b < to; b++) std::memset(out + b * matrix.stride, 0, f.width * sizeof(float));
+    const i64 first = first_id(c, f, from), last = first_id(c, f, to), start = first_id(c, f, 0);
+    if (first == last) continue;
+    const bool bare = is_bare(c, f);
+    const i64 used = bare ? c.probes[f.first].width : f.width;
+    const auto add = choose_pool(used);
+    if (!bare) memory.resize(work.size() * f.width);
+    BagWalk walk(c, f, first);
+    auto prepare = [&](i64 at, i64 copy) {
+      const i64 n = std::min(work.size(), last - at);
+      const Chunk chunk = work.chunk(c.features, k, copy);
+      good &= find(c, f, at, n, chunk);
+      prefetch_rows(c, f, n, chunk);
+    };
+    prepare(first, 0);
+    i64 copy = 0;
+    for (i64 at = first; at < last; at += work.size(), copy ^= 1) {
+      if (at + work.size() < last) prepare(at + work.size(), copy ^ 1);
+      const i64 n = std::min(work.size(), last - at);
+      const Chunk chunk = work.chunk(c.features, k, copy);
+      if (!bare) read_feature(c, f, chunk, n, memory.data(), f.width);
+      if (c.kept.data && !f.plain) keep_rows(c, f, chunk, at - start, n, kept[k]);
+      const float* vectors = bare ? c.storages[c.probes[f.first].storage] : memory.data();
+      add(walk, at, n, vectors, bare ? chunk.rows_of(0) : nullptr, used, out, matrix.stride);
+    }
+  }
+  return good;
+}
+
+// Gradients of n ids' vectors, from those of their bags: [n, width].
+static void spread(const Call& c, const Feature& f, i64 at, i64 n, float* to) {
+  const Matrix& out = c.outputs[f.output];
+  BagWalk walk(c, f, at);
+  for (i64 i = 0; i < n; i++, to += f.width) {
+    const float* g = out.data + walk.bag_of(at + i) * out.stride + f.column;
+    const float factor = walk.factor(at + i);
+    blocks<0>(f.width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(g + k) * factor); });
+  }
+}
