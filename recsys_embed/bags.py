@@ -80,8 +80,15 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
     """Bring any accepted form to :class:`Bags`; see :meth:`EmbeddingCollection.forward`.
 
     Raises:
-        ConfigError: the form, its shapes or its feature names do not fit the schema.
+        ConfigError: the form, its shapes or its feature names do not fit the schema, or weights not its poolings.
     """
+    bags = _to_bags(schema, ids, offsets, weights)
+    if bags.weights is not None and any(s.pooling != "sum" for s in schema):
+        raise ConfigError("per_sample_weights need pooling 'sum' for every feature")
+    return bags
+
+
+def _to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | None) -> Bags:
     count = len(schema)
     if isinstance(ids, Tensor):
         check_id_dtype(ids, "")

@@ -207,17 +207,20 @@ class LookupBundle(Constants):
         parts = self.fused[kernels].single(self, ids, tables, step, sparse)
         return self._assemble(parts, self.fused_ordered, "fused_order")
 
+    def pooled_fused(
+        self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool
+    ) -> Tensor:
+        """As :meth:`pooled`, by one of the kernels in ``fused`` that take the bags."""
+        parts = self.fused[kernels].pooled(self, bags, tables, step, sparse)
+        return self._assemble(parts, self.fused_ordered, "fused_order")
+
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
         return self._module(self.schema.names[feature]).lookup_resolved(ids)
 
     def pooled(self, bags: Bags, gather: Gather) -> Tensor:
         """Bags of ids, pooled per feature as its spec says."""
-        if bags.weights is not None and any(s.pooling != "sum" for s in self.schema):
-            raise ConfigError("per_sample_weights need pooling 'sum' for every feature")
-        count, batch = len(self.schema), bags.batch
-        lengths = bags.lengths.view(count, batch)
-        feature = torch.repeat_interleave(torch.arange(count, device=bags.values.device), lengths.sum(1))
+        batch, lengths, feature = bags.batch, bags.lengths.view(len(self.schema), bags.batch), self._feature_of(bags)
         ids = self.unseen(bags.values, feature)
         picks = [self._pick(part, feature) for part in self.parts]
         values = [ids if at is None else ids[at] for at, _ in picks]
@@ -227,21 +230,38 @@ class LookupBundle(Constants):
         for g, part in enumerate(self.parts):
             at, local = picks[g]
             weights = bags.weights if bags.weights is None or at is None else bags.weights[at]
+            offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
+            if g >= grouped:
+                out.append(self.pooled_own(part[0], values[g], offsets, weights))
+                continue
             mode = self.schema.features[part[0]].pooling
-            own = None if g < grouped else self._module(self.schema.names[part[0]])
-            value = vectors[g] if own is None else own.before_pool_resolved(values[g])
-            matrices = self._projection(g)
+            value, matrices = vectors[g], self._projection(g)
             if matrices is not None and mode == "max":
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, matrices = project(value, matrices[local], "ni,nio->no"), None
-            offsets = F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0))
             skipped = absent_ids(values[g]) if self.unseen.zeros[part[0]] else None
             value = pool_vectors(value, offsets, mode, weights, skipped, include_last_offset=True)
-            value = value if own is None else own.after_pool(value)
             value = value.view(len(part), batch, value.shape[-1])
             value = value.transpose(0, 1)
             out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
         return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
+
+    def pooled_own(self, feature: int, values: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Pooled vectors of resolved ids of a feature that runs itself: ``[B, width]`` for ``offsets [B + 1]``."""
+        own = self._module(self.schema.names[feature])
+        skipped = absent_ids(values) if self.unseen.zeros[feature] else None
+        mode = self.schema.features[feature].pooling
+        vectors = own.before_pool_resolved(values)
+        return own.after_pool(pool_vectors(vectors, offsets, mode, weights, skipped, include_last_offset=True))
+
+    def _feature_of(self, bags: Bags) -> Tensor:
+        """Position of each id's feature: int64 ``[n]``."""
+        sizes = bags.lengths.view(len(self.schema), bags.batch).sum(1)
+        return torch.repeat_interleave(torch.arange(len(self.schema), device=bags.values.device), sizes)
+
+    def resolved(self, bags: Bags) -> Bags:
+        """``bags`` after the policies for unseen ids."""
+        return bags._replace(values=self.unseen(bags.values, self._feature_of(bags)))
 
     def _pick(self, part: tuple[int, ...], feature: Tensor) -> tuple[Tensor | None, Tensor]:
         """Positions of a part's values (None for all of them) and each value's place among the part's features."""

@@ -229,7 +229,12 @@ class EmbeddingCollection(SteppedTables):
             step = self._native_step if self._stepping else None
             return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
-        return self.bundle.pooled(to_bags(self.schema, given, offsets, per_sample_weights), self._reader)
+        bags = to_bags(self.schema, given, offsets, per_sample_weights)
+        fused = self._fused_tables(bags.values)
+        if fused is None or not self.bundle.fused[fused[0]].pools(self.bundle, bags):
+            return self.bundle.pooled(bags, self._reader)
+        step = self._native_step if self._stepping else None
+        return self.bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 
