@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys_embed.bags import Bags
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.fusion import BUNDLES, FusedBundle
 from recsys_embed.kernels.bag_lookup import BagLookup
