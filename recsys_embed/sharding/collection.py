@@ -89,7 +89,6 @@ class ShardableCollection(Constants):
                 self.by_id = self._add_by_id(self._part(by_id), device, like)
             if pooled:
                 part = self._part(pooled)
-                self.slabs |= {k: Slab(k, self.tables[k].rows, self.tables[k].width) for k in self._keys(part)}
                 slabs = {k: self.slabs[k] for k in self._keys(part)}
                 self.by_bag = PooledFeatures(part, self.plan, slabs, weighted, device, like)
         self._lay_out(pooled, by_id)
@@ -219,14 +218,17 @@ class ShardableCollection(Constants):
 
     def shards(self) -> Iterator[Shard]:
         """What this process holds of every physical table: all of it before sharding."""
-        for reader in self.readers.values():
-            yield from shards_of(reader.ec, self.slabs)  # type: ignore[arg-type]
-        if self.by_bag is not None:
-            yield from shards_of(self.by_bag.ebc, self.slabs)
+        for held in self.holders():
+            yield from shards_of(held, self.slabs)
+
+    def holders(self) -> list[nn.Module]:
+        """TorchRec's collections, sharded or not, that hold the physical tables."""
+        found: list[Any] = [reader.ec for reader in self.readers.values()]
+        return found if self.by_bag is None else [*found, self.by_bag.ebc]
 
     def stored(self) -> Iterator[tuple[Slab, nn.Parameter]]:
         """Every physical table before sharding."""
-        for held in (*(reader.ec for reader in self.readers.values()), *([self.by_bag.ebc] if self.by_bag else ())):
+        for held in self.holders():
             for name, parameter in held.named_parameters():
                 yield self.slabs[table_of(name.split(".")[-2])], parameter
 
@@ -236,12 +238,13 @@ class ShardableCollection(Constants):
         for bundle in self.bundles():
             dense |= bundle.dense_tables()
             bundle.reset_own(self.seed)
+        self.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
         with torch.no_grad():
             for key, values in dense.items():
                 self.tables[key].init.fill_(values, hashing.salt(self.seed, "init", key))
             fill(self.shards(), self.tables, self.seed)
 
-    def assign_(self, counts: Mapping[str, Tensor]) -> ShardableCollection:
+    def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> ShardableCollection:
         """Say which ids are frequent; see :meth:`recsys_embed.EmbeddingCollection.assign_`."""
         for bundle in self.bundles():
             bundle.assign_({n: counts[n] for n in bundle.schema.names if n in counts})

@@ -8,6 +8,7 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.unseen import action
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import LookupProgram
+from recsys_embed.sharding.layout import LANES
 
 Pooling = Literal["tables", "ids"]
 
@@ -39,8 +40,10 @@ def divide(schema: Schema, plan: Plan, pool: Pooling) -> tuple[list[str], list[s
         program = plan[spec.name].program(spec)
         for table in program.tables:
             owners.setdefault(table_key(spec, table), []).append(spec.name)
+        # Rows of one or two numbers share a stored row, which only the look-up by id knows how to read.
+        short = any(LANES % t.width == 0 and t.width < LANES for t in program.tables if not t.dense)
         zero = action(spec, plan[spec.name].accepts_raw) == "zero"
-        if pool == "ids" or zero or not pools_in_tables(spec, program):
+        if pool == "ids" or zero or short or not pools_in_tables(spec, program):
             by_id.add(spec.name)
     before = -1
     while before != len(by_id):

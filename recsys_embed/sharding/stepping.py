@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,16 +41,18 @@ class Optimizers:
         rest: list[nn.Parameter] = []
         self.dense_names: list[str] = []
         for name, parameter in left_to_step(sharded).items():
-            found = _table(name, owners)
-            if found is None:
+            try:
+                path, slab = table_named(name, owners)
+            except KeyError:
                 if parameter.requires_grad:
                     rest.append(parameter)
                     self.dense_names.append(name)
                 continue
-            coll, slab = found
-            by_rule.setdefault(id(coll.optimizer), []).append((name, slab, parameter))
+            by_rule.setdefault(id(owners[path].optimizer), []).append((name, slab, parameter))
         self.tables = [TableOptimizer(held, known[key]) for key, held in by_rule.items()]
+        self.dense_parameters = rest
         self.dense = dense(rest) if rest else None
+        self.steps = 0
         groups = [group for _, one in self.fused.optimizers for group in one.param_groups]
         # Padded tables run at a rate of their own, see `in_backward`.
         self._groups = [(group, float(group["lr"])) for group in groups]
@@ -75,6 +78,7 @@ class Optimizers:
 
     def step(self) -> None:
         """Step whatever backward has left to step."""
+        self.steps += 1
         for optimizer in self._ordinary():
             optimizer.step()
 
@@ -93,12 +97,13 @@ def collection_paths(sharded: nn.Module) -> dict[str, ShardableCollection]:
     return {path: m for path, m in inner.named_modules() if isinstance(m, ShardableCollection)}
 
 
-def _table(name: str, owners: dict[str, ShardableCollection]) -> tuple[ShardableCollection, Slab] | None:
-    """The collection and layout of a parameter that is a physical table, else None."""
-    *_, table, last = name.split(".") if "." in name else ("", name)
+def table_named(name: str, owners: Mapping[str, Any]) -> tuple[str, Slab]:
+    """Path of the collection, and layout, of the table that is the parameter ``name``; KeyError if it is none."""
+    *_, table, last = ("", *name.split("."))[-3:] if "." in name else ("", "", name)
     for path, coll in owners.items():
-        inside = name.removeprefix(f"{path}." if path else "")
-        held = inside.startswith(("readers.", "by_bag.ebc.")) and (not path or name.startswith(f"{path}."))
-        if held and last == "weight" and table_of(table) in coll.slabs:
-            return coll, coll.slabs[table_of(table)]
-    return None
+        slabs = coll.slabs if isinstance(coll, ShardableCollection) else {}
+        start = f"{path}." if path else ""
+        held = name.startswith((f"{start}readers.", f"{start}by_bag.ebc."))
+        if held and last == "weight" and table_of(table) in slabs:
+            return path, slabs[table_of(table)]
+    raise KeyError(name)

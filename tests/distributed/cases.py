@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 import recsys_embed as rse
-from recsys_embed.sharding import CompressedEBC, Optimizers, ShardableCollection, shard
+from recsys_embed.sharding import CompressedEBC, Optimizers, ShardableCollection, load, save, shard
 from recsys_embed.sharding.sharders import splits_by_row
 
 SIZES = {"C1": 1000, "C2": 5000, "C3": 70, "C4": 300}
@@ -198,3 +198,70 @@ def torchrec_models(group: Any, rank: int, world: int, name: str, method: str, k
         "moved": float((end[1] - whole(*batch(rank))).abs().max() + (start[1] - whole(*batch(rank))).abs().max()),
         "still": sorted(k for k in before if torch.equal(before[k], moved[k])),
     }
+
+
+class Net(nn.Module):
+    """A collection and a dense layer."""
+
+    def __init__(self, collection: nn.Module) -> None:
+        super().__init__()
+        self.embedding = collection
+        torch.manual_seed(1)
+        self.top = nn.Linear(16, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.top(self.embedding(ids).tanh().sum(1)).squeeze(-1)
+
+
+def net(kind: str, method: str, rule: str, pool: str, group: Any, world: int, seed: int = 3) -> tuple[Any, Optimizers]:
+    schema = schema_for()
+    coll = ShardableCollection(schema, plan_for(schema, method), RULES[rule], pool=pool, seed=seed, device="meta")
+    model = shard(Net(coll), kinds_for(coll, kind, world), group=group)
+    return model, Optimizers(model, lambda params: torch.optim.Adam(params, lr=0.01))
+
+
+def step(model: nn.Module, optimizers: Any, seed: int, rank: int, world: int) -> None:
+    """One step on 48 samples whoever shares them."""
+    ids = single(seed, 48)
+    wanted = torch.rand(48, generator=torch.Generator().manual_seed(seed))
+    mine = slice(48 * rank // world, 48 * (rank + 1) // world)
+    loss = (model(ids[mine]) - wanted[mine]).square().sum() * world / 48
+    loss.backward()
+    optimizers.step()
+    optimizers.zero_grad()
+
+
+def save_net(group: Any, rank: int, world: int, folder: str, **form: Any) -> tuple[Tensor, Tensor]:
+    """Train, save, and return the outputs then and one step later."""
+    model, optimizers = net(group=group, world=world, **form)
+    for seed in range(3):
+        step(model, optimizers, seed, rank, world)
+    save(folder, model, optimizers, extra={"note": world}, group=group)
+    then = model(single(99)).detach()
+    step(model, optimizers, 50, rank, world)
+    return then, model(single(99)).detach()
+
+
+def load_net(group: Any, rank: int, world: int, folder: str, **form: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The same from a checkpoint, in a model that starts from other weights."""
+    model, optimizers = net(group=group, world=world, seed=8, **form)
+    with torch.no_grad():
+        model.module.top.weight.zero_()
+    extra = load(folder, model, optimizers, group=group)
+    then = model(single(99)).detach()
+    step(model, optimizers, 50, rank, world)
+    return then, model(single(99)).detach(), extra
+
+
+def save_and_die(group: Any, rank: int, world: int, folder: str, **form: Any) -> None:
+    """The second process fails after the files of the first are written."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    model, optimizers = net(group=group, world=world, **form)
+    if rank == 1:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError("the disk is full")
+
+        FileSystemWriter.write_data = fail
+    save(folder, model, optimizers, group=group)
