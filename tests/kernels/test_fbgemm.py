@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.kernels import fbgemm
+from recsys_embed.errors import BackendError, IdRangeError
+from recsys_embed.kernels import dispatch, fbgemm
+from recsys_embed.kernels.bag_lookup import divide
 from recsys_embed.optim import FusedOptimizer
+from recsys_embed.registry import get_method
 from recsys_embed.testing import poisoned_memory
 
 WHY = fbgemm.why_not()
@@ -38,8 +46,12 @@ RULE = pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 
 def plan_of(method: tuple[str, dict[str, Any]], schema: Schema, part: float = 0.5) -> Plan:
     name, params = method
-    budget = max(1, int(part * sum(4 * s.num_embeddings * s.embedding_dim for s in schema)))
-    return Plan.full(schema) if name == "full" else Plan.uniform(schema, name, budget=budget, full_below=1, **params)
+    if name == "full":
+        return Plan.full(schema)
+    config = get_method(name).config_cls
+    need = sum(config.sized(s, 1, **params).footprint(s).serve for s in schema)
+    bytes_of_all = sum(4 * s.num_embeddings * s.embedding_dim for s in schema)
+    return Plan.uniform(schema, name, budget=max(need, int(part * bytes_of_all)), full_below=1, **params)
 
 
 def ids_of(schema: Schema, batch: int, seed: int = 0) -> Tensor:
@@ -82,3 +94,202 @@ def test_steps_are_the_rule_on_summed_gradients(method: Any, rule: FusedOptimize
         for key in rule.state:
             state, right = getattr(ours, f"{name}_{key}"), getattr(oracle, f"{name}_{key}")
             torch.testing.assert_close(state.double(), right.double(), rtol=2e-4, atol=2e-5)
+
+
+@EACH
+@hypothesis.settings(max_examples=5, deadline=None)
+@hypothesis.given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=5),
+    dim=st.sampled_from([2, 4, 7, 12, 32]),
+    batch=st.sampled_from([0, 1, 7, 200]),
+    pooling=st.sampled_from(["sum", "mean", "max"]),
+    seed=st.integers(0, 9),
+)
+def test_vectors_and_gradients_are_those_of_the_definition(
+    method: Any, sizes: list[int], dim: int, batch: int, pooling: Any, seed: int
+) -> None:
+    specs = [FeatureSpec(f"C{i}", n, dim, pooling=pooling, unseen="zero" if i else None) for i, n in enumerate(sizes)]
+    schema = Schema(specs)
+    plan = plan_of(method, schema)
+    ours = EmbeddingCollection(schema, plan, backend="fbgemm")
+    oracle = EmbeddingCollection(schema, plan, backend="reference").double()
+    ids = ids_of(schema, batch, seed)
+    ids[:, 1:][torch.rand(batch, len(sizes) - 1, generator=torch.Generator().manual_seed(seed)) < 0.1] = 10**6
+    for given in ((ids,), bags_of(schema, batch, seed)):
+        got, wanted = ours(*given), oracle(*given)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+        upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        got.backward(upstream.float())
+        wanted.backward(upstream)
+    for (name, p), q in zip(ours.named_parameters(), oracle.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
+
+
+@RULE
+@pytest.mark.parametrize(("first", "second"), [("fbgemm", "native"), ("native", "fbgemm"), ("fbgemm", "torch")])
+@pytest.mark.parametrize("dim", [16, 6])
+def test_training_goes_on_where_another_backend_left_off(
+    rule: FusedOptimizer, first: str, second: str, dim: int
+) -> None:
+    schema = schema_of(dim)
+    plan = plan_of(("compositional", {"combine": "add"}), schema)
+    alone = EmbeddingCollection(schema, plan, rule, backend="torch")
+    one = EmbeddingCollection(schema, plan, rule, backend=first, seed=3)
+    one.load_state_dict(alone.state_dict())
+
+    def train(coll: EmbeddingCollection, steps: range) -> None:
+        for step in steps:
+            coll.lr = 0.1 / (step + 1)
+            out = coll(ids_of(schema, 60, step))
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(step)))
+
+    train(alone, range(5))
+    train(one, range(3))
+    other = EmbeddingCollection(schema, plan, rule, backend=second, seed=4)
+    other.load_state_dict(one.state_dict())
+    saved = one.optimizer_state_dict()
+    other.load_optimizer_state_dict(saved)
+    assert other.optimizer_state_dict()["steps"] == dict.fromkeys(other.storages, 3)
+    for name in saved["state"]:
+        assert torch.equal(saved["state"][name], other.optimizer_state_dict()["state"][name])
+    train(other, range(3, 5))
+    assert other.lr == alone.lr
+    for name in alone.storages:
+        torch.testing.assert_close(getattr(other, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+        for key in rule.state:
+            mine, right = getattr(other, f"{name}_{key}"), getattr(alone, f"{name}_{key}")
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+def test_per_sample_weights_learn_too() -> None:
+    schema = schema_of(8)
+    ids, offsets = bags_of(schema, 30)
+    grads = []
+    for backend in ("fbgemm", "torch"):
+        coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=0.1), backend=backend)
+        weights = torch.rand(len(ids), generator=torch.Generator().manual_seed(0)).requires_grad_()
+        coll(ids, offsets, weights).square().sum().backward()
+        grads += [weights.grad, coll.width8.detach()]
+    torch.testing.assert_close(grads[0], grads[2])
+    torch.testing.assert_close(grads[1], grads[3])
+
+
+def test_several_lookups_before_their_backwards() -> None:
+    """Tables move between the backwards; gradients are those of the rows that each lookup read."""
+    schema = schema_of(8)
+    colls = [EmbeddingCollection(schema, optimizer=rse.SGD(lr=0.5), backend=b) for b in ("fbgemm", "torch")]
+    for coll in colls:
+        outs = [coll(ids_of(schema, 40, seed)) for seed in range(2)]
+        (outs[0].sin().sum() * 2 + outs[1].square().sum()).backward()
+    torch.testing.assert_close(colls[0].width8, colls[1].width8, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_updated_in_evaluation() -> None:
+    schema = schema_of(8)
+    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=0.5), backend="fbgemm").eval()
+    assert not coll(ids_of(schema, 9)).requires_grad
+    coll.train()
+    with torch.no_grad():
+        assert not coll(ids_of(schema, 9)).requires_grad
+    assert coll(ids_of(schema, 9)).requires_grad
+
+
+def test_copies_are_independent() -> None:
+    schema = schema_of(8)
+    coll = EmbeddingCollection(schema, plan_of(("unified", {}), schema), rse.SGD(lr=1.0), backend="fbgemm")
+    ids = ids_of(schema, 16)
+    before = coll(ids).detach().clone()
+    twins = [copy.deepcopy(coll), pickle.loads(pickle.dumps(coll))]
+    coll(ids).sum().backward()
+    for twin in twins:
+        assert torch.equal(twin(ids), before)
+        twin(ids).sum().backward()
+        assert torch.equal(twin(ids), coll(ids))
+
+
+def test_traced_programs_run_in_torch() -> None:
+    schema = schema_of(8)
+    coll = EmbeddingCollection(schema, backend="fbgemm")
+    ids = ids_of(schema, 6)
+    out = coll(ids)
+    torch.testing.assert_close(torch.export.export(coll, (ids,)).module()(ids), out)
+    torch.testing.assert_close(torch.compile(coll, backend="eager", fullgraph=True)(ids), out)
+    jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(coll, {"width8": w}, ids[:1]))(coll.width8)
+    assert jacobian.sum() == 4 * 8
+
+
+@EACH
+@pytest.mark.parametrize("bad", [-1, 2, 2**31, 2**40, -(2**63), 2**63 - 1])
+def test_ids_out_of_range_are_named_and_left_alone(method: Any, bad: int) -> None:
+    schema = Schema([FeatureSpec("good", 900, 8), FeatureSpec("bad", 2, 8)])
+    coll = EmbeddingCollection(schema, plan_of(method, schema, 1.0), rse.SGD(lr=0.1), backend="fbgemm")
+    ids = torch.tensor([[0, 0], [9, bad], [3, 1]])
+    given = ids.clone()
+    if coll.plan["bad"].accepts_raw:
+        torch.testing.assert_close(coll(ids), EmbeddingCollection(schema, coll.plan, backend="reference")(ids))
+    else:
+        with pytest.raises(IdRangeError, match="'bad'"):
+            coll(ids)
+        with pytest.raises(IdRangeError, match="'bad'"):
+            coll(torch.tensor([3, bad]), torch.tensor([0, 1, 2]))
+    assert torch.equal(ids, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"optimizer": rse.Adam()}, "no CPU kernel for Adam.*SGD, Adagrad and RowwiseAdagrad.*'native'"),
+        ({"optimizer": rse.SGD(weight_decay=0.1)}, "no weight decay.*'native'"),
+        ({"optimizer": rse.SGD(rows="all")}, "touched rows.*'native'"),
+        ({"dtype": torch.float64}, "float32 tables on the CPU; got torch.float64"),
+        ({"sparse": True}, "no sparse gradients"),
+        ({"optimizer": rse.Adam(), "dtype": torch.bfloat16}, "2 faults in backend 'fbgemm'"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_do_is_refused_with_the_alternative(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BackendError, match=reason):
+        EmbeddingCollection(schema_of(8), backend="fbgemm", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "reason"),
+    [
+        ("compositional", {"combine": "mul"}, "'C0': its rows are multiplied"),
+        ("memcom", {}, "learned weights"),
+        ("robe", {}, "runs"),
+    ],
+)
+def test_methods_that_are_no_sums_are_refused_by_feature(name: str, params: dict[str, Any], reason: str) -> None:
+    schema = schema_of(8)
+    with pytest.raises(BackendError, match=rf"(?s){reason}.*"):
+        EmbeddingCollection(schema, plan_of((name, params), schema, 0.7), backend="fbgemm")
+
+
+def test_tables_that_moved_are_refused() -> None:
+    coll = EmbeddingCollection(schema_of(8), backend="fbgemm").double()
+    with pytest.raises(BackendError, match=r"have become torch\.float64"):
+        coll(ids_of(coll.schema, 3))
+
+
+def test_it_runs_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert EmbeddingCollection(schema_of(8)).backend != "fbgemm"
+    (found,) = [b for b in dispatch.available_backends() if b.name == "fbgemm"]
+    assert found.available
+    monkeypatch.setattr(fbgemm, "require", lambda *a, **k: (_ for _ in ()).throw(OSError("libtbb.so.2")))
+    with pytest.raises(ImportError, match=r"libtbb\.so\.2"):
+        EmbeddingCollection(schema_of(8), backend="fbgemm")
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)).map(lambda r: (r[0], r[0] + r[1])), min_size=1)
+)
+def test_tables_hold_what_features_read_and_overlap_no_other(ranges: list[tuple[int, int]]) -> None:
+    tables = divide(ranges)
+    assert all(t[0] <= r[0] and r[1] <= t[1] for t, r in zip(tables, ranges, strict=True))
+    assert len([t for t, _ in itertools.groupby(tables)]) == len(set(tables)), "features of one table are neighbours"
+    for a, b in itertools.combinations(set(tables), 2):
+        assert a[1] <= b[0] or b[1] <= a[0]
+    if len(set(ranges)) == len(ranges) and all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(ranges))):
+        assert tables == ranges, "no more is joined than has to be"
