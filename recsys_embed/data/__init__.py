@@ -28,9 +28,10 @@ _HOME = {
     "SplitRule": "splits",
     "SyntheticReport": "synthetic",
     "make_synthetic": "synthetic",
+    "Portion": "portion",
     "Vocabulary": "vocab",
 }
-_NEEDS_POLARS = {"convert", "loader", "vocab", "synthetic"}
+_NEEDS_POLARS = {"convert", "loader", "portion", "vocab", "synthetic"}
 
 __all__ = [
     "Batch",
@@ -39,6 +40,7 @@ __all__ = [
     "CriteoOptions",
     "Dataset",
     "InMemoryDataset",
+    "Portion",
     "SplitRule",
     "StorageError",
     "SyntheticReport",

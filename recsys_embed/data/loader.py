@@ -121,19 +121,17 @@ class Dataset:
     def load(self, split: str) -> InMemoryDataset:
         """A whole split in memory, in file order; kept for later calls."""
         if split not in self._loaded:
-            info = self._split(split)
-            n = info.rows
+            n = self.rows(split)
             wide = torch.int64 if self.manifest.id_mode == "raw" else torch.int32
             dense = torch.empty(n, self.num_dense)
             ids = torch.empty(n, len(self.manifest.features), dtype=wide)
             label = torch.empty(n)
             at = 0
-            for shard in info.shards:
-                for offset in range(0, shard.rows, CHUNK_ROWS):
-                    piece = self._read(shard, offset, min(CHUNK_ROWS, shard.rows - offset))
-                    stop = at + len(piece.label)
-                    dense[at:stop], ids[at:stop], label[at:stop] = piece
-                    at = stop
+            for chunk in self._chunks(split):
+                piece = self._read(*chunk)
+                stop = at + len(piece.label)
+                dense[at:stop], ids[at:stop], label[at:stop] = piece
+                at = stop
             self._loaded[split] = InMemoryDataset(dense, ids, label)
         return self._loaded[split]
 
@@ -163,14 +161,14 @@ class Dataset:
         Returns:
             An iterable of :class:`Batch` with ``len()``.
         """
-        info = self._split(split)
-        if info.rows * self.row_bytes() <= self.memory_limit:
+        rows = self.rows(split)
+        if rows * self.row_bytes() <= self.memory_limit:
             return self.load(split).batches(
                 batch_size, shuffle=shuffle, seed=seed, epoch=epoch, drop_last=drop_last, device=device,
                 start_batch=start_batch,
             )  # fmt: skip
         check_batching(batch_size, epoch, start_batch)
-        count = num_batches(info.rows, batch_size, drop_last, start_batch)
+        count = num_batches(rows, batch_size, drop_last, start_batch)
 
         def make() -> Iterator[Batch]:
             windows = self._windows(split, shuffle, seed, epoch, buffer_rows)
@@ -180,12 +178,28 @@ class Dataset:
 
     def numeric_moments(self, split: str = "train") -> tuple[Tensor, Tensor]:
         """Mean and standard deviation ``[num_dense]`` of the numeric columns, summed in float64 in one bounded pass."""
-        rows, total, squares = 0, torch.zeros(self.num_dense).double(), torch.zeros(self.num_dense).double()
+        return moments_of(self.numeric_sums(split))
+
+    def numeric_sums(self, split: str = "train") -> Tensor:
+        """What :func:`moments_of` needs; sums of parts of a split add up: float64 ``[1 + 2 * num_dense]``."""
+        sums = torch.zeros(1 + 2 * self.num_dense).double()
         for batch in self.batches(split, CHUNK_ROWS, shuffle=False):
             dense = batch.dense.double()
-            rows, total, squares = rows + len(dense), total + dense.sum(0), squares + dense.square().sum(0)
-        mean = total / max(rows, 1)
-        return mean.float(), (squares / max(rows, 1) - mean.square()).clamp_min(0).sqrt().float()
+            sums += torch.cat([torch.tensor([len(dense)]), dense.sum(0), dense.square().sum(0)])
+        return sums
+
+    def rows(self, split: str) -> int:
+        """Rows that :meth:`batches` gives."""
+        rows: int = self._split(split).rows
+        return rows
+
+    def _chunks(self, split: str) -> list[tuple[Shard, int, int]]:
+        """Shard, first row and rows of every row group of a split, in file order."""
+        return [
+            (shard, offset, min(CHUNK_ROWS, shard.rows - offset))
+            for shard in self._split(split).shards
+            for offset in range(0, shard.rows, CHUNK_ROWS)
+        ]
 
     def _split(self, name: str) -> Any:
         if name not in self.manifest.splits:
@@ -196,11 +210,7 @@ class Dataset:
         self, split: str, shuffle: bool, seed: int, epoch: int, buffer_rows: int
     ) -> list[list[tuple[Shard, int, int]]]:
         """Chunks (shard, first row, rows) grouped into windows that are shuffled together."""
-        chunks = [
-            (shard, offset, min(CHUNK_ROWS, shard.rows - offset))
-            for shard in self._split(split).shards
-            for offset in range(0, shard.rows, CHUNK_ROWS)
-        ]
+        chunks = self._chunks(split)
         if shuffle:
             chunks = [chunks[i] for i in permutation(len(chunks), seed, epoch).tolist()]
         windows: list[list[tuple[Shard, int, int]]] = []
@@ -233,6 +243,13 @@ class Dataset:
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
         arrays = (dense, ids.to_numpy(order="c"), label)
         return Batch(*(torch.from_numpy(np.require(a, requirements="W")) for a in arrays))
+
+
+def moments_of(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation from rows, sums and sums of squares: float32 ``[columns]`` each."""
+    rows, (total, squares) = sums[0].clamp_min(1), sums[1:].chunk(2)
+    mean = total / rows
+    return mean.float(), (squares / rows - mean.square()).clamp_min(0).sqrt().float()
 
 
 def _cut(
