@@ -15,7 +15,7 @@ from recsys_embed.kernels.precision import Layout
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 
 # FBGEMM's numbers of its types (SparseType), a table on the host (EmbeddingLocation) and no pooling (PoolingMode).
-_TYPES = {"int8": 2, "int4": 3}
+_TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3}
 _HOST, _SUM, _NO_POOLING, _FP32 = 3, 0, 2, 0
 LANES = 4
 """Rows of its training kernels are a multiple of so many elements wide."""
@@ -26,7 +26,7 @@ _BEYOND = 256
 
 def usable(layout: Layout) -> bool:
     """Whether FBGEMM knows rows of this layout: whole bytes, one table row each."""
-    return layout.kind in _TYPES and layout.block == 1 and (layout.kind == "int8" or layout.width % 2 == 0)
+    return layout.kind in _TYPES and layout.block == 1 and (layout.kind != "int4" or layout.width % 2 == 0)
 
 
 def require_fbgemm() -> None:
@@ -43,6 +43,13 @@ def require_fbgemm() -> None:
         raise MissingDependencyError(f"fbgemm_gpu is installed but cannot be imported: {e}") from e
 
 
+def _check(rows: Tensor, size: int) -> None:
+    if rows.numel():
+        low, high = (int(x) for x in rows.aminmax())
+        if low < 0 or high >= size:
+            raise IndexError(f"rows must be in [0, {size}); got values from {low} to {high}")
+
+
 @cache
 def why_not() -> str | None:
     """In words why FBGEMM cannot be used here; None where it can."""
@@ -54,7 +61,7 @@ def why_not() -> str | None:
 
 
 class RowReader:
-    """Decodes rows of one layout with FBGEMM's inference kernel, on the CPU.
+    """Decodes rows of one layout with FBGEMM's inference kernel (``IntNBit...``), on the CPU.
 
     Raises:
         MissingDependencyError: FBGEMM cannot be imported.
@@ -67,7 +74,7 @@ class RowReader:
         require_fbgemm()
         self.layout = layout
         width = layout.width
-        largest = {kind: width if kind == layout.kind else 0 for kind in ("int2", "int4", "int8")}
+        largest = {kind: width if kind == layout.kind else 0 for kind in ("int2", "int4", "int8", "fp16", "fp32")}
         self._head = (
             torch.zeros(0, dtype=torch.uint8),
             torch.tensor([_HOST], dtype=torch.int32),
@@ -76,34 +83,42 @@ class RowReader:
             torch.tensor([0, width], dtype=torch.int32),
             width,
             *largest.values(),
-            0,
-            0,
         )
         self._none = torch.zeros(0, 0, dtype=torch.uint8)
 
     def __call__(self, data: Tensor, rows: Tensor) -> Tensor:
-        """Rows of uint8 ``data [stored rows, items]``: float32 ``[n, width]`` of int64 ``rows [n]``.
+        """Rows of ``data [stored rows, items]``: float32 ``[n, width]`` of int64 ``rows [n]``.
 
         Raises:
             IndexError: a row is outside the table; the kernel itself would read foreign memory.
         """
+        _check(rows, data.shape[0])
+        return self._whole(data, rows)
+
+    def remapped(self, data: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """As a call, of rows that stand at ``places`` in ``data``: int32 ``[rows]``, -1 for rows of zeros."""
+        _check(rows, len(places))
+        ends = torch.tensor([0, len(rows)]), torch.tensor([0, len(places)])
+        return self._whole(data, torch.ops.fbgemm.pruned_array_lookup(rows, ends[0], places, ends[1]))
+
+    def _whole(self, data: Tensor, rows: Tensor) -> Tensor:
+        """Of stored rows; -1 gives zeros."""
         if rows.numel() == 0:
             return torch.empty(0, self.layout.width)
-        low, high = (int(x) for x in rows.aminmax())
-        if low < 0 or high >= data.shape[0]:
-            raise IndexError(f"rows must be in [0, {data.shape[0]}); got values from {low} to {high}")
+        high = int(rows.max())
         safe = data.shape[0] - -(-_BEYOND // self.layout.row_bytes)
         if safe <= 0:
-            return self.layout.decode(data.index_select(0, rows))
+            read = self.layout.decode(data.index_select(0, rows.clamp_min(0))).float()
+            return read.masked_fill_((rows < 0).unsqueeze(1), 0.0)
         if high < safe:
             return self._read(data, rows)
         out = self._read(data, rows.clamp_max(safe - 1))
         last = (rows >= safe).nonzero().squeeze(1)
-        return out.index_copy_(0, last, self.layout.decode(data.index_select(0, rows[last])))
+        return out.index_copy_(0, last, self.layout.decode(data.index_select(0, rows[last])).float())
 
     def _read(self, data: Tensor, rows: Tensor) -> Tensor:
         out: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
-            data.view(-1),
+            data.view(-1).view(torch.uint8),
             *self._head,
             rows,
             torch.tensor([0, len(rows)]),
@@ -117,9 +132,10 @@ class RowReader:
         return out
 
 
-def reader(layout: Layout, backend: Literal["auto", "torch", "fbgemm"]) -> Any:
+def reader(layout: Layout, backend: Literal["auto", "torch", "fbgemm"]) -> RowReader | None:
     """A :class:`RowReader` where the backend asks for one and the layout allows it, else None."""
-    if backend == "torch" or not usable(layout):
+    # Floats need no decoding: for them it is worth the import where it is asked for only.
+    if backend == "torch" or not usable(layout) or (backend == "auto" and layout.bits is None):
         return None
     try:
         return RowReader(layout)

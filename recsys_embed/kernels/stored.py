@@ -96,7 +96,8 @@ class Stored(Constants):
         data: stored rows of all parts, end to end; flat, of the layouts' dtype.
         arrays: words, ranks and values of all row sets, end to end, each in the order of the parts.
         dtype: of the vectors.
-        backend: what decodes whole rows of integers on the CPU: FBGEMM, torch, or FBGEMM where it can be imported.
+        backend: what decodes whole rows on the CPU: FBGEMM (for tables with rows that are not kept it takes 4 bytes
+            more per row, that say where each is), torch, or FBGEMM for integers where it can be imported.
 
     >>> table = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     >>> part = Part(3, Layout("fp16", 2), "sorted", 0, 2)
@@ -111,6 +112,7 @@ class Stored(Constants):
     ranks: Tensor
     values: Tensor
     like: Tensor
+    places: Tensor | None
 
     def __init__(
         self,
@@ -149,6 +151,8 @@ class Stored(Constants):
             # A column past the last takes what a narrower part does not have.
             columns = [p.columns if p.columns is not None else tuple(range(width)) for p in self.parts]
             self.add_constant("columns", [[*c, *[width] * (self._widest - len(c))] for c in columns], device)
+        places = self._all_places() if backend == "fbgemm" and self._reader is not None and self._pruned else None
+        self.register_buffer("places", places, persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,7 +166,8 @@ class Stored(Constants):
     @property
     def nbytes(self) -> int:
         """Bytes of stored rows and of the arrays that know which rows are kept."""
-        return sum(b.nbytes for b in (self.data, self.words, self.ranks, self.values))
+        held = (self.data, self.words, self.ranks, self.values, self.places)
+        return sum(b.nbytes for b in held if b is not None)
 
     def forward(self, rows: Tensor, partial: bool = False) -> Tensor:
         """Vectors of int64 ``rows [n]``: ``[n, width]``; with ``partial`` rows may be -1, and read anything."""
@@ -170,6 +175,9 @@ class Stored(Constants):
             rows = rows.clamp_min(0)
         if self._uniform is not None and not self._pruned:
             return self._whole_rows(rows).to(self.dtype)
+        reader = self._reader_of(rows)
+        if self.places is not None and reader is not None:
+            return reader.remapped(self.data, rows, self.places).to(self.dtype)
         place, n = self._place(rows)
         pos = place.clamp_min(0)
         out = self._scattered(pos, n) if self._uniform is None else self._whole_rows(pos + n.stored)
@@ -177,12 +185,25 @@ class Stored(Constants):
             out = out.masked_fill((place < 0).unsqueeze(1), 0.0)
         return out.to(self.dtype)
 
+    def _reader_of(self, rows: Tensor) -> fbgemm.RowReader | None:
+        """What of FBGEMM's reads these rows, if anything."""
+        return self._reader if rows.device.type == "cpu" and not torch.compiler.is_compiling() else None
+
+    def _all_places(self) -> Tensor:
+        """Stored row of every row, -1 where it is not kept: int32 ``[rows]``."""
+        out = torch.empty(self.rows, dtype=torch.int32)
+        for first in range(0, self.rows, _CHUNK):
+            rows = torch.arange(first, min(first + _CHUNK, self.rows))
+            place, n = self._place(rows)
+            out[first : first + len(rows)] = torch.where(place < 0, -1, place + n.stored)
+        return out
+
     def _whole_rows(self, rows: Tensor) -> Tensor:
         """Decoded stored rows of one layout."""
         layout = cast("Layout", self._uniform)
-        if self._reader is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            out: Tensor = self._reader(self.data, rows)
-            return out
+        reader = self._reader_of(rows)
+        if reader is not None:
+            return reader(self.data, rows)
         return layout.decode(self.data.index_select(0, rows))
 
     def _place(self, rows: Tensor) -> tuple[Tensor, _Integers]:

@@ -54,8 +54,10 @@ def load(
         verify: compare every tensor with its digest; False skips reading a huge file once more, and checks its
             structure only.
         mmap: map the file into memory; False reads it whole.
-        backend: what decodes quantised rows on the CPU: ``"fbgemm"``, ``"torch"`` (the same numbers, several times
-            slower), or FBGEMM where it is installed (``"auto"``).
+        backend: what decodes rows on the CPU: ``"torch"``; FBGEMM for quantised rows where it is installed
+            (``"auto"``: the same numbers, several times faster); or ``"fbgemm"`` for those of all precisions but bf16,
+            with FBGEMM's table of remapped indices, 4 bytes per row, for tables with pruned rows. Rows narrower than 8
+            that share scales, and those of tables with pruned columns, are decoded by torch.
 
     Returns:
         The module; ``into`` where it was given.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,6 +19,7 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BackendError, IdRangeError
 from recsys_embed.kernels import dispatch, fbgemm
 from recsys_embed.kernels.bag_lookup import divide
+from recsys_embed.kernels.precision import Layout
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import get_method
 from recsys_embed.testing import poisoned_memory
@@ -293,3 +295,47 @@ def test_tables_hold_what_features_read_and_overlap_no_other(ranges: list[tuple[
         assert a[1] <= b[0] or b[1] <= a[0]
     if len(set(ranges)) == len(ranges) and all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(ranges))):
         assert tables == ranges, "no more is joined than has to be"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.01], ids=lambda k: f"kept {k}")
+def test_exports_are_served_by_its_inference_tables(
+    precision: Any, kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = Schema([FeatureSpec("a", 3000, 16), FeatureSpec("b", 40, 16), FeatureSpec("c", 700, 16)])
+    coll = EmbeddingCollection(schema)
+    with torch.no_grad():
+        table = coll.table("a.weight")
+        table[torch.rand(len(table), generator=torch.Generator().manual_seed(0)) >= kept] = 0.0
+    rse.export(coll, tmp_path / "c.safetensors", precision=precision)
+    ours, plain = (rse.load(tmp_path / "c.safetensors", backend=b) for b in ("fbgemm", "torch"))
+    ids = torch.cat([ids_of(schema, 500), torch.tensor([[2999, 39, 699], [0, 0, 0]])])
+    torch.testing.assert_close(ours(ids), plain(ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours(*bags_of(schema, 20)), plain(*bags_of(schema, 20)), rtol=1e-6, atol=1e-6)
+    with pytest.raises(IdRangeError, match="'b'"):
+        ours(torch.tensor([[0, 40, 0]]))
+    for name in plain.storages if plain.served is not None else ():
+        stored, other = ours.served[name], plain.served[name]
+        pruned = any(p.form != "all" for p in stored.parts)
+        assert (stored.places is not None) == pruned
+        assert stored.nbytes == other.nbytes + 4 * stored.rows * pruned, "what indices take is counted"
+        assert ours.footprint().index - plain.footprint().index == 4 * stored.rows * pruned
+        # It is FBGEMM that reads: torch decodes the last rows at most, whose registers would end beyond the table.
+        monkeypatch.setattr("recsys_embed.kernels.stored.positions", None)
+        monkeypatch.setattr(Layout, "decode", lambda self, rows: pytest.fail("decoded by torch"))
+        stored(torch.arange(100))
+
+
+def test_rows_that_do_not_exist_are_refused_before_the_kernel() -> None:
+    layout = Layout("int8", 16)
+    reader = fbgemm.RowReader(layout)
+    data = layout.encode(torch.randn(100, 16))
+    places = torch.tensor([-1, 3, 99], dtype=torch.int32)
+    got = reader.remapped(data, torch.tensor([2, 0, 1]), places)
+    assert torch.equal(got, torch.cat([layout.decode(data[99:]), torch.zeros(1, 16), layout.decode(data[3:4])]))
+    for bad in (-1, 3, 2**40):
+        with pytest.raises(IndexError, match=r"rows must be in \[0, 3\)"):
+            reader.remapped(data, torch.tensor([0, bad]), places)
+    with pytest.raises(IndexError, match=r"rows must be in \[0, 100\)"):
+        reader(data, torch.tensor([100]))
+    assert reader.remapped(data[:2], torch.tensor([0, 0]), places).eq(0).all(), "all of a small table"
