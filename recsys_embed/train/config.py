@@ -47,8 +47,8 @@ class TrainConfig:
         weight_decay: L2 penalty of dense layers, added to their gradient.
         embedding_optimizer: fused optimizer of the tables; ``dense_adam`` trains them as ordinary parameters, every
             row at every step, which suits small tables only.
-        embedding_weight_decay: L2 penalty of the tables, for ``dense_adam``: it pulls on all rows at every step, and a
-            fused optimizer sees the rows of the batch alone.
+        embedding_weight_decay: L2 penalty of the tables. It pulls on all rows at every step: a fused optimizer with it
+            moves rows ``"all"``, see :mod:`recsys_embed.optim`.
         embedding_learning_rate: peak rate of the tables; None: ``learning_rate``.
         embedding_optimizer_args: further arguments of that optimizer, e.g. ``{"eps": 1e-6}``.
         schedule: course of both rates after the warm-up.
@@ -141,11 +141,6 @@ class TrainConfig:
         for key in ("final_factor", "plateau_factor"):
             if not 0 <= getattr(self, key) <= 1:
                 faults.append(f"`{key}` must be in [0, 1]; got {getattr(self, key)!r}")
-        if self.embedding_weight_decay and self.embedding_optimizer != "dense_adam":
-            faults.append(
-                "`embedding_weight_decay` needs `embedding_optimizer` 'dense_adam', which reaches every row; "
-                f"got {self.embedding_optimizer!r}"
-            )
         if self.ratio is not None and self.budget is not None:
             faults.append(f"`ratio` and `budget` exclude each other; got {self.ratio!r} and {self.budget!r}")
         if self.plan is not None and (self.method != PLANNED or self.method_args):

@@ -108,6 +108,8 @@ def make_optimizer(config: TrainConfig) -> Any:
         return None
     lr = config.embedding_learning_rate or config.learning_rate
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.embedding_optimizer_args.items()}
+    if config.embedding_weight_decay:
+        args = {"weight_decay": config.embedding_weight_decay, "rows": "all", **args}
     try:
         return OPTIMIZERS[config.embedding_optimizer](lr=lr, **args)
     except TypeError as e:

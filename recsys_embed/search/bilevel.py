@@ -1,0 +1,135 @@
+"""Alternating steps of DNIS: embeddings on a training batch, the selection on a validation batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys_embed.search.layers import DnisLayer
+from recsys_embed.search.supernet import Supernet, as_model
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.loop import Trainer
+
+_EPSILON = 1e-2
+"""Length of the finite difference, over the gradient's norm (DARTS)."""
+
+
+class BilevelTrainer(Trainer):
+    """Trains a supernet with a :class:`DnisLayer`: its network stays as it is.
+
+    Every step moves the embeddings (tables of vectors and of first-order weights, numeric vectors) on a training batch
+    and then the selection on a validation batch, in evaluation mode. Validation batches go round and round, shuffled
+    anew each time.
+
+    Args:
+        net: the supernet, warm.
+        data, config: see :class:`Trainer`.
+        alpha_lr, l1, second_order: see :class:`DnisSettings`.
+        **options: see :class:`Trainer`.
+    """
+
+    def __init__(
+        self,
+        net: Supernet,
+        data: Any,
+        config: TrainConfig,
+        *,
+        alpha_lr: float,
+        l1: float,
+        second_order: bool,
+        **options: Any,
+    ) -> None:
+        self.net, self.alpha_lr, self.l1, self.second_order = net, alpha_lr, l1, second_order
+        self.layer = cast("DnisLayer", net.layer)
+        model = net.model
+        tables = {id(p) for c in model.collections().values() for p in c.parameters()}
+        features = {
+            id(p) for name in ("numeric", "linear_numeric", "bias") if (p := getattr(model, name, None)) is not None
+        }
+        for p in model.parameters():
+            p.requires_grad_(p.requires_grad and id(p) in tables | features)
+        super().__init__(as_model(net), data, config, **options)
+        self._valid: Iterator[Any] | None = None
+
+    def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
+        if any(p.requires_grad for p in self.net.model.parameters()):
+            return super()._dense_optimizer()
+        # A model whose tables step inside backward may have nothing else that counts as an embedding.
+        nothing = nn.Parameter(torch.zeros(0, device=self.device))
+        return torch.optim.Adam([{"params": [nothing], "peak": 0.0}]), [nothing]
+
+    def _next_valid(self) -> Any:
+        """The validation batch of this step."""
+        c = self.config
+        count = len(self.data.batches("valid", c.batch_size, shuffle=True, seed=c.seed))
+        epoch, at = divmod(self.state.step, count)
+        if self._valid is None or at == 0:
+            options: dict[str, Any] = {"shuffle": True, "seed": c.seed, "epoch": epoch, "device": self.device}
+            self._valid = iter(self.data.batches("valid", c.batch_size, start_batch=at, **options))
+        return next(self._valid)
+
+    def _step(self, batch: Any) -> float:
+        # The position of this step, before it counts as done.
+        valid = self._next_valid()
+        value = super()._step(batch)
+        begin = time.perf_counter()
+        self._select(batch, valid)
+        self.state.seconds += time.perf_counter() - begin
+        return value
+
+    def _loss(self, batch: Any) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.net(batch.dense, batch.ids), batch.label)
+
+    def _select(self, train: Any, valid: Any) -> None:
+        """Move the selection."""
+        net, alpha = self.net, self.layer.alpha
+        net.eval()
+        try:
+            alpha.requires_grad_(True)
+            second = None
+            if self.second_order:
+                with self._open() as weights:
+                    grads = torch.autograd.grad(self._loss(valid), [alpha, *weights])
+                    second = self._second(train, weights, grads[1:])
+                grad = grads[0]
+            else:
+                (grad,) = torch.autograd.grad(self._loss(valid), [alpha])
+            self.layer.step(grad + self.l1 * alpha.detach().sign(), self.alpha_lr, second)
+        finally:
+            alpha.requires_grad_(False)
+            net.train()
+
+    @contextmanager
+    def _open(self) -> Iterator[list[nn.Parameter]]:
+        """The tables of the vectors, with gradients."""
+        collection = self.net.vectors
+        weights = [collection.get_parameter(name) for name in collection.storages]
+        before = [w.requires_grad for w in weights]
+        for w in weights:
+            w.requires_grad_(True)
+        try:
+            yield weights
+        finally:
+            for w, had in zip(weights, before, strict=True):
+                w.requires_grad_(had)
+
+    def _second(self, train: Any, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:
+        """What the selection does to the validation loss through the embeddings' next step (DARTS, eq. 8)."""
+        norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
+        if not float(norm) > 0:
+            return torch.zeros_like(self.layer.alpha)
+        length, found = _EPSILON / float(norm), []
+        for sign in (1.0, -2.0, 1.0):
+            with torch.no_grad():
+                for w, g in zip(weights, grads, strict=True):
+                    w.add_(g, alpha=sign * length)
+            if len(found) < 2:
+                found += torch.autograd.grad(self._loss(train), [self.layer.alpha])
+        rate = self.optimizer.param_groups[0]["lr"] if not self.fused else self.net.embedding_lr
+        return -rate * (found[0] - found[1]) / (2 * length)

@@ -1,0 +1,119 @@
+"""DNIS end to end: a warm start, alternating steps, the merged table pruned, what is left trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from recsys_embed.plan import Plan
+from recsys_embed.search.bilevel import BilevelTrainer
+from recsys_embed.search.blocks import block_maps, block_sizes, count_ids, order_of
+from recsys_embed.search.common import Search
+from recsys_embed.search.extract import make_plan
+from recsys_embed.search.layers import DnisLayer
+from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
+from recsys_embed.search.retrain import dense_weights
+from recsys_embed.search.settings import DnisSettings
+from recsys_embed.search.supernet import Supernet, as_model
+from recsys_embed.train.loop import Trainer
+
+
+@dataclass
+class DnisSearch(Search):
+    """One search; see :class:`Search` for what all have in common."""
+
+    settings: DnisSettings
+
+    method = "dnis"
+    stages = ("warm", "search", "retrain")
+
+    def check(self) -> None:
+        """Refuse data without rows to choose by."""
+        self.need_validation()
+
+    @cached_property
+    def counts(self) -> list[Tensor]:
+        """How often each id of each feature occurs in training."""
+        return count_ids(self.data, self.schema)
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """Ids of each block of each feature."""
+        s = self.settings
+        return block_sizes(self.counts, s.blocks, s.scope, s.balance)
+
+    def build(self) -> Supernet:
+        """The supernet, untrained."""
+        layer = DnisLayer(block_maps(self.counts, self.sizes, self.settings.scope), self.config.embedding_dim)
+        layer.alpha.requires_grad_(False)
+        return Supernet(self.plain_model(), layer.to(self.device or "cpu"))
+
+    @cached_property
+    def net(self) -> Supernet:
+        """The supernet, searched."""
+        s, net = self.settings, self.build()
+        self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm"))
+        epochs = s.search_epochs or -(-self.config.epochs // 2)
+        # The selection moves for as long as the search lasts, so what counts is where it ends.
+        config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
+        options: dict[str, Any] = {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
+        trainer = self.trainer(BilevelTrainer, net, "search", config, **options)
+        self.run_stage("search", trainer)
+        for p in net.model.parameters():
+            p.requires_grad_(True)
+        net.settle_()
+        self.folder.put("selection", {"alpha": cast("DnisLayer", net.layer).alpha.tolist()})
+        return net
+
+    def merged(self, field: int) -> Tensor:
+        """The table of a feature with its selection multiplied in: ``[num_ids, D]``, a copy."""
+        layer = cast("DnisLayer", self.net.layer)
+        return self.net.table(self.schema.names[field]).detach() * layer.alpha.detach()[layer.blocks_of(field)]
+
+    def search(self) -> Plan:
+        """Warm start, alternating steps, pruning."""
+        s, schema = self.settings, self.schema
+        pruned = "oov" if s.shared else "zero"
+        limits: dict[str, Any] = {"budget": self.vector_budget, "sparsity": s.sparsity}
+        if s.structure == "elements":
+            masks = keep_elements(schema, [self.merged(f) for f in range(len(schema))], pruned, **limits)
+            chosen = {spec.name: choose_elements(spec, k, pruned) for spec, k in zip(schema, masks, strict=True)}
+            reasons = {spec.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
+                       for spec, k in zip(schema, masks, strict=True)}  # fmt: skip
+            return make_plan(schema, chosen, reasons)
+        fields = [self._blocks(f) for f in range(len(schema))]
+        chosen = keep_columns(schema, fields, pruned, **limits)
+        return make_plan(schema, chosen, {f.spec.name: _words(f, chosen[f.spec.name][0]) for f in fields})
+
+    def _blocks(self, field: int) -> FieldBlocks:
+        spec, counts = self.schema.features[field], self.counts[field]
+        order = order_of(counts)
+        sizes = [n for n in self.sizes[field] if n]
+        ranks = torch.arange(spec.num_ids) if order is None else order
+        members = list(ranks.split(sizes))
+        importance = importance_of(self.merged(field), members)
+        if self.settings.importance == "traffic":
+            share = torch.stack([counts[m].double().mean() for m in members])
+            importance = importance * share.unsqueeze(1).sqrt()
+        return FieldBlocks(spec, sizes, members, order, importance)
+
+    def start_weights(self) -> dict[str, Any]:
+        """The initial weights, or the merged tables beside the network as it was trained."""
+        if self.settings.retrain_from == "init":
+            return super().start_weights()
+        tables = {name: self.merged(f) for f, name in enumerate(self.schema.names)}
+        return {"tables": tables, "dense": dense_weights(self.net.model)}
+
+
+def _words(field: FieldBlocks, config: Any) -> str:
+    """What is kept of a feature's blocks."""
+    if config.method == "full":
+        return "kept whole"
+    sizes = [*(config.blocks or ())]
+    sizes.append(field.spec.num_ids - sum(sizes))
+    parts = [f"{bits.bit_count()} columns of {n:,} ids" for bits, n in zip(config.columns, sizes, strict=True)]
+    return "kept " + ", ".join(parts)

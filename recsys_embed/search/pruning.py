@@ -1,0 +1,164 @@
+"""Which parts of merged tables to keep under a budget: whole columns of blocks, or single elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recsys_embed.config import MethodConfig
+from recsys_embed.errors import BudgetError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.members import set_text
+from recsys_embed.memory import format_bytes
+from recsys_embed.registry import get_method
+from recsys_embed.search.extract import chunks
+
+Chosen = dict[str, tuple[MethodConfig, dict[str, str]]]
+
+
+def served(schema: Schema, chosen: Chosen) -> int:
+    """Bytes of what is kept."""
+    return sum(config.footprint(schema[name]).serve for name, (config, _) in chosen.items())
+
+
+def most_within(top: int, fits: Callable[[int], bool], what: str, limit: int) -> int:
+    """The largest number in ``[0, top]`` that fits.
+
+    Raises:
+        BudgetError: not even 0 does.
+    """
+    if not fits(0):
+        raise BudgetError(
+            f"even with nothing kept, {what} take more than the {format_bytes(limit)} available for the vectors. Ways "
+            "out: 1. a larger budget; 2. structure 'blocks'; 3. fewer features"
+        )
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True)
+class FieldBlocks:
+    """Blocks of one feature.
+
+    Args:
+        spec: the feature.
+        sizes: ids of each block, most frequent first; none is 0.
+        members: ids of each block.
+        order: ids by falling count, or None where their numbers are that.
+        importance: float64 ``[blocks, D]`` of each block's columns.
+    """
+
+    spec: FeatureSpec
+    sizes: list[int]
+    members: list[Tensor]
+    order: Tensor | None
+    importance: Tensor
+
+    def choose(self, columns: Tensor, pruned: str) -> tuple[MethodConfig, dict[str, str]]:
+        """The configuration that keeps ``columns``, bool ``[blocks, D]``, and its sets of ids."""
+        if bool(columns.all()):
+            return get_method("full").config_cls.from_params({}), {}
+        config_cls = get_method("dnis").config_cls
+        bits, sizes = [], []
+        for row, size in zip(columns.tolist(), self.sizes, strict=True):
+            number = sum(1 << k for k, kept in enumerate(row) if kept)
+            # Neighbours that keep the same columns are one block.
+            if bits and bits[-1] == number:
+                sizes[-1] += size
+            else:
+                bits.append(number)
+                sizes.append(size)
+        order = "ids" if self.order is None else "counts"
+        options = {"columns": tuple(bits), "blocks": tuple(sizes[:-1]) or None, "pruned": pruned, "order": order}
+        config = config_cls.from_params(options)
+        sets = {}
+        if self.order is not None:
+            for index in config.program(self.spec).indexes:
+                ids = self.order[index.start : index.start + index.count]
+                sets[index.name] = set_text(ids, self.spec.num_ids)
+        return config, sets
+
+
+def importance_of(table: Tensor, members: Sequence[Tensor]) -> Tensor:
+    """Mean absolute value of every column of some sets of rows: float64 ``[sets, D]``."""
+    out = []
+    for ids in members:
+        total = torch.zeros(table.shape[1], dtype=torch.float64)
+        for _, part in chunks(ids):
+            total += table[part.to(table.device)].abs().double().sum(0).cpu()
+        out.append(total / max(1, len(ids)))
+    return torch.stack(out)
+
+
+def keep_columns(
+    schema: Schema, fields: Sequence[FieldBlocks], pruned: str, *, budget: int | None, sparsity: float
+) -> Chosen:
+    """The most important columns of blocks, as many as the budget (or the share of elements) allows."""
+    weights = torch.cat([f.importance.reshape(-1) for f in fields])
+    sizes = torch.cat([torch.tensor(f.sizes).unsqueeze(1).expand_as(f.importance).reshape(-1) for f in fields])
+    order = weights.argsort(descending=True, stable=True)
+
+    def choose(count: int) -> Chosen:
+        kept = torch.zeros(len(order), dtype=torch.bool)
+        kept[order[:count]] = True
+        parts = kept.split([f.importance.numel() for f in fields])
+        return {f.spec.name: f.choose(k.view_as(f.importance), pruned) for f, k in zip(fields, parts, strict=True)}
+
+    if budget is None:
+        elements = sizes[order].cumsum(0)
+        return choose(int((elements <= (1 - sparsity) * int(sizes.sum())).sum()))
+    # Sets of ids cost bytes of their own, so bytes need not rise with every column; the search finds a count that fits.
+    return choose(most_within(len(order), lambda n: served(schema, choose(n)) <= budget, "the features", budget))
+
+
+def choose_elements(spec: FeatureSpec, kept: Tensor, pruned: str) -> tuple[MethodConfig, dict[str, str]]:
+    """The configuration that keeps single elements, bool ``[num_ids, D]``, and its sets of ids."""
+    counts = kept.sum(0).tolist()
+    if min(counts) == spec.num_ids:
+        return get_method("full").config_cls.from_params({}), {}
+    config = get_method("pep").config_cls.from_params({"kept": tuple(counts), "pruned": pruned, "order": "sets"})
+    indexes = {i.name: int(i.name.rpartition("_")[2]) for i in config.program(spec).indexes}
+    sets = {name: set_text(kept[:, k].nonzero().squeeze(1), spec.num_ids) for name, k in indexes.items()}
+    return config, sets
+
+
+def keep_elements(
+    schema: Schema, tables: Sequence[Tensor], pruned: str, *, budget: int | None, sparsity: float
+) -> list[Tensor]:
+    """The largest elements of all tables together: bool ``[num_ids, D]`` per table.
+
+    With a ``sparsity`` the number kept is the nearest integer to its share, whatever ties there are.
+    """
+    sizes = torch.cat([t.abs().reshape(-1) for t in tables])
+
+    def mask(count: int) -> list[Tensor]:
+        kept = torch.zeros(len(sizes), dtype=torch.bool)
+        if count:
+            bound = sizes.kthvalue(len(sizes) - count + 1).values
+            kept = (sizes > bound).cpu()
+            ties = (sizes == bound).nonzero().squeeze(1)
+            kept[ties[: count - int(kept.sum())]] = True
+        return [part.view(t.shape) for part, t in zip(kept.split([t.numel() for t in tables]), tables, strict=True)]
+
+    if budget is None:
+        return mask(round((1 - sparsity) * len(sizes)))
+    ranked = sizes.argsort(descending=True, stable=True)
+    column = torch.cat([torch.arange(t.shape[1]).repeat(len(t)) + f * t.shape[1] for f, t in enumerate(tables)])
+    column, width = column[ranked.cpu()], tables[0].shape[1]
+
+    def bytes_of(count: int) -> int:
+        found = torch.bincount(column[:count], minlength=len(tables) * width).view(-1, width).tolist()
+        cls = get_method("pep").config_cls
+        configs = [cls.from_params({"kept": tuple(row), "pruned": pruned, "order": "sets"}) for row in found]
+        return sum(c.footprint(s).serve for c, s in zip(configs, schema, strict=True))
+
+    count = most_within(len(sizes), lambda n: bytes_of(n) <= budget, "the features", budget)
+    kept = torch.zeros(len(sizes), dtype=torch.bool)
+    kept[ranked[:count].cpu()] = True
+    return [part.view(t.shape) for part, t in zip(kept.split([t.numel() for t in tables]), tables, strict=True)]
