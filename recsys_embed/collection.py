@@ -195,7 +195,7 @@ class EmbeddingCollection(SteppedTables):
 
     def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not self.bundle.fused or self.served is not None:
+        if not self.bundle.fused or self.served is not None or (self.sparse and torch.compiler.is_compiling()):
             return None
         tables = [getattr(self, name) for name in self.storages]
         return next(((name, tables) for name in self.bundle.fused if dispatch.RUNS_ON[name](ids, tables)), None)
@@ -217,7 +217,7 @@ class EmbeddingCollection(SteppedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
-        if not self._stepping:
+        if not self._stepping and not torch.compiler.is_compiling():
             self.settle_()
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")

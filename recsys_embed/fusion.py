@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recsys_embed.bags import Bags
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels import native_ops
 from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep, look_up
 from recsys_embed.kernels.outputs import OutputPool
@@ -96,7 +97,9 @@ class FusedBundle:
 
     def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
         """Whether :meth:`pooled` takes the bags: sums and means, whose weights are constants."""
-        if any(bundle.schema.features[i].pooling == "max" for _, members in self.shapes for i in members):
+        if torch.compiler.is_compiling() or any(
+            bundle.schema.features[i].pooling == "max" for _, members in self.shapes for i in members
+        ):
             return False
         return bags.weights is None or (bags.weights.dtype == torch.float32 and not bags.weights.requires_grad)
 
@@ -136,7 +139,9 @@ class FusedBundle:
 
     def _outputs(
         self, bundle: LookupBundle, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
-    ) -> tuple[Tensor, ...]:
+    ) -> Sequence[Tensor]:
+        if torch.compiler.is_compiling():
+            return native_ops.look_up(self.lookup, ids, tables, step)
         try:
             return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse)
         except IdRangeError:

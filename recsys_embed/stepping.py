@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels import native
 from recsys_embed.kernels.fused import apply_update
+from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep
 from recsys_embed.kernels.pace import Pace, catch_up
@@ -45,10 +46,16 @@ class SteppedTables(nn.Module):
                 number = torch.int32 if kind == "step" else torch.float32
                 state = allocate(rows, width if kind == "element" else 1, device, number)
                 self.register_buffer(f"{name}_{key}", state, persistent=False)
+        self._keys = tuple(optimizer.tensors) if optimizer else ()
         self._lr = optimizer.lr if optimizer else 0.0
         self._paces = {name: Pace() for name in self.storages}
         # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
         self._anchor = torch.zeros(0, requires_grad=True)
+        self._handle = handle_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = handle_of(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
@@ -61,10 +68,10 @@ class SteppedTables(nn.Module):
         return self
 
     def _states(self) -> list[tuple[str, str]]:
-        return [(name, key) for name in self.storages for key in (self.optimizer.tensors if self.optimizer else ())]
+        return [(name, key) for name in self.storages for key in self._keys]
 
     def _state(self, storage: str) -> dict[str, Tensor]:
-        return {key: getattr(self, f"{storage}_{key}") for key in (self.optimizer.tensors if self.optimizer else ())}
+        return {key: getattr(self, f"{storage}_{key}") for key in self._keys}
 
     def _reset_steps(self) -> None:
         """The state of tables that took no step."""
@@ -88,10 +95,9 @@ class SteppedTables(nn.Module):
 
     @property
     def _native_step(self) -> NativeStep:
-        return NativeStep(self._anchor, self._settle_native, self._update_native)
-
-    def _native_parts(self) -> tuple[list[Tensor], list[dict[str, Tensor]], list[Pace]]:
-        return [getattr(self, name) for name in self.storages], list(map(self._state, self.storages)), self._all_paces
+        states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
+        lazy = self.optimizer is not None and self.optimizer.rows == "all"
+        return NativeStep(self._anchor, self._settle_native, self._update_native, states, self._handle, lazy)
 
     @property
     def _all_paces(self) -> list[Pace]:
@@ -99,12 +105,28 @@ class SteppedTables(nn.Module):
 
     @torch.no_grad()
     def _update_native(self, lookup: NativeLookup, ids: Ids, grads: Sequence[Tensor], kept: Tensor | None) -> None:
-        if self.optimizer is None:
-            return
-        for pace in self._all_paces:
-            pace.advance(self.optimizer, self._lr)
-        tables, states, paces = self._native_parts()
-        lookup.update(ids, tables, grads, kept, self.optimizer, states, paces)
+        tables, states = [getattr(self, name) for name in self.storages], self._native_step.states
+        self.step_native(lookup, ids, tables, states, grads, kept)
+
+    @torch.no_grad()
+    def step_native(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        states: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Tensor | None,
+    ) -> None:
+        """One step on ``tables`` and the flat list of their ``states``, in place."""
+        if self.optimizer is not None:
+            for pace in self._all_paces:
+                pace.advance(self.optimizer, self._lr)
+            lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_paces)
+
+    def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        count = len(self._keys)
+        return [dict(zip(self._keys, states[i * count :], strict=False)) for i in range(len(self.storages))]
 
     # -- rows that no batch reads ---------------------------------------------------------------------------------
 
@@ -116,9 +138,15 @@ class SteppedTables(nn.Module):
     @torch.no_grad()
     def _settle_native(self, lookup: NativeLookup, ids: Ids) -> None:
         """Bring the rows that ids read up to date."""
+        if self._behind:
+            tables = [getattr(self, name) for name in self.storages]
+            self.settle_native(lookup, ids, tables, self._native_step.states)
+
+    @torch.no_grad()
+    def settle_native(self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Bring the rows of ``tables`` that ids read up to date, in place."""
         if self._behind and self.optimizer is not None:
-            tables, states, paces = self._native_parts()
-            lookup.settle(ids, tables, self.optimizer, states, paces)
+            lookup.settle(ids, tables, self.optimizer, self._by_storage(states), self._all_paces)
 
     @torch.no_grad()
     def _settle_rows(self, storage: str, rows: Tensor | None = None) -> None:

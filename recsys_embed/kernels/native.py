@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError
+from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM, Slot, encode
@@ -170,7 +171,11 @@ def knows(optimizer: FusedOptimizer | None) -> bool:
 
 def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
     """Whether the kernels may read these tensors' memory: real, on the CPU, in float32, and nobody traces."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(library(), Library):
+    if torch.compiler.is_compiling():
+        # As operators of their own. Exported programs hold torch's alone.
+        real = not torch.compiler.is_exporting()
+        return real and all(t.device.type == "cpu" and t.dtype is torch.float32 for t in tables)
+    if torch.jit.is_tracing() or not isinstance(library(), Library):
         return False
     if type(ids) is not Tensor or not ids.is_cpu or torch._C._len_torch_dispatch_stack():
         return False
@@ -291,6 +296,7 @@ class NativeLookup:
         )
         self._template = bytes(call)
         self._indexed = any(index.indexes)
+        self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
         self._given = (programs, places, index, storages, slots, widths, columns, limits, optional)
 

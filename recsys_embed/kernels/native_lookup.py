@@ -28,11 +28,17 @@ class NativeStep(NamedTuple):
         anchor: requires grad, so that autograd runs the backward.
         settle: brings the rows of ids up to date before they are read.
         update: gets the outputs' gradients in backward.
+        states: tensors of the optimizer's state, storage after storage.
+        owner: handle of who steps, for compiled models.
+        lazy: rows have to be settled.
     """
 
     anchor: Tensor
     settle: Callable[[NativeLookup, Ids], None]
     update: Updater
+    states: list[Tensor]
+    owner: int
+    lazy: bool
 
 
 class _Lookup(Function):

@@ -1,0 +1,17 @@
+"""Numbers for objects that operators of torch need: these take tensors and numbers only."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+KNOWN: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_NUMBERS = count()
+
+
+def handle_of(thing: Any) -> int:
+    """A number under which :data:`KNOWN` has ``thing`` for as long as it lives."""
+    number = next(_NUMBERS)
+    KNOWN[number] = thing
+    return number
