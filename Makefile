@@ -1,6 +1,8 @@
 # make demo   set up .venv if needed, check it, and run the main job on seeded synthetic data (results in runs/demo)
 # make test   set up .venv if needed, and run all tests (ARGS="tests/test_cli.py -k json" for some of them)
+# make test-triton  the GPU kernels without a GPU: in triton's interpreter, and compiled for sm_90 (installs triton)
 # make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
+# make bench-gpu  benchmark of the GPU kernels: bandwidth beside a copy's, and FBGEMM's kernels where there are any
 # make lint   style, types and the layering of the package
 # make sanitize  the tests of the native kernels under the address and undefined-behaviour sanitizers of g++
 # make bench  benchmarks; JSON results in runs/bench
@@ -14,7 +16,7 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu sanitize lint bench clean distclean
+.PHONY: help setup demo test test-triton test-gpu sanitize lint bench clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
@@ -30,6 +32,18 @@ demo: setup
 # One process per core, one thread each: torch's own threads would only get in each other's way.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Beside .venv's packages, since triton takes 700 MB and nothing else without a GPU wants it. A CUDA build of torch has
+# its own. In a process of its own: the interpreter has to be on before kernels are defined.
+TRITON := $(VENV)/triton
+test-triton: setup
+	@$(BIN)/python -c 'import triton' 2>/dev/null || [ -e $(TRITON)/.done ] || { \
+	  echo "installing triton into $(TRITON)"; rm -rf $(TRITON); \
+	  $(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $(TRITON) "$$($(BIN)/python -c \
+	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["triton"])')" \
+	  && touch $(TRITON)/.done; }
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton $(ARGS)
+	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton $(ARGS)
 
 test-gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -m gpu -p no:cacheprovider tests/gpu $(ARGS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from recsys_embed.kernels.triton import status
@@ -17,10 +15,8 @@ except ImportError:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs triton where it is not installed, and what needs its interpreter where that is not on."""
     for item in items:
-        if item.path.parent != Path(__file__).parent:
-            continue
-        compiled = item.get_closest_marker("compiled") is not None
-        if triton is None:
+        needs = {name for name in ("interpreted", "compiled") if item.get_closest_marker(name)}
+        if needs and triton is None:
             item.add_marker(pytest.mark.skip(reason="triton is not installed"))
-        elif compiled == status.interpreted():
-            item.add_marker(pytest.mark.skip(reason="in triton's interpreter" if compiled else "TRITON_INTERPRET is not 1"))
+        elif needs and ("interpreted" in needs) != status.interpreted():
+            item.add_marker(pytest.mark.skip(reason="runs with TRITON_INTERPRET=1, or without"))

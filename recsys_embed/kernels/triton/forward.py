@@ -21,10 +21,10 @@ def _probe(
         place = tl.where(rows >= 0, rows + tl.load(probe + p.BASE), -1).to(tl.int32)
         tl.store(found + tl.load(probe + p.READ) * batch + sample, place, mask=live)
     if RUNS:
-        if straight(probe):
-            value = read_straight(table, rows, probe, cols, span, VECTOR)
-        else:
-            value = read_run(table, rows, probe, cols, span)
+        # Loads that are masked out cost nothing; triton 3.6 does not compile a branch over the two.
+        whole = straight(probe)
+        value = read_straight(table, tl.where(whole, rows, -1), probe, cols, span, VECTOR)
+        value += read_run(table, tl.where(whole, -1, rows), probe, cols, span)
     else:
         value = read_straight(table, rows, probe, cols, span, VECTOR)
     if KEEP:

@@ -12,6 +12,8 @@ MURMURS = tl.constexpr(4)
 RANGES = tl.constexpr(8)
 BITMAPS = tl.constexpr(16)
 SORTED = tl.constexpr(32)
+IDENTITIES = tl.constexpr(64)
+MEMBERS = tl.constexpr(8 | 16 | 32)
 
 KIND = tl.constexpr(MAP.index("kind"))
 DIV = tl.constexpr(MAP.index("div"))
@@ -86,6 +88,7 @@ def _fmix(h):
 
 @triton.jit
 def _murmur(x, at):
+    word, size, size_inverse = tl.load(at + WORD), tl.load(at + SIZE), tl.load(at + SIZE_INVERSE)
     seed = tl.load(at + SALT).to(tl.uint64) ^ 8
     k = x.to(tl.uint64) * 0x87C37B91114253D5
     k = ((k << 31) | (k >> 33)) * 0x4CF5AD432745937F
@@ -95,31 +98,35 @@ def _murmur(x, at):
     h2 = _fmix(h2)
     h1 = h1 + h2
     h2 = h2 + h1
-    word = tl.load(at + WORD)
     half = tl.where(word < 2, h1, h2)
     key = tl.where((word & 1) != 0, half >> 32, half & 0xFFFFFFFF).to(tl.int64)
-    return remainder(key, tl.load(at + SIZE), tl.load(at + SIZE_INVERSE))
+    return remainder(key, size, size_inverse)
 
 
 @triton.jit
 def _digit(x, at):
+    # All loads come before the first branch, so that they wait for memory together.
+    affine, a, b, p, p_inverse = (
+        tl.load(at + AFFINE), tl.load(at + A), tl.load(at + B), tl.load(at + P), tl.load(at + P_INVERSE),
+    )  # fmt: skip
+    div, div_inverse, mod, mod_inverse = (
+        tl.load(at + DIV), tl.load(at + DIV_INVERSE), tl.load(at + MOD), tl.load(at + MOD_INVERSE),
+    )  # fmt: skip
     y = x
-    if tl.load(at + AFFINE) != 0:
-        y = remainder(y * tl.load(at + A) + tl.load(at + B), tl.load(at + P), tl.load(at + P_INVERSE))
-    div = tl.load(at + DIV)
+    if affine != 0:
+        y = remainder(y * a + b, p, p_inverse)
     if div != 1:
-        y = floor_divide(y, div, tl.load(at + DIV_INVERSE))
-    mod = tl.load(at + MOD)
+        y = floor_divide(y, div, div_inverse)
     if mod != 0:
-        y = remainder(y, mod, tl.load(at + MOD_INVERSE))
+        y = remainder(y, mod, mod_inverse)
     return y
 
 
 @triton.jit
 def _hash(x, at):
+    head, absent = tl.load(at + HEAD), tl.load(at + ABSENT)
     rows = hashed(x, tl.load(at + SALT), tl.load(at + SIZE)) * tl.load(at + STRIDE) + tl.load(at + OFFSET)
-    head = tl.load(at + HEAD)
-    private = tl.where(tl.load(at + ABSENT) != 0, tl.full(x.shape, -1, tl.int64), x)
+    private = tl.where(absent != 0, tl.full(x.shape, -1, tl.int64), x)
     return tl.where((x >= 0) & (x < head), private, rows)
 
 
@@ -182,12 +189,17 @@ def _member(x, at, kind, words, ranks, values, steps, live, KINDS: tl.constexpr)
 def rows_of(x, at, words, ranks, values, steps, live, KINDS: tl.constexpr):
     """Rows of ids, -1 where an id has none; ``at`` points to the transform's fields, KINDS are those that occur."""
     kind = tl.load(at + KIND)
-    if DIGITS == KINDS:
+    rows = tl.full(x.shape, -1, tl.int64)
+    if IDENTITIES == KINDS:
+        rows = x
+    elif DIGITS == KINDS:
         rows = _digit(x, at)
     elif HASHES == KINDS:
         rows = _hash(x, at)
     else:
-        rows = tl.full(x.shape, -1, tl.int64)
+        if IDENTITIES & KINDS:
+            if kind == 6:
+                rows = x
         if DIGITS & KINDS:
             if kind == 0:
                 rows = _digit(x, at)
@@ -197,7 +209,7 @@ def rows_of(x, at, words, ranks, values, steps, live, KINDS: tl.constexpr):
         if MURMURS & KINDS:
             if kind == 2:
                 rows = _murmur(x, at)
-        if RANGES <= KINDS:
-            if kind >= 3:
+        if MEMBERS & KINDS:
+            if (kind >= 3) & (kind <= 5):
                 rows = _member(x, at, kind, words, ranks, values, steps, live, KINDS)
     return rows

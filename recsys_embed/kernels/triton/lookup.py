@@ -25,7 +25,7 @@ from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.program import LookupProgram
 
-_KINDS = ("DIGITS", "HASHES", "MURMURS", "RANGES", "BITMAPS", "SORTED")
+_KINDS = ("DIGITS", "HASHES", "MURMURS", "RANGES", "BITMAPS", "SORTED", "IDENTITIES")
 # Elements that a program reads at once, and most columns of its tile.
 _TILE, _COLUMNS = 2048, 256
 

@@ -36,13 +36,16 @@ def rounded(value, row, cols, seed, step, like):
     Philox draws by element and step, so results do not depend on how the work is divided.
     """
     if like.dtype.element_ty == tl.float32:
-        return value
-    at = row.to(tl.uint32)[:, None] + tl.zeros_like(cols).to(tl.uint32)[None, :]
-    column = tl.zeros_like(at) + cols.to(tl.uint32)[None, :]
-    random, _, _, _ = tl.philox(seed, at, column, tl.zeros_like(at) + step.to(tl.uint32), tl.zeros_like(at))
-    if like.dtype.element_ty == tl.bfloat16:
-        return _round_to_bfloat16(value, random)
-    return _round_to_float16(value, random)
+        out = value
+    else:
+        at = row.to(tl.uint32)[:, None] + tl.zeros_like(cols).to(tl.uint32)[None, :]
+        column = tl.zeros_like(at) + cols.to(tl.uint32)[None, :]
+        random, _, _, _ = tl.philox(seed, at, column, tl.zeros_like(at) + step.to(tl.uint32), tl.zeros_like(at))
+        if like.dtype.element_ty == tl.bfloat16:
+            out = _round_to_bfloat16(value, random)
+        else:
+            out = _round_to_float16(value, random)
+    return out
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def accumulate(
     at += tl.load(read + COLUMN) // VECTOR * VECTOR
     place = at[:, None] + cols[None, :]
     if tl.load(read + OWN) != 0:
-        grad = tl.load(own + place, mask=mask, other=0.0)
+        grad = tl.load(own + place, mask=mask, other=0.0).to(tl.float32)
     else:
         grad = tl.load(outer + place, mask=mask, other=0.0).to(tl.float32)
     grad *= tl.load(scales + number)

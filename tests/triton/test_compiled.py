@@ -1,0 +1,143 @@
+"""The GPU kernels compiled for Hopper without a GPU: every launch of the host's side, with 16-byte loads of rows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import recsys_embed as rse
+from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.fusion import TritonBundle
+from recsys_embed.plan import table_key
+
+pytestmark = pytest.mark.compiled
+_TYPES = {
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+_OPTIONS = ("num_warps", "num_stages")
+SCHEMA = Schema([FeatureSpec("C1", 1000, 32), FeatureSpec("C2", 90_000, 32)])
+
+
+class Launches(dict[str, str]):
+    """PTX by kernel, of its last launch; instead of running, kernels are compiled for sm_90."""
+
+    def launch(self, kernel: Any, *arguments: Any, **named: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        options = {name: named.pop(name) for name in _OPTIONS if name in named}
+        given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **named}
+        constants = {p.name for p in kernel.params if p.is_constexpr}
+        signature, constexprs, attributes = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            value = given[name]
+            if name in constants:
+                signature[name], constexprs[(i,)] = "constexpr", value
+            elif isinstance(value, Tensor):
+                signature[name] = _TYPES[value.dtype]
+                if value.data_ptr() % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(kernel, signature, constexprs, attributes)
+        self[kernel.fn.__name__] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    from triton.runtime.jit import JITFunction
+
+    found = Launches()
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        found.launch(kernel, *arguments, **named)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return found
+
+
+def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: Any) -> None:
+    """All launches of a lookup and its backward."""
+    from recsys_embed.kernels.triton.autograd import look_up
+
+    plan = (
+        Plan.uniform(SCHEMA, method, budget="4MiB", full_below=1, **params) if method != "full" else Plan.full(SCHEMA)
+    )
+    coll = EmbeddingCollection(SCHEMA, plan, optimizer, dtype=dtype, backend="torch")
+    places = [
+        {t.name: coll.places[table_key(spec, t)] for t in program.tables if not t.dense}
+        for spec, program in zip(SCHEMA, coll.bundle.programs.values(), strict=True)
+    ]
+    fused = TritonBundle(coll.bundle, places, {name: tuple(getattr(coll, name).shape) for name in coll.storages})
+    ids = torch.zeros(50, 2, dtype=torch.int64)
+    tables = [getattr(coll, name) for name in coll.storages]
+    outputs = look_up(fused.lookup, ids, tables, step=coll._native_step if optimizer else None)
+    torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+
+
+def wide(ptx: str, operation: str) -> int:
+    """Accesses of 16 bytes to global memory that a thread makes: ``ld``, ``st``, or ``red`` (an addition)."""
+    names = {
+        "ld": r"ld\.global[a-z0-9_:.]*",
+        "st": r"st\.global[a-z0-9_:.]*",
+        "red": r"(?:red|atom)\.global[a-z0-9_:.]*",
+    }
+    return len(re.findall(names[operation] + r"\.v4\.[bf]32", ptx)) + len(
+        re.findall(names[operation] + r"\.v2\.b64", ptx)
+    )
+
+
+def per_thread(elements: int, dtype: torch.dtype, warps: int) -> int:
+    """Accesses of 16 bytes that each thread makes to touch so many elements once."""
+    return elements * dtype.itemsize // 16 // (32 * warps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("optimizer", "moments"), [(rse.RowwiseAdagrad(0.1), 0), (rse.Adam(0.1), 2)], ids=repr)
+def test_plain_tables(launches: Launches, dtype: torch.dtype, optimizer: rse.SGD, moments: int) -> None:
+    step("full", dtype, optimizer)
+    assert set(launches) == {"forward", "cut", "sum_pieces", "join_pieces", "accumulate", "update_touched"}
+    rows = per_thread(2048, dtype, 4)
+    assert (wide(launches["forward"], "ld"), wide(launches["forward"], "st")) == (rows, rows)
+    rows, state = per_thread(512, dtype, 2), per_thread(512, torch.float32, 2)
+    assert wide(launches["sum_pieces"], "ld") == 2 * rows + moments * state, "gradients, weights and moments"
+    assert wide(launches["sum_pieces"], "st") == rows + (moments + 2) * state, "weights, moments and two partial sums"
+    assert wide(launches["update_touched"], "ld") == rows + (moments + 1) * state
+    assert wide(launches["accumulate"], "ld") == per_thread(1024, dtype, 4)
+    assert wide(launches["accumulate"], "red") == per_thread(1024, torch.float32, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "probes"),
+    [
+        ("hash", {}, 1),
+        ("unified", {}, 1),
+        ("compositional", {"combine": "mul"}, 2),
+        ("compositional", {"combine": "add"}, 2),
+        ("multihash", {"num_hashes": 3}, 3),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_composed_tables(
+    launches: Launches, method: str, params: dict[str, Any], probes: int, dtype: torch.dtype
+) -> None:
+    step(method, dtype, rse.SGD(0.1), **params)
+    assert wide(launches["forward"], "ld") == probes * per_thread(2048, dtype, 4)
+    if "spread" in launches:
+        assert wide(launches["spread"], "st") > 0
+
+
+@pytest.mark.parametrize("method", [m.name for m in rse.list_methods()])
+def test_every_method_compiles(launches: Launches, method: str) -> None:
+    step(method, torch.float16, None)
+    assert "forward" in launches
