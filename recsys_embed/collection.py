@@ -15,7 +15,7 @@ from recsys_embed.bundle import LookupBundle
 from recsys_embed.embedding import STORED_UNSEEN
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels import bag_lookup, bag_step, dispatch
+from recsys_embed.kernels import bag_lookup, bag_step, dispatch, native
 from recsys_embed.kernels.bag_step import BagCall, BagReader, apply_bags
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, read_rows
@@ -195,8 +195,11 @@ class EmbeddingCollection(SteppedTables):
 
     def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not self.bundle.fused or self.served is not None or (self.sparse and torch.compiler.is_compiling()):
+        if not self.bundle.fused or (self.sparse and torch.compiler.is_compiling()):
             return None
+        if self.served is not None:
+            stored = self.served.direct(self.storages) if "native" in self.bundle.fused else None
+            return None if stored is None or not native.reads(ids, stored) else ("native", stored)
         tables = [getattr(self, name) for name in self.storages]
         return next(((name, tables) for name in self.bundle.fused if dispatch.RUNS_ON[name](ids, tables)), None)
 

@@ -19,7 +19,7 @@ from recsys_embed.features import Unseen as UnseenPolicy
 from recsys_embed.fit import fit_tables
 from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.fused import read_rows
-from recsys_embed.kernels.native import runs_on
+from recsys_embed.kernels.native import reads, runs_on
 from recsys_embed.kernels.native_lookup import SingleLookup
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.records import supported
@@ -228,8 +228,11 @@ class CompressedEmbedding(nn.Module):
 
     def _native_lookup(self, ids: Tensor) -> Tensor | None:
         """Combined vectors by the native kernels, None where these cannot run."""
-        if self._native is None or self.served is not None:
+        if self._native is None:
             return None
+        if self.served is not None:
+            stored = self.served.direct(self._native.tables)
+            return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)
         tables = [self.table(name) for name in self._native.tables]
         return self._native(ids, tables, self.sparse) if runs_on(ids, tables) else None
 

@@ -63,16 +63,24 @@ static const float* factors(const Probe& p, const i64* ids, const float* weights
   return out;
 }
 
+static inline void join_into(float& out, float value, i64 join) {
+  out = join == STORE ? value : join == ADD ? out + value : out * value;
+}
+
+#include "stored.inl"
+
 // Learned scalars of n ids, or null where a probe has none.
 static const float* weights_of(const Call& c, const Probe& p, const i32* rows, i64 n, float* out) {
   if (p.weight_storage < 0) return nullptr;
   const float* table = c.storages[p.weight_storage];
-  for (i64 i = 0; i < n; i++) out[i] = rows[i] < 0 ? 0.f : table[rows[i]];
+  const i64 kind = kind_of(c, p.weight_storage);
+  for (i64 i = 0; i < n; i++) {
+    out[i] = 0.f;
+    if (rows[i] < 0) continue;
+    if (kind == FP32) out[i] = table[rows[i]];
+    else decode_row(kind, stored_row(c, p.weight_storage, rows[i]), 1, out + i);
+  }
   return out;
-}
-
-static inline void join_into(float& out, float value, i64 join) {
-  out = join == STORE ? value : join == ADD ? out + value : out * value;
 }
 
 // Runs of elements: they may pass the table's end, and each element may have a sign of its own.
@@ -192,9 +200,9 @@ static void prefetch_rows(const Call& c, const Feature& f, i64 n, const Chunk& a
     const Probe& p = c.probes[f.first + j];
     const i32* rows = at.rows_of(j);
     const float* table = c.storages[p.storage];
-    const i64 bytes = 4 * p.width * p.run;
-    for (i64 i = 0; i < n; i++) prefetch(table + i64(std::max(rows[i], 0)) * p.width, bytes);
-    if (p.weight_storage >= 0)
+    const i64 row = c.storage_bytes ? c.storage_bytes[p.storage] : 4 * p.width, bytes = row * p.run;
+    for (i64 i = 0; i < n; i++) prefetch(reinterpret_cast<const char*>(table) + i64(std::max(rows[i], 0)) * row, bytes);
+    if (p.weight_storage >= 0 && kind_of(c, p.weight_storage) == FP32)
       for (i64 i = 0; i < n; i++) prefetch(c.storages[p.weight_storage] + std::max(rows[at.size + i], 0), 4);
   }
 }
@@ -206,7 +214,8 @@ static void read_probe(const Call& c, const Probe& p, i64 join, const Chunk& at,
   const float* weights = weights_of(c, p, rows + at.size, n, weight_memory);
   const float* factor = factors(p, at.ids, weights, n, memory);
   const float* table = c.storages[p.storage];
-  if (p.run > 1) gather_runs(c, p, join, at.ids, rows, factor, n, out, stride);
+  if (kind_of(c, p.storage) != FP32) gather_stored(c, p, join, at.ids, rows, factor, n, out, stride);
+  else if (p.run > 1) gather_runs(c, p, join, at.ids, rows, factor, n, out, stride);
   else if (p.span != p.width) gather_repeated(table, p, join, rows, factor, n, out, stride);
   else choose_gather(p.width, join, factor != nullptr)(table, rows, factor, p.product, n, p.width, out, stride);
 }

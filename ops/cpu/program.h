@@ -9,6 +9,8 @@ using u64 = uint64_t;
 
 enum Kind : i64 { DIGIT = 0, HASH = 1, MURMUR = 2, RANGE = 3, BITMAP = 4, SORTED = 5 };
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
+// How a storage keeps its rows. Integers: scale and bias in fp16, then codes, x = code * scale + bias; two INT4 to a byte.
+enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
 enum Rule : i64 { SGD = 0, ADAGRAD = 1, ROWWISE_ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
 
 // From ids to rows of one table; -1 where an id has none.
@@ -66,6 +68,7 @@ struct Call {
   const float* sample_weights;                     // [ids] factors of bags' vectors; may be null
   float* const* storages;
   const i64* storage_widths;
+  const i64 *storage_kinds, *storage_bytes;        // precision, and bytes from one row to the next; null: all fp32
   i64 storage_count;
   const Matrix* outputs;
   i64 output_count;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from recsys_embed.errors import BackendError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.pace import Pace
+from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM, Slot, encode
 from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
@@ -28,6 +29,8 @@ from recsys_embed.program import LookupProgram
 VARIANTS = ("plain", "avx2", "avx512")
 _RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad: 2, Adam: 3}
 _DENSE, _SPARSE = 4, 5
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_INT8, _INT4 = 3, 4
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 # Lookups that a second thread is worth waking for.
 _WORTH_A_THREAD = 2048
@@ -56,6 +59,8 @@ class _Call(ctypes.Structure):
         ("sample_weights", c_void_p),
         ("storages", c_void_p),
         ("storage_widths", c_void_p),
+        ("storage_kinds", c_void_p),
+        ("storage_bytes", c_void_p),
         ("storage_count", c_int64),
         ("outputs", c_void_p),
         ("output_count", c_int64),
@@ -169,20 +174,25 @@ def knows(optimizer: FusedOptimizer | None) -> bool:
     return optimizer is None or type(optimizer) in _RULES
 
 
-def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
-    """Whether the kernels may read these tensors' memory: real, on the CPU, in float32, and nobody traces."""
+def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether the kernels may read these tensors' memory: real, on the CPU, of these types, and nobody traces."""
     if torch.compiler.is_compiling():
         # As operators of their own. Exported programs hold torch's alone.
         real = not torch.compiler.is_exporting()
-        return real and all(t.device.type == "cpu" and t.dtype is torch.float32 for t in tables)
+        return real and all(t.device.type == "cpu" and t.dtype in types for t in tables)
     if torch.jit.is_tracing() or not isinstance(library(), Library):
         return False
     if type(ids) is not Tensor or not ids.is_cpu or torch._C._len_torch_dispatch_stack():
         return False
     for t in tables:
-        if type(t) not in (Tensor, Parameter) or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+        if type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
             return False
     return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
+    """As :func:`runs_on`, for rows that are served: of any precision, and not by compiled models."""
+    return not torch.compiler.is_compiling() and runs_on(ids, stored, (*_KINDS, torch.uint8))
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -336,6 +346,10 @@ class NativeLookup:
         else:
             call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
             call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
+        kinds = None
+        if any(t.dtype is not torch.float32 for t in tables):
+            kinds = self._kinds(tables)
+            call.storage_kinds, call.storage_bytes = (ctypes.addressof(k) for k in kinds)
         call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
         if kept is not None:
             call.kept = _Matrix(kept.data_ptr(), self.kept_width)
@@ -343,7 +357,16 @@ class NativeLookup:
             arrays = self._index.arrays
             call.index = _Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
         call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
-        return call, (pointers, matrices)
+        return call, (pointers, matrices, kinds)
+
+    def _kinds(self, tables: Sequence[Tensor]) -> tuple[Any, Any]:
+        """Precision of each storage, and bytes of its rows."""
+        numbers = c_int64 * len(tables)
+        kinds = [
+            _KINDS.get(t.dtype, _INT8 if t.shape[1] == HEAD + width else _INT4)
+            for t, (_, width) in zip(tables, self.storages.values(), strict=True)
+        ]
+        return numbers(*kinds), numbers(*(t.stride(0) * t.element_size() for t in tables))
 
     def forward(
         self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None = None
@@ -351,7 +374,8 @@ class NativeLookup:
         """Fill ``outputs [B, width]`` with the vectors of ids, or of bags; False where an id is out of range.
 
         Args:
-            tables: float32 ``[rows, width]`` per storage, contiguous.
+            tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``, the
+                integers of :class:`recsys_embed.kernels.precision.Layout`.
             outputs: float32, rows of contiguous elements.
             kept: float32 of ``kept_shape``, filled with what a backward will need.
         """

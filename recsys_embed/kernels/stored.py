@@ -97,7 +97,8 @@ class Stored(Constants):
         arrays: words, ranks and values of all row sets, end to end, each in the order of the parts.
         dtype: of the vectors.
         backend: what decodes whole rows on the CPU: FBGEMM (for tables with rows that are not kept it takes 4 bytes
-            more per row, that say where each is), torch, or FBGEMM for integers where it can be imported.
+            more per row, that say where each is); torch; or by itself the native kernels where all rows are kept, else
+            FBGEMM for integers where it can be imported.
 
     >>> table = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     >>> part = Part(3, Layout("fp16", 2), "sorted", 0, 2)
@@ -133,6 +134,7 @@ class Stored(Constants):
         self._uniform = self._kind if self._whole and len(layouts) == 1 and self._kind.block == 1 else None
         self._reader = None if self._uniform is None else fbgemm.reader(self._uniform, backend)
         self._pruned = any(p.form != "all" for p in self.parts)
+        self._auto = backend == "auto"
         device = data.device
         if arrays is None:
             none = torch.zeros(0, dtype=torch.int32, device=device)
@@ -162,6 +164,12 @@ class Stored(Constants):
     @property
     def device(self) -> torch.device:
         return self.like.device
+
+    @property
+    def direct(self) -> Tensor | None:
+        """Stored rows ``[rows, items]`` where these are what the native kernels read, else None."""
+        plain = self._auto and self._uniform is not None and not self._pruned
+        return self.data if plain and self._kind.kind != "fp64" and self.dtype is torch.float32 else None
 
     @property
     def nbytes(self) -> int:
@@ -275,6 +283,11 @@ class StoredTables(nn.Module):
 
     def __getitem__(self, name: str) -> Stored:
         return cast("Stored", self._modules[f"table_{name}"])
+
+    def direct(self, names: Sequence[str]) -> list[Tensor] | None:
+        """Stored rows of the named storages where the native kernels read all of them, else None."""
+        found = [self[name].direct if name in self else None for name in names]
+        return None if any(f is None for f in found) else cast("list[Tensor]", found)
 
     @property
     def like(self) -> Tensor:

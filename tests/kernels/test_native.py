@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,3 +398,32 @@ def test_bags_of_ids_out_of_range_are_refused_by_name() -> None:
         with pytest.raises(IdRangeError, match="C2"):
             coll(torch.tensor([29, 0, bad]), torch.tensor([0, 1, 3]))
     assert torch.equal(coll.state_dict()["width8"], before)
+
+
+@METHODS
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_exports_are_served_as_torch_decodes_them(method: Any, precision: Any, tmp_path: Path, variant: str) -> None:
+    schema = Schema([FeatureSpec("C1", 97, 16), FeatureSpec("C2", 1000, 16, unseen="zero"), FeatureSpec("C3", 5, 16)])
+    coll = EmbeddingCollection(schema, plan_of(method, schema), backend="native")
+    with torch.no_grad():
+        for p in coll.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    rse.export(coll, tmp_path / "e", precision=precision)
+    ours, theirs = rse.load(tmp_path / "e"), rse.load(tmp_path / "e", backend="torch")
+    ids = ids_of(schema, 60)
+    ids[::7, 1] = 5000
+    torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-6, atol=1e-6)
+    bags = torch.cat([ids[:, 0], ids[:, 1], ids[:, 2]]), torch.arange(0, 181, 60).repeat_interleave(2)[:7]
+    torch.testing.assert_close(ours(*bags), theirs(*bags), rtol=1e-5, atol=1e-5)
+    if method.name == "full" and precision != "fp32":
+        assert ours.served.direct(ours.storages) is not None, "the kernels read what is stored"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_decoded_exactly(dtype: torch.dtype, variant: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 16)
+    coll = EmbeddingCollection(Schema([FeatureSpec("C1", len(every), 16)]), backend="native")
+    lookup, out = coll.bundle.fused["native"].lookup, torch.empty(len(every), 16)
+    assert lookup.forward(native.Ids.matrix(torch.arange(len(every)).unsqueeze(1)), [every], [out])
+    assert torch.equal(out.nan_to_num(7.0), every.float().nan_to_num(7.0))
+    assert torch.equal(out.isnan(), every.isnan())
