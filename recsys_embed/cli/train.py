@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,11 +53,21 @@ def train(
         list[str] | None, typer.Option("--set", help="Any other setting: key=value, e.g. model_args.dropout=0.1.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")] = "cpu",
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="Under torchrun: how TorchRec shards all tables, e.g. row_wise.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into the run folder.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume."""
+    """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume.
+
+    Started by torchrun on several processes, they train it together: torchrun --nproc-per-node 2 -m recsys_embed train
+    """
     from recsys_embed.data import open_dataset
+
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if shard is not None and not together:
+        raise ConfigError("--shard goes with several processes: torchrun --nproc-per-node N -m recsys_embed train ...")
 
     if plan is not None and method not in (None, PLANNED):
         raise ConfigError(f"give either --plan or --method; got {plan} and {method!r}")
@@ -77,12 +88,23 @@ def train(
     settings = train_config(split_settings(config)[0], options, assign or [])
     folder = out or Path("runs/train") / f"{settings.model}-{settings.method}-s{settings.seed}"
     dataset = open_dataset(data)
-    say_few_steps(dataset, settings)
+    speaks = os.environ.get("RANK", "0") == "0"
+    if speaks:
+        say_few_steps(dataset, settings)
+    keep: dict[str, Any] = {"folder": folder, "resume": resume, "device": device, "tensorboard": tensorboard}
     try:
-        outcome = run_training(settings, dataset, folder=folder, resume=resume, device=device, tensorboard=tensorboard)
+        if together:
+            from recsys_embed.sharding.run import run_sharded
+
+            outcome = run_sharded(settings, dataset, kinds=shard, **keep)
+        else:
+            outcome = run_training(settings, dataset, **keep)
     except Interrupted as e:
-        print(f"recsys-embed: {e}", file=sys.stderr)
+        if speaks:
+            print(f"recsys-embed: {e}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if not speaks:
+        return 0
     summary = summarise(outcome)
     print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
 
+from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import MODELS, CTRModel, ModelSpec, make_params, register
@@ -77,6 +79,7 @@ def build_model(
     seed: int = 0,
     backend: str = "auto",
     device: torch.device | str | None = None,
+    collection: Callable[..., Any] = EmbeddingCollection,
     **hparams: Any,
 ) -> CTRModel:
     """Build a model whose tables follow ``plan``.
@@ -91,6 +94,7 @@ def build_model(
         seed: same seed, same bits; dense layers start alike whatever the plan.
         backend: kernel backend of the collections.
         device: where the model lives.
+        collection: makes the collections, of what :class:`recsys_embed.EmbeddingCollection` takes.
         **hparams: hyperparameters of the model's ``params_cls``, e.g. ``hidden=(400, 400)``.
 
     Returns:
@@ -110,7 +114,7 @@ def build_model(
     params = make_params(cls, hparams)
     if num_dense < 0:
         raise ConfigError(f"`num_dense` must be 0 or more; got {num_dense} (model {name!r})")
-    spec = ModelSpec(schema, plan, linear_plan, num_dense, optimizer, seed, backend, device)
+    spec = ModelSpec(schema, plan, linear_plan, num_dense, optimizer, seed, backend, device, collection)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(spec, params)  # type: ignore[call-arg]

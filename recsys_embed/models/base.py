@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -30,6 +31,7 @@ class ModelSpec:
         seed: seeds tables and dense layers; same seed, same bits.
         backend: kernel backend of the collections.
         device: where tables live.
+        collection: makes a collection of what :class:`EmbeddingCollection` takes, in its place.
     """
 
     schema: Schema
@@ -40,6 +42,7 @@ class ModelSpec:
     seed: int = 0
     backend: str = "auto"
     device: torch.device | str | None = None
+    collection: Callable[..., Any] = EmbeddingCollection
 
 
 class CTRModel(nn.Module):
@@ -116,9 +119,10 @@ class CTRModel(nn.Module):
     def _collection(self, schema: Schema, plan: Plan, spec: ModelSpec) -> EmbeddingCollection:
         # Restores the global generator, so dense layers start alike whatever a plan draws.
         with torch.random.fork_rng(devices=[]):
-            return EmbeddingCollection(
+            made: EmbeddingCollection = spec.collection(
                 schema, plan, optimizer=spec.optimizer, seed=spec.seed, backend=spec.backend, device=spec.device
             )
+        return made
 
     def _numeric_dim(self, schema: Schema) -> int:
         """Width of a numeric field's vector: that of the categories, or their mean where they differ."""

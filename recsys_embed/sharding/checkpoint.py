@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,7 @@ def save(
     optimizers: Optimizers | None = None,
     *,
     extra: dict[str, Any] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
     group: Any = None,
 ) -> Path:
     """Save a sharded model, with the optimizers' state where given; every process of ``group`` calls it.
@@ -57,20 +58,31 @@ def save(
         model: of :func:`recsys_embed.sharding.shard`.
         optimizers: of the same model.
         extra: JSON values to keep beside the tensors; those of the first process count.
+        beside: further tensors by name; each process may bring others.
         group: process group; the default one if None.
 
     Returns:
         The subfolder of this save.
     """
     entries = [*weight_entries(model), *(state_entries(optimizers) if optimizers is not None else ())]
+    entries += [Entry(f"beside/{name}", values) for name, values in (beside or {}).items()]
     meta = describe(model, 0 if optimizers is None else optimizers.steps, optimizers is not None)
     return write(folder, entries, {**meta, "extra": extra or {}}, group)
 
 
 def load(
-    folder: str | Path, model: nn.Module, optimizers: Optimizers | None = None, *, group: Any = None
+    folder: str | Path,
+    model: nn.Module,
+    optimizers: Optimizers | None = None,
+    *,
+    beside: Mapping[str, Tensor] | None = None,
+    group: Any = None,
 ) -> dict[str, Any]:
     """Read the newest complete checkpoint into a sharded model, however many processes wrote it; all call it.
+
+    Args:
+        folder, model, optimizers, group: as :func:`save` takes them.
+        beside: filled from the checkpoint, but for what it does not hold in that shape.
 
     Returns:
         ``extra`` of the save.
@@ -84,6 +96,9 @@ def load(
     if optimizers is not None:
         _make_dense_state(at, optimizers)
         entries += state_entries(optimizers)
+    saved = tensors_in(at) if beside else {}
+    wanted = {f"beside/{name}": values for name, values in (beside or {}).items()}
+    entries += [Entry(k, v) for k, v in wanted.items() if saved.get(k) == (v.shape, v.dtype)]
     read(at, entries, group)
     if optimizers is not None:
         _set_steps(optimizers, meta["steps"])

@@ -156,6 +156,13 @@ class ShardableCollection(Constants):
                 found[name] = found.get(name, 0) + probe.run * int(keys[probe.table] == key) + weight
         return {name: n for name, n in found.items() if n}
 
+    @property
+    def bundle(self) -> LookupBundle:
+        """The lookups of a collection that looks up every feature id by id."""
+        if self.by_id is None or self.by_bag is not None:
+            raise ConfigError("this collection pools features in their tables; build it with pool='ids'")
+        return self.by_id
+
     def bundles(self) -> list[LookupBundle]:
         """The lookups of the pooled features and of the others, where there are such."""
         return [b for b in (None if self.by_bag is None else self.by_bag.bundle, self.by_id) if b is not None]

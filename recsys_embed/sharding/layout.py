@@ -86,6 +86,6 @@ def pick(values: Tensor, slots: Tensor, per_row: int, width: int) -> Tensor:
     """Of stored rows ``values [n, stored width]`` the one of ``per_row`` tables' rows that ``slots [n]`` names."""
     if per_row == 1:
         return values[:, :width]
-    parts = values.view(len(values), per_row, -1)
+    parts = values.view(len(values), per_row, values.shape[1] // per_row)
     index = slots.view(-1, 1, 1).expand(-1, 1, parts.shape[2])
     return parts.gather(1, index).squeeze(1)[:, :width]

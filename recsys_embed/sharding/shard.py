@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.cpu_rows import read_dense_rows
+from recsys_embed.sharding.quiet import quiet
 from recsys_embed.sharding.sharders import Kind, collections_of, constraints_for, sharders
 from recsys_embed.sharding.shards import copy_in
 from recsys_embed.sharding.update import fuse, fuses
+
+RESERVED = 0.15
+"""Share of a device's memory that plans leave to layers, activations and the allocator, as TorchRec's own do."""
 
 
 def shard(
@@ -60,13 +66,18 @@ def shard(
         if coll.optimizer is not None and fuses(coll.optimizer, device.type):
             fuse(coll.stored(), coll.optimizer)
     held = [weights_of(coll) for coll in colls]
-    if plan is None:
-        topology = topology or topology_of(world, device.type)
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
-        plan = planner.collective_plan(model, sharders(), group)
-    sharded = DistributedModelParallel(
-        model, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders()
-    )
+    with quiet():
+        if plan is None:
+            planner = EmbeddingShardingPlanner(
+                topology=topology or topology_of(world, device.type),
+                storage_reservation=FixedPercentageStorageReservation(RESERVED),
+                constraints=constraints,
+                debug=False,
+            )
+            plan = planner.collective_plan(model, sharders(), group)
+        sharded = DistributedModelParallel(
+            model, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders()
+        )
     read_dense_rows(sharded)
     for coll, weights in zip(colls, held, strict=True):
         if weights is None:
@@ -83,7 +94,13 @@ def weights_of(coll: ShardableCollection) -> dict[str, Tensor] | None:
     return None if any(values.is_meta for values in found.values()) else found
 
 
-def topology_of(world_size: int, device_type: str, **options: Any) -> Topology:
-    """TorchRec's view of the machines of a running job."""
-    local = get_local_size(world_size)
-    return Topology(world_size=world_size, compute_device=device_type, local_world_size=local, **options)
+def topology_of(world_size: int, device_type: str) -> Topology:
+    """TorchRec's view of the machines of a running job, with the memory that its devices report."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    memory = (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if device_type == "cuda" else None
+    )
+    return TopologyFactory.create_topology(
+        TrainerConfig(world_size=world_size, local_world_size=min(local, world_size), hbm_cap_bytes=memory),
+        kernel_config=KernelConfig(compute_device=device_type),
+    )

@@ -91,11 +91,26 @@ class BinaryMetrics:
         self._scores.append(logits.numpy().copy())
         self._labels.append(labels.bool().numpy())
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What was accumulated: scores float32 ``[n]``, labels uint8 ``[n]``, and two sums in float64."""
+        scores = torch.cat([torch.empty(0), *map(torch.from_numpy, self._scores)])
+        labels = torch.cat([torch.empty(0, dtype=torch.bool), *map(torch.from_numpy, self._labels)])
+        return scores, labels.to(torch.uint8), torch.tensor([self._loss, self._predicted], dtype=torch.float64)
+
+    def add(self, scores: Tensor, labels: Tensor, sums: Tensor) -> None:
+        """Add the :meth:`tensors` of samples accumulated elsewhere."""
+        self._scores.append(scores.numpy())
+        self._labels.append(labels.numpy().astype(np.bool_))
+        self._loss += float(sums[0])
+        self._predicted += float(sums[1])
+
     def compute(self) -> Metrics:
         """Metrics of all samples so far; DataError when there are none."""
         if not self._scores:
             raise DataError("no samples to evaluate: the split is empty")
         scores, labels = np.concatenate(self._scores), np.concatenate(self._labels)
+        if not scores.size:
+            raise DataError("no samples to evaluate: the split is empty")
         # One array each from here on, so that computing twice does not copy twice.
         self._scores, self._labels = [scores], [labels]
         n, positives = labels.size, int(labels.sum())

@@ -265,3 +265,51 @@ def save_and_die(group: Any, rank: int, world: int, folder: str, **form: Any) ->
 
         FileSystemWriter.write_data = fail
     save(folder, model, optimizers, group=group)
+
+
+def train_run(group: Any, rank: int, world: int, data: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """A run of the training command on all processes."""
+    from recsys_embed.data import open_dataset
+    from recsys_embed.sharding.run import run_sharded
+    from recsys_embed.train.config import TrainConfig
+
+    outcome = run_sharded(TrainConfig.from_dict(settings), open_dataset(data), **options)
+    return outcome.result.to_dict()
+
+
+def metrics_of_parts(group: Any, rank: int, world: int, scores: Tensor, labels: Tensor, ends: list[int]) -> Any:
+    """Exact metrics over uneven parts of known predictions."""
+    from recsys_embed.sharding.group import global_metrics
+    from recsys_embed.train.metrics import BinaryMetrics
+
+    mine = BinaryMetrics()
+    part = slice(ends[rank], ends[rank + 1])
+    if ends[rank] < ends[rank + 1]:
+        mine.update(scores[part], labels[part])
+    return global_metrics(mine, torch.device("cpu"))
+
+
+def stop_in(group: Any, rank: int, world: int, data: str, settings: dict[str, Any], **options: Any) -> str:
+    """One process gets SIGTERM in the middle of training; all stop at the same step, with a checkpoint."""
+    import os
+    import signal
+
+    from recsys_embed.sharding.trainer import ShardedTrainer
+    from recsys_embed.train.stop import Interrupted
+
+    real, seen = ShardedTrainer._step, []
+
+    def step_and_stop(self: Any, batch: Any) -> float:
+        seen.append(1)
+        if rank == 2 and len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch)
+
+    ShardedTrainer._step = step_and_stop  # type: ignore[method-assign]
+    try:
+        train_run(group, rank, world, data, settings, **options)
+    except Interrupted as e:
+        return str(e)
+    finally:
+        ShardedTrainer._step = real  # type: ignore[method-assign]
+    return "not stopped"

@@ -1,0 +1,151 @@
+"""A training job's processes: how they meet, what they agree on, and how all stop when one does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys_embed.errors import ConfigError, RecsysEmbedError
+from recsys_embed.train.metrics import BinaryMetrics, Metrics
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others: the first one alone counts metrics and writes files."""
+TIME_TO_SAY = 10.0
+_FIRST_FAULT = "recsys_embed/first_fault"
+
+
+class LostProcessError(RecsysEmbedError, RuntimeError):
+    """Another process of the job is gone; the job cannot go on without it."""
+
+
+def launched() -> bool:
+    """Whether torchrun (or what sets its variables) started this process as one of several.
+
+    >>> launched()
+    False
+    """
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device(device: torch.device | str) -> torch.device:
+    """This process's device of a kind: ``cuda`` is the one of its local rank."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def job(device: torch.device) -> Iterator[None]:
+    """Inside, the processes that torchrun started form a group; a fault ends all of them with one message.
+
+    The process whose fault came first raises it; where one vanished without a word, the first to miss it raises
+    LostProcessError. The others leave silently with status 3, and torchrun ends what is left.
+    """
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(f"{name} is not set; start with: torchrun --nproc-per-node N -m recsys_embed train ...")
+    # TorchRec asks torch at its first step whether it is being traced, and torch warns of its own answer.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        lost = _is_loss(e)
+        if not _first_to_say():
+            _leave(3)
+        if lost:
+            raise LostProcessError(
+                f"a process of the job is gone (missed by rank {dist.get_rank()} of {dist.get_world_size()}: "
+                f"{str(e).splitlines()[0][:160]}); the job stops. Go on from its last checkpoint with --resume"
+            ) from e
+        raise
+    finally:
+        if started and dist.is_initialized():
+            # Nothing is waited for: a group that lost a member would wait for ever.
+            dist.destroy_process_group()
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether ``error`` is what communication raises when a peer has gone."""
+    if isinstance(error, RecsysEmbedError):
+        return False
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
+    return isinstance(error, (RuntimeError, dist.DistError)) and any(sign in text for sign in signs)
+
+
+def _first_to_say() -> bool:
+    """Whether no other process has said why the job stops; torchrun's store outlives its workers."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.add(_FIRST_FAULT, 1)) == 1
+    except (RuntimeError, ValueError):
+        return True
+
+
+def _leave(status: int) -> None:
+    """End without a word, once the process that has one had time for it: torchrun ends all when the first one ends."""
+    time.sleep(TIME_TO_SAY)
+    # At once: threads of collectives that never finish would keep the interpreter.
+    os._exit(status)
+
+
+def share(value: Any, device: torch.device) -> Any:
+    """The first process's ``value``, of JSON kinds, in all of them."""
+    first = dist.get_rank() == 0
+    text = json.dumps(value).encode() if first else b""
+    size = torch.tensor([len(text)], device=device)
+    dist.broadcast(size, 0)
+    data = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if first:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.cpu().tolist()))
+
+
+def gathered(values: Tensor, device: torch.device) -> list[Tensor] | None:
+    """Tensors ``[n]``, of any n, of all processes in the first one, on the CPU; None in the others."""
+    world, first = dist.get_world_size(), dist.get_rank() == 0
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(values)], device=device))
+    longest = max(int(n) for n in sizes)
+    padded = torch.zeros(longest, dtype=values.dtype, device=device)
+    padded[: len(values)] = values.to(device)
+    into = [torch.zeros_like(padded) for _ in range(world)] if first else None
+    dist.gather(padded, into, 0)
+    if into is None:
+        return None
+    return [part[: int(n)].cpu() for part, n in zip(into, sizes, strict=True)]
+
+
+def global_metrics(mine: BinaryMetrics, device: torch.device) -> Metrics:
+    """Metrics over the samples of all processes, the same in each: exact, as if one had seen them all."""
+    parts = [gathered(values, device) for values in mine.tensors()]
+    found = torch.zeros(5, dtype=torch.float64)
+    if dist.get_rank() == 0:
+        whole = BinaryMetrics()
+        for one in zip(*parts, strict=True):
+            whole.add(*one)
+        m = whole.compute()
+        found = torch.tensor([m.auc, m.logloss, m.calibration, m.samples, m.positives], dtype=torch.float64)
+    found = found.to(device)
+    dist.broadcast(found, 0)
+    auc, logloss, calibration, samples, positives = found.tolist()
+    return Metrics(auc, logloss, calibration, int(samples), int(positives))

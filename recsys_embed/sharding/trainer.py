@@ -1,0 +1,285 @@
+"""The training loop on several processes: the same settings, the same steps, every sample once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.distributed import DistributedModelParallel
+
+from recsys_embed import hashing
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.portion import Portion
+from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.sharding.checkpoint import find, load, save
+from recsys_embed.sharding.entries import Entry, weight_entries
+from recsys_embed.sharding.group import global_metrics
+from recsys_embed.sharding.stepping import Optimizers, collection_paths, table_named
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.loop import DivergedError, Trainer
+from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.state import RunState
+from recsys_embed.train.stop import StopRequest
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+AGREE_EVERY = 32
+"""Batches of an evaluation between two times at which processes agree on whether to stop."""
+
+
+class Steps:
+    """Batches of a portion, then empty ones until the largest portion has ended, so that all take every step."""
+
+    def __init__(self, batches: Any, steps: int, data: Portion, device: torch.device | None) -> None:
+        self.batches, self.steps, self.data, self.device = batches, steps, data, device
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        made = 0
+        for batch in self.batches:
+            made += 1
+            yield batch
+        for _ in range(self.steps - made):
+            width, features = self.data.num_dense, len(self.data.feature_names)
+            empty = Batch(torch.zeros(0, width), torch.zeros(0, features, dtype=torch.int64), torch.zeros(0))
+            yield empty if self.device is None else empty.to(self.device)
+
+
+def shares(batch_size: int, world: int) -> list[int]:
+    """Each process's part of a batch.
+
+    >>> shares(10, 4)
+    [2, 3, 2, 3]
+    """
+    return [batch_size * (r + 1) // world - batch_size * r // world for r in range(world)]
+
+
+class ShardedTrainer(Trainer):
+    """Trains a sharded model with what :class:`recsys_embed.train.Trainer` takes; every process makes one.
+
+    ``batch_size`` is that of all processes together; the loss of a step is the mean over all its samples.
+
+    Args:
+        model: of :func:`recsys_embed.sharding.shard`.
+        data: this process's portion.
+        config: settings.
+        home: run folder, the same in all processes; None keeps nothing.
+        resume, device, identity, tensorboard, show_progress, label: as there.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        data: Portion,
+        config: TrainConfig,
+        *,
+        home: Path | None = None,
+        device: torch.device,
+        show_progress: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.home, self.portion = home, data
+        self.stop: StopRequest | None = None
+        self.kept: list[tuple[Entry, list[Tensor]]] = []
+        if config.batch_size < self.world:
+            raise ConfigError(f"`batch_size` must be at least {self.world}, the number of processes")
+        first = self.rank == 0
+        super().__init__(
+            model,
+            data,
+            config,
+            folder=home if first else None,
+            device=device,
+            show_progress=show_progress if first else False,
+            **options,
+        )
+
+    # -- optimizers -----------------------------------------------------------------------------------------------
+
+    def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
+        sharded: Any = self.model
+        c, tables = self.config, set()
+        owners = collection_paths(sharded)
+        for name, parameter in sharded.named_parameters():
+            with contextlib.suppress(KeyError):
+                table_named(name, owners)
+                tables.add(id(parameter))
+
+        def adam(params: list[nn.Parameter]) -> torch.optim.Adam:
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in params if id(p) not in tables], "peak": c.learning_rate,
+                 "weight_decay": c.weight_decay},
+                {"params": [p for p in params if id(p) in tables], "peak": self.table_lr,
+                 "weight_decay": c.embedding_weight_decay},
+            ]  # fmt: skip
+            return torch.optim.Adam([g for g in groups if g["params"]], lr=c.learning_rate)
+
+        self.optimizers = Optimizers(sharded, adam)
+        made = self.optimizers.dense
+        if not isinstance(made, torch.optim.Adam):
+            raise ConfigError("a model without dense parameters needs no training loop of this kind")
+        return made, [p for p in self.optimizers.dense_parameters if id(p) not in tables]
+
+    def _apply_gradients(self) -> None:
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+
+    def _set_rates(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        if self.fused:
+            self.optimizers.table_lr = self.table_lr * factor
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    def _epoch(self, epoch: int, start: int) -> Steps:
+        c = self.config
+        sizes = shares(c.batch_size, self.world)
+        rows = self.portion.rows_of_all("train")
+        steps = max(-(-n // size) for n, size in zip(rows, sizes, strict=True))
+        batches = self.data.batches(
+            "train",
+            sizes[self.rank],
+            shuffle=c.shuffle,
+            seed=c.seed,
+            epoch=epoch,
+            device=self.device,
+            start_batch=start,
+        )
+        return Steps(batches, max(0, steps - start), self.portion, self.device)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _train(self, stop: StopRequest) -> None:
+        self.stop = stop
+        if self._resumed_rng is None:
+            # Processes see other samples, so their dropout draws other numbers.
+            torch.manual_seed(hashing.salt(self.config.seed, "process", str(self.rank)) >> 1)
+        super()._train(stop)
+
+    def _step(self, batch: Any) -> float:
+        state = self.state
+        self._set_rates(self.schedule.factor(state.step))
+        logits = self.model(batch.dense, batch.ids)
+        loss = F.binary_cross_entropy_with_logits(logits, batch.label, reduction="sum")
+        wishes = float(self.stop is not None and self.stop.requested)
+        totals = torch.tensor([float(loss.detach()), batch.label.numel(), wishes], dtype=torch.float64)
+        totals = totals.to(self.device)
+        dist.all_reduce(totals)
+        total, count, stopping = totals.tolist()
+        value = total / count
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss is {value} at step {state.step + 1} (epoch {state.epoch + 1}); lower `learning_rate` "
+                f"({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), add "
+                "`warmup_steps`, or set `clip_norm`; the last checkpoint is from before this step"
+            )
+        # Gradients are averaged over processes, which divides by their number.
+        (loss * (self.world / count)).backward()
+        self._apply_gradients()
+        if stopping and self.stop is not None:
+            self.stop.requested = True
+        state.step, state.batch = state.step + 1, state.batch + 1
+        state.loss_sum, state.loss_count = state.loss_sum + value, state.loss_count + 1
+        state.samples += int(count)
+        state.seconds += time.perf_counter() - self._clock
+        return value
+
+    @torch.no_grad()
+    def evaluate(self, split: str, stop: StopRequest | None = None) -> Metrics | None:
+        """Metrics over the whole split, the same in all processes; None when one of them was asked to stop."""
+        size = -(-self.config.eval_batch_size // self.world)
+        steps = max(-(-n // size) for n in self.portion.rows_of_all(split))
+        batches = self.data.batches(split, size, shuffle=False, device=self.device)
+        was_training = self.model.training
+        self.model.eval()
+        sums = BinaryMetrics()
+        try:
+            for number, batch in enumerate(Steps(batches, steps, self.portion, self.device)):
+                if number % AGREE_EVERY == 0 and self._agree(stop):
+                    return None
+                sums.update(self.model(batch.dense, batch.ids), batch.label)
+        finally:
+            self.model.train(was_training)
+        return None if self._agree(stop) else global_metrics(sums, self.device)
+
+    def _agree(self, stop: StopRequest | None) -> bool:
+        """Whether any process was asked to stop; then all are."""
+        wishes = torch.tensor([float(stop is not None and stop.requested)], device=self.device)
+        dist.all_reduce(wishes)
+        if stop is not None and bool(wishes > 0):
+            stop.requested = True
+        return bool(wishes > 0)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _keep_best(self) -> None:
+        if self.home is not None:
+            save(self.home / BEST, self.model, extra={"identity": self.identity})
+            return
+        self.kept = [(entry, _copies(entry.value)) for entry in weight_entries(self.model)]
+
+    def _load_best(self) -> None:
+        if self.home is not None:
+            load(self.home / BEST, self.model)
+            return
+        for entry, copies in self.kept:
+            for held, copy in zip(_locals(entry.value), copies, strict=True):
+                held.copy_(copy)
+
+    def _checkpoint(self) -> None:
+        if self.home is None:
+            return
+        self.state.log_bytes = self.log.flush()
+        # As text: the best AUC so far may be minus infinity, which JSON proper has no word for.
+        run = json.dumps({"state": self.state.to_dict(), "schedule": self.schedule.state_dict()})
+        extra = {"identity": self.identity, "run": run}
+        save(self.home / CHECKPOINTS, self.model, self.optimizers, extra=extra, beside=self._random())
+
+    def _restore(self) -> None:
+        if self.home is None:
+            raise ConfigError("resuming needs a run folder")
+        at, meta = find(self.home / CHECKPOINTS)
+        saved = meta["extra"]["identity"]
+        mine = json.loads(json.dumps(self.identity))
+        differing = [k for k in sorted({*saved, *mine}) if saved.get(k) != mine.get(k)]
+        if differing:
+            raise CheckpointError(
+                f"checkpoint {at} was made with other settings; use those, or start in another folder: "
+                + ", ".join(f"{k}: checkpoint {saved.get(k)!r}, this run {mine.get(k)!r}" for k in differing)
+            )
+        random = self._random()
+        extra = load(self.home / CHECKPOINTS, self.model, self.optimizers, beside=random)
+        run = json.loads(extra["run"])
+        self.schedule.load_state_dict(run["schedule"])
+        self.state = RunState(**run["state"])
+        self._resumed_rng = {name.rsplit("/", 1)[1]: values for name, values in random.items()}
+
+    def _random(self) -> dict[str, Tensor]:
+        """States of this process's random generators; another number of processes draws anew."""
+        states = {f"random/{self.rank}/{self.world}/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states[f"random/{self.rank}/{self.world}/cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+
+def _locals(value: Any) -> list[Tensor]:
+    return [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
+
+
+def _copies(value: Any) -> list[Tensor]:
+    return [held.detach().clone() for held in _locals(value)]
