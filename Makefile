@@ -5,7 +5,8 @@
 # make bench-gpu  benchmark of the GPU kernels: bandwidth beside a copy's, and FBGEMM's kernels where there are any
 # make lint   style, types and the layering of the package
 # make sanitize  the tests of the native kernels under the address and undefined-behaviour sanitizers of g++
-# make bench  benchmarks; JSON results in runs/bench
+# make bench  benchmarks; JSON results and a picture in runs/bench (make bench-peers: training beside FuxiCTR's too)
+# make bench-gate  fail where runs/bench (of make bench) shows this library slower than benchmarks/results, by ratios
 # make clean  remove what runs and builds left behind (make distclean: .venv too)
 VENV := $(or $(RECSYS_EMBED_VENV),.venv)
 BIN := $(VENV)/bin
@@ -16,10 +17,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton test-gpu sanitize lint bench clean distclean
+.PHONY: help setup demo test test-triton test-gpu sanitize lint bench bench-peers bench-gate clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 setup:
 	@sh scripts/setup.sh
@@ -62,11 +63,23 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# BENCH="kernels serving" for some of them, ARGS=--quick for a first look.
+BENCH := data kernels serving deepfm
 bench: setup
 	@mkdir -p runs/bench
-	@for case in benchmarks/bench_*.py; do \
-	  echo "$$case"; $(BIN)/python "$$case" --out "runs/bench/$$(basename "$$case" .py).json" || exit 1; \
+	@for name in $(BENCH); do \
+	  echo "$$name"; $(BIN)/python "benchmarks/bench_$$name.py" --out "runs/bench/$$name.json" $(ARGS) >/dev/null || exit 1; \
 	done
+	@if [ -e runs/bench/kernels.json ]; then $(BIN)/python benchmarks/plot.py runs/bench; fi
+	@$(BIN)/python benchmarks/targets.py runs/bench
+
+# The peers come with setup (tests/requirements-peers.txt); at 30 M rows they take 16 GB of memory, and minutes.
+bench-peers: setup
+	@mkdir -p runs/bench
+	$(BIN)/python benchmarks/bench_deepfm.py --peers --out runs/bench/deepfm.json $(ARGS) >/dev/null
+
+bench-gate:
+	$(BIN)/python benchmarks/gate.py runs/bench
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,189 +1,142 @@
-"""Lookups of all features and whole embedding steps: the native kernels beside torch and FBGEMM, in one process.
+"""Lookups of all features and whole embedding steps: this library beside what people use instead, in one process.
 
-Run: python benchmarks/bench_kernels.py [--out FILE] [--quick] [--threads 1,2]
+Run: python benchmarks/bench_kernels.py [--out FILE] [--quick] [--threads 1,2] [--cases NAME,...] [--skip NAME,...]
 
 26 fields with the public Criteo Kaggle cardinalities, Zipf(1.05) ids, float32 tables, rowwise Adagrad, the tables of
-composed methods at a sixteenth of the rows. Every case is compared with the torch backend before it is timed; cases
-take turns. ``floor`` is torch's ``index_select(out=)`` of as many rows from one table of the same bytes. Ratios are of
-medians of the same turns; times are nanoseconds per id and feature.
+composed methods at a sixteenth of the bytes. Before it is timed, every contender's vectors are compared with the
+readable definition in float64, and after a step with those of the torch backend, where it follows the same rule.
+Contenders take turns, so that the machine's noise meets all alike; beside them a loop in C++ gathers the rows that the
+batch reads (``floor``). Times are nanoseconds per id, medians with 20th and 80th percentiles; ``ratio`` is the
+median over the turns of a time over that of this library's native kernels, and over the floor's for those themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from bench_deepfm_step import capped, zipf
-from measure import report
+from contenders import Contender, build
+from floor import floor_of, oracle
+from measure import report, summary
+from torch import Tensor
+from workload import CASES, FIELDS, Case, batches
 
-import recsys_embed as rse
-from recsys_embed import Plan
-from recsys_embed.kernels.storage import allocate
-
-FIELDS = 26
-CASES = (
-    ("full", {}, 16, 33_800_000, 1.0),
-    ("full", {}, 64, 8_000_000, 1.0),
-    ("hash", {}, 16, 33_800_000, 16.0),
-    ("multihash", {}, 16, 33_800_000, 16.0),
-    ("compositional", {"combine": "mul"}, 16, 33_800_000, 16.0),
-    ("compositional", {"combine": "add"}, 16, 33_800_000, 16.0),
-    ("compositional", {"combine": "concat"}, 16, 33_800_000, 16.0),
-    ("unified", {}, 16, 33_800_000, 16.0),
-    ("robe", {}, 16, 33_800_000, 16.0),
-)
-Step = Callable[[int], torch.Tensor]
+BATCHES = 4
+WARMUP = 2
 
 
-def tbe(sizes: list[int], dim: int, ids: list[torch.Tensor]) -> Step | None:
-    """FBGEMM's CPU kernel for plain tables, with the same rule; None where it is not installed."""
-    try:
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-    except ImportError:
-        return None
-    tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(n, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for n in sizes],
-        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=0.01,
-        eps=1e-8,
-        pooling_mode=PoolingMode.SUM,
-    )
-    flat = [i.T.contiguous().view(-1) for i in ids]
-    offsets = torch.arange(len(flat[0]) + 1)
-    return lambda turn: tables(flat[turn], offsets)
-
-
-def per_table(sizes: list[int], plan: Plan, schema: rse.Schema, ids: list[torch.Tensor]) -> tuple[Step, Any]:
-    """One drop-in per table as DLRM has them, sparse gradients, torch's Adagrad, in torch operations alone."""
-    modules = torch.nn.ModuleList(
-        rse.make_embedding(plan[s.name].method, s.num_embeddings, s.embedding_dim, config=plan[s.name], sparse=True)
-        for s in schema
-    )
-    for module in modules:
-        module._native = None
-    columns = [[i[:, j].contiguous() for j in range(len(sizes))] for i in ids]
-
-    def look_up(turn: int) -> torch.Tensor:
-        return torch.stack([m(c) for m, c in zip(modules, columns[turn], strict=True)], 1)
-
-    return look_up, torch.optim.Adagrad(modules.parameters(), lr=0.01)
-
-
-def timed(call: Callable[[], Any], count: int) -> tuple[Any, float]:
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     out = call()
-    return out, (time.perf_counter() - start) * 1e9 / count
+    return out, time.perf_counter() - start
 
 
-def run(case: tuple[Any, ...], batch: int, rounds: int) -> dict[str, Any]:
-    """One case: medians per implementation and phase."""
-    method, params, dim, total, ratio = case
-    sizes = capped(total)
-    schema = rse.Schema([rse.FeatureSpec(f"C{i}", n, dim) for i, n in enumerate(sizes, 1)])
-    budget = int(sum(sizes) * dim * 4 / ratio)
-    plan = Plan.full(schema) if method == "full" else Plan.uniform(schema, method, budget=budget, **params)
-    rng = np.random.default_rng(0)
-    ids = [torch.from_numpy(np.stack([zipf(batch, n, rng) for n in sizes], 1)) for _ in range(4)]
-    optimizer = rse.RowwiseAdagrad(lr=0.01)
-    steps: dict[str, Step] = {}
-    checked = {}
-    for backend in ("native", "torch"):
-        coll = rse.EmbeddingCollection(schema, plan, optimizer, backend=backend)
-        checked[backend] = coll(ids[0]).detach().clone()
-        steps[backend] = lambda turn, coll=coll: coll(ids[turn])
-    torch.testing.assert_close(checked["native"], checked["torch"], rtol=1e-5, atol=1e-6)
-    checked.clear()
-    extra: dict[str, Any] = {}
-    if method == "full":
-        found = tbe(sizes, dim, ids)
-        if found is not None:
-            steps["tbe"] = found
-    elif ratio > 1:
-        steps["per_table"], extra["per_table"] = per_table(sizes, plan, schema, ids)
-    count = batch * FIELDS
-    rows = max(1, int(sum(sizes) / ratio))
-    table = allocate(rows, dim, torch.device("cpu"), torch.float32).normal_()
-    starts = torch.tensor([0, *np.cumsum(sizes)[:-1].tolist()])
-    flat = [((i + starts) % rows).view(-1) for i in ids]
-    out = torch.empty(count, dim)
-    upstream = torch.randn(batch, FIELDS * dim)
-    times: dict[str, list[float]] = {}
-    for turn in range(rounds + 2):
-        k = turn % 4
-        _, spent = timed(lambda k=k: torch.index_select(table, 0, flat[k], out=out), count)
-        times.setdefault("floor", []).append(spent)
-        for name, step in steps.items():
-            value, forward = timed(lambda step=step, k=k: step(k), count)
+def verify(case: Case, native: Any, contenders: dict[str, Contender], ids: Tensor, upstream: Tensor) -> None:
+    """Vectors before a step, and after it.
 
-            def backward(value: torch.Tensor = value, name: str = name) -> None:
-                value.backward(upstream.view(value.shape))
-                if name in extra:
-                    extra[name].step()
-                    extra[name].zero_grad()
+    Raises:
+        AssertionError: some contender computes something else.
+    """
+    wanted, few = oracle(native, ids[:512]).float(), slice(0, 512)
+    for name, contender in contenders.items():
+        got, right = contender.forward(0).detach().flatten(1)[few], wanted
+        if contender.order is not None:
+            right = wanted.view(-1, FIELDS, case.dim)[:, contender.order].flatten(1)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{case.name}, {n}: {m}")
+    trained = {n: c for n, c in contenders.items() if c.trains and c.same_rule}
+    after = {}
+    for name, contender in trained.items():
+        out = contender.forward(0)
+        given = upstream.view(-1, FIELDS, case.dim)
+        back = slice(None) if contender.order is None else contender.order
+        out.backward(given[:, back].reshape(out.shape))
+        with torch.no_grad():
+            moved = contender.forward(0).view(-1, FIELDS, case.dim)[few]
+        after[name] = torch.empty_like(moved)
+        after[name][:, back] = moved
+    for name, got in after.items():
+        torch.testing.assert_close(
+            got, after["torch" if "torch" in after else "native"], rtol=1e-3, atol=1e-4,
+            msg=lambda m, n=name: f"{case.name}, {n}, after a step: {m}",
+        )  # fmt: skip
+        assert not torch.equal(got.flatten(1), wanted), f"{case.name}, {name}: nothing was learned"
 
-            _, rest = timed(backward, count)
-            times.setdefault(f"{name} forward", []).append(forward)
-            times.setdefault(f"{name} step", []).append(forward + rest)
-            del value, backward
-    medians = {name: median(t[2:]) for name, t in times.items()}
-    row: dict[str, Any] = {"case": " ".join([method, *params.values()]), "dim": dim, "batch": batch, "rows": rows}
-    row["threads"] = torch.get_num_threads()
-    row["ns"] = {name: round(t, 1) for name, t in medians.items()}
-    row["ratio"] = {
-        name: round(t / medians[f"native {name.split()[1]}"], 2)
-        for name, t in medians.items()
-        if name != "floor" and not name.startswith("native")
+
+def run(case: Case, batch: int, rounds: int, skip: set[str]) -> list[dict[str, Any]]:
+    """One row per contender and phase."""
+    ids = batches(case.sizes, batch, BATCHES)
+    native, contenders = build(case, ids, skip)
+    upstream = torch.randn(batch, FIELDS * case.dim, generator=torch.Generator().manual_seed(0)) * 1e-2
+    verify(case, native, contenders, ids[0], upstream)
+    floor = floor_of(native, ids)
+    times: dict[tuple[str, str], list[float]] = {}
+    names = [*contenders, "floor"]
+    for turn in range(rounds + WARMUP):
+        k = turn % BATCHES
+        found: dict[tuple[str, str], float] = {}
+        # Each turn another one is first: whoever follows a slow one meets a cold cache.
+        for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
+            if name == "floor":
+                found[name, "forward"] = timed(lambda k=k: floor(k))[1]
+                continue
+            contender = contenders[name]
+            value, forward = timed(lambda c=contender, k=k: c.forward(k))
+            found[name, "forward"] = forward
+            if contender.trains:
+
+                def rest(value: Tensor = value, contender: Contender = contender) -> None:
+                    value.backward(upstream.view(value.shape))
+                    if contender.step is not None:
+                        contender.step()
+
+                found[name, "step"] = forward + timed(rest)[1]
+                del rest
+            del value
+        if turn >= WARMUP:
+            for key, seconds in found.items():
+                times.setdefault(key, []).append(seconds * 1e9 / (batch * FIELDS))
+    about = {
+        "case": case.name,
+        "dim": case.dim,
+        "batch": batch,
+        "rows": sum(t.rows for t in native.tables.values()),
+        "threads": torch.get_num_threads(),
     }
-    row["ratio"]["forward to floor"] = round(medians["native forward"] / medians["floor"], 2)
-    return row
-
-
-def latency() -> dict[str, Any]:
-    """Microseconds of a serving lookup of 16 samples: 26 features of 100,000 rows, no gradients."""
-    schema = rse.Schema([rse.FeatureSpec(f"C{i}", 100_000, 16) for i in range(FIELDS)])
-    ids = [torch.randint(0, 100_000, (16, FIELDS)) for _ in range(4)]
-    steps: dict[str, Step] = {}
-    for name in ("native", "torch"):
-        coll = rse.EmbeddingCollection(schema, backend=name).eval()
-        steps[name] = lambda turn, coll=coll: coll(ids[turn])
-    found = tbe([100_000] * FIELDS, 16, ids)
-    if found is not None:
-        steps["tbe"] = found
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with torch.no_grad():
-        for turn in range(2000):
-            for name, step in steps.items():
-                times[name].append(timed(lambda step=step, turn=turn: step(turn % 4), 1)[1] / 1000)
-    medians = {name: round(median(t[100:]), 1) for name, t in times.items()}
-    return {"case": "batch 16, no gradients", "threads": torch.get_num_threads(), "microseconds": medians}
+    return [
+        {**about, "contender": name, "phase": phase, "unit": "ns per id"}
+        | summary(values, times[("native", phase) if name != "native" else ("floor", "forward")])
+        for (name, phase), values in times.items()
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
-    parser.add_argument("--quick", action="store_true", help="small batches, few rounds")
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the rows, one batch size, few rounds")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--cases", default="", help="names of cases, all by default")
+    parser.add_argument("--skip", default="", help="names of contenders")
     given = parser.parse_args()
-    rows = []
+    wanted, skip = set(filter(None, given.cases.split(","))), set(given.skip.split(","))
+    cases = [c for c in CASES if not wanted or {c.name, c.method} & wanted]
+    if given.quick:
+        cases, skip = [replace(c, rows=c.rows // 16) for c in cases], skip | {"compile"}
+    rows: list[dict[str, Any]] = []
     for threads in map(int, given.threads.split(",")):
         torch.set_num_threads(threads)
-        rows.append(latency())
-        print(rows[-1], file=sys.stderr)
-        for case in CASES:
+        for case in cases:
             for batch in (8192,) if given.quick else (8192, 65536):
-                rows.append(run(case, batch, 5 if given.quick else 9))
-                print(rows[-1], file=sys.stderr)
+                rows += run(case, batch, 5 if given.quick else 11, skip)
+                gc.collect()
+                for row in rows[-12:]:
+                    if row["case"] == case.name and row["batch"] == batch:
+                        print(row, file=sys.stderr)
     report("kernels", rows)
 
 

@@ -40,6 +40,21 @@ def interleaved(
     }
 
 
+def quantiles(values: list[float], digits: int = 1) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    if len(values) == 1:
+        values = values * 2
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    found = {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+    return {name: round(value, digits) for name, value in found.items()}
+
+
+def summary(values: list[float], base: list[float]) -> dict[str, Any]:
+    """Quantiles of the times, and the median over the turns of a time over that of ``base`` in the same turn."""
+    ratios = [v / b for v, b in zip(values, base, strict=True)]
+    return {"time": quantiles(values), "ratio": round(statistics.median(ratios), 3)}
+
+
 def machine() -> dict[str, Any]:
     """Processor, threads, versions and commit."""
     processor = platform.processor() or platform.machine()
