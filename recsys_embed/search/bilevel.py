@@ -124,7 +124,8 @@ class BilevelTrainer(Trainer):
         norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
         if not float(norm) > 0:
             return torch.zeros_like(self.layer.alpha)
-        length, found = _EPSILON / float(norm), []
+        length = _EPSILON / float(norm)
+        found: list[Tensor] = []
         for sign in (1.0, -2.0, 1.0):
             with torch.no_grad():
                 for w, g in zip(weights, grads, strict=True):

@@ -26,7 +26,7 @@ def count_ids(data: Any, schema: Schema, split: str = "train", batch_size: int =
 def is_ranked(counts: Tensor) -> bool:
     """Whether ids are numbered by falling frequency, near enough that their number may stand for their rank.
 
-    >>> is_ranked(torch.tensor([5, 9, 4, 2, 1])), is_ranked(torch.tensor([1, 2, 3, 9]))
+    >>> is_ranked(torch.tensor([50, 60, 40, 20, 10])), is_ranked(torch.tensor([1, 2, 3, 9]))
     (True, False)
     """
     if len(counts) < 2:

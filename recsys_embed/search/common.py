@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.models import CTRModel, get_model
 from recsys_embed.plan import Plan
+from recsys_embed.search.blocks import count_ids
 from recsys_embed.search.folder import SearchFolder, held
-from recsys_embed.search.retrain import build_retrained, initial_hashes, planned
+from recsys_embed.search.report import CURVES, curves_of, page
+from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
 from recsys_embed.search.settings import Settings
+from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.logs import progress_bar
@@ -79,6 +83,19 @@ class Search(ABC):
     def start_weights(self) -> dict[str, Any]:
         """Arguments of :func:`build_retrained` that say what the retraining starts from; the initial weights here."""
         return {"hashes": self.folder.get("initial")}
+
+    def trained_weights(self, net: Supernet, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of :func:`build_retrained` that go on with a trained supernet's network and first-order weights."""
+        found: dict[str, Any] = {"tables": tables, "dense": dense_weights(net.model)}
+        if net.model.linear is not None:
+            first = {s.name: net.model.linear.table(f"{s.name}.weight").detach() for s in self.schema}
+            found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.schema, self.counts, strict=True)}
+        return found
+
+    @cached_property
+    def counts(self) -> list[Tensor]:
+        """How often each id of each feature occurs in training."""
+        return count_ids(self.data, self.schema)
 
     # -- what it works on -----------------------------------------------------------------------------------------
 
@@ -321,6 +338,8 @@ def run_search(
             settled = planned(bare, plan, budget).to_dict()
             save_checkpoint(path / "model.pt", {**settled, "data": identity["data"]}, model=model.state_dict())
             store.put("report", outcome.to_dict())
+            store.put(CURVES, curves_of(search))
+            store.text("report.md", page(search, outcome))
         return outcome
 
 

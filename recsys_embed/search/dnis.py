@@ -11,12 +11,11 @@ from torch import Tensor
 
 from recsys_embed.plan import Plan
 from recsys_embed.search.bilevel import BilevelTrainer
-from recsys_embed.search.blocks import block_maps, block_sizes, count_ids, order_of
+from recsys_embed.search.blocks import block_maps, block_sizes, order_of
 from recsys_embed.search.common import Search
 from recsys_embed.search.extract import make_plan
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
-from recsys_embed.search.retrain import dense_weights
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.loop import Trainer
@@ -34,11 +33,6 @@ class DnisSearch(Search):
     def check(self) -> None:
         """Refuse data without rows to choose by."""
         self.need_validation()
-
-    @cached_property
-    def counts(self) -> list[Tensor]:
-        """How often each id of each feature occurs in training."""
-        return count_ids(self.data, self.schema)
 
     @cached_property
     def sizes(self) -> list[list[int]]:
@@ -106,7 +100,7 @@ class DnisSearch(Search):
         if self.settings.retrain_from == "init":
             return super().start_weights()
         tables = {name: self.merged(f) for f, name in enumerate(self.schema.names)}
-        return {"tables": tables, "dense": dense_weights(self.net.model)}
+        return self.trained_weights(self.net, tables)
 
 
 def _words(field: FieldBlocks, config: Any) -> str:

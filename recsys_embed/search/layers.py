@@ -13,9 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.features import Schema
+from recsys_embed.optim import Adam
 
 Rows = Literal["field", "row", "none"]
+Granularity = Literal["global", "dimension", "field", "field_dimension", "feature", "feature_dimension"]
 
 
 def long_tailed(u: Tensor) -> Tensor:
@@ -218,9 +222,6 @@ def normalised(grad: Tensor) -> Tensor:
     return grad / (grad.abs().mean(-1, keepdim=True) + 1e-8)
 
 
-Granularity = Literal["global", "dimension", "field", "field_dimension", "feature", "feature_dimension"]
-
-
 def soft_threshold(vectors: Tensor, thresholds: Tensor) -> Tensor:
     """``sign(v) * relu(|v| - sigmoid(s))`` (PEP, Liu et al., arXiv 2101.07577).
 
@@ -228,3 +229,56 @@ def soft_threshold(vectors: Tensor, thresholds: Tensor) -> Tensor:
     tensor([ 1.5000, -1.5000,  0.0000])
     """
     return vectors.sign() * (vectors.abs() - thresholds.sigmoid()).relu()
+
+
+class PepLayer(nn.Module):
+    """Learned soft thresholds on the elements of vectors (PEP).
+
+    The sigmoid of a raw threshold is subtracted from absolute values. Raw thresholds begin so low that nothing is felt,
+    and rise by their L2 penalty alone until they meet the weights; an optimizer without that penalty never prunes.
+
+    Args:
+        schema: the fields.
+        granularity: what has a threshold of its own, see :class:`PepSettings`.
+        init: of the raw thresholds.
+        lr, decay: of those per row or element, which step inside backward, all rows at every step; the few others are
+            ``few`` and for Adam.
+
+    >>> from recsys_embed import FeatureSpec, Schema
+    >>> layer = PepLayer(Schema([FeatureSpec("C1", 9, 4)]), "field", init=0.0, lr=0.01, decay=1e-5)
+    >>> layer(torch.ones(2, 1, 4), torch.tensor([[3], [8]]))[0]
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]], grad_fn=<SelectBackward0>)
+    """
+
+    def __init__(self, schema: Schema, granularity: Granularity, *, init: float, lr: float, decay: float) -> None:
+        super().__init__()
+        width, fields = schema.features[0].embedding_dim, len(schema)
+        self.few: nn.Parameter | None = None
+        self.many: EmbeddingCollection | None = None
+        if granularity in ("feature", "feature_dimension"):
+            narrow = schema.with_dim(1 if granularity == "feature" else width)
+            self.many = EmbeddingCollection(narrow, optimizer=Adam(lr=lr, weight_decay=decay, rows="all"))
+            with torch.no_grad():
+                for name in self.many.storages:
+                    self.many.get_parameter(name).fill_(init)
+            return
+        shapes = {"global": (1, 1), "dimension": (1, width), "field": (fields, 1), "field_dimension": (fields, width)}
+        self.few = nn.Parameter(torch.full(shapes[granularity], init))
+
+    def forward(self, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids [B, F]``, thresholded."""
+        return soft_threshold(vectors, self.few if self.few is not None else self._many(ids))
+
+    def _many(self, ids: Tensor) -> Tensor:
+        if self.many is None:
+            raise ConfigError("this layer has no thresholds per row")
+        out: Tensor = self.many(ids)
+        return out
+
+    def of(self, field: int, name: str) -> Tensor:
+        """Raw thresholds that broadcast with a field's table ``[ids, D]``."""
+        if self.many is not None:
+            return self.many.table(f"{name}.weight")
+        if self.few is None:
+            raise ConfigError("this layer has no thresholds")
+        return self.few[field if len(self.few) > 1 else 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,11 +44,17 @@ class OptembedSearch(Search):
 
     def search(self) -> Plan:
         """Supernet, evolution, extraction."""
-        net = self._supernet()
+        net = self.net
         kept = kept_rows(net)
         space = self._space(kept)
         widths = self._evolve(net, space) if self.settings.dims else (space.most,) * space.fields
         return self._extract(kept, widths)
+
+    def start_weights(self) -> dict[str, Any]:
+        """The initial weights, or those of the supernet."""
+        if self.settings.retrain_from == "init":
+            return super().start_weights()
+        return self.trained_weights(self.net, {name: self.net.table(name).detach() for name in self.schema.names})
 
     # -- supernet -------------------------------------------------------------------------------------------------
 
@@ -60,7 +67,9 @@ class OptembedSearch(Search):
         )  # fmt: skip
         return Supernet(self.plain_model(), layer.to(self.device or "cpu"))
 
-    def _supernet(self) -> Supernet:
+    @cached_property
+    def net(self) -> Supernet:
+        """The supernet, trained."""
         net = self.build()
         trainer = self.trainer(OptembedTrainer, net, "supernet",
                                threshold_lr=self.settings.threshold_lr, pull=self.settings.pull)  # fmt: skip
@@ -93,7 +102,8 @@ class OptembedSearch(Search):
     def _evolve(self, net: Supernet, space: Space) -> Candidate:
         rows, s = self._rows(), self.settings
         whole = plain_bytes(self.schema)
-        saved = self.folder.get("evolution") or {"generation": 0, "scores": []}
+        saved = self.folder.get("evolution") or {"generation": 0, "ends": [], "scores": []}
+        ends = list(saved["ends"])
         scores = {tuple(c): score for c, score in saved["scores"]}
         with self.folder.clock("evolution"), StopRequest() as stop:
             options: dict[str, Any] = {"recalibrate": s.recalibrate, "seed": self.config.seed, "device": self.device}
@@ -106,9 +116,9 @@ class OptembedSearch(Search):
                 ]
 
             def done(number: int, known: Mapping[Candidate, float]) -> None:
-                self.folder.put(
-                    "evolution", {"generation": number + 1, "scores": [[list(c), v] for c, v in known.items()]}
-                )
+                ends.append(len(known))
+                found = [[list(c), v] for c, v in known.items()]
+                self.folder.put("evolution", {"generation": number + 1, "ends": ends, "scores": found})
                 self.progress("evolution", number + 1, s.generations, f"best {max(known.values()):.4f}")
 
             scores = evolve(

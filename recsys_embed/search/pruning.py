@@ -65,7 +65,8 @@ class FieldBlocks:
         if bool(columns.all()):
             return get_method("full").config_cls.from_params({}), {}
         config_cls = get_method("dnis").config_cls
-        bits, sizes = [], []
+        bits: list[int] = []
+        sizes: list[int] = []
         for row, size in zip(columns.tolist(), self.sizes, strict=True):
             number = sum(1 << k for k, kept in enumerate(row) if kept)
             # Neighbours that keep the same columns are one block.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import CheckpointError
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel
-from recsys_embed.plan import Plan
+from recsys_embed.plan import Plan, table_key
 from recsys_embed.search.extract import initial_table, take_rows
 from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.run import model_from_config
@@ -58,6 +58,7 @@ def build_retrained(
     hashes: Mapping[str, str] | None = None,
     tables: Mapping[str, Tensor] | None = None,
     dense: Mapping[str, Tensor] | None = None,
+    linear: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     device: torch.device | str | None = None,
 ) -> CTRModel:
     """The model of a plan, with the kept rows and columns of plain tables.
@@ -69,6 +70,8 @@ def build_retrained(
         hashes: :func:`initial_hashes` of the search; the weights drawn must be the same.
         tables: by feature, plain tables to take from; by default the search's initial ones, drawn again.
         dense: weights outside the tables, by default the initial ones.
+        linear: by feature, trained first-order weights ``[num_ids, 1]`` and how often each id occurs, by default fresh
+            ones.
 
     Raises:
         CheckpointError: the initial weights are not those that the search began with.
@@ -80,6 +83,8 @@ def build_retrained(
         if tables is None and hashes is not None and weights_hash(table) != hashes.get(f"table {spec.name}"):
             differing.append(f"table {spec.name}")
         take_rows(model.vectors, spec.name, table)
+    if linear is not None and model.linear is not None:
+        share_rows(model.linear, linear)
     if dense is not None:
         model.load_state_dict(dict(dense), strict=False)
     elif hashes is not None:
@@ -93,6 +98,32 @@ def build_retrained(
     return model
 
 
-def folder_of(folder: Path | None, name: str) -> Path | None:
-    """A folder inside a run folder, where there is one."""
-    return None if folder is None else folder / name
+@torch.no_grad()
+def share_rows(collection: EmbeddingCollection, tables: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Set rows that many ids share to the mean of theirs in plain tables, weighted by counts (least squares).
+
+    Args:
+        collection: every id of which reads one row, as it is.
+        tables: by feature, ``[num_ids, width]`` and counts ``[num_ids]``.
+
+    Raises:
+        ConfigError: ids that read several rows, or rows with signs or weights.
+    """
+    sums = {key: torch.zeros(t.rows, t.width) for key, t in collection.tables.items()}
+    mass = {key: torch.zeros(t.rows, 1) for key, t in collection.tables.items()}
+    for name, (values, counts) in tables.items():
+        spec, program = collection.schema[name], collection.bundle.programs[name]
+        probe = program.probes[0]
+        if len(program.probes) > 1 or probe.sign is not None or probe.weight is not None or program.indexes:
+            raise ConfigError(f"first-order weights of {name!r} are not of one row per id; retrain from 'init'")
+        key = table_key(spec, program.table(probe.table))
+        rows = probe.transform.rows(torch.arange(spec.num_ids))
+        # Ids that never occur weigh next to nothing, and decide where none other does.
+        share = counts.float().clamp_min(1e-6).unsqueeze(1)
+        sums[key].index_add_(0, rows, values.cpu() * share)
+        mass[key].index_add_(0, rows, share)
+    for key, total in sums.items():
+        read = mass[key].squeeze(1) > 0
+        collection.table(key)[read.to(collection.table(key).device)] = (total[read] / mass[key][read]).to(
+            collection.table(key).device
+        )

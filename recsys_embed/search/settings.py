@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from recsys_embed.errors import raise_faults, unknown_name
 from recsys_embed.search.evolution import Evolution
@@ -21,12 +21,16 @@ class Settings:
     def _faults(self) -> list[str]:
         faults = []
         for key, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, key), get_args(hint) or (hint,)
+            value = getattr(self, key)
+            kinds = (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
             if all(isinstance(k, str) for k in kinds):
                 if value not in kinds:
                     faults.append(f"`{key}` must be one of {', '.join(kinds)}; got {value!r}")
             elif value is None and type(None) in kinds:
                 continue
+            elif any(get_origin(k) is tuple for k in kinds):
+                if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 1 for v in value):
+                    faults.append(f"`{key}` must be numbers of at least 1; got {value!r}")
             elif bool in kinds:
                 if not isinstance(value, bool):
                     faults.append(f"`{key}` must be true or false; got {value!r}")
@@ -48,7 +52,7 @@ class Settings:
         for key in data:
             if key not in known:
                 raise unknown_name(f"setting of {cls.__name__}", key, known)
-        return cls(**data)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -86,8 +90,8 @@ class OptembedSettings(Settings):
     dims: bool = True
     norm: int = 1
     oov: bool = False
-    threshold_lr: float = 1e-2
-    pull: float = 1e-4
+    threshold_lr: float = 0.1
+    pull: float = 1e-3
     generations: int = 30
     population: int = 20
     mutations: int = 10
@@ -144,7 +148,7 @@ class DnisSettings(Settings):
     balance: Literal["mass", "count"] = "mass"
     search_epochs: int | None = None
     alpha_lr: float = 1e-2
-    l1: float = 1e-5
+    l1: float = 1e-3
     second_order: bool = False
     structure: Literal["blocks", "elements"] = "blocks"
     importance: Literal["size", "traffic"] = "size"
@@ -169,9 +173,10 @@ class PepSettings(Settings):
             ("feature"), or an element ("feature_dimension").
         threshold_init: of the raw thresholds, whose sigmoid is subtracted from absolute values. The authors begin at
             -150, where no data gradient is felt in float32 and weight decay alone moves them, for about 1e5 steps.
-        threshold_lr: their rate; None: such that they meet the weights after a third of the steps.
+        threshold_lr: their rate; None: such that decay alone takes them to a sigmoid of 0.01 in a third of the steps.
         threshold_decay: L2 of the raw thresholds. Without it they never move.
         check_every: steps between counts of what is left.
+        snapshots: compressions at which what is left is written as a plan, besides the budget of the search.
         shared: pruned elements are of a vector that all ids of a field add; otherwise zeros.
         retrain_from: start the retraining from the true initial weights, or from the thresholded ones.
 
@@ -184,6 +189,7 @@ class PepSettings(Settings):
     threshold_lr: float | None = None
     threshold_decay: float = 1e-5
     check_every: int = 20
+    snapshots: tuple[float, ...] = ()
     shared: bool = False
     retrain_from: Start = "init"
 

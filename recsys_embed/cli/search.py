@@ -1,0 +1,199 @@
+"""``recsys-embed search``: what cannot be guessed, found out end to end: search, extract, retrain, test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys_embed.cli._settings import parse_assignment, split_settings, train_config
+from recsys_embed.errors import ConfigError
+from recsys_embed.memory import format_bytes
+from recsys_embed.report.search_curves import plot_curves
+from recsys_embed.search.common import Search, SearchOutcome, run_search
+from recsys_embed.search.dnis import DnisSearch
+from recsys_embed.search.optembed import OptembedSearch
+from recsys_embed.search.pep import PepSearch
+from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings, Settings
+from recsys_embed.train import Interrupted
+
+EXIT_INTERRUPTED = 130
+DEFAULT_DECAY = 1e-3
+"""L2 penalty of the tables where none is given: what lets rows die."""
+_KEY = "search"
+
+search_app = typer.Typer(
+    no_args_is_help=True,
+    help="Find rows and widths to keep, retrain and test; stopped runs go on when run again.",
+)
+
+_Data = Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed data'.")]
+_Config = Annotated[
+    Path | None, typer.Option("--config", help="Training settings, TOML or JSON; [search] the search's.")
+]
+_Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/search/METHOD-MODEL-sSEED.")]
+_Model = Annotated[str | None, typer.Option("--model", help="fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn.")]
+_Budget = Annotated[str | None, typer.Option("--budget", help="Embedding bytes that the plan must keep to, e.g. 4MiB.")]
+_Ratio = Annotated[float | None, typer.Option("--ratio", help="Or the plain tables' bytes divided by this.")]
+_Dim = Annotated[int | None, typer.Option("--embedding-dim", help="Width of the plain vectors.")]
+_Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes of the search's first stage and of retraining.")]
+_Batch = Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")]
+_Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of weights, order, masks and candidates.")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other setting: key=value; search.KEY=value for the search's.")
+]
+_Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@search_app.command()
+def optembed(
+    data: _Data,
+    config: _Config = None,
+    out: _Out = None,
+    model: _Model = None,
+    budget: _Budget = None,
+    ratio: _Ratio = None,
+    embedding_dim: _Dim = None,
+    epochs: _Epochs = None,
+    batch_size: _Batch = None,
+    learning_rate: _Rate = None,
+    seed: _Seed = None,
+    assign: _Set = None,
+    device: _Device = "cpu",
+    as_json: _Json = False,
+) -> int:
+    """OptEmbed: train a supernet whose rare rows die, evolve the widths of fields on it, retrain what is left."""
+    options = _options(model, budget, ratio, embedding_dim, epochs, batch_size, learning_rate, seed)
+    return _search(OptembedSearch, OptembedSettings, data, config, out, options, assign, device, as_json)
+
+
+@search_app.command()
+def dnis(
+    data: _Data,
+    config: _Config = None,
+    out: _Out = None,
+    model: _Model = None,
+    budget: _Budget = None,
+    ratio: _Ratio = None,
+    embedding_dim: _Dim = None,
+    epochs: _Epochs = None,
+    batch_size: _Batch = None,
+    learning_rate: _Rate = None,
+    seed: _Seed = None,
+    assign: _Set = None,
+    device: _Device = "cpu",
+    as_json: _Json = False,
+) -> int:
+    """DNIS: learn which columns blocks of frequent and rare ids need, prune the merged table, train on."""
+    options = _options(model, budget, ratio, embedding_dim, epochs, batch_size, learning_rate, seed)
+    return _search(DnisSearch, DnisSettings, data, config, out, options, assign, device, as_json)
+
+
+@search_app.command()
+def pep(
+    data: _Data,
+    config: _Config = None,
+    out: _Out = None,
+    model: _Model = None,
+    budget: _Budget = None,
+    ratio: _Ratio = None,
+    embedding_dim: _Dim = None,
+    epochs: _Epochs = None,
+    batch_size: _Batch = None,
+    learning_rate: _Rate = None,
+    seed: _Seed = None,
+    assign: _Set = None,
+    device: _Device = "cpu",
+    as_json: _Json = False,
+) -> int:
+    """PEP: let thresholds rise until the budget is met, retrain the elements left from their initial weights."""
+    options = _options(model, budget, ratio, embedding_dim, epochs, batch_size, learning_rate, seed)
+    return _search(PepSearch, PepSettings, data, config, out, options, assign, device, as_json)
+
+
+def _options(
+    model: str | None,
+    budget: str | None,
+    ratio: float | None,
+    embedding_dim: int | None,
+    epochs: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "budget": budget,
+        "ratio": ratio,
+        "embedding_dim": embedding_dim,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+
+
+def read_search(
+    path: Path | None, options: dict[str, Any], assignments: list[str], settings_cls: type[Settings]
+) -> tuple[Any, Any]:
+    """Training settings and those of a search, from a file, options and ``key=value`` texts, later ones winning."""
+    settings, _ = split_settings(path)
+    own = settings.pop(_KEY, {})
+    if not isinstance(own, dict):
+        raise ConfigError(f"`{_KEY}` in {path} must be a table; got {own!r}")
+    own = dict(own)
+    rest = []
+    for text in assignments:
+        found = parse_assignment(text)
+        if list(found) == [_KEY] and isinstance(found[_KEY], dict):
+            own |= found[_KEY]
+        else:
+            rest.append(text)
+    config = train_config({"embedding_weight_decay": DEFAULT_DECAY, **settings}, options, rest)
+    return config, settings_cls.from_dict(own)
+
+
+def _search(
+    kind: type[Search],
+    settings_cls: type[Settings],
+    data: Path,
+    config: Path | None,
+    out: Path | None,
+    options: dict[str, Any],
+    assign: list[str] | None,
+    device: str,
+    as_json: bool,
+) -> int:
+    from recsys_embed.data import open_dataset
+
+    train, settings = read_search(config, options, assign or [], settings_cls)
+    folder = out or Path("runs/search") / f"{kind.method}-{train.model}-s{train.seed}"
+    try:
+        outcome = run_search(kind, train, open_dataset(data), settings, folder=folder, device=device)
+    except Interrupted:
+        print(f"recsys-embed: stopped; run the same command again to go on in {folder}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    plot_curves(json.loads((folder / "curves.json").read_text(encoding="utf-8")), folder / "curves.png")
+    print(json.dumps({**outcome.to_dict(), "folder": str(folder)}, indent=2) if as_json else render(outcome, folder))
+    return 0
+
+
+def render(outcome: SearchOutcome, folder: Path) -> str:
+    """The lines that a person reads."""
+    lines = []
+    for split, m in (("valid", outcome.result.valid), ("test", outcome.result.test)):
+        if m is not None:
+            lines.append(f"{split:>5}: AUC {m.auc:.4f}  logloss {m.logloss:.4f}  ({m.samples:,} rows)")
+    serve = outcome.footprint.serve
+    lines.append(
+        f"bytes: {format_bytes(serve)} of {format_bytes(outcome.full_bytes)}, compression "
+        f"{outcome.full_bytes / serve:.1f}x"
+    )
+    lines.append(f"cost: {outcome.cost:.1f} plain trainings ({sum(outcome.seconds.values()):,.0f} s)")
+    lines.append(f"plan: {folder / 'plan.json'}; report: {folder / 'report.md'}")
+    return "\n".join(lines)

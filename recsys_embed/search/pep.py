@@ -1,0 +1,201 @@
+"""PEP end to end: train under rising thresholds, note what is left at each budget, train that from the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.memory import format_bytes
+from recsys_embed.plan import Plan
+from recsys_embed.registry import get_method
+from recsys_embed.search.common import Search
+from recsys_embed.search.extract import chunks, make_plan, plain_bytes
+from recsys_embed.search.layers import PepLayer, soft_threshold
+from recsys_embed.search.pruning import choose_elements
+from recsys_embed.search.settings import PepSettings
+from recsys_embed.search.supernet import Supernet, as_model
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.loop import Trainer
+
+_FELT = 1e-2
+"""A sigmoid of this is felt by weights of the size that tables have."""
+
+
+class PepTrainer(Trainer):
+    """Trains a supernet with a :class:`PepLayer` until ``check`` says that enough is pruned.
+
+    Args:
+        net: the supernet.
+        data, config: see :class:`Trainer`.
+        lr, decay: of thresholds that are not per row.
+        check: called after every ``every`` steps; True ends the training.
+        every: see ``check``.
+        **options: see :class:`Trainer`.
+    """
+
+    def __init__(
+        self,
+        net: Supernet,
+        data: Any,
+        config: TrainConfig,
+        *,
+        lr: float,
+        decay: float,
+        check: Callable[[], bool],
+        every: int,
+        **options: Any,
+    ) -> None:
+        self.net, self.threshold_lr, self.threshold_decay, self.check, self.every = net, lr, decay, check, every
+        super().__init__(as_model(net), data, config, **options)
+
+    def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
+        optimizer, dense = super()._dense_optimizer()
+        layer = cast("PepLayer", self.net.layer)
+        if layer.few is not None:
+            decay = self.threshold_decay
+            optimizer.add_param_group({"params": [layer.few], "peak": self.threshold_lr, "weight_decay": decay})
+        return optimizer, dense
+
+    def _fused_collections(self) -> list[tuple[str, Any]]:
+        many = cast("PepLayer", self.net.layer).many
+        return [*super()._fused_collections(), *([("thresholds", many)] if many is not None else [])]
+
+    def _step(self, batch: Any) -> float:
+        value = super()._step(batch)
+        if self.state.step % self.every == 0 and self.check():
+            self.state.stopped = True
+        return value
+
+
+@dataclass
+class PepSearch(Search):
+    """One search; see :class:`Search` for what all have in common."""
+
+    settings: PepSettings
+
+    method = "pep"
+    stages = ("thresholds", "retrain")
+
+    def check(self) -> None:
+        """Refuse thresholds that would not reach the weights."""
+        self.need_validation()
+        if not self.limits:
+            raise ConfigError("give a budget (or a compression), or `snapshots`: PEP prunes until one is met")
+        s, steps = self.settings, self._steps()
+        reached = s.threshold_init + self.threshold_lr * steps
+        if reached < _logit(1e-4):
+            raise ConfigError(
+                f"thresholds of rate {self.threshold_lr:g} rise from {s.threshold_init:g} to at most {reached:.1f} in "
+                f"{steps} steps, whose sigmoid ({_sigmoid(reached):.1g}) prunes nothing; raise `threshold_lr`, "
+                "`threshold_init` or `epochs`"
+            )
+
+    def _steps(self) -> int:
+        c = self.config
+        per_epoch = len(self.data.batches("train", c.batch_size))
+        return min(per_epoch * c.epochs, c.steps or per_epoch * c.epochs)
+
+    @cached_property
+    def threshold_lr(self) -> float:
+        """Rate of the raw thresholds."""
+        s = self.settings
+        if s.threshold_lr is not None:
+            return s.threshold_lr
+        return max(_logit(_FELT) - s.threshold_init, 0.0) / max(1, self._steps() // 3) or 1e-3
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Bytes of the vectors of every snapshot, by name, largest first."""
+        whole = plain_bytes(self.schema)
+        found = {f"snapshot_{ratio:g}x": int(whole / ratio) for ratio in self.settings.snapshots}
+        if self.vector_budget is not None:
+            found["snapshot"] = self.vector_budget
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @cached_property
+    def net(self) -> Supernet:
+        """The supernet, pruned to the smallest budget."""
+        s = self.settings
+        layer = PepLayer(
+            self.schema, s.granularity, init=s.threshold_init, lr=self.threshold_lr, decay=s.threshold_decay
+        )
+        net = Supernet(self.plain_model(), layer.to(self.device or "cpu"))
+        options = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": s.check_every}
+        config = self.config.replace(patience=None, keep_best=False)
+        trainer = self.trainer(PepTrainer, net, "thresholds", config, check=lambda: self._snap(net), **options)
+        self.run_stage("thresholds", trainer)
+        return net
+
+    @torch.no_grad()
+    def _kept(self, net: Supernet, field: int) -> Tensor:
+        """Elements of a field that the thresholds leave: bool ``[num_ids, D]`` on the CPU."""
+        name, layer = self.schema.names[field], cast("PepLayer", net.layer)
+        table, raw = net.table(name), layer.of(field, name)
+        per_row = layer.many is not None
+        parts = [
+            (part.abs() > (raw[start : start + len(part)] if per_row else raw).sigmoid()).cpu()
+            for start, part in chunks(table)
+        ]
+        return torch.cat(parts)
+
+    def _snap(self, net: Supernet) -> bool:
+        """Write the plans of all budgets that are met by now; True once all are."""
+        waiting = {name: size for name, size in self.limits.items() if self.folder.get(name) is None}
+        if not waiting:
+            return True
+        pruned = "oov" if self.settings.shared else "zero"
+        kept = [self._kept(net, f) for f in range(len(self.schema))]
+        cls = get_method("pep").config_cls
+        counts = [{"kept": tuple(k.sum(0).tolist()), "pruned": pruned, "order": "sets"} for k in kept]
+        size = sum(cls.from_params(c).footprint(s).serve for c, s in zip(counts, self.schema, strict=True))
+        for name in [n for n, limit in waiting.items() if size <= limit]:
+            chosen = {s.name: choose_elements(s, k, pruned) for s, k in zip(self.schema, kept, strict=True)}
+            reasons = {
+                s.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
+                for s, k in zip(self.schema, kept, strict=True)
+            }
+            self.folder.put(name, make_plan(self.schema, chosen, reasons).to_dict())
+            del waiting[name]
+        self._left = size
+        return not waiting
+
+    def search(self) -> Plan:
+        """Training under thresholds; the plan is that of the search's budget, or of the smallest snapshot."""
+        net = self.net
+        self._snap(net)
+        name = "snapshot" if "snapshot" in self.limits else list(self.limits)[-1]
+        found = self.folder.get(name)
+        if found is None:
+            raise BudgetError(
+                f"after all steps the vectors still take {format_bytes(self._left)}; {format_bytes(self.limits[name])} "
+                "are available. Ways out: 1. a larger budget; 2. a larger `threshold_lr` or `threshold_decay`; 3. more "
+                "epochs"
+            )
+        return Plan.from_dict(found)
+
+    def start_weights(self) -> dict[str, Any]:
+        """The true initial weights, or the thresholded tables beside the network as it was trained."""
+        if self.settings.retrain_from == "init":
+            return super().start_weights()
+        net, layer = self.net, cast("PepLayer", self.net.layer)
+        with torch.no_grad():
+            tables = {
+                name: soft_threshold(net.table(name), layer.of(field, name))
+                for field, name in enumerate(self.schema.names)
+            }
+        return self.trained_weights(net, tables)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
