@@ -43,11 +43,11 @@ test-triton: setup
 	  $(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $(TRITON) "$$($(BIN)/python -c \
 	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["triton"])')" \
 	  && touch $(TRITON)/.done; }
-	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton $(ARGS)
-	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton $(ARGS)
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton -m kernels $(ARGS)
+	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton -m compiled $(ARGS)
 
 test-gpu:
-	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -m gpu -p no:cacheprovider tests/gpu $(ARGS)
+	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -m 'gpu or kernels' -p no:cacheprovider tests/gpu tests/triton $(ARGS)
 
 # The C++ runtime is loaded with the sanitizer's, which otherwise finds no exceptions to intercept.
 SANITIZE := -g -O1 -std=c++17 -fPIC -shared -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -fvisibility=hidden

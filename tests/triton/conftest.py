@@ -12,11 +12,21 @@ except ImportError:
     triton = None
 
 
+@pytest.fixture(autouse=True)
+def faults_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of lookups come before their call returns, on GPUs too."""
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs triton where it is not installed, and what needs its interpreter where that is not on."""
+    """Skip what cannot run: kernels without a GPU or triton's interpreter, compiling them within the interpreter."""
     for item in items:
-        needs = {name for name in ("interpreted", "compiled") if item.get_closest_marker(name)}
-        if needs and triton is None:
-            item.add_marker(pytest.mark.skip(reason="triton is not installed"))
-        elif needs and ("interpreted" in needs) != status.interpreted():
-            item.add_marker(pytest.mark.skip(reason="runs with TRITON_INTERPRET=1, or without"))
+        why = None
+        if item.get_closest_marker("kernels"):
+            why = status.why_not()
+        elif item.get_closest_marker("compiled"):
+            why = (
+                "triton is not installed" if triton is None else "in the interpreter" if status.interpreted() else None
+            )
+        if why:
+            item.add_marker(pytest.mark.skip(reason=why))

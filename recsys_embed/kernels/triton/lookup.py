@@ -177,8 +177,9 @@ class TritonLookup:
         """
         self.raise_faults(ids.device)
         outputs, kept = self._run(ids, tables, keep)
-        if not ids.is_cuda or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
-            self.raise_faults(ids.device)
+        if ids.is_cuda and os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+            torch.cuda.synchronize(ids.device)
+        self.raise_faults(ids.device)
         return outputs, kept if keep else None
 
     def _run(self, ids: Tensor, tables: Sequence[Tensor], keep: bool) -> tuple[tuple[Tensor, ...], Kept]:

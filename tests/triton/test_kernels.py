@@ -1,4 +1,4 @@
-"""The GPU kernels in triton's interpreter against the readable definition in float64."""
+"""The GPU kernels against the readable definition in float64: in triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import IdRangeError
-from recsys_embed.kernels.triton import fields
+from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer
 
 update = pytest.importorskip("recsys_embed.kernels.triton.update", exc_type=ImportError)
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.kernels
+DEVICE = "cpu" if status.interpreted() else "cuda"
 METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
 RULES = [
     rse.SGD(lr=0.1),
@@ -48,7 +49,9 @@ def plan_of(method: Any, schema: Schema, part: float = 0.5) -> Plan:
 
 def ids_of(schema: Schema, batch: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randint(0, s.num_embeddings, (batch,), generator=generator) for s in schema], 1)
+    return torch.stack([torch.randint(0, s.num_embeddings, (batch,), generator=generator) for s in schema], 1).to(
+        DEVICE
+    )
 
 
 @METHODS
@@ -65,12 +68,12 @@ def test_vectors_and_gradients_are_those_of_the_definition(
 ) -> None:
     schema = Schema([FeatureSpec(f"C{i}", n, dim) for i, n in enumerate(sizes)])
     plan = plan_of(method, schema, part)
-    ours = EmbeddingCollection(schema, plan, backend="triton", sparse=sparse)
-    oracle = EmbeddingCollection(schema, plan, backend="reference").double()
+    ours = EmbeddingCollection(schema, plan, backend="triton", device=DEVICE, sparse=sparse)
+    oracle = EmbeddingCollection(schema, plan, backend="reference", device=DEVICE).double()
     ids = ids_of(schema, batch)
     got, wanted = ours(ids), oracle(ids)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     got.backward(upstream.float())
     wanted.backward(upstream)
     for (name, p), q in zip(ours.named_parameters(), oracle.parameters(), strict=True):
@@ -90,7 +93,7 @@ def assert_steps_agree(
         seen = ids_of(ours.schema, batch, step) if ids is None else ids
         got, wanted = ours(seen), oracle(seen)
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
-        upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).to(DEVICE)
         got.backward(upstream.float())
         wanted.backward(upstream)
     states = [f"_{key}" for key in (ours.optimizer.tensors if ours.optimizer else ())]
@@ -101,8 +104,8 @@ def assert_steps_agree(
 
 def pair(schema: Schema, plan: Plan | None, rule: FusedOptimizer) -> tuple[EmbeddingCollection, EmbeddingCollection]:
     """A collection that the kernels run, and its oracle."""
-    oracle = EmbeddingCollection(schema, plan, rule, backend="torch").double()
-    return EmbeddingCollection(schema, plan, rule, backend="triton"), oracle
+    oracle = EmbeddingCollection(schema, plan, rule, backend="torch", device=DEVICE).double()
+    return EmbeddingCollection(schema, plan, rule, backend="triton", device=DEVICE), oracle
 
 
 @METHODS
@@ -145,8 +148,8 @@ def test_long_runs_are_summed_over_many_pieces(width: int, monkeypatch: pytest.M
     monkeypatch.setattr(update, "_CUT", 16)
     schema = Schema([FeatureSpec("C1", 9, width), FeatureSpec("C2", 50, width)])
     # 8 sorts last of its table and 1 in the middle; both cover far more than the 16 chunks that are added up at once.
-    first = torch.tensor([8] * 70 + [1] * 90 + [0, 2, 2, 3, 3, 3, 3, 3])
-    ids = torch.stack([first, torch.arange(len(first)) % 50], 1)[torch.randperm(len(first))]
+    first = torch.tensor([8] * 70 + [1] * 90 + [0, 2, 2, 3, 3, 3, 3, 3], device=DEVICE)
+    ids = torch.stack([first, torch.arange(len(first), device=DEVICE) % 50], 1)[torch.randperm(len(first)).to(DEVICE)]
     assert_steps_agree(*pair(schema, None, rse.Adagrad(lr=0.1)), steps=2, batch=0, ids=ids)
 
 
@@ -188,24 +191,24 @@ def test_two_lookups_before_their_backwards(method: Any) -> None:
 @pytest.mark.parametrize("bad", [-1, 10, 2**31, 2**40, -(2**63), 2**63 - 1])
 def test_an_id_out_of_range_is_named_and_moves_nothing(bad: int) -> None:
     schema = Schema([FeatureSpec("good", 10, 4), FeatureSpec("bad", 10, 4)])
-    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton")
+    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE)
     before = coll.width4.clone()
     with pytest.raises(IdRangeError, match=rf"\[0, 10\); got {bad} \(feature 'bad'\)"):
-        coll(torch.tensor([[0, 0], [9, bad], [3, 3]]))
-    coll(torch.tensor([[0, 0]]))  # the fault is reported once
+        coll(torch.tensor([[0, 0], [9, bad], [3, 3]], device=DEVICE))
+    coll(torch.tensor([[0, 0]], device=DEVICE))  # the fault is reported once
     assert torch.equal(coll.width4, before)
 
 
 def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a lookup is still running when its call returns."""
     schema = Schema([FeatureSpec("a", 10, 4)])
-    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton")
+    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE)
     lookup = coll.bundle.fused["triton"].lookup
     before = coll.width4.clone()
     with monkeypatch.context() as late:
         late.setattr(lookup, "raise_faults", lambda device: None)
-        out = coll(torch.tensor([[3], [77]]))
-    assert torch.equal(out[1, 0], torch.zeros(4)), "an id without a row gives zeros"
+        out = coll(torch.tensor([[3], [77]], device=DEVICE))
+    assert torch.equal(out[1, 0], torch.zeros(4, device=DEVICE)), "an id without a row gives zeros"
     with pytest.raises(IdRangeError, match="got 77"):
         out.sum().backward()
     assert torch.equal(coll.width4, before)
@@ -214,12 +217,12 @@ def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_of_any_layout(dtype: torch.dtype) -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
-    coll = EmbeddingCollection(schema, backend="triton")
+    coll = EmbeddingCollection(schema, backend="triton", device=DEVICE)
     ids = ids_of(schema, 16).to(dtype)
-    wanted = EmbeddingCollection(schema, backend="torch")(ids)
+    wanted = EmbeddingCollection(schema, backend="torch", device=DEVICE)(ids)
     assert torch.equal(coll(ids), wanted)
     assert torch.equal(coll(ids.T.contiguous().T), wanted)
-    wide = torch.zeros(32, 5, dtype=dtype)
+    wide = torch.zeros(32, 5, dtype=dtype, device=DEVICE)
     wide[::2, 1:4:2] = ids
     assert torch.equal(coll(wide[::2, 1:4:2]), wanted)
     assert torch.equal(coll(ids[:1].expand(9, 2)), wanted[:1].expand(9, 2, 8))
@@ -245,15 +248,15 @@ def test_unseen_ids(policy: str, method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_add_up_in_thirty_two(method: Any, dtype: torch.dtype) -> None:
     schema = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 300, 8)])
-    ours = EmbeddingCollection(schema, plan_of(method, schema), backend="triton", dtype=dtype)
-    oracle = EmbeddingCollection(schema, ours.plan, backend="reference", dtype=dtype).double()
+    ours = EmbeddingCollection(schema, plan_of(method, schema), backend="triton", device=DEVICE, dtype=dtype)
+    oracle = EmbeddingCollection(schema, ours.plan, backend="reference", device=DEVICE, dtype=dtype).double()
     ids = ids_of(schema, 20)
     got, wanted = ours(ids), oracle(ids)
     assert got.dtype == dtype
     largest = float(wanted.detach().abs().max())
     if method.name not in ("mixeddim", "optembed", "dnis"):  # a projection is torch's, in 16 bits
         torch.testing.assert_close(got, wanted.to(dtype), rtol=0, atol=torch.finfo(dtype).eps * largest)
-    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).to(dtype)
     got.backward(upstream)
     wanted.backward(upstream.double())
     for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
@@ -267,13 +270,13 @@ def test_sixteen_bits_add_up_in_thirty_two(method: Any, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("start", [1.0, -0.3, 3e-6, 0.0])
 def test_small_steps_of_sixteen_bits_count_on_average(dtype: torch.dtype, start: float) -> None:
     schema = Schema([FeatureSpec("C1", 64, 64)])
-    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", dtype=dtype)
+    coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE, dtype=dtype)
     with torch.no_grad():
         coll.width64.fill_(start)
     first = float(coll.width64[0, 0])
     ulp = max(abs(first) * torch.finfo(dtype).eps, 2.0**-24 if dtype == torch.float16 else 1e-9)
     step = 0.3 * ulp
-    out = coll(torch.arange(64).unsqueeze(1))
+    out = coll(torch.arange(64, device=DEVICE).unsqueeze(1))
     out.backward(torch.full_like(out, -step, dtype=torch.float64).to(out.dtype))
     given = float(torch.tensor(step, dtype=torch.float64).to(dtype))
     values = coll.width64.double()
@@ -286,12 +289,12 @@ def test_small_steps_of_sixteen_bits_count_on_average(dtype: torch.dtype, start:
 def test_what_is_not_finite_stays_so() -> None:
     schema = Schema([FeatureSpec("C1", 3, 4)])
     for dtype in (torch.bfloat16, torch.float16):
-        coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", dtype=dtype)
+        coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE, dtype=dtype)
         with torch.no_grad():
-            coll.width4.copy_(torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.0]] * 3))
-        out = coll(torch.tensor([[0], [2]]))
+            coll.width4.copy_(torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.0]] * 3, device=DEVICE))
+        out = coll(torch.tensor([[0], [2]], device=DEVICE))
         out.backward(torch.ones_like(out))
-        assert torch.equal(coll.width4[0, :2], torch.tensor([torch.inf, -torch.inf], dtype=dtype))
+        assert torch.equal(coll.width4[0, :2], torch.tensor([torch.inf, -torch.inf], dtype=dtype, device=DEVICE))
         assert bool(coll.width4[0, 2].isnan())
         assert coll.width4[0, 3] == 0.0
 
@@ -301,10 +304,10 @@ def test_what_is_not_finite_stays_so() -> None:
 
 def test_what_the_kernels_do_not_do_runs_in_torch() -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
-    coll = EmbeddingCollection(schema, backend="triton")
+    coll = EmbeddingCollection(schema, backend="triton", device=DEVICE)
     ids = ids_of(schema, 6)
     out = coll(ids)
-    torch.testing.assert_close(coll(ids.T.reshape(-1), torch.arange(13)), out)
+    torch.testing.assert_close(coll(ids.T.reshape(-1), torch.arange(13, device=DEVICE)), out)
     torch.testing.assert_close(copy.deepcopy(coll).double()(ids), out.double())
     torch.testing.assert_close(torch.compile(coll, backend="eager", fullgraph=True)(ids), out)
 
@@ -312,13 +315,13 @@ def test_what_the_kernels_do_not_do_runs_in_torch() -> None:
 def test_copies_are_independent() -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
     plan = Plan.uniform(schema, "adaptive", budget="3KiB", full_below=1)
-    coll = EmbeddingCollection(schema, plan, rse.SGD(lr=1.0), backend="triton")
-    coll.assign_({"b": torch.arange(70)})
+    coll = EmbeddingCollection(schema, plan, rse.SGD(lr=1.0), backend="triton", device=DEVICE)
+    coll.assign_({"b": torch.arange(70, device=DEVICE)})
     ids = ids_of(schema, 16)
     before = coll(ids).detach().clone()
     twins = [copy.deepcopy(coll), pickle.loads(pickle.dumps(coll))]
     coll(ids).sum().backward()
-    coll.assign_({"b": torch.arange(70).flip(0)})
+    coll.assign_({"b": torch.arange(70, device=DEVICE).flip(0)})
     del coll
     for twin in twins:
         assert torch.equal(twin(ids), before)
@@ -329,7 +332,10 @@ def test_copies_are_independent() -> None:
 def test_a_checkpoint_of_another_backend_goes_on() -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
     rule = rse.Adam(lr=0.1)
-    elsewhere, here = EmbeddingCollection(schema, optimizer=rule, backend="torch"), pair(schema, None, rule)[0]
+    elsewhere, here = (
+        EmbeddingCollection(schema, optimizer=rule, backend="torch", device=DEVICE),
+        pair(schema, None, rule)[0],
+    )
     for step in range(2):
         elsewhere(ids_of(schema, 9, step)).square().sum().backward()
     here.load_state_dict(elsewhere.state_dict())
