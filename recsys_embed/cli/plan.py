@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,12 @@ WIDTH = 160
 
 
 def plan(
-    budget: Annotated[str, typer.Option("--budget", help="Bytes of all embedding tables together, e.g. 64MiB.")],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", help="Bytes of all embedding tables together, e.g. 64MiB; else what --world-size holds."
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Data folder: its features and how often ids occur.")
     ] = None,
@@ -72,6 +78,13 @@ def plan(
     evidence: Annotated[
         Path | None, typer.Option("--evidence", help="Folder of 'recsys-embed compare', to fit losses to.")
     ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", help="Say what goes where on so many devices; no --budget fills them."),
+    ] = None,
+    hosts: Annotated[int, typer.Option("--hosts", help="Machines that hold these devices.")] = 1,
+    hbm: Annotated[str, typer.Option("--hbm", help="Memory of a device.")] = "80GiB",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples per device and step.")] = 4096,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the plan: JSON to read, edit and train with.")
     ] = None,
@@ -82,6 +95,16 @@ def plan(
     from recsys_embed.train.files import write_text
 
     features, source, known = _features(data, schema, model, stats, embedding_dim)
+    cluster = None
+    if world_size is not None:
+        from recsys_embed.cli import _placement
+
+        cluster = _placement.cluster(world_size, hosts, hbm, batch_size)
+        if budget is None:
+            # All that the devices hold, state included.
+            budget, target = _placement.budget(cluster), "train"
+    if budget is None:
+        raise ConfigError("give --budget, or --world-size with --hbm for as much as these devices hold")
     limits: dict[str, Any] = {
         "pin": _pins(pin or []),
         "forbid": _forbidden(forbid or []),
@@ -106,10 +129,17 @@ def plan(
     changes = None if diff is None else describe_changes(read_plan(diff), made, features)
     if out is not None:
         write_text(out, made.to_json() + "\n")
+    where = None
+    if cluster is not None:
+        where = _placement.places(features, made, cluster, None if optimizer == "none" else optimizer)
     if as_json:
-        print(made.to_json())
+        print(
+            made.to_json() if where is None else json.dumps({**made.to_dict(), "placement": where.to_dict()}, indent=2)
+        )
     else:
         _show(features, made)
+        if where is not None:
+            _placement.show(where)
     for line in changes or ():
         print(line, file=sys.stderr if as_json else sys.stdout)
     if out is not None:

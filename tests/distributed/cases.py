@@ -313,3 +313,26 @@ def stop_in(group: Any, rank: int, world: int, data: str, settings: dict[str, An
     finally:
         ShardedTrainer._step = real  # type: ignore[method-assign]
     return "not stopped"
+
+
+def bytes_held(group: Any, rank: int, world: int, method: str, kind: Any, rule: str) -> dict[str, int]:
+    """Bytes of this rank's shards and optimizer state, and what the placement of the very same plan predicts."""
+    from recsys_embed.sharding.placement import Cluster, place
+
+    schema = schema_for()
+    plan = plan_for(schema, method)
+    coll = ShardableCollection(schema, plan, RULES[rule], device="meta")
+    kinds = kinds_for(coll, kind, world)
+    cluster = Cluster(world, device="cpu", batch_size=512)
+    predicted = place(schema, plan, cluster, optimizer=RULES[rule], kinds=kinds)
+    model = shard(coll, kinds, group=group, topology=cluster.topology())
+    optimizers = Optimizers(model, lambda params: torch.optim.SGD(params, lr=0.1))
+    held = sum(s.tensor.nbytes for s in coll.shards())
+    for states in optimizers.fused.state_dict()["state"].values():
+        for values in states.values():
+            held += sum(s.tensor.nbytes for s in values.local_shards())
+    for table in optimizers.tables:
+        for group_ in table.param_groups:
+            for parameter in group_["params"]:
+                held += sum(v.nbytes for v in table.state_of(parameter).values() if isinstance(v, Tensor))
+    return {"weights": held, "predicted": predicted.weights[rank]}
