@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the rows, one batch size, few rounds")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, help="turns that count; 11 by default, 5 with --quick")
     parser.add_argument("--cases", default="", help="names of cases, all by default")
     parser.add_argument("--skip", default="", help="names of contenders")
     given = parser.parse_args()
@@ -132,7 +133,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for case in cases:
             for batch in (8192,) if given.quick else (8192, 65536):
-                rows += run(case, batch, 5 if given.quick else 11, skip)
+                rows += run(case, batch, given.rounds or (5 if given.quick else 11), skip)
                 gc.collect()
                 for row in rows[-12:]:
                     if row["case"] == case.name and row["batch"] == batch:

@@ -120,6 +120,8 @@ def per_table(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
             own = shared.setdefault(key, module._parameters[table.name])
             module._parameters[table.name] = own
             own.detach().copy_(like.table(key))
+    # Torch's own default; said aloud, it is not warned of.
+    torch.sparse.check_sparse_tensor_invariants.disable()
     optimizer = torch.optim.Adagrad(modules.parameters(), lr=RATE)
     columns = [[i[:, j].contiguous() for j in range(len(case.sizes))] for i in ids]
 

@@ -4,8 +4,9 @@ Run: python benchmarks/gate.py MEASURED [--against benchmarks/results]
 
 Both folders hold files of the benchmarks; rows of equal case, sizes, threads, phase and contender are compared by their
 ratios, since times of another day or machine say little. A contender may have lost ground to ``native`` or gained some;
-it is what it gained that fails: 15 % in the geometric mean over the cases of one contender and phase, or 50 % in a
-single row. Rows of one side alone are counted and passed over; no common row at all fails too.
+it is what it gained that fails: 15 % in the geometric mean over the cases of one contender and phase (30 % where they
+are one or two), or 50 % in a single row. Rows of one side alone are counted and passed over; no common row at all fails
+too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MEAN_MARGIN, ROW_MARGIN = 1.15, 1.5
+MEAN_MARGIN, FEW_MARGIN, ROW_MARGIN = 1.15, 1.3, 1.5
 KEY = ("case", "dim", "batch", "rows", "threads", "phase", "contender")
 # What this library should not take longer for; all others are held against it the other way round.
 OURS = ("native", "native,", "adam")
@@ -51,7 +52,7 @@ def compare(before: dict[tuple[Any, ...], float], now: dict[tuple[Any, ...], flo
     for group, factors in sorted(groups.items(), key=str):
         mean = math.exp(sum(map(math.log, factors)) / len(factors))
         line = f"{' '.join(map(str, group))} threads: {'slower' if mean > 1 else 'faster'} by {abs(mean - 1):.1%}"
-        (failed if mean > MEAN_MARGIN else lines).append(line)
+        (failed if mean > (MEAN_MARGIN if len(factors) > 2 else FEW_MARGIN) else lines).append(line)
     for key, factor in sorted(common.items(), key=str):
         if factor > ROW_MARGIN:
             was, is_now = before[key], now[key]
