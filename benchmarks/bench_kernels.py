@@ -5,8 +5,9 @@ Run: python benchmarks/bench_kernels.py [--out FILE] [--quick] [--threads 1,2] [
 26 fields with the public Criteo Kaggle cardinalities, Zipf(1.05) ids, float32 tables, rowwise Adagrad, the tables of
 composed methods at a sixteenth of the bytes. Before it is timed, every contender's vectors are compared with the
 readable definition in float64, and after a step with those of the torch backend, where it follows the same rule.
-Contenders take turns, so that the machine's noise meets all alike; beside them a loop in C++ gathers the rows that the
-batch reads (``floor``). Times are nanoseconds per id, medians with 20th and 80th percentiles; ``ratio`` is the
+Phases are ``lookup`` (no gradients), ``forward`` (the lookup of a training step) and ``step`` (all of it). Contenders
+take turns, so that the machine's noise meets all alike; beside them a loop in C++ gathers the rows that the batch reads
+(``floor``). Times are nanoseconds per id, medians with 20th and 80th percentiles; ``ratio`` is the
 median over the turns of a time over that of this library's native kernels, and over the floor's for those themselves.
 """
 
@@ -68,6 +69,18 @@ def verify(case: Case, native: Any, contenders: dict[str, Contender], ids: Tenso
         assert not torch.equal(got.flatten(1), wanted), f"{case.name}, {name}: nothing was learned"
 
 
+def train(contender: Contender, turn: int, upstream: Tensor) -> dict[str, float]:
+    """Seconds of a training step: of its lookup, which prepares a backward, and of all of it."""
+    value, forward = timed(lambda: contender.forward(turn))
+
+    def rest() -> None:
+        value.backward(upstream.view(value.shape))
+        if contender.step is not None:
+            contender.step()
+
+    return {"forward": forward, "step": forward + timed(rest)[1]}
+
+
 def run(case: Case, batch: int, rounds: int, skip: set[str]) -> list[dict[str, Any]]:
     """One row per contender and phase."""
     ids = batches(case.sizes, batch, BATCHES)
@@ -76,31 +89,24 @@ def run(case: Case, batch: int, rounds: int, skip: set[str]) -> list[dict[str, A
     verify(case, native, contenders, ids[0], upstream)
     floor = floor_of(native, ids)
     times: dict[tuple[str, str], list[float]] = {}
-    names = [*contenders, "floor"]
+    units = [("floor", "lookup"), *((n, "lookup") for n in contenders)]
+    units += [(n, "train") for n, c in contenders.items() if c.trains]
+    gc.disable()
     for turn in range(rounds + WARMUP):
         k = turn % BATCHES
         found: dict[tuple[str, str], float] = {}
         # Each turn another one is first: whoever follows a slow one meets a cold cache.
-        for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-            if name == "floor":
-                found[name, "forward"] = timed(lambda k=k: floor(k))[1]
+        for name, phase in [*units[turn % len(units) :], *units[: turn % len(units)]]:
+            if phase == "train":
+                found |= {(name, p): t for p, t in train(contenders[name], k, upstream).items()}
                 continue
-            contender = contenders[name]
-            value, forward = timed(lambda c=contender, k=k: c.forward(k))
-            found[name, "forward"] = forward
-            if contender.trains:
-
-                def rest(value: Tensor = value, contender: Contender = contender) -> None:
-                    value.backward(upstream.view(value.shape))
-                    if contender.step is not None:
-                        contender.step()
-
-                found[name, "step"] = forward + timed(rest)[1]
-                del rest
-            del value
+            call = floor if name == "floor" else contenders[name].forward
+            with torch.no_grad():
+                found[name, phase] = timed(lambda call=call, k=k: call(k))[1]
         if turn >= WARMUP:
             for key, seconds in found.items():
                 times.setdefault(key, []).append(seconds * 1e9 / (batch * FIELDS))
+    gc.enable()
     about = {
         "case": case.name,
         "dim": case.dim,
@@ -110,7 +116,7 @@ def run(case: Case, batch: int, rounds: int, skip: set[str]) -> list[dict[str, A
     }
     return [
         {**about, "contender": name, "phase": phase, "unit": "ns per id"}
-        | summary(values, times[("native", phase) if name != "native" else ("floor", "forward")])
+        | summary(values, times[("native", phase) if name != "native" else ("floor", "lookup")])
         for (name, phase), values in times.items()
     ]
 

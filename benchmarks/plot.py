@@ -53,7 +53,9 @@ def panel(axes: Any, rows: list[dict[str, Any]], phase: str) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_title(
-        {"forward": "forward", "step": "forward, backward and rowwise Adagrad"}[phase], fontsize=10, loc="left"
+        {"lookup": "lookup, no gradients", "step": "forward, backward and rowwise Adagrad"}[phase],
+        fontsize=10,
+        loc="left",
     )
     scale(axes, [r["ratio"] for r in mine])
 
@@ -105,7 +107,7 @@ def main() -> None:
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     left = figure.add_subplot(grid[0, 0])
     right = figure.add_subplot(grid[0, 1], sharey=left)
-    panel(left, rows, "forward")
+    panel(left, rows, "lookup")
     panel(right, rows, "step")
     right.tick_params(labelleft=False)
     left.invert_yaxis()

@@ -55,13 +55,19 @@ def _kernels(what: str, **match: Any) -> Target:
     return Target(what, "kernels", match, **bounds)
 
 
+def _both(what: str, against: str, **match: Any) -> list[Target]:
+    """Of lookups without gradients, and of those of training steps."""
+    names = {"lookup": "lookup", "forward": "forward in training"}
+    return [_kernels(f"{what} {name} {against}", phase=phase, **match) for phase, name in names.items()]
+
+
 TARGETS = (
     _kernels("plain step / TBE, 2 threads", case="full", phase="step", contender="tbe", threads=2, at_least=1.5),
     _kernels("plain step / TBE, 1 thread", case="full", phase="step", contender="tbe", threads=1, at_least=1.15),
-    _kernels("plain forward over the floor", case="full", phase="forward", contender="native", at_most=1.5),
-    _kernels("composed forward / per table", case=COMPOSED, phase="forward", contender="per_table", at_least=6),
-    _kernels("composed forward / vectorised torch", case=COMPOSED, phase="forward", contender="torch", at_least=3),
-    _kernels("composed forward / index + TBE", case=COMPOSED, phase="forward", contender="index_tbe", at_least=2),
+    *_both("plain", "over the floor", case="full", contender="native", at_most=1.5),
+    *_both("composed", "/ per table", case=COMPOSED, contender="per_table", at_least=6),
+    *_both("composed", "/ vectorised torch", case=COMPOSED, contender="torch", at_least=3),
+    *_both("composed", "/ index + TBE", case=COMPOSED, contender="index_tbe", at_least=2),
     _kernels("composed step / per table", case=OTHERS, phase="step", contender="per_table", at_least=8),
     _kernels("product step / per table", case="compositional mul", phase="step", contender="per_table", at_least=5),
     _kernels("composed step / index + TBE", case=COMPOSED, phase="step", contender="index_tbe", at_least=1.5),

@@ -51,6 +51,7 @@ def test_contenders_compute_the_same_and_are_timed(
     assert {r["contender"] for r in rows} == names
     assert all(0 < r["time"]["p20"] <= r["time"]["median"] <= r["time"]["p80"] and r["ratio"] > 0 for r in rows)
     assert {(r["case"], r["dim"], r["batch"]) for r in rows} == {(case.name, 16, 520)}
+    assert {r["contender"] for r in rows if r["phase"] == "lookup"} == names
     assert {r["contender"] for r in rows if r["phase"] == "step"} == names - {"floor"}
 
 
@@ -132,7 +133,7 @@ def test_the_picture_is_drawn_from_the_rows(bench: Any, tmp_path: Path, monkeypa
     about = {"case": "full", "dim": 16, "batch": 8, "threads": 1, "unit": "ms"}
     rows = [
         {**about, "phase": p, "contender": c} | measure.summary([2.0, 3.0], [1.0, 1.0])
-        for p in ("forward", "step")
+        for p in ("lookup", "step")
         for c in ("native", "tbe", "torch")
     ]
     for name in ("kernels", "deepfm"):
