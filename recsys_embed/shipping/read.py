@@ -54,10 +54,11 @@ def load(
         verify: compare every tensor with its digest; False skips reading a huge file once more, and checks its
             structure only.
         mmap: map the file into memory; False reads it whole.
-        backend: what decodes rows on the CPU: ``"torch"``; FBGEMM for quantised rows where it is installed
-            (``"auto"``: the same numbers, several times faster); or ``"fbgemm"`` for those of all precisions but bf16,
-            with FBGEMM's table of remapped indices, 4 bytes per row, for tables with pruned rows. Rows narrower than 8
-            that share scales, and those of tables with pruned columns, are decoded by torch.
+        backend: what decodes rows on the CPU. ``"auto"``: the compiled kernels where all rows are kept, else FBGEMM for
+            quantised rows where it is installed. ``"torch"``: the same numbers, slower. ``"fbgemm"``: its inference
+            tables for all precisions but bf16, with its table of remapped indices, 4 bytes per row, for tables with
+            pruned rows; rows narrower than 8 that share scales, and those of tables with pruned columns, are decoded by
+            torch.
 
     Returns:
         The module; ``into`` where it was given.
