@@ -17,7 +17,7 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton test-gpu sanitize lint bench bench-peers bench-gate clean distclean
+.PHONY: help setup demo test test-triton test-gpu sanitize lint bench bench-gpu bench-peers bench-gate clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -48,6 +48,10 @@ test-triton: setup
 
 test-gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -m 'gpu or kernels' -p no:cacheprovider tests/gpu tests/triton $(ARGS)
+
+bench-gpu:
+	@mkdir -p runs/bench
+	PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/bench_gpu.py --out runs/bench/gpu.json $(ARGS)
 
 # The C++ runtime is loaded with the sanitizer's, which otherwise finds no exceptions to intercept.
 SANITIZE := -g -O1 -std=c++17 -fPIC -shared -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -fvisibility=hidden

@@ -1,4 +1,4 @@
-"""What only a GPU shows of its kernels: real sizes, bits that do not depend on scheduling, late errors, moving about."""
+"""What only a GPU shows of its kernels: real sizes, the same bits in every run, late errors, moving between devices."""
 
 from __future__ import annotations
 

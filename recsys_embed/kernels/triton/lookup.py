@@ -26,8 +26,8 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.program import LookupProgram
 
 _KINDS = ("DIGITS", "HASHES", "MURMURS", "RANGES", "BITMAPS", "SORTED", "IDENTITIES")
-# Elements that a program reads at once, and most columns of its tile.
-_TILE, _COLUMNS = 2048, 256
+# Elements that a program reads at once, most columns of its tile, and its warps.
+_TILE, _COLUMNS, _WARPS = 2048, 256, 4
 
 
 def power_of_two(n: int) -> int:
@@ -198,7 +198,7 @@ class TritonLookup:
                     device.jobs, device.probes, device.scales, self._storages(tables),
                     arrays.words, arrays.ranks, arrays.values, arrays.steps,
                     whole, found, whole if kept is None else kept, device.faults, jobs,
-                    **options, SAVE=keep, KEEP=kept is not None, num_warps=4,
+                    **options, SAVE=keep, KEEP=kept is not None, num_warps=_WARPS,
                 )  # fmt: skip
         return self._split(whole, batch), Kept(found, kept)
 
