@@ -11,7 +11,18 @@ from recsys_embed.sharding.checkpoint import load, save  # noqa: E402
 from recsys_embed.sharding.collection import ShardableCollection  # noqa: E402
 from recsys_embed.sharding.convert import from_single, to_single  # noqa: E402
 from recsys_embed.sharding.drop_in import CompressedEBC  # noqa: E402
+from recsys_embed.sharding.managed import ManagedEBC  # noqa: E402
 from recsys_embed.sharding.shard import shard  # noqa: E402
 from recsys_embed.sharding.stepping import Optimizers  # noqa: E402
 
-__all__ = ["CompressedEBC", "Optimizers", "ShardableCollection", "from_single", "load", "save", "shard", "to_single"]
+__all__ = [
+    "CompressedEBC",
+    "ManagedEBC",
+    "Optimizers",
+    "ShardableCollection",
+    "from_single",
+    "load",
+    "save",
+    "shard",
+    "to_single",
+]

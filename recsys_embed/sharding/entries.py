@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.types import ShardedModule
 
 from recsys_embed.bundle import LookupBundle
 from recsys_embed.collection import EmbeddingCollection
@@ -60,6 +61,10 @@ def weight_entries(model: nn.Module) -> Iterator[Entry]:
 def _state_without(module: nn.Module, paths: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Entries of the state dict of everything but the modules at ``paths``."""
     if prefix.rstrip(".") in paths:
+        return
+    if isinstance(module, ShardedModule):
+        # Another module that TorchRec has sharded: what it calls its state is whole in shape.
+        yield from module.state_dict(prefix=prefix).items()
         return
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     own |= {k: v for k, v in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
@@ -136,7 +141,11 @@ def state_entries(optimizers: Optimizers) -> Iterator[Entry]:
     owners = collections_in(optimizers.sharded)
     fused = optimizers.fused.state_dict()["state"]
     for name, states in fused.items():
-        path, slab = table_named(name, owners)
+        try:
+            path, slab = table_named(name, owners)
+        except KeyError:
+            yield from (Entry(f"fused/{name}:{key}", values) for key, values in states.items())
+            continue
         rule = owners[path].optimizer
         names = list(rule.state) if isinstance(rule, FusedOptimizer) else []
         for key, values in states.items():

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.cpu_rows import read_dense_rows
+from recsys_embed.sharding.managed import MOST_RANKS, ManagedEBC, ManagedSharder
 from recsys_embed.sharding.quiet import quiet
 from recsys_embed.sharding.sharders import Kind, collections_of, constraints_for, sharders
-from recsys_embed.sharding.shards import copy_in
+from recsys_embed.sharding.shards import copy_in, shards_of
 from recsys_embed.sharding.update import fuse, fuses
 
 RESERVED = 0.15
@@ -55,8 +57,11 @@ def shard(
     """
     device = torch.device(device)
     colls = collections_of(model)
-    if not colls:
-        raise ConfigError("the model holds no ShardableCollection or CompressedEBC; replace its embedding tables first")
+    managed = [m for m in model.modules() if isinstance(m, ManagedEBC)]
+    if not colls and not managed:
+        raise ConfigError(
+            "the model holds no ShardableCollection, CompressedEBC or ManagedEBC; replace its embedding tables first"
+        )
     if not dist.is_initialized():
         raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group")
     group = dist.GroupMember.WORLD if group is None else group
@@ -65,7 +70,11 @@ def shard(
     for coll in colls:
         if coll.optimizer is not None and fuses(coll.optimizer, device.type):
             fuse(coll.stored(), coll.optimizer)
+    for one in managed:
+        constraints |= managed_constraints(one, device.type, world)
     held = [weights_of(coll) for coll in colls]
+    laid = [[(slab, parameter.detach()) for slab, parameter in one.stored()] for one in managed]
+    able = [*sharders(), ManagedSharder()]
     with quiet():
         if plan is None:
             planner = EmbeddingShardingPlanner(
@@ -74,9 +83,13 @@ def shard(
                 constraints=constraints,
                 debug=False,
             )
-            plan = planner.collective_plan(model, sharders(), group)
+            plan = planner.collective_plan(model, able, group)
         sharded = DistributedModelParallel(
-            model, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders()
+            model,
+            env=ShardingEnv.from_process_group(group),
+            device=device,
+            plan=plan,
+            sharders=[*sharders(), ManagedSharder()],
         )
     read_dense_rows(sharded)
     for coll, weights in zip(colls, held, strict=True):
@@ -85,7 +98,36 @@ def shard(
         else:
             # TorchRec draws new weights where tables come from and go to CPUs.
             copy_in(coll.shards(), weights)
+    for one, tables in zip(managed, laid, strict=True):
+        slabs = {slab.key: slab for slab, _ in tables}
+        found = shards_of(one.managed._embedding_module, slabs)
+        copy_in(found, {slab.key: values for slab, values in tables})
     return sharded
+
+
+def managed_constraints(module: ManagedEBC, device_type: str, world_size: int) -> dict[str, ParameterConstraints]:
+    """Tables whose rows change hands are sharded by rows, each rank with its range of ids.
+
+    Raises:
+        ConfigError: no optimizer that runs inside backward on such a device, or rows that do not divide.
+    """
+    uneven = [s for s in module.schema if gcd(s.num_embeddings, MOST_RANKS) % world_size]
+    raise_faults(
+        [
+            f"`num_embeddings` must be a multiple of the number of processes, a power of 2; got {s.num_embeddings} for "
+            f"{world_size} (feature {s.name!r})"
+            for s in uneven
+        ],
+        "ManagedEBC",
+    )
+    if module.optimizer is None or not fuses(module.optimizer, device_type):
+        raise ConfigError(
+            f"ManagedEBC needs an `optimizer` that runs inside backward on {device_type} to be sharded, e.g. "
+            f"RowwiseAdagrad; got {module.optimizer}"
+        )
+    fuse(module.stored(), module.optimizer)
+    only = {"sharding_types": ["row_wise"], "compute_kernels": ["fused"]}
+    return {slab.name: ParameterConstraints(**only) for slab, _ in module.stored()}
 
 
 def weights_of(coll: ShardableCollection) -> dict[str, Tensor] | None:

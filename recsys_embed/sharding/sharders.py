@@ -20,7 +20,7 @@ from recsys_embed.sharding.update import fuses
 Kind = Literal["table_wise", "column_wise", "row_wise", "data_parallel"]
 
 
-class _BagSharder(EmbeddingBagCollectionSharder):
+class BagSharder(EmbeddingBagCollectionSharder):
     """Also offers row-wise sharding on CPUs, which gloo can do and the stock sharder leaves out."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -30,7 +30,7 @@ class _BagSharder(EmbeddingBagCollectionSharder):
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
     """What shards the two collections that hold physical tables."""
-    return [_BagSharder(), EmbeddingCollectionSharder()]
+    return [BagSharder(), EmbeddingCollectionSharder()]
 
 
 def collections_of(model: nn.Module) -> list[ShardableCollection]:
@@ -67,10 +67,8 @@ def kinds_of(
         why["column_wise"] = "its rule keeps one number per row, of which each rank would have its own"
     if not is_fused(coll, device_type):
         # TorchRec shards no table whose gradient is an ordinary one.
-        named = (
-            "no `optimizer`" if rule is None else f"an `optimizer`, {rule}, that fbgemm does not run on {device_type}"
-        )
-        why = dict.fromkeys(allowed, f"it has {named}")
+        lacks = "has no `optimizer`" if rule is None else f"follows {rule}, which fbgemm does not run on {device_type}"
+        why = dict.fromkeys(allowed, f"it {lacks}")
         allowed = ["data_parallel"]
     for key, slab in coll.slabs.items():
         kind = kinds if isinstance(kinds, str) else (kinds or {}).get(key, (kinds or {}).get(feature_of(key)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 import recsys_embed as rse
-from recsys_embed.sharding import CompressedEBC, Optimizers, ShardableCollection, load, save, shard
+from recsys_embed.sharding import CompressedEBC, ManagedEBC, Optimizers, ShardableCollection, load, save, shard
 from recsys_embed.sharding.sharders import splits_by_row
 
 SIZES = {"C1": 1000, "C2": 5000, "C3": 70, "C4": 300}
@@ -336,3 +336,105 @@ def bytes_held(group: Any, rank: int, world: int, method: str, kind: Any, rule: 
             for parameter in group_["params"]:
                 held += sum(v.nbytes for v in table.state_of(parameter).values() if isinstance(v, Tensor))
     return {"weights": held, "predicted": predicted.weights[rank]}
+
+
+def unbounded(seed: int, batch: int = 40, values: int = 60) -> KeyedJaggedTensor:
+    """One id per sample and feature, of any 64 bits; which ones are frequent drifts with the seed."""
+    g = torch.Generator().manual_seed(seed)
+    known = torch.randint(-(2**62), 2**62, (2, 4000), generator=torch.Generator().manual_seed(1))
+    picks = (torch.rand(2, batch, generator=g).square() * values).long() + 5 * seed
+    return KeyedJaggedTensor(["u", "v"], known.gather(1, picks).view(-1), lengths=torch.ones(2 * batch).long())
+
+
+def owners_and_rows(ebc: ManagedEBC) -> dict[str, tuple[Tensor, Tensor, list[Tensor]]]:
+    """Per table: the id that owns each local row, its weights, and its optimizer state."""
+    found = {}
+    mcc, bags = ebc.managed._managed_collision_collection, ebc.managed._embedding_module.embedding_bags
+    for table, module in mcc._managed_collision_modules.items():
+        weight = bags.get_parameter(f"{table}.weight").detach()
+        owner = torch.empty(len(weight), dtype=torch.int64)
+        owner[module._mch_remapped_ids_mapping - module._output_global_offset] = module._mch_sorted_raw_ids
+        if hasattr(ebc.managed, "_table_to_tbe_and_index"):
+            kernel, index = ebc.managed._table_to_tbe_and_index[table]
+            states = [s.view(len(weight), -1) for s in kernel.split_optimizer_states()[int(index)]]
+        else:
+            held = bags[table].weight
+            optimizers = [*getattr(held, "_in_backward_optimizers", []), *ebc.watched]
+            states = [v for o in optimizers for v in o.state[held].values() if isinstance(v, Tensor) and v.dim()]
+        found[table] = (owner, weight.clone(), [s.reshape(len(weight), -1).clone() for s in states])
+    return found
+
+
+def exchanges(before: Any, after: Any) -> dict[str, int]:
+    """Checks rows across a forward in training: new owners start afresh, the others keep everything."""
+    passed = {"kept": 0, "renewed": 0}
+    for table, (owner, weight, states) in after.items():
+        old_owner, old_weight, old_states = before[table]
+        same = owner == old_owner
+        assert torch.equal(weight[same], old_weight[same])
+        for state, old in zip(states, old_states, strict=True):
+            assert torch.equal(state[same], old[same])
+            assert not state[~same].any()
+        assert bool((weight[~same] != old_weight[~same]).any(1).all())
+        passed["kept"] += int(same.sum())
+        passed["renewed"] += int((~same).sum())
+    return passed
+
+
+def managed_rows(
+    group: Any, rank: int, world: int, rule: str, policy: str, steps: int = 12, form: str = "sharded"
+) -> dict[str, Any]:
+    schema = rse.Schema([rse.FeatureSpec("u", 32, 8, init="uniform:0.5"), rse.FeatureSpec("v", 48, 8, pooling="mean")])
+    ebc = ManagedEBC(schema, RULES[rule], policy=policy, interval=2, seed=1)
+    model: Any = ebc
+    if form == "sharded":
+        model = shard(nn.ModuleDict({"ebc": ebc}), group=group).module["ebc"]
+        ebc = model
+    elif form == "in_backward":
+        ebc.optimize()
+    optimizer = ebc.watch(torch.optim.Adam(ebc.parameters(), lr=0.05)) if form == "watched" else None
+    total = {"kept": 0, "renewed": 0, "trained": 0}
+    for number in range(steps):
+        before = owners_and_rows(ebc)
+        out = model(unbounded(world * number + rank))
+        passed = exchanges(before, owners_and_rows(ebc)) if number > 1 else {}
+        total = {k: n + passed.get(k, 0) for k, n in total.items()}
+        loss_of(out.values(), number).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        total["trained"] += sum(int(s.any()) for *_, states in owners_and_rows(ebc).values() for s in states)
+    model.eval()
+    again = [model(unbounded(3)).values().detach().clone() for _ in range(2)]
+    frozen = owners_and_rows(ebc)
+    model(unbounded(99))
+    exchanges(frozen, owners_and_rows(ebc))
+    now = owners_and_rows(ebc)
+    same_owner = all(torch.equal(now[table][0], owner) for table, (owner, *_) in frozen.items())
+    return {**total, "stable": torch.equal(*again), "frozen": same_owner, "out": again[0]}
+
+
+def managed_checkpoint(group: Any, rank: int, world: int, folder: str, reads: bool) -> Tensor:
+    """Trains and saves, or reads into a model that starts elsewhere; what known ids then give."""
+    ebc = ManagedEBC(rse.Schema([rse.FeatureSpec("u", 32, 8), rse.FeatureSpec("v", 48, 8)]), RULES["adagrad"],
+                     interval=1, seed=7 if reads else 1)  # fmt: skip
+    model: Any = shard(nn.Sequential(ebc, KeyedLinear()), group=group)
+    optimizers = Optimizers(model, lambda params: torch.optim.SGD(params, lr=1e-4))
+    for number in range(0 if reads else 6):
+        loss_of(model(unbounded(world * number + rank)), number).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+    if reads:
+        load(folder, model, optimizers, group=group)
+    else:
+        save(folder, model, optimizers, group=group)
+    return model.eval()(unbounded(4)).detach()
+
+
+class KeyedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 1)
+
+    def forward(self, vectors: Any) -> Tensor:
+        return self.layer(vectors.values())
