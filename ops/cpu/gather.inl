@@ -1,6 +1,13 @@
 // Vectors of ids: rows are found for a chunk of samples ahead of being read, so that they arrive meanwhile. Part of
 // kernels.inl.
 
+template <int WRITE = 0>
+static inline void prefetch(const void* address, i64 bytes) {
+#if defined(__GNUC__)
+  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at, WRITE);
+#endif
+}
+
 // Rows of one probe joined into `out`; absent ones count as `empty`. FACTOR: each row is first multiplied by factor[i].
 template <int W, int J, bool FACTOR>
 static void gather_rows(const float* table, const i32* rows, const float* factor, float empty, i64 n, i64 w, float* out,
@@ -115,13 +122,6 @@ static void gather_repeated(const float* table, const Probe& p, i64 join, const 
     const float v = rows[i] < 0 ? float(p.product) : factor ? table[rows[i]] * factor[i] : table[rows[i]];
     for (i64 k = 0; k < p.span; k++) join_into(o[k], v, join);
   }
-}
-
-template <int WRITE = 0>
-static inline void prefetch(const void* address, i64 bytes) {
-#if defined(__GNUC__)
-  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at, WRITE);
-#endif
 }
 
 // A chunk of one feature's ids and where its probes find them: `rows` holds, per probe, `size` rows of its table and
