@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recsys_embed.errors import BackendError, raise_faults
 from recsys_embed.kernels import fbgemm
-from recsys_embed.kernels.bag_step import BagCall, BagReader
+from recsys_embed.kernels.bag_rows import Block, Rows, call, divide, picked
+from recsys_embed.kernels.bag_step import BagReader
 from recsys_embed.kernels.fbgemm import LANES, TableBatch
 from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup
 from recsys_embed.optim import FusedOptimizer
@@ -52,50 +53,6 @@ def _unfit(program: LookupProgram) -> str:
     return ""
 
 
-class _Block(NamedTuple):
-    """Columns of a group's vectors: the sum of some of its reads.
-
-    Args:
-        group, span: which columns.
-        reads: place among the group's reads, and of the probes in it.
-        features: of the group.
-    """
-
-    group: int
-    span: tuple[int, int]
-    reads: list[tuple[int, list[int]]]
-    features: int
-
-
-def divide(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The table of each feature, as a range of rows: it holds what the feature reads, overlaps no other table, and
-    features of one table are neighbours. Rows of two tables would be updated twice.
-
-    >>> divide([(0, 5), (5, 9), (7, 12)])
-    [(0, 5), (5, 12), (5, 12)]
-    """
-    table = list(range(len(ranges)))
-    spans = {t: (*r, i, i) for i, (t, r) in enumerate(zip(table, ranges, strict=True))}
-    while True:
-        count = len(spans)
-        # By rows, then by the order of the features: what overlaps becomes one.
-        for low, high in ((0, 1), (2, 3)):
-            merged: dict[int, tuple[int, int, int, int]] = {}
-            names: dict[int, int] = {}
-            last = -1
-            for t, s in sorted(spans.items(), key=lambda item: item[1][low]):
-                touching = merged and s[low] < merged[last][high] + (low == 2)
-                if touching:
-                    m = merged[last]
-                    merged[last] = (min(m[0], s[0]), max(m[1], s[1]), min(m[2], s[2]), max(m[3], s[3]))
-                else:
-                    merged[t], last = s, t
-                names[t] = last
-            spans, table = merged, [names[t] for t in table]
-        if len(spans) == count:
-            return [spans[t][:2] for t in table]
-
-
 class BagLookup(VectorisedLookup):
     """Runs programs whose vectors are sums of rows; given a gather in place of a reader, as its parent does."""
 
@@ -107,7 +64,7 @@ class BagLookup(VectorisedLookup):
         optional: Sequence[bool] | None = None,
     ) -> None:
         super().__init__(programs, places, keys, optional)
-        self._blocks: dict[str, list[_Block]] = {}
+        self._blocks: dict[str, list[Block]] = {}
         ranges: dict[str, list[tuple[int, int]]] = {}
         for g, group in enumerate(self.groups):
             spans: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
@@ -118,8 +75,12 @@ class BagLookup(VectorisedLookup):
                         found.append((r, []))
                     found[-1][1].append(position)
             for span, reads in sorted(spans.items()):
-                storage = group.sets[reads[0][0]].read.storage
-                self._blocks.setdefault(storage, []).append(_Block(g, span, reads, len(group.features)))
+                storage, *others = {group.sets[r].read.storage for r, _ in reads}
+                if others:
+                    raise BackendError(
+                        f"backend 'fbgemm' adds rows of one storage; these lie in {storage} and {others}"
+                    )
+                self._blocks.setdefault(storage, []).append(Block(g, span, reads, len(group.features)))
                 for f in group.features:
                     tables = {
                         p.table for p, own in zip(programs[f].probes, programs[f].spans, strict=True) if own == span
@@ -137,7 +98,7 @@ class BagLookup(VectorisedLookup):
                 first, rows = [low for low, _ in divided], [high - low for low, high in divided]
                 self._tables[storage] = TableBatch(stop - start, first, rows)
                 sizes = [b.features for b in blocks]
-                self._starts[storage] = [x.view(-1, 1, 1) for x in self._tables[storage].first.split(sizes)]
+                self._starts[storage] = [*self._tables[storage].first.split(sizes)]
 
     def forward(
         self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather | BagReader
@@ -145,27 +106,69 @@ class BagLookup(VectorisedLookup):
         """As the parent's; a reader is asked once per storage, for all sums of its rows."""
         if not isinstance(gather, BagReader):
             return super().forward(ids, local, gather)
+        return self._sums(ids, local, gather, None if local is None else ())
+
+    def pooled(
+        self,
+        ids: Sequence[Tensor],
+        local: Sequence[Tensor],
+        reader: BagReader,
+        offsets: Sequence[Tensor],
+        factors: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """Per group, the sums over bags of combined vectors: ``[B, features of the group, combined_width]``.
+
+        Args:
+            ids, local: as :meth:`forward` has them with ``local``, feature after feature.
+            offsets: per group ``[features of the group * B + 1]``.
+            factors: per group ``[n]``, what the vector of each id is multiplied by; None for 1.
+        """
+        return self._sums(ids, local, reader, list(zip(offsets, factors, strict=True)))
+
+    def _sums(
+        self,
+        ids: Sequence[Tensor],
+        local: Sequence[Tensor] | None,
+        reader: BagReader,
+        bags: Sequence[tuple[Tensor, Tensor | None]] | None,
+    ) -> list[Tensor]:
+        """Of single ids where ``bags`` is None; of bags; or, where it is empty, a vector for each id of ``local``."""
         where, absent, requests = self._requests(ids, local)
         columns: list[dict[tuple[int, int], Tensor]] = [{} for _ in requests]
         for storage, blocks in self._blocks.items():
-            rows = [_picked(b.reads, [r for _, r in requests[b.group]]) for b in blocks]
-            factors = [self._factors(b, ids[b.group], where[b.group]) for b in blocks]
+            divided = storage in self._tables and (bags is None or len(bags) > 0)
+            tables = self._tables[storage] if divided else self._one(storage, reader.tables[storage])
+            found = []
+            for i, b in enumerate(blocks):
+                rows = picked(b.reads, [r for _, r in requests[b.group]])
+                factors = self._factors(b, ids[b.group], where[b.group])
+                offsets, start = None, self._starts[storage][i] if divided else None
+                if bags is None:
+                    rows, factors = rows.transpose(0, 1), None if factors is None else factors.transpose(0, 1)
+                    start = None if start is None else start.view(-1, 1, 1)
+                elif bags:
+                    (offsets, each), of = bags[b.group], where[b.group]
+                    start = None if start is None or of is None else start[of].unsqueeze(1)
+                    if each is not None:
+                        each = each.unsqueeze(1).expand(rows.shape)
+                        factors = each if factors is None else factors * each
+                found.append(Rows(rows, start, factors, offsets))
             partial = any(
                 absent[b.group] is not None or any(s.read.may_be_absent for s in self.groups[b.group].sets)
                 for b in blocks
             )
-            divided = local is None and storage in self._tables
-            tables = self._tables[storage] if divided else self._one(storage, gather.tables[storage])
-            starts = self._starts[storage] if divided else None
-            sums = gather(storage, _call(tables, rows, factors, starts, partial, local is None))
-            sizes = [b.features * (sums.shape[1] // tables.features) for b in blocks] if divided and tables else []
-            pieces = sums.split(sizes or [r.numel() // r.shape[-1] for r in rows], 1 if divided else 0)
-            for b, r, piece in zip(blocks, rows, pieces, strict=True):
-                width = b.span[1] - b.span[0]
-                if divided:
-                    piece = piece.view(r.shape[0], b.features, width)
-                elif local is None:
-                    piece = piece.view(b.features, r.shape[0], width).transpose(0, 1)
+            sums = reader(storage, call(tables, found, partial))
+            width = blocks[0].span[1] - blocks[0].span[0]
+            if bags is not None and not bags:
+                pieces = sums.split([r.rows.shape[0] for r in found])
+            elif divided:
+                flat = sums.split([b.features * width for b in blocks], 1)
+                pieces = [f.view(len(sums), b.features, width) for b, f in zip(blocks, flat, strict=True)]
+            else:
+                batch = len(sums) // sum(b.features for b in blocks)
+                flat = sums.split([b.features * batch for b in blocks])
+                pieces = [f.view(b.features, batch, width).transpose(0, 1) for b, f in zip(blocks, flat, strict=True)]
+            for b, piece in zip(blocks, pieces, strict=True):
                 columns[b.group][b.span] = piece
         return [self._joined(g, found) for g, found in enumerate(columns)]
 
@@ -177,7 +180,7 @@ class BagLookup(VectorisedLookup):
             self._whole[storage] = TableBatch(weight.shape[1], [0], [weight.shape[0]])
         return self._whole[storage]
 
-    def _factors(self, block: _Block, ids: Tensor, local: Tensor | None) -> Tensor | None:
+    def _factors(self, block: Block, ids: Tensor, local: Tensor | None) -> Tensor | None:
         """What a block's rows are multiplied by, of their shape; None where that is 1."""
         group = self.groups[block.group]
         sets = [group.sets[r] for r, _ in block.reads]
@@ -188,42 +191,10 @@ class BagLookup(VectorisedLookup):
             signs = None if s.signs is None else group._signs(s, ids, local).squeeze(-1).float()
             shape = (*ids.shape, len(s.slots))
             found.append(torch.full(shape, s.scale) if signs is None else signs * s.scale)
-        return _picked(block.reads, found)
+        return picked(block.reads, found)
 
     def _joined(self, g: int, columns: Mapping[tuple[int, int], Tensor]) -> Tensor:
         parts = [columns[span] for span in sorted(columns)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         padding = self.groups[g].template.padding
         return F.pad(out, (0, padding)) if padding else out
-
-
-def _picked(reads: Sequence[tuple[int, list[int]]], values: Sequence[Tensor]) -> Tensor:
-    """Of values per read ``[..., probes]``, those of a block: ``[..., its rows]``."""
-    parts = [values[r] if len(at) == values[r].shape[-1] else values[r][..., at] for r, at in reads]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def _call(
-    tables: TableBatch | None,
-    rows: Sequence[Tensor],
-    factors: Sequence[Tensor | None],
-    starts: Sequence[Tensor] | None,
-    partial: bool,
-    single: bool,
-) -> BagCall:
-    """What to read of a storage, feature after feature where rows are ``[B, features, n]``."""
-    ordered = [r.transpose(0, 1) for r in rows] if single else list(rows)
-    own = ordered if starts is None else [r - s for r, s in zip(ordered, starts, strict=True)]
-    flat = torch.cat([r.reshape(-1) for r in own])
-    weights = None
-    if any(f is not None for f in factors):
-        full = [torch.ones(r.shape) if f is None else f for r, f in zip(rows, factors, strict=True)]
-        weights = torch.cat([(f.transpose(0, 1) if single else f).reshape(-1) for f in full])
-    if partial:
-        present = [r >= 0 for r in ordered]
-        lengths = torch.cat([p.sum(-1).reshape(-1) for p in present])
-        kept = torch.cat([p.reshape(-1) for p in present])
-        flat, weights = flat[kept], None if weights is None else weights[kept]
-    else:
-        lengths = torch.cat([torch.full((r.numel() // r.shape[-1],), r.shape[-1]) for r in ordered])
-    return BagCall(tables, flat, F.pad(lengths.cumsum(0), (1, 0)), weights)

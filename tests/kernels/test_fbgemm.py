@@ -18,7 +18,7 @@ import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BackendError, IdRangeError
 from recsys_embed.kernels import dispatch, fbgemm
-from recsys_embed.kernels.bag_lookup import divide
+from recsys_embed.kernels.bag_rows import divide
 from recsys_embed.kernels.precision import Layout
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import get_method
@@ -42,7 +42,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("freqcut", {}),
 ]
 EACH = pytest.mark.parametrize("method", PLANS, ids=lambda m: "-".join([m[0], *map(str, m[1].values())]))
-RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1)]
+RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1, eps=1e-2), rse.RowwiseAdagrad(lr=0.1)]
 RULE = pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 
 
@@ -175,6 +175,39 @@ def test_per_sample_weights_learn_too() -> None:
         grads += [weights.grad, coll.width8.detach()]
     torch.testing.assert_close(grads[0], grads[2])
     torch.testing.assert_close(grads[1], grads[3])
+
+
+@EACH
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+@pytest.mark.parametrize("dim", [8, 6])
+def test_bags_are_added_up_as_they_are_read(
+    method: Any, pooling: Any, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights included, and several threads; where it pools by itself torch has nothing left to pool."""
+    schema = schema_of(dim, pooling=pooling, unseen="zero")
+    plan = plan_of(method, schema)
+    # A small epsilon would make a whole step of what remains of gradients that cancel.
+    rule = rse.Adagrad(lr=0.1, eps=1e-2)
+    ours, oracle = (EmbeddingCollection(schema, plan, rule, backend=b) for b in ("fbgemm", "torch"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for step in range(3):
+            ids, offsets = bags_of(schema, 200, step)
+            ids[torch.rand(len(ids), generator=torch.Generator().manual_seed(step)) < 0.1] = 10**9
+            weights = (torch.rand(len(ids)),) if pooling == "sum" and step else ()
+            wanted = oracle(ids, offsets, *weights)
+            with monkeypatch.context() as without:
+                without.setattr("recsys_embed.bundle.pool_vectors", None)
+                got = ours(ids, offsets, *weights)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+            upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(step))
+            got.backward(upstream)
+            wanted.backward(upstream)
+        for name in ours.storages:
+            torch.testing.assert_close(getattr(ours, name), getattr(oracle, name), rtol=2e-4, atol=2e-5)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_several_lookups_before_their_backwards() -> None:
