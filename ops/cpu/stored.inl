@@ -28,6 +28,7 @@ typedef uint8_t Bytes8 __attribute__((vector_size(8), aligned(1), may_alias));
 typedef uint8_t Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t Halves8 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t Halves16 __attribute__((vector_size(32), aligned(1), may_alias));
+typedef i32 Ints16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef u32 Words16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef Lanes<16>::V Floats16;
 
@@ -40,10 +41,11 @@ static inline Floats16 halves(const unsigned char* from) {
 }
 
 static inline Floats16 codes_of(i64 kind, const unsigned char* codes, i64 k) {
-  if (kind == INT8) return __builtin_convertvector(*reinterpret_cast<const Bytes16*>(codes + k), Floats16);
+  auto floats = [](Bytes16 b) { return __builtin_convertvector(__builtin_convertvector(b, Ints16), Floats16); };
+  if (kind == INT8) return floats(*reinterpret_cast<const Bytes16*>(codes + k));
   const Halves8 pairs = __builtin_convertvector(*reinterpret_cast<const Bytes8*>(codes + k / 2), Halves8);
   const Halves8 apart = (pairs | pairs << 4) & 0x0F0F;
-  return __builtin_convertvector((Bytes16)apart, Floats16);
+  return floats((Bytes16)apart);
 }
 
 static inline i64 decode_whole(i64 kind, const unsigned char* from, i64 count, float* out) {
