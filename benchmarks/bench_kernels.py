@@ -81,19 +81,45 @@ def train(contender: Contender, turn: int, upstream: Tensor) -> dict[str, float]
     return {"forward": forward, "step": forward + timed(rest)[1]}
 
 
-def run(case: Case, batch: int, rounds: int, skip: set[str]) -> list[dict[str, Any]]:
-    """One row per contender and phase."""
-    ids = batches(case.sizes, batch, BATCHES)
+def run(case: Case, sizes: tuple[int, ...], rounds: int, skip: set[str]) -> list[dict[str, Any]]:
+    """One row per batch size, contender and phase."""
+    ids = [i for batch in sizes for i in batches(case.sizes, batch, BATCHES)]
     native, contenders = build(case, ids, skip)
-    upstream = torch.randn(batch, FIELDS * case.dim, generator=torch.Generator().manual_seed(0)) * 1e-2
-    verify(case, native, contenders, ids[0], upstream)
+    upstreams = [torch.randn(n, FIELDS * case.dim, generator=torch.Generator().manual_seed(0)) * 1e-2 for n in sizes]
+    verify(case, native, contenders, ids[0], upstreams[0])
     floor = floor_of(native, ids)
+    rows = []
+    for i, (batch, upstream) in enumerate(zip(sizes, upstreams, strict=True)):
+        times = take_turns(contenders, floor, range(i * BATCHES, (i + 1) * BATCHES), upstream, rounds)
+        times = {key: [t * 1e9 / (batch * FIELDS) for t in values] for key, values in times.items()}
+        about = {
+            "case": case.name,
+            "dim": case.dim,
+            "batch": batch,
+            "rows": sum(t.rows for t in native.tables.values()),
+            "threads": torch.get_num_threads(),
+        }
+        for (name, phase), values in times.items():
+            over = times["native", phase] if name != "native" else times["floor", "lookup"]
+            row = {**about, "contender": name, "phase": phase, "unit": "ns per id"}
+            rows.append(row | summary(values, over))
+    return rows
+
+
+def take_turns(
+    contenders: dict[str, Contender],
+    floor: Callable[[int], None],
+    which: range,
+    upstream: Tensor,
+    rounds: int,
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds by contender and phase, in each round; ``which`` are the numbers of the batches."""
     times: dict[tuple[str, str], list[float]] = {}
     units = [("floor", "lookup"), *((n, "lookup") for n in contenders)]
     units += [(n, "train") for n, c in contenders.items() if c.trains]
     gc.disable()
     for turn in range(rounds + WARMUP):
-        k = turn % BATCHES
+        k = which[turn % len(which)]
         found: dict[tuple[str, str], float] = {}
         # Each turn another one is first: whoever follows a slow one meets a cold cache.
         for name, phase in [*units[turn % len(units) :], *units[: turn % len(units)]]:
@@ -105,20 +131,9 @@ def run(case: Case, batch: int, rounds: int, skip: set[str]) -> list[dict[str, A
                 found[name, phase] = timed(lambda call=call, k=k: call(k))[1]
         if turn >= WARMUP:
             for key, seconds in found.items():
-                times.setdefault(key, []).append(seconds * 1e9 / (batch * FIELDS))
+                times.setdefault(key, []).append(seconds)
     gc.enable()
-    about = {
-        "case": case.name,
-        "dim": case.dim,
-        "batch": batch,
-        "rows": sum(t.rows for t in native.tables.values()),
-        "threads": torch.get_num_threads(),
-    }
-    return [
-        {**about, "contender": name, "phase": phase, "unit": "ns per id"}
-        | summary(values, times[("native", phase) if name != "native" else ("floor", "lookup")])
-        for (name, phase), values in times.items()
-    ]
+    return times
 
 
 def main() -> None:
@@ -138,12 +153,12 @@ def main() -> None:
     for threads in map(int, given.threads.split(",")):
         torch.set_num_threads(threads)
         for case in cases:
-            for batch in (8192,) if given.quick else (8192, 65536):
-                rows += run(case, batch, given.rounds or (5 if given.quick else 11), skip)
-                gc.collect()
-                for row in rows[-12:]:
-                    if row["case"] == case.name and row["batch"] == batch:
-                        print(row, file=sys.stderr)
+            sizes = (8192,) if given.quick else (8192, 65536)
+            found = run(case, sizes, given.rounds or (5 if given.quick else 11), skip)
+            gc.collect()
+            rows += found
+            for row in found:
+                print(row, file=sys.stderr)
     report("kernels", rows)
 
 

@@ -71,8 +71,8 @@ def tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
     )
     _copy(like, tables.split_embedding_weights())
     flat = [i.T.contiguous().view(-1) for i in ids]
-    offsets = torch.arange(len(flat[0]) + 1)
-    return Contender(lambda turn: tables(flat[turn], offsets))
+    offsets = [torch.arange(len(f) + 1) for f in flat]
+    return Contender(lambda turn: tables(flat[turn], offsets[turn]))
 
 
 def fused_ebc(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
@@ -94,10 +94,11 @@ def fused_ebc(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
     )
     _copy(like, list(tables.state_dict().values()))
     flat = [i.T.contiguous().view(-1) for i in ids]
-    ones, offsets = torch.ones(len(flat[0]), dtype=torch.int64), torch.arange(len(flat[0]) + 1)
+    ones, offsets = [torch.ones_like(f) for f in flat], [torch.arange(len(f) + 1) for f in flat]
 
     def forward(turn: int) -> Tensor:
-        return tables(KeyedJaggedTensor(keys=keys, values=flat[turn], lengths=ones, offsets=offsets)).values()
+        given = KeyedJaggedTensor(keys=keys, values=flat[turn], lengths=ones[turn], offsets=offsets[turn])
+        return tables(given).values()
 
     return Contender(forward)
 
@@ -151,7 +152,7 @@ def index_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
     composed = [isinstance(like.plan[s.name], CompositionalConfig) for s in like.schema]
     order = sorted(range(len(composed)), key=lambda i: not composed[i])
     features = [like.schema.features[i] for i in order]
-    count, dim, batch = sum(composed), case.dim, len(ids[0])
+    count, dim = sum(composed), case.dim
     plan = Plan(
         {
             s.name: Factors(**{f.name: getattr(like.plan[s.name], f.name) for f in fields(Factors)})
@@ -166,7 +167,7 @@ def index_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
     moved = [i[:, order] for i in ids]
 
     def forward(turn: int) -> Tensor:
-        read = coll(moved[turn])
+        batch, read = len(moved[turn]), coll(moved[turn])
         first, second = read[:, : count * 2 * dim].view(batch, count, 2, dim).unbind(2)
         return torch.cat([(first * second).flatten(1), read[:, count * 2 * dim :]], 1).view(batch, len(order), dim)
 

@@ -69,10 +69,11 @@ def floor_of(coll: EmbeddingCollection, batches: list[Tensor]) -> Callable[[int]
     tables = {name: allocate(*shape, torch.device("cpu"), torch.float32) for name, shape in _shapes(coll).items()}
     for name, table in tables.items():
         table.copy_(getattr(coll, name).detach())
-    outs = [torch.empty(len(rows) * width) for _, rows, width in wanted[0]]
+    largest = max(wanted, key=lambda found: len(found[0][1]))
+    outs = [torch.empty(len(rows) * width) for _, rows, width in largest]
 
     def run(turn: int) -> None:
-        for (storage, rows, width), out in zip(wanted[turn % len(wanted)], outs, strict=True):
+        for (storage, rows, width), out in zip(wanted[turn], outs, strict=True):
             gather(tables[storage], rows, out, width)
 
     return run
