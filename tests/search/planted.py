@@ -41,7 +41,7 @@ class Planted:
             ids[rare, list(RANKS).index("tail")] = torch.randint(IDS, TAIL, (int(rare.sum()),), generator=g)
             dense = torch.randn(n, NUMBERS, generator=g)
             numbers = sum(self.latent[name][ids[:, f]] for f, name in enumerate(RANKS))
-            logit = 1.0 * (numbers * dense).sum(1)
+            logit = (numbers * dense).sum(1)
             self.parts[split] = Batch(dense, ids, (torch.rand(n, generator=g) < logit.sigmoid()).float())
         self.splits = {split: len(part.label) for split, part in self.parts.items()}
         self.digest = f"planted {seed} {rows}"
