@@ -24,6 +24,8 @@ from recsys_embed.kernels.native_lookup import SingleLookup
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.records import supported
 from recsys_embed.kernels.stored import StoredTables
+from recsys_embed.kernels.triton import status
+from recsys_embed.kernels.triton.deferred import DeferredLookup
 from recsys_embed.kernels.unseen import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, absent_ids, project
 from recsys_embed.memory import Footprint
@@ -126,6 +128,7 @@ class CompressedEmbedding(nn.Module):
         self._native: SingleLookup | None = None
         if supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
+            self._triton = DeferredLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
@@ -227,14 +230,18 @@ class CompressedEmbedding(nn.Module):
         return project(out, self.table(name), "ni,io->no") if name else out
 
     def _native_lookup(self, ids: Tensor) -> Tensor | None:
-        """Combined vectors by the native kernels, None where these cannot run."""
+        """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
         if self._native is None:
             return None
         if self.served is not None:
             stored = self.served.direct(self._native.tables)
             return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)
         tables = [self.table(name) for name in self._native.tables]
-        return self._native(ids, tables, self.sparse) if runs_on(ids, tables) else None
+        if runs_on(ids, tables):
+            return self._native(ids, tables, self.sparse)
+        if status.runs_on(ids, tables):
+            return self._triton(ids.unsqueeze(1), tables, sparse=self.sparse)[0]
+        return None
 
     def before_pool(self, ids: Tensor) -> Tensor:
         """What bags pool: one row per resolved id ``[n]``; the vectors themselves unless a method says otherwise."""

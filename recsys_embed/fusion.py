@@ -15,6 +15,7 @@ from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep, look_up
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.kernels.records import Slot, supported
+from recsys_embed.kernels.triton.deferred import DeferredLookup
 from recsys_embed.kernels.vectorised import Place, project
 
 if TYPE_CHECKING:
@@ -150,12 +151,10 @@ class FusedBundle:
 
 
 class TritonBundle(FusedBundle):
-    """On GPUs. Triton loads where this is built, so only where it runs."""
+    """On GPUs."""
 
     def _build(self, names: Sequence[str], *arguments: Any) -> None:
-        from recsys_embed.kernels.triton.lookup import TritonLookup
-
-        self.lookup = TritonLookup(names, *arguments)
+        self._look_up = DeferredLookup(names, *arguments)
 
     def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
         return False
@@ -169,9 +168,7 @@ class TritonBundle(FusedBundle):
     def _outputs(
         self, bundle: LookupBundle, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
     ) -> tuple[Tensor, ...]:
-        from recsys_embed.kernels.triton.autograd import look_up as look_up_there
-
-        return look_up_there(self.lookup, ids, tables, step=step, sparse=sparse)
+        return self._look_up(ids, tables, step=step, sparse=sparse)
 
 
 BUNDLES: Mapping[str, type[FusedBundle]] = {"native": FusedBundle, "triton": TritonBundle}

@@ -68,8 +68,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: Any) -> None:
     """All launches of a lookup and its backward."""
-    from recsys_embed.kernels.triton.autograd import look_up
-
     plan = (
         Plan.uniform(SCHEMA, method, budget="4MiB", full_below=1, **params) if method != "full" else Plan.full(SCHEMA)
     )
@@ -81,7 +79,7 @@ def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: A
     fused = TritonBundle(coll.bundle, places, {name: tuple(getattr(coll, name).shape) for name in coll.storages})
     ids = torch.zeros(50, 2, dtype=torch.int64)
     tables = [getattr(coll, name) for name in coll.storages]
-    outputs = look_up(fused.lookup, ids, tables, step=coll._native_step if optimizer else None)
+    outputs = fused._look_up(ids, tables, step=coll._native_step if optimizer else None)
     torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
 
 

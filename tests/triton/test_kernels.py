@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
-from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, embedding
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer
@@ -203,7 +203,7 @@ def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPat
     """As on a GPU, where a lookup is still running when its call returns."""
     schema = Schema([FeatureSpec("a", 10, 4)])
     coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE)
-    lookup = coll.bundle.fused["triton"].lookup
+    lookup = coll.bundle.fused["triton"]._look_up.lookup
     before = coll.width4.clone()
     with monkeypatch.context() as late:
         late.setattr(lookup, "raise_faults", lambda device: None)
@@ -344,3 +344,24 @@ def test_a_checkpoint_of_another_backend_goes_on() -> None:
         coll(ids_of(schema, 9, 2)).square().sum().backward()
     torch.testing.assert_close(here.width8, elsewhere.width8)
     torch.testing.assert_close(here.width8_exp_avg, elsewhere.width8_exp_avg)
+
+
+@METHODS
+def test_drop_ins_run_them_too(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "runs_on", lambda ids, tables: False)  # the CPU's kernels
+    spec = FeatureSpec("embedding", 90, 4)
+    need = method.config_cls.sized(spec, 1).footprint(spec).serve
+    options = {} if method.name == "full" else {"budget": max(need, 90 * 4 * 2)}
+    ours = rse.make_embedding(method.name, 90, 4, device=DEVICE, **options)
+    oracle = copy.deepcopy(ours).double()
+    ids = torch.randint(0, 90, (13, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    got, wanted = ours(ids), oracle(ids)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    got.square().sum().backward()
+    wanted.square().sum().backward()
+    for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
+    # Plain tables have torch's own lookup, with all of its options.
+    assert (ours._triton._made is None) == (method.name == "full")
+    assert oracle._triton._made is None
+    torch.testing.assert_close(copy.deepcopy(ours)(ids), got)

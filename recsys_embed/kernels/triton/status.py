@@ -26,13 +26,17 @@ def why_not() -> str | None:
     """In words why the kernels cannot run; None where they can."""
     if not interpreted() and not torch.cuda.is_available():
         return "torch sees no CUDA device" if torch.version.cuda else "torch is a build without CUDA"
-    if not interpreted() and torch.cuda.get_device_capability() < (7, 5):
-        return f"{torch.cuda.get_device_name()} is older than the GPUs that triton compiles for"
     try:
         require("triton", extra="triton", purpose="backend 'triton'")
     except MissingDependencyError as e:
         return str(e)
     return None
+
+
+@cache
+def _compiles_for(device: torch.device) -> bool:
+    """Whether triton knows the GPU; asked only about one in use, since asking sets CUDA up."""
+    return torch.cuda.get_device_capability(device) >= (7, 5)
 
 
 def require_triton() -> None:
@@ -59,4 +63,4 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
             return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return interpreted() or all(t.data_ptr() % 16 == 0 for t in tables)
+    return interpreted() or (_compiles_for(device) and all(t.data_ptr() % 16 == 0 for t in tables))

@@ -1,0 +1,60 @@
+"""Lookups that are made where they first run, so that what holds them travels to machines without triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.records import Slot
+from recsys_embed.kernels.vectorised import Place
+from recsys_embed.program import LookupProgram
+
+if TYPE_CHECKING:
+    from recsys_embed.kernels.triton.lookup import TritonLookup
+
+
+class DeferredLookup:
+    """A :class:`TritonLookup` of the same arguments, of which copies and pickles hold the arguments alone."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+        self._made: TritonLookup | None = None
+
+    @classmethod
+    def single(cls, name: str, program: LookupProgram, index: IndexStore, optional: bool) -> Self:
+        """Of one program over tables of its own, as a drop-in runs it.
+
+        Args:
+            name: of the feature.
+            program: the kernels know its transforms.
+            index: of the program.
+            optional: the id -1 is none.
+        """
+        tables = [t for t in program.tables if not t.dense]
+        places = {t.name: Place(t.name, 0) for t in tables}
+        shapes = {t.name: (t.rows, t.width) for t in tables}
+        width = program.combined_width
+        return cls([name], [program], [places], index, shapes, [Slot(0, 0)], [width], [0], [-1], [optional])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeferredLookup, self._arguments
+
+    @property
+    def lookup(self) -> TritonLookup:
+        """The lookup, made at the first call."""
+        if self._made is None:
+            from recsys_embed.kernels.triton.lookup import TritonLookup
+
+            self._made = TritonLookup(*self._arguments)
+        return self._made
+
+    def __call__(
+        self, ids: Tensor, tables: Sequence[Tensor], *, step: Any = None, sparse: bool = False
+    ) -> tuple[Tensor, ...]:
+        """See :func:`recsys_embed.kernels.triton.autograd.look_up`."""
+        from recsys_embed.kernels.triton.autograd import look_up
+
+        return look_up(self.lookup, ids, tables, step=step, sparse=sparse)
