@@ -57,8 +57,8 @@ def available_backends() -> list[BackendStatus]:
             "fbgemm",
             fbgemm.why_not() is None,
             fbgemm.why_not()
-            or "its tables on the CPU, for vectors that are sums of float32 rows; by name only, since native, which "
-            "'auto' takes, measures faster and does the rest too",
+            or "its tables on the CPU, for vectors that are sums of float32 rows; by name only: native, which 'auto' "
+            "takes, does the rest too",
         ),
     ]
 
@@ -90,7 +90,7 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
     if backend == "fbgemm":
         fbgemm.require_fbgemm()
     if backend == "auto":
-        # Never fbgemm: with all of its rules native measures faster, from 1.1 times on for plain tables.
+        # Never fbgemm: beside it in benchmarks/bench_kernels.py native is as fast in one thread and faster in several.
         wanted = "triton" if device is not None and device.type == "cuda" else "native"
         return cast("Chosen", wanted if wanted in kernels(backend, optimizer) else "torch")
     return cast("Chosen", backend)
