@@ -372,3 +372,28 @@ def test_rows_that_do_not_exist_are_refused_before_the_kernel() -> None:
     with pytest.raises(IndexError, match=r"rows must be in \[0, 100\)"):
         reader(data, torch.tensor([100]))
     assert reader.remapped(data[:2], torch.tensor([0, 0]), places).eq(0).all(), "all of a small table"
+
+
+@pytest.mark.parametrize("kind", ["INT8", "INT4", "FP16"])
+def test_pruned_tables_are_read_as_its_own_module_reads_them(kind: str) -> None:
+    from fbgemm_gpu.split_embedding_configs import SparseType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+
+    layout = Layout(kind.lower(), 16)
+    data = layout.encode(torch.randn(300, 16))
+    places = torch.full((1000,), -1, dtype=torch.int32)
+    places[torch.randperm(1000)[:300].sort()[0]] = torch.arange(300, dtype=torch.int32)
+    theirs = IntNBitTableBatchedEmbeddingBagsCodegen(
+        [("t", 300, 16, getattr(SparseType, kind), EmbeddingLocation.HOST)],
+        device="cpu",
+        output_dtype=SparseType.FP32,
+        index_remapping=[places],
+        row_alignment=1,
+    )
+    theirs.initialize_weights()
+    theirs.split_embedding_weights(split_scale_shifts=False)[0][0].copy_(data.view(torch.uint8))
+    rows = torch.randint(0, 1000, (700,))
+    got = fbgemm.RowReader(layout).remapped(data, rows, places)
+    assert torch.equal(got, theirs(rows.int(), torch.arange(701, dtype=torch.int32)))
+    assert bool((got == 0).all(1).eq(places[rows] < 0).all()), "absent rows are zeros, and no others"
