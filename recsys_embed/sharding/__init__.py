@@ -10,7 +10,7 @@ require("torchrec", extra="torchrec", purpose="sharding")
 from recsys_embed.sharding.checkpoint import load, save  # noqa: E402
 from recsys_embed.sharding.collection import ShardableCollection  # noqa: E402
 from recsys_embed.sharding.convert import from_single, to_single  # noqa: E402
-from recsys_embed.sharding.drop_in import CompressedEBC  # noqa: E402
+from recsys_embed.sharding.drop_in import CompressedEBC, schema_of  # noqa: E402
 from recsys_embed.sharding.managed import ManagedEBC  # noqa: E402
 from recsys_embed.sharding.shard import shard  # noqa: E402
 from recsys_embed.sharding.stepping import Optimizers  # noqa: E402
@@ -23,6 +23,7 @@ __all__ = [
     "from_single",
     "load",
     "save",
+    "schema_of",
     "shard",
     "to_single",
 ]

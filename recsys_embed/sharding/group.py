@@ -21,6 +21,7 @@ from recsys_embed.train.metrics import BinaryMetrics, Metrics
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: the first one alone counts metrics and writes files."""
 TIME_TO_SAY = 10.0
+_inside: list[bool] = []
 _FIRST_FAULT = "recsys_embed/first_fault"
 
 
@@ -54,6 +55,10 @@ def job(device: torch.device) -> Iterator[None]:
     The process whose fault came first raises it; where one vanished without a word, the first to miss it raises
     LostProcessError. The others leave silently with status 3, and torchrun ends what is left.
     """
+    if _inside:
+        # A trial of a search, whose own job says what becomes of a fault.
+        yield
+        return
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(f"{name} is not set; start with: torchrun --nproc-per-node N -m recsys_embed train ...")
@@ -62,6 +67,7 @@ def job(device: torch.device) -> Iterator[None]:
     started = not dist.is_initialized()
     if started:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    _inside.append(True)
     try:
         yield
     except KeyboardInterrupt:
@@ -77,6 +83,7 @@ def job(device: torch.device) -> Iterator[None]:
             ) from e
         raise
     finally:
+        _inside.pop()
         if started and dist.is_initialized():
             # Nothing is waited for: a group that lost a member would wait for ever.
             dist.destroy_process_group()

@@ -438,3 +438,42 @@ class KeyedLinear(nn.Module):
 
     def forward(self, vectors: Any) -> Tensor:
         return self.layer(vectors.values())
+
+
+def search_run(group: Any, rank: int, world: int, data: str, settings: dict[str, Any], storage: str) -> int:
+    """A worker of a study: its first process asks and reports, all train; a trial that cannot be is one that failed."""
+    import optuna
+
+    from recsys_embed.data import open_dataset
+    from recsys_embed.errors import BudgetError
+    from recsys_embed.sharding.run import run_sharded
+    from recsys_embed.sharding.trials import search_together
+    from recsys_embed.train.config import TrainConfig
+
+    trained = []
+
+    def train(config: TrainConfig) -> Any:
+        outcome = run_sharded(config, open_dataset(data), save_model=False)
+        trained.append(config.learning_rate)
+        return outcome
+
+    def lead(run: Any) -> None:
+        study = optuna.load_study(study_name="s", storage=study_storage(storage))
+
+        def objective(trial: Any) -> float:
+            rate = trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)
+            budget = "8B" if len(trained) == 1 and not trial.study.user_attrs.get("failed") else "20KiB"
+            trial.study.set_user_attr("failed", budget == "8B" or bool(trial.study.user_attrs.get("failed")))
+            config = TrainConfig.from_dict({**settings, "learning_rate": rate, "budget": budget})
+            return run(config).result.test.auc
+
+        study.optimize(objective, n_trials=3, catch=(BudgetError,))
+
+    search_together(lead, train)
+    return len(trained)
+
+
+def study_storage(path: str) -> Any:
+    import optuna
+
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
