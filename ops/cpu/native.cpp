@@ -32,8 +32,21 @@ void parallel(i64 threads, F&& fn) {
     fn(0, 1);
     return;
   }
-  runtime.parallel([](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(runtime.thread(), runtime.team()); }, &fn,
-                   unsigned(threads), 0);
+  // No exception may leave a thread of the team: the caller's thread throws it again.
+  struct Region {
+    std::remove_reference_t<F>* fn;
+    bool failed;
+  } region = {&fn, false};
+  auto run = [](void* data) {
+    Region& r = *static_cast<Region*>(data);
+    try {
+      (*r.fn)(runtime.thread(), runtime.team());
+    } catch (const std::bad_alloc&) {
+      __atomic_store_n(&r.failed, true, __ATOMIC_RELAXED);
+    }
+  };
+  runtime.parallel(run, &region, unsigned(threads), 0);
+  if (region.failed) throw std::bad_alloc();
 }
 
 // Memory of one backward. Blocks stay for the next one: new pages cost as much as the work done in them.

@@ -1,0 +1,127 @@
+// Runs the kernels in four threads under a thread sanitizer, and checks that results are those of one thread, bit for
+// bit: g++ -fsanitize=thread -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi check_threads.cpp && ./a.out
+#include "native.cpp"
+
+#include <cstdio>
+#include <thread>
+
+namespace {
+
+thread_local int own_number = 0;
+int team_size = 1;
+
+void run_parallel(void (*fn)(void*), void* data, unsigned threads, unsigned) {
+  team_size = int(threads);
+  std::vector<std::thread> team;
+  for (unsigned t = 0; t < threads; t++)
+    team.emplace_back([=] {
+      own_number = int(t);
+      fn(data);
+    });
+  for (std::thread& t : team) t.join();
+}
+
+constexpr i64 ROWS = 5000, WIDTH = 16, BATCH = 3000, FEATURES = 3;
+
+Transform hashed(i64 salt) {
+  Transform t{};
+  t.kind = HASH, t.salt = salt, t.size = ROWS, t.stride = 1;
+  return t;
+}
+
+Probe probe(i64 storage, i64 width, i64 column, i64 span, i64 join, i64 salt) {
+  Probe p{};
+  p.storage = storage, p.rows = ROWS, p.width = width, p.column = column, p.span = span, p.run = 1, p.join = join;
+  p.weight_storage = -1, p.scale = 1, p.rows_of = hashed(salt);
+  return p;
+}
+
+// All that one training run leaves: vectors of every step, tables, state.
+std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
+  std::vector<Probe> probes = {probe(0, WIDTH, 0, WIDTH, STORE, 1), probe(0, WIDTH, 0, WIDTH, STORE, 2),
+                               probe(0, WIDTH, 0, WIDTH, MUL, 3), probe(1, 1, 0, WIDTH, STORE, 4)};
+  probes[1].product = probes[2].product = 1;
+  probes[2].kept = WIDTH, probes[3].kept = 2 * WIDTH;
+  probes[3].run = WIDTH, probes[3].has_sign = 1, probes[3].sign = 7;
+  std::vector<Feature> features(FEATURES);
+  for (i64 f = 0; f < FEATURES; f++) {
+    features[f].ids = f, features[f].limit = -1, features[f].column = f * WIDTH, features[f].width = WIDTH;
+    features[f].first = f == 0 ? 0 : f == 1 ? 1 : 3, features[f].probes = f == 1 ? 2 : 1, features[f].plain = f == 0;
+  }
+  features[2].mean = 1;
+  std::vector<float> tables[2] = {std::vector<float>(ROWS * WIDTH), std::vector<float>(ROWS)};
+  std::vector<float> states[2][2];
+  std::vector<i32> last[2];
+  u64 seed = 1;
+  auto random = [&] { return seed = seed * 6364136223846793005ull + 1442695040888963407ull, seed >> 33; };
+  for (int s = 0; s < 2; s++) {
+    for (float& x : tables[s]) x = float(random() % 2001) / 1000 - 1;
+    for (auto& state : states[s]) state.assign(tables[s].size(), 0.f);
+    last[s].assign(ROWS, 0);
+  }
+  std::vector<float> found;
+  std::vector<double> sizes, epsilons;
+  for (i64 step = 1; step <= 3; step++) {
+    std::vector<i64> offsets = {0};
+    for (i64 b = 0; b < FEATURES * BATCH; b++) offsets.push_back(offsets.back() + (bags ? i64(random() % 4) : 1));
+    const i64 count = offsets.back();
+    std::vector<i64> ids(count);
+    for (i64& id : ids) id = i64(random() % (1 << (random() % 14)));
+    std::vector<float> out(BATCH * FEATURES * WIDTH), gradient(out.size()), kept(std::max(count, BATCH) * 3 * WIDTH);
+    for (float& g : gradient) g = float(random() % 2001) / 1000 - 1;
+    float* storages[2] = {tables[0].data(), tables[1].data()};
+    const i64 widths[2] = {WIDTH, 1};
+    Matrix vectors{out.data(), FEATURES * WIDTH}, upstream{gradient.data(), FEATURES * WIDTH};
+    Call c{};
+    c.features = features.data(), c.probes = probes.data(), c.feature_count = FEATURES, c.probe_count = i64(probes.size());
+    c.ids = ids.data(), c.batch = BATCH, c.sample_stride = 1, c.feature_stride = BATCH;
+    c.offsets = bags ? offsets.data() : nullptr;
+    c.storages = storages, c.storage_widths = widths, c.storage_count = 2, c.outputs = &vectors, c.output_count = 1;
+    c.kept = {kept.data(), 3 * WIDTH}, c.threads = threads;
+    sizes.push_back(0.01 / double(step)), epsilons.push_back(1e-8);
+    Update updates[2] = {};
+    auto prepare = [&](i64 to) {
+      for (int s = 0; s < 2; s++) {
+        Update& u = updates[s];
+        u.rule = rule, u.beta1 = 0.9, u.beta2 = 0.999, u.decay = 0.01, u.sizes = sizes.data(), u.epsilons = epsilons.data();
+        u.step = to, u.rows = ROWS, u.last = lazy ? last[s].data() : nullptr;
+        u.first = lazy ? 0 : to - 1, u.sizes += lazy ? 0 : to - 1, u.epsilons += lazy ? 0 : to - 1;
+        for (int i = 0; i < 2; i++) u.state[i] = states[s][i].data();
+      }
+    };
+    prepare(step - 1);
+    if (lazy && rse_backward(&c, updates, 1) != DONE) std::abort();
+    if (rse_forward(&c) != DONE) std::abort();
+    found.insert(found.end(), out.begin(), out.end());
+    c.outputs = &upstream;
+    prepare(step);
+    if (rse_backward(&c, updates, 0) != DONE) std::abort();
+    if (lazy && step == 3)
+      for (int s = 0; s < 2; s++) rse_settle(&updates[s], storages[s], widths[s], threads);
+  }
+  for (int s = 0; s < 2; s++) {
+    found.insert(found.end(), tables[s].begin(), tables[s].end());
+    for (auto& state : states[s]) found.insert(found.end(), state.begin(), state.end());
+  }
+  return found;
+}
+
+}  // namespace
+
+int main() {
+  rse_set_runtime(reinterpret_cast<void*>(run_parallel), reinterpret_cast<void*>(+[] { return own_number; }),
+                  reinterpret_cast<void*>(+[] { return team_size; }));
+  int wrong = 0;
+  for (const Variant& variant : variants) {
+    if (!rse_select(variant.name)) continue;
+    for (i64 rule : {SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM})
+      for (bool bags : {false, true})
+        for (bool lazy : {false, true}) {
+          const bool same = train(1, rule, bags, lazy) == train(4, rule, bags, lazy);
+          wrong += !same;
+          if (!same) std::printf("%s, rule %d, bags %d, lazy %d: other bits\n", variant.name, int(rule), bags, lazy);
+        }
+  }
+  std::printf("%s\n", wrong ? "threads change results" : "four threads: the bits of one");
+  return wrong != 0;
+}
