@@ -95,11 +95,15 @@ def call(tables: TableBatch | None, blocks: Sequence[Rows], partial: bool) -> Ba
     Args:
         partial: some rows may be -1.
     """
-    flat = torch.cat([(b.rows if b.start is None else b.rows - b.start).reshape(-1) for b in blocks])
+    parts = [(b.rows if b.start is None else b.rows - b.start).reshape(-1) for b in blocks]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     weights = None
     if any(b.factors is not None for b in blocks):
         full = [torch.ones(b.rows.shape) if b.factors is None else b.factors for b in blocks]
         weights = torch.cat([f.reshape(-1) for f in full])
+    counts = {b.rows.shape[-1] for b in blocks}
+    if not partial and len(counts) == 1 and all(b.offsets is None for b in blocks):
+        return BagCall(tables, flat, torch.arange(0, len(flat) + 1, counts.pop()), weights)
     lengths = torch.cat([b.lengths(partial) for b in blocks])
     if partial:
         kept = torch.cat([(b.rows >= 0).reshape(-1) for b in blocks])
