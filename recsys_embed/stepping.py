@@ -91,7 +91,8 @@ class SteppedTables(nn.Module):
         if self.optimizer is None:
             return
         self._paces[storage].advance(self.optimizer, self._lr)
-        apply_update(self.optimizer, getattr(self, storage), self._state(storage), rows, grad, self._paces[storage])
+        weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
+        apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._paces[storage], kernels)
 
     @property
     def _native_step(self) -> NativeStep:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from recsys_embed.kernels import native
 from recsys_embed.kernels.pace import Pace, catch_up
+from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, sum_duplicates
 
 
@@ -61,6 +63,7 @@ def apply_update(
     rows: Tensor,
     grad: Tensor,
     pace: Pace,
+    kernels: bool = False,
 ) -> None:
     """One exact step in place on the rows of ``weight`` and ``state`` that occur in ``rows``.
 
@@ -70,8 +73,16 @@ def apply_update(
         rows: int64 ``[n]``, duplicates allowed.
         grad: ``[n, width]``.
         pace: advanced to this step.
+        kernels: may be those of the GPU; else torch's operations.
     """
     if rows.numel() == 0:
+        return
+    if kernels and native.knows(optimizer) and status.runs_on(rows, [weight]):
+        from recsys_embed.kernels.triton.rows import update_rows
+
+        if optimizer.rows == "all":
+            catch_up(optimizer, weight, state, rows.unique(), pace, pace.step - 1)
+        update_rows(optimizer, weight, state, rows, grad, pace)
         return
     # Half-precision weights are updated in float32, so that small sums and state survive.
     work = torch.promote_types(weight.dtype, torch.float32)

@@ -19,6 +19,7 @@ from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer
 
 update = pytest.importorskip("recsys_embed.kernels.triton.update", exc_type=ImportError)
+rows = pytest.importorskip("recsys_embed.kernels.triton.rows", exc_type=ImportError)
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
 METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
@@ -344,6 +345,24 @@ def test_a_checkpoint_of_another_backend_goes_on() -> None:
         coll(ids_of(schema, 9, 2)).square().sum().backward()
     torch.testing.assert_close(here.width8, elsewhere.width8)
     torch.testing.assert_close(here.width8_exp_avg, elsewhere.width8_exp_avg)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("method", ["full", "compositional", "robe"])
+def test_bags_are_updated_by_the_kernels(method: str, rule: FusedOptimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = Schema([FeatureSpec("C1", 40, 4), FeatureSpec("C2", 300, 4, pooling="mean")])
+    plan = Plan.full(schema) if method == "full" else Plan.uniform(schema, method, budget=2000, full_below=1)
+    ours, oracle = pair(schema, plan, rule)
+    calls: list[str] = []
+    whole = rows.update_rows
+    monkeypatch.setattr(rows, "update_rows", lambda *given: (calls.append("called"), whole(*given)))
+    values, offsets = torch.tensor([3, 3, 39, 0, 3, 7, 299, 7], device=DEVICE), torch.tensor([0, 2, 2, 4, 5, 7, 8])
+    for _ in range(3):
+        for coll in (ours, oracle):
+            coll(values, offsets.to(DEVICE)).square().sum().backward()
+    assert len(calls) == 3 * len(ours.storages), "of the collection in float32 alone"
+    for name in ours.storages:
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(oracle, name), rtol=2e-4, atol=2e-5)
 
 
 @METHODS

@@ -53,7 +53,8 @@ class _Device(NamedTuple):
     faults: Tensor
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the GPU that a tensor is on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -192,7 +193,7 @@ class TritonLookup:
         options = self._options
         tiles = -(-batch // options["TILE"])
         if tiles:
-            with _on(ids):
+            with on_device(ids):
                 forward_kernel.forward[(tiles * jobs, self._blocks)](
                     ids, *ids.stride(), batch,
                     device.jobs, device.probes, device.scales, self._storages(tables),
@@ -252,7 +253,7 @@ class TritonLookup:
         if ids.shape[0] == 0:
             return
         all_sorted = torch.are_deterministic_algorithms_enabled()
-        with _on(ids):
+        with on_device(ids):
             source = self._source(ids, gradients, kept)
             for number, reads in self._reads:
                 target = Target.step(optimizer, tables[number], states[number], paces[number], number)
@@ -287,7 +288,7 @@ class TritonLookup:
                 rows = torch.empty(1, 0, dtype=torch.int64, device=table.device)
                 out.append(_coalesced(rows, empty, table) if sparse else torch.zeros_like(table))
                 continue
-            with _on(ids):
+            with on_device(ids):
                 out.append(self._sparse(reads, kept.found, source, table) if sparse else
                            self._dense(reads, kept.found, source, table))  # fmt: skip
         return out

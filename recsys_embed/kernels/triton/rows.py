@@ -1,0 +1,43 @@
+"""Fused updates of rows that torch's operations have found: what bags do on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from recsys_embed.kernels.pace import Pace
+from recsys_embed.kernels.triton.fields import JOB, PROBE, READ, SORTED, Tables
+from recsys_embed.kernels.triton.lookup import on_device
+from recsys_embed.kernels.triton.update import Source, StorageReads, Target
+from recsys_embed.optim import FusedOptimizer
+
+
+@lru_cache(maxsize=64)
+def _reads(width: int) -> StorageReads:
+    """One read, whose gradients ``[n, width]`` stand in order."""
+    read = {"storage": 0, "base": 0, "rows": 0, "own": 0, "at": 0, "stride": width, "column": 0, "run": 1}
+    reads = np.array([[{**read, "path": SORTED, "buffer": -1}[name] for name in READ]], np.int64)
+    none = np.zeros((0, 0), np.int64)
+    one, nothing = np.ones(1, np.float32), np.zeros(0, np.float32)
+    return StorageReads(Tables(none[:, : len(JOB)], none[:, : len(PROBE)], nothing, reads, one, 0, 0), 0, 1, width)
+
+
+def update_rows(
+    optimizer: FusedOptimizer, weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, grad: Tensor, pace: Pace
+) -> None:
+    """One exact step in place; see :func:`recsys_embed.kernels.fused.apply_update`, whose arguments these are.
+
+    All rows are up to date. The same bits in every run.
+    """
+    reads = _reads(weight.shape[1])
+    grad = grad.contiguous()
+    source = reads.all_sources(Source(rows, rows, grad, grad))
+    with on_device(weight):
+        target = Target.step(optimizer, weight, state, pace, 0)
+        reads.sort_and_sum(rows.to(torch.int32), len(rows), source, 0, target)
+    increment_version([weight, *state.values()])
