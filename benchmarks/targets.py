@@ -73,6 +73,7 @@ TARGETS = (
     _kernels("composed step / index + TBE", case=COMPOSED, phase="step", contender="index_tbe", at_least=1.5),
     Target("batch 16, microseconds", "serving", {"phase": "latency", "contender": "native"}, at_most=50, absolute=True),
     Target("batch 16 / TBE", "serving", {"phase": "latency", "contender": "tbe"}, at_least=10),
+    Target("batch 16 / index + TBE", "serving", {"phase": "latency", "contender": "index_tbe"}, at_least=10),
     Target("hash, ns per id", "serving", {"phase": "hash", "contender": "cost"}, at_most=2, absolute=True),
     Target("DeepFM 1 M, GEMM alone / step", "deepfm", {"case": "deepfm 1 M", "contender": "gemm"}, at_least=0.75),
     Target("DeepFM 30 M / 1 M", "deepfm", {"case": "deepfm 1 M", "contender": "native, 30 M"}, at_most=1.2),
