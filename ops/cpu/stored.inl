@@ -1,17 +1,16 @@
 // Rows at lower precision, decoded as they are read: for serving. Part of kernels.inl.
 
 // Subnormal halves become normal floats by an addition that rounds nothing: processors are slow on subnormal floats.
+// Without branches, so that the next row is asked for before this one has come.
 static inline float half_to_float(uint16_t h) {
-  const u32 size = h & 0x7FFF, sign = u32(h & 0x8000) << 16;
-  u32 bits = (size << 13) + (size >= 0x7C00 ? 224u << 23 : 112u << 23);
+  const u32 size = h & 0x7FFF, special = 0u - u32(size >= 0x7C00), small = 0u - u32(size < 0x400);
+  const u32 normal = (size << 13) + (112u << 23) + (special & (112u << 23)), raised = size | 0x3F000000u;
   float f;
-  if (size < 0x400) {
-    const u32 raised = size | 0x3F000000u;
-    std::memcpy(&f, &raised, 4);
-    f -= 0.5f;
-    std::memcpy(&bits, &f, 4);
-  }
-  bits |= sign;
+  std::memcpy(&f, &raised, 4);
+  f -= 0.5f;
+  u32 bits;
+  std::memcpy(&bits, &f, 4);
+  bits = (small & bits) | (~small & normal) | u32(h & 0x8000) << 16;
   std::memcpy(&f, &bits, 4);
   return f;
 }
@@ -40,6 +39,10 @@ static inline Floats16 halves(const unsigned char* from) {
   return (Floats16)((small & raised) | (~small & normal) | (h & 0x8000) << 16);
 }
 
+static inline Floats16 brain_halves(const unsigned char* from) {
+  return (Floats16)(__builtin_convertvector(*reinterpret_cast<const Halves16*>(from), Words16) << 16);
+}
+
 static inline Floats16 codes_of(i64 kind, const unsigned char* codes, i64 k) {
   auto floats = [](Bytes16 b) { return __builtin_convertvector(__builtin_convertvector(b, Ints16), Floats16); };
   if (kind == INT8) return floats(*reinterpret_cast<const Bytes16*>(codes + k));
@@ -54,7 +57,7 @@ static inline i64 decode_whole(i64 kind, const unsigned char* from, i64 count, f
     for (; k + 16 <= count; k += 16) Lanes<16>::store(out + k, halves(from + 2 * k));
   else if (kind == BF16)
     for (; k + 16 <= count; k += 16)
-      Lanes<16>::store(out + k, (Floats16)(__builtin_convertvector(*reinterpret_cast<const Halves16*>(from + 2 * k), Words16) << 16));
+      Lanes<16>::store(out + k, brain_halves(from + 2 * k));
   else if (kind != FP32) {
     const float scale = half_to_float(read_16(from)), bias = half_to_float(read_16(from + 2));
     for (; k + 16 <= count; k += 16) Lanes<16>::store(out + k, codes_of(kind, from + 4, k) * scale + bias);
@@ -99,14 +102,57 @@ static inline const unsigned char* stored_row(const Call& c, i64 storage, i64 ro
   return reinterpret_cast<const unsigned char*>(c.storages[storage]) + row * c.storage_bytes[storage];
 }
 
+#if defined(__GNUC__)
+// Rows of 16, 32, ... elements, decoded in registers and joined with what is there.
+template <i64 KIND>
+static void gather_sixteens(const Call& c, const Probe& p, i64 join, const i32* rows, const float* factor, i64 n,
+                            float* out, i64 stride) {
+  const float empty = float(p.product);
+  for (i64 i = 0; i < n; i++) {
+    float* o = out + i * stride;
+    if (rows[i] < 0) {
+      if (join == STORE) std::fill_n(o, p.width, empty);
+      continue;
+    }
+    const unsigned char* row = stored_row(c, p.storage, rows[i]);
+    const bool codes = KIND == INT8 || KIND == INT4;
+    const float scale = codes ? half_to_float(read_16(row)) : 1.f, bias = codes ? half_to_float(read_16(row + 2)) : 0.f;
+    for (i64 k = 0; k < p.width; k += 16) {
+      Floats16 v;
+      if (KIND == FP16) v = halves(row + 2 * k);
+      else if (KIND == BF16) v = brain_halves(row + 2 * k);
+      else v = codes_of(KIND, row + 4, k) * scale + bias;
+      if (factor) v *= factor[i];
+      if (join == ADD) v = Lanes<16>::load(o + k) + v;
+      if (join == MUL) v = Lanes<16>::load(o + k) * v;
+      Lanes<16>::store(o + k, v);
+    }
+  }
+}
+#endif
+
 // A probe's values of n ids from a storage that does not hold floats.
 static void gather_stored(const Call& c, const Probe& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                           i64 n, float* out, i64 stride) {
   const i64 kind = kind_of(c, p.storage), read = p.run * p.width;
-  std::vector<float> memory(read);
   // Asked for together: decoding one row is too much work for the processor to look ahead to the next.
+  const i64 bytes = c.storage_bytes[p.storage] * p.run;
   for (i64 i = 0; i < n; i++)
-    if (rows[i] >= 0) prefetch(stored_row(c, p.storage, rows[i]), c.storage_bytes[p.storage] * p.run);
+    if (rows[i] >= 0) {
+      const unsigned char* row = stored_row(c, p.storage, rows[i]);
+      prefetch(row, bytes);
+      prefetch(row + bytes - 1, 1);  // rows begin anywhere in a line
+    }
+#if defined(__GNUC__)
+  if (p.run == 1 && p.span == p.width && p.width % 16 == 0) {
+    const auto gather = kind == FP16   ? gather_sixteens<FP16>
+                        : kind == BF16 ? gather_sixteens<BF16>
+                        : kind == INT8 ? gather_sixteens<INT8>
+                                       : gather_sixteens<INT4>;
+    return gather(c, p, join, rows, factor, n, out, stride);
+  }
+#endif
+  std::vector<float> memory(read);
   for (i64 i = 0; i < n; i++) {
     float* o = out + i * stride;
     if (rows[i] < 0) {
