@@ -203,18 +203,20 @@ def torchrec_models(group: Any, rank: int, world: int, name: str, method: str, k
 class Net(nn.Module):
     """A collection and a dense layer."""
 
-    def __init__(self, collection: nn.Module) -> None:
+    def __init__(self, collection: Any) -> None:
         super().__init__()
         self.embedding = collection
         torch.manual_seed(1)
-        self.top = nn.Linear(16, 1)
+        self.top = nn.Linear(collection.output_dim, 1)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.top(self.embedding(ids).tanh().sum(1)).squeeze(-1)
 
 
-def net(kind: str, method: str, rule: str, pool: str, group: Any, world: int, seed: int = 3) -> tuple[Any, Optimizers]:
-    schema = schema_for()
+def net(
+    kind: str, method: str, rule: str, pool: str, group: Any, world: int, seed: int = 3, dim: int = 16
+) -> tuple[Any, Optimizers]:
+    schema = schema_for((dim,))
     coll = ShardableCollection(schema, plan_for(schema, method), RULES[rule], pool=pool, seed=seed, device="meta")
     model = shard(Net(coll), kinds_for(coll, kind, world), group=group)
     return model, Optimizers(model, lambda params: torch.optim.Adam(params, lr=0.01))

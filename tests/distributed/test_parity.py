@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 import recsys_embed as rse
+from recsys_embed.sharding import ShardableCollection
+from tests.distributed.cases import plan_for, schema_for
 from tests.distributed.workers import Workers
 
 METHODS = [m.name for m in rse.list_methods()]
@@ -99,3 +101,11 @@ def test_forms_of_methods(workers: Workers, method: str, options: dict[str, Any]
 def test_weights_that_are_there_are_kept(workers: Workers) -> None:
     """Sharding from CPU memory keeps the weights, which TorchRec by itself replaces by new ones."""
     check(workers.run("parity", 2, method="hash", kind="mixed", device="cpu"))
+
+
+def test_features_that_share_a_table_go_one_way(workers: Workers) -> None:
+    """One feature pools by maximum, so all that read its table are looked up by id; the table exists once."""
+    options: dict[str, Any] = {"form": "jagged", "pooling": ("sum", "max")}
+    check(workers.run("parity", 2, method="unified", kind="row_wise", rule="adagrad", **options), bits=False)
+    coll = ShardableCollection(schema_for(pooling=("sum", "max")), plan_for(schema_for(), "unified"))
+    assert sorted(s.slab.key for s in coll.shards()) == sorted(coll.slabs)

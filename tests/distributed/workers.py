@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 SIZES = (2, 4)
-STUCK = 45
+STUCK = 120
 CASES = "tests.distributed.cases"
 
 
@@ -69,11 +69,11 @@ class Workers:
             self.processes.append(process)
             self.pipes.append(here)
         for pipe in self.pipes:
-            if not pipe.poll(90):
-                raise TimeoutError("the workers did not start within 90 s")
+            if not pipe.poll(150):
+                raise TimeoutError("the workers did not start within 150 s")
             pipe.recv()
 
-    def run(self, case: str, size: int = 2, timeout: float = 60, module: str = CASES, **options: Any) -> list[Any]:
+    def run(self, case: str, size: int = 2, timeout: float = 150, module: str = CASES, **options: Any) -> list[Any]:
         """What ``case(group, rank, size, **options)`` returns on each of ``size`` ranks."""
         if not self.processes:
             self.start()
