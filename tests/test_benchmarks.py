@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from recsys_embed.kernels import fbgemm, native
+from recsys_embed.kernels import fbgemm, native_library
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NAMES = [f.stem for f in FOLDER.glob("*.py")]
 needs_all = pytest.mark.skipif(
-    isinstance(native.library(), str) or fbgemm.why_not() is not None or shutil.which("g++") is None,
+    isinstance(native_library.library(), str) or fbgemm.why_not() is not None or shutil.which("g++") is None,
     reason="needs the native kernels, FBGEMM and a compiler",
 )
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.kernels import native
+from recsys_embed.kernels import native_library
 from recsys_embed.optim import FusedOptimizer
 
-NATIVE = pytest.mark.skipif(isinstance(native.library(), str), reason="no kernels")
+NATIVE = pytest.mark.skipif(isinstance(native_library.library(), str), reason="no kernels")
 BACKENDS = [pytest.param("native", marks=NATIVE), "torch"]
 SCHEMA = Schema([FeatureSpec("C1", 300, 16), FeatureSpec("C2", 40, 16), FeatureSpec("C3", 5, 16)])
 RULES: list[tuple[FusedOptimizer, Any]] = [
@@ -86,7 +86,7 @@ def test_bits_do_not_depend_on_when_rows_make_up_for_it(rule: FusedOptimizer, ba
 
 @pytest.mark.parametrize("rule", EVERY, ids=repr)
 def test_both_backends_agree_and_hand_over_in_the_middle(rule: FusedOptimizer) -> None:
-    if isinstance(native.library(), str):
+    if isinstance(native_library.library(), str):
         pytest.skip("no kernels")
     colls = [EmbeddingCollection(SCHEMA, Plan.full(SCHEMA), rule, backend=b) for b in ("native", "torch")]
     for coll in colls:

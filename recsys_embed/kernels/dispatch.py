@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import BackendError, unknown_name
-from recsys_embed.kernels import fbgemm, native
+from recsys_embed.kernels import fbgemm, native, native_library
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer
 
@@ -38,15 +38,15 @@ def available_backends() -> list[BackendStatus]:
     >>> [b.name for b in available_backends()]
     ['reference', 'torch', 'native', 'triton', 'fbgemm']
     """
-    found = native.library()
+    found = native_library.library()
     why = found
-    if isinstance(found, native.Library):
+    if isinstance(found, native_library.Library):
         threads = "torch's threads" if found.threaded else "one thread: torch's OpenMP runtime was not found"
         why = f"compiled for the CPU ({found.variant}, {threads}); float32 tables, all features in one call"
     return [
         BackendStatus("reference", True, "readable definition, one feature at a time; for checking, not for speed"),
         BackendStatus("torch", True, "all features in a fixed number of torch operations, on any device"),
-        BackendStatus("native", isinstance(found, native.Library), str(why)),
+        BackendStatus("native", isinstance(found, native_library.Library), str(why)),
         BackendStatus(
             "triton",
             status.why_not() is None,
@@ -66,9 +66,8 @@ def available_backends() -> list[BackendStatus]:
 def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.device | None = None) -> Chosen:
     """The backend to build: the fastest that runs for ``"auto"``, else the named one or an error.
 
-    ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags, compiled and exported
-    programs) to ``"torch"``; so does ``"triton"`` (other devices than GPUs, float64, the same).
-    ``"fbgemm"`` refuses what it does not do; compiled and exported programs run on ``"torch"``.
+    ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags pooled by maxima or with
+    weights that learn, exported programs) to ``"torch"``.
 
     Args:
         device: of the tables, the CPU by default.
@@ -82,7 +81,7 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
     fits = native.knows(optimizer)
     if backend in ("native", "triton"):
         if backend == "native":
-            native.loaded()
+            native_library.loaded()
         else:
             status.require_triton()
         if not fits:
@@ -98,7 +97,7 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
 
 def kernels(backend: str, optimizer: FusedOptimizer | None = None) -> tuple[str, ...]:
     """Names of the fused kernels that lookups of a backend may run on, whichever device their tables move to."""
-    here = {"native": isinstance(native.library(), native.Library), "triton": status.why_not() is None}
+    here = {"native": isinstance(native_library.library(), native_library.Library), "triton": status.why_not() is None}
     if backend == "auto":
         # In the interpreter nothing but tests should run.
         here["triton"] &= not status.interpreted()

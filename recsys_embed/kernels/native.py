@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
-from functools import cache, lru_cache
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from ctypes import c_int64, c_void_p
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +17,14 @@ from torch.nn import Parameter
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.native_library import Call, Index, Library, Matrix, Update, library, loaded
 from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.precision import HEAD
-from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM, Slot, encode
+from recsys_embed.kernels.records import Slot, encode
 from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.program import LookupProgram
 
-VARIANTS = ("plain", "avx2", "avx512")
 _RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad: 2, Adam: 3}
 _DENSE, _SPARSE = 4, 5
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -34,139 +32,6 @@ _INT8, _INT4 = 3, 4
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 # Lookups that a second thread is worth waking for.
 _WORTH_A_THREAD = 2048
-
-
-class _Index(ctypes.Structure):
-    _fields_: ClassVar = [("words", c_void_p), ("ranks", c_void_p), ("values", c_void_p)]
-
-
-class _Matrix(ctypes.Structure):
-    _fields_: ClassVar = [("data", c_void_p), ("stride", c_int64)]
-
-
-class _Call(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("features", c_void_p),
-        ("probes", c_void_p),
-        ("feature_count", c_int64),
-        ("probe_count", c_int64),
-        ("ids", c_void_p),
-        ("batch", c_int64),
-        ("sample_stride", c_int64),
-        ("feature_stride", c_int64),
-        ("ids_are_32", c_int64),
-        ("offsets", c_void_p),
-        ("sample_weights", c_void_p),
-        ("storages", c_void_p),
-        ("storage_widths", c_void_p),
-        ("storage_kinds", c_void_p),
-        ("storage_bytes", c_void_p),
-        ("storage_count", c_int64),
-        ("outputs", c_void_p),
-        ("output_count", c_int64),
-        ("kept", _Matrix),
-        ("index", _Index),
-        ("threads", c_int64),
-    ]
-
-
-class _Update(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("rule", c_int64),
-        ("beta1", c_double),
-        ("beta2", c_double),
-        ("decay", c_double),
-        ("sizes", c_void_p),
-        ("epsilons", c_void_p),
-        ("first", c_int64),
-        ("step", c_int64),
-        ("last", c_void_p),
-        ("count", c_void_p),
-        ("corrections", c_void_p),
-        ("correction_count", c_int64),
-        ("state", c_void_p * 2),
-        ("gradient", c_void_p),
-        ("touched", c_void_p),
-        ("touched_count", c_void_p),
-        ("rows", c_int64),
-    ]
-
-
-class Library(NamedTuple):
-    """The loaded kernels.
-
-    Args:
-        handle: of the shared library.
-        variant: instruction set in use.
-        threaded: whether they run in the threads of torch's runtime, or in one.
-    """
-
-    handle: ctypes.CDLL
-    variant: str
-    threaded: bool
-
-
-def _file() -> Path | None:
-    given = os.environ.get("RECSYS_EMBED_NATIVE")
-    if given:
-        return Path(given)
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
-    return found[-1] if found else None
-
-
-@cache
-def library() -> Library | str:
-    """The kernels, or in words why there are none.
-
-    ``RECSYS_EMBED_CPU`` names the instruction set to use, ``RECSYS_EMBED_NATIVE`` another build to load.
-    """
-    path = _file()
-    if path is None:
-        return "not built: installing from source with a C++ compiler (g++ or clang++) builds them"
-    try:
-        handle = ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"{path.name} does not load: {error}"
-    handle.rse_select.restype = c_char_p
-    handle.rse_record_sizes.restype = c_int64
-    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(5)]
-    own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, ctypes.sizeof(_Call), ctypes.sizeof(_Update)]
-    if sizes != own:
-        return f"{path.name} was built from other sources; install again"
-    wanted = os.environ.get("RECSYS_EMBED_CPU")
-    if wanted is not None and wanted not in VARIANTS:
-        return f"RECSYS_EMBED_CPU must be one of {', '.join(VARIANTS)}; got {wanted!r}"
-    name = handle.rse_select(None if wanted is None else wanted.encode())
-    if name is None:
-        return f"RECSYS_EMBED_CPU={wanted}, which this processor or this build does not have"
-    handle.rse_forward.argtypes = [c_void_p]
-    handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
-    handle.rse_settle.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
-    handle.rse_forward.restype = handle.rse_backward.restype = c_int
-    return Library(handle, name.decode(), _share_threads(handle))
-
-
-def _share_threads(handle: ctypes.CDLL) -> bool:
-    """Give the kernels the entry points of the OpenMP runtime that torch has loaded; False where there is none."""
-    process = ctypes.CDLL(None)
-    try:
-        entries = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]
-    except AttributeError:
-        return False
-    handle.rse_set_runtime(*(ctypes.cast(e, c_void_p) for e in entries))
-    return True
-
-
-def loaded() -> Library:
-    """The kernels.
-
-    Raises:
-        BackendError: they cannot run here; says why.
-    """
-    found = library()
-    if isinstance(found, str):
-        raise BackendError(f"backend 'native' cannot run: {found}. Use backend 'auto' or 'torch'")
-    return found
 
 
 def knows(optimizer: FusedOptimizer | None) -> bool:
@@ -211,7 +76,7 @@ def _updates(
     optimizer: FusedOptimizer, tables: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], paces: Sequence[Pace]
 ) -> Any:
     """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
-    updates = (_Update * len(tables))()
+    updates = (Update * len(tables))()
     for update, table, state, pace in zip(updates, tables, states, paces, strict=True):
         update.rule, update.rows, update.decay = _RULES[type(optimizer)], table.shape[0], optimizer.weight_decay
         update.beta1, update.beta2 = getattr(optimizer, "betas", (0.0, 0.0))
@@ -294,8 +159,8 @@ class NativeLookup:
         self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
         count = len(storages)
         self._storage_widths = (c_int64 * count)(*(width for _, width in storages.values()))
-        self._pointers, self._matrices = c_void_p * count, _Matrix * len(widths)
-        call = _Call(
+        self._pointers, self._matrices = c_void_p * count, Matrix * len(widths)
+        call = Call(
             features=self._features.ctypes.data,
             probes=self._probes.ctypes.data,
             feature_count=len(self._features),
@@ -334,11 +199,11 @@ class NativeLookup:
 
     def _call(
         self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None
-    ) -> tuple[_Call, Any]:
+    ) -> tuple[Call, Any]:
         """One call's record, and what has to stay alive with it."""
-        call = _Call.from_buffer_copy(self._template)
+        call = Call.from_buffer_copy(self._template)
         pointers = self._pointers(*(t.data_ptr() for t in tables))
-        matrices = self._matrices(*(_Matrix(o.data_ptr(), o.stride(0)) for o in outputs))
+        matrices = self._matrices(*(Matrix(o.data_ptr(), o.stride(0)) for o in outputs))
         call.ids, call.batch, lookups = ids.values.data_ptr(), ids.batch, ids.batch * call.probe_count
         call.ids_are_32 = ids.values.dtype == torch.int32
         if ids.offsets is None:
@@ -352,10 +217,10 @@ class NativeLookup:
             call.storage_kinds, call.storage_bytes = (ctypes.addressof(k) for k in kinds)
         call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
         if kept is not None:
-            call.kept = _Matrix(kept.data_ptr(), self.kept_width)
+            call.kept = Matrix(kept.data_ptr(), self.kept_width)
         if self._indexed:
             arrays = self._index.arrays
-            call.index = _Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
+            call.index = Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
         call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
         return call, (pointers, matrices, kinds)
 
@@ -374,8 +239,8 @@ class NativeLookup:
         """Fill ``outputs [B, width]`` with the vectors of ids, or of bags; False where an id is out of range.
 
         Args:
-            tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``, the
-                integers of :class:`recsys_embed.kernels.precision.Layout`.
+            tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``,
+                the integers of :class:`recsys_embed.kernels.precision.Layout`.
             outputs: float32, rows of contiguous elements.
             kept: float32 of ``kept_shape``, filled with what a backward will need.
         """
@@ -439,7 +304,7 @@ class NativeLookup:
         sparse: bool,
     ) -> list[Tensor]:
         """Gradients of the tables: dense, or sparse and coalesced."""
-        updates = (_Update * len(tables))()
+        updates = (Update * len(tables))()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         counts = ids.counts(self._columns)
         for update, table, reads in zip(updates, tables, self._reads, strict=True):

@@ -17,21 +17,21 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BackendError, IdRangeError
-from recsys_embed.kernels import native
+from recsys_embed.kernels import native, native_library
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
-LIBRARY = native.library()
+LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
 METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
 RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]
 
 
-@pytest.fixture(params=native.VARIANTS)
+@pytest.fixture(params=native_library.VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels of one instruction set."""
-    found = native.loaded()
+    found = native_library.loaded()
     if found.handle.rse_select(request.param.encode()) is None:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
@@ -213,7 +213,7 @@ def test_a_rule_of_ones_own_runs_in_torch() -> None:
 
 
 def test_without_a_library_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: "not built")
+    monkeypatch.setattr(native_library, "library", lambda: "not built")
     schema = Schema([FeatureSpec("a", 50, 8)])
     assert EmbeddingCollection(schema).backend == "torch"
     with pytest.raises(BackendError, match=r"not built.*'torch'"):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.kernels import native, native_ops
+from recsys_embed.kernels import native_library, native_ops
 from recsys_embed.optim import FusedOptimizer
 
-LIBRARY = native.library()
+LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
 SCHEMA = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 900, 8), FeatureSpec("C3", 3, 8)])
 METHODS = [m.name for m in rse.list_methods() if not m.config_cls.computes and "search" not in m.tags]
