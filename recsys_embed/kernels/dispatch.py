@@ -66,8 +66,10 @@ def available_backends() -> list[BackendStatus]:
 def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.device | None = None) -> Chosen:
     """The backend to build: the fastest that runs for ``"auto"``, else the named one or an error.
 
-    ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags pooled by maxima or with
-    weights that learn, exported programs) to ``"torch"``.
+    ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags pooled by maxima or
+    with weights that learn, exported programs) to ``"torch"``; so does ``"triton"`` (other devices than GPUs, float64,
+    all bags, compiled and exported programs). ``"fbgemm"`` refuses what it does not do; compiled and exported programs
+    run on ``"torch"``.
 
     Args:
         device: of the tables, the CPU by default.
