@@ -231,7 +231,8 @@ class ManagedEBC(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled vectors by feature name."""
         found, _ = self.managed(features)
-        values = torch.cat([found[name] for name in self.schema.names], 1)
+        parts = dict(zip(found.keys(), found.values().split(found.length_per_key(), 1), strict=True))
+        values = torch.cat([parts[name] for name in self.schema.names], 1)
         return KeyedTensor(list(self.schema.names), [s.embedding_dim for s in self.schema], values)
 
 

@@ -99,6 +99,9 @@ class PooledFeatures(nn.Module):
 
     def _combine(self, found: KeyedTensor, lengths: Tensor, batch: int) -> Tensor:
         bundle, at, out = self.bundle, 0, []
+        # By name: the order of a sharded collection's output is that of its shards. One split, since the gradient of
+        # every slice by itself would be as wide as all of them.
+        parts = dict(zip(found.keys(), found.values().split(found.length_per_key(), 1), strict=True))
         for g, (part, group) in enumerate(zip(bundle.parts, bundle.kernel.groups, strict=True)):
             pieces, rows = [], []
             for kind in group.sets:
@@ -106,8 +109,7 @@ class PooledFeatures(nn.Module):
                 names = self.keys[at : at + members * probes]
                 at += members * probes
                 width = self._width(part[0], kind.slots[0])
-                # By name: the order of a sharded collection's output is that of its shards.
-                value = torch.cat([found[name] for name in names], 1).view(batch, probes, members, -1)
+                value = torch.cat([parts[name] for name in names], 1).view(batch, probes, members, -1)
                 pieces.append(value[..., :width].transpose(1, 2))
                 rows.append(lengths.new_zeros(batch, members, probes))
             value = group.combine(lengths, None, rows, pieces)
