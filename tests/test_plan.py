@@ -7,11 +7,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
+from recsys_embed.members import members_of, set_text
 from recsys_embed.registry import config_from_dict, get_method, list_methods
 
 METHODS = [m.name for m in list_methods()]
@@ -172,3 +175,30 @@ def test_wrong_requests_say_what_is_wrong() -> None:
     ):
         with pytest.raises(kind, match=text):
             Plan.uniform(SCHEMA, **options)
+
+
+def test_sets_of_ids_travel_with_the_plan_into_collections_and_models() -> None:
+    kept = torch.tensor([3, 64, 98, 99])
+    schema = Schema([FeatureSpec("a", 100, 4, init="normal:1"), FeatureSpec("b", 7, 4)])
+    config = rse.OptembedConfig(num_kept=4, dim=3, pruned="zero", order="counts")
+    plan = Plan({"a": config, "b": rse.FullConfig()}, sets={"a": {"kept": set_text(kept, 100)}})
+    assert Plan.from_dict(json.loads(plan.to_json())) == plan
+    assert Plan(plan.configs) != plan, "other rows are another plan"
+    for coll in (rse.EmbeddingCollection(schema, plan), rse.EmbeddingCollection(schema, plan, device="meta")):
+        if coll.tables and next(coll.parameters()).is_meta:
+            coll = coll.to_empty(device="cpu")
+            coll.reset_parameters()
+        ids = torch.stack([torch.arange(100), torch.zeros(100, dtype=torch.int64)], 1)
+        assert coll(ids)[:, 0].any(1).nonzero().squeeze(1).tolist() == kept.tolist()
+    model = torch.nn.ModuleDict({"a": torch.nn.Embedding(100, 4), "b": torch.nn.Embedding(7, 4)})
+    trained = model["a"].weight.detach().clone()
+    rse.compress_(model, plan)
+    torch.testing.assert_close(model["a"](kept)[:, :3], trained[kept, :3])
+    assert not model["a"](torch.tensor([0, 1, 97])).any()
+    for wrong in ({"a": {"kept": "no"}}, {"a": {"kept": "AAAA"}}, {"c": {}}):
+        with pytest.raises(ConfigError):
+            rse.EmbeddingCollection(schema, Plan(plan.configs, sets=wrong))
+    with pytest.raises(ConfigError, match=r"holds 13 bytes; got 2"):
+        members_of(set_text(torch.tensor([1]), 16), 100)
+    with pytest.raises(ConfigError, match="takes 4 distinct ids"):
+        rse.EmbeddingCollection(schema, Plan(plan.configs, sets={"a": {"kept": set_text(kept[:3], 100)}}))

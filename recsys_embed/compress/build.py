@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Unseen
 from recsys_embed.kernels.unseen import with_unseen_row
+from recsys_embed.members import members_of
 from recsys_embed.program import Table
 from recsys_embed.registry import get_method
 from recsys_embed.shared import SharedTables
@@ -34,6 +35,7 @@ class Job:
         counts: how often each id occurs, where known.
         unseen: what ids outside the table become, see :class:`FeatureSpec`; None leaves it to the method.
         law: of the initial weights.
+        sets: ids that a search chose to own rows, by index, as a plan has them.
         trial: the replacement without memory (on the meta device), once it is known to be possible.
         built: the replacement of each distinct module of the table.
     """
@@ -43,6 +45,7 @@ class Job:
     counts: Tensor | None = None
     unseen: Unseen | None = None
     law: str = "normal:1"
+    sets: Mapping[str, str] = field(default_factory=dict)
     trial: CompressedEmbedding | None = None
     built: dict[nn.Module, nn.Module] = field(default_factory=dict)
     error: float | None = None
@@ -175,6 +178,8 @@ def build(group: Sequence[Job], start: Start) -> None:
         new = make(job, first, job.table.device, holder)
         if job.counts is not None:
             new.assign_(job.counts)
+        if job.sets:
+            new.assign_({index: members_of(text, new.spec.num_ids) for index, text in job.sets.items()})
         job.built[first] = new
         made.append(new)
         for other in job.modules[1:]:

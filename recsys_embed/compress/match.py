@@ -33,6 +33,12 @@ def configs_of(plan: Any) -> dict[str, MethodConfig]:
     return dict((plan if isinstance(plan, Plan) else Plan(plan)).configs)
 
 
+def sets_of(plan: Any) -> Mapping[str, Mapping[str, str]]:
+    """The sets of ids that a plan carries."""
+    plan = getattr(plan, "plan", plan)
+    return plan.sets if isinstance(plan, Plan) else {}
+
+
 def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, faults: list[str]) -> dict[str, Any]:
     """``given`` by the tables' names, from names or dotted paths; what fits no table joins ``faults``."""
     names = {n: t.name for t in tables for n in (*t.paths, t.name)}

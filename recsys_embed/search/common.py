@@ -318,6 +318,7 @@ def run_search(
         store = SearchFolder(path, identity)
         search = kind(bare, data, settings, store, budget, device, show_progress)
         search.check()
+        store.claim()
         known = store.get("plan")
         plan = search.search() if known is None else Plan.from_dict(known)
         if known is None:

@@ -41,17 +41,21 @@ class SearchFolder:
             return
         known = self._read(SEARCH)
         if known is None:
-            write_json(path / SEARCH, {**environment(), "identity": self.identity})
             return
-        saved = known.get("identity", {})
-        differing = sorted(k for k in {*saved, *self.identity} if saved.get(k) != self.identity.get(k))
+        saved, now = _flat(known.get("identity", {})), _flat(self.identity)
+        differing = sorted(k for k in {*saved, *now} if saved.get(k) != now.get(k))
         if differing:
-            lines = [f"  - {k}: {saved.get(k)!r:.200} there, {self.identity.get(k)!r:.200} now" for k in differing]
+            lines = [f"  - {k}: {saved.get(k)!r:.80} there, {now.get(k)!r:.80} now" for k in differing]
             raise CheckpointError(
                 f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
             )
         for stale in path.rglob(".*.tmp"):
             stale.unlink(missing_ok=True)
+
+    def claim(self) -> None:
+        """From now on the folder belongs to this search."""
+        if self.path is not None and self._read(SEARCH) is None:
+            write_json(self.path / SEARCH, {**environment(), "identity": self.identity})
 
     def _read(self, name: str) -> Any:
         if self.path is None or not (self.path / name).exists():
@@ -98,6 +102,14 @@ class SearchFolder:
     def seconds(self) -> dict[str, float]:
         """Time spent in each stage so far."""
         return dict(self.get("seconds") or {})
+
+
+def _flat(identity: Any) -> dict[str, Any]:
+    """Settings by dotted name."""
+    out: dict[str, Any] = {}
+    for key, value in identity.items():
+        out |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return out
 
 
 @contextmanager

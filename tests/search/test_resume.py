@@ -1,0 +1,149 @@
+"""A search killed at any moment goes on, ends as it would have ended, and refuses what does not belong to it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys_embed.data.folder import lock
+from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, RecsysEmbedError
+from recsys_embed.search import OptembedSearch, OptembedSettings, PepSettings, run_search
+from recsys_embed.search.dnis import DnisSearch
+from recsys_embed.search.pep import PepSearch
+from recsys_embed.search.settings import DnisSettings
+from recsys_embed.train import DivergedError
+from tests.train.test_loop import SignallingData
+from tests.train.toy import ToyData, toy_config
+
+CONFIG = toy_config(embedding_weight_decay=1e-3, epochs=2, eval_every=6, checkpoint_every=3, batch_size=256)
+KINDS = {
+    "optembed": (OptembedSearch, OptembedSettings(generations=4, population=4, mutations=2, crossovers=2), {}),
+    "dnis": (DnisSearch, DnisSettings(blocks=2), {"ratio": 4.0}),
+    "pep": (PepSearch, PepSettings(threshold_lr=2.0, check_every=3, retrain_from="supernet"), {"ratio": 2.0}),
+}
+
+
+def run(kind: str, data: ToyData, folder: Path):
+    cls, settings, changes = KINDS[kind]
+    return run_search(cls, CONFIG.replace(**changes), data, settings, folder=folder)
+
+
+def outcome_of(folder: Path) -> tuple[str, dict]:
+    report = json.loads((folder / "report.json").read_text())
+    return (folder / "plan.json").read_text(), {k: report[k] for k in ("test", "valid", "history", "footprint")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_search_ends_as_it_would_have_ended(kind: str, tmp_path: Path) -> None:
+    run(kind, ToyData(), tmp_path / "whole")
+    folder, stops = tmp_path / "parts", 0
+    # Batches of training rows, then of validation rows: each run gets some way further.
+    for split, at in (("train", 2), ("train", 9), ("valid", 3), ("train", 14), ("valid", 5)):
+        try:
+            run(kind, SignallingData(at, split=split), folder)
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 2
+    run(kind, ToyData(), folder)
+    assert outcome_of(folder) == outcome_of(tmp_path / "whole")
+    run(kind, ToyData(), folder)
+    assert outcome_of(folder) == outcome_of(tmp_path / "whole"), "a finished search is not done again"
+
+
+KILLED = """
+import os, random, signal, threading
+from pathlib import Path
+from tests.search.test_resume import ToyData, run
+
+killed = 0
+for seed, longest in enumerate((0.5, 1.0, 1.5, 2.5)):
+    pid = os.fork()
+    if pid == 0:
+        wait = random.Random(seed).uniform(0.2, longest)
+        threading.Timer(wait, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        run("optembed", ToyData(), Path({folder!r}))
+        os._exit(0)
+    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+print(killed)
+"""
+
+
+def test_a_search_killed_at_random_moments_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    command = [sys.executable, "-c", KILLED.format(folder=str(folder))]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert int(done.stdout) >= 1
+    (folder / "retrain").mkdir(parents=True, exist_ok=True)
+    (folder / "retrain" / ".best.pt.1.tmp").write_bytes(b"half a file")
+    run("optembed", ToyData(), folder)
+    run("optembed", ToyData(), tmp_path / "whole")
+    assert outcome_of(folder) == outcome_of(tmp_path / "whole")
+    assert not list(folder.rglob(".*.tmp"))
+
+
+def test_a_folder_belongs_to_one_search_one_data_set_and_one_process(tmp_path: Path) -> None:
+    run("optembed", ToyData(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"other settings or data(.|\n)*- data"):
+        run("optembed", ToyData(seed=1), tmp_path)
+    with pytest.raises(CheckpointError, match=r"- search.generations: 4 there, 5 now"):
+        run_search(OptembedSearch, CONFIG, ToyData(), OptembedSettings(generations=5), folder=tmp_path)
+    with pytest.raises(CheckpointError, match="- method: 'optembed' there, 'dnis' now"):
+        run("dnis", ToyData(), tmp_path)
+    with lock(tmp_path), pytest.raises(RecsysEmbedError, match="another process"):
+        run("optembed", ToyData(), tmp_path)
+    (tmp_path / "evolution.json").write_text("{")
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(CheckpointError, match=r"evolution.json is damaged .* remove it"):
+        run("optembed", ToyData(), tmp_path)
+
+
+def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) -> None:
+    def search(kind, settings, data=None, **changes):
+        run_search(kind, CONFIG.replace(**changes), data or ToyData(), settings, folder=tmp_path / "x")
+
+    with pytest.raises(ConfigError, match="rows die by weight decay"):
+        search(OptembedSearch, OptembedSettings(), embedding_weight_decay=0.0)
+    with pytest.raises(ConfigError, match="no split 'valid'; convert it with --valid"):
+        search(DnisSearch, DnisSettings(), ToyData(valid=False))
+    small = ToyData()
+    small.parts["valid"] = type(small.parts["valid"])(*(t[:40] for t in small.parts["valid"]))
+    with pytest.raises(ConfigError, match=r"too small to compare candidates: .* positives"):
+        search(OptembedSearch, OptembedSettings(), small)
+    with pytest.raises(ConfigError, match="starts from plain tables"):
+        search(OptembedSearch, OptembedSettings(), method="hash", ratio=2.0)
+    with pytest.raises(ConfigError, match="give a budget"):
+        search(PepSearch, PepSettings())
+    with pytest.raises(ConfigError, match="prunes nothing; raise `threshold_lr`"):
+        search(PepSearch, PepSettings(threshold_init=-150.0, threshold_lr=1e-3), ratio=2.0)
+    with pytest.raises(ConfigError, match="`threshold_decay` must be above 0"):
+        PepSettings(threshold_decay=0.0)
+    assert not (tmp_path / "x" / "supernet").exists()
+    with pytest.raises(BudgetError, match="smallest subnet"):
+        search(OptembedSearch, OptembedSettings(), budget=1300)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_folder_whole(tmp_path: Path) -> None:
+    data = ToyData()
+    bad = data.parts["train"].dense.clone()
+    bad[1500:] = float("nan")
+    data.parts["train"] = data.parts["train"]._replace(dense=bad)
+    config = CONFIG.replace(standardise=False, shuffle=False)
+    with pytest.raises(DivergedError, match="at step 6"):
+        run_search(OptembedSearch, config, data, KINDS["optembed"][1], folder=tmp_path)
+    assert torch.load(tmp_path / "supernet" / "checkpoint.pt", weights_only=True)["state"]["step"] == 3
+
+
+def test_a_field_of_one_value_is_searched_like_any_other(tmp_path: Path) -> None:
+    class OneValue(ToyData):
+        cards = (50, 20, 300, 1)
+
+    for kind in KINDS:
+        run(kind, OneValue(), tmp_path / kind)
+        assert (tmp_path / kind / "report.md").read_text().count("| C3 | 1 |") == 1

@@ -1,0 +1,100 @@
+"""Retraining starts from the very weights the search began with, or goes on with those it ended with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recsys_embed.errors import CheckpointError
+from recsys_embed.models import build_model
+from recsys_embed.plan import Plan
+from recsys_embed.search import OptembedSearch, OptembedSettings
+from recsys_embed.search.extract import choose, make_plan
+from recsys_embed.search.folder import SearchFolder
+from recsys_embed.search.retrain import (
+    build_retrained,
+    drawn_weights,
+    initial_hashes,
+    planned,
+    share_rows,
+    weights_hash,
+)
+from recsys_embed.train.run import model_from_config
+from tests.train.toy import ToyData, toy_config
+
+CONFIG = toy_config(embedding_weight_decay=1e-3, epochs=2, seed=5)
+
+
+def plan_of(schema):
+    kept = {s.name: torch.arange(s.num_ids) % 3 != 1 for s in schema}
+    return kept, make_plan(schema, {s.name: choose(s, kept[s.name], 3) for s in schema})
+
+
+def test_the_initial_weights_are_those_of_the_search_bit_for_bit() -> None:
+    data = ToyData()
+    schema = data.schema(4).with_init("normal:0.1")
+    config = CONFIG.replace(embedding_init="normal:0.1")
+    first = model_from_config(config, schema, 3)
+    hashes = initial_hashes(first)
+    kept, plan = plan_of(schema)
+    model = build_retrained(planned(config, plan), schema, 3, hashes=hashes)
+    for s in schema:
+        began = first.vectors.table(f"{s.name}.weight")
+        got = model.vectors.table(f"{s.name}.weight")
+        assert weights_hash(got) == weights_hash(began[kept[s.name]][:, :3].contiguous())
+    for name, values in drawn_weights(model).items():
+        assert hashes[f"weight {name}"] == weights_hash(values)
+
+
+def test_other_initial_weights_are_refused() -> None:
+    schema = ToyData().schema(4)
+    hashes = initial_hashes(model_from_config(CONFIG, schema, 3))
+    _, plan = plan_of(schema)
+    with pytest.raises(CheckpointError, match="not those the search began with: table C0"):
+        build_retrained(planned(CONFIG.replace(seed=6), plan), schema, 3, hashes=hashes)
+    changed = {**hashes, "weight bias": "0"}
+    with pytest.raises(CheckpointError, match=r"with: weight bias; retrain"):
+        build_retrained(planned(CONFIG, plan), schema, 3, hashes=changed)
+
+
+@pytest.mark.parametrize("oov", [False, True])
+def test_inherited_weights_give_what_the_masked_supernet_gave(oov: bool) -> None:
+    data = ToyData()
+    search = OptembedSearch(
+        CONFIG, data, OptembedSettings(retrain_from="supernet", generations=1, population=2), SearchFolder(None, {})
+    )
+    net = search.net.eval()
+    kept, plan = plan_of(search.schema)
+    model = build_retrained(planned(CONFIG, plan), search.schema, 3, **search.start_weights()).eval()
+    with torch.no_grad():
+        for s in search.schema:
+            net.table(s.name)[~kept[s.name]] = 0
+        net.layer.thresholds.fill_(-1.0)
+        net.layer.widths = torch.tensor([3, 3, 3, 3])
+    batch = next(iter(data.batches("valid", 64)))
+    got, wanted = model.vectors(batch.ids), net.vectors(batch.ids)
+    torch.testing.assert_close(got, wanted)
+    # The network is the same; only first-order weights were squeezed into fewer rows.
+    model.linear.forward = net.model.linear.forward
+    torch.testing.assert_close(model(batch.dense, batch.ids), net(batch.dense, batch.ids))
+
+
+def test_rows_that_ids_share_are_their_weighted_means() -> None:
+    schema = ToyData().schema(1)
+    model = build_model("lr", schema, Plan.uniform(schema, "unified", budget=4 * 40), num_dense=3)
+    g = torch.Generator().manual_seed(0)
+    given = {
+        s.name: (torch.randn(s.num_ids, 1, generator=g), torch.randint(0, 9, (s.num_ids,), generator=g)) for s in schema
+    }
+    coll = model.linear
+    share_rows(coll, given)
+    (table,) = coll.parameters()
+    table.requires_grad_(True)
+    loss = 0.0
+    for f, s in enumerate(schema):
+        ids = torch.zeros(s.num_ids, len(schema), dtype=torch.int64)
+        ids[:, f] = torch.arange(s.num_ids)
+        values, counts = given[s.name]
+        loss = loss + (counts.unsqueeze(1) * (coll(ids)[:, f] - values) ** 2).sum()
+    (grad,) = torch.autograd.grad(loss, table)
+    assert grad.abs().max() < 1e-3, "least squares has no slope left"
