@@ -215,6 +215,14 @@ def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPat
     assert torch.equal(coll.width4, before)
 
 
+def test_an_id_out_of_range_reads_no_row_that_its_digits_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = Schema([FeatureSpec("a", 1000, 4)])
+    plan = Plan.uniform(schema, "compositional", budget=2000, full_below=1, combine="add")
+    coll = EmbeddingCollection(schema, plan, backend="triton", device=DEVICE)
+    monkeypatch.setattr(coll.bundle.fused["triton"]._look_up.lookup, "raise_faults", lambda device: None)
+    assert not coll(torch.tensor([[1001]], device=DEVICE)).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_of_any_layout(dtype: torch.dtype) -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])

@@ -29,10 +29,12 @@ def _probe(
         value = read_straight(table, rows, probe, cols, span, VECTOR)
     if KEEP:
         if plain == 0:
-            width = span
+            to, width = tl.load(probe + p.KEPT), span
             if RUNS:
                 width = tl.where(tl.load(probe + p.REPEAT) != 0, 1, span)
-            to = kept + (tl.load(probe + p.KEPT) // VECTOR * VECTOR) * batch + sample * width
+            else:
+                to = to // VECTOR * VECTOR
+            to = kept + to * batch + sample * width
             tl.store(to[:, None] + cols[None, :], value.to(kept.dtype.element_ty),
                      mask=live[:, None] & (cols < width)[None, :])  # fmt: skip
     value = weighed(value, x, probe, scale, cols, SIGNS, RUNS)

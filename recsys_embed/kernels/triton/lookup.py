@@ -101,7 +101,9 @@ class TritonLookup:
         runs = (column("probes", "run") > 1) | (column("probes", "repeat") != 0)
         counts = column("jobs", "probes")
         aligned = [column("jobs", name) for name in ("out", "stride", "column", "span")]
-        aligned += [column("probes", "width")[~runs], column("probes", "kept")[~runs & (column("probes", "kept") >= 0)]]
+        aligned.append(column("probes", "width")[~runs])
+        if not runs.any():
+            aligned.append(column("probes", "kept")[column("probes", "kept") >= 0])
         span = int(column("jobs", "span").max())
         cols = min(_COLUMNS, power_of_two(span))
         self._blocks = -(-span // cols)

@@ -10,7 +10,11 @@ from recsys_embed.kernels.triton.probes import weighed
 @triton.jit
 def _kept(probe, kept, sample, batch, live, cols, span, VECTOR: tl.constexpr, RUNS: tl.constexpr):
     """The values that forward read, ``[samples, columns]``."""
-    to = kept + (tl.load(probe + p.KEPT) // VECTOR * VECTOR) * batch
+    to = tl.load(probe + p.KEPT)
+    if not RUNS:
+        # Single elements among rows break their alignment.
+        to = to // VECTOR * VECTOR
+    to = kept + to * batch
     inside = live[:, None] & (cols < span)[None, :]
     if RUNS:
         single = tl.load(probe + p.REPEAT) != 0
@@ -68,7 +72,10 @@ def spread(
                 to = own + tl.load(probe + p.WEIGHT_OWN) * batch
                 tl.store(to + sample, tl.sum(tl.where(inside, here * value, 0.0), 1), mask=live)
                 here *= _weight(probe, kept, sample, batch, live)
-        to = own + (tl.load(probe + p.OWN) // VECTOR * VECTOR) * batch
+        to = tl.load(probe + p.OWN)
+        if not RUNS:
+            to = to // VECTOR * VECTOR
+        to = own + to * batch
         if RUNS:
             if tl.load(probe + p.REPEAT) != 0:
                 tl.store(to + sample, tl.sum(tl.where(inside, here, 0.0), 1), mask=live)

@@ -1,0 +1,87 @@
+"""Programs that no method writes: every transform, run, repetition, sign and weight, in sums and products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from recsys_embed.kernels import reference
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.triton import status
+from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.members import Index
+from recsys_embed.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform, Weight
+
+pytestmark = pytest.mark.kernels
+DEVICE = "cpu" if status.interpreted() else "cuda"
+IDS = 40
+NONE = Init("constant")
+
+
+def transforms(rows: int, name: str, absent: bool = True) -> st.SearchStrategy[Transform]:
+    """Transforms of ids in [0, IDS) to a table of ``rows`` rows, at least 6; some may leave ids without a row."""
+    affine = st.sampled_from([None, (5, 3, 41)])
+    seeds = st.integers(-(2**63), 2**63 - 1)
+    digits = st.builds(Digit, div=st.sampled_from([1, 3]), mod=st.just(rows), affine=affine)
+    hashes = st.builds(Hash, seeds, st.just(rows - 3), offset=st.sampled_from([0, 1]), head=st.just(0))
+    heads = st.builds(Hash, seeds, st.just(rows - 4), head=st.just(4), head_absent=st.just(absent))
+    murmurs = st.builds(Murmur, st.integers(0, 2**32 - 1), st.integers(0, 3), st.just(rows))
+    forms = st.sampled_from(["range", "bitmap", "sorted"])
+    index = st.builds(Index, st.just(name), st.just(IDS), st.sampled_from([0, 7]), st.just(rows - 2), forms)
+    members = st.builds(Member, index, rest=st.sampled_from([0, 2] if absent else [2]), salt=seeds)
+    return st.one_of(digits, hashes, heads, murmurs, members)
+
+
+@st.composite
+def programs(draw: Any) -> LookupProgram:
+    width = draw(st.sampled_from([1, 3, 4, 8]))
+    tables = [Table("a", 7, width, NONE), Table("b", 23, width, NONE), Table("e", 19, 1, NONE), Table("s", 9, 1, NONE)]
+    sizes = {t.name: t.rows for t in tables}
+    probes = []
+    for j in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(["a", "b", "e"]))
+        shape: dict[str, Any] = {}
+        if name == "e":
+            shape = {"width": width} if draw(st.booleans()) else {"run": width}
+        weight = Weight("s", draw(transforms(9, f"w{j}", absent=False))) if draw(st.booleans()) else None
+        sign = draw(st.sampled_from([None, 5]))
+        column = width * draw(st.integers(0, 1)) if probes else 0
+        scale = draw(st.sampled_from([1.0, -0.5]))
+        probe = Probe(name, draw(transforms(sizes[name], f"i{j}")), column, scale, sign, weight, **shape)
+        probes.append(probe)
+    used = {p.table for p in probes} | {p.weight.table for p in probes if p.weight}
+    kept = tuple(t for t in tables if t.name in used)
+    return LookupProgram(kept, tuple(probes), draw(st.sampled_from(["sum", "mul"])))
+
+
+# Shrinking a failure in the interpreter would take minutes.
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(program=programs(), sparse=st.booleans(), optional=st.booleans(), data=st.data())
+def test_any_program(program: LookupProgram, sparse: bool, optional: bool, data: Any) -> None:
+    assert not program.faults()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, IDS, (data.draw(st.sampled_from([1, 9, 30])),), generator=generator)
+    tables = [torch.randn(t.rows, t.width, generator=generator).to(DEVICE).requires_grad_() for t in program.tables]
+    oracle = [t.detach().double().requires_grad_() for t in tables]
+    index = IndexStore([program.indexes]).to(DEVICE)
+    ids = ids.to(DEVICE)
+    if optional:
+        ids[0] = -1
+    lookup = DeferredLookup.single("f", program, index, optional)
+    (got,) = lookup(ids.unsqueeze(1), tables, sparse=sparse)
+    named = dict(zip((t.name for t in program.tables), oracle, strict=True))
+    wanted = reference.lookup(program, named, ids.clamp_min(0), index)
+    if optional:
+        wanted = wanted.masked_fill((ids < 0).unsqueeze(-1), 0.0)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(got.shape, dtype=torch.float64, generator=generator).to(DEVICE)
+    got.backward(upstream.float())
+    wanted.backward(upstream)
+    for ours, theirs in zip(tables, oracle, strict=True):
+        assert ours.grad is not None
+        right = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+        torch.testing.assert_close(ours.grad.to_dense().double(), right, rtol=1e-4, atol=1e-5)
