@@ -65,7 +65,8 @@ def train(
     """
     from recsys_embed.data import open_dataset
 
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    # A group of one counts too: it goes on with what more of them began.
+    together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if shard is not None and not together:
         raise ConfigError("--shard goes with several processes: torchrun --nproc-per-node N -m recsys_embed train ...")
 

@@ -29,15 +29,6 @@ class LostProcessError(RecsysEmbedError, RuntimeError):
     """Another process of the job is gone; the job cannot go on without it."""
 
 
-def launched() -> bool:
-    """Whether torchrun (or what sets its variables) started this process as one of several.
-
-    >>> launched()
-    False
-    """
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def local_device(device: torch.device | str) -> torch.device:
     """This process's device of a kind: ``cuda`` is the one of its local rank."""
     device = torch.device(device)

@@ -12,18 +12,17 @@ import torch.distributed as dist
 from recsys_embed.data.folder import lock
 from recsys_embed.data.loader import Dataset, moments_of
 from recsys_embed.data.portion import Portion
-from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.memory import Footprint, format_bytes
 from recsys_embed.models import CTRModel, build_model
 from recsys_embed.plan import Plan
-from recsys_embed.sharding.checkpoint import LATEST, save
+from recsys_embed.sharding.checkpoint import save
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.convert import to_single
 from recsys_embed.sharding.group import job, local_device, share
 from recsys_embed.sharding.shard import shard
 from recsys_embed.sharding.sharders import Kind, collections_of
-from recsys_embed.sharding.trainer import CHECKPOINTS, ShardedTrainer
+from recsys_embed.sharding.trainer import ShardedTrainer
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.files import write_json
@@ -33,6 +32,7 @@ from recsys_embed.train.run import (
     environment,
     fingerprint,
     footprint_dict,
+    goes_on,
     make_optimizer,
     model_from_config,
     plain,
@@ -98,9 +98,7 @@ def _run(
     schema = schema_of(data, config)
     # The first process plans for all, as a planner that runs against a clock may come to other plans elsewhere.
     config = TrainConfig.from_dict(share(resolve(schema, config, data).to_dict() if first else None, device))
-    going_on = share(home is not None and (home / CHECKPOINTS / LATEST).exists() if first else None, device)
-    if going_on and not resume:
-        raise ConfigError(f"{home} already holds a run; go on with it (--resume) or choose another folder (--out)")
+    going_on = share(goes_on(home, resume, torchrun=True) if first else None, device)
     model = shardable_model(config, schema, data.num_dense)
     footprint = bytes_of(model)
     if config.standardise and data.num_dense:

@@ -27,10 +27,10 @@ from recsys_embed.sharding.stepping import Optimizers, collection_paths, table_n
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import DivergedError, Trainer
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.run import CHECKPOINTS
 from recsys_embed.train.state import RunState
 from recsys_embed.train.stop import StopRequest
 
-CHECKPOINTS = "checkpoints"
 BEST = "best"
 AGREE_EVERY = 32
 """Batches of an evaluation between two times at which processes agree on whether to stop."""

@@ -34,6 +34,8 @@ OPTIMIZERS = {
     "sgd": optim.SGD,
 }
 LINEAR_METHOD = "unified"
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints of a run under torchrun; the file ``latest`` there names the newest."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def run_training(
         label: text beside the progress bar.
 
     Raises:
-        ConfigError: the folder already holds a run and ``resume`` is False; the device cannot be used.
+        ConfigError: the folder already holds a run and ``resume`` is False, or one under torchrun; the device cannot
+            be used.
     """
     folder = None if folder is None else Path(folder)
     with nullcontext() if folder is None else lock(folder):
@@ -182,11 +185,7 @@ def run_training(
             check_device(device)
         schema = schema_of(data, config)
         config = resolve(schema, config, data)
-        going_on = folder is not None and (folder / CHECKPOINT).exists()
-        if going_on and not resume:
-            raise ConfigError(
-                f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)"
-            )
+        going_on = goes_on(folder, resume)
         model = model_from_config(config, schema, data.num_dense, device)
         if config.standardise and data.num_dense:
             model.standardise(*data.numeric_moments())
@@ -218,6 +217,27 @@ def run_training(
                 save_checkpoint(folder / "model.pt", {**config.to_dict(), **identity}, model=model.state_dict())
             write_json(folder / "result.json", plain(result.to_dict()))
         return RunOutcome(result, footprint, full_bytes, model)
+
+
+def goes_on(folder: Path | None, resume: bool, *, torchrun: bool = False) -> bool:
+    """Whether ``folder`` holds a run to go on with.
+
+    Raises:
+        ConfigError: it holds one and ``resume`` is False, or one whose checkpoints the other command reads.
+    """
+    if folder is None:
+        return False
+    alone, many = (folder / CHECKPOINT).exists(), (folder / CHECKPOINTS / "latest").exists()
+    if (alone or many) and not resume:
+        raise ConfigError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)")
+    if many and not torchrun:
+        raise ConfigError(
+            f"{folder} holds a run under torchrun; go on with it so, on any number of processes "
+            "(torchrun --nproc-per-node 1 for one), or choose another folder (--out)"
+        )
+    if alone and torchrun:
+        raise ConfigError(f"{folder} holds a run without torchrun; go on with it so, or choose another folder (--out)")
+    return alone or many
 
 
 def trained_footprint(model: CTRModel) -> Footprint:

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from recsys_embed.data import CriteoOptions, convert_criteo, make_synthetic, open_dataset
+from recsys_embed.errors import ConfigError
 from recsys_embed.sharding.trainer import shares
 from recsys_embed.train import run_training
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import evaluate
 from recsys_embed.train.metrics import BinaryMetrics
-from recsys_embed.train.run import model_from_config, schema_of
+from recsys_embed.train.run import goes_on, model_from_config, schema_of
 from tests.distributed.workers import Workers
 
 ROWS = 1501
@@ -79,8 +80,30 @@ def test_files_of_a_run_are_those_of_one_process(workers: Workers, data: Path, t
     again = workers.run("train_run", 4, **options, resume=True)[0]
     assert again["steps"] == found["steps"]
     assert again["test"] == found["test"]
+    with pytest.raises(ConfigError, match=r"a run under torchrun; go on with it so.*--nproc-per-node 1"):
+        run_training(config, dataset, folder=tmp_path, resume=True)
+    _, told = torchrun(data, tmp_path, "--resume", config=tmp_path / "config.json", processes=1).communicate(timeout=90)
+    assert "recsys-embed: error" not in told
+    alone = json.loads((tmp_path / "result.json").read_text())
+    assert (alone["steps"], alone["test"]["auc"]) == (found["steps"], pytest.approx(found["test"]["auc"], abs=1e-6))
     with pytest.raises(AssertionError, match="already holds a run"):
         workers.run("train_run", 4, **options)
+
+
+def test_a_folder_belongs_to_the_command_that_began_it(tmp_path: Path) -> None:
+    """Either command would start from the beginning, over what the other has written."""
+    assert not goes_on(None, False, torchrun=True)
+    for name, torchrun in (("checkpoint.pt", False), ("checkpoints/latest", True)):
+        folder = tmp_path / str(torchrun)
+        (folder / name).parent.mkdir(parents=True)
+        assert not goes_on(folder, False, torchrun=torchrun)
+        (folder / name).touch()
+        assert goes_on(folder, True, torchrun=torchrun)
+        for either in (False, True):
+            with pytest.raises(ConfigError, match="already holds a run"):
+                goes_on(folder, False, torchrun=either)
+        with pytest.raises(ConfigError, match=f"holds a run {'under' if torchrun else 'without'} torchrun"):
+            goes_on(folder, True, torchrun=not torchrun)
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(workers: Workers, data: Path, tmp_path: Path) -> None:
@@ -125,12 +148,14 @@ def test_shares_of_a_batch() -> None:
             assert max(shares(size, world)) - min(shares(size, world)) <= 1
 
 
-def torchrun(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    settings = {**SETTINGS, "batch_size": 50, "checkpoint_every": 5}
-    file = out.parent / "settings.json"
-    file.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "recsys_embed", "train", "--data", str(data), "--config", str(file), "--out", str(out), *more]
+def torchrun(
+    data: Path, out: Path, *more: str, config: Path | None = None, processes: int = 2
+) -> subprocess.Popen[str]:
+    if config is None:
+        config = out.parent / "settings.json"
+        config.write_text(json.dumps({**SETTINGS, "batch_size": 50, "checkpoint_every": 5}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command += ["-m", "recsys_embed", "train", "--data", str(data), "--config", str(config), "--out", str(out), *more]
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**kept, "OMP_NUM_THREADS": "1"}
