@@ -103,6 +103,8 @@ def plan(
         if budget is None:
             # All that the devices hold, state included.
             budget, target = _placement.budget(cluster), "train"
+    elif (hosts, hbm, batch_size) != (1, "80GiB", 4096):
+        raise ConfigError("--hosts, --hbm and --batch-size go with --world-size")
     if budget is None:
         raise ConfigError("give --budget, or --world-size with --hbm for as much as these devices hold")
     limits: dict[str, Any] = {

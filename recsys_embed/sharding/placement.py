@@ -145,7 +145,8 @@ class Placement:
             "weights_per_rank": list(self.weights),
             "memory_per_rank": list(self.memory),
             "sent_per_step": self.sent,
-            "step_ms": self.step_ms,
+            # JSON has no word for a number that is none.
+            "step_ms": self.step_ms if self.fits else None,
             "tables": tables,
         }
 

@@ -94,6 +94,9 @@ def test_the_command_prints_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = json.loads(capsys.readouterr().out)["placement"]
     assert found["compressed"]["fits"]
     assert not found["full"]["fits"]
+    assert found["full"]["step_ms"] is None, "NaN is no JSON"
     assert sum(found["compressed"]["weights_per_rank"]) >= found["compressed"]["bytes"] - 4
     assert main(["plan", "--schema", str(file)]) == 2
     assert "give --budget, or --world-size" in capsys.readouterr().err
+    assert main(["plan", "--schema", str(file), "--budget", "60MiB", "--hosts", "2", "--hbm", "40GiB"]) == 2
+    assert "--hosts, --hbm and --batch-size go with --world-size" in capsys.readouterr().err
