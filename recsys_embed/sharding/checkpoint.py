@@ -190,15 +190,28 @@ def read(at: Path, entries: Iterable[Entry], group: Any = None, *, alone: bool =
         CheckpointError: damaged, or an entry is missing or of another shape.
     """
     found = list(entries)
-    try:
-        with _silent(alone):
-            dcp.load({e.name: e.value for e in found}, checkpoint_id=at, process_group=group, no_dist=alone)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, dcp.api.CheckpointException) as e:
-        reason = str(e).strip().splitlines()
-        raise CheckpointError(f"checkpoint {at} cannot be read: {' '.join(reason)[:400]}") from e
+    with _reading(at), _silent(alone):
+        dcp.load({e.name: e.value for e in found}, checkpoint_id=at, process_group=group, no_dist=alone)
     for entry in found:
         if entry.put is not None:
             entry.put()
+
+
+@contextmanager
+def _reading(at: Path) -> Iterator[None]:
+    """Inside, what torch makes of a damaged checkpoint becomes a CheckpointError that says the cause alone."""
+    try:
+        yield
+    except dcp.api.CheckpointException as e:
+        rank, (cause, _) = next(iter(e.failures.items()))
+        raise CheckpointError(f"checkpoint {at} cannot be read (rank {rank}: {_line(cause)})") from e
+    except Exception as e:  # what a damaged pickle raises may be anything
+        raise CheckpointError(f"checkpoint {at} cannot be read ({_line(e)})") from e
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
@@ -211,8 +224,9 @@ def _silent(alone: bool) -> Iterator[None]:
 
 
 def tensors_in(at: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of every tensor of a checkpoint."""
-    stored = dcp.FileSystemReader(at).read_metadata().state_dict_metadata
+    """Shape and type of every tensor of a checkpoint; CheckpointError if it is damaged."""
+    with _reading(at):
+        stored = dcp.FileSystemReader(at).read_metadata().state_dict_metadata
     return {k: (m.size, m.properties.dtype) for k, m in stored.items() if isinstance(m, TensorStorageMetadata)}
 
 

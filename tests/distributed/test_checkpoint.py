@@ -121,5 +121,14 @@ def test_other_models_are_refused(workers: Workers, tmp_path: Path) -> None:
     at, _ = checkpoint.find(tmp_path)
     for data in at.glob("*.distcp"):
         data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(rank 0: RuntimeError: [^/]*zip"):
         to_single(tmp_path, unsharded("full", "adagrad"))
+    for damage in (b"no pickle", b""):
+        (at / ".metadata").write_bytes(damage)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpoint.tensors_in(at)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            to_single(tmp_path, unsharded("full", "adagrad"))
+    (at / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be read \(FileNotFoundError: .*\.metadata"):
+        checkpoint.tensors_in(at)
