@@ -40,7 +40,8 @@ class ShardableCollection(Constants):
         optimizer: what :func:`recsys_embed.sharding.shard` has update the tables inside backward; until then, and with
             None, they have ordinary gradients.
         pool: ``"tables"`` as said above. ``"ids"`` looks up every feature id by id: bags have the same bits under any
-            sharding, as they are pooled in one place, and rows that a batch reads often travel once.
+            sharding, as they are pooled in one place, and rows that a batch reads often travel once. On gloo it is also
+            what trains on batches of another size on every process; TorchRec's own pooling needs NCCL for that.
         weighted: ids bring weights; every feature must pool by sum.
         seed: of the initial weights, which are those of an EmbeddingCollection of that seed.
         device: of the tables; ``"meta"`` allocates none until they are sharded.

@@ -109,7 +109,7 @@ class PooledFeatures(nn.Module):
                 names = self.keys[at : at + members * probes]
                 at += members * probes
                 width = self._width(part[0], kind.slots[0])
-                value = torch.cat([parts[name] for name in names], 1).view(batch, probes, members, -1)
+                value = torch.cat([parts[name] for name in names], 1).unflatten(1, (probes, members, -1))
                 pieces.append(value[..., :width].transpose(1, 2))
                 rows.append(lengths.new_zeros(batch, members, probes))
             value = group.combine(lengths, None, rows, pieces)

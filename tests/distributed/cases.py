@@ -255,6 +255,24 @@ def load_net(group: Any, rank: int, world: int, folder: str, **form: Any) -> tup
     return then, model(single(99)).detach(), extra
 
 
+def uneven(group: Any, rank: int, world: int, pool: Any, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Bags of a batch of another size on every process, sharded by rows, and the same unsharded."""
+    schema = schema_for()
+    whole, ours = (
+        ShardableCollection(schema, plan_for(schema, "full"), RULES["rowwise_adagrad"], pool=pool, seed=1) for _ in "ab"
+    )
+    sharded = shard(torch.nn.ModuleDict({"c": ours}), "row_wise", group=group).module["c"]
+    bags = jagged(rank, batch=max(1, sizes[rank]))
+    wanted = whole(bags).detach()
+    if not sizes[rank]:
+        none = torch.zeros(0, dtype=torch.int64)
+        bags, wanted = KeyedJaggedTensor(bags.keys(), none, lengths=none), wanted[:0]
+    found = sharded(bags)
+    if pool == "ids":
+        found.sum().backward()
+    return found.detach(), wanted
+
+
 def save_and_die(group: Any, rank: int, world: int, folder: str, **form: Any) -> None:
     """The second process fails after the files of the first are written."""
     from torch.distributed.checkpoint import FileSystemWriter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import recsys_embed as rse
 from recsys_embed.sharding import ShardableCollection
@@ -96,6 +97,14 @@ def test_forms_of_methods(workers: Workers, method: str, options: dict[str, Any]
     """Among them programs that multiply, signs, learned weights, several vectors per feature, and one that computes."""
     check(workers.run("parity", 2, method=method, options=options, kind="mixed", pool="ids", form="jagged"))
     check(workers.run("parity", 2, method=method, options=options, kind="row_wise", rule="adagrad"))
+
+
+@pytest.mark.parametrize("sizes", [[5, 0], [0, 3], [2, 7]])
+@pytest.mark.parametrize("pool", ["tables", "ids"])
+def test_processes_with_batches_of_other_sizes(workers: Workers, pool: str, sizes: list[int]) -> None:
+    """Also none at all; where TorchRec pools, gloo cannot send the gradients back, so only outputs are compared."""
+    for found, wanted in workers.run("uneven", 2, pool=pool, sizes=sizes):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_weights_that_are_there_are_kept(workers: Workers) -> None:
