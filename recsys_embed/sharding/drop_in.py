@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+from torchrec.types import DataType
 
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import raise_faults
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
@@ -88,15 +89,24 @@ class CompressedEBC(nn.Module):
 def schema_of(ebc: Any) -> Schema:
     """The features of TorchRec's ``ebc``, a collection or its list of configurations.
 
+    Features that read one table there are features of their own here, each with a table of that size in a plain plan.
+
     Raises:
-        ConfigError: a feature that several tables serve, which has no one vector.
+        ConfigError: a feature that several tables serve, which has no one vector; a table of other numbers than fp32.
     """
     configs = ebc.embedding_bag_configs() if hasattr(ebc, "embedding_bag_configs") else ebc
     specs: dict[str, FeatureSpec] = {}
+    faults: list[str] = []
     for config in configs:
+        if config.data_type is not DataType.FP32:
+            faults.append(
+                f"tables must be of fp32, as they train here; got {config.data_type.name} (table {config.name!r})"
+            )
         for name in config.feature_names:
             if name in specs:
-                raise ConfigError(f"feature {name!r} is served by several tables; give each a feature of its own")
+                faults.append(f"feature {name!r} is served by several tables; give each a feature of its own")
+                continue
             pooling: Any = "mean" if config.pooling is PoolingType.MEAN else "sum"
             specs[name] = FeatureSpec(name, config.num_embeddings, config.embedding_dim, pooling=pooling)
+    raise_faults(faults, "schema_of")
     return Schema(list(specs.values()))
