@@ -19,7 +19,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 
-from recsys_embed.errors import raise_faults
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.optim import FusedOptimizer, RowwiseAdagrad
@@ -78,8 +78,11 @@ class Cluster:
             faults.append(f"`reserved` must be in [0, 1); got {self.reserved!r}")
         if self.device not in ("cuda", "cpu"):
             faults.append(f"`device` must be 'cuda' or 'cpu'; got {self.device!r}")
+        try:
+            object.__setattr__(self, "hbm", parse_bytes(self.hbm))
+        except ConfigError as e:
+            faults.append(f"`hbm`: {e}")
         raise_faults(faults, "Cluster")
-        object.__setattr__(self, "hbm", parse_bytes(self.hbm))
 
     @property
     def usable(self) -> int:

@@ -89,7 +89,7 @@ def shard(
             env=ShardingEnv.from_process_group(group),
             device=device,
             plan=plan,
-            sharders=[*sharders(), ManagedSharder()],
+            sharders=able,
         )
     read_dense_rows(sharded)
     for coll, weights in zip(colls, held, strict=True):

@@ -68,8 +68,8 @@ def test_predicted_bytes_are_allocated(workers: Workers, method: str, kind: Any)
 def test_clusters_and_kinds_out_of_range() -> None:
     with pytest.raises(ConfigError, match="`hosts` must divide `world_size`; got 3 and 8"):
         Cluster(8, hosts=3)
-    with pytest.raises(ConfigError, match=r"(?s)2 faults.*`world_size`.*`reserved`"):
-        Cluster(0, reserved=2.0)
+    with pytest.raises(ConfigError, match=r"(?s)3 faults.*`world_size`.*`reserved`.*`hbm`: .*got 'lots'"):
+        Cluster(0, reserved=2.0, hbm="lots")
     with pytest.raises(UnknownNameError, match=r"unknown table 'C9'\. Known: C0"):
         place(BIG, None, Cluster(2), kinds={"C9": "row_wise"})
     with pytest.raises(ConfigError, match=r"'C0\.weight' cannot be 'column_wise': its rule keeps one number per row"):
