@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed.cli._settings import parse_assignment, split_settings, train_config
+from recsys_embed.cli._studies import methods, pick
 from recsys_embed.errors import ConfigError
 from recsys_embed.memory import format_bytes
 from recsys_embed.report.search_curves import plot_curves
@@ -29,6 +30,9 @@ search_app = typer.Typer(
     no_args_is_help=True,
     help="Find rows and widths to keep, retrain and test; stopped runs go on when run again.",
 )
+
+search_app.command()(methods)
+search_app.command()(pick)
 
 _Data = Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed data'.")]
 _Config = Annotated[

@@ -42,10 +42,8 @@ class SearchFolder:
         known = self._read(SEARCH)
         if known is None:
             return
-        saved, now = _flat(known.get("identity", {})), _flat(self.identity)
-        differing = sorted(k for k in {*saved, *now} if saved.get(k) != now.get(k))
-        if differing:
-            lines = [f"  - {k}: {saved.get(k)!r:.80} there, {now.get(k)!r:.80} now" for k in differing]
+        lines = differences(known.get("identity", {}), self.identity)
+        if lines:
             raise CheckpointError(
                 f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
             )
@@ -102,6 +100,13 @@ class SearchFolder:
     def seconds(self) -> dict[str, float]:
         """Time spent in each stage so far."""
         return dict(self.get("seconds") or {})
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each setting in which two searches differ; lists and tuples are alike."""
+    there, here = (_flat(json.loads(json.dumps(dict(identity)))) for identity in (saved, now))
+    differing = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+    return [f"  - {k}: {there.get(k)!r:.80} there, {here.get(k)!r:.80} now" for k in differing]
 
 
 def _flat(identity: Any) -> dict[str, Any]:

@@ -1,0 +1,286 @@
+"""``recsys-embed search methods`` and ``pick``: a study over methods, sizes and widths, and what to take of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys_embed._json import strict_json
+from recsys_embed._optional import require
+from recsys_embed.cli._settings import names, parse_assignment, split_settings, train_config
+from recsys_embed.errors import ConfigError, RecsysEmbedError
+from recsys_embed.memory import format_bytes, parse_bytes
+from recsys_embed.train import Interrupted, TrainConfig
+from recsys_embed.train.files import write_json, write_text
+
+EXIT_INTERRUPTED = 130
+STUDY = "study.json"
+_KEY = "search"
+
+
+def methods(
+    data: Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed data'.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Training settings, TOML or JSON; [search] the study's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/search/methods-MODEL-sSEED.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model key.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", "--budget", help="Shares of the plain tables or bytes, e.g. 5%,1MiB.")
+    ] = None,
+    chosen: Annotated[
+        str | None, typer.Option("--methods", help="Keys, comma-separated; default: all that a budget sizes.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Of the whole study, by all workers.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="nsgaii, tpe, random, ... or evolution (OptEmbed's).")
+    ] = None,
+    objectives: Annotated[
+        str | None, typer.Option("--objectives", help="auc, or auc,bytes, or auc,bytes,latency.")
+    ] = None,
+    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of a training.")] = None,
+    check: Annotated[int, typer.Option("--check-proxy", help="So many trials are trained in full after all.")] = 6,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="URL or file; default OUT/study.db; NAME.journal: a journal.")
+    ] = None,
+    warm: Annotated[str | None, typer.Option("--warm-from", help="Storage of an earlier study.")] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes on this machine.")] = 1,
+    embedding_dim: Annotated[int | None, typer.Option("--embedding-dim", help="Width of the vectors.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes of a full training.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, order and draws.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting: key=value; search.KEY=value for the study's.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
+    require("optuna", extra="search", purpose="a study")
+    given, _ = split_settings(config)
+    own = given.pop(_KEY, {})
+    if not isinstance(own, dict):
+        raise ConfigError(f"`{_KEY}` in {config} must be a table; got {own!r}")
+    own, rest = dict(own), []
+    for text in assign or []:
+        found = parse_assignment(text)
+        if list(found) == [_KEY] and isinstance(found[_KEY], dict):
+            own |= found[_KEY]
+        else:
+            rest.append(text)
+    listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
+    own |= {k: list(names(v)) for k, v in listed.items() if v is not None}
+    own |= {k: v for k, v in {"trials": trials, "sampler": sampler, "proxy": proxy}.items() if v is not None}
+    options = {"model": model, "embedding_dim": embedding_dim, "epochs": epochs, "batch_size": batch_size,
+               "learning_rate": learning_rate, "seed": seed}  # fmt: skip
+    train = train_config(given, options, rest)
+    folder = out or Path("runs/search") / f"methods-{train.model}-s{train.seed}"
+    asked = {
+        "data": str(data),
+        "train": train.to_dict(),
+        "study": own,
+        "storage": storage or f"sqlite:///{(folder / 'study.db').absolute()}",
+        "device": device,
+    }
+    if workers < 1:
+        raise ConfigError(f"--workers must be at least 1; got {workers}")
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(asked)
+    write_json(folder / STUDY, asked)
+    if warm is not None:
+        queued, outside = study.warm_from(warm)
+        print(f"from {warm}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
+    try:
+        _work(study, asked, workers, quiet=as_json)
+        checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
+    except Interrupted:
+        print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    results = write_results(study, folder, checked)
+    print(
+        json.dumps(results, indent=2)
+        if as_json
+        else f"{table(results)}\nfiles in {folder}: front.md, results.json, front.png"
+    )
+    return 0
+
+
+def open_study(asked: dict[str, Any]) -> Any:
+    """The study that a command or a worker was asked for."""
+    optuna = require("optuna", extra="search", purpose="a study")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    from recsys_embed.data import open_dataset
+    from recsys_embed.search.study import MethodStudy, StudySettings
+
+    return MethodStudy(
+        TrainConfig.from_dict(asked["train"]),
+        open_dataset(Path(asked["data"])),
+        StudySettings.from_dict(asked["study"]),
+        asked["storage"],
+        device=None if asked["device"] == "cpu" else asked["device"],
+    )
+
+
+def _join(asked: dict[str, Any], quiet: bool) -> None:
+    """What a further worker process does."""
+    try:
+        open_study(asked).work(None if quiet else say)
+    except Interrupted:
+        sys.exit(EXIT_INTERRUPTED)
+    except RecsysEmbedError as e:
+        sys.exit(f"recsys-embed: a worker ended: {e}")
+
+
+def _work(study: Any, asked: dict[str, Any], workers: int, *, quiet: bool) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    others = [spawn.Process(target=_join, args=(asked, quiet)) for _ in range(workers - 1)]
+    for process in others:
+        process.start()
+    try:
+        study.work(None if quiet else say)
+        for process in others:
+            process.join()
+        # What a worker that died had begun is done here.
+        study.work(None if quiet else say)
+    except BaseException:
+        for process in others:
+            process.terminate()
+            process.join()
+        raise
+
+
+def say(trial: Any, number: int, total: int) -> None:
+    """One line per trial."""
+    if trial.values is None:
+        text = trial.user_attrs.get("reason", "failed")
+    else:
+        text = f"AUC {trial.values[0]:.4f}  {format_bytes(trial.user_attrs['bytes'])}"
+    print(f"[{number}/{total}] trial {trial.number}, {short(trial.params)}: {text}", flush=True)
+
+
+def short(params: dict[str, Any]) -> str:
+    """Parameters in a few words.
+
+    >>> short({"budget": "5%", "all.method": "hash", "all.width": 8, "all.share": 0.5})
+    '5%: all hash/8'
+    """
+    groups = [k.removesuffix(".method") for k in params if k.endswith(".method")]
+    return f"{params['budget']}: " + ", ".join(f"{g} {params[f'{g}.method']}/{params[f'{g}.width']}" for g in groups)
+
+
+def _check(study: Any, count: int, *, quiet: bool) -> dict[str, Any] | None:
+    from recsys_embed.search.study_results import check_proxy
+
+    def tell(number: int, proxy: float, full: float) -> None:
+        print(f"trial {number} in full: AUC {full:.4f} ({proxy:.4f} when short)", flush=True)
+
+    return check_proxy(study, count, None if quiet else tell)
+
+
+def write_results(study: Any, folder: Path, checked: dict[str, Any] | None) -> dict[str, Any]:
+    """Write ``results.json``, ``front.md`` and ``front.png``; returns what the first holds."""
+    from recsys_embed.report.study_front import front_of, plot_front
+    from recsys_embed.search.study_results import importance, rows_of
+
+    with study.guarded():
+        rows = rows_of(study)
+        results = {
+            "budgets": study.budgets,
+            "full_bytes": study.full_bytes,
+            "front": front_of(rows),
+            "importance": importance(study),
+            "proxy": checked,
+            "trials": rows,
+        }
+    write_json(folder / "results.json", results)
+    write_text(folder / "front.md", table(results) + "\n")
+    plot_front(rows, folder / "front.png", study.budgets)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The front, what mattered and how far short trainings can be trusted, as Markdown."""
+    lines = ["| trial | validation AUC | bytes | of plain | plan |", "| ---: | ---: | ---: | ---: | --- |"]
+    for r in results["front"]:
+        share = r["bytes"] / results["full_bytes"]
+        lines.append(f"| {r['trial']} | {r['auc']:.4f} | {r['bytes']:,} | {share:.1%} | {short(r['params'])} |")
+    states = [r["state"] for r in results["trials"]]
+    lines += ["", f"{states.count('complete')} trials complete, {states.count('pruned')} stopped or refused."]
+    if results["importance"]:
+        parts = sorted(results["importance"].items(), key=lambda kv: -kv[1])
+        lines.append("What decides about AUC: " + ", ".join(f"{k} {v:.0%}" for k, v in parts if v >= 0.005) + ".")
+    if results["proxy"] is not None:
+        value = results["proxy"]["spearman"]
+        said = "undefined (all alike)" if value is None else f"{value:.2f}"
+        lines.append(f"Rank correlation of short with full training: {said}, {len(results['proxy']['trials'])} trials.")
+    return "\n".join(lines)
+
+
+def pick(
+    run: Annotated[Path, typer.Argument(help="Folder of 'recsys-embed search methods'.")],
+    trial: Annotated[int | None, typer.Option("--trial", help="Number of the trial to take.")] = None,
+    under: Annotated[str | None, typer.Option("--under", help="Or the best that takes at most so much: 1MiB.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder of the training; default RUN/trial-N.")] = None,
+    file: Annotated[Path | None, typer.Option("--export", help="Also write the model to serve: m.safetensors.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="Of that file: fp32, fp16, bf16, int8, int4.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Train a point of a study in full, test it, and export it."""
+    from recsys_embed.data import open_dataset
+    from recsys_embed.search.study_results import best_under, rows_of
+    from recsys_embed.shipping import export
+    from recsys_embed.train.run import footprint_dict, plain, run_training
+
+    if (trial is None) == (under is None):
+        raise ConfigError("give --trial N or --under SIZE, and not both")
+    path = run / STUDY
+    if not path.exists():
+        raise ConfigError(f"{run} holds no study: {path} does not exist; make one with 'recsys-embed search methods'")
+    asked = strict_json(path.read_text(encoding="utf-8"))
+    study = open_study(asked)
+    with study.guarded():
+        rows = rows_of(study)
+    if under is not None:
+        row = best_under(rows, parse_bytes(under))
+    else:
+        found = [r for r in rows if r["trial"] == trial and r["params"]]
+        if not found:
+            raise ConfigError(
+                f"the study has no finished trial {trial}; it has {', '.join(str(r['trial']) for r in rows)}"
+            )
+        row = found[0]
+    folder = out or run / f"trial-{row['trial']}"
+    try:
+        done = run_training(
+            study.settled(row["params"]), open_dataset(Path(asked["data"])), folder=folder, resume=True,
+            device=study.device, label=f"trial {row['trial']}",
+        )  # fmt: skip
+    except Interrupted:
+        print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    result: dict[str, Any] = {
+        **plain(done.result.to_dict()),
+        "trial": row["trial"],
+        "footprint": footprint_dict(done.footprint),
+        "full_bytes": done.full_bytes,
+        "folder": str(folder),
+    }
+    if file is not None:
+        result["export"] = export(folder, file, precision).to_dict()  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return 0
+    test = done.result.test
+    print(f"trial {row['trial']}, {short(row['params'])}")
+    if test is not None:
+        print(f" test: AUC {test.auc:.4f}  logloss {test.logloss:.4f}  ({test.samples:,} rows)")
+    print(f"bytes: {format_bytes(done.footprint.serve)} of {format_bytes(done.full_bytes)}; run in {folder}")
+    if file is not None:
+        print(f"exported to {file}")
+    return 0

@@ -1,0 +1,78 @@
+"""Picture of a study: every trial, and the front that none beats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recsys_embed._optional import require
+from recsys_embed.report.pareto import pareto_front
+
+
+def front_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Complete trials that no other beats in AUC at its bytes, by rising bytes.
+
+    >>> front_of([{"state": "complete", "auc": 0.6, "bytes": 9}, {"state": "complete", "auc": 0.7, "bytes": 5}])
+    [{'state': 'complete', 'auc': 0.7, 'bytes': 5}]
+    """
+    done = [r for r in rows if r["state"] == "complete"]
+    kept, points = [], set()
+    for i in pareto_front([(r["bytes"], r["auc"]) for r in done], slack=0.0):
+        point = (done[i]["bytes"], done[i]["auc"])
+        if point not in points:  # the same plan may have been tried twice
+            kept.append(done[i])
+            points.add(point)
+    return [r for r in kept if not any(o["auc"] >= r["auc"] and o["bytes"] < r["bytes"] for o in kept)]
+
+
+def plot_front(rows: Sequence[Mapping[str, Any]], path: str | Path, budgets: Mapping[str, int]) -> Path | None:
+    """Draw validation AUC over deployed bytes; None when no trial is complete.
+
+    Args:
+        rows: of a study, see :func:`recsys_embed.search.study_results.rows_of`.
+        path: file to write; its suffix picks the format.
+        budgets: bytes by text, drawn as vertical lines.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    done = [r for r in rows if r["state"] == "complete"]
+    if not done:
+        return None
+    require("matplotlib", extra="train", purpose="the picture of a study").use("Agg")
+    plt = require("matplotlib.pyplot", extra="train", purpose="the picture of a study")
+    ticker = require("matplotlib.ticker", extra="train", purpose="the picture of a study")
+    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    # The largest group of fields holds nearly all bytes, so its method is the one to tell trials apart by.
+    last = [k for k in done[0]["params"] if k.endswith(".method")][-1]
+    methods = sorted({r["params"][last] for r in done})
+    for i, method in enumerate(methods):
+        mine = [r for r in done if r["params"][last] == method]
+        axis.plot(
+            [r["bytes"] / 2**10 for r in mine], [r["auc"] for r in mine], "osD^vPX*"[i % 8], color=f"C{i % 10}",
+            markersize=5, alpha=0.8, label=method,
+        )  # fmt: skip
+    front = front_of(rows)
+    axis.step(
+        [r["bytes"] / 2**10 for r in front], [r["auc"] for r in front], where="post", color="0.4", linestyle="--",
+        linewidth=1, zorder=0, label="front",
+    )  # fmt: skip
+    for text, size in budgets.items():
+        axis.axvline(size / 2**10, color="0.8", linewidth=1, zorder=0)
+        axis.annotate(
+            text, (size / 2**10, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=8,
+            xytext=(-2, -2), textcoords="offset points", color="0.4",
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel="deployed embedding bytes (KiB)", ylabel="validation AUC")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.margins(x=0.08, y=0.12)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, title=f"{last.removesuffix('.method')} fields", title_fontsize=8, loc="center left",
+                bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+    path = Path(path)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

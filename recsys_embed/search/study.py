@@ -1,0 +1,459 @@
+"""Studies: Optuna searches over method, size and width, each trial a training that is judged without the test rows."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, raise_faults, unknown_name
+from recsys_embed.features import Schema
+from recsys_embed.models import CTRModel, get_model
+from recsys_embed.plan import Plan
+from recsys_embed.planning.planner import plan_for_budget
+from recsys_embed.search.folder import differences
+from recsys_embed.search.retrain import planned
+from recsys_embed.search.study_samplers import make_sampler
+from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
+from recsys_embed.search.study_storage import faults_of, open_storage, requeue_lost, take
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.loop import DivergedError, Trainer, TrainResult
+from recsys_embed.train.run import LINEAR_METHOD, fingerprint, model_from_config, plans_for, schema_of
+from recsys_embed.train.stop import Interrupted
+
+OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {"auc": "maximize", "bytes": "minimize", "latency": "minimize"}
+NAME = "methods"
+LEAST_PEERS = 4
+"""Trials of at most as many bytes that must have come as far before one is stopped by comparison with them."""
+_IDENTITY, _READY = "identity", "ready"
+_BEAT = 60.0
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a study.
+
+    Args:
+        trials: of the whole study, whoever trains them.
+        budgets: texts, ``"5%"`` of the plain tables or ``"4MiB"``.
+        methods: keys to choose from; empty: all that a budget sizes.
+        groups: of fields, at most, by number of ids.
+        widths: of rows, for methods that take one; empty: a quarter, half and all of the vectors' width.
+        objectives: ``auc`` of the validation rows, ``bytes`` to serve, ``latency`` of a batch's lookup in ms (which
+            differs from run to run, so that studies with it do not repeat bit for bit).
+        sampler: ``evolution`` or one of Optuna's by name.
+        sampler_args: further arguments of the sampler.
+        prune: stop a trial early whose AUC is below the median of those of at most as many bytes.
+        validations: of a trial, for pruning; its last is at the end.
+        proxy: share of the steps of a full training that a trial takes.
+        warm: start from the planner's solution for each budget.
+
+    Raises:
+        ConfigError: a setting out of range; all faults at once.
+    """
+
+    trials: int = 30
+    budgets: tuple[str, ...] = ("1%", "5%", "20%")
+    methods: tuple[str, ...] = ()
+    groups: int = 3
+    widths: tuple[int, ...] = ()
+    objectives: tuple[str, ...] = ("auc", "bytes")
+    sampler: str = "nsgaii"
+    sampler_args: dict[str, Any] = field(default_factory=dict)
+    prune: bool = True
+    validations: int = 4
+    proxy: float = 1.0
+    warm: bool = True
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"`{key}` must be an integer of at least 1; got {getattr(self, key)!r}"
+            for key in ("trials", "groups", "validations")
+            if type(getattr(self, key)) is not int or getattr(self, key) < 1
+        ]
+        for key, kind in (("budgets", str), ("methods", str), ("objectives", str), ("widths", int)):
+            value = getattr(self, key)
+            if not isinstance(value, tuple) or not all(type(v) is kind for v in value):
+                faults.append(f"`{key}` must be a list of {'texts' if kind is str else 'integers'}; got {value!r}")
+        faults += [
+            f"`{key}` must be true or false; got {getattr(self, key)!r}"
+            for key in ("prune", "warm")
+            if not isinstance(getattr(self, key), bool)
+        ]
+        if isinstance(self.proxy, bool) or not isinstance(self.proxy, (int, float)) or not 0 < self.proxy <= 1:
+            faults.append(f"`proxy` must be in (0, 1]; got {self.proxy!r}")
+        if not isinstance(self.sampler_args, dict):
+            faults.append(f"`sampler_args` must be a table; got {self.sampler_args!r}")
+        if not self.objectives or self.objectives[0] != "auc" or len(set(self.objectives)) < len(self.objectives):
+            faults.append(f"`objectives` begin with auc and name each once; got {self.objectives!r}")
+        faults += [str(unknown_name("objective", o, OBJECTIVES)) for o in self.objectives if o not in OBJECTIVES]
+        raise_faults(faults, "StudySettings")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StudySettings:
+        """Build from plain values; an unknown key is an error that names the nearest one."""
+        known = {f.name for f in fields(cls)}
+        for key in data:
+            if key not in known:
+                raise unknown_name("setting of a study", key, known)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class _Untested:
+    """A data set without its test rows, so that nothing in a study can look at them."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self.splits = {s: data.splits[s] if isinstance(data.splits, Mapping) else None for s in ("train", "valid")}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+
+class _Hopeless(Exception):
+    """Others do better with as few bytes."""
+
+
+class _Watched(Trainer):
+    """A trainer that tells each validation but the last to ``watch(step, auc)``, which may end it."""
+
+    watch: Callable[[int, float], None]
+
+    def _validate(self, stop: Any) -> None:
+        before = len(self.state.history)
+        super()._validate(stop)
+        if len(self.state.history) > before and not self._finished():
+            self.watch(self.state.step, float(self.state.history[-1]["auc"]))
+
+
+class MethodStudy:
+    """A study of methods on one data set, open for work.
+
+    Args:
+        config: settings of every training; method ``full``, no budget.
+        data: opened data set with splits ``train`` and ``valid``.
+        settings: of the study.
+        storage: URL or file, see :func:`recsys_embed.search.study_storage.open_storage`.
+        device: e.g. ``"cuda"``; None: CPU.
+
+    Raises:
+        ConfigError: settings or data that come to nothing.
+        BudgetError: a budget below the smallest plan.
+        CheckpointError: the storage holds a study of another space or other data.
+        StorageError: the storage cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Any,
+        settings: StudySettings,
+        storage: str,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
+            raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
+        if "valid" not in data.splits:
+            raise ConfigError("a study compares by validation rows; convert the data with --valid 1/12")
+        self.full_config, self.data, self.settings = config, _Untested(data), settings
+        self.where, self.device = storage, device
+        schema = schema_of(data, config)
+        cls = get_model(config.model)
+        self.schema: Schema = schema if cls.uses_vectors else schema.with_dim(1)
+        self._narrow = schema.with_dim(1) if cls.uses_vectors and cls.uses_linear else None
+        self.full_bytes = plans_for(schema, config).full_bytes
+        self.budgets = {text: read_budget(text, self.full_bytes) for text in settings.budgets}
+        room = {text: budget - self._linear_bytes(budget) for text, budget in self.budgets.items()}
+        methods = settings.methods or study_methods()
+        self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
+        self.storage = open_storage(storage)
+        with self.guarded():
+            self.study = self._open()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Say what is wrong when the storage is."""
+        with faults_of(self.where):
+            yield
+
+    def _linear_bytes(self, budget: int) -> int:
+        if self._narrow is None:
+            return 0
+        share = budget // (self.full_config.embedding_dim + 1)
+        return Plan.uniform(self._narrow, LINEAR_METHOD, budget=share).footprint(self._narrow).serve
+
+    @cached_property
+    def steps(self) -> int:
+        """Of a full training."""
+        c = self.full_config
+        probe = self.data.batches("train", c.batch_size, shuffle=False)
+        return min(c.steps or 1 << 62, len(probe) * c.epochs)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """Settings of a trial."""
+        s, c = self.settings, self.full_config
+        if s.proxy == 1 and not s.prune:
+            return c
+        steps = max(1, round(self.steps * s.proxy))
+        every = max(1, -(-steps // s.validations)) if s.prune else c.eval_every
+        return c.replace(steps=steps, eval_every=min(every or steps, c.eval_every or steps))
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Of all parameters, in one order."""
+        found: dict[str, BaseDistribution] = {"budget": CategoricalDistribution(list(self.space.budgets))}
+        for group in self.space.fields:
+            found[f"{group}.method"] = CategoricalDistribution(list(self.space.methods))
+            found[f"{group}.width"] = CategoricalDistribution(list(self.space.widths))
+            found[f"{group}.share"] = FloatDistribution(LEAST_SHARE, 1.0, log=True)
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must agree on to share a study."""
+        settings = {k: v for k, v in self.settings.to_dict().items() if k in ("objectives", "proxy", "validations")}
+        return {
+            "space": self.space.to_dict(),
+            "study": settings,
+            "train": self.full_config.to_dict(),
+            "data": fingerprint(self.schema, self.data),
+        }
+
+    # -- the study ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> optuna.Study:
+        s = self.settings
+        sampler = make_sampler(s.sampler, self.distributions, self.full_config.seed, s.trials, s.sampler_args)
+        try:
+            study = optuna.create_study(
+                study_name=NAME, storage=self.storage, sampler=sampler, directions=[OBJECTIVES[o] for o in s.objectives]
+            )
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(study_name=NAME, storage=self.storage, sampler=sampler)
+            for _ in range(300):  # another process is making it
+                if _READY in study.user_attrs:
+                    break
+                time.sleep(0.1)
+            differing = differences(study.user_attrs.get(_IDENTITY, {}), self.identity)
+            if differing:
+                raise CheckpointError(
+                    f"{self.where} holds a study of another space or other data; use those, or another storage:\n"
+                    + "\n".join(differing)
+                ) from None
+        else:
+            study.set_user_attr(_IDENTITY, self.identity)
+            with warnings.catch_warnings():  # Optuna calls it experimental; its dashboard names axes by it
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(s.objectives))
+            for point in self._planner_points() if s.warm else []:
+                if len(study.get_trials(deepcopy=False)) < s.trials:
+                    study.enqueue_trial(point, user_attrs={"from": "planner"})
+        self._fill(study)
+        study.set_user_attr(_READY, True)
+        return study
+
+    def _fill(self, study: optuna.Study) -> None:
+        """Queue as many trials as the study is to have; those that failed are not counted."""
+        there = sum(t.state != TrialState.FAIL for t in study.get_trials(deepcopy=False))
+        for _ in range(self.settings.trials - there):
+            study.enqueue_trial({})
+
+    def _planner_points(self) -> Iterator[dict[str, Any]]:
+        stats = self.data if hasattr(self.data, "manifest") else None
+        for text, budget in self.space.budgets.items():
+            equal = get_model(self.full_config.model).needs_equal_widths
+            try:
+                found = plan_for_budget(
+                    self.schema, budget, stats=stats, methods=list(self.space.methods), needs_equal_widths=equal
+                )
+            except BudgetError:
+                continue
+            yield self.space.point_of(found, text)
+
+    def warm_from(self, storage: str) -> tuple[int, int]:
+        """Queue the best trials of an earlier study, ahead of what is still to be drawn.
+
+        Returns:
+            how many were queued, and how many are no points of this space.
+        """
+        with faults_of(storage):
+            earlier = optuna.load_study(study_name=NAME, storage=open_storage(storage)).best_trials
+        fitting = [t.params for t in earlier if self.space.holds(t.params)]
+        with self.guarded():
+            waiting = [
+                t
+                for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+                if not t.system_attrs.get("fixed_params")
+            ]
+            known = [t.system_attrs.get("fixed_params") or t.params for t in self.study.get_trials(deepcopy=False)]
+            fresh = [p for p in fitting if p not in known][: len(waiting)]
+            for trial, params in zip(waiting, fresh, strict=False):
+                self.storage.set_trial_system_attr(trial._trial_id, "fixed_params", params)
+                self.storage.set_trial_user_attr(trial._trial_id, "from", "an earlier study")
+        return len(fresh), len(earlier) - len(fitting)
+
+    def work(self, on_trial: Callable[[optuna.trial.FrozenTrial, int, int], None] | None = None) -> int:
+        """Train queued trials until none is left, and return how many; other processes may work beside this one.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM; the trial is queued again.
+            StorageError: the storage is gone or locked.
+        """
+        done = 0
+        with self.guarded():
+            while True:
+                requeue_lost(self.study, self.storage)
+                trial = take(self.study, self.storage)
+                if trial is None:
+                    return done
+                self._one(trial)
+                done += 1
+                if on_trial is not None:
+                    every = self.study.get_trials(deepcopy=False)
+                    left = sum(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in every)
+                    on_trial(every[trial.number], len(every) - left, len(every))
+
+    def _one(self, trial: optuna.Trial) -> None:
+        params = self._draw(trial)
+        state, values = TrialState.COMPLETE, None
+        try:
+            with self._beating(trial):
+                values = self._objectives(trial, params)
+        except BudgetError as e:
+            state = TrialState.PRUNED
+            trial.set_user_attr("reason", f"not trained: {e}")
+        except _Hopeless as e:
+            state = TrialState.PRUNED
+            trial.set_user_attr("reason", str(e))
+        except DivergedError as e:
+            state = TrialState.PRUNED
+            trial.set_user_attr("reason", f"diverged: {e}")
+        except (Interrupted, KeyboardInterrupt):
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self.study.enqueue_trial(params, user_attrs={"again": trial.number})
+            raise
+        self.study.tell(trial, values, state=state, skip_if_finished=True)
+
+    def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
+        params: dict[str, Any] = {}
+        for name, d in self.distributions.items():
+            if isinstance(d, CategoricalDistribution):
+                params[name] = trial.suggest_categorical(name, d.choices)
+            elif isinstance(d, FloatDistribution):
+                params[name] = trial.suggest_float(name, d.low, d.high, log=d.log)
+        return params
+
+    @contextmanager
+    def _beating(self, trial: optuna.Trial) -> Iterator[None]:
+        """Say now and then that the trial is at work, for workers on other machines."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(_BEAT):
+                self.storage.set_trial_user_attr(trial._trial_id, "seen", time.time())
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    # -- a trial --------------------------------------------------------------------------------------------------
+
+    def settled(self, params: Mapping[str, Any], *, full: bool = True) -> TrainConfig:
+        """Training settings of a point: those of a full training, or of a trial.
+
+        Raises:
+            BudgetError: the point does not keep to its budget.
+        """
+        budget = self.budgets[params["budget"]]
+        config = planned(self.full_config if full else self.config, self.space.plan(params), budget)
+        need = self.bytes(config)
+        if need > budget:
+            raise BudgetError(f"the plan takes {need:,} bytes; {budget:,} are available")
+        return config
+
+    def bytes(self, config: TrainConfig) -> int:
+        """Bytes to serve the embedding part."""
+        plans = plans_for(self.schema, config)
+        narrow = 0 if plans.linear is None or self._narrow is None else plans.linear.footprint(self._narrow).serve
+        return plans.vectors.footprint(self.schema).serve + narrow
+
+    def _objectives(self, trial: optuna.Trial, params: Mapping[str, Any]) -> list[float]:
+        config = self.settled(params, full=False)
+        size = self.bytes(config)
+        trial.set_user_attr("bytes", size)
+        model, result = self.train(config, lambda step, auc: self._judge(trial, step, auc, size))
+        found = {"auc": auc_of(result), "bytes": float(size)}
+        if "latency" in self.settings.objectives:
+            found["latency"] = self._latency(model)
+        return [found[o] for o in self.settings.objectives]
+
+    def train(
+        self, config: TrainConfig, watch: Callable[[int, float], None] = lambda step, auc: None
+    ) -> tuple[CTRModel, TrainResult]:
+        """Train and validate, never test."""
+        model = model_from_config(config, self.schema, self.data.num_dense, self.device)
+        if config.standardise and self.data.num_dense:
+            model.standardise(*self.data.numeric_moments())
+        trainer = _Watched(model, self.data, config, device=self.device, show_progress=False)
+        trainer.watch = watch
+        return model, trainer.run()
+
+    def _judge(self, trial: optuna.Trial, step: int, auc: float, size: int) -> None:
+        curve = dict(trial.user_attrs.get("curve", {})) | {str(step): auc}
+        trial.set_user_attr("curve", curve)
+        if len(self.settings.objectives) == 1:  # Optuna keeps intermediate values of single objectives only
+            trial.report(auc, step)
+        if not self.settings.prune:
+            return
+        peers = [
+            t.user_attrs["curve"][str(step)]
+            for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+            if str(step) in t.user_attrs.get("curve", {}) and t.user_attrs["bytes"] <= size
+        ]
+        if len(peers) >= LEAST_PEERS and auc < statistics.median(peers):
+            raise _Hopeless(
+                f"stopped at step {step}: AUC {auc:.4f} is below {statistics.median(peers):.4f}, the median of "
+                f"{len(peers)} trials of at most as many bytes"
+            )
+
+    @torch.no_grad()
+    def _latency(self, model: CTRModel) -> float:
+        batch = next(iter(self.data.batches("valid", 512, shuffle=False, device=self.device)))
+        collection = next(iter(model.collections().values()))
+        times = []
+        for _ in range(25):
+            begin = time.perf_counter()
+            collection(batch.ids)
+            if batch.ids.is_cuda:
+                torch.cuda.synchronize(batch.ids.device)
+            times.append(time.perf_counter() - begin)
+        return 1e3 * statistics.median(times[5:])
+
+
+def auc_of(result: TrainResult) -> float:
+    """Validation AUC of the best weights."""
+    if result.valid is None or result.valid.auc is None or result.valid.auc != result.valid.auc:
+        raise ConfigError("the validation rows are of one class, so no trial has an AUC; use more of them")
+    return float(result.valid.auc)
