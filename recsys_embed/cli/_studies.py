@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed._json import strict_json
-from recsys_embed._optional import require
 from recsys_embed.cli._settings import names, parse_assignment, split_settings, train_config
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.memory import format_bytes, parse_bytes
@@ -62,7 +61,9 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
-    require("optuna", extra="search", purpose="a study")
+    from recsys_embed.search.needs import require_optuna
+
+    require_optuna()
     given, _ = split_settings(config)
     own = given.pop(_KEY, {})
     if not isinstance(own, dict):
@@ -113,9 +114,10 @@ def methods(
 
 def open_study(asked: dict[str, Any]) -> Any:
     """The study that a command or a worker was asked for."""
-    optuna = require("optuna", extra="search", purpose="a study")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     from recsys_embed.data import open_dataset
+    from recsys_embed.search.needs import require_optuna
+
+    require_optuna()
     from recsys_embed.search.study import MethodStudy, StudySettings
 
     return MethodStudy(
