@@ -54,92 +54,57 @@ _Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@search_app.command()
-def optembed(
-    data: _Data,
-    config: _Config = None,
-    out: _Out = None,
-    model: _Model = None,
-    budget: _Budget = None,
-    ratio: _Ratio = None,
-    embedding_dim: _Dim = None,
-    epochs: _Epochs = None,
-    batch_size: _Batch = None,
-    learning_rate: _Rate = None,
-    seed: _Seed = None,
-    assign: _Set = None,
-    device: _Device = "cpu",
-    as_json: _Json = False,
-) -> int:
-    """OptEmbed: train a supernet whose rare rows die, evolve the widths of fields on it, retrain what is left."""
-    options = _options(model, budget, ratio, embedding_dim, epochs, batch_size, learning_rate, seed)
-    return _search(OptembedSearch, OptembedSettings, data, config, out, options, assign, device, as_json)
+def _add(name: str, does: str, kind: type[Search], settings_cls: type[Settings]) -> None:
+    """A command per search; all of them take the same options."""
+
+    @search_app.command(name, help=does)
+    def command(
+        data: _Data,
+        config: _Config = None,
+        out: _Out = None,
+        model: _Model = None,
+        budget: _Budget = None,
+        ratio: _Ratio = None,
+        embedding_dim: _Dim = None,
+        epochs: _Epochs = None,
+        batch_size: _Batch = None,
+        learning_rate: _Rate = None,
+        seed: _Seed = None,
+        assign: _Set = None,
+        device: _Device = "cpu",
+        as_json: _Json = False,
+    ) -> int:
+        options = {
+            "model": model,
+            "budget": budget,
+            "ratio": ratio,
+            "embedding_dim": embedding_dim,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        return _search(kind, settings_cls, data, config, out, options, assign, device, as_json)
 
 
-@search_app.command()
-def dnis(
-    data: _Data,
-    config: _Config = None,
-    out: _Out = None,
-    model: _Model = None,
-    budget: _Budget = None,
-    ratio: _Ratio = None,
-    embedding_dim: _Dim = None,
-    epochs: _Epochs = None,
-    batch_size: _Batch = None,
-    learning_rate: _Rate = None,
-    seed: _Seed = None,
-    assign: _Set = None,
-    device: _Device = "cpu",
-    as_json: _Json = False,
-) -> int:
-    """DNIS: learn which columns blocks of frequent and rare ids need, prune the merged table, train on."""
-    options = _options(model, budget, ratio, embedding_dim, epochs, batch_size, learning_rate, seed)
-    return _search(DnisSearch, DnisSettings, data, config, out, options, assign, device, as_json)
-
-
-@search_app.command()
-def pep(
-    data: _Data,
-    config: _Config = None,
-    out: _Out = None,
-    model: _Model = None,
-    budget: _Budget = None,
-    ratio: _Ratio = None,
-    embedding_dim: _Dim = None,
-    epochs: _Epochs = None,
-    batch_size: _Batch = None,
-    learning_rate: _Rate = None,
-    seed: _Seed = None,
-    assign: _Set = None,
-    device: _Device = "cpu",
-    as_json: _Json = False,
-) -> int:
-    """PEP: let thresholds rise until the budget is met, retrain the elements left from their initial weights."""
-    options = _options(model, budget, ratio, embedding_dim, epochs, batch_size, learning_rate, seed)
-    return _search(PepSearch, PepSettings, data, config, out, options, assign, device, as_json)
-
-
-def _options(
-    model: str | None,
-    budget: str | None,
-    ratio: float | None,
-    embedding_dim: int | None,
-    epochs: int | None,
-    batch_size: int | None,
-    learning_rate: float | None,
-    seed: int | None,
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "budget": budget,
-        "ratio": ratio,
-        "embedding_dim": embedding_dim,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
+_add(
+    "optembed",
+    "OptEmbed: train a supernet whose rare rows die, evolve the widths of fields on it, retrain what is left.",
+    OptembedSearch,
+    OptembedSettings,
+)
+_add(
+    "dnis",
+    "DNIS: learn which columns blocks of frequent and rare ids need, prune the merged table, train on.",
+    DnisSearch,
+    DnisSettings,
+)
+_add(
+    "pep",
+    "PEP: let thresholds rise until the budget is met, retrain the elements left from their initial weights.",
+    PepSearch,
+    PepSettings,
+)
 
 
 def read_search(

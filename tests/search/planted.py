@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.train import TrainConfig
-from tests.train.toy import Batch, ToyBatches
+from tests.train.toy import Batch, InMemory
 
 IDS = 40
 RANKS = {"none_a": 0, "rank_1": 1, "rank_2": 2, "rank_4": 4, "half": 2, "tail": 2, "none_b": 0}
@@ -16,7 +15,7 @@ NUMBERS = 4
 TAIL = 400
 
 
-class Planted:
+class Planted(InMemory):
     """Rows of a bilinear model: an id of rank r holds r numbers, each of which multiplies a numeric column of its own.
 
     Column j is multiplied by the sum over fields of the ids' j-th number; the field ``half`` counts for odd ids alone.
@@ -48,17 +47,6 @@ class Planted:
 
     def schema(self, embedding_dim: int) -> Schema:
         return Schema([FeatureSpec(name, self.sizes[name], embedding_dim) for name in RANKS])
-
-    def numeric_moments(self) -> tuple[Tensor, Tensor]:
-        dense = self.parts["train"].dense
-        return dense.mean(0), dense.std(0, correction=0)
-
-    def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None, start_batch=0):
-        parts = self.parts[split]
-        n = len(parts.label)
-        g = torch.Generator().manual_seed(seed * 1000 + epoch)
-        order = torch.randperm(n, generator=g) if shuffle else torch.arange(n)
-        return ToyBatches(parts, order[start_batch * batch_size :], batch_size)
 
 
 def planted_config(**changes) -> TrainConfig:

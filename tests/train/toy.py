@@ -31,7 +31,22 @@ class ToyBatches:
             yield Batch(*(t[rows] for t in self.parts))
 
 
-class ToyData:
+class InMemory:
+    """What every data set has whose ``parts`` are batches by split."""
+
+    def numeric_moments(self):
+        dense = self.parts["train"].dense
+        return dense.mean(0), dense.std(0, correction=0)
+
+    def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None, start_batch=0):
+        parts = self.parts[split]
+        n = len(parts.label)
+        g = torch.Generator().manual_seed(seed * 1000 + epoch)
+        order = torch.randperm(n, generator=g) if shuffle else torch.arange(n)
+        return ToyBatches(parts, order[start_batch * batch_size :], batch_size)
+
+
+class ToyData(InMemory):
     """Labels follow a planted model: an effect per category and one product of two categories."""
 
     num_dense = 3
@@ -56,17 +71,6 @@ class ToyData:
     @property
     def digest(self) -> str:
         return repr([(split, [t.sum().item() for t in batch]) for split, batch in self.parts.items()])
-
-    def numeric_moments(self):
-        dense = self.parts["train"].dense
-        return dense.mean(0), dense.std(0, correction=0)
-
-    def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None, start_batch=0):
-        parts = self.parts[split]
-        n = len(parts.label)
-        g = torch.Generator().manual_seed(seed * 1000 + epoch)
-        order = torch.randperm(n, generator=g) if shuffle else torch.arange(n)
-        return ToyBatches(parts, order[start_batch * batch_size :], batch_size)
 
 
 def toy_config(**changes) -> TrainConfig:
