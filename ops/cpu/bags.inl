@@ -49,6 +49,7 @@ static void pool(BagWalk& walk, i64 at, i64 n, const float* vectors, const i32* 
   const i64 width = width_of<W>(w);
   for (i64 i = 0; i < n; i++) {
     float* o = out + walk.bag_of(at + i) * stride;
+    if (rows && i + 8 < n) prefetch(vectors + i64(std::max(rows[i + 8], 0)) * width, 4 * width);
     if (rows && rows[i] < 0) continue;
     const float* q = vectors + (rows ? i64(rows[i]) : i) * width;
     const float factor = walk.factor(at + i);
@@ -71,7 +72,7 @@ static auto choose_pool(i64 width) {
 
 // Bags of samples [from, to) of all features.
 static bool look_up_bags(const Call& c, i64 from, i64 to) {
-  const Workspace work(c, 2);
+  const Workspace work(c, to - from);
   const std::vector<Matrix> kept = kept_of(c);
   std::vector<float> memory;
   bool good = true;
@@ -87,21 +88,19 @@ static bool look_up_bags(const Call& c, i64 from, i64 to) {
     const auto add = choose_pool(used);
     if (!bare) memory.resize(work.size() * f.width);
     BagWalk walk(c, f, first);
-    auto prepare = [&](i64 at, i64 copy) {
+    const Chunk chunk = work.chunk(c.features, k);
+    Reader whole(c), rows(c);
+    if (!bare) whole.vectors(f, chunk, 0, 0);
+    if (c.kept.data && !f.plain) rows.rows(f, chunk, 0, 0);
+    const float* vectors = bare ? c.storages[c.probes[f.first].storage] : memory.data();
+    for (i64 at = first; at < last; at += work.size()) {
       const i64 n = std::min(work.size(), last - at);
-      const Chunk chunk = work.chunk(c.features, k, copy);
       good &= find(c, f, at, n, chunk);
-      prefetch_rows(c, f, n, chunk);
-    };
-    prepare(first, 0);
-    i64 copy = 0;
-    for (i64 at = first; at < last; at += work.size(), copy ^= 1) {
-      if (at + work.size() < last) prepare(at + work.size(), copy ^ 1);
-      const i64 n = std::min(work.size(), last - at);
-      const Chunk chunk = work.chunk(c.features, k, copy);
-      if (!bare) read_feature(c, f, chunk, n, memory.data(), f.width);
-      if (c.kept.data && !f.plain) keep_rows(c, f, chunk, at - start, n, kept[k]);
-      const float* vectors = bare ? c.storages[c.probes[f.first].storage] : memory.data();
+      const Matrix here{memory.data(), f.width};
+      Matrix kept_here = kept[k];
+      if (kept_here.data) kept_here.data += (at - start) * kept_here.stride;
+      whole.read(&here, n);
+      rows.read(&kept_here, n);
       add(walk, at, n, vectors, bare ? chunk.rows_of(0) : nullptr, used, out, matrix.stride);
     }
   }

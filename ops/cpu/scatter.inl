@@ -249,7 +249,7 @@ static const u64* sorted_entries(const TableReads& table, i64 threads, i64& coun
     if (count != part(t)) std::memmove(from + count, from + part(t), filled[t] * sizeof(u64));
   i64 bits = 0;
   while ((table.rows - 1) >> bits) bits++;
-  const i64 passes = (bits + 8) / 9;
+  const i64 passes = (bits + 11) / 12;
   for (i64 p = 0, shift = 0; p < passes; p++, std::swap(from, to)) {
     const i64 digit = (bits - shift + passes - p - 1) / (passes - p);
     sort_digit(from, to, count, table.base, shift, digit, threads);
@@ -259,30 +259,62 @@ static const u64* sorted_entries(const TableReads& table, i64 threads, i64& coun
 }
 
 // Sorted entries [from, to): sums each row's gradients and updates it; `at` is the first row's place in a sparse gradient.
+// Rows are summed a block at a time and then updated: where a row's entries end is hard to foresee, and a wrong guess
+// would hold up the updates of the rows before.
 template <int W>
 static void update_sorted(const Update& u, float* table, i64 w, const Base* bases, const u64* entries, i64 from, i64 to,
                           i64 at) {
+  constexpr i64 block = 64;
   const i64 width = width_of<W>(w), ahead = 32;
   const u64 mask = (u64(1) << OFFSET_BITS) - 1;
-  Row<W> memory(width);
-  float* sum = memory.data();
-  auto gradient = [&](u64 entry) { return bases[entry >> OFFSET_BITS & (BASES - 1)].gradient + (entry & mask); };
-  auto fetch = [&](i64 i) {
-    prefetch(gradient(entries[i]), 4 * width);
-    if (i == from || row_of(entries[i]) != row_of(entries[i - 1])) prefetch_state(u, table, row_of(entries[i]), width);
-  };
-  for (i64 i = from; i < std::min(from + ahead, to); i++) fetch(i);
-  for (i64 i = from; i < to; at++) {
-    const i64 row = row_of(entries[i]);
-    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(sum + k, lanes.all(0.f)); });
-    for (; i < to && row_of(entries[i]) == row; i++) {
-      if (i + ahead < to) fetch(i + ahead);
-      const float* g = gradient(entries[i]);
-      const float factor = bases[entries[i] >> OFFSET_BITS & (BASES - 1)].factor;
-      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(sum + k, lanes.load(sum + k) + lanes.load(g + k) * factor); });
+  Row<W * block> memory(width * block);
+  i64 rows[block];
+  auto base = [&](u64 entry) -> const Base& { return bases[entry >> OFFSET_BITS & (BASES - 1)]; };
+  auto gradient = [&](u64 entry) { return base(entry).gradient + (entry & mask); };
+  for (i64 i = from; i < std::min(from + ahead, to); i++) prefetch(gradient(entries[i]), 4 * width);
+  for (i64 i = from; i < to;) {
+    i64 count = 0;
+    for (float* sum = memory.data(); i < to && count < block; sum += width) {
+      const i64 row = rows[count++] = row_of(entries[i]);
+      prefetch_state(u, table, row, width);
+      for (bool first = true; i < to && row_of(entries[i]) == row; i++, first = false) {
+        prefetch(gradient(entries[std::min(i + ahead, to - 1)]), 4 * width);
+        const float *g = gradient(entries[i]), factor = base(entries[i]).factor;
+        blocks<W>(width, [&](auto lanes, i64 k) {
+          const auto v = lanes.load(g + k) * factor;
+          lanes.store(sum + k, first ? v : lanes.load(sum + k) + v);
+        });
+      }
     }
-    update_row<W>(u, table, row, at, sum, w);
+    float* sum = memory.data();
+    for (i64 k = 0; k < count; k++, sum += width) update_row<W>(u, table, rows[k], at++, sum, w);
   }
+}
+
+// Rows of one table, if they are few: they are summed where they lie and need no sorting.
+template <int W>
+static void update_few(const Update& u, float* table, i64 w, const Base* bases, const TableReads& reads,
+                       std::vector<float>& sums) {
+  const i64 width = width_of<W>(w), ahead = 8;
+  std::vector<unsigned char> touched(reads.rows, 0);
+  sums.assign(reads.rows * width, 0.f);
+  for (const Source& s : reads.sources) {
+    const Base base = bases[s.tag];
+    for (i64 b = 0; b < s.count; b++) {
+      prefetch(base.gradient + s.offset(std::min(b + ahead, s.count - 1)), 4 * width);
+      if (s.of[b] < 0) continue;
+      const i64 row = s.of[b] - reads.base;
+      const float* g = base.gradient + s.offset(b);
+      float* sum = sums.data() + row * width;
+      touched[row] = 1;
+      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(sum + k, lanes.load(sum + k) + lanes.load(g + k) * base.factor); });
+    }
+  }
+  i64 known = 0;
+  for (unsigned char t : touched) known += t;
+  i64 at = u.rule == SPARSE_GRADIENT ? claim(u, known) : 0;
+  for (i64 row = 0; row < reads.rows; row++)
+    if (touched[row]) update_row<W>(u, table, reads.base + row, at++, sums.data() + row * width, w);
 }
 
 // Sorted entries [from, to): brings each row up to date.
@@ -307,12 +339,13 @@ using Visit = void (*)(const Update&, float*, i64, const Base*, const u64*, i64,
 // What to do with the rows of a table: update them, or bring them up to date.
 struct Visits {
   Visit update, settle;
+  void (*update_few)(const Update&, float*, i64, const Base*, const TableReads&, std::vector<float>&);
   void (*settle_all)(const Update&, float*, i64, i64, i64);
 };
 
 template <int W>
 static Visits visits_of() {
-  return {update_sorted<W>, settle_sorted<W>, settle_range<W>};
+  return {update_sorted<W>, settle_sorted<W>, update_few<W>, settle_range<W>};
 }
 
 static Visits choose_visits(i64 width) {
@@ -367,7 +400,8 @@ static void visit_table(const Update& u, const TableReads& reads, float* table, 
 
 // Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
 static void visit_rows(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
-                       float* table, i64 width, Visit visit, Scratch& scratch) {
+                       float* table, i64 width, bool settle, Scratch& scratch) {
+  const Visits visits = choose_visits(width);
   std::vector<TableReads> tables;
   for (const Source& s : sources) {
     auto same = [&](const TableReads& t) { return t.base == s.base; };
@@ -381,7 +415,7 @@ static void visit_rows(const Call& c, const std::vector<Source>& sources, const 
     for (u64*& entries : t.entries)
       entries = static_cast<u64*>(scratch.take(count_lookups(t.sources) * sizeof(u64)));
     if (c.threads > 1 && count_lookups(t.sources) * c.threads * 2 > all)
-      visit_table(u, t, table, width, bases, c.threads, visit);
+      visit_table(u, t, table, width, bases, c.threads, settle ? visits.settle : visits.update);
     else narrow.push_back(&t);
   }
   auto work = [](const TableReads* a, const TableReads* b) {
@@ -390,8 +424,13 @@ static void visit_rows(const Call& c, const std::vector<Source>& sources, const 
   std::stable_sort(narrow.begin(), narrow.end(), work);
   i64 next = 0;
   parallel(c.threads, [&](i64, i64) {
-    for (u64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < narrow.size();)
-      visit_table(u, *narrow[i], table, width, bases, 1, visit);
+    std::vector<float> sums;
+    for (u64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < narrow.size();) {
+      const TableReads& t = *narrow[i];
+      const bool few = t.rows * 2 <= count_lookups(t.sources) && t.rows * width <= 65536;
+      if (few && !settle) visits.update_few(u, table, width, bases, t, sums);
+      else visit_table(u, t, table, width, bases, 1, settle ? visits.settle : visits.update);
+    }
   });
 }
 
@@ -523,7 +562,7 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
   memory.resize(f.probes * n + f.width);
   float* here = memory.data() + f.probes * n;
   for (i64 j = 0; j < f.probes; j++)
-    if (!factors(c.probes[f.first + j], at.ids, nullptr, n, memory.data() + j * n)) std::fill_n(memory.data() + j * n, n, 1.f);
+    factors(c.probes[f.first + j], at.ids, nullptr, n, memory.data() + j * n);
   auto kept = [&](const Probe& p, i64 i) { return saved.data + (first + i) * saved.stride + p.kept; };
   auto weight = [&](const Probe& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.run * p.width]; };
   auto signs = [&](const Probe& p, i64 i) {
@@ -658,11 +697,11 @@ static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
   bool good = true;
   const std::vector<Matrix> kept = kept_of(c);
   parallel(c.threads, [&](i64 thread, i64 team) {
-    const Workspace work(c, 1);
+    const Workspace work(c, c.batch);
     std::vector<float> memory, vectors;
     each_piece(c, c.batch * thread / team, c.batch * (thread + 1) / team, work.size(), [&](i64 k, i64 at, i64 n) {
       const Feature& f = c.features[k];
-      const Chunk chunk = work.chunk(c.features, k, 0);
+      const Chunk chunk = work.chunk(c.features, k);
       const i64 place = at - first_id(c, f, 0) * (c.offsets != nullptr);
       if (!find(c, f, at, n, chunk)) __atomic_store_n(&good, false, __ATOMIC_RELAXED);
       for (i64 j = 0; j < f.probes; j++) {
@@ -704,7 +743,7 @@ static int backward(const Call& c, const Update* updates, bool settle, Scratch& 
     const Visits visits = choose_visits(width);
     if (runs && settle) settle_all(updates[s], c.storages[s], width, c.threads);
     else if (runs) update_elements(c, sources, reads.bases.data(), updates[s], c.storages[s], scratch);
-    else visit_rows(c, sources, reads.bases.data(), updates[s], c.storages[s], width, settle ? visits.settle : visits.update, scratch);
+    else visit_rows(c, sources, reads.bases.data(), updates[s], c.storages[s], width, settle, scratch);
   }
   return DONE;
 }

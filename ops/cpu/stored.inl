@@ -96,62 +96,61 @@ static void decode_row(i64 kind, const unsigned char* from, i64 count, float* __
   }
 }
 
-static inline i64 kind_of(const Call& c, i64 storage) { return c.storage_kinds ? c.storage_kinds[storage] : i64(FP32); }
-
 static inline const unsigned char* stored_row(const Call& c, i64 storage, i64 row) {
-  return reinterpret_cast<const unsigned char*>(c.storages[storage]) + row * c.storage_bytes[storage];
+  return reinterpret_cast<const unsigned char*>(c.storages[storage]) + row * row_bytes(c, storage);
 }
 
-#if defined(__GNUC__)
 // Rows of 16, 32, ... elements, decoded in registers and joined with what is there.
-template <i64 KIND>
-static void gather_sixteens(const Call& c, const Probe& p, i64 join, const i32* rows, const float* factor, i64 n,
-                            float* out, i64 stride) {
-  const float empty = float(p.product);
-  for (i64 i = 0; i < n; i++) {
-    float* o = out + i * stride;
-    if (rows[i] < 0) {
-      if (join == STORE) std::fill_n(o, p.width, empty);
-      continue;
-    }
-    const unsigned char* row = stored_row(c, p.storage, rows[i]);
-    const bool codes = KIND == INT8 || KIND == INT4;
-    const float scale = codes ? half_to_float(read_16(row)) : 1.f, bias = codes ? half_to_float(read_16(row + 2)) : 0.f;
-    for (i64 k = 0; k < p.width; k += 16) {
-      Floats16 v;
-      if (KIND == FP16) v = halves(row + 2 * k);
-      else if (KIND == BF16) v = brain_halves(row + 2 * k);
-      else v = codes_of(KIND, row + 4, k) * scale + bias;
-      if (factor) v *= factor[i];
-      if (join == ADD) v = Lanes<16>::load(o + k) + v;
-      if (join == MUL) v = Lanes<16>::load(o + k) * v;
-      Lanes<16>::store(o + k, v);
-    }
-  }
-}
+static inline bool decodes_blocks(i64 width) {
+#if defined(__GNUC__)
+  return width % 16 == 0;
+#else
+  return false;
 #endif
+}
 
-// A probe's values of n ids from a storage that does not hold floats.
-static void gather_stored(const Call& c, const Probe& p, i64 join, const i64* ids, const i32* rows, const float* factor,
-                          i64 n, float* out, i64 stride) {
+template <i64 KIND>
+static void read_stored(const Group& g, const Found& found, i64 n, const Matrix& out) {
+#if defined(__GNUC__)
+  // Rows begin anywhere in a line.
+  found.each<0>(g, n, g.slots[0].bytes + 63, out, [&](const char* const* rows, const float* factors, float* o) {
+    if (!rows[0]) std::fill_n(o, g.width, g.empty);
+    for (i64 j = 0; j < g.count; j++) {
+      if (!rows[j]) continue;
+      const unsigned char* row = reinterpret_cast<const unsigned char*>(rows[j]);
+      const bool codes = KIND == INT8 || KIND == INT4;
+      const float scale = codes ? half_to_float(read_16(row)) : 1.f, bias = codes ? half_to_float(read_16(row + 2)) : 0.f;
+      for (i64 k = 0; k < g.width; k += 16) {
+        Floats16 v;
+        if (KIND == FP16) v = halves(row + 2 * k);
+        else if (KIND == BF16) v = brain_halves(row + 2 * k);
+        else v = codes_of(KIND, row + 4, k) * scale + bias;
+        if (g.factor) v *= factors[j];
+        if (j && g.join == ADD) v = Lanes<16>::load(o + k) + v;
+        if (j && g.join == MUL) v = Lanes<16>::load(o + k) * v;
+        Lanes<16>::store(o + k, v);
+      }
+    }
+  });
+#endif
+}
+
+static void (*choose_decoder(i64 kind))(const Group&, const Found&, i64, const Matrix&) {
+  return kind == FP16 ? read_stored<FP16> : kind == BF16 ? read_stored<BF16> : kind == INT8 ? read_stored<INT8> : read_stored<INT4>;
+}
+
+// A probe's values of n ids, whatever its storage holds.
+static void gather_decoded(const Call& c, const Probe& p, i64 join, const i64* ids, const i32* rows, const float* factor,
+                           i64 n, float* out, i64 stride) {
   const i64 kind = kind_of(c, p.storage), read = p.run * p.width;
   // Asked for together: decoding one row is too much work for the processor to look ahead to the next.
-  const i64 bytes = c.storage_bytes[p.storage] * p.run;
+  const i64 bytes = row_bytes(c, p.storage) * p.run;
   for (i64 i = 0; i < n; i++)
     if (rows[i] >= 0) {
       const unsigned char* row = stored_row(c, p.storage, rows[i]);
       prefetch(row, bytes);
       prefetch(row + bytes - 1, 1);  // rows begin anywhere in a line
     }
-#if defined(__GNUC__)
-  if (p.run == 1 && p.span == p.width && p.width % 16 == 0) {
-    const auto gather = kind == FP16   ? gather_sixteens<FP16>
-                        : kind == BF16 ? gather_sixteens<BF16>
-                        : kind == INT8 ? gather_sixteens<INT8>
-                                       : gather_sixteens<INT4>;
-    return gather(c, p, join, rows, factor, n, out, stride);
-  }
-#endif
   std::vector<float> memory(read);
   for (i64 i = 0; i < n; i++) {
     float* o = out + i * stride;

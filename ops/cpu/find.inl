@@ -1,0 +1,93 @@
+// Ids of a batch, chunk by chunk, and the rows that all their probes read. Part of kernels.inl.
+
+template <int WRITE = 0>
+static inline void prefetch(const void* address, i64 bytes) {
+#if defined(__GNUC__)
+  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at, WRITE);
+#endif
+}
+
+// A chunk of one feature's ids and where its probes find them: `rows` holds, per probe, `size` rows of its table and
+// `size` rows of its weights.
+struct Chunk {
+  i64 size;
+  i64* ids;
+  unsigned char* none;
+  i32* rows;
+
+  const i32* rows_of(i64 probe) const { return rows + 2 * size * probe; }
+};
+
+// A chunk of every feature for one thread; of bags, one feature's at a time.
+class Workspace {
+ public:
+  Workspace(const Call& c, i64 samples) : features_(c.offsets ? 1 : c.feature_count), probes_(c.probe_count) {
+    // Many features in short chunks, few in long ones: what is found has to stay in a near cache until it is read.
+    size_ = std::max<i64>(8, std::min<i64>(CHUNK, 6400 / std::max<i64>(1, c.probe_count) / 8 * 8));
+    size_ = c.offsets ? BAG_CHUNK : std::min(size_, std::max<i64>(8, samples));
+    const i64 ids = features_ * size_, rows = 2 * probes_ * size_;
+    memory_.reset(new char[ids * 9 + rows * 4 + 8]);
+    ids_ = reinterpret_cast<i64*>(memory_.get());
+    rows_ = reinterpret_cast<i32*>(ids_ + ids);
+    none_ = reinterpret_cast<unsigned char*>(rows_ + rows);
+  }
+
+  i64 size() const { return size_; }
+
+  Chunk chunk(const Feature* all, i64 feature) const {
+    const i64 at = (features_ == 1 ? 0 : feature) * size_;
+    return {size_, ids_ + at, none_ + at, rows_ + 2 * size_ * all[feature].first};
+  }
+
+ private:
+  i64 features_, probes_, size_;
+  std::unique_ptr<char[]> memory_;
+  i64* ids_;
+  i32* rows_;
+  unsigned char* none_;
+};
+
+// Position of a feature's first id of a sample.
+static inline i64 first_id(const Call& c, const Feature& f, i64 sample) {
+  return c.offsets ? c.offsets[f.ids * c.batch + sample] : sample;
+}
+
+// Number of ids of a feature.
+static inline i64 count_ids(const Call& c, const Feature& f) { return first_id(c, f, c.batch) - first_id(c, f, 0); }
+
+// Ids [first, first + n) of a feature and the rows of all its probes; false if one lies outside its range.
+static bool find(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
+  const i64 step = c.offsets ? 1 : c.sample_stride, from = first * step + (c.offsets ? 0 : f.ids * c.feature_stride);
+  if (c.ids_are_32)
+    for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i32*>(c.ids)[from + i * step];
+  else
+    for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i64*>(c.ids)[from + i * step];
+  i64 wrong = 0;
+  if (f.limit >= 0)
+    for (i64 i = 0; i < n; i++) wrong |= u64(at.ids[i]) >= u64(f.limit);
+  const unsigned char* none = f.optional ? at.none : nullptr;
+  if (f.optional)
+    for (i64 i = 0; i < n; i++) at.none[i] = at.ids[i] == -1;
+  for (i64 j = 0; j < f.probes; j++) {
+    const Probe& p = c.probes[f.first + j];
+    i32* rows = at.rows + 2 * at.size * j;
+    wrong |= !storage_rows(p.rows_of, c.index, p.base, p.rows, at.ids, n, none, rows);
+    if (p.weight_storage >= 0)
+      wrong |= !storage_rows(p.weight_of, c.index, p.weight_base, p.weight_rows, at.ids, n, none, rows + at.size);
+  }
+  return !wrong;
+}
+
+// Features read ids in strides, which no hardware sees coming.
+static void prefetch_ids(const Call& c, i64 from, i64 to) {
+  const i64 size = c.ids_are_32 ? 4 : 8;
+  if (c.feature_stride != 1) return;
+  for (i64 i = from; i < to; i++)
+    prefetch(static_cast<const char*>(c.ids) + i * c.sample_stride * size, c.feature_count * size);
+}
+
+static inline i64 kind_of(const Call& c, i64 storage) { return c.storage_kinds ? c.storage_kinds[storage] : i64(FP32); }
+
+static inline i64 row_bytes(const Call& c, i64 storage) {
+  return c.storage_bytes ? c.storage_bytes[storage] : i64(4 * c.storage_widths[storage]);
+}

@@ -1,0 +1,223 @@
+// Lookups of a whole collection: which reads go together, and all samples of a thread. Part of kernels.inl.
+
+// Learned scalars of n ids, or null where a probe has none.
+static const float* weights_of(const Call& c, const Probe& p, const i32* rows, i64 n, float* out) {
+  if (p.weight_storage < 0) return nullptr;
+  const float* table = c.storages[p.weight_storage];
+  const i64 kind = kind_of(c, p.weight_storage);
+  for (i64 i = 0; i < n; i++) {
+    out[i] = 0.f;
+    if (rows[i] < 0) continue;
+    if (kind == FP32) out[i] = table[rows[i]];
+    else decode_row(kind, stored_row(c, p.weight_storage, rows[i]), 1, out + i);
+  }
+  return out;
+}
+
+// Runs of elements: they may pass the table's end, and each element may have a sign of its own.
+static void gather_runs(const Call& c, const Probe& p, i64 join, const i64* ids, const i32* rows, const float* factor,
+                        i64 n, float* out, i64 stride) {
+  const float* table = c.storages[p.storage] + p.base;
+  for (i64 i = 0; i < n; i++) {
+    float* __restrict o = out + i * stride;
+    if (rows[i] < 0) {
+      for (i64 k = 0; k < p.run; k++) join_into(o[k], p.product, join);
+      continue;
+    }
+    const i64 first = rows[i] - p.base, straight = std::min(p.run, p.rows - first);
+    if (!factor && !p.has_sign && straight == p.run) {
+      for (i64 k = 0; k < p.run; k++) join_into(o[k], table[first + k], join);
+      continue;
+    }
+    const float f = factor ? factor[i] : 1.f;
+    for (i64 k = 0; k < p.run; k++) {
+      float v = table[k < straight ? first + k : first + k - p.rows] * f;
+      if (p.has_sign) v *= sign_of(ids[i], step_salt(p.sign, k));
+      join_into(o[k], v, join);
+    }
+  }
+}
+
+// Reads of features whose ids stand in given chunks, arranged once for all chunks of a thread.
+class Reader {
+ public:
+  explicit Reader(const Call& c) : c_(c) {}
+
+  // Vectors of a feature, from `column` of an output on.
+  void vectors(const Feature& f, const Chunk& at, i64 output, i64 column) {
+    const Probe* all = c_.probes + f.first;
+    bool fits = true;
+    for (i64 j = 0; j < f.probes; j++) {
+      fits &= fits_slots(all[j]);
+      fits &= all[j].join == STORE || (j && all[j].column == all[j - 1].column && kind_of(c_, all[j].storage) == kind_of(c_, all[j - 1].storage));
+    }
+    for (i64 j = 0, count; fits && j < f.probes; j += count) {
+      for (count = 1; j + count < f.probes && all[j + count].join != STORE;) count++;
+      fits &= count <= 64;
+      add_item(f, at, j, count, output, column + all[j].column, true);
+    }
+    if (!fits || f.padding || f.optional) odd_.push_back({&f, at, output, column, !fits, false});
+  }
+
+  // What backward needs of a feature whose rows are multiplied with something, as the rows are before anything is done
+  // to them: the tables may have moved on by then.
+  void rows(const Feature& f, const Chunk& at, i64 output, i64 column) {
+    bool fits = true;
+    for (i64 j = 0; j < f.probes; j++) {
+      const Probe& p = c_.probes[f.first + j];
+      if (p.run == 1) add_item(f, at, j, 1, output, column + p.kept, false);
+      fits &= p.run == 1 && p.weight_storage < 0;
+    }
+    if (!fits) odd_.push_back({&f, at, output, column, false, true});
+  }
+
+  // Sample b of the chunks to row b of outputs[output].
+  void read(const Matrix* outputs, i64 n) {
+    for (const Factored& k : factored_) {
+      const Probe& p = c_.probes[k.feature->first + k.probe];
+      float weights[CHUNK];
+      factors(p, k.at.ids, weights_of(c_, p, k.at.rows_of(k.probe) + k.at.size, n, weights), n, k.out);
+    }
+    for (const Group& g : groups_) {
+      found_.set(g, n);
+      choose_reader(g)(g, found_, n, outputs[g.output]);
+    }
+    for (const Odd& k : odd_) {
+      float* out = outputs[k.output].data + k.column;
+      const i64 stride = outputs[k.output].stride;
+      if (k.rows) keep(k, n, out, stride);
+      else finish(k, n, out, stride);
+    }
+  }
+
+ private:
+  struct Factored {
+    const Feature* feature;
+    i64 probe;
+    Chunk at;
+    float* out;
+  };
+  // What is left of a feature after the groups are read; `whole`: nothing was read yet.
+  struct Odd {
+    const Feature* feature;
+    Chunk at;
+    i64 output, column;
+    bool whole, rows;
+  };
+
+  bool fits_slots(const Probe& p) const {
+    if (p.run != 1) return false;
+    if (kind_of(c_, p.storage) == FP32) return p.span == p.width || p.width == 1;
+    return decodes_blocks(p.width) && p.span == p.width;
+  }
+
+  // Probes [j, j + count) of a feature, joined; or one of them as its row is.
+  void add_item(const Feature& f, const Chunk& at, i64 j, i64 count, i64 output, i64 column, bool joined) {
+    const Probe* all = c_.probes + f.first + j;
+    const i64 width = joined ? all->span : all->width, join = count > 1 ? all[1].join : i64(STORE);
+    Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, joined ? float(all->product) : 0.f, {}, {}};
+    for (i64 k = 0; joined && k < count; k++) {
+      group.factor |= has_factor(all[k]);
+      group.repeated |= u64(all[k].span != all[k].width) << k;
+    }
+    if (group.repeated && join == STORE) group.join = ADD;  // of one slot
+    auto found = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.fits(group); });
+    if (found == groups_.end()) found = groups_.insert(found, std::move(group));
+    for (i64 k = 0; k < count; k++) {
+      const Probe& p = all[k];
+      float* factor = nullptr;
+      if (found->factor) {
+        memory_.emplace_back(new float[at.size]);
+        factor = memory_.back().get();
+        factored_.push_back({&f, j + k, at, factor});
+      }
+      found->slots.push_back({reinterpret_cast<const char*>(c_.storages[p.storage]), row_bytes(c_, p.storage), at.rows_of(j + k), factor});
+    }
+    found->columns.push_back(column);
+  }
+
+  // A probe's values of n ids, joined into `out`.
+  void read_probe(const Probe& p, const Chunk& at, i64 j, i64 n, float* out, i64 stride) const {
+    float memory[CHUNK], weights[CHUNK];
+    const float* factor = has_factor(p) ? memory : nullptr;
+    if (factor) factors(p, at.ids, weights_of(c_, p, at.rows_of(j) + at.size, n, weights), n, memory);
+    if (p.run > 1 && kind_of(c_, p.storage) == FP32) gather_runs(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
+    else gather_decoded(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
+  }
+
+  void finish(const Odd& k, i64 n, float* out, i64 stride) const {
+    const Feature& f = *k.feature;
+    for (i64 j = 0; k.whole && j < f.probes; j++) {
+      const Probe& p = c_.probes[f.first + j];
+      read_probe(p, k.at, j, n, out + p.column, stride);
+    }
+    for (i64 i = 0; f.padding && i < n; i++)
+      std::memset(out + i * stride + f.width - f.padding, 0, f.padding * sizeof(float));
+    for (i64 i = 0; f.optional && i < n; i++)
+      if (k.at.none[i]) std::memset(out + i * stride, 0, f.width * sizeof(float));
+  }
+
+  // Runs as they are, and learned scalars.
+  void keep(const Odd& k, i64 n, float* out, i64 stride) const {
+    for (i64 j = 0; j < k.feature->probes; j++) {
+      Probe p = c_.probes[k.feature->first + j];
+      p.has_sign = 0;
+      if (p.run > 1) gather_runs(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
+      float weights[CHUNK];
+      if (weights_of(c_, p, k.at.rows_of(j) + k.at.size, n, weights))
+        for (i64 i = 0; i < n; i++) out[i * stride + p.kept + p.run * p.width] = weights[i];
+    }
+  }
+
+  const Call& c_;
+  std::vector<Group> groups_;
+  std::vector<Factored> factored_;
+  std::vector<Odd> odd_;
+  std::vector<std::unique_ptr<float[]>> memory_;
+  Found found_;
+};
+
+// What is kept of each feature: of its i-th id at data + i * stride + the probe's column.
+static std::vector<Matrix> kept_of(const Call& c) {
+  std::vector<Matrix> found(c.feature_count, c.kept);
+  float* next = c.kept.data;
+  for (i64 f = 0; c.offsets && next && f < c.feature_count; f++) {
+    const Feature& feature = c.features[f];
+    i64 width = 0;
+    for (i64 j = 0; !feature.plain && j < feature.probes; j++) {
+      const Probe& p = c.probes[feature.first + j];
+      width += p.run * p.width + (p.weight_storage >= 0);
+    }
+    found[f] = {next - (feature.plain ? 0 : c.probes[feature.first].kept), width};
+    next += width * count_ids(c, feature);
+  }
+  return found;
+}
+
+#include "bags.inl"
+
+// Samples [from, to); false where some id or row was out of range.
+static bool look_up(const Call& c, i64 from, i64 to) {
+  if (c.offsets) return look_up_bags(c, from, to);
+  const Workspace work(c, to - from);
+  Reader vectors(c), rows(c);
+  for (i64 k = 0; k < c.feature_count; k++) {
+    const Feature& f = c.features[k];
+    const Chunk chunk = work.chunk(c.features, k);
+    vectors.vectors(f, chunk, f.output, f.column);
+    if (c.kept.data && !f.plain) rows.rows(f, chunk, 0, 0);
+  }
+  std::vector<Matrix> outputs(c.outputs, c.outputs + c.output_count);
+  bool good = true;
+  for (i64 at = from; at < to; at += work.size()) {
+    const i64 n = std::min(work.size(), to - at);
+    prefetch_ids(c, at + n, std::min(to, at + n + work.size()));
+    for (i64 k = 0; k < c.feature_count; k++) good &= find(c, c.features[k], at, n, work.chunk(c.features, k));
+    for (i64 o = 0; o < c.output_count; o++) outputs[o].data = c.outputs[o].data + at * c.outputs[o].stride;
+    vectors.read(outputs.data(), n);
+    Matrix kept = c.kept;
+    if (kept.data) kept.data += at * kept.stride;
+    rows.read(&kept, n);
+  }
+  return good;
+}
