@@ -1,6 +1,6 @@
 """OptEmbed and DNIS on real Criteo rows, against full tables, hashing, narrow tables and magnitude pruning.
 
-    .venv/bin/python benchmarks/bench_search.py --data FOLDER [--out runs/bench_search] [--seeds 3]
+    .venv/bin/python -m benchmarks.bench_search --data FOLDER [--out runs/bench_search] [--seeds 3]
 
 FOLDER is made from the sample as examples/criteo_sample.toml says. Every row is a training (or a search) of its own,
 kept as a file in OUT, so a run that was stopped goes on; all share examples/criteo_search.toml. OptEmbed may take half

@@ -1,6 +1,6 @@
 """A step of OptEmbed's supernet against a plain step: decay on all of a million rows, thresholds and masks included.
 
-    .venv/bin/python benchmarks/bench_supernet_step.py [--out FILE]
+    .venv/bin/python -m benchmarks.bench_supernet_step [--out FILE]
 
 DeepFM over 26 features of 1,000,000 rows in all, width 16, Zipf ids. The plain step trains with fused Adam on the rows
 of the batch. The supernet's Adam moves all rows (``rows="all"``, L2), which is compared with torch's dense Adam too.

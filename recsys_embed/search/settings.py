@@ -127,8 +127,8 @@ class DnisSettings(Settings):
         blocks: of ids by frequency.
         scope: blocks of each field by itself, or of all fields together, as in the paper.
         balance: blocks of equal shares of the lookups ("mass") or of equally many ids ("count").
-        search_epochs: passes over the training rows with alternating steps, after the warm start of `epochs`; None:
-            as many as the warm start had.
+        search_epochs: passes over the training rows with alternating steps, after the warm start of `epochs`; None
+            (or 0): half as many as the warm start may take, rounded up.
         alpha_lr: rate of the selection, plain SGD on normalised gradients.
         l1: weight of the selection's absolute values in the validation loss.
         second_order: add the second-order term (a finite difference; reads and writes whole tables at every step).

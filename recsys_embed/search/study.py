@@ -116,7 +116,7 @@ class StudySettings:
 
 
 class _Untested:
-    """A data set without its test rows, so that nothing in a study can look at them."""
+    """A data set that names no test split, so that no trainer of a study ends with a test."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
