@@ -220,8 +220,8 @@ class EmbeddingCollection(SteppedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
-        if not self._stepping and not torch.compiler.is_compiling():
-            self.settle_()
+        if not self._stepping:
+            self._settle_before_reading()
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):

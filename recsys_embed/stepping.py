@@ -182,6 +182,13 @@ class SteppedTables(nn.Module):
                 pace.settled()
         return self
 
+    def _settle_before_reading(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.settle_()
+        elif self.training and self.optimizer is not None and self.optimizer.rows == "all":
+            # How far rows are behind is no part of a graph; evaluation mode has brought them up to date.
+            raise ConfigError("compiled lookups without gradients need eval() where the optimizer moves rows='all'")
+
     def train(self, mode: bool = True) -> Self:
         if not mode:
             self.settle_()
