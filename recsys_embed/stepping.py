@@ -184,7 +184,8 @@ class SteppedTables(nn.Module):
 
     def _settle_before_reading(self) -> None:
         if not torch.compiler.is_compiling():
-            self.settle_()
+            if self._behind:
+                self.settle_()
         elif self.training and self.optimizer is not None and self.optimizer.rows == "all":
             # How far rows are behind is no part of a graph; evaluation mode has brought them up to date.
             raise ConfigError("compiled lookups without gradients need eval() where the optimizer moves rows='all'")
@@ -197,6 +198,11 @@ class SteppedTables(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.settle_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Steps that rows missed are those of the weights that go, not of the ones that come.
+        self.settle_()
+        super()._load_from_state_dict(*args)
 
     # -- what users see of the optimizer --------------------------------------------------------------------------
 

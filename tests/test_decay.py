@@ -139,6 +139,16 @@ def test_every_reader_sees_rows_that_moved() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_loaded_weights_miss_no_steps(backend: str) -> None:
+    rule = rse.SGD(lr=0.1, weight_decay=1.0, rows="all")
+    coll = EmbeddingCollection(SCHEMA, Plan.full(SCHEMA), rule, backend=backend)
+    saved = EmbeddingCollection(SCHEMA, Plan.full(SCHEMA), rule, seed=1).state_dict()
+    coll(torch.tensor([[0, 0, 0]])).sum().backward()
+    coll.load_state_dict(saved)
+    assert torch.equal(coll.eval().width16, saved["width16"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_lookups_before_a_backward(backend: str) -> None:
     rule = rse.Adam(lr=0.1, weight_decay=0.1, rows="all")
     coll = EmbeddingCollection(SCHEMA, Plan.full(SCHEMA), rule, backend=backend)
@@ -166,14 +176,15 @@ def test_decay_of_touched_rows_alone(rule: FusedOptimizer, backend: str) -> None
     torch.testing.assert_close(after[3], wanted)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99), (0.5, 0.75), (0.0, 0.9)], ids=repr)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bias_correction_by_row_is_that_of_a_row_alone(backend: str) -> None:
-    rule = rse.Adam(lr=0.1, bias_correction="row")
+def test_bias_correction_by_row_is_that_of_a_row_alone(backend: str, betas: tuple[float, float]) -> None:
+    rule = rse.Adam(lr=0.1, betas=betas, bias_correction="row")
     coll = EmbeddingCollection(SCHEMA, Plan.full(SCHEMA), rule, backend=backend)
     weight = coll.table("C1.weight")[9].clone().requires_grad_()
     for _ in range(30):
         coll(torch.tensor([[1, 0, 0]])).sum().backward()
-    optimizer = torch.optim.SparseAdam([weight.unsqueeze(0).detach().requires_grad_()], lr=0.1)
+    optimizer = torch.optim.SparseAdam([weight.unsqueeze(0).detach().requires_grad_()], lr=0.1, betas=betas)
     (twin,) = optimizer.param_groups[0]["params"]
     for step in range(5):
         (coll(torch.tensor([[9, 0, 0]]))[0, 0] * (1 + step)).square().sum().backward()

@@ -66,9 +66,10 @@ def _pointer(tensor: Tensor) -> int:
 
 @lru_cache(maxsize=8)
 def _corrections(optimizer: Adam) -> array[float]:
-    """Bias corrections by number of steps, up to where they are 1."""
+    """Bias corrections by number of steps, up to where they stay 1."""
     most = 1 << 17
-    last = next((n for n in range(1, most) if abs(optimizer.correction(n) - 1) < 1e-8), most)
+    # Not the first that is 1: betas of 0.9 and 0.99 have it at the first step, then fall to 0.74.
+    last = next((n for n in range(1, most) if max(optimizer.betas) ** n < 1e-8), most)
     return array("d", map(optimizer.correction, range(1, last + 1)))
 
 
