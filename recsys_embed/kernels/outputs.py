@@ -16,16 +16,18 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _free(storage: torch.UntypedStorage) -> bool:
-    """Whether no tensor and nobody's Python object but the pool's own refer to a memory."""
+    """Whether no tensor and nobody's Python object but the pool's own refer to a memory, here or in another process."""
     # The pool's list, the caller's loop, this argument and getrefcount's.
-    return _use_count is not None and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 4
+    mine = _use_count is not None and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 4
+    # Who was sent a tensor through a queue reads the very memory, and is counted nowhere here.
+    return mine and not storage.is_shared()
 
 
 class OutputPool:
     """Uninitialised float32 tensors on the CPU, in memory that this pool keeps.
 
     A memory is handed out again when nothing but the pool refers to it any more: no tensor, no view, nothing saved for
-    a backward.
+    a backward. One that was shared with other processes never is.
 
     >>> pool = OutputPool()
     >>> first = pool.take((1024, 64))

@@ -124,6 +124,19 @@ def test_a_step_is_the_rule_on_summed_gradients(method: Any, rule: FusedOptimize
             torch.testing.assert_close(state, getattr(oracle, f"{name}_{key}").double(), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("method", ["lowdim", "full"])
+def test_features_of_many_widths_train_together(method: str) -> None:
+    schema = Schema([FeatureSpec(f"C{i}", 100, 8 if method == "lowdim" else i) for i in range(1, 41)])
+    plan = Plan({s.name: rse.LowdimConfig(dim=1 + i % 7) for i, s in enumerate(schema)}) if method == "lowdim" else None
+    ours = EmbeddingCollection(schema, plan, rse.SGD(lr=0.1), backend="native")
+    oracle = EmbeddingCollection(schema, plan, rse.SGD(lr=0.1), backend="torch")
+    for step in range(2):
+        for coll in (ours, oracle):
+            coll(ids_of(schema, 30, step)).square().sum().backward()
+    for name in ours.storages:
+        torch.testing.assert_close(getattr(ours, name), getattr(oracle, name))
+
+
 def trained(method: Any, batch: int) -> list[Tensor]:
     schema = Schema([FeatureSpec("C1", 3, 16), FeatureSpec("C2", 20_000, 16), FeatureSpec("C3", 700, 16)])
     coll = EmbeddingCollection(schema, plan_of(method, schema), rse.Adagrad(lr=0.1), backend="native")
@@ -236,6 +249,15 @@ def test_outputs_in_use_are_never_handed_out_again() -> None:
     graph.sum().backward()  # what autograd saved is as it was
     address = pool.take(shape).data_ptr()
     assert pool.take(shape).data_ptr() == address, "freed at once, so used again"
+    assert pool.nbytes <= 4 * 4 * 512 * 256
+
+
+def test_memory_that_other_processes_read_is_not_used_again() -> None:
+    pool, shape = OutputPool(), (512, 256)
+    sent = pool.take(shape).fill_(1).share_memory_()  # what a queue of torch.multiprocessing does
+    address = sent.data_ptr()
+    del sent
+    assert all(pool.take(shape).data_ptr() != address for _ in range(8))
     assert pool.nbytes <= 4 * 4 * 512 * 256
 
 
