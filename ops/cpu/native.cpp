@@ -196,7 +196,10 @@ RSE_API int rse_backward(const Call* c, const Update* updates, int settle) try {
 }
 
 // All steps that rows of a storage [update->rows, width] missed.
-RSE_API void rse_settle(const Update* update, float* table, i64 width, i64 threads) {
+RSE_API int rse_settle(const Update* update, float* table, i64 width, i64 threads) try {
   active->settle_all(*update, table, width, threads);
+  return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
 }
 }

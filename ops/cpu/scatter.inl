@@ -17,7 +17,17 @@ struct Base {
   float factor;
 };
 
-constexpr i64 BASES = 8, OFFSET_BITS = 30;
+// Where gradients lie, as one number of PLACE_BITS: which base, and the offset from it in as many bits as the largest needs.
+constexpr i64 PLACE_BITS = 33;
+
+struct Bases {
+  std::vector<Base> all;
+  i64 bits = 0;
+
+  u64 place(i64 tag, i64 offset) const { return u64(tag) << bits | u64(offset); }
+  const Base& base(u64 entry) const { return all[(entry & ((u64(1) << PLACE_BITS) - 1)) >> bits]; }
+  const float* gradient(u64 entry) const { return base(entry).gradient + (entry & ((u64(1) << bits) - 1)); }
+};
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
@@ -191,9 +201,9 @@ static inline i64 claim(const Update& u, i64 count) { return __atomic_fetch_add(
 
 // -- rows -------------------------------------------------------------------------------------------------------------
 
-static inline u64 pack(i32 row, i64 tag, i64 offset) { return u64(row) << 33 | u64(tag) << OFFSET_BITS | u64(offset); }
+static inline u64 pack(i32 row, u64 place) { return u64(row) << PLACE_BITS | place; }
 
-static inline i64 row_of(u64 entry) { return i64(entry >> 33); }
+static inline i64 row_of(u64 entry) { return i64(entry >> PLACE_BITS); }
 
 // Counting sort by `bits` bits of row - base from `shift` on; equal ones keep their order.
 static void sort_digit(const u64* from, u64* to, i64 count, i64 base, i64 shift, i64 bits, i64 threads) {
@@ -229,7 +239,7 @@ struct TableReads {
 
 // The table's entries sorted by row, and their number. Neighbouring rows share pages, and walking to a page takes longer
 // than reading a row of it.
-static const u64* sorted_entries(const TableReads& table, i64 threads, i64& count) {
+static const u64* sorted_entries(const TableReads& table, const Bases& bases, i64 threads, i64& count) {
   const i64 lookups = count_lookups(table.sources);
   u64 *from = table.entries[0], *to = table.entries[1];
   std::vector<i64> filled(threads, 0);
@@ -238,7 +248,7 @@ static const u64* sorted_entries(const TableReads& table, i64 threads, i64& coun
     for (i64 t = thread; t < threads; t += team) {
       i64 at = part(t);
       each_lookup(table.sources, part(t), part(t + 1), [&](const Source& s, i64 b) {
-        from[at] = pack(s.of[b], s.tag, s.offset(b));
+        from[at] = pack(s.of[b], bases.place(s.tag, s.offset(b)));
         at += s.of[b] >= 0;
       });
       filled[t] = at - part(t);
@@ -262,24 +272,21 @@ static const u64* sorted_entries(const TableReads& table, i64 threads, i64& coun
 // Rows are summed a block at a time and then updated: where a row's entries end is hard to foresee, and a wrong guess
 // would hold up the updates of the rows before.
 template <int W>
-static void update_sorted(const Update& u, float* table, i64 w, const Base* bases, const u64* entries, i64 from, i64 to,
+static void update_sorted(const Update& u, float* table, i64 w, const Bases& bases, const u64* entries, i64 from, i64 to,
                           i64 at) {
   constexpr i64 block = 64;
   const i64 width = width_of<W>(w), ahead = 32;
-  const u64 mask = (u64(1) << OFFSET_BITS) - 1;
   Row<W * block> memory(width * block);
   i64 rows[block];
-  auto base = [&](u64 entry) -> const Base& { return bases[entry >> OFFSET_BITS & (BASES - 1)]; };
-  auto gradient = [&](u64 entry) { return base(entry).gradient + (entry & mask); };
-  for (i64 i = from; i < std::min(from + ahead, to); i++) prefetch(gradient(entries[i]), 4 * width);
+  for (i64 i = from; i < std::min(from + ahead, to); i++) prefetch(bases.gradient(entries[i]), 4 * width);
   for (i64 i = from; i < to;) {
     i64 count = 0;
     for (float* sum = memory.data(); i < to && count < block; sum += width) {
       const i64 row = rows[count++] = row_of(entries[i]);
       prefetch_state(u, table, row, width);
       for (bool first = true; i < to && row_of(entries[i]) == row; i++, first = false) {
-        prefetch(gradient(entries[std::min(i + ahead, to - 1)]), 4 * width);
-        const float *g = gradient(entries[i]), factor = base(entries[i]).factor;
+        prefetch(bases.gradient(entries[std::min(i + ahead, to - 1)]), 4 * width);
+        const float *g = bases.gradient(entries[i]), factor = bases.base(entries[i]).factor;
         blocks<W>(width, [&](auto lanes, i64 k) {
           const auto v = lanes.load(g + k) * factor;
           lanes.store(sum + k, first ? v : lanes.load(sum + k) + v);
@@ -293,13 +300,13 @@ static void update_sorted(const Update& u, float* table, i64 w, const Base* base
 
 // Rows of one table, if they are few: they are summed where they lie and need no sorting.
 template <int W>
-static void update_few(const Update& u, float* table, i64 w, const Base* bases, const TableReads& reads,
+static void update_few(const Update& u, float* table, i64 w, const Bases& bases, const TableReads& reads,
                        std::vector<float>& sums) {
   const i64 width = width_of<W>(w), ahead = 8;
   std::vector<unsigned char> touched(reads.rows, 0);
   sums.assign(reads.rows * width, 0.f);
   for (const Source& s : reads.sources) {
-    const Base base = bases[s.tag];
+    const Base base = bases.all[s.tag];
     for (i64 b = 0; b < s.count; b++) {
       prefetch(base.gradient + s.offset(std::min(b + ahead, s.count - 1)), 4 * width);
       if (s.of[b] < 0) continue;
@@ -319,7 +326,7 @@ static void update_few(const Update& u, float* table, i64 w, const Base* bases, 
 
 // Sorted entries [from, to): brings each row up to date.
 template <int W>
-static void settle_sorted(const Update& u, float* table, i64 w, const Base*, const u64* entries, i64 from, i64 to, i64) {
+static void settle_sorted(const Update& u, float* table, i64 w, const Bases&, const u64* entries, i64 from, i64 to, i64) {
   const i64 width = width_of<W>(w), ahead = 32;
   auto new_row = [&](i64 i) { return i == from || row_of(entries[i]) != row_of(entries[i - 1]); };
   for (i64 i = from; i < to; i++) {
@@ -334,12 +341,12 @@ static void settle_range(const Update& u, float* table, i64 w, i64 from, i64 to)
   for (i64 row = from; row < to; row++) catch_up<W>(u, table, row, u.step, w);
 }
 
-using Visit = void (*)(const Update&, float*, i64, const Base*, const u64*, i64, i64, i64);
+using Visit = void (*)(const Update&, float*, i64, const Bases&, const u64*, i64, i64, i64);
 
 // What to do with the rows of a table: update them, or bring them up to date.
 struct Visits {
   Visit update, settle;
-  void (*update_few)(const Update&, float*, i64, const Base*, const TableReads&, std::vector<float>&);
+  void (*update_few)(const Update&, float*, i64, const Bases&, const TableReads&, std::vector<float>&);
   void (*settle_all)(const Update&, float*, i64, i64, i64);
 };
 
@@ -373,10 +380,10 @@ static void settle_all(const Update& u, float* table, i64 width, i64 threads) {
 }
 
 // Visits the rows of one table in pieces that begin where a row does; whoever is free takes the next one.
-static void visit_table(const Update& u, const TableReads& reads, float* table, i64 width, const Base* bases, i64 threads,
+static void visit_table(const Update& u, const TableReads& reads, float* table, i64 width, const Bases& bases, i64 threads,
                         Visit visit) {
   i64 count = 0;
-  const u64* entries = sorted_entries(reads, threads, count);
+  const u64* entries = sorted_entries(reads, bases, threads, count);
   const i64 pieces = threads == 1 ? 1 : std::min<i64>(1 + count / 2048, 16 * threads);
   auto start = [&](i64 p) {
     i64 at = count * p / pieces;
@@ -399,7 +406,7 @@ static void visit_table(const Update& u, const TableReads& reads, float* table, 
 }
 
 // Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
-static void visit_rows(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
+static void visit_rows(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u,
                        float* table, i64 width, bool settle, Scratch& scratch) {
   const Visits visits = choose_visits(width);
   std::vector<TableReads> tables;
@@ -498,7 +505,7 @@ struct ElementMemory {
 };
 
 // Runs overlap, so they are cut where ranges of the array end, and each range is summed element by element.
-static void update_elements(const Call& c, const std::vector<Source>& sources, const Base* bases, const Update& u,
+static void update_elements(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u,
                             float* table, Scratch& scratch) {
   const i64 lookups = count_lookups(sources);
   i64 shift = 11;
@@ -523,7 +530,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
     memory.touched.assign(range / 64, 0);
     for (i64 i = buckets.starts[b]; i < buckets.starts[b + 1]; i++) {
       const Piece& piece = buckets.entries[i];
-      const Base& base = bases[piece.tag];
+      const Base& base = bases.all[piece.tag];
       const float* __restrict g = base.gradient + piece.offset;
       float* __restrict sum = memory.sum.data() + (piece.first - first);
       for (i64 k = 0; k < piece.length; k++) sum[k] += base.factor * g[k];
@@ -605,7 +612,7 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
 // Reads of each storage by all features, and where the gradients of each lie.
 struct Reads {
   std::vector<std::vector<Source>> sources;
-  std::vector<Base> bases;
+  Bases bases;
   std::vector<Matrix> own;    // per probe: of its rows and of its weights, where these are not those of the vectors
   std::vector<Matrix> ids;    // per feature: of its ids' vectors, where bags spread theirs in parts
   std::vector<i32*> rows;     // per probe: of its rows and of its weights
@@ -622,10 +629,11 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   reads.rows.assign(2 * c.probe_count, nullptr);
   reads.bags.assign(c.feature_count, nullptr);
   auto tag_of = [&](const float* gradient, float factor) {
-    for (i64 i = 0; i < i64(reads.bases.size()); i++)
-      if (reads.bases[i].gradient == gradient && reads.bases[i].factor == factor) return i;
-    reads.bases.push_back({gradient, factor});
-    return i64(reads.bases.size()) - 1;
+    std::vector<Base>& all = reads.bases.all;
+    for (i64 i = 0; i < i64(all.size()); i++)
+      if (all[i].gradient == gradient && all[i].factor == factor) return i;
+    all.push_back({gradient, factor});
+    return i64(all.size()) - 1;
   };
   // Columns that a feature's ids need of their own.
   auto width_of = [&](const Feature& f) {
@@ -636,9 +644,10 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   };
   i64 elements = 0;
   for (i64 f = 0; f < c.feature_count; f++) elements += width_of(c.features[f]) * count_ids(c, c.features[f]);
-  if (elements >> OFFSET_BITS) return TOO_LARGE;
-  for (i64 o = 0; o < c.output_count; o++)
-    if (c.batch * c.outputs[o].stride >> OFFSET_BITS) return TOO_LARGE;
+  i64 largest = elements;
+  for (i64 o = 0; o < c.output_count; o++) largest = std::max(largest, c.batch * c.outputs[o].stride);
+  while (largest >> reads.bases.bits) reads.bases.bits++;
+  if (reads.bases.bits > 31) return TOO_LARGE;
   float* const temporary = static_cast<float*>(scratch.take(elements * sizeof(float)));
   float* next = temporary;
   for (i64 k = 0; k < c.feature_count; k++) {
@@ -675,7 +684,7 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
                                                  reads.own[2 * j + 1].data - temporary, count, reads.rows[2 * j + 1], nullptr});
     }
   }
-  return i64(reads.bases.size()) > BASES ? TOO_LARGE : DONE;
+  return i64(reads.bases.all.size()) >> (PLACE_BITS - reads.bases.bits) ? TOO_LARGE : DONE;
 }
 
 // Pieces of the ids of samples [from, to), as workspaces take them: fn(feature, first id, number).
@@ -742,8 +751,8 @@ static int backward(const Call& c, const Update* updates, bool settle, Scratch& 
     const i64 width = c.storage_widths[s];
     const Visits visits = choose_visits(width);
     if (runs && settle) settle_all(updates[s], c.storages[s], width, c.threads);
-    else if (runs) update_elements(c, sources, reads.bases.data(), updates[s], c.storages[s], scratch);
-    else visit_rows(c, sources, reads.bases.data(), updates[s], c.storages[s], width, settle, scratch);
+    else if (runs) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
+    else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, settle, scratch);
   }
   return DONE;
 }

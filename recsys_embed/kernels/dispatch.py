@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -93,8 +95,18 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
     if backend == "auto":
         # Never fbgemm: beside it in benchmarks/bench_kernels.py native is as fast in one thread and faster in several.
         wanted = "triton" if device is not None and device.type == "cuda" else "native"
-        return cast("Chosen", wanted if wanted in kernels(backend, optimizer) else "torch")
+        if wanted in kernels(backend, optimizer):
+            return cast("Chosen", wanted)
+        why = {b.name: b.why for b in available_backends()}[wanted] if fits else f"it does not know {optimizer!r}"
+        _fall_back(f"backend 'auto' is 'torch' here, not {wanted!r}: {why}")
+        return "torch"
     return cast("Chosen", backend)
+
+
+@cache
+def _fall_back(line: str) -> None:
+    """Said once."""
+    logging.getLogger(__name__).warning(line)
 
 
 def kernels(backend: str, optimizer: FusedOptimizer | None = None) -> tuple[str, ...]:

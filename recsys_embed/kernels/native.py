@@ -94,10 +94,24 @@ def _updates(
     return updates
 
 
+def _checked(outcome: int) -> bool:
+    if outcome == _DONE:
+        return True
+    if outcome == _OUT_OF_RANGE:
+        return False
+    if outcome == _TOO_LARGE:
+        raise BackendError(
+            "the outputs of one step have more elements than the kernels can number (2**31, fewer with many widths); "
+            "use smaller batches, or backend 'torch'"
+        )
+    raise MemoryError("no memory for the gradients of a step")
+
+
 def settle(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], pace: Pace) -> None:
     """Bring all rows of a storage up to date, in place."""
     updates = _updates(optimizer, [table], [state], [pace])
-    loaded().handle.rse_settle(ctypes.addressof(updates), table.data_ptr(), table.shape[1], torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _checked(loaded().handle.rse_settle(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
     increment_version([table, *state.values()])
 
 
@@ -248,16 +262,7 @@ class NativeLookup:
         call, alive = self._call(ids, tables, outputs, kept)
         outcome = loaded().handle.rse_forward(ctypes.addressof(call))
         del alive
-        return self._checked(outcome)
-
-    def _checked(self, outcome: int) -> bool:
-        if outcome == _DONE:
-            return True
-        if outcome == _OUT_OF_RANGE:
-            return False
-        if outcome == _TOO_LARGE:
-            raise BackendError("one step's gradients exceed 2**30 elements; use smaller batches, or backend 'torch'")
-        raise MemoryError("no memory for the gradients of a step")
+        return _checked(outcome)
 
     def update(
         self,
@@ -294,7 +299,7 @@ class NativeLookup:
         updates = _updates(optimizer, tables, states, paces)
         outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1)
         del alive
-        self._checked(outcome)
+        _checked(outcome)
 
     def gradients(
         self,
@@ -346,5 +351,5 @@ class NativeLookup:
         call, alive = self._call(ids, tables, gradients, kept)
         outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)
         del alive
-        if not self._checked(outcome):
+        if not _checked(outcome):
             raise RuntimeError("ids changed between forward and backward")

@@ -129,7 +129,7 @@ def library() -> Library | str:
     handle.rse_forward.argtypes = [c_void_p]
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
     handle.rse_settle.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
-    handle.rse_forward.restype = handle.rse_backward.restype = c_int
+    handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_settle.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle))
 
 

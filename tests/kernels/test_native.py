@@ -17,7 +17,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BackendError, IdRangeError
-from recsys_embed.kernels import native, native_library
+from recsys_embed.kernels import dispatch, native, native_library
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
@@ -225,10 +225,14 @@ def test_a_rule_of_ones_own_runs_in_torch() -> None:
         EmbeddingCollection(schema, optimizer=Mine(lr=0.1), backend="native")
 
 
-def test_without_a_library_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_auto_is_torch_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(native_library, "library", lambda: "not built")
+    dispatch._fall_back.cache_clear()
     schema = Schema([FeatureSpec("a", 50, 8)])
-    assert EmbeddingCollection(schema).backend == "torch"
+    assert EmbeddingCollection(schema).backend == EmbeddingCollection(schema).backend == "torch"
+    assert [r.getMessage() for r in caplog.records] == ["backend 'auto' is 'torch' here, not 'native': not built"]
     with pytest.raises(BackendError, match=r"not built.*'torch'"):
         EmbeddingCollection(schema, backend="native")
 
