@@ -88,27 +88,25 @@ class BilevelTrainer(Trainer):
 
     def _select(self, train: Any, valid: Any) -> None:
         """Move the selection."""
-        net, alpha = self.net, self.layer.alpha
-        net.eval()
+        alpha = self.layer.alpha
+        second = None
+        alpha.requires_grad_(True)
         try:
-            alpha.requires_grad_(True)
-            second = None
             if self.second_order:
                 with self._open() as weights:
-                    grads = torch.autograd.grad(self._loss(valid), [alpha, *weights])
-                    second = self._second(train, weights, grads[1:])
-                grad = grads[0]
+                    grad, *grads = torch.autograd.grad(self._loss(valid), [alpha, *weights])
+                    second = self._second(train, weights, grads)
             else:
-                (grad,) = torch.autograd.grad(self._loss(valid), [alpha])
-            self.layer.step(grad + self.l1 * alpha.detach().sign(), self.alpha_lr, second)
+                with self.net.network_evaluated():
+                    (grad,) = torch.autograd.grad(self._loss(valid), [alpha])
         finally:
             alpha.requires_grad_(False)
-            net.train()
+        self.layer.step(grad + self.l1 * alpha.detach().sign(), self.alpha_lr, second)
 
     @contextmanager
     def _open(self) -> Iterator[list[nn.Parameter]]:
-        """The tables of the vectors, with gradients."""
-        collection = self.net.vectors
+        """The tables of the vectors, with gradients; in evaluation mode, where those do not step their optimizer."""
+        collection = self.net.eval().vectors
         weights = [collection.get_parameter(name) for name in collection.storages]
         before = [w.requires_grad for w in weights]
         for w in weights:
@@ -118,6 +116,7 @@ class BilevelTrainer(Trainer):
         finally:
             for w, had in zip(weights, before, strict=True):
                 w.requires_grad_(had)
+            self.net.train()
 
     def _second(self, train: Any, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:
         """What the selection does to the validation loss through the embeddings' next step (DARTS, eq. 8)."""

@@ -98,6 +98,22 @@ class Supernet(nn.Module):
                 settle()
 
     @contextmanager
+    def network_evaluated(self) -> Iterator[None]:
+        """Inside, all but the collections is in evaluation mode; these settle the rows that they look up, no others.
+
+        In evaluation mode they would settle whole tables. They step where something is differentiated towards them.
+        """
+        tables = {id(m) for c in self.collections().values() for m in c.modules()}
+        training = [m for m in self.modules() if m.training and id(m) not in tables]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
     def replay(self, looked_up: dict[str, Tensor]) -> Iterator[None]:
         """Inside, no collection looks up: each hands out the vectors of the batch that are given."""
         collections = self.collections()
