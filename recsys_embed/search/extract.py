@@ -82,19 +82,21 @@ def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, probe: Probe) ->
 
 
 @torch.no_grad()
-def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor) -> None:
+def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor, shared: Tensor | None = None) -> None:
     """Copy the kept rows and columns of a plain table ``dense [num_ids, width]`` into a feature's compact tables.
 
-    Rows that many ids share keep their values.
+    Rows that many ids share get those columns of ``shared [width]``; without it they keep their values.
     """
     spec, program = collection.schema[name], collection.bundle.programs[name]
     for probe in program.probes:
         ids, table = _ids_of(collection, spec, probe), program.table(probe.table)
+        values, own = collection.table(f"{name}.{table.name}"), 0 if ids is None else len(ids)
+        columns = slice(probe.column, probe.column + table.width)
         if ids is not None:
-            values = collection.table(f"{name}.{table.name}")
-            columns = slice(probe.column, probe.column + table.width)
-            for start, part in chunks(values[: len(ids)]):
+            for start, part in chunks(values[:own]):
                 part.copy_(dense[ids[start : start + len(part)].to(dense.device)][:, columns])
+        if shared is not None:
+            values[own:] = shared[columns]
 
 
 def plain_bytes(schema: Schema) -> int:

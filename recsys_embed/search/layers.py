@@ -66,7 +66,7 @@ class OptembedLayer(nn.Module):
         rows: a threshold per ``"field"``, per ``"row"`` (needs ``sizes``), or ``"none"``: none is pruned (OptEmbed-D).
         dims: whether columns are masked (False: OptEmbed-E).
         norm: 1 or 2, of a whole row.
-        oov: learn a vector per field that stands for pruned rows.
+        oov: learn a vector per field that stands for pruned rows; Xavier-uniform over ``[F, D]`` to begin with.
         sizes: ids of each field.
 
     The thresholds are for plain SGD without weight decay, see :meth:`step`; all else is for Adam with L2.
@@ -104,7 +104,9 @@ class OptembedLayer(nn.Module):
             self.thresholds = nn.Parameter(torch.zeros(fields if rows == "field" else sum(sizes or ())))
         starts = [0, *accumulate(sizes or [0] * fields)][:fields]
         self.register_buffer("starts", torch.tensor(starts), persistent=False)
-        self.oov = nn.Parameter(torch.zeros(fields, width)) if oov and rows != "none" else None
+        self.oov: nn.Parameter | None = None
+        if oov and rows != "none":
+            self.oov = nn.Parameter(nn.init.xavier_uniform_(torch.empty(fields, width)))
         # Columns that evaluation keeps of each field; None keeps all.
         self.widths: Tensor | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,19 +53,29 @@ class OptembedSearch(Search):
     def start_weights(self) -> dict[str, Any]:
         """The initial weights, or those of the supernet."""
         if self.settings.retrain_from == "init":
-            return super().start_weights()
-        return self.trained_weights(self.net, {name: self.net.table(name).detach() for name in self.schema.names})
+            return {**super().start_weights(), "shared": self._oov(self._layer())}
+        tables = {name: self.net.table(name).detach() for name in self.schema.names}
+        return {**self.trained_weights(self.net, tables), "shared": self._oov(cast("OptembedLayer", self.net.layer))}
+
+    def _oov(self, layer: OptembedLayer) -> dict[str, Tensor] | None:
+        """Vectors of pruned ids, by feature."""
+        return None if layer.oov is None else dict(zip(self.schema.names, layer.oov.detach(), strict=True))
 
     # -- supernet -------------------------------------------------------------------------------------------------
 
     def build(self) -> Supernet:
         """The supernet, untrained."""
+        return Supernet(self.plain_model(), self._layer().to(self.device or "cpu"))
+
+    def _layer(self) -> OptembedLayer:
+        """Its layer, a function of the seed."""
         s, schema = self.settings, self.schema
-        layer = OptembedLayer(
-            len(schema), self.config.embedding_dim, rows=s.rows, dims=s.dims, norm=s.norm, oov=s.oov,
-            sizes=[f.num_ids for f in schema],
-        )  # fmt: skip
-        return Supernet(self.plain_model(), layer.to(self.device or "cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return OptembedLayer(
+                len(schema), self.config.embedding_dim, rows=s.rows, dims=s.dims, norm=s.norm, oov=s.oov,
+                sizes=[f.num_ids for f in schema],
+            )  # fmt: skip
 
     @cached_property
     def net(self) -> Supernet:

@@ -57,6 +57,7 @@ def build_retrained(
     *,
     hashes: Mapping[str, str] | None = None,
     tables: Mapping[str, Tensor] | None = None,
+    shared: Mapping[str, Tensor] | None = None,
     dense: Mapping[str, Tensor] | None = None,
     linear: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     device: torch.device | str | None = None,
@@ -69,6 +70,7 @@ def build_retrained(
         num_dense: numeric columns.
         hashes: :func:`initial_hashes` of the search; the weights drawn must be the same.
         tables: by feature, plain tables to take from; by default the search's initial ones, drawn again.
+        shared: by feature, the vector ``[D]`` that pruned ids begin with, by default a fresh one.
         dense: weights outside the tables, by default the initial ones.
         linear: by feature, trained first-order weights ``[num_ids, 1]`` and how often each id occurs, by default fresh
             ones.
@@ -82,7 +84,7 @@ def build_retrained(
         table = initial_table(spec, config.seed) if tables is None else tables[spec.name]
         if tables is None and hashes is not None and weights_hash(table) != hashes.get(f"table {spec.name}"):
             differing.append(f"table {spec.name}")
-        take_rows(model.vectors, spec.name, table)
+        take_rows(model.vectors, spec.name, table, None if shared is None else shared[spec.name])
     if linear is not None and model.linear is not None:
         share_rows(model.linear, linear)
     if dense is not None:

@@ -25,9 +25,17 @@ from tests.train.toy import ToyData, toy_config
 CONFIG = toy_config(embedding_weight_decay=1e-3, epochs=2, seed=5)
 
 
-def plan_of(schema):
+def plan_of(schema, pruned="zero"):
     kept = {s.name: torch.arange(s.num_ids) % 3 != 1 for s in schema}
-    return kept, make_plan(schema, {s.name: choose(s, kept[s.name], 3) for s in schema})
+    if pruned == "oov":
+        # Of this field all rows died, and what they share is all that is left.
+        kept["C1"][:] = False
+    return kept, make_plan(schema, {s.name: choose(s, kept[s.name], 3, pruned) for s in schema})
+
+
+def search_of(**settings) -> OptembedSearch:
+    settings = OptembedSettings(generations=1, population=2, **settings)
+    return OptembedSearch(CONFIG, ToyData(), settings, SearchFolder(None, {}))
 
 
 def test_the_initial_weights_are_those_of_the_search_bit_for_bit() -> None:
@@ -59,24 +67,35 @@ def test_other_initial_weights_are_refused() -> None:
 
 @pytest.mark.parametrize("oov", [False, True])
 def test_inherited_weights_give_what_the_masked_supernet_gave(oov: bool) -> None:
-    data = ToyData()
-    search = OptembedSearch(
-        CONFIG, data, OptembedSettings(retrain_from="supernet", generations=1, population=2), SearchFolder(None, {})
-    )
+    search = search_of(retrain_from="supernet", oov=oov)
     net = search.net.eval()
-    kept, plan = plan_of(search.schema)
+    kept, plan = plan_of(search.schema, "oov" if oov else "zero")
     model = build_retrained(planned(CONFIG, plan), search.schema, 3, **search.start_weights()).eval()
     with torch.no_grad():
         for s in search.schema:
             net.table(s.name)[~kept[s.name]] = 0
-        net.layer.thresholds.fill_(-1.0)
+        net.layer.thresholds.fill_(0.0)
         net.layer.widths = torch.tensor([3, 3, 3, 3])
-    batch = next(iter(data.batches("valid", 64)))
+    batch = next(iter(search.data.batches("valid", 64)))
     got, wanted = model.vectors(batch.ids), net.vectors(batch.ids)
     torch.testing.assert_close(got, wanted)
     # The network is the same; only first-order weights were squeezed into fewer rows.
     model.linear.forward = net.model.linear.forward
     torch.testing.assert_close(model(batch.dense, batch.ids), net(batch.dense, batch.ids))
+
+
+def test_pruned_ids_begin_with_the_vector_that_the_supernet_began_with() -> None:
+    search = search_of(oov=True)
+    began = search.build().layer.oov.detach().clone()
+    bound = (6 / (4 + 4)) ** 0.5
+    assert bound / 2 < began.abs().max() <= bound, "Xavier-uniform over fields and columns"
+    _, plan = plan_of(search.schema, "oov")
+    torch.manual_seed(1)
+    model = build_retrained(planned(CONFIG, plan), search.schema, 3, **search.start_weights()).eval()
+    pruned = model.vectors(torch.tensor([[1, 1, 1, 1]]))[0]
+    assert torch.equal(pruned[:, :3], began[:, :3])
+    assert not pruned[:, 3].any()
+    assert torch.equal(search_of(oov=True).build().layer.oov, began)
 
 
 def test_rows_that_ids_share_are_their_weighted_means() -> None:
