@@ -6,6 +6,7 @@
 # make lint   style, types and the layering of the package
 # make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers of g++
 # make bench  benchmarks; JSON results and a picture in runs/bench (make bench-peers: training beside FuxiCTR's too)
+# make bench-search DATA=FOLDER  OptEmbed and DNIS on real rows beside hashing, narrow tables and magnitude pruning
 # make bench-gate  fail where runs/bench (of make bench) shows this library slower than benchmarks/results, by ratios
 # make clean  remove what runs and builds left behind (make distclean: .venv too)
 VENV := $(or $(RECSYS_EMBED_VENV),.venv)
@@ -17,7 +18,7 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton test-gpu sanitize lint bench bench-gpu bench-peers bench-gate clean distclean
+.PHONY: help setup demo test test-triton test-gpu sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -72,11 +73,11 @@ lint: setup
 	$(BIN)/lint-imports
 
 # BENCH="kernels serving" for some of them, ARGS=--quick for a first look.
-BENCH := data kernels serving deepfm
+BENCH := data kernels serving deepfm supernet_step
 bench: setup
 	@mkdir -p runs/bench
 	@for name in $(BENCH); do \
-	  echo "$$name"; $(BIN)/python "benchmarks/bench_$$name.py" --out "runs/bench/$$name.json" $(ARGS) >/dev/null || exit 1; \
+	  echo "$$name"; PYTHONPATH=. $(BIN)/python "benchmarks/bench_$$name.py" --out "runs/bench/$$name.json" $(ARGS) >/dev/null || exit 1; \
 	done
 	@if [ -e runs/bench/kernels.json ]; then $(BIN)/python benchmarks/plot.py runs/bench; fi
 	@$(BIN)/python benchmarks/targets.py runs/bench
@@ -85,6 +86,10 @@ bench: setup
 bench-peers: setup
 	@mkdir -p runs/bench
 	$(BIN)/python benchmarks/bench_deepfm.py --peers --out runs/bench/deepfm.json $(ARGS) >/dev/null
+
+# Hours: every row is a training or a search. DATA is made as examples/criteo_sample.toml says.
+bench-search: setup
+	$(BIN)/python -m benchmarks.bench_search --data "$(DATA)" $(ARGS)
 
 bench-gate:
 	$(BIN)/python benchmarks/gate.py runs/bench

@@ -259,7 +259,7 @@ def run(case: Case, sizes: Sizes, clock: Clock, bandwidth: float, make: Any, oth
     }
     row: dict[str, Any] = {"case": case.name, "dim": case.dim, "dtype": str(case.dtype).removeprefix("torch.")}
     row |= {"probes": case.probes, "ids": case.skew, "batch": batch, "features": FEATURES}
-    row |= {"table_bytes": sum(getattr(coll, n).nbytes for n in coll.storages), "ms": ours}
+    row |= {"row_bytes": case.row_bytes, "table_bytes": sum(getattr(coll, n).nbytes for n in coll.storages), "ms": ours}
     row["fraction_of_copy"] = moved / (ours["forward"] / 1000) / bandwidth
     found = beside(case, coll, ids, make)
     if found is not None:

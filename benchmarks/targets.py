@@ -14,10 +14,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on the ratios (or, for absolute ones, the median times) of rows that match.
+    """A bound on the ratios of rows that match, or on another value of theirs.
 
     Args:
         at_least, at_most: the bound; the row furthest from it counts.
+        value: where in a row it stands, keys joined by points.
     """
 
     what: str
@@ -25,11 +26,16 @@ class Target:
     match: dict[str, Any]
     at_least: float | None = None
     at_most: float | None = None
-    absolute: bool = False
+    value: str = "ratio"
 
     def found(self, rows: list[dict[str, Any]]) -> list[float]:
         mine = [r for r in rows if all(self._fits(r.get(k), v) for k, v in self.match.items())]
-        return [r["time"]["median"] if self.absolute else r["ratio"] for r in mine]
+        return [value for r in mine if (value := self._value(r)) is not None]
+
+    def _value(self, row: Any) -> float | None:
+        for key in self.value.split("."):
+            row = row.get(key) if isinstance(row, dict) else None
+        return row
 
     @staticmethod
     def _fits(value: Any, wanted: Any) -> bool:
@@ -47,6 +53,7 @@ class Target:
 
 
 COMPOSED = ("compositional mul", "compositional add", "compositional concat", "multihash", "unified", "robe")
+WIDE = (64, 128, 256, 512, 1024)
 OTHERS = tuple(c for c in COMPOSED if c != "compositional mul")
 
 
@@ -71,10 +78,16 @@ TARGETS = (
     _kernels("composed step / per table", case=OTHERS, phase="step", contender="per_table", at_least=8),
     _kernels("product step / per table", case="compositional mul", phase="step", contender="per_table", at_least=5),
     _kernels("composed step / index + TBE", case=COMPOSED, phase="step", contender="index_tbe", at_least=1.5),
-    Target("batch 16, microseconds", "serving", {"phase": "latency", "contender": "native"}, at_most=50, absolute=True),
+    Target(
+        "batch 16, microseconds",
+        "serving",
+        {"phase": "latency", "contender": "native"},
+        at_most=50,
+        value="time.median",
+    ),
     Target("batch 16 / TBE", "serving", {"phase": "latency", "contender": "tbe"}, at_least=10),
     Target("batch 16 / index + TBE", "serving", {"phase": "latency", "contender": "index_tbe"}, at_least=10),
-    Target("hash, ns per id", "serving", {"phase": "hash", "contender": "cost"}, at_most=2, absolute=True),
+    Target("hash, ns per id", "serving", {"phase": "hash", "contender": "cost"}, at_most=2, value="time.median"),
     Target("DeepFM 1 M, GEMM alone / step", "deepfm", {"case": "deepfm 1 M", "contender": "gemm"}, at_least=0.75),
     Target("DeepFM 30 M / 1 M", "deepfm", {"case": "deepfm 1 M", "contender": "native, 30 M"}, at_most=1.2),
     Target(
@@ -89,6 +102,12 @@ TARGETS = (
         {"case": ("deepfm 30 M, fuxictr", "deepfm 30 M, deepctr-torch"), "contender": ("fuxictr", "deepctr-torch")},
         at_least=30,
     ),
+    Target("supernet step / plain step, 1 M rows", "supernet_step", {"case": "supernet"}, at_most=1.5),
+    Target(
+        "GPU forward, share of a copy's bandwidth", "gpu", {"row_bytes": WIDE}, at_least=0.85, value="fraction_of_copy"
+    ),
+    Target("GPU plain step / TBE", "gpu", {"case": "full"}, at_least=1, value="ratio.step"),
+    Target("GPU composed step / index + TBE", "gpu", {"case": COMPOSED}, at_least=2, value="ratio.step"),
 )
 
 
