@@ -96,6 +96,8 @@ class _Sums(Function):
     def forward(ctx: Any, anchor: Tensor | None, weight: Tensor, call: BagCall, storage: str, update: Any) -> Tensor:
         # Values of the table are not needed again, so it may change before backward, as that of a gather may.
         ctx.call, ctx.storage, ctx.update, ctx.weight = call, storage, update, weight
+        # Saved by autograd, which refuses a second backward over a graph that was not retained: it would step again.
+        ctx.save_for_backward(call.rows)
         if call.tables is not None:
             return call.tables.forward(weight, *call[1:])
         wide = _Wide(call, weight.shape[1])
@@ -104,10 +106,12 @@ class _Sums(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (rows,) = ctx.saved_tensors
+        call = ctx.call._replace(rows=rows)
         if ctx.update is not None:
-            ctx.update(ctx.storage, ctx.call, grad)
+            ctx.update(ctx.storage, call, grad)
             return (None,) * 5
-        return None, _gradient(ctx.weight, ctx.call, grad), None, None, None
+        return None, _gradient(ctx.weight, call, grad), None, None, None
 
 
 def _gradient(weight: Tensor, call: BagCall, grad: Tensor) -> Tensor:

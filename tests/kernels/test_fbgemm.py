@@ -220,6 +220,18 @@ def test_several_lookups_before_their_backwards() -> None:
     torch.testing.assert_close(colls[0].width8, colls[1].width8, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", [rse.SGD(lr=0.1), None], ids=repr)
+@pytest.mark.parametrize("dim", [8, 6])
+def test_a_graph_that_is_not_retained_has_one_backward(optimizer: FusedOptimizer | None, dim: int) -> None:
+    coll = EmbeddingCollection(Schema([FeatureSpec("a", 50, dim)]), None, optimizer, backend="fbgemm")
+    loss = coll(torch.tensor([[3]])).sum()
+    loss.backward()
+    once = coll.table("a.weight").clone()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert torch.equal(coll.table("a.weight"), once)
+
+
 def test_nothing_is_updated_in_evaluation() -> None:
     schema = schema_of(8)
     coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=0.5), backend="fbgemm").eval()
