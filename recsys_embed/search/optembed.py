@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
+from recsys_embed.optim import Adam
 from recsys_embed.plan import Plan
 from recsys_embed.search.common import Search
 from recsys_embed.search.evaluate import CandidateEvaluator
@@ -19,6 +20,7 @@ from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, 
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.settings import OptembedSettings
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
+from recsys_embed.train.run import make_optimizer
 from recsys_embed.train.stop import StopRequest
 
 _LEAST_ROWS = 2048
@@ -34,11 +36,19 @@ class OptembedSearch(Search):
 
     def check(self) -> None:
         """Refuse what would silently prune nothing."""
-        c = self.config
-        if self.settings.rows != "none" and not c.embedding_weight_decay > 0:
+        c, rule = self.config, make_optimizer(self.config)
+        # Adam alone divides a decay by its own size. Under SGD it stays a tiny share of a weight, and Adagrad divides
+        # by all gradients that a row ever had.
+        dies = c.embedding_weight_decay > 0
+        if rule is not None:
+            dies = isinstance(rule, Adam) and rule.rows == "all" and rule.weight_decay > 0
+        if self.settings.rows != "none" and not dies:
+            got = f"'dense_adam' with {c.embedding_weight_decay:g}" if rule is None else repr(rule)
             raise ConfigError(
-                "rows die by weight decay that reaches all of them at every step: set `embedding_weight_decay` above "
-                "0 (with an optimizer that takes it), or search dimensions only (rows 'none')"
+                "rows die by weight decay, which has to take all of them a step of Adam nearer to 0 at every step; "
+                "expected `embedding_optimizer` 'adam' or 'dense_adam' and `embedding_weight_decay` above 0, without "
+                f"other `rows` in `embedding_optimizer_args`; got {got}. Set these, or search dimensions only (rows "
+                "'none')"
             )
         self.need_validation()
 

@@ -14,6 +14,7 @@ from recsys_embed.data.folder import lock
 from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.search import OptembedSearch, OptembedSettings, PepSettings, run_search
 from recsys_embed.search.dnis import DnisSearch
+from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.pep import PepSearch
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.train import DivergedError
@@ -127,6 +128,29 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
     assert not (tmp_path / "x" / "supernet").exists()
     with pytest.raises(BudgetError, match="smallest subnet"):
         search(OptembedSearch, OptembedSettings(), budget=1300)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"embedding_optimizer": "sgd"}, "got SGD"),
+        ({"embedding_optimizer": "adagrad"}, "got Adagrad"),
+        ({"embedding_optimizer": "rowwise_adagrad"}, "got RowwiseAdagrad"),
+        ({"embedding_optimizer_args": {"rows": "touched"}}, "got Adam.*rows='touched'"),
+        ({"embedding_optimizer_args": {"weight_decay": 0.0}}, "got Adam.*weight_decay=0.0"),
+        ({"embedding_optimizer": "dense_adam", "embedding_weight_decay": 0.0}, "got 'dense_adam' with 0"),
+    ],
+    ids=str,
+)
+def test_optimizers_under_which_no_row_dies_are_refused(changes: dict, got: str) -> None:
+    def search(settings: OptembedSettings, **more) -> OptembedSearch:
+        return OptembedSearch(CONFIG.replace(**more), ToyData(), settings, SearchFolder(None, {}))
+
+    with pytest.raises(ConfigError, match=f"expected `embedding_optimizer` 'adam'.*{got}.*rows 'none'"):
+        search(OptembedSettings(), **changes).check()
+    search(OptembedSettings(rows="none"), **changes).check()
+    search(OptembedSettings()).check()
+    search(OptembedSettings(), embedding_optimizer="dense_adam").check()
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_folder_whole(tmp_path: Path) -> None:
