@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -91,15 +90,6 @@ class DnisConfig(MethodConfig):
         if size >= spec.num_ids:
             return cls.from_params({**params, "columns": (full,)})
         return cls.from_params({**params, "columns": (full, 0), "blocks": (size,)})
-
-    @staticmethod
-    def bits(columns: Sequence[bool]) -> int:
-        """The number that stands for the columns kept.
-
-        >>> DnisConfig.bits([True, False, True])
-        5
-        """
-        return sum(1 << k for k, kept in enumerate(columns) if kept)
 
 
 class DnisEmbedding(CompressedEmbedding):

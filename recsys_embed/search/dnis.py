@@ -51,12 +51,12 @@ class DnisSearch(Search):
         """The supernet, searched."""
         s, net = self.settings, self.build()
         self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm"))
-        epochs = s.search_epochs or -(-self.config.epochs // 2)
-        # The selection moves for as long as the search lasts, so what counts is where it ends.
-        config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
-        options: dict[str, Any] = {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
-        trainer = self.trainer(BilevelTrainer, net, "search", config, **options)
-        self.run_stage("search", trainer)
+        epochs = -(-self.config.epochs // 2) if s.search_epochs is None else s.search_epochs
+        if epochs:
+            # The selection moves for as long as the search lasts, so what counts is where it ends.
+            config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
+            options: dict[str, Any] = {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
+            self.run_stage("search", self.trainer(BilevelTrainer, net, "search", config, **options))
         for p in net.model.parameters():
             p.requires_grad_(True)
         net.settle_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +109,3 @@ def widths_text(schema: Schema, kept: Sequence[Tensor], widths: Sequence[int]) -
         s.name: f"kept {int(k.sum()):,} of {s.num_ids:,} rows, {w} of {s.embedding_dim} columns"
         for s, k, w in zip(schema, kept, widths, strict=True)
     }
-
-
-def as_json(candidates: Mapping[Any, float]) -> list[list[Any]]:
-    """Candidates with their scores, for a file."""
-    return [[list(c), score] for c, score in candidates.items()]

@@ -115,7 +115,7 @@ class OptembedSearch(Search):
         if s.evaluation_rows is None or s.evaluation_rows > 0:
             return s.evaluation_rows
         # Forward alone is a third of a training step's work; the candidates together get one training's worth.
-        work = 3 * self.data.splits["train"] * self.config.epochs if isinstance(self.data.splits, Mapping) else 0
+        work = 3 * (self.rows("train") or 0) * self.config.epochs
         candidates = s.population + (s.generations - 1) * (s.mutations + s.crossovers)
         return max(_LEAST_ROWS, work // max(1, candidates)) if work else None
 
@@ -146,7 +146,7 @@ class OptembedSearch(Search):
                 on_generation=done,
             )  # fmt: skip
             best = ranked(scores)
-            total = self.data.splits["valid"] if isinstance(self.data.splits, Mapping) else None
+            total = self.rows("valid")
             if rows is not None and (total is None or rows < total) and s.finalists > 1:
                 final = best[: s.finalists]
                 judge = CandidateEvaluator(net, self.data, rows=None, **options)

@@ -89,6 +89,12 @@ class PepSearch(Search):
         if not self.limits:
             raise ConfigError("give a budget (or a compression), or `snapshots`: PEP prunes until one is met")
         s, steps = self.settings, self._steps()
+        if s.threshold_lr is None and s.threshold_init >= _logit(_FELT):
+            raise ConfigError(
+                f"thresholds that begin at {s.threshold_init:g} are felt from the start (a sigmoid of "
+                f"{_sigmoid(s.threshold_init):.1g}), so no rate follows from the way they have to go; set "
+                f"`threshold_lr`, or a `threshold_init` below {_logit(_FELT):.1f}"
+            )
         reached = s.threshold_init + self.threshold_lr * steps
         if reached < _logit(1e-4):
             raise ConfigError(
@@ -108,7 +114,7 @@ class PepSearch(Search):
         s = self.settings
         if s.threshold_lr is not None:
             return s.threshold_lr
-        return max(_logit(_FELT) - s.threshold_init, 0.0) / max(1, self._steps() // 3) or 1e-3
+        return (_logit(_FELT) - s.threshold_init) / max(1, self._steps() // 3)
 
     @cached_property
     def limits(self) -> dict[str, int]:

@@ -127,8 +127,8 @@ class DnisSettings(Settings):
         blocks: of ids by frequency.
         scope: blocks of each field by itself, or of all fields together, as in the paper.
         balance: blocks of equal shares of the lookups ("mass") or of equally many ids ("count").
-        search_epochs: passes over the training rows with alternating steps, after the warm start of `epochs`; None
-            (or 0): half as many as the warm start may take, rounded up.
+        search_epochs: passes over the training rows with alternating steps, after the warm start of `epochs`; None:
+            half as many as the warm start may take, rounded up; 0: none, so that warm tables are pruned by size alone.
         alpha_lr: rate of the selection, plain SGD on normalised gradients.
         l1: weight of the selection's absolute values in the validation loss.
         second_order: add the second-order term (a finite difference; reads and writes whole tables at every step).
@@ -173,7 +173,8 @@ class PepSettings(Settings):
             ("feature"), or an element ("feature_dimension").
         threshold_init: of the raw thresholds, whose sigmoid is subtracted from absolute values. The authors begin at
             -150, where no data gradient is felt in float32 and weight decay alone moves them, for about 1e5 steps.
-        threshold_lr: their rate; None: such that decay alone takes them to a sigmoid of 0.01 in a third of the steps.
+        threshold_lr: their rate; None: such that decay alone takes them from a `threshold_init` below that to a sigmoid
+            of 0.01 in a third of the steps.
         threshold_decay: L2 of the raw thresholds. Without it they never move.
         check_every: steps between counts of what is left.
         snapshots: compressions at which what is left is written as a plan, besides the budget of the search.

@@ -123,6 +123,8 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
         search(PepSearch, PepSettings())
     with pytest.raises(ConfigError, match="prunes nothing; raise `threshold_lr`"):
         search(PepSearch, PepSettings(threshold_init=-150.0, threshold_lr=1e-3), ratio=2.0)
+    with pytest.raises(ConfigError, match=r"begin at -4 are felt from the start.* set `threshold_lr`"):
+        search(PepSearch, PepSettings(threshold_init=-4.0), ratio=2.0)
     with pytest.raises(ConfigError, match="`threshold_decay` must be above 0"):
         PepSettings(threshold_decay=0.0)
     assert not (tmp_path / "x" / "supernet").exists()
@@ -151,6 +153,15 @@ def test_optimizers_under_which_no_row_dies_are_refused(changes: dict, got: str)
     search(OptembedSettings(rows="none"), **changes).check()
     search(OptembedSettings()).check()
     search(OptembedSettings(), embedding_optimizer="dense_adam").check()
+
+
+def test_no_epochs_of_alternating_steps_are_none(tmp_path: Path) -> None:
+    found = run_search(
+        DnisSearch, CONFIG.replace(epochs=1, ratio=4.0), ToyData(), DnisSettings(search_epochs=0), folder=tmp_path
+    )
+    assert set(found.seconds) == {"warm", "retrain"}
+    selection = json.loads((tmp_path / "selection.json").read_text())["alpha"]
+    assert {value for row in selection for value in row} == {1.0}, "the selection is as it began"
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_folder_whole(tmp_path: Path) -> None:
