@@ -26,7 +26,7 @@ from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
 from recsys_embed.search.study_samplers import make_sampler
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.study_storage import faults_of, open_storage, requeue_lost, take
+from recsys_embed.search.study_storage import faults_of, open_storage, requeue, requeue_lost, take
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import DivergedError, Trainer, TrainResult
 from recsys_embed.train.run import LINEAR_METHOD, fingerprint, model_from_config, plans_for, schema_of
@@ -348,7 +348,7 @@ class MethodStudy:
             trial.set_user_attr("reason", f"diverged: {e}")
         except (Interrupted, KeyboardInterrupt):
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-            self.study.enqueue_trial(params, user_attrs={"again": trial.number})
+            requeue(self.study, trial.number, params)
             raise
         self.study.tell(trial, values, state=state, skip_if_finished=True)
 

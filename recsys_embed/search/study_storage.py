@@ -11,31 +11,129 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event, make_url
 
 from recsys_embed.data.folder import StorageError
+from recsys_embed.errors import MissingDependencyError
 
 LEASE = 600.0
 """Seconds after which a trial of another machine that has not reported is taken for lost."""
 _JOURNAL = (".journal", ".log")
+_TAIL = 1 << 16
 
 
-def open_storage(where: str) -> Any:
+def open_storage(where: str, *, there: bool = False) -> Any:
     """Storage of a URL (``sqlite:///``, ``postgresql://``, ``mysql://``), or of a file: a journal if its name ends so.
 
+    Args:
+        where: the storage.
+        there: it is one that was made before: a file that is gone is an error, and none takes its place.
+
     Raises:
-        StorageError: it cannot be reached, is locked or no storage.
+        StorageError: it cannot be reached, is locked, has vanished or is no storage.
+        MissingDependencyError: a database needs a driver that is not installed.
     """
+    file = file_of(where)
     with faults_of(where):
-        if "://" in where:
-            arguments = {"connect_args": {"timeout": 60}} if where.startswith("sqlite") else {"pool_pre_ping": True}
-            return optuna.storages.RDBStorage(where, engine_kwargs=arguments)
-        path = Path(where)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in _JOURNAL:
-            return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        return open_storage(f"sqlite:///{path}")
+        if there and _gone(where):
+            raise StorageError(
+                f"the study's storage {file} does not exist: it was moved or removed; put it back, or name another"
+            )
+        if file is None:
+            return _database(where, {"pool_pre_ping": True})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if "://" not in where and file.suffix in _JOURNAL:
+            return optuna.storages.JournalStorage(_Journal(str(file), _Lock(str(file))))
+        url = where if "://" in where else f"sqlite:///{file}"
+        storage = _database(url, {} if "timeout=" in url else {"connect_args": {"timeout": 60}})
+        # SQLite's driver begins a transaction at its first write, so two workers that read the same queued trial
+        # would both take it; one that begins with the lock makes the other wait, and see that it is taken.
+        event.listen(storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        storage.engine.dispose()
+        return storage
+
+
+def file_of(where: str) -> Path | None:
+    """The file of a storage, absolute; None for a server's.
+
+    >>> file_of("/a/s.journal").name, file_of("sqlite:////a/s.db").name, file_of("mysql://host/db")
+    ('s.journal', 's.db', None)
+    """
+    if "://" not in where:
+        # A journal's lock is a link to it, which must hold wherever a worker was started.
+        return Path(where).absolute()
+    url = make_url(where)
+    held = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).absolute() if held else None
+
+
+def _database(url: str, engine: dict[str, Any]) -> Any:
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+    except ImportError as e:
+        kind = url.partition("://")[0]
+        driver = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}.get(kind.partition("+")[0], "a driver of it")
+        raise MissingDependencyError(
+            f"a study's storage at {kind}://... needs a driver of that database ({e}); pip install {driver}"
+        ) from e
+
+
+def _gone(where: str) -> bool:
+    file = file_of(where)
+    return file is not None and not file.exists()
+
+
+class _Lock(JournalFileSymlinkLock):
+    """Whoever gets it finds a journal of whole lines: what a full disk or a kill left of one is cut off.
+
+    Optuna would append to it, and the line made of two would be the end of the study.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = path
+
+    def acquire(self) -> bool:
+        held = super().acquire()
+        with open(self._path, "rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            start = end
+            while start:
+                step = min(start, _TAIL)
+                file.seek(start - step)
+                line = file.read(step).rfind(b"\n")
+                if line >= 0:
+                    start += line + 1 - step
+                    break
+                start -= step
+            if start < end:
+                file.truncate(start)
+        return held
+
+
+class _Journal(JournalFileBackend):
+    """A journal that says which of its lines is none."""
+
+    def __init__(self, path: str, lock: _Lock) -> None:
+        super().__init__(path, lock)
+        self._path = path
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        number = log_number_from
+        try:
+            for record in super().read_logs(log_number_from):
+                number += 1
+                if not isinstance(record, dict) or "op_code" not in record:
+                    raise ValueError(f"no record of a study: {record!s:.40}")
+                yield record
+        except ValueError as e:
+            raise StorageError(
+                f"the study's storage {self._path} is damaged or no journal of a study: near line {number} ({e}); put "
+                "back a copy, remove the lines that are no JSON of a record, or name another storage"
+            ) from e
 
 
 @contextmanager
@@ -55,18 +153,30 @@ def faults_of(where: str) -> Iterator[None]:
         cause = e.__cause__ or e
         text = str(cause).splitlines()[0]
         shown = where.partition("://")[0] + "://..." if "@" in where else where
-        if "locked" in text:
+        if "load plugin" in text or "parse" in text:
+            hint = "it takes a file, or a URL of sqlite:///, postgresql:// or mysql://"
+        elif "locked" in text:
             hint = "another process holds it; wait for it, or use a journal file or a database server for many workers"
-        elif "no such table" in text or "No such file" in text:
+        elif "no such table" in text or "No such file" in text or _gone(where):
             hint = "it has vanished or was replaced while in use; put it back, then run the same command again"
+        elif "is full" in text or "No space" in text:
+            hint = "free some space, then run the same command again: it goes on where it stopped"
         else:
             hint = "see that it can be reached and written, then run the same command again"
         raise StorageError(f"the study's storage {shown} failed ({text}); {hint}") from e
 
 
 def owner() -> str:
-    """This process, for others to see whether it lives."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """This process, for others to see whether it lives: machine, number, and when it began."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_began(os.getpid())}"
+
+
+def _began(pid: int) -> str:
+    """Ticks at which a process began, since numbers are given again, and a container's first always is; or nothing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def requeue_lost(study: optuna.Study, storage: Any) -> int:
@@ -79,21 +189,28 @@ def requeue_lost(study: optuna.Study, storage: Any) -> int:
             storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         except (RuntimeError, ValueError):  # another worker was faster
             continue
-        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+        requeue(study, trial.number, trial.params)
         lost += 1
     return lost
 
 
+def requeue(study: optuna.Study, number: int, params: dict[str, Any]) -> None:
+    """Queue the point of a trial that failed again, under its origin."""
+    origin = {k: v for k, v in study.get_trials(deepcopy=False)[number].user_attrs.items() if k == "from"}
+    study.enqueue_trial(params, user_attrs={"again": number, **origin})
+
+
 def _alive(trial: FrozenTrial) -> bool:
-    name, _, pid = str(trial.user_attrs.get("owner", "")).rpartition(":")
+    name, _, rest = str(trial.user_attrs.get("owner", "")).partition(":")
+    pid, _, began = rest.partition(":")
     if name == socket.gethostname() and pid.isdigit():
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
             return False
         except PermissionError:
-            return True
-        return True
+            pass
+        return not began or _began(int(pid)) in ("", began)
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     return time.time() - float(trial.user_attrs.get("seen", started)) < LEASE
 

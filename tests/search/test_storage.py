@@ -1,0 +1,104 @@
+"""Storages of studies: what a full disk, a kill or another file leaves of one is mended or named, and never spreads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import optuna
+import pytest
+
+from recsys_embed.data.folder import StorageError
+from recsys_embed.errors import MissingDependencyError
+from recsys_embed.search.study_storage import open_storage, owner, requeue_lost, take
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def study_of(where: str, queued: int = 0) -> tuple[optuna.Study, object]:
+    storage = open_storage(where)
+    study = optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
+    for _ in range(queued):
+        study.enqueue_trial({})
+    return study, storage
+
+
+def test_half_a_line_at_the_end_of_a_journal_costs_that_line_alone(tmp_path):
+    path = tmp_path / "s.journal"
+    study_of(str(path), 2)
+    whole = path.read_bytes()
+    for cut in (1, 40, 70_000):
+        path.write_bytes(whole + b'{"op_code":4,' + b" " * cut)
+        study = study_of(str(path))[0]
+        assert len(study.trials) == 2
+        study.enqueue_trial({})
+        assert len(study_of(str(path))[0].trials) == 3
+    path.write_bytes(b"{")
+    assert study_of(str(path), 1)[0].trials, "half a line may be all there is"
+
+
+def test_a_journal_of_other_things_is_named_with_its_line(tmp_path):
+    path = tmp_path / "s.journal"
+    study_of(str(path), 1)
+    lines = len(path.read_bytes().splitlines())
+    for junk in (b"no json\n", b"[1]\n", b'{"a": 1}\n', b"\xff\xfe\n"):
+        held = path.read_bytes()
+        path.write_bytes(held + junk + held)
+        with pytest.raises(StorageError, match=rf"s.journal is damaged.* line ({lines}|{lines + 1}) .*put back a copy"):
+            study_of(str(path))
+        path.write_bytes(held)
+
+
+def test_a_lock_left_by_a_killed_worker_is_broken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    study_of("in/s.journal")
+    open_storage("in/s.journal")._backend._lock.acquire()
+    lock = open_storage("in/s.journal")._backend._lock
+    lock.grace_period = 0.2
+    taken = threading.Thread(target=lock.acquire, daemon=True)
+    taken.start()
+    taken.join(10)
+    assert not taken.is_alive()
+
+
+def test_a_database_waits_for_whoever_reads_before_writing(tmp_path):
+    study, storage = study_of(str(tmp_path / "s.db"), 1)
+    other = open_storage(f"sqlite:///{tmp_path / 's.db'}?timeout=0.1")
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM trials").all()
+        with pytest.raises(optuna.exceptions.StorageInternalError) as e:
+            other.set_trial_state_values(1, optuna.trial.TrialState.RUNNING)
+        assert "locked" in str(e.value.__cause__)
+    assert take(study, storage) is not None
+
+
+def test_a_number_given_to_another_process_is_no_sign_of_life(tmp_path):
+    study, storage = study_of(str(tmp_path / "s.journal"), 1)
+    trial = take(study, storage)
+    assert requeue_lost(study, storage) == 0
+    host, pid, began = owner().split(":")
+    if not began:
+        pytest.skip("this system does not say when a process began")
+    storage.set_trial_user_attr(trial._trial_id, "from", "planner")
+    storage.set_trial_user_attr(trial._trial_id, "owner", f"{host}:{pid}:{int(began) - 1}")
+    assert requeue_lost(study, storage) == 1
+    assert study.trials[1].user_attrs == {"again": 0, "from": "planner"}
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:secret@h/db", "mysql://u:secret@h/db"])
+def test_a_database_without_its_driver_says_what_to_install(url, monkeypatch):
+    for driver in ("psycopg2", "MySQLdb"):
+        monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(MissingDependencyError, match=r"needs a driver.*pip install (psycopg2-binary|pymysql)") as e:
+        open_storage(url)
+    assert "secret" not in str(e.value)
+
+
+def test_what_was_there_and_is_gone_is_not_made_anew(tmp_path):
+    for name in ("s.db", "s.journal"):
+        with pytest.raises(StorageError, match="does not exist: it was moved or removed"):
+            open_storage(str(tmp_path / name), there=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StorageError, match=r"a URL of sqlite:///, postgresql:// or mysql://"):
+        open_storage("redis://localhost")
