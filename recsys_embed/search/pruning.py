@@ -15,6 +15,7 @@ from recsys_embed.members import set_text
 from recsys_embed.memory import format_bytes
 from recsys_embed.registry import get_method
 from recsys_embed.search.extract import chunks
+from recsys_embed.search.ranking import Ranking
 
 Chosen = dict[str, tuple[MethodConfig, dict[str, str]]]
 
@@ -136,30 +137,13 @@ def keep_elements(
 
     With a ``sparsity`` the number kept is the nearest integer to its share, whatever ties there are.
     """
-    sizes = torch.cat([t.abs().reshape(-1) for t in tables])
-
-    def mask(count: int) -> list[Tensor]:
-        kept = torch.zeros(len(sizes), dtype=torch.bool)
-        if count:
-            bound = sizes.kthvalue(len(sizes) - count + 1).values
-            kept = (sizes > bound).cpu()
-            ties = (sizes == bound).nonzero().squeeze(1)
-            kept[ties[: count - int(kept.sum())]] = True
-        return [part.view(t.shape) for part, t in zip(kept.split([t.numel() for t in tables]), tables, strict=True)]
-
+    ranking, cls = Ranking(tables), get_method("pep").config_cls
     if budget is None:
-        return mask(round((1 - sparsity) * len(sizes)))
-    ranked = sizes.argsort(descending=True, stable=True)
-    column = torch.cat([torch.arange(t.shape[1]).repeat(len(t)) + f * t.shape[1] for f, t in enumerate(tables)])
-    column, width = column[ranked.cpu()], tables[0].shape[1]
+        return ranking.mask(round((1 - sparsity) * ranking.total))
 
     def bytes_of(count: int) -> int:
-        found = torch.bincount(column[:count], minlength=len(tables) * width).view(-1, width).tolist()
-        cls = get_method("pep").config_cls
+        found = ranking.columns(count).tolist()
         configs = [cls.from_params({"kept": tuple(row), "pruned": pruned, "order": "sets"}) for row in found]
         return sum(c.footprint(s).serve for c, s in zip(configs, schema, strict=True))
 
-    count = most_within(len(sizes), lambda n: bytes_of(n) <= budget, "the features", budget)
-    kept = torch.zeros(len(sizes), dtype=torch.bool)
-    kept[ranked[:count].cpu()] = True
-    return [part.view(t.shape) for part, t in zip(kept.split([t.numel() for t in tables]), tables, strict=True)]
+    return ranking.mask(most_within(ranking.total, lambda n: bytes_of(n) <= budget, "the features", budget))
