@@ -241,6 +241,10 @@ class ShardedTrainer(Trainer):
             for held, copy in zip(_locals(entry.value), copies, strict=True):
                 held.copy_(copy)
 
+    def _checkpoint_due(self) -> bool:
+        # Clocks differ between processes, steps do not.
+        return self._due(self.config.checkpoint_every)
+
     def _checkpoint(self) -> None:
         if self.home is None:
             return

@@ -26,6 +26,8 @@ from recsys_embed.train.state import RunState
 from recsys_embed.train.stop import Interrupted, StopRequest
 
 CHECKPOINT = "checkpoint.pt"
+# Between checkpoints that no settings ask for: at least so long, and so many times what writing the last one took.
+CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 60.0, 20.0
 BEST = "best.pt"
 
 
@@ -198,6 +200,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> None:
         state = self.state
+        self._written, self._writing = time.perf_counter(), 0.0
         self.model.train()
         bar = progress_bar(self.total_steps, self.label, state.step, self.show_progress)
         with contextlib.closing(bar):
@@ -216,7 +219,7 @@ class Trainer:
                         self._interrupt()
                     if state.pending_validation:
                         self._validate(stop)
-                    elif self._due(self.config.checkpoint_every):
+                    elif self._checkpoint_due():
                         self._checkpoint()
                     if epoch_ends or self._finished():
                         break
@@ -227,6 +230,13 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.state.step % every == 0
+
+    def _checkpoint_due(self) -> bool:
+        if self.config.checkpoint_every is not None:
+            return self._due(self.config.checkpoint_every)
+        return self.folder is not None and time.perf_counter() - self._written > max(
+            CHECKPOINT_SECONDS, CHECKPOINT_TIMES * self._writing
+        )
 
     def _advance(self) -> bool:
         """Move the position past the batch just trained and note a due validation; True at the end of an epoch."""
@@ -356,6 +366,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.folder is None:
             return
+        begin = time.perf_counter()
         self.state.log_bytes = self.log.flush()
         save_checkpoint(
             self.folder / CHECKPOINT,
@@ -367,6 +378,8 @@ class Trainer:
             embedding_optimizer={k: c.optimizer_state_dict() for k, c in self._fused_collections()},
             rng=rng_state(self.device),
         )
+        self._written = time.perf_counter()
+        self._writing = self._written - begin
 
     def _restore(self) -> None:
         if self.folder is None:

@@ -18,9 +18,11 @@ import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BackendError, IdRangeError
 from recsys_embed.kernels import dispatch, native, native_library
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.native_lookup import SingleLookup
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.optim import FusedOptimizer
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
 
 LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
@@ -135,6 +137,22 @@ def test_features_of_many_widths_train_together(method: str) -> None:
             coll(ids_of(schema, 30, step)).square().sum().backward()
     for name in ours.storages:
         torch.testing.assert_close(getattr(ours, name), getattr(oracle, name))
+
+
+def test_weights_of_absent_rows_have_no_gradient() -> None:
+    program = LookupProgram(
+        (Table("w", 10, 4, Init("normal", 1.0)), Table("s", 20, 1, Init("constant", 0, 1.0))),
+        (Probe("w", Hash(1, 7, head=3, head_absent=True), weight=Weight("s", Digit())),),
+    )
+    lookup = SingleLookup(program, IndexStore([program.indexes]), False)
+    rows, weights = torch.randn(10, 4, requires_grad=True), torch.randn(20, 1, requires_grad=True)
+    ids = torch.arange(20)
+    for factor in (1e6, 1.0):  # what the first leaves in the kernels' memory
+        rows.grad = weights.grad = None
+        out = lookup(ids, [rows, weights], False)
+        out.backward(torch.full_like(out, factor))
+    assert torch.equal(weights.grad[:3], torch.zeros(3, 1))
+    assert bool((weights.grad[3:] != 0).all())
 
 
 def trained(method: Any, batch: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
-from recsys_embed.train import DivergedError, Interrupted, Trainer, run_training
+from recsys_embed.train import DivergedError, Interrupted, Trainer, loop, run_training
 from recsys_embed.train.checkpoint import load_checkpoint, save_checkpoint
 from recsys_embed.train.run import model_from_config
 from tests.train.toy import Batch, ToyBatches, ToyData, toy_config
@@ -122,6 +122,20 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     assert resumed.result.test == whole.result.test
     assert same_weights(resumed.model, whole.model)
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_long_runs_are_written_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    keep = loop.Trainer._checkpoint
+    monkeypatch.setattr(loop.Trainer, "_checkpoint", lambda self: written.append(self.state.step) or keep(self))
+    whole = run_training(toy_config(), ToyData(), folder=tmp_path / "whole")
+    assert written == [state["step"] for state in whole.result.history]
+    written.clear()
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_TIMES", 0.0)
+    often = run_training(toy_config(), ToyData(), folder=tmp_path / "often")
+    assert written == [*range(1, whole.result.steps + 1)]
+    assert same_weights(often.model, whole.model)
 
 
 def test_it_learns_and_uses_every_row_each_epoch() -> None:
