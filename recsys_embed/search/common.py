@@ -47,6 +47,28 @@ LEAST_OF_A_CLASS = 50
 _PROBE_STEPS = 20
 
 
+def need_validation(data: Any) -> None:
+    """Refuse data on which candidates cannot be told apart.
+
+    Raises:
+        ConfigError: no validation rows, or too few of a class.
+    """
+    if "valid" not in data.splits:
+        raise ConfigError(
+            "a search chooses by validation rows, and this data has no split 'valid'; convert it with --valid 1/12"
+        )
+    positives = negatives = 0
+    for batch in data.batches("valid", 1 << 16, shuffle=False):
+        positives += int((batch.label > 0.5).sum())
+        negatives += int((batch.label <= 0.5).sum())
+        if min(positives, negatives) >= LEAST_OF_A_CLASS:
+            return
+    raise ConfigError(
+        f"the split 'valid' is too small to compare candidates: {positives} positives and {negatives} "
+        f"negatives; at least {LEAST_OF_A_CLASS} of each are needed. Convert the data with a larger --valid"
+    )
+
+
 @dataclass
 class Search(ABC):
     """One search: plain tables in, a plan out. Subclasses say how.
@@ -122,22 +144,6 @@ class Search(ABC):
     def rows(self, split: str) -> int | None:
         """Rows of a split, where the data set knows."""
         return self.data.splits.get(split) if isinstance(self.data.splits, Mapping) else None
-
-    def need_validation(self) -> None:
-        """Refuse data on which candidates cannot be told apart."""
-        if "valid" not in self.data.splits:
-            raise ConfigError(
-                "a search chooses by validation rows, and this data has no split 'valid'; convert it with --valid 1/12"
-            )
-        positives = negatives = 0
-        for batch in self.data.batches("valid", 1 << 16, shuffle=False):
-            positives += int((batch.label > 0.5).sum())
-            negatives += int((batch.label <= 0.5).sum())
-        if min(positives, negatives) < LEAST_OF_A_CLASS:
-            raise ConfigError(
-                f"the split 'valid' is too small to compare candidates: {positives} positives and {negatives} "
-                f"negatives; at least {LEAST_OF_A_CLASS} of each are needed. Convert the data with a larger --valid"
-            )
 
     # -- parts of every search ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.plan import Plan
 from recsys_embed.search.bilevel import BilevelTrainer
 from recsys_embed.search.blocks import block_maps, block_sizes, order_of
-from recsys_embed.search.common import Search
+from recsys_embed.search.common import Search, need_validation
 from recsys_embed.search.extract import make_plan
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
@@ -32,7 +32,7 @@ class DnisSearch(Search):
 
     def check(self) -> None:
         """Refuse data without rows to choose by."""
-        self.need_validation()
+        need_validation(self.data)
 
     @cached_property
     def sizes(self) -> list[list[int]]:

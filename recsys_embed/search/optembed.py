@@ -13,7 +13,7 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import Adam
 from recsys_embed.plan import Plan
-from recsys_embed.search.common import Search
+from recsys_embed.search.common import Search, need_validation
 from recsys_embed.search.evaluate import CandidateEvaluator
 from recsys_embed.search.evolution import Candidate, Space, evolve, ranked
 from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
@@ -50,7 +50,7 @@ class OptembedSearch(Search):
                 f"other `rows` in `embedding_optimizer_args`; got {got}. Set these, or search dimensions only (rows "
                 "'none')"
             )
-        self.need_validation()
+        need_validation(self.data)
 
     def search(self) -> Plan:
         """Supernet, evolution, extraction."""

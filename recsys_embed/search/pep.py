@@ -15,7 +15,7 @@ from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.memory import format_bytes
 from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method
-from recsys_embed.search.common import Search
+from recsys_embed.search.common import Search, need_validation
 from recsys_embed.search.extract import chunks, make_plan, plain_bytes
 from recsys_embed.search.layers import PepLayer, soft_threshold
 from recsys_embed.search.pruning import choose_elements
@@ -85,7 +85,7 @@ class PepSearch(Search):
 
     def check(self) -> None:
         """Refuse thresholds that would not reach the weights."""
-        self.need_validation()
+        need_validation(self.data)
         if not self.limits:
             raise ConfigError("give a budget (or a compression), or `snapshots`: PEP prunes until one is met")
         s, steps = self.settings, self._steps()

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -17,11 +17,13 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
+from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, get_model
 from recsys_embed.plan import Plan
 from recsys_embed.planning.planner import plan_for_budget
+from recsys_embed.search.common import need_validation
 from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
 from recsys_embed.search.study_samplers import make_sampler
@@ -37,6 +39,8 @@ NAME = "methods"
 LEAST_PEERS = 4
 """Trials of at most as many bytes that must have come as far before one is stopped by comparison with them."""
 _IDENTITY, _READY = "identity", "ready"
+_MAKING = 300
+"""Tenths of a second after which whoever began to make a study is taken for lost."""
 _BEAT = 60.0
 
 
@@ -93,6 +97,8 @@ class StudySettings:
         ]
         if isinstance(self.proxy, bool) or not isinstance(self.proxy, (int, float)) or not 0 < self.proxy <= 1:
             faults.append(f"`proxy` must be in (0, 1]; got {self.proxy!r}")
+        if not isinstance(self.sampler, str):
+            faults.append(f"`sampler` must be a name; got {self.sampler!r}")
         if not isinstance(self.sampler_args, dict):
             faults.append(f"`sampler_args` must be a table; got {self.sampler_args!r}")
         if not self.objectives or self.objectives[0] != "auc" or len(set(self.objectives)) < len(self.objectives):
@@ -151,6 +157,7 @@ class MethodStudy:
         settings: of the study.
         storage: URL or file, see :func:`recsys_embed.search.study_storage.open_storage`.
         device: e.g. ``"cuda"``; None: CPU.
+        there: the study was made before; a storage that is gone is then an error.
 
     Raises:
         ConfigError: settings or data that come to nothing.
@@ -167,11 +174,11 @@ class MethodStudy:
         storage: str,
         *,
         device: torch.device | str | None = None,
+        there: bool = False,
     ) -> None:
         if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
-        if "valid" not in data.splits:
-            raise ConfigError("a study compares by validation rows; convert the data with --valid 1/12")
+        need_validation(data)
         self.full_config, self.data, self.settings = config, _Untested(data), settings
         self.where, self.device = storage, device
         schema = schema_of(data, config)
@@ -183,7 +190,7 @@ class MethodStudy:
         room = {text: budget - self._linear_bytes(budget) for text, budget in self.budgets.items()}
         methods = settings.methods or study_methods()
         self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
-        self.storage = open_storage(storage)
+        self.storage = open_storage(storage, there=there)
         with self.guarded():
             self.study = self._open()
 
@@ -242,33 +249,48 @@ class MethodStudy:
     def _open(self) -> optuna.Study:
         s = self.settings
         sampler = make_sampler(s.sampler, self.distributions, self.full_config.seed, s.trials, s.sampler_args)
+        # What can fail comes before there is a study, so that none is left half made.
+        known = NAME in optuna.get_all_study_names(self.storage)
+        points = list(self._planner_points()) if s.warm and not known else []
         try:
             study = optuna.create_study(
                 study_name=NAME, storage=self.storage, sampler=sampler, directions=[OBJECTIVES[o] for o in s.objectives]
             )
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(study_name=NAME, storage=self.storage, sampler=sampler)
-            for _ in range(300):  # another process is making it
+            for _ in range(_MAKING):  # another process is making it, or was killed over it
                 if _READY in study.user_attrs:
                     break
                 time.sleep(0.1)
-            differing = differences(study.user_attrs.get(_IDENTITY, {}), self.identity)
+            saved = study.user_attrs.get(_IDENTITY)
+            begun = saved is None and not study.get_trials(deepcopy=False)
+            differing = [] if begun else differences(saved or {}, self.identity)
             if differing:
                 raise CheckpointError(
                     f"{self.where} holds a study of another space or other data; use those, or another storage:\n"
                     + "\n".join(differing)
                 ) from None
+            if _READY in study.user_attrs:
+                self._fill(study)
+            else:
+                self._make(study, points or (list(self._planner_points()) if s.warm else []))
         else:
+            self._make(study, points)
+        return study
+
+    def _make(self, study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
+        """What a new study gets, or one whose maker was killed lacks."""
+        s = self.settings
+        if _IDENTITY not in study.user_attrs:
             study.set_user_attr(_IDENTITY, self.identity)
-            with warnings.catch_warnings():  # Optuna calls it experimental; its dashboard names axes by it
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(list(s.objectives))
-            for point in self._planner_points() if s.warm else []:
-                if len(study.get_trials(deepcopy=False)) < s.trials:
-                    study.enqueue_trial(point, user_attrs={"from": "planner"})
+        with warnings.catch_warnings():  # Optuna calls it experimental; its dashboard names axes by it
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(s.objectives))
+        queued = [t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)]
+        for point in [p for p in points if p not in queued][: max(0, s.trials - len(queued))]:
+            study.enqueue_trial(point, user_attrs={"from": "planner"})
         self._fill(study)
         study.set_user_attr(_READY, True)
-        return study
 
     def _fill(self, study: optuna.Study) -> None:
         """Queue as many trials as the study is to have; those that failed are not counted."""
@@ -295,7 +317,10 @@ class MethodStudy:
             how many were queued, and how many are no points of this space.
         """
         with faults_of(storage):
-            earlier = optuna.load_study(study_name=NAME, storage=open_storage(storage)).best_trials
+            found = open_storage(storage, there=True)
+            if NAME not in optuna.get_all_study_names(found):
+                raise StorageError(f"{storage} holds no study of methods to start from; name the storage of one")
+            earlier = optuna.load_study(study_name=NAME, storage=found).best_trials
         fitting = [t.params for t in earlier if self.space.holds(t.params)]
         with self.guarded():
             waiting = [

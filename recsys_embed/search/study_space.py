@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from recsys_embed.errors import BudgetError, ConfigError, raise_faults
+from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.plan import Plan
@@ -77,6 +77,8 @@ class StudySpace:
         faults = []
         if not self.budgets:
             faults.append("`budgets` must name at least one; got none")
+        known = [m.name for m in list_methods()]
+        faults += [str(unknown_name("method of a study", m, known)) for m in self.methods if m not in known]
         if not self.methods or len(set(self.methods)) < len(self.methods):
             faults.append(f"`methods` must be keys without repetition; got {self.methods!r}")
         if not 1 <= self.groups <= len(_NAMES):

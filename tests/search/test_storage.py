@@ -9,10 +9,13 @@ import optuna
 import pytest
 
 from recsys_embed.data.folder import StorageError
-from recsys_embed.errors import MissingDependencyError
+from recsys_embed.errors import ConfigError, MissingDependencyError
+from recsys_embed.search.study import NAME, MethodStudy, StudySettings
 from recsys_embed.search.study_storage import open_storage, owner, requeue_lost, take
+from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+CONFIG = planted_config(steps=3, threads=1)
 
 
 def study_of(where: str, queued: int = 0) -> tuple[optuna.Study, object]:
@@ -102,3 +105,49 @@ def test_what_was_there_and_is_gone_is_not_made_anew(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(StorageError, match=r"a URL of sqlite:///, postgresql:// or mysql://"):
         open_storage("redis://localhost")
+
+
+def settings_of(**changes) -> StudySettings:
+    base = {"trials": 4, "budgets": ["20%", "50%"], "methods": ["hash", "robe"], "groups": 2, "sampler": "random"}
+    return StudySettings.from_dict(base | changes)
+
+
+@pytest.mark.parametrize("name", ["_fill", "_planner_points"])
+def test_a_study_whose_making_was_cut_short_is_made_in_full(name, tmp_path, monkeypatch):
+    where, data = str(tmp_path / "s.journal"), Planted(0, rows=600)
+    monkeypatch.setattr("recsys_embed.search.study._MAKING", 1)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(MethodStudy, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            MethodStudy(CONFIG, data, settings_of(), where)
+    study = MethodStudy(CONFIG, data, settings_of(), where).study
+    assert [t.user_attrs.get("from") for t in study.trials] == ["planner", "planner", None, None]
+    assert len(MethodStudy(CONFIG, data, settings_of(), where).study.trials) == 4
+
+
+def test_a_study_that_was_created_and_no_more_is_made_in_full(tmp_path, monkeypatch):
+    where = str(tmp_path / "s.journal")
+    monkeypatch.setattr("recsys_embed.search.study._MAKING", 1)
+    optuna.create_study(study_name=NAME, storage=open_storage(where), directions=["maximize", "minimize"])
+    assert len(MethodStudy(CONFIG, Planted(0, rows=600), settings_of(), where).study.trials) == 4
+
+
+def test_what_a_study_cannot_be_made_of_leaves_no_storage(tmp_path):
+    where, data = tmp_path / "s.db", Planted(0, rows=600)
+    with pytest.raises(ConfigError, match="unknown method of a study 'hsh'; did you mean 'hash'"):
+        MethodStudy(CONFIG, data, settings_of(methods=["robe", "hsh"]), str(where))
+    with pytest.raises(ConfigError, match="`sampler` must be a name; got 3"):
+        settings_of(sampler=3)
+    with pytest.raises(ConfigError, match=r"too small to compare candidates: \d+ positives.*larger --valid"):
+        MethodStudy(CONFIG, Planted(0, rows=90), settings_of(), str(where))
+    assert not where.exists()
+    study = MethodStudy(CONFIG, data, settings_of(), str(where))
+    with pytest.raises(StorageError, match="does not exist"):
+        study.warm_from(str(tmp_path / "other.db"))
+    open_storage(str(tmp_path / "other.db"))
+    with pytest.raises(StorageError, match=r"other.db holds no study of methods"):
+        study.warm_from(str(tmp_path / "other.db"))
