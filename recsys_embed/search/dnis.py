@@ -80,7 +80,7 @@ class DnisSearch(Search):
                        for spec, k in zip(schema, masks, strict=True)}  # fmt: skip
             return make_plan(schema, chosen, reasons)
         fields = [self._blocks(f) for f in range(len(schema))]
-        chosen = keep_columns(schema, fields, pruned, **limits)
+        chosen = keep_columns(fields, pruned, **limits)
         return make_plan(schema, chosen, {f.spec.name: _words(f, chosen[f.spec.name][0]) for f in fields})
 
     def _blocks(self, field: int) -> FieldBlocks:

@@ -20,27 +20,31 @@ from recsys_embed.search.ranking import Ranking
 Chosen = dict[str, tuple[MethodConfig, dict[str, str]]]
 
 
-def served(schema: Schema, chosen: Chosen) -> int:
-    """Bytes of what is kept."""
-    return sum(config.footprint(schema[name]).serve for name, (config, _) in chosen.items())
+def most_within(top: int, fits: Callable[[int], bool], limit: int) -> int:
+    """``top`` where that fits, else a number that fits and whose successor does not.
 
-
-def most_within(top: int, fits: Callable[[int], bool], what: str, limit: int) -> int:
-    """The largest number in ``[0, top]`` that fits.
+    That is the largest of all where what takes more numbers takes more room. Sets of ids need not: a column that is
+    kept whole has none, so some larger number may fit too.
 
     Raises:
         BudgetError: not even 0 does.
     """
+    if fits(top):
+        return top
     if not fits(0):
-        raise BudgetError(
-            f"even with nothing kept, {what} take more than the {format_bytes(limit)} available for the vectors. Ways "
-            "out: 1. a larger budget; 2. structure 'blocks'; 3. fewer features"
-        )
-    low, high = 0, top
+        raise _too_little(limit)
+    low, high = 0, top - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _too_little(limit: int) -> BudgetError:
+    return BudgetError(
+        f"even with nothing kept, the features take more than the {format_bytes(limit)} available for the vectors. "
+        "Ways out: 1. a larger budget; 2. structure 'blocks', if it is 'elements'; 3. fewer features"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,10 @@ class FieldBlocks:
     order: Tensor | None
     importance: Tensor
 
-    def choose(self, columns: Tensor, pruned: str) -> tuple[MethodConfig, dict[str, str]]:
-        """The configuration that keeps ``columns``, bool ``[blocks, D]``, and its sets of ids."""
+    def config(self, columns: Tensor, pruned: str) -> MethodConfig:
+        """The configuration that keeps ``columns``, bool ``[blocks, D]``."""
         if bool(columns.all()):
-            return get_method("full").config_cls.from_params({}), {}
-        config_cls = get_method("dnis").config_cls
+            return get_method("full").config_cls.from_params({})
         bits: list[int] = []
         sizes: list[int] = []
         for row, size in zip(columns.tolist(), self.sizes, strict=True):
@@ -78,8 +81,11 @@ class FieldBlocks:
                 sizes.append(size)
         order = "ids" if self.order is None else "counts"
         options = {"columns": tuple(bits), "blocks": tuple(sizes[:-1]) or None, "pruned": pruned, "order": order}
-        config = config_cls.from_params(options)
-        sets = {}
+        return get_method("dnis").config_cls.from_params(options)
+
+    def choose(self, columns: Tensor, pruned: str) -> tuple[MethodConfig, dict[str, str]]:
+        """That configuration and its sets of ids."""
+        config, sets = self.config(columns, pruned), {}
         if self.order is not None:
             for index in config.program(self.spec).indexes:
                 ids = self.order[index.start : index.start + index.count]
@@ -98,25 +104,38 @@ def importance_of(table: Tensor, members: Sequence[Tensor]) -> Tensor:
     return torch.stack(out)
 
 
-def keep_columns(
-    schema: Schema, fields: Sequence[FieldBlocks], pruned: str, *, budget: int | None, sparsity: float
-) -> Chosen:
-    """The most important columns of blocks, as many as the budget (or the share of elements) allows."""
+def keep_columns(fields: Sequence[FieldBlocks], pruned: str, *, budget: int | None, sparsity: float) -> Chosen:
+    """The most important columns of blocks, as many as the budget (or the share of elements) allows.
+
+    Raises:
+        BudgetError: not even none of them fit the budget.
+    """
     weights = torch.cat([f.importance.reshape(-1) for f in fields])
     sizes = torch.cat([torch.tensor(f.sizes).unsqueeze(1).expand_as(f.importance).reshape(-1) for f in fields])
     order = weights.argsort(descending=True, stable=True)
-
-    def choose(count: int) -> Chosen:
-        kept = torch.zeros(len(order), dtype=torch.bool)
-        kept[order[:count]] = True
-        parts = kept.split([f.importance.numel() for f in fields])
-        return {f.spec.name: f.choose(k.view_as(f.importance), pruned) for f, k in zip(fields, parts, strict=True)}
-
+    elements = sizes[order].cumsum(0)
     if budget is None:
-        elements = sizes[order].cumsum(0)
-        return choose(int((elements <= (1 - sparsity) * int(sizes.sum())).sum()))
-    # Sets of ids cost bytes of their own, so bytes need not rise with every column; the search finds a count that fits.
-    return choose(most_within(len(order), lambda n: served(schema, choose(n)) <= budget, "the features", budget))
+        count = int((elements <= (1 - sparsity) * int(sizes.sum())).sum())
+    else:
+        # No more fit, since elements alone take that much. What the sets of ids take on top need not rise with every
+        # column, so the largest count that fits is found by stepping down to it.
+        count = int((4 * elements <= budget).sum())
+    kept = torch.zeros(len(order), dtype=torch.bool)
+    kept[order[:count]] = True
+    cells = [f.importance.numel() for f in fields]
+    # Views, so that they follow `kept`.
+    columns = [k.view_as(f.importance) for f, k in zip(fields, kept.split(cells), strict=True)]
+    if budget is not None:
+        owner = torch.arange(len(fields)).repeat_interleave(torch.tensor(cells))[order].tolist()
+        spent = [f.config(k, pruned).footprint(f.spec).serve for f, k in zip(fields, columns, strict=True)]
+        while sum(spent) > budget:
+            if not count:
+                raise _too_little(budget)
+            count -= 1
+            kept[order[count]] = False
+            field = owner[count]
+            spent[field] = fields[field].config(columns[field], pruned).footprint(fields[field].spec).serve
+    return {f.spec.name: f.choose(k, pruned) for f, k in zip(fields, columns, strict=True)}
 
 
 def choose_elements(spec: FeatureSpec, kept: Tensor, pruned: str) -> tuple[MethodConfig, dict[str, str]]:
@@ -146,4 +165,4 @@ def keep_elements(
         configs = [cls.from_params({"kept": tuple(row), "pruned": pruned, "order": "sets"}) for row in found]
         return sum(c.footprint(s).serve for c, s in zip(configs, schema, strict=True))
 
-    return ranking.mask(most_within(ranking.total, lambda n: bytes_of(n) <= budget, "the features", budget))
+    return ranking.mask(most_within(ranking.total, lambda n: bytes_of(n) <= budget, budget))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import recsys_embed as rse
@@ -14,7 +14,14 @@ from recsys_embed.optim import Adam
 from recsys_embed.search import DnisLayer, Supernet
 from recsys_embed.search.blocks import block_maps, block_sizes, cut, order_of
 from recsys_embed.search.extract import choose, make_plan, take_rows
-from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements, served
+from recsys_embed.search.pruning import (
+    FieldBlocks,
+    choose_elements,
+    importance_of,
+    keep_columns,
+    keep_elements,
+    most_within,
+)
 
 SCHEMA = Schema([FeatureSpec("a", 70, 6), FeatureSpec("b", 300, 6), FeatureSpec("c", 1, 6), FeatureSpec("d", 129, 6)])
 
@@ -84,7 +91,7 @@ def test_a_budget_is_kept_in_the_bytes_that_are_stored(kind: str, pruned: str, s
         ]
     elif kind == "blocks":
         fields = fields_of(found, counts())
-        chosen = keep_columns(SCHEMA, fields, pruned, budget=budget, sparsity=0.0)
+        chosen = keep_columns(fields, pruned, budget=budget, sparsity=0.0)
         wanted = []
         for f, table in zip(fields, found, strict=True):
             config, mask = chosen[f.spec.name][0], torch.ones_like(table)
@@ -101,7 +108,7 @@ def test_a_budget_is_kept_in_the_bytes_that_are_stored(kind: str, pruned: str, s
         wanted = [t * k for t, k in zip(found, masks, strict=True)]
     plan = make_plan(SCHEMA, chosen)
     coll = loaded(rse.Plan.from_dict(plan.to_dict()), found)
-    assert stored_bytes(coll) == served(SCHEMA, chosen) == plan.footprint(SCHEMA).serve == coll.footprint().serve
+    assert stored_bytes(coll) == plan.footprint(SCHEMA).serve == coll.footprint().serve
     if kind != "rows":
         assert 0.6 * budget < stored_bytes(coll) <= budget
     for f, table in enumerate(wanted):
@@ -114,6 +121,45 @@ def test_a_budget_is_kept_in_the_bytes_that_are_stored(kind: str, pruned: str, s
         torch.testing.assert_close(got, table)
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), share=st.floats(0.02, 1.05), pruned=st.sampled_from(["zero", "oov"]))
+@example(seed=0, share=1.0, pruned="zero")
+def test_no_larger_number_of_columns_fits_the_budget(seed: int, share: float, pruned: str) -> None:
+    g = torch.Generator().manual_seed(seed)
+    fields = []
+    for name, sizes in (("a", [2, 998]), ("b", [5, 300])):
+        # A column of the few ids costs less than what the set of all others takes, which it makes needless.
+        spec, order = FeatureSpec(name, sum(sizes), 4), torch.randperm(sum(sizes), generator=g)
+        importance = torch.rand(2, 4, generator=g, dtype=torch.float64)
+        fields.append(FieldBlocks(spec, sizes, list(order.split(sizes)), order, importance))
+    budget = int(share * sum(4 * f.importance.shape[1] * f.spec.num_ids for f in fields))
+    ranked = torch.cat([f.importance.reshape(-1) for f in fields]).argsort(descending=True, stable=True)
+    fitting = []
+    for count in range(len(ranked) + 1):
+        kept = torch.zeros(len(ranked), dtype=torch.bool)
+        kept[ranked[:count]] = True
+        parts = kept.split([f.importance.numel() for f in fields])
+        columns = [k.view_as(f.importance) for f, k in zip(fields, parts, strict=True)]
+        configs = {f.spec.name: f.config(k, pruned) for f, k in zip(fields, columns, strict=True)}
+        if sum(configs[f.spec.name].footprint(f.spec).serve for f in fields) <= budget:
+            fitting.append(configs)
+    found = keep_columns(fields, pruned, budget=budget, sparsity=0.0)
+    assert {name: config for name, (config, _) in found.items()} == fitting[-1]
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_what_is_most_within_a_limit(later: list[bool]) -> None:
+    fits = [True, *later]
+    top = len(later)
+    found = most_within(top, fits.__getitem__, 100)
+    assert fits[found]
+    assert found == top or not (fits[found + 1] or fits[top])
+    if fits == sorted(fits, reverse=True):
+        assert found == sum(fits) - 1
+    with pytest.raises(BudgetError, match="even with nothing kept"):
+        most_within(top, lambda n: False, 100)
+
+
 @pytest.mark.parametrize("kind", ["rows", "blocks", "elements"])
 def test_what_is_pruned_stays_zero_in_training(kind: str) -> None:
     found = tables(1)
@@ -121,7 +167,7 @@ def test_what_is_pruned_stays_zero_in_training(kind: str) -> None:
         kept = [torch.arange(s.num_ids) % 3 == 1 for s in SCHEMA]
         chosen = {s.name: choose(s, k, 4) for s, k in zip(SCHEMA, kept, strict=True)}
     elif kind == "blocks":
-        chosen = keep_columns(SCHEMA, fields_of(found, counts()), "zero", budget=None, sparsity=0.7)
+        chosen = keep_columns(fields_of(found, counts()), "zero", budget=None, sparsity=0.7)
     else:
         masks = keep_elements(SCHEMA, found, "zero", budget=None, sparsity=0.7)
         chosen = {s.name: choose_elements(s, k, "zero") for s, k in zip(SCHEMA, masks, strict=True)}
