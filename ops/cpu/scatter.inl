@@ -565,52 +565,10 @@ static inline void multiply(float* to, const float* by, i64 elements, i64 span, 
     blocks<0>(span, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(to + k) * (by[0] * factor)); });
 }
 
-// Whether a feature's vectors are products of whole rows and nothing else.
-static bool is_product(const Call& c, const Feature& f) {
-  const Probe& first = c.probes[f.first];
-  for (i64 j = 0; j < f.probes; j++) {
-    const Probe& p = c.probes[f.first + j];
-    if (p.run != 1 || p.span != p.width || has_factor(p) || !p.product || p.column != first.column || p.width != first.width)
-      return false;
-  }
-  return true;
-}
-
-template <int W>
-static void product_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix& out,
-                              const Matrix& saved, const Matrix* own) {
-  const Probe* all = c.probes + f.first;
-  for (i64 i = 0; i < n; i++) {
-    const float *g = out.data + i * out.stride + all->column, *kept = saved.data + (first + i) * saved.stride;
-    for (i64 j = 0; j < f.probes; j++) {
-      if (at.rows_of(j)[i] < 0) continue;
-      float* to = own[2 * j].data + (first + i) * own[2 * j].stride;
-      blocks<W>(all->width, [&](auto lanes, i64 k) {
-        auto v = lanes.load(g + k);
-        for (i64 q = 0; q < f.probes; q++)
-          if (q != j && at.rows_of(q)[i] >= 0) v *= lanes.load(kept + all[q].kept + k);
-        lanes.store(to + k, v);
-      });
-    }
-  }
-}
-
-static auto choose_product(i64 width) {
-  switch (width) {
-    case 4: return product_gradients<4>;
-    case 8: return product_gradients<8>;
-    case 16: return product_gradients<16>;
-    case 32: return product_gradients<32>;
-    case 64: return product_gradients<64>;
-    default: return product_gradients<0>;
-  }
-}
-
 // Gradients of a feature's rows and weights for n of its ids from the first-th on, from those of their vectors
 // (rows of `out`) and what forward kept. `own` holds one matrix per probe and its weights: [probes][2].
 static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix& out,
                           const Matrix& saved, const Matrix* own, std::vector<float>& memory) {
-  if (is_product(c, f)) return choose_product(c.probes[f.first].width)(c, f, at, first, n, out, saved, own);
   memory.resize(f.probes * n + f.width);
   float* here = memory.data() + f.probes * n;
   for (i64 j = 0; j < f.probes; j++)
