@@ -36,6 +36,24 @@ def train_config(settings: Mapping[str, Any], options: Mapping[str, Any], assign
     return TrainConfig.from_dict(merged)
 
 
+def search_settings(path: Path | None, assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """A file's settings of training, those of a search (``[search]`` and ``search.key=value`` texts), other texts."""
+    settings, _ = split_settings(path)
+    own, rest = settings.pop("search", {}), []
+    if not isinstance(own, dict):
+        raise ConfigError(f"`search` in {path} must be a table; got {own!r}")
+    for text in assignments:
+        found = parse_assignment(text)
+        if "search" not in found:
+            rest.append(text)
+        elif isinstance(found["search"], dict):
+            own = dict(own)
+            _merge(own, found["search"])
+        else:
+            raise ConfigError(f"--set search.KEY=value sets one of a search; got {text!r}")
+    return settings, own, rest
+
+
 def parse_assignment(text: str) -> dict[str, Any]:
     """``key=value`` with a TOML value; a bare word is a text.
 

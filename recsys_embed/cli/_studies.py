@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from recsys_embed._json import strict_json
-from recsys_embed.cli._settings import names, parse_assignment, split_settings, train_config
+from recsys_embed.cli._settings import names, say_few_steps, search_settings, train_config
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.train import Interrupted, TrainConfig
@@ -19,7 +20,6 @@ from recsys_embed.train.files import write_json, write_text
 
 EXIT_INTERRUPTED = 130
 STUDY = "study.json"
-_KEY = "search"
 
 
 def methods(
@@ -64,17 +64,9 @@ def methods(
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    given, _ = split_settings(config)
-    own = given.pop(_KEY, {})
-    if not isinstance(own, dict):
-        raise ConfigError(f"`{_KEY}` in {config} must be a table; got {own!r}")
-    own, rest = dict(own), []
-    for text in assign or []:
-        found = parse_assignment(text)
-        if list(found) == [_KEY] and isinstance(found[_KEY], dict):
-            own |= found[_KEY]
-        else:
-            rest.append(text)
+    from recsys_embed.search.study_storage import file_of
+
+    given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
     own |= {k: list(names(v)) for k, v in listed.items() if v is not None}
     own |= {k: v for k, v in {"trials": trials, "sampler": sampler, "proxy": proxy}.items() if v is not None}
@@ -82,38 +74,80 @@ def methods(
                "learning_rate": learning_rate, "seed": seed}  # fmt: skip
     train = train_config(given, options, rest)
     folder = out or Path("runs/search") / f"methods-{train.model}-s{train.seed}"
+    place = file_of(storage) if storage is not None else None
     asked = {
-        "data": str(data),
+        "data": str(data.absolute()),
         "train": train.to_dict(),
         "study": own,
-        "storage": storage or f"sqlite:///{(folder / 'study.db').absolute()}",
+        # What lies in the folder moves with it.
+        "storage": None
+        if place == (folder / "study.db").absolute()
+        else str(place)
+        if place and "://" not in str(storage)
+        else storage,
         "device": device,
     }
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1; got {workers}")
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(asked)
+    known = read_asked(folder)
+    if known is not None and known["storage"] != asked["storage"]:
+        raise ConfigError(
+            f"{folder} holds the results of a study that is kept elsewhere, as {folder / STUDY} says: give that "
+            "--storage (none: the folder's own study.db), or another --out"
+        )
+    study = open_study(asked, folder, there=known is not None)
     write_json(folder / STUDY, asked)
+    say_few_steps(study.data, study.config)
     if warm is not None:
         queued, outside = study.warm_from(warm)
         print(f"from {warm}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
     try:
-        _work(study, asked, workers, quiet=as_json)
+        _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
     except Interrupted:
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     results = write_results(study, folder, checked)
-    print(
-        json.dumps(results, indent=2)
-        if as_json
-        else f"{table(results)}\nfiles in {folder}: front.md, results.json, front.png"
-    )
+    if as_json:
+        print(json.dumps(results, indent=2))
+    elif results["front"]:
+        print(f"{table(results)}\nfiles in {folder}: front.md, results.json, front.png")
+    if not results["front"]:
+        reasons = Counter(r["reason"].partition(" (")[0] for r in results["trials"] if r["reason"])
+        print(
+            f"recsys-embed: no trial of {len(results['trials'])} is complete, so there is no front. Most often: "
+            f"{reasons.most_common(1)[0][0] if reasons else 'they failed'}. Ways out: 1. larger --budgets; 2. other "
+            "--methods; 3. more --trials",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
-def open_study(asked: dict[str, Any]) -> Any:
-    """The study that a command or a worker was asked for."""
+def read_asked(folder: Path) -> dict[str, Any] | None:
+    """What a study in a folder was asked for; None where there is none.
+
+    Raises:
+        ConfigError: the file that says it is damaged.
+    """
+    path = folder / STUDY
+    if not path.exists():
+        return None
+    try:
+        found = strict_json(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"data", "train", "study", "storage", "device"} <= set(found):
+        raise ConfigError(
+            f"{path} is damaged; remove it and run the same 'recsys-embed search methods' again, which trains nothing "
+            "twice"
+        )
+    return found
+
+
+def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
+    """The study that a command or a worker was asked for; ``there`` if it was made before."""
     from recsys_embed.data import open_dataset
     from recsys_embed.search.needs import require_optuna
 
@@ -124,24 +158,25 @@ def open_study(asked: dict[str, Any]) -> Any:
         TrainConfig.from_dict(asked["train"]),
         open_dataset(Path(asked["data"])),
         StudySettings.from_dict(asked["study"]),
-        asked["storage"],
+        asked["storage"] or str(folder / "study.db"),
         device=None if asked["device"] == "cpu" else asked["device"],
+        there=there,
     )
 
 
-def _join(asked: dict[str, Any], quiet: bool) -> None:
+def _join(asked: dict[str, Any], folder: Path, quiet: bool) -> None:
     """What a further worker process does."""
     try:
-        open_study(asked).work(None if quiet else say)
+        open_study(asked, folder, there=True).work(None if quiet else say)
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
     except RecsysEmbedError as e:
         sys.exit(f"recsys-embed: a worker ended: {e}")
 
 
-def _work(study: Any, asked: dict[str, Any], workers: int, *, quiet: bool) -> None:
+def _work(study: Any, asked: dict[str, Any], folder: Path, workers: int, *, quiet: bool) -> None:
     spawn = multiprocessing.get_context("spawn")
-    others = [spawn.Process(target=_join, args=(asked, quiet)) for _ in range(workers - 1)]
+    others = [spawn.Process(target=_join, args=(asked, folder, quiet)) for _ in range(workers - 1)]
     for process in others:
         process.start()
     try:
@@ -169,11 +204,14 @@ def say(trial: Any, number: int, total: int) -> None:
 def short(params: dict[str, Any]) -> str:
     """Parameters in a few words.
 
-    >>> short({"budget": "5%", "all.method": "hash", "all.width": 8, "all.share": 0.5})
-    '5%: all hash/8'
+    >>> short({"budget": "5%", "all.method": "optembed", "all.width": 8, "all.share": 0.5})
+    '5%: all optembed/8'
     """
-    groups = [k.removesuffix(".method") for k in params if k.endswith(".method")]
-    return f"{params['budget']}: " + ", ".join(f"{g} {params[f'{g}.method']}/{params[f'{g}.width']}" for g in groups)
+    from recsys_embed.search.study_space import takes_width
+
+    groups = {k.removesuffix(".method"): v for k, v in params.items() if k.endswith(".method")}
+    parts = [f"{g} {m}" + (f"/{params[f'{g}.width']}" if takes_width(m) else "") for g, m in groups.items()]
+    return f"{params['budget']}: " + ", ".join(parts)
 
 
 def _check(study: Any, count: int, *, quiet: bool) -> dict[str, Any] | None:
@@ -208,10 +246,14 @@ def write_results(study: Any, folder: Path, checked: dict[str, Any] | None) -> d
 
 def table(results: dict[str, Any]) -> str:
     """The front, what mattered and how far short trainings can be trusted, as Markdown."""
-    lines = ["| trial | validation AUC | bytes | of plain | plan |", "| ---: | ---: | ---: | ---: | --- |"]
+    timed = any("latency" in r for r in results["front"])
+    lines = [
+        f"| trial | validation AUC | bytes | of plain |{' lookup ms |' if timed else ''} plan |",
+        f"| ---: | ---: | ---: | ---: |{' ---: |' if timed else ''} --- |",
+    ]
     for r in results["front"]:
-        share = r["bytes"] / results["full_bytes"]
-        lines.append(f"| {r['trial']} | {r['auc']:.4f} | {r['bytes']:,} | {share:.1%} | {short(r['params'])} |")
+        share, ms = r["bytes"] / results["full_bytes"], f" {r['latency']:.3f} |" if timed else ""
+        lines.append(f"| {r['trial']} | {r['auc']:.4f} | {r['bytes']:,} | {share:.1%} |{ms} {short(r['params'])} |")
     states = [r["state"] for r in results["trials"]]
     lines += ["", f"{states.count('complete')} trials complete, {states.count('pruned')} stopped or refused."]
     if results["importance"]:
@@ -241,11 +283,12 @@ def pick(
 
     if (trial is None) == (under is None):
         raise ConfigError("give --trial N or --under SIZE, and not both")
-    path = run / STUDY
-    if not path.exists():
-        raise ConfigError(f"{run} holds no study: {path} does not exist; make one with 'recsys-embed search methods'")
-    asked = strict_json(path.read_text(encoding="utf-8"))
-    study = open_study(asked)
+    asked = read_asked(run)
+    if asked is None:
+        raise ConfigError(
+            f"{run} holds no study: {run / STUDY} does not exist; make one with 'recsys-embed search methods'"
+        )
+    study = open_study(asked, run, there=True)
     with study.guarded():
         rows = rows_of(study)
     if under is not None:
@@ -253,9 +296,8 @@ def pick(
     else:
         found = [r for r in rows if r["trial"] == trial and r["params"]]
         if not found:
-            raise ConfigError(
-                f"the study has no finished trial {trial}; it has {', '.join(str(r['trial']) for r in rows)}"
-            )
+            there = ", ".join(str(r["trial"]) for r in rows) or "none yet"
+            raise ConfigError(f"the study has no finished trial {trial}; it has {there}")
         row = found[0]
     folder = out or run / f"trial-{row['trial']}"
     try:

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed.cli._settings import parse_assignment, split_settings, train_config
+from recsys_embed.cli._settings import say_few_steps, search_settings, train_config
 from recsys_embed.cli._studies import methods, pick
-from recsys_embed.errors import ConfigError
 from recsys_embed.memory import format_bytes
 from recsys_embed.report.search_curves import plot_curves
 from recsys_embed.search.common import Search, SearchOutcome, run_search
@@ -24,7 +23,6 @@ from recsys_embed.train import Interrupted
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3
 """L2 penalty of the tables where none is given: what lets rows die."""
-_KEY = "search"
 
 search_app = typer.Typer(
     no_args_is_help=True,
@@ -111,18 +109,7 @@ def read_search(
     path: Path | None, options: dict[str, Any], assignments: list[str], settings_cls: type[Settings]
 ) -> tuple[Any, Any]:
     """Training settings and those of a search, from a file, options and ``key=value`` texts, later ones winning."""
-    settings, _ = split_settings(path)
-    own = settings.pop(_KEY, {})
-    if not isinstance(own, dict):
-        raise ConfigError(f"`{_KEY}` in {path} must be a table; got {own!r}")
-    own = dict(own)
-    rest = []
-    for text in assignments:
-        found = parse_assignment(text)
-        if list(found) == [_KEY] and isinstance(found[_KEY], dict):
-            own |= found[_KEY]
-        else:
-            rest.append(text)
+    settings, own, rest = search_settings(path, assignments)
     config = train_config({"embedding_weight_decay": DEFAULT_DECAY, **settings}, options, rest)
     return config, settings_cls.from_dict(own)
 
@@ -142,8 +129,10 @@ def _search(
 
     train, settings = read_search(config, options, assign or [], settings_cls)
     folder = out or Path("runs/search") / f"{kind.method}-{train.model}-s{train.seed}"
+    dataset = open_dataset(data)
+    say_few_steps(dataset, train)
     try:
-        outcome = run_search(kind, train, open_dataset(data), settings, folder=folder, device=device)
+        outcome = run_search(kind, train, dataset, settings, folder=folder, device=device)
     except Interrupted:
         print(f"recsys-embed: stopped; run the same command again to go on in {folder}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from recsys_embed._optional import require
-from recsys_embed.report.pareto import pareto_front
 
 
 def front_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Complete trials that no other beats in AUC at its bytes, by rising bytes.
+    """Complete trials that no other beats in AUC at its bytes (and latency, where measured), by rising bytes.
 
     >>> front_of([{"state": "complete", "auc": 0.6, "bytes": 9}, {"state": "complete", "auc": 0.7, "bytes": 5}])
     [{'state': 'complete', 'auc': 0.7, 'bytes': 5}]
     """
     done = [r for r in rows if r["state"] == "complete"]
-    kept, points = [], set()
-    for i in pareto_front([(r["bytes"], r["auc"]) for r in done], slack=0.0):
-        point = (done[i]["bytes"], done[i]["auc"])
-        if point not in points:  # the same plan may have been tried twice
-            kept.append(done[i])
-            points.add(point)
-    return [r for r in kept if not any(o["auc"] >= r["auc"] and o["bytes"] < r["bytes"] for o in kept)]
+    # By their costs: the same plan may have been tried twice.
+    costs = {(r["bytes"], -r["auc"], r.get("latency", 0.0)): r for r in reversed(done)}
+    beaten = {c for c in costs if any(o != c and all(a <= b for a, b in zip(o, c, strict=True)) for o in costs)}
+    return [costs[c] for c in sorted(costs) if c not in beaten]
 
 
 def plot_front(rows: Sequence[Mapping[str, Any]], path: str | Path, budgets: Mapping[str, int]) -> Path | None:
@@ -53,7 +49,7 @@ def plot_front(rows: Sequence[Mapping[str, Any]], path: str | Path, budgets: Map
             [r["bytes"] / 2**10 for r in mine], [r["auc"] for r in mine], "osD^vPX*"[i % 8], color=f"C{i % 10}",
             markersize=5, alpha=0.8, label=method,
         )  # fmt: skip
-    front = front_of(rows)
+    front = front_of([{k: r[k] for k in ("state", "auc", "bytes")} for r in done])
     axis.step(
         [r["bytes"] / 2**10 for r in front], [r["auc"] for r in front], where="post", color="0.4", linestyle="--",
         linewidth=1, zorder=0, label="front",

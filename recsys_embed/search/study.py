@@ -192,7 +192,7 @@ class MethodStudy:
         self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
         self.storage = open_storage(storage, there=there)
         with self.guarded():
-            self.study = self._open()
+            self.study = self._open(there)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -246,11 +246,13 @@ class MethodStudy:
 
     # -- the study ------------------------------------------------------------------------------------------------
 
-    def _open(self) -> optuna.Study:
+    def _open(self, there: bool) -> optuna.Study:
         s = self.settings
         sampler = make_sampler(s.sampler, self.distributions, self.full_config.seed, s.trials, s.sampler_args)
         # What can fail comes before there is a study, so that none is left half made.
         known = NAME in optuna.get_all_study_names(self.storage)
+        if there and not known:
+            raise StorageError(f"{self.where} no longer holds the study that was begun in it; put it back")
         points = list(self._planner_points()) if s.warm and not known else []
         try:
             study = optuna.create_study(

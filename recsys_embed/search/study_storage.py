@@ -14,6 +14,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, make_url
+from sqlalchemy.exc import ArgumentError
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import MissingDependencyError
@@ -59,13 +60,21 @@ def open_storage(where: str, *, there: bool = False) -> Any:
 def file_of(where: str) -> Path | None:
     """The file of a storage, absolute; None for a server's.
 
+    Raises:
+        StorageError: neither a file nor a URL.
+
     >>> file_of("/a/s.journal").name, file_of("sqlite:////a/s.db").name, file_of("mysql://host/db")
     ('s.journal', 's.db', None)
     """
     if "://" not in where:
         # A journal's lock is a link to it, which must hold wherever a worker was started.
         return Path(where).absolute()
-    url = make_url(where)
+    try:
+        url = make_url(where)
+    except ArgumentError as e:
+        raise StorageError(
+            f"a study's storage is a file, or a URL of sqlite:///, postgresql:// or mysql://; got {where!r}"
+        ) from e
     held = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)).absolute() if held else None
 
@@ -153,7 +162,7 @@ def faults_of(where: str) -> Iterator[None]:
         cause = e.__cause__ or e
         text = str(cause).splitlines()[0]
         shown = where.partition("://")[0] + "://..." if "@" in where else where
-        if "load plugin" in text or "parse" in text:
+        if "load plugin" in text:
             hint = "it takes a file, or a URL of sqlite:///, postgresql:// or mysql://"
         elif "locked" in text:
             hint = "another process holds it; wait for it, or use a journal file or a database server for many workers"
