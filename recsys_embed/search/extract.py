@@ -12,7 +12,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.config import MethodConfig
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.members import set_text
-from recsys_embed.plan import Plan
+from recsys_embed.plan import Plan, table_key
 from recsys_embed.program import Digit, Member, Probe
 from recsys_embed.registry import get_method
 
@@ -89,7 +89,7 @@ def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor, shared:
     spec, program = collection.schema[name], collection.bundle.programs[name]
     for probe in program.probes:
         ids, table = _ids_of(collection, spec, probe), program.table(probe.table)
-        values, own = collection.table(f"{name}.{table.name}"), 0 if ids is None else len(ids)
+        values, own = collection.table(table_key(spec, table)), 0 if ids is None else len(ids)
         columns = slice(probe.column, probe.column + table.width)
         if ids is not None:
             for start, part in chunks(values[:own]):

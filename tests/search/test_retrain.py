@@ -98,6 +98,15 @@ def test_pruned_ids_begin_with_the_vector_that_the_supernet_began_with() -> None
     assert torch.equal(search_of(oov=True).build().layer.oov, began)
 
 
+@pytest.mark.parametrize("method", ["unified", "hash", "compositional"])
+def test_plans_of_methods_without_rows_to_keep_begin_as_they_do(method: str) -> None:
+    schema = ToyData().schema(4)
+    plan = Plan.uniform(schema, method, budget=1600)
+    model = build_retrained(planned(CONFIG, plan), schema, 3)
+    for name, values in model_from_config(planned(CONFIG, plan), schema, 3).named_parameters():
+        assert torch.equal(model.get_parameter(name), values), name
+
+
 def test_rows_that_ids_share_are_their_weighted_means() -> None:
     schema = ToyData().schema(1)
     model = build_model("lr", schema, Plan.uniform(schema, "unified", budget=4 * 40), num_dense=3)
