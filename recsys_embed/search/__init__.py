@@ -4,21 +4,25 @@
 """
 
 from recsys_embed.search.common import Search, SearchOutcome, run_search
+from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.evaluate import CandidateEvaluator
 from recsys_embed.search.evolution import Evolution, Space, evolve
 from recsys_embed.search.layers import DnisLayer, OptembedLayer
 from recsys_embed.search.optembed import OptembedSearch
+from recsys_embed.search.pep import PepSearch
 from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.search.supernet import Supernet
 
 __all__ = [
     "CandidateEvaluator",
     "DnisLayer",
+    "DnisSearch",
     "DnisSettings",
     "Evolution",
     "OptembedLayer",
     "OptembedSearch",
     "OptembedSettings",
+    "PepSearch",
     "PepSettings",
     "Search",
     "SearchOutcome",

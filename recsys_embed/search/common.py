@@ -81,6 +81,25 @@ class Search(ABC):
         budget: bytes of the embedding part that the plan must keep to; None: whatever the search comes to.
         device: e.g. ``"cuda"``; None: CPU.
         show_progress: see :class:`Trainer`.
+
+    >>> from types import SimpleNamespace
+    >>> from recsys_embed import FeatureSpec
+    >>> from recsys_embed.search.extract import plain_bytes
+    >>> @dataclass(frozen=True)
+    ... class HeadSettings(Settings):
+    ...     share: float = 0.5
+    >>> class HeadSearch(Search):  # what is to be beaten: the most frequent ids
+    ...     method, stages = "head", ("retrain",)
+    ...
+    ...     def check(self) -> None:
+    ...         need_validation(self.data)
+    ...
+    ...     def search(self) -> Plan:
+    ...         budget = int(self.settings.share * plain_bytes(self.schema))
+    ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
+    >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # `run_search` needs more
+    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_kept
+    49
     """
 
     config: TrainConfig
@@ -242,6 +261,15 @@ class SearchOutcome:
         full_bytes: bytes of the plain tables.
         seconds: by stage.
         cost: seconds of all stages over those of one plain training of as many epochs.
+
+    >>> from recsys_embed import FeatureSpec
+    >>> from recsys_embed.models import build_model
+    >>> schema = Schema([FeatureSpec("C1", 100, 4)])
+    >>> model = build_model("dnn", schema, Plan.uniform(schema, "hash", budget=400), num_dense=2, hidden=(8,))
+    >>> result = TrainResult(None, None, steps=9, best_step=9, samples_per_s=1e5, seconds=0.2, history=[])
+    >>> found = SearchOutcome(model.vectors.plan, model, result, model.footprint(), 1600, {"retrain": 0.2}, cost=1.0)
+    >>> found.to_dict()["compression"]
+    4.0
     """
 
     plan: Plan
@@ -301,6 +329,18 @@ def run_search(
         CheckpointError: the folder holds a search of other settings or data.
         DivergedError: a loss that is no longer finite.
         Interrupted: SIGINT or SIGTERM, after what was done has been written.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from recsys_embed.data import make_synthetic, open_dataset
+    >>> from recsys_embed.search import DnisSearch, DnisSettings
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_synthetic(folder, rows=3000)
+    ...     config = TrainConfig(model="dnn", model_args={"hidden": [8]}, embedding_dim=4, ratio=4)
+    ...     found = run_search(DnisSearch, config, open_dataset(folder), DnisSettings(), folder=f"{folder}/search")
+    ...     Path(folder, "search", "plan.json").exists()
+    True
+    >>> found.footprint.serve <= found.full_bytes / 4
+    True
     """
     if config.method != "full" or config.plan is not None:
         raise ConfigError(f"a search starts from plain tables; drop `method` and `plan`; got {config.method!r}")

@@ -23,7 +23,19 @@ from recsys_embed.train.loop import Trainer
 
 @dataclass
 class DnisSearch(Search):
-    """One search; see :class:`Search` for what all have in common."""
+    """One search; see :class:`Search` for what all have in common.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from recsys_embed.data import make_synthetic, open_dataset
+    >>> from recsys_embed.search import DnisSearch, DnisSettings, run_search
+    >>> from recsys_embed.train import TrainConfig
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_synthetic(folder, rows=3000)
+    ...     config = TrainConfig(model="dnn", model_args={"hidden": [8]}, embedding_dim=4, ratio=10)
+    ...     found = run_search(DnisSearch, config, open_dataset(folder), DnisSettings(blocks=2))
+    >>> {found.plan[name].method for name in found.plan} <= {"dnis", "full"}
+    True
+    """
 
     settings: DnisSettings
 

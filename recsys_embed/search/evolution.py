@@ -31,6 +31,10 @@ class Evolution:
 
     Raises:
         ConfigError: an option is out of range; all faults at once.
+
+    >>> options, space = Evolution(generations=2, population=4, mutations=3, crossovers=0), Space(fields=3, most=8)
+    >>> len(evolve(options, space, lambda many: [float(sum(c)) for c in many]))
+    7
     """
 
     generations: int = 30
@@ -94,6 +98,10 @@ class Space:
 
     Raises:
         BudgetError: even width 1 everywhere takes more than ``limit``.
+
+    >>> space = Space(fields=2, most=8, costs=(40, 400), limit=2000)
+    >>> space.bytes((8, 4)), space.bytes(space.fit((8, 8), random.Random(0))) <= 2000
+    (1920, True)
     """
 
     fields: int

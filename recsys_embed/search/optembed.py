@@ -28,7 +28,19 @@ _LEAST_ROWS = 2048
 
 @dataclass
 class OptembedSearch(Search):
-    """One search; see :class:`Search` for what all have in common."""
+    """One search; see :class:`Search` for what all have in common.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from recsys_embed.data import make_synthetic, open_dataset
+    >>> from recsys_embed.search import OptembedSearch, OptembedSettings, run_search
+    >>> from recsys_embed.train import TrainConfig
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_synthetic(folder, rows=3000)
+    ...     config = TrainConfig(model="dnn", model_args={"hidden": [8]}, embedding_dim=4, embedding_weight_decay=1e-3)
+    ...     found = run_search(OptembedSearch, config, open_dataset(folder), OptembedSettings(generations=2))
+    >>> {found.plan[name].method for name in found.plan} <= {"optembed", "full"}
+    True
+    """
 
     settings: OptembedSettings
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import Trainer
 
+_BETWEEN = 0.25
+"""Raw thresholds rise by at most so much from one count of what is left to the next, if every step is counted."""
 _FELT = 1e-2
 """A sigmoid of this is felt by weights of the size that tables have."""
 
@@ -76,9 +78,23 @@ class PepTrainer(Trainer):
 
 @dataclass
 class PepSearch(Search):
-    """One search; see :class:`Search` for what all have in common."""
+    """One search; see :class:`Search` for what all have in common.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from recsys_embed.data import make_synthetic, open_dataset
+    >>> from recsys_embed.search import PepSearch, PepSettings, run_search
+    >>> from recsys_embed.train import TrainConfig
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = make_synthetic(folder, rows=3000)
+    ...     config = TrainConfig(model="dnn", model_args={"hidden": [8]}, embedding_dim=4, ratio=2, batch_size=100)
+    ...     found = run_search(PepSearch, config, open_dataset(folder), PepSettings(check_every=1))
+    >>> {found.plan[name].method for name in found.plan} <= {"pep", "full"}
+    True
+    """
 
     settings: PepSettings
+
+    _left: int | None = field(default=None, init=False, repr=False)
 
     method = "pep"
     stages = ("thresholds", "retrain")
@@ -88,6 +104,12 @@ class PepSearch(Search):
         need_validation(self.data)
         if not self.limits:
             raise ConfigError("give a budget (or a compression), or `snapshots`: PEP prunes until one is met")
+        least, limit = self._bytes([(0,) * f.embedding_dim for f in self.schema]), min(self.limits.values())
+        if least > limit:
+            raise BudgetError(
+                f"even with nothing kept, the features take {format_bytes(least)}; {format_bytes(limit)} are available "
+                "for the vectors. Ways out: 1. a larger budget; 2. fewer features"
+            )
         s, steps = self.settings, self._steps()
         if s.threshold_lr is None and s.threshold_init >= _logit(_FELT):
             raise ConfigError(
@@ -133,7 +155,8 @@ class PepSearch(Search):
             self.schema, s.granularity, init=s.threshold_init, lr=self.threshold_lr, decay=s.threshold_decay
         )
         net = Supernet(self.plain_model(), layer.to(self.device or "cpu"))
-        options = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": s.check_every}
+        every = max(1, min(s.check_every, int(_BETWEEN / self.threshold_lr)))
+        options = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": every}
         config = self.config.replace(patience=None, keep_best=False)
         trainer = self.trainer(PepTrainer, net, "thresholds", config, check=lambda: self._snap(net), **options)
         self.run_stage("thresholds", trainer)
@@ -151,17 +174,33 @@ class PepSearch(Search):
         ]
         return torch.cat(parts)
 
+    @property
+    def _pruned(self) -> str:
+        return "oov" if self.settings.shared else "zero"
+
+    def _bytes(self, kept: Sequence[tuple[int, ...]]) -> int:
+        """Of the vectors, with so many elements of each column of each field."""
+        cls = get_method("pep").config_cls
+        configs = [cls.from_params({"kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
+        return sum(c.footprint(s).serve for c, s in zip(configs, self.schema, strict=True))
+
     def _snap(self, net: Supernet) -> bool:
         """Write the plans of all budgets that are met by now; True once all are."""
         waiting = {name: size for name, size in self.limits.items() if self.folder.get(name) is None}
         if not waiting:
             return True
-        pruned = "oov" if self.settings.shared else "zero"
         kept = [self._kept(net, f) for f in range(len(self.schema))]
-        cls = get_method("pep").config_cls
-        counts = [{"kept": tuple(k.sum(0).tolist()), "pruned": pruned, "order": "sets"} for k in kept]
-        size = sum(cls.from_params(c).footprint(s).serve for c, s in zip(counts, self.schema, strict=True))
+        size = self._bytes([tuple(k.sum(0).tolist()) for k in kept])
+        if not any(bool(k.any()) for k in kept):
+            left = "all" if self._left is None else format_bytes(self._left)
+            raise BudgetError(
+                f"the thresholds pruned everything at once: {left} of the vectors' bytes were left when they were last "
+                f"counted, now no element is, and the budget is {format_bytes(max(waiting.values()))}. Ways out: 1. a "
+                f"`threshold_lr` below {self.threshold_lr:.2g}; 2. more epochs or a smaller batch_size, so that "
+                "thresholds rise in smaller steps; 3. a coarser budget"
+            )
         for name in [n for n, limit in waiting.items() if size <= limit]:
+            pruned = self._pruned
             chosen = {s.name: choose_elements(s, k, pruned) for s, k in zip(self.schema, kept, strict=True)}
             reasons = {
                 s.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
