@@ -94,7 +94,7 @@ class PepSearch(Search):
 
     settings: PepSettings
 
-    _left: int | None = field(default=None, init=False, repr=False)
+    _left: int = field(default=0, init=False, repr=False)
 
     method = "pep"
     stages = ("thresholds", "retrain")
@@ -192,12 +192,12 @@ class PepSearch(Search):
         kept = [self._kept(net, f) for f in range(len(self.schema))]
         size = self._bytes([tuple(k.sum(0).tolist()) for k in kept])
         if not any(bool(k.any()) for k in kept):
-            left = "all" if self._left is None else format_bytes(self._left)
+            left = format_bytes(self._left) if self._left else "all"
             raise BudgetError(
                 f"the thresholds pruned everything at once: {left} of the vectors' bytes were left when they were last "
                 f"counted, now no element is, and the budget is {format_bytes(max(waiting.values()))}. Ways out: 1. a "
-                f"`threshold_lr` below {self.threshold_lr:.2g}; 2. more epochs or a smaller batch_size, so that "
-                "thresholds rise in smaller steps; 3. a coarser budget"
+                f"`threshold_lr` below {self.threshold_lr:.2g}, or a lower `threshold_init`; 2. more epochs or a "
+                "smaller batch_size, so that thresholds rise in smaller steps; 3. a coarser budget"
             )
         for name in [n for n, limit in waiting.items() if size <= limit]:
             pruned = self._pruned

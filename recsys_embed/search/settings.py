@@ -29,7 +29,7 @@ class Settings:
             elif value is None and type(None) in kinds:
                 continue
             elif any(get_origin(k) is tuple for k in kinds):
-                if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 1 for v in value):
+                if not isinstance(value, tuple) or not all(type(v) in (int, float) and v >= 1 for v in value):
                     faults.append(f"`{key}` must be numbers of at least 1; got {value!r}")
             elif bool in kinds:
                 if not isinstance(value, bool):
@@ -176,7 +176,8 @@ class PepSettings(Settings):
         threshold_lr: their rate; None: such that decay alone takes them from a `threshold_init` below that to a sigmoid
             of 0.01 in a third of the steps.
         threshold_decay: L2 of the raw thresholds. Without it they never move.
-        check_every: steps between counts of what is left.
+        check_every: steps between counts of what is left, at most; fewer where thresholds rise so fast that the budget
+            would be passed in between.
         snapshots: compressions at which what is left is written as a plan, besides the budget of the search.
         shared: pruned elements are of a vector that all ids of a field add; otherwise zeros.
         retrain_from: start the retraining from the true initial weights, or from the thresholded ones.

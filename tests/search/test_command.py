@@ -17,8 +17,7 @@ CASES = {
     "optembed": ["--ratio", "2", "--set", "search.generations=2", "--set", "search.population=4",
                  "--set", "search.pull=0.1"],
     "dnis": ["--ratio", "8", "--set", "search.blocks=3"],
-    "pep": ["--ratio", "4", "--set", "search.threshold_lr=4.0", "--set", "search.check_every=2",
-            "--set", "search.snapshots=[2.0]"],
+    "pep": ["--ratio", "4", "--set", "search.snapshots=[2.0]", "--set", "batch_size=32"],
 }  # fmt: skip
 
 

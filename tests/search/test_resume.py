@@ -25,7 +25,7 @@ CONFIG = toy_config(embedding_weight_decay=1e-3, epochs=2, eval_every=6, checkpo
 KINDS = {
     "optembed": (OptembedSearch, OptembedSettings(generations=4, population=4, mutations=2, crossovers=2), {}),
     "dnis": (DnisSearch, DnisSettings(blocks=2), {"ratio": 4.0}),
-    "pep": (PepSearch, PepSettings(threshold_lr=2.0, check_every=3, retrain_from="supernet"), {"ratio": 2.0}),
+    "pep": (PepSearch, PepSettings(threshold_init=-6.0, retrain_from="supernet"), {"ratio": 2.0}),
 }
 
 
