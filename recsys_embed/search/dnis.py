@@ -13,7 +13,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.search.bilevel import BilevelTrainer
 from recsys_embed.search.blocks import block_maps, block_sizes, order_of
 from recsys_embed.search.common import Search, need_validation
-from recsys_embed.search.extract import make_plan
+from recsys_embed.search.extract import chunks, make_plan
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
 from recsys_embed.search.settings import DnisSettings
@@ -40,6 +40,7 @@ class DnisSearch(Search):
     settings: DnisSettings
 
     method = "dnis"
+    redo = ()
     stages = ("warm", "search", "retrain")
 
     def check(self) -> None:
@@ -60,7 +61,7 @@ class DnisSearch(Search):
 
     @cached_property
     def net(self) -> Supernet:
-        """The supernet, searched."""
+        """The supernet, searched; its selection is multiplied into its tables."""
         s, net = self.settings, self.build()
         self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm"))
         epochs = -(-self.config.epochs // 2) if s.search_epochs is None else s.search_epochs
@@ -69,16 +70,24 @@ class DnisSearch(Search):
             config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
             options: dict[str, Any] = {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
             self.run_stage("search", self.trainer(BilevelTrainer, net, "search", config, **options))
-        for p in net.model.parameters():
-            p.requires_grad_(True)
-        net.settle_()
         self.folder.put("selection", {"alpha": cast("DnisLayer", net.layer).alpha.tolist()})
+        self._merge(net)
         return net
 
-    def merged(self, field: int) -> Tensor:
-        """The table of a feature with its selection multiplied in: ``[num_ids, D]``, a copy."""
-        layer = cast("DnisLayer", self.net.layer)
-        return self.net.table(self.schema.names[field]).detach() * layer.alpha.detach()[layer.blocks_of(field)]
+    @torch.no_grad()
+    def _merge(self, net: Supernet) -> None:
+        """In place, since there may be no room for a copy of the tables."""
+        layer = cast("DnisLayer", net.layer)
+        for field, name in enumerate(self.schema.names):
+            blocks = layer.blocks_of(field)
+            for start, rows in chunks(net.table(name)):
+                rows.mul_(layer.alpha[blocks[start : start + len(rows)]])
+        layer.alpha.fill_(1.0)
+
+    @cached_property
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of the searched supernet by feature: ``[num_ids, D]`` each."""
+        return {name: self.net.table(name).detach() for name in self.schema.names}
 
     def search(self) -> Plan:
         """Warm start, alternating steps, pruning."""
@@ -86,7 +95,7 @@ class DnisSearch(Search):
         pruned = "oov" if s.shared else "zero"
         limits: dict[str, Any] = {"budget": self.vector_budget, "sparsity": s.sparsity}
         if s.structure == "elements":
-            masks = keep_elements(schema, [self.merged(f) for f in range(len(schema))], pruned, **limits)
+            masks = keep_elements(schema, list(self.tables.values()), pruned, **limits)
             chosen = {spec.name: choose_elements(spec, k, pruned) for spec, k in zip(schema, masks, strict=True)}
             reasons = {spec.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
                        for spec, k in zip(schema, masks, strict=True)}  # fmt: skip
@@ -101,7 +110,7 @@ class DnisSearch(Search):
         sizes = [n for n in self.sizes[field] if n]
         ranks = torch.arange(spec.num_ids) if order is None else order
         members = list(ranks.split(sizes))
-        importance = importance_of(self.merged(field), members)
+        importance = importance_of(self.tables[spec.name], members)
         if self.settings.importance == "traffic":
             share = torch.stack([counts[m].double().mean() for m in members])
             importance = importance * share.unsqueeze(1).sqrt()
@@ -111,8 +120,7 @@ class DnisSearch(Search):
         """The initial weights, or the merged tables beside the network as it was trained."""
         if self.settings.retrain_from == "init":
             return super().start_weights()
-        tables = {name: self.merged(f) for f, name in enumerate(self.schema.names)}
-        return self.trained_weights(self.net, tables)
+        return self.trained_weights(self.net, self.tables)
 
 
 def _words(field: FieldBlocks, config: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from recsys_embed.errors import CheckpointError
 from recsys_embed.models import build_model
 from recsys_embed.plan import Plan
-from recsys_embed.search import OptembedSearch, OptembedSettings
+from recsys_embed.search import DnisSearch, DnisSettings, OptembedSearch, OptembedSettings, Supernet
 from recsys_embed.search.extract import choose, make_plan
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.retrain import (
@@ -96,6 +96,24 @@ def test_pruned_ids_begin_with_the_vector_that_the_supernet_began_with() -> None
     assert torch.equal(pruned[:, :3], began[:, :3])
     assert not pruned[:, 3].any()
     assert torch.equal(search_of(oov=True).build().layer.oov, began)
+
+
+def test_a_selection_is_multiplied_into_the_tables_that_it_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched() -> Supernet:
+        settings = DnisSettings(blocks=3, alpha_lr=0.05)
+        return DnisSearch(CONFIG, ToyData(), settings, SearchFolder(None, {})).net.eval()
+
+    merged = searched()
+    with monkeypatch.context() as patch:
+        patch.setattr(DnisSearch, "_merge", lambda self, net: None)
+        apart = searched()
+    alpha = apart.layer.alpha
+    assert alpha.unique().numel() > 4
+    for field, spec in enumerate(apart.vectors.schema):
+        wanted = apart.table(spec.name) * alpha[apart.layer.blocks_of(field)]
+        assert torch.equal(merged.table(spec.name), wanted)
+    batch = next(iter(ToyData().batches("valid", 64)))
+    torch.testing.assert_close(merged(batch.dense, batch.ids), apart(batch.dense, batch.ids))
 
 
 @pytest.mark.parametrize("method", ["unified", "hash", "compositional"])
