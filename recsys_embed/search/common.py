@@ -112,6 +112,8 @@ class Search(ABC):
 
     method: ClassVar[str]
     stages: ClassVar[tuple[str, ...]] = ("supernet", "evolution", "retrain")
+    redo: ClassVar[tuple[str, ...] | None] = None
+    """What is done again for another budget, tried before there is a plan; None: everything is."""
 
     @abstractmethod
     def check(self) -> None:
@@ -313,6 +315,8 @@ def run_search(
 ) -> SearchOutcome:
     """Search, extract, retrain and test; a search that was stopped at any point goes on where it was.
 
+    Where a budget turns out too small, the same folder takes another and goes on from what OptEmbed or DNIS trained.
+
     Args:
         kind: which search.
         config: training settings; its ``budget`` or ``ratio`` is what the plan must keep to.
@@ -356,12 +360,13 @@ def run_search(
         budget = total_budget(config, schema)
         identity = {
             "method": kind.method,
-            "train": config.to_dict(),
+            "train": config.replace(ratio=None, budget=None).to_dict(),
+            "budget": budget,
             "search": settings.to_dict(),
             "data": fingerprint(schema, data),
         }
         bare = config.replace(ratio=None, budget=None)
-        store = SearchFolder(path, identity)
+        store = SearchFolder(path, identity, kind.redo)
         search = kind(bare, data, settings, store, budget, device, show_progress)
         search.check()
         store.claim()

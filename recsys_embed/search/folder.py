@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ class SearchFolder:
     Args:
         path: of the folder, made if need be; None keeps nothing.
         identity: settings and data the search depends on.
+        redo: what another ``budget`` makes stale, as long as there is no plan; None: the folder keeps to one budget.
 
     Raises:
         CheckpointError: the folder holds a search of other settings or other data; names what differs.
         StorageError: another process is at work in it.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, identity: Mapping[str, Any], redo: Sequence[str] | None = None) -> None:
+        self.path, self._redo = path, tuple(redo or ())
         self._held: dict[str, Any] = {}
         # As JSON has it: lists for tuples.
         self.identity = json.loads(json.dumps(dict(identity)))
@@ -42,7 +43,8 @@ class SearchFolder:
         known = self._read(SEARCH)
         if known is None:
             return
-        lines = differences(known.get("identity", {}), self.identity)
+        free = {} if redo is None or self.get("plan") is not None else {"budget": self.identity.get("budget")}
+        lines = differences({**known.get("identity", {}), **free}, self.identity)
         if lines:
             raise CheckpointError(
                 f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
@@ -52,7 +54,12 @@ class SearchFolder:
 
     def claim(self) -> None:
         """From now on the folder belongs to this search."""
-        if self.path is not None and self._read(SEARCH) is None:
+        if self.path is None:
+            return
+        known = self._read(SEARCH)
+        if known is None or known.get("identity") != self.identity:
+            for name in self._redo if known is not None else ():
+                (self.path / f"{name}.json").unlink(missing_ok=True)
             write_json(self.path / SEARCH, {**environment(), "identity": self.identity})
 
     def _read(self, name: str) -> Any:

@@ -45,6 +45,7 @@ class OptembedSearch(Search):
     settings: OptembedSettings
 
     method = "optembed"
+    redo = ("evolution",)
 
     def check(self) -> None:
         """Refuse what would silently prune nothing."""
