@@ -38,6 +38,26 @@ def plan_for(schema: rse.Schema, method: str, **options: Any) -> rse.Plan:
     return rse.Plan.uniform(schema, method, budget="120KiB", full_below=100)
 
 
+def found_plan(schema: rse.Schema, method: str) -> rse.Plan:
+    """Such as a search leaves: with sets of the ids it kept, in no order, and widths or columns of their own."""
+    from recsys_embed.search.extract import choose, make_plan
+    from recsys_embed.search.pruning import FieldBlocks, choose_elements
+
+    g = torch.Generator().manual_seed(4)
+    chosen = {}
+    for spec in schema:
+        ids, width = spec.num_ids, spec.embedding_dim
+        if method == "optembed":
+            chosen[spec.name] = choose(spec, torch.rand(ids, generator=g) < 0.4, width // 2, "oov")
+        elif method == "pep":
+            chosen[spec.name] = choose_elements(spec, torch.rand(ids, width, generator=g) < 0.2, "zero")
+        else:
+            order, sizes = torch.randperm(ids, generator=g), [ids // 3, ids - ids // 3]
+            blocks = FieldBlocks(spec, sizes, list(order.split(sizes)), order, torch.zeros(2, width))
+            chosen[spec.name] = blocks.choose(torch.rand(2, width, generator=g) < 0.5, "oov")
+    return make_plan(schema, chosen)
+
+
 def single(seed: int, batch: int = 24) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randint(0, n, (batch,), generator=g) for n in SIZES.values()], 1)
@@ -101,10 +121,11 @@ def parity(
     device: str = "meta",
     options: dict[str, Any] | None = None,
     spec: dict[str, Any] | None = None,
+    found: bool = False,
 ) -> dict[str, Any]:
     """Forward before training, differences after, and what did not move."""
     schema = schema_for(dims, pooling, **(spec or {}))
-    plan = plan_for(schema, method, **(options or {}))
+    plan = found_plan(schema, method) if found else plan_for(schema, method, **(options or {}))
     optimizer = RULES[rule]
     whole = rse.EmbeddingCollection(schema, plan, optimizer, seed=3, backend="torch")
     coll = ShardableCollection(schema, plan, optimizer, seed=3, pool=pool, weighted=weighted, device=device)

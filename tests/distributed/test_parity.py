@@ -9,7 +9,7 @@ import torch
 
 import recsys_embed as rse
 from recsys_embed.sharding import ShardableCollection
-from tests.distributed.cases import plan_for, schema_for
+from tests.distributed.cases import SIZES, found_plan, plan_for, schema_for
 from tests.distributed.workers import Workers
 
 METHODS = [m.name for m in rse.list_methods()]
@@ -97,6 +97,15 @@ def test_forms_of_methods(workers: Workers, method: str, options: dict[str, Any]
     """Among them programs that multiply, signs, learned weights, several vectors per feature, and one that computes."""
     check(workers.run("parity", 2, method=method, options=options, kind="mixed", pool="ids", form="jagged"))
     check(workers.run("parity", 2, method=method, options=options, kind="row_wise", rule="adagrad"))
+
+
+@pytest.mark.parametrize("method", ["optembed", "dnis", "pep"])
+def test_plans_of_searches(workers: Workers, method: str) -> None:
+    """Which ids a search kept, a set in the plan, goes to every process, from the meta device too."""
+    assert found_plan(schema_for(), method).sets.keys() == set(SIZES)
+    check(workers.run("parity", 2, method=method, kind="mixed", found=True))
+    options: dict[str, Any] = {"form": "jagged", "pool": "ids", "pooling": ("sum", "mean"), "rule": "adagrad"}
+    check(workers.run("parity", 2, method=method, kind="row_wise", found=True, device="cpu", **options))
 
 
 @pytest.mark.parametrize("sizes", [[5, 0], [0, 3], [2, 7]])
