@@ -32,6 +32,7 @@ def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
         else:
             axis.plot([h["step"] for h in found], [h["auc"] for h in found], marker="o", markersize=3)
             axis.set(xlabel="step", ylabel="validation AUC")
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(name)
         axis.grid(alpha=0.3)
     path = Path(path)

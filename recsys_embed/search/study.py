@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import threading
 import time
@@ -38,7 +40,7 @@ OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {"auc": "maximize", "by
 NAME = "methods"
 LEAST_PEERS = 4
 """Trials of at most as many bytes that must have come as far before one is stopped by comparison with them."""
-_IDENTITY, _READY = "identity", "ready"
+_IDENTITY, _READY, _KEY = "identity", "ready", "training"
 _MAKING = 300
 """Tenths of a second after which whoever began to make a study is taken for lost."""
 _BEAT = 60.0
@@ -430,6 +432,13 @@ class MethodStudy:
         config = self.settled(params, full=False)
         size = self.bytes(config)
         trial.set_user_attr("bytes", size)
+        # Other parameters may mean the same plan, as a width does to methods that take none, and samplers come back.
+        key = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        for twin in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if twin.user_attrs.get(_KEY) == key:
+                trial.set_user_attr("reason", f"not trained again: the plan is that of trial {twin.number}")
+                return list(twin.values)
+        trial.set_user_attr(_KEY, key)
         model, result = self.train(config, lambda step, auc: self._judge(trial, step, auc, size))
         found = {"auc": auc_of(result), "bytes": float(size)}
         if "latency" in self.settings.objectives:

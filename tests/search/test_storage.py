@@ -151,3 +151,19 @@ def test_what_a_study_cannot_be_made_of_leaves_no_storage(tmp_path):
     open_storage(str(tmp_path / "other.db"))
     with pytest.raises(StorageError, match=r"other.db holds no study of methods"):
         study.warm_from(str(tmp_path / "other.db"))
+
+
+def test_one_plan_is_trained_once_whatever_its_parameters(tmp_path, monkeypatch):
+    study = MethodStudy(
+        CONFIG, Planted(0, rows=600), settings_of(trials=3, warm=False, groups=1), str(tmp_path / "s.db")
+    )
+    trained, train = [], study.train
+    monkeypatch.setattr(study, "train", lambda config, *a: trained.append(config) or train(config, *a))
+    for trial, (method, width) in zip(study.study.trials, (("hash", 8), ("hash", 2), ("robe", 8)), strict=True):
+        point = {"budget": "20%", "all.method": method, "all.width": width, "all.share": 1.0}
+        study.storage.set_trial_system_attr(trial._trial_id, "fixed_params", point)
+    assert study.work() == 3
+    first, second, other = study.study.trials
+    assert len(trained) == 2
+    assert second.values == first.values != other.values
+    assert second.user_attrs["reason"] == "not trained again: the plan is that of trial 0"
