@@ -115,7 +115,7 @@ class Reader {
   void add_item(const Feature& f, const Chunk& at, i64 j, i64 count, i64 output, i64 column, bool joined) {
     const Probe* all = c_.probes + f.first + j;
     const i64 width = joined ? all->span : all->width, join = count > 1 ? all[1].join : i64(STORE);
-    Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, joined ? float(all->product) : 0.f, {}, {}};
+    Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, float(all->product), {}, {}};
     for (i64 k = 0; joined && k < count; k++) {
       group.factor |= has_factor(all[k]);
       group.repeated |= u64(all[k].span != all[k].width) << k;

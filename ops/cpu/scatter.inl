@@ -1,33 +1,54 @@
 // Gradients to rows: duplicates are summed in order of occurrence, then each row is updated once. Work is divided by
 // row, not by thread, so results are the same bits for any number of threads. Part of kernels.inl.
 
-// Where the gradients of one table read lie: element [b * stride + column] of a base, for id b or for its bag.
-struct Source {
-  i64 storage, run, base, rows;  // run > 1: consecutive elements of the table [base, base + rows)
-  i64 tag, stride, column;
-  i64 count;                     // ids
-  const i32* of;                 // [count] row, -1 for none
-  const i32* bag;                // [count], or null
-
-  i64 offset(i64 b) const { return (bag ? bag[b] : b) * stride + column; }
-};
-
+// Gradients of one read of a table: of its b-th row at gradient + b * stride, times factor and, where there is one, times
+// the row at other + b * other_stride.
 struct Base {
   const float* gradient;
+  i64 stride;
   float factor;
+  const float* other;
+  i64 other_stride;
 };
 
-// Where gradients lie, as one number of PLACE_BITS: which base, and the offset from it in as many bits as the largest needs.
+struct Source {
+  i64 storage, run, base, rows;  // run > 1: consecutive elements of the table [base, base + rows)
+  i64 tag;                       // of its gradients among the bases
+  i64 count;                     // ids
+  const i32* of;                 // [count] row, -1 for none
+  const i32* bag;                // [count], or null: ids have the gradients of their bags
+
+  i64 place(i64 b) const { return bag ? bag[b] : b; }
+};
+
+// A gradient as one number of PLACE_BITS: which base, and its place there in as many bits as the last place needs.
 constexpr i64 PLACE_BITS = 33;
 
 struct Bases {
   std::vector<Base> all;
   i64 bits = 0;
 
-  u64 place(i64 tag, i64 offset) const { return u64(tag) << bits | u64(offset); }
-  const Base& base(u64 entry) const { return all[(entry & ((u64(1) << PLACE_BITS) - 1)) >> bits]; }
-  const float* gradient(u64 entry) const { return base(entry).gradient + (entry & ((u64(1) << bits) - 1)); }
+  u64 pack(i64 tag, i64 place) const { return u64(tag) << bits | u64(place); }
 };
+
+template <bool PAIR>
+static inline void prefetch_gradient(const Base& base, i64 place, i64 width) {
+  prefetch(base.gradient + place * base.stride, 4 * width);
+  if (PAIR && base.other) prefetch(base.other + place * base.other_stride, 4 * width);
+}
+
+// sum = (or +=) the gradient at a place. PAIR: it may have another row to be multiplied with.
+template <int W, bool PAIR>
+static inline __attribute__((always_inline)) void add_gradient(const Base& base, i64 place, float* sum, bool first, i64 w) {
+  const i64 width = width_of<W>(w);
+  const float *g = base.gradient + place * base.stride, *other = PAIR && base.other ? base.other + place * base.other_stride : nullptr;
+  const float factor = base.factor;
+  blocks<W>(width, [&](auto lanes, i64 k) {
+    auto v = lanes.load(g + k) * factor;
+    if (PAIR && other) v *= lanes.load(other + k);
+    lanes.store(sum + k, first ? v : lanes.load(sum + k) + v);
+  });
+}
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
@@ -248,7 +269,7 @@ static const u64* sorted_entries(const TableReads& table, const Bases& bases, i6
     for (i64 t = thread; t < threads; t += team) {
       i64 at = part(t);
       each_lookup(table.sources, part(t), part(t + 1), [&](const Source& s, i64 b) {
-        from[at] = pack(s.of[b], bases.place(s.tag, s.offset(b)));
+        from[at] = pack(s.of[b], bases.pack(s.tag, s.place(b)));
         at += s.of[b] >= 0;
       });
       filled[t] = at - part(t);
@@ -271,26 +292,27 @@ static const u64* sorted_entries(const TableReads& table, const Bases& bases, i6
 // Sorted entries [from, to): sums each row's gradients and updates it; `at` is the first row's place in a sparse gradient.
 // Rows are summed a block at a time and then updated: where a row's entries end is hard to foresee, and a wrong guess
 // would hold up the updates of the rows before.
-template <int W>
+template <int W, bool PAIR>
 static void update_sorted(const Update& u, float* table, i64 w, const Bases& bases, const u64* entries, i64 from, i64 to,
                           i64 at) {
   constexpr i64 block = 64;
   const i64 width = width_of<W>(w), ahead = 32;
   Row<W * block> memory(width * block);
   i64 rows[block];
-  for (i64 i = from; i < std::min(from + ahead, to); i++) prefetch(bases.gradient(entries[i]), 4 * width);
+  const Base* const all = bases.all.data();
+  const u64 low = (u64(1) << PLACE_BITS) - 1, places = (u64(1) << bases.bits) - 1;
+  const i64 bits = bases.bits;
+  auto base = [&](u64 entry) -> const Base& { return all[(entry & low) >> bits]; };
+  auto fetch = [&](i64 i) { prefetch_gradient<PAIR>(base(entries[i]), i64(entries[i] & places), width); };
+  for (i64 i = from; i < std::min(from + ahead, to); i++) fetch(i);
   for (i64 i = from; i < to;) {
     i64 count = 0;
     for (float* sum = memory.data(); i < to && count < block; sum += width) {
       const i64 row = rows[count++] = row_of(entries[i]);
       prefetch_state(u, table, row, width);
       for (bool first = true; i < to && row_of(entries[i]) == row; i++, first = false) {
-        prefetch(bases.gradient(entries[std::min(i + ahead, to - 1)]), 4 * width);
-        const float *g = bases.gradient(entries[i]), factor = bases.base(entries[i]).factor;
-        blocks<W>(width, [&](auto lanes, i64 k) {
-          const auto v = lanes.load(g + k) * factor;
-          lanes.store(sum + k, first ? v : lanes.load(sum + k) + v);
-        });
+        fetch(std::min(i + ahead, to - 1));
+        add_gradient<W, PAIR>(base(entries[i]), i64(entries[i] & places), sum, first, w);
       }
     }
     float* sum = memory.data();
@@ -299,7 +321,7 @@ static void update_sorted(const Update& u, float* table, i64 w, const Bases& bas
 }
 
 // Rows of one table, if they are few: they are summed where they lie and need no sorting.
-template <int W>
+template <int W, bool PAIR>
 static void update_few(const Update& u, float* table, i64 w, const Bases& bases, const TableReads& reads,
                        std::vector<float>& sums) {
   const i64 width = width_of<W>(w), ahead = 8;
@@ -308,15 +330,10 @@ static void update_few(const Update& u, float* table, i64 w, const Bases& bases,
   for (const Source& s : reads.sources) {
     const Base base = bases.all[s.tag];
     for (i64 b = 0; b < s.count; b++) {
-      prefetch(base.gradient + s.offset(std::min(b + ahead, s.count - 1)), 4 * width);
+      prefetch_gradient<PAIR>(base, s.place(std::min(b + ahead, s.count - 1)), width);
       if (s.of[b] < 0) continue;
       const i64 row = s.of[b] - reads.base;
-      const float* g = base.gradient + s.offset(b);
-      float* sum = sums.data() + row * width;
-      blocks<W>(width, [&](auto lanes, i64 k) {
-        const auto v = lanes.load(g + k) * base.factor;
-        lanes.store(sum + k, touched[row] ? lanes.load(sum + k) + v : v);
-      });
+      add_gradient<W, PAIR>(base, s.place(b), sums.data() + row * width, !touched[row], w);
       touched[row] = 1;
     }
   }
@@ -354,20 +371,21 @@ struct Visits {
 };
 
 template <int W>
-static Visits visits_of() {
-  return {update_sorted<W>, settle_sorted<W>, update_few<W>, settle_range<W>};
+static Visits visits_of(bool pairs) {
+  if (pairs) return {update_sorted<W, true>, settle_sorted<W>, update_few<W, true>, settle_range<W>};
+  return {update_sorted<W, false>, settle_sorted<W>, update_few<W, false>, settle_range<W>};
 }
 
-static Visits choose_visits(i64 width) {
+static Visits choose_visits(i64 width, bool pairs = false) {
   switch (width) {
-    case 1: return visits_of<1>();
-    case 4: return visits_of<4>();
-    case 8: return visits_of<8>();
-    case 16: return visits_of<16>();
-    case 32: return visits_of<32>();
-    case 64: return visits_of<64>();
-    case 128: return visits_of<128>();
-    default: return visits_of<0>();
+    case 1: return visits_of<1>(pairs);
+    case 4: return visits_of<4>(pairs);
+    case 8: return visits_of<8>(pairs);
+    case 16: return visits_of<16>(pairs);
+    case 32: return visits_of<32>(pairs);
+    case 64: return visits_of<64>(pairs);
+    case 128: return visits_of<128>(pairs);
+    default: return visits_of<0>(pairs);
   }
 }
 
@@ -411,7 +429,9 @@ static void visit_table(const Update& u, const TableReads& reads, float* table, 
 // Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
 static void visit_rows(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u,
                        float* table, i64 width, bool settle, Scratch& scratch) {
-  const Visits visits = choose_visits(width);
+  bool pairs = false;
+  for (const Source& s : sources) pairs |= bases.all[s.tag].other != nullptr;
+  const Visits visits = choose_visits(width, pairs);
   std::vector<TableReads> tables;
   for (const Source& s : sources) {
     auto same = [&](const TableReads& t) { return t.base == s.base; };
@@ -518,7 +538,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
   buckets.fill(c.threads, lookups, scratch, [&](i64 from, i64 to, auto&& put) {
     each_lookup(sources, from, to, [&](const Source& s, i64 b) {
       if (s.of[b] < 0) return;
-      i64 at = s.of[b], left = s.run, offset = s.offset(b);
+      i64 at = s.of[b], left = s.run, offset = s.place(b) * bases.all[s.tag].stride;
       while (left) {
         const i64 end = std::min(s.base + s.rows, (at >> shift << shift) + range), length = std::min(left, end - at);
         put(at >> shift, Piece{u32(at), u32(offset), uint16_t(length), uint16_t(s.tag)});
@@ -613,6 +633,14 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
   }
 }
 
+// Whether the gradients of a feature's rows are those of its vectors times the one other row that forward kept.
+static bool is_pair(const Call& c, const Feature& f) {
+  if (f.plain || f.probes != 2 || c.offsets) return false;
+  const Probe *a = c.probes + f.first, *b = a + 1;
+  auto bare = [&](const Probe& p) { return p.run == 1 && p.span == p.width && p.product && !has_factor(p); };
+  return bare(*a) && bare(*b) && a->column == b->column && a->width == b->width;
+}
+
 // -- a whole backward -------------------------------------------------------------------------------------------------
 
 // Reads of each storage by all features, and where the gradients of each lie.
@@ -634,26 +662,26 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   reads.ids.assign(c.feature_count, Matrix{nullptr, 0});
   reads.rows.assign(2 * c.probe_count, nullptr);
   reads.bags.assign(c.feature_count, nullptr);
-  auto tag_of = [&](const float* gradient, float factor) {
-    std::vector<Base>& all = reads.bases.all;
-    for (i64 i = 0; i < i64(all.size()); i++)
-      if (all[i].gradient == gradient && all[i].factor == factor) return i;
-    all.push_back({gradient, factor});
-    return i64(all.size()) - 1;
+  auto tag_of = [&](const Base& base) {
+    reads.bases.all.push_back(base);
+    return i64(reads.bases.all.size()) - 1;
   };
+  // Where rows are only brought up to date there are no gradients.
+  auto moved = [](const float* from, i64 elements) { return from ? from + elements : from; };
   // Columns that a feature's ids need of their own.
   auto width_of = [&](const Feature& f) {
     i64 width = f.plain && c.offsets && !is_shared(c, f) ? f.width : 0;
-    for (i64 j = f.first; !f.plain && j < f.first + f.probes; j++)
+    for (i64 j = f.first; !f.plain && !is_pair(c, f) && j < f.first + f.probes; j++)
       width += c.probes[j].run * c.probes[j].width + (c.probes[j].weight_storage >= 0);
     return width;
   };
   i64 elements = 0;
   for (i64 f = 0; f < c.feature_count; f++) elements += width_of(c.features[f]) * count_ids(c, c.features[f]);
-  i64 largest = elements;
+  i64 largest = elements, last = c.batch;
   for (i64 o = 0; o < c.output_count; o++) largest = std::max(largest, c.batch * c.outputs[o].stride);
-  while (largest >> reads.bases.bits) reads.bases.bits++;
-  if (reads.bases.bits > 31) return TOO_LARGE;
+  for (i64 f = 0; f < c.feature_count; f++) last = std::max(last, count_ids(c, c.features[f]));
+  if (largest >> 31) return TOO_LARGE;
+  while (last >> reads.bases.bits) reads.bases.bits++;
   float* const temporary = static_cast<float*>(scratch.take(elements * sizeof(float)));
   float* next = temporary;
   for (i64 k = 0; k < c.feature_count; k++) {
@@ -673,24 +701,23 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
       const Probe& p = c.probes[j];
       const Matrix& out = c.outputs[f.output];
       reads.rows[2 * j] = rows();
-      Source s{p.storage, p.run, p.base, p.rows, 0, out.stride, f.column + p.column, count, reads.rows[2 * j], reads.bags[k]};
-      if (!f.plain || reads.ids[k].data) {
-        s.tag = tag_of(temporary, f.plain ? float(p.scale) : 1.f);
-        s.stride = stride;
+      Base base{moved(out.data, f.column + p.column), out.stride, float(p.scale), nullptr, 0};
+      if (is_pair(c, f)) {
+        const Probe& partner = c.probes[j == f.first ? j + 1 : f.first];
+        base.other = moved(c.kept.data, partner.kept), base.other_stride = c.kept.stride;
+      } else if (!f.plain || reads.ids[k].data) {
         reads.own[2 * j] = f.plain ? reads.ids[k] : matrix(p.run * p.width);
-        s.column = reads.own[2 * j].data - temporary + (f.plain ? p.column : 0);
-      } else {
-        s.tag = tag_of(out.data, float(p.scale));
+        base = {reads.own[2 * j].data + (f.plain ? p.column : 0), stride, f.plain ? float(p.scale) : 1.f, nullptr, 0};
       }
-      reads.sources[p.storage].push_back(s);
+      reads.sources[p.storage].push_back({p.storage, p.run, p.base, p.rows, tag_of(base), count, reads.rows[2 * j], reads.bags[k]});
       if (p.weight_storage < 0) continue;
       reads.own[2 * j + 1] = matrix(1);
       reads.rows[2 * j + 1] = rows();
-      reads.sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, s.tag, stride,
-                                                 reads.own[2 * j + 1].data - temporary, count, reads.rows[2 * j + 1], nullptr});
+      const i64 tag = tag_of({reads.own[2 * j + 1].data, stride, 1.f, nullptr, 0});
+      reads.sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, tag, count, reads.rows[2 * j + 1], nullptr});
     }
   }
-  return i64(reads.bases.all.size()) >> (PLACE_BITS - reads.bases.bits) ? TOO_LARGE : DONE;
+  return i64(reads.bases.all.size()) >> std::min<i64>(16, PLACE_BITS - reads.bases.bits) ? TOO_LARGE : DONE;
 }
 
 // Pieces of the ids of samples [from, to), as workspaces take them: fn(feature, first id, number).
@@ -728,7 +755,7 @@ static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
         BagWalk walk(c, f, at);
         for (i64 i = 0; i < n; i++) reads.bags[k][place + i] = i32(walk.bag_of(at + i));
       }
-      if (!gradients || is_shared(c, f) || (f.plain && !c.offsets)) return;
+      if (!gradients || is_shared(c, f) || (f.plain && !c.offsets) || is_pair(c, f)) return;
       const Matrix& out = c.outputs[f.output];
       if (f.plain) return spread(c, f, at, n, reads.ids[k].data + place * f.width);
       Matrix given{out.data + at * out.stride + f.column, out.stride};
@@ -755,7 +782,6 @@ static int backward(const Call& c, const Update* updates, bool settle, Scratch& 
     bool runs = false;
     for (const Source& source : sources) runs |= source.run > 1;
     const i64 width = c.storage_widths[s];
-    const Visits visits = choose_visits(width);
     if (runs && settle) settle_all(updates[s], c.storages[s], width, c.threads);
     else if (runs) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
     else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, settle, scratch);
