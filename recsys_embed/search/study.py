@@ -192,6 +192,7 @@ class MethodStudy:
         room = {text: budget - self._linear_bytes(budget) for text, budget in self.budgets.items()}
         methods = settings.methods or study_methods()
         self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
+        self._probe(self._sampler())
         self.storage = open_storage(storage, there=there)
         with self.guarded():
             self.study = self._open(there)
@@ -250,7 +251,7 @@ class MethodStudy:
 
     def _open(self, there: bool) -> optuna.Study:
         s = self.settings
-        sampler = make_sampler(s.sampler, self.distributions, self.full_config.seed, s.trials, s.sampler_args)
+        sampler = self._sampler()
         # What can fail comes before there is a study, so that none is left half made.
         known = NAME in optuna.get_all_study_names(self.storage)
         if there and not known:
@@ -281,6 +282,25 @@ class MethodStudy:
         else:
             self._make(study, points)
         return study
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        s = self.settings
+        return make_sampler(s.sampler, self.distributions, self.full_config.seed, s.trials, s.sampler_args)
+
+    def _probe(self, sampler: optuna.samplers.BaseSampler) -> None:
+        """Let a sampler draw for nothing: some take one objective, or no continuous parameters, and say so late."""
+        objectives = self.settings.objectives
+        study = optuna.create_study(sampler=sampler, directions=[OBJECTIVES[o] for o in objectives])
+        try:
+            for _ in range(2):
+                trial = study.ask()
+                self._draw(trial)
+                study.tell(trial, [0.0] * len(objectives))
+        except (ValueError, TypeError, ImportError) as e:
+            raise ConfigError(
+                f"sampler {self.settings.sampler!r} cannot draw for a study of {', '.join(objectives)}: {e}; choose "
+                "another (nsgaii, tpe, random, evolution), other objectives, or install what it needs"
+            ) from e
 
     def _make(self, study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
         """What a new study gets, or one whose maker was killed lacks."""

@@ -142,6 +142,13 @@ def test_what_a_study_cannot_be_made_of_leaves_no_storage(tmp_path):
         MethodStudy(CONFIG, data, settings_of(methods=["robe", "hsh"]), str(where))
     with pytest.raises(ConfigError, match="`sampler` must be a name; got 3"):
         settings_of(sampler=3)
+    for sampler, reason in (
+        ("cmaes", "multi-objective"),
+        ("bruteforce", "step must be given"),
+        ("grid", "search_space"),
+    ):
+        with pytest.raises(ConfigError, match=f"sampler '{sampler}' cannot .*{reason}"):
+            MethodStudy(CONFIG, data, settings_of(sampler=sampler), str(where))
     with pytest.raises(ConfigError, match=r"too small to compare candidates: \d+ positives.*larger --valid"):
         MethodStudy(CONFIG, Planted(0, rows=90), settings_of(), str(where))
     assert not where.exists()
