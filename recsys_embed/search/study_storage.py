@@ -14,7 +14,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import MissingDependencyError
@@ -23,6 +23,7 @@ LEASE = 600.0
 """Seconds after which a trial of another machine that has not reported is taken for lost."""
 _JOURNAL = (".journal", ".log")
 _TAIL = 1 << 16
+_TRIES = 50
 
 
 def open_storage(where: str, *, there: bool = False) -> Any:
@@ -80,14 +81,23 @@ def file_of(where: str) -> Path | None:
 
 
 def _database(url: str, engine: dict[str, Any]) -> Any:
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=engine)
-    except ImportError as e:
-        kind = url.partition("://")[0]
-        driver = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}.get(kind.partition("+")[0], "a driver of it")
-        raise MissingDependencyError(
-            f"a study's storage at {kind}://... needs a driver of that database ({e}); pip install {driver}"
-        ) from e
+    tries = 0
+    while True:
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+        except ImportError as e:
+            kind = url.partition("://")[0]
+            driver = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}.get(kind.partition("+")[0], "a driver of it")
+            raise MissingDependencyError(
+                f"a study's storage at {kind}://... needs a driver of that database ({e}); pip install {driver}"
+            ) from e
+        except (DBAPIError, optuna.exceptions.StorageInternalError) as e:
+            # Workers that start at once make the same tables.
+            tries += 1
+            made = any(text in f"{e} {e.__cause__}" for text in ("already exists", "UNIQUE", "uplicate"))
+            if not made or tries == _TRIES:
+                raise
+            time.sleep(0.1)
 
 
 def _gone(where: str) -> bool:

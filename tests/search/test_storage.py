@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -74,6 +75,18 @@ def test_a_database_waits_for_whoever_reads_before_writing(tmp_path):
             other.set_trial_state_values(1, optuna.trial.TrialState.RUNNING)
         assert "locked" in str(e.value.__cause__)
     assert take(study, storage) is not None
+
+
+def test_workers_that_start_at_once_make_one_database(tmp_path):
+    def start(where: str, barrier: threading.Barrier) -> int:
+        barrier.wait()
+        return len(study_of(where)[0].trials)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(3):
+            barrier = threading.Barrier(4)
+            jobs = [pool.submit(start, str(tmp_path / f"{number}.db"), barrier) for _ in range(4)]
+            assert [job.result(30) for job in jobs] == [0] * 4
 
 
 def test_a_number_given_to_another_process_is_no_sign_of_life(tmp_path):
