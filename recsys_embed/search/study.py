@@ -28,9 +28,10 @@ from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.search.common import need_validation
 from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
+from recsys_embed.search.study_queue import requeue, requeue_lost, take
 from recsys_embed.search.study_samplers import make_sampler
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.study_storage import faults_of, open_storage, requeue, requeue_lost, take
+from recsys_embed.search.study_storage import faults_of, open_storage
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import DivergedError, Trainer, TrainResult
 from recsys_embed.train.run import LINEAR_METHOD, fingerprint, model_from_config, plans_for, schema_of

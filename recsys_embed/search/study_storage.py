@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +11,12 @@ from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import MissingDependencyError
 
-LEASE = 600.0
-"""Seconds after which a trial of another machine that has not reported is taken for lost."""
 _JOURNAL = (".journal", ".log")
 _TAIL = 1 << 16
 _TRIES = 50
@@ -183,68 +179,3 @@ def faults_of(where: str) -> Iterator[None]:
         else:
             hint = "see that it can be reached and written, then run the same command again"
         raise StorageError(f"the study's storage {shown} failed ({text}); {hint}") from e
-
-
-def owner() -> str:
-    """This process, for others to see whether it lives: machine, number, and when it began."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_began(os.getpid())}"
-
-
-def _began(pid: int) -> str:
-    """Ticks at which a process began, since numbers are given again, and a container's first always is; or nothing."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
-def requeue_lost(study: optuna.Study, storage: Any) -> int:
-    """Queue again the trials whose workers are gone, and return how many; several workers may do so at once."""
-    lost = 0
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _alive(trial):
-            continue
-        try:
-            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        except (RuntimeError, ValueError):  # another worker was faster
-            continue
-        requeue(study, trial.number, trial.params)
-        lost += 1
-    return lost
-
-
-def requeue(study: optuna.Study, number: int, params: dict[str, Any]) -> None:
-    """Queue the point of a trial that failed again, under its origin."""
-    origin = {k: v for k, v in study.get_trials(deepcopy=False)[number].user_attrs.items() if k == "from"}
-    study.enqueue_trial(params, user_attrs={"again": number, **origin})
-
-
-def _alive(trial: FrozenTrial) -> bool:
-    name, _, rest = str(trial.user_attrs.get("owner", "")).partition(":")
-    pid, _, began = rest.partition(":")
-    if name == socket.gethostname() and pid.isdigit():
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return not began or _began(int(pid)) in ("", began)
-    started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    return time.time() - float(trial.user_attrs.get("seen", started)) < LEASE
-
-
-def take(study: optuna.Study, storage: Any) -> optuna.Trial | None:
-    """The next queued trial, for this worker alone; None where none is left.
-
-    All trials of a study are queued when it is made, so that workers share out what is there and never make one more.
-    """
-    for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)), key=lambda t: t.number):
-        try:
-            if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                continue
-        except (RuntimeError, ValueError):  # finished by another worker meanwhile
-            continue
-        storage.set_trial_user_attr(trial._trial_id, "owner", owner())
-        return optuna.Trial(study, trial._trial_id)
-    return None

@@ -12,7 +12,8 @@ import pytest
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
 from recsys_embed.search.study import NAME, MethodStudy, StudySettings
-from recsys_embed.search.study_storage import open_storage, owner, requeue_lost, take
+from recsys_embed.search.study_queue import owner, requeue_lost, take
+from recsys_embed.search.study_storage import open_storage
 from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

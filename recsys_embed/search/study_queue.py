@@ -1,0 +1,80 @@
+"""The queue of a study: trials that are waiting, who took one, and whether whoever did still lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+LEASE = 600.0
+"""Seconds after which a trial of another machine that has not reported is taken for lost."""
+
+
+def owner() -> str:
+    """This process, for others to see whether it lives: machine, number, and when it began."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_began(os.getpid())}"
+
+
+def _began(pid: int) -> str:
+    """Ticks at which a process began, since numbers are given again, and a container's first always is; or nothing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def requeue_lost(study: optuna.Study, storage: Any) -> int:
+    """Queue again the trials whose workers are gone, and return how many; several workers may do so at once."""
+    lost = 0
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if _alive(trial):
+            continue
+        try:
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except (RuntimeError, ValueError):  # another worker was faster
+            continue
+        requeue(study, trial.number, trial.params)
+        lost += 1
+    return lost
+
+
+def requeue(study: optuna.Study, number: int, params: dict[str, Any]) -> None:
+    """Queue the point of a trial that failed again, under its origin."""
+    origin = {k: v for k, v in study.get_trials(deepcopy=False)[number].user_attrs.items() if k == "from"}
+    study.enqueue_trial(params, user_attrs={"again": number, **origin})
+
+
+def _alive(trial: FrozenTrial) -> bool:
+    name, _, rest = str(trial.user_attrs.get("owner", "")).partition(":")
+    pid, _, began = rest.partition(":")
+    if name == socket.gethostname() and pid.isdigit():
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return not began or _began(int(pid)) in ("", began)
+    started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    return time.time() - float(trial.user_attrs.get("seen", started)) < LEASE
+
+
+def take(study: optuna.Study, storage: Any) -> optuna.Trial | None:
+    """The next queued trial, for this worker alone; None where none is left.
+
+    All trials of a study are queued when it is made, so that workers share out what is there and never make one more.
+    """
+    for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)), key=lambda t: t.number):
+        try:
+            if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                continue
+        except (RuntimeError, ValueError):  # finished by another worker meanwhile
+            continue
+        storage.set_trial_user_attr(trial._trial_id, "owner", owner())
+        return optuna.Trial(study, trial._trial_id)
+    return None
