@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -400,6 +400,8 @@ class MethodStudy:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             requeue(self.study, trial.number, params)
             raise
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # silent for so long that others took it for lost: it is theirs now
         self.study.tell(trial, values, state=state, skip_if_finished=True)
 
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -418,7 +420,9 @@ class MethodStudy:
 
         def beat() -> None:
             while not over.wait(_BEAT):
-                self.storage.set_trial_user_attr(trial._trial_id, "seen", time.time())
+                # A storage that fails now says so at the trial's next write; one that was busy gets the next beat.
+                with suppress(Exception):
+                    self.storage.set_trial_user_attr(trial._trial_id, "seen", time.time())
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

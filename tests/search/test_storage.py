@@ -12,7 +12,7 @@ import pytest
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
 from recsys_embed.search.study import NAME, MethodStudy, StudySettings
-from recsys_embed.search.study_queue import owner, requeue_lost, take
+from recsys_embed.search.study_queue import owner, requeue, requeue_lost, take
 from recsys_embed.search.study_storage import open_storage
 from tests.search.planted import Planted, planted_config
 
@@ -188,3 +188,36 @@ def test_one_plan_is_trained_once_whatever_its_parameters(tmp_path, monkeypatch)
     assert len(trained) == 2
     assert second.values == first.values != other.values
     assert second.user_attrs["reason"] == "not trained again: the plan is that of trial 0"
+
+
+def test_a_worker_that_was_taken_for_lost_leaves_the_trial_to_others(tmp_path, monkeypatch):
+    study = MethodStudy(CONFIG, Planted(0, rows=600), settings_of(trials=2, groups=1), str(tmp_path / "s.journal"))
+    train, lost = study.train, []
+
+    def sleep(config, watch):
+        if not lost:
+            lost.append(study.study.trials[0])
+            study.storage.set_trial_state_values(lost[0]._trial_id, optuna.trial.TrialState.FAIL)
+            requeue(study.study, 0, lost[0].params)
+            watch(1, 0.5)
+        return train(config, watch)
+
+    monkeypatch.setattr(study, "train", sleep)
+    assert study.work() == 3
+    assert [t.state.name for t in study.study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert study.study.trials[2].params == lost[0].params
+
+
+def test_a_sign_of_life_that_fails_is_followed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("recsys_embed.search.study._BEAT", 0.01)
+    study = MethodStudy(CONFIG, Planted(0, rows=600), settings_of(trials=2, groups=1), str(tmp_path / "s.journal"))
+    trial, real, seen = take(study.study, study.storage), study.storage.set_trial_user_attr, threading.Event()
+
+    def busy(*args):
+        monkeypatch.setattr(study.storage, "set_trial_user_attr", lambda *a: (real(*a), seen.set()))
+        raise OSError("busy")
+
+    monkeypatch.setattr(study.storage, "set_trial_user_attr", busy)
+    with study._beating(trial):
+        assert seen.wait(10)
+    assert study.study.trials[0].user_attrs["seen"] > 0
