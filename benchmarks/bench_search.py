@@ -103,7 +103,7 @@ def trained(config: TrainConfig, data: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cases(data: Any, seeds: int, folder: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def cases(data: Any, seeds: int, folder: Path, only: set[str]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Every row by name, searches first, with what makes it."""
     settings = read_settings(ROOT / "examples" / "criteo_search.toml")
 
@@ -114,7 +114,7 @@ def cases(data: Any, seeds: int, folder: Path) -> Iterator[tuple[str, Callable[[
     def search(kind: type[Search], own: Any, c: TrainConfig, name: str) -> dict[str, Any]:
         return searched(run_search(kind, c, data, own, folder=folder / "searches" / name))
 
-    pairs = [(model, seed) for seed in range(seeds) for model in MODELS]
+    pairs = [(model, seed) for seed in range(seeds) for model in MODELS if not only or f"{model}-s{seed}" in only]
     for model, seed in pairs:
         c = config(model, seed)
         yield f"{model}-full-s{seed}", lambda c=c: trained(c, data)
@@ -159,12 +159,15 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--only", default="", help="e.g. deepfm-s0,dcnv2-s1: several processes share OUT, one ends without"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "criteo_search")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data, rows = open_dataset(args.data), []
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, run in cases(data, args.seeds, args.out):
+    for name, run in cases(data, args.seeds, args.out, set(filter(None, args.only.split(",")))):
         path = args.out / f"{name}.json"
         if not path.exists():
             begin = time.perf_counter()
@@ -176,6 +179,8 @@ def main() -> None:
         print(
             name, f"{row['test']['auc']:.4f}" if "test" in row else "infeasible", f"{row['seconds']:.0f} s", flush=True
         )
+    if args.only:
+        return
     write_json(args.results.with_suffix(".json"), {"benchmark": "search", "machine": machine(), "rows": rows})
     write_text(args.results.with_suffix(".table.md"), table(rows))
     print(table(rows))

@@ -83,6 +83,8 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
         ConfigError: the form, its shapes or its feature names do not fit the schema, or weights not its poolings.
     """
     bags = _to_bags(schema, ids, offsets, weights)
+    if bags.weights is not None and not bags.weights.is_floating_point():
+        raise ConfigError(f"per_sample_weights must be floats; got {bags.weights.dtype}")
     if bags.weights is not None and any(s.pooling != "sum" for s in schema):
         raise ConfigError("per_sample_weights need pooling 'sum' for every feature")
     return bags

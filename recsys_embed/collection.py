@@ -190,8 +190,9 @@ class EmbeddingCollection(SteppedTables):
     @torch.no_grad()
     def _update_bags(self, storage: str, call: BagCall, grad: Tensor) -> None:
         if self.optimizer is not None:
-            self._paces[storage].advance(self.optimizer, self._lr)
-            apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
+            with self._turn:
+                self._paces[storage].advance(self.optimizer, self._lr)
+                apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
 
     def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""

@@ -32,7 +32,8 @@ class FusedOptimizer(ABC):
         lr: learning rate, > 0 (0 freezes the tables).
         weight_decay: L2 penalty, ``weight_decay * w`` added to the gradient of every row that moves.
         rows: which rows a step moves: ``"touched"``, those of the batch; or ``"all"``, so that weights are those of the
-            dense optimizer of torch (rows that are never read decay and moments fade), at the cost of touched ones.
+            dense optimizer of torch (rows that are never read decay and moments fade). The others wait: a row makes
+            up for the steps it missed when it is next read, and all do before they are evaluated or saved.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -44,6 +45,8 @@ class FusedOptimizer(ABC):
 
     # Name and kind of each state tensor: "row" is one float per row, "element" one per weight, "step" a count per row.
     state: ClassVar[Mapping[str, str]] = {}
+    # Whether a row moves on without a gradient, by what it remembers.
+    fades: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         raise_faults([fault for f in fields(self) for fault in self._faults(f.name)], type(self).__name__)
@@ -64,7 +67,12 @@ class FusedOptimizer(ABC):
     @property
     def tensors(self) -> dict[str, str]:
         """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
-        return {**self.state, "last": "step"} if self.rows == "all" else dict(self.state)
+        return {**self.state, "last": "step"} if self.lazy else dict(self.state)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether rows outside a batch move, and make up for it when they are next read."""
+        return self.rows == "all" and (self.weight_decay > 0 or self.fades)
 
     def initial(self, name: str) -> float:
         """Value every element of state ``name`` starts with."""
@@ -99,6 +107,8 @@ class SGD(FusedOptimizer):
     0
     """
 
+    fades: ClassVar[bool] = False
+
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         return weight.sub(grad, alpha=lr)
 
@@ -115,6 +125,7 @@ class Adagrad(FusedOptimizer):
     initial_accumulator_value: float = 0.0
 
     state: ClassVar[Mapping[str, str]] = {"sum": "element"}
+    fades: ClassVar[bool] = False
 
     def initial(self, name: str) -> float:
         return self.initial_accumulator_value
@@ -135,6 +146,7 @@ class RowwiseAdagrad(FusedOptimizer):
     eps: float = 1e-8
 
     state: ClassVar[Mapping[str, str]] = {"sum": "row"}
+    fades: ClassVar[bool] = False
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         state["sum"] = state["sum"] + grad.square().mean(-1, keepdim=True)

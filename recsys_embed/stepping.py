@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -18,6 +19,22 @@ from recsys_embed.kernels.native_lookup import NativeStep
 from recsys_embed.kernels.pace import Pace, catch_up
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
+
+
+class _Turn:
+    """One thread at a time; copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Turn, ()
 
 
 class SteppedTables(nn.Module):
@@ -49,6 +66,8 @@ class SteppedTables(nn.Module):
         self._keys = tuple(optimizer.tensors) if optimizer else ()
         self._lr = optimizer.lr if optimizer else 0.0
         self._paces = {name: Pace() for name in self.storages}
+        # Several threads may train: kernels read what a step of another would move.
+        self._turn = _Turn()
         # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
         self._anchor = torch.zeros(0, requires_grad=True)
         self._handle = handle_of(self)
@@ -90,14 +109,15 @@ class SteppedTables(nn.Module):
     def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
         if self.optimizer is None:
             return
-        self._paces[storage].advance(self.optimizer, self._lr)
-        weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
-        apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._paces[storage], kernels)
+        with self._turn:
+            self._paces[storage].advance(self.optimizer, self._lr)
+            weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
+            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._paces[storage], kernels)
 
     @property
     def _native_step(self) -> NativeStep:
         states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
-        lazy = self.optimizer is not None and self.optimizer.rows == "all"
+        lazy = self.optimizer is not None and self.optimizer.lazy
         return NativeStep(self._anchor, self._settle_native, self._update_native, states, self._handle, lazy)
 
     @property
@@ -121,9 +141,10 @@ class SteppedTables(nn.Module):
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
         if self.optimizer is not None:
-            for pace in self._all_paces:
-                pace.advance(self.optimizer, self._lr)
-            lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_paces)
+            with self._turn:
+                for pace in self._all_paces:
+                    pace.advance(self.optimizer, self._lr)
+                lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_paces)
 
     def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         count = len(self._keys)
@@ -134,7 +155,7 @@ class SteppedTables(nn.Module):
     @property
     def _behind(self) -> bool:
         """Whether some rows have steps to make up for."""
-        return self.optimizer is not None and self.optimizer.rows == "all" and any(p.rates for p in self._all_paces)
+        return self.optimizer is not None and self.optimizer.lazy and any(p.rates for p in self._all_paces)
 
     @torch.no_grad()
     def _settle_native(self, lookup: NativeLookup, ids: Ids) -> None:
@@ -147,15 +168,17 @@ class SteppedTables(nn.Module):
     def settle_native(self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
         """Bring the rows of ``tables`` that ids read up to date, in place."""
         if self._behind and self.optimizer is not None:
-            lookup.settle(ids, tables, self.optimizer, self._by_storage(states), self._all_paces)
+            with self._turn:
+                lookup.settle(ids, tables, self.optimizer, self._by_storage(states), self._all_paces)
 
     @torch.no_grad()
     def _settle_rows(self, storage: str, rows: Tensor | None = None) -> None:
         """Bring rows of a storage (-1 is none; all by default) up to date with torch's operations."""
         if self._behind and self.optimizer is not None:
-            pace = self._paces[storage]
             rows = None if rows is None else rows[rows >= 0].unique()
-            catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, pace, pace.step)
+            with self._turn:
+                pace = self._paces[storage]
+                catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, pace, pace.step)
 
     @torch.no_grad()
     def settle_(self) -> Self:
@@ -173,20 +196,21 @@ class SteppedTables(nn.Module):
         True
         """
         if self._behind and self.optimizer is not None:
-            for name, pace in self._paces.items():
-                table = getattr(self, name)
-                if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                    native.settle(self.optimizer, table, self._state(name), pace)
-                else:
-                    self._settle_rows(name)
-                pace.settled()
+            with self._turn:
+                for name, pace in self._paces.items():
+                    table = getattr(self, name)
+                    if self.backend == "native" and native.runs_on(table.detach(), [table]):
+                        native.settle(self.optimizer, table, self._state(name), pace)
+                    else:
+                        self._settle_rows(name)
+                    pace.settled()
         return self
 
     def _settle_before_reading(self) -> None:
         if not torch.compiler.is_compiling():
             if self._behind:
                 self.settle_()
-        elif self.training and self.optimizer is not None and self.optimizer.rows == "all":
+        elif self.training and self.optimizer is not None and self.optimizer.lazy:
             # How far rows are behind is no part of a graph; evaluation mode has brought them up to date.
             raise ConfigError("compiled lookups without gradients need eval() where the optimizer moves rows='all'")
 

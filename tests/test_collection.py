@@ -481,3 +481,14 @@ def test_a_jagged_tensor_with_a_key_twice_is_refused() -> None:
     schema = rse.Schema([rse.FeatureSpec("a", 5, 4), rse.FeatureSpec("b", 5, 4)])
     with pytest.raises(ConfigError, match="a more than once"):
         rse.EmbeddingCollection(schema)(jagged)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_weights_of_bags_are_floats_of_any_type(backend: str) -> None:
+    schema = Schema([FeatureSpec("a", 10, 8), FeatureSpec("b", 10, 8)])
+    coll = EmbeddingCollection(schema, backend=backend)
+    ids, offsets, weights = torch.arange(6), torch.tensor([0, 1, 3, 3, 6]), torch.rand(6)
+    wanted = coll(ids, offsets, weights)
+    torch.testing.assert_close(coll(ids, offsets, weights.double()), wanted)
+    with pytest.raises(ConfigError, match=r"must be floats; got torch\.int64"):
+        coll(ids, offsets, torch.ones(6, dtype=torch.int64))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +117,43 @@ def test_long_gaps_of_rows_of_any_width(width: int, gaps: list[int], rule: Fused
                 coll(torch.tensor([[row]])).square().sum().backward()
     values = [coll.table("C1.weight").double() for coll in colls]
     torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [rse.SGD(rows="all"), rse.Adagrad(rows="all"), rse.RowwiseAdagrad(rows="all")])
+def test_rules_without_decay_or_moments_keep_no_steps_of_rows(rule: FusedOptimizer) -> None:
+    assert not rule.lazy
+    assert "last" not in rule.tensors
+    assert replace(rule, weight_decay=0.1).lazy
+    assert rse.Adam(rows="all").lazy
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_may_train_and_evaluate_at_once(backend: str) -> None:
+    schema = Schema([FeatureSpec("C1", 500, 16)])
+    coll = EmbeddingCollection(schema, None, rse.Adam(lr=1e-3, weight_decay=0.01, rows="all"), backend=backend)
+    faults: list[BaseException] = []
+
+    def work(train: bool) -> None:
+        try:
+            for i in range(60):
+                ids = torch.randint(0, 500, (64, 1), generator=torch.Generator().manual_seed(i))
+                if train:
+                    coll(ids).square().sum().backward()
+                else:
+                    with torch.no_grad():
+                        coll(ids)
+        except BaseException as e:  # a thread's own would be lost
+            faults.append(e)
+
+    threads = [threading.Thread(target=work, args=(train,)) for train in (True, True, False)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not faults
+    assert {pace.step for pace in coll._all_paces} == {120}
+    assert bool(coll.settle_().width16.isfinite().all())
+    assert coll.width16.abs().max() < 1
 
 
 def test_every_reader_sees_rows_that_moved() -> None:

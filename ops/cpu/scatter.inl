@@ -134,6 +134,10 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
     }
     default: {
       const AdamStep adam(u);
+      // Rows that were never read stay where they are, unless they decay.
+      float moved = decay;
+      for (i64 k = 0; decay == 0 && k < width; k++) moved += std::abs(first[k]) + second[k];
+      if (moved == 0) break;
       blocks<W>(width, [&](auto lanes, i64 k) {
         auto x = lanes.load(weight + k), mean = lanes.load(first + k), square = lanes.load(second + k);
         for (i64 t = from; t <= to; t++) adam.run(lanes, x * decay, x, mean, square, size_of(u, t), epsilon_of(u, t));

@@ -32,7 +32,7 @@ def refuse(programs: Mapping[str, LookupProgram], optimizer: FusedOptimizer | No
     faults = []
     if optimizer is not None and type(optimizer) not in fbgemm.RULES:
         faults.append(f"it has no CPU kernel for {type(optimizer).__name__}, but for SGD, Adagrad and RowwiseAdagrad")
-    elif optimizer is not None and (optimizer.rows != "touched" or optimizer.weight_decay):
+    elif optimizer is not None and (optimizer.lazy or optimizer.weight_decay):
         faults.append(f"its rules move touched rows and know no weight decay; got {optimizer!r}")
     if like.dtype != torch.float32 or like.device.type not in ("cpu", "meta"):
         faults.append(f"it reads float32 tables on the CPU; got {like.dtype} on {like.device.type}")

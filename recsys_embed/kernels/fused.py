@@ -80,14 +80,14 @@ def apply_update(
     if kernels and native.knows(optimizer) and status.runs_on(rows, [weight]):
         from recsys_embed.kernels.triton.rows import update_rows
 
-        if optimizer.rows == "all":
+        if optimizer.lazy:
             catch_up(optimizer, weight, state, rows.unique(), pace, pace.step - 1)
         update_rows(optimizer, weight, state, rows, grad, pace)
         return
     # Half-precision weights are updated in float32, so that small sums and state survive.
     work = torch.promote_types(weight.dtype, torch.float32)
     touched, sums = sum_duplicates(rows, grad.to(work))
-    if optimizer.rows == "all":
+    if optimizer.lazy:
         catch_up(optimizer, weight, state, touched, pace, pace.step - 1)
         state["last"][touched] = pace.step
     picked = {name: state[name].index_select(0, touched) for name in state if name != "last"}

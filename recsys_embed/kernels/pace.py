@@ -28,7 +28,7 @@ class Pace:
 
     def advance(self, optimizer: FusedOptimizer, lr: float) -> None:
         """One more step; those before it are kept only for optimizers that move all rows."""
-        if optimizer.rows == "touched":
+        if not optimizer.lazy:
             self.settled()
         size, epsilon = optimizer.pace(lr, self.step + 1)
         for values, value in ((self.rates, lr), (self.sizes, size), (self.epsilons, epsilon)):

@@ -22,7 +22,7 @@ def pool_vectors(
     Args:
         offsets: int64 ``[bags]``, or ``[bags + 1]`` with ``include_last_offset``.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        weights: ``[n]``, for sums.
+        weights: ``[n]``, of any float type, for sums.
         skipped: bool ``[n]``, what bags do without; means do not count it.
 
     >>> rows = torch.tensor([[1.0], [2.0], [4.0]])
@@ -30,6 +30,7 @@ def pool_vectors(
     [[1.0], [4.0]]
     """
     order = torch.arange(vectors.shape[0], device=vectors.device)
+    weights = None if weights is None else weights.to(vectors.dtype)
     # The empty case is autograd's; an exported program must not ask for a size that its input decides.
     if skipped is not None or (not torch.compiler.is_exporting() and vectors.shape[0] == 0):
         vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])  # stays in the graph

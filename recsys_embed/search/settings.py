@@ -91,7 +91,7 @@ class OptembedSettings(Settings):
     norm: int = 1
     oov: bool = False
     threshold_lr: float = 0.1
-    pull: float = 1e-3
+    pull: float = 1e-4
     generations: int = 30
     population: int = 20
     mutations: int = 10
@@ -148,7 +148,7 @@ class DnisSettings(Settings):
     balance: Literal["mass", "count"] = "mass"
     search_epochs: int | None = None
     alpha_lr: float = 1e-2
-    l1: float = 1e-3
+    l1: float = 1e-5
     second_order: bool = False
     structure: Literal["blocks", "elements"] = "blocks"
     importance: Literal["size", "traffic"] = "size"

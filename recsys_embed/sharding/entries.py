@@ -194,4 +194,4 @@ def plain_state_entries(path: str, coll: EmbeddingCollection, saved: dict[str, A
 
 def counts_steps(rule: FusedOptimizer | None) -> bool:
     """Whether an update depends on how many came before."""
-    return isinstance(rule, Adam) or (rule is not None and rule.rows == "all")
+    return isinstance(rule, Adam) or (rule is not None and rule.lazy)

@@ -105,7 +105,7 @@ class TableOptimizer(torch.optim.Optimizer):
         slab, state = self.slabs[id(parameter)], self.state_of(parameter)
         weight, grad = self._rows(parameter, slab), self._rows(parameter.grad, slab)  # type: ignore[arg-type]
         state["step"] += 1
-        if self.rule.rows == "all":
+        if self.rule.lazy:
             touched = torch.arange(len(weight), device=weight.device)
         else:
             touched = grad.ne(0).any(1).nonzero().squeeze(1)

@@ -288,7 +288,7 @@ def test_ids_out_of_range_are_named_and_left_alone(method: Any, bad: int) -> Non
     [
         ({"optimizer": rse.Adam()}, "no CPU kernel for Adam.*SGD, Adagrad and RowwiseAdagrad.*'native'"),
         ({"optimizer": rse.SGD(weight_decay=0.1)}, "no weight decay.*'native'"),
-        ({"optimizer": rse.SGD(rows="all")}, "touched rows.*'native'"),
+        ({"optimizer": rse.SGD(weight_decay=0.1, rows="all")}, "touched rows.*'native'"),
         ({"dtype": torch.float64}, "float32 tables on the CPU; got torch.float64"),
         ({"sparse": True}, "no sparse gradients"),
         ({"optimizer": rse.Adam(), "dtype": torch.bfloat16}, "2 faults in backend 'fbgemm'"),
