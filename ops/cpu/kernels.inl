@@ -4,4 +4,7 @@
 #include "find.inl"
 #include "gather.inl"
 #include "lookup.inl"
+#include "rules.inl"
+#include "rows.inl"
+#include "runs.inl"
 #include "scatter.inl"

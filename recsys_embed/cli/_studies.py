@@ -152,7 +152,8 @@ def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    from recsys_embed.search.study import MethodStudy, StudySettings
+    from recsys_embed.search.study import MethodStudy
+    from recsys_embed.search.study_settings import StudySettings
 
     return MethodStudy(
         TrainConfig.from_dict(asked["train"]),

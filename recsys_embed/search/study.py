@@ -10,9 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import torch
@@ -20,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 
 from recsys_embed.data.folder import StorageError
-from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError, CheckpointError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, get_model
 from recsys_embed.plan import Plan
@@ -30,14 +29,15 @@ from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
 from recsys_embed.search.study_queue import requeue, requeue_lost, take
 from recsys_embed.search.study_samplers import make_sampler
+from recsys_embed.search.study_settings import OBJECTIVES, StudySettings
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
 from recsys_embed.search.study_storage import faults_of, open_storage
+from recsys_embed.search.study_trial import Hopeless, Untested, Watched
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.loop import DivergedError, Trainer, TrainResult
+from recsys_embed.train.loop import DivergedError, TrainResult
 from recsys_embed.train.run import LINEAR_METHOD, fingerprint, model_from_config, plans_for, schema_of
 from recsys_embed.train.stop import Interrupted
 
-OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {"auc": "maximize", "bytes": "minimize", "latency": "minimize"}
 NAME = "methods"
 LEAST_PEERS = 4
 """Trials of at most as many bytes that must have come as far before one is stopped by comparison with them."""
@@ -45,110 +45,6 @@ _IDENTITY, _READY, _KEY = "identity", "ready", "training"
 _MAKING = 300
 """Tenths of a second after which whoever began to make a study is taken for lost."""
 _BEAT = 60.0
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """Settings of a study.
-
-    Args:
-        trials: of the whole study, whoever trains them.
-        budgets: texts, ``"5%"`` of the plain tables or ``"4MiB"``.
-        methods: keys to choose from; empty: all that a budget sizes.
-        groups: of fields, at most, by number of ids.
-        widths: of rows, for methods that take one; empty: a quarter, half and all of the vectors' width.
-        objectives: ``auc`` of the validation rows, ``bytes`` to serve, ``latency`` of a batch's lookup in ms (which
-            differs from run to run, so that studies with it do not repeat bit for bit).
-        sampler: ``evolution`` or one of Optuna's by name.
-        sampler_args: further arguments of the sampler.
-        prune: stop a trial early whose AUC is below the median of those of at most as many bytes.
-        validations: of a trial, for pruning; its last is at the end.
-        proxy: share of the steps of a full training that a trial takes.
-        warm: start from the planner's solution for each budget.
-
-    Raises:
-        ConfigError: a setting out of range; all faults at once.
-    """
-
-    trials: int = 30
-    budgets: tuple[str, ...] = ("1%", "5%", "20%")
-    methods: tuple[str, ...] = ()
-    groups: int = 3
-    widths: tuple[int, ...] = ()
-    objectives: tuple[str, ...] = ("auc", "bytes")
-    sampler: str = "nsgaii"
-    sampler_args: dict[str, Any] = field(default_factory=dict)
-    prune: bool = True
-    validations: int = 4
-    proxy: float = 1.0
-    warm: bool = True
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"`{key}` must be an integer of at least 1; got {getattr(self, key)!r}"
-            for key in ("trials", "groups", "validations")
-            if type(getattr(self, key)) is not int or getattr(self, key) < 1
-        ]
-        for key, kind in (("budgets", str), ("methods", str), ("objectives", str), ("widths", int)):
-            value = getattr(self, key)
-            if not isinstance(value, tuple) or not all(type(v) is kind for v in value):
-                faults.append(f"`{key}` must be a list of {'texts' if kind is str else 'integers'}; got {value!r}")
-        faults += [
-            f"`{key}` must be true or false; got {getattr(self, key)!r}"
-            for key in ("prune", "warm")
-            if not isinstance(getattr(self, key), bool)
-        ]
-        if isinstance(self.proxy, bool) or not isinstance(self.proxy, (int, float)) or not 0 < self.proxy <= 1:
-            faults.append(f"`proxy` must be in (0, 1]; got {self.proxy!r}")
-        if not isinstance(self.sampler, str):
-            faults.append(f"`sampler` must be a name; got {self.sampler!r}")
-        if not isinstance(self.sampler_args, dict):
-            faults.append(f"`sampler_args` must be a table; got {self.sampler_args!r}")
-        if not self.objectives or self.objectives[0] != "auc" or len(set(self.objectives)) < len(self.objectives):
-            faults.append(f"`objectives` begin with auc and name each once; got {self.objectives!r}")
-        faults += [str(unknown_name("objective", o, OBJECTIVES)) for o in self.objectives if o not in OBJECTIVES]
-        raise_faults(faults, "StudySettings")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> StudySettings:
-        """Build from plain values; an unknown key is an error that names the nearest one."""
-        known = {f.name for f in fields(cls)}
-        for key in data:
-            if key not in known:
-                raise unknown_name("setting of a study", key, known)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-
-class _Untested:
-    """A data set that names no test split, so that no trainer of a study ends with a test."""
-
-    def __init__(self, data: Any) -> None:
-        self._data = data
-        self.splits = {s: data.splits[s] if isinstance(data.splits, Mapping) else None for s in ("train", "valid")}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._data, name)
-
-
-class _Hopeless(Exception):
-    """Others do better with as few bytes."""
-
-
-class _Watched(Trainer):
-    """A trainer that tells each validation but the last to ``watch(step, auc)``, which may end it."""
-
-    watch: Callable[[int, float], None]
-
-    def _validate(self, stop: Any) -> None:
-        before = len(self.state.history)
-        super()._validate(stop)
-        if len(self.state.history) > before and not self._finished():
-            self.watch(self.state.step, float(self.state.history[-1]["auc"]))
 
 
 class MethodStudy:
@@ -182,7 +78,7 @@ class MethodStudy:
         if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
         need_validation(data)
-        self.full_config, self.data, self.settings = config, _Untested(data), settings
+        self.full_config, self.data, self.settings = config, Untested(data), settings
         self.where, self.device = storage, device
         schema = schema_of(data, config)
         cls = get_model(config.model)
@@ -390,7 +286,7 @@ class MethodStudy:
         except BudgetError as e:
             state = TrialState.PRUNED
             trial.set_user_attr("reason", f"not trained: {e}")
-        except _Hopeless as e:
+        except Hopeless as e:
             state = TrialState.PRUNED
             trial.set_user_attr("reason", str(e))
         except DivergedError as e:
@@ -402,6 +298,13 @@ class MethodStudy:
             raise
         except optuna.exceptions.UpdateFinishedTrialError:
             return  # silent for so long that others took it for lost: it is theirs now
+        except (optuna.exceptions.OptunaError, OSError):
+            raise  # of the storage: nobody shows life for the trial, so it is queued again
+        except Exception as e:
+            # What fails again each time is not queued again.
+            trial.set_user_attr("reason", f"{type(e).__name__}: {e}")
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            raise
         self.study.tell(trial, values, state=state, skip_if_finished=True)
 
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -477,7 +380,7 @@ class MethodStudy:
         model = model_from_config(config, self.schema, self.data.num_dense, self.device)
         if config.standardise and self.data.num_dense:
             model.standardise(*self.data.numeric_moments())
-        trainer = _Watched(model, self.data, config, device=self.device, show_progress=False)
+        trainer = Watched(model, self.data, config, device=self.device, show_progress=False)
         trainer.watch = watch
         return model, trainer.run()
 
@@ -494,7 +397,7 @@ class MethodStudy:
             if str(step) in t.user_attrs.get("curve", {}) and t.user_attrs["bytes"] <= size
         ]
         if len(peers) >= LEAST_PEERS and auc < statistics.median(peers):
-            raise _Hopeless(
+            raise Hopeless(
                 f"stopped at step {step}: AUC {auc:.4f} is below {statistics.median(peers):.4f}, the median of "
                 f"{len(peers)} trials of at most as many bytes"
             )

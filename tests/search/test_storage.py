@@ -11,8 +11,9 @@ import pytest
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
-from recsys_embed.search.study import NAME, MethodStudy, StudySettings
+from recsys_embed.search.study import NAME, MethodStudy
 from recsys_embed.search.study_queue import owner, requeue, requeue_lost, take
+from recsys_embed.search.study_settings import StudySettings
 from recsys_embed.search.study_storage import open_storage
 from tests.search.planted import Planted, planted_config
 

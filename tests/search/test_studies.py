@@ -17,14 +17,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from recsys_embed.cli import main
 from recsys_embed.data import make_synthetic
 from recsys_embed.data.folder import StorageError
-from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, UnknownNameError
+from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, DataError, UnknownNameError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
 from recsys_embed.search.evolution import Evolution, Space, evolve
-from recsys_embed.search.study import MethodStudy, StudySettings
+from recsys_embed.search.study import MethodStudy
 from recsys_embed.search.study_queue import requeue_lost, take
 from recsys_embed.search.study_results import best_under, check_proxy, importance, rows_of, spearman
 from recsys_embed.search.study_samplers import EvolutionSampler, make_sampler
+from recsys_embed.search.study_settings import StudySettings
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
 from recsys_embed.search.study_storage import faults_of, open_storage
 from recsys_embed.train import Interrupted
@@ -142,6 +143,9 @@ def test_test_rows_are_out_of_reach(data, tmp_path, monkeypatch):
     )
     MethodStudy(CONFIG, data, changed(trials=1), str(tmp_path / "s.journal")).work()
     assert set(asked) == {"train", "valid"}
+    study = MethodStudy(CONFIG, data, FAST, str(tmp_path / "other.db"))
+    with pytest.raises(DataError, match="sees no rows of 'test'"):
+        study.data.batches("test", 64)
 
 
 def test_a_trial_worse_than_the_median_of_cheaper_ones_is_stopped(data, tmp_path):
@@ -197,6 +201,20 @@ def test_an_interrupted_trial_is_queued_again(data, tmp_path, monkeypatch):
     done = [r for r in rows_of(again) if r["state"] == "complete"]
     assert len(done) == 2
     assert done[-1]["params"] == rows_of(again)[0]["params"]
+
+
+def test_a_trial_that_breaks_is_not_tried_for_ever(data, tmp_path, monkeypatch):
+    study = MethodStudy(CONFIG, data, FAST, str(tmp_path / "s.db"))
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(MethodStudy, "_objectives", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        study.work()
+    first = study.study.trials[0]
+    assert (first.state.name, first.user_attrs["reason"]) == ("FAIL", "RuntimeError: out of memory")
+    assert study.study.trials[1].state.name == "WAITING"
 
 
 def test_trials_of_dead_workers_are_done_again_and_those_of_living_ones_not(tmp_path):
