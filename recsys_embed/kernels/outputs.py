@@ -15,14 +15,6 @@ _KEPT = 4
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def _free(storage: torch.UntypedStorage) -> bool:
-    """Whether no tensor and nobody's Python object but the pool's own refer to a memory, here or in another process."""
-    # The pool's list, the caller's loop, this argument and getrefcount's.
-    mine = _use_count is not None and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 4
-    # Who was sent a tensor through a queue reads the very memory, and is counted nowhere here.
-    return mine and not storage.is_shared()
-
-
 class OutputPool:
     """Uninitialised float32 tensors on the CPU, in memory that this pool keeps.
 
@@ -53,7 +45,12 @@ class OutputPool:
         # From the last one used, which is still warm; those that no step asks for any more drop out at the front.
         for i in reversed(range(len(kept))):
             storage = kept[i]
-            if size <= storage.nbytes() <= 2 * size and _free(storage):
+            if not size <= storage.nbytes() <= 2 * size or _use_count(storage._cdata) != 1:
+                continue
+            # Nobody's Python object but the list's, this variable's and the argument's; counted here, since how often
+            # a function of Python holds its argument depends on who evaluates it. Who was sent a tensor through a
+            # queue reads the very memory, and is counted nowhere.
+            if sys.getrefcount(storage) == 3 and not storage.is_shared():
                 kept.append(kept.pop(i))
                 return torch.empty(0).set_(storage, 0, shape, strides)
         out = torch.empty(shape)

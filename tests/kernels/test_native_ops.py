@@ -13,6 +13,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.kernels import native_library, native_ops
+from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.optim import FusedOptimizer
 
 LIBRARY = native_library.library()
@@ -137,3 +138,16 @@ def test_ids_out_of_range_are_refused() -> None:
     compiled = torch.compile(coll, fullgraph=True, backend="aot_eager")
     with pytest.raises(rse.errors.IdRangeError):
         compiled(torch.tensor([[0, 900, 0]]))
+
+
+def test_outputs_are_used_again_also_after_a_model_that_does_not_compile() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        torch.compile(broken, backend="eager")(torch.ones(2))
+    pool = OutputPool()
+    first = pool.take((1024, 64))
+    address = first.data_ptr()
+    del first
+    assert pool.take((1024, 64)).data_ptr() == address
