@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 import recsys_embed as rse
 from recsys_embed import Plan
+from recsys_embed.methods.robe import RobeConfig
 
 CARDINALITIES = (1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306)
 CARDINALITIES += (10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572)
@@ -72,7 +73,12 @@ class Case:
     def plan(self, schema: rse.Schema) -> Plan:
         if self.method == "full":
             return Plan.full(schema)
-        return Plan.uniform(schema, self.method, budget=self.budget, **self.params)
+        plan = Plan.uniform(schema, self.method, budget=self.budget, **self.params)
+        if self.method != "robe":
+            return plan
+        # A whole number of vectors, so that tables of rows can hold the array too.
+        return Plan({n: replace(plan[n], num_elements=plan[n].num_elements // self.dim * self.dim)
+                     if isinstance(plan[n], RobeConfig) else plan[n] for n in plan})  # fmt: skip
 
 
 ALL_ROWS = sum(CARDINALITIES)
