@@ -113,6 +113,12 @@ class Dataset:
                 return Vocabulary.read(self.path / feature.vocab, name)
         raise unknown_name("feature", name, self.feature_names)
 
+    def held_out(self, share: float) -> Dataset:
+        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``."""
+        from recsys_embed.data.held_out import HeldOut
+
+        return HeldOut.of(self, share)
+
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
         wide = 8 if self.manifest.id_mode == "raw" else 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -58,10 +59,15 @@ class Portion(Dataset):
 
     def _chunks(self, split: str) -> list[tuple[Shard, int, int]]:
         start, stop = self.ends(split)[self.rank : self.rank + 2]
-        found, at = [], 0
-        for shard, offset, rows in super()._chunks(split):
-            low, high = max(start, at), min(stop, at + rows)
-            if low < high:
-                found.append((shard, offset + low - at, high - low))
-            at += rows
-        return found
+        return between(super()._chunks(split), start, stop)
+
+
+def between(chunks: Iterable[tuple[Shard, int, int]], start: int, stop: int) -> list[tuple[Shard, int, int]]:
+    """Shard, first row and rows of what chunks hold of rows ``start`` to ``stop`` of a split."""
+    found, at = [], 0
+    for shard, offset, rows in chunks:
+        low, high = max(start, at), min(stop, at + rows)
+        if low < high:
+            found.append((shard, offset + low - at, high - low))
+        at += rows
+    return found

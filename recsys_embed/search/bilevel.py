@@ -1,4 +1,4 @@
-"""Alternating steps of DNIS: embeddings on a training batch, the selection on a validation batch."""
+"""Alternating steps of DNIS: embeddings on a training batch, the selection on a batch that those have not seen."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class BilevelTrainer(Trainer):
     """Trains a supernet with a :class:`DnisLayer`: its network stays as it is.
 
     Every step moves the embeddings (tables of vectors and of first-order weights, numeric vectors) on a training batch
-    and then the selection on a validation batch, in evaluation mode. Validation batches go round and round, shuffled
+    and then the selection on a batch of another split, in evaluation mode. Those batches go round and round, shuffled
     anew each time.
 
     Args:
         net: the supernet, warm.
         data, config: see :class:`Trainer`.
+        upper: the split that the selection is fitted on.
         alpha_lr, l1, second_order: see :class:`DnisSettings`.
         **options: see :class:`Trainer`.
     """
@@ -40,11 +41,13 @@ class BilevelTrainer(Trainer):
         data: Any,
         config: TrainConfig,
         *,
+        upper: str,
         alpha_lr: float,
         l1: float,
         second_order: bool,
         **options: Any,
     ) -> None:
+        self.upper = upper
         self.net, self.alpha_lr, self.l1, self.second_order = net, alpha_lr, l1, second_order
         self.layer = cast("DnisLayer", net.layer)
         model = net.model
@@ -55,7 +58,7 @@ class BilevelTrainer(Trainer):
         for p in model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in tables | features)
         super().__init__(as_model(net), data, config, **options)
-        self._valid: Iterator[Any] | None = None
+        self._upper_batches: Iterator[Any] | None = None
 
     def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
         if any(p.requires_grad for p in self.net.model.parameters()):
@@ -64,29 +67,29 @@ class BilevelTrainer(Trainer):
         nothing = nn.Parameter(torch.zeros(0, device=self.device))
         return torch.optim.Adam([{"params": [nothing], "peak": 0.0}]), [nothing]
 
-    def _next_valid(self) -> Any:
-        """The validation batch of this step."""
+    def _next_upper(self) -> Any:
+        """The selection's batch of this step."""
         c = self.config
-        count = len(self.data.batches("valid", c.batch_size, shuffle=True, seed=c.seed))
+        count = len(self.data.batches(self.upper, c.batch_size, shuffle=True, seed=c.seed))
         epoch, at = divmod(self.state.step, count)
-        if self._valid is None or at == 0:
+        if self._upper_batches is None or at == 0:
             options: dict[str, Any] = {"shuffle": True, "seed": c.seed, "epoch": epoch, "device": self.device}
-            self._valid = iter(self.data.batches("valid", c.batch_size, start_batch=at, **options))
-        return next(self._valid)
+            self._upper_batches = iter(self.data.batches(self.upper, c.batch_size, start_batch=at, **options))
+        return next(self._upper_batches)
 
     def _step(self, batch: Any) -> float:
         # The position of this step, before it counts as done.
-        valid = self._next_valid()
+        unseen = self._next_upper()
         value = super()._step(batch)
         begin = time.perf_counter()
-        self._select(batch, valid)
+        self._select(batch, unseen)
         self.state.seconds += time.perf_counter() - begin
         return value
 
     def _loss(self, batch: Any) -> Tensor:
         return F.binary_cross_entropy_with_logits(self.net(batch.dense, batch.ids), batch.label)
 
-    def _select(self, train: Any, valid: Any) -> None:
+    def _select(self, train: Any, unseen: Any) -> None:
         """Move the selection."""
         alpha = self.layer.alpha
         second = None
@@ -94,11 +97,11 @@ class BilevelTrainer(Trainer):
         try:
             if self.second_order:
                 with self._open() as weights:
-                    grad, *grads = torch.autograd.grad(self._loss(valid), [alpha, *weights])
+                    grad, *grads = torch.autograd.grad(self._loss(unseen), [alpha, *weights])
                     second = self._second(train, weights, grads)
             else:
                 with self.net.network_evaluated():
-                    (grad,) = torch.autograd.grad(self._loss(valid), [alpha])
+                    (grad,) = torch.autograd.grad(self._loss(unseen), [alpha])
         finally:
             alpha.requires_grad_(False)
         self.layer.step(grad + self.l1 * alpha.detach().sign(), self.alpha_lr, second)

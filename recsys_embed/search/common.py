@@ -57,15 +57,24 @@ def need_validation(data: Any) -> None:
         raise ConfigError(
             "a search chooses by validation rows, and this data has no split 'valid'; convert it with --valid 1/12"
         )
+    need_classes(data, "valid", "compare candidates", "Convert the data with a larger --valid")
+
+
+def need_classes(data: Any, split: str, purpose: str, remedy: str) -> None:
+    """Refuse a split with too few rows of a class.
+
+    Raises:
+        ConfigError: says what they are for, and the remedy.
+    """
     positives = negatives = 0
-    for batch in data.batches("valid", 1 << 16, shuffle=False):
+    for batch in data.batches(split, 1 << 16, shuffle=False):
         positives += int((batch.label > 0.5).sum())
         negatives += int((batch.label <= 0.5).sum())
         if min(positives, negatives) >= LEAST_OF_A_CLASS:
             return
     raise ConfigError(
-        f"the split 'valid' is too small to compare candidates: {positives} positives and {negatives} "
-        f"negatives; at least {LEAST_OF_A_CLASS} of each are needed. Convert the data with a larger --valid"
+        f"the split {split!r} is too small to {purpose}: {positives} positives and {negatives} "
+        f"negatives; at least {LEAST_OF_A_CLASS} of each are needed. {remedy}"
     )
 
 
@@ -180,14 +189,16 @@ class Search(ABC):
             model.standardise(*self.data.numeric_moments())
         return model
 
-    def trainer(self, cls: Any, model: Any, stage: str, config: TrainConfig | None = None, **options: Any) -> Any:
-        """A trainer that goes on where the stage was stopped."""
+    def trainer(
+        self, cls: Any, model: Any, stage: str, config: TrainConfig | None = None, *, data: Any = None, **options: Any
+    ) -> Any:
+        """A trainer that goes on where the stage was stopped; on ``data`` where that is not the search's own."""
         folder = self.folder.inside(stage)
         going_on = folder is not None and (folder / CHECKPOINT).exists()
         number = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
         return cls(
-            model, self.data, config or self.config, folder=folder, resume=going_on, device=self.device,
-            show_progress=self.show_progress, label=number,
+            model, self.data if data is None else data, config or self.config, folder=folder, resume=going_on,
+            device=self.device, show_progress=self.show_progress, label=number,
             identity={"data": fingerprint(self.schema, self.data)}, **options,
         )  # fmt: skip
 

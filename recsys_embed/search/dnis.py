@@ -9,16 +9,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.search.bilevel import BilevelTrainer
 from recsys_embed.search.blocks import block_maps, block_sizes, order_of
-from recsys_embed.search.common import Search, need_validation
+from recsys_embed.search.common import Search, need_classes, need_validation
 from recsys_embed.search.extract import chunks, make_plan
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.loop import Trainer
+
+SPLIT = "held_out"
+"""Of data that holds training rows out."""
 
 
 @dataclass
@@ -46,6 +50,19 @@ class DnisSearch(Search):
     def check(self) -> None:
         """Refuse data without rows to choose by."""
         need_validation(self.data)
+        if self.settings.held_out and not hasattr(self.data, "held_out"):
+            raise ConfigError(
+                f"`held_out` needs data with a method held_out(share), as data folders have; got "
+                f"{type(self.data).__name__}. With held_out=0 the selection is fitted on the validation rows"
+            )
+        if self.settings.held_out:
+            need_classes(self.seen, SPLIT, "fit the selection on", "Raise `held_out`")
+
+    @cached_property
+    def seen(self) -> Any:
+        """The data as warm start and search see it."""
+        share = self.settings.held_out
+        return self.data.held_out(share) if share else self.data
 
     @cached_property
     def sizes(self) -> list[list[int]]:
@@ -63,12 +80,13 @@ class DnisSearch(Search):
     def net(self) -> Supernet:
         """The supernet, searched; its selection is multiplied into its tables."""
         s, net = self.settings, self.build()
-        self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm"))
+        self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm", data=self.seen))
         epochs = -(-self.config.epochs // 2) if s.search_epochs is None else s.search_epochs
         if epochs:
             # The selection moves for as long as the search lasts, so what counts is where it ends.
             config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
-            options: dict[str, Any] = {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
+            options: dict[str, Any] = {"data": self.seen, "upper": SPLIT if s.held_out else "valid"}
+            options |= {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
             self.run_stage("search", self.trainer(BilevelTrainer, net, "search", config, **options))
         self.folder.put("selection", {"alpha": cast("DnisLayer", net.layer).alpha.tolist()})
         self._merge(net)

@@ -125,8 +125,11 @@ class DnisSettings(Settings):
 
     Args:
         blocks: of ids by frequency.
-        scope: blocks of each field by itself, or of all fields together, as in the paper.
+        scope: blocks of all fields together, as in the paper, or of each field by itself: many more numbers to fit.
         balance: blocks of equal shares of the lookups ("mass") or of equally many ids ("count").
+        held_out: share of the training rows, the last, on which the selection is fitted and which warm start and search
+            do not train on; the retraining sees all. 0: on the validation rows, which then choose twice: the selection,
+            and when to stop, and are fitted better than any other rows.
         search_epochs: passes over the training rows with alternating steps, after the warm start of `epochs`; None:
             half as many as the warm start may take, rounded up; 0: none, so that warm tables are pruned by size alone.
         alpha_lr: rate of the selection, plain SGD on normalised gradients.
@@ -143,9 +146,10 @@ class DnisSettings(Settings):
         ConfigError: a setting is out of range; all faults at once.
     """
 
-    blocks: int = 4
-    scope: Literal["field", "global"] = "field"
+    blocks: int = 6
+    scope: Literal["field", "global"] = "global"
     balance: Literal["mass", "count"] = "mass"
+    held_out: float = 0.2
     search_epochs: int | None = None
     alpha_lr: float = 1e-2
     l1: float = 1e-5
@@ -159,6 +163,8 @@ class DnisSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         faults = [] if self.blocks >= 1 else [f"`blocks` must be at least 1; got {self.blocks}"]
+        if not self.held_out < 1:
+            faults.append(f"`held_out` must be in [0, 1); got {self.held_out!r}")
         if not self.sparsity < 1:
             faults.append(f"`sparsity` must be in [0, 1); got {self.sparsity!r}")
         raise_faults(faults, type(self).__name__)

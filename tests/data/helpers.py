@@ -6,6 +6,9 @@ import gzip
 import random
 from pathlib import Path
 
+import torch
+
+from recsys_embed.data import Batch
 from recsys_embed.data.explain import GoodRow
 
 TAB = b"\t"
@@ -60,3 +63,9 @@ def contents(out: Path, *, schema: bool = True) -> dict[str, bytes]:
     return {
         str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in skip
     }
+
+
+def table(batches: list[Batch]) -> torch.Tensor:
+    """All columns of batches side by side, float64: ids are below 2**53."""
+    parts = [torch.cat([b.dense.double(), b.ids.double(), b.label.double()[:, None]], dim=1) for b in batches]
+    return torch.cat(parts)

@@ -8,48 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_rows, read_folder, write
+from helpers import read_folder, table
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_embed.data import (
     Batch,
-    CriteoOptions,
     Dataset,
     InMemoryDataset,
-    convert_criteo,
-    ingest,
     loader,
     open_dataset,
-    source,
 )
 from recsys_embed.errors import ConfigError, DataError, UnknownNameError
 
 ROWS = 500
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "BLOCK_BYTES", 16_000)
-        patch.setattr(ingest, "part_blocks", lambda options: 1)
-        convert_criteo(
-            write(base / "a.tsv", random_rows(ROWS, 6, values=200)), base / "out", CriteoOptions(min_count=1)
-        )
-    return base / "out"
+@pytest.fixture
+def folder(sharded: Path) -> Path:
+    return sharded
 
 
 @pytest.fixture(params=["memory", "stream"])
 def data(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setattr(loader, "CHUNK_ROWS", 30)
     return open_dataset(folder, memory_limit=0 if request.param == "stream" else 1 << 30)
-
-
-def table(batches: list[Batch]) -> torch.Tensor:
-    """All columns of batches side by side, float64: ids are below 2**53."""
-    parts = [torch.cat([b.dense.double(), b.ids.double(), b.label.double()[:, None]], dim=1) for b in batches]
-    return torch.cat(parts)
 
 
 def sort_rows(t: torch.Tensor) -> list[list[float]]:

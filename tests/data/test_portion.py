@@ -1,4 +1,4 @@
-"""Portions of a data folder: every row in exactly one, row groups whole where that is fair."""
+"""Portions of a data sharded: every row in exactly one, row groups whole where that is fair."""
 
 from __future__ import annotations
 
@@ -6,38 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_rows, write
+from helpers import table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed.data import Batch, CriteoOptions, Portion, convert_criteo, ingest, loader, open_dataset, source
+from recsys_embed.data import Portion, loader, open_dataset
 from recsys_embed.errors import ConfigError
-
-ROWS = 500
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Several shards of uneven size."""
-    base = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "BLOCK_BYTES", 16_000)
-        patch.setattr(ingest, "part_blocks", lambda options: 1)
-        convert_criteo(
-            write(base / "a.tsv", random_rows(ROWS, 6, values=200)), base / "out", CriteoOptions(min_count=1)
-        )
-    return base / "out"
-
-
-def table(batches: list[Batch]) -> torch.Tensor:
-    return torch.cat([torch.cat([b.dense.double(), b.ids.double(), b.label.double()[:, None]], 1) for b in batches])
 
 
 @given(world=st.integers(1, 9), group=st.sampled_from([60, 170, 65536]), streamed=st.booleans())
-def test_every_row_once_in_file_order(folder: Path, world: int, group: int, streamed: bool) -> None:
+def test_every_row_once_in_file_order(sharded: Path, world: int, group: int, streamed: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "CHUNK_ROWS", group)
-        data = open_dataset(folder, memory_limit=0 if streamed else 1 << 30)
+        data = open_dataset(sharded, memory_limit=0 if streamed else 1 << 30)
         whole = table(list(data.batches("train", 64, shuffle=False)))
         parts = [Portion.of(data, rank, world) for rank in range(world)]
         batches = [list(part.batches("train", 16, shuffle=False)) for part in parts]
@@ -52,18 +33,18 @@ def test_every_row_once_in_file_order(folder: Path, world: int, group: int, stre
 
 
 @given(world=st.integers(2, 6), group=st.sampled_from([1, 2, 30, 65536]))
-def test_portions_are_fair(folder: Path, world: int, group: int) -> None:
+def test_portions_are_fair(sharded: Path, world: int, group: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "CHUNK_ROWS", group)
-        part = Portion.of(open_dataset(folder), 0, world)
+        part = Portion.of(open_dataset(sharded), 0, world)
         rows = part.rows_of_all("train")
         fair = part.splits["train"] / world
         assert all(abs(n - fair) <= 2 * 0.01 * fair + 1 for n in rows)
 
 
-def test_row_groups_stay_whole_where_that_is_fair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_stay_whole_where_that_is_fair(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "CHUNK_ROWS", 2)
-    data = open_dataset(folder)
+    data = open_dataset(sharded)
     first = Portion.of(data, 0, 2)
     groups, cut = [0], 0
     for *_, rows in data._chunks("train"):
@@ -72,8 +53,8 @@ def test_row_groups_stay_whole_where_that_is_fair(folder: Path, monkeypatch: pyt
     assert first.ends("train")[1] in groups
 
 
-def test_more_processes_than_rows(folder: Path) -> None:
-    data = open_dataset(folder)
+def test_more_processes_than_rows(sharded: Path) -> None:
+    data = open_dataset(sharded)
     rows = [Portion.of(data, r, 10_000).rows("valid") for r in range(0, 10_000, 999)]
     assert set(rows) <= {0, 1}
     with pytest.raises(ConfigError, match=r"`rank` must be in \[0, 2\); got 2"):

@@ -59,7 +59,7 @@ def test_optembed_keeps_the_rows_that_matter(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_dnis_finds_widths_that_follow_the_ranks(seed: int) -> None:
     data, config = Planted(seed), planted_config(seed=seed, epochs=8)
-    settings = DnisSettings(blocks=2, search_epochs=8, sparsity=0.88, l1=1e-2)
+    settings = DnisSettings(blocks=2, scope="field", search_epochs=8, sparsity=0.88, l1=1e-2)
     found = run_search(DnisSearch, config, data, settings)
     widths = {name: [bits.bit_count() for bits in found.plan[name].columns] for name in RANKS}
     assert set(widths["none_a"] + widths["none_b"]) == {0}

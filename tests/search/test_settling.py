@@ -38,7 +38,7 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def dnis_trainer(backend: str) -> BilevelTrainer:
     config = CONFIG.replace(backend=backend)
     search = DnisSearch(config, ToyData(), DnisSettings(blocks=2), SearchFolder(None, {}))
-    options = {"alpha_lr": 0.05, "l1": 1e-3, "second_order": False, "show_progress": False}
+    options = {"upper": "valid", "alpha_lr": 0.05, "l1": 1e-3, "second_order": False, "show_progress": False}
     return BilevelTrainer(search.build(), search.data, config, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,16 @@ class InMemory:
     def numeric_moments(self):
         dense = self.parts["train"].dense
         return dense.mean(0), dense.std(0, correction=0)
+
+    def held_out(self, share):
+        found, (dense, ids, label) = copy(self), self.parts["train"]
+        cut = len(label) - round(share * len(label))
+        halves = {
+            "train": Batch(dense[:cut], ids[:cut], label[:cut]),
+            "held_out": Batch(dense[cut:], ids[cut:], label[cut:]),
+        }
+        found.parts = {**self.parts, **halves}
+        return found
 
     def batches(self, split, batch_size, *, shuffle=False, seed=0, epoch=0, device=None, start_batch=0):
         parts = self.parts[split]
