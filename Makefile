@@ -3,6 +3,7 @@
 # make test-triton  the GPU kernels without a GPU: in triton's interpreter, and compiled for sm_90 (installs triton)
 # make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
 # make bench-gpu  benchmark of the GPU kernels: bandwidth beside a copy's, and FBGEMM's kernels where there are any
+# make test-arm64  the native kernels for arm64: cross-compiled (installs one), and run where qemu-aarch64 is
 # make lint   style, types and the layering of the package
 # make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers of g++
 # make bench  benchmarks; JSON results and a picture in runs/bench (make bench-peers: training beside FuxiCTR's too)
@@ -18,10 +19,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton test-gpu sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
+.PHONY: help setup demo test test-triton test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 setup:
 	@sh scripts/setup.sh
@@ -65,6 +66,20 @@ sanitize: setup
 	  $(BIN)/python -m pytest -n 0 -q -p no:cacheprovider tests/kernels/test_native.py tests/test_decay.py $(ARGS)
 	g++ -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi -fsanitize=thread ops/cpu/check_threads.cpp -o runs/sanitize/threads
 	setarch -R runs/sanitize/threads
+
+# The kernels for arm64, by a cross compiler that comes as a package (clang's warnings are errors: GCC has none of them),
+# and run where QEMU's user emulation is installed.
+ZIG := $(VENV)/zig
+CROSS := -O2 -std=c++17 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Werror
+test-arm64: setup
+	@[ -e $(ZIG)/.done ] || { \
+	  echo "installing a cross compiler into $(ZIG)"; rm -rf $(ZIG); \
+	  $(BIN)/python -m pip --disable-pip-version-check install -q --target $(ZIG) 'ziglang==0.17.*' && touch $(ZIG)/.done; }
+	@mkdir -p runs/arm64
+	PYTHONPATH=$(ZIG) $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu $(CROSS) -c ops/cpu/native.cpp -o runs/arm64/native.o
+	@qemu=$$(command -v qemu-aarch64-static || command -v qemu-aarch64) || { echo "compiled, not run: no qemu-aarch64"; exit 0; }; \
+	  PYTHONPATH=$(ZIG) $(BIN)/python -m ziglang c++ -target aarch64-linux-musl $(CROSS) -static ops/cpu/check_threads.cpp -o runs/arm64/threads \
+	  && "$$qemu" runs/arm64/threads
 
 lint: setup
 	$(BIN)/ruff check .

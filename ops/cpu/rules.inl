@@ -22,10 +22,11 @@ struct Row {
   float* data() { return W ? fixed : memory.data(); }
 };
 
-// Steps of one element of each lane, given its gradient: what Adagrad and Adam do, once or many times in a row.
+// Steps of one element of each lane, given its gradient: what Adagrad and Adam do, once or many times in a row. Their
+// vectors are named by the lanes: a type deduced from an argument is one that clang takes to be aligned.
 struct AdagradStep {
-  template <class L, class V>
-  static inline void run(L lanes, V v, V& weight, V& sum, float size, float eps) {
+  template <class L>
+  static inline void run(L lanes, typename L::V v, typename L::V& weight, typename L::V& sum, float size, float eps) {
     sum += v * v;
     weight -= v / (lanes.root(sum) + eps) * size;
   }
@@ -34,8 +35,8 @@ struct AdagradStep {
 struct AdamStep {
   float rest1, rest2;
   explicit AdamStep(const Update& u) : rest1(float(1 - u.beta1)), rest2(float(1 - u.beta2)) {}
-  template <class L, class V>
-  inline void run(L lanes, V v, V& weight, V& mean, V& square, float size, float eps) const {
+  template <class L>
+  inline void run(L lanes, typename L::V v, typename L::V& weight, typename L::V& mean, typename L::V& square, float size, float eps) const {
     mean += (v - mean) * rest1, square += (v * v - square) * rest2;
     weight -= mean / (lanes.root(square) + eps) * size;
   }
