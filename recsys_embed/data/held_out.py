@@ -2,60 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from typing import Any
 
 from recsys_embed.data.batch import InMemoryDataset
 from recsys_embed.data.loader import Dataset
 from recsys_embed.data.manifest import Shard
 from recsys_embed.data.portion import between
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, unknown_name
 
 SPLIT = "held_out"
 
 
-@dataclass
 class HeldOut(Dataset):
-    """A data set whose last training rows, in file order, are the split ``held_out`` and no part of ``train``.
+    """``whole``, whose last training rows, in file order, are the split ``held_out`` and no part of ``train``.
 
-    ``stats`` and ``digest`` are those of the whole, as are numeric moments of ``train`` taken before.
+    ``stats`` are those of the whole.
     """
 
-    share: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share < 1:
-            raise ConfigError(f"`share` must lie between 0 and 1; got {self.share}")
-
-    @classmethod
-    def of(cls, data: Dataset, share: float) -> HeldOut:
-        """``data`` with ``share`` of its training rows held out; rows it has in memory are not copied."""
-        if type(data) is not Dataset:
-            raise ConfigError(f"rows are held out of a whole data folder, not of a portion; got {type(data).__name__}")
-        found = cls(data.path, data.manifest, data.memory_limit, share)
-        if "train" in data._loaded:
-            whole, cut = data._loaded["train"], found._cut
-            for split, rows in (("train", slice(cut)), (SPLIT, slice(cut, None))):
-                found._loaded[split] = InMemoryDataset(whole.dense[rows], whole.ids[rows], whole.label[rows])
-        return found
-
-    @property
-    def _cut(self) -> int:
-        """First row held out."""
-        total = super().rows("train")
-        return total - round(self.share * total)
+    def __init__(self, whole: Dataset, share: float) -> None:
+        if type(whole) is not Dataset:
+            raise ConfigError(
+                "rows are held out of a data set as open_dataset() gives it, not of a part of one; got "
+                f"{type(whole).__name__}"
+            )
+        if not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ConfigError(f"`share` must lie between 0 and 1; got {share!r}")
+        super().__init__(whole.path, whole.manifest, whole.memory_limit)
+        self.whole, self.share = whole, share
 
     @property
     def splits(self) -> dict[str, int]:
-        return {**super().splits, "train": self.rows("train"), SPLIT: self.rows(SPLIT)}
+        return {**self.whole.splits, "train": self.rows("train"), SPLIT: self.rows(SPLIT)}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.whole.digest} {self.rows(SPLIT)}".encode()).hexdigest()
 
     def rows(self, split: str) -> int:
-        if split == "train":
-            return self._cut
-        return super().rows("train") - self._cut if split == SPLIT else super().rows(split)
+        if split not in ("train", SPLIT):
+            return super().rows(split)
+        total = self.whole.rows("train")
+        out = round(self.share * total)
+        return out if split == SPLIT else total - out
+
+    def load(self, split: str) -> InMemoryDataset:
+        if split not in ("train", SPLIT):
+            return self.whole.load(split)
+        if split not in self._loaded and self.whole.fits("train"):
+            rows, found = slice(*self._ends(split)), self.whole.load("train")
+            self._loaded[split] = InMemoryDataset(found.dense[rows], found.ids[rows], found.label[rows])
+        return super().load(split)
+
+    def _ends(self, split: str) -> tuple[int, int]:
+        """First row of the whole training split, and the one after the last."""
+        cut = self.rows("train")
+        return (0, cut) if split == "train" else (cut, self.whole.rows("train"))
 
     def _chunks(self, split: str) -> list[tuple[Shard, int, int]]:
         if split not in ("train", SPLIT):
             return super()._chunks(split)
-        start, stop = (0, self._cut) if split == "train" else (self._cut, super().rows("train"))
-        return between(super()._chunks("train"), start, stop)
+        return between(super()._chunks("train"), *self._ends(split))
+
+    def _split(self, name: str) -> Any:
+        if name not in self.splits:
+            raise unknown_name("split", name, self.splits)
+        return super()._split(name)

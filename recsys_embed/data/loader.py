@@ -114,15 +114,23 @@ class Dataset:
         raise unknown_name("feature", name, self.feature_names)
 
     def held_out(self, share: float) -> Dataset:
-        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``."""
+        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``.
+
+        Raises:
+            ConfigError: a share outside (0, 1).
+        """
         from recsys_embed.data.held_out import HeldOut
 
-        return HeldOut.of(self, share)
+        return HeldOut(self, share)
 
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
         wide = 8 if self.manifest.id_mode == "raw" else 4
         return 4 * self.num_dense + wide * len(self.manifest.features) + 4
+
+    def fits(self, split: str) -> bool:
+        """Whether a split is held in memory."""
+        return self.rows(split) * self.row_bytes() <= self.memory_limit
 
     def load(self, split: str) -> InMemoryDataset:
         """A whole split in memory, in file order; kept for later calls."""
@@ -168,7 +176,7 @@ class Dataset:
             An iterable of :class:`Batch` with ``len()``.
         """
         rows = self.rows(split)
-        if rows * self.row_bytes() <= self.memory_limit:
+        if self.fits(split):
             return self.load(split).batches(
                 batch_size, shuffle=shuffle, seed=seed, epoch=epoch, drop_last=drop_last, device=device,
                 start_batch=start_batch,

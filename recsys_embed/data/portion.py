@@ -34,6 +34,10 @@ class Portion(Dataset):
     @classmethod
     def of(cls, data: Dataset, rank: int, world: int) -> Portion:
         """Portion ``rank`` of ``world`` of an opened data set."""
+        if type(data) is not Dataset:
+            raise ConfigError(
+                f"portions are of a data set as open_dataset() gives it, not of part of one; got {type(data).__name__}"
+            )
         return cls(data.path, data.manifest, data.memory_limit, rank, world)
 
     def ends(self, split: str) -> list[int]:

@@ -122,7 +122,7 @@ class BilevelTrainer(Trainer):
             self.net.train()
 
     def _second(self, train: Any, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:
-        """What the selection does to the validation loss through the embeddings' next step (DARTS, eq. 8)."""
+        """What the selection does to the loss on unseen rows through the embeddings' next step (DARTS, eq. 8)."""
         norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
         if not float(norm) > 0:
             return torch.zeros_like(self.layer.alpha)

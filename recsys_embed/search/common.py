@@ -43,7 +43,7 @@ from recsys_embed.train.run import (
 )
 
 LEAST_OF_A_CLASS = 50
-"""Validation rows of the rarer class below which an AUC is mostly chance."""
+"""Rows of the rarer class below which what is measured on them is mostly chance."""
 _PROBE_STEPS = 20
 
 

@@ -50,19 +50,26 @@ class DnisSearch(Search):
     def check(self) -> None:
         """Refuse data without rows to choose by."""
         need_validation(self.data)
-        if self.settings.held_out and not hasattr(self.data, "held_out"):
+        if not self.held_out:
+            return
+        if not hasattr(self.data, "held_out"):
             raise ConfigError(
                 f"`held_out` needs data with a method held_out(share), as data folders have; got "
                 f"{type(self.data).__name__}. With held_out=0 the selection is fitted on the validation rows"
             )
-        if self.settings.held_out:
-            need_classes(self.seen, SPLIT, "fit the selection on", "Raise `held_out`")
+        otherwise = "or set it to 0, which fits the selection on the validation rows"
+        need_classes(self.seen, SPLIT, "fit the selection on", f"Raise `held_out`, {otherwise}")
+        need_classes(self.seen, "train", "train on", f"Lower `held_out`, {otherwise}")
+
+    @property
+    def held_out(self) -> float:
+        """Share of the training rows that the selection is fitted on, where it is fitted at all."""
+        return self.settings.held_out if self.settings.search_epochs != 0 else 0.0
 
     @cached_property
     def seen(self) -> Any:
         """The data as warm start and search see it."""
-        share = self.settings.held_out
-        return self.data.held_out(share) if share else self.data
+        return self.data.held_out(self.held_out) if self.held_out else self.data
 
     @cached_property
     def sizes(self) -> list[list[int]]:
@@ -85,7 +92,7 @@ class DnisSearch(Search):
         if epochs:
             # The selection moves for as long as the search lasts, so what counts is where it ends.
             config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
-            options: dict[str, Any] = {"data": self.seen, "upper": SPLIT if s.held_out else "valid"}
+            options: dict[str, Any] = {"data": self.seen, "upper": SPLIT if self.held_out else "valid"}
             options |= {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
             self.run_stage("search", self.trainer(BilevelTrainer, net, "search", config, **options))
         self.folder.put("selection", {"alpha": cast("DnisLayer", net.layer).alpha.tolist()})

@@ -125,15 +125,16 @@ class DnisSettings(Settings):
 
     Args:
         blocks: of ids by frequency.
-        scope: blocks of all fields together, as in the paper, or of each field by itself: many more numbers to fit.
+        scope: blocks of all fields together ("global"), as in the paper, or of each field by itself ("field"): many
+            more numbers to fit.
         balance: blocks of equal shares of the lookups ("mass") or of equally many ids ("count").
-        held_out: share of the training rows, the last, on which the selection is fitted and which warm start and search
-            do not train on; the retraining sees all. 0: on the validation rows, which then choose twice: the selection,
-            and when to stop, and are fitted better than any other rows.
+        held_out: share of the training rows, the last, on which the selection is fitted and which warm start and
+            search do not train on, though blocks are by the counts of all; the retraining sees them. 0: on the
+            validation rows, which then choose twice: the selection, and when to stop.
         search_epochs: passes over the training rows with alternating steps, after the warm start of `epochs`; None:
             half as many as the warm start may take, rounded up; 0: none, so that warm tables are pruned by size alone.
         alpha_lr: rate of the selection, plain SGD on normalised gradients.
-        l1: weight of the selection's absolute values in the validation loss.
+        l1: weight of the selection's absolute values in the loss that it is fitted by.
         second_order: add the second-order term (a finite difference; reads and writes whole tables at every step).
         structure: keep whole columns of blocks, or single elements.
         importance: columns of blocks are ranked by the size of their elements, or by that times how often blocks are

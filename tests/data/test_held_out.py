@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_embed.data import Portion, loader, open_dataset
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, UnknownNameError
 
 
 @given(
@@ -43,14 +43,38 @@ def test_training_rows_are_cut_in_two(sharded: Path, share: float, group: int, s
 
 def test_rows_in_memory_are_not_copied(sharded: Path) -> None:
     data = open_dataset(sharded)
-    whole = data.load("train")
-    assert data.held_out(0.25).load("train").ids.data_ptr() == whole.ids.data_ptr()
+    found = data.held_out(0.25)
+    ids = {split: found.load(split).ids for split in (*data.splits, "held_out")}
+    cut = found.rows("train")
+    assert ids["train"].data_ptr() == data.load("train").ids.data_ptr()
+    assert ids["held_out"].data_ptr() == data.load("train").ids[cut:].data_ptr()
+    assert all(ids[split].data_ptr() == data.load(split).ids.data_ptr() for split in ("valid", "test"))
+
+
+def test_a_part_that_fits_is_loaded_where_the_whole_does_not(sharded: Path) -> None:
+    rows = open_dataset(sharded).rows("train")
+    data = open_dataset(sharded, memory_limit=rows // 2 * open_dataset(sharded).row_bytes())
+    found = data.held_out(0.25)
+    assert (found.fits("train"), found.fits("held_out"), data.fits("train")) == (False, True, False)
+    kept = list(found.batches("train", 64, shuffle=False)) + list(found.batches("held_out", 64, shuffle=False))
+    assert torch.equal(table(kept), table(list(data.batches("train", 64, shuffle=False))))
+
+
+def test_what_is_held_out_is_part_of_what_the_data_is(sharded: Path) -> None:
+    data = open_dataset(sharded)
+    digests = [data.digest, data.held_out(0.2).digest, data.held_out(0.5).digest]
+    assert len(set(digests)) == 3
+    assert digests[1] == open_dataset(sharded).held_out(0.2).digest
 
 
 def test_what_cannot_be_held_out_is_refused(sharded: Path) -> None:
     data = open_dataset(sharded)
-    for share in (0.0, 1.0, -0.5, float("nan")):
-        with pytest.raises(ConfigError, match="`share` must lie between 0 and 1"):
+    for share in (0.0, 1.0, -0.5, float("nan"), "0.2", None):
+        with pytest.raises(ConfigError, match=r"`share` must lie between 0 and 1; got"):
             data.held_out(share)
-    with pytest.raises(ConfigError, match="a portion"):
+    with pytest.raises(ConfigError, match=r"as open_dataset\(\) gives it.*; got Portion"):
         Portion.of(data, 0, 2).held_out(0.2)
+    with pytest.raises(ConfigError, match=r"as open_dataset\(\) gives it.*; got HeldOut"):
+        Portion.of(data.held_out(0.2), 0, 2)
+    with pytest.raises(UnknownNameError, match="did you mean 'held_out'"):
+        data.held_out(0.2).batches("heldout", 8)

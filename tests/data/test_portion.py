@@ -1,4 +1,4 @@
-"""Portions of a data sharded: every row in exactly one, row groups whole where that is fair."""
+"""Portions of a data folder: every row in exactly one, row groups whole where that is fair."""
 
 from __future__ import annotations
 

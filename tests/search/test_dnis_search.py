@@ -32,6 +32,10 @@ def test_dnis_fits_its_selection_on_training_rows_that_weights_have_not_seen() -
     assert "valid" not in {split for split, _ in searched}, "validation rows choose when to stop, and nothing else"
     assert ("held_out", 500) not in steps[len(searched) :]
     data.seen.clear()
+    run_search(DnisSearch, config, data, DnisSettings(blocks=2, held_out=0.25, search_epochs=0))
+    assert {split for split, *_ in data.seen} == {"train", "valid", "test"}
+    assert {rows for split, _, rows in data.seen if split == "train"} == {2000}, "nothing is fitted on rows held out"
+    data.seen.clear()
     run_search(DnisSearch, config, data, DnisSettings(blocks=2, held_out=0.0))
     steps = [(split, rows) for split, size, rows in data.seen if size == 100]
     assert {split for split, _ in steps} == {"train", "valid"}
@@ -51,7 +55,11 @@ def test_dnis_says_what_cannot_be_held_out() -> None:
     config = toy_config(epochs=1, ratio=4.0)
     with pytest.raises(ConfigError, match=r"a method held_out\(share\).*; got Bare. With held_out=0 "):
         run_search(DnisSearch, config, Bare(), DnisSettings())
-    with pytest.raises(ConfigError, match=r"'held_out' is too small to fit the selection on: .* Raise `held_out`"):
+    with pytest.raises(
+        ConfigError, match=r"'held_out' is too small to fit the selection on: .* Raise `held_out`, or set "
+    ):
         run_search(DnisSearch, config, ToyData(), DnisSettings(held_out=0.02))
+    with pytest.raises(ConfigError, match=r"'train' is too small to train on: .* Lower `held_out`, or set it to 0"):
+        run_search(DnisSearch, config, ToyData(), DnisSettings(held_out=0.97))
     with pytest.raises(ConfigError, match=r"`held_out` must be in \[0, 1\); got 1.0"):
         DnisSettings(held_out=1.0)
