@@ -16,8 +16,8 @@ from recsys_embed.plan import table_key
 from recsys_embed.registry import get_method
 
 
-def per_table(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
-    """A module per table as DLRM has them, in torch's operations alone: sparse gradients and torch's Adagrad."""
+def _modules(case: Case, like: EmbeddingCollection) -> torch.nn.ModuleList:
+    """A module per composed table, in torch's operations alone."""
     schema = case.schema()
     plan = case.plan(schema)
     modules = torch.nn.ModuleList(
@@ -34,13 +34,29 @@ def per_table(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
             own = shared.setdefault(key, module._parameters[table.name])
             module._parameters[table.name] = own
             own.detach().copy_(like.table(key))
+    return modules
+
+
+def per_table(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
+    """A module per table as DLRM has them: sparse gradients and torch's Adagrad."""
+    columns: list[list[tuple[Tensor, ...]]]
+    columns = [[(i[:, j].contiguous(),) for j in range(len(case.sizes))] for i in ids]
+    if case.method == "full":
+        modules = torch.nn.ModuleList(
+            torch.nn.EmbeddingBag.from_pretrained(
+                like.table(f"{s.name}.weight").detach().clone(), freeze=False, mode="sum", sparse=True
+            )
+            for s in like.schema
+        )
+        columns = [[(c, torch.arange(len(c))) for (c,) in batch] for batch in columns]
+    else:
+        modules = _modules(case, like)
     # Torch's own default; said aloud, it is not warned of.
     torch.sparse.check_sparse_tensor_invariants.disable()
     optimizer = torch.optim.Adagrad(modules.parameters(), lr=RATE)
-    columns = [[i[:, j].contiguous() for j in range(len(case.sizes))] for i in ids]
 
     def forward(turn: int) -> Tensor:
-        return torch.stack([m(c) for m, c in zip(modules, columns[turn], strict=True)], 1)
+        return torch.stack([m(*c) for m, c in zip(modules, columns[turn], strict=True)], 1)
 
     def step() -> None:
         optimizer.step()
@@ -58,9 +74,9 @@ def compiled(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conten
     return Contender(lambda turn: run(ids[turn]), trains=False)
 
 
-TORCH: dict[str, Callable[..., Contender]] = {"per_table": per_table, "compile": compiled}
-PLAIN: dict[str, Callable[..., Contender]] = {"tbe": tbe, "fused_ebc": fused_ebc, **TORCH}
-COMPOSED: dict[str, Callable[..., Contender]] = {"index_tbe": index_tbe, **TORCH}
+NO_BACKEND: dict[str, Callable[..., Contender]] = {"per_table": per_table, "compile": compiled}
+PLAIN: dict[str, Callable[..., Contender]] = {"tbe": tbe, "fused_ebc": fused_ebc, **NO_BACKEND}
+COMPOSED: dict[str, Callable[..., Contender]] = {"index_tbe": index_tbe, **NO_BACKEND}
 
 
 def build(case: Case, ids: list[Tensor], skip: set[str]) -> tuple[EmbeddingCollection, dict[str, Contender]]:

@@ -1,8 +1,10 @@
-// Runs the kernels in four threads under a thread sanitizer, and checks that results are those of one thread, bit for
-// bit: g++ -fsanitize=thread -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi check_threads.cpp && ./a.out
+// Runs the kernels in four threads, under a thread sanitizer for one, and checks that results are those of one thread and
+// of every instruction set, bit for bit; prints their hash, which is that of any other processor:
+// g++ -fsanitize=thread -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi check_threads.cpp && ./a.out
 #include "native.cpp"
 
 #include <cstdio>
+#include <cstring>
 #include <thread>
 
 namespace {
@@ -19,6 +21,12 @@ void run_parallel(void (*fn)(void*), void* data, unsigned threads, unsigned) {
       fn(data);
     });
   for (std::thread& t : team) t.join();
+}
+
+std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 constexpr i64 ROWS = 5000, WIDTH = 16, BATCH = 3000, FEATURES = 3;
@@ -112,16 +120,24 @@ int main() {
   rse_set_runtime(reinterpret_cast<void*>(run_parallel), reinterpret_cast<void*>(+[] { return own_number; }),
                   reinterpret_cast<void*>(+[] { return team_size; }));
   int wrong = 0;
+  std::vector<u64> hashes;
   for (const Variant& variant : variants) {
     if (!rse_select(variant.name)) continue;
+    u64 hash = 14695981039346656037ull;
     for (i64 rule : {SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM})
       for (bool bags : {false, true})
         for (bool lazy : {false, true}) {
-          const bool same = train(1, rule, bags, lazy) == train(4, rule, bags, lazy);
+          const std::vector<float> one = train(1, rule, bags, lazy);
+          const bool same = one == train(4, rule, bags, lazy);
           wrong += !same;
           if (!same) std::printf("%s, rule %d, bags %d, lazy %d: other bits\n", variant.name, int(rule), bags, lazy);
+          for (float x : one) hash = (hash ^ bits_of(x)) * 1099511628211ull;
         }
+    hashes.push_back(hash);
+    wrong += hash != hashes[0];
+    std::printf("%s: %016llx\n", variant.name, static_cast<unsigned long long>(hash));
   }
-  std::printf("%s\n", wrong ? "threads change results" : "four threads: the bits of one");
+  wrong += hashes.empty();
+  std::printf("%s\n", wrong ? "results differ" : "four threads: the bits of one");
   return wrong != 0;
 }
