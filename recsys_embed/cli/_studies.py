@@ -45,7 +45,12 @@ def methods(
     proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of a training.")] = None,
     check: Annotated[int, typer.Option("--check-proxy", help="So many trials are trained in full after all.")] = 6,
     storage: Annotated[
-        str | None, typer.Option("--storage", help="URL or file; default OUT/study.db; NAME.journal: a journal.")
+        str | None,
+        typer.Option(
+            "--storage",
+            help="URL or file; default OUT/study.db; NAME.journal: a journal. A server's password may be in "
+            "RECSYS_EMBED_STORAGE_PASSWORD.",
+        ),
     ] = None,
     warm: Annotated[str | None, typer.Option("--warm-from", help="Storage of an earlier study.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes on this machine.")] = 1,
@@ -64,7 +69,7 @@ def methods(
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    from recsys_embed.search.study_storage import file_of
+    from recsys_embed.search.study_storage import file_of, shown
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -75,33 +80,32 @@ def methods(
     train = train_config(given, options, rest)
     folder = out or Path("runs/search") / f"methods-{train.model}-s{train.seed}"
     place = file_of(storage) if storage is not None else None
+    where = str(place) if place and "://" not in str(storage) else storage
+    if place == (folder / "study.db").absolute():  # what lies in the folder moves with it
+        where = None
     asked = {
         "data": str(data.absolute()),
         "train": train.to_dict(),
         "study": own,
-        # What lies in the folder moves with it.
-        "storage": None
-        if place == (folder / "study.db").absolute()
-        else str(place)
-        if place and "://" not in str(storage)
-        else storage,
+        "storage": where,
         "device": device,
     }
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1; got {workers}")
     folder.mkdir(parents=True, exist_ok=True)
     known = read_asked(folder)
-    if known is not None and known["storage"] != asked["storage"]:
+    kept = {**asked, "storage": where and shown(where)}
+    if known is not None and (known["storage"] and shown(known["storage"])) != kept["storage"]:
         raise ConfigError(
             f"{folder} holds the results of a study that is kept elsewhere, as {folder / STUDY} says: give that "
             "--storage (none: the folder's own study.db), or another --out"
         )
     study = open_study(asked, folder, there=known is not None)
-    write_json(folder / STUDY, asked)
+    write_json(folder / STUDY, kept)
     say_few_steps(study.data, study.config)
     if warm is not None:
         queued, outside = study.warm_from(warm)
-        print(f"from {warm}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
+        print(f"from {shown(warm)}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
     try:
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)

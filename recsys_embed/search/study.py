@@ -27,11 +27,11 @@ from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.search.common import need_validation
 from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
-from recsys_embed.search.study_queue import requeue, requeue_lost, take
+from recsys_embed.search.study_queue import fill, requeue, requeue_lost, take
 from recsys_embed.search.study_samplers import make_sampler
 from recsys_embed.search.study_settings import OBJECTIVES, StudySettings
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.study_storage import faults_of, open_storage
+from recsys_embed.search.study_storage import faults_of, open_storage, shown
 from recsys_embed.search.study_trial import Hopeless, Untested, Watched
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import DivergedError, TrainResult
@@ -79,7 +79,7 @@ class MethodStudy:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
         need_validation(data)
         self.full_config, self.data, self.settings = config, Untested(data), settings
-        self.where, self.device = storage, device
+        self.where, self.device = shown(storage), device
         schema = schema_of(data, config)
         cls = get_model(config.model)
         self.schema: Schema = schema if cls.uses_vectors else schema.with_dim(1)
@@ -214,10 +214,7 @@ class MethodStudy:
         study.set_user_attr(_READY, True)
 
     def _fill(self, study: optuna.Study) -> None:
-        """Queue as many trials as the study is to have; those that failed are not counted."""
-        there = sum(t.state != TrialState.FAIL for t in study.get_trials(deepcopy=False))
-        for _ in range(self.settings.trials - there):
-            study.enqueue_trial({})
+        fill(study, self.storage, self.settings.trials)
 
     def _planner_points(self) -> Iterator[dict[str, Any]]:
         stats = self.data if hasattr(self.data, "manifest") else None
@@ -240,7 +237,7 @@ class MethodStudy:
         with faults_of(storage):
             found = open_storage(storage, there=True)
             if NAME not in optuna.get_all_study_names(found):
-                raise StorageError(f"{storage} holds no study of methods to start from; name the storage of one")
+                raise StorageError(f"{shown(storage)} holds no study of methods to start from; name the storage of one")
             earlier = optuna.load_study(study_name=NAME, storage=found).best_trials
         fitting = [t.params for t in earlier if self.space.holds(t.params)]
         with self.guarded():

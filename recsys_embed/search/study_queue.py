@@ -28,6 +28,24 @@ def _began(pid: int) -> str:
         return ""
 
 
+def fill(study: optuna.Study, storage: Any, trials: int) -> None:
+    """Queue as many trials as a study is to have; those that failed are not counted.
+
+    Several workers may do so at once: each takes back those of its own that come after as many others.
+    """
+
+    def counted() -> list[FrozenTrial]:
+        there = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]
+        return sorted(there, key=lambda t: t.number)
+
+    empty = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": {}})
+    mine = {storage.create_new_trial(study._study_id, empty) for _ in range(trials - len(counted()))}
+    for trial in counted()[trials:]:
+        if trial._trial_id in mine and _taken(storage, trial._trial_id):
+            storage.set_trial_user_attr(trial._trial_id, "reason", "one too many: workers began at once")
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
 def requeue_lost(study: optuna.Study, storage: Any) -> int:
     """Queue again the trials whose workers are gone, and return how many; several workers may do so at once."""
     lost = 0
@@ -70,11 +88,17 @@ def take(study: optuna.Study, storage: Any) -> optuna.Trial | None:
     All trials of a study are queued when it is made, so that workers share out what is there and never make one more.
     """
     for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)), key=lambda t: t.number):
-        try:
-            if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                continue
-        except (RuntimeError, ValueError):  # finished by another worker meanwhile
-            continue
-        storage.set_trial_user_attr(trial._trial_id, "owner", owner())
-        return optuna.Trial(study, trial._trial_id)
+        if _taken(storage, trial._trial_id):
+            # Before Optuna 5 the time at which a trial began is in its worker's time zone, which others do not know.
+            storage.set_trial_user_attr(trial._trial_id, "seen", time.time())
+            storage.set_trial_user_attr(trial._trial_id, "owner", owner())
+            return optuna.Trial(study, trial._trial_id)
     return None
+
+
+def _taken(storage: Any, trial_id: int) -> bool:
+    """Take a queued trial; False: another worker did."""
+    try:
+        return bool(storage.set_trial_state_values(trial_id, TrialState.RUNNING))
+    except (RuntimeError, ValueError):  # and has finished it
+        return False

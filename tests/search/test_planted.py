@@ -72,3 +72,17 @@ def test_dnis_finds_widths_that_follow_the_ranks(seed: int) -> None:
     assert widths["tail"][-1] == 0, "ids that hardly occur keep none"
     spent = found.plan.footprint(data.schema(WIDTH)).serve
     assert found.result.test.auc >= uniform_auc(data, config, spent) + 0.03
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_dnis_with_blocks_of_all_fields_spends_columns_where_there_is_something_to_tell(seed: int) -> None:
+    data, config = Planted(seed), planted_config(seed=seed, epochs=8)
+    found = run_search(DnisSearch, config, data, DnisSettings(search_epochs=8, sparsity=0.88, l1=1e-2))
+    widths = {name: [bits.bit_count() for bits in found.plan[name].columns] for name in RANKS}
+    mean = {name: sum(w) / len(w) for name, w in widths.items()}
+    assert max(mean["none_a"], mean["none_b"]) + 0.5 <= mean["rank_1"] < mean["rank_4"]
+    assert mean["rank_2"] < mean["rank_4"]
+    assert widths["tail"][0] >= 1
+    assert widths["tail"][-1] == 0, "ids that hardly occur keep none"
+    spent = found.plan.footprint(data.schema(WIDTH)).serve
+    assert found.result.test.auc >= uniform_auc(data, config, spent) + 0.03

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import optuna
 import pytest
@@ -12,9 +15,9 @@ import pytest
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
 from recsys_embed.search.study import NAME, MethodStudy
-from recsys_embed.search.study_queue import owner, requeue, requeue_lost, take
+from recsys_embed.search.study_queue import fill, owner, requeue, requeue_lost, take
 from recsys_embed.search.study_settings import StudySettings
-from recsys_embed.search.study_storage import open_storage
+from recsys_embed.search.study_storage import PASSWORD, open_storage, shown
 from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -104,13 +107,125 @@ def test_a_number_given_to_another_process_is_no_sign_of_life(tmp_path):
     assert study.trials[1].user_attrs == {"again": 0, "from": "planner"}
 
 
-@pytest.mark.parametrize("url", ["postgresql://u:secret@h/db", "mysql://u:secret@h/db"])
-def test_a_database_without_its_driver_says_what_to_install(url, monkeypatch):
-    for driver in ("psycopg2", "MySQLdb"):
+def test_workers_that_fill_a_study_at_once_queue_no_more_than_it_is_to_have(tmp_path, monkeypatch):
+    where = str(tmp_path / "s.db")
+    (study, storage), (other, others) = study_of(where, 2), study_of(where)
+    real, calls = storage.create_new_trial, []
+
+    def create(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            fill(other, others, 6)
+        return real(*args)
+
+    monkeypatch.setattr(storage, "create_new_trial", create)
+    fill(study, storage, 6)
+    assert [t.number for t in study.trials if t.state.name == "WAITING"] == list(range(6))
+    assert {t.user_attrs["reason"] for t in study.trials[6:]} == {"one too many: workers began at once"}
+    fill(study, storage, 7)
+    assert sum(t.state.name == "WAITING" for t in study.trials) == 7
+
+
+def test_a_trial_shows_life_from_its_beginning(tmp_path):
+    study, storage = study_of(str(tmp_path / "s.db"), 1)
+    trial = take(study, storage)
+    assert time.time() - study.trials[0].user_attrs["seen"] < 60
+    trial.set_user_attr("owner", "elsewhere:1")
+    with sqlite3.connect(tmp_path / "s.db") as db:
+        db.execute("UPDATE trials SET datetime_start = '2020-01-01 00:00:00'")
+    db.close()
+    assert requeue_lost(study, storage) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql://u:secret@h/db", "pip install psycopg2-binary"),
+        ("postgresql+psycopg://u:secret@h/db", r"pip install 'psycopg\[binary\]'"),
+        ("postgresql+pg8000://u:secret@h/db", r"leave \+pg8000 out of the URL and pip install psycopg2-binary"),
+        ("mysql://u:secret@h/db", "pip install pymysql"),
+        ("mariadb+mysqldb://u:secret@h/db", "pip install mysqlclient"),
+    ],
+)
+def test_a_database_without_its_driver_says_what_to_install(url, message, monkeypatch):
+    for driver in ("psycopg2", "psycopg", "pg8000", "MySQLdb", "pymysql"):
         monkeypatch.setitem(sys.modules, driver, None)
-    with pytest.raises(MissingDependencyError, match=r"needs a driver.*pip install (psycopg2-binary|pymysql)") as e:
+    with pytest.raises(MissingDependencyError, match=f"needs a driver.*{message}") as e:
         open_storage(url)
     assert "secret" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "made"),
+    [
+        ("postgresql://u@h/db", "psycopg2", "postgresql+psycopg2://u@h/db"),
+        ("postgresql://u@h/db", "psycopg", "postgresql+psycopg://u@h/db"),
+        ("mysql://u@h/db", "pymysql", "mysql+pymysql://u@h/db"),
+        ("mariadb://u@h/db", "MySQLdb", "mariadb+mysqldb://u@h/db"),
+        ("postgresql+asyncpg://u@h/db", "psycopg2", "postgresql+asyncpg://u@h/db"),
+    ],
+)
+def test_a_url_without_a_driver_takes_the_one_that_is_installed(url, module, made, monkeypatch):
+    for driver in ("psycopg2", "psycopg", "MySQLdb", "pymysql"):
+        monkeypatch.setitem(sys.modules, driver, ModuleType(driver) if driver == module else None)
+    opened = []
+    monkeypatch.setattr("recsys_embed.search.study_storage._database", lambda *args: opened.append(args))
+    monkeypatch.setenv(PASSWORD, "secret")
+    open_storage(url)
+    open_storage(url.replace("u@", "u:other@"))
+    assert opened == [
+        (made, {"pool_pre_ping": True, "connect_args": {"password": "secret"}}),
+        (made.replace("u@", "u:other@"), {"pool_pre_ping": True}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql://u:secret@h:port/db", "postgresql://USER@HOST:5432/DATABASE; got 'postgresql://...'"),
+        ("postgresql://u:a@secret@h/db", "A password is written with %40 for @"),
+        ("no url://u:secret@h/db", "got 'no url://...'"),
+        ("mysql://u:secret@h", "mysql://u@h names no database"),
+        ("redis://u:secret@h/db", "redis://u@h/db failed .* it takes a file, or a URL"),
+    ],
+)
+def test_a_url_that_is_wrong_is_named_without_its_password(url, message):
+    with pytest.raises(StorageError, match=message) as e:
+        open_storage(url)
+    assert "secret" not in str(e.value)
+    assert "secret" not in shown(url)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TypeError("unexpected keyword argument 'x'"), r"cannot be opened \(TypeError: unexpected .*options of"),
+        (RuntimeError("'cryptography' is required"), "cannot be used: 'cryptography' is required"),
+        (
+            optuna.exceptions.StorageInternalError("no password supplied"),
+            f"give the password in the URL or as {PASSWORD}",
+        ),
+    ],
+)
+def test_what_a_driver_raises_is_one_sentence(error, message, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", fail)
+    with pytest.raises(StorageError, match=message) as e:
+        open_storage("mysql://u:secret@h/db?x=1")
+    assert "secret" not in str(e.value)
+
+
+def test_a_folder_may_have_any_name_and_tables_of_another_optuna_are_refused(tmp_path):
+    path = tmp_path / "a{b}?c%41#" / "s.db"
+    assert len(study_of(str(path), 2)[0].trials) == 2
+    assert path.exists()
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+    db.close()
+    with pytest.raises(StorageError, match="cannot be used: The runtime optuna version"):
+        open_storage(str(path))
 
 
 def test_what_was_there_and_is_gone_is_not_made_anew(tmp_path):

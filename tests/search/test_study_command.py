@@ -11,6 +11,7 @@ import pytest
 from recsys_embed.cli import main
 from recsys_embed.data import make_synthetic
 from recsys_embed.report.study_front import front_of
+from recsys_embed.search.study_storage import open_storage
 
 FAST = ["--model", "fm", "--batch-size", "512", "--embedding-dim", "4", "--epochs", "1", "--budgets", "20%",
         "--methods", "hash,optembed", "--set", "search.prune=false", "--set", "search.groups=1"]  # fmt: skip
@@ -72,6 +73,32 @@ def test_a_folder_moves_with_its_study_and_keeps_to_it(data, tmp_path, capsys, m
     (tmp_path / "b" / "study.json").write_text("{")
     assert main(["search", "pick", "b", "--trial", "0"]) == 2
     assert "study.json is damaged; remove it" in capsys.readouterr().err
+
+
+def test_a_servers_password_is_neither_kept_nor_shown(data, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def server(where: str) -> object:
+        asked.append(where)
+        return open_storage(str(tmp_path / "server.db"))
+
+    monkeypatch.setattr("recsys_embed.search.study_storage._server", server)
+    run, url = tmp_path / "run", "postgresql://me:{}@host/db?host=/tmp"
+    for password in ("secret", "another"):
+        assert search(data, run, "--trials", "1", "--storage", url.format(password)) == 0
+    assert search(data, run, "--trials", "1", "--storage", url.replace(":{}", "")) == 0
+    assert main(["search", "pick", str(run), "--trial", "0"]) == 0
+    assert asked == [url.format("secret"), url.format("another"), url.replace(":{}", ""), asked[-1]]
+    assert "secret" not in asked[-1]
+    (run / "study.json").write_text((run / "study.json").read_text().replace("me@", "me:old-secret@"))
+    assert search(data, run, "--trials", "1", "--storage", url.format("secret")) == 0, "as versions before kept it"
+    assert search(data, tmp_path / "other", "--storage", url.format("secret"), "--methods", "hash") == 2
+    assert search(data, tmp_path / "w", "--trials", "1", "--warm-from", url.format("secret")) == 0
+    shown = capsys.readouterr()
+    assert "postgresql://me@host/db?host=%2Ftmp holds a study of another space" in shown.err
+    assert "from postgresql://me@host/db" in shown.err
+    for text in (shown.out, shown.err, *(p.read_text() for p in tmp_path.rglob("*.json"))):
+        assert "secret" not in text
 
 
 def test_what_is_no_setting_ends_with_one_line(data, tmp_path, capsys):
