@@ -18,6 +18,7 @@ from recsys_embed.kernels.bag_lookup import BagLookup
 from recsys_embed.kernels.bag_step import BagReader
 from recsys_embed.kernels.checks import given_ids
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.masks import Stage
 from recsys_embed.kernels.native_lookup import NativeStep
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
@@ -197,15 +198,22 @@ class LookupBundle(Constants):
         return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
 
     def single_fused(
-        self, kernels: str, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+        self,
+        kernels: str,
+        ids: Tensor,
+        tables: list[Tensor],
+        step: NativeStep | None,
+        sparse: bool,
+        mask: Stage | None = None,
     ) -> Tensor:
         """As :meth:`single`, by one of the kernels in ``fused``.
 
         Args:
             tables: float32 per storage, on the CPU.
             step, sparse: see :func:`look_up`.
+            mask: of all vectors, where the kernels take one.
         """
-        parts = self.fused[kernels].single(self, ids, tables, step, sparse)
+        parts = self.fused[kernels].single(self, ids, tables, step, sparse, mask)
         return self._assemble(parts, self.fused_ordered, "fused_order")
 
     def pooled_fused(

@@ -20,6 +20,7 @@ from recsys_embed.kernels.bag_step import BagCall, BagReader, apply_bags
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, read_rows
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.masks import Masking, Stage
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import UnseenCount
@@ -204,7 +205,27 @@ class EmbeddingCollection(SteppedTables):
         tables = [getattr(self, name) for name in self.storages]
         return next(((name, tables) for name in self.bundle.fused if dispatch.RUNS_ON[name](ids, tables)), None)
 
-    def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def _single(self, ids: Tensor, fused: tuple[str, list[Tensor]] | None, stage: Stage | None = None) -> Tensor:
+        """Vectors of ``ids [B, F]``, by the fused kernels where these can run."""
+        if fused is None:
+            return self.bundle.single(ids.long(), self._reader)
+        step = self._native_step if self._stepping else None
+        return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, stage)
+
+    def _masked(self, mask: Masking, ids: Tensor, fused: tuple[str, list[Tensor]] | None) -> Tensor:
+        stage = mask.stage(ids)
+        if fused is not None and self.bundle.fused[fused[0]].masks(self.bundle) and stage.fits(ids):
+            return self._single(ids, fused, stage)
+        return mask.through(stage, self._single(ids, fused), ids)
+
+    def forward(
+        self,
+        ids: Any,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        mask: Masking | None = None,
+    ) -> Tensor:
         """Vectors of all features.
 
         Args:
@@ -214,6 +235,8 @@ class EmbeddingCollection(SteppedTables):
                 features of hashing methods also take strings, in lists or numpy arrays, and integers in numpy arrays,
                 see :func:`recsys_embed.string_ids`.
             per_sample_weights: ``[n]`` for the ``offsets`` form, where every feature pools by sum.
+            mask: what vectors pass through, for ids ``[B, F]``: a layer such as
+                :class:`recsys_embed.search.OptembedLayer`. Native kernels apply it in the call that reads the rows.
 
         Returns:
             ``[B, num_vectors, output_dim]`` where all widths agree, else ``[B, sum of widths]``.
@@ -228,10 +251,11 @@ class EmbeddingCollection(SteppedTables):
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
             fused = self._fused_tables(ids)
-            if fused is None:
-                return self.bundle.single(ids.long(), self._reader)
-            step = self._native_step if self._stepping else None
-            return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
+            if mask is not None:
+                return self._masked(mask, ids, fused)
+            return self._single(ids, fused)
+        if mask is not None:
+            raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
         given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         fused = self._fused_tables(bags.values)

@@ -11,6 +11,7 @@ from torch import Tensor
 from recsys_embed.bags import Bags
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels import native_ops
+from recsys_embed.kernels.masks import Stage
 from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.native_lookup import NativeStep, look_up
 from recsys_embed.kernels.outputs import OutputPool
@@ -84,17 +85,25 @@ class FusedBundle:
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
+        mask: Stage | None = None,
     ) -> list[Tensor]:
-        """Vectors of ``ids [B, F]``: one tensor ``[B, ...]`` per entry of ``parts``.
+        """Vectors of ``ids [B, F]``: one tensor ``[B, ...]`` per entry of ``parts``; masked where it ``masks``.
 
         Raises:
             IdRangeError: names the first feature at fault.
         """
         ids = self._resolved(bundle, ids)
-        out = self._projected(bundle, self._outputs(bundle, ids, tables, step, sparse))
+        out = self._projected(bundle, self._outputs(bundle, ids, tables, step, sparse, mask))
         for (i,) in self.parts[len(self.shapes) :]:
             out.append(bundle.vectors_of(i, ids[:, i].long()))
         return out
+
+    def masks(self, bundle: LookupBundle) -> bool:
+        """Whether :meth:`single` takes a mask: the kernels write all vectors, of one width, where they stay."""
+        whole = (None, tuple(range(len(bundle.schema))))
+        one = self.shapes == [whole] and bundle.output_dim is not None and set(bundle.vectors) == {1}
+        # A mask's parameters are for the ids as they are given.
+        return one and not bundle.unseen.replaces
 
     def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
         """Whether :meth:`pooled` takes the bags: sums and means, whose weights are constants."""
@@ -139,12 +148,18 @@ class FusedBundle:
         return bundle.unseen(ids.long()) if bundle.unseen.replaces or bundle.unseen.counting else ids
 
     def _outputs(
-        self, bundle: LookupBundle, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+        self,
+        bundle: LookupBundle,
+        ids: Tensor,
+        tables: list[Tensor],
+        step: NativeStep | None,
+        sparse: bool,
+        mask: Stage | None,
     ) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
             return native_ops.look_up(self.lookup, ids, tables, step)
         try:
-            return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse)
+            return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse, mask=mask)
         except IdRangeError:
             bundle.unseen.check(ids.long())
             raise
@@ -156,6 +171,9 @@ class TritonBundle(FusedBundle):
     def _build(self, names: Sequence[str], *arguments: Any) -> None:
         self._look_up = DeferredLookup(names, *arguments)
 
+    def masks(self, bundle: LookupBundle) -> bool:
+        return False
+
     def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
         return False
 
@@ -166,7 +184,13 @@ class TritonBundle(FusedBundle):
         return bundle.unseen.resolve(ids.long(), count=bundle.unseen.counting, check=False)
 
     def _outputs(
-        self, bundle: LookupBundle, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+        self,
+        bundle: LookupBundle,
+        ids: Tensor,
+        tables: list[Tensor],
+        step: NativeStep | None,
+        sparse: bool,
+        mask: Stage | None,
     ) -> tuple[Tensor, ...]:
         return self._look_up(ids, tables, step=step, sparse=sparse)
 

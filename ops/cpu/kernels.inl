@@ -3,6 +3,7 @@
 #include "transforms.inl"
 #include "find.inl"
 #include "gather.inl"
+#include "masks.inl"
 #include "lookup.inl"
 #include "rules.inl"
 #include "rows.inl"

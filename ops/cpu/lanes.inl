@@ -11,6 +11,8 @@ struct Lanes;
     static inline V load(const float* from) { return *reinterpret_cast<const V*>(from); } \
     static inline void store(float* to, V v) { *reinterpret_cast<V*>(to) = v; }        \
     static inline V all(float x) { return x - V{}; }                                   \
+    static inline V far(V v) { return v < V{} ? -v : v; }                              \
+    static inline V sign(V v) { return (v > V{} ? all(1.f) : V{}) - (v < V{} ? all(1.f) : V{}); } \
     static inline V root(V v) {                                                        \
       for (int j = 0; j < N; j++) v[j] = std::sqrt(v[j]);                              \
       return v;                                                                        \
@@ -32,6 +34,8 @@ struct Lanes<1> {
   static inline V load(const float* from) { return *from; }
   static inline void store(float* to, V v) { *to = v; }
   static inline V all(float x) { return x; }
+  static inline V far(V v) { return std::fabs(v); }
+  static inline V sign(V v) { return float((v > 0.f) - (v < 0.f)); }
   static inline V root(V v) { return std::sqrt(v); }
   static inline float sum(V v) { return v; }
 };

@@ -215,6 +215,7 @@ static bool look_up(const Call& c, i64 from, i64 to) {
     for (i64 k = 0; k < c.feature_count; k++) good &= find(c, c.features[k], at, n, work.chunk(c.features, k));
     for (i64 o = 0; o < c.output_count; o++) outputs[o].data = c.outputs[o].data + at * c.outputs[o].stride;
     vectors.read(outputs.data(), n);
+    if (c.mask && good) good = mask(*c.mask, at, at + n);
     Matrix kept = c.kept;
     if (kept.data) kept.data += at * kept.stride;
     rows.read(&kept, n);

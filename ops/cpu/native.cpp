@@ -115,13 +115,15 @@ struct Variant {
   bool (*look_up)(const Call&, i64, i64);
   int (*backward)(const Call&, const Update*, bool, Scratch&);
   void (*settle_all)(const Update&, float*, i64, i64);
+  bool (*mask)(const Mask&, i64, i64);
+  void (*mask_backward)(const Mask&, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::settle_all},
+    {"plain", plain::look_up, plain::backward, plain::settle_all, plain::mask, plain::mask_backward},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::settle_all},
-    {"avx512", avx512::look_up, avx512::backward, avx512::settle_all},
+    {"avx2", avx2::look_up, avx2::backward, avx2::settle_all, avx2::mask, avx2::mask_backward},
+    {"avx512", avx512::look_up, avx512::backward, avx512::settle_all, avx512::mask, avx512::mask_backward},
 #endif
 };
 
@@ -152,7 +154,7 @@ extern "C" {
 
 // Sizes of the records, which the caller compares with its own.
 RSE_API i64 rse_record_sizes(i64 which) {
-  const i64 sizes[] = {sizeof(Transform), sizeof(Probe), sizeof(Feature), sizeof(Call), sizeof(Update)};
+  const i64 sizes[] = {sizeof(Transform), sizeof(Probe), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask)};
   return sizes[which];
 }
 
@@ -198,6 +200,26 @@ RSE_API int rse_backward(const Call* c, const Update* updates, int settle) try {
 // All steps that rows of a storage [update->rows, width] missed.
 RSE_API int rse_settle(const Update* update, float* table, i64 width, i64 threads) try {
   active->settle_all(*update, table, width, threads);
+  return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+// Vectors that some other lookup made, masked.
+RSE_API int rse_mask(const Mask* m, i64 threads) try {
+  bool good = true;
+  parallel(threads, [&](i64 thread, i64 team) {
+    if (!active->mask(*m, m->batch * thread / team, m->batch * (thread + 1) / team))
+      __atomic_store_n(&good, false, __ATOMIC_RELAXED);
+  });
+  return good ? DONE : OUT_OF_RANGE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+// Gradients of a mask's vectors and parameters; its ids are those that a forward took.
+RSE_API int rse_mask_backward(const Mask* m, i64 threads) try {
+  active->mask_backward(*m, threads);
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;

@@ -56,6 +56,28 @@ struct Matrix {
   i64 stride;                                      // elements from one row to the next
 };
 
+// What is done to vectors [batch, fields, width] before they are handed out: columns beyond a width become zeros and rows
+// whose norm is at most a threshold give way to `spare`; or, with `scales`, each id's block has a factor per column.
+struct Mask {
+  i64 batch, fields, width;
+  const void* ids;                                 // [batch, fields], for parameters by id
+  i64 sample_stride, feature_stride, ids_are_32;
+  const i64* starts;                               // [fields + 1] first id of each field; null: no parameter goes by id
+  const float* thresholds;                         // by id where there are starts, else by field; null: no row is pruned
+  i64 norm;                                        // 1 or 2
+  const i64* widths;                               // columns that are kept; null: all
+  i64 widths_stride;                               // from sample to sample; 0: those of the fields
+  const float* spare;                              // [fields, width]; null: zeros
+  const float* scales;                             // [block_count, width]; null: nothing is scaled
+  const void* blocks;                              // of each id of all fields
+  i64 blocks_are_8, block_count;
+  Matrix vectors, out;                             // may be the same
+  Matrix gradient, of_vectors;                     // backward: of `out`; null where not wanted
+  float* of_thresholds;                            // added to
+  float* of_rest;                                  // of `spare` or `scales`, added to; null where not wanted
+  float* slopes;                                   // [batch, fields] for thresholds by id, else null
+};
+
 // One call: what is looked up, in which tables, and where vectors (or their gradients) lie. With `offsets`, ids stand
 // feature after feature, and those of sample b and id column f are [offsets[f * batch + b], offsets[f * batch + b + 1]).
 struct Call {
@@ -76,6 +98,7 @@ struct Call {
                                                    // with offsets packed feature after feature
   Index index;
   i64 threads;
+  const Mask* mask;                                // of outputs[0], its `vectors` are found here; null: none
 };
 
 // What becomes of the summed gradients of a storage's rows.

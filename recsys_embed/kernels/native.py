@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native_library import Call, Index, Library, Matrix, Update, library, loaded
+from recsys_embed.kernels.native_library import Call, Index, Library, Mask, Matrix, Update, library, loaded
 from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.records import Slot, encode
@@ -94,7 +94,8 @@ def _updates(
     return updates
 
 
-def _checked(outcome: int) -> bool:
+def checked(outcome: int) -> bool:
+    """Whether a call's ids had rows, from the kernels' answer; raises what else went wrong."""
     if outcome == _DONE:
         return True
     if outcome == _OUT_OF_RANGE:
@@ -111,7 +112,7 @@ def settle(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor]
     """Bring all rows of a storage up to date, in place."""
     updates = _updates(optimizer, [table], [state], [pace])
     threads = torch.get_num_threads()
-    _checked(loaded().handle.rse_settle(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
+    checked(loaded().handle.rse_settle(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
     increment_version([table, *state.values()])
 
 
@@ -249,7 +250,12 @@ class NativeLookup:
         return numbers(*kinds), numbers(*(t.stride(0) * t.element_size() for t in tables))
 
     def forward(
-        self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None = None
+        self,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        kept: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> bool:
         """Fill ``outputs [B, width]`` with the vectors of ids, or of bags; False where an id is out of range.
 
@@ -258,11 +264,14 @@ class NativeLookup:
                 the integers of :class:`recsys_embed.kernels.precision.Layout`.
             outputs: float32, rows of contiguous elements.
             kept: float32 of ``kept_shape``, filled with what a backward will need.
+            mask: of the first output, by sample: what it makes of it goes where it says.
         """
         call, alive = self._call(ids, tables, outputs, kept)
+        if mask is not None:
+            call.mask = ctypes.addressof(mask)
         outcome = loaded().handle.rse_forward(ctypes.addressof(call))
         del alive
-        return _checked(outcome)
+        return checked(outcome)
 
     def update(
         self,
@@ -299,7 +308,7 @@ class NativeLookup:
         updates = _updates(optimizer, tables, states, paces)
         outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1)
         del alive
-        _checked(outcome)
+        checked(outcome)
 
     def gradients(
         self,
@@ -351,5 +360,5 @@ class NativeLookup:
         call, alive = self._call(ids, tables, gradients, kept)
         outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)
         del alive
-        if not _checked(outcome):
+        if not checked(outcome):
             raise RuntimeError("ids changed between forward and backward")

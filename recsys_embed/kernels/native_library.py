@@ -27,6 +27,37 @@ class Matrix(ctypes.Structure):
     _fields_: ClassVar = [("data", c_void_p), ("stride", c_int64)]
 
 
+class Mask(ctypes.Structure):
+    """What is done to vectors before they are handed out."""
+
+    _fields_: ClassVar = [
+        ("batch", c_int64),
+        ("fields", c_int64),
+        ("width", c_int64),
+        ("ids", c_void_p),
+        ("sample_stride", c_int64),
+        ("feature_stride", c_int64),
+        ("ids_are_32", c_int64),
+        ("starts", c_void_p),
+        ("thresholds", c_void_p),
+        ("norm", c_int64),
+        ("widths", c_void_p),
+        ("widths_stride", c_int64),
+        ("spare", c_void_p),
+        ("scales", c_void_p),
+        ("blocks", c_void_p),
+        ("blocks_are_8", c_int64),
+        ("block_count", c_int64),
+        ("vectors", Matrix),
+        ("out", Matrix),
+        ("gradient", Matrix),
+        ("of_vectors", Matrix),
+        ("of_thresholds", c_void_p),
+        ("of_rest", c_void_p),
+        ("slopes", c_void_p),
+    ]
+
+
 class Call(ctypes.Structure):
     """One lookup: programs, ids, tables, outputs."""
 
@@ -52,6 +83,7 @@ class Call(ctypes.Structure):
         ("kept", Matrix),
         ("index", Index),
         ("threads", c_int64),
+        ("mask", c_void_p),
     ]
 
 
@@ -116,8 +148,8 @@ def library() -> Library | str:
         return f"{path.name} does not load: {error}"
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
-    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(5)]
-    own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, ctypes.sizeof(Call), ctypes.sizeof(Update)]
+    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
+    own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
     if sizes != own:
         return f"{path.name} was built from other sources; install again"
     wanted = os.environ.get("RECSYS_EMBED_CPU")
@@ -129,7 +161,9 @@ def library() -> Library | str:
     handle.rse_forward.argtypes = [c_void_p]
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
     handle.rse_settle.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_settle.restype = c_int
+    handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle))
 
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.masks import Stage, masked
 from recsys_embed.kernels.native import Ids, NativeLookup
 from recsys_embed.kernels.outputs import OutputPool
 from recsys_embed.kernels.records import Slot
@@ -53,10 +54,11 @@ class _Lookup(Function):
         ids: Ids,
         updater: Updater | None,
         sparse: bool,
+        mask: tuple[Stage, Tensor | None] | None,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
-        outputs = _outputs(lookup, pool, ids, tables, kept)
+        outputs = _outputs(lookup, pool, ids, tables, kept, mask)
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
@@ -72,15 +74,25 @@ class _Lookup(Function):
         if ctx.updater is not None:
             ctx.updater(ctx.lookup, ids, gradients, ctx.kept)
             return (None,) * len(ctx.needs_input_grad)
-        return (None,) * 6 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.sparse))
+        return (None,) * 7 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.sparse))
 
 
 def _outputs(
-    lookup: NativeLookup, pool: OutputPool, ids: Ids, tables: Sequence[Tensor], kept: Tensor | None = None
+    lookup: NativeLookup,
+    pool: OutputPool,
+    ids: Ids,
+    tables: Sequence[Tensor],
+    kept: Tensor | None = None,
+    mask: tuple[Stage, Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
+    """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
     outputs = tuple(pool.take((ids.batch, width)) for width in lookup.widths)
-    if not lookup.forward(ids, tables, outputs, kept):
-        raise IdRangeError("an id lies outside the range its feature declares")
+    record = None
+    if mask is not None:
+        stage, done = mask
+        record = stage.record(ids.values, outputs[0], outputs[0] if done is None else done)
+    if not lookup.forward(ids, tables, outputs, kept, record):
+        raise IdRangeError("an id lies outside the range its feature declares, or has no parameters in the mask")
     return outputs
 
 
@@ -92,6 +104,7 @@ def look_up(
     *,
     step: NativeStep | None = None,
     sparse: bool = False,
+    mask: Stage | None = None,
 ) -> tuple[Tensor, ...]:
     """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, width]``.
 
@@ -99,17 +112,26 @@ def look_up(
         tables: per storage, float32 ``[rows, width]``.
         step: its optimizer updates the tables in backward, which otherwise returns their gradients.
         sparse: gradients of the tables are sparse.
+        mask: of the vectors of the first output, which are those of all features; ids are no bags.
 
     Raises:
         IdRangeError: some id has no row; the caller knows which.
     """
+    differentiable = torch.is_grad_enabled()
+    learns = step is not None or (differentiable and any(t.requires_grad for t in tables))
+    masks = mask is not None and (learns or (differentiable and mask.learns))
     if step is not None:
         step.settle(lookup, ids)
-    elif not (torch.is_grad_enabled() and any(t.requires_grad for t in tables)):
-        return _outputs(lookup, pool, ids, tables)
-    anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-    out: tuple[Tensor, ...] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, *tables)
-    return out
+    done = pool.take((ids.batch, lookup.widths[0])) if masks else None
+    masking = None if mask is None else (mask, done)
+    if not learns:
+        out = _outputs(lookup, pool, ids, tables, mask=masking)
+    else:
+        anchor, updater = (None, None) if step is None else (step.anchor, step.update)
+        out = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
+    if mask is None or done is None:
+        return out
+    return masked(mask, ids.values, out[0], pool, done), *out[1:]
 
 
 class SingleLookup:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
+from recsys_embed.kernels.masks import Stage, mask_vectors
 from recsys_embed.optim import Adam
 
 Rows = Literal["field", "row", "none"]
@@ -102,7 +103,7 @@ class OptembedLayer(nn.Module):
         self.thresholds: nn.Parameter | None = None
         if rows != "none":
             self.thresholds = nn.Parameter(torch.zeros(fields if rows == "field" else sum(sizes or ())))
-        starts = [0, *accumulate(sizes or [0] * fields)][:fields]
+        starts = [0, *accumulate(sizes or [0] * fields)]
         self.register_buffer("starts", torch.tensor(starts), persistent=False)
         self.oov: nn.Parameter | None = None
         if oov and rows != "none":
@@ -119,7 +120,7 @@ class OptembedLayer(nn.Module):
         if ids is None:
             raise ConfigError("thresholds per row need the ids of the vectors")
         starts: Tensor = self.get_buffer("starts")
-        return nn.functional.embedding((ids + starts).long(), self.thresholds.unsqueeze(1)).squeeze(-1)
+        return nn.functional.embedding((ids + starts[:-1]).long(), self.thresholds.unsqueeze(1)).squeeze(-1)
 
     def keep(self, vectors: Tensor, thresholds: Tensor) -> Tensor:
         """1 for rows ``[..., D]`` whose norm exceeds its threshold, else 0: ``[...]``; differentiable by estimation."""
@@ -154,10 +155,23 @@ class OptembedLayer(nn.Module):
             vectors: ``[B, F, D]``.
             ids: int64 ``[B, F]``, for thresholds per row.
         """
+        stage = self.stage(vectors[..., 0] if ids is None else ids)
+        return self.through(stage, vectors, ids)
+
+    def stage(self, ids: Tensor) -> Stage:
+        """What this call does to the vectors of ``ids [B, F]``; in training widths are drawn."""
         widths = self.widths
         if self.training and self.dims:
-            widths = torch.randint(1, self.width + 1, vectors.shape[:-1], device=vectors.device)
-        return self.prune(vectors, ids, None if widths is None else self.columns(widths))
+            widths = torch.randint(1, self.width + 1, ids.shape, device=ids.device)
+        starts = self.get_buffer("starts") if self.rows == "row" else None
+        return Stage(starts, self.thresholds, self.norm, widths, self.oov)
+
+    def through(self, stage: Stage, vectors: Tensor, ids: Tensor | None) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids [B, F]`` after the stage."""
+        found = None if ids is None else mask_vectors(stage, ids, vectors)
+        if found is not None:
+            return found
+        return self.prune(vectors, ids, None if stage.widths is None else self.columns(stage.widths))
 
     @torch.no_grad()
     def step(self, lr: float, pull: float) -> None:
@@ -188,7 +202,7 @@ class DnisLayer(nn.Module):
         self.alpha = nn.Parameter(torch.ones(count, width))
         # One byte per id where it holds all numbers; the map is no part of any state: counts decide it.
         self.register_buffer("block", joined.to(torch.uint8 if count <= 256 else torch.int32), persistent=False)
-        self.register_buffer("starts", torch.tensor([0, *accumulate(len(b) for b in blocks)][:-1]), persistent=False)
+        self.register_buffer("starts", torch.tensor([0, *accumulate(len(b) for b in blocks)]), persistent=False)
         self.sizes = [len(b) for b in blocks]
 
     def blocks_of(self, field: int) -> Tensor:
@@ -198,7 +212,18 @@ class DnisLayer(nn.Module):
 
     def forward(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """``vectors [B, F, D]`` of ``ids [B, F]``, scaled."""
-        block = self.get_buffer("block")[ids + self.get_buffer("starts")].long()
+        return self.through(self.stage(ids), vectors, ids)
+
+    def stage(self, ids: Tensor) -> Stage:
+        """What this call does to the vectors of ``ids [B, F]``."""
+        return Stage(self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
+
+    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids`` after the stage."""
+        found = mask_vectors(stage, ids, vectors)
+        if found is not None:
+            return found
+        block = self.get_buffer("block")[ids + self.get_buffer("starts")[:-1]].long()
         return vectors * nn.functional.embedding(block, self.alpha)
 
     @torch.no_grad()

@@ -43,12 +43,20 @@ class Supernet(nn.Module):
         self.model, self.layer = model, layer
         # What candidates do to vectors in place of the layer, see `replay`.
         self.stand_in: Callable[[Tensor], Tensor] | None = None
+        # A layer that kernels know goes to the lookup, and others get what comes out of it.
+        self._fused = hasattr(layer, "stage")
+        vectors.register_forward_pre_hook(self._hand_in, with_kwargs=True)
         vectors.register_forward_hook(self._tap)
+
+    def _hand_in(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._fused and self.stand_in is None:
+            return args, {**kwargs, "mask": self.layer}
+        return None
 
     def _tap(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in(out)
-        masked: Tensor = self.layer(out, args[0])
+        masked: Tensor = out if self._fused else self.layer(out, args[0])
         return masked
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:

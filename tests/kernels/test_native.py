@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,6 @@ LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
 METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
 RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]
-
-
-@pytest.fixture(params=native_library.VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of one instruction set."""
-    found = native_library.loaded()
-    if found.handle.rse_select(request.param.encode()) is None:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    found.handle.rse_select(found.variant.encode())
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def plan_of(method: Any, schema: Schema, part: float = 0.5) -> Plan:
