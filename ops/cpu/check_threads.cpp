@@ -114,6 +114,53 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
   return found;
 }
 
+// What masks of every kind leave: vectors of a lookup that masks them, and gradients.
+std::vector<float> masked(i64 threads, i64 norm, bool by_id, bool scaled) {
+  std::vector<Probe> probes(FEATURES, probe(0, WIDTH, 0, WIDTH, STORE, 1));
+  std::vector<Feature> features(FEATURES);
+  for (i64 f = 0; f < FEATURES; f++)
+    features[f].ids = features[f].first = f, features[f].probes = features[f].plain = 1, features[f].limit = ROWS,
+    features[f].column = f * WIDTH, features[f].width = WIDTH;
+  u64 seed = 5;
+  auto random = [&] { return seed = seed * 6364136223846793005ull + 1442695040888963407ull, seed >> 33; };
+  auto draw = [&](i64 count, float scale) {
+    std::vector<float> out(count);
+    for (float& x : out) x = scale * float(random() % 2001) / 1000;
+    return out;
+  };
+  std::vector<float> table = draw(ROWS * WIDTH, 1), thresholds = draw(by_id ? FEATURES * ROWS : FEATURES, norm == 1 ? 16 : 4);
+  std::vector<float> rest = draw(scaled ? 7 * WIDTH : FEATURES * WIDTH, 1), gradient = draw(BATCH * FEATURES * WIDTH, 1);
+  std::vector<float> vectors(gradient.size()), out(gradient.size()), moved(gradient.size()), slopes(BATCH * FEATURES);
+  std::vector<float> of_thresholds(thresholds.size()), of_rest(rest.size());
+  std::vector<i64> ids(BATCH * FEATURES), widths(BATCH * FEATURES);
+  for (i64& id : ids) id = i64(random() % ROWS);
+  for (i64& w : widths) w = 1 + i64(random() % WIDTH);
+  std::vector<uint8_t> blocks(FEATURES * ROWS);
+  for (uint8_t& b : blocks) b = uint8_t(random() % 7);
+  const i64 starts[] = {0, ROWS, 2 * ROWS, 3 * ROWS};
+  const Matrix found{vectors.data(), FEATURES * WIDTH};
+  Mask m{};
+  m.batch = BATCH, m.fields = FEATURES, m.width = WIDTH, m.norm = norm, m.vectors = found, m.out = {out.data(), found.stride};
+  m.ids = ids.data(), m.sample_stride = 1, m.feature_stride = BATCH, m.starts = by_id || scaled ? starts : nullptr;
+  if (scaled) m.scales = rest.data(), m.blocks = blocks.data(), m.blocks_are_8 = 1, m.block_count = 7;
+  else m.thresholds = thresholds.data(), m.spare = rest.data(), m.widths = widths.data(), m.widths_stride = FEATURES;
+  float* storages[1] = {table.data()};
+  const i64 storage_widths[1] = {WIDTH};
+  Call c{};
+  c.features = features.data(), c.probes = probes.data(), c.feature_count = c.probe_count = FEATURES;
+  c.ids = ids.data(), c.batch = BATCH, c.sample_stride = 1, c.feature_stride = BATCH, c.mask = &m;
+  c.storages = storages, c.storage_widths = storage_widths, c.storage_count = 1, c.outputs = &found, c.output_count = 1;
+  c.threads = threads;
+  if (rse_forward(&c) != DONE) std::abort();
+  const std::vector<float> inside = out;
+  if (rse_mask(&m, threads) != DONE || inside != out) std::abort();
+  m.gradient = {gradient.data(), found.stride}, m.of_vectors = {moved.data(), found.stride};
+  m.of_thresholds = of_thresholds.data(), m.of_rest = of_rest.data(), m.slopes = by_id ? slopes.data() : nullptr;
+  if (rse_mask_backward(&m, threads) != DONE) std::abort();
+  for (const auto* more : {&moved, &of_thresholds, &of_rest}) out.insert(out.end(), more->begin(), more->end());
+  return out;
+}
+
 }  // namespace
 
 int main() {
@@ -133,6 +180,13 @@ int main() {
           if (!same) std::printf("%s, rule %d, bags %d, lazy %d: other bits\n", variant.name, int(rule), bags, lazy);
           for (float x : one) hash = (hash ^ bits_of(x)) * 1099511628211ull;
         }
+    for (i64 norm : {1, 2, 3}) {  // 3: scaled
+      const std::vector<float> one = masked(1, norm % 3, norm == 2, norm == 3);
+      const bool same = one == masked(4, norm % 3, norm == 2, norm == 3);
+      wrong += !same;
+      if (!same) std::printf("%s, mask %d: other bits\n", variant.name, int(norm));
+      for (float x : one) hash = (hash ^ bits_of(x)) * 1099511628211ull;
+    }
     hashes.push_back(hash);
     wrong += hash != hashes[0];
     std::printf("%s: %016llx\n", variant.name, static_cast<unsigned long long>(hash));

@@ -141,7 +141,7 @@ static void mask_gradients(const Mask& m, i64 from, i64 to, MaskSums& sums) {
       }
       if (!to_x) continue;
       multiply_rows<W>(g, keep ? cut : prefixes.of(0), to_x, width);
-      if (slope == 0.f || (m.norm == 2 && length * length <= SHORTEST)) continue;
+      if (slope == 0.f) continue;
       const float pull = m.norm == 1 ? slope : slope / length;
       blocks<W>(width, [&](auto lanes, i64 k) {
         const auto row = lanes.load(x + k);
