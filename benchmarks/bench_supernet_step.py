@@ -4,17 +4,24 @@
 
 DeepFM over 26 features of 1,000,000 rows in all, width 16, Zipf ids. The plain step trains with fused Adam on the rows
 of the batch. The supernet's Adam moves all rows (``rows="all"``, L2), which is compared with torch's dense Adam too.
+Then the lookups alone, forward and backward with row-wise Adagrad: as they are, masked inside the kernels, and masked
+by torch's operations after them.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import interleaved, report
+from recsys_embed import EmbeddingCollection, RowwiseAdagrad
 from recsys_embed.data.batch import Batch, InMemoryDataset
 from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.masks import Stage
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.config import TrainConfig
@@ -33,6 +40,37 @@ class Rows(InMemoryDataset):
     def batches(self, split: str, batch_size: int, **options):  # type: ignore[override]
         options.pop("shuffle", None)
         return super().batches(batch_size, shuffle=False, **options)
+
+
+class Outside:
+    """A layer behind the lookup, in torch's operations."""
+
+    def __init__(self, layer: OptembedLayer) -> None:
+        self.layer = layer
+
+    def stage(self, ids: Tensor) -> Stage:
+        # Of another precision, which the kernels do not take.
+        stage = self.layer.stage(ids)
+        return replace(stage, thresholds=stage.thresholds.double())
+
+    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
+        return self.layer.prune(vectors, ids, self.layer.columns(stage.widths))
+
+
+def masks(schema: Schema, ids: Tensor) -> list[dict[str, Any]]:
+    """Lookups of a batch with and without a mask."""
+    upstream = torch.randn(BATCH, FIELDS, 16)
+    layer = OptembedLayer(FIELDS, 16)
+
+    def step(mask: Any) -> Any:
+        coll = EmbeddingCollection(schema, optimizer=RowwiseAdagrad(lr=0.01))
+        return lambda: coll(ids, mask=mask).backward(upstream)
+
+    cases = {"lookup": None, "lookup, masked inside": layer, "lookup, masked by torch": Outside(layer)}
+    steps = {name: step(mask) for name, mask in cases.items()}
+    times = interleaved(steps, rounds=25, warmup=5)
+    bare = times["lookup"]["median_ms"]
+    return [{"case": name, **t, "ratio": round(t["median_ms"] / bare, 3)} for name, t in times.items()]
 
 
 def main() -> None:
@@ -69,7 +107,7 @@ def main() -> None:
     times = interleaved({name: lambda name=name: step(name) for name in trainers}, rounds=25, warmup=20)
     plain = times["plain"]["median_ms"]
     rows = [{"case": name, **t, "ratio": round(t["median_ms"] / plain, 3)} for name, t in times.items()]
-    report("supernet_step", rows)
+    report("supernet_step", rows + masks(schema, ids[:BATCH]))
 
 
 if __name__ == "__main__":
