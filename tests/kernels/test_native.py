@@ -283,6 +283,28 @@ def test_memory_that_other_processes_read_is_not_used_again() -> None:
     assert pool.nbytes <= 4 * 4 * 512 * 256
 
 
+@pytest.mark.parametrize("batch", [3, 3000])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_defaults_of_torch_do_not_reach_the_kernels_memory(batch: int, sparse: bool) -> None:
+    schema = Schema([FeatureSpec("a", 500, 32), FeatureSpec("b", 70, 32)])
+    coll = EmbeddingCollection(schema, Plan.uniform(schema, "memcom", budget="20KiB"), backend="native", sparse=sparse)
+    ids = ids_of(schema, batch)
+    wanted = coll(ids)
+    wanted.backward(torch.ones_like(wanted))
+    grads = [p.grad for p in coll.parameters()]
+    coll.zero_grad()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = [coll(ids) for _ in range(2)]
+            got[1].backward(torch.ones_like(wanted))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(g, wanted) for g in got)
+    for parameter, grad in zip(coll.parameters(), grads, strict=True):
+        assert torch.equal(parameter.grad.to_dense(), grad.to_dense())
+
+
 def test_outputs_of_two_steps_are_apart() -> None:
     schema = Schema([FeatureSpec("a", 5000, 64)])
     coll = EmbeddingCollection(schema, backend="native")
