@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -194,15 +194,18 @@ class EmbeddingCollection(SteppedTables):
                 self._paces[storage].advance(self.optimizer, self._lr)
                 apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
 
-    def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
-        """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not self.bundle.fused or (self.sparse and torch.compiler.is_compiling()):
+    def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
+        """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
+        if not kernels or (self.sparse and torch.compiler.is_compiling()):
             return None
         if self.served is not None:
-            stored = self.served.direct(self.storages) if "native" in self.bundle.fused else None
+            stored = self.served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
-        tables = [getattr(self, name) for name in self.storages]
-        return next(((name, tables) for name in self.bundle.fused if dispatch.RUNS_ON[name](ids, tables)), None)
+        tables = self._weights()
+        for name in kernels:
+            if dispatch.RUNS_ON[name](ids, tables):
+                return name, tables
+        return None
 
     def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Vectors of all features.
@@ -221,24 +224,27 @@ class EmbeddingCollection(SteppedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
-        if not self._stepping:
+        stepping = self._stepping
+        if not stepping:
             self._settle_before_reading()
+        # As an attribute torch finds it last of all, ten times slower.
+        bundle = cast("LookupBundle", self._modules["bundle"])
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
-            fused = self._fused_tables(ids)
+            fused = self._fused_tables(bundle.fused, ids)
             if fused is None:
-                return self.bundle.single(ids.long(), self._reader)
-            step = self._native_step if self._stepping else None
-            return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
-        given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
+                return bundle.single(ids.long(), self._reader)
+            step = self._native_step if stepping else None
+            return bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
+        given = bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
-        fused = self._fused_tables(bags.values)
-        if fused is None or not self.bundle.fused[fused[0]].pools(self.bundle, bags):
-            return self.bundle.pooled(bags, self._reader)
-        step = self._native_step if self._stepping else None
-        return self.bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
+        fused = self._fused_tables(bundle.fused, bags.values)
+        if fused is None or not bundle.fused[fused[0]].pools(bundle, bags):
+            return bundle.pooled(bags, self._reader)
+        step = self._native_step if stepping else None
+        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

@@ -13,14 +13,17 @@ from recsys_embed import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
 
+_ID_TYPES = (torch.int64, torch.int32)
+
 
 def check_id_dtype(ids: Tensor, where: str) -> None:
     """Raise unless ``ids`` are a tensor of int32 or int64; ``where`` is the feature, empty for all of a collection."""
+    if isinstance(ids, Tensor) and ids.dtype in _ID_TYPES:
+        return
     at = f"feature {where!r}" if where else "a collection's features"
     if not isinstance(ids, Tensor):
         raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
+    raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
 
 
 def given_ids(values: Any, spec: FeatureSpec, hashes: bool, device: torch.device) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -45,9 +44,9 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
         # As operators of their own. Exported programs hold torch's alone.
         real = not torch.compiler.is_exporting()
         return real and all(t.device.type == "cpu" and t.dtype in types for t in tables)
-    if torch.jit.is_tracing() or not isinstance(library(), Library):
+    if type(ids) is not Tensor or not ids.is_cpu or not isinstance(library(), Library):
         return False
-    if type(ids) is not Tensor or not ids.is_cpu or torch._C._len_torch_dispatch_stack():
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tables:
         if type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
@@ -153,6 +152,7 @@ class NativeLookup:
         columns: column of each feature in the matrix of ids.
         limits: bound of each feature's ids, -1 for any id.
         optional: whether a feature's id -1 is none.
+        shapes: of a sample's vectors in each output, where they are not all in one row of it.
     """
 
     def __init__(
@@ -166,21 +166,22 @@ class NativeLookup:
         columns: Sequence[int],
         limits: Sequence[int],
         optional: Sequence[bool],
+        shapes: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         self.storages, self.widths, self._index = dict(storages), tuple(widths), index
+        self.shapes = tuple(shapes or ((width,) for width in widths))
         self._features, self._probes, self.kept_width = encode(
             programs, places, list(storages), index, slots, columns, limits, optional
         )
         self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
         count = len(storages)
-        self._storage_widths = (c_int64 * count)(*(width for _, width in storages.values()))
-        self._pointers, self._matrices = c_void_p * count, Matrix * len(widths)
+        self._storage_widths = array("q", [width for _, width in storages.values()])
         call = Call(
             features=self._features.ctypes.data,
             probes=self._probes.ctypes.data,
             feature_count=len(self._features),
             probe_count=len(self._probes),
-            storage_widths=ctypes.addressof(self._storage_widths),
+            storage_widths=self._storage_widths.buffer_info()[0],
             storage_count=count,
             output_count=len(widths),
         )
@@ -188,7 +189,7 @@ class NativeLookup:
         self._indexed = any(index.indexes)
         self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
-        self._given = (programs, places, index, storages, slots, widths, columns, limits, optional)
+        self._given = (programs, places, index, storages, slots, widths, columns, limits, optional, shapes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeLookup, self._given
@@ -217,36 +218,41 @@ class NativeLookup:
     ) -> tuple[Call, Any]:
         """One call's record, and what has to stay alive with it."""
         call = Call.from_buffer_copy(self._template)
-        pointers = self._pointers(*(t.data_ptr() for t in tables))
-        matrices = self._matrices(*(Matrix(o.data_ptr(), o.stride(0)) for o in outputs))
         call.ids, call.batch, lookups = ids.values.data_ptr(), ids.batch, ids.batch * call.probe_count
-        call.ids_are_32 = ids.values.dtype == torch.int32
+        call.ids_are_32 = ids.values.dtype is torch.int32
         if ids.offsets is None:
             call.sample_stride, call.feature_stride = ids.values.stride()
         else:
             call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
             call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
-        kinds = None
-        if any(t.dtype is not torch.float32 for t in tables):
-            kinds = self._kinds(tables)
-            call.storage_kinds, call.storage_bytes = (ctypes.addressof(k) for k in kinds)
-        call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
+        # One array for all that the record points to: tables, a Matrix per output, kinds and bytes of rows.
+        numbers = [t.data_ptr() for t in tables]
+        for i, width in enumerate(self.widths):
+            numbers += (outputs[i].data_ptr(), width) if outputs else (0, 0)
+        decodes = [t for t in tables if t.dtype is not torch.float32]
+        if decodes:
+            numbers += self._kinds(tables)
+            numbers += [t.stride(0) * t.element_size() for t in tables]
+        behind = array("q", numbers)
+        call.storages = start = behind.buffer_info()[0]
+        call.outputs = start + 8 * len(tables)
+        if decodes:
+            call.storage_bytes = start + 8 * (len(behind) - len(tables))
+            call.storage_kinds = start + 8 * (len(behind) - 2 * len(tables))
         if kept is not None:
             call.kept = Matrix(kept.data_ptr(), self.kept_width)
         if self._indexed:
             arrays = self._index.arrays
             call.index = Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
         call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
-        return call, (pointers, matrices, kinds)
+        return call, behind
 
-    def _kinds(self, tables: Sequence[Tensor]) -> tuple[Any, Any]:
-        """Precision of each storage, and bytes of its rows."""
-        numbers = c_int64 * len(tables)
-        kinds = [
+    def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
+        """Precision of each storage."""
+        return [
             _KINDS.get(t.dtype, _INT8 if t.shape[1] == HEAD + width else _INT4)
-            for t, (_, width) in zip(tables, self.storages.values(), strict=True)
+            for t, width in zip(tables, self._storage_widths, strict=True)
         ]
-        return numbers(*kinds), numbers(*(t.stride(0) * t.element_size() for t in tables))
 
     def forward(
         self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None = None
@@ -256,7 +262,7 @@ class NativeLookup:
         Args:
             tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``,
                 the integers of :class:`recsys_embed.kernels.precision.Layout`.
-            outputs: float32, rows of contiguous elements.
+            outputs: float32, contiguous; more dimensions of the width are as good.
             kept: float32 of ``kept_shape``, filled with what a backward will need.
         """
         call, alive = self._call(ids, tables, outputs, kept)
@@ -317,7 +323,8 @@ class NativeLookup:
             update.rule, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
             number = min(table.shape[0], sum(n * r for n, r in zip(counts, reads, strict=True)))
             values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
-            rows, count = torch.empty(number if sparse else 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            rows = table.new_empty(number if sparse else 0, dtype=torch.int64)
+            count = table.new_zeros(1, dtype=torch.int64)
             update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
             found.append((values, rows, count))
         self._backward(ids, tables, gradients, kept, updates)

@@ -78,7 +78,7 @@ class _Lookup(Function):
 def _outputs(
     lookup: NativeLookup, pool: OutputPool, ids: Ids, tables: Sequence[Tensor], kept: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    outputs = tuple(pool.take((ids.batch, width)) for width in lookup.widths)
+    outputs = tuple([pool.take((ids.batch, *shape)) for shape in lookup.shapes])
     if not lookup.forward(ids, tables, outputs, kept):
         raise IdRangeError("an id lies outside the range its feature declares")
     return outputs
@@ -93,7 +93,7 @@ def look_up(
     step: NativeStep | None = None,
     sparse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, width]``.
+    """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, *shape]``.
 
     Args:
         tables: per storage, float32 ``[rows, width]``.
