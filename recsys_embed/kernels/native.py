@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native_library import Call, Index, Library, Matrix, Update, library, loaded
+from recsys_embed.kernels.native_library import Index, Library, Matrix, Update, call_with, library, loaded
 from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.records import Slot, encode
@@ -28,6 +28,7 @@ _RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad
 _DENSE, _SPARSE = 4, 5
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT4 = 3, 4
+_STORED = (*_KINDS, torch.uint8)
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 # Lookups that a second thread is worth waking for.
 _WORTH_A_THREAD = 2048
@@ -56,7 +57,7 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
     """As :func:`runs_on`, for rows that are served: of any precision, and not by compiled models."""
-    return not torch.compiler.is_compiling() and runs_on(ids, stored, (*_KINDS, torch.uint8))
+    return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -118,7 +119,8 @@ class Ids(NamedTuple):
     """Ids of many features, int32 or int64 on the CPU.
 
     Args:
-        values: ``[B, F]`` of any strides; or ``[n]`` with ``offsets``, feature after feature.
+        values: ``[B, F]`` of any strides, or ``[B]`` of a single feature; or ``[n]`` with ``offsets``, feature after
+            feature.
         offsets: int64 ``[F * B + 1]``, rising from 0 to n: bag ``f * B + b`` holds the ids of feature f of sample b.
         weights: float32 ``[n]``, factors of the vectors of bags that are summed.
         batch: B.
@@ -176,7 +178,9 @@ class NativeLookup:
         self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
         count = len(storages)
         self._storage_widths = array("q", [width for _, width in storages.values()])
-        call = Call(
+        # Behind the record: pointers to storages, a Matrix per output; kinds of storages and bytes of their rows.
+        self._record = call_with(3 * count + 2 * len(widths))
+        call = self._record(
             features=self._features.ctypes.data,
             probes=self._probes.ctypes.data,
             feature_count=len(self._features),
@@ -185,6 +189,7 @@ class NativeLookup:
             storage_count=count,
             output_count=len(widths),
         )
+        call.behind[count : count + 2 * len(widths)] = [n for width in widths for n in (0, width)]
         self._template = bytes(call)
         self._indexed = any(index.indexes)
         self.handle = handle_of(self)
@@ -213,39 +218,37 @@ class NativeLookup:
         counts = ids.counts(self._columns) if self.kept_width else []
         return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
 
-    def _call(
-        self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None
-    ) -> tuple[Call, Any]:
-        """One call's record, and what has to stay alive with it."""
-        call = Call.from_buffer_copy(self._template)
+    def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> Any:
+        """One call's record, which tensors have to outlive."""
+        call = self._record.from_buffer_copy(self._template)
         call.ids, call.batch, lookups = ids.values.data_ptr(), ids.batch, ids.batch * call.probe_count
         call.ids_are_32 = ids.values.dtype is torch.int32
         if ids.offsets is None:
-            call.sample_stride, call.feature_stride = ids.values.stride()
+            strides = ids.values.stride()
+            call.sample_stride, call.feature_stride = strides[0], strides[-1]
         else:
             call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
             call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
-        # One array for all that the record points to: tables, a Matrix per output, kinds and bytes of rows.
-        numbers = [t.data_ptr() for t in tables]
-        for i, width in enumerate(self.widths):
-            numbers += (outputs[i].data_ptr(), width) if outputs else (0, 0)
-        decodes = [t for t in tables if t.dtype is not torch.float32]
-        if decodes:
-            numbers += self._kinds(tables)
-            numbers += [t.stride(0) * t.element_size() for t in tables]
-        behind = array("q", numbers)
-        call.storages = start = behind.buffer_info()[0]
+        behind, at, decodes = call.behind, 0, False
+        for table in tables:
+            behind[at] = table.data_ptr()
+            at += 1
+            decodes |= table.dtype is not torch.float32
+        for output in outputs:
+            behind[at] = output.data_ptr()
+            at += 2
+        call.storages = start = ctypes.addressof(behind)
         call.outputs = start + 8 * len(tables)
         if decodes:
-            call.storage_bytes = start + 8 * (len(behind) - len(tables))
-            call.storage_kinds = start + 8 * (len(behind) - 2 * len(tables))
+            behind[at:] = self._kinds(tables) + [t.stride(0) * t.element_size() for t in tables]
+            call.storage_kinds, call.storage_bytes = start + 8 * at, start + 8 * (at + len(tables))
         if kept is not None:
             call.kept = Matrix(kept.data_ptr(), self.kept_width)
         if self._indexed:
             arrays = self._index.arrays
             call.index = Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
         call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
-        return call, behind
+        return call
 
     def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
         """Precision of each storage."""
@@ -265,10 +268,8 @@ class NativeLookup:
             outputs: float32, contiguous; more dimensions of the width are as good.
             kept: float32 of ``kept_shape``, filled with what a backward will need.
         """
-        call, alive = self._call(ids, tables, outputs, kept)
-        outcome = loaded().handle.rse_forward(ctypes.addressof(call))
-        del alive
-        return _checked(outcome)
+        call = self._call(ids, tables, outputs, kept)
+        return _checked(loaded().handle.rse_forward(ctypes.addressof(call)))
 
     def update(
         self,
@@ -301,11 +302,9 @@ class NativeLookup:
         paces: Sequence[Pace],
     ) -> None:
         """Bring the rows that ``ids`` read up to date, in place; ids out of range are left for forward to refuse."""
-        call, alive = self._call(ids, tables, (), None)
+        call = self._call(ids, tables, (), None)
         updates = _updates(optimizer, tables, states, paces)
-        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1)
-        del alive
-        _checked(outcome)
+        _checked(loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1))
 
     def gradients(
         self,
@@ -355,8 +354,6 @@ class NativeLookup:
         kept: Tensor | None,
         updates: Any,
     ) -> None:
-        call, alive = self._call(ids, tables, gradients, kept)
-        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)
-        del alive
-        if not _checked(outcome):
+        call = self._call(ids, tables, gradients, kept)
+        if not _checked(loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)):
             raise RuntimeError("ids changed between forward and backward")
