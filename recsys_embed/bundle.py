@@ -176,9 +176,9 @@ class LookupBundle(Constants):
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
             value = out.get(spec.name)
             if isinstance(value, tuple) and len(value) == 2:
-                out[spec.name] = (given_ids(value[0], spec, hashes, self.limits.device), value[1])
+                out[spec.name] = (given_ids(value[0], spec, hashes, self.unseen), value[1])
             elif value is not None:
-                out[spec.name] = given_ids(value, spec, hashes, self.limits.device)
+                out[spec.name] = given_ids(value, spec, hashes, self.unseen)
         return out
 
     # -- running --------------------------------------------------------------------------------------------------

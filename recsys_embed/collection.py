@@ -198,8 +198,9 @@ class EmbeddingCollection(SteppedTables):
         """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (self.sparse and torch.compiler.is_compiling()):
             return None
-        if self.served is not None:
-            stored = self.served.direct(self.storages) if "native" in kernels else None
+        served = self._modules.get("served")  # see `bundle` in forward
+        if served is not None:
+            stored = cast("StoredTables", served).direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
         tables = self._weights()
         for name in kernels:

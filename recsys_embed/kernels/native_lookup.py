@@ -142,4 +142,4 @@ class SingleLookup:
         Raises:
             IdRangeError: an id has no row.
         """
-        return look_up(self._lookup, self._pool, Ids.matrix(ids.unsqueeze(1)), tables, sparse=sparse)[0]
+        return look_up(self._lookup, self._pool, Ids.matrix(ids), tables, sparse=sparse)[0]
