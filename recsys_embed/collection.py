@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -198,9 +198,9 @@ class EmbeddingCollection(SteppedTables):
         """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (self.sparse and torch.compiler.is_compiling()):
             return None
-        served = self._modules.get("served")  # see `bundle` in forward
+        served: Any = self._modules.get("served")  # see `bundle` in forward
         if served is not None:
-            stored = cast("StoredTables", served).direct(self.storages) if "native" in kernels else None
+            stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
         tables = self._weights()
         for name in kernels:
@@ -229,7 +229,7 @@ class EmbeddingCollection(SteppedTables):
         if not stepping:
             self._settle_before_reading()
         # As an attribute torch finds it last of all, ten times slower.
-        bundle = cast("LookupBundle", self._modules["bundle"])
+        bundle: Any = self._modules["bundle"]
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
@@ -238,7 +238,8 @@ class EmbeddingCollection(SteppedTables):
             if fused is None:
                 return bundle.single(ids.long(), self._reader)
             step = self._native_step if stepping else None
-            return bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
+            out: Tensor = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse)
+            return out
         given = bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         fused = self._fused_tables(bundle.fused, bags.values)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -233,9 +233,9 @@ class CompressedEmbedding(nn.Module):
         """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
         if self._native is None or torch.compiler.is_compiling():
             return None
-        served = self._modules.get("served")
+        served: Any = self._modules.get("served")
         if served is not None:
-            stored = cast("StoredTables", served).direct(self._native.tables)
+            stored = served.direct(self._native.tables)
             return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)
         tables = [self.table(name) for name in self._native.tables]
         if runs_on(ids, tables):
@@ -281,7 +281,8 @@ class CompressedEmbedding(nn.Module):
     @property
     def _policy(self) -> Unseen:
         """The attribute ``unseen``, which torch finds last of all, ten times slower."""
-        return cast("Unseen", self._modules["unseen"])
+        policy: Any = self._modules["unseen"]
+        return policy
 
     def _resolve(self, ids: Tensor) -> Tensor:
         """What the policy makes of ``ids``, counted: see :class:`Unseen`."""

@@ -56,7 +56,7 @@ class _Lookup(Function):
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
-        outputs = _outputs(lookup, pool, ids, tables, kept)
+        outputs = tuple(_outputs(lookup, pool, ids, tables, kept))
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
@@ -77,8 +77,8 @@ class _Lookup(Function):
 
 def _outputs(
     lookup: NativeLookup, pool: OutputPool, ids: Ids, tables: Sequence[Tensor], kept: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    outputs = tuple([pool.take((ids.batch, *shape)) for shape in lookup.shapes])
+) -> list[Tensor]:
+    outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     if not lookup.forward(ids, tables, outputs, kept):
         raise IdRangeError("an id lies outside the range its feature declares")
     return outputs
@@ -92,7 +92,7 @@ def look_up(
     *,
     step: NativeStep | None = None,
     sparse: bool = False,
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, *shape]``.
 
     Args:

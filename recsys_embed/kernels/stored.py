@@ -170,9 +170,8 @@ class Stored(Constants):
         """Stored rows ``[rows, items]`` where these are what the native kernels read, else None."""
         if not self._auto or self._uniform is None or self._pruned or self._kind.kind == "fp64":
             return None
-        buffers = self._buffers  # as attributes torch finds them last of all, ten times slower
-        data, like = cast("Tensor", buffers["data"]), cast("Tensor", buffers["like"])
-        return data if like.dtype is torch.float32 else None
+        buffers: Any = self._buffers  # as attributes torch finds them last of all, ten times slower
+        return buffers["data"] if buffers["like"].dtype is torch.float32 else None
 
     @property
     def nbytes(self) -> int:
