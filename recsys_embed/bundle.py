@@ -308,6 +308,8 @@ class LookupBundle(Constants):
     def _assemble(self, parts: list[Tensor], ordered: bool, order: str) -> Tensor:
         """Parts ``[B, columns]``, or as the output is, to the output in schema order."""
         dim = self.output_dim
+        if ordered and len(parts) == 1 and (dim is None or parts[0].dim() == 3):
+            return parts[0]
         if dim is not None:
             # Sizes in full: an empty batch has no element from which to infer one.
             parts = [p if p.dim() == 3 else p.reshape(p.shape[0], p.shape[1] // dim, dim) for p in parts]

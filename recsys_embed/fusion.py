@@ -135,7 +135,7 @@ class FusedBundle:
 
     def _projected(self, bundle: LookupBundle, outputs: Sequence[Tensor]) -> list[Tensor]:
         if not bundle.projected:
-            return [*outputs]
+            return list(outputs)
         out = []
         for (shape, members), value in zip(self.shapes, outputs, strict=True):
             if shape is None:

@@ -188,6 +188,7 @@ class NativeLookup:
             storage_widths=self._storage_widths.buffer_info()[0],
             storage_count=count,
             output_count=len(widths),
+            threads=1,
         )
         call.behind[count : count + 2 * len(widths)] = [n for width in widths for n in (0, width)]
         self._template = bytes(call)
@@ -247,7 +248,8 @@ class NativeLookup:
         if self._indexed:
             arrays = self._index.arrays
             call.index = Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
-        call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
+        if lookups >= _WORTH_A_THREAD:
+            call.threads = torch.get_num_threads()
         return call
 
     def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
