@@ -177,9 +177,9 @@ class LookupBundle(Constants):
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
             value = out.get(spec.name)
             if isinstance(value, tuple) and len(value) == 2:
-                out[spec.name] = (given_ids(value[0], spec, hashes, self.limits.device), value[1])
+                out[spec.name] = (given_ids(value[0], spec, hashes, self.unseen), value[1])
             elif value is not None:
-                out[spec.name] = given_ids(value, spec, hashes, self.limits.device)
+                out[spec.name] = given_ids(value, spec, hashes, self.unseen)
         return out
 
     # -- running --------------------------------------------------------------------------------------------------
@@ -313,10 +313,13 @@ class LookupBundle(Constants):
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
 
-    def _assemble(self, parts: Sequence[Tensor], ordered: bool, order: str) -> Tensor:
-        """Parts ``[B, columns]`` to the output in schema order."""
-        batch, dim = parts[0].shape[0], self.output_dim
-        # Sizes in full: an empty batch has no element from which to infer one.
-        out = list(parts) if dim is None else [p.reshape(batch, p.shape[1] // dim, dim) for p in parts]
-        joined = out[0] if len(out) == 1 else torch.cat(out, 1)
+    def _assemble(self, parts: list[Tensor], ordered: bool, order: str) -> Tensor:
+        """Parts ``[B, columns]``, or as the output is, to the output in schema order."""
+        dim = self.output_dim
+        if ordered and len(parts) == 1 and (dim is None or parts[0].dim() == 3):
+            return parts[0]
+        if dim is not None:
+            # Sizes in full: an empty batch has no element from which to infer one.
+            parts = [p if p.dim() == 3 else p.reshape(p.shape[0], p.shape[1] // dim, dim) for p in parts]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return joined if ordered else joined.index_select(1, self.constant(order))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from recsys_embed.kernels.bag_step import BagCall, BagReader, apply_bags
 from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.fused import FusedGather, read_rows
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.masks import Masking, Stage
+from recsys_embed.kernels.masks import Masking
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored import StoredTables
 from recsys_embed.kernels.unseen import UnseenCount
@@ -195,28 +195,19 @@ class EmbeddingCollection(SteppedTables):
                 self._paces[storage].advance(self.optimizer, self._lr)
                 apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
 
-    def _fused_tables(self, ids: Tensor) -> tuple[str, list[Tensor]] | None:
-        """Which fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not self.bundle.fused or (self.sparse and torch.compiler.is_compiling()):
+    def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
+        """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
+        if not kernels or (self.sparse and torch.compiler.is_compiling()):
             return None
-        if self.served is not None:
-            stored = self.served.direct(self.storages) if "native" in self.bundle.fused else None
+        served: Any = self._modules.get("served")  # see `bundle` in forward
+        if served is not None:
+            stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
-        tables = [getattr(self, name) for name in self.storages]
-        return next(((name, tables) for name in self.bundle.fused if dispatch.RUNS_ON[name](ids, tables)), None)
-
-    def _single(self, ids: Tensor, fused: tuple[str, list[Tensor]] | None, stage: Stage | None = None) -> Tensor:
-        """Vectors of ``ids [B, F]``, by the fused kernels where these can run."""
-        if fused is None:
-            return self.bundle.single(ids.long(), self._reader)
-        step = self._native_step if self._stepping else None
-        return self.bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, stage)
-
-    def _masked(self, mask: Masking, ids: Tensor, fused: tuple[str, list[Tensor]] | None) -> Tensor:
-        stage = mask.stage(ids)
-        if fused is not None and self.bundle.fused[fused[0]].masks(self.bundle) and stage.fits(ids):
-            return self._single(ids, fused, stage)
-        return mask.through(stage, self._single(ids, fused), ids)
+        tables = self._weights()
+        for name in kernels:
+            if dispatch.RUNS_ON[name](ids, tables):
+                return name, tables
+        return None
 
     def forward(
         self,
@@ -244,25 +235,35 @@ class EmbeddingCollection(SteppedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
-        if not self._stepping:
+        stepping = self._stepping
+        if not stepping:
             self._settle_before_reading()
+        # As an attribute torch finds it last of all, ten times slower.
+        bundle: Any = self._modules["bundle"]
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
-            fused = self._fused_tables(ids)
-            if mask is not None:
-                return self._masked(mask, ids, fused)
-            return self._single(ids, fused)
+            fused = self._fused_tables(bundle.fused, ids)
+            stage = None if mask is None else mask.stage(ids)
+            inside = (
+                fused is not None and stage is not None and bundle.fused[fused[0]].masks(bundle) and stage.fits(ids)
+            )
+            if fused is None:
+                out: Tensor = bundle.single(ids.long(), self._reader)
+            else:
+                step = self._native_step if stepping else None
+                out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, stage if inside else None)
+            return out if mask is None or stage is None or inside else mask.through(stage, out, ids)
         if mask is not None:
             raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
-        given = self.bundle.given(ids) if isinstance(ids, Mapping) else ids
+        given = bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
-        fused = self._fused_tables(bags.values)
-        if fused is None or not self.bundle.fused[fused[0]].pools(self.bundle, bags):
-            return self.bundle.pooled(bags, self._reader)
-        step = self._native_step if self._stepping else None
-        return self.bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
+        fused = self._fused_tables(bundle.fused, bags.values)
+        if fused is None or not bundle.fused[fused[0]].pools(bundle, bags):
+            return bundle.pooled(bags, self._reader)
+        step = self._native_step if stepping else None
+        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class FusedBundle:
         places: list[dict[str, Place]],
         storages: Mapping[str, tuple[int, int]],
     ) -> None:
+        self._unseen = bundle.unseen
         names = list(bundle.programs)
         position = {name: i for i, name in enumerate(bundle.schema.names)}
         projected = {i: shape for shape, members in bundle.projected.items() for i in members}
@@ -52,8 +53,14 @@ class FusedBundle:
                 slots[i] = Slot(output, column, bundle.schema.features[i].pooling == "mean")
                 column += bundle.programs[bundle.schema.names[i]].combined_width
             widths.append(column)
+        # Vectors that need nothing more stand as the whole output has them.
+        dim = bundle.output_dim
+        self._shapes = [
+            (width,) if dim is None or shape is not None else (width // dim, dim)
+            for (shape, _), width in zip(self.shapes, widths, strict=True)
+        ]
         at = [position[name] for name in names]
-        limits = bundle.unseen.integers_of("limits")
+        limits = self._unseen.integers_of("limits")
         self._build(
             names,
             list(bundle.programs.values()),
@@ -64,13 +71,15 @@ class FusedBundle:
             widths,
             at,
             [limits[i] for i in at],
-            [bundle.unseen.zeros[i] for i in at],
+            [self._unseen.zeros[i] for i in at],
         )
         self.parts = [members for _, members in self.shapes]
-        self.parts += [part for part in bundle.parts if part[0] not in slots]
+        # Features that run themselves come last.
+        self._own = [i for (i,) in (part for part in bundle.parts if part[0] not in slots)]
+        self.parts += [(i,) for i in self._own]
 
     def _build(self, names: Sequence[str], *arguments: Any) -> None:
-        self.lookup: Any = NativeLookup(*arguments)
+        self.lookup: Any = NativeLookup(*(*arguments, self._shapes))
         self._pool = OutputPool()
 
     @staticmethod
@@ -87,14 +96,17 @@ class FusedBundle:
         sparse: bool,
         mask: Stage | None = None,
     ) -> list[Tensor]:
-        """Vectors of ``ids [B, F]``: one tensor ``[B, ...]`` per entry of ``parts``; masked where it ``masks``.
+        """Vectors of ``ids [B, F]``: one tensor ``[B, columns]``, or as the whole output is, per entry of ``parts``.
+
+        Args:
+            mask: of all vectors, where it ``masks``.
 
         Raises:
             IdRangeError: names the first feature at fault.
         """
         ids = self._resolved(bundle, ids)
         out = self._projected(bundle, self._outputs(bundle, ids, tables, step, sparse, mask))
-        for (i,) in self.parts[len(self.shapes) :]:
+        for i in self._own:
             out.append(bundle.vectors_of(i, ids[:, i].long()))
         return out
 
@@ -116,8 +128,8 @@ class FusedBundle:
     def pooled(
         self, bundle: LookupBundle, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool
     ) -> list[Tensor]:
-        """Pooled vectors of bags: one tensor ``[B, ...]`` per entry of ``parts``."""
-        bags = bundle.resolved(bags) if bundle.unseen.replaces or bundle.unseen.counting else bags
+        """Pooled vectors of bags, as :meth:`single` has those of ids."""
+        bags = bundle.resolved(bags) if self._unseen.replaces or self._unseen.counting else bags
         weights = None if bags.weights is None else bags.weights.contiguous()
         ids = Ids(bags.values.contiguous(), bags.offsets.contiguous(), weights, bags.batch)
         try:
@@ -126,7 +138,7 @@ class FusedBundle:
             bundle.resolved(bags)
             raise
         out = self._projected(bundle, outputs)
-        for (i,) in self.parts[len(self.shapes) :]:
+        for i in self._own:
             offsets = bags.offsets[i * bags.batch : (i + 1) * bags.batch + 1]
             first, last = int(offsets[0]), int(offsets[-1])
             weights = None if bags.weights is None else bags.weights[first:last]
@@ -134,6 +146,8 @@ class FusedBundle:
         return out
 
     def _projected(self, bundle: LookupBundle, outputs: Sequence[Tensor]) -> list[Tensor]:
+        if not bundle.projected:
+            return list(outputs)
         out = []
         for (shape, members), value in zip(self.shapes, outputs, strict=True):
             if shape is None:
@@ -145,7 +159,7 @@ class FusedBundle:
 
     def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
         """``ids`` after the policies for unseen ones."""
-        return bundle.unseen(ids.long()) if bundle.unseen.replaces or bundle.unseen.counting else ids
+        return self._unseen(ids.long()) if self._unseen.replaces or self._unseen.counting else ids
 
     def _outputs(
         self,
@@ -161,7 +175,7 @@ class FusedBundle:
         try:
             return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse, mask=mask)
         except IdRangeError:
-            bundle.unseen.check(ids.long())
+            self._unseen.check(ids.long())
             raise
 
 
@@ -179,9 +193,9 @@ class TritonBundle(FusedBundle):
 
     def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
         # The kernels check ranges themselves: the assertion that torch has for GPUs would end the process.
-        if not (bundle.unseen.replaces or bundle.unseen.counting):
+        if not (self._unseen.replaces or self._unseen.counting):
             return ids
-        return bundle.unseen.resolve(ids.long(), count=bundle.unseen.counting, check=False)
+        return self._unseen.resolve(ids.long(), count=self._unseen.counting, check=False)
 
     def _outputs(
         self,

@@ -55,13 +55,17 @@ static inline i64 first_id(const Call& c, const Feature& f, i64 sample) {
 // Number of ids of a feature.
 static inline i64 count_ids(const Call& c, const Feature& f) { return first_id(c, f, c.batch) - first_id(c, f, 0); }
 
-// Ids [first, first + n) of a feature and the rows of all its probes; false if one lies outside its range.
-static bool find(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
+// Ids [first, first + n) of a feature.
+static void take_ids(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
   const i64 step = c.offsets ? 1 : c.sample_stride, from = first * step + (c.offsets ? 0 : f.ids * c.feature_stride);
   if (c.ids_are_32)
     for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i32*>(c.ids)[from + i * step];
   else
     for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i64*>(c.ids)[from + i * step];
+}
+
+// The rows of n ids that all probes of their feature read; false if an id lies outside its range.
+static bool find_rows(const Call& c, const Feature& f, i64 n, const Chunk& at) {
   i64 wrong = 0;
   if (f.limit >= 0)
     for (i64 i = 0; i < n; i++) wrong |= u64(at.ids[i]) >= u64(f.limit);
@@ -76,6 +80,12 @@ static bool find(const Call& c, const Feature& f, i64 first, i64 n, const Chunk&
       wrong |= !storage_rows(p.weight_of, c.index, p.weight_base, p.weight_rows, at.ids, n, none, rows + at.size);
   }
   return !wrong;
+}
+
+// Both, of one feature.
+static bool find(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
+  take_ids(c, f, first, n, at);
+  return find_rows(c, f, n, at);
 }
 
 // Features read ids in strides, which no hardware sees coming.

@@ -122,7 +122,11 @@ class Reader {
     }
     if (group.repeated && join == STORE) group.join = ADD;  // of one slot
     auto found = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.fits(group); });
-    if (found == groups_.end()) found = groups_.insert(found, std::move(group));
+    if (found == groups_.end()) {
+      group.slots.reserve(c_.probe_count);
+      group.columns.reserve(c_.feature_count);
+      found = groups_.insert(found, std::move(group));
+    }
     for (i64 k = 0; k < count; k++) {
       const Probe& p = all[k];
       float* factor = nullptr;
@@ -131,7 +135,11 @@ class Reader {
         factor = memory_.back().get();
         factored_.push_back({&f, j + k, at, factor});
       }
-      found->slots.push_back({reinterpret_cast<const char*>(c_.storages[p.storage]), row_bytes(c_, p.storage), at.rows_of(j + k), factor});
+      Slot& slot = found->slots.emplace_back();
+      slot.table = reinterpret_cast<const char*>(c_.storages[p.storage]);
+      slot.bytes = row_bytes(c_, p.storage);
+      slot.rows = at.rows_of(j + k);
+      slot.factor = factor;
     }
     found->columns.push_back(column);
   }
@@ -212,7 +220,9 @@ static bool look_up(const Call& c, i64 from, i64 to) {
   for (i64 at = from; at < to; at += work.size()) {
     const i64 n = std::min(work.size(), to - at);
     prefetch_ids(c, at + n, std::min(to, at + n + work.size()));
-    for (i64 k = 0; k < c.feature_count; k++) good &= find(c, c.features[k], at, n, work.chunk(c.features, k));
+    // One after the other: ids that have only just been written one by one cannot be read many at once without a wait.
+    for (i64 k = 0; k < c.feature_count; k++) take_ids(c, c.features[k], at, n, work.chunk(c.features, k));
+    for (i64 k = 0; k < c.feature_count; k++) good &= find_rows(c, c.features[k], n, work.chunk(c.features, k));
     for (i64 o = 0; o < c.output_count; o++) outputs[o].data = c.outputs[o].data + at * c.outputs[o].stride;
     vectors.read(outputs.data(), n);
     if (c.mask && good) good = mask(*c.mask, at, at + n);

@@ -12,21 +12,28 @@ from torch import Tensor
 from recsys_embed import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.constants import Constants
+
+_ID_TYPES = (torch.int64, torch.int32)
 
 
 def check_id_dtype(ids: Tensor, where: str) -> None:
     """Raise unless ``ids`` are a tensor of int32 or int64; ``where`` is the feature, empty for all of a collection."""
+    if isinstance(ids, Tensor) and ids.dtype in _ID_TYPES:
+        return
     at = f"feature {where!r}" if where else "a collection's features"
     if not isinstance(ids, Tensor):
         raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
+    raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
 
 
-def given_ids(values: Any, spec: FeatureSpec, hashes: bool, device: torch.device) -> Any:
+def given_ids(values: Any, spec: FeatureSpec, hashes: bool, near: Constants) -> Any:
     """Ids of one feature as users give them: for a method that hashes, also strings and numpy arrays, as a tensor.
 
     What is neither comes back as it is, for :func:`check_id_dtype` to name.
+
+    Args:
+        near: a module on the device that the tensor is to be on.
 
     Raises:
         ConfigError: strings for a feature whose ids are indices.
@@ -44,7 +51,7 @@ def given_ids(values: Any, spec: FeatureSpec, hashes: bool, device: torch.device
             "them by a vocabulary first"
         )
     known = texts or isinstance(values, (np.ndarray, Tensor)) or (isinstance(values, list) and not values)
-    return hashing.string_ids(values).to(device) if hashes and known else values
+    return hashing.string_ids(values).to(next(near.buffers()).device) if hashes and known else values
 
 
 def _has_texts(values: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -70,11 +71,11 @@ class Stage:
 
         Args:
             ids: ``[B, F]``.
-            vectors, out: ``[B, F * D]``, of contiguous rows; they may be the same.
+            vectors, out: ``[B, F, D]`` or ``[B, F * D]``, contiguous; they may be the same.
         """
         thresholds, rest = self.learned
         batch, fields = ids.shape
-        mask = Mask(batch=batch, fields=fields, width=vectors.shape[1] // fields, norm=self.norm)
+        mask = Mask(batch=batch, fields=fields, width=prod(vectors.shape[1:]) // fields, norm=self.norm)
         mask.vectors, mask.out = _matrix(vectors), _matrix(out)
         if self.starts is not None:
             mask.starts, mask.ids, mask.ids_are_32 = self.starts.data_ptr(), ids.data_ptr(), ids.dtype == torch.int32
@@ -160,7 +161,7 @@ def _matrix(tensor: Tensor) -> Matrix:
 
 
 def masked(stage: Stage, ids: Tensor, vectors: Tensor, pool: OutputPool, done: Tensor | None = None) -> Tensor:
-    """``vectors [B, F * D]`` of ``ids [B, F]`` masked, differentiable in them and in the stage's parameters.
+    """``vectors [B, F, D]`` of ``ids [B, F]`` masked, differentiable in them and in the parameters of the stage.
 
     Args:
         pool: gives memory.
@@ -177,4 +178,4 @@ def mask_vectors(stage: Stage, ids: Tensor, vectors: Tensor) -> Tensor | None:
     """``vectors [B, F, D]`` masked by the kernels; None where these cannot read them."""
     if not stage.fits(ids) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
         return None
-    return masked(stage, ids, vectors.flatten(1).contiguous(), _POOL).view_as(vectors)
+    return masked(stage, ids, vectors.contiguous(), _POOL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch.nn import Parameter
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native_library import Call, Index, Library, Mask, Matrix, Update, library, loaded
+from recsys_embed.kernels.native_library import Index, Library, Mask, Matrix, Update, call_with, library, loaded
 from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.records import Slot, encode
@@ -29,6 +28,7 @@ _RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad
 _DENSE, _SPARSE = 4, 5
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT4 = 3, 4
+_STORED = (*_KINDS, torch.uint8)
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 # Lookups that a second thread is worth waking for.
 _WORTH_A_THREAD = 2048
@@ -45,9 +45,9 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
         # As operators of their own. Exported programs hold torch's alone.
         real = not torch.compiler.is_exporting()
         return real and all(t.device.type == "cpu" and t.dtype in types for t in tables)
-    if torch.jit.is_tracing() or not isinstance(library(), Library):
+    if type(ids) is not Tensor or not ids.is_cpu or not isinstance(library(), Library):
         return False
-    if type(ids) is not Tensor or not ids.is_cpu or torch._C._len_torch_dispatch_stack():
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tables:
         if type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
@@ -57,7 +57,7 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
     """As :func:`runs_on`, for rows that are served: of any precision, and not by compiled models."""
-    return not torch.compiler.is_compiling() and runs_on(ids, stored, (*_KINDS, torch.uint8))
+    return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -120,7 +120,8 @@ class Ids(NamedTuple):
     """Ids of many features, int32 or int64 on the CPU.
 
     Args:
-        values: ``[B, F]`` of any strides; or ``[n]`` with ``offsets``, feature after feature.
+        values: ``[B, F]`` of any strides, or ``[B]`` of a single feature; or ``[n]`` with ``offsets``, feature after
+            feature.
         offsets: int64 ``[F * B + 1]``, rising from 0 to n: bag ``f * B + b`` holds the ids of feature f of sample b.
         weights: float32 ``[n]``, factors of the vectors of bags that are summed.
         batch: B.
@@ -154,6 +155,7 @@ class NativeLookup:
         columns: column of each feature in the matrix of ids.
         limits: bound of each feature's ids, -1 for any id.
         optional: whether a feature's id -1 is none.
+        shapes: of a sample's vectors in each output, where they are not all in one row of it.
     """
 
     def __init__(
@@ -167,29 +169,34 @@ class NativeLookup:
         columns: Sequence[int],
         limits: Sequence[int],
         optional: Sequence[bool],
+        shapes: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         self.storages, self.widths, self._index = dict(storages), tuple(widths), index
+        self.shapes = tuple(shapes or ((width,) for width in widths))
         self._features, self._probes, self.kept_width = encode(
             programs, places, list(storages), index, slots, columns, limits, optional
         )
         self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
         count = len(storages)
-        self._storage_widths = (c_int64 * count)(*(width for _, width in storages.values()))
-        self._pointers, self._matrices = c_void_p * count, Matrix * len(widths)
-        call = Call(
+        self._storage_widths = array("q", [width for _, width in storages.values()])
+        # Behind the record: pointers to storages, a Matrix per output; kinds of storages and bytes of their rows.
+        self._record = call_with(3 * count + 2 * len(widths))
+        call = self._record(
             features=self._features.ctypes.data,
             probes=self._probes.ctypes.data,
             feature_count=len(self._features),
             probe_count=len(self._probes),
-            storage_widths=ctypes.addressof(self._storage_widths),
+            storage_widths=self._storage_widths.buffer_info()[0],
             storage_count=count,
             output_count=len(widths),
+            threads=1,
         )
+        call.behind[count : count + 2 * len(widths)] = [n for width in widths for n in (0, width)]
         self._template = bytes(call)
         self._indexed = any(index.indexes)
         self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
-        self._given = (programs, places, index, storages, slots, widths, columns, limits, optional)
+        self._given = (programs, places, index, storages, slots, widths, columns, limits, optional, shapes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeLookup, self._given
@@ -213,41 +220,45 @@ class NativeLookup:
         counts = ids.counts(self._columns) if self.kept_width else []
         return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
 
-    def _call(
-        self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None
-    ) -> tuple[Call, Any]:
-        """One call's record, and what has to stay alive with it."""
-        call = Call.from_buffer_copy(self._template)
-        pointers = self._pointers(*(t.data_ptr() for t in tables))
-        matrices = self._matrices(*(Matrix(o.data_ptr(), o.stride(0)) for o in outputs))
+    def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> Any:
+        """One call's record, which tensors have to outlive."""
+        call = self._record.from_buffer_copy(self._template)
         call.ids, call.batch, lookups = ids.values.data_ptr(), ids.batch, ids.batch * call.probe_count
-        call.ids_are_32 = ids.values.dtype == torch.int32
+        call.ids_are_32 = ids.values.dtype is torch.int32
         if ids.offsets is None:
-            call.sample_stride, call.feature_stride = ids.values.stride()
+            strides = ids.values.stride()
+            call.sample_stride, call.feature_stride = strides[0], strides[-1]
         else:
             call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
             call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
-        kinds = None
-        if any(t.dtype is not torch.float32 for t in tables):
-            kinds = self._kinds(tables)
-            call.storage_kinds, call.storage_bytes = (ctypes.addressof(k) for k in kinds)
-        call.storages, call.outputs = ctypes.addressof(pointers), ctypes.addressof(matrices)
+        behind, at, decodes = call.behind, 0, False
+        for table in tables:
+            behind[at] = table.data_ptr()
+            at += 1
+            decodes |= table.dtype is not torch.float32
+        for output in outputs:
+            behind[at] = output.data_ptr()
+            at += 2
+        call.storages = start = ctypes.addressof(behind)
+        call.outputs = start + 8 * len(tables)
+        if decodes:
+            behind[at:] = self._kinds(tables) + [t.stride(0) * t.element_size() for t in tables]
+            call.storage_kinds, call.storage_bytes = start + 8 * at, start + 8 * (at + len(tables))
         if kept is not None:
             call.kept = Matrix(kept.data_ptr(), self.kept_width)
         if self._indexed:
             arrays = self._index.arrays
             call.index = Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
-        call.threads = 1 if lookups < _WORTH_A_THREAD else torch.get_num_threads()
-        return call, (pointers, matrices, kinds)
+        if lookups >= _WORTH_A_THREAD:
+            call.threads = torch.get_num_threads()
+        return call
 
-    def _kinds(self, tables: Sequence[Tensor]) -> tuple[Any, Any]:
-        """Precision of each storage, and bytes of its rows."""
-        numbers = c_int64 * len(tables)
-        kinds = [
+    def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
+        """Precision of each storage."""
+        return [
             _KINDS.get(t.dtype, _INT8 if t.shape[1] == HEAD + width else _INT4)
-            for t, (_, width) in zip(tables, self.storages.values(), strict=True)
+            for t, width in zip(tables, self._storage_widths, strict=True)
         ]
-        return numbers(*kinds), numbers(*(t.stride(0) * t.element_size() for t in tables))
 
     def forward(
         self,
@@ -262,16 +273,14 @@ class NativeLookup:
         Args:
             tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``,
                 the integers of :class:`recsys_embed.kernels.precision.Layout`.
-            outputs: float32, rows of contiguous elements.
+            outputs: float32, contiguous; more dimensions of the width are as good.
             kept: float32 of ``kept_shape``, filled with what a backward will need.
             mask: of the first output, by sample: what it makes of it goes where it says.
         """
-        call, alive = self._call(ids, tables, outputs, kept)
+        call = self._call(ids, tables, outputs, kept)
         if mask is not None:
             call.mask = ctypes.addressof(mask)
-        outcome = loaded().handle.rse_forward(ctypes.addressof(call))
-        del alive
-        return checked(outcome)
+        return checked(loaded().handle.rse_forward(ctypes.addressof(call)))
 
     def update(
         self,
@@ -304,11 +313,9 @@ class NativeLookup:
         paces: Sequence[Pace],
     ) -> None:
         """Bring the rows that ``ids`` read up to date, in place; ids out of range are left for forward to refuse."""
-        call, alive = self._call(ids, tables, (), None)
+        call = self._call(ids, tables, (), None)
         updates = _updates(optimizer, tables, states, paces)
-        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1)
-        del alive
-        checked(outcome)
+        checked(loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1))
 
     def gradients(
         self,
@@ -326,7 +333,8 @@ class NativeLookup:
             update.rule, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
             number = min(table.shape[0], sum(n * r for n, r in zip(counts, reads, strict=True)))
             values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
-            rows, count = torch.empty(number if sparse else 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            rows = table.new_empty(number if sparse else 0, dtype=torch.int64)
+            count = table.new_zeros(1, dtype=torch.int64)
             update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
             found.append((values, rows, count))
         self._backward(ids, tables, gradients, kept, updates)
@@ -357,8 +365,6 @@ class NativeLookup:
         kept: Tensor | None,
         updates: Any,
     ) -> None:
-        call, alive = self._call(ids, tables, gradients, kept)
-        outcome = loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)
-        del alive
-        if not checked(outcome):
+        call = self._call(ids, tables, gradients, kept)
+        if not checked(loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)):
             raise RuntimeError("ids changed between forward and backward")

@@ -7,7 +7,7 @@ import os
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM
@@ -85,6 +85,12 @@ class Call(ctypes.Structure):
         ("threads", c_int64),
         ("mask", c_void_p),
     ]
+
+
+@cache
+def call_with(numbers: int) -> Any:
+    """The record of a call with room behind it, ``behind``, for the arrays that it points to."""
+    return type("CallWithArrays", (Call,), {"_fields_": [("behind", c_int64 * numbers)]})
 
 
 class Update(ctypes.Structure):

@@ -58,7 +58,7 @@ class _Lookup(Function):
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
-        outputs = _outputs(lookup, pool, ids, tables, kept, mask)
+        outputs = tuple(_outputs(lookup, pool, ids, tables, kept, mask))
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
@@ -84,9 +84,9 @@ def _outputs(
     tables: Sequence[Tensor],
     kept: Tensor | None = None,
     mask: tuple[Stage, Tensor | None] | None = None,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
-    outputs = tuple(pool.take((ids.batch, width)) for width in lookup.widths)
+    outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     record = None
     if mask is not None:
         stage, done = mask
@@ -105,8 +105,8 @@ def look_up(
     step: NativeStep | None = None,
     sparse: bool = False,
     mask: Stage | None = None,
-) -> tuple[Tensor, ...]:
-    """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, width]``.
+) -> Sequence[Tensor]:
+    """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, *shape]``.
 
     Args:
         tables: per storage, float32 ``[rows, width]``.
@@ -117,21 +117,23 @@ def look_up(
     Raises:
         IdRangeError: some id has no row; the caller knows which.
     """
-    differentiable = torch.is_grad_enabled()
-    learns = step is not None or (differentiable and any(t.requires_grad for t in tables))
-    masks = mask is not None and (learns or (differentiable and mask.learns))
+    learns = step is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in tables))
+    if mask is None and not learns:
+        return _outputs(lookup, pool, ids, tables)
     if step is not None:
         step.settle(lookup, ids)
-    done = pool.take((ids.batch, lookup.widths[0])) if masks else None
-    masking = None if mask is None else (mask, done)
-    if not learns:
-        out = _outputs(lookup, pool, ids, tables, mask=masking)
-    else:
+    masking = None
+    if mask is not None:
+        beside = learns or (torch.is_grad_enabled() and mask.learns)
+        masking = mask, pool.take((ids.batch, *lookup.shapes[0])) if beside else None
+    if learns:
         anchor, updater = (None, None) if step is None else (step.anchor, step.update)
         out = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
-    if mask is None or done is None:
+    else:
+        out = _outputs(lookup, pool, ids, tables, mask=masking)
+    if masking is None or masking[1] is None:
         return out
-    return masked(mask, ids.values, out[0], pool, done), *out[1:]
+    return masked(masking[0], ids.values, out[0], pool, masking[1]), *out[1:]
 
 
 class SingleLookup:
@@ -164,4 +166,4 @@ class SingleLookup:
         Raises:
             IdRangeError: an id has no row.
         """
-        return look_up(self._lookup, self._pool, Ids.matrix(ids.unsqueeze(1)), tables, sparse=sparse)[0]
+        return look_up(self._lookup, self._pool, Ids.matrix(ids), tables, sparse=sparse)[0]

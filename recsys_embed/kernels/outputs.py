@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ _SMALLEST = 1 << 18
 _KEPT = 4
 """Memories kept at most: of outputs that a step holds at once."""
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
+# What outputs are like, whatever type and device are torch's defaults where they are made.
+_LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class OutputPool:
@@ -34,13 +37,9 @@ class OutputPool:
 
     def take(self, shape: Sequence[int]) -> Tensor:
         """A contiguous tensor."""
-        strides: list[int] = []
-        size = 4
-        for n in reversed(shape):
-            strides.insert(0, size // 4)
-            size *= n
+        size = 4 * prod(shape)
         if size < _SMALLEST or _use_count is None:
-            return torch.empty(shape)
+            return _LIKE.new_empty(*shape)  # a tuple takes torch half as long again
         kept = self._kept
         # From the last one used, which is still warm; those that no step asks for any more drop out at the front.
         for i in reversed(range(len(kept))):
@@ -52,8 +51,9 @@ class OutputPool:
             # queue reads the very memory, and is counted nowhere.
             if sys.getrefcount(storage) == 3 and not storage.is_shared():
                 kept.append(kept.pop(i))
-                return torch.empty(0).set_(storage, 0, shape, strides)
-        out = torch.empty(shape)
+                strides = [prod(shape[d:]) for d in range(1, len(shape) + 1)]
+                return _LIKE.new_empty(0).set_(storage, 0, shape, strides)
+        out = _LIKE.new_empty(*shape)
         kept.append(out.untyped_storage())
         del kept[:-_KEPT]
         return out

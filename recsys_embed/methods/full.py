@@ -63,13 +63,14 @@ class FullEmbedding(CompressedEmbedding):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
-        hashes = self.unseen.actions[0] == "hash"
-        if self.served is not None or self.unseen.zeros[0] or (hashes and self.padding_idx is not None):
+        policy = self._policy
+        hashes = policy.actions[0] == "hash"
+        if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
             # Torch has no row for no id, and takes an unseen id that hashes to the padding's row for padding.
             return super().forward(input, offsets, per_sample_weights)
-        ids = given_ids(input, self.spec, False, self.unseen.counts.device)
+        ids = given_ids(input, self.spec, False, policy)
         check_id_dtype(ids, self.spec.name)
-        ids = self._resolve(ids.long() if self.unseen.replaces else ids)
+        ids = self._resolve(ids.long() if policy.replaces else ids)
         options: dict[str, Any] = {
             "padding_idx": self.padding_idx,
             "max_norm": self.max_norm,
@@ -99,7 +100,7 @@ class FullEmbedding(CompressedEmbedding):
         # The padding row is an ordinary stored row here, as in torch: it starts at zero and never gets a gradient.
         if self.served is not None:
             return self.lookup(ids)
-        if self.unseen.zeros[0] or given is not None:
+        if self._policy.zeros[0] or given is not None:
             out = self.lookup(ids)
             if self.padding_idx is None:
                 return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,57 @@ def test_ids_of_any_layout(dtype: torch.dtype) -> None:
     assert torch.equal(coll(ids[:1].expand(9, 2)), wanted[:1].expand(9, 2, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_drop_in_reads_ids_of_any_layout(dtype: torch.dtype) -> None:
+    emb = rse.make_embedding("hash", 500, 8, budget="4KiB")
+    ids = torch.randint(0, 500, (12,)).to(dtype)
+    wanted = emb(ids)
+    wide = torch.zeros(36, dtype=dtype)
+    wide[::3] = ids
+    assert torch.equal(emb(wide[::3]), wanted)
+    assert torch.equal(emb(ids.view(3, 4).T), wanted.view(3, 4, 8).transpose(0, 1))
+    assert torch.equal(emb(ids[:1].expand(9)), wanted[:1].expand(9, 8))
+    assert torch.equal(emb(ids[0]), wanted[0])
+
+
+def test_threads_that_serve_at_once_get_their_own_vectors() -> None:
+    schema = Schema([FeatureSpec("a", 500, 16), FeatureSpec("b", 70, 16)])
+    coll = EmbeddingCollection(schema, Plan.uniform(schema, "hash", budget="8KiB"), backend="native")
+    batches = [ids_of(schema, 16, seed) for seed in range(8)]
+    with torch.no_grad():
+        wanted = [coll(ids) for ids in batches]
+
+    def serve(turn: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(coll(batches[turn]), wanted[turn]) for _ in range(200))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(serve, range(8)))
+
+
+@pytest.mark.parametrize("change", ["load", "data", "parameter", "half and back", "grow"])
+def test_tables_that_take_the_place_of_others_are_read(change: str) -> None:
+    schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
+    coll, other = (EmbeddingCollection(schema, backend="native", seed=s).requires_grad_(False) for s in (0, 1))
+    ids = ids_of(schema, 6)
+    with torch.no_grad():
+        before, new = coll(ids), other.width8.detach().clone()
+        if change == "load":
+            coll.load_state_dict(other.state_dict())
+        elif change == "data":
+            coll.width8.data = new
+        elif change == "parameter":
+            coll.width8 = torch.nn.Parameter(new)
+        elif change == "half and back":
+            coll.load_state_dict(other.state_dict())
+            coll.half().float()
+        else:
+            coll.width8.resize_(4096, 8)[: len(new)] = new
+        got = coll(ids)
+        assert not torch.equal(got, before)
+        torch.testing.assert_close(got, other(ids), rtol=1e-3, atol=1e-3)
+
+
 def test_what_the_kernels_do_not_do_runs_in_torch() -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
     coll = EmbeddingCollection(schema, backend="native")
@@ -262,6 +314,28 @@ def test_memory_that_other_processes_read_is_not_used_again() -> None:
     del sent
     assert all(pool.take(shape).data_ptr() != address for _ in range(8))
     assert pool.nbytes <= 4 * 4 * 512 * 256
+
+
+@pytest.mark.parametrize("batch", [3, 3000])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_defaults_of_torch_do_not_reach_the_kernels_memory(batch: int, sparse: bool) -> None:
+    schema = Schema([FeatureSpec("a", 500, 32), FeatureSpec("b", 70, 32)])
+    coll = EmbeddingCollection(schema, Plan.uniform(schema, "memcom", budget="20KiB"), backend="native", sparse=sparse)
+    ids = ids_of(schema, batch)
+    wanted = coll(ids)
+    wanted.backward(torch.ones_like(wanted))
+    grads = [p.grad for p in coll.parameters()]
+    coll.zero_grad()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = [coll(ids) for _ in range(2)]
+            got[1].backward(torch.ones_like(wanted))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(g, wanted) for g in got)
+    for parameter, grad in zip(coll.parameters(), grads, strict=True):
+        assert torch.equal(parameter.grad.to_dense(), grad.to_dense())
 
 
 def test_outputs_of_two_steps_are_apart() -> None:
