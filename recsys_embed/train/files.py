@@ -42,6 +42,12 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
             os.close(folder)
 
 
+def drop_temporaries(folder: Path) -> None:
+    """Remove what processes killed over an :func:`atomic_write` left in a folder that is this process's alone."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically; numbers that JSON lacks (NaN) are errors."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
