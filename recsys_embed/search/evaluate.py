@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import Supernet, batch_norms
+from recsys_embed.train.checkpoint import Cadence, load_checkpoint, save_checkpoint
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.stop import Interrupted, StopRequest
 
@@ -34,8 +36,11 @@ class CandidateEvaluator:
         batch_size: rows at once.
         seed: of the training batches.
         stop: ends an evaluation early, by :class:`Interrupted`.
+        keep: file with the logits of the rows so far, so that an evaluation that was stopped goes on when the same
+            candidates are asked for again; None: it begins anew.
 
     Raises:
+        CheckpointError: that file is damaged or cannot be written.
         ConfigError: the split has no rows, or those of one class only, so that no candidate is better than another.
 
     >>> from tempfile import TemporaryDirectory
@@ -65,6 +70,7 @@ class CandidateEvaluator:
         seed: int = 0,
         device: torch.device | str | None = None,
         stop: StopRequest | None = None,
+        keep: Path | None = None,
     ) -> None:
         if split not in data.splits:
             raise ConfigError(
@@ -74,13 +80,15 @@ class CandidateEvaluator:
         self.recalibrate, self.batch_size, self.seed, self.device, self.stop = (
             recalibrate, batch_size, seed, device, stop
         )  # fmt: skip
+        self.keep, self._cadence = keep, Cadence()
         self.layer = cast("OptembedLayer", net.layer)
         self.norms = batch_norms(net)
 
-    def _batches(self) -> Iterator[Any]:
-        """Batches of the first ``rows`` rows of the split."""
-        left = self.rows if self.rows is not None else float("inf")
-        for batch in self.data.batches(self.split, self.batch_size, shuffle=False, device=self.device):
+    def _batches(self, start: int) -> Iterator[Any]:
+        """Batches of the first ``rows`` rows of the split, from the one with index ``start`` on."""
+        left = (self.rows if self.rows is not None else float("inf")) - start * self.batch_size
+        options: dict[str, Any] = {"shuffle": False, "device": self.device, "start_batch": start}
+        for batch in self.data.batches(self.split, self.batch_size, **options):
             if left <= 0:
                 return
             n = int(min(left, len(batch.label)))
@@ -118,9 +126,9 @@ class CandidateEvaluator:
         columns = [self.layer.columns(torch.tensor(c, device=device)) for c in candidates]
         statistics = self._statistics(columns) if self.recalibrate and self.norms else None
         kept = self._present()
-        sums = [BinaryMetrics() for _ in candidates]
+        done, sums = self._known(candidates)
         try:
-            for batch in self._batches():
+            for batch in self._batches(done):
 
                 def before(number: int) -> None:
                     if statistics is not None:
@@ -130,6 +138,12 @@ class CandidateEvaluator:
                     sums[number].update(logits, label)
 
                 self._run(batch, columns, before, after)
+                done += 1
+                if self._cadence.due():
+                    self._note(candidates, done, sums)
+        except Interrupted:
+            self._note(candidates, done, sums)
+            raise
         finally:
             self._set(kept)
             self.net.stand_in = None
@@ -140,6 +154,32 @@ class CandidateEvaluator:
                 "class; use more of them"
             )
         return found
+
+    def _asked(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """What the logits in ``keep`` are of."""
+        return {
+            "candidates": [list(c) for c in candidates],
+            "split": self.split,
+            "rows": self.rows,
+            "recalibrate": self.recalibrate,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def _note(self, candidates: Sequence[Candidate], done: int, sums: Sequence[BinaryMetrics]) -> None:
+        if self.keep is not None:
+            with self._cadence.writing():
+                save_checkpoint(self.keep, self._asked(candidates), done=done, sums=[s.tensors() for s in sums])
+
+    def _known(self, candidates: Sequence[Candidate]) -> tuple[int, list[BinaryMetrics]]:
+        """How many batches an evaluation that was stopped has seen, and what it found."""
+        sums = [BinaryMetrics() for _ in candidates]
+        saved = load_checkpoint(self.keep) if self.keep is not None and self.keep.exists() else {}
+        if saved.get("config") != self._asked(candidates):
+            return 0, sums
+        for known, tensors in zip(sums, saved["sums"], strict=True):
+            known.add(*tensors)
+        return saved["done"], sums
 
     def auc(self, candidates: Sequence[Candidate]) -> list[float]:
         """AUC of every candidate."""
