@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,15 @@ from recsys_embed.train.stop import Interrupted, StopRequest
 _HELD = ("running_mean", "running_var", "momentum", "num_batches_tracked")
 Statistics = list[tuple[Any, ...]]
 """What each batch-norm module holds, in the order of the modules."""
+
+
+@dataclass
+class _Pass:
+    """An evaluation: what it has found, and the batch and the candidate that come next."""
+
+    sums: list[BinaryMetrics]
+    batch: int = 0
+    candidate: int = 0
 
 
 class CandidateEvaluator:
@@ -101,18 +111,19 @@ class CandidateEvaluator:
         columns: Sequence[Tensor],
         before: Callable[[int], None] = lambda number: None,
         after: Callable[[int, Tensor], None] = lambda number, logits: None,
+        first: int = 0,
     ) -> None:
-        """Logits of a batch for every candidate, handed to ``after(number, logits)``; ``before`` comes first."""
-        if self.stop is not None and self.stop.requested:
-            raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
+        """Logits of a batch for candidates from ``first`` on, handed to ``after(number, logits)``."""
         net = self.net
         found = {key: c for key, c in net.collections().items() if c is not net.vectors}
         # Pruned rows are the same for all candidates; only columns differ.
         net.stand_in = lambda out: self.layer.prune(out, batch.ids)
         looked_up = {"embedding": net.vectors(batch.ids), **{key: c(batch.ids) for key, c in found.items()}}
         with net.replay(looked_up):
-            for number, mask in enumerate(columns):
-                net.stand_in = mask.mul
+            for number in range(first, len(columns)):
+                if self.stop is not None and self.stop.requested:
+                    raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
+                net.stand_in = columns[number].mul
                 before(number)
                 after(number, net(batch.dense, batch.ids))
         net.stand_in = None
@@ -126,28 +137,29 @@ class CandidateEvaluator:
         columns = [self.layer.columns(torch.tensor(c, device=device)) for c in candidates]
         statistics = self._statistics(columns) if self.recalibrate and self.norms else None
         kept = self._present()
-        done, sums = self._known(candidates)
+        seen = self._known(candidates)
         try:
-            for batch in self._batches(done):
+            for batch in self._batches(seen.batch):
 
                 def before(number: int) -> None:
                     if statistics is not None:
                         self._set(statistics[number])
 
                 def after(number: int, logits: Tensor, label: Tensor = batch.label) -> None:
-                    sums[number].update(logits, label)
+                    seen.sums[number].update(logits, label)
+                    seen.candidate = number + 1
+                    if self._cadence.due():
+                        self._note(candidates, seen)
 
-                self._run(batch, columns, before, after)
-                done += 1
-                if self._cadence.due():
-                    self._note(candidates, done, sums)
+                self._run(batch, columns, before, after, seen.candidate)
+                seen.batch, seen.candidate = seen.batch + 1, 0
         except Interrupted:
-            self._note(candidates, done, sums)
+            self._note(candidates, seen)
             raise
         finally:
             self._set(kept)
             self.net.stand_in = None
-        found = [s.compute() for s in sums]
+        found = [s.compute() for s in seen.sums]
         if not 0 < found[0].positives < found[0].samples:
             raise DataError(
                 f"the {found[0].samples} rows of split {self.split!r} that candidates are compared on are of one "
@@ -166,20 +178,22 @@ class CandidateEvaluator:
             "seed": self.seed,
         }
 
-    def _note(self, candidates: Sequence[Candidate], done: int, sums: Sequence[BinaryMetrics]) -> None:
+    def _note(self, candidates: Sequence[Candidate], seen: _Pass) -> None:
         if self.keep is not None:
             with self._cadence.writing():
-                save_checkpoint(self.keep, self._asked(candidates), done=done, sums=[s.tensors() for s in sums])
+                sums = [s.tensors() for s in seen.sums]
+                place = {"batch": seen.batch, "candidate": seen.candidate}
+                save_checkpoint(self.keep, self._asked(candidates), sums=sums, **place)
 
-    def _known(self, candidates: Sequence[Candidate]) -> tuple[int, list[BinaryMetrics]]:
-        """How many batches an evaluation that was stopped has seen, and what it found."""
-        sums = [BinaryMetrics() for _ in candidates]
+    def _known(self, candidates: Sequence[Candidate]) -> _Pass:
+        """The evaluation of these candidates that was stopped, or a new one."""
+        seen = _Pass([BinaryMetrics() for _ in candidates])
         saved = load_checkpoint(self.keep) if self.keep is not None and self.keep.exists() else {}
-        if saved.get("config") != self._asked(candidates):
-            return 0, sums
-        for known, tensors in zip(sums, saved["sums"], strict=True):
-            known.add(*tensors)
-        return saved["done"], sums
+        if saved.get("config") == self._asked(candidates):
+            seen.batch, seen.candidate = saved["batch"], saved["candidate"]
+            for known, tensors in zip(seen.sums, saved["sums"], strict=True):
+                known.add(*tensors)
+        return seen
 
     def auc(self, candidates: Sequence[Candidate]) -> list[float]:
         """AUC of every candidate."""
