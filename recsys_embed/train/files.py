@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,10 +44,17 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
             os.close(folder)
 
 
-def drop_temporaries(folder: Path) -> None:
-    """Remove what processes killed over an :func:`atomic_write` left in a folder that is this process's alone."""
+def drop_temporaries(folder: Path, age: float = 0.0) -> None:
+    """Remove what processes killed over an :func:`atomic_write` left in a folder.
+
+    Args:
+        folder: this process's alone, or
+        age: so many seconds old at least, where others write small files there.
+    """
     for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime >= age:
+                stale.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:
