@@ -69,7 +69,7 @@ def methods(
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    from recsys_embed.search.study_storage import file_of, shown
+    from recsys_embed.search.study_urls import file_of, shown
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}

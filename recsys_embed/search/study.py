@@ -30,8 +30,9 @@ from recsys_embed.search.study_queue import fill, put_back, requeue_lost, take
 from recsys_embed.search.study_samplers import make_sampler
 from recsys_embed.search.study_settings import OBJECTIVES, StudySettings
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.study_storage import faults_of, open_storage, shown
+from recsys_embed.search.study_storage import faults_of, open_storage
 from recsys_embed.search.study_trial import Hopeless, Trainings, Untested, Watched, key_of
+from recsys_embed.search.study_urls import shown
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import CHECKPOINT, DivergedError, TrainResult
 from recsys_embed.train.run import LINEAR_METHOD, fingerprint, model_from_config, plans_for, schema_of

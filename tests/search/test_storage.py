@@ -17,7 +17,8 @@ from recsys_embed.errors import ConfigError, MissingDependencyError
 from recsys_embed.search.study import NAME, MethodStudy
 from recsys_embed.search.study_queue import fill, owner, put_back, requeue_lost, take
 from recsys_embed.search.study_settings import StudySettings
-from recsys_embed.search.study_storage import PASSWORD, open_storage, shown
+from recsys_embed.search.study_storage import open_storage
+from recsys_embed.search.study_urls import PASSWORD, shown
 from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
