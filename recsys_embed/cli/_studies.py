@@ -16,7 +16,7 @@ from recsys_embed.cli._settings import names, say_few_steps, search_settings, tr
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.train import Interrupted, TrainConfig
-from recsys_embed.train.files import write_json, write_text
+from recsys_embed.train.files import drop_temporaries, write_json, write_text
 
 EXIT_INTERRUPTED = 130
 STUDY = "study.json"
@@ -69,7 +69,7 @@ def methods(
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    from recsys_embed.search.study_storage import file_of, shown
+    from recsys_embed.search.study_urls import file_of, shown
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -109,6 +109,8 @@ def methods(
     try:
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
+        study.sweep()
+        drop_temporaries(folder, age=3600)
     except Interrupted:
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -166,6 +168,7 @@ def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
         asked["storage"] or str(folder / "study.db"),
         device=None if asked["device"] == "cpu" else asked["device"],
         there=there,
+        folder=folder,
     )
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recsys_embed.errors import RecsysEmbedError
 
@@ -82,33 +82,53 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class FolderHeldError(StorageError):
+    """Another process is writing the folder; says which."""
+
+
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one process; the lock ends with the process, however it ends.
 
-    Raises:
-        StorageError: another process holds it, or the folder cannot be made.
-    """
-    import fcntl
+    Args:
+        folder: made if need be; whoever holds it may remove it.
+        wait: until another process lets go of it.
 
+    Raises:
+        FolderHeldError: another process holds it.
+        StorageError: the folder cannot be made.
+    """
+    handle = _held(folder, wait)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / LOCK_FILE).open("a+")
-    except OSError as e:
-        raise storage_error(folder, e) from e
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            handle.seek(0)
-            who = handle.read().strip() or "unknown"
-            raise StorageError(
-                f"{folder}: another process (pid {who}) is writing this folder; wait for it, or choose another folder"
-            ) from e
         handle.seek(0)
         handle.truncate()
         handle.write(str(os.getpid()))
         handle.flush()
         yield
     finally:
+        handle.close()
+
+
+def _held(folder: Path, wait: bool) -> IO[str]:
+    """The folder's lock file, locked."""
+    import fcntl
+
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = (folder / LOCK_FILE).open("a+")
+        except OSError as e:
+            raise storage_error(folder, e) from e
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as e:
+            with handle:
+                handle.seek(0)
+                who = handle.read().strip() or "unknown"
+            raise FolderHeldError(
+                f"{folder}: another process (pid {who}) is writing this folder; wait for it, or choose another folder"
+            ) from e
+        # A file that its holder removed is no lock: others make a new one.
+        if os.fstat(handle.fileno()).st_nlink:
+            return handle
         handle.close()

@@ -326,6 +326,9 @@ def run_search(
 ) -> SearchOutcome:
     """Search, extract, retrain and test; a search that was stopped at any point goes on where it was.
 
+    One whose process is killed goes on from its last checkpoint, written as a :class:`Trainer` writes them in every
+    stage, and comes to the same bits; the evolution counts a candidate on a batch of rows as a step.
+
     Where a budget turns out too small, the same folder takes another and goes on from what OptEmbed or DNIS trained.
 
     Args:

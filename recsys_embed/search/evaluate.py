@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,12 +15,22 @@ from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import Supernet, batch_norms
+from recsys_embed.train.checkpoint import Cadence, load_checkpoint, save_checkpoint
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.stop import Interrupted, StopRequest
 
 _HELD = ("running_mean", "running_var", "momentum", "num_batches_tracked")
 Statistics = list[tuple[Any, ...]]
 """What each batch-norm module holds, in the order of the modules."""
+
+
+@dataclass
+class _Pass:
+    """An evaluation: what it has found, and the batch and the candidate that come next."""
+
+    sums: list[BinaryMetrics]
+    batch: int = 0
+    candidate: int = 0
 
 
 class CandidateEvaluator:
@@ -34,8 +46,11 @@ class CandidateEvaluator:
         batch_size: rows at once.
         seed: of the training batches.
         stop: ends an evaluation early, by :class:`Interrupted`.
+        keep: file with the logits of the rows so far, so that an evaluation that was stopped goes on when the same
+            candidates are asked for again; None: it begins anew.
 
     Raises:
+        CheckpointError: that file is damaged or cannot be written.
         ConfigError: the split has no rows, or those of one class only, so that no candidate is better than another.
 
     >>> from tempfile import TemporaryDirectory
@@ -65,6 +80,7 @@ class CandidateEvaluator:
         seed: int = 0,
         device: torch.device | str | None = None,
         stop: StopRequest | None = None,
+        keep: Path | None = None,
     ) -> None:
         if split not in data.splits:
             raise ConfigError(
@@ -74,13 +90,15 @@ class CandidateEvaluator:
         self.recalibrate, self.batch_size, self.seed, self.device, self.stop = (
             recalibrate, batch_size, seed, device, stop
         )  # fmt: skip
+        self.keep, self._cadence = keep, Cadence()
         self.layer = cast("OptembedLayer", net.layer)
         self.norms = batch_norms(net)
 
-    def _batches(self) -> Iterator[Any]:
-        """Batches of the first ``rows`` rows of the split."""
-        left = self.rows if self.rows is not None else float("inf")
-        for batch in self.data.batches(self.split, self.batch_size, shuffle=False, device=self.device):
+    def _batches(self, start: int) -> Iterator[Any]:
+        """Batches of the first ``rows`` rows of the split, from the one with index ``start`` on."""
+        left = (self.rows if self.rows is not None else float("inf")) - start * self.batch_size
+        options: dict[str, Any] = {"shuffle": False, "device": self.device, "start_batch": start}
+        for batch in self.data.batches(self.split, self.batch_size, **options):
             if left <= 0:
                 return
             n = int(min(left, len(batch.label)))
@@ -93,18 +111,19 @@ class CandidateEvaluator:
         columns: Sequence[Tensor],
         before: Callable[[int], None] = lambda number: None,
         after: Callable[[int, Tensor], None] = lambda number, logits: None,
+        first: int = 0,
     ) -> None:
-        """Logits of a batch for every candidate, handed to ``after(number, logits)``; ``before`` comes first."""
-        if self.stop is not None and self.stop.requested:
-            raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
+        """Logits of a batch for candidates from ``first`` on, handed to ``after(number, logits)``."""
         net = self.net
         found = {key: c for key, c in net.collections().items() if c is not net.vectors}
         # Pruned rows are the same for all candidates; only columns differ.
         net.stand_in = lambda out: self.layer.prune(out, batch.ids)
         looked_up = {"embedding": net.vectors(batch.ids), **{key: c(batch.ids) for key, c in found.items()}}
         with net.replay(looked_up):
-            for number, mask in enumerate(columns):
-                net.stand_in = mask.mul
+            for number in range(first, len(columns)):
+                if self.stop is not None and self.stop.requested:
+                    raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
+                net.stand_in = columns[number].mul
                 before(number)
                 after(number, net(batch.dense, batch.ids))
         net.stand_in = None
@@ -118,28 +137,63 @@ class CandidateEvaluator:
         columns = [self.layer.columns(torch.tensor(c, device=device)) for c in candidates]
         statistics = self._statistics(columns) if self.recalibrate and self.norms else None
         kept = self._present()
-        sums = [BinaryMetrics() for _ in candidates]
+        seen = self._known(candidates)
         try:
-            for batch in self._batches():
+            for batch in self._batches(seen.batch):
 
                 def before(number: int) -> None:
                     if statistics is not None:
                         self._set(statistics[number])
 
                 def after(number: int, logits: Tensor, label: Tensor = batch.label) -> None:
-                    sums[number].update(logits, label)
+                    seen.sums[number].update(logits, label)
+                    seen.candidate = number + 1
+                    if self._cadence.due():
+                        self._note(candidates, seen)
 
-                self._run(batch, columns, before, after)
+                self._run(batch, columns, before, after, seen.candidate)
+                seen.batch, seen.candidate = seen.batch + 1, 0
+        except Interrupted:
+            self._note(candidates, seen)
+            raise
         finally:
             self._set(kept)
             self.net.stand_in = None
-        found = [s.compute() for s in sums]
+        found = [s.compute() for s in seen.sums]
         if not 0 < found[0].positives < found[0].samples:
             raise DataError(
                 f"the {found[0].samples} rows of split {self.split!r} that candidates are compared on are of one "
                 "class; use more of them"
             )
         return found
+
+    def _asked(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """What the logits in ``keep`` are of."""
+        return {
+            "candidates": [list(c) for c in candidates],
+            "split": self.split,
+            "rows": self.rows,
+            "recalibrate": self.recalibrate,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def _note(self, candidates: Sequence[Candidate], seen: _Pass) -> None:
+        if self.keep is not None:
+            with self._cadence.writing():
+                sums = [s.tensors() for s in seen.sums]
+                place = {"batch": seen.batch, "candidate": seen.candidate}
+                save_checkpoint(self.keep, self._asked(candidates), sums=sums, **place)
+
+    def _known(self, candidates: Sequence[Candidate]) -> _Pass:
+        """The evaluation of these candidates that was stopped, or a new one."""
+        seen = _Pass([BinaryMetrics() for _ in candidates])
+        saved = load_checkpoint(self.keep) if self.keep is not None and self.keep.exists() else {}
+        if saved.get("config") == self._asked(candidates):
+            seen.batch, seen.candidate = saved["batch"], saved["candidate"]
+            for known, tensors in zip(seen.sums, saved["sums"], strict=True):
+                known.add(*tensors)
+        return seen
 
     def auc(self, candidates: Sequence[Candidate]) -> list[float]:
         """AUC of every candidate."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError
-from recsys_embed.train.files import write_json, write_text
+from recsys_embed.train.files import drop_temporaries, write_json, write_text
 from recsys_embed.train.run import environment
 
 SEARCH = "search.json"
@@ -41,16 +41,13 @@ class SearchFolder:
         if path is None:
             return
         known = self._read(SEARCH)
-        if known is None:
-            return
         free = {} if redo is None or self.get("plan") is not None else {"budget": self.identity.get("budget")}
-        lines = differences({**known.get("identity", {}), **free}, self.identity)
+        lines = [] if known is None else differences({**known.get("identity", {}), **free}, self.identity)
         if lines:
             raise CheckpointError(
                 f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
             )
-        for stale in path.rglob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        drop_temporaries(path)
 
     def claim(self) -> None:
         """From now on the folder belongs to this search."""

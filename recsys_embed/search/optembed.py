@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,18 @@ class OptembedSearch(Search):
         candidates = s.population + (s.generations - 1) * (s.mutations + s.crossovers)
         return max(_LEAST_ROWS, work // max(1, candidates)) if work else None
 
+    @property
+    def _logits(self) -> Path | None:
+        """What candidates that are being compared have come to; gone once the evolution is over."""
+        return self.folder.inside("evolution.pt")
+
     def _evolve(self, net: Supernet, space: Space) -> Candidate:
+        best = (self.folder.get("evolution") or {}).get("best") or self._fittest(net, space)
+        if self._logits is not None:
+            self._logits.unlink(missing_ok=True)
+        return tuple(best)
+
+    def _fittest(self, net: Supernet, space: Space) -> Candidate:
         rows, s = self._rows(), self.settings
         whole = plain_bytes(self.schema)
         saved = self.folder.get("evolution") or {"generation": 0, "ends": [], "scores": []}
@@ -140,7 +152,7 @@ class OptembedSearch(Search):
         scores = {tuple(c): score for c, score in saved["scores"]}
         with self.folder.clock("evolution"), StopRequest() as stop:
             options: dict[str, Any] = {"recalibrate": s.recalibrate, "seed": self.config.seed, "device": self.device}
-            options |= {"batch_size": self.config.eval_batch_size, "stop": stop}
+            options |= {"batch_size": self.config.eval_batch_size, "stop": stop, "keep": self._logits}
             evaluator = CandidateEvaluator(net, self.data, rows=rows, **options)
 
             def score(many: Sequence[Candidate], judge: CandidateEvaluator = evaluator) -> list[float]:
@@ -164,6 +176,7 @@ class OptembedSearch(Search):
                 final = best[: s.finalists]
                 judge = CandidateEvaluator(net, self.data, rows=None, **options)
                 best = ranked(dict(zip(final, score(final, judge), strict=True)))
+            self.folder.put("evolution", {**self.folder.get("evolution"), "best": list(best[0])})
         return best[0]
 
     # -- extraction -----------------------------------------------------------------------------------------------

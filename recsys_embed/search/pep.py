@@ -158,7 +158,9 @@ class PepSearch(Search):
         every = max(1, min(s.check_every, int(_BETWEEN / self.threshold_lr)))
         options = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": every}
         config = self.config.replace(patience=None, keep_best=False)
-        trainer = self.trainer(PepTrainer, net, "thresholds", config, check=lambda: self._snap(net), **options)
+        trainer: PepTrainer = self.trainer(
+            PepTrainer, net, "thresholds", config, check=lambda: self._snap(net, trainer.state.step), **options
+        )
         self.run_stage("thresholds", trainer)
         return net
 
@@ -184,9 +186,15 @@ class PepSearch(Search):
         configs = [cls.from_params({"kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
         return sum(c.footprint(s).serve for c, s in zip(configs, self.schema, strict=True))
 
-    def _snap(self, net: Supernet) -> bool:
-        """Write the plans of all budgets that are met by now; True once all are."""
-        waiting = {name: size for name, size in self.limits.items() if self.folder.get(name) is None}
+    def _snap(self, net: Supernet, step: int) -> bool:
+        """Write the plans of all budgets that are met by ``step``; True once all are."""
+        # A process that was killed may have met some at steps that are done again from its last checkpoint.
+        met = dict(self.folder.get("snapshots") or {})
+        waiting = {
+            name: size
+            for name, size in self.limits.items()
+            if self.folder.get(name) is None or met.get(name, step + 1) > step
+        }
         if not waiting:
             return True
         kept = [self._kept(net, f) for f in range(len(self.schema))]
@@ -207,6 +215,7 @@ class PepSearch(Search):
                 for s, k in zip(self.schema, kept, strict=True)
             }
             self.folder.put(name, make_plan(self.schema, chosen, reasons).to_dict())
+            self.folder.put("snapshots", met := met | {name: step})
             del waiting[name]
         self._left = size
         return not waiting
@@ -214,7 +223,7 @@ class PepSearch(Search):
     def search(self) -> Plan:
         """Training under thresholds; the plan is that of the search's budget, or of the smallest snapshot."""
         net = self.net
-        self._snap(net)
+        self._snap(net, self._steps())
         name = "snapshot" if "snapshot" in self.limits else list(self.limits)[-1]
         found = self.folder.get(name)
         if found is None:

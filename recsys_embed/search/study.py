@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -18,7 +17,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from recsys_embed.data.folder import StorageError
+from recsys_embed.data.folder import StorageError, lock
 from recsys_embed.errors import BudgetError, CheckpointError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, get_model
@@ -27,18 +26,20 @@ from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.search.common import need_validation
 from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
-from recsys_embed.search.study_queue import fill, requeue, requeue_lost, take
+from recsys_embed.search.study_queue import fill, put_back, requeue_lost, take
 from recsys_embed.search.study_samplers import make_sampler
 from recsys_embed.search.study_settings import OBJECTIVES, StudySettings
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.study_storage import faults_of, open_storage, shown
-from recsys_embed.search.study_trial import Hopeless, Untested, Watched
+from recsys_embed.search.study_storage import faults_of, open_storage
+from recsys_embed.search.study_trial import Hopeless, Trainings, Untested, Watched, key_of
+from recsys_embed.search.study_urls import shown
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.loop import DivergedError, TrainResult
+from recsys_embed.train.loop import CHECKPOINT, DivergedError, TrainResult
 from recsys_embed.train.run import LINEAR_METHOD, fingerprint, model_from_config, plans_for, schema_of
 from recsys_embed.train.stop import Interrupted
 
 NAME = "methods"
+TRAININGS = "trainings"
 LEAST_PEERS = 4
 """Trials of at most as many bytes that must have come as far before one is stopped by comparison with them."""
 _IDENTITY, _READY, _KEY = "identity", "ready", "training"
@@ -57,6 +58,8 @@ class MethodStudy:
         storage: URL or file, see :func:`recsys_embed.search.study_storage.open_storage`.
         device: e.g. ``"cuda"``; None: CPU.
         there: the study was made before; a storage that is gone is then an error.
+        folder: of this study alone, for checkpoints of trials that are not over, so that one whose process was killed
+            goes on as any training does; None: it begins anew. All processes of a machine are to name the same.
 
     Raises:
         ConfigError: settings or data that come to nothing.
@@ -74,12 +77,14 @@ class MethodStudy:
         *,
         device: torch.device | str | None = None,
         there: bool = False,
+        folder: Path | None = None,
     ) -> None:
         if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
         need_validation(data)
         self.full_config, self.data, self.settings = config, Untested(data), settings
-        self.where, self.device = shown(storage), device
+        self.where, self.device, self.folder = shown(storage), device, folder
+        self.trainings = Trainings(None if folder is None else folder / TRAININGS)
         schema = schema_of(data, config)
         cls = get_model(config.model)
         self.schema: Schema = schema if cls.uses_vectors else schema.with_dim(1)
@@ -244,7 +249,7 @@ class MethodStudy:
             waiting = [
                 t
                 for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-                if not t.system_attrs.get("fixed_params")
+                if not t.system_attrs.get("fixed_params") and not t.params
             ]
             known = [t.system_attrs.get("fixed_params") or t.params for t in self.study.get_trials(deepcopy=False)]
             fresh = [p for p in fitting if p not in known][: len(waiting)]
@@ -258,13 +263,15 @@ class MethodStudy:
 
         Raises:
             Interrupted: SIGINT or SIGTERM; the trial is queued again.
+            CheckpointError: the trial's is damaged or cannot be written; the trial is queued again.
             StorageError: the storage is gone or locked.
         """
         done = 0
         with self.guarded():
             while True:
-                requeue_lost(self.study, self.storage)
-                trial = take(self.study, self.storage)
+                with nullcontext() if self.folder is None else lock(self.folder, wait=True):
+                    requeue_lost(self.study, self.storage)
+                    trial = take(self.study, self.storage)
                 if trial is None:
                     return done
                 self._one(trial)
@@ -289,9 +296,8 @@ class MethodStudy:
         except DivergedError as e:
             state = TrialState.PRUNED
             trial.set_user_attr("reason", f"diverged: {e}")
-        except (Interrupted, KeyboardInterrupt):
-            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-            requeue(self.study, trial.number, params)
+        except (Interrupted, KeyboardInterrupt, CheckpointError):
+            put_back(self.storage, trial._trial_id)
             raise
         except optuna.exceptions.UpdateFinishedTrialError:
             return  # silent for so long that others took it for lost: it is theirs now
@@ -301,8 +307,17 @@ class MethodStudy:
             # What fails again each time is not queued again.
             trial.set_user_attr("reason", f"{type(e).__name__}: {e}")
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self.trainings.forget(trial.user_attrs.get(_KEY))
             raise
         self.study.tell(trial, values, state=state, skip_if_finished=True)
+        # Not before it is told: a process killed in between has no training to do again.
+        self.trainings.forget(trial.user_attrs.get(_KEY))
+
+    def sweep(self) -> None:
+        """Remove checkpoints that no trial goes on from: of processes that were killed when all but done."""
+        with self.guarded():
+            going = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        self.trainings.sweep({str(t.user_attrs.get(_KEY)) for t in going})
 
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
         params: dict[str, Any] = {}
@@ -358,7 +373,7 @@ class MethodStudy:
         size = self.bytes(config)
         trial.set_user_attr("bytes", size)
         # Other parameters may mean the same plan, as a width does to methods that take none, and samplers come back.
-        key = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        key = key_of(config)
         for twin in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if twin.user_attrs.get(_KEY) == key:
                 trial.set_user_attr("reason", f"not trained again: the plan is that of trial {twin.number}")
@@ -373,19 +388,24 @@ class MethodStudy:
     def train(
         self, config: TrainConfig, watch: Callable[[int, float], None] = lambda step, auc: None
     ) -> tuple[CTRModel, TrainResult]:
-        """Train and validate, never test."""
+        """Train and validate, never test; a training that was killed goes on."""
         model = model_from_config(config, self.schema, self.data.num_dense, self.device)
         if config.standardise and self.data.num_dense:
             model.standardise(*self.data.numeric_moments())
-        trainer = Watched(model, self.data, config, device=self.device, show_progress=False)
-        trainer.watch = watch
-        return model, trainer.run()
+        with self.trainings.place(key_of(config)) as folder:
+            trainer = Watched(
+                model, self.data, config, folder=folder, resume=folder is not None and (folder / CHECKPOINT).exists(),
+                device=self.device, show_progress=False, identity={"data": fingerprint(self.schema, self.data)},
+            )  # fmt: skip
+            trainer.watch = watch
+            return model, trainer.run()
 
     def _judge(self, trial: optuna.Trial, step: int, auc: float, size: int) -> None:
-        curve = dict(trial.user_attrs.get("curve", {})) | {str(step): auc}
-        trial.set_user_attr("curve", curve)
-        if len(self.settings.objectives) == 1:  # Optuna keeps intermediate values of single objectives only
-            trial.report(auc, step)
+        curve = dict(trial.user_attrs.get("curve", {}))
+        if str(step) not in curve:  # as it is where a killed worker said so
+            if len(self.settings.objectives) == 1:  # Optuna keeps intermediate values of single objectives only
+                trial.report(auc, step)
+            trial.set_user_attr("curve", curve | {str(step): auc})
         if not self.settings.prune:
             return
         peers = [

@@ -47,24 +47,32 @@ def fill(study: optuna.Study, storage: Any, trials: int) -> None:
 
 
 def requeue_lost(study: optuna.Study, storage: Any) -> int:
-    """Queue again the trials whose workers are gone, and return how many; several workers may do so at once."""
-    lost = 0
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _alive(trial):
-            continue
-        try:
-            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        except (RuntimeError, ValueError):  # another worker was faster
-            continue
-        requeue(study, trial.number, trial.params)
-        lost += 1
-    return lost
+    """Queue again the trials whose workers are gone, and return how many.
+
+    Of several workers one at a time is to do so: a trial that one has put back another may have taken already.
+    """
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return sum(put_back(storage, trial._trial_id) for trial in running if not _alive(trial))
 
 
-def requeue(study: optuna.Study, number: int, params: dict[str, Any]) -> None:
-    """Queue the point of a trial that failed again, under its origin."""
-    origin = {k: v for k, v in study.get_trials(deepcopy=False)[number].user_attrs.items() if k == "from"}
-    study.enqueue_trial(params, user_attrs={"again": number, **origin})
+def put_back(storage: Any, trial_id: int) -> bool:
+    """Queue a trial again under its number and with its point, ahead of what comes after it; False: it is over.
+
+    So a study that goes on draws, trains and compares what it would have if nothing had happened.
+    """
+    try:
+        _sign(storage, trial_id)
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _sign(storage: Any, trial_id: int) -> None:
+    """Say who has a trial, and that it lives."""
+    storage.set_trial_user_attr(trial_id, "owner", owner())
+    # Before Optuna 5 the time at which a trial began is in its worker's time zone, which others do not know.
+    storage.set_trial_user_attr(trial_id, "seen", time.time())
 
 
 def _alive(trial: FrozenTrial) -> bool:
@@ -89,9 +97,7 @@ def take(study: optuna.Study, storage: Any) -> optuna.Trial | None:
     """
     for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)), key=lambda t: t.number):
         if _taken(storage, trial._trial_id):
-            # Before Optuna 5 the time at which a trial began is in its worker's time zone, which others do not know.
-            storage.set_trial_user_attr(trial._trial_id, "seen", time.time())
-            storage.set_trial_user_attr(trial._trial_id, "owner", owner())
+            _sign(storage, trial._trial_id)
             return optuna.Trial(study, trial._trial_id)
     return None
 

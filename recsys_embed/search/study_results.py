@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.memory import format_bytes
 from recsys_embed.search.study import MethodStudy, auc_of
+from recsys_embed.search.study_trial import key_of
 
 _FULL = "full_auc"
 
@@ -100,9 +101,11 @@ def check_proxy(
     for row in chosen:
         key = str(row["trial"])
         if key not in known:
-            known[key] = auc_of(study.train(study.settled(row["params"]))[1])
+            config = study.settled(row["params"])
+            known[key] = auc_of(study.train(config)[1])
             with study.guarded():
                 study.study.set_user_attr(_FULL, known)
+            study.trainings.forget(key_of(config))
         if say is not None:
             say(row["trial"], row["auc"], known[key])
     short, full = [r["auc"] for r in chosen], [known[str(r["trial"])] for r in chosen]

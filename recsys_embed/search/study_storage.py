@@ -7,24 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import URL, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import DBAPIError
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import MissingDependencyError
+from recsys_embed.search.study_journal import Journal, WholeLines
+from recsys_embed.search.study_urls import PASSWORD, file_of, shown, told
 
-PASSWORD = "RECSYS_EMBED_STORAGE_PASSWORD"
-"""Environment variable with the password of a server whose URL holds none."""
 _JOURNAL = (".journal", ".log")
-_TAIL = 1 << 16
 _TRIES = 50
-_SECRETS = ("password", "passwd", "sslpassword")
-"""Options of a URL that are passwords."""
 _DRIVERS = {
     "postgresql": {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'"},
     "mysql": {"pymysql": "pymysql", "MySQLdb": "mysqlclient"},
@@ -54,7 +49,7 @@ def open_storage(where: str, *, there: bool = False) -> Any:
             return _server(where)
         file.parent.mkdir(parents=True, exist_ok=True)
         if "://" not in where and file.suffix in _JOURNAL:
-            return optuna.storages.JournalStorage(_Journal(str(file), _Lock(str(file))))
+            return optuna.storages.JournalStorage(Journal(str(file), WholeLines(str(file))))
         # Rendered, since a "?" or "%" of a folder's name means something in a URL.
         url = where if "://" in where else URL.create("sqlite", database=str(file)).render_as_string()
         storage = _database(url, {} if "timeout=" in url else {"connect_args": {"timeout": 60}})
@@ -64,56 +59,6 @@ def open_storage(where: str, *, there: bool = False) -> Any:
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         storage.engine.dispose()
         return storage
-
-
-def file_of(where: str) -> Path | None:
-    """The file of a storage, absolute; None for a server's.
-
-    Raises:
-        StorageError: neither a file nor a URL.
-
-    >>> file_of("/a/s.journal").name, file_of("sqlite:////a/s.db").name, file_of("mysql://host/db")
-    ('s.journal', 's.db', None)
-    """
-    if "://" not in where:
-        # A journal's lock is a link to it, which must hold wherever a worker was started.
-        return Path(where).absolute()
-    try:
-        url = make_url(where)
-        if "@" in (url.host or ""):  # the end of a password, which the driver's message would show
-            raise ValueError("no host")
-    except (ArgumentError, ValueError) as e:
-        raise StorageError(
-            "a study's storage is a file, or a URL of sqlite:///, postgresql:// or mysql:// such as "
-            f"postgresql://USER@HOST:5432/DATABASE; got {shown(where)!r}. A password is written with %40 for @ and %2F "
-            f"for /, or given as {PASSWORD}"
-        ) from e
-    held = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)).absolute() if held else None
-
-
-def shown(where: str) -> str:
-    """A storage as it may be printed and kept: a URL without its password.
-
-    >>> shown("postgresql://me:secret@host/db"), shown("mysql://host/db?user=me&passwd=secret"), shown("s.db")
-    ('postgresql://me@host/db', 'mysql://host/db?user=me', 's.db')
-    """
-    if "://" not in where:
-        return where
-    try:
-        url = make_url(where)
-    except (ArgumentError, ValueError):
-        return where.partition("://")[0] + "://..."
-    if "@" in (url.host or ""):
-        return f"{url.drivername}://..."
-    if url.get_backend_name() == "sqlite":
-        return where
-    return url.difference_update_query(_SECRETS)._replace(password=None).render_as_string()
-
-
-def _told(url: URL) -> bool:
-    """Whether a URL holds a password."""
-    return url.password is not None or not set(_SECRETS).isdisjoint(url.query)
 
 
 def _server(where: str) -> Any:
@@ -132,7 +77,7 @@ def _server(where: str) -> Any:
                 url = url.set(drivername=f"{backend}+{module.lower()}")
                 break
     options: dict[str, Any] = {"pool_pre_ping": True}
-    if password and drivers and not _told(url):
+    if password and drivers and not told(url):
         options["connect_args"] = {"password": password}
     try:
         return _database(url.render_as_string(hide_password=False), options)
@@ -173,56 +118,6 @@ def _database(url: str, engine: dict[str, Any]) -> Any:
 def _gone(where: str) -> bool:
     file = file_of(where)
     return file is not None and not file.exists()
-
-
-class _Lock(JournalFileSymlinkLock):
-    """Whoever gets it finds a journal of whole lines: what a full disk or a kill left of one is cut off.
-
-    Optuna would append to it, and the line made of two would be the end of the study.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._path = path
-
-    def acquire(self) -> bool:
-        held = super().acquire()
-        with open(self._path, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            start = end
-            while start:
-                step = min(start, _TAIL)
-                file.seek(start - step)
-                line = file.read(step).rfind(b"\n")
-                if line >= 0:
-                    start += line + 1 - step
-                    break
-                start -= step
-            if start < end:
-                file.truncate(start)
-        return held
-
-
-class _Journal(JournalFileBackend):
-    """A journal that says which of its lines is none."""
-
-    def __init__(self, path: str, lock: _Lock) -> None:
-        super().__init__(path, lock)
-        self._path = path
-
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        number = log_number_from
-        try:
-            for record in super().read_logs(log_number_from):
-                number += 1
-                if not isinstance(record, dict) or "op_code" not in record:
-                    raise ValueError(f"no record of a study: {record!s:.40}")
-                yield record
-        except ValueError as e:
-            raise StorageError(
-                f"the study's storage {self._path} is damaged or no journal of a study: near line {number} ({e}); put "
-                "back a copy, remove the lines that are no JSON of a record, or name another storage"
-            ) from e
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -15,6 +18,32 @@ from recsys_embed.train.files import atomic_write
 
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1
+# Between checkpoints that no settings ask for: at least so long, and so many times what writing the last one took. So
+# writing takes a twentieth of the time at most, and does not wear a disk out where it takes next to none.
+CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 1.0, 20.0
+
+
+class Cadence:
+    """When the next checkpoint is due, by the clock.
+
+    >>> Cadence().due()
+    False
+    """
+
+    def __init__(self) -> None:
+        self._written, self._took = time.perf_counter(), 0.0
+
+    def due(self) -> bool:
+        """Whether enough time has passed."""
+        return time.perf_counter() - self._written > max(CHECKPOINT_SECONDS, CHECKPOINT_TIMES * self._took)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what writes one."""
+        begin = time.perf_counter()
+        yield
+        self._written = time.perf_counter()
+        self._took = self._written - begin
 
 
 def save_checkpoint(path: str | Path, config: dict[str, Any], **parts: Any) -> None:

@@ -195,6 +195,8 @@ def run_comparison(
             row = _train_row(case, data, folder, device=device, label=label, show_progress=show_progress)
             write_json(_row_path(folder, case), row)
             left, spent, trained = left - 1, spent + time.perf_counter() - start, trained + 1
+        # Only now, since a process killed before its row was written goes on from there.
+        shutil.rmtree(folder / ROWS / case.key, ignore_errors=True)
         rows.append(row)
         if on_row is not None:
             on_row(number, len(cases), row)
@@ -251,14 +253,11 @@ def _train_row(
         raise  # a misspelt option is a fault of the request, not of the size
     except (BudgetError, ConfigError) as e:
         return {**row, "status": "infeasible", "reason": str(e)}
-    # A single pass has no checkpoint before its end, unless asked for, so it needs no folder.
-    resumable = config.epochs > 1 or config.eval_every is not None or config.checkpoint_every is not None
-    run_folder = folder / ROWS / case.key if resumable else None
     try:
         out = run_training(
             config,
             data,
-            folder=run_folder,
+            folder=folder / ROWS / case.key,
             resume=True,
             device=device,
             save_model=False,
@@ -276,8 +275,6 @@ def _train_row(
     }
     if config.method == PLANNED:
         done["plan"] = out.model.vectors.plan.to_dict()
-    if run_folder is not None:
-        shutil.rmtree(run_folder)
     return done
 
 

@@ -61,8 +61,8 @@ class TrainConfig:
         patience: stop after this many validations without gain; None: never.
         min_delta: gain of validation AUC that counts.
         keep_best: end with the weights of the best validation.
-        checkpoint_every: steps between checkpoints besides those after each validation; None: about a minute (in one
-            process; several write those after validations only).
+        checkpoint_every: steps between checkpoints besides those after each validation; None: a second, or twenty times
+            what writing one takes (in one process; several write those after validations only).
         log_every: steps between log lines.
         shuffle: shuffle the training split every epoch.
         seed: seeds weights, order and dropout.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +42,19 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def drop_temporaries(folder: Path, age: float = 0.0) -> None:
+    """Remove what processes killed over an :func:`atomic_write` left in a folder.
+
+    Args:
+        folder: this process's alone, or
+        age: so many seconds old at least, where others write small files there.
+    """
+    for stale in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime >= age:
+                stale.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -17,8 +17,16 @@ from torch.nn import functional as F
 
 from recsys_embed.errors import DataError, RecsysEmbedError
 from recsys_embed.models.base import CTRModel
-from recsys_embed.train.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from recsys_embed.train.checkpoint import (
+    Cadence,
+    load_checkpoint,
+    load_weights,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.files import drop_temporaries
 from recsys_embed.train.logs import RunLog, progress_bar
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.schedule import Schedule
@@ -26,8 +34,6 @@ from recsys_embed.train.state import RunState
 from recsys_embed.train.stop import Interrupted, StopRequest
 
 CHECKPOINT = "checkpoint.pt"
-# Between checkpoints that no settings ask for: at least so long, and so many times what writing the last one took.
-CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 60.0, 20.0
 BEST = "best.pt"
 
 
@@ -104,7 +110,9 @@ class Trainer:
         model: built with the fused optimizer the settings name, or without one for ``dense_adam``.
         data: splits ``train``, and ``valid`` and ``test`` where they exist.
         config: settings.
-        folder: run folder for checkpoints and logs; None keeps everything in memory.
+        folder: run folder for checkpoints and logs; None keeps everything in memory. A process killed at any moment
+            loses what it did after its last checkpoint: the step or validation at work and, unless the settings say
+            how many steps lie between checkpoints, at most a second or twenty times what writing one takes.
         resume: go on from the folder's checkpoint.
         tensorboard: write TensorBoard events too.
         show_progress: a bar on standard error; None: only on a terminal.
@@ -146,6 +154,8 @@ class Trainer:
         self.state = RunState()
         self.best_weights: dict[str, Any] | None = None
         self._resumed_rng: dict[str, Tensor] | None = None
+        if folder is not None:
+            drop_temporaries(folder)
         if resume:
             self._restore()
         self.log = RunLog(folder, tensorboard=tensorboard, keep_bytes=self.state.log_bytes, step=self.state.step)
@@ -200,7 +210,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> None:
         state = self.state
-        self._written, self._writing = time.perf_counter(), 0.0
+        self._cadence = Cadence()
         self.model.train()
         bar = progress_bar(self.total_steps, self.label, state.step, self.show_progress)
         with contextlib.closing(bar):
@@ -217,10 +227,11 @@ class Trainer:
                     epoch_ends = self._advance()
                     if stop.requested:
                         self._interrupt()
+                    # Before a validation too: it may take long, and its own checkpoint comes at its end.
+                    if self._checkpoint_due() or (self._finished() and not state.pending_validation):
+                        self._checkpoint()
                     if state.pending_validation:
                         self._validate(stop)
-                    elif self._checkpoint_due():
-                        self._checkpoint()
                     if epoch_ends or self._finished():
                         break
                 if state.step == before:
@@ -234,9 +245,7 @@ class Trainer:
     def _checkpoint_due(self) -> bool:
         if self.config.checkpoint_every is not None:
             return self._due(self.config.checkpoint_every)
-        return self.folder is not None and time.perf_counter() - self._written > max(
-            CHECKPOINT_SECONDS, CHECKPOINT_TIMES * self._writing
-        )
+        return self.folder is not None and self._cadence.due()
 
     def _advance(self) -> bool:
         """Move the position past the batch just trained and note a due validation; True at the end of an epoch."""
@@ -366,20 +375,18 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.folder is None:
             return
-        begin = time.perf_counter()
-        self.state.log_bytes = self.log.flush()
-        save_checkpoint(
-            self.folder / CHECKPOINT,
-            self.identity,
-            state=self.state.to_dict(),
-            schedule=self.schedule.state_dict(),
-            model=self.model.state_dict(),
-            dense_optimizer=self.optimizer.state_dict(),
-            embedding_optimizer={k: c.optimizer_state_dict() for k, c in self._fused_collections()},
-            rng=rng_state(self.device),
-        )
-        self._written = time.perf_counter()
-        self._writing = self._written - begin
+        with self._cadence.writing():
+            self.state.log_bytes = self.log.flush()
+            save_checkpoint(
+                self.folder / CHECKPOINT,
+                self.identity,
+                state=self.state.to_dict(),
+                schedule=self.schedule.state_dict(),
+                model=self.model.state_dict(),
+                dense_optimizer=self.optimizer.state_dict(),
+                embedding_optimizer={k: c.optimizer_state_dict() for k, c in self._fused_collections()},
+                rng=rng_state(self.device),
+            )
 
     def _restore(self) -> None:
         if self.folder is None:

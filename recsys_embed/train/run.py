@@ -193,8 +193,6 @@ def run_training(
         full_bytes = plans_for(schema, config).full_bytes
         identity = {"data": fingerprint(schema, data)}
         if folder is not None:
-            for stale in folder.glob(".*.tmp"):
-                stale.unlink()
             write_json(folder / "config.json", config.to_dict())
             write_json(
                 folder / "run.json", {"seed": config.seed, **environment(), "footprint": footprint_dict(footprint)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.pep import PepSearch
 from recsys_embed.search.settings import DnisSettings
+from recsys_embed.search.supernet import Supernet
 from recsys_embed.train import DivergedError
+from recsys_embed.train.checkpoint import load_checkpoint
 from tests.train.test_loop import SignallingData
 from tests.train.toy import ToyData, toy_config
 
@@ -29,9 +32,9 @@ KINDS = {
 }
 
 
-def run(kind: str, data: ToyData, folder: Path):
+def run(kind: str, data: ToyData, folder: Path, **more):
     cls, settings, changes = KINDS[kind]
-    return run_search(cls, CONFIG.replace(**changes), data, settings, folder=folder)
+    return run_search(cls, CONFIG.replace(**changes, **more), data, settings, folder=folder)
 
 
 def outcome_of(folder: Path) -> tuple[str, dict]:
@@ -59,36 +62,136 @@ def test_a_stopped_search_ends_as_it_would_have_ended(kind: str, tmp_path: Path)
 
 
 KILLED = """
-import os, random, signal, threading
+import os, random, signal, sys, threading
 from pathlib import Path
+
+import torch._dynamo  # what torch would import in every child
+
+from recsys_embed.search.evaluate import CandidateEvaluator
+from recsys_embed.train import Trainer, checkpoint
 from tests.search.test_resume import ToyData, run
 
-killed = 0
-for seed, longest in enumerate((0.5, 1.0, 1.5, 2.5)):
-    pid = os.fork()
+kind, folder = sys.argv[1], Path(sys.argv[2])
+checkpoint.CHECKPOINT_SECONDS = checkpoint.CHECKPOINT_TIMES = 0.0
+os.fsync = lambda descriptor: None  # a process that dies takes nothing along that the system was handed
+book = os.open(folder / "book", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def tell(*words):  # outlives a kill
+    global left
+    os.write(book, (" ".join(map(str, words)) + "\\n").encode())
+    left -= 1
+    if left == 0:
+        threading.Timer(chance.uniform(0, 0.01), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+begin, step, known, one = Trainer.__init__, Trainer._step, CandidateEvaluator._known, CandidateEvaluator._run
+judged = [0, 0]
+
+
+def told_begin(self, *args, **options):
+    begin(self, *args, **options)
+    if self.folder is not None:
+        tell("begin", self.folder.name, self.state.step)
+
+
+def told_step(self, batch):
+    value = step(self, batch)
+    if self.folder is not None:
+        tell("done", self.folder.name, self.state.step)
+    return value
+
+
+def told_known(self, candidates):
+    seen = known(self, candidates)
+    judged[:] = abs(hash(tuple(candidates))), seen.batch * len(candidates) + seen.candidate
+    tell("begin", *judged)
+    return seen
+
+
+def told_run(self, batch, columns, before, after, first):
+    def told(number, logits):
+        after(number, logits)
+        judged[1] += 1
+        tell("done", *judged)
+
+    one(self, batch, columns, before, told, first)
+
+
+Trainer.__init__, Trainer._step, CandidateEvaluator._known, CandidateEvaluator._run = (
+    told_begin, told_step, told_known, told_run
+)
+
+
+def child(name, told=0):
+    global left
+    left, pid = told, os.fork()
     if pid == 0:
-        wait = random.Random(seed).uniform(0.2, longest)
-        threading.Timer(wait, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        run("optembed", ToyData(), Path({folder!r}))
+        run(kind, ToyData(), folder / name, checkpoint_every=1, eval_batch_size=100)
         os._exit(0)
-    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    return os.waitpid(pid, 0)[1]
+
+
+left, chance = 0, random.Random(kind)
+assert child("whole") == 0
+most = (folder / "book").read_text().count("\\n") // 3
+tell("killed")
+killed = 0
+while os.WIFSIGNALED(child("parts", chance.randint(1, most))):
+    killed += 1
 print(killed)
 """
 
 
-def test_a_search_killed_at_random_moments_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "parts"
-    command = [sys.executable, "-c", KILLED.format(folder=str(folder))]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_killed_at_random_moments_loses_at_most_one_step(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], check=True, timeout=120, capture_output=True, text=True
-    )
-    assert int(done.stdout) >= 1
-    (folder / "retrain").mkdir(parents=True, exist_ok=True)
-    (folder / "retrain" / ".best.pt.1.tmp").write_bytes(b"half a file")
-    run("optembed", ToyData(), folder)
-    run("optembed", ToyData(), tmp_path / "whole")
-    assert outcome_of(folder) == outcome_of(tmp_path / "whole")
-    assert not list(folder.rglob(".*.tmp"))
+        [sys.executable, "-c", KILLED, kind, str(tmp_path)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert outcome_of(parts) == outcome_of(whole)
+    left, right = (torch.load(f / "model.pt", weights_only=True)["model"] for f in (parts, whole))
+    assert all(torch.equal(v, right[k]) for k, v in left.items() if isinstance(v, torch.Tensor))
+    reached: dict[str, int] = {}
+    lines = (tmp_path / "book").read_text().splitlines()
+    for word, stage, step in map(str.split, lines[lines.index("killed") + 1 :]):
+        if word == "begin":
+            assert int(step) >= reached.get(stage, 0) - 1, f"{stage} went on from step {step} after {reached[stage]}"
+        reached[stage] = int(step)
+    assert not [*parts.rglob(".*.tmp"), *parts.glob("evolution.pt")]
+
+
+def test_a_snapshot_of_steps_that_are_done_again_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts, snap = tmp_path / "whole", tmp_path / "parts", PepSearch._snap
+    run("pep", ToyData(), whole)
+    assert load_checkpoint(whole / "thresholds" / "checkpoint.pt")["state"]["stopped"]
+
+    def die(self: PepSearch, net: Supernet, step: int) -> bool:
+        if snap(self, net, step):
+            raise KeyboardInterrupt
+        return False
+
+    with monkeypatch.context() as m:
+        m.setattr(PepSearch, "_snap", die)
+        with pytest.raises(KeyboardInterrupt):
+            run("pep", ToyData(), parts)
+    assert (parts / "snapshot.json").exists()
+    run("pep", ToyData(), parts)
+    assert outcome_of(parts) == outcome_of(whole)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    for name in (".search.json.1.tmp", "supernet/.best.pt.1.tmp", "retrain/.checkpoint.pt.1.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half a file")
+    run("optembed", ToyData(), tmp_path)
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_a_folder_belongs_to_one_search_one_data_set_and_one_process(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
 from recsys_embed.search.study import NAME, MethodStudy
-from recsys_embed.search.study_queue import fill, owner, requeue, requeue_lost, take
+from recsys_embed.search.study_queue import fill, owner, put_back, requeue_lost, take
 from recsys_embed.search.study_settings import StudySettings
-from recsys_embed.search.study_storage import PASSWORD, open_storage, shown
+from recsys_embed.search.study_storage import open_storage
+from recsys_embed.search.study_urls import PASSWORD, shown
 from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -104,7 +105,10 @@ def test_a_number_given_to_another_process_is_no_sign_of_life(tmp_path):
     storage.set_trial_user_attr(trial._trial_id, "from", "planner")
     storage.set_trial_user_attr(trial._trial_id, "owner", f"{host}:{pid}:{int(began) - 1}")
     assert requeue_lost(study, storage) == 1
-    assert study.trials[1].user_attrs == {"again": 0, "from": "planner"}
+    (again,) = study.trials
+    assert (again.state.name, again.user_attrs["from"], again.user_attrs["owner"]) == ("WAITING", "planner", owner())
+    study.tell(take(study, storage), 1.0)
+    assert not put_back(storage, trial._trial_id), "what is over stays so"
 
 
 def test_workers_that_fill_a_study_at_once_queue_no_more_than_it_is_to_have(tmp_path, monkeypatch):
@@ -313,15 +317,15 @@ def test_a_worker_that_was_taken_for_lost_leaves_the_trial_to_others(tmp_path, m
     def sleep(config, watch):
         if not lost:
             lost.append(study.study.trials[0])
-            study.storage.set_trial_state_values(lost[0]._trial_id, optuna.trial.TrialState.FAIL)
-            requeue(study.study, 0, lost[0].params)
+            assert put_back(study.storage, lost[0]._trial_id)
+            study.study.tell(take(study.study, study.storage), [0.5, 1.0])
             watch(1, 0.5)
         return train(config, watch)
 
     monkeypatch.setattr(study, "train", sleep)
-    assert study.work() == 3
-    assert [t.state.name for t in study.study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert study.study.trials[2].params == lost[0].params
+    assert study.work() == 2
+    assert [t.state.name for t in study.study.trials] == ["COMPLETE", "COMPLETE"]
+    assert study.study.trials[0].values == [0.5, 1.0], "what came first"
 
 
 def test_a_sign_of_life_that_fails_is_followed_by_the_next(tmp_path, monkeypatch):

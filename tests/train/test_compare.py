@@ -39,11 +39,15 @@ def test_rows_are_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
-    comparison = small(train=toy_config(epochs=2))
+    comparison = small()
     whole = run_comparison(comparison, ToyData(), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        run_comparison(comparison, SignallingData(32 + 20), tmp_path / "parts")
+        run_comparison(comparison, SignallingData(16 + 10), tmp_path / "parts")
     assert len(list((tmp_path / "parts" / "rows").glob("*.json"))) == 1
+    with pytest.raises(Interrupted):
+        run_comparison(comparison, SignallingData(5), tmp_path / "parts")
+    log = next((tmp_path / "parts" / "rows").glob("*/log.jsonl")).read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [5, 10, 15], "a single pass goes on too"
     resumed = run_comparison(comparison, ToyData(), tmp_path / "parts")
     assert [r["test"] for r in resumed] == [r["test"] for r in whole]
     assert not [p for p in (tmp_path / "parts" / "rows").iterdir() if p.is_dir()]

@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
-from recsys_embed.train import DivergedError, Interrupted, Trainer, loop, run_training
+from recsys_embed.train import DivergedError, Interrupted, Trainer, checkpoint, loop, run_training
 from recsys_embed.train.checkpoint import load_checkpoint, save_checkpoint
 from recsys_embed.train.run import model_from_config
 from tests.train.toy import Batch, ToyBatches, ToyData, toy_config
@@ -128,14 +131,87 @@ def test_long_runs_are_written_by_the_clock(tmp_path: Path, monkeypatch: pytest.
     written: list[int] = []
     keep = loop.Trainer._checkpoint
     monkeypatch.setattr(loop.Trainer, "_checkpoint", lambda self: written.append(self.state.step) or keep(self))
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 1e9)
     whole = run_training(toy_config(), ToyData(), folder=tmp_path / "whole")
-    assert written == [state["step"] for state in whole.result.history]
+    validated = [state["step"] for state in whole.result.history]
+    assert written == validated
     written.clear()
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "CHECKPOINT_TIMES", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_TIMES", 0.0)
     often = run_training(toy_config(), ToyData(), folder=tmp_path / "often")
-    assert written == [*range(1, whole.result.steps + 1)]
+    # Before a validation, which may take long, and after it.
+    assert written == sorted([*range(1, whole.result.steps + 1), *validated])
     assert same_weights(often.model, whole.model)
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 30), st.floats(0, 20)), min_size=1, max_size=200))
+def test_writing_takes_a_twentieth_and_a_kill_costs_little_more_than_a_second_or_twenty_times_a_write(times) -> None:
+    with pytest.MonkeyPatch.context() as m:
+        clock = Clock()
+        m.setattr(checkpoint, "time", clock)
+        cadence, written, wrote, took = checkpoint.Cadence(), 0.0, 0.0, 0.0
+        for step, write in times:
+            clock.now += step
+            if cadence.due():
+                with cadence.writing():
+                    clock.now += write
+                written, wrote, took = clock.now, wrote + write, write
+            assert wrote - took <= clock.now / 20
+            assert clock.now - written <= max(1, 20 * took) + 1e-9 or clock.now == written
+
+
+SLOW = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from recsys_embed.train import Trainer, loop, run_training
+from tests.train.toy import ToyData, toy_config
+
+book, step = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND), Trainer._step
+
+
+def tell(word, value):
+    os.write(book, f"{word} {value} {time.perf_counter()}\\n".encode())
+
+
+def slow(self, batch):
+    if self.state.step == 0:
+        threading.Timer(1.7, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    time.sleep(0.02)
+    value = step(self, batch)
+    tell("done", self.state.step)
+    return value
+
+
+def timed(*args, save=loop.save_checkpoint, **options):
+    start = time.perf_counter()
+    save(*args, **options)
+    tell("wrote", time.perf_counter() - start)
+
+
+Trainer._step, loop.save_checkpoint = slow, timed
+run_training(toy_config(), ToyData(40_000), folder=Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_costs_about_a_second_where_writing_is_fast(tmp_path: Path) -> None:
+    folder, book = tmp_path / "run", tmp_path / "book"
+    command = [sys.executable, "-c", SLOW, str(folder), str(book)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    lines = [line.split() for line in book.read_text().splitlines()]
+    ends = {int(value): float(at) for word, value, at in lines if word == "done"}
+    writes = [float(value) for word, value, _ in lines if word == "wrote"]
+    kept = load_checkpoint(folder / "checkpoint.pt")["state"]["step"]
+    steps = max(b - a for a, b in pairwise(ends.values()))
+    assert 0 < kept < max(ends)
+    assert ends[max(ends)] - ends[kept] <= max(1, 20 * max(writes)) + 2 * steps + 2 * max(writes)
 
 
 def test_it_learns_and_uses_every_row_each_epoch() -> None:

@@ -1,0 +1,65 @@
+"""URLs of studies' storages: which of them are files, and how they are shown without a password."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from recsys_embed.data.folder import StorageError
+
+PASSWORD = "RECSYS_EMBED_STORAGE_PASSWORD"
+"""Environment variable with the password of a server whose URL holds none."""
+_SECRETS = ("password", "passwd", "sslpassword")
+"""Options of a URL that are passwords."""
+
+
+def file_of(where: str) -> Path | None:
+    """The file of a storage, absolute; None for a server's.
+
+    Raises:
+        StorageError: neither a file nor a URL.
+
+    >>> file_of("/a/s.journal").name, file_of("sqlite:////a/s.db").name, file_of("mysql://host/db")
+    ('s.journal', 's.db', None)
+    """
+    if "://" not in where:
+        # A journal's lock is a link to it, which must hold wherever a worker was started.
+        return Path(where).absolute()
+    try:
+        url = make_url(where)
+        if "@" in (url.host or ""):  # the end of a password, which the driver's message would show
+            raise ValueError("no host")
+    except (ArgumentError, ValueError) as e:
+        raise StorageError(
+            "a study's storage is a file, or a URL of sqlite:///, postgresql:// or mysql:// such as "
+            f"postgresql://USER@HOST:5432/DATABASE; got {shown(where)!r}. A password is written with %40 for @ and %2F "
+            f"for /, or given as {PASSWORD}"
+        ) from e
+    held = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).absolute() if held else None
+
+
+def shown(where: str) -> str:
+    """A storage as it may be printed and kept: a URL without its password.
+
+    >>> shown("postgresql://me:secret@host/db"), shown("mysql://host/db?user=me&passwd=secret"), shown("s.db")
+    ('postgresql://me@host/db', 'mysql://host/db?user=me', 's.db')
+    """
+    if "://" not in where:
+        return where
+    try:
+        url = make_url(where)
+    except (ArgumentError, ValueError):
+        return where.partition("://")[0] + "://..."
+    if "@" in (url.host or ""):
+        return f"{url.drivername}://..."
+    if url.get_backend_name() == "sqlite":
+        return where
+    return url.difference_update_query(_SECRETS)._replace(password=None).render_as_string()
+
+
+def told(url: URL) -> bool:
+    """Whether a URL holds a password."""
+    return url.password is not None or not set(_SECRETS).isdisjoint(url.query)

@@ -1,0 +1,204 @@
+"""Trials of a study that is killed go on where they were, and the study ends as it would have ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import optuna
+import pytest
+
+from recsys_embed.data.folder import FolderHeldError, lock
+from recsys_embed.errors import CheckpointError
+from recsys_embed.search.study import TRAININGS, MethodStudy
+from recsys_embed.search.study_settings import StudySettings
+from recsys_embed.search.study_trial import Trainings, key_of
+from recsys_embed.train import Interrupted, Trainer
+from recsys_embed.train.checkpoint import load_checkpoint
+from tests.search.planted import Planted, planted_config
+from tests.train.toy import Batch
+
+CONFIG = planted_config(steps=8, batch_size=128, threads=1, checkpoint_every=1)
+
+
+def open_study(folder: Path, **changes) -> MethodStudy:
+    base = {"trials": 4, "budgets": ["20%", "50%"], "methods": ["hash", "robe"], "groups": 2, "sampler": "random"}
+    settings = StudySettings.from_dict({**base, **changes})
+    folder.mkdir(exist_ok=True)
+    return MethodStudy(CONFIG, Planted(0, rows=600), settings, str(folder / "s.journal"), folder=folder)
+
+
+def outcome_of(folder: Path, **changes) -> list[tuple]:
+    found = open_study(folder, **changes).study.trials
+    return [(t.number, t.params, t.values, t.state.name, t.user_attrs.get("curve")) for t in found]
+
+
+KILLED = """
+import json, os, random, signal, sys, threading
+from pathlib import Path
+
+import optuna
+import torch._dynamo  # what torch would import in every child
+
+from recsys_embed.train import Trainer
+from tests.search.test_study_resume import open_study
+
+folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+os.fsync = lambda descriptor: None  # a process that dies takes nothing along that the system was handed
+book = os.open(folder / "book", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+begin, step = Trainer.__init__, Trainer._step
+
+
+def tell(word, trainer):  # outlives a kill
+    global left
+    os.write(book, f"{word} {trainer.folder.name} {trainer.state.step}\\n".encode())
+    left -= 1
+    if left == 0:
+        threading.Timer(chance.uniform(0, 0.005), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def told_begin(self, *args, **options):
+    begin(self, *args, **options)
+    tell("begin", self)
+
+
+def told_step(self, batch):
+    value = step(self, batch)
+    tell("done", self)
+    return value
+
+
+Trainer.__init__, Trainer._step = told_begin, told_step
+
+
+def child(name, told=0):
+    global left
+    left, pid = told, os.fork()
+    if pid == 0:
+        study = open_study(folder / name, **changes)
+        study.work()
+        study.sweep()
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+left, chance = 0, random.Random(0)
+assert child("whole") == 0
+os.truncate(book, 0)
+killed = 0
+while os.WIFSIGNALED(child("parts", chance.randint(3, 25))):
+    killed += 1
+print(killed)
+"""
+
+
+@pytest.mark.parametrize("sampler", ["nsgaii", "evolution"])
+def test_a_study_killed_in_its_trials_loses_at_most_one_step(sampler: str, tmp_path: Path) -> None:
+    changes = {"sampler": sampler, "trials": 9, "validations": 3}
+    changes |= {"objectives": ["auc"], "sampler_args": {"population": 4}} if sampler == "evolution" else {}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(changes)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
+    assert outcome_of(tmp_path / "parts", **changes) == outcome_of(tmp_path / "whole", **changes)
+    reached: dict[str, int] = {}
+    for word, key, step in map(str.split, (tmp_path / "book").read_text().splitlines()):
+        if word == "begin":
+            assert int(step) >= reached.get(key, 0) - 1, f"{key} went on from step {step} after {reached[key]}"
+        reached[key] = int(step)
+    assert not [p for p in (tmp_path / "parts").iterdir() if p.is_dir()]
+
+
+def test_a_stopped_trial_goes_on_and_a_damaged_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer._step
+
+    def interrupted(self: Trainer, batch: Batch) -> float:
+        if self.state.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(Interrupted):
+            open_study(tmp_path).work()
+    (kept,) = (tmp_path / TRAININGS).glob("*/checkpoint.pt")
+    assert load_checkpoint(kept)["state"]["step"] == 5
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:1000])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"checkpoint.pt is damaged"):
+            open_study(tmp_path).work()
+    assert {t.state.name for t in open_study(tmp_path).study.trials} == {"WAITING"}, "nothing is lost"
+    kept.write_bytes(whole)
+    assert open_study(tmp_path).work() == 4
+    assert not list(kept.parent.parent.iterdir())
+
+
+def test_a_validation_nobody_heard_of_is_judged_when_the_trial_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"objectives": ["auc"], "trials": 2}
+    whole, judge, heard = open_study(tmp_path / "whole", **changes), MethodStudy._judge, []
+    assert whole.work() == 2
+
+    def die(self: MethodStudy, trial: optuna.Trial, step: int, *rest: float) -> None:
+        heard.append(step)
+        if len(heard) == 2:
+            raise KeyboardInterrupt
+        judge(self, trial, step, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(MethodStudy, "_judge", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_study(tmp_path / "parts", **changes).work()
+    assert heard == [2, 4]
+    parts = open_study(tmp_path / "parts", **changes)
+    assert parts.work() == 2
+    assert outcome_of(tmp_path / "parts", **changes) == outcome_of(tmp_path / "whole", **changes)
+    said = [[t.intermediate_values for t in s.study.trials] for s in (parts, whole)]
+    assert said[0] == said[1]
+    assert list(said[0][0]) == [2, 4, 5, 6]
+
+
+def test_two_processes_never_share_a_trainings_folder(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    config = study.settled(study.study.trials[0].system_attrs["fixed_params"], full=False)
+    with study.trainings.place(key_of(config)) as folder:
+        before = sorted(p.name for p in folder.iterdir())
+        other = study.train(config)[1]
+        study.trainings.forget(key_of(config))
+        study.sweep()
+        assert sorted(p.name for p in folder.iterdir()) == before, "what another process holds is left alone"
+    assert study.train(config)[1].valid == other.valid
+    assert (folder / "checkpoint.pt").exists()
+    study.sweep()
+    assert not (tmp_path / TRAININGS).exists()
+
+
+def test_a_lock_that_its_holder_removed_is_none(tmp_path: Path) -> None:
+    kept, taken = Trainings(tmp_path), threading.Event()
+
+    def wait() -> None:
+        with lock(tmp_path / "a", wait=True):
+            taken.set()
+            let_go.wait(10)
+
+    let_go = threading.Event()
+    with lock(tmp_path / "a"):
+        other = threading.Thread(target=wait, daemon=True)
+        other.start()
+        assert not taken.wait(0.2)
+        (tmp_path / "a" / ".lock").unlink()
+    assert taken.wait(10)
+    with pytest.raises(FolderHeldError, match="another process"), lock(tmp_path / "a"):
+        pass
+    let_go.set()
+    other.join()
+    kept.forget("a")
+    assert not list(tmp_path.iterdir())
