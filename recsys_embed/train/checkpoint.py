@@ -51,12 +51,13 @@ def save_checkpoint(path: str | Path, config: dict[str, Any], **parts: Any) -> N
     payload = {"format": FORMAT, "version": VERSION, "config": config, **parts}
     try:
         atomic_write(path, lambda f: torch.save(payload, f))
-    except RuntimeError as e:
-        # Torch's writer puts a failed write (a full disk) into such an error, with the cause in its context.
-        cause = e.__context__
+    except (RuntimeError, OSError) as e:
+        # Torch's writer puts a failed write (a full disk) into an error of its own, with the cause in its context.
+        cause = e if isinstance(e, OSError) else e.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(e).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {path} cannot be written ({reason}); free some space, then go on from the one before"
+            f"checkpoint {path} cannot be written ({reason}); free some space, or make the folder one to write to, "
+            "then go on from the one before"
         ) from e
 
 
