@@ -19,7 +19,8 @@ from recsys_embed.train.files import atomic_write
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1
 # Between checkpoints that no settings ask for: at least so long, and so many times what writing the last one took. So
-# writing takes a twentieth of the time at most, and does not wear a disk out where it takes next to none.
+# these take a twentieth of the time at most, but for the first, whose cost nobody knows before it is written, and do
+# not wear a disk out where they take next to none.
 CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 1.0, 20.0
 
 
