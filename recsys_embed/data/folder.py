@@ -17,6 +17,7 @@ STATS_FILE = "stats.json"
 WORK_DIR = ".work"
 LOCK_FILE = ".lock"
 TEXT_FILE, TRUTH_FILE, CHANCE_FILE = "synthetic.tsv", "truth.json", "truth.parquet"
+_TRIES = 9
 OUR_FILES = frozenset({LOCK_FILE, STATS_FILE, TEXT_FILE, TRUTH_FILE, CHANCE_FILE})
 
 
@@ -113,11 +114,16 @@ def _held(folder: Path, wait: bool) -> IO[str]:
     """The folder's lock file, locked."""
     import fcntl
 
+    missed = 0
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = (folder / LOCK_FILE).open("a+")
         except OSError as e:
+            # The holder may remove the folder just as it is opened.
+            missed += 1
+            if isinstance(e, FileNotFoundError) and missed < _TRIES:
+                continue
             raise storage_error(folder, e) from e
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -47,7 +47,7 @@ class CandidateEvaluator:
         seed: of the training batches.
         stop: ends an evaluation early, by :class:`Interrupted`.
         keep: file with the logits of the rows so far, so that an evaluation that was stopped goes on when the same
-            candidates are asked for again; None: it begins anew.
+            candidates are asked for again, once their statistics are taken anew; None: it begins anew.
 
     Raises:
         CheckpointError: that file is damaged or cannot be written.

@@ -26,7 +26,7 @@ from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.search.common import need_validation
 from recsys_embed.search.folder import differences
 from recsys_embed.search.retrain import planned
-from recsys_embed.search.study_queue import fill, put_back, requeue_lost, take
+from recsys_embed.search.study_queue import fill, put_back, requeue_lost, retake, take
 from recsys_embed.search.study_samplers import make_sampler
 from recsys_embed.search.study_settings import OBJECTIVES, StudySettings
 from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
@@ -306,9 +306,13 @@ class MethodStudy:
         except Exception as e:
             # What fails again each time is not queued again.
             trial.set_user_attr("reason", f"{type(e).__name__}: {e}")
-            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-            self.trainings.forget(trial.user_attrs.get(_KEY))
+            self._tell(trial, None, TrialState.FAIL)
             raise
+        self._tell(trial, values, state)
+
+    def _tell(self, trial: optuna.Trial, values: list[float] | None, state: TrialState) -> None:
+        # One that others took for lost, as this process slept, may be queued again: it is over all the same.
+        retake(self.storage, trial._trial_id)
         self.study.tell(trial, values, state=state, skip_if_finished=True)
         # Not before it is told: a process killed in between has no training to do again.
         self.trainings.forget(trial.user_attrs.get(_KEY))

@@ -41,7 +41,7 @@ def fill(study: optuna.Study, storage: Any, trials: int) -> None:
     empty = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": {}})
     mine = {storage.create_new_trial(study._study_id, empty) for _ in range(trials - len(counted()))}
     for trial in counted()[trials:]:
-        if trial._trial_id in mine and _taken(storage, trial._trial_id):
+        if trial._trial_id in mine and retake(storage, trial._trial_id):
             storage.set_trial_user_attr(trial._trial_id, "reason", "one too many: workers began at once")
             storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
@@ -96,15 +96,15 @@ def take(study: optuna.Study, storage: Any) -> optuna.Trial | None:
     All trials of a study are queued when it is made, so that workers share out what is there and never make one more.
     """
     for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)), key=lambda t: t.number):
-        if _taken(storage, trial._trial_id):
+        if retake(storage, trial._trial_id):
             _sign(storage, trial._trial_id)
             return optuna.Trial(study, trial._trial_id)
     return None
 
 
-def _taken(storage: Any, trial_id: int) -> bool:
-    """Take a queued trial; False: another worker did."""
+def retake(storage: Any, trial_id: int) -> bool:
+    """Take a trial if it is queued; False: a worker has it, or it is over."""
     try:
         return bool(storage.set_trial_state_values(trial_id, TrialState.RUNNING))
-    except (RuntimeError, ValueError):  # and has finished it
+    except (RuntimeError, ValueError):  # over
         return False

@@ -49,7 +49,8 @@ class Watched(Trainer):
     watch: Callable[[int, float], None]
 
     def _train(self, stop: Any) -> None:
-        for known in self.state.history[: -1 if self._finished() else None]:
+        over = self._finished() and not self.state.pending_validation
+        for known in self.state.history[: -1 if over else None]:
             self.watch(int(known["step"]), float(known["auc"]))
         super()._train(stop)
 

@@ -19,7 +19,8 @@ from recsys_embed.train.files import atomic_write
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1
 # Between checkpoints that no settings ask for: at least so long, and so many times what writing the last one took. So
-# writing takes a twentieth of the time at most, and does not wear a disk out where it takes next to none.
+# these take a twentieth of the time at most, but for the first, whose cost nobody knows before it is written, and do
+# not wear a disk out where they take next to none.
 CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 1.0, 20.0
 
 
@@ -51,12 +52,13 @@ def save_checkpoint(path: str | Path, config: dict[str, Any], **parts: Any) -> N
     payload = {"format": FORMAT, "version": VERSION, "config": config, **parts}
     try:
         atomic_write(path, lambda f: torch.save(payload, f))
-    except RuntimeError as e:
-        # Torch's writer puts a failed write (a full disk) into such an error, with the cause in its context.
-        cause = e.__context__
+    except (RuntimeError, OSError) as e:
+        # Torch's writer puts a failed write (a full disk) into an error of its own, with the cause in its context.
+        cause = e if isinstance(e, OSError) else e.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(e).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {path} cannot be written ({reason}); free some space, then go on from the one before"
+            f"checkpoint {path} cannot be written ({reason}); free some space, or make the folder one to write to, "
+            "then go on from the one before"
         ) from e
 
 

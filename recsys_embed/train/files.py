@@ -18,7 +18,7 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
 
     Raises:
         ConfigError: ``path`` is a folder, a device or a pipe, or holds a NUL character.
-        OSError: writing failed.
+        OSError: writing failed; its ``filename`` says where.
     """
     path = Path(path)
     if "\0" in str(path):
@@ -34,6 +34,10 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        if e.filename is None:  # a write's, which says only that the disk is full
+            e.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":

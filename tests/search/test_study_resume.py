@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
-from recsys_embed.data.folder import FolderHeldError, lock
+from recsys_embed.data.folder import FolderHeldError, StorageError, lock
 from recsys_embed.errors import CheckpointError
 from recsys_embed.search.study import TRAININGS, MethodStudy
+from recsys_embed.search.study_queue import put_back
 from recsys_embed.search.study_settings import StudySettings
 from recsys_embed.search.study_trial import Trainings, key_of
 from recsys_embed.train import Interrupted, Trainer
@@ -202,3 +204,55 @@ def test_a_lock_that_its_holder_removed_is_none(tmp_path: Path) -> None:
     other.join()
     kept.forget("a")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_its_holder_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, left = Path.mkdir, [2]
+
+    def mkdir(self: Path, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        if left[0]:
+            left[0] -= 1
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with lock(tmp_path / "a"):
+        assert (tmp_path / "a" / ".lock").exists()
+    left[0] = -1
+    with pytest.raises(StorageError, match="No such file"), lock(tmp_path / "b"):
+        pass
+
+
+def test_a_trial_queued_again_while_its_worker_slept_is_over_when_it_ends(tmp_path: Path, monkeypatch) -> None:
+    study = open_study(tmp_path, trials=1)
+    objectives = MethodStudy._objectives
+
+    def asleep(self: MethodStudy, trial: optuna.Trial, params: dict) -> list[float]:
+        values = objectives(self, trial, params)
+        assert put_back(self.storage, trial._trial_id)  # as a worker of another machine does
+        return values
+
+    monkeypatch.setattr(MethodStudy, "_objectives", asleep)
+    assert study.work() == 1
+    assert [t.state.name for t in study.study.trials] == ["COMPLETE"]
+
+
+def test_whoever_goes_on_before_the_last_validation_hears_all_before_it(tmp_path: Path, monkeypatch) -> None:
+    study = open_study(tmp_path, validations=4, prune=True)
+    config = study.settled(study.study.trials[0].system_attrs["fixed_params"], full=False)
+    heard: list[int] = []
+    study.train(config.replace(seed=1), lambda step, auc: heard.append(step))
+    validate = Trainer._validate
+
+    def die(self: Trainer, stop: Any) -> None:
+        if self.state.step == self.total_steps:
+            raise KeyboardInterrupt
+        validate(self, stop)
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "_validate", die)
+        with pytest.raises(KeyboardInterrupt):
+            study.train(config)
+    again: list[int] = []
+    study.train(config, lambda step, auc: again.append(step))
+    assert again == heard == [2, 4, 5, 6]

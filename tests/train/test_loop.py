@@ -20,6 +20,7 @@ from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.train import DivergedError, Interrupted, Trainer, checkpoint, loop, run_training
 from recsys_embed.train.checkpoint import load_checkpoint, save_checkpoint
+from recsys_embed.train.files import write_json
 from recsys_embed.train.run import model_from_config
 from tests.train.toy import Batch, ToyBatches, ToyData, toy_config
 
@@ -377,8 +378,21 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch) -> None:
             write(f)
 
     monkeypatch.setattr("recsys_embed.train.checkpoint.atomic_write", full)
-    with pytest.raises((CheckpointError, OSError), match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(tmp_path / "c.pt", {"a": 1}, model={"w": torch.zeros(300_000)})
+
+
+def test_a_disk_that_is_full_at_the_flush_says_of_which_file(tmp_path: Path, monkeypatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"c\.pt cannot be written \(No space left.*free some space"):
+        save_checkpoint(tmp_path / "c.pt", {"a": 1}, model={"w": torch.zeros(3)})
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_json(tmp_path / "a.json", {})
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
