@@ -259,16 +259,14 @@ def test_masks_are_for_one_vector_of_one_width_per_feature() -> None:
         coll(torch.zeros(5, 2, dtype=torch.int64), mask=OptembedLayer(2, 8))
 
 
-@pytest.mark.parametrize("default", [torch.float16, torch.device("meta")])
-def test_gradients_do_not_depend_on_the_defaults_of_torch(default: Any) -> None:
+def test_gradients_do_not_depend_on_the_default_type() -> None:
     layer, batch = layer_of("row", 16).eval(), batch_of(5000, 16)
     wanted = ran(layer, *batch)
     try:
-        torch.set_default_dtype(default) if isinstance(default, torch.dtype) else torch.set_default_device(default)
+        torch.set_default_dtype(torch.float16)
         found = ran(layer, *batch)
     finally:
         torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
