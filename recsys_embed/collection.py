@@ -244,10 +244,17 @@ class EmbeddingCollection(SteppedTables):
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
                 raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
+            if mask is not None and (bundle.output_dim is None or sum(bundle.vectors) != len(self.schema)):
+                raise ConfigError(
+                    f"`mask` is for one vector per feature, all of one width; got {bundle.widths} columns"
+                )
             fused = self._fused_tables(bundle.fused, ids)
             stage = None if mask is None else mask.stage(ids)
             inside = (
-                fused is not None and stage is not None and bundle.fused[fused[0]].masks(bundle) and stage.fits(ids)
+                fused is not None
+                and stage is not None
+                and bundle.fused[fused[0]].masks(bundle)
+                and stage.fits(ids, (*ids.shape, bundle.output_dim))
             )
             if fused is None:
                 out: Tensor = bundle.single(ids.long(), self._reader)

@@ -100,14 +100,16 @@ struct MaskSums {
   std::vector<float> thresholds, rest;  // of fields; of `spare` or `scales`
 };
 
-// Gradients of vectors and parameters from samples [from, to). Those of thresholds by id are left in `slopes`.
+// Gradients of vectors and parameters from samples [from, to). Those of thresholds by id are left in `slopes`. False
+// where an id is out of range: ids whose memory others write to may have changed since forward.
 template <int W>
-static void mask_gradients(const Mask& m, i64 from, i64 to, MaskSums& sums) {
+static bool mask_gradients(const Mask& m, i64 from, i64 to, MaskSums& sums) {
   const i64 width = width_of<W>(m.width);
   const Prefixes prefixes(width);
   for (i64 b = from; b < to; b++) {
     for (i64 f = 0; f < m.fields; f++) {
       const Spot spot = spot_of(m, b, f);
+      if (spot.at < 0) return false;
       const float* x = m.vectors.data + b * m.vectors.stride + f * width;
       const float* g = m.gradient.data + b * m.gradient.stride + f * width;
       float* to_x = m.of_vectors.data ? m.of_vectors.data + b * m.of_vectors.stride + f * width : nullptr;
@@ -149,11 +151,12 @@ static void mask_gradients(const Mask& m, i64 from, i64 to, MaskSums& sums) {
       });
     }
   }
+  return true;
 }
 
 struct MaskKernels {
   bool (*rows)(const Mask&, i64, i64, const Matrix&, const Matrix&);
-  void (*gradients)(const Mask&, i64, i64, MaskSums&);
+  bool (*gradients)(const Mask&, i64, i64, MaskSums&);
 };
 
 static MaskKernels choose_mask(i64 width) {
@@ -178,28 +181,32 @@ static i64 mask_parts(const Mask& m, i64 parameters) {
   return std::max<i64>(1, std::min({i64(16), m.batch / 256, (i64(1) << 22) / std::max<i64>(1, parameters)}));
 }
 
-// All gradients of a mask.
-static void mask_backward(const Mask& m, i64 threads) {
+// All gradients of a mask; false where an id is out of range.
+static bool mask_backward(const Mask& m, i64 threads) {
   const i64 rest = m.of_rest ? (m.scales ? m.block_count : m.fields) * m.width : 0, parts = mask_parts(m, rest);
   std::vector<MaskSums> sums(parts);
   const MaskKernels kernels = choose_mask(m.width);
+  bool good = true;
   i64 next = 0;
   parallel(threads, [&](i64, i64) {
     for (i64 p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts;) {
       sums[p].thresholds.assign(m.fields, 0.f);
       sums[p].rest.assign(rest, 0.f);
-      kernels.gradients(m, m.batch * p / parts, m.batch * (p + 1) / parts, sums[p]);
+      if (!kernels.gradients(m, m.batch * p / parts, m.batch * (p + 1) / parts, sums[p]))
+        __atomic_store_n(&good, false, __ATOMIC_RELAXED);
     }
   });
+  if (!good) return false;
   for (const MaskSums& part : sums) {
     for (i64 f = 0; m.of_thresholds && !m.slopes && f < m.fields; f++) m.of_thresholds[f] += part.thresholds[f];
     for (i64 k = 0; k < rest; k++) m.of_rest[k] += part.rest[k];
   }
-  if (!m.slopes) return;
+  if (!m.slopes) return true;
   // Fields share no id, so each thread takes whole ones.
   next = 0;
   parallel(threads, [&](i64, i64) {
     for (i64 f; (f = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < m.fields;)
       for (i64 b = 0; b < m.batch; b++) m.of_thresholds[spot_of(m, b, f).at] += m.slopes[b * m.fields + f];
   });
+  return true;
 }

@@ -116,7 +116,7 @@ struct Variant {
   int (*backward)(const Call&, const Update*, bool, Scratch&);
   void (*settle_all)(const Update&, float*, i64, i64);
   bool (*mask)(const Mask&, i64, i64);
-  void (*mask_backward)(const Mask&, i64);
+  bool (*mask_backward)(const Mask&, i64);
 };
 
 const Variant variants[] = {
@@ -217,10 +217,9 @@ RSE_API int rse_mask(const Mask* m, i64 threads) try {
   return NO_MEMORY;
 }
 
-// Gradients of a mask's vectors and parameters; its ids are those that a forward took.
+// Gradients of a mask's vectors and parameters; its ids are those that a forward took, or it is refused.
 RSE_API int rse_mask_backward(const Mask* m, i64 threads) try {
-  active->mask_backward(*m, threads);
-  return DONE;
+  return active->mask_backward(*m, threads) ? DONE : OUT_OF_RANGE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
 }

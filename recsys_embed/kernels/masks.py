@@ -6,8 +6,8 @@ A lookup applies one in the call that reads the rows; vectors of other origin ge
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ class Stage:
     A row whose norm is at most its threshold becomes ``spare``; of what is left, columns beyond a width become zeros.
 
     Args:
+        width: D.
         starts: int64 ``[F + 1]``, first id of each field among all; thresholds and blocks then go by id.
         thresholds: float32 ``[F]``, or by id ``[ids]``; None: no row is pruned.
         norm: 1 or 2.
@@ -37,6 +38,7 @@ class Stage:
         blocks: uint8 or int32 ``[ids]``.
     """
 
+    width: int
     starts: Tensor | None = None
     thresholds: Tensor | None = None
     norm: int = 1
@@ -55,8 +57,8 @@ class Stage:
         """Whether a parameter wants a gradient."""
         return any(t is not None and t.requires_grad for t in self.learned)
 
-    def fits(self, ids: Tensor) -> bool:
-        """Whether the kernels may read the memory of ids and parameters."""
+    def fits(self, ids: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the kernels may read the memory of ids and parameters, and all are for vectors of one ``shape``."""
         learned = [t for t in self.learned if t is not None]
         others = [t for t in (self.starts, self.widths, self.blocks) if t is not None]
         return (
@@ -64,18 +66,37 @@ class Stage:
             and ids.dtype in (torch.int32, torch.int64)
             and runs_on(ids, learned)
             and all(t.is_cpu and t.is_contiguous() for t in others)
+            and self._agrees(ids.shape, shape)
+        )
+
+    def _agrees(self, ids: torch.Size, shape: Sequence[int]) -> bool:
+        """Whether no kernel will look for a parameter beyond the last; torch may broadcast what does not agree."""
+        if len(ids) != 2 or tuple(shape) != (*ids, self.width):
+            return False
+        fields = number = ids[1]
+        if self.starts is not None:
+            if self.starts.shape != (fields + 1,) or self.starts.dtype != torch.int64:
+                return False
+            number = int(self.starts[-1])
+        thresholds, widths, spare, scales, blocks = self.thresholds, self.widths, self.spare, self.scales, self.blocks
+        return (
+            (thresholds is None or thresholds.shape == (number,))
+            and (widths is None or (widths.dtype == torch.int64 and widths.shape in (ids, (fields,))))
+            and (spare is None or spare.shape == (fields, self.width))
+            and (scales is None or (scales.dim() == 2 and scales.shape[1] == self.width))
+            and (blocks is None or (blocks.dtype in (torch.uint8, torch.int32) and blocks.shape == (number,)))
         )
 
     def record(self, ids: Tensor, vectors: Tensor, out: Tensor) -> Mask:
-        """The call's record, which points into the arguments.
+        """The call's record, which points into the arguments; they fit.
 
         Args:
             ids: ``[B, F]``.
-            vectors, out: ``[B, F, D]`` or ``[B, F * D]``, contiguous; they may be the same.
+            vectors, out: ``[B, F, D]``, contiguous; they may be the same.
         """
         thresholds, rest = self.learned
         batch, fields = ids.shape
-        mask = Mask(batch=batch, fields=fields, width=prod(vectors.shape[1:]) // fields, norm=self.norm)
+        mask = Mask(batch=batch, fields=fields, width=self.width, norm=self.norm)
         mask.vectors, mask.out = _matrix(vectors), _matrix(out)
         if self.starts is not None:
             mask.starts, mask.ids, mask.ids_are_32 = self.starts.data_ptr(), ids.data_ptr(), ids.dtype == torch.int32
@@ -122,7 +143,7 @@ class _Masked(Function):
         pool: OutputPool,
     ) -> Tensor:
         ctx.stage, ctx.pool = stage, pool
-        ctx.save_for_backward(vectors, ids, thresholds, rest)
+        ctx.save_for_backward(vectors, ids, thresholds, rest, stage.widths, stage.blocks)
         if done[0] is not None:
             return done[0]
         out = pool.take(vectors.shape)
@@ -134,7 +155,7 @@ class _Masked(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        vectors, ids, thresholds, rest = ctx.saved_tensors
+        vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
         wanted = ctx.needs_input_grad
         record = ctx.stage.record(ids, vectors, vectors)
@@ -148,11 +169,12 @@ class _Masked(Function):
         if of_thresholds is not None:
             record.of_thresholds = of_thresholds.data_ptr()
             if ctx.stage.starts is not None:
-                slopes = torch.empty(ids.shape)
+                slopes = grad.new_empty(ids.shape)
                 record.slopes = slopes.data_ptr()
         if of_rest is not None:
             record.of_rest = of_rest.data_ptr()
-        checked(loaded().handle.rse_mask_backward(ctypes.addressof(record), torch.get_num_threads()))
+        if not checked(loaded().handle.rse_mask_backward(ctypes.addressof(record), torch.get_num_threads())):
+            raise RuntimeError("ids changed between forward and backward")
         return moved, of_thresholds, of_rest, None, None, None, None
 
 
@@ -176,6 +198,6 @@ def masked(stage: Stage, ids: Tensor, vectors: Tensor, pool: OutputPool, done: T
 
 def mask_vectors(stage: Stage, ids: Tensor, vectors: Tensor) -> Tensor | None:
     """``vectors [B, F, D]`` masked by the kernels; None where these cannot read them."""
-    if not stage.fits(ids) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
+    if not stage.fits(ids, vectors.shape) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
         return None
     return masked(stage, ids, vectors.contiguous(), _POOL)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from recsys_embed.errors import BackendError
+from recsys_embed.errors import BackendError, ConfigError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native_library import Index, Library, Mask, Matrix, Update, call_with, library, loaded
@@ -179,6 +179,7 @@ class NativeLookup:
         self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
         count = len(storages)
         self._storage_widths = array("q", [width for _, width in storages.values()])
+        self._sizes = [rows * width for rows, width in storages.values()]
         # Behind the record: pointers to storages, a Matrix per output; kinds of storages and bytes of their rows.
         self._record = call_with(3 * count + 2 * len(widths))
         call = self._record(
@@ -231,11 +232,14 @@ class NativeLookup:
         else:
             call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
             call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
-        behind, at, decodes = call.behind, 0, False
+        behind, at, decodes, sizes, widths = call.behind, 0, False, self._sizes, self._storage_widths
         for table in tables:
             behind[at] = table.data_ptr()
-            at += 1
             decodes |= table.dtype is not torch.float32
+            # Sizes of integers are what the export that holds them says.
+            if (table.numel() < sizes[at] or table.size(1) != widths[at]) and table.dtype is not torch.uint8:
+                self._refuse(table, at)
+            at += 1
         for output in outputs:
             behind[at] = output.data_ptr()
             at += 2
@@ -252,6 +256,14 @@ class NativeLookup:
         if lookups >= _WORTH_A_THREAD:
             call.threads = torch.get_num_threads()
         return call
+
+    def _refuse(self, table: Tensor, at: int) -> None:
+        """What a user has put in a storage's place; rows are read by the number that was there."""
+        name, wanted = list(self.storages.items())[at]
+        raise ConfigError(
+            f"{name!r} must be {list(wanted)}, or of more rows; got {list(table.shape)}. Replace a table by one that "
+            "fits, or build a new module for fewer ids"
+        )
 
     def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
         """Precision of each storage."""

@@ -164,7 +164,7 @@ class OptembedLayer(nn.Module):
         if self.training and self.dims:
             widths = torch.randint(1, self.width + 1, ids.shape, device=ids.device)
         starts = self.get_buffer("starts") if self.rows == "row" else None
-        return Stage(starts, self.thresholds, self.norm, widths, self.oov)
+        return Stage(self.width, starts, self.thresholds, self.norm, widths, self.oov)
 
     def through(self, stage: Stage, vectors: Tensor, ids: Tensor | None) -> Tensor:
         """``vectors [B, F, D]`` of ``ids [B, F]`` after the stage."""
@@ -197,6 +197,7 @@ class DnisLayer(nn.Module):
 
     def __init__(self, blocks: Sequence[Tensor], width: int) -> None:
         super().__init__()
+        self.width = width
         joined = torch.cat([b.long() for b in blocks])
         count = int(joined.max()) + 1
         self.alpha = nn.Parameter(torch.ones(count, width))
@@ -216,7 +217,7 @@ class DnisLayer(nn.Module):
 
     def stage(self, ids: Tensor) -> Stage:
         """What this call does to the vectors of ``ids [B, F]``."""
-        return Stage(self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
+        return Stage(self.width, self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
 
     def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
         """``vectors [B, F, D]`` of ``ids`` after the stage."""

@@ -114,7 +114,7 @@ class Apart:
 
     def stage(self, ids: Tensor) -> Any:
         stage: masks.Stage = self.layer.stage(ids)
-        object.__setattr__(stage, "fits", lambda ids: False)
+        object.__setattr__(stage, "fits", lambda ids, shape: False)
         return stage
 
     def through(self, stage: Any, vectors: Tensor, ids: Tensor) -> Tensor:
@@ -183,6 +183,116 @@ def test_ids_of_any_layout() -> None:
     scattered = vectors.transpose(0, 1).contiguous().transpose(0, 1)
     assert not scattered.is_contiguous()
     assert torch.equal(layer(scattered, ids), wanted[0])
+
+
+def replaced(kind: str, name: str, shape: tuple[int, ...]) -> Any:
+    """A layer whose parameter has become another."""
+    layer = layer_of(kind, 8).eval()
+    setattr(layer, name, nn.Parameter(torch.ones(shape)))
+    return layer
+
+
+DISAGREEING = {
+    "alpha of fewer columns": lambda: replaced("blocks", "alpha", (9, 1)),
+    "alpha of more columns": lambda: replaced("blocks", "alpha", (9, 16)),
+    "alpha as a vector": lambda: replaced("blocks", "alpha", (9,)),
+    "blocks of fewer fields": lambda: DnisLayer([torch.zeros(n) for n in SIZES[:2]], 8),
+    "blocks of more fields": lambda: DnisLayer([torch.zeros(n) for n in (*SIZES, 5)], 8),
+    "one threshold": lambda: replaced("field", "thresholds", (1,)),
+    "thresholds of fewer fields": lambda: replaced("field", "thresholds", (2,)),
+    "thresholds of fewer ids": lambda: replaced("row", "thresholds", (20,)),
+    "spare vectors of fewer columns": lambda: replaced("field oov", "oov", (3, 2)),
+    "spare vectors of fewer fields": lambda: replaced("field oov", "oov", (1, 8)),
+    "a layer of more columns": lambda: layer_of("dims only", 16),
+    "a layer of fewer fields": lambda: OptembedLayer(2, 8, oov=True),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_parameters_that_do_not_fit_are_left_to_torch(case: str) -> None:
+    layer = DISAGREEING[case]()
+    vectors, ids, _ = batch_of(50, 8)
+    assert masks.mask_vectors(layer.stage(ids), ids, vectors) is None
+    try:
+        wanted = layer.double()(vectors.double(), ids).float()
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error)):
+            layer.float()(vectors, ids)
+        with pytest.raises(type(error)):
+            collection_of(8)(ids, mask=layer)
+    else:
+        torch.testing.assert_close(layer.float()(vectors, ids), wanted)
+
+
+@pytest.mark.parametrize("kind", ["field", "row", "blocks"])
+def test_vectors_of_other_shapes_than_ids_are_left_to_torch(kind: str) -> None:
+    layer, (vectors, ids, _) = layer_of(kind, 8), batch_of(50, 8)
+    layer.eval()
+    stage = layer.stage(ids)
+    for shape in ((50, 3, 4), (50, 3, 16), (50, 2, 8), (50, 24), (5, 3, 8), (500, 3, 8)):
+        assert masks.mask_vectors(stage, ids, torch.ones(shape)) is None
+    alone = torch.cat([layer(v.unsqueeze(0), i.unsqueeze(0)) for v, i in zip(vectors, ids, strict=True)])
+    assert torch.equal(layer(vectors, ids), alone)
+    assert torch.equal(layer(vectors, ids[:1]), layer(vectors, ids[:1].expand(50, 3)))
+    assert torch.equal(layer(vectors[0], ids[0]), alone[0])
+    none = OptembedLayer(0, 8)
+    assert none(torch.ones(4, 0, 8), torch.zeros(4, 0, dtype=torch.int64)).shape == (4, 0, 8)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [torch.tensor([3, 1, 2], dtype=torch.int32), torch.tensor([3.0, 1.0, 2.0]), torch.tensor(3), torch.tensor([2]),
+     torch.tensor([[3, 1, 2]]), torch.tensor([-3, 0, 99])],
+)  # fmt: skip
+def test_widths_of_any_form_are_read_as_torch_reads_them(widths: Tensor) -> None:
+    layer, (vectors, ids, _) = layer_of("dims only", 8), batch_of(50, 8)
+    layer.eval().widths = widths
+    wanted = vectors * layer.columns(widths)
+    assert torch.equal(layer(vectors, ids), wanted)
+    coll = collection_of(8)
+    assert torch.equal(coll(ids, mask=layer), coll(ids) * layer.columns(widths))
+
+
+def test_masks_are_for_one_vector_of_one_width_per_feature() -> None:
+    coll = EmbeddingCollection(Schema([FeatureSpec("C0", 7, 4), FeatureSpec("C1", 7, 12)]), backend="native")
+    with pytest.raises(ConfigError, match=r"one width; got \[4, 12\]"):
+        coll(torch.zeros(5, 2, dtype=torch.int64), mask=OptembedLayer(2, 8))
+
+
+def test_gradients_do_not_depend_on_the_default_type() -> None:
+    layer, batch = layer_of("row", 16).eval(), batch_of(5000, 16)
+    wanted = ran(layer, *batch)
+    try:
+        torch.set_default_dtype(torch.float16)
+        found = ran(layer, *batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["row", "blocks"])
+@pytest.mark.parametrize("bad", [-5, 2**40])
+def test_ids_that_others_overwrite_before_backward_are_refused(kind: str, bad: int) -> None:
+    layer, (vectors, ids, upstream) = layer_of(kind, 16), batch_of(300, 16)
+    memory = ids.numpy()  # as loaders have it: no version tells of a change
+    for out in (
+        layer(vectors.clone().requires_grad_(), torch.from_numpy(memory)),
+        collection_of(16)(torch.from_numpy(memory), mask=layer),
+    ):
+        kept = memory[200, 1]
+        memory[200, 1] = bad
+        with pytest.raises(RuntimeError, match="ids changed"):
+            out.backward(upstream)
+        memory[200, 1] = kept
+
+
+def test_widths_that_moved_in_between_are_noticed() -> None:
+    layer, (vectors, ids, upstream) = layer_of("dims only", 8).eval(), batch_of(16, 8)
+    layer.widths = torch.tensor([3, 1, 2])
+    out = layer(vectors.requires_grad_(), ids)
+    layer.widths.fill_(8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(upstream)
 
 
 def test_a_norm_that_is_no_number_is_seen_in_the_loss() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.errors import BackendError, IdRangeError
+from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels import dispatch, native, native_library
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native_lookup import SingleLookup
@@ -210,6 +210,21 @@ def test_threads_that_serve_at_once_get_their_own_vectors() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(serve, range(8)))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (47, 2), (47, 8)])
+def test_tables_of_another_shape_are_refused_before_memory_is_read(shape: tuple[int, int]) -> None:
+    coll = EmbeddingCollection(Schema([FeatureSpec("a", 7, 4), FeatureSpec("b", 40, 4)]), backend="native")
+    other, ids = torch.nn.Parameter(torch.ones(shape)), torch.tensor([[6, 39]])
+    with pytest.raises(ConfigError, match=r"'width4' must be \[47, 4\], or of more rows; got"):
+        torch.func.functional_call(coll, {"width4": other}, (ids,))
+    coll.width4 = other
+    with pytest.raises(ConfigError, match=r"'width4' must be \[47, 4\], or of more rows; got"):
+        coll(ids)
+    single = rse.HashEmbedding(100, 4, num_buckets=30)
+    single.register_parameter("weight", other)
+    with pytest.raises(ConfigError, match="'weight' must be"):
+        single(torch.arange(100))
 
 
 @pytest.mark.parametrize("change", ["load", "data", "parameter", "half and back", "grow"])
