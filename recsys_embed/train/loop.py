@@ -210,7 +210,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> None:
         state = self.state
-        self._cadence = Cadence()
+        self._cadence = Cadence(sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers())))
         self.model.train()
         bar = progress_bar(self.total_steps, self.label, state.step, self.show_progress)
         with contextlib.closing(bar):

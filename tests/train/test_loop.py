@@ -168,6 +168,34 @@ def test_writing_takes_a_twentieth_and_a_kill_costs_little_more_than_a_second_or
             assert clock.now - written <= max(1, 20 * took) + 1e-9 or clock.now == written
 
 
+def test_the_first_checkpoint_of_large_tables_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(checkpoint, "time", clock)
+    small, large = checkpoint.Cadence(1000), checkpoint.Cadence(1_500_000_000)
+    clock.now = 1.1
+    assert small.due()
+    clock.now = 99.0
+    assert not large.due()
+    clock.now = 101.0
+    assert large.due()
+
+
+def test_a_trainer_guesses_the_first_checkpoint_from_all_it_will_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    class Told(checkpoint.Cadence):
+        def __init__(self, size: int = 0) -> None:
+            sizes.append(size)
+            super().__init__(size)
+
+    monkeypatch.setattr(loop, "Cadence", Told)
+    run_training(toy_config(), ToyData(), folder=tmp_path / "run")
+    written = (tmp_path / "run" / "checkpoint.pt").stat().st_size
+    assert 0.3 * written < sizes[0] < 1.2 * written
+
+
 SLOW = """
 import os, signal, sys, threading, time
 from pathlib import Path
