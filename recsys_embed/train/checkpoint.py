@@ -59,7 +59,7 @@ def save_checkpoint(path: str | Path, config: dict[str, Any], **parts: Any) -> N
     except (RuntimeError, OSError) as e:
         # Torch's writer puts a failed write (a full disk) into an error of its own, with the cause in its context.
         cause = e if isinstance(e, OSError) else e.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else str(e).splitlines()[0]
+        reason = (cause.strerror or cause) if isinstance(cause, OSError) else str(e).splitlines()[0]
         raise CheckpointError(
             f"checkpoint {path} cannot be written ({reason}); free some space, or make the folder one to write to, "
             "then go on from the one before"

@@ -35,7 +35,8 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        if e.filename is None:  # a write's, which says only that the disk is full
+        # A write's says only that the disk is full. With a file name an error that has a text alone would lose it.
+        if e.filename is None and e.errno is not None:
             e.filename = str(path)
         raise
     finally:
