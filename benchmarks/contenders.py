@@ -70,6 +70,8 @@ def compiled(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conten
     schema = case.schema()
     coll = EmbeddingCollection(schema, case.plan(schema), backend="torch").requires_grad_(False)
     coll.load_state_dict(like.state_dict())
+    # Every case, batch and number of threads is a graph of the same code, and of more than eight torch makes none.
+    torch._dynamo.config.recompile_limit = 256
     run = torch.compile(coll, fullgraph=True, dynamic=False)
     return Contender(lambda turn: run(ids[turn]), trains=False)
 
