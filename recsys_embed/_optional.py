@@ -11,6 +11,12 @@ from recsys_embed.errors import MissingDependencyError
 _PAIRED = ("fbgemm_gpu", "torchrec")
 
 
+def _reason(error: BaseException) -> str:
+    """An error and what led to it: FBGEMM names the file that does not load, the error before that the reason."""
+    text, cause = str(error), error.__cause__ or error.__context__
+    return text if cause is None else f"{text} ({_reason(cause)})"
+
+
 def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
     """Import ``module`` or raise the sentence that names the fix.
 
@@ -20,8 +26,8 @@ def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
         purpose: what needs it, e.g. ``"reading Criteo files"``.
 
     Raises:
-        MissingDependencyError: the library is not installed, or its version does not go with that of torch, which is
-            checked before the import.
+        MissingDependencyError: the library is not installed; or its version does not go with that of torch, which is
+            checked before the import; or its import fails, on a machine without the driver of its build for instance.
 
     >>> require("math", extra="data").sqrt(4.0)
     2.0
@@ -31,9 +37,11 @@ def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
         require_pair()
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] != top:
+    except (ImportError, OSError) as e:
+        if isinstance(e, MissingDependencyError):
             raise
+        if not isinstance(e, ModuleNotFoundError) or (e.name or "").partition(".")[0] != top:
+            raise MissingDependencyError(f"{top} is installed but cannot be imported: {_reason(e)}", name=top) from e
         who = f"{purpose} needs" if purpose else "this needs"
         raise MissingDependencyError(
             f"{who} {top}, which is not installed; run: pip install 'recsys-embed[{extra}]'", name=top

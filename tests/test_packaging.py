@@ -120,6 +120,9 @@ def fake_dist(folder: Path, name: str, version: str, files: list[str]) -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
     (info / "RECORD").write_text("".join(f"{f},,\n" for f in [*files, f"{info.name}/METADATA"]))
 
 
@@ -452,3 +455,21 @@ def test_setup_lets_models_of_other_people_lack_what_they_ask_for(sandbox):
     assert "packages disagree" in one_line(failed)
     assert "huggingface-hub 2.4" in failed.stdout
     assert "fuxictr" not in failed.stdout
+
+
+def test_a_library_that_does_not_load_is_named_with_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "zz_broken.py").write_text(
+        "try:\n    raise OSError('libcuda.so.1: no such file')\n"
+        "except OSError as e:\n    raise OSError('could not load zz.so') from e\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wanted = r"zz_broken is installed but cannot be imported: could not load zz.so \(libcuda.so.1: no such file\)"
+    with pytest.raises(MissingDependencyError, match=wanted):
+        require("zz_broken", extra="torchrec")
+
+
+def test_a_library_whose_own_needs_are_missing_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "zz_needy.py").write_text("import zz_absent\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MissingDependencyError, match=r"zz_needy is installed .*: No module named 'zz_absent'"):
+        require("zz_needy", extra="torchrec")

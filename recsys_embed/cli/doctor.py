@@ -29,11 +29,13 @@ def examine() -> dict[str, Any]:
     """Collect the facts that ``doctor`` prints, in JSON types; ``ok`` is False when a version pair is broken."""
     faults, notes = pair_faults(), []
     torch_facts: dict[str, Any] = {}
+    versions = installed_versions()
     try:
         import torch
     except (ImportError, OSError) as e:
         faults.append(f"torch cannot be imported: {e}")
     else:
+        versions["torch"] = str(torch.__version__)  # names the build, which metadata of CUDA builds do not
         faults = pair_faults(torch_cuda=torch.version.cuda)
         notes = pair_notes(torch_cuda=torch.version.cuda)
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -47,7 +49,7 @@ def examine() -> dict[str, Any]:
     return {
         "ok": not faults,
         "python": platform.python_version(),
-        "versions": installed_versions(),
+        "versions": versions,
         "faults": faults,
         "notes": notes,
         "backends": _backends(),

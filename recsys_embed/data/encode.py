@@ -18,7 +18,7 @@ from recsys_embed.data.folder import file_hash, write_file, write_json
 from recsys_embed.data.ingest import worker_count
 from recsys_embed.data.layout import CAT_NAMES, INT_NAMES
 from recsys_embed.data.manifest import Feature, Manifest
-from recsys_embed.data.options import CriteoOptions
+from recsys_embed.data.options import PROCESS, CriteoOptions
 from recsys_embed.data.parts import Part
 from recsys_embed.data.splits import TRAIN
 from recsys_embed.data.transform import bucket_transform
@@ -26,8 +26,8 @@ from recsys_embed.data.vocab import Vocabulary
 from recsys_embed.errors import ConfigError
 from recsys_embed.hashing import EMPTY_ID
 
-_FIXED, _ROW_COST, _DISTINCT_COST = 300 << 20, 64, 150
-"""Bytes of the process itself; measured peak bytes per pending row and per distinct value of the field at hand."""
+_FIXED, _ROW_COST, _DISTINCT_COST = PROCESS - (100 << 20), 64, 150
+"""Bytes of the process, which parses nothing now; measured peaks per pending row and distinct value of a field."""
 RAW_MISSING = EMPTY_ID
 """Raw id of the empty field: outside the range of 32-bit ids; for 64 bits the one value the parser refuses."""
 

@@ -14,15 +14,13 @@ from typing import Any
 from recsys_embed.data.explain import BadRow
 from recsys_embed.data.folder import boot_id, write_bytes, write_json
 from recsys_embed.data.layout import LineLayout
-from recsys_embed.data.options import SEPARATORS, CriteoOptions, different
+from recsys_embed.data.options import PROCESS, SEPARATORS, CriteoOptions, different
 from recsys_embed.data.parse import Block, parse_block
 from recsys_embed.data.parts import Part, PartInfo
 from recsys_embed.data.source import BLOCK_BYTES, TextBlock, detect, read_blocks
 from recsys_embed.errors import ConfigError, DataError
 
 SHOWN_FAULTS = 5
-_FIXED = 400 << 20
-"""Memory of the process itself: interpreter, numpy, polars, torch."""
 _PER_WORKER = 10 * BLOCK_BYTES
 _PER_PART = 7
 """Peak bytes per byte of a part's text, over all steps."""
@@ -37,12 +35,12 @@ def input_record(path: Path) -> dict[str, Any]:
 def worker_count(options: CriteoOptions) -> int:
     """Threads to parse with, fewer where memory is short."""
     wanted = options.workers or min(4, os.cpu_count() or 1)
-    return max(1, min(wanted, (options.max_memory - _FIXED) // 2 // _PER_WORKER))
+    return max(1, min(wanted, (options.max_memory - PROCESS) // 2 // _PER_WORKER))
 
 
 def part_blocks(options: CriteoOptions) -> int:
     """Blocks of text per part under the memory bound, at most 16 (64 MiB, about 280 000 rows)."""
-    left = options.max_memory - _FIXED - worker_count(options) * _PER_WORKER
+    left = options.max_memory - PROCESS - worker_count(options) * _PER_WORKER
     return int(max(1, min(16, left // (_PER_PART * BLOCK_BYTES))))
 
 

@@ -35,12 +35,7 @@ def require_fbgemm() -> None:
     Raises:
         MissingDependencyError: not installed, of a version that does not go with torch's, or broken.
     """
-    try:
-        require("fbgemm_gpu", extra="torchrec", purpose="reading tables with backend 'fbgemm'")
-    except (OSError, ImportError) as e:
-        if isinstance(e, MissingDependencyError):
-            raise
-        raise MissingDependencyError(f"fbgemm_gpu is installed but cannot be imported: {e}") from e
+    require("fbgemm_gpu", extra="torchrec", purpose="reading tables with backend 'fbgemm'")
 
 
 def _check(rows: Tensor, size: int) -> None:

@@ -285,7 +285,7 @@ def environment() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
-    versions = {k: v for k, v in installed_versions().items() if v is not None}
+    versions = {k: v for k, v in installed_versions().items() if v is not None} | {"torch": str(torch.__version__)}
     return {"python": sys.version.split()[0], "versions": versions, "commit": commit, "command": sys.argv}
 
 

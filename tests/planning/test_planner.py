@@ -537,21 +537,22 @@ import recsys_embed as rse
 
 rng = random.Random(0)
 schema = rse.Schema([rse.FeatureSpec(f"C{i}", int(10 ** rng.uniform(1, 9)), 32) for i in range(1000)])
-begin = time.process_time()
+# Not ru_maxrss, which starts at the peak of the process that forked this one. CUDA builds of torch begin higher.
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+begin, before = time.process_time(), peak()
 plan = rse.plan_for_budget(schema, "2GiB")
 seconds = time.process_time() - begin
-# Not ru_maxrss, which starts at the peak of the process that forked this one.
-peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
-print(json.dumps([seconds, peak, plan.footprint(schema).serve, plan.notes.predicted_loss, plan.notes.least_loss]))
+found = plan.notes
+print(json.dumps([seconds, peak() - before, plan.footprint(schema).serve, found.predicted_loss, found.least_loss]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_thousand_huge_tables_are_planned_quickly_and_in_little_memory() -> None:
     out = subprocess.run([sys.executable, "-c", MANY_HUGE_TABLES], capture_output=True, text=True, check=True).stdout
-    seconds, peak, reached, loss, bound = json.loads(out)
+    seconds, more, reached, loss, bound = json.loads(out)
     # Alone on two cores it takes four seconds; a busy machine may take several times that, a square law minutes.
     assert seconds < 60
-    assert peak * 1024 < 500e6
+    assert more * 1024 < 280e6
     assert reached <= 2 * 2**30
     assert bound <= loss < 1.001 * bound
