@@ -13,6 +13,14 @@ settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+@pytest.fixture(autouse=True)
+def _random_numbers_of_its_own() -> None:
+    """Each test begins at one state of torch's generator: what one draws depends on no test before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked ``gpu`` where torch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

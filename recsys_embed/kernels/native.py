@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from recsys_embed.errors import BackendError, ConfigError
 from recsys_embed.kernels.handles import handle_of
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native_library import Index, Library, Mask, Matrix, Update, call_with, library, loaded
+from recsys_embed.kernels.native_library import Call, Library, Mask, Update, library, loaded, words_of
 from recsys_embed.kernels.pace import Pace
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.records import Slot, encode
@@ -32,6 +32,13 @@ _STORED = (*_KINDS, torch.uint8)
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 # Lookups that a second thread is worth waking for.
 _WORTH_A_THREAD = 2048
+# Where a call's record has what differs from call to call.
+_AT, _BEHIND = words_of(Call), ctypes.sizeof(Call) // 8
+_IDS, _BATCH, _IDS_ARE_32, _PROBES = (_AT[name] for name in ("ids", "batch", "ids_are_32", "probe_count"))
+_SAMPLE_STRIDE, _FEATURE_STRIDE = _AT["sample_stride"], _AT["feature_stride"]
+_OFFSETS, _SAMPLE_WEIGHTS, _KEPT = _AT["offsets"], _AT["sample_weights"], _AT["kept"]
+_STORAGES, _KINDS_AT, _BYTES_AT = _AT["storages"], _AT["storage_kinds"], _AT["storage_bytes"]
+_OUTPUTS, _INDEX, _THREADS, _MASK = _AT["outputs"], _AT["index"], _AT["threads"], _AT["mask"]
 
 
 def knows(optimizer: FusedOptimizer | None) -> bool:
@@ -180,9 +187,7 @@ class NativeLookup:
         count = len(storages)
         self._storage_widths = array("q", [width for _, width in storages.values()])
         self._sizes = [rows * width for rows, width in storages.values()]
-        # Behind the record: pointers to storages, a Matrix per output; kinds of storages and bytes of their rows.
-        self._record = call_with(3 * count + 2 * len(widths))
-        call = self._record(
+        call = Call(
             features=self._features.ctypes.data,
             probes=self._probes.ctypes.data,
             feature_count=len(self._features),
@@ -192,8 +197,10 @@ class NativeLookup:
             output_count=len(widths),
             threads=1,
         )
-        call.behind[count : count + 2 * len(widths)] = [n for width in widths for n in (0, width)]
-        self._template = bytes(call)
+        # Behind it: pointers to storages, a Matrix per output; kinds of storages and bytes of their rows.
+        behind = [0] * count + [n for width in widths for n in (0, width)] + [0] * (2 * count)
+        # As numbers, which are copied and set several times as fast as a structure's fields.
+        self._record = array("q", bytes(call)) + array("q", behind)
         self._indexed = any(index.indexes)
         self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
@@ -221,40 +228,40 @@ class NativeLookup:
         counts = ids.counts(self._columns) if self.kept_width else []
         return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
 
-    def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> Any:
+    def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> array[int]:
         """One call's record, which tensors have to outlive."""
-        call = self._record.from_buffer_copy(self._template)
-        call.ids, call.batch, lookups = ids.values.data_ptr(), ids.batch, ids.batch * call.probe_count
-        call.ids_are_32 = ids.values.dtype is torch.int32
+        call, values = self._record[:], ids.values
+        start, at, lookups = call.buffer_info()[0], _BEHIND, ids.batch * call[_PROBES]
+        call[_IDS], call[_BATCH], call[_IDS_ARE_32] = values.data_ptr(), ids.batch, values.dtype is torch.int32
         if ids.offsets is None:
-            strides = ids.values.stride()
-            call.sample_stride, call.feature_stride = strides[0], strides[-1]
+            strides = values.stride()
+            call[_SAMPLE_STRIDE], call[_FEATURE_STRIDE] = strides[0], strides[-1]
         else:
-            call.offsets, lookups = ids.offsets.data_ptr(), ids.values.numel()
-            call.sample_weights = None if ids.weights is None else ids.weights.data_ptr()
-        behind, at, decodes, sizes, widths = call.behind, 0, False, self._sizes, self._storage_widths
-        for table in tables:
-            behind[at] = table.data_ptr()
+            call[_OFFSETS], lookups = ids.offsets.data_ptr(), values.numel()
+            call[_SAMPLE_WEIGHTS] = 0 if ids.weights is None else ids.weights.data_ptr()
+        call[_STORAGES], decodes = start + 8 * at, False
+        for table, size, width in zip(tables, self._sizes, self._storage_widths, strict=True):
+            call[at] = table.data_ptr()
             decodes |= table.dtype is not torch.float32
             # Sizes of integers are what the export that holds them says.
-            if (table.numel() < sizes[at] or table.size(1) != widths[at]) and table.dtype is not torch.uint8:
-                self._refuse(table, at)
+            if (table.numel() < size or table.size(1) != width) and table.dtype is not torch.uint8:
+                self._refuse(table, at - _BEHIND)
             at += 1
+        call[_OUTPUTS] = start + 8 * at
         for output in outputs:
-            behind[at] = output.data_ptr()
+            call[at] = output.data_ptr()
             at += 2
-        call.storages = start = ctypes.addressof(behind)
-        call.outputs = start + 8 * len(tables)
         if decodes:
-            behind[at:] = self._kinds(tables) + [t.stride(0) * t.element_size() for t in tables]
-            call.storage_kinds, call.storage_bytes = start + 8 * at, start + 8 * (at + len(tables))
+            call[_KINDS_AT], call[_BYTES_AT] = start + 8 * at, start + 8 * (at + len(tables))
+            bytes_of_rows = [t.stride(0) * t.element_size() for t in tables]
+            call[at:] = array("q", self._kinds(tables) + bytes_of_rows)
         if kept is not None:
-            call.kept = Matrix(kept.data_ptr(), self.kept_width)
+            call[_KEPT], call[_KEPT + 1] = kept.data_ptr(), self.kept_width
         if self._indexed:
             arrays = self._index.arrays
-            call.index = Index(_pointer(arrays.words), _pointer(arrays.ranks), _pointer(arrays.values))
+            call[_INDEX : _INDEX + 3] = array("q", map(_pointer, (arrays.words, arrays.ranks, arrays.values)))
         if lookups >= _WORTH_A_THREAD:
-            call.threads = torch.get_num_threads()
+            call[_THREADS] = torch.get_num_threads()
         return call
 
     def _refuse(self, table: Tensor, at: int) -> None:
@@ -291,8 +298,8 @@ class NativeLookup:
         """
         call = self._call(ids, tables, outputs, kept)
         if mask is not None:
-            call.mask = ctypes.addressof(mask)
-        return checked(loaded().handle.rse_forward(ctypes.addressof(call)))
+            call[_MASK] = ctypes.addressof(mask)
+        return checked(loaded().handle.rse_forward(call.buffer_info()[0]))
 
     def update(
         self,
@@ -327,7 +334,7 @@ class NativeLookup:
         """Bring the rows that ``ids`` read up to date, in place; ids out of range are left for forward to refuse."""
         call = self._call(ids, tables, (), None)
         updates = _updates(optimizer, tables, states, paces)
-        checked(loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 1))
+        checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 1))
 
     def gradients(
         self,
@@ -378,5 +385,5 @@ class NativeLookup:
         updates: Any,
     ) -> None:
         call = self._call(ids, tables, gradients, kept)
-        if not checked(loaded().handle.rse_backward(ctypes.addressof(call), ctypes.addressof(updates), 0)):
+        if not checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 0)):
             raise RuntimeError("ids changed between forward and backward")

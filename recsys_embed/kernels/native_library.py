@@ -7,7 +7,7 @@ import os
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.records import FEATURE, PROBE, TRANSFORM
@@ -87,10 +87,9 @@ class Call(ctypes.Structure):
     ]
 
 
-@cache
-def call_with(numbers: int) -> Any:
-    """The record of a call with room behind it, ``behind``, for the arrays that it points to."""
-    return type("CallWithArrays", (Call,), {"_fields_": [("behind", c_int64 * numbers)]})
+def words_of(record: type[ctypes.Structure]) -> dict[str, int]:
+    """Where each field begins, counted in 64-bit words, which all records consist of."""
+    return {name: getattr(record, name).offset // 8 for name in (f[0] for f in record._fields_)}
 
 
 class Update(ctypes.Structure):

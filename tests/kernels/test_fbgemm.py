@@ -125,7 +125,8 @@ def test_vectors_and_gradients_are_those_of_the_definition(
         wanted.backward(upstream)
     for (name, p), q in zip(ours.named_parameters(), oracle.parameters(), strict=True):
         assert p.grad is not None, name
-        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
+        # Up to a thousand gradients of one row, added up in float32.
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=5e-5)
 
 
 @RULE
@@ -324,7 +325,8 @@ def test_it_runs_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert EmbeddingCollection(schema_of(8)).backend != "fbgemm"
     (found,) = [b for b in dispatch.available_backends() if b.name == "fbgemm"]
     assert found.available
-    monkeypatch.setattr(fbgemm, "require", lambda *a, **k: (_ for _ in ()).throw(OSError("libtbb.so.2")))
+    fails = lambda name: (_ for _ in ()).throw(OSError("libtbb.so.2"))  # noqa: E731
+    monkeypatch.setattr("importlib.import_module", fails)
     with pytest.raises(ImportError, match=r"libtbb\.so\.2"):
         EmbeddingCollection(schema_of(8), backend="fbgemm")
 

@@ -38,6 +38,8 @@ def layer_of(kind: str, width: int, seed: int = 0) -> Any:
     layer = OptembedLayer(3, width, rows=rows, dims=kind != "rows only", norm=norm, oov="oov" in kind, sizes=SIZES)
     if layer.thresholds is not None:
         nn.init.uniform_(layer.thresholds, 0.2, 0.8 * width if norm == 1 else math.sqrt(width), generator=g)
+    if layer.oov is not None:
+        nn.init.uniform_(layer.oov, -1, 1, generator=g)
     return layer
 
 

@@ -281,7 +281,8 @@ class TritonLookup:
     ) -> list[Tensor]:
         """Gradients of the tables: dense; or sparse and coalesced, which waits for the device to count the rows."""
         self.raise_faults(ids.device)
-        source = self._source(ids, gradients, kept) if ids.shape[0] else None
+        with on_device(ids):
+            source = self._source(ids, gradients, kept) if ids.shape[0] else None
         out = []
         for number, reads in self._reads:
             table = tables[number]
