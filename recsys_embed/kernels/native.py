@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
@@ -32,13 +33,11 @@ _STORED = (*_KINDS, torch.uint8)
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 # Lookups that a second thread is worth waking for.
 _WORTH_A_THREAD = 2048
-# Where a call's record has what differs from call to call.
-_AT, _BEHIND = words_of(Call), ctypes.sizeof(Call) // 8
-_IDS, _BATCH, _IDS_ARE_32, _PROBES = (_AT[name] for name in ("ids", "batch", "ids_are_32", "probe_count"))
-_SAMPLE_STRIDE, _FEATURE_STRIDE = _AT["sample_stride"], _AT["feature_stride"]
-_OFFSETS, _SAMPLE_WEIGHTS, _KEPT = _AT["offsets"], _AT["sample_weights"], _AT["kept"]
-_STORAGES, _KINDS_AT, _BYTES_AT = _AT["storages"], _AT["storage_kinds"], _AT["storage_bytes"]
-_OUTPUTS, _INDEX, _THREADS, _MASK = _AT["outputs"], _AT["index"], _AT["threads"], _AT["mask"]
+# Where a call's record has what differs from call to call; `_ASKED` are the ids and what stands behind them.
+_AT, _BEHIND, _ASKED = words_of(Call), ctypes.sizeof(Call) // 8, struct.Struct("8q")
+_IDS, _KEPT, _OUTPUTS = _AT["ids"], _AT["kept"], _AT["outputs"]
+_KINDS_AT, _BYTES_AT, _INDEX = _AT["storage_kinds"], _AT["storage_bytes"], _AT["index"]
+_THREADS, _MASK = _AT["threads"], _AT["mask"]
 
 
 def knows(optimizer: FusedOptimizer | None) -> bool:
@@ -201,6 +200,7 @@ class NativeLookup:
         behind = [0] * count + [n for width in widths for n in (0, width)] + [0] * (2 * count)
         # As numbers, which are copied and set several times as fast as a structure's fields.
         self._record = array("q", bytes(call)) + array("q", behind)
+        self._probe_count = len(self._probes)
         self._indexed = any(index.indexes)
         self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
@@ -230,23 +230,26 @@ class NativeLookup:
 
     def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> array[int]:
         """One call's record, which tensors have to outlive."""
-        call, values = self._record[:], ids.values
-        start, at, lookups = call.buffer_info()[0], _BEHIND, ids.batch * call[_PROBES]
-        call[_IDS], call[_BATCH], call[_IDS_ARE_32] = values.data_ptr(), ids.batch, values.dtype is torch.int32
+        call, values, batch, at = self._record[:], ids.values, ids.batch, _BEHIND
+        start, lookups = call.buffer_info()[0], batch * self._probe_count
         if ids.offsets is None:
-            strides = values.stride()
-            call[_SAMPLE_STRIDE], call[_FEATURE_STRIDE] = strides[0], strides[-1]
+            strides, offsets, weights = values.stride(), 0, 0
         else:
-            call[_OFFSETS], lookups = ids.offsets.data_ptr(), values.numel()
-            call[_SAMPLE_WEIGHTS] = 0 if ids.weights is None else ids.weights.data_ptr()
-        call[_STORAGES], decodes = start + 8 * at, False
-        for table, size, width in zip(tables, self._sizes, self._storage_widths, strict=True):
-            call[at] = table.data_ptr()
+            strides, offsets, lookups = (0,), ids.offsets.data_ptr(), values.numel()
+            weights = 0 if ids.weights is None else ids.weights.data_ptr()
+        _ASKED.pack_into(
+            call, 8 * _IDS, values.data_ptr(), batch, strides[0], strides[-1], values.dtype is torch.int32,
+            offsets, weights, start + 8 * at,
+        )  # fmt: skip
+        number, decodes, sizes, widths = 0, False, self._sizes, self._storage_widths
+        for table in tables:
+            call[at + number] = table.data_ptr()
             decodes |= table.dtype is not torch.float32
             # Sizes of integers are what the export that holds them says.
-            if (table.numel() < size or table.size(1) != width) and table.dtype is not torch.uint8:
-                self._refuse(table, at - _BEHIND)
-            at += 1
+            if (table.numel() < sizes[number] or table.size(1) != widths[number]) and table.dtype is not torch.uint8:
+                self._refuse(table, number)
+            number += 1
+        at += number
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:
             call[at] = output.data_ptr()
