@@ -29,7 +29,7 @@ Split = Annotated[
 ]
 Share = Annotated[str, typer.Option(help="Share of all rows, such as 0.1 or 1/6.")]
 SplitSeed = Annotated[int, typer.Option(help="Seed of --split random.")]
-Memory = Annotated[str, typer.Option(help="Memory to stay under, at least 512MiB (812MiB with a CUDA build of torch).")]
+Memory = Annotated[str, typer.Option(help="Memory to stay under, at least 512MiB (912MiB with a CUDA build of torch).")]
 Workers = Annotated[int, typer.Option(help="Threads; 0: one per core, at most 4.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -18,8 +18,8 @@ IdMode = Literal["vocab", "raw"]
 OnBadRow = Literal["fail", "quarantine"]
 Progress = Callable[[str, float, float, int], None]
 """Called as ``progress(stage, done, total, rows)``; stages are make (synthetic), read, number, write."""
-PROCESS = (400 if torch.version.cuda is None else 700) << 20
-"""Memory of the process itself: interpreter, numpy, polars, and torch, whose CUDA builds take 300 MB more."""
+PROCESS = (400 if torch.version.cuda is None else 800) << 20
+"""Memory of the process itself: interpreter, numpy, polars, and torch, whose CUDA builds take 290 to 490 MB more."""
 MIN_MEMORY = PROCESS + (112 << 20)
 SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
@@ -39,7 +39,7 @@ class CriteoOptions:
         header, labels: found in each file's first line unless given.
         separator: ``tab``, ``comma``, ``semicolon`` or ``pipe``.
         on_bad_row: ``"fail"`` stops at the first part with a bad row; ``"quarantine"`` sets them aside, counted.
-        max_memory: bytes the process should stay under; at least 512 MiB, or 812 MiB beside a CUDA build of torch.
+        max_memory: bytes the process should stay under; at least 512 MiB, or 912 MiB beside a CUDA build of torch.
         workers: threads that parse; 0 means one per core, at most 4.
         like: a data folder whose vocabularies and settings are used instead of counting anew.
 

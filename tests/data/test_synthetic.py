@@ -116,7 +116,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = str(tmp_path / "c")
     text = str(tmp_path / "s" / "synthetic.tsv")
     assert (
-        main(["data", "criteo", text, again, "--ids", "raw", "--test", "1/4", "--max-memory", "900MiB", "--json"]) == 0
+        main(["data", "criteo", text, again, "--ids", "raw", "--test", "1/4", "--max-memory", "1000MiB", "--json"]) == 0
     )
     report = json.loads(capsys.readouterr().out)
     assert report["rows"] == {"train": 1300, "valid": 200, "test": 500}

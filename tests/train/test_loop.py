@@ -426,7 +426,7 @@ def test_a_disk_that_is_full_at_the_flush_says_of_which_file(tmp_path: Path, mon
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"a": 1}, model={"w": torch.zeros(3)})
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         save_checkpoint(path, {"a": 1}, model={"w": torch.ones(3)}, bad=lambda: None)
     assert load_checkpoint(path)["model"]["w"].tolist() == [0, 0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
