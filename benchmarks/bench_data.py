@@ -26,12 +26,13 @@ import torch
 from measure import interleaved, report
 
 from recsys_embed.data import CriteoOptions, convert_criteo, make_synthetic, open_dataset
+from recsys_embed.data.options import MIN_MEMORY
 
 BATCH = 4096
 CASES: dict[str, dict[str, Any]] = {
     "vocab": {},
     "vocab, min_count 1": {"min_count": 1},
-    "vocab, 512 MiB": {"max_memory": 512 << 20},
+    "vocab, least memory": {"max_memory": MIN_MEMORY},
     "raw": {"ids": "raw"},
     "vocab, 1 worker": {"workers": 1},
 }

@@ -12,9 +12,9 @@ _PAIRED = ("fbgemm_gpu", "torchrec")
 
 
 def _reason(error: BaseException) -> str:
-    """An error and what led to it: FBGEMM names the file that does not load, the error before that the reason."""
-    text, cause = str(error), error.__cause__ or error.__context__
-    return text if cause is None else f"{text} ({_reason(cause)})"
+    """An error and what it was raised from: FBGEMM names the file that does not load, the error before the reason."""
+    text = str(error) or type(error).__name__
+    return text if error.__cause__ is None else f"{text} ({error.__cause__})"
 
 
 def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:

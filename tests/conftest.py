@@ -15,7 +15,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.fixture(autouse=True)
 def _random_numbers_of_its_own() -> None:
-    """Each test begins at one state of torch's generator: what one draws depends on no test before it."""
+    """A test begins at one state of torch's generator: what it draws depends on no test before it."""
     import torch
 
     torch.manual_seed(0)
