@@ -27,6 +27,7 @@ from recsys_embed.kernels.unseen import UnseenCount
 from recsys_embed.memory import Footprint
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.registry import with_current_names
 from recsys_embed.stepping import SteppedTables
 
 
@@ -302,7 +303,7 @@ class EmbeddingCollection(SteppedTables):
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ignore=("init",), views=STORED_UNSEEN)
+            _state.check(saved, self._identity(), where, ("init",), STORED_UNSEEN, with_current_names)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -61,7 +61,7 @@ class RobeConfig(MethodConfig):
             faults.append(f"`table` must be a name without '.' or '#'; got {self.table!r}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         block, width = self._block(spec), spec.embedding_dim
         law = spec if ":" in spec.init else replace(spec, init="uniform:0.001")
         starts = self.num_elements if self.wrap else self.num_elements - block + 1

@@ -107,7 +107,7 @@ class Search(ABC):
     ...         budget = int(self.settings.share * plain_bytes(self.schema))
     ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
     >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # `run_search` needs more
-    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_kept
+    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_frequent
     49
     """
 

@@ -183,7 +183,7 @@ class PepSearch(Search):
     def _bytes(self, kept: Sequence[tuple[int, ...]]) -> int:
         """Of the vectors, with so many elements of each column of each field."""
         cls = get_method("pep").config_cls
-        configs = [cls.from_params({"kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
+        configs = [cls.from_params({"num_kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
         return sum(c.footprint(s).serve for c, s in zip(configs, self.schema, strict=True))
 
     def _snap(self, net: Supernet, step: int) -> bool:

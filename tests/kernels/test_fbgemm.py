@@ -34,7 +34,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("multihash", {}),
     ("multihash", {"sign": True}),
     ("multihash", {"combine": "mean", "separate": True}),
-    ("compositional", {"combine": "add"}),
+    ("compositional", {"combine": "sum"}),
     ("compositional", {"combine": "concat"}),
     ("unified", {}),
     ("lowdim", {}),
@@ -136,7 +136,7 @@ def test_training_goes_on_where_another_backend_left_off(
     rule: FusedOptimizer, first: str, second: str, dim: int
 ) -> None:
     schema = schema_of(dim)
-    plan = plan_of(("compositional", {"combine": "add"}), schema)
+    plan = plan_of(("compositional", {"combine": "sum"}), schema)
     alone = EmbeddingCollection(schema, plan, rule, backend="torch")
     one = EmbeddingCollection(schema, plan, rule, backend=first, seed=3)
     one.load_state_dict(alone.state_dict())
