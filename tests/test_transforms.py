@@ -68,7 +68,7 @@ def test_sharing_is_how_ids_share_rows(transform: Transform) -> None:
     others = {rows[i] for i in range(IDS) if i not in private | absent}
     assert others == {-1} if not found.rows and others else len(others) <= found.rows
     if found.even:
-        assert len(others) == found.rows and not private
+        assert (len(others), private) == (found.rows, set())
     owners = transform.owners(IDS)
     if owners is not None:
         assert [rows[i] for i in owners.tolist()] == list(range(len(owners)))
