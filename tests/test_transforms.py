@@ -48,9 +48,7 @@ class Reversed(Transform):
         return (self.size,)
 
     @staticmethod
-    def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: Any = None
-    ) -> Tensor:
+    def map(signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: Any = None) -> Tensor:
         return (params[0] - 1 - ids) % params[0]
 
 
