@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recsys_embed._deprecated import warn_deprecated
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 
 _BASE_OPTIONS = frozenset(f.name for f in fields(MethodConfig))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from recsys_embed._method_checks import faults_of, infer_declarations
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 

@@ -14,12 +14,12 @@ import torch
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema, registry
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.methods.hash import HashConfig
 from recsys_embed.planning import FrequencyCurve
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.registry import config_from_dict, with_current_names
 
 SPEC = FeatureSpec("C1", 100, 4)
