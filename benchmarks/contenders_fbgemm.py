@@ -11,8 +11,8 @@ from torch import Tensor
 from workload import Case
 
 from recsys_embed import EmbeddingCollection
+from recsys_embed.core.program import Hash
 from recsys_embed.plan import table_key
-from recsys_embed.program import Hash
 
 
 def _tables(specs: list[tuple[int, int]], rule: str, owners: list[int] | None = None) -> Any:

@@ -87,7 +87,7 @@ def test_exports_are_served_by_its_inference_tables(
         assert stored.nbytes == other.nbytes + 4 * stored.rows * pruned, "what indices take is counted"
         assert ours.footprint().index - plain.footprint().index == 4 * stored.rows * pruned
         # It is FBGEMM that reads: torch decodes the last rows at most, whose registers would end beyond the table.
-        monkeypatch.setattr("recsys_embed.kernels.stored.positions", None)
+        monkeypatch.setattr("recsys_embed.kernels.stored_tables.positions", None)
         monkeypatch.setattr(Layout, "decode", lambda self, rows: pytest.fail("decoded by torch"))
         stored(torch.arange(100))
 
