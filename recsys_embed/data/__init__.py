@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recsys_embed.data.batch import Batch, Batches, InMemoryDataset
     from recsys_embed.data.convert import ConvertReport, convert_criteo
+    from recsys_embed.data.data_source import BatchSource, DataSource
     from recsys_embed.data.folder import StorageError
     from recsys_embed.data.loader import Dataset, open_dataset
     from recsys_embed.data.options import CriteoOptions
+    from recsys_embed.data.rows import Rows, RowSource
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.synthetic import SyntheticReport, make_synthetic
     from recsys_embed.data.vocab import Vocabulary
@@ -19,6 +21,10 @@ _HOME = {
     "Batch": "batch",
     "Batches": "batch",
     "InMemoryDataset": "batch",
+    "BatchSource": "data_source",
+    "DataSource": "data_source",
+    "RowSource": "rows",
+    "Rows": "rows",
     "ConvertReport": "convert",
     "convert_criteo": "convert",
     "StorageError": "folder",
@@ -31,16 +37,20 @@ _HOME = {
     "Portion": "portion",
     "Vocabulary": "vocab",
 }
-_NEEDS_POLARS = {"convert", "loader", "portion", "vocab", "synthetic"}
+_NEEDS_POLARS = {"convert", "loader", "vocab", "synthetic"}
 
 __all__ = [
     "Batch",
+    "BatchSource",
     "Batches",
     "ConvertReport",
     "CriteoOptions",
+    "DataSource",
     "Dataset",
     "InMemoryDataset",
     "Portion",
+    "RowSource",
+    "Rows",
     "SplitRule",
     "StorageError",
     "SyntheticReport",
