@@ -64,6 +64,23 @@ class Index:
     def nbytes(self) -> int:
         return self.length * {"range": 0, "bitmap": 12, "sorted": 4}[self.form]
 
+    def members(self, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
+        """Ids of the set in ascending order: int64 ``[count]``.
+
+        Args:
+            at: where the index begins in ``arrays``.
+            arrays: of the module; not needed for ranges.
+        """
+        if self.form == "range":
+            return torch.arange(self.start, self.start + self.count)
+        if arrays is None:
+            raise RuntimeError(f"the members of index {self.name!r} were asked for without its arrays")
+        if self.form == "sorted":
+            return arrays.values[at : at + self.count].long()
+        words = arrays.words[at : at + self.length]
+        bits = (words.unsqueeze(1) >> torch.arange(64, device=words.device)) & 1
+        return bits.view(-1).nonzero().squeeze(1)
+
     def faults(self) -> list[str]:
         """What is wrong with the description, in words."""
         if self.start < 0 or self.count < 1 or self.start + self.count > self.size:

@@ -1,24 +1,27 @@
 """A method described as data: which tables it stores and how an id becomes a vector.
 
 ids -> transform indices -> gather rows -> combine per id -> project -> (pool over the bag, by whoever runs it).
-Transforms map int64 ids to int64 rows in exact arithmetic; their parameters are integers that either stay Python
-integers (one feature) or stack into tensors (all features of a collection at once), with one definition for both.
+The transforms are in :mod:`recsys_embed.transforms`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recsys_embed import hashing
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.members import Index, IndexArrays, positions
+from recsys_embed.members import Index
 from recsys_embed.memory import Footprint
+from recsys_embed.transforms import Digit, Hash, Member, Murmur, Sharing, Transform
+
+__all__ = [
+    "Combine", "Digit", "Hash", "Init", "LookupProgram", "Member", "Murmur", "Probe", "Sharing", "Table", "Transform",
+    "Weight",
+]  # fmt: skip
 
 Combine = Literal["sum", "mul"]
 
@@ -79,164 +82,6 @@ class Table:
     init: Init
     shared: bool = False
     dense: bool = False
-
-
-class Transform(ABC):
-    """Maps ids to rows. ``signature`` fixes which arithmetic runs, ``parameters`` are the integers it runs with."""
-
-    @abstractmethod
-    def signature(self) -> tuple[Any, ...]:
-        """Hashable; transforms with equal signatures differ in their parameters only and run as one."""
-
-    @abstractmethod
-    def parameters(self) -> tuple[int, ...]:
-        """The integers :meth:`map` needs."""
-
-    @staticmethod
-    @abstractmethod
-    def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
-    ) -> Tensor:
-        """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``.
-
-        ``at`` says where the transform's own index begins in ``arrays``.
-        """
-
-    def rows(self, ids: Tensor, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
-        """Rows of ``ids`` (int64, any shape): int64, same shape; -1 where the id has no row."""
-        return self.map(self.signature(), ids, self.parameters(), at, arrays)
-
-    @property
-    def may_be_absent(self) -> bool:
-        return False
-
-    @property
-    def reads(self) -> str | None:
-        """Name of the index whose arrays the transform reads, if any."""
-        return None
-
-
-@dataclass(frozen=True)
-class Digit(Transform):
-    """``(x // div) % mod``, a digit of a mixed-radix number; ``mod=0`` keeps the whole quotient.
-
-    ``affine = (a, b, p)`` first replaces x by ``(a*x + b) % p``: a bijection of [0, p) for a prime p and 0 < a < p.
-    """
-
-    div: int = 1
-    mod: int = 0
-    affine: tuple[int, int, int] | None = None
-
-    def signature(self) -> tuple[Any, ...]:
-        return (Digit, self.affine is not None, self.div != 1, self.mod != 0)
-
-    def parameters(self) -> tuple[int, ...]:
-        return (self.div, self.mod, *(self.affine or (1, 0, 1)))
-
-    @staticmethod
-    def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
-    ) -> Tensor:
-        _, has_affine, has_div, has_mod = signature
-        div, mod, a, b, p = params
-        if has_affine:
-            ids = (ids * a + b) % p
-        if has_div:
-            # Not torch.div: its translation to ONNX divides in float32.
-            ids = ids // div
-        return ids % mod if has_mod else ids
-
-
-@dataclass(frozen=True)
-class Hash(Transform):
-    """``head + offset + stride * h(x)`` with h uniform in [0, size); ids in [0, head) map to themselves.
-
-    With ``head_absent`` the ids in [0, head) have no row at all.
-    """
-
-    salt: int
-    size: int
-    stride: int = 1
-    offset: int = 0
-    head: int = 0
-    head_absent: bool = False
-
-    def signature(self) -> tuple[Any, ...]:
-        return (Hash, self.head > 0, self.head_absent)
-
-    def parameters(self) -> tuple[int, ...]:
-        return (self.salt, self.size, self.stride, self.head + self.offset, self.head)
-
-    @staticmethod
-    def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
-    ) -> Tensor:
-        _, has_head, absent = signature
-        salt, size, stride, offset, head = params
-        rows = hashing.hash_rows(ids, salt, size) * stride + offset
-        if has_head:
-            private = (ids >= 0) & (ids < head)
-            rows = torch.where(private, -1 if absent else ids, rows)
-        return rows
-
-    @property
-    def may_be_absent(self) -> bool:
-        return self.head > 0 and self.head_absent
-
-
-@dataclass(frozen=True)
-class Murmur(Transform):
-    """Word ``word`` of thinc's four 32-bit hash keys, modulo ``size``."""
-
-    seed: int
-    word: int
-    size: int
-
-    def signature(self) -> tuple[Any, ...]:
-        return (Murmur, self.word)
-
-    def parameters(self) -> tuple[int, ...]:
-        return (self.seed, self.size)
-
-    @staticmethod
-    def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
-    ) -> Tensor:
-        return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
-
-
-@dataclass(frozen=True)
-class Member(Transform):
-    """Place of an id among the members of ``index``; others hash to ``count + [0, rest)``, or have no row (rest 0)."""
-
-    index: Index
-    rest: int = 0
-    salt: int = 0
-
-    def signature(self) -> tuple[Any, ...]:
-        return (Member, self.index.form, self.rest > 0)
-
-    def parameters(self) -> tuple[int, ...]:
-        return (self.index.start, self.index.count, self.index.size, self.rest, self.salt)
-
-    @staticmethod
-    def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
-    ) -> Tensor:
-        _, form, has_rest = signature
-        start, count, size, rest, salt = params
-        place = positions(form, ids, (start, count, size), at, arrays)
-        if not has_rest:
-            return place
-        return torch.where(place < 0, count + hashing.hash_rows(ids, salt, rest), place)
-
-    @property
-    def may_be_absent(self) -> bool:
-        return self.rest == 0
-
-    @property
-    def reads(self) -> str | None:
-        return self.index.name if self.index.form != "range" else None
 
 
 @dataclass(frozen=True)
@@ -301,8 +146,8 @@ class LookupProgram:
     @property
     def indexes(self) -> tuple[Index, ...]:
         """The sets of ids that transforms look up, each once."""
-        found = (t.index for p in self.probes for t in p.transforms if isinstance(t, Member))
-        return tuple({index.name: index for index in found}.values())
+        found = (t.needs for p in self.probes for t in p.transforms)
+        return tuple({index.name: index for index in found if index is not None}.values())
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.members import Index, IndexArrays, bitmap, popcount, ranks_of, words_of
+from recsys_embed.transforms import Transform
 
 _ARRAYS = {"bitmap": ("words", "ranks"), "sorted": ("values",)}
 
@@ -117,12 +118,11 @@ class IndexStore(nn.Module):
 
     def members(self, program: int, name: str) -> Tensor:
         """Ids of an index, ascending: int64 ``[count]``."""
-        index, at = self.indexes[program][name], self._places[program][name]
-        if index.form == "sorted":
-            return self.arrays.values[at : at + index.count].long()
-        words = self.arrays.words[at : at + index.length]
-        bits = (words.unsqueeze(1) >> torch.arange(64, device=words.device)) & 1
-        return bits.view(-1).nonzero().squeeze(1)
+        return self.indexes[program][name].members(self._places[program][name], self.arrays)
+
+    def owners(self, program: int, transform: Transform, ids: int) -> Tensor | None:
+        """Ids that have a row of a program's transform to themselves, see :meth:`Transform.owners`."""
+        return transform.owners(ids, self.at(program, transform.reads), self.arrays)
 
     def _write(self, program: int, index: Index, members: Tensor) -> None:
         if members.is_meta or self.arrays.words.is_meta:

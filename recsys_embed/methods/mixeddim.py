@@ -294,10 +294,7 @@ class MixeddimEmbedding(CompressedEmbedding):
     def _members(self) -> Iterator[Tensor]:
         """Ids of each block, in the order of its rows."""
         for probe in self.program.probes:
-            if not isinstance(probe.transform, Member):
-                yield torch.arange(self.spec.num_ids, device=self._device())
-            elif probe.transform.reads is None:
-                index = probe.transform.index
-                yield torch.arange(index.start, index.start + index.count, device=self._device())
-            else:
-                yield self.kernel.index.members(0, probe.transform.reads)
+            owners = self.kernel.index.owners(0, probe.transform, self.spec.num_ids)
+            if owners is None:
+                raise RuntimeError(f"blocks of {type(self).__name__} are rows of single ids; got {probe.transform}")
+            yield owners.to(self._device())

@@ -11,7 +11,7 @@ from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.knapsack import Choices, Ints
 from recsys_embed.planning.limits import Candidate, Costs, Limits
 from recsys_embed.planning.price import Factor, Terms, factors
-from recsys_embed.program import Hash, LookupProgram
+from recsys_embed.program import LookupProgram
 
 FULL = "full"
 TINY_PENALTY = 0.05
@@ -191,8 +191,7 @@ def params_of(candidate: Candidate, ranked: bool) -> dict[str, Any]:
 
 def goes_by_frequency(program: LookupProgram) -> bool:
     """Whether some ids are treated apart for their frequency."""
-    transforms = [t for p in program.probes for t in p.transforms]
-    return bool(program.indexes) or any(isinstance(t, Hash) and t.head for t in transforms)
+    return any(t.by_frequency for p in program.probes for t in p.transforms)
 
 
 def tiny_penalty(menu: Menu, frame: Frame) -> float:

@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys_embed.planning.curves import Floats, FrequencyCurve
-from recsys_embed.program import Digit, Hash, LookupProgram, Member, Murmur, Table, Transform
+from recsys_embed.program import LookupProgram, Table, Transform
 
 HALF_KNOWN = 100.0
 """Lookups after which half of what an id can tell is learned."""
@@ -127,25 +127,16 @@ class Factor(NamedTuple):
 
 
 def sharing(transform: Transform, table: Table, terms: Terms) -> tuple[Floats, Floats, float]:
-    """Private part [B], sharing part [B] and number of shared rows of a transform into ``table``.
-
-    A transform of an unknown kind counts as private where the table has a row per id and as a hash elsewhere.
-    """
-    n = terms.n
-    if isinstance(transform, Digit):
-        rows = transform.mod or -(-n // transform.div)
-    elif isinstance(transform, Hash):
-        rest = terms.ones - terms.members(0, transform.head) if transform.head else terms.ones
-        own = terms.zeros if transform.head_absent or not transform.head else terms.ones - rest
-        return own, rest, transform.size
-    elif isinstance(transform, Murmur):
-        return terms.zeros, terms.ones, transform.size
-    elif isinstance(transform, Member):
-        own = terms.members(transform.index.start, transform.index.count)
-        return own, terms.ones - own if transform.rest else terms.zeros, max(transform.rest, 1)
-    else:
-        rows = table.rows
-    return (terms.ones, terms.zeros, 1) if rows >= n else (terms.zeros, terms.ones, rows)
+    """Private part [B], sharing part [B] and number of shared rows of a transform into ``table``."""
+    found = transform.sharing(terms.n, table.rows)
+    if found.private[0] <= 0 and found.private[1] >= terms.n:
+        return terms.ones, terms.zeros, 1
+    own, none = (terms.zeros if start >= stop else terms.members(start, stop - start) for start, stop in found[:2])
+    if not found.rows:
+        return own, terms.zeros, 1
+    # What is equal is one object, by which prices find what they have in common.
+    alone = own is terms.zeros and none is terms.zeros
+    return own, terms.ones if alone else np.maximum(terms.ones - own - none, 0.0), found.rows
 
 
 def factors(program: LookupProgram, terms: Terms) -> list[Factor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from recsys_embed import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.program import Digit, Hash, LookupProgram, Member, Murmur, Transform
+from recsys_embed.program import LookupProgram, Sharing
 from recsys_embed.report.memory_stats import FieldStats
 
 _CHUNK = 1 << 20
@@ -109,11 +109,12 @@ def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) ->
     0.632
     """
     n = ids if stats is None else max(1, min(ids, stats.distinct))
-    heads = _merge([_private(t) for p in program.probes for t in p.transforms], n)
+    sharing = _sharing(program, n)
+    heads = _merge([s.private for s in sharing], n)
     others = n - sum(stop - start for start, stop in heads)
     if others <= 0:
         return Collisions(0.0, *((None, None) if stats is None else (0.0, 0.0)))
-    rate, cells = _rate(program, n, others)
+    rate, cells = _rate(program, sharing, n, others)
     if stats is None:
         return Collisions(rate * others / n, None, None)
     private = sum(stats.share(stop) - stats.share(start) for start, stop in heads)
@@ -145,13 +146,11 @@ def _mixed(stats: FieldStats, heads: Sequence[tuple[int, int]], rate: float, cel
     return float((count * each * (1.0 - np.minimum(own, 1.0))).sum())
 
 
-def _private(transform: Transform) -> tuple[int, int]:
-    """Ranks of the ids that a transform gives a row of their own."""
-    if isinstance(transform, Member):
-        return transform.index.start, transform.index.start + transform.index.count
-    if isinstance(transform, Hash) and not transform.head_absent:
-        return 0, transform.head
-    return 0, 0
+def _sharing(program: LookupProgram, n: int) -> list[Sharing]:
+    """What each transform says of n ids."""
+    reads = [(p.transform, p.table) for p in program.probes]
+    reads += [(p.weight.transform, p.weight.table) for p in program.probes if p.weight is not None]
+    return [transform.sharing(n, program.table(table).rows) for transform, table in reads]
 
 
 def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
@@ -165,32 +164,22 @@ def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
     return out
 
 
-def _cells(program: LookupProgram) -> float:
+def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
     """Combinations of hashed rows and signs, as equally likely as the hash makes them."""
-    sizes: dict[Any, int] = {}
-    cells = 1.0
-    for probe in program.probes:
-        for t in probe.transforms:
-            if isinstance(t, Hash):
-                sizes[t.salt, t.size] = t.size
-            elif isinstance(t, Member) and t.rest:
-                sizes[t.salt, t.rest] = t.rest
-            elif isinstance(t, Murmur):
-                sizes[t.seed, t.word] = t.size
-        if probe.sign is not None:
-            cells *= 2.0 ** min(probe.run, _SIGNS_OF_A_RUN)
+    sizes = {s.key: s.rows for s in sharing if s.rows and not s.even}
+    signs = math.prod(2.0 ** min(p.run, _SIGNS_OF_A_RUN) for p in program.probes if p.sign is not None)
     alike = Counter((p.table, span) for p, span in zip(program.probes, program.spans, strict=True) if p.weight is None)
     orders = math.prod(math.factorial(k) for k in alike.values())
-    return max(1.0, cells * math.prod(float(s) for s in sizes.values()) / orders)
+    return max(1.0, signs * math.prod(float(s) for s in sizes.values()) / orders)
 
 
-def _rate(program: LookupProgram, n: int, others: int) -> tuple[float, float]:
+def _rate(program: LookupProgram, sharing: Sequence[Sharing], n: int, others: int) -> tuple[float, float]:
     """Probability that an id without a row of its own reads what another such id reads; and the number of cells."""
-    cells = _cells(program)
-    digits = [t for p in program.probes for t in p.transforms if isinstance(t, Digit)]
-    if not digits:
+    cells = _cells(program, sharing)
+    even = {s.key: s.rows for s in sharing if s.rows and s.even}
+    if not even:
         return _birthday(cells, others - 1), cells
-    classes = math.prod(min(d.mod or n, -(-n // d.div)) for d in {(d.div, d.mod): d for d in digits}.values())
+    classes = math.prod(even.values())
     if classes >= n:
         return 0.0, cells * classes
     # Balanced classes: some of them hold one id more than the others.

@@ -13,7 +13,7 @@ from recsys_embed.config import MethodConfig
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.members import set_text
 from recsys_embed.plan import Plan, table_key
-from recsys_embed.program import Digit, Member, Probe
+from recsys_embed.program import Probe
 from recsys_embed.registry import get_method
 
 _CHUNK = 1 << 18
@@ -68,16 +68,9 @@ def initial_table(spec: FeatureSpec, seed: int) -> Tensor:
 
 def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, probe: Probe) -> Tensor | None:
     """Ids whose rows a probe reads, in the order of the rows; None for rows that many ids share."""
-    transform = probe.transform
-    if isinstance(transform, Digit):
-        return torch.arange(spec.num_ids) if transform == Digit() else None
-    if not isinstance(transform, Member):
-        return None
-    index = transform.index
-    if index.form == "range":
-        return torch.arange(index.start, index.start + index.count)
     store, programs = collection.bundle.kernel.index, list(collection.bundle.programs)
-    return store.members(programs.index(spec.name), index.name).cpu()
+    owners: Tensor | None = store.owners(programs.index(spec.name), probe.transform, spec.num_ids)
+    return None if owners is None else owners.cpu()
 
 
 @torch.no_grad()
