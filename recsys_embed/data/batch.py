@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from recsys_embed.data.bits import stream_key
+from recsys_embed.data.random_bits import stream_key
 from recsys_embed.errors import raise_faults
 
 PREFETCH = 4
