@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from recsys_embed._method_checks import faults_of, infer_declarations
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.method_checks import faults_of, infer_declarations
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
 

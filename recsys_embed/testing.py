@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_embed._method_checks import faults_of
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.method_checks import faults_of
 from recsys_embed.errors import BackendError, BudgetError, CheckpointError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels import reference

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from recsys_embed._deprecated import warn_renamed
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, raise_faults
 from recsys_embed.features import FeatureSpec
+from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, param, setting_faults
 
 if TYPE_CHECKING:

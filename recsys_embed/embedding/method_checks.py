@@ -8,9 +8,9 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from recsys_embed._deprecated import warn_deprecated
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.utils.deprecated import warn_deprecated
 
 _BASE_OPTIONS = frozenset(f.name for f in fields(MethodConfig))
 # What authors may define; all else that begins without an underscore is their own.
