@@ -33,10 +33,9 @@ def param(
         doc: its meaning, where the docstring of the class does not say it.
         low, high: inclusive bounds of numbers, also of those in a tuple.
         above, below: exclusive bounds.
-        empty: whether a tuple or a text may be empty; where the default is, it may.
+        empty: whether a tuple may be empty; where the default is, it may.
     """
-    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below}
-    metadata["empty"] = empty or (isinstance(default, (tuple, str)) and not default)
+    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "empty": empty}
     return field(default=default, metadata=metadata)
 
 
@@ -54,7 +53,6 @@ class Rule(NamedTuple):
     name: str
     right: Any
     kind: _Kind
-    hint: Any
 
 
 def _interval(bounds: Mapping[str, Any]) -> tuple[str, Callable[[Any], bool]]:
@@ -151,7 +149,7 @@ def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> Rule:
         kind = _Kind(f"{some.one}, or None", f"{some.many}, or None", lambda v: v is None or some.allows(v))
     else:
         kind = _kind(hint, bounds)
-    return Rule(name, MISSING, kind, hint)
+    return Rule(name, MISSING, kind)
 
 
 @cache
@@ -159,20 +157,20 @@ def rules(cls: type) -> tuple[Rule, ...]:
     """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
     hints, found = get_type_hints(cls), []
     for f in fields(cls):
-        rule = _rule(f.name, hints[f.name], f.metadata)
+        rule = _rule(f.name, hints[f.name], {**f.metadata, "empty": f.metadata.get("empty") or f.default == ()})
         known = f.default is not MISSING and rule.kind.allows(f.default)
         found.append(rule._replace(right=f.default) if known else rule)
     return tuple(found)
 
 
-def setting_faults(settings: Any) -> list[str]:
-    """What is wrong with the fields of a dataclass, each by itself: one sentence per fault.
+def wrong_settings(settings: Any) -> dict[str, str]:
+    """What is wrong with the fields of a dataclass, each by itself: a sentence by the field's name.
 
     Lists become tuples and integers of numpy Python's, where a field takes those.
     """
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     cls: type = type(settings)
-    for name, right, kind, _ in rules(cls):
+    for name, right, kind in rules(cls):
         value = getattr(settings, name)
         if value is right or kind.allows(value):
             continue
@@ -180,7 +178,7 @@ def setting_faults(settings: Any) -> list[str]:
         if plain is not value and kind.allows(plain):
             object.__setattr__(settings, name, plain)
         else:
-            faults.append(fault(name, kind.one, value))
+            faults[name] = fault(name, kind.one, value)
     return faults
 
 
@@ -258,10 +256,22 @@ def build(cls: type[T], data: Any, kind: str, missing: str = "", where: str | No
 class Settings:
     """Base of frozen dataclasses of settings, whose fields are declared with :func:`param`."""
 
-    kind: ClassVar[str] = "setting"
+    noun: ClassVar[str] = "setting"  # what errors call one of them
 
     def __post_init__(self) -> None:
-        raise_faults(setting_faults(self) or self.conflicts(), self.where())
+        wrong = wrong_settings(self)
+        raise_faults([*wrong.values(), *self._conflicts_beside(wrong)], self.where())
+
+    def _conflicts_beside(self, wrong: Mapping[str, str]) -> list[str]:
+        """Conflicts of those settings that are right by themselves; the others stand at their defaults meanwhile."""
+        if not wrong:
+            return self.conflicts()
+        defaults = {f.name: f.default for f in fields(self) if f.name in wrong}  # type: ignore[arg-type]
+        if MISSING in defaults.values():
+            return []
+        usable = object.__new__(type(self))
+        usable.__dict__.update({**self.__dict__, **defaults})
+        return [text for text in usable.conflicts() if not any(f"`{name}`" in text for name in wrong)]
 
     def where(self) -> str:
         """What errors call these settings."""
@@ -274,11 +284,11 @@ class Settings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest one."""
-        return build(cls, data, cls.kind)
+        return build(cls, data, cls.noun)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked again; unknown keys are errors."""
-        strange, _ = key_faults(type(self), changes, self.kind)
+        strange, _ = key_faults(type(self), changes, self.noun)
         raise_faults(strange, self.where(), UnknownNameError)
         return replace(self, **changes)  # type: ignore[type-var]
 

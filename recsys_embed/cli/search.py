@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed._settings import Settings
 from recsys_embed.cli._settings import say_few_steps, search_settings, train_config
 from recsys_embed.cli._studies import methods, pick
 from recsys_embed.memory import format_bytes
@@ -17,7 +18,7 @@ from recsys_embed.search.common import Search, SearchOutcome, run_search
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.optembed import OptembedSearch
 from recsys_embed.search.pep import PepSearch
-from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings, Settings
+from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.train import Interrupted
 
 EXIT_INTERRUPTED = 130

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recsys_embed._settings import Settings
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
@@ -24,7 +25,6 @@ from recsys_embed.search.blocks import count_ids
 from recsys_embed.search.folder import SearchFolder, held
 from recsys_embed.search.report import CURVES, curves_of, page
 from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
-from recsys_embed.search.settings import Settings
 from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
