@@ -9,13 +9,16 @@ from typing import Any, ClassVar, Literal
 
 from recsys_embed._json import strict_json
 from recsys_embed._settings import Settings, param
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Unseen
+from recsys_embed.optim import list_rules
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
 
-EmbeddingOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "sgd", "dense_adam"]
+DENSE_ADAM = "dense_adam"
+"""The optimizer of tables that are trained as ordinary parameters."""
+
 ScheduleName = Literal["constant", "cosine", "plateau"]
 
 
@@ -44,7 +47,8 @@ class TrainConfig(Settings):
         eval_batch_size: samples per step of an evaluation.
         learning_rate: peak rate of dense layers (Adam).
         weight_decay: L2 penalty of dense layers, added to their gradient.
-        embedding_optimizer: fused optimizer of the tables; ``dense_adam`` trains them as ordinary parameters, every
+        embedding_optimizer: fused optimizer of the tables, one of :func:`recsys_embed.optim.list_rules`; or
+            ``dense_adam``, which trains them as ordinary parameters, every
             row at every step, which suits small tables only.
         embedding_weight_decay: L2 penalty of the tables. It pulls on all rows at every step: a fused optimizer with it
             moves rows ``"all"``, see :mod:`recsys_embed.optim`.
@@ -98,7 +102,7 @@ class TrainConfig(Settings):
     learning_rate: float = param(1e-3, above=0)
     weight_decay: float = param(0.0, low=0)
     embedding_weight_decay: float = param(0.0, low=0)
-    embedding_optimizer: EmbeddingOptimizer = "adam"
+    embedding_optimizer: str = "adam"
     embedding_learning_rate: float | None = param(None, above=0)
     embedding_optimizer_args: dict[str, Any] = field(default_factory=dict)
     schedule: ScheduleName = "constant"
@@ -120,6 +124,9 @@ class TrainConfig(Settings):
 
     def conflicts(self) -> list[str]:
         faults = []
+        optimizers = [*list_rules(), DENSE_ADAM]
+        if self.embedding_optimizer not in optimizers:
+            faults.append(f"`embedding_optimizer`: {unknown_name('optimizer', self.embedding_optimizer, optimizers)}")
         if self.ratio is not None and self.budget is not None:
             faults.append(f"`ratio` and `budget` exclude each other; got {self.ratio!r} and {self.budget!r}")
         if self.plan is not None and (self.method != PLANNED or self.method_args):
