@@ -157,7 +157,9 @@ def rules(cls: type) -> tuple[Rule, ...]:
     """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
     hints, found = get_type_hints(cls), []
     for f in fields(cls):
-        rule = _rule(f.name, hints[f.name], {**f.metadata, "empty": f.metadata.get("empty") or f.default == ()})
+        given = {key: value for key, value in f.metadata.items() if value is not None}
+        empty = given.get("empty", False) or f.default == ()
+        rule = _rule(f.name, hints[f.name], {**getattr(cls, "bounds", {}), **given, "empty": empty})
         known = f.default is not MISSING and rule.kind.allows(f.default)
         found.append(rule._replace(right=f.default) if known else rule)
     return tuple(found)
@@ -182,13 +184,38 @@ def wrong_settings(settings: Any) -> dict[str, str]:
     return faults
 
 
+def check_settings(settings: Any, where: str, conflicts: Callable[[Any], list[str]] | None = None) -> None:
+    """Raise one error for all that is wrong with the fields of a dataclass.
+
+    Args:
+        settings: an instance; its fields are declared with :func:`param`, or by their annotations alone.
+        where: what errors call it.
+        conflicts: faults of its fields together. It is called with fields that are each right by themselves: wrong
+            ones stand at their default, or lower bound, meanwhile; what it says of those is left out.
+
+    Raises:
+        ConfigError: names all faults.
+    """
+    wrong = wrong_settings(settings)
+    if conflicts is None or not wrong:
+        raise_faults([*wrong.values(), *(conflicts(settings) if conflicts else ())], where)
+        return
+    together: list[str] = []
+    stand_in = {f.name: f.metadata.get("low", MISSING) if f.default is MISSING else f.default for f in fields(settings)}
+    if not any(stand_in[name] is MISSING for name in wrong):
+        usable = object.__new__(type(settings))
+        usable.__dict__.update({**settings.__dict__, **{name: stand_in[name] for name in wrong}})
+        together = [text for text in conflicts(usable) if not any(f"`{name}`" in text for name in wrong)]
+    raise_faults([*wrong.values(), *together], where)
+
+
 def fault(name: str, wanted: str, got: Any) -> str:
     """The sentence for a setting that is not what it must be.
 
     >>> fault("lr", "a finite number >= 0", -1)
     '`lr` must be a finite number >= 0; got -1'
     """
-    return f"`{name}` must be {wanted}; got {got!r}"
+    return f"`{name}` must be {wanted}; got {got!r:.200}"
 
 
 def _plain(value: Any) -> Any:
@@ -208,7 +235,9 @@ def _keys(cls: type) -> tuple[frozenset[str], tuple[str, ...], frozenset[str]]:
     return frozenset(f.name for f in given), required, floats
 
 
-def key_faults(cls: type, data: Any, kind: str, missing: str = "") -> tuple[list[str], list[str]]:
+def key_faults(
+    cls: type, data: Any, kind: str, missing: str = "", where: str | None = None
+) -> tuple[list[str], list[str]]:
     """Keys of ``data`` that are no fields of ``cls``, with the nearest name, and required fields that it lacks.
 
     Args:
@@ -216,12 +245,13 @@ def key_faults(cls: type, data: Any, kind: str, missing: str = "") -> tuple[list
         data: what was read, by name of field.
         kind: what a key is called in the sentences.
         missing: how to mend a required field that is absent.
+        where: what errors call the whole.
 
     Raises:
         ConfigError: ``data`` is no mapping.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"expected a table of settings by name; got {type(data).__name__} ({cls.__name__})")
+        raise ConfigError(f"expected values by name; got {type(data).__name__} ({where or cls.__name__})")
     known, required, _ = _keys(cls)
     strange = [str(unknown_name(kind, str(key), known)) for key in data if key not in known]
     return strange, [f"`{name}` is missing{missing}" for name in required if name not in data]
@@ -234,7 +264,7 @@ def refuse_unknown(cls: type, data: Any, kind: str, missing: str = "", where: st
         UnknownNameError: keys are unknown and none is absent.
         ConfigError: keys are absent.
     """
-    strange, absent = key_faults(cls, data, kind, missing)
+    strange, absent = key_faults(cls, data, kind, missing, where)
     raise_faults(strange + absent, where or cls.__name__, ConfigError if absent else UnknownNameError)
 
 
@@ -259,19 +289,7 @@ class Settings:
     noun: ClassVar[str] = "setting"  # what errors call one of them
 
     def __post_init__(self) -> None:
-        wrong = wrong_settings(self)
-        raise_faults([*wrong.values(), *self._conflicts_beside(wrong)], self.where())
-
-    def _conflicts_beside(self, wrong: Mapping[str, str]) -> list[str]:
-        """Conflicts of those settings that are right by themselves; the others stand at their defaults meanwhile."""
-        if not wrong:
-            return self.conflicts()
-        defaults = {f.name: f.default for f in fields(self) if f.name in wrong}  # type: ignore[arg-type]
-        if MISSING in defaults.values():
-            return []
-        usable = object.__new__(type(self))
-        usable.__dict__.update({**self.__dict__, **defaults})
-        return [text for text in usable.conflicts() if not any(f"`{name}`" in text for name in wrong)]
+        check_settings(self, self.where(), type(self).conflicts)
 
     def where(self) -> str:
         """What errors call these settings."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
-from recsys_embed._settings import build, param, wrong_settings
+from recsys_embed._settings import build, check_settings, param
 from recsys_embed.errors import BudgetError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
@@ -30,7 +30,7 @@ class MethodConfig(ABC):
     seed: int = param(0, "salts hashes and initial weights")
 
     def __post_init__(self) -> None:
-        raise_faults(list(wrong_settings(self).values()), type(self).__name__)
+        check_settings(self, type(self).__name__)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
