@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from recsys_embed._settings import build, check_settings, param
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.utils.settings import build, check_settings, param
 
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]

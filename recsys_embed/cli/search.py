@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed._settings import Settings
 from recsys_embed.cli._settings import say_few_steps, search_settings, train_config
 from recsys_embed.cli._studies import methods, pick
-from recsys_embed.memory import format_bytes
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.report.search_curves import plot_curves
 from recsys_embed.search.common import Search, SearchOutcome, run_search
 from recsys_embed.search.dnis import DnisSearch
@@ -20,6 +19,7 @@ from recsys_embed.search.optembed import OptembedSearch
 from recsys_embed.search.pep import PepSearch
 from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.train import Interrupted
+from recsys_embed.utils.settings import Settings
 
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys_embed._settings import Settings, param
-from recsys_embed.data.bits import random_bits, stream_key
+from recsys_embed.data.random_bits import random_bits, stream_key
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.settings import Settings, param
 
 SplitKind = Literal["order", "random", "file", "all"]
 SplitName = Literal["train", "valid", "test"]

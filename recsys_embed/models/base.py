@@ -9,12 +9,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from recsys_embed._settings import Settings, build, check_settings, param
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.memory import Footprint
 from recsys_embed.plan import Plan
+from recsys_embed.utils.settings import Settings, build, check_settings, param
 
 NUMERIC_INIT_STD = 0.05
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recsys_embed._settings import param
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, CrossVector
+from recsys_embed.utils.settings import param
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from recsys_embed._settings import param
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, CrossMatrix
+from recsys_embed.utils.settings import param
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recsys_embed._settings import param
 from recsys_embed.errors import ConfigError
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, PairDots
+from recsys_embed.utils.settings import param
 
 
 @dataclass(frozen=True)

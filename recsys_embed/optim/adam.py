@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from recsys_embed._settings import param
 from recsys_embed.optim.base import FusedOptimizer
 from recsys_embed.optim.registry import register_rule
+from recsys_embed.utils.settings import param
 
 
 @register_rule("adam")

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from recsys_embed._settings import check_settings
+from recsys_embed.utils.settings import check_settings
 
 
 def is_rate(value: object) -> bool:

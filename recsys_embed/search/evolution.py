@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from recsys_embed._settings import Settings, param
 from recsys_embed.errors import BudgetError
+from recsys_embed.utils.settings import Settings, param
 
 Candidate = tuple[int, ...]
 Score = Callable[[Sequence[Candidate]], list[float]]

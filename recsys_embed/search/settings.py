@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from recsys_embed._settings import Settings, param
 from recsys_embed.search.evolution import Evolution
 from recsys_embed.search.layers import Granularity, Rows
 from recsys_embed.search.retrain import Start
+from recsys_embed.utils.settings import Settings, param
 
 
 @dataclass(frozen=True)

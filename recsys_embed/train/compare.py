@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from recsys_embed._settings import Settings, param
+from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, unknown_name
-from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods
@@ -23,6 +22,7 @@ from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import DivergedError
 from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training, schema_of
+from recsys_embed.utils.settings import Settings, param
 
 ROWS = "rows"
 

@@ -7,11 +7,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from recsys_embed._json import strict_json
-from recsys_embed._settings import Settings, param
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
+from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.strict_json import strict_json
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
