@@ -12,7 +12,7 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.utils.deprecated import warn_renamed
-from recsys_embed.utils.settings import build, param, setting_faults
+from recsys_embed.utils.settings import build, check_settings, param
 
 if TYPE_CHECKING:
     from recsys_embed.planning.curves import FrequencyCurve
@@ -71,7 +71,7 @@ class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
             cls._program = own["build_program"]  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
-        raise_faults(setting_faults(self), type(self).__name__)
+        check_settings(self, type(self).__name__)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
