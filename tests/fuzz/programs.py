@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import list_rules, make_rule
