@@ -11,7 +11,7 @@ import recsys_embed
 from recsys_embed._moved import MOVED
 
 
-def find_spec_of_today(name: str) -> bool:
+def is_a_module(name: str) -> bool:
     place = Path(recsys_embed.__file__).parent / name.replace(".", "/")
     return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
 
@@ -51,8 +51,6 @@ else:
 
 
 def test_nothing_of_the_package_uses_an_old_name() -> None:
-    code = (
-        "import warnings; warnings.simplefilter('error'); import recsys_embed as rse; rse.export, rse.plan_for_budget"
-    )
-    with warnings.catch_warnings():
-        subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import recsys_embed as rse; rse.export, rse.plan_for_budget, rse.memory_report, rse.compress_"
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:recsys_embed", "-c", code], check=True)
+    assert [old for old in MOVED if is_a_module(old)] == []
