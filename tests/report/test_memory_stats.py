@@ -73,7 +73,7 @@ def test_expected_is_the_mean_of_measured(info: rse.MethodInfo) -> None:
         ("hash", {"num_buckets": 500, "sign": True}),
         ("hash", {"num_buckets": 500, "hash": "mod"}),
         ("hash", {"num_buckets": 3000, "hash": "mod"}),
-        ("multihash", {"num_buckets": 40, "head": 100}),
+        ("multihash", {"num_buckets": 40, "num_frequent": 100}),
         ("multihash", {"num_buckets": 25, "preset": "thinc"}),
         ("multihash", {"num_buckets": 60}),
         ("compositional", {"num_collisions": 7, "affine": True}),
