@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.method_checks import faults_of, infer_declarations
-from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.plugins import METHODS, load_plugins, unknown_plugin_name
 
 
 class MethodInfo(NamedTuple):
@@ -57,8 +58,15 @@ def get_method(name: str) -> MethodInfo:
     'HashEmbedding'
     """
     if name not in _METHODS:
-        raise unknown_name("method", name, _METHODS)
+        load_plugins(METHODS)
+    if name not in _METHODS:
+        raise unknown_plugin_name("method", name, _METHODS, METHODS)
     return _METHODS[name]
+
+
+def registered_methods() -> list[MethodInfo]:
+    """What has been registered so far, without the plugins that were not needed yet."""
+    return list(_METHODS.values())
 
 
 def list_methods(tag: str | None = None) -> list[MethodInfo]:
@@ -68,6 +76,7 @@ def list_methods(tag: str | None = None) -> list[MethodInfo]:
     >>> rse.list_methods()[0].name
     'full'
     """
+    load_plugins(METHODS)
     return [m for m in _METHODS.values() if tag is None or tag in m.tags]
 
 

@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "multihash head": ("multihash", {"num_buckets": 9, "num_frequent": 5}),
     "unified sum": ("unified", {"num_buckets": 9, "combine": "sum"}),
     "unified projected": ("unified", {"num_buckets": 9, "num_hashes": 3, "dim": 2}),
-    "compositional add": ("compositional", {"num_collisions": 5, "combine": "sum"}),
+    "compositional sum": ("compositional", {"num_collisions": 5, "combine": "sum"}),
     "compositional feature": ("compositional", {"num_collisions": 5, "combine": "feature"}),
     "compositional path": ("compositional", {"num_collisions": 30, "combine": "path", "hidden": 2}),
     "memcom bias": ("memcom", {"num_buckets": 7, "bias": True, "hash": "splitmix64"}),

@@ -120,6 +120,11 @@ class Search(ABC):
     show_progress: bool | None = None
 
     method: ClassVar[str]
+    """Key of the search, and of the method that stores what it finds."""
+    summary: ClassVar[str]
+    """What it does, in a line, for the command line."""
+    settings_cls: ClassVar[type]
+    """Class of its settings, with ``from_dict``."""
     stages: ClassVar[tuple[str, ...]] = ("supernet", "evolution", "retrain")
     redo: ClassVar[tuple[str, ...] | None] = None
     """What is done again for another budget, tried before there is a plan; None: everything is."""
