@@ -198,10 +198,22 @@ class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
                     middle = (low + high) / 2
                     low, high = (middle, high) if choose(middle, keep)[0] <= budget else (low, middle)
                 return choose(low, keep)[1]
-        raise BudgetError(
-            f"method {cls.method!r} needs at least {format_bytes(choose(0.0, 0)[0])} for these {len(specs)} features; "
-            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller embedding_dim"
-            + cls._smaller()
+        raise cls.budget_error(choose(0.0, 0)[0], len(specs), budget)
+
+    @classmethod
+    def budget_error(
+        cls, need: int, features: int, budget: int, smaller: str = "embedding_dim", per_id: bool = True
+    ) -> BudgetError:
+        """The error where a plan of so many features takes at least ``need`` bytes and ``budget`` are available.
+
+        Args:
+            smaller: what takes fewer bytes where it is smaller.
+            per_id: whether the method stores something for each id, so that one which does not is another way out.
+        """
+        others = cls._smaller() if per_id else ""
+        return BudgetError(
+            f"method {cls.method!r} needs at least {format_bytes(need)} for these {features} features; "
+            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller {smaller}{others}"
         )
 
     @classmethod

@@ -31,7 +31,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._primes import cover, ladder, next_prime
+from recsys_embed.method_parts.partition_sizes import cover, ladder, next_prime
 
 _MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
 

@@ -10,8 +10,8 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._popularity import block_faults
-from recsys_embed.methods._pruned import Columns, segments
+from recsys_embed.method_parts.pruned_columns import Columns, segments
+from recsys_embed.method_parts.width_rule import block_faults
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
-from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._popularity import Growth, Rounding, WidthRule, alpha_fault, block_faults
+from recsys_embed.method_parts.width_rule import Growth, Rounding, WidthRule, alpha_fault, block_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +227,7 @@ class MixeddimConfig(MethodConfig):
                 if following is not None:
                     heappush(queue, (following, i))
             return {name: config for name, (_, config) in chosen.items()}
-        raise BudgetError(
-            f"method 'mixeddim' needs at least {format_bytes(used)} for these {len(specs)} features; "
-            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller "
-            f"{'`d0`' if alpha is None else 'embedding_dim'}{cls._smaller()}"
-        )
+        raise cls.budget_error(used, len(specs), budget, "`d0`" if alpha is None else "embedding_dim")
 
 
 def _rules(

@@ -10,7 +10,7 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_DIM, MAX_ROWS, FeatureSpec
-from recsys_embed.methods._pruned import Columns
+from recsys_embed.method_parts.pruned_columns import Columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._pruned import Columns, segments
+from recsys_embed.method_parts.pruned_columns import Columns, segments
 
 
 @dataclass(frozen=True, kw_only=True)

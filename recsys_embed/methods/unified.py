@@ -7,13 +7,12 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
-from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import BudgetError, ConfigError, unknown_name
+from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.methods._pool import private_tables
+from recsys_embed.method_parts.shared_plan import private_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +131,7 @@ class UnifiedConfig(MethodConfig):
         for name in num_hashes if isinstance(num_hashes, Mapping) else ():
             if name not in {s.name for s in specs}:
                 raise unknown_name("feature in `num_hashes`", name, [s.name for s in specs])
-        chosen, spent = private_tables(specs, budget, plain, full_below)
-        shared = [s for s in specs if s.name not in chosen]
+        chosen, spent, shared = private_tables(specs, budget, plain, full_below)
         if not shared:
             return chosen
         chunks = 0
@@ -156,10 +154,7 @@ class UnifiedConfig(MethodConfig):
         )
         rows = min(budget - spent - heads, useful) // row
         if rows < 1:
-            raise BudgetError(
-                f"method 'unified' needs at least {format_bytes(spent + heads + row)} for these {len(specs)} features; "
-                f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller `dim`"
-            )
+            raise cls.budget_error(spent + heads + row, len(specs), budget, "`dim`", per_id=False)
         chosen |= {name: replace(config, num_buckets=min(rows, MAX_ROWS)) for name, config in small.items()}
         return {s.name: chosen[s.name] for s in specs}
 

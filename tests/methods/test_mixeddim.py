@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recsys_embed import EmbeddingCollection, FeatureSpec, MixeddimConfig, MixeddimEmbedding, Plan, Schema
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
-from recsys_embed.methods._popularity import WidthRule
+from recsys_embed.method_parts.width_rule import WidthRule
 from recsys_embed.optim import SGD
 
 SIZES = {"tiny": 100, "a": 10_000, "b": 100_000, "c": 1_000_000}
