@@ -1,4 +1,4 @@
-// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/records.py.
+// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/native/records.py.
 #pragma once
 #include <cstdint>
 
@@ -44,7 +44,7 @@ struct Feature {
   i64 mean;                                        // bags are averaged, not summed
 };
 
-// Arrays of all indexes; see recsys_embed/members.py.
+// Arrays of all indexes; see recsys_embed/core/id_sets.py.
 struct Index {
   const i64* words;
   const i32* ranks;

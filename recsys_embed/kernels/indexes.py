@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.core.id_sets import Index, IndexArrays, bitmap, popcount, ranks_of, words_of
+from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.members import Index, IndexArrays, bitmap, popcount, ranks_of, words_of
-from recsys_embed.transforms import Transform
 
 _ARRAYS = {"bitmap": ("words", "ranks"), "sorted": ("values",)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.fusion import TritonBundle
+from recsys_embed.collection.fused_bundle import TritonBundle
 from recsys_embed.plan import table_key
 
 pytestmark = pytest.mark.compiled
