@@ -476,6 +476,7 @@ def test_counts_follow_the_module() -> None:
     assert lazy.unseen_counts()["a"] == (1, 1)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("policy", ["hash", "oov", "zero", "raise"])
 @pytest.mark.parametrize(("method", "options"), [("full", {}), ("compositional", {"num_collisions": 5})])
 def test_compiled_and_exported_programs_follow_the_policy(method: str, options: dict[str, Any], policy: Any) -> None:

@@ -84,6 +84,7 @@ def test_rows_give_the_same_jagged_tensors(need_indices: bool) -> None:
         assert not need_indices or torch.equal(got[key].weights(), tensor.weights())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", [bags, rows])
 def test_every_method(build: Any, method: str) -> None:

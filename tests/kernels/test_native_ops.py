@@ -53,7 +53,10 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [*((m, RULES[2]) for m in METHODS), *(("compositional", r) for r in RULES[:2])],
+    [
+        *(pytest.param(m, RULES[2], marks=() if m in FEW else pytest.mark.slow) for m in METHODS),
+        *(("compositional", rule) for rule in RULES[:2]),
+    ],
     ids=lambda value: value if isinstance(value, str) else repr(value),
 )
 def test_compiled_collections_take_the_same_steps(method: str, rule: FusedOptimizer) -> None:
