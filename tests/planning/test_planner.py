@@ -82,7 +82,7 @@ def test_training_budgets_cover_what_training_holds(optimizer: str | None, schem
     plan = planned(schema, budget, target="train", optimizer=optimizer, stats=ranked(schema))
     if plan is None:
         return
-    fused = None if optimizer is None else planner_module.OPTIMIZERS[optimizer]()
+    fused = None if optimizer is None else optimizers.make_rule(optimizer)
     collection = EmbeddingCollection(schema, plan, fused, device="meta")
     assert plan.notes is not None
     assert plan.notes.bytes == collection.footprint().train <= budget
@@ -96,7 +96,7 @@ def test_training_budgets_cover_networks_and_their_gradients(optimizer: str | No
     budget = int(0.9 * whole(schema))
     plan = plan_for_budget(schema, budget, target="train", optimizer=optimizer, methods=methods, stats=ranked(schema))
     assert "compositional" in {plan[name].method for name in plan}
-    fused = None if optimizer is None else planner_module.OPTIMIZERS[optimizer]()
+    fused = None if optimizer is None else optimizers.make_rule(optimizer)
     collection = EmbeddingCollection(schema, plan, fused)
     ids = torch.stack([torch.arange(900) % s.num_embeddings for s in schema], 1)
     collection(ids).square().sum().backward()
