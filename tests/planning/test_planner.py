@@ -20,7 +20,6 @@ from recsys_embed import optim as optimizers
 from recsys_embed.compress import compress_
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
 from recsys_embed.planning import FrequencyCurve, plan_for_budget, plan_losses, terms_of
-from recsys_embed.planning import planner as planner_module
 from recsys_embed.planning.limits import Costs, Limits, candidates
 from recsys_embed.planning.menus import MenuMaker
 from recsys_embed.planning.options import Frame
@@ -567,6 +566,7 @@ print(json.dumps([seconds, peak() - before, plan.footprint(schema).serve, found.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_thousand_huge_tables_are_planned_quickly_and_in_little_memory() -> None:
     out = subprocess.run([sys.executable, "-c", MANY_HUGE_TABLES], capture_output=True, text=True, check=True).stdout
