@@ -253,7 +253,7 @@ def test_collections_follow_the_definition(method: MethodInfo, seed: int, batch:
 
 
 @pytest.mark.parametrize(
-    "options", [{"combine": "path", "hidden": 1}, {"bag": "pooled"}, {"bag": "pooled", "combine": "add"}]
+    "options", [{"combine": "path", "hidden": 1}, {"bag": "pooled"}, {"bag": "pooled", "combine": "sum"}]
 )
 def test_collections_of_modules_that_run_themselves(options: dict[str, Any]) -> None:
     coll = EmbeddingCollection(SCHEMA, Plan.uniform(SCHEMA, "compositional", num_collisions=6, **options))

@@ -34,7 +34,7 @@ def options(info: MethodInfo) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{}]
     if info.name == "compositional":
         found.append({"combine": "path", "hidden": 4})
-    if "order" in info.config_cls.__dataclass_fields__:
+    if info.config_cls.order_option:
         found.append({"order": "counts"})
     return found
 

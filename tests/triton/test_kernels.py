@@ -82,7 +82,7 @@ def test_a_step_of_every_rule(method: str, rule: FusedOptimizer, path: str) -> N
     assert_steps_agree(*pair(schema, plan, rule), steps=3, batch=12)
 
 
-@pytest.mark.parametrize("combine", ["mul", "add", "concat"])
+@pytest.mark.parametrize("combine", ["mul", "sum", "concat"])
 def test_products_sums_and_concatenations(combine: str, path: str) -> None:
     schema = Schema([FeatureSpec("C1", 40, 8), FeatureSpec("C2", 900, 8)])
     plan = Plan.uniform(schema, "compositional", budget="4KiB", full_below=1, combine=combine)
@@ -171,7 +171,7 @@ def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPat
 
 def test_an_id_out_of_range_reads_no_row_that_its_digits_have(monkeypatch: pytest.MonkeyPatch) -> None:
     schema = Schema([FeatureSpec("a", 1000, 4)])
-    plan = Plan.uniform(schema, "compositional", budget=2000, full_below=1, combine="add")
+    plan = Plan.uniform(schema, "compositional", budget=2000, full_below=1, combine="sum")
     coll = EmbeddingCollection(schema, plan, backend="triton", device=DEVICE)
     monkeypatch.setattr(coll.bundle.fused["triton"]._look_up.lookup, "raise_faults", lambda device: None)
     assert not coll(torch.tensor([[1001]], device=DEVICE)).any()
