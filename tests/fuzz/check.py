@@ -7,7 +7,7 @@ are applied to them here, to all rows touched (or all rows there are), so that n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Jagged:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of one call, and the weights among them."""
+    """Of one call, and the weights of ids feature after feature, where there are any."""
 
     given: tuple[Any, ...]
     weights: Tensor | None
@@ -109,13 +109,20 @@ def arguments(step: Step, names: Sequence[str], dtype: torch.dtype) -> Arguments
     if step.form == "jagged" and step.strided:
         order.reverse()
     values, offsets = flat([step.ids[i] for i in order], step)
-    weights = None
+    weights = given = None
     if step.weights is not None:
         generator = torch.Generator().manual_seed(step.weights)
         weights = torch.randn(values.numel(), generator=generator).to(dtype).requires_grad_(bool(step.weights % 2))
+        parts = weights.split([sum(map(len, bags)) for bags in step.ids])
+        given = torch.cat([parts[i] for i in order])
     if step.form == "jagged":
-        return Arguments((Jagged([names[i] for i in order], values, offsets, weights),), weights)
-    return Arguments((values, offsets, weights), weights)
+        return Arguments((Jagged([names[i] for i in order], values, offsets, given),), weights)
+    return Arguments((values, offsets, given), weights)
+
+
+def plainest(step: Step) -> Step:
+    """The same ids in the form that takes the fewest lines to read."""
+    return replace(step, form="bags", int32=False, strided=False)
 
 
 def direction(seed: int, shape: torch.Size) -> Tensor:
@@ -250,7 +257,7 @@ def _run(program: Program) -> None:
     colls = {backend: build(program, backend) for backend in BACKENDS}
     oracle = Oracle(program, colls["torch"])
     for number, step in enumerate(program.steps):
-        wide, narrow = (arguments(step, names, dtype) for dtype in (torch.float64, torch.float32))
+        wide, narrow = arguments(plainest(step), names, torch.float64), arguments(step, names, torch.float32)
         right = oracle.gradients(wide, direction_seed(program, number))
         for backend in BACKENDS:
             if step.before == "restart":
@@ -314,11 +321,8 @@ def _step(
 def _check_plain(program: Program, step: Step, oracle: Oracle, call: Arguments, wanted: Tensor) -> None:
     """The oracle itself, where torch can say what is right."""
     columns = wanted.flatten(1).split(oracle.coll.bundle.widths, 1)
-    order = list(range(len(program.features)))
-    if step.form == "jagged" and step.strided:
-        order.reverse()
-    sizes = [sum(map(len, step.ids[i])) for i in order]
-    parts = None if call.weights is None else dict(zip(order, call.weights.detach().split(sizes), strict=True))
+    sizes = [sum(map(len, bags)) for bags in step.ids]
+    parts = None if call.weights is None else call.weights.detach().split(sizes)
     for i, feature in enumerate(program.features):
         # Unseen ids that hash would need the library's hash.
         if feature.method != "full" or feature.spec.get("unseen") == "hash":
