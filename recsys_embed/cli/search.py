@@ -13,10 +13,12 @@ from recsys_embed.cli._settings import say_few_steps, search_settings, train_con
 from recsys_embed.cli._studies import methods, pick
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.report.search_curves import plot_curves
-from recsys_embed.search.common import Search, SearchOutcome, run_search
+from recsys_embed.search.base import Search
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.optembed import OptembedSearch
+from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.pep import PepSearch
+from recsys_embed.search.run import run_search
 from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings, Settings
 from recsys_embed.train import Interrupted
 

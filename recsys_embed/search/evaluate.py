@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.data.batch import Batch
+from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
@@ -72,7 +73,7 @@ class CandidateEvaluator:
     def __init__(
         self,
         net: Supernet,
-        data: Any,
+        data: BatchSource,
         *,
         split: str = "valid",
         rows: int | None = None,
@@ -95,7 +96,7 @@ class CandidateEvaluator:
         self.layer = cast("OptembedLayer", net.layer)
         self.norms = batch_norms(net)
 
-    def _batches(self, start: int) -> Iterator[Any]:
+    def _batches(self, start: int) -> Iterator[Batch]:
         """Batches of the first ``rows`` rows of the split, from the one with index ``start`` on."""
         left = (self.rows if self.rows is not None else float("inf")) - start * self.batch_size
         options: dict[str, Any] = {"shuffle": False, "device": self.device, "start_batch": start}

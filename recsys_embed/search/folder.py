@@ -11,8 +11,8 @@ from typing import Any
 
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError
+from recsys_embed.train.environment import environment
 from recsys_embed.train.files import drop_temporaries, write_json, write_text
-from recsys_embed.train.run import environment
 
 SEARCH = "search.json"
 
