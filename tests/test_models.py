@@ -287,3 +287,9 @@ def test_footprint_adds_both_collections() -> None:
     model = build("deepfm")
     rows = sum(f.num_embeddings for f in SCHEMA)
     assert model.footprint().weights == 4 * rows * (6 + 1)
+
+
+def test_a_model_without_num_dense_has_criteos_and_says_so() -> None:
+    with pytest.warns(DeprecationWarning, match="num_dense=data.num_dense"):
+        model = build_model("fm", SCHEMA, Plan.full(SCHEMA))
+    assert model.num_dense == 13

@@ -200,7 +200,7 @@ def test_a_trainer_guesses_the_first_checkpoint_from_all_it_will_hold(
 SLOW = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from recsys_embed.train import Trainer, loop, run_training
+from recsys_embed.train import Trainer, resumable, run_training
 from tests.train.toy import ToyData, toy_config
 
 book, step = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND), Trainer._step
@@ -219,13 +219,13 @@ def slow(self, batch):
     return value
 
 
-def timed(*args, save=loop.save_checkpoint, **options):
+def timed(*args, save=resumable.save_checkpoint, **options):
     start = time.perf_counter()
     save(*args, **options)
     tell("wrote", time.perf_counter() - start)
 
 
-Trainer._step, loop.save_checkpoint = slow, timed
+Trainer._step, resumable.save_checkpoint = slow, timed
 run_training(toy_config(), ToyData(40_000), folder=Path(sys.argv[1]))
 """
 
