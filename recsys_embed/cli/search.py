@@ -19,8 +19,9 @@ from recsys_embed.search.optembed import OptembedSearch
 from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.pep import PepSearch
 from recsys_embed.search.run import run_search
-from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings, Settings
+from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.train import Interrupted
+from recsys_embed.utils.settings import Settings
 
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3

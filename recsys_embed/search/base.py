@@ -50,7 +50,7 @@ class Search(ABC):
 
     >>> from types import SimpleNamespace
     >>> from recsys_embed.search.checks import need_validation
-    >>> from recsys_embed.search.settings import Settings
+    >>> from recsys_embed.utils.settings import Settings
     >>> from recsys_embed import FeatureSpec
     >>> from recsys_embed.search.extract import plain_bytes
     >>> @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from recsys_embed.search.folder import SearchFolder, held
 from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.report import CURVES, curves_of, page
 from recsys_embed.search.retrain import planned
-from recsys_embed.search.settings import Settings
 from recsys_embed.train.build import trained_footprint
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import check_device
 from recsys_embed.train.inputs import check_data, fingerprint, schema_of
 from recsys_embed.train.plans import plans_for
+from recsys_embed.utils.settings import Settings
 
 
 def total_budget(config: TrainConfig, schema: Schema) -> int | None:

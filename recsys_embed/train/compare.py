@@ -15,7 +15,7 @@ import torch
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.data.data_source import DataSource
-from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, unknown_name
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods
@@ -26,12 +26,13 @@ from recsys_embed.train.json_values import footprint_dict, plain
 from recsys_embed.train.plans import plans_for
 from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run import run_training
+from recsys_embed.utils.settings import Settings, param
 
 ROWS = "rows"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Settings):
     """What to compare; everything else is the same for all rows.
 
     Args:
@@ -49,39 +50,25 @@ class Comparison:
     """
 
     models: tuple[str, ...] = ("deepfm",)
-    methods: tuple[str, ...] = ("hash", "unified")
-    ratios: tuple[float, ...] = (20.0,)
+    methods: tuple[str, ...] = param(("hash", "unified"), empty=True)
+    ratios: tuple[float, ...] = param((20.0,), low=1, empty=True)
     budgets: tuple[str | int, ...] = ()
-    seeds: int = 1
+    seeds: int = param(1, low=1)
     train: TrainConfig = field(default_factory=TrainConfig)
     model_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     method_args: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        faults = [
-            f"`{key}` must be {what}; got {getattr(self, key)!r}"
-            for key, what, fits in (
-                ("models", "a list of names", lambda v: isinstance(v, str)),
-                ("methods", "a list of names", lambda v: isinstance(v, str)),
-                ("ratios", "a list of numbers", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
-                ("budgets", "a list of byte sizes", lambda v: isinstance(v, (int, str)) and not isinstance(v, bool)),
-            )
-            if not isinstance(getattr(self, key), (tuple, list)) or not all(map(fits, getattr(self, key)))
-        ]
-        if not isinstance(self.seeds, int) or isinstance(self.seeds, bool):
-            faults.append(f"`seeds` must be an integer; got {self.seeds!r}")
-        raise_faults(faults, "Comparison")
-        if self.seeds < 1:
-            faults.append(f"`seeds` must be at least 1; got {self.seeds}")
-        if not self.models:
-            faults.append("`models` must name at least one model")
-        faults += [f"`ratios` must be at least 1; got {r:g}" for r in self.ratios if not r >= 1]
+    def conflicts(self) -> list[str]:
+        faults = []
         if not self.ratios and not self.budgets and any(m != "full" for m in self.methods):
             faults.append("give `ratios` or `budgets` for the methods to meet")
         for key in ("method", "plan", "ratio", "budget", "seed"):
             if key in self.train.non_defaults():
                 faults.append(f"`{key}` varies between rows; it must not be among the settings of all rows")
-        raise_faults(faults, "Comparison")
+        return faults
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for method in self.methods:
             if method != PLANNED:
                 get_method(method)
