@@ -63,9 +63,9 @@ class CandidateEvaluator:
     ...     _ = make_synthetic(folder, rows=1000)
     ...     data = open_dataset(folder)
     ...     schema = data.schema(4).with_init("normal:1")
-    ...     model = build_model("dnn", schema, Plan.full(schema), num_dense=13, hidden=(8,))
-    ...     evaluator = CandidateEvaluator(Supernet(model, OptembedLayer(26, 4)), data, rows=64)
-    ...     narrow, wide = evaluator.metrics([(1,) * 26, (4,) * 26])
+    ...     model = build_model("dnn", schema, Plan.full(schema), num_dense=data.num_dense, hidden=(8,))
+    ...     evaluator = CandidateEvaluator(Supernet(model, OptembedLayer(len(schema), 4)), data, rows=64)
+    ...     narrow, wide = evaluator.metrics([(1,) * len(schema), (4,) * len(schema)])
     >>> narrow.samples, narrow.auc != wide.auc
     (64, True)
     """
