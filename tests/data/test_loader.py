@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_folder, table
+from helpers import random_rows, read_folder, table, write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_embed.data import (
     Batch,
+    CriteoOptions,
     Dataset,
     InMemoryDataset,
     RowSource,
+    convert_criteo,
     loader,
     open_dataset,
 )
@@ -249,3 +251,12 @@ def test_batches_carry_further_parts() -> None:
         assert batch[1] is batch.ids
     with pytest.raises(ConfigError, match="'weight' must have 10 rows; got 9"):
         InMemoryDataset(data.dense, data.ids, data.label, {"weight": weight[1:]})
+
+
+def test_rare_values_count_for_the_unknown_id(tmp_path: Path) -> None:
+    rows = write(tmp_path / "a.tsv", random_rows(300, 3, values=60))
+    convert_criteo(rows, tmp_path / "out", CriteoOptions(min_count=4))
+    data = open_dataset(tmp_path / "out")
+    for name in data.feature_names:
+        assert torch.equal(data.counts(name), RowSource.counts(data, name))
+    assert any(int(data.counts(name)[0]) > 0 for name in data.feature_names)
