@@ -107,14 +107,14 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
         if wanted in kernels(backend, optimizer):
             return cast("Chosen", wanted)
         why = {b.name: b.why for b in available_backends()}[wanted] if fits else f"it does not know {optimizer!r}"
-        _fall_back(f"backend 'auto' is 'torch' here, not {wanted!r}: {why}")
+        say_once(f"backend 'auto' is 'torch' here, not {wanted!r}: {why}")
         return "torch"
     return cast("Chosen", backend)
 
 
 @cache
-def _fall_back(line: str) -> None:
-    """Said once."""
+def say_once(line: str) -> None:
+    """Log a warning, once per process."""
     logging.getLogger(__name__).warning(line)
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
@@ -39,7 +40,7 @@ class LowdimConfig(MethodConfig):
     def _program(self, spec: FeatureSpec) -> LookupProgram:
         rows = Table("weight", spec.num_ids, self.dim, Init.plain(spec))
         matrix = Table("projection", self.dim, spec.embedding_dim, Init("uniform", (3 / self.dim) ** 0.5), dense=True)
-        return LookupProgram((rows, matrix), (Probe("weight", Digit()),), projection="projection")
+        return LookupProgram((rows, matrix), (Probe("weight", Digit()),), head=Projection("projection"))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
@@ -89,7 +90,7 @@ class MixeddimConfig(MethodConfig):
         if narrow:
             spread = (6 / (narrow[0] + width)) ** 0.5 if self.law == "xavier" else (3 / narrow[0]) ** 0.5
             tables.append(Table("projection", sum(narrow), width, Init("uniform", spread), dense=True))
-        return LookupProgram(tuple(tables), tuple(probes), projection="projection" if narrow else None)
+        return LookupProgram(tuple(tables), tuple(probes), head=Projection("projection") if narrow else None)
 
     def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Init:
         """Law of a block's rows; the matrix has that of the widest projected block, so narrower ones make up for it."""

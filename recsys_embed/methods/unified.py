@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
@@ -93,7 +94,7 @@ class UnifiedConfig(MethodConfig):
             head = "projection"
             spread = Init("uniform", (3 / columns) ** 0.5)
             tables.append(Table(head, columns, spec.embedding_dim, spread, dense=True))
-        return LookupProgram(tuple(tables), reads, projection=head)
+        return LookupProgram(tuple(tables), reads, head=None if head is None else Projection(head))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

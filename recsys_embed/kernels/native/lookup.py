@@ -21,8 +21,8 @@ from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Update, library, loaded, words_of
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.precision import HEAD
-from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
 
 _RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad: 2, Adam: 3}
