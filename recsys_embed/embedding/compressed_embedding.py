@@ -360,7 +360,7 @@ class CompressedEmbedding(nn.Module):
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
             flat = (ids if ids.dim() == 1 else ids.reshape(-1)).long()
             out = self._vectors(self._resolve(flat), flat)
-            return out if ids.dim() == 1 else out.view(*ids.shape, self.output_dim)
+            return out if ids.dim() == 1 else out.view(*ids.shape, out.shape[1])
         if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
             raise ConfigError(
                 f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "
