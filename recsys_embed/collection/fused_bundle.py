@@ -114,6 +114,7 @@ class FusedBundle:
         self.parts = features.outputs()
         self._keys = [f"{name}{output}" for output in range(len(self.parts))]
         self._headed = [self._heads.add(k, p) for k, p in zip(self._keys, self.parts, strict=True)]
+        self._any_headed = any(self._headed)
         programs = dict(zip(features.positions, features.programs, strict=True))
         slots: dict[int, Slot] = {}
         widths = []
@@ -204,6 +205,8 @@ class FusedBundle:
 
     def _behind_heads(self, outputs: Sequence[Tensor], ids: Tensor | None) -> list[Tensor]:
         out = list(outputs)
+        if not self._any_headed:
+            return out
         for output, headed in enumerate(self._headed):
             if not headed:
                 continue

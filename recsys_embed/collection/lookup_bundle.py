@@ -236,15 +236,11 @@ class LookupBundle(Constants):
     ) -> Tensor:
         """As :meth:`pooled`, by one of the kernels in ``fused_bags`` that take the bags."""
         fused = self.fused_bags[kernels]
-        if not fused.rest:
-            if self.unseen.replaces or self.unseen.counting:
-                bags = self.resolved(bags)
-            parts = fused.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
-        else:
-            feature = self._feature_of(bags)
-            bags = bags._replace(values=self.unseen(bags.values, feature))
-            parts = fused.pooled(bags, tables, step, sparse)
-            parts += self._pooled(bags, feature, fused.rest, gather)
+        known = self.unseen.replaces or self.unseen.counting
+        bags = self.resolved(bags) if known else bags
+        parts = fused.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
+        if fused.rest:
+            parts += self._pooled(bags, None, fused.rest, gather, check=not known)
         return self._assemble(parts, fused.ordered, fused.order)
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
@@ -258,11 +254,27 @@ class LookupBundle(Constants):
         out = self._pooled(bags, feature, range(len(self.parts)), gather)
         return self._assemble(out, self.ordered, "order")
 
-    def _pooled(self, bags: Bags, feature: Tensor, parts: Sequence[int], gather: Gather) -> list[Tensor]:
-        """Pooled vectors ``[B, columns]`` of some parts, of resolved bags and the feature of each id."""
+    def _pooled(
+        self, bags: Bags, feature: Tensor | None, parts: Sequence[int], gather: Gather, check: bool = False
+    ) -> list[Tensor]:
+        """Pooled vectors ``[B, columns]`` of some parts, of resolved bags.
+
+        Args:
+            feature: of each id, where it is known already.
+            check: the ids may be out of range.
+        """
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
-        picks = [self._pick(self.parts[p], feature) for p in parts]
+        picks = []
+        for p in parts:
+            if len(self.parts[p]) == 1 and feature is None:
+                picks.append(self._pick_one(self.parts[p][0], bags))
+                continue
+            feature = self._feature_of(bags) if feature is None else feature
+            picks.append(self._pick(self.parts[p], feature))
         values = [bags.values if at is None else bags.values[at] for at, _ in picks]
+        for p, ids, (_, local) in zip(parts, values, picks, strict=True) if check else ():
+            members = torch.tensor(self.parts[p], device=local.device)
+            self.unseen.check(ids, members[local])
         groups = [p for p in parts if p < self.grouped]
         weighted = [bags.weights if bags.weights is None or at is None else bags.weights[at] for at, _ in picks]
         ends = [F.pad(lengths[list(self.parts[p])].reshape(-1).cumsum(0), (1, 0)) for p in parts]
@@ -314,6 +326,11 @@ class LookupBundle(Constants):
         local = place[feature]
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
+
+    def _pick_one(self, feature: int, bags: Bags) -> tuple[Any, Tensor]:
+        """As :meth:`_pick`, of one feature, whose ids stand together."""
+        first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
+        return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)
 
     def _assemble(self, parts: list[Tensor], ordered: bool, order: str) -> Tensor:
         """Parts ``[B, columns]``, or as the output is, to the output in schema order."""
