@@ -42,11 +42,11 @@ def features_for_torch(
 
 def unknown_transforms(program: LookupProgram) -> list[str]:
     """Names of the transforms of a program that the kernels lack."""
-    probes = [p for p in program.probes if not supported(replace(program, probes=(p,)))]
+    row_lookups = [p for p in program.row_lookups if not supported(replace(program, row_lookups=(p,)))]
     names = {
         type(t).__name__: None
-        for p in probes
+        for p in row_lookups
         for t in p.transforms
-        if not supported(replace(program, probes=(replace(p, transform=t, weight=None),)))
+        if not supported(replace(program, row_lookups=(replace(p, transform=t, weight=None),)))
     }
     return list(names)

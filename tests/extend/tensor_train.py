@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 from recsys_embed.core.heads import Contraction
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Init, LookupProgram, Probe, Table
-from recsys_embed.core.transforms import Digit
+from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table
+from recsys_embed.core.transforms import MixedRadixDigit
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 
@@ -48,14 +48,18 @@ class TensorTrainConfig(MethodConfig):
         rows, (a, b, c), r = _split(spec.num_ids, 3), _width(spec.embedding_dim), self.rank
         shapes = ((a, r), (r, b, r), (r, c))
         widths = (a * r, r * b * r, r * c)
-        digits = (Digit(div=rows[1] * rows[2]), Digit(div=rows[2], mod=rows[1]), Digit(mod=rows[2]))
+        digits = (
+            MixedRadixDigit(div=rows[1] * rows[2]),
+            MixedRadixDigit(div=rows[2], mod=rows[1]),
+            MixedRadixDigit(mod=rows[2]),
+        )
         law, scale = spec.init_law()
         std = scale / 3**0.5 if law == "uniform" else scale
         # An element is a sum of r * r products of three: each core has the cube root of what its variance leaves.
-        spread = Init("normal", (std / r) ** (1 / 3))
+        spread = Initializer("normal", (std / r) ** (1 / 3))
         tables = tuple(Table(f"core{i}", n, w, spread) for i, (n, w) in enumerate(zip(rows, widths, strict=True)))
-        probes = tuple(Probe(f"core{i}", d, column=sum(widths[:i])) for i, d in enumerate(digits))
-        return LookupProgram(tables, probes, head=Contraction(shapes, "ap,pbq,qc->abc"))
+        row_lookups = tuple(RowLookup(f"core{i}", d, column=sum(widths[:i])) for i, d in enumerate(digits))
+        return LookupProgram(tables, row_lookups, head=Contraction(shapes, "ap,pbq,qc->abc"))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, registry
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.core.transforms import Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import BackendError
@@ -49,8 +49,8 @@ class BackwardsConfig(MethodConfig):
     shared: bool = param(False, "one table for all features")
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec), shared=self.shared)
-        return LookupProgram((table,), (Probe("weight", Backwards(spec.num_ids)),))
+        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec), shared=self.shared)
+        return LookupProgram((table,), (RowLookup("weight", Backwards(spec.num_ids)),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
@@ -121,10 +121,10 @@ def test_features_of_one_table_are_stepped_together() -> None:
         method: ClassVar[str] = "forwards"
 
         def _program(self, spec: FeatureSpec) -> LookupProgram:
-            from recsys_embed.core.transforms import Digit
+            from recsys_embed.core.transforms import MixedRadixDigit
 
             program = super()._program(spec)
-            return replace(program, probes=(Probe("weight", Digit()),))
+            return replace(program, row_lookups=(RowLookup("weight", MixedRadixDigit()),))
 
     class ForwardsEmbedding(BackwardsEmbedding):
         config_cls = ForwardsConfig
