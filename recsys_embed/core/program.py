@@ -207,7 +207,7 @@ class LookupProgram:
 
     @property
     def of_one_id(self) -> LookupProgram:
-        """The program whose row lookups combine as they do for a single id, where the head combines what bags pooled."""
+        """The program whose row lookups combine as for a single id, where the head combines what bags have pooled."""
         if not isinstance(self.head, PooledCombination):
             return self
         width = self.combined_width // self.head.count
