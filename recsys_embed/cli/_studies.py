@@ -15,7 +15,7 @@ from recsys_embed.cli._settings import names, say_few_steps, search_settings, tr
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
-from recsys_embed.train.files import drop_temporaries, write_json, write_text
+from recsys_embed.utils.files import drop_leftovers, write_json, write_text
 from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
@@ -110,7 +110,7 @@ def methods(
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
         study.sweep()
-        drop_temporaries(folder, age=3600)
+        drop_leftovers(folder, age=3600)
     except Interrupted:
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -17,8 +17,8 @@ from recsys_embed.report.comparison import markdown_table, reasons, rich_table
 from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
 from recsys_embed.train.compare import Comparison, Summary, all_methods, run_comparison, summarise
-from recsys_embed.train.files import write_json, write_text
 from recsys_embed.train.run import environment, footprint_dict
+from recsys_embed.utils.files import write_json, write_text
 
 EXIT_INTERRUPTED = 130
 DEMO_ROWS = 400_000

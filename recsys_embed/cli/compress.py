@@ -39,7 +39,7 @@ def compress(
     import torch
 
     from recsys_embed.compress import compress_
-    from recsys_embed.train.files import atomic_write
+    from recsys_embed.utils.files import atomic_write
 
     if dry_run and out is not None:
         raise ConfigError("--dry-run writes nothing; leave --out or --dry-run away")

@@ -93,7 +93,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> int:
     """Choose a method and a size for every table, within a byte budget, and say why."""
-    from recsys_embed.train.files import write_text
+    from recsys_embed.utils.files import write_text
 
     features, source, known = _features(data, schema, model, stats, embedding_dim)
     cluster = None

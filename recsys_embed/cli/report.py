@@ -55,7 +55,7 @@ def report(
 ) -> int:
     """Show the bytes of embedding tables by cause, serving and training, and what other methods would cost."""
     from recsys_embed.report.memory import memory_report
-    from recsys_embed.train.files import write_text
+    from recsys_embed.utils.files import write_text
 
     if (source is None) == (model is None):
         raise ConfigError("give a SOURCE or --model package.module:function, and not both")

@@ -11,8 +11,8 @@ from typing import Any
 
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError
-from recsys_embed.train.files import drop_temporaries, write_json, write_text
 from recsys_embed.train.run import environment
+from recsys_embed.utils.files import drop_leftovers, write_json, write_text
 
 SEARCH = "search.json"
 
@@ -47,7 +47,7 @@ class SearchFolder:
             raise CheckpointError(
                 f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
             )
-        drop_temporaries(path)
+        drop_leftovers(path)
 
     def claim(self) -> None:
         """From now on the folder belongs to this search."""

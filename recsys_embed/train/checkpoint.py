@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from recsys_embed.errors import CheckpointError
-from recsys_embed.train.files import atomic_write
+from recsys_embed.utils.files import atomic_write
 
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1
