@@ -86,8 +86,9 @@ def test_killed_process(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import sys
-            from recsys_embed.data import CriteoOptions, convert_criteo, ingest, source
-            source.BLOCK_BYTES = 200_000
+            from recsys_embed.data import CriteoOptions, convert_criteo, text_blocks
+            from recsys_embed.data.criteo import ingest
+            text_blocks.BLOCK_BYTES = 200_000
             ingest.part_blocks = lambda options: 2
             print("ready", flush=True)
             convert_criteo(sys.argv[1], sys.argv[2], CriteoOptions(workers=2))
