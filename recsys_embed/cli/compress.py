@@ -74,12 +74,13 @@ def _counts(model: Any, folder: Path) -> Any:
 def _load(model: Any, path: Path) -> None:
     import torch
 
+    from recsys_embed.utils.files import file_form
     from recsys_embed.utils.optional import require
 
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")
     try:
-        if path.suffix == ".safetensors":
+        if file_form(path) == "safetensors":
             found = require("safetensors.torch", extra="train", purpose="reading .safetensors").load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)

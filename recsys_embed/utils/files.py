@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 
@@ -157,6 +157,22 @@ def final_name(name: str) -> str:
     """
     found = _TEMPORARY.fullmatch(name)
     return name if found is None else found[1]
+
+
+def file_form(path: Path) -> Literal["json", "safetensors", "torch"]:
+    """The form of a file by its content, whatever its name; by its suffix where the content is damaged."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    # safetensors: the length of a JSON header in 8 bytes, little-endian, and the header.
+    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= os.path.getsize(path):
+        return "safetensors"
+    if head.startswith(b"PK"):  # a zip file, as torch writes it
+        return "torch"
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if head.startswith(b"\x80"):  # a pickle, as torch wrote it before
+        return "torch"
+    return "json" if path.suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else "torch"
 
 
 def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
