@@ -60,6 +60,9 @@ class CompressedEmbedding(nn.Module):
         BudgetError: the budget cannot be met.
     """
 
+    # What finding the tables of a model takes these modules for.
+    table_kind: ClassVar[str] = "compressed"
+
     config_cls: ClassVar[type[MethodConfig]]
     supports_torch_options: ClassVar[bool] = False
     # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
