@@ -10,6 +10,8 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -156,6 +158,12 @@ extern "C" {
 RSE_API i64 rse_record_sizes(i64 which) {
   const i64 sizes[] = {sizeof(Transform), sizeof(Probe), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask)};
   return sizes[which];
+}
+
+// Names of the optimizers' rules in order of their numbers, each followed by a space.
+RSE_API const char* rse_rules() {
+  static const std::string names = plain::Rules::names();
+  return names.c_str();
 }
 
 // The kernels to run: one of "plain", "avx2", "avx512", or null for the best here. Returns the name, null if none fits.
