@@ -1,4 +1,4 @@
-"""The readable definition of a lookup: one feature, one row lookup at a time. Every other backend is compared with it."""
+"""The readable definition of a lookup: one feature and row lookup at a time. All backends are compared with it."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ Gather = Callable[[str, Tensor, bool], Tensor]
 class _Read:
     """Rows that several row lookups of a group read from one storage with one kind of transform.
 
-    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, where its index begins, the rows
-    of the table, and the table's place in the storage.
+    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, where its index begins, the
+    rows of the table, and the table's place in the storage.
     """
 
     storage: str
@@ -155,7 +155,7 @@ class Group(Constants):
     def rows(
         self, ids: Tensor, local: Tensor | None, arrays: IndexArrays, absent: Tensor | None = None
     ) -> list[tuple[str, Tensor]]:
-        """Rows to gather: (storage, int64 ``[..., row lookups]`` or ``[..., row lookups, run]``) for every set and its weights.
+        """Rows to gather, per set and its weights: (storage, int64 ``[..., row lookups]`` or ``[..., lookups, run]``).
 
         -1 stays -1.
 

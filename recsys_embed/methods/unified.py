@@ -19,7 +19,7 @@ from recsys_embed.method_parts.shared_plan import private_tables
 class UnifiedConfig(MethodConfig):
     """One table of ``num_buckets`` x ``dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
 
-    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the row lookup, so a
+    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the number, so a
     feature keeps its rows when others come and go. Rows of different features collide freely: with a learned linear
     layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
 

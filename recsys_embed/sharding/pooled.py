@@ -18,7 +18,7 @@ from recsys_embed.sharding.physical_tables import Slab
 
 
 class PooledFeatures(nn.Module):
-    """Features whose vectors are sums of rows; every row lookup of a feature is a feature of TorchRec's collection ``ebc``.
+    """Features whose vectors are sums of rows; each of a feature's row lookups is a feature of TorchRec's ``ebc``.
 
     Args:
         schema: the features; their programs pass :func:`pools_in_tables`.

@@ -193,6 +193,7 @@ def test_file_size_limit_is_a_clear_error(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """The smallest bound holds for a file of several parts; a second one, twice as large, adds next to nothing."""
     code = (

@@ -105,7 +105,7 @@ def encode(
     limits: Sequence[int],
     optional: Sequence[bool],
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Records of features and of their row lookups, and how many numbers per sample backward needs of what forward read.
+    """Records of features and row lookups, and how many numbers per sample backward needs of what forward read.
 
     Args:
         programs: one per feature.

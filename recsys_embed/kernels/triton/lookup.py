@@ -228,8 +228,8 @@ class TritonLookup:
         tile = max(1, _TILE // cols)
         chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "RUNS", "SIGNS", "WEIGHTS")}
         spread_kernel.spread[(-(-batch // tile) * jobs,)](
-            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept, outer, own,
-            jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
+            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept,
+            outer, own, jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)
 
