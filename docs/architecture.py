@@ -36,6 +36,7 @@ def box(ax: plt.Axes, x: float, y: float, title: str, text: str, color: str) -> 
 
 
 def main() -> None:
+    """Writes the picture beside this file."""
     plt.rcParams["svg.fonttype"], plt.rcParams["svg.hashsalt"] = "none", "architecture"
     plt.rcParams["font.family"] = "sans-serif"
     fig, ax = plt.subplots(figsize=(12.4, 4.3))
