@@ -20,12 +20,12 @@ from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods, with_current_names
 from recsys_embed.train.config import PLANNED, TrainConfig
-from recsys_embed.train.files import write_json
 from recsys_embed.train.inputs import check_data, fingerprint, schema_of
 from recsys_embed.train.json_values import footprint_dict, plain
 from recsys_embed.train.plans import plans_for
 from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run import run_training
+from recsys_embed.utils.files import write_json
 from recsys_embed.utils.settings import Settings, param
 
 ROWS = "rows"

@@ -17,13 +17,13 @@ from recsys_embed.train.build import model_from_config, trained_footprint
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import environment
-from recsys_embed.train.files import write_json
 from recsys_embed.train.inputs import fingerprint, schema_of
 from recsys_embed.train.json_values import footprint_dict, plain
 from recsys_embed.train.loop import Trainer
 from recsys_embed.train.plans import plans_for, resolve
 from recsys_embed.train.result import TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
+from recsys_embed.utils.files import write_json
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints of a run under torchrun; the file ``latest`` there names the newest."""

@@ -20,7 +20,6 @@ from recsys_embed.models.base import CTRModel
 from recsys_embed.train.checkpoint import Cadence, set_rng_state
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.evaluation import evaluate
-from recsys_embed.train.files import drop_temporaries
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
@@ -28,6 +27,7 @@ from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
 from recsys_embed.train.stop_request import Interrupted, StopRequest
+from recsys_embed.utils.files import drop_leftovers
 
 __all__ = ["BEST", "CHECKPOINT", "BatchSource", "DivergedError", "TrainResult", "Trainer", "evaluate"]
 
@@ -84,7 +84,7 @@ class Trainer(Resumable):
         self.best_weights: dict[str, Any] | None = None
         self._resumed_rng: dict[str, Tensor] | None = None
         if folder is not None:
-            drop_temporaries(folder)
+            drop_leftovers(folder)
         if resume:
             self._restore()
         self.log = RunLog(folder, tensorboard=tensorboard, keep_bytes=self.state.log_bytes, step=self.state.step)

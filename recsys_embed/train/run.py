@@ -73,7 +73,6 @@ _HOME = {
     "CHECKPOINTS": "driver",
     "LINEAR_METHOD": "plans",
     "Plans": "plans",
-    "check_device": "environment",
     "environment": "environment",
     "fingerprint": "inputs",
     "footprint_dict": "json_values",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from recsys_embed.core.program import Hash, LookupProgram, Member, MixedRadixDigit, Murmur, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.vectorised import Place
+from recsys_embed.kernels.places import Place
 
 
 def _fields(names: str) -> list[tuple[str, str]]:

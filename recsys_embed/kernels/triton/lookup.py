@@ -17,12 +17,12 @@ from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.deferred_steps import Pace, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import ids as id_kernels
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
-from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer
 
 _KINDS = ("DIGITS", "HASHES", "MURMURS", "RANGES", "BITMAPS", "SORTED", "IDENTITIES")
