@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.members import Index
+from recsys_embed.index import BaseIndex
 from recsys_embed.memory import Footprint
 from recsys_embed.transforms import Digit, Hash, Member, Murmur, Sharing, Transform
 
@@ -144,8 +144,8 @@ class LookupProgram:
         return next(t for t in self.tables if t.name == name)
 
     @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The sets of ids that transforms look up, each once."""
+    def indexes(self) -> tuple[BaseIndex, ...]:
+        """What transforms look ids up in, each once."""
         found = (t.needs for p in self.probes for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 

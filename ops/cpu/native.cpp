@@ -158,6 +158,9 @@ RSE_API i64 rse_record_sizes(i64 which) {
   return sizes[which];
 }
 
+// Kinds and fields of transforms, which the caller compares likewise.
+RSE_API const char* rse_transform_layout() { return TRANSFORM_LAYOUT; }
+
 // The kernels to run: one of "plain", "avx2", "avx512", or null for the best here. Returns the name, null if none fits.
 RSE_API const char* rse_select(const char* wanted) {
   const Variant* found = nullptr;

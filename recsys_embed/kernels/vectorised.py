@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed import hashing
+from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.members import IndexArrays
 from recsys_embed.program import LookupProgram, Probe, Transform
 
 

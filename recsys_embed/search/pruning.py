@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from recsys_embed.config import MethodConfig
 from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.members import set_text
+from recsys_embed.members import Index, set_text
 from recsys_embed.memory import format_bytes
 from recsys_embed.registry import get_method
 from recsys_embed.search.extract import chunks
@@ -87,7 +88,7 @@ class FieldBlocks:
         """That configuration and its sets of ids."""
         config, sets = self.config(columns, pruned), {}
         if self.order is not None:
-            for index in config.program(self.spec).indexes:
+            for index in cast("tuple[Index, ...]", config.program(self.spec).indexes):
                 ids = self.order[index.start : index.start + index.count]
                 sets[index.name] = set_text(ids, self.spec.num_ids)
         return config, sets

@@ -11,8 +11,13 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.codes import Codes, CodesIndex
 from recsys_embed.fusion import TritonBundle
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.members import Index
 from recsys_embed.plan import table_key
+from recsys_embed.program import Init, LookupProgram, Member, Probe, Table
 
 pytestmark = pytest.mark.compiled
 _TYPES = {
@@ -133,6 +138,16 @@ def test_composed_tables(
     assert wide(launches["forward"], "ld") == probes * per_thread(2048, dtype, 4)
     if "spread" in launches:
         assert wide(launches["spread"], "st") > 0
+
+
+def test_every_form_of_index_compiles(launches: Launches) -> None:
+    tables = (Table("a", 100, 16, Init("constant")),)
+    sets = [Member(Index(form, 1000, 3, 90, form), rest=5) for form in ("range", "bitmap", "sorted")]  # type: ignore[arg-type]
+    codes = Codes(CodesIndex("codes", 1000, 2, 100), 1)
+    program = LookupProgram(tables, tuple(Probe("a", t) for t in (*sets, codes)))
+    lookup = DeferredLookup.single("f", program, IndexStore([program.indexes]), False)
+    lookup(torch.zeros(50, 1, dtype=torch.int64), [torch.zeros(100, 16)])
+    assert wide(launches["forward"], "ld") == 4 * per_thread(2048, torch.float32, 4)
 
 
 @pytest.mark.parametrize("method", [m.name for m in rse.list_methods()])

@@ -10,12 +10,12 @@ from recsys_embed.kernels.triton.probes import find, find_weight, read_run, read
 @triton.jit
 def _probe(
     total, probe, scale, used, live, x, sample, batch, product, plain, cols, span,
-    storages, words, ranks, values, steps, found, kept, out,
+    storages, index, found, kept, out,
     KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr,
     WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``total`` joined with one probe's values; ``used`` are the samples that have any, ``live`` those to write of."""
-    rows = find(x, probe, words, ranks, values, steps, used, KINDS)
+    rows = find(x, probe, index, used, KINDS)
     table = storage(storages, tl.load(probe + p.STORAGE), out)
     if SAVE:
         place = tl.where(rows >= 0, rows + tl.load(probe + p.BASE), -1).to(tl.int32)
@@ -41,7 +41,7 @@ def _probe(
     if WEIGHTS:
         number = tl.load(probe + p.WEIGHT_STORAGE)
         if number >= 0:
-            at = find_weight(x, probe, words, ranks, values, steps, used, KINDS)
+            at = find_weight(x, probe, index, used, KINDS)
             base = tl.load(probe + p.WEIGHT_BASE)
             weights = storage(storages, number, out)
             weight = tl.load(weights + base + at, mask=at >= 0, other=0.0).to(tl.float32)
@@ -60,10 +60,10 @@ def _probe(
     return total + value
 
 
-@triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "steps", "job_count"])
+@triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "index", "job_count"])
 def forward(
     ids, sample_stride, feature_stride, batch,
-    jobs, probes, scales, storages, words, ranks, values, steps,
+    jobs, probes, scales, storages, index,
     out, found, kept, faults, job_count,
     TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr,
     KINDS: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -75,7 +75,7 @@ def forward(
         ids: int32 or int64, of any strides.
         jobs, probes, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
         storages: addresses of the tables.
-        words, ranks, values, steps: arrays of all indexes.
+        index: addresses of the arrays of all indexes.
         out: outputs one behind the other, each ``[batch, stride]``.
         found: int32 ``[reads, batch]`` rows of each read, where SAVE.
         kept: rows as they are read, where KEEP.
@@ -116,7 +116,7 @@ def forward(
             at = first + tl.maximum(tl.minimum(j, count - 1), 0)
             total = _probe(
                 total, probes + at * p.PROBE_SIZE, tl.load(scales + at), asked, written, x, sample, batch, product,
-                plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
+                plain, cols, span, storages, index, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     else:
@@ -124,7 +124,7 @@ def forward(
             at = first + j
             total = _probe(
                 total, probes + at * p.PROBE_SIZE, tl.load(scales + at), used, live, x, sample, batch, product,
-                plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
+                plain, cols, span, storages, index, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     total = tl.where(used[:, None], total, 0.0)

@@ -45,16 +45,16 @@ GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 
 
 @triton.jit
-def find(x, probe, words, ranks, values, steps, live, KINDS: tl.constexpr):
+def find(x, probe, index, live, KINDS: tl.constexpr):
     """The probe's rows within its table; -1 where there is none, or one that lies outside (damaged arrays)."""
-    rows = rows_of(x, probe + OF, words, ranks, values, steps, live, KINDS)
+    rows = rows_of(x, probe + OF, index, live, KINDS)
     return tl.where(live & (rows >= 0) & (rows < tl.load(probe + ROWS)), rows, -1)
 
 
 @triton.jit
-def find_weight(x, probe, words, ranks, values, steps, live, KINDS: tl.constexpr):
+def find_weight(x, probe, index, live, KINDS: tl.constexpr):
     """As :func:`find`, of the probe's learned weight."""
-    rows = rows_of(x, probe + WEIGHT_OF, words, ranks, values, steps, live, KINDS)
+    rows = rows_of(x, probe + WEIGHT_OF, index, live, KINDS)
     return tl.where(live & (rows >= 0) & (rows < tl.load(probe + WEIGHT_ROWS)), rows, -1)
 
 
