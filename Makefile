@@ -1,5 +1,6 @@
 # make demo   set up .venv if needed, check it, and run the main job on seeded synthetic data (results in runs/demo)
-# make test   set up .venv if needed, and run all tests (ARGS="tests/test_cli.py -k json" for some of them)
+# make test   set up .venv if needed, and run the fast tests (ARGS="tests/test_cli.py -k json" for some of them)
+# make test-all  every test: more seeds, all combinations, slow runs end to end (make test-slow: only those)
 # make test-triton  the GPU kernels without a GPU: in triton's interpreter, and compiled for sm_90 (installs triton)
 # make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
 # make bench-gpu  benchmark of the GPU kernels: bandwidth beside a copy's, and FBGEMM's kernels where there are any
@@ -19,10 +20,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
+.PHONY: help setup demo test test-all test-slow test-triton test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 setup:
 	@sh scripts/setup.sh
@@ -33,8 +34,11 @@ demo: setup
 	$(BIN)/recsys-embed compare --demo --methods $(DEMO_METHODS) --ratio $(DEMO_RATIO) --out $(DEMO)
 
 # One process per core, one thread each: torch's own threads would only get in each other's way.
-test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: TIER := fast
+test-all: TIER := all
+test-slow: TIER := slow
+test test-all test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --tier $(TIER) $(ARGS)
 
 # Beside .venv's packages, since triton takes 700 MB and nothing else without a GPU wants it. A CUDA build of torch has
 # its own. In a process of its own: the interpreter has to be on before kernels are defined.
@@ -50,7 +54,7 @@ test-triton: setup
 
 # Warnings are no errors here: the machine's own versions of libraries may have some.
 test-gpu:
-	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -W default -m 'gpu or kernels' -p no:cacheprovider tests/gpu tests/triton $(ARGS)
+	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -W default -m 'gpu or kernels' --tier all -p no:cacheprovider tests/gpu tests/triton $(ARGS)
 
 bench-gpu:
 	@mkdir -p runs/bench
@@ -63,7 +67,7 @@ sanitize: setup
 	@mkdir -p runs/sanitize
 	g++ $(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined ops/cpu/native.cpp -o runs/sanitize/memory.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 RECSYS_EMBED_NATIVE=runs/sanitize/memory.so \
-	  $(BIN)/python -m pytest -n 0 -q -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_masks.py tests/test_decay.py $(ARGS)
+	  $(BIN)/python -m pytest -n 0 -q --tier all -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_masks.py tests/test_decay.py $(ARGS)
 	g++ -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi -fsanitize=thread ops/cpu/check_threads.cpp -o runs/sanitize/threads
 	setarch -R runs/sanitize/threads
 

@@ -70,7 +70,7 @@ class EmbeddingCollection(SteppedTables):
     ) -> None:
         if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
             raise ConfigError(
-                "`optimizer` must be recsys_embed.SGD, Adagrad, RowwiseAdagrad or Adam with its rate, or None; got "
+                "`optimizer` must be a rule of recsys_embed.optim, e.g. RowwiseAdagrad(lr=0.01), or None; got "
                 f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
             )
         like = torch.empty(0, device=device, dtype=dtype)

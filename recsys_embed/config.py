@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
-from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed._settings import build, param, setting_faults
+from recsys_embed.errors import BudgetError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.program import LookupProgram
 
-
-def param(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A config field with its meaning and inclusive range; ``MISSING`` as a default makes it required."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
-
-
-@cache
-def _types(cls: type) -> dict[str, tuple[Any, ...]]:
-    """Allowed types per field, with optional and Literal unfolded."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: get_args(hints[f.name]) if _is_union(hints[f.name]) else (hints[f.name],) for f in fields(cls)}
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType"
-
-
-def _fault(name: str, value: Any, types: tuple[Any, ...], low: float | None, high: float | None) -> str | None:
-    choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
-    if choices:
-        wanted, ok = (
-            "one of " + ", ".join(map(str, choices)),
-            value in choices or (value is None and type(None) in types),
-        )
-    elif bool in types:
-        wanted, ok = "true or false", isinstance(value, bool)
-    elif int in types or float in types:
-        kind = "an integer" if int in types else "a number"
-        bounds = f" in [{'-inf' if low is None else low}, {'inf' if high is None else high}]"
-        wanted = kind + (bounds if (low, high) != (None, None) else "")
-        right = isinstance(value, int if int in types else (int, float)) and not isinstance(value, bool)
-        ok = right and (low is None or value >= low) and (high is None or value <= high)
-        ok = ok or (value is None and type(None) in types)
-    elif any(get_origin(t) is tuple for t in types):
-        items = value if isinstance(value, tuple) else ()
-        wanted, ok = "a list of integers", bool(items) and all(type(i) is int for i in items)
-        ok = ok or (value is None and type(None) in types)
-    elif str in types:
-        wanted, ok = "text", isinstance(value, str) or (value is None and type(None) in types)
-    else:
-        return None
-    return None if ok else f"`{name}` must be {wanted}; got {value!r}"
-
-
-class _Rule(NamedTuple):
-    """What a field of a configuration may be; ``right`` is a value known to be allowed, its default as a rule."""
-
-    name: str
-    right: Any
-    types: tuple[Any, ...]
-    low: float | None
-    high: float | None
-
-
-@cache
-def _rules(cls: type) -> tuple[_Rule, ...]:
-    """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
-    types, rules = _types(cls), []
-    for f in fields(cls):
-        low, high = f.metadata.get("low"), f.metadata.get("high")
-        right = MISSING if f.default is MISSING or _fault(f.name, f.default, types[f.name], low, high) else f.default
-        rules.append(_Rule(f.name, right, types[f.name], low, high))
-    return tuple(rules)
-
-
-@cache
-def _keys(cls: type) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Names of all fields, and of those without a default."""
-    return frozenset(f.name for f in fields(cls)), tuple(f.name for f in fields(cls) if f.default is MISSING)
+__all__ = ["MethodConfig", "param"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +30,7 @@ class MethodConfig(ABC):
     seed: int = param(0, "salts hashes and initial weights")
 
     def __post_init__(self) -> None:
-        faults = []
-        for rule in _rules(type(self)):
-            value = getattr(self, rule.name)
-            if value is not rule.right:
-                fault = _fault(rule.name, value, rule.types, rule.low, rule.high)
-                faults += [fault] if fault else []
-        raise_faults(faults, type(self).__name__)
+        raise_faults(setting_faults(self), type(self).__name__)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
@@ -231,13 +156,4 @@ class MethodConfig(ABC):
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
         """Build from keyword arguments; unknown keys are errors that name the nearest field."""
-        known, required = _keys(cls)
-        unknown = [
-            str(unknown_name(f"option of {cls.__name__}", str(key), known)) for key in params if key not in known
-        ]
-        missing = [
-            f"`{name}` is missing; give it, or a byte `budget` to size it" for name in required if name not in params
-        ]
-        raise_faults(unknown + missing, cls.__name__, ConfigError if missing else UnknownNameError)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
-        return cls(**values)
+        return build(cls, params, f"option of {cls.__name__}", "; give it, or a byte `budget` to size it")

@@ -1,4 +1,4 @@
-"""What all tests share: GPU tests run only where there is a GPU, and hypothesis never fails for being slow."""
+"""What all tests share: tiers, GPU tests only where there is a GPU, and hypothesis never fails for being slow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import tiers
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # In CI the same examples every time: a change that lands must not fail for an example that another change found.
@@ -21,8 +23,20 @@ def _random_numbers_of_its_own() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where torch sees no CUDA device."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=tiers.TIERS, default="fast", help="which tests to run (see tests/tiers.py)")
+    parser.addoption("--seconds", type=float, default=0, help="skip tests that would begin later than this")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("seconds"):
+        config.pluginmanager.register(tiers.Deadline(config.getoption("seconds")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of the tier; skip what is marked ``gpu`` where torch sees no CUDA device."""
+    tiers.choose(config, items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -352,6 +352,7 @@ def test_wrong_constructions_say_what_is_wrong() -> None:
         mixed(backend="reference", optimizer=SGD())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", [m.name for m in list_methods()])
 @pytest.mark.parametrize(
     "name", ["items", "type", "training", "weight", "forward", "ключ", "a b", "0", "_x", "__dict__"]

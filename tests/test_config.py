@@ -42,6 +42,7 @@ def test_every_option_refuses_what_it_is_not(method: str) -> None:
                 config_from_dict({**one, f.name: wrong}).program(SPEC)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("seed", ["0", 1.0, True, None, [0]])
 def test_seeds_are_integers(method: str, seed: Any) -> None:

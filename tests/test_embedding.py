@@ -59,6 +59,7 @@ def loss(out: Tensor) -> Tensor:
     return (out * torch.arange(1, out.numel() + 1).view(out.shape).to(out)).sum()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 3, -1])
@@ -94,6 +95,7 @@ def test_bags_are_pooled_vectors_of_their_ids(name: str, mode: str, padding: int
     torch.testing.assert_close(closed(square), bag(square))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", [None, 3])
 def test_per_sample_weights_and_their_gradient(name: str, padding: int | None) -> None:
@@ -115,6 +117,7 @@ def test_per_sample_weights_and_their_gradient(name: str, padding: int | None) -
         bag(ids.view(1, 5), None, weights)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", COMPRESSED)
 @pytest.mark.parametrize("padding", [0, 7, -1, -ROWS])
 def test_padding_is_zero_and_learns_nothing(name: str, padding: int) -> None:
@@ -212,6 +215,7 @@ def test_hashes_survive_changes_of_precision_and_device(name: str) -> None:
         assert torch.equal(module(ids), reference), "a copy is independent"
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [None, "sum"])
 def test_through_the_meta_device(name: str, mode: str | None) -> None:
@@ -290,6 +294,7 @@ def test_hashing_methods_take_any_int64(name: str, ids: list[int]) -> None:
         assert torch.equal(module(torch.tensor(value)), out[i]), "a vector does not depend on its neighbours"
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in RAW])
 @pytest.mark.parametrize("bad", [-1, ROWS, 2**40, -(2**63)])
 def test_index_methods_refuse_ids_out_of_range(name: str, bad: int) -> None:
@@ -302,6 +307,7 @@ def test_index_methods_refuse_ids_out_of_range(name: str, bad: int) -> None:
 # -- from_dense -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [None, "sum"])
 def test_what_a_method_can_represent_is_recovered(name: str, mode: str | None) -> None:

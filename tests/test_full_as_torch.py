@@ -94,6 +94,7 @@ def compare(mode: str | None, args: tuple[Any, ...], weights: Tensor | None = No
         same(a, b)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 @pytest.mark.parametrize("padding", [None, 0, 4, -1, -ROWS])
 @pytest.mark.parametrize("sparse", [False, True])
@@ -102,6 +103,7 @@ def test_embedding(ids: Tensor, padding: int | None, sparse: bool) -> None:
         compare(None, (ids.to(dtype),), padding_idx=padding, sparse=sparse)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 4, -1])
 @pytest.mark.parametrize("sparse", [False, True])
@@ -118,6 +120,7 @@ def test_bags_with_offsets(
         compare(mode, (ids.to(dtype), offsets.to(offset_dtype)), **options)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 4, -1])
 @pytest.mark.parametrize("last", [False, True])
@@ -126,6 +129,7 @@ def test_bags_of_equal_length(ids: str, mode: str, padding: int | None, last: bo
     compare(mode, (IDS[ids],), padding_idx=padding, include_last_offset=last)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 4])
 @pytest.mark.parametrize("sparse", [False, True])

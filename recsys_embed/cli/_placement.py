@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.memory import format_bytes
+from recsys_embed.optim import make_rule
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.placement import Cluster, Placement, largest_budget, place
-from recsys_embed.train.run import OPTIMIZERS
 
 RANKS_SHOWN, TABLES_SHOWN = 16, 40
 
@@ -52,12 +51,9 @@ def budget(machines: Cluster) -> str:
 def places(features: Schema, plan: Plan, machines: Cluster, optimizer: str | None) -> Places:
     """Where TorchRec's planner puts the tables of ``plan``, and plain tables."""
     # Tables without a fused rule would all be replicated; no state beside them is what SGD has.
-    kind = OPTIMIZERS.get(optimizer or "sgd")
-    if kind is None:
-        raise ConfigError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, none; got {optimizer!r}")
+    rule = make_rule(optimizer or "sgd")
     # Raw ids have no plain table; the one of their estimated number is what a plan is held against.
     plain = Schema([replace(spec, ids="index", unseen=None) for spec in features])
-    rule = kind()
     return Places(
         machines,
         optimizer,

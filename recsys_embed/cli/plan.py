@@ -17,6 +17,7 @@ from recsys_embed.compress import table_counts
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.memory import format_bytes
+from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
 
@@ -50,7 +51,7 @@ def plan(
         str, typer.Option("--target", help="What the bytes cover: serve (tables and index buffers) or train.")
     ] = "serve",
     optimizer: Annotated[
-        str, typer.Option("--optimizer", help="For --target train: adam, adagrad, rowwise_adagrad, sgd, none.")
+        str, typer.Option("--optimizer", help=f"For --target train: {', '.join(list_rules())}, none.")
     ] = "rowwise_adagrad",
     itemsize: Annotated[
         int | None, typer.Option("--itemsize", help="Bytes per number; those of --model's tables, else 4, by default.")

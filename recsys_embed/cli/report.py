@@ -10,6 +10,7 @@ import typer
 
 from recsys_embed.cli._target import load_target
 from recsys_embed.errors import ConfigError
+from recsys_embed.optim import list_rules
 
 WIDTH = 100
 
@@ -32,7 +33,7 @@ def report(
     ] = None,
     schema: Annotated[Path | None, typer.Option("--schema", help="Features of a plan.json: schema.json.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option("--optimizer", help="Of the tables: adam, adagrad, rowwise_adagrad, sgd, ...")
+        str | None, typer.Option("--optimizer", help=f"Of the tables: {', '.join(list_rules())}, ...")
     ] = None,
     dense_optimizer: Annotated[
         str | None, typer.Option("--dense-optimizer", help="Of everything else; the same where it is torch's.")

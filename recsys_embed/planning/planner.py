@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from recsys_embed import optim
 from recsys_embed.config import MethodConfig
 from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.memory import format_bytes, parse_bytes
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
 from recsys_embed.plan import Plan, PlanNotes
 from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve, curves_from
 from recsys_embed.planning.evidence import Evidence, fit_evidence, read_rows
@@ -28,12 +27,6 @@ from recsys_embed.planning.reasons import reason
 from recsys_embed.planning.search import JOIN, Found, Search
 from recsys_embed.program import Init, Table
 
-OPTIMIZERS = {
-    "adam": optim.Adam,
-    "adagrad": optim.Adagrad,
-    "rowwise_adagrad": optim.RowwiseAdagrad,
-    "sgd": optim.SGD,
-}
 MANY = 200
 """Features beyond which options are looked at less closely."""
 EVALUATIONS = 24_000
@@ -199,9 +192,7 @@ def _optimizer(optimizer: Any) -> FusedOptimizer | None:
         return optimizer
     if not isinstance(optimizer, str):
         raise ConfigError(f"`optimizer` must be a fused optimizer, its name, or None; got {optimizer!r:.80}")
-    if optimizer not in OPTIMIZERS:
-        raise unknown_name("optimizer", optimizer, OPTIMIZERS)
-    return OPTIMIZERS[optimizer]()
+    return make_rule(optimizer)
 
 
 def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
@@ -235,7 +226,7 @@ def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[
     given, names = {} if importance is None else dict(importance), schema.names
     faults = [str(unknown_name("feature in `importance`", n, names)) for n in sorted(set(given) - set(names), key=str)]
     for name, value in given.items():
-        if not optim.is_rate(value):
+        if not is_rate(value):
             faults.append(f"`importance` must be a finite number >= 0; got {value!r} (feature {name!r})")
     raise_faults(faults, "plan_for_budget")
     return {s.name: float(given.get(s.name, 1.0)) for s in schema}
@@ -310,7 +301,7 @@ def _ways_out(schema: Schema, menus: Sequence[Menu], frame: Frame, least: int, t
     if frame.limits != free:
         trials.append(("fewer limits (pins, forbidden methods, widths, reads)", frame.costs, free, names))
     if frame.costs.train:
-        trials.append(("an optimizer without state, such as 'sgd'", Costs(optim.SGD(), True, frame.costs.itemsize),
+        trials.append(("an optimizer without state, such as 'sgd'", Costs(SGD(), True, frame.costs.itemsize),
                        frame.limits, names))  # fmt: skip
     for text, costs, limits, chosen in trials:
         need = smallest(costs, limits, chosen)

@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_embed import optim
 from recsys_embed.errors import ConfigError, unknown_name
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, rule_name
 from recsys_embed.report.memory_arrays import Array, Update
 
-_FUSED: dict[str, type[FusedOptimizer]] = {
-    "adam": optim.Adam,
-    "adagrad": optim.Adagrad,
-    "rowwise_adagrad": optim.RowwiseAdagrad,
-    "sgd": optim.SGD,
-}
 _TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "dense_adam": torch.optim.Adam,
@@ -126,14 +119,14 @@ def make_law(optimizer: Any, *, prefer_fused: bool) -> StateLaw | None:
     if optimizer is None or isinstance(optimizer, StateLaw):
         return optimizer
     if isinstance(optimizer, str):
-        if optimizer in _FUSED and (prefer_fused or optimizer not in _TORCH):
-            return StateLaw(optimizer, fused=_FUSED[optimizer]())
+        rules = list_rules()
+        if optimizer in rules and (prefer_fused or optimizer not in _TORCH):
+            return StateLaw(optimizer, fused=make_rule(optimizer))
         if optimizer not in _TORCH:
-            raise unknown_name("optimizer", optimizer, {*_FUSED, *_TORCH})
+            raise unknown_name("optimizer", optimizer, {*rules, *_TORCH})
         optimizer = _TORCH[optimizer]
     if isinstance(optimizer, FusedOptimizer):
-        names = {cls: name for name, cls in _FUSED.items()}
-        return StateLaw(names.get(type(optimizer), type(optimizer).__name__), fused=optimizer)
+        return StateLaw(rule_name(optimizer) or type(optimizer).__name__, fused=optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         held = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
         known = _accepted(type(optimizer))

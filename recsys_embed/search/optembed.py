@@ -55,7 +55,7 @@ class OptembedSearch(Search):
         # by all gradients that a row ever had.
         dies = c.embedding_weight_decay > 0
         if rule is not None:
-            dies = isinstance(rule, Adam) and rule.rows == "all" and rule.weight_decay > 0
+            dies = type(rule) is Adam and rule.rows == "all" and rule.weight_decay > 0
         if self.settings.rows != "none" and not dies:
             got = f"'dense_adam' with {c.embedding_weight_decay:g}" if rule is None else repr(rule)
             raise ConfigError(

@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardedModule
 
 from recsys_embed.bundle import LookupBundle
 from recsys_embed.collection import EmbeddingCollection
-from recsys_embed.optim import Adam, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.layout import Slab, slabs_for, table_of
 from recsys_embed.sharding.stepping import Optimizers, table_named
@@ -133,7 +133,7 @@ def state_by_row(rule: FusedOptimizer, slab: Slab, kind: str, stored: Tensor) ->
 
 def _share(rule: FusedOptimizer, slab: Slab) -> float:
     """fbgemm's means over a row count the padding, see :func:`recsys_embed.sharding.update.in_backward`."""
-    return slab.width / slab.shape[1] if isinstance(rule, RowwiseAdagrad) else 1.0
+    return slab.width / slab.shape[1] if type(rule) is RowwiseAdagrad else 1.0
 
 
 def state_entries(optimizers: Optimizers) -> Iterator[Entry]:
@@ -193,5 +193,5 @@ def plain_state_entries(path: str, coll: EmbeddingCollection, saved: dict[str, A
 
 
 def counts_steps(rule: FusedOptimizer | None) -> bool:
-    """Whether an update depends on how many came before."""
-    return isinstance(rule, Adam) or (rule is not None and rule.lazy)
+    """Whether an update may depend on how many came before."""
+    return rule is not None and (rule.lazy or type(rule) not in (SGD, Adagrad, RowwiseAdagrad))

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from recsys_embed.optim import SGD as Sgd
-from recsys_embed.optim import Adagrad, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.program import Table
 
 LANES = 4
@@ -70,13 +69,13 @@ class Slab:
 
 def slabs_for(tables: Mapping[str, Table], optimizer: FusedOptimizer | None) -> dict[str, Slab]:
     """A layout per table that is read by row, in which training by ``optimizer`` does what it does unpacked."""
-    alone = optimizer is None or isinstance(optimizer, (Sgd, Adagrad))
+    alone = optimizer is None or type(optimizer) in (SGD, Adagrad)
     slabs = {}
     for key, table in tables.items():
         if table.dense:
             continue
         # A row of one number has the row-wise rule's state to itself, which then is that of Adagrad.
-        apart = alone or (isinstance(optimizer, RowwiseAdagrad) and table.width == 1)
+        apart = alone or (type(optimizer) is RowwiseAdagrad and table.width == 1)
         fits = LANES % table.width == 0 and apart
         slabs[key] = Slab(key, table.rows, table.width, LANES // table.width if fits else 1)
     return slabs

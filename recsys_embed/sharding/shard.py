@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from math import gcd
@@ -70,6 +71,13 @@ def shard(
     for coll in colls:
         if coll.optimizer is not None and fuses(coll.optimizer, device.type):
             fuse(coll.stored(), coll.optimizer)
+        elif coll.optimizer is not None:
+            logging.getLogger(__name__).warning(
+                "TorchRec does not update inside backward by %r on %s: every rank holds the tables of this rule whole, "
+                "and Optimizers.step() updates them",
+                coll.optimizer,
+                device.type,
+            )
     for one in managed:
         constraints |= managed_constraints(one, device.type, world)
     held = [weights_of(coll) for coll in colls]

@@ -62,7 +62,7 @@ def kinds_of(
     rule, faults, out = coll.optimizer, [], {}
     allowed = list(get_args(Kind))
     why = {}
-    if isinstance(rule, RowwiseAdagrad):
+    if type(rule) is RowwiseAdagrad:
         allowed.remove("column_wise")
         why["column_wise"] = "its rule keeps one number per row, of which each rank would have its own"
     if not is_fused(coll, device_type):

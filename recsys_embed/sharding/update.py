@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_bac
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from recsys_embed.errors import ConfigError
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.sharding.layout import Slab
 
+InBackward = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 _PLAIN = ("lr", "eps", "initial_accumulator_value", "betas")
 
 
@@ -25,29 +27,54 @@ def fuses(rule: FusedOptimizer, device_type: str) -> bool:
     >>> fuses(RowwiseAdagrad(), "cpu"), fuses(Adam(), "cpu"), fuses(Adam(), "cuda"), fuses(SGD(weight_decay=0.1), "cpu")
     (True, False, True, False)
     """
+    # A subclass may update otherwise than its base does.
+    if type(rule) not in _IN_BACKWARD or (type(rule) is Adam and device_type != "cuda"):
+        return False
     options = [f.name for f in fields(rule) if f.name not in _PLAIN]
-    plain = all(getattr(rule, name) == getattr(type(rule)(), name) for name in options)
-    return plain and (isinstance(rule, (SGD, Adagrad, RowwiseAdagrad)) or device_type == "cuda")
+    return all(getattr(rule, name) == getattr(type(rule)(), name) for name in options)
 
 
-def in_backward(rule: FusedOptimizer, slab: Slab) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """TorchRec's optimizer and arguments that do to the stored table what ``rule`` does to the table."""
-    if isinstance(rule, SGD):
-        return torch.optim.SGD, {"lr": rule.lr}
-    if isinstance(rule, Adam):
-        return torch.optim.Adam, {"lr": rule.lr, "betas": rule.betas, "eps": rule.eps}
-    if isinstance(rule, Adagrad):
-        start = {"initial_accumulator_value": rule.initial_accumulator_value}
-        return torch.optim.Adagrad, {"lr": rule.lr, "eps": rule.eps} | (
-            start if start["initial_accumulator_value"] else {}
+def in_backward(rule: FusedOptimizer, slab: Slab) -> InBackward:
+    """TorchRec's optimizer and arguments that do to the stored table what ``rule`` does to the table.
+
+    Raises:
+        ConfigError: TorchRec has no such rule; see :func:`fuses`.
+    """
+    if type(rule) not in _IN_BACKWARD:
+        raise ConfigError(
+            f"TorchRec has no optimizer that does inside backward what {rule!r} does; it has "
+            f"{', '.join(cls.__name__ for cls in _IN_BACKWARD)}"
         )
-    if not isinstance(rule, RowwiseAdagrad):
-        raise TypeError(f"no optimizer of TorchRec does what {type(rule).__name__} does")
+    return _IN_BACKWARD[type(rule)](rule, slab)
+
+
+def _sgd(rule: SGD, slab: Slab) -> InBackward:
+    return torch.optim.SGD, {"lr": rule.lr}
+
+
+def _adam(rule: Adam, slab: Slab) -> InBackward:
+    return torch.optim.Adam, {"lr": rule.lr, "betas": rule.betas, "eps": rule.eps}
+
+
+def _adagrad(rule: Adagrad, slab: Slab) -> InBackward:
+    start = {"initial_accumulator_value": rule.initial_accumulator_value}
+    return torch.optim.Adagrad, {"lr": rule.lr, "eps": rule.eps} | (start if start["initial_accumulator_value"] else {})
+
+
+def _rowwise_adagrad(rule: RowwiseAdagrad, slab: Slab) -> InBackward:
     if slab.per_row > 1:
         return torch.optim.Adagrad, {"lr": rule.lr, "eps": rule.eps}
     # fbgemm's mean of squares runs over the padding too.
     shrink = math.sqrt(slab.width / slab.shape[1])
     return RowWiseAdagrad, {"lr": rule.lr * shrink, "eps": rule.eps * shrink}
+
+
+_IN_BACKWARD: Mapping[type[FusedOptimizer], Callable[[Any, Slab], InBackward]] = {
+    SGD: _sgd,
+    Adagrad: _adagrad,
+    RowwiseAdagrad: _rowwise_adagrad,
+    Adam: _adam,
+}
 
 
 def fuse(parameters: Iterable[tuple[Slab, nn.Parameter]], rule: FusedOptimizer) -> None:

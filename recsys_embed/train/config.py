@@ -12,11 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from recsys_embed._json import strict_json
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Unseen
+from recsys_embed.optim import list_rules
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
 
-EmbeddingOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "sgd", "dense_adam"]
+DENSE_ADAM = "dense_adam"
+"""The optimizer of tables that are trained as ordinary parameters."""
+
 ScheduleName = Literal["constant", "cosine", "plateau"]
 
 
@@ -45,7 +48,8 @@ class TrainConfig:
         eval_batch_size: samples per step of an evaluation.
         learning_rate: peak rate of dense layers (Adam).
         weight_decay: L2 penalty of dense layers, added to their gradient.
-        embedding_optimizer: fused optimizer of the tables; ``dense_adam`` trains them as ordinary parameters, every
+        embedding_optimizer: fused optimizer of the tables, one of :func:`recsys_embed.optim.list_rules`; or
+            ``dense_adam``, which trains them as ordinary parameters, every
             row at every step, which suits small tables only.
         embedding_weight_decay: L2 penalty of the tables. It pulls on all rows at every step: a fused optimizer with it
             moves rows ``"all"``, see :mod:`recsys_embed.optim`.
@@ -94,7 +98,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     embedding_weight_decay: float = 0.0
-    embedding_optimizer: EmbeddingOptimizer = "adam"
+    embedding_optimizer: str = "adam"
     embedding_learning_rate: float | None = None
     embedding_optimizer_args: dict[str, Any] = field(default_factory=dict)
     schedule: ScheduleName = "constant"
@@ -126,6 +130,9 @@ class TrainConfig:
 
     def _range_faults(self) -> list[str]:
         faults = []
+        optimizers = [*list_rules(), DENSE_ADAM]
+        if self.embedding_optimizer not in optimizers:
+            faults.append(f"`embedding_optimizer`: {unknown_name('optimizer', self.embedding_optimizer, optimizers)}")
         for key in _AT_LEAST_ONE:
             value = getattr(self, key)
             if value is not None and value < 1:

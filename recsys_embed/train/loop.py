@@ -25,7 +25,7 @@ from recsys_embed.train.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.files import drop_temporaries
 from recsys_embed.train.logs import RunLog, progress_bar
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
@@ -141,7 +141,7 @@ class Trainer:
         self.identity = {**config.to_dict(), **(identity or {})}
         self.device = torch.device("cpu" if device is None else device)
         self.label, self.show_progress = label, show_progress
-        self.fused = config.embedding_optimizer != "dense_adam"
+        self.fused = config.embedding_optimizer != DENSE_ADAM
         self.table_lr = config.embedding_learning_rate or config.learning_rate
         self.optimizer, self.dense = self._dense_optimizer()
         self.steps_per_epoch = len(self._epoch(0, 0))

@@ -13,26 +13,20 @@ from typing import Any
 
 import torch
 
-from recsys_embed import optim
 from recsys_embed._versions import installed_versions
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.models import CTRModel, build_model, get_model
+from recsys_embed.optim import make_rule
 from recsys_embed.plan import Plan
 from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.train.checkpoint import save_checkpoint
-from recsys_embed.train.config import PLANNED, TrainConfig
+from recsys_embed.train.config import DENSE_ADAM, PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import CHECKPOINT, Trainer, TrainResult
 
-OPTIMIZERS = {
-    "adam": optim.Adam,
-    "adagrad": optim.Adagrad,
-    "rowwise_adagrad": optim.RowwiseAdagrad,
-    "sgd": optim.SGD,
-}
 LINEAR_METHOD = "unified"
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints of a run under torchrun; the file ``latest`` there names the newest."""
@@ -106,16 +100,18 @@ def resolve(schema: Schema, config: TrainConfig, data: Any) -> TrainConfig:
 
 def make_optimizer(config: TrainConfig) -> Any:
     """The fused optimizer of the tables, or None for ``dense_adam``."""
-    if config.embedding_optimizer == "dense_adam":
+    if config.embedding_optimizer == DENSE_ADAM:
         return None
     lr = config.embedding_learning_rate or config.learning_rate
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.embedding_optimizer_args.items()}
     if config.embedding_weight_decay:
         args = {"weight_decay": config.embedding_weight_decay, "rows": "all", **args}
+    if "lr" in args:
+        raise ConfigError("the tables' rate is `embedding_learning_rate`, not an `lr` in `embedding_optimizer_args`")
     try:
-        return OPTIMIZERS[config.embedding_optimizer](lr=lr, **args)
-    except TypeError as e:
-        raise ConfigError(f"`embedding_optimizer_args` of {config.embedding_optimizer!r}: {e}") from e
+        return make_rule(config.embedding_optimizer, lr=lr, **args)
+    except ConfigError as e:
+        raise ConfigError(f"`embedding_optimizer_args`: {e}") from e
 
 
 def model_from_config(

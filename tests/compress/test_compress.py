@@ -94,6 +94,20 @@ def test_hash_buckets_start_as_weighted_means_of_the_trained_rows() -> None:
     assert report["a"].relative_error == pytest.approx(float(lost.sqrt()), rel=1e-4)
 
 
+def test_tables_fitted_together_weigh_unknown_counts_as_the_mean_known_one() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(50, 4), "b": nn.Embedding(30, 4)})
+    targets = torch.cat([model["a"].weight, model["b"].weight]).detach().double()
+    counts = 100.0 * torch.arange(1, 51)
+    plan = rse.Plan.uniform(rse.Schema.from_model(model), "unified", num_rows=8, num_probes=1, chunk_dim=4)
+    compress_(model, plan, counts={"a": counts})
+    rows = torch.cat([model[n].program.probes[0].transform.rows(torch.arange(k)) for n, k in (("a", 50), ("b", 30))])
+    importance = torch.cat([counts.double(), torch.full((30,), float(counts.mean()), dtype=torch.float64)])
+    sums = torch.zeros(8, 4, dtype=torch.float64).index_add_(0, rows, targets * importance[:, None])
+    means = sums / torch.zeros(8, dtype=torch.float64).index_add_(0, rows, importance)[:, None].clamp_min(1e-9)
+    both = torch.cat([model["a"].materialize(), model["b"].materialize()]).double()
+    torch.testing.assert_close(both, means[rows], rtol=1e-3, atol=1e-4)
+
+
 def test_the_padding_row_is_no_part_of_the_error() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(40, 8, padding_idx=3)})
     with torch.no_grad():

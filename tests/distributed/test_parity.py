@@ -25,6 +25,7 @@ def check(found: list[dict[str, Any]], bits: bool = True) -> None:
         assert rank["still"] == []
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks(workers: Workers, method: str, kind: str) -> None:
@@ -33,6 +34,7 @@ def test_two_ranks(workers: Workers, method: str, kind: str) -> None:
     check(workers.run("parity", 2, method=method, kind=kind, rule=rule))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bags_on_two_ranks(workers: Workers, method: str, kind: str) -> None:
@@ -43,6 +45,7 @@ def test_bags_on_two_ranks(workers: Workers, method: str, kind: str) -> None:
         check(workers.run("parity", 2, method=method, kind=kind, **options), bits=False)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["row_wise", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_four_ranks(workers: Workers, method: str, kind: str) -> None:

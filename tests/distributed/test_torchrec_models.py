@@ -13,6 +13,7 @@ from recsys_embed.sharding import CompressedEBC, ShardableCollection, shard
 from tests.distributed.workers import Workers
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["mixed", "row_wise"])
 @pytest.mark.parametrize("method", ["full", "compositional", "unified", "memcom"])
 @pytest.mark.parametrize("name", ["dlrm", "deepfm", "dlrm_dcn"])

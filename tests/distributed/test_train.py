@@ -168,6 +168,7 @@ def workers_of(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_the_job_goes_on(workers: Workers, data: Path, tmp_path: Path) -> None:
     """One message, within a minute of the kill; four processes go on from the checkpoint of two."""
     out = tmp_path / "run"
@@ -193,6 +194,7 @@ def test_a_killed_process_ends_the_job_and_the_job_goes_on(workers: Workers, dat
     assert steps[0] >= 8, "two processes took 5 steps before the checkpoint, four went on from it"
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_process_is_said_once(data: Path, tmp_path: Path) -> None:
     run = torchrun(data, tmp_path / "run", "--set", "batch_size=1")
     _, text = run.communicate(timeout=90)

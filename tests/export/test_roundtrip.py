@@ -52,6 +52,7 @@ def ids_of(schema: Schema, batch: int = 50) -> Tensor:
     return torch.stack([torch.randint(0, s.num_embeddings, (batch,), generator=generator) for s in schema], 1)
 
 
+@pytest.mark.crossed(2)
 @METHODS
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("mode", [None, "sum", "max"])

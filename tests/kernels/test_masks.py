@@ -125,6 +125,7 @@ class Apart:
         return out
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("optimizer", [None, rse.Adagrad(lr=0.1), rse.Adam(lr=0.1, weight_decay=0.01, rows="all")])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["full", "hash", "compositional"])

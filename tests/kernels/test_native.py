@@ -157,6 +157,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(method: Any, threads: int) 
         assert torch.equal(a, b)
 
 
+@pytest.mark.crossed
 @METHODS
 @pytest.mark.parametrize("bad", [-1, 10, 2**31, 2**40, -(2**63), 2**63 - 1])
 def test_ids_out_of_range_are_named_before_anything_is_read(method: Any, bad: int) -> None:
@@ -514,6 +515,7 @@ def test_bags_of_ids_out_of_range_are_refused_by_name() -> None:
     assert torch.equal(coll.state_dict()["width8"], before)
 
 
+@pytest.mark.crossed(2)
 @METHODS
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_exports_are_served_as_torch_decodes_them(method: Any, precision: Any, tmp_path: Path, variant: str) -> None:

@@ -386,8 +386,8 @@ def test_fit_sees_every_part_of_a_block() -> None:
         ({"dims": (4,), "blocks": (10,)}, "`dims` must hold 2 widths, one per block; got 1"),
         ({"dims": (4, 2), "blocks": (100,)}, "`blocks` must be integers >= 1 that leave some of the 100 ids"),
         ({"dims": (4, 2), "blocks": (0,)}, "`blocks` must be integers >= 1"),
-        ({"dims": (4, 2), "blocks": (1.5,)}, "`blocks` must be a list of integers"),
-        ({"dims": ()}, "`dims` must be a list of integers"),
+        ({"dims": (4, 2), "blocks": (1.5,)}, "`blocks` must be a non-empty list of integers"),
+        ({"dims": ()}, "`dims` must be a non-empty list of integers"),
         ({"dims": (17, 2), "blocks": (200, 3)}, r"(?s)3 faults.*`blocks`.*hold 3 widths.*must fall"),
     ],
 )

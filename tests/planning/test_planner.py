@@ -88,6 +88,26 @@ def test_training_budgets_cover_what_training_holds(optimizer: str | None, schem
     assert plan.notes.bytes == collection.footprint().train <= budget
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam", None])
+def test_training_budgets_cover_networks_and_their_gradients(optimizer: str | None) -> None:
+    """A method with a network per class of ids beside plain tables: what a step holds is what was planned."""
+    schema = Schema([FeatureSpec("C1", 900, 16), FeatureSpec("C2", 400, 16), FeatureSpec("C3", 5, 16)])
+    methods: dict[str, Any] = {"full": {}, "compositional": {"combine": "path", "hidden": 4}}
+    budget = int(0.9 * whole(schema))
+    plan = plan_for_budget(schema, budget, target="train", optimizer=optimizer, methods=methods, stats=ranked(schema))
+    assert "compositional" in {plan[name].method for name in plan}
+    fused = None if optimizer is None else planner_module.OPTIMIZERS[optimizer]()
+    collection = EmbeddingCollection(schema, plan, fused)
+    ids = torch.stack([torch.arange(900) % s.num_embeddings for s in schema], 1)
+    collection(ids).square().sum().backward()
+    gradients = sum(p.grad.nbytes for p in collection.parameters() if p.grad is not None)
+    states = sum(getattr(collection, f"{name}_{key}").nbytes for name, key in collection._states())
+    held = sum(p.nbytes for p in collection.parameters()) + states + gradients
+    assert plan.notes is not None
+    assert plan.notes.bytes == held <= budget
+    assert gradients > 0, "networks have gradients beside any fused rule"
+
+
 @FEW
 @given(schemas(), choices(), st.lists(st.floats(0.002, 1.2), min_size=2, max_size=4), st.booleans())
 def test_a_larger_budget_never_loses_more(

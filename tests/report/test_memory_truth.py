@@ -70,6 +70,7 @@ def allocated(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(("info", "more"), VARIANTS, ids=IDS)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,6 +111,7 @@ def test_collection_reports_what_is_allocated(info: MethodInfo, more: dict[str, 
         assert planned[table.name].footprint == table.footprint
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize(("info", "more"), VARIANTS, ids=IDS)
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("native", [False, True])
@@ -130,6 +132,7 @@ def test_gradients_are_those_of_a_backward(info: MethodInfo, more: dict[str, Any
         assert said == found
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("info", METHODS, ids=NAMES)
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "native"])

@@ -14,6 +14,7 @@ from recsys_embed.train import TrainConfig, run_training
 from tests.search.planted import IDS, RANKS, Planted, planted_config
 
 WIDTH = 8
+SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 
 
 def uniform_auc(data: Planted, config: TrainConfig, size: int) -> float:
@@ -35,7 +36,7 @@ def rows_of(plan: PlanType, data: Planted, name: str) -> torch.Tensor:
     return kept
 
 
-@pytest.mark.parametrize("seed", range(5))
+@SEEDS
 def test_optembed_keeps_the_rows_that_matter(seed: int) -> None:
     data, config = Planted(seed), planted_config(seed=seed, epochs=8)
     settings = OptembedSettings(generations=8, threshold_lr=0.7, pull=2e-3, size_weight=0.02)
@@ -56,7 +57,7 @@ def test_optembed_keeps_the_rows_that_matter(seed: int) -> None:
     assert found.result.test.auc >= 0.875
 
 
-@pytest.mark.parametrize("seed", range(5))
+@SEEDS
 def test_dnis_finds_widths_that_follow_the_ranks(seed: int) -> None:
     data, config = Planted(seed), planted_config(seed=seed, epochs=8)
     settings = DnisSettings(blocks=2, scope="field", search_epochs=8, sparsity=0.88, l1=1e-2)
@@ -74,7 +75,7 @@ def test_dnis_finds_widths_that_follow_the_ranks(seed: int) -> None:
     assert found.result.test.auc >= uniform_auc(data, config, spent) + 0.03
 
 
-@pytest.mark.parametrize("seed", range(5))
+@SEEDS
 def test_dnis_with_blocks_of_all_fields_spends_columns_where_there_is_something_to_tell(seed: int) -> None:
     data, config = Planted(seed), planted_config(seed=seed, epochs=8)
     found = run_search(DnisSearch, config, data, DnisSettings(search_epochs=8, sparsity=0.88, l1=1e-2))

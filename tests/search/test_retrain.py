@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -144,3 +146,17 @@ def test_rows_that_ids_share_are_their_weighted_means() -> None:
         loss = loss + (counts.unsqueeze(1) * (coll(ids)[:, f] - values) ** 2).sum()
     (grad,) = torch.autograd.grad(loss, table)
     assert grad.abs().max() < 1e-3, "least squares has no slope left"
+
+
+@pytest.mark.parametrize("model", ["fm", "deepfm", "dnn"])
+def test_a_budget_of_the_vectors_leaves_room_for_first_order_weights(model: str) -> None:
+    config, data, budget = CONFIG.replace(model=model, model_args={}), ToyData(), 3000
+    search = OptembedSearch(config, data, OptembedSettings(), SearchFolder(None, {}), budget=budget)
+    schema = data.schema(4)
+    plan = Plan.uniform(schema, "hash", budget=search.vector_budget)
+    built = model_from_config(planned(config, plan, budget), schema, data.num_dense)
+    first_order = 0 if built.linear is None else built.linear.footprint().serve
+    assert (first_order > 0) == (model != "dnn")
+    assert search.vector_budget == budget - first_order
+    assert 0.95 * budget <= built.footprint().serve <= budget
+    assert replace(search, budget=None).vector_budget is None

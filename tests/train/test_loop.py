@@ -70,6 +70,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(v, right[k]) for k, v in left.items())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stop_at", [1, 5, 16, 17, 37, 48])
 def test_a_stopped_run_goes_on_bit_for_bit(case: str, stop_at: int, tmp_path: Path) -> None:

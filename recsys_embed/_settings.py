@@ -1,0 +1,288 @@
+"""Settings: frozen dataclasses whose fields declare what they may hold, checked together and read from plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, field, fields, replace
+from functools import cache
+from numbers import Integral
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
+
+T = TypeVar("T")
+
+
+def param(
+    default: Any,
+    doc: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    empty: bool = False,
+) -> Any:
+    """A field of a settings class; its annotation and these bounds say what it may hold.
+
+    Args:
+        default: ``MISSING`` makes the field required.
+        doc: its meaning, where the docstring of the class does not say it.
+        low, high: inclusive bounds of numbers, also of those in a tuple.
+        above, below: exclusive bounds.
+        empty: whether a tuple or a text may be empty; where the default is, it may.
+    """
+    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below}
+    metadata["empty"] = empty or (isinstance(default, (tuple, str)) and not default)
+    return field(default=default, metadata=metadata)
+
+
+class _Kind(NamedTuple):
+    """What values of a type must be, in words (one value, several values), and the test of it."""
+
+    one: str
+    many: str
+    allows: Callable[[Any], bool]
+
+
+class Rule(NamedTuple):
+    """What a field of a settings class may hold; ``right`` is a value known to be allowed, its default as a rule."""
+
+    name: str
+    right: Any
+    kind: _Kind
+    hint: Any
+
+
+def _interval(bounds: Mapping[str, Any]) -> tuple[str, Callable[[Any], bool]]:
+    low, high, above, below = (bounds.get(key) for key in ("low", "high", "above", "below"))
+    bottom, top = (low if above is None else above), (high if below is None else below)
+    if bottom is not None and top is not None:
+        text = f" in {'[' if above is None else '('}{bottom}, {top}{']' if below is None else ')'}"
+    elif bottom is not None:
+        text = f" {'>=' if above is None else '>'} {bottom}"
+    else:
+        text = "" if top is None else f" {'<=' if below is None else '<'} {top}"
+
+    def inside(value: Any) -> bool:
+        return (
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        )
+
+    return text, inside
+
+
+def _kind(hint: Any, bounds: Mapping[str, Any]) -> _Kind:
+    """The kind of an annotation without None."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        known = ", ".join(map(str, args))
+        types = tuple({type(a) for a in args})
+        return _Kind(
+            f"one of {known}",
+            f"values among {known}",
+            lambda v: isinstance(v, types) and not isinstance(v, bool) and v in args,
+        )
+    if origin in (Union, UnionType):
+        kinds = [_kind(a, bounds) for a in args]
+        return _Kind(
+            " or ".join(k.one for k in kinds),
+            " or ".join(k.many for k in kinds),
+            lambda v: any(k.allows(v) for k in kinds),
+        )
+    if origin is tuple:
+        return _tuple_kind(args, bounds)
+    if hint is bool:
+        return _Kind("true or false", "values that are true or false", lambda v: isinstance(v, bool))
+    text, inside = _interval(bounds)
+    if hint is int:
+        return _Kind(
+            f"an integer{text}",
+            f"integers{text}",
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and inside(v),
+        )
+    if hint is float:
+        return _Kind(
+            f"a finite number{text}",
+            f"finite numbers{text}",
+            lambda v: (
+                isinstance(v, (int, float)) and not isinstance(v, bool) and -math.inf < v < math.inf and inside(v)
+            ),
+        )
+    if hint is str:
+        return _Kind("text", "texts", lambda v: isinstance(v, str))
+    if isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
+        return _Kind("a table of settings", "tables of settings", lambda v: isinstance(v, Mapping) and all(
+            isinstance(key, str) for key in v
+        ))  # fmt: skip
+    if hint is Path:
+        return _Kind("a path", "paths", lambda v: isinstance(v, Path))
+    if isinstance(origin or hint, type):
+        cls = origin or hint
+        return _Kind(f"a {cls.__name__}{text}", f"{cls.__name__}s{text}", lambda v: isinstance(v, cls) and inside(v))
+    return _Kind("anything", "anything", lambda v: True)
+
+
+def _tuple_kind(args: tuple[Any, ...], bounds: Mapping[str, Any]) -> _Kind:
+    item, empty = _kind(args[0], bounds), bounds.get("empty", False)
+    length = None if Ellipsis in args else len(args)
+    if length is not None:
+        one = f"a list of {length} {item.many}"
+    else:
+        one = f"a list of {item.many}" if empty else f"a non-empty list of {item.many}"
+
+    def allows(value: Any) -> bool:
+        right = isinstance(value, tuple) and (len(value) == length if length is not None else empty or len(value) > 0)
+        return right and all(map(item.allows, value))
+
+    return _Kind(one, f"lists of {item.many}", allows)
+
+
+def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> Rule:
+    kinds = [a for a in get_args(hint) if a is not NoneType]
+    if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
+        some = _kind(Union[tuple(kinds)], bounds)  # noqa: UP007 - of a tuple
+        kind = _Kind(f"{some.one}, or None", f"{some.many}, or None", lambda v: v is None or some.allows(v))
+    else:
+        kind = _kind(hint, bounds)
+    return Rule(name, MISSING, kind, hint)
+
+
+@cache
+def rules(cls: type) -> tuple[Rule, ...]:
+    """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
+    hints, found = get_type_hints(cls), []
+    for f in fields(cls):
+        rule = _rule(f.name, hints[f.name], f.metadata)
+        known = f.default is not MISSING and rule.kind.allows(f.default)
+        found.append(rule._replace(right=f.default) if known else rule)
+    return tuple(found)
+
+
+def setting_faults(settings: Any) -> list[str]:
+    """What is wrong with the fields of a dataclass, each by itself: one sentence per fault.
+
+    Lists become tuples and integers of numpy Python's, where a field takes those.
+    """
+    faults: list[str] = []
+    cls: type = type(settings)
+    for name, right, kind, _ in rules(cls):
+        value = getattr(settings, name)
+        if value is right or kind.allows(value):
+            continue
+        plain = _plain(value)
+        if plain is not value and kind.allows(plain):
+            object.__setattr__(settings, name, plain)
+        else:
+            faults.append(fault(name, kind.one, value))
+    return faults
+
+
+def fault(name: str, wanted: str, got: Any) -> str:
+    """The sentence for a setting that is not what it must be.
+
+    >>> fault("lr", "a finite number >= 0", -1)
+    '`lr` must be a finite number >= 0; got -1'
+    """
+    return f"`{name}` must be {wanted}; got {got!r}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
+
+
+@cache
+def _keys(cls: type) -> tuple[frozenset[str], tuple[str, ...], frozenset[str]]:
+    """Names of the fields that can be given, of those without a default, and of those that hold a float."""
+    given = [f for f in fields(cls) if f.init]
+    required = tuple(f.name for f in given if f.default is MISSING and f.default_factory is MISSING)
+    hints = get_type_hints(cls)
+    accepted = {name: get_args(hint) or (hint,) for name, hint in hints.items()}
+    floats = frozenset(n for n, hints in accepted.items() if float in hints and int not in hints)
+    return frozenset(f.name for f in given), required, floats
+
+
+def key_faults(cls: type, data: Any, kind: str, missing: str = "") -> tuple[list[str], list[str]]:
+    """Keys of ``data`` that are no fields of ``cls``, with the nearest name, and required fields that it lacks.
+
+    Args:
+        cls: a dataclass.
+        data: what was read, by name of field.
+        kind: what a key is called in the sentences.
+        missing: how to mend a required field that is absent.
+
+    Raises:
+        ConfigError: ``data`` is no mapping.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected a table of settings by name; got {type(data).__name__} ({cls.__name__})")
+    known, required, _ = _keys(cls)
+    strange = [str(unknown_name(kind, str(key), known)) for key in data if key not in known]
+    return strange, [f"`{name}` is missing{missing}" for name in required if name not in data]
+
+
+def refuse_unknown(cls: type, data: Any, kind: str, missing: str = "", where: str | None = None) -> None:
+    """Raise one error for all unknown and absent keys of ``data``, see :func:`key_faults`.
+
+    Raises:
+        UnknownNameError: keys are unknown and none is absent.
+        ConfigError: keys are absent.
+    """
+    strange, absent = key_faults(cls, data, kind, missing)
+    raise_faults(strange + absent, where or cls.__name__, ConfigError if absent else UnknownNameError)
+
+
+def build(cls: type[T], data: Any, kind: str, missing: str = "", where: str | None = None) -> T:
+    """A dataclass from plain values as JSON or TOML hold them.
+
+    Whole numbers for a float become floats, so that equal settings are written alike.
+
+    Raises:
+        UnknownNameError: keys are unknown; names the nearest ones.
+        ConfigError: keys are absent, or what the class refuses; all faults at once.
+    """
+    refuse_unknown(cls, data, kind, missing, where)
+    plain: type = cls
+    floats = _keys(plain)[2]
+    return cls(**{k: float(v) if k in floats and type(v) is int and abs(v) < 2**53 else v for k, v in data.items()})
+
+
+class Settings:
+    """Base of frozen dataclasses of settings, whose fields are declared with :func:`param`."""
+
+    kind: ClassVar[str] = "setting"
+
+    def __post_init__(self) -> None:
+        raise_faults(setting_faults(self) or self.conflicts(), self.where())
+
+    def where(self) -> str:
+        """What errors call these settings."""
+        return type(self).__name__
+
+    def conflicts(self) -> list[str]:
+        """Faults of the settings together, where each is right by itself; subclasses say theirs."""
+        return []
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from plain values; an unknown key is an error that names the nearest one."""
+        return build(cls, data, cls.kind)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, checked again; unknown keys are errors."""
+        strange, _ = key_faults(type(self), changes, self.kind)
+        raise_faults(strange, self.where(), UnknownNameError)
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

@@ -1,0 +1,96 @@
+"""What every update rule is: its settings, the state it keeps and one step of it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from recsys_embed.errors import raise_faults
+
+
+def is_rate(value: object) -> bool:
+    """Whether ``value`` is a finite number and not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+@dataclass(frozen=True)
+class FusedOptimizer(ABC):
+    """One update rule. Subclasses are frozen data; state lives with the tables.
+
+    Args:
+        lr: learning rate, > 0 (0 freezes the tables).
+        weight_decay: L2 penalty, ``weight_decay * w`` added to the gradient of every row that moves.
+        rows: which rows a step moves: ``"touched"``, those of the batch; or ``"all"``, so that weights are those of the
+            dense optimizer of torch (rows that are never read decay and moments fade). The others wait: a row makes
+            up for the steps it missed when it is next read, and all do before they are evaluated or saved.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    lr: float = 0.01
+    weight_decay: float = field(default=0.0, kw_only=True)
+    rows: Literal["touched", "all"] = field(default="touched", kw_only=True)
+
+    # Name and kind of each state tensor: "row" is one float per row, "element" one per weight, "step" a count per row.
+    state: ClassVar[Mapping[str, str]] = {}
+    # Whether a row moves on without a gradient, by what it remembers.
+    fades: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        raise_faults([fault for f in fields(self) for fault in self._faults(f.name)], type(self).__name__)
+
+    def _faults(self, name: str) -> list[str]:
+        """What is wrong with one argument."""
+        value = getattr(self, name)
+        choices = _CHOICES.get(name)
+        if choices:
+            ok, wanted = value in choices, " or ".join(map(repr, choices))
+        elif name == "betas":
+            ok = isinstance(value, tuple) and len(value) == 2 and all(is_rate(b) and b < 1 for b in value)
+            wanted = "two numbers in [0, 1)"
+        else:
+            ok, wanted = is_rate(value), "a finite number >= 0"
+        return [] if ok else [f"`{name}` must be {wanted}; got {value!r}"]
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
+        return {**self.state, "last": "step"} if self.lazy else dict(self.state)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether rows outside a batch move, and make up for it when they are next read."""
+        return self.rows == "all" and (self.weight_decay > 0 or self.fades)
+
+    def initial(self, name: str) -> float:
+        """Value every element of state ``name`` starts with."""
+        return 0.0
+
+    def state_bytes(self, rows: int, width: int) -> int:
+        """Bytes of float32 state for a table of ``rows`` x ``width``."""
+        return 4 * sum(rows * width if kind == "element" else rows for kind in self.tensors.values())
+
+    def pace(self, lr: float, step: int) -> tuple[float, float]:
+        """What a step's direction is multiplied by, and the epsilon of its denominator."""
+        return lr, getattr(self, "eps", 0.0)
+
+    @abstractmethod
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
+        """New weights of the touched rows.
+
+        Args:
+            weight: ``[u, width]`` current weights of the touched rows.
+            grad: ``[u, width]`` their summed gradients, weight decay included.
+            state: per name of :attr:`state` ``[u, 1]`` or ``[u, width]``; replaced in the dict by its new value.
+            lr: current learning rate (a schedule may have moved it from ``self.lr``).
+            step: 1 for the first update of the table.
+        """
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {"rows": ("touched", "all"), "bias_correction": ("table", "row")}
