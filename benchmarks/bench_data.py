@@ -26,7 +26,7 @@ import torch
 from measure import interleaved, report
 
 from recsys_embed.data import CriteoOptions, convert_criteo, make_synthetic, open_dataset
-from recsys_embed.data.options import MIN_MEMORY
+from recsys_embed.data.criteo.options import MIN_MEMORY
 
 BATCH = 4096
 CASES: dict[str, dict[str, Any]] = {

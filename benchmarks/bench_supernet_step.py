@@ -21,7 +21,7 @@ from benchmarks.measure import interleaved, report
 from recsys_embed import EmbeddingCollection, RowwiseAdagrad
 from recsys_embed.data.batch import Batch, InMemoryDataset
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.masks import Stage
+from recsys_embed.kernels.native.masks import Stage
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.config import TrainConfig

@@ -12,8 +12,8 @@ from workload import Case
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, Plan, RowwiseAdagrad
+from recsys_embed.core.program import Hash, LookupProgram
 from recsys_embed.methods.compositional import CompositionalConfig
-from recsys_embed.program import Hash, LookupProgram
 
 
 def _tables(specs: list[tuple[int, int]], rule: str, owners: list[int] | None = None) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed import EmbeddingCollection
-from recsys_embed.bundle import LookupBundle
+from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.kernels.storage import allocate
 
 

@@ -9,27 +9,27 @@ from typing import Any as _Any
 
 from recsys_embed import methods as _methods  # noqa: F401  (importing registers them)
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.hashing import string_ids
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.hashing import string_ids
-from recsys_embed.memory import Footprint
 from recsys_embed.optim import SGD, Adagrad, Adam, RowwiseAdagrad
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, get_method, list_methods, make_embedding, register
 
 if TYPE_CHECKING:
     from recsys_embed.compress import compress_, materialize_
+    from recsys_embed.exports import export, load
     from recsys_embed.planning import plan_for_budget
     from recsys_embed.report.memory import memory_report
-    from recsys_embed.shipping import export, load
 
 __version__ = "0.1.0"
 
 # Public names that load at first use, and the modules that hold them.
 _LAZY = {
     "compress_": "compress",
-    "export": "shipping",
-    "load": "shipping",
+    "export": "exports",
+    "load": "exports",
     "materialize_": "compress",
     "memory_report": "report.memory",
     "plan_for_budget": "planning",

@@ -119,11 +119,11 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
     """Every place of the tree below ``module``; a module that contains itself is entered once."""
     if id(module) in above:
         return
-    if _is_ours(module, "collection", "EmbeddingCollection"):
+    if _is_ours(module, "collection.embedding_collection", "EmbeddingCollection"):
         for name in module.schema.names:  # type: ignore[union-attr]
             yield _Seen(_join(path, name), "collection", module, module, name, (id(module), name))
         return
-    if _is_ours(module, "embedding", "CompressedEmbedding"):
+    if _is_ours(module, "embedding.compressed_embedding", "CompressedEmbedding"):
         # Drop-ins of one name over the same parameters stand for one table, as tied plain modules do; a loaded
         # export has none.
         own = tuple(id(p) for p in module.parameters()) or (id(module),)

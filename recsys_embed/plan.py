@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.footprint import Footprint, parse_bytes
+from recsys_embed.core.id_sets import members_of
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Table
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.members import members_of
-from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.optim import FusedOptimizer
-from recsys_embed.program import Table
 from recsys_embed.registry import config_from_dict, get_method
 
 PLAN_VERSION = 1
@@ -111,7 +111,7 @@ class Plan:
         configs: by feature name.
         reasons: by feature name, in words, why a planner chose it.
         notes: what the planner aimed at and came to.
-        sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.members.set_text`;
+        sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.core.id_sets.set_text`;
             features without any own rows by frequency.
 
     ``reasons`` and ``notes`` are for people: plans of equal configurations are equal.

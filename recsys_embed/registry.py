@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, unknown_name
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from recsys_embed.kernels import fbgemm, native_library
+from recsys_embed.kernels import fbgemm
+from recsys_embed.kernels.native import library as native_library
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NAMES = [f.stem for f in FOLDER.glob("*.py")]

@@ -16,9 +16,9 @@ import typer
 from typer.main import get_command
 
 import recsys_embed.cli as cli
-from recsys_embed._versions import Installed
 from recsys_embed.cli import doctor
 from recsys_embed.errors import ConfigError, DataError, MissingDependencyError, raise_faults
+from recsys_embed.utils.versions import Installed
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_embed import hashing
 from recsys_embed.codes import Codes, CodesIndex, pack, packed_words, unpack
+from recsys_embed.core import hashing
+from recsys_embed.core.id_sets import Index
+from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels import kinds, reference
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native_library import library
-from recsys_embed.kernels.native_lookup import SingleLookup
-from recsys_embed.members import Index
-from recsys_embed.program import Digit, Init, LookupProgram, Member, Probe, Table
+from recsys_embed.kernels.native.autograd import SingleLookup
+from recsys_embed.kernels.native.library import library
 
 
 def bits_by_numpy(words: torch.Tensor, count: int, bits: int) -> list[int]:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Init, Table
 from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError, UnknownNameError
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.optim import SGD
-from recsys_embed.program import Init, Table
 from recsys_embed.registry import config_from_dict, list_methods
 
 PARAMS: dict[str, list[dict[str, Any]]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recsys_embed import FeatureSpec
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
 from recsys_embed.registry import config_from_dict, get_method, list_methods, register
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.kernels import native_library
+from recsys_embed.kernels.native import library as native_library
 from recsys_embed.optim import FusedOptimizer
 
 NATIVE = pytest.mark.skipif(isinstance(native_library.library(), str), reason="no kernels")

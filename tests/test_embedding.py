@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import recsys_embed as rse
-from recsys_embed import hashing
+from recsys_embed.core import hashing
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, RecsysEmbedError, UnknownNameError
 from recsys_embed.registry import list_methods

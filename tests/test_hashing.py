@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from recsys_embed.hashing import hash_rows, hash_signs, murmur3_words, reduce_range, salt, splitmix64
+from recsys_embed.core.hashing import hash_rows, hash_signs, murmur3_words, reduce_range, salt, splitmix64
 
 M64 = 2**64 - 1
 int64 = st.integers(-(2**63), 2**63 - 1)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys_embed.core.id_sets import Index, positions
+from recsys_embed.core.program import Member
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.members import Index, positions
-from recsys_embed.program import Member
 
 
 @st.composite

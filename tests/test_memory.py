@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError
-from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
-from recsys_embed.kernels.fused import apply_update
-from recsys_embed.kernels.pace import Pace
+from recsys_embed.kernels.deferred_steps import Pace
+from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad, sum_duplicates
 
 RULES = (

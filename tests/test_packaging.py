@@ -16,9 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed._optional import require
-from recsys_embed._versions import Installed, installed_versions, pair_faults, pair_notes, read_installed, require_pair
 from recsys_embed.errors import MissingDependencyError
+from recsys_embed.utils.optional import require
+from recsys_embed.utils.versions import (
+    Installed,
+    installed_versions,
+    pair_faults,
+    pair_notes,
+    read_installed,
+    require_pair,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,7 +108,7 @@ def test_cpu_fbgemm_on_a_cuda_torch_is_a_note():
 
 def test_require_pair_raises_before_any_import(monkeypatch):
     require_pair.cache_clear()
-    monkeypatch.setattr("recsys_embed._versions.pair_faults", lambda: ["a", "b"])
+    monkeypatch.setattr("recsys_embed.utils.versions.pair_faults", lambda: ["a", "b"])
     with pytest.raises(MissingDependencyError, match="a; b"):
         require_pair()
     require_pair.cache_clear()
@@ -109,7 +116,7 @@ def test_require_pair_raises_before_any_import(monkeypatch):
 
 def test_a_pair_is_checked_before_torchrec_is_imported(monkeypatch):
     require_pair.cache_clear()
-    monkeypatch.setattr("recsys_embed._versions.pair_faults", lambda: ["they do not belong together"])
+    monkeypatch.setattr("recsys_embed.utils.versions.pair_faults", lambda: ["they do not belong together"])
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     with pytest.raises(MissingDependencyError, match="do not belong together"):
         require("torchrec.sparse", extra="torchrec")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core.id_sets import members_of, set_text
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
-from recsys_embed.members import members_of, set_text
 from recsys_embed.registry import config_from_dict, get_method, list_methods
 
 METHODS = [m.name for m in list_methods()]

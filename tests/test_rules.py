@@ -13,7 +13,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import BackendError, ConfigError, UnknownNameError
-from recsys_embed.kernels import native_library
+from recsys_embed.kernels.native import library as native_library
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, register_rule, registry, rule_name
 from recsys_embed.report.memory import memory_report
 from recsys_embed.search.optembed import OptembedSearch, OptembedSettings
@@ -103,8 +103,8 @@ def test_a_rule_that_extends_another_is_not_taken_for_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_rules())
 def test_torchrec_updates_by_a_rule_it_has_and_by_no_other(name: str) -> None:
-    update = pytest.importorskip("recsys_embed.sharding.update", exc_type=ImportError)
-    layout = pytest.importorskip("recsys_embed.sharding.layout", exc_type=ImportError)
+    update = pytest.importorskip("recsys_embed.sharding.fused_updates", exc_type=ImportError)
+    layout = pytest.importorskip("recsys_embed.sharding.physical_tables", exc_type=ImportError)
     rule = make_rule(name)
     tables = Plan.full(SCHEMA).tables(SCHEMA)
     slab = layout.slabs_for(tables, rule)["C1.weight"]

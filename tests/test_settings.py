@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed._settings import Settings, param, setting_faults
 from recsys_embed.errors import ConfigError, UnknownNameError
+from recsys_embed.utils.settings import Settings, param, setting_faults
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core.hashing import string_ids
 from recsys_embed.errors import ConfigError
-from recsys_embed.hashing import string_ids
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.testing import example
 

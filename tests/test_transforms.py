@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_embed.members import Index
+from recsys_embed.core.id_sets import Index
+from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.options import goes_by_frequency
 from recsys_embed.planning.price import Terms, factors, price
-from recsys_embed.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform
-from recsys_embed.report.memory_collisions import expect
+from recsys_embed.report.memory.collisions import expect
 
 IDS = 60
 TRANSFORMS = [

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
-from recsys_embed import SGD, Adam, EmbeddingCollection, FeatureSpec, Plan, Schema, hashing
+from recsys_embed import SGD, Adam, EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core import hashing
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError
 from recsys_embed.kernels import reference

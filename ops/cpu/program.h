@@ -1,4 +1,4 @@
-// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/records.py.
+// Lookup programs as the kernels read them: plain records of 64-bit fields, written by recsys_embed/kernels/native/records.py.
 #pragma once
 #include <cstdint>
 

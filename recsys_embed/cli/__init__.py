@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from recsys_embed._optional import require
 from recsys_embed.errors import ConfigError, RecsysEmbedError, unknown_name
+from recsys_embed.utils.optional import require
 
 if TYPE_CHECKING:
     import typer
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
-        from recsys_embed._versions import installed_versions
+        from recsys_embed.utils.versions import installed_versions
 
         print(PROG, installed_versions(["recsys-embed"])["recsys-embed"] or "(not installed; run from its source tree)")
         return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.features import Schema
-from recsys_embed.memory import format_bytes
 from recsys_embed.optim import make_rule
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.placement import Cluster, Placement, largest_budget, place

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recsys_embed._json import strict_json
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.train.config import TrainConfig, read_settings
+from recsys_embed.utils.strict_json import strict_json
 
 
 def split_settings(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:

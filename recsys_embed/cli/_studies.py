@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed._json import strict_json
 from recsys_embed.cli._settings import names, say_few_steps, search_settings, train_config
+from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
-from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.train import Interrupted, TrainConfig
 from recsys_embed.train.files import drop_temporaries, write_json, write_text
+from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
 STUDY = "study.json"
@@ -69,7 +69,7 @@ def methods(
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    from recsys_embed.search.study_urls import file_of, shown
+    from recsys_embed.search.studies.urls import file_of, shown
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -158,8 +158,8 @@ def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
     from recsys_embed.search.needs import require_optuna
 
     require_optuna()
-    from recsys_embed.search.study import MethodStudy
-    from recsys_embed.search.study_settings import StudySettings
+    from recsys_embed.search.studies.settings import StudySettings
+    from recsys_embed.search.studies.study import MethodStudy
 
     return MethodStudy(
         TrainConfig.from_dict(asked["train"]),
@@ -215,7 +215,7 @@ def short(params: dict[str, Any]) -> str:
     >>> short({"budget": "5%", "all.method": "optembed", "all.width": 8, "all.share": 0.5})
     '5%: all optembed/8'
     """
-    from recsys_embed.search.study_space import takes_width
+    from recsys_embed.search.studies.space import takes_width
 
     groups = {k.removesuffix(".method"): v for k, v in params.items() if k.endswith(".method")}
     parts = [f"{g} {m}" + (f"/{params[f'{g}.width']}" if takes_width(m) else "") for g, m in groups.items()]
@@ -223,7 +223,7 @@ def short(params: dict[str, Any]) -> str:
 
 
 def _check(study: Any, count: int, *, quiet: bool) -> dict[str, Any] | None:
-    from recsys_embed.search.study_results import check_proxy
+    from recsys_embed.search.studies.results import check_proxy
 
     def tell(number: int, proxy: float, full: float) -> None:
         print(f"trial {number} in full: AUC {full:.4f} ({proxy:.4f} when short)", flush=True)
@@ -234,7 +234,7 @@ def _check(study: Any, count: int, *, quiet: bool) -> dict[str, Any] | None:
 def write_results(study: Any, folder: Path, checked: dict[str, Any] | None) -> dict[str, Any]:
     """Write ``results.json``, ``front.md`` and ``front.png``; returns what the first holds."""
     from recsys_embed.report.study_front import front_of, plot_front
-    from recsys_embed.search.study_results import importance, rows_of
+    from recsys_embed.search.studies.results import importance, rows_of
 
     with study.guarded():
         rows = rows_of(study)
@@ -285,8 +285,8 @@ def pick(
 ) -> int:
     """Train a point of a study in full, test it, and export it."""
     from recsys_embed.data import open_dataset
-    from recsys_embed.search.study_results import best_under, rows_of
-    from recsys_embed.shipping import export
+    from recsys_embed.exports import export
+    from recsys_embed.search.studies.results import best_under, rows_of
     from recsys_embed.train.run import footprint_dict, plain, run_training
 
     if (trial is None) == (under is None):

@@ -74,7 +74,7 @@ def _counts(model: Any, folder: Path) -> Any:
 def _load(model: Any, path: Path) -> None:
     import torch
 
-    from recsys_embed._optional import require
+    from recsys_embed.utils.optional import require
 
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, make_synthetic, open_dataset
-from recsys_embed.data.options import Progress
-from recsys_embed.data.planted import DEFAULT_ROWS, DEFAULT_SCALE
+from recsys_embed.data.criteo.options import Progress
+from recsys_embed.data.criteo.planted import DEFAULT_ROWS, DEFAULT_SCALE
 from recsys_embed.data.splits import fraction
 from recsys_embed.data.stats import read_stats, stats_table
-from recsys_embed.memory import parse_bytes
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
 

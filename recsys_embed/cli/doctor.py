@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from recsys_embed._versions import installed_versions, pair_faults, pair_notes
+from recsys_embed.utils.versions import installed_versions, pair_faults, pair_notes
 
 _CPU_FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "amx_tile")
 _ARM_FLAGS = ("asimd", "sve", "sve2", "bf16", "i8mm")

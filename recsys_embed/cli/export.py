@@ -11,8 +11,8 @@ from zipfile import is_zipfile
 import typer
 
 from recsys_embed.cli._target import load_target
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
-from recsys_embed.memory import format_bytes
 
 
 def export(
@@ -41,8 +41,8 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Write what serving needs into one file: pruned, quantised, without optimizer state; and say what it costs."""
-    from recsys_embed.shipping import export as write
-    from recsys_embed.shipping import load
+    from recsys_embed.exports import export as write
+    from recsys_embed.exports import load
 
     if check is not None:
         if source is not None or model is not None or out is not None:
@@ -88,7 +88,7 @@ def _auc(folder: Path, split: str) -> Callable[[Any], float]:
 
 
 def _verified(path: Path, as_json: bool) -> str:
-    from recsys_embed.shipping import verify
+    from recsys_embed.exports import verify
 
     manifest = verify(path)
     size = path.stat().st_size

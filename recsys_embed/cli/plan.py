@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_embed._json import strict_json
 from recsys_embed.cli._settings import names, read_plan
 from recsys_embed.cli._target import load_target
 from recsys_embed.compress import table_counts
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
-from recsys_embed.memory import format_bytes
 from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
+from recsys_embed.utils.strict_json import strict_json
 
 WIDTH = 160
 

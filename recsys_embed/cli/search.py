@@ -11,7 +11,7 @@ import typer
 
 from recsys_embed.cli._settings import say_few_steps, search_settings, train_config
 from recsys_embed.cli._studies import methods, pick
-from recsys_embed.memory import format_bytes
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.report.search_curves import plot_curves
 from recsys_embed.search.common import Search, SearchOutcome, run_search
 from recsys_embed.search.dnis import DnisSearch

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed.cli._settings import read_plan, say_few_steps, split_settings, train_config
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
-from recsys_embed.memory import format_bytes
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
 from recsys_embed.train.run import RunOutcome, footprint_dict, plain

@@ -2,6 +2,6 @@
 
 from recsys_embed.compress.counts import table_counts
 from recsys_embed.compress.inplace import compress_, materialize_
-from recsys_embed.compress.outcome import CompressedTable, CompressReport, SharedTable
+from recsys_embed.compress.report import CompressedTable, CompressReport, SharedTable
 
 __all__ = ["CompressReport", "CompressedTable", "SharedTable", "compress_", "materialize_", "table_counts"]

@@ -9,17 +9,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.compress.joint import fit_jointly, relative_error
-from recsys_embed.config import MethodConfig
+from recsys_embed.compress.joint_fit import fit_jointly, relative_error
+from recsys_embed.core.id_sets import members_of
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Table
 from recsys_embed.discover import FoundTable
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Unseen
-from recsys_embed.kernels.unseen import with_unseen_row
-from recsys_embed.members import members_of
-from recsys_embed.program import Table
+from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.registry import get_method
-from recsys_embed.shared import SharedTables
 
 Start = Literal["dense", "fresh"]
 _OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")

@@ -1,131 +1,227 @@
-"""From the tables to replace to a changed model: what speaks against it, and the exchange itself."""
+"""Exchange modules and parameters everywhere at once: in the tree, in containers beside it, and in optimizers."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from recsys_embed.compress import match
-from recsys_embed.compress.build import Job, Start, build, components, shared_faults, try_out
-from recsys_embed.compress.dress import dress, extra_faults
-from recsys_embed.compress.law import law_of
-from recsys_embed.compress.swap import Exchange, apply, live_optimizers
-from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError
-
-Adapter = Callable[[nn.Module, CompressedEmbedding], nn.Module]
-Subclasses = Collection[type] | Mapping[type, Adapter | None]
+_TORCH_OWN = frozenset(vars(nn.Module()))
+_DEPTH = 8
 
 
-class Replacement:
-    """Everything between a list of jobs and a changed model."""
+class Change(NamedTuple):
+    """One exchange and its undoing."""
+
+    do: Callable[[], None]
+    undo: Callable[[], None]
+
+
+def apply(changes: Sequence[Change]) -> None:
+    """Make all changes, or none."""
+    done: list[Change] = []
+    try:
+        for change in changes:
+            done.append(change)
+            change.do()
+    except BaseException:
+        for change in reversed(done):
+            change.undo()
+        raise
+
+
+def _item(container: Any, key: Any, old: Any, new: Any) -> Change:
+    return Change(lambda: container.__setitem__(key, new), lambda: container.__setitem__(key, old))
+
+
+def _content(items: list[Any], new: list[Any]) -> Change:
+    # In place: other objects (a closure of an optimizer) may hold the very list.
+    old = list(items)
+    return Change(lambda: items.__setitem__(slice(None), new), lambda: items.__setitem__(slice(None), old))
+
+
+class Exchange:
+    """What replaces what.
+
+    Args:
+        modules: new module by the id of the old one.
+        parameters: new parameters by the id of the old one.
+        names: dotted name of each old parameter and of its table, for messages.
+    """
 
     def __init__(
-        self, model: nn.Module, jobs: Sequence[Job], optimizers: Sequence[Any], adapters: Mapping[type, Adapter | None]
+        self,
+        modules: Mapping[int, nn.Module],
+        parameters: Mapping[int, Sequence[nn.Parameter]],
+        names: Mapping[int, str],
     ) -> None:
-        self.model, self.jobs, self.optimizers, self.adapters = model, jobs, optimizers, adapters
-        self.groups: list[list[Job]] = []
+        self.modules, self.parameters, self.names = modules, parameters, names
+        self.faults: list[str] = []
 
-    def faults(self) -> list[str]:
-        """What speaks against the exchange; builds the trials of the jobs on the way."""
-        faults = list(match.wrapper_faults(self.model)) if self.jobs else []
-        for o in self.optimizers:
-            if not isinstance(o, Optimizer):
-                faults.append(f"`optimizer` must be torch optimizers; got {type(o).__name__}")
-        if torch.is_inference_mode_enabled():
-            faults.append("parameters made in torch.inference_mode() cannot be trained; leave it first")
-        sound = True
-        for job in self.jobs:
-            wrong = [f for m in job.modules for f in match.module_faults(job.table, m, self._loses_forward(m))]
-            if not wrong:
-                job.law = law_of(job.modules[:1])
-                wrong = try_out(job)
-            if not wrong:
-                new = job.trial or nn.Embedding(1, 1, device="meta")
-                wrong = [f for m in job.modules for f in extra_faults(m, new, f"table {job.table.name!r}")]
-            sound &= not wrong
-            faults += wrong
-        if sound:
-            self.groups = components(self.jobs)
-            for group in self.groups:
-                faults += shared_faults(group)
-                if len(group) > 1:
-                    law = law_of([job.modules[0] for job in group])
-                    for job in group:
-                        job.law, job.trial = law, None
-                        faults += try_out(job)
-            exchange = self._exchange(lambda job, old: job.trial or nn.Embedding(1, 1, device="meta"))
-            exchange.beside(self.model)
-            faults += exchange.faults
-            for o in self.optimizers:
-                if isinstance(o, Optimizer) and not exchange.held_by(o):
-                    faults.append(f"`optimizer` {type(o).__name__} holds none of the parameters to be replaced")
-        return faults
+    # -- the tree -------------------------------------------------------------------------------------------------
 
-    def _loses_forward(self, module: nn.Module) -> bool:
-        cls = type(module)
-        base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
-        if isinstance(module, CompressedEmbedding) or cls not in self.adapters:
-            return False
-        return cls.forward is not base.forward and self.adapters[cls] is None
+    def tree(self, model: nn.Module) -> list[Change]:
+        """Every slot of every module that holds a replaced one."""
+        return [
+            _item(parent._modules, key, child, self.modules[id(child)])
+            for parent in model.modules()
+            if id(parent) not in self.modules
+            for key, child in parent._modules.items()
+            if child is not None and id(child) in self.modules
+        ]
 
-    def _exchange(self, new_of: Callable[[Job, nn.Module], nn.Module]) -> Exchange:
-        """What replaces what, given the new module of each old one."""
-        pairs = [(job, old, new_of(job, old)) for job in self.jobs for old in job.modules]
-        modules = {id(old): new for _, old, new in pairs}
-        kept = _parameters_after(self.model, modules)
-        parameters: dict[int, list[nn.Parameter]] = {}
-        names: dict[int, str] = {id(old): f"table {job.table.name}" for job, old, _ in pairs}
-        for job, old, new in pairs:
-            gone = [p for p in old.parameters() if id(p) not in kept]
-            for i, p in enumerate(gone):
-                # All new parameters stand where the first old one stood.
-                parameters.setdefault(id(p), list(new.parameters()) if i == 0 else [])
-                names[id(p)] = job.table.name
-        return Exchange(modules, parameters, names)
+    # -- containers beside it -------------------------------------------------------------------------------------
 
-    def run(self, start: Start) -> None:
-        """Build the new modules and put them in place; all or nothing."""
-        for group in self.groups:
-            build(group, start)
-        placed: dict[int, nn.Module] = {}
-        for job in self.jobs:
-            for old, new in job.built.items():
-                adapter = self.adapters.get(type(old))
-                dress(old, new)
-                placed[id(old)] = new if adapter is None else _adapted(adapter, old, new, job.table.name)
-        exchange = self._exchange(lambda job, old: placed[id(old)])
-        changes = exchange.tree(self.model) + exchange.beside(self.model)
-        for o in self.optimizers:
-            changes += exchange.optimizer(o)
-        # Before anything changes, so that warnings turned into errors leave the model as it was.
-        for sentence in live_optimizers(self.model, exchange, self.optimizers):
-            warnings.warn(sentence, stacklevel=4)
-        apply(changes)
+    def beside(self, model: nn.Module) -> list[Change]:
+        """References in plain attributes, lists, tuples and dictionaries of the modules; ``faults`` names the rest."""
+        changes: list[Change] = []
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            if id(module) in self.modules:
+                continue
+            for name, value in vars(module).items():
+                if name not in _TORCH_OWN:
+                    where = f"{path}.{name}" if path else name
+                    new = self._rewrite(value, where, changes, seen, 0)
+                    if len(new) == 1 and new[0] is not value:
+                        changes.append(_item(vars(module), name, value, new[0]))
+                    elif len(new) != 1:
+                        self._refuse(where, value, "which one parameter after the other cannot replace")
+        return changes
+
+    def _refuse(self, where: str, value: Any, why: str) -> None:
+        self.faults.append(f"{where} holds the replaced {self.names.get(id(value), 'table')}, {why}; remove it first")
+
+    def _rewrite(self, value: Any, where: str, changes: list[Change], seen: set[int], depth: int) -> list[Any]:
+        """What stands for ``value`` afterwards: itself, or the things that replace it in a list."""
+        if id(value) in self.modules:
+            return [self.modules[id(value)]]
+        if id(value) in self.parameters:
+            return list(self.parameters[id(value)])
+        if isinstance(value, MethodType) and id(value.__self__) in self.modules:
+            self._refuse(where, value.__self__, "as a bound method, which would go on reading the old table")
+        if depth >= _DEPTH or isinstance(value, nn.Module) or not isinstance(value, list | tuple | dict | set):
+            return [value]
+        if isinstance(value, tuple):
+            return self._rewrite_tuple(value, where, changes, seen, depth)
+        if id(value) in seen:
+            return [value]
+        seen.add(id(value))
+        if isinstance(value, set):
+            for item in value:
+                if id(item) in self.modules or id(item) in self.parameters:
+                    self._refuse(where, item, "in a set")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                new = self._rewrite(item, f"{where}[{key!r}]", changes, seen, depth + 1)
+                if len(new) != 1:
+                    self._refuse(f"{where}[{key!r}]", item, f"which is {len(new)} parameters now")
+                elif new[0] is not item:
+                    changes.append(_item(value, key, item, new[0]))
+        else:
+            parts = [self._rewrite(x, f"{where}[{i}]", changes, seen, depth + 1) for i, x in enumerate(value)]
+            flat = _distinct([x for part in parts for x in part], self.parameters.values())
+            if len(flat) != len(value) or any(a is not b for a, b in zip(flat, value, strict=True)):
+                changes.append(_content(value, flat))
+        return [value]
+
+    def _rewrite_tuple(
+        self, value: tuple[Any, ...], where: str, changes: list[Change], seen: set[int], depth: int
+    ) -> list[Any]:
+        parts = [self._rewrite(x, f"{where}[{i}]", changes, seen, depth + 1) for i, x in enumerate(value)]
+        if all(len(part) == 1 and part[0] is x for part, x in zip(parts, value, strict=True)):
+            return [value]
+
+        def made(items: list[Any]) -> Any:
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+        several = [i for i, part in enumerate(parts) if len(part) != 1]
+        if not several:
+            return [made([part[0] for part in parts])]
+        # A pair such as (name, parameter) becomes one pair per new parameter, a tuple of parameters grows.
+        if len(several) == 1 and any(isinstance(x, str) for x in value):
+            at = several[0]
+            return [made([*(p[0] for p in parts[:at]), new, *(p[0] for p in parts[at + 1 :])]) for new in parts[at]]
+        return [made([x for part in parts for x in part])]
+
+    # -- optimizers -----------------------------------------------------------------------------------------------
+
+    def optimizer(self, optimizer: Optimizer) -> list[Change]:
+        """The new parameters in the places of the old ones, whose state is dropped."""
+        changes: list[Change] = []
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        for group in optimizer.param_groups:
+            params: list[Any] = []
+            names: list[str] = []
+            old_names = group.get("param_names") or [""] * len(group["params"])
+            for p, name in zip(group["params"], old_names, strict=True):
+                if id(p) not in self.parameters:
+                    params.append(p)
+                    names.append(name)
+                    continue
+                fresh = [q for q in self.parameters[id(p)] if id(q) not in held]
+                held.update(map(id, fresh))
+                params += fresh
+                names += [name if len(fresh) == 1 else f"{name}.{i}" for i in range(len(fresh))]
+            changes.append(_content(group["params"], params))
+            if group.get("param_names"):
+                changes.append(_content(group["param_names"], names))
+        for p in [p for g in optimizer.param_groups for p in g["params"] if id(p) in self.parameters]:
+            if p in optimizer.state:
+                changes.append(_dropped(optimizer.state, p))
+        return changes
+
+    def held_by(self, optimizer: Optimizer) -> list[str]:
+        """Names of the replaced parameters that an optimizer holds."""
+        params = [p for g in optimizer.param_groups for p in g["params"]]
+        return [self.names[id(p)] for p in params if id(p) in self.parameters]
 
 
-def _adapted(adapter: Adapter, old: nn.Module, new: nn.Module, name: str) -> nn.Module:
-    wrapped = adapter(old, new)  # type: ignore[arg-type]
-    if not isinstance(wrapped, nn.Module):
-        raise ConfigError(f"the adapter of {type(old).__qualname__} must return a module; got {type(wrapped).__name__}")
-    return wrapped
+def _dropped(state: Any, key: Any) -> Change:
+    value = state[key]
+    return Change(lambda: state.pop(key, None), lambda: state.__setitem__(key, value))
 
 
-def _parameters_after(model: nn.Module, modules: Mapping[int, nn.Module]) -> set[int]:
-    """Ids of the parameters the model will hold once ``modules`` are exchanged."""
-    out: set[int] = set()
+def _distinct(items: list[Any], new: Iterable[Sequence[nn.Parameter]]) -> list[Any]:
+    """``items`` with every new parameter once: several old ones may have been replaced by a shared one."""
+    fresh = {id(p) for group in new for p in group}
     seen: set[int] = set()
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        module = modules.get(id(module), module)
-        if id(module) not in seen:
-            seen.add(id(module))
-            out.update(id(p) for p in module._parameters.values() if p is not None)
-            stack += [m for m in module._modules.values() if m is not None]
+    out = []
+    for item in items:
+        if id(item) in fresh:
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+        out.append(item)
     return out
+
+
+def _subclasses(cls: type[Any]) -> set[type[Any]]:
+    return {cls}.union(*(_subclasses(c) for c in cls.__subclasses__()))
+
+
+def live_optimizers(model: nn.Module, exchange: Exchange, given: Sequence[Optimizer]) -> Iterator[str]:
+    """One sentence per optimizer of the process that holds a replaced parameter and is not ``given``."""
+    attributes = {
+        id(value): f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in _TORCH_OWN
+    }
+    mine = {id(o) for o in given}
+    kinds = _subclasses(Optimizer)
+    for found in [o for o in gc.get_objects() if type(o) in kinds]:
+        if id(found) in mine or not hasattr(found, "param_groups"):
+            continue
+        held = exchange.held_by(found)
+        if held:
+            where = f" (attribute {attributes[id(found)]!r} of the model)" if id(found) in attributes else ""
+            some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+            yield (
+                f"optimizer {type(found).__name__}{where} still holds the replaced parameters {some}: pass it as "
+                "`optimizer=` to have them exchanged, or build it anew afterwards"
+            )

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from recsys_embed.compress import match
 from recsys_embed.compress.build import Job, Start
-from recsys_embed.compress.exchange import Replacement, Subclasses
-from recsys_embed.compress.outcome import CompressReport
+from recsys_embed.compress.replacement import Replacement, Subclasses
+from recsys_embed.compress.report import CompressReport
 from recsys_embed.compress.summary import summarise
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Unseen

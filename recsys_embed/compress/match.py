@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.discover import FoundTable
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan

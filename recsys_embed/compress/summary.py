@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from recsys_embed.compress.build import Job
-from recsys_embed.compress.outcome import CompressedTable, CompressReport, SharedTable
-from recsys_embed.config import MethodConfig
+from recsys_embed.compress.report import CompressedTable, CompressReport, SharedTable
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Table
 from recsys_embed.discover import FoundTable
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.program import Table
 
 
 def summarise(

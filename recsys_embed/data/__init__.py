@@ -7,31 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recsys_embed.data.batch import Batch, Batches, InMemoryDataset
-    from recsys_embed.data.convert import ConvertReport, convert_criteo
+    from recsys_embed.data.criteo.convert import ConvertReport, convert_criteo
+    from recsys_embed.data.criteo.options import CriteoOptions
+    from recsys_embed.data.criteo.synthetic import SyntheticReport, make_synthetic
     from recsys_embed.data.folder import StorageError
     from recsys_embed.data.loader import Dataset, open_dataset
-    from recsys_embed.data.options import CriteoOptions
     from recsys_embed.data.splits import SplitRule
-    from recsys_embed.data.synthetic import SyntheticReport, make_synthetic
     from recsys_embed.data.vocab import Vocabulary
 
 _HOME = {
     "Batch": "batch",
     "Batches": "batch",
     "InMemoryDataset": "batch",
-    "ConvertReport": "convert",
-    "convert_criteo": "convert",
+    "ConvertReport": "criteo.convert",
+    "convert_criteo": "criteo.convert",
     "StorageError": "folder",
     "Dataset": "loader",
     "open_dataset": "loader",
-    "CriteoOptions": "options",
+    "CriteoOptions": "criteo.options",
     "SplitRule": "splits",
-    "SyntheticReport": "synthetic",
-    "make_synthetic": "synthetic",
+    "SyntheticReport": "criteo.synthetic",
+    "make_synthetic": "criteo.synthetic",
     "Portion": "portion",
     "Vocabulary": "vocab",
 }
-_NEEDS_POLARS = {"convert", "loader", "portion", "vocab", "synthetic"}
+_NEEDS_POLARS = {"criteo.convert", "loader", "portion", "vocab", "criteo.synthetic"}
 
 __all__ = [
     "Batch",
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME[name]
     if home in _NEEDS_POLARS:
-        from recsys_embed._optional import require
+        from recsys_embed.utils.optional import require
 
         require("polars", extra="data", purpose="reading and writing data folders")
     return getattr(import_module(f"recsys_embed.data.{home}"), name)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recsys_embed.data.bits import stream_key
+from recsys_embed.data.random_bits import stream_key
 from recsys_embed.errors import raise_faults
 
 PREFETCH = 4

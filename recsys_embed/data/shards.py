@@ -14,15 +14,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.encode import FieldResult, Rows, field_names, read_field
+from recsys_embed.data.criteo.encode import FieldResult, Rows, field_names, read_field
+from recsys_embed.data.criteo.ingest import worker_count
+from recsys_embed.data.criteo.layout import INT_NAMES
+from recsys_embed.data.criteo.options import CriteoOptions
+from recsys_embed.data.criteo.parts import Part
+from recsys_embed.data.criteo.transform import log_transform, transform_record
 from recsys_embed.data.folder import file_hash, write_file, write_json
-from recsys_embed.data.ingest import worker_count
-from recsys_embed.data.layout import INT_NAMES
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split
-from recsys_embed.data.options import CriteoOptions
-from recsys_embed.data.parts import Part
 from recsys_embed.data.splits import SPLITS
-from recsys_embed.data.transform import log_transform, transform_record
 
 ROW_GROUP = 65536
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys_embed.data.bits import random_bits, stream_key
+from recsys_embed.data.random_bits import random_bits, stream_key
 from recsys_embed.errors import ConfigError, raise_faults
 
 SplitKind = Literal["order", "random", "file", "all"]

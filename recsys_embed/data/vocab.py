@@ -10,9 +10,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.bits import GOLDEN
-from recsys_embed.data.counts import FieldCounts
+from recsys_embed.data.field_counts import FieldCounts
 from recsys_embed.data.folder import write_file
+from recsys_embed.data.random_bits import GOLDEN
 from recsys_embed.errors import DataError
 
 OOV_ID = 0

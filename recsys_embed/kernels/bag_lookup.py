@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BackendError, raise_faults
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.bag_rows import Block, Rows, call, divide, picked
@@ -16,7 +17,6 @@ from recsys_embed.kernels.bag_step import BagReader
 from recsys_embed.kernels.fbgemm import LANES, TableBatch
 from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup
 from recsys_embed.optim import FusedOptimizer
-from recsys_embed.program import LookupProgram
 
 
 def refuse(programs: Mapping[str, LookupProgram], optimizer: FusedOptimizer | None, like: Tensor, sparse: bool) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import BackendError, unknown_name
-from recsys_embed.kernels import fbgemm, native, native_library
+from recsys_embed.kernels import fbgemm
+from recsys_embed.kernels.native import library as native_library
+from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer
 

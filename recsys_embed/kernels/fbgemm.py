@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from recsys_embed._optional import require
 from recsys_embed.errors import BackendError, MissingDependencyError
 from recsys_embed.kernels.precision import Layout
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.utils.optional import require
 
 # FBGEMM's numbers of its types (SparseType), a table on the host (EmbeddingLocation) and no pooling (PoolingMode).
 _TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3}

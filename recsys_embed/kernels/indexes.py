@@ -8,9 +8,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.index import BaseIndex, IndexArrays
-from recsys_embed.transforms import Transform
 
 
 class IndexStore(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recsys_embed import hashing
+from recsys_embed.core import hashing
+from recsys_embed.core.program import LookupProgram, Probe, Transform
 from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
-from recsys_embed.program import LookupProgram, Probe, Transform
 
 Gather = Callable[[str, Tensor, bool], Tensor]
 

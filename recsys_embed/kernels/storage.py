@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from recsys_embed.core.program import Table
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.vectorised import Place
-from recsys_embed.program import Table
 
 _MADV_HUGEPAGE = 14
 
@@ -26,7 +26,7 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
     Returns:
         Shape of each storage by name, and the place of each table. A storage stays below 2**31 rows.
 
-    >>> from recsys_embed.program import Init
+    >>> from recsys_embed.core.program import Init
     >>> zero = Init("constant")
     >>> stack_tables({"a": Table("w", 3, 4, zero), "b": Table("w", 5, 4, zero)})
     ({'width4': (8, 4)}, {'a': Place(storage='width4', offset=0), 'b': Place(storage='width4', offset=3)})

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed import hashing
+from recsys_embed.core import hashing
+from recsys_embed.core.program import LookupProgram, Probe, Transform
 from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.program import LookupProgram, Probe, Transform
 
 
 class Place(NamedTuple):

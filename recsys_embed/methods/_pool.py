@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.features import FeatureSpec
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 
 _GAP = Table("gap", 1, 1, Init("constant"))
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed import hashing
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core import hashing
+from recsys_embed.core.id_sets import Index
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Hash, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.members import Index
-from recsys_embed.program import Hash, Init, LookupProgram, Member, Probe, Table, Transform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,15 +22,15 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from recsys_embed import hashing
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core import hashing
+from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.fit import fit_tables
-from recsys_embed.memory import Footprint
 from recsys_embed.methods._primes import cover, ladder, next_prime
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 _MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
 

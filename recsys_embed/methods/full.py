@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.checks import bag_mode, check_id_dtype, check_offsets, given_ids
-from recsys_embed.kernels.unseen import with_unseen_row
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
+from recsys_embed.kernels.unseen_ids import with_unseen_row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from recsys_embed import hashing
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core import hashing
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.program import Digit, Hash, Init, LookupProgram, Probe, Table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.features import FeatureSpec
-from recsys_embed.fit import importance_of, principal_axes
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from recsys_embed import hashing
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core import hashing
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.fit import importance_of
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.fit import importance_of
-from recsys_embed.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
 
 # Elements of the matrices that a fit holds at once.
 _AT_ONCE = 1 << 22

@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.id_sets import Index
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
-from recsys_embed.fit import importance_of, principal_axes
-from recsys_embed.members import Index
-from recsys_embed.memory import format_bytes
 from recsys_embed.methods._popularity import Growth, Rounding, WidthRule, alpha_fault, block_faults
-from recsys_embed.program import Digit, Init, LookupProgram, Member, Probe, Table
 
 
 @dataclass(frozen=True, kw_only=True)

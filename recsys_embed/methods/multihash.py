@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from recsys_embed import hashing
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core import hashing
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Hash, Init, LookupProgram, Murmur, Probe, Table, Transform, Weight
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.program import Hash, Init, LookupProgram, Murmur, Probe, Table, Transform, Weight
 
 PRESETS: dict[str, dict[str, Any]] = {
     "thinc": {"num_hashes": 4, "hash": "murmur", "law": "thinc"},

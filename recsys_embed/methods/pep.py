@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core.id_sets import Index
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.members import Index
 from recsys_embed.methods._pruned import Columns, segments
-from recsys_embed.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 
 
 @dataclass(frozen=True, kw_only=True)

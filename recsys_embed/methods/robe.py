@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Self
 
-from recsys_embed import hashing
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core import hashing
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import BudgetError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.memory import format_bytes
 from recsys_embed.methods._pool import private_tables
-from recsys_embed.program import Hash, Init, LookupProgram, Probe, Table
 
 
 @dataclass(frozen=True, kw_only=True)

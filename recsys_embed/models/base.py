@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
-from recsys_embed.memory import Footprint
 from recsys_embed.plan import Plan
 
 NUMERIC_INIT_STD = 0.05

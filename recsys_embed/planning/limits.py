@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.price import Factor
-from recsys_embed.program import LookupProgram, Table
 from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
 
 EVERY = "*"

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.knapsack import Choices, hull, reduce_options

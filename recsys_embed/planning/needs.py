@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.discover import FoundTable, find_tables
-from recsys_embed.memory import format_bytes
 
 
 class Needs(NamedTuple):

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.knapsack import Choices, Ints
 from recsys_embed.planning.limits import Candidate, Costs, Limits
 from recsys_embed.planning.price import Factor, Terms, factors
-from recsys_embed.program import LookupProgram
 
 FULL = "full"
 TINY_PENALTY = 0.05

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.footprint import format_bytes, parse_bytes
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Init, Table
 from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, raise_faults, unknown_name
 from recsys_embed.features import Schema
-from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
 from recsys_embed.plan import Plan, PlanNotes
 from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve, curves_from
@@ -25,7 +26,6 @@ from recsys_embed.planning.predict import plan_losses, terms_of
 from recsys_embed.planning.price import factors
 from recsys_embed.planning.reasons import reason
 from recsys_embed.planning.search import JOIN, Found, Search
-from recsys_embed.program import Init, Table
 
 MANY = 200
 """Features beyond which options are looked at less closely."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Table
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.planning.curves import Floats
@@ -21,7 +22,6 @@ from recsys_embed.planning.knapsack import Ints
 from recsys_embed.planning.limits import Candidate, Costs
 from recsys_embed.planning.options import Frame, Joinable, Menu, Sized, tiny_penalty
 from recsys_embed.planning.price import BETWEEN, width_scale
-from recsys_embed.program import Table
 from recsys_embed.registry import get_method
 
 _AT_ONCE = 1 << 21
@@ -175,7 +175,7 @@ def _of(pools: Sequence[Joinable], candidate: Candidate) -> Joinable:
 def configs_of(pool: Pool, menus: Sequence[Menu], members: Sequence[int], rows: int) -> dict[str, MethodConfig] | None:
     """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None if it cannot be.
 
-    The method's own :meth:`recsys_embed.config.MethodConfig.plan` makes them agree on the tables.
+    The method's own :meth:`recsys_embed.core.method_config.MethodConfig.plan` makes them agree on the tables.
     """
     specs = [menus[i].spec for i in members]
     plain = get_method("full").config_cls.from_params({})

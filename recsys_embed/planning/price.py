@@ -39,8 +39,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recsys_embed.core.program import LookupProgram, Table, Transform
 from recsys_embed.planning.curves import Floats, FrequencyCurve
-from recsys_embed.program import LookupProgram, Table, Transform
 
 HALF_KNOWN = 100.0
 """Lookups after which half of what an id can tell is learned."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.features import FeatureSpec
-from recsys_embed.memory import format_bytes
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.price import Factor, Terms
-from recsys_embed.program import LookupProgram
 
 
 def reason(

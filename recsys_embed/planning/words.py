@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.memory import format_bytes
 from recsys_embed.plan import Plan
 
 

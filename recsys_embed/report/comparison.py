@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recsys_embed._optional import require
 from recsys_embed.train.compare import Summary
+from recsys_embed.utils.optional import require
 
 HEADER = (
     "model",

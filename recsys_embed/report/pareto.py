@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recsys_embed._optional import require
 from recsys_embed.train.compare import Summary
+from recsys_embed.utils.optional import require
 
 
 def pareto_front(points: Sequence[tuple[float, float]], slack: float = 0.01) -> list[int]:

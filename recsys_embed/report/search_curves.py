@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recsys_embed._optional import require
+from recsys_embed.utils.optional import require
 
 
 def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:

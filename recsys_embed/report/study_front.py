@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recsys_embed._optional import require
+from recsys_embed.utils.optional import require
 
 
 def front_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -26,7 +26,7 @@ def plot_front(rows: Sequence[Mapping[str, Any]], path: str | Path, budgets: Map
     """Draw validation AUC over deployed bytes; None when no trial is complete.
 
     Args:
-        rows: of a study, see :func:`recsys_embed.search.study_results.rows_of`.
+        rows: of a study, see :func:`recsys_embed.search.studies.results.rows_of`.
         path: file to write; its suffix picks the format.
         budgets: bytes by text, drawn as vertical lines.
 

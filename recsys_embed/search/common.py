@@ -15,20 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.models import CTRModel, get_model
 from recsys_embed.plan import Plan
-from recsys_embed.search.blocks import count_ids
 from recsys_embed.search.folder import SearchFolder, held
+from recsys_embed.search.frequency_blocks import count_ids
 from recsys_embed.search.report import CURVES, curves_of, page
 from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
 from recsys_embed.search.settings import Settings
 from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.logs import progress_bar
 from recsys_embed.train.loop import CHECKPOINT, Trainer, TrainResult
 from recsys_embed.train.run import (
     LINEAR_METHOD,
@@ -41,6 +40,7 @@ from recsys_embed.train.run import (
     schema_of,
     trained_footprint,
 )
+from recsys_embed.train.run_log import progress_bar
 
 LEAST_OF_A_CLASS = 50
 """Rows of the rarer class below which what is measured on them is mostly chance."""

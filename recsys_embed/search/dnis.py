@@ -12,9 +12,9 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.search.bilevel import BilevelTrainer
-from recsys_embed.search.blocks import block_maps, block_sizes, order_of
 from recsys_embed.search.common import Search, need_classes, need_validation
 from recsys_embed.search.extract import chunks, make_plan
+from recsys_embed.search.frequency_blocks import block_maps, block_sizes, order_of
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
 from recsys_embed.search.settings import DnisSettings

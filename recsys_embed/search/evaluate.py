@@ -17,7 +17,7 @@ from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import Supernet, batch_norms
 from recsys_embed.train.checkpoint import Cadence, load_checkpoint, save_checkpoint
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
-from recsys_embed.train.stop import Interrupted, StopRequest
+from recsys_embed.train.stop_request import Interrupted, StopRequest
 
 _HELD = ("running_mean", "running_var", "momentum", "num_batches_tracked")
 Statistics = list[tuple[Any, ...]]

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from recsys_embed import hashing
 from recsys_embed.collection import EmbeddingCollection
-from recsys_embed.config import MethodConfig
+from recsys_embed.core import hashing
+from recsys_embed.core.id_sets import set_text
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import Probe
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.members import set_text
 from recsys_embed.plan import Plan, table_key
-from recsys_embed.program import Probe
 from recsys_embed.registry import get_method
 
 _CHUNK = 1 << 18

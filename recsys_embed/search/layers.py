@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
-from recsys_embed.kernels.masks import Stage, mask_vectors
+from recsys_embed.kernels.native.masks import Stage, mask_vectors
 from recsys_embed.optim import Adam
 
 Rows = Literal["field", "row", "none"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recsys_embed._optional import require
+from recsys_embed.utils.optional import require
 
 
 def require_optuna() -> Any:

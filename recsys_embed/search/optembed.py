@@ -22,7 +22,7 @@ from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.settings import OptembedSettings
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.run import make_optimizer
-from recsys_embed.train.stop import StopRequest
+from recsys_embed.train.stop_request import StopRequest
 
 _LEAST_ROWS = 2048
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import BudgetError, ConfigError
-from recsys_embed.memory import format_bytes
 from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method
 from recsys_embed.search.common import Search, need_validation

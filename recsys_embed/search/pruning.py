@@ -9,14 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from recsys_embed.config import MethodConfig
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.id_sets import Index, set_text
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.members import Index, set_text
-from recsys_embed.memory import format_bytes
 from recsys_embed.registry import get_method
 from recsys_embed.search.extract import chunks
-from recsys_embed.search.ranking import Ranking
+from recsys_embed.search.largest_elements import Ranking
 
 Chosen = dict[str, tuple[MethodConfig, dict[str, str]]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from recsys_embed.memory import format_bytes
+from recsys_embed.core.footprint import format_bytes
 
 if TYPE_CHECKING:
     from recsys_embed.search.common import Search, SearchOutcome

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
-from recsys_embed.memory import Footprint
 from recsys_embed.models.base import CTRModel
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.train.config import TrainConfig

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.plan import Plan
-from recsys_embed.sharding.entries import (
+from recsys_embed.sharding.checkpoint_tensors import (
     Entry,
     collections_in,
     counts_steps,
@@ -31,7 +31,7 @@ from recsys_embed.sharding.entries import (
     state_entries,
     weight_entries,
 )
-from recsys_embed.sharding.stepping import Optimizers
+from recsys_embed.sharding.optimizers import Optimizers
 from recsys_embed.train.files import write_json, write_text
 
 LATEST = "latest"

@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed import hashing
-from recsys_embed.bags import Bags, to_bags
-from recsys_embed.bundle import LookupBundle
+from recsys_embed.collection.bags import Bags, to_bags
+from recsys_embed.collection.lookup_bundle import LookupBundle
+from recsys_embed.core import hashing
+from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels.checks import check_id_dtype
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.storage import stack_tables
-from recsys_embed.memory import Footprint
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan, table_key
-from recsys_embed.sharding.division import Pooling, divide
-from recsys_embed.sharding.layout import Slab, slabs_for, table_of
+from recsys_embed.sharding.physical_tables import Slab, slabs_for, table_of
 from recsys_embed.sharding.pooled import PooledFeatures
-from recsys_embed.sharding.rows import RowReader
+from recsys_embed.sharding.pooling_split import Pooling, divide
+from recsys_embed.sharding.row_reader import RowReader
 from recsys_embed.sharding.shards import Shard, fill, shards_of
 
 

@@ -14,7 +14,7 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.collection import ShardableCollection
-from recsys_embed.sharding.division import Pooling
+from recsys_embed.sharding.pooling_split import Pooling
 
 
 class CompressedEBC(nn.Module):

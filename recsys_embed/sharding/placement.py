@@ -19,18 +19,18 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 
+from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
-from recsys_embed.memory import format_bytes, parse_bytes
 from recsys_embed.optim import FusedOptimizer, RowwiseAdagrad
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.collection import ShardableCollection
-from recsys_embed.sharding.division import Pooling
-from recsys_embed.sharding.layout import table_of
-from recsys_embed.sharding.quiet import quiet
+from recsys_embed.sharding.fused_updates import fuse, fuses
+from recsys_embed.sharding.physical_tables import table_of
+from recsys_embed.sharding.pooling_split import Pooling
 from recsys_embed.sharding.shard import RESERVED
 from recsys_embed.sharding.sharders import Kind, constraints_for, sharders
-from recsys_embed.sharding.update import fuse, fuses
+from recsys_embed.sharding.torchrec_warnings import quiet
 
 ID_BYTES, NUMBER_BYTES = 8, 4
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
-from recsys_embed.bags import Bags
-from recsys_embed.bundle import LookupBundle
+from recsys_embed.collection.bags import Bags
+from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.features import Schema
 from recsys_embed.kernels.vectorised import Place, project
 from recsys_embed.plan import Plan, table_key
-from recsys_embed.sharding.layout import Slab
+from recsys_embed.sharding.physical_tables import Slab
 
 
 class PooledFeatures(nn.Module):

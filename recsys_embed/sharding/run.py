@@ -9,19 +9,19 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from recsys_embed.core.footprint import Footprint, format_bytes
 from recsys_embed.data.folder import lock
 from recsys_embed.data.loader import Dataset, moments_of
 from recsys_embed.data.portion import Portion
 from recsys_embed.features import Schema
-from recsys_embed.memory import Footprint, format_bytes
 from recsys_embed.models import CTRModel, build_model
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.checkpoint import save
 from recsys_embed.sharding.collection import ShardableCollection
-from recsys_embed.sharding.convert import to_single
-from recsys_embed.sharding.group import job, local_device, share
+from recsys_embed.sharding.process_group import job, local_device, share
 from recsys_embed.sharding.shard import shard
 from recsys_embed.sharding.sharders import Kind, collections_of
+from recsys_embed.sharding.single_machine import to_single
 from recsys_embed.sharding.trainer import ShardedTrainer
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig

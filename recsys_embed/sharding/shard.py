@@ -20,11 +20,11 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.cpu_rows import read_dense_rows
-from recsys_embed.sharding.managed import MOST_RANKS, ManagedEBC, ManagedSharder
-from recsys_embed.sharding.quiet import quiet
+from recsys_embed.sharding.fused_updates import fuse, fuses
+from recsys_embed.sharding.managed_collision import MOST_RANKS, ManagedEBC, ManagedSharder
 from recsys_embed.sharding.sharders import Kind, collections_of, constraints_for, sharders
 from recsys_embed.sharding.shards import copy_in, shards_of
-from recsys_embed.sharding.update import fuse, fuses
+from recsys_embed.sharding.torchrec_warnings import quiet
 
 RESERVED = 0.15
 """Share of a device's memory that plans leave to layers, activations and the allocator, as TorchRec's own do."""

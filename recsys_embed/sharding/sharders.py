@@ -14,8 +14,8 @@ from torchrec.distributed.types import ModuleSharder
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
 from recsys_embed.optim import RowwiseAdagrad
 from recsys_embed.sharding.collection import ShardableCollection
-from recsys_embed.sharding.layout import LANES, Slab
-from recsys_embed.sharding.update import fuses
+from recsys_embed.sharding.fused_updates import fuses
+from recsys_embed.sharding.physical_tables import LANES, Slab
 
 Kind = Literal["table_wise", "column_wise", "row_wise", "data_parallel"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from recsys_embed import hashing
-from recsys_embed.program import Table
-from recsys_embed.sharding.layout import Slab, table_of
+from recsys_embed.core import hashing
+from recsys_embed.core.program import Table
+from recsys_embed.sharding.physical_tables import Slab, table_of
 
 
 class Shard(NamedTuple):

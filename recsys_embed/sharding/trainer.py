@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec.distributed import DistributedModelParallel
 
-from recsys_embed import hashing
+from recsys_embed.core import hashing
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.portion import Portion
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.sharding.checkpoint import find, load, save
-from recsys_embed.sharding.entries import Entry, weight_entries
-from recsys_embed.sharding.group import global_metrics
-from recsys_embed.sharding.stepping import Optimizers, collection_paths, table_named
+from recsys_embed.sharding.checkpoint_tensors import Entry, weight_entries
+from recsys_embed.sharding.optimizers import Optimizers, collection_paths, table_named
+from recsys_embed.sharding.process_group import global_metrics
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import DivergedError, Trainer
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.run import CHECKPOINTS
-from recsys_embed.train.state import RunState
-from recsys_embed.train.stop import StopRequest
+from recsys_embed.train.run_state import RunState
+from recsys_embed.train.stop_request import StopRequest
 
 BEST = "best"
 AGREE_EVERY = 32

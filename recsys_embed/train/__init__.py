@@ -6,7 +6,7 @@ from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import DivergedError, Trainer, TrainResult, evaluate
 from recsys_embed.train.metrics import BinaryMetrics, Metrics, exact_auc
 from recsys_embed.train.run import run_training
-from recsys_embed.train.stop import Interrupted
+from recsys_embed.train.stop_request import Interrupted
 
 __all__ = [
     "BinaryMetrics",

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
-from recsys_embed.memory import Footprint, parse_bytes
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from recsys_embed._json import strict_json
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
+from recsys_embed.utils.strict_json import strict_json
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""

@@ -27,11 +27,11 @@ from recsys_embed.train.checkpoint import (
 )
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.files import drop_temporaries
-from recsys_embed.train.logs import RunLog, progress_bar
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.run_log import RunLog, progress_bar
+from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
-from recsys_embed.train.state import RunState
-from recsys_embed.train.stop import Interrupted, StopRequest
+from recsys_embed.train.stop_request import Interrupted, StopRequest
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from recsys_embed._versions import installed_versions
+from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.memory import Footprint, format_bytes, parse_bytes
 from recsys_embed.models import CTRModel, build_model, get_model
 from recsys_embed.optim import make_rule
 from recsys_embed.plan import Plan
@@ -26,6 +25,7 @@ from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import DENSE_ADAM, PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import CHECKPOINT, Trainer, TrainResult
+from recsys_embed.utils.versions import installed_versions
 
 LINEAR_METHOD = "unified"
 CHECKPOINTS = "checkpoints"

@@ -10,8 +10,8 @@ from torch import nn
 import recsys_embed as rse
 from recsys_embed.compress import compress_, materialize_
 from recsys_embed.discover import find_tables
+from recsys_embed.embedding.shared_tables import PlainView
 from recsys_embed.errors import BudgetError, ConfigError
-from recsys_embed.shared import PlainView
 from tests.compress.models import METHODS, Model, snapshot, uniform
 
 

@@ -97,7 +97,7 @@ def test_shared_rows_start_as_wide_as_the_tables_together() -> None:
 
 
 def test_changes_are_made_together_or_not_at_all() -> None:
-    from recsys_embed.compress.swap import Change, apply
+    from recsys_embed.compress.exchange import Change, apply
 
     done: list[str] = []
 

@@ -16,7 +16,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 500 rows in several shards of uneven size."""
     from helpers import random_rows, write
 
-    from recsys_embed.data import CriteoOptions, convert_criteo, ingest, source
+    from recsys_embed.data import CriteoOptions, convert_criteo
+    from recsys_embed.data import text_blocks as source
+    from recsys_embed.data.criteo import ingest
 
     base = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:

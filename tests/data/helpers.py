@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from recsys_embed.data import Batch
-from recsys_embed.data.explain import GoodRow
+from recsys_embed.data.criteo.explain import GoodRow
 
 TAB = b"\t"
 

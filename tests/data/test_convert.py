@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_embed.data import CriteoOptions, SplitRule, StorageError, Vocabulary, convert_criteo, open_dataset
-from recsys_embed.data.explain import GoodRow
+from recsys_embed.data.criteo.explain import GoodRow
 from recsys_embed.data.folder import lock
 from recsys_embed.data.stats import stats_table
 from recsys_embed.errors import ConfigError, DataError

@@ -11,9 +11,10 @@ from helpers import random_rows, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed.data import CriteoOptions, convert_criteo, encode, open_dataset
-from recsys_embed.data.bits import mix64, random_bits
-from recsys_embed.data.counts import FieldCounter, FieldCounts
+from recsys_embed.data import CriteoOptions, convert_criteo, open_dataset
+from recsys_embed.data.criteo import encode
+from recsys_embed.data.field_counts import FieldCounter, FieldCounts
+from recsys_embed.data.random_bits import mix64, random_bits
 from recsys_embed.data.splits import SplitRule, fraction
 from recsys_embed.data.vocab import IdTable, Vocabulary
 from recsys_embed.errors import ConfigError

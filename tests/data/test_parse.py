@@ -7,9 +7,9 @@ from helpers import line, random_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed.data.explain import BadRow, GoodRow, read_line
-from recsys_embed.data.layout import MAX_LINE_BYTES, LineLayout
-from recsys_embed.data.parse import BLANK_INT, Block, parse_block
+from recsys_embed.data.criteo.explain import BadRow, GoodRow, read_line
+from recsys_embed.data.criteo.layout import MAX_LINE_BYTES, LineLayout
+from recsys_embed.data.criteo.parse import BLANK_INT, Block, parse_block
 
 ints = st.one_of(st.none(), st.integers(-(2**63) + 1, 2**63 - 1), st.integers(-100, 10**8 + 1))
 GOOD = line(random_rows(1, 0)[0])

@@ -12,10 +12,11 @@ from helpers import contents
 from sklearn.metrics import log_loss, roc_auc_score
 
 from recsys_embed.cli import main
-from recsys_embed.data import make_synthetic, open_dataset, synthetic
-from recsys_embed.data.explain import GoodRow, read_line
-from recsys_embed.data.layout import LineLayout
-from recsys_embed.data.planted import PlantedModel, sigmoid
+from recsys_embed.data import make_synthetic, open_dataset
+from recsys_embed.data.criteo import synthetic
+from recsys_embed.data.criteo.explain import GoodRow, read_line
+from recsys_embed.data.criteo.layout import LineLayout
+from recsys_embed.data.criteo.planted import PlantedModel, sigmoid
 from recsys_embed.errors import ConfigError
 
 ROWS = 12_000

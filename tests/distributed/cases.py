@@ -320,7 +320,7 @@ def train_run(group: Any, rank: int, world: int, data: str, settings: dict[str, 
 
 def metrics_of_parts(group: Any, rank: int, world: int, scores: Tensor, labels: Tensor, ends: list[int]) -> Any:
     """Exact metrics over uneven parts of known predictions."""
-    from recsys_embed.sharding.group import global_metrics
+    from recsys_embed.sharding.process_group import global_metrics
     from recsys_embed.train.metrics import BinaryMetrics
 
     mine = BinaryMetrics()
@@ -336,7 +336,7 @@ def stop_in(group: Any, rank: int, world: int, data: str, settings: dict[str, An
     import signal
 
     from recsys_embed.sharding.trainer import ShardedTrainer
-    from recsys_embed.train.stop import Interrupted
+    from recsys_embed.train.stop_request import Interrupted
 
     real, seen = ShardedTrainer._step, []
 
@@ -488,7 +488,7 @@ def search_run(group: Any, rank: int, world: int, data: str, settings: dict[str,
     from recsys_embed.data import open_dataset
     from recsys_embed.errors import BudgetError
     from recsys_embed.sharding.run import run_sharded
-    from recsys_embed.sharding.trials import search_together
+    from recsys_embed.sharding.study_trials import search_together
     from recsys_embed.train.config import TrainConfig
 
     trained = []

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import recsys_embed as rse
 from recsys_embed.cli import main
+from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.errors import ConfigError, UnknownNameError
-from recsys_embed.memory import parse_bytes
 from recsys_embed.sharding.placement import Cluster, largest_budget, place
 from tests.distributed.cases import RULES, plan_for, schema_for
 from tests.distributed.workers import Workers

@@ -21,10 +21,10 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed.errors import CheckpointError
+from recsys_embed.exports import export, load, verify
+from recsys_embed.exports.file_format import DTYPES, MAX_HEADER, ExportFile, header_bytes, lay_out
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
-from recsys_embed.shipping import export, load, verify
-from recsys_embed.shipping.container import DTYPES, MAX_HEADER, ExportFile, header_bytes, lay_out
 
 MARK = b'{"__metadata__":{"digest":"'
 

@@ -10,7 +10,7 @@ import torch
 
 from recsys_embed.cli import main
 from recsys_embed.data import open_dataset
-from recsys_embed.shipping import load
+from recsys_embed.exports import load
 from recsys_embed.train import TrainConfig, evaluate, run_training
 
 

@@ -18,9 +18,9 @@ from torch import nn
 import recsys_embed as rse
 from recsys_embed import memory_report
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
-from recsys_embed.shipping import export, load, verify
-from recsys_embed.shipping.files import replacing
-from recsys_embed.shipping.graph import to_torch_export
+from recsys_embed.exports import export, load, verify
+from recsys_embed.exports.files import replacing
+from recsys_embed.exports.graph import to_torch_export
 from recsys_embed.train.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +174,7 @@ def test_a_killed_export_leaves_the_file_before(tmp_path: Path) -> None:
         """
         import os, signal, sys
         import recsys_embed as rse
-        from recsys_embed.shipping import export
+        from recsys_embed.exports import export
         def evaluate(module):
             os.kill(os.getpid(), signal.SIGKILL)
         export(rse.make_embedding("full", 500, 8), sys.argv[1], evaluate=evaluate)
@@ -234,7 +234,7 @@ def test_export_and_load_take_memory_of_chunks_not_of_tables(tmp_path: Path) -> 
         """
         import re, sys, torch
         import recsys_embed as rse
-        from recsys_embed.shipping import export, load
+        from recsys_embed.exports import export, load
         def peak():
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")
@@ -288,7 +288,7 @@ def test_graphs_are_offered_and_loaded_at_first_use() -> None:
         import sys
         from recsys_embed import shipping
         assert {"to_onnx", "to_torch_export"} <= set(shipping.__all__)
-        assert "recsys_embed.shipping.graph" not in sys.modules
+        assert "recsys_embed.exports.graph" not in sys.modules
         assert all(getattr(shipping, name).__name__ == name for name in shipping.__all__)
         assert not hasattr(shipping, "to_onx")
         """

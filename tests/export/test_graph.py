@@ -14,8 +14,8 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed.errors import ConfigError, ExportError
-from recsys_embed.shipping.graph import check_graph, to_torch_export
-from recsys_embed.shipping.graph_inputs import example_inputs, random_inputs
+from recsys_embed.exports.graph import check_graph, to_torch_export
+from recsys_embed.exports.graph_inputs import example_inputs, random_inputs
 from tests.export import zoo
 
 

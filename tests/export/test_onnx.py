@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import recsys_embed as rse
-from recsys_embed import hashing
+from recsys_embed.core import hashing
+from recsys_embed.core.id_sets import popcount
 from recsys_embed.errors import ConfigError, ExportError, MissingDependencyError
-from recsys_embed.members import popcount
-from recsys_embed.shipping import onnx_file
-from recsys_embed.shipping.graph import check_graph, to_onnx, to_torch_export
+from recsys_embed.exports import onnx_file
+from recsys_embed.exports.graph import check_graph, to_onnx, to_torch_export
 from tests.export import zoo
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import recsys_embed as rse
 from recsys_embed.compress import compress_
 from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError
+from recsys_embed.exports import export, load, verify
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.models import build_model, list_models
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.report.memory import memory_report
-from recsys_embed.shipping import export, load, verify
 
 PRECISIONS = get_args(Precision)
 METHODS = pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recsys_embed.core.id_sets import bitmap
+from recsys_embed.exports.pack import Packed, chunks, pack_bits, settle, survey
 from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.precision import Layout
-from recsys_embed.kernels.stored import Part, Stored
-from recsys_embed.members import bitmap
-from recsys_embed.shipping.pack import Packed, chunks, pack_bits, settle, survey
+from recsys_embed.kernels.stored_tables import Part, Stored
 
 KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
 ERRORS = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "int8": 2e-2, "int4": 0.4}
@@ -171,7 +171,7 @@ def test_blocks_end_where_chunks_do_not(monkeypatch: pytest.MonkeyPatch) -> None
     """Rows of one element share scales in blocks of 64, and chunks need not be made of whole blocks."""
     rows = table(1000, 1, "scattered")
     whole = torch.cat(list(pack([rows], "int8")[0].stored("minmax")))
-    monkeypatch.setattr("recsys_embed.shipping.pack._ELEMENTS", 37)
+    monkeypatch.setattr("recsys_embed.exports.pack._ELEMENTS", 37)
     assert torch.equal(torch.cat(list(pack([rows], "int8")[0].stored("minmax"))), whole)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import recsys_embed as rse
+from recsys_embed.exports import export, load
 from recsys_embed.models import build_model, list_models
-from recsys_embed.shipping import export, load
 from recsys_embed.testing import example
 
 DENSE = 3

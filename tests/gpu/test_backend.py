@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import recsys_embed as rse
-from recsys_embed import hashing
+from recsys_embed.core import hashing
 from recsys_embed.testing import check_backend
 
 pytestmark = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recsys_embed.kernels import native_library
+from recsys_embed.kernels.native import library as native_library
 
 
 @pytest.fixture(params=native_library.VARIANTS)

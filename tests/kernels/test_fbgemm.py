@@ -199,7 +199,7 @@ def test_bags_are_added_up_as_they_are_read(
             weights = (torch.rand(len(ids)),) if pooling == "sum" and step else ()
             wanted = oracle(ids, offsets, *weights)
             with monkeypatch.context() as without:
-                without.setattr("recsys_embed.bundle.pool_vectors", None)
+                without.setattr("recsys_embed.collection.lookup_bundle.pool_vectors", None)
                 got = ours(ids, offsets, *weights)
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
             upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(step))
@@ -368,7 +368,7 @@ def test_exports_are_served_by_its_inference_tables(
         assert stored.nbytes == other.nbytes + 4 * stored.rows * pruned, "what indices take is counted"
         assert ours.footprint().index - plain.footprint().index == 4 * stored.rows * pruned
         # It is FBGEMM that reads: torch decodes the last rows at most, whose registers would end beyond the table.
-        monkeypatch.setattr("recsys_embed.kernels.stored.positions", None)
+        monkeypatch.setattr("recsys_embed.kernels.stored_tables.positions", None)
         monkeypatch.setattr(Layout, "decode", lambda self, rows: pytest.fail("decoded by torch"))
         stored(torch.arange(100))
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import ConfigError, IdRangeError
-from recsys_embed.kernels import masks, native_library
+from recsys_embed.kernels.native import library as native_library
+from recsys_embed.kernels.native import masks
 from recsys_embed.search import DnisLayer, OptembedLayer
 
 LIBRARY = native_library.library()

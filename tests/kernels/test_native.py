@@ -16,13 +16,15 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
 from recsys_embed.errors import BackendError, ConfigError, IdRangeError
-from recsys_embed.kernels import dispatch, native, native_library
+from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.native_lookup import SingleLookup
-from recsys_embed.kernels.outputs import OutputPool
+from recsys_embed.kernels.native import library as native_library
+from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native.autograd import SingleLookup
+from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.optim import FusedOptimizer
-from recsys_embed.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
 
 LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.kernels import native_library, native_ops
-from recsys_embed.kernels.outputs import OutputPool
+from recsys_embed.kernels.native import library as native_library
+from recsys_embed.kernels.native import ops as native_ops
+from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.optim import FusedOptimizer
 
 LIBRARY = native_library.library()

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recsys_embed import AdaptiveConfig, AdaptiveEmbedding, EmbeddingCollection, FeatureSpec, Plan, Schema, hashing
+from recsys_embed import AdaptiveConfig, AdaptiveEmbedding, EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import SGD
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
+from recsys_embed.core.program import Digit
 from recsys_embed.methods._primes import balanced, coprime_run, cover, is_prime, next_prime
 from recsys_embed.methods.compositional import CompositionalConfig, class_maps
-from recsys_embed.program import Digit
 from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
 
 BIG = [2**24 + 1, 2**31 - 2, 2**40 + 3]

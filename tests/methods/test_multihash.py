@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_embed import EmbeddingCollection, FeatureSpec, MultihashConfig, MultihashEmbedding, Plan, Schema
+from recsys_embed.core.hashing import hash_rows, hash_signs, salt
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
-from recsys_embed.hashing import hash_rows, hash_signs, salt
 from recsys_embed.optim import RowwiseAdagrad
 from recsys_embed.registry import config_from_dict
 

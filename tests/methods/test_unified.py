@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recsys_embed as rse
-from recsys_embed import hashing
+from recsys_embed.core import hashing
 from recsys_embed.errors import BudgetError, ConfigError
 
 SCHEMA = rse.Schema([rse.FeatureSpec("A", 1000, 16), rse.FeatureSpec("B", 50, 16), rse.FeatureSpec("C", 30_000, 16)])

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 import pytest
 
 from recsys_embed import FeatureSpec, Schema, registry
-from recsys_embed.config import MethodConfig, param
+from recsys_embed.core.method_config import MethodConfig, param
+from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.planning import FrequencyCurve, plan_for_budget
-from recsys_embed.program import Digit, Init, LookupProgram, Probe, Table
 
 SCHEMA = Schema([FeatureSpec("C1", 10_000, 16), FeatureSpec("C2", 300, 16)])
 STATS = {s.name: FrequencyCurve.zipf(s.num_embeddings) for s in SCHEMA}

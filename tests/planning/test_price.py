@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recsys_embed import FeatureSpec, Plan, Schema, get_method, list_methods
+from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table, Transform
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.planning import FrequencyCurve, curves_from, plan_losses, terms_of
 from recsys_embed.planning.price import BETWEEN, Terms, crowd, factors, price
-from recsys_embed.program import Digit, Hash, Init, LookupProgram, Probe, Table, Transform
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [m.name for m in list_methods()]
@@ -168,7 +168,7 @@ def test_a_scalar_of_its_own_gives_an_id_something() -> None:
 
 def sample_curves() -> tuple[Schema, dict[str, FrequencyCurve]]:
     from recsys_embed.data import convert_criteo, open_dataset
-    from recsys_embed.data.options import CriteoOptions
+    from recsys_embed.data.criteo.options import CriteoOptions
     from recsys_embed.data.splits import SplitRule
 
     root = os.environ.get("RECSYS_EMBED_DATA")

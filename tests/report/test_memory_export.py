@@ -14,9 +14,9 @@ from torch import nn
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError
+from recsys_embed.exports import export, load
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.report.memory import memory_report
-from recsys_embed.shipping import export, load
 
 METHODS = rse.list_methods()
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int4")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
-from recsys_embed.memory import format_bytes
-from recsys_embed.report.memory import MemoryReport, memory_report
-from recsys_embed.report.memory_page import COLUMNS, RATIOS, WhatIf, _script_json
-from recsys_embed.report.memory_whatif import alternatives
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.report.memory.page import COLUMNS, RATIOS, WhatIf, _script_json
+from recsys_embed.report.memory.report import MemoryReport, memory_report
+from recsys_embed.report.memory.whatif import alternatives
 
 EVIL = '</script><b onmouseover="x">\'&amp; |`*_\u2028'
 

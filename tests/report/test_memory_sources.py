@@ -10,9 +10,9 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.report.memory import memory_report
-from recsys_embed.shared import SharedTables
 
 
 def test_plain_tables_of_a_tree() -> None:
@@ -96,7 +96,7 @@ def test_torchrec_tables() -> None:
 
 
 def test_drop_ins_that_share_a_table() -> None:
-    from recsys_embed.program import Init, Table
+    from recsys_embed.core.program import Init, Table
 
     tables = SharedTables([Table("unified", 100, 4, Init("uniform", 0.05), shared=True)])
     model = nn.ModuleDict({n: rse.UnifiedEmbedding(1000, 16, num_rows=100, name=n, shared=tables) for n in "ab"})

@@ -15,8 +15,8 @@ from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import ConfigError
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.report.memory import memory_report
-from recsys_embed.report.memory_collisions import expect, measure, row_keys
-from recsys_embed.report.memory_stats import FieldStats, read_stats_of
+from recsys_embed.report.memory.collisions import expect, measure, row_keys
+from recsys_embed.report.memory.stats import FieldStats, read_stats_of
 
 METHODS = rse.list_methods()
 IDS = 4000

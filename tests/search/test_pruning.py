@@ -12,8 +12,8 @@ from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import Adam
 from recsys_embed.search import DnisLayer, Supernet
-from recsys_embed.search.blocks import block_maps, block_sizes, cut, order_of
 from recsys_embed.search.extract import choose, make_plan, take_rows
+from recsys_embed.search.frequency_blocks import block_maps, block_sizes, cut, order_of
 from recsys_embed.search.pruning import (
     FieldBlocks,
     choose_elements,

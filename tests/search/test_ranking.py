@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.search import ranking
+from recsys_embed.search import largest_elements as ranking
+from recsys_embed.search.largest_elements import Ranking
 from recsys_embed.search.pruning import keep_elements
-from recsys_embed.search.ranking import Ranking
 
 # Neighbours in each digit, values that differ by sign alone, and what lies at the ends of the floats.
 VALUES = [0.0, -0.0, 1.0, -1.0, 1.0000001, 1.0002442, 1.125, 1e-45, 1e-40, 3e38, math.inf, -math.inf, 0.03, -0.02]

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from recsys_embed.collection.fused_tables import SteppedTables
 from recsys_embed.search import CandidateEvaluator, DnisSettings, OptembedSearch, OptembedSettings
 from recsys_embed.search.bilevel import BilevelTrainer
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
-from recsys_embed.stepping import SteppedTables
 from tests.train.toy import ToyData, toy_config
 
 CONFIG = toy_config(embedding_weight_decay=1e-2, embedding_init="normal:0.1")

@@ -14,11 +14,11 @@ import pytest
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
-from recsys_embed.search.study import NAME, MethodStudy
-from recsys_embed.search.study_queue import fill, owner, put_back, requeue_lost, take
-from recsys_embed.search.study_settings import StudySettings
-from recsys_embed.search.study_storage import open_storage
-from recsys_embed.search.study_urls import PASSWORD, shown
+from recsys_embed.search.studies.queue import fill, owner, put_back, requeue_lost, take
+from recsys_embed.search.studies.settings import StudySettings
+from recsys_embed.search.studies.storage import open_storage
+from recsys_embed.search.studies.study import NAME, MethodStudy
+from recsys_embed.search.studies.urls import PASSWORD, shown
 from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -173,7 +173,7 @@ def test_a_url_without_a_driver_takes_the_one_that_is_installed(url, module, mad
     for driver in ("psycopg2", "psycopg", "MySQLdb", "pymysql"):
         monkeypatch.setitem(sys.modules, driver, ModuleType(driver) if driver == module else None)
     opened = []
-    monkeypatch.setattr("recsys_embed.search.study_storage._database", lambda *args: opened.append(args))
+    monkeypatch.setattr("recsys_embed.search.studies.storage._database", lambda *args: opened.append(args))
     monkeypatch.setenv(PASSWORD, "secret")
     open_storage(url)
     open_storage(url.replace("u@", "u:other@"))
@@ -249,7 +249,7 @@ def settings_of(**changes) -> StudySettings:
 @pytest.mark.parametrize("name", ["_fill", "_planner_points"])
 def test_a_study_whose_making_was_cut_short_is_made_in_full(name, tmp_path, monkeypatch):
     where, data = str(tmp_path / "s.journal"), Planted(0, rows=600)
-    monkeypatch.setattr("recsys_embed.search.study._MAKING", 1)
+    monkeypatch.setattr("recsys_embed.search.studies.study._MAKING", 1)
 
     def die(*_):
         raise KeyboardInterrupt
@@ -265,7 +265,7 @@ def test_a_study_whose_making_was_cut_short_is_made_in_full(name, tmp_path, monk
 
 def test_a_study_that_was_created_and_no_more_is_made_in_full(tmp_path, monkeypatch):
     where = str(tmp_path / "s.journal")
-    monkeypatch.setattr("recsys_embed.search.study._MAKING", 1)
+    monkeypatch.setattr("recsys_embed.search.studies.study._MAKING", 1)
     optuna.create_study(study_name=NAME, storage=open_storage(where), directions=["maximize", "minimize"])
     assert len(MethodStudy(CONFIG, Planted(0, rows=600), settings_of(), where).study.trials) == 4
 
@@ -329,7 +329,7 @@ def test_a_worker_that_was_taken_for_lost_leaves_the_trial_to_others(tmp_path, m
 
 
 def test_a_sign_of_life_that_fails_is_followed_by_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr("recsys_embed.search.study._BEAT", 0.01)
+    monkeypatch.setattr("recsys_embed.search.studies.study._BEAT", 0.01)
     study = MethodStudy(CONFIG, Planted(0, rows=600), settings_of(trials=2, groups=1), str(tmp_path / "s.journal"))
     trial, real, seen = take(study.study, study.storage), study.storage.set_trial_user_attr, threading.Event()
 

@@ -21,13 +21,13 @@ from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, DataE
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
 from recsys_embed.search.evolution import Evolution, Space, evolve
-from recsys_embed.search.study import MethodStudy
-from recsys_embed.search.study_queue import requeue_lost, take
-from recsys_embed.search.study_results import best_under, check_proxy, importance, rows_of, spearman
-from recsys_embed.search.study_samplers import EvolutionSampler, make_sampler
-from recsys_embed.search.study_settings import StudySettings
-from recsys_embed.search.study_space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.study_storage import faults_of, open_storage
+from recsys_embed.search.studies.queue import requeue_lost, take
+from recsys_embed.search.studies.results import best_under, check_proxy, importance, rows_of, spearman
+from recsys_embed.search.studies.samplers import EvolutionSampler, make_sampler
+from recsys_embed.search.studies.settings import StudySettings
+from recsys_embed.search.studies.space import LEAST_SHARE, StudySpace, read_budget, study_methods
+from recsys_embed.search.studies.storage import faults_of, open_storage
+from recsys_embed.search.studies.study import MethodStudy
 from recsys_embed.train import Interrupted
 from tests.search.planted import Planted, planted_config
 

@@ -11,7 +11,7 @@ import pytest
 from recsys_embed.cli import main
 from recsys_embed.data import make_synthetic
 from recsys_embed.report.study_front import front_of
-from recsys_embed.search.study_storage import open_storage
+from recsys_embed.search.studies.storage import open_storage
 
 FAST = ["--model", "fm", "--batch-size", "512", "--embedding-dim", "4", "--epochs", "1", "--budgets", "20%",
         "--methods", "hash,optembed", "--set", "search.prune=false", "--set", "search.groups=1"]  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_trial_is_on_the_front_for_whichever_objective_it_leads_in():
 
 
 def test_a_study_without_a_complete_trial_says_why(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("recsys_embed.search.study.MethodStudy.bytes", lambda self, config: 10**9)
+    monkeypatch.setattr("recsys_embed.search.studies.study.MethodStudy.bytes", lambda self, config: 10**9)
     assert search(data, tmp_path, "--trials", "2") == 1
     assert "no trial of 2 is complete, so there is no front. Most often: not trained" in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_a_servers_password_is_neither_kept_nor_shown(data, tmp_path, capsys, mo
         asked.append(where)
         return open_storage(str(tmp_path / "server.db"))
 
-    monkeypatch.setattr("recsys_embed.search.study_storage._server", server)
+    monkeypatch.setattr("recsys_embed.search.studies.storage._server", server)
     run, url = tmp_path / "run", "postgresql://me:{}@host/db?host=/tmp"
     for password in ("secret", "another"):
         assert search(data, run, "--trials", "1", "--storage", url.format(password)) == 0

@@ -100,7 +100,7 @@ def test_bad_requests_end_with_one_line(args: list[str], message: str, tmp_path:
 
 def test_the_bar_draws_on_a_terminal_that_does_not_know_its_size() -> None:
     leader, follower = pty.openpty()
-    code = "from recsys_embed.train.logs import progress_bar; b = progress_bar(3, 'label'); b.update(1); b.close()"
+    code = "from recsys_embed.train.run_log import progress_bar; b = progress_bar(3, 'label'); b.update(1); b.close()"
     subprocess.run([sys.executable, "-c", code], stderr=follower, stdout=follower, check=True, timeout=60)
     assert b"label" in os.read(leader, 10_000)
     os.close(leader)

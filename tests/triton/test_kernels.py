@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
-from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, embedding
+from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.embedding import compressed_embedding as embedding
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer

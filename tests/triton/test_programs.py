@@ -10,12 +10,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from recsys_embed.codes import Codes, CodesIndex
+from recsys_embed.core.id_sets import Index
+from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform, Weight
 from recsys_embed.kernels import reference
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.deferred import DeferredLookup
-from recsys_embed.members import Index
-from recsys_embed.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform, Weight
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"

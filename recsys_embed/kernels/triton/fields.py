@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys_embed.kernels.records import TRANSFORM
+from recsys_embed.kernels.native.records import TRANSFORM
 
 JOB = ("ids", "feature", "first", "probes", "limit", "optional", "out", "stride", "column", "span", "product", "plain")
 # Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not. Steps are the
@@ -161,7 +161,7 @@ def lay_out(features: NDArray[Any], probes: NDArray[Any], widths: Sequence[int])
     """Jobs, probes and reads of encoded programs.
 
     Args:
-        features, probes: as :func:`recsys_embed.kernels.records.encode` has them.
+        features, probes: as :func:`recsys_embed.kernels.native.records.encode` has them.
         widths: columns of each output.
     """
     layout = _Layout(widths)

@@ -1,4 +1,4 @@
-"""From ids to rows of tables, in registers: the transforms of :mod:`recsys_embed.program`, bit for bit."""
+"""From ids to rows of tables, in registers: the transforms of :mod:`recsys_embed.core.program`, bit for bit."""
 
 # Triton reads annotations as objects, so this module and its neighbours do not defer them.
 import triton
@@ -73,14 +73,14 @@ def splitmix(z):
 
 @triton.jit
 def hashed(x, salt, size):
-    """Rows in [0, size), as :func:`recsys_embed.hashing.hash_rows`."""
+    """Rows in [0, size), as :func:`recsys_embed.core.hashing.hash_rows`."""
     bits = splitmix((x ^ salt).to(tl.uint64))
     return tl.umulhi(bits, size.to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit
 def sign_of(x, salt):
-    """-1.0 or 1.0, as :func:`recsys_embed.hashing.hash_signs`."""
+    """-1.0 or 1.0, as :func:`recsys_embed.core.hashing.hash_signs`."""
     bits = splitmix((x ^ salt).to(tl.uint64))
     return tl.where((bits >> 63) != 0, -1.0, 1.0)
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.deferred_steps import Pace, catch_up
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.pace import Pace, catch_up
-from recsys_embed.kernels.records import Slot, encode
+from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
 from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer
-from recsys_embed.program import LookupProgram
 
 # Elements that a program reads at once, most columns of its tile, and its warps.
 _TILE, _COLUMNS, _WARPS = 2048, 256, 4

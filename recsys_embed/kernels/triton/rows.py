@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from recsys_embed.kernels.pace import Pace
+from recsys_embed.kernels.deferred_steps import Pace
 from recsys_embed.kernels.triton.fields import JOB, PROBE, READ, SORTED, Tables
 from recsys_embed.kernels.triton.lookup import on_device
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target
@@ -30,7 +30,7 @@ def _reads(width: int) -> StorageReads:
 def update_rows(
     optimizer: FusedOptimizer, weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, grad: Tensor, pace: Pace
 ) -> None:
-    """One exact step in place; see :func:`recsys_embed.kernels.fused.apply_update`, whose arguments these are.
+    """One exact step in place; see :func:`recsys_embed.kernels.fused_gather.apply_update`, whose arguments these are.
 
     All rows are up to date. The same bits in every run.
     """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from recsys_embed._optional import require
 from recsys_embed.errors import BackendError, MissingDependencyError
+from recsys_embed.utils.optional import require
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

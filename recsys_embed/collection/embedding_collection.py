@@ -1,0 +1,312 @@
+"""All features of a model behind one call per step: a schema and a plan become one fused lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from recsys_embed.collection.bags import to_bags
+from recsys_embed.collection.fused_tables import SteppedTables
+from recsys_embed.collection.lookup_bundle import LookupBundle
+from recsys_embed.core import config_state as _state
+from recsys_embed.core import hashing
+from recsys_embed.core.footprint import Footprint
+from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import Schema
+from recsys_embed.kernels import bag_lookup, bag_step, dispatch
+from recsys_embed.kernels.bag_step import BagCall, BagReader, apply_bags
+from recsys_embed.kernels.fused_gather import FusedGather, read_rows
+from recsys_embed.kernels.id_checks import check_id_dtype
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native.masks import Masking
+from recsys_embed.kernels.storage import stack_tables
+from recsys_embed.kernels.stored_tables import StoredTables
+from recsys_embed.kernels.unseen_ids import UnseenCount
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+
+
+class EmbeddingCollection(SteppedTables):
+    """The embeddings of all features, stored together and looked up in one call.
+
+    Args:
+        schema: the features, in the order of the id columns.
+        plan: a method configuration per feature; plain tables when None.
+        optimizer: updates tables inside backward, so that they have no ``.grad``; ``None`` leaves ordinary gradients.
+            Projections and other dense parameters always have ordinary gradients: give them to a torch optimizer.
+            Each backward is one step of the rule, so gradients of several backwards cannot be accumulated, and
+            running backward twice over one graph updates twice. In ``eval()`` nothing is updated.
+        seed: of the initial weights (the configurations' own seeds salt the hashes).
+        backend: ``"auto"``, or a name of :func:`available_backends`.
+        sparse: with ``optimizer=None``, gradients of the tables are sparse.
+
+    Raises:
+        ConfigError: plan and schema do not fit; all faults at once.
+
+    >>> from recsys_embed import FeatureSpec, RowwiseAdagrad
+    >>> schema = Schema([FeatureSpec("C1", 1000, 16), FeatureSpec("C2", 50_000, 16)])
+    >>> coll = EmbeddingCollection(schema, Plan.uniform(schema, "hash", budget="100KiB"), RowwiseAdagrad(lr=0.01))
+    >>> out = coll(torch.tensor([[3, 7], [999, 49_999]]))
+    >>> out.shape
+    torch.Size([2, 2, 16])
+    >>> out.sum().backward()  # the tables are updated here
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        plan: Plan | None = None,
+        optimizer: FusedOptimizer | None = None,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
+            raise ConfigError(
+                "`optimizer` must be a rule of recsys_embed.optim, e.g. RowwiseAdagrad(lr=0.01), or None; got "
+                f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
+            )
+        like = torch.empty(0, device=device, dtype=dtype)
+        kernels = dispatch.kernels(backend, optimizer)
+        backend = dispatch.choose(backend, optimizer, like.device)
+        if backend == "reference" and optimizer is not None:
+            raise ConfigError(
+                "backend 'reference' reads a table several times per step and cannot fuse its update; "
+                "use optimizer=None, or backend 'torch'"
+            )
+        plan = Plan.full(schema) if plan is None else plan
+        if backend == "fbgemm":
+            programs = {s.name: plan[s.name].program(s) for s in schema if not plan[s.name].computes}
+            bag_lookup.refuse(programs, optimizer, like, sparse)
+        tables = plan.tables(schema)
+        shapes, places = stack_tables(tables)
+        super().__init__(shapes, optimizer, like.device, like.dtype, backend)
+        self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
+        self.tables, self.places = tables, places
+        # What a loaded export reads in place of its tables.
+        self.served: StoredTables | None = None
+        self.bundle = LookupBundle(schema, plan, places, shapes, like, backend, kernels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights, a function of seed and table names alone, and clear the optimizer's state."""
+        if self.served is not None:
+            raise ConfigError("this collection serves exported tables, which do not change")
+        dense = self.bundle.dense_tables()
+        with torch.no_grad():
+            for key, table in self.tables.items():
+                values = dense[key] if table.dense else self.table(key)
+                table.init.fill_(values, hashing.salt(self.seed, "init", key))
+            self._reset_steps()
+        self.bundle.reset_own(self.seed)
+        self.bundle.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
+
+    def table(self, key: str) -> Tensor:
+        """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``).
+
+        After an export it is decoded, a copy.
+        """
+        self.settle_()
+        storage, offset = self.places[key]
+        if self.served is not None and storage in self.served:
+            return self.served[storage].dense(offset, self.tables[key].rows)
+        weight: Tensor = getattr(self, storage)
+        return weight[offset : offset + self.tables[key].rows]
+
+    def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Self:
+        """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.
+
+        Fills the index buffers; it changes which rows ids read, so call it before training.
+
+        Args:
+            counts: per feature name ``[num_embeddings]`` how often each id occurs; features left out stay as they are.
+                Or, by name of an index, the ids that it holds, as :meth:`Plan.members` has them.
+        """
+        self.bundle.assign_(counts)
+        return self
+
+    def unseen_counts(self) -> dict[str, UnseenCount]:
+        """Ids looked up since counting began or was reset, and how many of them were unseen, by feature name.
+
+        Counting is on for all features where one has ``unseen`` ``"hash"``, ``"oov"`` or ``"zero"``, else after
+        :meth:`count_unseen`. It adds to counters on the device, without waiting for it; reading waits. Counters are
+        not saved, and programs made by ``torch.export`` do not count. Several threads may look up at once; additions
+        of two threads at the same moment may lose one.
+
+        >>> from recsys_embed import FeatureSpec
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4, unseen="zero"), FeatureSpec("C2", 10, 4)]))
+        >>> _ = coll(torch.tensor([[10, 3], [4, 5]]))
+        >>> coll.unseen_counts()["C1"]
+        UnseenCount(unseen=1, looked_up=2)
+        """
+        return self.bundle.unseen.read()
+
+    def reset_unseen_counts(self) -> None:
+        """Count from zero."""
+        self.bundle.unseen.reset()
+
+    def count_unseen(self, counting: bool = True) -> Self:
+        """Switch counting on or off for all features, whatever their policies."""
+        self.bundle.unseen.counting = counting
+        return self
+
+    @property
+    def output_dim(self) -> int | None:
+        """Width of every vector of the output, or None where features differ."""
+        return self.bundle.output_dim
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors per sample: one per feature, more where a method generates features."""
+        return sum(self.bundle.vectors)
+
+    # -- lookup ---------------------------------------------------------------------------------------------------
+
+    def _gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
+        if self.served is not None and storage in self.served:
+            vectors: Tensor = self.served[storage](rows, partial_rows)
+            return vectors
+        weight = getattr(self, storage)
+        if self._stepping:
+            self._settle_rows(storage, rows)
+            out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
+            return out
+        return read_rows(weight, rows, partial_rows, self.sparse)
+
+    @property
+    def _reader(self) -> Any:
+        """What hands rows of storages to lookups that are not fused: the gather, or FBGEMM's sums of rows."""
+        if self.backend != "fbgemm" or self.served is not None or not bag_step.runs_here():
+            return self._gather
+        tables = {name: getattr(self, name) for name in self.storages}
+        return BagReader(tables, self._anchor, self._update_bags) if self._stepping else BagReader(tables)
+
+    @torch.no_grad()
+    def _update_bags(self, storage: str, call: BagCall, grad: Tensor) -> None:
+        if self.optimizer is not None:
+            with self._turn:
+                self._paces[storage].advance(self.optimizer, self._lr)
+                apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
+
+    def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
+        """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
+        if not kernels or (self.sparse and torch.compiler.is_compiling()):
+            return None
+        served: Any = self._modules.get("served")  # see `bundle` in forward
+        if served is not None:
+            stored = served.direct(self.storages) if "native" in kernels else None
+            return None if stored is None or not native.reads(ids, stored) else ("native", stored)
+        tables = self._weights()
+        for name in kernels:
+            if dispatch.RUNS_ON[name](ids, tables):
+                return name, tables
+        return None
+
+    def forward(
+        self,
+        ids: Any,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        mask: Masking | None = None,
+    ) -> Tensor:
+        """Vectors of all features.
+
+        Args:
+            ids: one of ``[B, F]`` (one id per sample and feature, columns in schema order); ``[n]`` with ``offsets
+                [F * B + 1]``, bags feature after feature; a dict of ``(values, offsets [B + 1])`` or ``[B, L]`` per
+                feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64; in a dict,
+                features of hashing methods also take strings, in lists or numpy arrays, and integers in numpy arrays,
+                see :func:`recsys_embed.string_ids`.
+            per_sample_weights: ``[n]`` for the ``offsets`` form, where every feature pools by sum.
+            mask: what vectors pass through, for ids ``[B, F]``: a layer such as
+                :class:`recsys_embed.search.OptembedLayer`. Native kernels apply it in the call that reads the rows.
+
+        Returns:
+            ``[B, num_vectors, output_dim]`` where all widths agree, else ``[B, sum of widths]``.
+
+        Raises:
+            IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
+        """
+        stepping = self._stepping
+        if not stepping:
+            self._settle_before_reading()
+        # As an attribute torch finds it last of all, ten times slower.
+        bundle: Any = self._modules["bundle"]
+        if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
+            check_id_dtype(ids, "")
+            if ids.shape[1] != len(self.schema):
+                raise ConfigError(f"ids must be [B, {len(self.schema)}], a column per feature; got {tuple(ids.shape)}")
+            if mask is not None and (bundle.output_dim is None or sum(bundle.vectors) != len(self.schema)):
+                raise ConfigError(
+                    f"`mask` is for one vector per feature, all of one width; got {bundle.widths} columns"
+                )
+            fused = self._fused_tables(bundle.fused, ids)
+            stage = None if mask is None else mask.stage(ids)
+            inside = (
+                fused is not None
+                and stage is not None
+                and bundle.fused[fused[0]].masks(bundle)
+                and stage.fits(ids, (*ids.shape, bundle.output_dim))
+            )
+            if fused is None:
+                out: Tensor = bundle.single(ids.long(), self._reader)
+            else:
+                step = self._native_step if stepping else None
+                out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, stage if inside else None)
+            return out if mask is None or stage is None or inside else mask.through(stage, out, ids)
+        if mask is not None:
+            raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
+        given = bundle.given(ids) if isinstance(ids, Mapping) else ids
+        bags = to_bags(self.schema, given, offsets, per_sample_weights)
+        fused = self._fused_tables(bundle.fused, bags.values)
+        if fused is None or not bundle.fused[fused[0]].pools(bundle, bags):
+            return bundle.pooled(bags, self._reader)
+        step = self._native_step if stepping else None
+        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
+
+    # -- bytes and checkpoints ------------------------------------------------------------------------------------
+
+    def footprint(self) -> Footprint:
+        """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
+        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
+        trained = [p for p in self.parameters() if p.requires_grad]
+        index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
+        served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
+        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
+
+    def _identity(self) -> dict[str, Any]:
+        features = self.schema.to_dict()["features"]
+        # The order of the features fixes where their rows stand in a storage.
+        order = list(self.schema.names)
+        # A planner's reasons and notes are no part of what is stored.
+        plan = Plan(self.plan.configs).to_dict()
+        return {"schema": {f["name"]: f for f in features}, "order": order, "plan": plan}
+
+    def get_extra_state(self) -> Tensor:
+        """Schema and plan as JSON bytes, so that a state dict refuses to load elsewhere."""
+        return _state.pack(self._identity())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to restore: the comparison comes before any weight is copied."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "_extra_state" in state_dict:
+            where = prefix.rstrip(".") or type(self).__name__
+            saved = state_dict[prefix + "_extra_state"]
+            _state.check(saved, self._identity(), where, ignore=("init",), views=STORED_UNSEEN)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        methods = sorted({self.plan[n].method for n in self.plan})
+        return f"{len(self.schema)} features, methods {methods}, optimizer={self.optimizer}, backend={self.backend!r}"

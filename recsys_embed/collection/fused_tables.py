@@ -1,0 +1,289 @@
+"""Tables whose optimizer steps inside backward: its state, its pace, and the rows that no batch reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.kernels.deferred_steps import Pace, catch_up
+from recsys_embed.kernels.fused_gather import apply_update
+from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native.autograd import NativeStep
+from recsys_embed.kernels.native.handles import handle_of
+from recsys_embed.kernels.native.lookup import Ids, NativeLookup
+from recsys_embed.kernels.storage import allocate
+from recsys_embed.optim import FusedOptimizer, is_rate
+
+
+class _Turn:
+    """One thread at a time; copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Turn, ()
+
+
+class SteppedTables(nn.Module):
+    """Storages ``[rows, width]`` as parameters, each with the state of a fused optimizer, or None.
+
+    Args:
+        shapes: of each storage by name.
+        optimizer: None leaves ordinary gradients.
+        backend: ``"native"`` or another.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        optimizer: FusedOptimizer | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
+        for name, (rows, width) in shapes.items():
+            weight = allocate(rows, width, device, dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
+            for key, kind in optimizer.tensors.items() if optimizer else ():
+                number = torch.int32 if kind == "step" else torch.float32
+                state = allocate(rows, width if kind == "element" else 1, device, number)
+                self.register_buffer(f"{name}_{key}", state, persistent=False)
+        self._keys = tuple(optimizer.tensors) if optimizer else ()
+        self._lr = optimizer.lr if optimizer else 0.0
+        self._paces = {name: Pace() for name in self.storages}
+        # Several threads may train: kernels read what a step of another would move.
+        self._turn = _Turn()
+        # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
+        self._anchor = torch.zeros(0, requires_grad=True)
+        self._handle = handle_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = handle_of(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
+        kept = {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+    def _weights(self) -> list[Tensor]:
+        """The storages."""
+        held = self._parameters  # as attributes torch finds them last of all, ten times slower
+        return [held[name] if name in held else getattr(self, name) for name in self.storages]  # type: ignore[misc]
+
+    def _states(self) -> list[tuple[str, str]]:
+        return [(name, key) for name in self.storages for key in self._keys]
+
+    def _state(self, storage: str) -> dict[str, Tensor]:
+        return {key: getattr(self, f"{storage}_{key}") for key in self._keys}
+
+    def _reset_steps(self) -> None:
+        """The state of tables that took no step."""
+        for name, key in self._states():
+            getattr(self, f"{name}_{key}").fill_(self.optimizer.initial(key) if self.optimizer else 0.0)
+        self._paces = {name: Pace() for name in self.storages}
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _stepping(self) -> bool:
+        """Whether a backward of what is looked up now steps the optimizer."""
+        return self.optimizer is not None and self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
+        if self.optimizer is None:
+            return
+        with self._turn:
+            self._paces[storage].advance(self.optimizer, self._lr)
+            weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
+            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._paces[storage], kernels)
+
+    @property
+    def _native_step(self) -> NativeStep:
+        states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
+        lazy = self.optimizer is not None and self.optimizer.lazy
+        return NativeStep(self._anchor, self._settle_native, self._update_native, states, self._handle, lazy)
+
+    @property
+    def _all_paces(self) -> list[Pace]:
+        return [self._paces[name] for name in self.storages]
+
+    @torch.no_grad()
+    def _update_native(self, lookup: NativeLookup, ids: Ids, grads: Sequence[Tensor], kept: Tensor | None) -> None:
+        tables, states = self._weights(), self._native_step.states
+        self.step_native(lookup, ids, tables, states, grads, kept)
+
+    @torch.no_grad()
+    def step_native(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        states: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Tensor | None,
+    ) -> None:
+        """One step on ``tables`` and the flat list of their ``states``, in place."""
+        if self.optimizer is not None:
+            with self._turn:
+                for pace in self._all_paces:
+                    pace.advance(self.optimizer, self._lr)
+                lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_paces)
+
+    def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        count = len(self._keys)
+        return [dict(zip(self._keys, states[i * count :], strict=False)) for i in range(len(self.storages))]
+
+    # -- rows that no batch reads ---------------------------------------------------------------------------------
+
+    @property
+    def _behind(self) -> bool:
+        """Whether some rows have steps to make up for."""
+        return self.optimizer is not None and self.optimizer.lazy and any(p.rates for p in self._all_paces)
+
+    @torch.no_grad()
+    def _settle_native(self, lookup: NativeLookup, ids: Ids) -> None:
+        """Bring the rows that ids read up to date."""
+        if self._behind:
+            self.settle_native(lookup, ids, self._weights(), self._native_step.states)
+
+    @torch.no_grad()
+    def settle_native(self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Bring the rows of ``tables`` that ids read up to date, in place."""
+        if self._behind and self.optimizer is not None:
+            with self._turn:
+                lookup.settle(ids, tables, self.optimizer, self._by_storage(states), self._all_paces)
+
+    @torch.no_grad()
+    def _settle_rows(self, storage: str, rows: Tensor | None = None) -> None:
+        """Bring rows of a storage (-1 is none; all by default) up to date with torch's operations."""
+        if self._behind and self.optimizer is not None:
+            rows = None if rows is None else rows[rows >= 0].unique()
+            with self._turn:
+                pace = self._paces[storage]
+                catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, pace, pace.step)
+
+    @torch.no_grad()
+    def settle_(self) -> Self:
+        """Bring all rows up to date where the optimizer moves ``rows="all"``; nothing to do elsewhere.
+
+        A step moves the rows of its batch; the others make up for what they missed when they are next read, here, or
+        before they are evaluated, saved, served or handed out by ``table``. Only who reads the parameters themselves
+        has to call it.
+
+        >>> from recsys_embed import Adam, EmbeddingCollection, FeatureSpec, Schema
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=Adam(weight_decay=0.1, rows="all"))
+        >>> coll(torch.tensor([[3]])).sum().backward()
+        >>> before = coll.width4[5].clone()
+        >>> bool((coll.settle_().width4[5] != before).all())
+        True
+        """
+        if self._behind and self.optimizer is not None:
+            with self._turn:
+                for name, pace in self._paces.items():
+                    table = getattr(self, name)
+                    if self.backend == "native" and native.runs_on(table.detach(), [table]):
+                        native.settle(self.optimizer, table, self._state(name), pace)
+                    else:
+                        self._settle_rows(name)
+                    pace.settled()
+        return self
+
+    def _settle_before_reading(self) -> None:
+        if self.optimizer is None or not self.optimizer.lazy:
+            return
+        if not torch.compiler.is_compiling():
+            self.settle_()
+        elif self.training:
+            # How far rows are behind is no part of a graph; evaluation mode has brought them up to date.
+            raise ConfigError("compiled lookups without gradients need eval() where the optimizer moves rows='all'")
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:
+            self.settle_()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.settle_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Steps that rows missed are those of the weights that go, not of the ones that come.
+        self.settle_()
+        super()._load_from_state_dict(*args)
+
+    # -- what users see of the optimizer --------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the fused optimizer; set it to follow a schedule."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self.optimizer is None:
+            raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
+        if not is_rate(value):
+            raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
+        self._lr = float(value)
+
+    @property
+    def _rule(self) -> str:
+        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
+        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
+        self.settle_()
+        return {
+            "rule": self._rule,
+            "lr": self._lr,
+            "steps": {name: pace.step for name, pace in self._paces.items()},
+            "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
+        }
+
+    def load_optimizer_state_dict(self, saved: dict[str, Any]) -> None:
+        """Inverse of :meth:`optimizer_state_dict`.
+
+        Raises:
+            CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
+        """
+        parts = saved if isinstance(saved, Mapping) else {}
+        kinds: dict[str, Any] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
+        wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
+        if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
+            raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
+        if saved["rule"] != self._rule:
+            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
+        wanted = {f"{name}_{key}" for name, key in self._states()}
+        state = saved["state"]
+        wrong = sorted(wanted ^ state.keys())
+        wrong += [
+            k for k in sorted(wanted & state.keys()) if getattr(state[k], "shape", None) != getattr(self, k).shape
+        ]
+        if wrong or saved["steps"].keys() != self._paces.keys():
+            raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
+        for key in wanted:
+            getattr(self, key).copy_(state[key])
+        self._lr, self._paces = float(saved["lr"]), {name: Pace(saved["steps"][name]) for name in self.storages}

@@ -1,0 +1,1 @@
+"""What the rest is built on: lookup programs, method configurations, hashes, bytes."""

@@ -1,0 +1,282 @@
+"""Transforms: how an id becomes a row of a table.
+
+They map int64 ids to int64 rows in exact arithmetic; their parameters are integers that either stay Python integers
+(one feature) or stack into tensors (all features of a collection at once), with one definition for both. What the
+planner, the reports and the searches want to know of a transform it says itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recsys_embed.core import hashing
+from recsys_embed.core.id_sets import Index, positions
+from recsys_embed.index import BaseIndex, IndexArrays
+
+
+class Sharing(NamedTuple):
+    """How the ids of a feature, numbered by falling frequency, share the rows of a table.
+
+    Args:
+        private: ids ``[start, stop)`` that have a row each.
+        absent: ids ``[start, stop)`` that have none.
+        rows: rows that all other ids share; 0: these have none either.
+        key: transforms of equal keys agree on which ids share a row.
+        even: ids are dealt out evenly over the shared rows by arithmetic; else they are hashed.
+    """
+
+    private: tuple[int, int] = (0, 0)
+    absent: tuple[int, int] = (0, 0)
+    rows: int = 0
+    key: Hashable = None
+    even: bool = False
+
+
+class Transform(ABC):
+    """Maps ids to rows. ``signature`` fixes which arithmetic runs, ``parameters`` are the integers it runs with."""
+
+    def __init_subclass__(cls) -> None:
+        # The kernels do not know what a subclass does otherwise than the class that they know.
+        if "map" in cls.__dict__ and "encoded" not in cls.__dict__:
+            cls.encoded = Transform.encoded  # type: ignore[method-assign]
+
+    @abstractmethod
+    def signature(self) -> tuple[Any, ...]:
+        """Hashable; transforms with equal signatures differ in their parameters only and run as one."""
+
+    @abstractmethod
+    def parameters(self) -> tuple[int, ...]:
+        """The integers :meth:`map` needs."""
+
+    @staticmethod
+    @abstractmethod
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``.
+
+        ``at`` says where the transform's own index begins in ``arrays``.
+        """
+
+    def rows(self, ids: Tensor, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
+        """Rows of ``ids`` (int64, any shape): int64, same shape; -1 where the id has no row."""
+        return self.map(self.signature(), ids, self.parameters(), at, arrays)
+
+    @property
+    def may_be_absent(self) -> bool:
+        return False
+
+    @property
+    def needs(self) -> BaseIndex | None:
+        """The index that the transform looks ids up in, if any."""
+        return None
+
+    @property
+    def reads(self) -> str | None:
+        """Name of the index whose arrays the transform reads, if any."""
+        return self.needs.name if self.needs is not None and self.needs.arrays else None
+
+    @property
+    def by_frequency(self) -> bool:
+        """Whether frequent ids are treated apart from others."""
+        return self.needs is not None and self.needs.by_frequency
+
+    def encoded(self) -> tuple[str, dict[str, int]] | None:
+        """Kind and fields of the transform in :mod:`recsys_embed.kernels.kinds`; None where no kernel knows it."""
+        return None
+
+    def sharing(self, ids: int, rows: int) -> Sharing:
+        """How ``ids`` ids share the ``rows`` of the table: what the planner and collision estimates go by.
+
+        By default every id has a row of its own where there are as many rows, else ids are hashed over all of them.
+        """
+        if rows >= ids:
+            return Sharing(private=(0, ids))
+        return Sharing(rows=rows, key=(type(self), self.signature(), self.parameters()))
+
+    def owners(self, ids: int, at: int = 0, arrays: IndexArrays | None = None) -> Tensor | None:
+        """Ids that have a row to themselves, in the order of these rows, the table's first: int64; None if unknown.
+
+        Args:
+            ids: number of ids.
+            at: where the transform's own index begins in ``arrays``.
+            arrays: of the module that looks up; on their device, by default on the CPU.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Digit(Transform):
+    """``(x // div) % mod``, a digit of a mixed-radix number; ``mod=0`` keeps the whole quotient.
+
+    ``affine = (a, b, p)`` first replaces x by ``(a*x + b) % p``: a bijection of [0, p) for a prime p and 0 < a < p.
+    """
+
+    div: int = 1
+    mod: int = 0
+    affine: tuple[int, int, int] | None = None
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Digit, self.affine is not None, self.div != 1, self.mod != 0)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.div, self.mod, *(self.affine or (1, 0, 1)))
+
+    @staticmethod
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        _, has_affine, has_div, has_mod = signature
+        div, mod, a, b, p = params
+        if has_affine:
+            ids = (ids * a + b) % p
+        if has_div:
+            # Not torch.div: its translation to ONNX divides in float32.
+            ids = ids // div
+        return ids % mod if has_mod else ids
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        if self.affine is None and self.div == 1 and self.mod == 0:
+            return "identity", {}
+        a, b, p = self.affine or (1, 0, 1)
+        fields = {"div": self.div, "mod": self.mod, "affine": self.affine is not None, "a": a, "b": b, "p": p}
+        return "digit", fields
+
+    def sharing(self, ids: int, rows: int) -> Sharing:
+        quotients = -(-ids // self.div)
+        reached = min(self.mod or quotients, quotients)
+        if reached >= ids:
+            return Sharing(private=(0, ids))
+        return Sharing(rows=reached, key=(self.div, self.mod), even=True)
+
+    def owners(self, ids: int, at: int = 0, arrays: IndexArrays | None = None) -> Tensor | None:
+        return torch.arange(ids) if self == Digit() else None
+
+
+@dataclass(frozen=True)
+class Hash(Transform):
+    """``head + offset + stride * h(x)`` with h uniform in [0, size); ids in [0, head) map to themselves.
+
+    With ``head_absent`` the ids in [0, head) have no row at all.
+    """
+
+    salt: int
+    size: int
+    stride: int = 1
+    offset: int = 0
+    head: int = 0
+    head_absent: bool = False
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Hash, self.head > 0, self.head_absent)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.salt, self.size, self.stride, self.head + self.offset, self.head)
+
+    @staticmethod
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        _, has_head, absent = signature
+        salt, size, stride, offset, head = params
+        rows = hashing.hash_rows(ids, salt, size) * stride + offset
+        if has_head:
+            private = (ids >= 0) & (ids < head)
+            rows = torch.where(private, -1 if absent else ids, rows)
+        return rows
+
+    @property
+    def may_be_absent(self) -> bool:
+        return self.head > 0 and self.head_absent
+
+    @property
+    def by_frequency(self) -> bool:
+        return self.head > 0
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        fields = dict(zip(("salt", "size", "stride", "offset", "head"), self.parameters(), strict=True))
+        return "hash", {**fields, "absent": self.head_absent}
+
+    def sharing(self, ids: int, rows: int) -> Sharing:
+        head, none = (0, self.head), (0, 0)
+        private, absent = (none, head) if self.head_absent else (head, none)
+        return Sharing(private, absent, self.size, ("hash", self.salt, self.size))
+
+
+@dataclass(frozen=True)
+class Murmur(Transform):
+    """Word ``word`` of thinc's four 32-bit hash keys, modulo ``size``."""
+
+    seed: int
+    word: int
+    size: int
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Murmur, self.word)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.seed, self.size)
+
+    @staticmethod
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        return "murmur", {"salt": self.seed, "size": self.size, "word": self.word}
+
+    def sharing(self, ids: int, rows: int) -> Sharing:
+        return Sharing(rows=self.size, key=("murmur", self.seed, self.word))
+
+
+@dataclass(frozen=True)
+class Member(Transform):
+    """Place of an id among the members of ``index``; others hash to ``count + [0, rest)``, or have no row (rest 0)."""
+
+    index: Index
+    rest: int = 0
+    salt: int = 0
+
+    def signature(self) -> tuple[Any, ...]:
+        return (Member, self.index.form, self.rest > 0)
+
+    def parameters(self) -> tuple[int, ...]:
+        return (self.index.start, self.index.count, self.index.size, self.rest, self.salt)
+
+    @staticmethod
+    def map(
+        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+    ) -> Tensor:
+        _, form, has_rest = signature
+        start, count, size, rest, salt = params
+        place = positions(form, ids, (start, count, size), at, arrays)
+        if not has_rest:
+            return place
+        return torch.where(place < 0, count + hashing.hash_rows(ids, salt, rest), place)
+
+    @property
+    def may_be_absent(self) -> bool:
+        return self.rest == 0
+
+    @property
+    def needs(self) -> Index:
+        return self.index
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        index = self.index
+        fields = {"start": index.start, "count": index.count, "size": index.size, "rest": self.rest, "salt": self.salt}
+        return index.form, fields
+
+    def sharing(self, ids: int, rows: int) -> Sharing:
+        private = (self.index.start, self.index.start + self.index.count)
+        return Sharing(private, rows=self.rest, key=("hash", self.salt, self.rest))
+
+    def owners(self, ids: int, at: int = 0, arrays: IndexArrays | None = None) -> Tensor | None:
+        return self.index.value(at, arrays)

@@ -1,0 +1,116 @@
+"""Reading one plain, gzip or zstandard file from front to back, noticing an archive that ends too early."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+from recsys_embed.errors import DataError
+from recsys_embed.utils.optional import require
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_INPUT = {"gzip": 256 << 10, "zstd": 32 << 10}
+"""Compressed bytes fed at once. Small for zstd, whose decoder has no limit on what one call may return."""
+
+
+class _Decoder(Protocol):
+    eof: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes) -> bytes: ...
+
+
+class Reader:
+    """A file's decompressed bytes; the form is recognised by content, so a wrong suffix does no harm.
+
+    ``position`` is how far the file on disk has been read, ``fault`` what is wrong with the archive once its end (or
+    the damage) has been reached, else None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0
+        self.fault: str | None = None
+        try:
+            self._file = path.open("rb")
+            magic = self._file.peek(4)[:4]
+        except OSError as e:
+            raise DataError(f"{path}: cannot be read ({e.strerror or e})") from e
+        self.kind = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else "plain"
+        self._zstd = require("zstandard", extra="data", purpose="reading .zst files") if self.kind == "zstd" else None
+        self._decoder: _Decoder | None = None if self.kind == "plain" else self._new()
+        self._held: list[bytes] = []
+        self._held_size = 0
+        self._ended = False
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        """Exactly ``size`` bytes, fewer only at the end (then look at ``fault``)."""
+        if self.kind == "plain":
+            data = self._raw(size)
+            return data
+        while self._held_size < size and not self._ended:
+            self._inflate()
+        joined = b"".join(self._held)
+        data, rest = joined[:size], joined[size:]
+        self._held, self._held_size = [rest], len(rest)
+        return data
+
+    def skip(self, offset: int) -> None:
+        """Move forward to a decompressed offset."""
+        if self.kind == "plain":
+            self._file.seek(offset)
+            self.position = offset
+            return
+        while offset > 0:
+            got = len(self.read(min(offset, 8 << 20)))
+            if not got:
+                raise DataError(f"{self.path}: is shorter than when its conversion began; use --restart")
+            offset -= got
+
+    def _raw(self, size: int) -> bytes:
+        try:
+            data = self._file.read(size)
+        except OSError as e:
+            raise DataError(f"{self.path}: cannot be read at byte {self.position} ({e.strerror or e})") from e
+        self.position += len(data)
+        return data
+
+    def _new(self) -> _Decoder:
+        decoder: Any = self._zstd.ZstdDecompressor().decompressobj() if self._zstd else zlib.decompressobj(31)
+        return cast("_Decoder", decoder)
+
+    def _inflate(self) -> None:
+        decoder = self._decoder or self._new()
+        data = self._raw(_INPUT[self.kind])
+        if not data:
+            self._ended = True
+            self.fault = f"the {self.kind} archive is cut off: its end is missing"
+            return
+        errors = (zlib.error,) if self._zstd is None else (self._zstd.ZstdError,)
+        try:
+            while True:
+                out = decoder.decompress(data)
+                if out:
+                    self._held.append(out)
+                    self._held_size += len(out)
+                if not decoder.eof:
+                    return
+                # Archives may be several members long; zero padding after the last one is allowed.
+                data = decoder.unused_data or self._raw(_INPUT[self.kind])
+                if not data.strip(b"\0"):
+                    self._ended = True
+                    return
+                decoder = self._decoder = self._new()
+        except errors as e:
+            self._ended = True
+            self.fault = f"the {self.kind} archive is damaged ({e})"

@@ -1,0 +1,138 @@
+"""Criteo text to a data folder: parse into parts, count and number each field, write Parquet, publish.
+
+Every step leaves whole files behind and is skipped when they are there already, so a conversion that was killed goes
+on where it stopped and ends with the bytes it would have had. Memory is bounded by the size of a part and by one
+field's vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recsys_embed.data.criteo.encode import encode_fields
+from recsys_embed.data.criteo.ingest import Ingest, input_record
+from recsys_embed.data.criteo.options import CriteoOptions, Progress, different
+from recsys_embed.data.folder import OUR_FILES, SCHEMA_FILE, WORK_DIR, lock
+from recsys_embed.data.manifest import Manifest, read_manifest
+from recsys_embed.data.publish import publish
+from recsys_embed.data.shards import write_shards
+from recsys_embed.data.text_blocks import find_files
+from recsys_embed.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did: rows per split and quarantined, and whether the folder had been complete already."""
+
+    out: Path
+    rows: dict[str, int]
+    quarantined: int
+    already_done: bool
+    notices: tuple[str, ...] = ()
+
+
+def _quiet(stage: str, done: float, total: float, rows: int) -> None:
+    """No progress display."""
+
+
+def convert_criteo(
+    inputs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    options: CriteoOptions | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = _quiet,
+    extra: dict[str, Any] | None = None,
+) -> ConvertReport:
+    """Convert Criteo's tab-separated text (label, 13 integers, 26 hex categories) into a data folder.
+
+    Args:
+        inputs: files, globs or folders; plain, gzip or zstandard.
+        out: folder to make; an unfinished conversion in it is continued.
+        options: see :class:`CriteoOptions`.
+        overwrite: replace a finished data set in ``out``.
+        progress: see ``Progress``.
+        extra: JSON values to keep in the schema under ``"extra"``.
+
+    Raises:
+        ConfigError: bad options or inputs; ``out`` holds something else.
+        DataError: bad rows under ``on_bad_row="fail"``, with file, line, column and reason.
+        StorageError: ``out`` cannot be written or another process is writing it.
+    """
+    options = options or CriteoOptions()
+    files = find_files([inputs] if isinstance(inputs, str | Path) else inputs)
+    out = Path(out)
+    options, donor = _adopt(options)
+    record: dict[str, Any] = {
+        "settings": options.content,
+        "inputs": [input_record(f) for f in files],
+        "extra": extra or {},
+    }
+    if donor is not None:
+        record["settings"]["like"] = donor.fingerprint
+    _check_target(out)
+    with lock(out):
+        finished = _finished(out, record, overwrite)
+        if finished is not None:
+            shutil.rmtree(out / WORK_DIR, ignore_errors=True)
+            return finished
+        notices: list[str] = []
+        ingest = Ingest(out / WORK_DIR, files, options, record, notices)
+        parts = ingest.run(progress)
+        if not any(p.info.rows for p in parts):
+            bad = [p.path.with_suffix(".bad.jsonl") for p in parts if p.info.bad]
+            seen = f"; the bad rows are in {bad[0]}" if bad else ""
+            raise DataError(f"no row could be read from {', '.join(map(str, files[:3]))}{seen}")
+        fields = encode_fields(out / WORK_DIR, parts, files, options, donor, progress)
+        built = write_shards(out / WORK_DIR, parts, files, options, fields, record, progress)
+        publish(out, built)
+    rows = {name: split.rows for name, split in built.manifest.splits.items()}
+    return ConvertReport(out, rows, sum(p.info.bad for p in parts), False, tuple(notices))
+
+
+def _adopt(options: CriteoOptions) -> tuple[CriteoOptions, Manifest | None]:
+    """With ``like``, take the settings that ids and numbers depend on from that folder."""
+    if options.like is None:
+        return options, None
+    from dataclasses import replace
+
+    donor = read_manifest(options.like)
+    theirs = donor.settings
+    return replace(
+        options,
+        ids=theirs["ids"],
+        id_bits=theirs["id_bits"],
+        dense=theirs["dense"],
+        min_count=theirs["min_count"] or options.min_count,
+    ), donor
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; the output must be a folder")
+    if out.is_dir() and not (out / SCHEMA_FILE).exists() and not (out / WORK_DIR).exists():
+        foreign = sorted(p.name for p in out.iterdir() if p.name.removesuffix(".tmp") not in OUR_FILES)
+        if foreign:
+            raise ConfigError(
+                f"{out} is not empty and holds no data set (it has {', '.join(foreign[:3])}); choose a new folder"
+            )
+
+
+def _finished(out: Path, record: dict[str, Any], overwrite: bool) -> ConvertReport | None:
+    """The report of an earlier, identical conversion, or None if there is work to do."""
+    if overwrite or not (out / SCHEMA_FILE).exists():
+        return None
+    manifest = read_manifest(out)
+    changed = different(manifest.made_from, record)
+    if changed:
+        lines = "\n".join(f"  - {c}" for c in changed)
+        raise ConfigError(
+            f"{out} holds a data set made with other settings or inputs:\n{lines}\n"
+            "choose another folder, or pass --overwrite to replace it"
+        )
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    return ConvertReport(out, rows, manifest.quarantined, True)

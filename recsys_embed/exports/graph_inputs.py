@@ -1,0 +1,143 @@
+"""Arguments to trace a module with and to compare its graph on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.collection.lookup_bundle import LookupBundle
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.models import CTRModel
+
+Inputs = tuple[Any, ...]
+
+# Where arithmetic on 64 bits goes wrong first.
+_EDGES = (0, -1, 1, 2**63 - 1, -(2**63), 2**32, -(2**32), 2**53 + 1)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of nested containers, in order.
+
+    >>> [t.item() for t in tensors((torch.tensor(1), {"a": [torch.tensor(2), None]}))]
+    [1, 2]
+    """
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def random_inputs(model: nn.Module, batch: int, seed: int = 0) -> Inputs | None:
+    """Arguments for a module of the library: ids over the whole range it takes, its ends included; None for others.
+
+    Args:
+        batch: samples; of a drop-in with a mode, bags, some of them empty.
+
+    >>> import recsys_embed as rse
+    >>> (ids,) = random_inputs(rse.make_embedding("full", 10, 4), 100)
+    >>> ids.shape, int(ids.min()), int(ids.max())
+    (torch.Size([100]), 0, 9)
+    """
+    rng = torch.Generator().manual_seed(seed)
+    if isinstance(model, CTRModel):
+        colls = list(model.collections().values())
+        # A feature takes the ids that all collections take.
+        limits = [max(column) for column in zip(*(_limits(c.bundle) for c in colls), strict=True)]
+        sizes = [spec.num_embeddings for spec in colls[0].schema]
+        found: Inputs = (torch.randn(batch, model.num_dense, generator=rng), _columns(batch, limits, sizes, rng))
+    elif isinstance(model, EmbeddingCollection):
+        sizes = [spec.num_embeddings for spec in model.schema]
+        found = (_columns(batch, _limits(model.bundle), sizes, rng),)
+    elif isinstance(model, CompressedEmbedding):
+        (limit,) = _limits(model)
+        if model.mode is None:
+            found = (_ids(batch, limit, model.num_embeddings, rng),)
+        else:
+            lengths = torch.randint(0, 4, (batch,), generator=rng)
+            lengths[0] = 2
+            ends = lengths.cumsum(0)
+            offsets = torch.cat([ends.new_zeros(1), ends])[: batch + int(model.include_last_offset)]
+            found = (_ids(int(ends[-1]), limit, model.num_embeddings, rng), offsets)
+    else:
+        return None
+    device = next(chain(model.parameters(), model.buffers())).device
+    return tuple(t.to(device) for t in found)
+
+
+def _limits(module: LookupBundle | CompressedEmbedding) -> list[int]:
+    """Per feature, the number of ids it takes; -1 where it takes any."""
+    limits: list[int] = module.unseen.constant("limits").tolist()
+    return limits
+
+
+def _columns(batch: int, limits: Sequence[int], sizes: Sequence[int], rng: torch.Generator) -> Tensor:
+    columns = [_ids(batch, limit, size, rng) for limit, size in zip(limits, sizes, strict=True)]
+    return torch.stack(columns, 1)
+
+
+def _ids(count: int, limit: int, size: int, rng: torch.Generator) -> Tensor:
+    """Ids ``[count]`` below ``limit``, or any int64 where it is -1; the first ones are the ends of the range."""
+    known = torch.randint(size, (count,), generator=rng)
+    edges = torch.tensor([0, size - 1] if limit >= 0 else _EDGES)
+    if limit < 0:
+        wild = torch.randint(-(2**63), 2**63 - 1, (count,), generator=rng)
+        known = torch.where(torch.rand(count, generator=rng) < 0.5, known, wild)
+    # Shuffled, so that a batch of one is not always the first edge.
+    edges = edges[torch.randperm(len(edges), generator=rng)][:count]
+    known[: len(edges)] = edges
+    return known
+
+
+def example_inputs(model: nn.Module, given: Any) -> Inputs:
+    """The arguments as a tuple, made up where none are given.
+
+    Raises:
+        ConfigError: none given for a module of somebody else's, or nothing in them is a tensor.
+    """
+    if given is None:
+        made = random_inputs(model, 4)
+        if made is None:
+            raise ConfigError(
+                f"give example `inputs` of {type(model).__name__}: a tuple of the arguments of its forward, with two "
+                "or more samples"
+            )
+        return made
+    inputs = given if isinstance(given, tuple) else (given,)
+    if not tensors(inputs):
+        raise ConfigError(f"example `inputs` must hold at least one tensor; got {inputs!r:.80}")
+    return inputs
+
+
+def batches(model: nn.Module, inputs: Inputs, made_up: bool, vary: bool) -> Iterator[Inputs]:
+    """Arguments to compare a graph on: made up in several batch sizes, else those given, cut and repeated.
+
+    Args:
+        made_up: the module is the library's own and takes what :func:`random_inputs` returns.
+        vary: the first dimension of every input is the batch.
+    """
+    if made_up:
+        for seed, batch in enumerate((1, 5, 300)):
+            made = random_inputs(model, batch, seed)
+            if made is not None:
+                yield made
+        return
+    yield inputs
+    if vary and len({t.shape[0] for t in tensors(inputs) if t.dim()}) == 1:
+        yield _resized(inputs, lambda t: t[:1])
+        if not any(_may_be_offsets(t) for t in tensors(inputs)):
+            yield _resized(inputs, lambda t: torch.cat([t.flip(0), t, t]))
+
+
+def _may_be_offsets(t: Tensor) -> bool:
+    """Whether a tensor looks like the starts of bags, which mean nothing when repeated."""
+    whole = t.dim() == 1 and not t.is_floating_point() and t.dtype is not torch.bool
+    return whole and int(t[0]) == 0 and bool((t.diff() >= 0).all())
+
+
+def _resized(inputs: Inputs, change: Any) -> Inputs:
+    out: Inputs = pytree.tree_map(lambda t: change(t) if isinstance(t, Tensor) and t.dim() else t, inputs)
+    return out

@@ -1,0 +1,264 @@
+"""What a model holds, as an export sees it: embeddings with their tables, and the rest of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.errors import raise_faults
+from recsys_embed.exports.file_format import NAMES
+from recsys_embed.exports.served_modules import ModuleItem, build_module, plain_spec, revive
+from recsys_embed.features import spec_to_dict
+from recsys_embed.kernels.stored_tables import Stored
+from recsys_embed.methods.full import FullConfig
+from recsys_embed.plan import Plan
+from recsys_embed.registry import get_method
+
+Source = Tensor | Stored
+
+
+@dataclass
+class Storage:
+    """Tables that lookups read as one, wherever they are read.
+
+    Args:
+        source: the rows of all of them.
+        tables: name in the file and number of rows of each, in order.
+        targets: path of every embedding that reads them, and the name it has for them.
+        renorm: ``max_norm`` and ``norm_type`` that lookups would apply.
+    """
+
+    source: Source
+    tables: list[tuple[str, int]]
+    targets: list[tuple[str, str]] = field(default_factory=list)
+    renorm: tuple[float, float] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def width(self) -> int:
+        return self.source.width if isinstance(self.source, Stored) else int(self.source.shape[1])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows ``[start, stop)`` as lookups see them, on the CPU."""
+        if isinstance(self.source, Stored):
+            return self.source.dense(start, stop - start).cpu()
+        rows = self.source.detach()[start:stop].cpu()
+        if self.renorm is not None:
+            # As nn.Embedding does in place to the rows that it reads.
+            rows = torch.embedding_renorm_(rows.clone(), torch.arange(len(rows)), *self.renorm)
+        return rows
+
+
+@dataclass
+class Found:
+    """Embeddings, their storages, and every other tensor of the state dict by its key.
+
+    ``owned`` are the keys of ``rest`` that belong to embeddings; ``notes`` say what was left as it is, and why.
+    """
+
+    modules: list[ModuleItem] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    rest: dict[str, Tensor] = field(default_factory=dict)
+    owned: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+def scan(model: nn.Module) -> Found:
+    """Take stock of a model; nothing is copied.
+
+    Raises:
+        ConfigError: something in it cannot be exported; all of it is named.
+    """
+    scanner = _Scanner(model)
+    scanner.run()
+    return scanner.found
+
+
+class _Scanner:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.found = model, Found()
+        self.state = model.state_dict(keep_vars=True)
+        self.faults: list[str] = []
+        self.storages: dict[int, Storage] = {}
+        self.skipped: set[str] = set()  # keys of the state that are tables, or say what the manifest says
+
+    def run(self) -> None:
+        paths: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        seen: set[int] = set()
+        for table in find_tables(self.model):
+            for module in table.modules:
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    self._embedding(module, table, paths[id(module)])
+        self._rest()
+        raise_faults(self.faults, "export")
+        self.found.storages = list(self.storages.values())
+        _unique_names(self.found)
+
+    def _embedding(self, module: Any, table: FoundTable, paths: list[str]) -> None:
+        where = f"{type(module).__name__} at {paths[0] or 'the top'!r}"
+        if isinstance(module, CompressedEmbedding | EmbeddingCollection):
+            item = _item(module, tuple(paths))
+            faults = [*_class_faults(module)] or [*_state_faults(module, item)]
+            if table.tied:
+                faults.append(f"its table is also {', '.join(table.tied)}; give each a tensor of its own")
+            self.faults += [f"{where}: {fault}" for fault in faults]
+            if faults:
+                return
+        elif table.obstacle or table.tied:
+            why = table.obstacle or f"its weight is also {', '.join(table.tied)}"
+            self.found.notes.append(f"{paths[0]}: kept whole, {why}")
+            return
+        else:
+            item = _plain_item(module, table.name, tuple(paths))
+        self.found.modules.append(item)
+        for path in paths:
+            self._tables(module, path)
+
+    def _tables(self, module: Any, path: str) -> None:
+        """Storages that the module at a path reads, and whose keys of the state are whose."""
+        prefix = f"{path}." if path else ""
+        self.found.owned |= {key for key in self.state if key.startswith(prefix)}
+        said = tuple(prefix + name for name in ("_extra_state", "served.", "shared."))
+        self.skipped |= {key for key in self.state if key.startswith(said)}
+        if isinstance(module, EmbeddingCollection):
+            for name in module.storages:
+                keys = sorted((k for k, p in module.places.items() if p.storage == name), key=_offset_in(module))
+                self._storage(module, name, [(prefix + k, module.tables[k].rows) for k in keys], path)
+            for name, own in module.bundle.own.items():
+                self._tables(own, f"{prefix}bundle.own.{name}")
+        elif isinstance(module, CompressedEmbedding):
+            for t in module.program.tables:
+                if not t.dense:
+                    self._storage(module, t.name, [(prefix + t.name, t.rows)], path)
+        else:
+            self._storage(module, "weight", [(prefix + "weight", module.num_embeddings)], path)
+
+    def _storage(self, module: Any, name: str, tables: list[tuple[str, int]], path: str) -> None:
+        source = _source(module, name)
+        storage = self.storages.setdefault(id(source), Storage(source, tables))
+        storage.targets.append((path, name))
+        if getattr(module, "max_norm", None) is not None:
+            storage.renorm = (float(module.max_norm), float(module.norm_type))
+        self.skipped.add(f"{path}.{name}" if path else name)
+
+    def _rest(self) -> None:
+        for key, value in self.state.items():
+            if key in self.skipped:
+                continue
+            if not isinstance(value, Tensor):
+                self.faults.append(f"state {key!r} is of type {type(value).__name__}; only tensors can be exported")
+            elif value.is_meta:
+                self.faults.append(f"tensor {key!r} is on the meta device and holds nothing")
+            elif value.layout != torch.strided or value.dtype not in NAMES:
+                self.faults.append(f"tensor {key!r} is {value.dtype}, {value.layout}, which the file cannot hold")
+            else:
+                self.found.rest[key] = value
+        self.faults += [
+            f"table {s.tables[0][0]!r} is on the meta device and holds nothing"
+            for s in self.storages.values()
+            if s.source.device.type == "meta"
+        ]
+        self.found.owned &= self.found.rest.keys()
+
+
+def _offset_in(module: EmbeddingCollection) -> Any:
+    return lambda key: module.places[key].offset
+
+
+def _class_faults(module: CompressedEmbedding | EmbeddingCollection) -> Iterator[str]:
+    known: type = EmbeddingCollection
+    if isinstance(module, CompressedEmbedding):
+        known = get_method(module.config.method).embedding_cls
+    if type(module) is not known:
+        yield f"a subclass of {known.__name__}, which a file cannot bring back; register it as a method of its own"
+
+
+def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: ModuleItem) -> Iterator[str]:
+    """Tensors that somebody added to a module, or took away."""
+    inner, built = ("served.", "shared."), build_module(item)
+    ours = {k: tuple(v.shape) for k, v in _tensors(module).items() if not k.startswith(inner) and ".served." not in k}
+    theirs = {k: tuple(v.shape) for k, v in _tensors(built).items()}
+    # Tables that are read from elsewhere (shared, or served) are not among the module's own.
+    odd = [k for k, shape in ours.items() if theirs.get(k) != shape]
+    if odd:
+        yield f"not as its configuration makes it; it also holds {', '.join(odd[:5])}"
+    revive(built, torch.device("cpu"))
+    lost = [k for k, v in built.named_buffers() if v.is_meta and k not in theirs]
+    if lost:
+        yield f"buffers {', '.join(lost[:5])} are in no state dict, so no file holds them; make them persistent"
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in module.state_dict(keep_vars=True).items() if not k.endswith("_extra_state")}
+
+
+def _source(module: Any, name: str) -> Source:
+    """What an embedding reads under a name: a parameter, or what it serves."""
+    served = getattr(module, "served", None)
+    if served is not None and name in served:
+        return cast("Stored", served[name])
+    return cast("Tensor", module.table(name) if isinstance(module, CompressedEmbedding) else getattr(module, name))
+
+
+def _item(module: CompressedEmbedding | EmbeddingCollection, paths: tuple[str, ...]) -> ModuleItem:
+    if isinstance(module, EmbeddingCollection):
+        build: dict[str, Any] = {"schema": module.schema.to_dict(), "plan": Plan(module.plan.configs).to_dict()}
+        return ModuleItem("collection", paths, build, _dtype(module))
+    build = {
+        "spec": spec_to_dict(module.spec),
+        "config": module.config.to_dict(),
+        "padding_idx": module.padding_idx,
+        "mode": module.mode,
+        "include_last_offset": module.include_last_offset,
+        "stands_in": bool(module.stands_in),
+    }
+    return ModuleItem("embedding", paths, build, _dtype(module))
+
+
+def _plain_item(module: Any, name: str, paths: tuple[str, ...]) -> ModuleItem:
+    """A torch module as what serves in its place: the method ``full``."""
+    bag = isinstance(module, nn.EmbeddingBag)
+    mode = module.mode if bag else None
+    build = {
+        "spec": plain_spec(name, module.num_embeddings, module.embedding_dim, mode),
+        "config": FullConfig().to_dict(),
+        "padding_idx": module.padding_idx,
+        "mode": mode,
+        "include_last_offset": bool(bag and module.include_last_offset),
+        "stands_in": True,
+    }
+    return ModuleItem("embedding", paths, build, module.weight.dtype)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    served = getattr(module, "served", None)
+    if served is not None:
+        return cast("Tensor", served.like).dtype
+    floats = (p.dtype for p in module.parameters())
+    return next(floats, torch.float32)
+
+
+def _unique_names(found: Found) -> None:
+    """Tensor names that an odd model makes equal are told apart by a number."""
+    taken = set(found.rest)
+    for storage in found.storages:
+        for i, (name, rows) in enumerate(storage.tables):
+            unique, n = name, 1
+            while unique in taken or unique == "__metadata__":
+                n += 1
+                unique = f"{name}#{n}"
+            taken.add(unique)
+            storage.tables[i] = (unique, rows)

@@ -1,0 +1,331 @@
+"""Write a model as it is served: one file with everything a lookup needs and nothing that only training needs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed import __version__
+from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
+from recsys_embed.exports.file_format import NAMES, Entry, header_bytes, lay_out
+from recsys_embed.exports.files import replacing
+from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
+from recsys_embed.exports.model_scan import Found, Storage, scan
+from recsys_embed.exports.pack import Error, Packed, settle, survey
+from recsys_embed.exports.read import load
+from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
+from recsys_embed.exports.served_modules import build_model
+from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
+from recsys_embed.models.base import MODELS, CTRModel
+
+_PLACEHOLDER = -1.7976931348623157e308  # no number takes more characters
+_KINDS = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter of an embedding that every lookup reads whole."""
+
+    key: str
+    value: Tensor
+    dtype: torch.dtype
+
+
+def export(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    precision: Precision = "fp32",
+    *,
+    prune: bool = True,
+    search: Search | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    metric: str = "metric",
+) -> ExportReport:
+    """Write ``model`` to one file that :func:`recsys_embed.load` turns back into a module that gives the same outputs.
+
+    The file is in safetensors format with a manifest in its metadata; it appears under ``path`` when it is complete,
+    and until then what was there stays. Memory used is that of a few chunks of rows, whatever the size of the tables.
+
+    Args:
+        model: a drop-in, an :class:`EmbeddingCollection`, one of the library's models, any module that contains these
+            or plain ``nn.Embedding``/``nn.EmbeddingBag`` (to be loaded ``into`` a freshly built one), the folder of a
+            training run, or its ``model.pt``.
+        path: the file to write; ``.safetensors`` is its usual ending.
+        precision: of table rows: ``"fp32"`` (outputs are bit for bit those of the source), ``"fp16"``, ``"bf16"``,
+            ``"int8"`` or ``"int4"`` with an fp16 scale and bias per row (FBGEMM's layout). Projections and networks of
+            embeddings are kept in 16 bits where rows are quantised; other layers stay as they are.
+        prune: drop rows and columns of zeros where that saves bytes.
+        search: how scales of quantised rows are found: ``"minmax"`` (default of int8) or ``"greedy"`` (of int4).
+        evaluate: measures a model, e.g. its AUC; called with the source and with what was loaded from the new file.
+        metric: name of what ``evaluate`` measures.
+
+    Returns:
+        Bytes and errors per table and in total.
+
+    Raises:
+        ConfigError: unknown precision; weights that are not finite or too large for it (all named); tensors on the
+            meta device; subclasses of the library's embeddings.
+        CheckpointError: the run folder cannot be read, or the file cannot be written.
+
+    >>> import torch, tempfile, recsys_embed as rse
+    >>> from recsys_embed.exports import export, load
+    >>> emb = rse.make_embedding("hash", 100_000, 16, budget="64KiB")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = export(emb, f"{folder}/items.safetensors", "int8")
+    ...     served = load(f"{folder}/items.safetensors")
+    >>> ids = torch.tensor([3, 99_999])
+    >>> bool((served(ids) - emb(ids)).abs().max() <= report.max_error), report.embedding_bytes / report.source_bytes
+    (True, 0.3125)
+    """
+    check_precision(precision)
+    if search not in (None, "minmax", "greedy"):
+        raise unknown_name("search", str(search), ("minmax", "greedy"))
+    if isinstance(model, str | Path):
+        from recsys_embed.exports.run_model import model_of_run
+
+        model = model_of_run(model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be a torch.nn.Module or the path of a run; got {type(model).__name__}")
+    found = scan(model)
+    kind = _model_kind(model, found)
+    search = search or ("greedy" if precision == "int4" else "minmax")
+    with torch.no_grad():
+        return _Writer(model, found, kind, precision, search, prune).write(path, evaluate, metric)
+
+
+def _model_kind(model: nn.Module, found: Found) -> dict[str, Any]:
+    """What ``load`` has to build: an embedding, a model of the library, or nothing (the caller's own model)."""
+    if any("" in item.paths for item in found.modules):
+        return {"kind": "embedding"}
+    if (
+        isinstance(model, CTRModel)
+        and MODELS.get(getattr(model, "key", "")) is type(model)
+        and model.params is not None
+    ):
+        params = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.params).items()}
+        kind = {"kind": "model", "key": model.key, "num_dense": model.num_dense, "params": params}
+        collections = {item.paths[0]: item for item in found.modules}
+        if set(collections) == set(model.collections()):
+            try:
+                build_model(kind, collections, {k: v.shape for k, v in found.rest.items()})
+            except CheckpointError:
+                pass  # it was changed after it was built, so only its owner can build it again
+            else:
+                return kind
+    return {"kind": "state", "class": f"{type(model).__module__}.{type(model).__qualname__}"}
+
+
+class _Writer:
+    def __init__(
+        self, model: nn.Module, found: Found, kind: dict[str, Any], precision: str, search: Search, prune: bool
+    ) -> None:
+        self.model, self.found, self.kind = model, found, kind
+        self.precision, self.search = precision, search
+        self.packed = self._survey(prune)
+        self.matrices = {m.key: m for m in self._matrices()}
+        self.errors = {key: Error() for key in self.matrices}
+        self.digests: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}
+
+    def _survey(self, prune: bool) -> list[tuple[Storage, list[Packed]]]:
+        out, faults = [], []
+        for storage in self.found.storages:
+            tables, start = [], 0
+            for name, rows in storage.tables:
+                read = _reader(storage, start)
+                packed, wrong = survey(name, read, rows, storage.width, storage.dtype, self.precision, prune)
+                tables.append(packed)
+                faults += wrong
+                start += rows
+            if not faults:
+                settle(tables)
+            out.append((storage, tables))
+        parameters = {key for key, _ in self.model.named_parameters(remove_duplicate=False)}
+        for key, value in self.found.rest.items():
+            if key in parameters and value.is_floating_point() and not torch.isfinite(value).all():
+                faults.append(f"parameter {key!r} holds NaN or infinite values")
+        raise_faults(faults, "export")
+        return out
+
+    def _matrices(self) -> Iterator[_Matrix]:
+        faults = []
+        half = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        for key in self.found.rest:
+            value = self.found.rest[key]
+            if key in self.found.owned and value.is_floating_point():
+                narrow = value.dtype.itemsize <= 2
+                dtype = value.dtype if narrow else torch.float32 if self.precision == "fp32" else half
+                if dtype == torch.float16 and value.numel() and float(value.abs().max()) > FP16_MAX:
+                    faults.append(f"parameter {key!r} holds values beyond {FP16_MAX:.0f}, the largest of fp16")
+                yield _Matrix(key, value, dtype)
+        raise_faults(faults, "export")
+
+    # -- layout -----------------------------------------------------------------------------------------------------
+
+    def _producers(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]]:
+        """Every tensor of the file: dtype, shape, and what makes its content."""
+        out: dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]] = {}
+        # Tables of a storage stand end to end, so that one view covers them all.
+        for _, tables in self.packed:
+            for t in tables:
+                layout = t.part.layout
+                shape = (layout.stored_rows(t.part.count), layout.items)
+                out[t.name] = (layout.dtype, shape, _stored(t, self.search))
+        for _, tables in self.packed:
+            for t in tables:
+                for end, array in t.arrays().items():
+                    out[f"{t.name}.rows.{end}"] = (array.dtype, tuple(array.shape), _array(t, end))
+        held: dict[Any, str] = {}
+        for key, value in self.found.rest.items():
+            matrix = self.matrices.get(key)
+            dtype = value.dtype if matrix is None else matrix.dtype
+            same = (value.data_ptr(), value.shape, value.stride(), dtype) if value.numel() else key
+            self.aliases[key] = held.setdefault(same, key)
+            if self.aliases[key] == key:
+                out[key] = (dtype, tuple(value.shape), self._whole(key, dtype))
+        return out
+
+    def _whole(self, key: str, dtype: torch.dtype) -> Callable[[], Iterator[Tensor]]:
+        def make() -> Iterator[Tensor]:
+            value = self.found.rest[key].detach().cpu()
+            stored = value.to(dtype)
+            if key in self.errors:
+                self.errors[key].add(value, stored)
+            yield stored
+
+        return make
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def write(self, path: str | Path, evaluate: Callable[[nn.Module], float] | None, metric: str) -> ExportReport:
+        producers = self._producers()
+        entries = lay_out({name: (dtype, shape) for name, (dtype, shape, _) in producers.items()})
+        placeholder = None if evaluate is None else Metric(metric, _PLACEHOLDER, _PLACEHOLDER)
+        size = len(header_bytes(self._manifest(entries, placeholder), entries))
+        measured = None
+        with replacing(path) as (f, temporary):
+            f.seek(size)
+            for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+                self.digests[name] = _write_tensor(f, name, entry, producers[name][2])
+            _write_header(f, header_bytes(self._manifest(entries, None), entries, size))
+            if evaluate is not None:
+                measured = self._measure(temporary, evaluate, metric)
+                _write_header(f, header_bytes(self._manifest(entries, measured), entries, size))
+            total = f.seek(0, 2)
+        return self._report(Path(path), total, size, entries, measured)
+
+    def _measure(self, file: Path, evaluate: Callable[[nn.Module], float], name: str) -> Metric:
+        """The source's measure, and that of the file as it will be loaded."""
+        into = None
+        if self.kind["kind"] == "state":
+            # Tables are replaced anyway, so the copy need not have its own.
+            shared = {id(s.source): s.source for s in self.found.storages}
+            into = copy.deepcopy(self.model, shared)
+        before = float(evaluate(self.model))
+        return Metric(name, before, float(evaluate(load(file, into=into))))
+
+    def _manifest(self, entries: Mapping[str, Entry], metric: Metric | None) -> dict[str, Any]:
+        """The manifest as far as it is known; unknown numbers stand as the longest there are."""
+        done = bool(self.digests)
+        tables = {}
+        for storage, packs in self.packed:
+            for p in packs:
+                errors = p.error.close(p.part.rows * p.width) if done else (_PLACEHOLDER,) * 3
+                tables[p.name] = table_to_dict(p.part, p.width, storage.dtype, errors)
+        dense = {}
+        for key, value in self.found.rest.items():
+            dense[key] = {"dtype": NAMES[value.dtype]}
+            if self.aliases[key] != key:
+                dense[key]["tensor"] = self.aliases[key]
+        return {
+            "version": MANIFEST_VERSION,
+            "written_by": {"recsys-embed": __version__, "torch": str(torch.__version__)},
+            "precision": self.precision,
+            "search": self.search,
+            "model": self.kind,
+            "modules": [item_to_dict(item) for item in self.found.modules],
+            "storages": [
+                {"tables": [p.name for p in packs], "targets": [list(t) for t in storage.targets]}
+                for storage, packs in self.packed
+            ],
+            "tables": tables,
+            "dense": dense,
+            "sha256": {name: self.digests.get(name, "0" * 64) for name in entries},
+            "metric": None if metric is None else vars(metric),
+        }
+
+    # -- report -----------------------------------------------------------------------------------------------------
+
+    def _report(
+        self, path: Path, total: int, header: int, entries: Mapping[str, Entry], metric: Metric | None
+    ) -> ExportReport:
+        outcomes = []
+        for storage, packs in self.packed:
+            for p in packs:
+                part, errors = p.part, p.error.close(p.part.rows * p.width)
+                columns = p.width if part.columns is None else len(part.columns)
+                source = part.rows * p.width * storage.dtype.itemsize
+                sizes = (part.count, columns, part.nbytes, part.index_bytes, source)
+                outcomes.append(TableOutcome(p.name, part.rows, p.width, part.layout.kind, part.form, *sizes, *errors))
+        for key in sorted(self.found.owned):
+            value, stored = self.found.rest[key], entries.get(key)
+            if stored is None:
+                continue
+            rows, width = (value.shape[0], value[0].numel()) if value.dim() > 1 else (1, value.numel())
+            errors = self.errors[key].close(value.numel()) if key in self.errors else (0.0, 0.0, 0.0)
+            kind = _KINDS.get(self.matrices[key].dtype) if key in self.matrices else str(value.dtype).split(".")[-1]
+            held = stored.stop - stored.start
+            sizes = (rows, width, held, 0, value.nbytes)
+            outcomes.append(TableOutcome(key, rows, width, str(kind), "whole", *sizes, *errors))
+        embedding = sum(t.bytes + t.index_bytes for t in outcomes)
+        return ExportReport(
+            path=path,
+            precision=self.precision,
+            needs_skeleton=self.kind["kind"] == "state",
+            bytes=total,
+            embedding_bytes=embedding,
+            source_bytes=sum(t.source_bytes for t in outcomes),
+            dense_bytes=total - header - embedding,
+            header_bytes=header,
+            tables=tuple(outcomes),
+            metric=metric,
+            notes=tuple(self.found.notes),
+        )
+
+
+def _reader(storage: Storage, first: int) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: storage.read(first + start, first + stop)
+
+
+def _stored(table: Packed, search: Search) -> Callable[[], Iterator[Tensor]]:
+    return lambda: table.stored(search)
+
+
+def _array(table: Packed, end: str) -> Callable[[], Iterator[Tensor]]:
+    return lambda: iter([table.arrays()[end]])
+
+
+def _write_tensor(file: IO[bytes], name: str, entry: Entry, make: Callable[[], Iterator[Tensor]]) -> str:
+    """Append a tensor and return its digest."""
+    digest, written = hashlib.sha256(), 0
+    for piece in make():
+        if piece.numel():
+            view = memoryview(cast("Any", piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(view)
+            written += file.write(view)
+    if written != entry.stop - entry.start:
+        raise CheckpointError(f"tensor {name!r} changed while it was exported; stop training first")
+    return digest.hexdigest()
+
+
+def _write_header(file: IO[bytes], header: bytes) -> None:
+    file.seek(0)
+    file.write(header)
+    file.flush()

@@ -1,0 +1,138 @@
+"""Checks of ids before any kernel reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys_embed.core import hashing
+from recsys_embed.errors import ConfigError, IdRangeError
+from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.constants import Constants
+
+_ID_TYPES = (torch.int64, torch.int32)
+
+
+def check_id_dtype(ids: Tensor, where: str) -> None:
+    """Raise unless ``ids`` are a tensor of int32 or int64; ``where`` is the feature, empty for all of a collection."""
+    if isinstance(ids, Tensor) and ids.dtype in _ID_TYPES:
+        return
+    at = f"feature {where!r}" if where else "a collection's features"
+    if not isinstance(ids, Tensor):
+        raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
+    raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
+
+
+def given_ids(values: Any, spec: FeatureSpec, hashes: bool, near: Constants) -> Any:
+    """Ids of one feature as users give them: for a method that hashes, also strings and numpy arrays, as a tensor.
+
+    What is neither comes back as it is, for :func:`check_id_dtype` to name.
+
+    Args:
+        near: a module on the device that the tensor is to be on.
+
+    Raises:
+        ConfigError: strings for a feature whose ids are indices.
+    """
+    if isinstance(values, Tensor) and values.dtype != torch.uint64:
+        return values
+    if hasattr(values, "__array__") and not isinstance(values, Tensor):
+        values = np.asarray(values)
+    texts = _has_texts(values)
+    if texts and (not hashes or spec.unseen not in (None, "hash")):
+        why = f"with `unseen` {spec.unseen!r} it takes" if hashes else "its method takes"
+        raise ConfigError(
+            f"got strings for feature {spec.name!r}, but {why} indices into [0, {spec.num_embeddings}). Use a hashing "
+            "method without another `unseen`, which takes strings as recsys_embed.string_ids makes them ids; or number "
+            "them by a vocabulary first"
+        )
+    known = texts or isinstance(values, (np.ndarray, Tensor)) or (isinstance(values, list) and not values)
+    return hashing.string_ids(values).to(next(near.buffers()).device) if hashes and known else values
+
+
+def _has_texts(values: Any) -> bool:
+    if isinstance(values, (list, tuple)):
+        return any(_has_texts(v) for v in values)
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind in "USTO"
+    return isinstance(values, (str, bytes))
+
+
+def check_offsets(offsets: Tensor, count: int, where: str, closed: bool = False) -> Tensor:
+    """``offsets`` as int64, or an error unless they rise from 0 to at most the number of ids, ``count``.
+
+    Values are read on the CPU only: elsewhere that would wait for the device.
+
+    Args:
+        offsets: int32 or int64, 1-D.
+        closed: the last offset must be ``count``; without, it may be less, as in torch.
+
+    Raises:
+        ConfigError: of another type or shape, falling, or beyond the ids.
+    """
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int64, torch.int32):
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise ConfigError(f"offsets must be a tensor of int32 or int64; got {got} ({where})")
+    if offsets.dim() != 1 or offsets.numel() < int(closed):
+        raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
+    offsets = offsets.long()
+    if offsets.numel() and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = int(offsets[0]), int(offsets[-1])
+        fits = last == count if closed else last <= count
+        if first != 0 or not fits or bool((offsets.diff() < 0).any()):
+            falls = ", falling in between" if first == 0 and fits else ""
+            raise ConfigError(
+                f"offsets must rise from 0 to the number of ids, {count}; got {first} to {last}{falls} ({where})"
+            )
+    return offsets
+
+
+def bag_mode(mode: str, offsets: Tensor) -> str:
+    """The mode to pool with: without a single bag all give ``[0, D]``, but torch's ``max`` ends the process."""
+    return mode if offsets.numel() else "sum"
+
+
+def check_id_range(ids: Tensor, size: int, where: str) -> None:
+    """Raise unless all ids lie in ``[0, size)``.
+
+    On a GPU, and while tracing, the check is an asynchronous assertion: it costs no synchronisation.
+
+    Raises:
+        IdRangeError: names the smallest and largest id.
+    """
+    if ids.numel() == 0:
+        return
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= size:
+            raise IdRangeError(
+                f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r}). Where ids "
+                "never seen may come, say what becomes of them: `unseen` 'hash', 'oov' or 'zero'"
+            )
+    elif ids.device.type != "meta":
+        torch._assert_async(((ids >= 0) & (ids < size)).all(), f"ids of feature {where!r} must be in [0, {size})")
+
+
+def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature: Tensor | None = None) -> None:
+    """Raise unless every id lies below the limit of its feature; a limit of -1 lets any id pass.
+
+    Args:
+        ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id.
+        limits: int64 ``[F]``.
+
+    Raises:
+        IdRangeError: names the first feature at fault and its smallest and largest id.
+    """
+    if ids.numel() == 0 or ids.device.type == "meta":
+        return
+    bound = limits if feature is None else limits[feature]
+    bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~bad.any(), "an id lies outside the range its feature declares")
+    elif bool(bad.any()):
+        first = int(bad.any(0).nonzero().min() if feature is None else feature[bad].min())
+        check_id_range(ids[:, first] if feature is None else ids[feature == first], int(limits[first]), names[first])

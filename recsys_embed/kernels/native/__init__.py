@@ -1,0 +1,1 @@
+"""The compiled CPU kernels: the library, records of its calls, lookups with gradients."""

@@ -1,0 +1,191 @@
+"""The compiled CPU kernels as a loaded library, and the records of a call (ops/cpu/program.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from recsys_embed.errors import BackendError
+from recsys_embed.kernels.kinds import LAYOUT
+from recsys_embed.kernels.native.records import FEATURE, PROBE, TRANSFORM
+
+VARIANTS = ("plain", "avx2", "avx512")
+
+
+class Matrix(ctypes.Structure):
+    """Rows of floats, and elements from one to the next."""
+
+    _fields_: ClassVar = [("data", c_void_p), ("stride", c_int64)]
+
+
+class Mask(ctypes.Structure):
+    """What is done to vectors before they are handed out."""
+
+    _fields_: ClassVar = [
+        ("batch", c_int64),
+        ("fields", c_int64),
+        ("width", c_int64),
+        ("ids", c_void_p),
+        ("sample_stride", c_int64),
+        ("feature_stride", c_int64),
+        ("ids_are_32", c_int64),
+        ("starts", c_void_p),
+        ("thresholds", c_void_p),
+        ("norm", c_int64),
+        ("widths", c_void_p),
+        ("widths_stride", c_int64),
+        ("spare", c_void_p),
+        ("scales", c_void_p),
+        ("blocks", c_void_p),
+        ("blocks_are_8", c_int64),
+        ("block_count", c_int64),
+        ("vectors", Matrix),
+        ("out", Matrix),
+        ("gradient", Matrix),
+        ("of_vectors", Matrix),
+        ("of_thresholds", c_void_p),
+        ("of_rest", c_void_p),
+        ("slopes", c_void_p),
+    ]
+
+
+class Call(ctypes.Structure):
+    """One lookup: programs, ids, tables, outputs."""
+
+    _fields_: ClassVar = [
+        ("features", c_void_p),
+        ("probes", c_void_p),
+        ("feature_count", c_int64),
+        ("probe_count", c_int64),
+        ("ids", c_void_p),
+        ("batch", c_int64),
+        ("sample_stride", c_int64),
+        ("feature_stride", c_int64),
+        ("ids_are_32", c_int64),
+        ("offsets", c_void_p),
+        ("sample_weights", c_void_p),
+        ("storages", c_void_p),
+        ("storage_widths", c_void_p),
+        ("storage_kinds", c_void_p),
+        ("storage_bytes", c_void_p),
+        ("storage_count", c_int64),
+        ("outputs", c_void_p),
+        ("output_count", c_int64),
+        ("kept", Matrix),
+        ("index", c_void_p),
+        ("threads", c_int64),
+        ("mask", c_void_p),
+    ]
+
+
+def words_of(record: type[ctypes.Structure]) -> dict[str, int]:
+    """Where each field begins, counted in 64-bit words, which all records consist of."""
+    return {name: getattr(record, name).offset // 8 for name in (f[0] for f in record._fields_)}
+
+
+class Update(ctypes.Structure):
+    """What becomes of the gradients of one storage."""
+
+    _fields_: ClassVar = [
+        ("rule", c_int64),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("decay", c_double),
+        ("sizes", c_void_p),
+        ("epsilons", c_void_p),
+        ("first", c_int64),
+        ("step", c_int64),
+        ("last", c_void_p),
+        ("count", c_void_p),
+        ("corrections", c_void_p),
+        ("correction_count", c_int64),
+        ("state", c_void_p * 2),
+        ("gradient", c_void_p),
+        ("touched", c_void_p),
+        ("touched_count", c_void_p),
+        ("rows", c_int64),
+    ]
+
+
+class Library(NamedTuple):
+    """The loaded kernels.
+
+    Args:
+        handle: of the shared library.
+        variant: instruction set in use.
+        threaded: whether they run in the threads of torch's runtime, or in one.
+    """
+
+    handle: ctypes.CDLL
+    variant: str
+    threaded: bool
+
+
+def _file() -> Path | None:
+    given = os.environ.get("RECSYS_EMBED_NATIVE")
+    if given:
+        return Path(given)
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    return found[-1] if found else None
+
+
+@cache
+def library() -> Library | str:
+    """The kernels, or in words why there are none.
+
+    ``RECSYS_EMBED_CPU`` names the instruction set to use, ``RECSYS_EMBED_NATIVE`` another build to load.
+    """
+    path = _file()
+    if path is None:
+        return "not built: installing from source with a C++ compiler (g++ or clang++) builds them"
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    handle.rse_select.restype = c_char_p
+    handle.rse_record_sizes.restype = c_int64
+    handle.rse_transform_layout.restype = c_char_p
+    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
+    own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
+    if sizes != own or handle.rse_transform_layout() != LAYOUT.encode():
+        return f"{path.name} was built from other sources; install again"
+    wanted = os.environ.get("RECSYS_EMBED_CPU")
+    if wanted is not None and wanted not in VARIANTS:
+        return f"RECSYS_EMBED_CPU must be one of {', '.join(VARIANTS)}; got {wanted!r}"
+    name = handle.rse_select(None if wanted is None else wanted.encode())
+    if name is None:
+        return f"RECSYS_EMBED_CPU={wanted}, which this processor or this build does not have"
+    handle.rse_forward.argtypes = [c_void_p]
+    handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
+    handle.rse_settle.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
+    handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_settle.restype = c_int
+    handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
+    return Library(handle, name.decode(), _share_threads(handle))
+
+
+def _share_threads(handle: ctypes.CDLL) -> bool:
+    """Give the kernels the entry points of the OpenMP runtime that torch has loaded; False where there is none."""
+    process = ctypes.CDLL(None)
+    try:
+        entries = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]
+    except AttributeError:
+        return False
+    handle.rse_set_runtime(*(ctypes.cast(e, c_void_p) for e in entries))
+    return True
+
+
+def loaded() -> Library:
+    """The kernels.
+
+    Raises:
+        BackendError: they cannot run here; says why.
+    """
+    found = library()
+    if isinstance(found, str):
+        raise BackendError(f"backend 'native' cannot run: {found}. Use backend 'auto' or 'torch'")
+    return found

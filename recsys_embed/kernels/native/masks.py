@@ -1,0 +1,203 @@
+"""Masks as the native kernels run them: rows pruned by their norm, columns cut off, blocks of ids scaled (ops/cpu).
+
+A lookup applies one in the call that reads the rows; vectors of other origin get one in a call of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.native.library import Mask, Matrix, loaded
+from recsys_embed.kernels.native.lookup import checked, runs_on
+from recsys_embed.kernels.native.output_pool import OutputPool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is done to vectors ``[B, F, D]``: with ``scales`` a factor per block and column, else rows are pruned.
+
+    A row whose norm is at most its threshold becomes ``spare``; of what is left, columns beyond a width become zeros.
+
+    Args:
+        width: D.
+        starts: int64 ``[F + 1]``, first id of each field among all; thresholds and blocks then go by id.
+        thresholds: float32 ``[F]``, or by id ``[ids]``; None: no row is pruned.
+        norm: 1 or 2.
+        widths: int64 ``[B, F]`` or ``[F]``, columns kept; None: all.
+        spare: float32 ``[F, D]``; None: zeros.
+        scales: float32 ``[blocks, D]``.
+        blocks: uint8 or int32 ``[ids]``.
+    """
+
+    width: int
+    starts: Tensor | None = None
+    thresholds: Tensor | None = None
+    norm: int = 1
+    widths: Tensor | None = None
+    spare: Tensor | None = None
+    scales: Tensor | None = None
+    blocks: Tensor | None = None
+
+    @property
+    def learned(self) -> tuple[Tensor | None, Tensor | None]:
+        """What has gradients: thresholds, and ``spare`` or ``scales``."""
+        return self.thresholds, self.spare if self.scales is None else self.scales
+
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter wants a gradient."""
+        return any(t is not None and t.requires_grad for t in self.learned)
+
+    def fits(self, ids: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the kernels may read the memory of ids and parameters, and all are for vectors of one ``shape``."""
+        learned = [t for t in self.learned if t is not None]
+        others = [t for t in (self.starts, self.widths, self.blocks) if t is not None]
+        return (
+            not torch.compiler.is_compiling()
+            and ids.dtype in (torch.int32, torch.int64)
+            and runs_on(ids, learned)
+            and all(t.is_cpu and t.is_contiguous() for t in others)
+            and self._agrees(ids.shape, shape)
+        )
+
+    def _agrees(self, ids: torch.Size, shape: Sequence[int]) -> bool:
+        """Whether no kernel will look for a parameter beyond the last; torch may broadcast what does not agree."""
+        if len(ids) != 2 or tuple(shape) != (*ids, self.width):
+            return False
+        fields = number = ids[1]
+        if self.starts is not None:
+            if self.starts.shape != (fields + 1,) or self.starts.dtype != torch.int64:
+                return False
+            number = int(self.starts[-1])
+        thresholds, widths, spare, scales, blocks = self.thresholds, self.widths, self.spare, self.scales, self.blocks
+        return (
+            (thresholds is None or thresholds.shape == (number,))
+            and (widths is None or (widths.dtype == torch.int64 and widths.shape in (ids, (fields,))))
+            and (spare is None or spare.shape == (fields, self.width))
+            and (scales is None or (scales.dim() == 2 and scales.shape[1] == self.width))
+            and (blocks is None or (blocks.dtype in (torch.uint8, torch.int32) and blocks.shape == (number,)))
+        )
+
+    def record(self, ids: Tensor, vectors: Tensor, out: Tensor) -> Mask:
+        """The call's record, which points into the arguments; they fit.
+
+        Args:
+            ids: ``[B, F]``.
+            vectors, out: ``[B, F, D]``, contiguous; they may be the same.
+        """
+        thresholds, rest = self.learned
+        batch, fields = ids.shape
+        mask = Mask(batch=batch, fields=fields, width=self.width, norm=self.norm)
+        mask.vectors, mask.out = _matrix(vectors), _matrix(out)
+        if self.starts is not None:
+            mask.starts, mask.ids, mask.ids_are_32 = self.starts.data_ptr(), ids.data_ptr(), ids.dtype == torch.int32
+            mask.sample_stride, mask.feature_stride = ids.stride()
+        if thresholds is not None:
+            mask.thresholds = thresholds.data_ptr()
+        if self.widths is not None:
+            mask.widths, mask.widths_stride = self.widths.data_ptr(), fields if self.widths.dim() == 2 else 0
+        if self.scales is not None and self.blocks is not None:
+            mask.scales, mask.block_count = self.scales.data_ptr(), self.scales.shape[0]
+            mask.blocks, mask.blocks_are_8 = self.blocks.data_ptr(), self.blocks.dtype == torch.uint8
+        elif rest is not None:
+            mask.spare = rest.data_ptr()
+        return mask
+
+
+_POOL = OutputPool()
+"""Of masks in calls of their own."""
+
+
+class Masking(Protocol):
+    """A layer that vectors ``[B, F, D]`` pass through, as kernels take it where they can."""
+
+    def stage(self, ids: Tensor) -> Stage:
+        """What the layer does to the vectors of ``ids [B, F]`` this time."""
+
+    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids`` after the stage, by whoever can."""
+
+
+class _Masked(Function):
+    """``done``: the masked vectors, where a lookup has made them already; no tensor of its own, for outputs that are
+    inputs count as views."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        thresholds: Tensor | None,
+        rest: Tensor | None,
+        stage: Stage,
+        ids: Tensor,
+        done: tuple[Tensor | None],
+        pool: OutputPool,
+    ) -> Tensor:
+        ctx.stage, ctx.pool = stage, pool
+        ctx.save_for_backward(vectors, ids, thresholds, rest, stage.widths, stage.blocks)
+        if done[0] is not None:
+            return done[0]
+        out = pool.take(vectors.shape)
+        record = stage.record(ids, vectors, out)
+        if not checked(loaded().handle.rse_mask(ctypes.addressof(record), torch.get_num_threads())):
+            raise IdRangeError("an id lies outside the ids that the mask's parameters are for")
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        wanted = ctx.needs_input_grad
+        record = ctx.stage.record(ids, vectors, vectors)
+        record.gradient = _matrix(grad)
+        moved = ctx.pool.take(vectors.shape) if wanted[0] else None
+        of_thresholds = torch.zeros_like(thresholds) if wanted[1] else None
+        of_rest = torch.zeros_like(rest) if wanted[2] else None
+        slopes = None
+        if moved is not None:
+            record.of_vectors = _matrix(moved)
+        if of_thresholds is not None:
+            record.of_thresholds = of_thresholds.data_ptr()
+            if ctx.stage.starts is not None:
+                slopes = grad.new_empty(ids.shape)
+                record.slopes = slopes.data_ptr()
+        if of_rest is not None:
+            record.of_rest = of_rest.data_ptr()
+        if not checked(loaded().handle.rse_mask_backward(ctypes.addressof(record), torch.get_num_threads())):
+            raise RuntimeError("ids changed between forward and backward")
+        return moved, of_thresholds, of_rest, None, None, None, None
+
+
+def _matrix(tensor: Tensor) -> Matrix:
+    return Matrix(tensor.data_ptr(), tensor.stride(0))
+
+
+def masked(stage: Stage, ids: Tensor, vectors: Tensor, pool: OutputPool, done: Tensor | None = None) -> Tensor:
+    """``vectors [B, F, D]`` of ``ids [B, F]`` masked, differentiable in them and in the parameters of the stage.
+
+    Args:
+        pool: gives memory.
+        done: their values, where they are known.
+
+    Raises:
+        IdRangeError: an id has no parameters.
+    """
+    out: Tensor = _Masked.apply(vectors, *stage.learned, stage, ids, (done,), pool)
+    return out
+
+
+def mask_vectors(stage: Stage, ids: Tensor, vectors: Tensor) -> Tensor | None:
+    """``vectors [B, F, D]`` masked by the kernels; None where these cannot read them."""
+    if not stage.fits(ids, vectors.shape) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
+        return None
+    return masked(stage, ids, vectors.contiguous(), _POOL)

@@ -1,0 +1,196 @@
+"""Ids that share a vector: expected from a method's lookup, and measured by hashing the ids."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys_embed.core import hashing
+from recsys_embed.core.program import LookupProgram, Sharing
+from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.report.memory.stats import FieldStats
+
+_CHUNK = 1 << 20
+_SIGNS_OF_A_RUN = 32
+_STEPS = 64
+_ALMOST_ONE = 1 - 1e-12
+
+
+def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int = 0) -> Callable[[Tensor], Tensor]:
+    """A function from int64 ids ``[n]`` to keys ``[n]``, equal where two ids have the same vector whatever is stored.
+
+    The keys are 64 mixed bits of all rows, signs and weights that an id reads, in any order where they add up.
+
+    Args:
+        program: the lookup.
+        store: arrays of its indexes; by default those of ids numbered by falling frequency.
+        place: which of the store's programs it is.
+    """
+
+    def keys(ids: Tensor) -> Tensor:
+        arrays = IndexStore([program.indexes]) if store is None else store
+        at = arrays.places(0 if store is None else place)
+        ids = ids.to(arrays.device)
+        names = [t.name for t in program.tables]
+        read: dict[tuple[int, int], list[Tensor]] = {}
+        for probe, span in zip(program.probes, program.spans, strict=True):
+            code = torch.full_like(ids, names.index(probe.table) << 40)  # beyond any row
+            for transform in probe.transforms:
+                rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
+                code = hashing.splitmix64(code + rows, 1)
+            for step in range(0 if probe.sign is None else min(probe.run, _SIGNS_OF_A_RUN)):
+                salt: Any = probe.sign
+                if probe.run > 1:
+                    salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
+                code = hashing.splitmix64(code + hashing.hash_signs(ids, salt), 2)
+            read.setdefault(span, []).append(code)
+        key = torch.zeros_like(ids)
+        for span in sorted(read):
+            # Sums and products are the same in any order of their rows.
+            for code in torch.stack(read[span]).sort(0).values:
+                key = hashing.splitmix64(key + code, 3)
+        return key
+
+    return keys
+
+
+@dataclass(frozen=True)
+class Collisions:
+    """What sharing vectors does to ids.
+
+    Args:
+        ids: share of ids whose vector is that of another id too.
+        traffic: share of lookups that read such a vector.
+        mixed: how much of the lookups of its vector are of other ids, on average over lookups: near 0 where frequent
+            ids share with rare ones alone, near 1 where every id is one of many.
+    """
+
+    ids: float
+    traffic: float | None
+    mixed: float | None
+
+
+def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
+    """Collisions among the ids that occur, each hashed; exact."""
+    if stats.ids is None or stats.counts is None:
+        raise ConfigError(f"collisions are measured on counts per id, which {stats.name!r} does not have")
+    found = torch.cat([keys(part).cpu() for part in stats.ids.split(_CHUNK)])
+    _, group, size = found.unique(return_inverse=True, return_counts=True)
+    shares, counts = size[group] > 1, stats.counts
+    total = torch.zeros(len(size), dtype=counts.dtype).index_add_(0, group, counts)
+    own = float((counts.square() / total[group]).sum() / counts.sum())
+    traffic = float(counts[shares].sum() / counts.sum())
+    return Collisions(float(shares.double().mean()), traffic, max(0.0, 1.0 - own))
+
+
+def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) -> Collisions:
+    """Collisions that the program's transforms give on average over their salts.
+
+    Ids that own a row (a head, members of an index) collide with none. Of the n others, each shares all its hashed
+    rows with one of the rest with probability ``1 - (1 - 1/cells)**(n - 1)``, ``cells`` being the number of
+    combinations of rows and signs in any order; ids that already differ in a digit do not count.
+
+    Args:
+        program: the lookup.
+        ids: number of ids, taken as ranks of frequency.
+        stats: counts only the ids that occur, and gives the share of occurrences.
+
+    >>> from recsys_embed import FeatureSpec, get_method
+    >>> config = get_method("hash").config_cls(num_buckets=1000)
+    >>> round(expect(config.program(FeatureSpec("C1", 1001, 16)), 1001).ids, 3)
+    0.632
+    """
+    n = ids if stats is None else max(1, min(ids, stats.distinct))
+    sharing = _sharing(program, n)
+    heads = _merge([s.private for s in sharing], n)
+    others = n - sum(stop - start for start, stop in heads)
+    if others <= 0:
+        return Collisions(0.0, *((None, None) if stats is None else (0.0, 0.0)))
+    rate, cells = _rate(program, sharing, n, others)
+    if stats is None:
+        return Collisions(rate * others / n, None, None)
+    private = sum(stats.share(stop) - stats.share(start) for start, stop in heads)
+    return Collisions(rate * others / n, rate * max(0.0, 1.0 - private), _mixed(stats, heads, rate, cells))
+
+
+def _mixed(stats: FieldStats, heads: Sequence[tuple[int, int]], rate: float, cells: float) -> float:
+    """Share of others among the lookups of a vector, on average over lookups and over the hashes."""
+    size, mass = stats.curve.ids, stats.curve.mass
+    ends = np.cumsum(size)
+    private = np.zeros(len(size))
+    for start, stop in heads:
+        private += np.clip(np.minimum(ends, stop) - np.maximum(ends - size, start), 0.0, None)
+    open_share = np.clip(1.0 - private / size, 0.0, 1.0)
+    live = (open_share > 0) & (mass > 0)
+    if rate <= 0 or not live.any():
+        return 0.0
+    # With others X beside an id of share c in its cell, c / (c + X) = E[exp(-u X / c)] for exponential u; and the
+    # expectation of exp(-s X) is a product over the others, each of which is in the cell with chance 1 / cells.
+    count, each = (size * open_share)[live], (mass / size)[live]
+    u = np.geomspace(1e-9, 40.0, _STEPS)
+    s = u / each[:, None]
+    absent = np.zeros_like(s)
+    for m, n in zip(each, count, strict=True):
+        absent += n * np.log1p(-np.minimum(-np.expm1(-s * m) / cells, _ALMOST_ONE))
+    absent -= np.log1p(-np.minimum(-np.expm1(-s * each[:, None]) / cells, _ALMOST_ONE))  # itself is no other
+    inside = u * np.exp(-u + np.minimum(absent, 0.0))
+    own = ((inside[:, 1:] + inside[:, :-1]) / 2 * np.diff(np.log(u))).sum(1)
+    return float((count * each * (1.0 - np.minimum(own, 1.0))).sum())
+
+
+def _sharing(program: LookupProgram, n: int) -> list[Sharing]:
+    """What each transform says of n ids."""
+    reads = [(p.transform, p.table) for p in program.probes]
+    reads += [(p.weight.transform, p.weight.table) for p in program.probes if p.weight is not None]
+    return [transform.sharing(n, program.table(table).rows) for transform, table in reads]
+
+
+def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """Disjoint spans of [0, n) that cover the same."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted((min(a, n), min(b, n)) for a, b in spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        elif start < stop:
+            out.append((start, stop))
+    return out
+
+
+def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
+    """Combinations of hashed rows and signs, as equally likely as the hash makes them."""
+    sizes = {s.key: s.rows for s in sharing if s.rows and not s.even}
+    signs = math.prod(2.0 ** min(p.run, _SIGNS_OF_A_RUN) for p in program.probes if p.sign is not None)
+    alike = Counter((p.table, span) for p, span in zip(program.probes, program.spans, strict=True) if p.weight is None)
+    orders = math.prod(math.factorial(k) for k in alike.values())
+    return max(1.0, signs * math.prod(float(s) for s in sizes.values()) / orders)
+
+
+def _rate(program: LookupProgram, sharing: Sequence[Sharing], n: int, others: int) -> tuple[float, float]:
+    """Probability that an id without a row of its own reads what another such id reads; and the number of cells."""
+    cells = _cells(program, sharing)
+    even = {s.key: s.rows for s in sharing if s.rows and s.even}
+    if not even:
+        return _birthday(cells, others - 1), cells
+    classes = math.prod(even.values())
+    if classes >= n:
+        return 0.0, cells * classes
+    # Balanced classes: some of them hold one id more than the others.
+    small, larger = divmod(n, classes)
+    in_larger = larger * (small + 1) / n
+    rate = in_larger * _birthday(cells, small) + (1 - in_larger) * _birthday(cells, small - 1)
+    return rate, cells * classes
+
+
+def _birthday(cells: float, rest: int) -> float:
+    """Probability that at least one of ``rest`` other ids falls into the same of ``cells`` cells."""
+    if rest <= 0:
+        return 0.0
+    return 1.0 if cells <= 1 else -math.expm1(rest * math.log1p(-1.0 / cells))

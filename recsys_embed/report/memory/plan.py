@@ -1,0 +1,128 @@
+"""Tables of plans, as entries of a memory report; and what these have in common with tables of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import LookupProgram, Table
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+from recsys_embed.report.memory.arrays import Array, Entry, Role, Update, index_arrays, lookup_shape, reads_of
+from recsys_embed.report.memory.collisions import row_keys
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a source is made of: its tables, and the arrays of the rest of the model."""
+
+    entries: tuple[Entry, ...]
+    rest: tuple[Array, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def parts_of_plan(
+    schema: Schema, plan: Plan, fused: FusedOptimizer | None, kind: str = "plan", at: str = "", itemsize: int = 4
+) -> Parts:
+    """Tables of a plan; ``at`` is put before their names."""
+    plan.check(schema)
+    plan.tables(schema)  # tables that features share must agree
+    entries, shared = [], SharedArrays(kind)
+    for spec in schema:
+        config = plan[spec.name]
+        program = config.program(spec)
+        arrays = arrays_of(spec, config, program, itemsize, private=True)
+        for table in program.tables:
+            if table.shared:
+                shared.put(spec.name, table.name, [array_of(table, program, itemsize, None, True)])
+        entries.append(entry_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
+    update: Update = "dense" if fused is None else "fused"
+    found = [*entries, *shared.entries(at)]
+    return Parts(tuple(replace(e, update=update, fused=fused) for e in found))
+
+
+def arrays_of(
+    spec: FeatureSpec, config: MethodConfig, program: LookupProgram, itemsize: int = 4, *, private: bool = False
+) -> tuple[Array, ...]:
+    """What a configuration stores for a feature; ``private`` leaves out what features share."""
+    arrays = [array_of(t, program, itemsize, None, True) for t in program.tables if not (private and t.shared)]
+    networks = config.footprint(spec).weights - 4 * sum(t.rows * t.width for t in program.tables)
+    if networks:
+        arrays.append(Array("network", 1, networks // 4, itemsize, "dense"))
+    return (*arrays, *index_arrays(program))
+
+
+class SharedArrays:
+    """Arrays that several tables read, each once."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.arrays: dict[str, list[Array]] = {}
+        self.readers: dict[str, list[str]] = {}
+
+    def put(self, reader: str, name: str, arrays: Sequence[Array]) -> None:
+        """``reader`` reads these arrays, which it and others know by ``name``."""
+        reads = self.arrays[name][0].reads if name in self.arrays else 0
+        self.arrays[name] = [replace(a, reads=a.reads + reads) if a.role == "table" else a for a in arrays]
+        self.readers.setdefault(name, []).append(reader)
+
+    def entries(self, at: str) -> list[Entry]:
+        return [
+            Entry(
+                name=f"{at}{name}",
+                kind="shared",
+                method="shared",
+                ids=0,
+                width=arrays[0].width,
+                arrays=tuple(arrays),
+                members=tuple(dict.fromkeys(f"{at}{reader}" for reader in self.readers[name])),
+            )
+            for name, arrays in self.arrays.items()
+        ]
+
+
+def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> Array:
+    """One table of a program, held by ``parameter`` (None: by nothing yet)."""
+    role: Role = "dense" if table.dense else "table"
+    return Array(table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained)
+
+
+def entry_of(
+    name: str,
+    kind: str,
+    spec: FeatureSpec,
+    config: MethodConfig,
+    program: LookupProgram,
+    arrays: Sequence[Array],
+    at: str = "",
+) -> Entry:
+    """A feature's table; ``arrays`` are what is stored for it alone, ``at`` stands before names of shared ones."""
+    numbers, gathered = lookup_shape(program)
+    return Entry(
+        name=name,
+        kind=kind,
+        method=config.method,
+        ids=spec.num_embeddings,
+        width=program.width,
+        arrays=tuple(arrays),
+        spec=spec,
+        config=config.to_dict(),
+        program=program,
+        shared=tuple(f"{at}{t.name}" for t in program.tables if t.shared),
+        row_reads=numbers,
+        gathered=gathered,
+        # Index buffers hold frequency ranks until assigned, so a plan's are those of ids in order of frequency.
+        hashed=None if config.computes else row_keys(program),
+    )
+
+
+def spec_of(name: str, rows: int, width: int) -> FeatureSpec | None:
+    """The table as a feature; None where a feature could not be that large."""
+    try:
+        return FeatureSpec(name.replace(".", "/").replace("#", "_") or "embedding", rows, width)
+    except ConfigError:
+        return None

@@ -1,0 +1,227 @@
+"""Where the bytes of a model's embeddings are, serving and training, and what they could be: the memory report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.features import MAX_DIM, Schema
+from recsys_embed.kernels.precision import Precision, check_precision
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+from recsys_embed.report.memory.arrays import Array, Entry, Update, stored_bytes
+from recsys_embed.report.memory.collisions import Collisions, expect, measure
+from recsys_embed.report.memory.optimizer import StateLaw, make_law
+from recsys_embed.report.memory.plan import Parts, parts_of_plan
+from recsys_embed.report.memory.sources import parts_of_module
+from recsys_embed.report.memory.stats import FieldStats, is_stats_json, read_stats_of
+from recsys_embed.report.memory.values import (
+    DEFAULT_BATCH,
+    DEFAULT_RATIO,
+    MemoryReport,
+    Rest,
+    Settings,
+    TableReport,
+    TableStats,
+)
+
+__all__ = ["MemoryReport", "TableReport", "memory_report"]
+
+
+def memory_report(
+    source: Any,
+    *,
+    schema: Schema | None = None,
+    optimizer: Any = None,
+    dense_optimizer: Any = None,
+    precision: Precision | None = None,
+    batch_size: int = DEFAULT_BATCH,
+    ids_per_sample: float | Mapping[str, float] = 1.0,
+    stats: Any = None,
+    embedding_dim: int = 16,
+    tables: Sequence[str] | None = None,
+    ratio: float = DEFAULT_RATIO,
+) -> MemoryReport:
+    """Report the bytes of embedding tables, of something built or of something planned.
+
+    Args:
+        source: any ``nn.Module`` (also on the meta device); a :class:`Plan` (with ``schema``); a :class:`Schema`, whose
+            tables are plain; or a path: a run folder, a checkpoint or state dict (``.pt``), a ``.safetensors`` file,
+            a data folder (plain tables of width ``embedding_dim``).
+        optimizer: ``"adam"``, ``"rowwise_adagrad"``, ...; a fused optimizer; or a torch optimizer (class or instance).
+            Names mean torch's where tables have a ``.grad`` and this library's fused ones for plans and schemas.
+            Tables that a collection updates itself keep its optimizer. None: what the source says, else not counted.
+        dense_optimizer: of everything else; None: ``optimizer`` where it is torch's, else not counted.
+        precision: of the deployed weights; None: as held now.
+        batch_size: samples per step, for gradients and lookups.
+        ids_per_sample: ids of one sample, for all features or by name.
+        stats: counts per id by feature (``{"C1": counts}``); or the content of a ``stats.json`` or a data folder, whose
+            features that match no table are named in a note.
+        embedding_dim: width of the tables of a data folder.
+        tables: for files that do not say which tensors are tables: patterns of their names, e.g. ``"*emb*.weight"``.
+        ratio: compression at which other methods are compared.
+
+    Raises:
+        ConfigError: arguments are of the wrong kind or range, or name tables that there are not; all faults at once.
+        CheckpointError: a file is damaged.
+
+    >>> model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 1))
+    >>> rep = memory_report(model, optimizer="adam")
+    >>> rep.total("serve"), rep.total("train"), round(rep.share, 4)
+    (64000, 256004, 0.9989)
+    """
+    if precision is not None:
+        check_precision(precision)
+    raise_faults(_faults(schema, batch_size, ids_per_sample, embedding_dim, ratio), "memory_report")
+    if isinstance(source, nn.Module):
+        law = make_law(optimizer, prefer_fused=False)
+        parts, name = parts_of_module(source), type(source).__name__
+    elif isinstance(source, Plan | Schema):
+        law = make_law(optimizer, prefer_fused=True)
+        parts, name = _parts_of_plan(source, schema, law), "plan" if isinstance(source, Plan) else "schema"
+    elif isinstance(source, str | Path):
+        from recsys_embed.report.memory.files import parts_of_path
+
+        read = parts_of_path(Path(source), optimizer, dense_optimizer, schema, embedding_dim, tables)
+        parts, law, name = read.parts, read.optimizer, str(source)
+        dense_optimizer = read.dense_optimizer
+        stats = read.stats if stats is None else stats
+    else:
+        raise ConfigError(
+            "`source` must be an nn.Module, a Plan (with schema=), a Schema, or the path of a run folder, checkpoint, "
+            f"state dict or data folder; got {type(source).__name__}"
+        )
+    dense = make_law(dense_optimizer, prefer_fused=False)
+    if dense is None and law is not None and law.fused is None:
+        dense = law
+    raise_faults(_unknown(parts, stats, ids_per_sample), "memory_report")
+    settings = Settings(law, dense, precision, batch_size, ids_per_sample, float(ratio))
+    return assemble(name, parts, settings, {} if stats is None else read_stats_of(stats))
+
+
+def _faults(schema: Any, batch_size: Any, ids_per_sample: Any, embedding_dim: Any, ratio: Any) -> list[str]:
+    """What is wrong with the arguments, whether the source needs them or not."""
+    faults = []
+    numbers = ids_per_sample.values() if isinstance(ids_per_sample, Mapping) else [ids_per_sample]
+    if schema is not None and not isinstance(schema, Schema):
+        faults.append(f"`schema` must be a Schema or None; got {type(schema).__name__}")
+    for key, value, most in (("batch_size", batch_size, None), ("embedding_dim", embedding_dim, MAX_DIM)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+            wanted = ">= 1" if most is None else f"in [1, {most}]"
+            faults.append(f"`{key}` must be an integer {wanted}; got {value!r}")
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < 1e6 for n in numbers):
+        faults.append(f"`ids_per_sample` must be numbers in [0, 1e6); got {ids_per_sample!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= ratio <= 1e9:
+        faults.append(f"`ratio` must be a number in [1, 1e9]; got {ratio!r}")
+    return faults
+
+
+def _known(parts: Parts) -> set[str]:
+    """Names that settings may have for tables: whole, or without the path of their collection."""
+    return {name for e in parts.entries for name in (e.name, e.name.rpartition("/")[2])}
+
+
+def _unknown(parts: Parts, stats: Any, ids_per_sample: Any) -> list[str]:
+    """Faults: names a caller wrote that fit no table. A data set may well have features that a model has not."""
+    written = {"ids_per_sample": ids_per_sample, "stats": None if is_stats_json(stats) else stats}
+    known = _known(parts)
+    return [
+        str(unknown_name(f"table in `{key}`", str(name), known))
+        for key, given in written.items()
+        if isinstance(given, Mapping)
+        for name in given
+        if name not in known
+    ]
+
+
+def _parts_of_plan(source: Plan | Schema, schema: Schema | None, law: StateLaw | None) -> Parts:
+    fused: FusedOptimizer | None = None if law is None else law.fused
+    if isinstance(source, Schema):
+        return parts_of_plan(source, Plan.full(source), fused)
+    if not isinstance(schema, Schema):
+        raise ConfigError("a report on a plan needs the features it is for: memory_report(plan, schema=schema)")
+    return parts_of_plan(schema, source, fused)
+
+
+def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, FieldStats]) -> MemoryReport:
+    """The report of the parts of a source."""
+    notes, counted = list(parts.notes), set()
+
+    def state(array: Array, law: StateLaw | None, update: Update) -> int:
+        if law is None:
+            return 0
+        size, fixed = law.state_bytes(array, update)
+        if fixed and array.parameter is not None:
+            # A parameter keeps one step counter, however many tables are stacked in it.
+            fixed = 0 if array.parameter in counted else fixed
+            counted.add(array.parameter)
+        return size + fixed
+
+    reports = []
+    for e in parts.entries:
+        # What a collection updates inside backward keeps its rule, whatever else trains the model.
+        own = StateLaw("fused", fused=e.fused) if e.fused is not None else settings.optimizer
+        if own is not None and own.fused is not None and e.update in ("dense", "sparse"):
+            e = replace(e, update="fused", fused=own.fused)
+        lookups = settings.lookups(e.name)
+        found = stats.get(e.name) or stats.get(e.name.rpartition("/")[2])
+        learned = [a for a in e.arrays if a.role != "index"]
+        reports.append(
+            TableReport(
+                entry=e,
+                weights=sum(a.nbytes for a in learned),
+                stored=sum(stored_bytes(a, settings.precision) for a in learned),
+                index=sum(a.nbytes for a in e.of("index")),
+                optimizer=sum(
+                    state(a, settings.dense_optimizer if a.role == "dense" and e.update == "fused" else own, e.update)
+                    for a in learned
+                ),
+                gradient=e.gradient(lookups),
+                lookup=e.activations(lookups, settings.batch_size, training=False),
+                activations=e.activations(lookups, settings.batch_size, training=e.update != "frozen"),
+                stats=None if found is None or e.kind == "shared" else _stats_of(e, found),
+            )
+        )
+    rest = [a for a in parts.rest if a.role == "dense"]
+    dense = Rest(
+        weights=sum(a.nbytes for a in rest),
+        buffers=sum(a.nbytes for a in parts.rest if a.role == "index"),
+        optimizer=sum(state(a, settings.dense_optimizer, "dense") for a in rest),
+        gradient=sum(a.nbytes for a in rest if a.trained),
+    )
+    unused = sorted(set(stats) - _known(parts))
+    if unused:
+        notes.append(f"statistics of {len(unused)} features match no table: {', '.join(unused[:6])}")
+    notes += _optimizer_notes(reports, dense, settings)
+    return MemoryReport(source, tuple(reports), dense, settings, tuple(notes))
+
+
+def _optimizer_notes(tables: Sequence[TableReport], rest: Rest, settings: Settings) -> list[str]:
+    notes = []
+    if settings.optimizer is None and any(t.entry.fused is None and t.entry.update != "frozen" for t in tables):
+        notes.append("no optimizer was named, so its state is not counted")
+    dense = rest.gradient or any(a.role == "dense" and a.trained for t in tables for a in t.entry.arrays)
+    fused = any(t.entry.update == "fused" for t in tables)
+    if settings.dense_optimizer is None and dense and (fused or settings.optimizer is not None):
+        notes.append("state of what the fused optimizer does not update is not counted: name a dense optimizer")
+    return notes
+
+
+def _stats_of(entry: Entry, stats: FieldStats) -> TableStats:
+    if entry.program is None:
+        # A plain table gives every id a row of its own.
+        none = Collisions(0.0, 0.0, 0.0)
+        return TableStats(stats, none, None if stats.ids is None else none)
+    if entry.hashed is None:
+        return TableStats(stats, None, None)
+    measured = None
+    if stats.ids is not None and (
+        entry.spec is None or entry.spec.ids == "raw" or int(stats.ids.max()) < entry.spec.num_embeddings
+    ):
+        measured = measure(entry.hashed, stats)
+    return TableStats(stats, expect(entry.program, entry.ids, stats), measured)

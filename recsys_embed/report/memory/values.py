@@ -1,0 +1,338 @@
+"""The memory report as a value: bytes per table and in total, and every form in which it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from recsys_embed.core.footprint import Footprint
+from recsys_embed.errors import unknown_name
+from recsys_embed.kernels.precision import Precision
+from recsys_embed.report.memory.arrays import PRECISIONS, Entry, Update, stored_bytes
+from recsys_embed.report.memory.collisions import Collisions
+from recsys_embed.report.memory.optimizer import StateLaw, make_law
+from recsys_embed.report.memory.stats import FieldStats
+from recsys_embed.report.memory.whatif import Alternative, alternatives, plain_bytes
+
+When = Literal["serve", "train", "peak"]
+VERSION = 1
+DEFAULT_BATCH = 4096
+DEFAULT_RATIO = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class TableStats:
+    """What frequencies say about one table.
+
+    Args:
+        field: its statistics.
+        expected: collisions on average over the method's salts; None where the method computes its lookup.
+        measured: collisions of the very ids, hashed; None without counts per id.
+    """
+
+    field: FieldStats
+    expected: Collisions | None
+    measured: Collisions | None
+
+    def to_dict(self) -> dict[str, Any]:
+        f = self.field
+        return {
+            "distinct": f.distinct,
+            "seen_once": f.seen_once,
+            "coverage": [[k, share] for k, share in f.coverage()],
+            "unseen": dict(f.unseen),
+            "collisions_expected": None if self.expected is None else vars(self.expected),
+            "collisions_measured": None if self.measured is None else vars(self.measured),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class TableReport:
+    """Bytes of one table, or of one array that several tables share.
+
+    Args:
+        entry: what is stored and how it is read.
+        weights: learned values as held now.
+        stored: learned values in a file of the report's precision.
+        index: remap, pointer and code buffers.
+        optimizer: state.
+        gradient: ``.grad`` after one backward of a batch.
+        lookup: row numbers, rows read and vectors of one batch while serving.
+        activations: the same while training, with their gradients.
+        stats: what frequencies say; None without statistics.
+    """
+
+    entry: Entry
+    weights: int
+    stored: int
+    index: int
+    optimizer: int
+    gradient: int
+    lookup: int
+    activations: int
+    stats: TableStats | None = None
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def method(self) -> str:
+        return self.entry.method
+
+    @property
+    def serve(self) -> int:
+        """Deployed bytes."""
+        return self.stored + self.index
+
+    @property
+    def train(self) -> int:
+        """Bytes held while training: weights, index buffers, optimizer state and gradients."""
+        return self.footprint.train
+
+    @property
+    def footprint(self) -> Footprint:
+        return Footprint(self.weights, self.index, self.optimizer, self.gradient)
+
+    def to_dict(self) -> dict[str, Any]:
+        e = self.entry
+        return {
+            "name": e.name,
+            "kind": e.kind,
+            "paths": list(e.paths),
+            "method": e.method,
+            "config": e.config,
+            "rows": e.ids,
+            "width": e.width,
+            "update": e.update,
+            "reads": list(e.shared),
+            "read_by": list(e.members),
+            "arrays": [
+                {"name": a.name, "role": a.role, "rows": a.rows, "width": a.width, "bytes": a.nbytes} for a in e.arrays
+            ],
+            "bytes": {
+                "weights": self.weights,
+                "stored": self.stored,
+                "index": self.index,
+                "optimizer": self.optimizer,
+                "gradient": self.gradient,
+                "lookup": self.lookup,
+                "activations": self.activations,
+                "serve": self.serve,
+                "train": self.train,
+            },
+            "statistics": None if self.stats is None else self.stats.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Bytes of everything in the model that is no table: dense layers and buffers."""
+
+    weights: int = 0
+    buffers: int = 0
+    optimizer: int = 0
+    gradient: int = 0
+
+    @property
+    def serve(self) -> int:
+        """Deployed bytes; exports keep these as they are, whatever the precision of the tables."""
+        return self.weights + self.buffers
+
+    @property
+    def train(self) -> int:
+        return self.weights + self.buffers + self.optimizer + self.gradient
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a report was computed for; see :func:`memory_report`."""
+
+    optimizer: StateLaw | None = None
+    dense_optimizer: StateLaw | None = None
+    precision: Precision | None = None
+    batch_size: int = DEFAULT_BATCH
+    ids_per_sample: float | Mapping[str, float] = 1.0
+    ratio: float = DEFAULT_RATIO
+
+    def lookups(self, name: str) -> int:
+        """Ids of one batch of the named table."""
+        each = self.ids_per_sample
+        if isinstance(each, Mapping):
+            each = each.get(name, each.get(name.rpartition("/")[2], 1.0))
+        return round(self.batch_size * each)
+
+    def to_dict(self) -> dict[str, Any]:
+        each = self.ids_per_sample
+        return {
+            "optimizer": self.optimizer.name if self.optimizer else None,
+            "dense_optimizer": self.dense_optimizer.name if self.dense_optimizer else None,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "ids_per_sample": dict(each) if isinstance(each, Mapping) else each,
+            "ratio": self.ratio,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryReport:
+    """Bytes of a model's embedding tables by cause, per table and in total.
+
+    ``print(report)`` shows a table; ``to_markdown``, ``to_json`` and ``to_html`` write the same.
+
+    Args:
+        source: what was reported on, in words.
+        tables: one entry per table, and one per array that tables share.
+        rest: everything else in the model; all 0 for plans and schemas.
+        settings: what it was computed for.
+        notes: what a reader has to know.
+    """
+
+    source: str
+    tables: tuple[TableReport, ...]
+    rest: Rest
+    settings: Settings
+    notes: tuple[str, ...] = ()
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> TableReport:
+        for table in self.tables:
+            if table.name == name:
+                return table
+        raise unknown_name("table", name, [t.name for t in self.tables])
+
+    @property
+    def footprint(self) -> Footprint:
+        """All tables together, as held now."""
+        return sum((t.footprint for t in self.tables), Footprint())
+
+    def total(self, when: When = "serve", part: Literal["embedding", "model"] = "embedding") -> int:
+        """Bytes of all tables together.
+
+        Args:
+            when: ``"serve"``: weights in the report's precision, and index buffers. ``"train"``: weights as held now,
+                index buffers, optimizer state and gradients. ``"peak"``: that, and the lookup of one batch.
+            part: ``"model"`` adds everything that is no table (for ``"peak"`` without its activations).
+        """
+        if when not in get_args(When):
+            raise unknown_name("total", str(when), get_args(When))
+        if part not in ("embedding", "model"):
+            raise unknown_name("part", str(part), ("embedding", "model"))
+        own = sum(t.serve if when == "serve" else t.train for t in self.tables)
+        own += sum(t.activations for t in self.tables) if when == "peak" else 0
+        return own + (0 if part == "embedding" else self.rest.serve if when == "serve" else self.rest.train)
+
+    @property
+    def share(self) -> float:
+        """Share of the model's deployed bytes that are embeddings."""
+        whole = self.total("serve", "model")
+        return self.total("serve") / whole if whole else 0.0
+
+    def stored(self, precision: Precision) -> int:
+        """Deployed bytes of all tables as they are, in another precision."""
+        return sum(stored_bytes(a, precision) for t in self.tables for a in t.entry.arrays)
+
+    def alternatives(self, ratio: float | None = None) -> list[Alternative]:
+        """What every method would cost with the tables of this report at a compression of ``ratio``."""
+        ratio = self.settings.ratio if ratio is None else ratio
+        if ratio not in self._cache:
+            entries = [t.entry for t in self.tables]
+            fused = next((e.fused for e in entries if e.fused is not None), None)
+            law = self.settings.optimizer
+            if self.update == "fused" and fused is not None:
+                law = make_law(fused, prefer_fused=True)
+            self._cache[ratio] = alternatives(entries, ratio, law, self.update)
+        found: list[Alternative] = self._cache[ratio]
+        return found
+
+    @property
+    def update(self) -> Update:
+        """How gradients reach most of the bytes."""
+        size: dict[Update, int] = {}
+        for t in self.tables:
+            size[t.entry.update] = size.get(t.entry.update, 0) + t.weights
+        return max(size, key=lambda u: size[u], default="dense")
+
+    @cached_property
+    def plain(self) -> int:
+        """Bytes the same tables take as plain float32."""
+        return plain_bytes([t.entry for t in self.tables])
+
+    # -- output ---------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, limit: int | None = 30, width: int = 100) -> str:
+        """Tables for a terminal.
+
+        Args:
+            limit: tables listed, largest first; the others are summed in a line. None lists all.
+            width: columns at most.
+        """
+        from recsys_embed.report.memory.text import render_text
+
+        return render_text(self, limit, width)
+
+    def to_markdown(self, limit: int | None = None) -> str:
+        """The same as Markdown."""
+        from recsys_embed.report.memory.text import render_markdown
+
+        return render_markdown(self, limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; ``version`` names this form."""
+        from recsys_embed import __version__
+
+        serve, whole = self.total("serve"), self.total("serve", "model")
+        return {
+            "kind": "recsys_embed.memory_report",
+            "version": VERSION,
+            "made_by": f"recsys-embed {__version__}",
+            "source": self.source,
+            "settings": self.settings.to_dict(),
+            "tables": [{**t.to_dict(), "share": t.serve / whole if whole else 0.0} for t in self.tables],
+            "rest": {**vars(self.rest), "serve": self.rest.serve, "train": self.rest.train},
+            "totals": {
+                "serve": serve,
+                "train": self.total("train"),
+                "peak": self.total("peak"),
+                **vars(self.footprint),
+                "stored": sum(t.stored for t in self.tables),
+                "lookup": sum(t.lookup for t in self.tables),
+                "activations": sum(t.activations for t in self.tables),
+                "plain": self.plain,
+                "model_serve": whole,
+                "model_train": self.total("train", "model"),
+                "share": self.share,
+            },
+            "precisions": {p: self.stored(p) for p in PRECISIONS},
+            "alternatives": [a.to_dict() for a in self.alternatives()],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, also written to ``path`` where one is given (whole or not at all)."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        if path is not None:
+            _write(path, text + "\n")
+        return text
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One page with charts that needs no network, also written to ``path`` where one is given."""
+        from recsys_embed.report.memory.page import render_page
+
+        text = render_page(self)
+        if path is not None:
+            _write(path, text)
+        return text
+
+
+def _write(path: str | Path, text: str) -> None:
+    from recsys_embed.train.files import write_text
+
+    write_text(path, text)

@@ -1,0 +1,146 @@
+"""What the tables of a report would cost with another method, size or precision. Arithmetic; nothing is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from recsys_embed.errors import RecsysEmbedError
+from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.precision import Precision
+from recsys_embed.registry import MethodInfo, get_method, list_methods
+from recsys_embed.report.memory.arrays import PRECISIONS, Array, Entry, Update, stored_bytes
+from recsys_embed.report.memory.optimizer import StateLaw
+from recsys_embed.report.memory.plan import arrays_of
+
+KEEP_BELOW = 200
+"""Tables of fewer rows stay plain, as plans do it: there is nothing to gain."""
+_SHAPES = 60
+"""Distinct shapes that are sized, largest first; the others, which hold few of the bytes, count as plain."""
+_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One method for every table.
+
+    Args:
+        method: its key.
+        ratio: every table was given the bytes of its plain form divided by this.
+        elements: stored numbers.
+        serve: deployed bytes by precision, index buffers included.
+        train: bytes of float32 weights, index buffers, optimizer state and gradients.
+        missed: tables for which even the method's smallest form takes more than that; they are counted with it.
+        unfit: tables it cannot store (raw ids, widths it does not divide); counted as plain.
+        per_table: deployed float32 bytes by table.
+    """
+
+    method: str
+    ratio: float
+    elements: int
+    serve: dict[str, int]
+    train: int
+    missed: int
+    unfit: int
+    per_table: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def alternatives(
+    entries: Sequence[Entry], ratio: float, law: StateLaw | None, update: Update, methods: Sequence[str] | None = None
+) -> list[Alternative]:
+    """The cost of every registered method at a compression of ``ratio``; one table's bytes may miss it by 0.5 %."""
+    tables = [e for e in entries if e.spec is not None]
+    shapes: dict[FeatureSpec, int] = {}
+    for e in tables:
+        shapes[_shape(e)] = max(shapes.get(_shape(e), 0), e.ids * e.width)
+    large = set(sorted(shapes, key=lambda s: -shapes[s])[:_SHAPES])
+    out = []
+    for info in list_methods():
+        if methods is None or info.name in methods:
+            sized = {s: _sized(info, s, ratio) if s in large else _plain(s) for s in shapes}
+            out.append(_sum(info.name, ratio, [(e.name, sized[_shape(e)]) for e in tables], law, update))
+    return out
+
+
+def plain_bytes(entries: Sequence[Entry], precision: Precision = "fp32") -> int:
+    """Bytes of the plain tables of these entries."""
+    return sum(stored_bytes(a, precision) for e in entries if e.spec is not None for a in _plain(_shape(e)).arrays)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    arrays: tuple[Array, ...]
+    missed: bool = False
+    unfit: bool = False
+
+
+def _shape(entry: Entry) -> FeatureSpec:
+    """What decides the bytes of a feature: names only salt hashes."""
+    spec = entry.spec
+    if spec is None:
+        raise TypeError(f"{entry.name} is no feature")
+    return replace(spec, name="x")
+
+
+@lru_cache(maxsize=10_000)
+def _plain(spec: FeatureSpec) -> _Sized:
+    """The plain table; of raw ids, that of as many indices."""
+    config = get_method("full").config_cls.from_params({})
+    spec = replace(spec, ids="index")
+    return _Sized(arrays_of(spec, config, config.program(spec)))
+
+
+@lru_cache(maxsize=50_000)
+def _sized(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _Sized:
+    """The method's largest form within the plain table's bytes over ``ratio``."""
+    plain = _plain(spec)
+    if spec.ids == "index" and spec.num_embeddings < KEEP_BELOW:
+        return plain
+    cls, available = info.config_cls, int(sum(a.nbytes for a in plain.arrays) / ratio)
+    try:
+
+        def need(size: int) -> int:
+            return cls.sized(spec, size).footprint(spec).serve
+
+        low, high = 1, cls.max_size(spec)
+        least, most = need(low), need(high)
+        missed = least > available
+        if not missed and most <= available:
+            low = high
+        # Bytes grow with the size, for most methods in proportion; halving in turn bounds the number of steps.
+        halve = False
+        while not missed and high - low > 1 and available - least > _TOLERANCE * available:
+            guess = low + int((high - low) * (available - least) / max(1, most - least))
+            middle = (low + high) // 2 if halve else min(high - 1, max(low + 1, guess))
+            halve, cost = not halve, need(middle)
+            if cost <= available:
+                low, least = middle, cost
+            else:
+                high, most = middle, cost
+        config = cls.sized(spec, low)
+        return _Sized(arrays_of(spec, config, config.program(spec)), missed)
+    except RecsysEmbedError:
+        return replace(plain, unfit=True)
+
+
+def _sum(
+    method: str, ratio: float, tables: Sequence[tuple[str, _Sized]], law: StateLaw | None, update: Update
+) -> Alternative:
+    serve = dict.fromkeys(PRECISIONS, 0)
+    elements = train = 0
+    per_table: dict[str, int] = {}
+    for name, sized in tables:
+        per_table[name] = sum(a.nbytes for a in sized.arrays)
+        for precision in PRECISIONS:
+            serve[precision] += sum(stored_bytes(a, precision) for a in sized.arrays)
+        for a in sized.arrays:
+            elements += 0 if a.role == "index" else a.elements
+            train += a.nbytes + (sum(law.state_bytes(a, update)) if law is not None else 0)
+            train += a.nbytes if a.role != "index" and (update == "dense" or a.role == "dense") else 0
+    missed, unfit = sum(s.missed for _, s in tables), sum(s.unfit for _, s in tables)
+    return Alternative(method, ratio, elements, {str(k): v for k, v in serve.items()}, train, missed, unfit, per_table)

@@ -1,0 +1,1 @@
+"""Studies: Optuna searches over methods, sizes and widths."""

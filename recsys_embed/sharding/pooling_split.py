@@ -1,0 +1,54 @@
+"""Which features TorchRec may pool where their tables lie, and which need a row per id."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from recsys_embed.core.program import LookupProgram
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.unseen_ids import action
+from recsys_embed.plan import Plan, table_key
+from recsys_embed.sharding.physical_tables import LANES
+
+Pooling = Literal["tables", "ids"]
+
+
+def pools_in_tables(spec: FeatureSpec, program: LookupProgram) -> bool:
+    """Whether pooling the rows of every probe and then combining gives what combining per id and then pooling does.
+
+    It does where vectors are sums of rows. Products, learned weights per id, signs and runs of rows need every id's
+    row; so do maxima, and means over bags some of whose ids are none.
+    """
+    if spec.pooling == "max" or any(p.sign is not None or p.weight or p.run > 1 or p.width for p in program.probes):
+        return False
+    apart = len(set(program.spans)) == len(program.spans)
+    absent = any(p.transform.may_be_absent for p in program.probes)
+    return program.combine == "sum" or (apart and not absent)
+
+
+def divide(schema: Schema, plan: Plan, pool: Pooling) -> tuple[list[str], list[str]]:
+    """Names of the features whose bags TorchRec pools, and of those that are looked up id by id.
+
+    Features that share a table go the same way, as a table has one place.
+    """
+    by_id = set()
+    owners: dict[str, list[str]] = {}
+    for spec in schema:
+        if plan[spec.name].computes:
+            by_id.add(spec.name)
+            continue
+        program = plan[spec.name].program(spec)
+        for table in program.tables:
+            owners.setdefault(table_key(spec, table), []).append(spec.name)
+        # Rows of one or two numbers share a stored row, which only the look-up by id knows how to read.
+        short = any(LANES % t.width == 0 and t.width < LANES for t in program.tables if not t.dense)
+        zero = action(spec, plan[spec.name].accepts_raw) == "zero"
+        if pool == "ids" or zero or short or not pools_in_tables(spec, program):
+            by_id.add(spec.name)
+    before = -1
+    while before != len(by_id):
+        before = len(by_id)
+        for names in owners.values():
+            if not by_id.isdisjoint(names):
+                by_id.update(names)
+    return [n for n in schema.names if n not in by_id], [n for n in schema.names if n in by_id]
