@@ -139,7 +139,6 @@ def main() -> None:
         f"native, {large[0]}": ours(more, many, adagrad),
         "adam": ours(sizes, seen, plain),
         "adam, all rows decay": ours(sizes, seen, decaying),
-        "fbgemm": ours(sizes, seen, adagrad, "fbgemm"),
     }
     rows = compare(f"deepfm {small[0]}", steps, rounds)
     steps.clear()

@@ -89,8 +89,6 @@ def build(case: Case, ids: list[Tensor], skip: set[str]) -> tuple[EmbeddingColle
     out = {"native": Contender(lambda turn: native(ids[turn]))}
     if "torch" not in skip:
         out["torch"] = collection(case, "torch", ids, native)
-    if case.method == "full" and "fbgemm" not in skip:
-        out["fbgemm"] = collection(case, "fbgemm", ids, native)
     for name, make in (PLAIN if case.method == "full" else COMPOSED).items():
         if name not in skip:
             out[name] = make(case, ids, native)

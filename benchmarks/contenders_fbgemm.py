@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from contender import EPS, RATE, Contender, collection
+from contender import EPS, RATE, Contender
 from torch import Tensor
 from workload import Case
 
-import recsys_embed as rse
-from recsys_embed import EmbeddingCollection, Plan, RowwiseAdagrad
-from recsys_embed.core.program import Hash, LookupProgram
-from recsys_embed.methods.compositional import CompositionalConfig
+from recsys_embed import EmbeddingCollection
+from recsys_embed.core.program import Hash
+from recsys_embed.plan import table_key
 
 
 def _tables(specs: list[tuple[int, int]], rule: str, owners: list[int] | None = None) -> Any:
@@ -77,44 +76,131 @@ def fused_ebc(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
     return Contender(forward)
 
 
-class Factors(CompositionalConfig):
-    """The factors of products, side by side."""
+class _Block(NamedTuple):
+    """Rows that FBGEMM adds up: some reads of a group of features whose lookups look alike."""
 
-    def program(self, spec: rse.FeatureSpec) -> LookupProgram:
-        whole = super().program(spec)
-        apart = [replace(p, column=i * spec.embedding_dim) for i, p in enumerate(whole.probes)]
-        return replace(whole, probes=tuple(apart), combine="sum")
+    group: int
+    reads: list[tuple[int, list[int]]]
+    """Which of the group's sets of probes, and which probes of each."""
+    spans: tuple[int, int]
+    ranges: list[tuple[int, int]]
+    """Per feature, the rows of the storage that it may read."""
+
+
+def divide(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The table of each feature, as a range of rows: it holds what the feature reads, overlaps no other table, and
+    features of one table are neighbours. Rows of two tables would be updated twice.
+
+    >>> divide([(0, 5), (5, 9), (7, 12)])
+    [(0, 5), (5, 12), (5, 12)]
+    """
+    table = list(range(len(ranges)))
+    spans = {t: (*r, i, i) for i, (t, r) in enumerate(zip(table, ranges, strict=True))}
+    while True:
+        count = len(spans)
+        # By rows, then by the order of the features: what overlaps becomes one.
+        for low, high in ((0, 1), (2, 3)):
+            merged: dict[int, tuple[int, int, int, int]] = {}
+            names: dict[int, int] = {}
+            last = -1
+            for t, s in sorted(spans.items(), key=lambda item: item[1][low]):
+                if merged and s[low] < merged[last][high] + (low == 2):
+                    m = merged[last]
+                    merged[last] = (min(m[0], s[0]), max(m[1], s[1]), min(m[2], s[2]), max(m[3], s[3]))
+                else:
+                    merged[t], last = s, t
+                names[t] = last
+            spans, table = merged, [names[t] for t in table]
+        if len(spans) == count:
+            return [spans[t][:2] for t in table]
+
+
+def _blocks(like: EmbeddingCollection) -> dict[str, list[_Block]]:
+    """By storage. Products are read factor by factor: FBGEMM adds."""
+    out: dict[str, list[_Block]] = {}
+    for g, (part, group) in enumerate(zip(like.bundle.parts, like.bundle.kernel.groups, strict=True)):
+        spans: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        for r, probes in enumerate(group.sets):
+            for position, slot in enumerate(probes.slots):
+                span = group.template.spans[slot]
+                found = spans.setdefault((*span, slot) if group.template.combine == "mul" else span, [])
+                if not found or found[-1][0] != r:
+                    found.append((r, []))
+                found[-1][1].append(position)
+        for span, reads in sorted(spans.items()):
+            slots = {group.sets[r].slots[i] for r, at in reads for i in at}
+            ranges = []
+            for f in part:
+                spec = like.schema.features[f]
+                program = like.bundle.programs[spec.name]
+                tables = [program.table(program.probes[slot].table) for slot in slots]
+                starts = [(like.places[table_key(spec, t)].offset, t.rows) for t in tables]
+                ranges.append((min(a for a, _ in starts), max(a + n for a, n in starts)))
+            storage = group.sets[reads[0][0]].read.storage
+            out.setdefault(storage, []).append(_Block(g, reads, (span[0], span[1]), ranges))
+    return out
 
 
 def index_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
-    """Rows computed in torch, then summed by FBGEMM's tables, which read the factors of products for torch."""
+    """Rows computed in torch as the torch backend does, then summed by FBGEMM's tables; factors multiply in torch."""
     if case.method == "robe":
         return runs_tbe(case, ids, like)
-    if case.params.get("combine") != "mul":
-        return collection(case, "fbgemm", ids, like)
-    composed = [isinstance(like.plan[s.name], CompositionalConfig) for s in like.schema]
-    order = sorted(range(len(composed)), key=lambda i: not composed[i])
-    features = [like.schema.features[i] for i in order]
-    count, dim = sum(composed), case.dim
-    plan = Plan(
-        {
-            s.name: Factors(**{f.name: getattr(like.plan[s.name], f.name) for f in fields(Factors)})
-            if composed[i]
-            else like.plan[s.name]
-            for i, s in zip(order, features, strict=True)
-        }
-    )
-    coll = EmbeddingCollection(rse.Schema(features), plan, RowwiseAdagrad(lr=RATE, eps=EPS), backend="fbgemm")
-    for key in like.tables:
-        coll.table(key).detach().copy_(like.table(key))
-    moved = [i[:, order] for i in ids]
+    kernel, parts, blocks = like.bundle.kernel, like.bundle.parts, _blocks(like)
+    tables, firsts, weighted = {}, {}, {}
+    for storage, found in blocks.items():
+        ranges = divide([r for b in found for r in b.ranges])
+        distinct = list(dict.fromkeys(ranges))
+        width = getattr(like, storage).shape[1]
+        owners = [distinct.index(r) for r in ranges]
+        tables[storage] = _tables([(stop - first, width) for first, stop in distinct], "EXACT_ROWWISE_ADAGRAD", owners)
+        weights = tables[storage].split_embedding_weights()
+        for (first, stop), table in zip(distinct, weights, strict=True):
+            table.copy_(getattr(like, storage).detach()[first:stop])
+        starts = torch.tensor([first for first, _ in ranges])
+        firsts[storage] = starts.split([len(b.ranges) for b in found])
+        probes = [kernel.groups[b.group].sets[r] for b in found for r, _ in b.reads]
+        weighted[storage] = any(p.scale != 1.0 or p.signs for p in probes)
 
     def forward(turn: int) -> Tensor:
-        batch, read = len(moved[turn]), coll(moved[turn])
-        first, second = read[:, : count * 2 * dim].view(batch, count, 2, dim).unbind(2)
-        return torch.cat([(first * second).flatten(1), read[:, count * 2 * dim :]], 1).view(batch, len(order), dim)
+        batch = ids[turn]
+        columns = [batch[:, list(part)] for part in parts]
+        _, _, requests = kernel._requests(columns, None)
+        out: list[list[tuple[tuple[int, int], Tensor]]] = [[] for _ in parts]
+        for storage, found in blocks.items():
+            rows, factors, ends = [], [], []
+            for block, first in zip(found, firsts[storage], strict=True):
+                group = kernel.groups[block.group]
+                read = torch.cat([requests[block.group][r][1][..., at] for r, at in block.reads], -1)
+                rows.append((read - first.unsqueeze(1)).transpose(0, 1).reshape(-1))
+                ends.append(torch.full((len(first) * len(batch),), read.shape[-1]))
+                if not weighted[storage]:
+                    continue
+                signed = []
+                for r, at in block.reads:
+                    probes = group.sets[r]
+                    shape = (*columns[block.group].shape, len(probes.slots))
+                    one = (
+                        torch.ones(shape) if probes.signs is None else group._signs(probes, columns[block.group], None)
+                    )
+                    signed.append(one.view(shape).float()[..., at] * probes.scale)
+                factors.append(torch.cat(signed, -1).transpose(0, 1).reshape(-1))
+            offsets = torch.nn.functional.pad(torch.cat(ends).cumsum(0), (1, 0))
+            weights = torch.cat(factors) if factors else None
+            sums = tables[storage](torch.cat(rows), offsets, weights)
+            width = sums.shape[1] // sum(len(b.ranges) for b in found)
+            for block, piece in zip(found, sums.split([len(b.ranges) * width for b in found], 1), strict=True):
+                out[block.group].append((block.spans, piece.view(len(batch), len(block.ranges), width)))
+        return torch.cat([_joined(pieces) for pieces in out], 1)
 
-    return Contender(forward, order=order)
+    return Contender(forward, order=[f for part in parts for f in part])
+
+
+def _joined(pieces: list[tuple[tuple[int, int], Tensor]]) -> Tensor:
+    """Columns side by side; those of one place are factors."""
+    columns: dict[tuple[int, int], Tensor] = {}
+    for span, piece in pieces:
+        columns[span] = columns[span] * piece if span in columns else piece
+    return torch.cat([columns[span] for span in sorted(columns)], -1)
 
 
 def runs_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:

@@ -26,7 +26,6 @@ STYLES = {
     "compile": ("torch.compile", "#999999", "P"),
     "index_tbe": ("index + FBGEMM TBE", "#d55e00", "D"),
     "tbe": ("FBGEMM TBE", "#e69f00", "^"),
-    "fbgemm": ("backend fbgemm", "#cc79a7", "v"),
     "fused_ebc": ("torchrec FusedEBC", "#009e73", "X"),
     "floor": ("gather floor", "#000000", "|"),
 }

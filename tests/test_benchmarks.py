@@ -38,7 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("method", "params", "names"),
     [
-        ("full", {}, {"native", "torch", "fbgemm", "tbe", "fused_ebc", "per_table", "floor"}),
+        ("full", {}, {"native", "torch", "tbe", "fused_ebc", "per_table", "floor"}),
         ("unified", {}, {"native", "torch", "per_table", "index_tbe", "floor"}),
         ("compositional", {"combine": "mul"}, {"native", "torch", "per_table", "index_tbe", "floor"}),
         ("robe", {}, {"native", "torch", "per_table", "index_tbe", "floor"}),
@@ -61,7 +61,7 @@ def test_a_contender_that_computes_something_else_is_not_timed(bench: Any) -> No
     kernels, contenders, workload = bench("bench_kernels"), bench("contenders"), bench("workload")
     case = workload.Case("full", 8, 5_000)
     ids = workload.batches(case.sizes, 600)
-    native_coll, found = contenders.build(case, ids, {"tbe", "fused_ebc", "fbgemm", "per_table", "compile"})
+    native_coll, found = contenders.build(case, ids, {"tbe", "fused_ebc", "per_table", "compile"})
     upstream = torch.full((600, 26 * 8), 0.1)
     kernels.verify(case, native_coll, found, ids[0], upstream)
     right = found["torch"].forward

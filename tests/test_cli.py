@@ -263,5 +263,9 @@ def test_doctor_lists_the_backends_that_exist(monkeypatch):
     dispatch = pytest.importorskip("recsys_embed.kernels.dispatch", reason="no backends in this build")
     monkeypatch.setattr(dispatch, "available_backends", lambda: [("fast", False, "no compiler was found")])
     report = doctor.examine()
-    assert report["backends"] == [{"name": "fast", "on": False, "why": "no compiler was found"}]
+    fast, reader = report["backends"]
+    assert fast == {"name": "fast", "on": False, "why": "no compiler was found"}
+    # No backend to train on, but what may read a quantised export.
+    assert reader["name"] == "fbgemm"
+    assert not reader["on"] or "exports alone" in reader["why"]
     assert "fast            off  no compiler was found" in doctor.render(report)

@@ -62,8 +62,11 @@ def _backends() -> list[dict[str, Any]]:
     if importlib.util.find_spec("recsys_embed.kernels.dispatch") is None:
         return []
     from recsys_embed.kernels.dispatch import available_backends
+    from recsys_embed.kernels.fbgemm import why_not
 
-    return [{"name": name, "on": ok, "why": why} for name, ok, why in available_backends()]
+    found = [{"name": name, "on": ok, "why": why} for name, ok, why in available_backends()]
+    reads = "quantised rows of exports alone, on the CPU: load(path, backend='fbgemm'); it trains no tables"
+    return [*found, {"name": "fbgemm", "on": why_not() is None, "why": why_not() or reads}]
 
 
 def _machine() -> dict[str, Any]:

@@ -18,8 +18,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.kernels import bag_lookup, bag_step, dispatch
-from recsys_embed.kernels.bag_step import BagCall, BagReader, apply_bags
+from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.fused_gather import FusedGather, read_rows
 from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.indexes import IndexStore
@@ -43,7 +42,8 @@ class EmbeddingCollection(SteppedTables):
             Each backward is one step of the rule, so gradients of several backwards cannot be accumulated, and
             running backward twice over one graph updates twice. In ``eval()`` nothing is updated.
         seed: of the initial weights (the configurations' own seeds salt the hashes).
-        backend: ``"auto"``, or a name of :func:`available_backends`.
+        backend: ``"auto"``, or a name of :func:`available_backends`. ``"fbgemm"``, a backend of earlier versions, warns
+            and runs what ``"auto"`` picks.
         sparse: with ``optimizer=None``, gradients of the tables are sparse.
 
     Raises:
@@ -76,6 +76,7 @@ class EmbeddingCollection(SteppedTables):
                 f"{optimizer!r:.80}. A torch optimizer steps the parameters of a collection built with optimizer=None"
             )
         like = torch.empty(0, device=device, dtype=dtype)
+        backend = dispatch.named(backend)
         kernels = dispatch.kernels(backend, optimizer)
         backend = dispatch.choose(backend, optimizer, like.device)
         if backend == "reference" and optimizer is not None:
@@ -84,9 +85,6 @@ class EmbeddingCollection(SteppedTables):
                 "use optimizer=None, or backend 'torch'"
             )
         plan = Plan.full(schema) if plan is None else plan
-        if backend == "fbgemm":
-            programs = {s.name: plan[s.name].program(s) for s in schema if not plan[s.name].computes}
-            bag_lookup.refuse(programs, optimizer, like, sparse)
         tables = plan.tables(schema)
         shapes, places = stack_tables(tables)
         super().__init__(shapes, optimizer, like.device, like.dtype, backend)
@@ -182,21 +180,6 @@ class EmbeddingCollection(SteppedTables):
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
-    @property
-    def _reader(self) -> Any:
-        """What hands rows of storages to lookups that are not fused: the gather, or FBGEMM's sums of rows."""
-        if self.backend != "fbgemm" or self.served is not None or not bag_step.runs_here():
-            return self._gather
-        tables = {name: getattr(self, name) for name in self.storages}
-        return BagReader(tables, self._anchor, self._update_bags) if self._stepping else BagReader(tables)
-
-    @torch.no_grad()
-    def _update_bags(self, storage: str, call: BagCall, grad: Tensor) -> None:
-        if self.optimizer is not None:
-            with self._turn:
-                self._paces[storage].advance(self.optimizer, self._lr)
-                apply_bags(self.optimizer, self._lr, getattr(self, storage), self._state(storage), call, grad)
-
     def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (self.sparse and torch.compiler.is_compiling()):
@@ -259,7 +242,7 @@ class EmbeddingCollection(SteppedTables):
                 and stage.fits(ids, (*ids.shape, bundle.output_dim))
             )
             if fused is None:
-                out: Tensor = bundle.single(ids.long(), self._reader)
+                out: Tensor = bundle.single(ids.long(), self._gather)
             else:
                 step = self._native_step if stepping else None
                 out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, stage if inside else None)
@@ -270,7 +253,7 @@ class EmbeddingCollection(SteppedTables):
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         fused = self._fused_tables(bundle.fused, bags.values)
         if fused is None or not bundle.fused[fused[0]].pools(bundle, bags):
-            return bundle.pooled(bags, self._reader)
+            return bundle.pooled(bags, self._gather)
         step = self._native_step if stepping else None
         return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
 

@@ -15,8 +15,6 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.bag_lookup import BagLookup
-from recsys_embed.kernels.bag_step import BagReader
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
 from recsys_embed.kernels.native.autograd import NativeStep
@@ -71,8 +69,7 @@ class LookupBundle(Constants):
             for s, p in zip(specs, programs, strict=True)
         ]
         with torch.device(like.device):
-            kinds: dict[str, type[VectorisedLookup]] = {"reference": ReferenceLookup, "fbgemm": BagLookup}
-            lookup = kinds.get(backend, VectorisedLookup)
+            lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
             self.unseen = Unseen(schema.features, self.hashes)
             zeros = self.unseen.zeros
             self.kernel = lookup(programs, where, [s.pooling for s in specs], [zeros[i] for i in kernel])
@@ -236,11 +233,7 @@ class LookupBundle(Constants):
         grouped = len(self.kernel.groups)
         weighted = [bags.weights if bags.weights is None or at is None else bags.weights[at] for at, _ in picks]
         ends = [F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0)) for part in self.parts]
-        at_once = self._pools_at_once(bags, gather)
-        if at_once:
-            vectors = self._sums_of_bags(values, [local for _, local in picks], ends, weighted, gather)
-        else:
-            vectors = self.kernel(values[:grouped], [local for _, local in picks[:grouped]], gather)
+        vectors = self.kernel(values[:grouped], [local for _, local in picks[:grouped]], gather)
         out = []
         for g, part in enumerate(self.parts):
             local, weights, offsets = picks[g][1], weighted[g], ends[g]
@@ -249,9 +242,6 @@ class LookupBundle(Constants):
                 continue
             mode = self.schema.features[part[0]].pooling
             value, matrices = vectors[g], self._projection(g)
-            if at_once:
-                out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
-                continue
             if matrices is not None and mode == "max":
                 # Maxima do not commute with the projection, so it applies to every id.
                 value, matrices = project(value, matrices[local], "ni,nio->no"), None
@@ -261,30 +251,6 @@ class LookupBundle(Constants):
             value = value.transpose(0, 1)
             out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
         return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
-
-    def _pools_at_once(self, bags: Bags, gather: Gather) -> bool:
-        """Whether FBGEMM adds up bags as it reads them; it has no maxima, and no gradients of weights."""
-        learns = bags.weights is not None and bags.weights.requires_grad and torch.is_grad_enabled()
-        modes = {self.schema.features[part[0]].pooling for part in self.parts[: len(self.kernel.groups)]}
-        return isinstance(gather, BagReader) and not learns and "max" not in modes
-
-    def _sums_of_bags(
-        self,
-        values: Sequence[Tensor],
-        local: Sequence[Tensor],
-        ends: Sequence[Tensor],
-        weights: Sequence[Tensor | None],
-        reader: Any,
-    ) -> list[Tensor]:
-        """Pooled vectors before projections, per group of the kernel: ``[B, features, width]``."""
-        count, factors = len(self.kernel.groups), list(weights)
-        for g in range(count):
-            if self.schema.features[self.parts[g][0]].pooling == "mean":
-                there = (values[g] >= 0).float() if self.unseen.zeros[self.parts[g][0]] else torch.ones(len(values[g]))
-                each = F.pad(there.double().cumsum(0), (1, 0))[ends[g]].diff().clamp_min(1).reciprocal().float()
-                factors[g] = torch.repeat_interleave(each, ends[g].diff())
-        kernel = cast("BagLookup", self.kernel)
-        return kernel.pooled(values[:count], local[:count], reader, ends[:count], factors[:count])
 
     def pooled_own(self, feature: int, values: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Pooled vectors of resolved ids of a feature that runs itself: ``[B, width]`` for ``offsets [B + 1]``."""

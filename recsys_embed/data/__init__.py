@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from recsys_embed.data.criteo.convert import ConvertReport, convert_criteo
     from recsys_embed.data.criteo.options import CriteoOptions
     from recsys_embed.data.criteo.synthetic import SyntheticReport, make_synthetic
+    from recsys_embed.data.data_source import BatchSource, DataSource
     from recsys_embed.data.folder import StorageError
     from recsys_embed.data.loader import Dataset, open_dataset
+    from recsys_embed.data.rows import Rows, RowSource
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.vocab import Vocabulary
 
@@ -19,6 +21,10 @@ _HOME = {
     "Batch": "batch",
     "Batches": "batch",
     "InMemoryDataset": "batch",
+    "BatchSource": "data_source",
+    "DataSource": "data_source",
+    "RowSource": "rows",
+    "Rows": "rows",
     "ConvertReport": "criteo.convert",
     "convert_criteo": "criteo.convert",
     "StorageError": "folder",
@@ -31,16 +37,20 @@ _HOME = {
     "Portion": "portion",
     "Vocabulary": "vocab",
 }
-_NEEDS_POLARS = {"criteo.convert", "loader", "portion", "vocab", "criteo.synthetic"}
+_NEEDS_POLARS = {"criteo.convert", "loader", "vocab", "criteo.synthetic"}
 
 __all__ = [
     "Batch",
+    "BatchSource",
     "Batches",
     "ConvertReport",
     "CriteoOptions",
+    "DataSource",
     "Dataset",
     "InMemoryDataset",
     "Portion",
+    "RowSource",
+    "Rows",
     "SplitRule",
     "StorageError",
     "SyntheticReport",

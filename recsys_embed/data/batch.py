@@ -1,11 +1,12 @@
-"""Batches of typed columns from rows in memory, cut and moved by a background thread."""
+"""Batches of named parts from rows in memory, cut and moved by a background thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,16 +18,72 @@ PREFETCH = 4
 """Batches made ahead of the consumer."""
 
 
-class Batch(NamedTuple):
-    """One batch: ``dense`` float32 [B, num_dense], ``ids`` int64 [B, F], ``label`` float32 [B] (NaN without labels)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One batch of B rows.
+
+    Args:
+        dense: numeric columns, float32 ``[B, num_dense]``.
+        ids: one id per feature, int64 ``[B, F]``.
+        label: float32 ``[B]``, NaN where there are no labels.
+        extra: further parts by name, ``[B, ...]`` each, such as weights or times.
+
+    Whatever is done to a batch is done to all its parts. It unpacks as ``dense, ids, label``.
+
+    >>> batch = Batch(torch.zeros(2, 3), torch.tensor([[4], [7]]), torch.ones(2), {"weight": torch.tensor([1.0, 0.5])})
+    >>> batch.map(lambda part: part[1:]).parts()["weight"], batch.num_rows
+    (tensor([0.5000]), 2)
+    """
 
     dense: Tensor
     ids: Tensor
     label: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, num_dense: int, num_features: int) -> Batch:
+        """No rows."""
+        return cls(torch.zeros(0, num_dense), torch.zeros(0, num_features, dtype=torch.int64), torch.zeros(0))
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches that have the same parts."""
+        first = batches[0]
+        return cls(
+            torch.cat([b.dense for b in batches]),
+            torch.cat([b.ids for b in batches]),
+            torch.cat([b.label for b in batches]),
+            {name: torch.cat([b.extra[name] for b in batches]) for name in first.extra},
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.label)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Every part by name."""
+        return {"dense": self.dense, "ids": self.ids, "label": self.label, **self.extra}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every part changed."""
+        extra = {name: change(part) for name, part in self.extra.items()}
+        return Batch(change(self.dense), change(self.ids), change(self.label), extra)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
-        return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
+        return self.map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.dense, self.ids, self.label))
+
+    def __getitem__(self, position: int) -> Tensor:
+        warnings.warn(
+            "parts of a batch by position go away; use batch.dense, batch.ids and batch.label",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return (self.dense, self.ids, self.label)[position]
 
 
 class Batches:
@@ -65,7 +122,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device | None = None, depth
     def work() -> None:
         try:
             for batch in batches:
-                if not offer(Batch(*(t.pin_memory() for t in batch)) if cuda else batch):
+                if not offer(batch.map(Tensor.pin_memory) if cuda else batch):
                     return
             offer(None)
         except BaseException as e:
@@ -106,12 +163,13 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class InMemoryDataset:
-    """Rows held as tensors, served in batches by row number.
+    """Rows held as tensors, served in batches by row number: one split.
 
     Args:
         dense: float32 [N, num_dense].
         ids: int32 or int64 [N, F]; stored as given, int64 in every batch.
         label: [N], any real type; float32 in every batch.
+        extra: further parts by name, [N, ...] each.
 
     Raises:
         ConfigError: shapes or types disagree.
@@ -121,22 +179,36 @@ class InMemoryDataset:
     [2, 2, 1]
     """
 
-    def __init__(self, dense: Tensor, ids: Tensor, label: Tensor) -> None:
+    def __init__(self, dense: Tensor, ids: Tensor, label: Tensor, extra: Mapping[str, Tensor] | None = None) -> None:
+        extra = dict(extra or {})
         faults = []
         if dense.dim() != 2 or ids.dim() != 2 or label.dim() != 1:
             shapes = f"{tuple(dense.shape)}, {tuple(ids.shape)}, {tuple(label.shape)}"
             faults.append(f"dense, ids, label must have shapes [N, D], [N, F], [N]; got {shapes}")
         elif not len(dense) == len(ids) == len(label):
             faults.append(f"dense, ids, label must have equally many rows; got {len(dense)}, {len(ids)}, {len(label)}")
+        else:
+            wrong = {name: len(part) for name, part in extra.items() if len(part) != len(label)}
+            faults += [f"part {name!r} must have {len(label)} rows; got {n}" for name, n in wrong.items()]
         if ids.dtype not in (torch.int32, torch.int64):
             faults.append(f"`ids` must be int32 or int64; got {ids.dtype}")
         if dense.dtype != torch.float32:
             faults.append(f"`dense` must be float32; got {dense.dtype}")
         raise_faults(faults, "InMemoryDataset")
         self.dense, self.ids, self.label = dense.contiguous(), ids.contiguous(), label.float()
+        self._batch = Batch(self.dense, self.ids, self.label, extra)
+
+    @classmethod
+    def of(cls, batch: Batch) -> InMemoryDataset:
+        """The rows of one batch, whose ids may be int32."""
+        return cls(batch.dense, batch.ids, batch.label, batch.extra)
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def run(self, start: int, stop: int) -> InMemoryDataset:
+        """Rows ``start`` to ``stop``, not copied."""
+        return InMemoryDataset.of(self._batch.map(lambda part: part[start:stop]))
 
     def batches(
         self,
@@ -149,7 +221,7 @@ class InMemoryDataset:
         device: torch.device | str | None = None,
         start_batch: int = 0,
     ) -> Batches:
-        """Batches of one epoch, the same for the same seed and epoch; see :meth:`Dataset.batches`."""
+        """Batches of one epoch, the same for the same seed and epoch; see :meth:`RowSource.batches`."""
         check_batching(batch_size, epoch, start_batch)
         count = num_batches(len(self), batch_size, drop_last, start_batch)
 
@@ -162,9 +234,12 @@ class InMemoryDataset:
         return Batches(make, count, device)
 
     def rows(self, which: Tensor | slice) -> Batch:
-        """A batch of the given rows: int64 row numbers or a slice."""
+        """A batch of the given rows, a copy: int64 row numbers or a slice."""
         if isinstance(which, slice):
-            dense, ids, label = self.dense[which].clone(), self.ids[which], self.label[which].clone()
-        else:
-            dense, ids, label = (t.index_select(0, which) for t in (self.dense, self.ids, self.label))
-        return Batch(dense, ids.to(torch.int64, copy=isinstance(which, slice)), label)
+            found = self._batch.map(lambda part: part[which])
+            # Each part is copied once: ids that are narrow by being widened.
+            ids = found.ids.to(torch.int64, copy=True)
+            extra = {name: part.clone() for name, part in found.extra.items()}
+            return Batch(found.dense.clone(), ids, found.label.clone(), extra)
+        found = self._batch.map(lambda part: part.index_select(0, which))
+        return Batch(found.dense, found.ids.long(), found.label, found.extra)

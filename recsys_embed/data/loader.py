@@ -1,9 +1,8 @@
-"""A data folder as batches: from memory where it fits, else streamed from Parquet through a shuffle buffer."""
+"""A data folder as a data set: its rows are read from Parquet, its counts from its vocabularies."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +11,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys_embed.data.batch import Batch, Batches, InMemoryDataset, check_batching, num_batches, permutation
+from recsys_embed.data.batch import Batch
 from recsys_embed.data.folder import file_hash
-from recsys_embed.data.manifest import Manifest, Shard, read_manifest
+from recsys_embed.data.manifest import Feature, Manifest, Shard, Split, read_manifest
+from recsys_embed.data.rows import IN_MEMORY_LIMIT, RowSource
 from recsys_embed.data.stats import read_stats
-from recsys_embed.data.vocab import Vocabulary
+from recsys_embed.data.vocab import OOV_ID, Vocabulary
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, IdKind, Schema
 
-IN_MEMORY_LIMIT = 4 << 30
-BUFFER_ROWS = 1 << 20
 CHUNK_ROWS = 1 << 16
 """Rows read from Parquet at once when streaming: one row group."""
 
@@ -61,15 +60,12 @@ def open_dataset(path: str | Path, *, memory_limit: int = IN_MEMORY_LIMIT, verif
 
 
 @dataclass
-class Dataset:
+class Dataset(RowSource):
     """A data folder; see :func:`open_dataset`. ``splits`` maps split names to row counts."""
 
     path: Path
     manifest: Manifest
     memory_limit: int = IN_MEMORY_LIMIT
-
-    def __post_init__(self) -> None:
-        self._loaded: dict[str, InMemoryDataset] = {}
 
     @property
     def splits(self) -> dict[str, int]:
@@ -106,136 +102,65 @@ class Dataset:
 
     def vocabulary(self, name: str) -> Vocabulary:
         """The values of a feature and their ids (vocab mode)."""
-        for feature in self.manifest.features:
-            if feature.name == name:
-                if feature.vocab is None:
-                    raise ConfigError(f"{self.path} holds raw ids: there is no vocabulary of {name}")
-                return Vocabulary.read(self.path / feature.vocab, name)
-        raise unknown_name("feature", name, self.feature_names)
+        feature = self._feature(name)
+        if feature.vocab is None:
+            raise ConfigError(f"{self.path} holds raw ids: there is no vocabulary of {name}")
+        return Vocabulary.read(self.path / feature.vocab, name)
 
-    def held_out(self, share: float) -> Dataset:
-        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``.
+    def counts(self, feature: str) -> Tensor | None:
+        """How often each id of a feature occurs in training: int64 ``[num_embeddings]``; None for raw ids.
 
-        Raises:
-            ConfigError: a share outside (0, 1).
+        Of the rows that the vocabulary was learned from, or of those here where it is another folder's (``like``) and
+        there are training rows here. Values too rare for a row of their own count for id 0.
         """
-        from recsys_embed.data.held_out import HeldOut
-
-        return HeldOut(self, share)
+        known = self._feature(feature)
+        if known.vocab is None:
+            return None
+        if self.manifest.settings.get("like") is not None and self.splits.get("train"):
+            return super().counts(feature)
+        vocabulary = self.vocabulary(feature)
+        found = torch.zeros(known.num_embeddings, dtype=torch.int64)
+        found[torch.from_numpy(vocabulary.ids.astype(np.int64))] = torch.from_numpy(vocabulary.counts.astype(np.int64))
+        if vocabulary.missing_id != OOV_ID:
+            found[vocabulary.missing_id] = vocabulary.missing_count
+        found[OOV_ID] += max(0, self.splits.get("train", 0) - int(found.sum()))
+        return found
 
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
         wide = 8 if self.manifest.id_mode == "raw" else 4
         return 4 * self.num_dense + wide * len(self.manifest.features) + 4
 
-    def fits(self, split: str) -> bool:
-        """Whether a split is held in memory."""
-        return self.rows(split) * self.row_bytes() <= self.memory_limit
+    def chunks(self, split: str) -> list[tuple[int, int]]:
+        """Row groups of a split, in file order."""
+        found, at = [], 0
+        for shard in self._split(split).shards:
+            found += [(at + o, at + min(o + CHUNK_ROWS, shard.rows)) for o in range(0, shard.rows, CHUNK_ROWS)]
+            at += shard.rows
+        return found
 
-    def load(self, split: str) -> InMemoryDataset:
-        """A whole split in memory, in file order; kept for later calls."""
-        if split not in self._loaded:
-            n = self.rows(split)
-            wide = torch.int64 if self.manifest.id_mode == "raw" else torch.int32
-            dense = torch.empty(n, self.num_dense)
-            ids = torch.empty(n, len(self.manifest.features), dtype=wide)
-            label = torch.empty(n)
-            at = 0
-            for chunk in self._chunks(split):
-                piece = self._read(*chunk)
-                stop = at + len(piece.label)
-                dense[at:stop], ids[at:stop], label[at:stop] = piece
-                at = stop
-            self._loaded[split] = InMemoryDataset(dense, ids, label)
-        return self._loaded[split]
+    def read(self, split: str, start: int, stop: int) -> Batch:
+        """Rows ``start`` to ``stop`` of a split, with compact ids."""
+        pieces, at = [], 0
+        for shard in self._split(split).shards:
+            low, high = max(start, at), min(stop, at + shard.rows)
+            if low < high:
+                pieces.append(self._read(shard, low - at, high - low))
+            at += shard.rows
+        if not pieces:
+            return Batch.empty(self.num_dense, len(self.feature_names))
+        return pieces[0] if len(pieces) == 1 else Batch.cat(pieces)
 
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        *,
-        shuffle: bool = True,
-        seed: int = 0,
-        epoch: int = 0,
-        drop_last: bool = False,
-        device: torch.device | str | None = None,
-        start_batch: int = 0,
-        buffer_rows: int = BUFFER_ROWS,
-    ) -> Batches:
-        """Batches of one epoch, made by a background thread.
+    def _feature(self, name: str) -> Feature:
+        for feature in self.manifest.features:
+            if feature.name == name:
+                return feature
+        raise unknown_name("feature", name, self.feature_names)
 
-        Args:
-            split: ``train``, ``valid`` or ``test``.
-            batch_size: rows per batch; the last one may be smaller unless ``drop_last``.
-            shuffle: a new order for every ``(seed, epoch)``; the same pair gives the same batches.
-            device: where batches go; None leaves them on the CPU.
-            start_batch: first batch to yield, to resume an interrupted epoch exactly.
-            buffer_rows: rows shuffled together when the split is streamed because it exceeds the memory limit.
-
-        Returns:
-            An iterable of :class:`Batch` with ``len()``.
-        """
-        rows = self.rows(split)
-        if self.fits(split):
-            return self.load(split).batches(
-                batch_size, shuffle=shuffle, seed=seed, epoch=epoch, drop_last=drop_last, device=device,
-                start_batch=start_batch,
-            )  # fmt: skip
-        check_batching(batch_size, epoch, start_batch)
-        count = num_batches(rows, batch_size, drop_last, start_batch)
-
-        def make() -> Iterator[Batch]:
-            windows = self._windows(split, shuffle, seed, epoch, buffer_rows)
-            return _cut(self, windows, batch_size, start_batch, count, shuffle, seed, epoch)
-
-        return Batches(make, count, device)
-
-    def numeric_moments(self, split: str = "train") -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation ``[num_dense]`` of the numeric columns, summed in float64 in one bounded pass."""
-        return moments_of(self.numeric_sums(split))
-
-    def numeric_sums(self, split: str = "train") -> Tensor:
-        """What :func:`moments_of` needs; sums of parts of a split add up: float64 ``[1 + 2 * num_dense]``."""
-        sums = torch.zeros(1 + 2 * self.num_dense).double()
-        for batch in self.batches(split, CHUNK_ROWS, shuffle=False):
-            dense = batch.dense.double()
-            sums += torch.cat([torch.tensor([len(dense)]), dense.sum(0), dense.square().sum(0)])
-        return sums
-
-    def rows(self, split: str) -> int:
-        """Rows that :meth:`batches` gives."""
-        rows: int = self._split(split).rows
-        return rows
-
-    def _chunks(self, split: str) -> list[tuple[Shard, int, int]]:
-        """Shard, first row and rows of every row group of a split, in file order."""
-        return [
-            (shard, offset, min(CHUNK_ROWS, shard.rows - offset))
-            for shard in self._split(split).shards
-            for offset in range(0, shard.rows, CHUNK_ROWS)
-        ]
-
-    def _split(self, name: str) -> Any:
+    def _split(self, name: str) -> Split:
         if name not in self.manifest.splits:
             raise unknown_name("split", name, self.manifest.splits)
         return self.manifest.splits[name]
-
-    def _windows(
-        self, split: str, shuffle: bool, seed: int, epoch: int, buffer_rows: int
-    ) -> list[list[tuple[Shard, int, int]]]:
-        """Chunks (shard, first row, rows) grouped into windows that are shuffled together."""
-        chunks = self._chunks(split)
-        if shuffle:
-            chunks = [chunks[i] for i in permutation(len(chunks), seed, epoch).tolist()]
-        windows: list[list[tuple[Shard, int, int]]] = []
-        size = 0
-        for chunk in chunks:
-            if not windows or size + chunk[2] > buffer_rows:
-                windows.append([])
-                size = 0
-            windows[-1].append(chunk)
-            size += chunk[2]
-        return windows
 
     def _read(self, shard: Shard, offset: int, rows: int) -> Batch:
         """Rows of a shard with compact ids."""
@@ -255,51 +180,9 @@ class Dataset:
             ids = frame.select(self.feature_names)
         dense = frame.select(self.manifest.dense).to_numpy(order="c") if self.num_dense else np.zeros((rows, 0), "f4")
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
-        arrays = (dense, ids.to_numpy(order="c"), label)
-        return Batch(*(torch.from_numpy(np.require(a, requirements="W")) for a in arrays))
+        return Batch(_tensor(dense), _tensor(ids.to_numpy(order="c")), _tensor(label))
 
 
-def moments_of(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation from rows, sums and sums of squares: float32 ``[columns]`` each."""
-    rows, (total, squares) = sums[0].clamp_min(1), sums[1:].chunk(2)
-    mean = total / rows
-    return mean.float(), (squares / rows - mean.square()).clamp_min(0).sqrt().float()
-
-
-def _cut(
-    data: Dataset,
-    windows: list[list[tuple[Shard, int, int]]],
-    batch_size: int,
-    start_batch: int,
-    count: int,
-    shuffle: bool,
-    seed: int,
-    epoch: int,
-) -> Iterator[Batch]:
-    """Cut the stream of windows into batches; windows before the first batch wanted are not read."""
-    skip = start_batch * batch_size
-    left: Batch | None = None
-    made = 0
-    for number, window in enumerate(windows):
-        rows = sum(chunk[2] for chunk in window)
-        if skip >= rows:
-            skip -= rows
-            continue
-        pieces = [data._read(*chunk) for chunk in window]
-        held = InMemoryDataset(*(torch.cat(column) for column in zip(*pieces, strict=True)))
-        del pieces
-        order = permutation(rows, seed, epoch * len(windows) + number + (1 << 40)) if shuffle else torch.arange(rows)
-        order = order[skip:]
-        skip = 0
-        at = 0
-        while at < len(order):
-            take = batch_size - (len(left.label) if left else 0)
-            piece = held.rows(order[at : at + take])
-            at += take
-            left = Batch(*(torch.cat(pair) for pair in zip(left, piece, strict=True))) if left else piece
-            if len(left.label) == batch_size:
-                yield left
-                made += 1
-                left = None
-    if left is not None and made < count:
-        yield left
+def _tensor(values: NDArray[Any]) -> Tensor:
+    """A tensor over the memory of an array, or of a copy where that is read-only."""
+    return torch.from_numpy(np.require(values, requirements="W"))

@@ -1,77 +1,46 @@
-"""The rows of one of several processes: whole row groups where that is fair, every row in exactly one portion."""
+"""The former name of a process's rows; :meth:`recsys_embed.data.RowSource.portion` gives them now."""
 
 from __future__ import annotations
 
-from bisect import bisect
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+import warnings
+from collections.abc import Mapping
+from itertools import pairwise
 
-from recsys_embed.data.loader import Dataset
-from recsys_embed.data.manifest import Shard
-from recsys_embed.errors import ConfigError
-
-TOLERANCE = 0.01
-"""A portion may differ by this share from an equal one so that it ends with a row group."""
+from recsys_embed.data.rows import Rows, RowSource, portion_ends
 
 
-@dataclass
-class Portion(Dataset):
-    """Portion ``rank`` of ``world`` of every split; ``splits``, ``stats`` and ``digest`` are those of the whole.
+class Portion(Rows):
+    """Portion ``rank`` of ``world`` of every split; ``splits`` and ``digest`` are those of the whole."""
 
-    A portion is a run of consecutive rows: no row group is read by two processes, but for the ones that hold the ends
-    of portions where a split has too few of them.
-    """
-
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.rank < self.world:
-            raise ConfigError(f"`rank` must be in [0, {self.world}); got {self.rank}")
+    rank: int
+    world: int
 
     @classmethod
-    def of(cls, data: Dataset, rank: int, world: int) -> Portion:
+    def of(cls, data: RowSource, rank: int, world: int) -> Portion:
         """Portion ``rank`` of ``world`` of an opened data set."""
-        if type(data) is not Dataset:
-            raise ConfigError(
-                f"portions are of a data set as open_dataset() gives it, not of part of one; got {type(data).__name__}"
-            )
-        return cls(data.path, data.manifest, data.memory_limit, rank, world)
+        warnings.warn(
+            "Portion.of(data, rank, world) goes away; use data.portion(rank, world)", DeprecationWarning, stacklevel=2
+        )
+        found = cls(data, data.portion(rank, world).runs)
+        found.rank, found.world = rank, world
+        return found
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        return self.whole.splits
+
+    @property
+    def digest(self) -> str:
+        return self.whole.digest
 
     def ends(self, split: str) -> list[int]:
-        """Where portions begin and end: rows of the split, ``[world + 1]``, the same in every process."""
-        total = self._split(split).rows
-        groups = [0, *accumulate(rows for *_, rows in super()._chunks(split))]
-        slack = TOLERANCE * total / self.world
-        ends = []
-        for r in range(self.world + 1):
-            fair = total * r // self.world
-            place = bisect(groups, fair)
-            near = min(groups[max(place - 1, 0) : place + 1], key=lambda end: abs(end - fair))
-            ends.append(near if abs(near - fair) <= slack else fair)
-        return ends
+        """Where portions begin and end: rows of the split, ``[world + 1]``."""
+        return portion_ends(self.whole, split, self.world)
 
     def rows_of_all(self, split: str) -> list[int]:
         """Rows of every portion."""
-        ends = self.ends(split)
-        return [stop - start for start, stop in pairwise(ends)]
+        return [stop - start for start, stop in pairwise(self.ends(split))]
 
     def rows(self, split: str) -> int:
-        return self.rows_of_all(split)[self.rank]
-
-    def _chunks(self, split: str) -> list[tuple[Shard, int, int]]:
-        start, stop = self.ends(split)[self.rank : self.rank + 2]
-        return between(super()._chunks(split), start, stop)
-
-
-def between(chunks: Iterable[tuple[Shard, int, int]], start: int, stop: int) -> list[tuple[Shard, int, int]]:
-    """Shard, first row and rows of what chunks hold of rows ``start`` to ``stop`` of a split."""
-    found, at = [], 0
-    for shard, offset, rows in chunks:
-        low, high = max(start, at), min(stop, at + rows)
-        if low < high:
-            found.append((shard, offset + low - at, high - low))
-        at += rows
-    return found
+        _, start, stop = self._run(split)
+        return stop - start

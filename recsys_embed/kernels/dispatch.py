@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, cast, get_args
@@ -11,14 +12,13 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import BackendError, unknown_name
-from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer
 
-Backend = Literal["auto", "reference", "torch", "native", "triton", "fbgemm"]
-Chosen = Literal["reference", "torch", "native", "triton", "fbgemm"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
+Chosen = Literal["reference", "torch", "native", "triton"]
 
 
 # By name of fused kernels: whether they may read these tensors.
@@ -40,7 +40,7 @@ def available_backends() -> list[BackendStatus]:
     """Every backend of the library with its status here.
 
     >>> [b.name for b in available_backends()]
-    ['reference', 'torch', 'native', 'triton', 'fbgemm']
+    ['reference', 'torch', 'native', 'triton']
     """
     found = native_library.library()
     why = found
@@ -57,14 +57,25 @@ def available_backends() -> list[BackendStatus]:
             status.why_not()
             or "compiled for the GPU at first use; float32, bfloat16 and float16 tables, all features in one launch",
         ),
-        BackendStatus(
-            "fbgemm",
-            fbgemm.why_not() is None,
-            fbgemm.why_not()
-            or "its tables on the CPU, for vectors that are sums of float32 rows; by name only: native, which 'auto' "
-            "takes, does the rest too",
-        ),
     ]
+
+
+def named(backend: str) -> str:
+    """``backend``, or ``"auto"`` in place of ``"fbgemm"``, which trains no more; says so in a DeprecationWarning.
+
+    >>> named("torch")
+    'torch'
+    """
+    if backend != "fbgemm":
+        return backend
+    warnings.warn(
+        "backend 'fbgemm' no longer looks up or trains tables, which took it 1.1 to 6.3 times as long as 'native'; the "
+        "backend that 'auto' picks runs instead, with the same weights and optimizer state. Write backend='auto'. To "
+        "read a quantised export with FBGEMM, use load(path, backend='fbgemm')",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return "auto"
 
 
 def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.device | None = None) -> Chosen:
@@ -72,8 +83,7 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
 
     ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags pooled by maxima or
     with weights that learn, exported programs) to ``"torch"``; so does ``"triton"`` (other devices than GPUs, float64,
-    all bags, compiled and exported programs). ``"fbgemm"`` refuses what it does not do; compiled and exported programs
-    run on ``"torch"``.
+    all bags, compiled and exported programs).
 
     Args:
         device: of the tables, the CPU by default.
@@ -92,10 +102,7 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
             status.require_triton()
         if not fits:
             raise BackendError(f"backend {backend!r} does not know the rule of {optimizer!r}; use backend 'torch'")
-    if backend == "fbgemm":
-        fbgemm.require_fbgemm()
     if backend == "auto":
-        # Never fbgemm: in benchmarks/results its step takes 1.1 to 6.3 times native's time.
         wanted = "triton" if device is not None and device.type == "cuda" else "native"
         if wanted in kernels(backend, optimizer):
             return cast("Chosen", wanted)

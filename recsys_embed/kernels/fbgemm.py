@@ -1,25 +1,20 @@
-"""What is called of FBGEMM: its kernels for sums of rows with fused updates, and its reader of quantised rows."""
+"""What is called of FBGEMM when an export is served: its reader of quantised rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import BackendError, MissingDependencyError
+from recsys_embed.errors import MissingDependencyError
 from recsys_embed.kernels.precision import Layout
-from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.utils.optional import require
 
 # FBGEMM's numbers of its types (SparseType), a table on the host (EmbeddingLocation) and no pooling (PoolingMode).
 _TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3}
-_HOST, _SUM, _NO_POOLING, _FP32 = 3, 0, 2, 0
-LANES = 4
-"""Rows of its training kernels are a multiple of so many elements wide."""
-RULES = (SGD, Adagrad, RowwiseAdagrad)
+_HOST, _NO_POOLING, _FP32 = 3, 2, 0
 # The kernel loads whole vector registers and so reads some bytes past a row; past the last there may be no memory.
 _BEYOND = 256
 
@@ -138,94 +133,3 @@ def reader(layout: Layout, backend: Literal["auto", "torch", "fbgemm"]) -> RowRe
         if backend == "fbgemm":
             raise
         return None
-
-
-class TableBatch:
-    """Tables of one width, side by side in one tensor, as FBGEMM's training kernels have them.
-
-    Rows are checked by who calls: the repair of rows out of range that FBGEMM's modules do is no part of this.
-
-    Args:
-        width: a multiple of ``LANES``.
-        first: per feature, the first row of its table in the tensor.
-        rows: per feature, the rows of its table; features of one table are neighbours.
-    """
-
-    def __init__(self, width: int, first: Sequence[int], rows: Sequence[int]) -> None:
-        self.width, self.features = width, len(first)
-        starts: list[int] = []
-        total = 0
-        for i, (at, size) in enumerate(zip(first, rows, strict=True)):
-            if i and at == first[i - 1]:
-                starts.append(starts[-1])
-                continue
-            starts.append(total)
-            total += size
-        cpu: dict[str, Any] = {"device": "cpu"}
-        self.first = torch.tensor(first, dtype=torch.int64, **cpu)
-        self._elements = self.first * width
-        self._columns = torch.arange(0, (self.features + 1) * width, width, dtype=torch.int32, **cpu)
-        self._tables = (torch.tensor([*starts, total], dtype=torch.int64, **cpu), total.bit_length())
-        self._where = torch.full((self.features,), _HOST, dtype=torch.int32, **cpu)
-
-    def forward(self, weight: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
-        """Sums of rows: float32 ``[bags, features * width]``.
-
-        Args:
-            weight: float32 ``[rows, width]``, contiguous.
-            rows: int64 ``[n]``, counted within the tables; those of all bags of a feature, then the next feature's.
-            offsets: int64 ``[features * bags + 1]``.
-            factors: float32 ``[n]``.
-        """
-        columns = self.features * self.width
-        if offsets.numel() == 1:
-            return weight.new_empty(0, columns)
-        read = (self._tables[0], rows, offsets, _SUM, factors, _FP32)
-        out: Tensor = torch.ops.fbgemm.split_embedding_codegen_forward_cpu(
-            weight.detach().view(-1), self._elements, self._columns, columns, *read
-        )
-        return out
-
-    def update(
-        self,
-        optimizer: FusedOptimizer,
-        lr: float,
-        grad: Tensor,
-        weight: Tensor,
-        state: Mapping[str, Tensor],
-        rows: Tensor,
-        offsets: Tensor,
-        factors: Tensor | None,
-    ) -> None:
-        """One exact step of the optimizer on the rows read, in place; arguments as :meth:`forward` has them.
-
-        Args:
-            grad: of the sums.
-            state: of the optimizer, by name; contiguous.
-        """
-        if rows.numel() == 0:
-            return
-        ops, rate = torch.ops.fbgemm, torch.tensor(lr, dtype=torch.float32)
-        flat = weight.detach().view(-1)
-        read = (self.width, *self._tables, rows, offsets, _SUM, factors, False)
-        given = (grad.contiguous(), flat, self._where, self._elements, self._columns, *read)
-        if isinstance(optimizer, SGD):
-            ops.split_embedding_backward_codegen_sgd_cpu(*given, rate)
-        elif isinstance(optimizer, RowwiseAdagrad):
-            sums = (state["sum"].view(-1), self._where, self.first)
-            ops.split_embedding_backward_codegen_rowwise_adagrad_cpu(*given, *sums, rate, optimizer.eps)
-        elif isinstance(optimizer, Adagrad):
-            sums = (state["sum"].view(-1), self._where, self._elements)
-            ops.split_embedding_backward_codegen_adagrad_cpu(*given, *sums, rate, optimizer.eps)
-        else:
-            raise BackendError(f"backend 'fbgemm' has no rule for {optimizer!r}")
-
-    def gradient(self, grad: Tensor, weight: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
-        """Dense gradient ``[rows, width]`` of ``weight``; arguments as :meth:`update` has them."""
-        if rows.numel() == 0:
-            return torch.zeros_like(weight)
-        read = (self.width, *self._tables, rows, offsets, _SUM, factors)
-        out: Tensor = torch.ops.fbgemm.split_embedding_backward_codegen_dense_cpu(
-            grad.contiguous(), weight.detach().view(-1), self._elements, self._columns, *read
-        )
-        return out.view_as(weight)

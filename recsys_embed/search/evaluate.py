@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recsys_embed.data.batch import Batch
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
@@ -103,7 +104,7 @@ class CandidateEvaluator:
                 return
             n = int(min(left, len(batch.label)))
             left -= n
-            yield batch if n == len(batch.label) else type(batch)(*(t[:n] for t in batch))
+            yield batch if n == len(batch.label) else Batch(batch.dense[:n], batch.ids[:n], batch.label[:n])
 
     def _run(
         self,

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from recsys_embed.core.footprint import Footprint, format_bytes
+from recsys_embed.data.data_source import DataSource
 from recsys_embed.data.folder import lock
-from recsys_embed.data.loader import Dataset, moments_of
-from recsys_embed.data.portion import Portion
+from recsys_embed.data.stream import moments_of
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, build_model
 from recsys_embed.plan import Plan
@@ -48,7 +48,7 @@ SINGLE_LIMIT = 16 << 30
 
 def run_sharded(
     config: TrainConfig,
-    data: Dataset,
+    data: DataSource,
     *,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -83,7 +83,7 @@ def run_sharded(
 
 def _run(
     config: TrainConfig,
-    data: Dataset,
+    data: DataSource,
     home: Path | None,
     resume: bool,
     device: torch.device,
@@ -94,7 +94,7 @@ def _run(
     label: str,
 ) -> RunOutcome:
     first, world = dist.get_rank() == 0, dist.get_world_size()
-    portion = Portion.of(data, dist.get_rank(), world)
+    portion = data.portion(dist.get_rank(), world)
     schema = schema_of(data, config)
     # The first process plans for all, as a planner that runs against a clock may come to other plans elsewhere.
     config = TrainConfig.from_dict(share(resolve(schema, config, data).to_dict() if first else None, device))

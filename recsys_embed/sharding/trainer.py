@@ -18,7 +18,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from recsys_embed.core import hashing
 from recsys_embed.data.batch import Batch
-from recsys_embed.data.portion import Portion
+from recsys_embed.data.data_source import BatchStream, DataSource
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.sharding.checkpoint import find, load, save
 from recsys_embed.sharding.checkpoint_tensors import Entry, weight_entries
@@ -39,8 +39,8 @@ AGREE_EVERY = 32
 class Steps:
     """Batches of a portion, then empty ones until the largest portion has ended, so that all take every step."""
 
-    def __init__(self, batches: Any, steps: int, data: Portion, device: torch.device | None) -> None:
-        self.batches, self.steps, self.data, self.device = batches, steps, data, device
+    def __init__(self, batches: BatchStream, steps: int, empty: Batch) -> None:
+        self.batches, self.steps, self.empty = batches, steps, empty
 
     def __len__(self) -> int:
         return self.steps
@@ -51,9 +51,7 @@ class Steps:
             made += 1
             yield batch
         for _ in range(self.steps - made):
-            width, features = self.data.num_dense, len(self.data.feature_names)
-            empty = Batch(torch.zeros(0, width), torch.zeros(0, features, dtype=torch.int64), torch.zeros(0))
-            yield empty if self.device is None else empty.to(self.device)
+            yield self.empty
 
 
 def shares(batch_size: int, world: int) -> list[int]:
@@ -72,7 +70,7 @@ class ShardedTrainer(Trainer):
 
     Args:
         model: of :func:`recsys_embed.sharding.shard`.
-        data: this process's portion.
+        data: this process's rows.
         config: settings.
         home: run folder, the same in all processes; None keeps nothing.
         resume, device, identity, tensorboard, show_progress, label: as there.
@@ -81,7 +79,7 @@ class ShardedTrainer(Trainer):
     def __init__(
         self,
         model: DistributedModelParallel,
-        data: Portion,
+        data: DataSource,
         config: TrainConfig,
         *,
         home: Path | None = None,
@@ -90,7 +88,9 @@ class ShardedTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.home, self.portion = home, data
+        self.home = home
+        self.rows_of_all = {split: _of_all(data.rows(split), device) for split in sorted(data.splits)}
+        self.empty = Batch.empty(data.num_dense, len(data.schema(1))).to(device)
         self.stop: StopRequest | None = None
         self.kept: list[tuple[Entry, list[Tensor]]] = []
         if config.batch_size < self.world:
@@ -149,8 +149,7 @@ class ShardedTrainer(Trainer):
     def _epoch(self, epoch: int, start: int) -> Steps:
         c = self.config
         sizes = shares(c.batch_size, self.world)
-        rows = self.portion.rows_of_all("train")
-        steps = max(-(-n // size) for n, size in zip(rows, sizes, strict=True))
+        steps = max(-(-n // size) for n, size in zip(self.rows_of_all["train"], sizes, strict=True))
         batches = self.data.batches(
             "train",
             sizes[self.rank],
@@ -160,7 +159,7 @@ class ShardedTrainer(Trainer):
             device=self.device,
             start_batch=start,
         )
-        return Steps(batches, max(0, steps - start), self.portion, self.device)
+        return Steps(batches, max(0, steps - start), self.empty)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -203,13 +202,13 @@ class ShardedTrainer(Trainer):
     def evaluate(self, split: str, stop: StopRequest | None = None) -> Metrics | None:
         """Metrics over the whole split, the same in all processes; None when one of them was asked to stop."""
         size = -(-self.config.eval_batch_size // self.world)
-        steps = max(-(-n // size) for n in self.portion.rows_of_all(split))
+        steps = max(-(-n // size) for n in self.rows_of_all[split])
         batches = self.data.batches(split, size, shuffle=False, device=self.device)
         was_training = self.model.training
         self.model.eval()
         sums = BinaryMetrics()
         try:
-            for number, batch in enumerate(Steps(batches, steps, self.portion, self.device)):
+            for number, batch in enumerate(Steps(batches, steps, self.empty)):
                 if number % AGREE_EVERY == 0 and self._agree(stop):
                     return None
                 sums.update(self.model(batch.dense, batch.ids), batch.label)
@@ -279,6 +278,14 @@ class ShardedTrainer(Trainer):
         if self.device.type == "cuda":
             states[f"random/{self.rank}/{self.world}/cuda"] = torch.cuda.get_rng_state(self.device)
         return states
+
+
+def _of_all(number: int, device: torch.device) -> list[int]:
+    """A number of each process, in all of them."""
+    found = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    found[dist.get_rank()] = number
+    dist.all_reduce(found)
+    return found.tolist()
 
 
 def _locals(value: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from helpers import table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed.data import Portion, loader, open_dataset
+from recsys_embed.data import loader, open_dataset
 from recsys_embed.errors import ConfigError, UnknownNameError
 
 
@@ -72,9 +72,25 @@ def test_what_cannot_be_held_out_is_refused(sharded: Path) -> None:
     for share in (0.0, 1.0, -0.5, float("nan"), "0.2", None):
         with pytest.raises(ConfigError, match=r"`share` must lie between 0 and 1; got"):
             data.held_out(share)
-    with pytest.raises(ConfigError, match=r"as open_dataset\(\) gives it.*; got Portion"):
-        Portion.of(data, 0, 2).held_out(0.2)
-    with pytest.raises(ConfigError, match=r"as open_dataset\(\) gives it.*; got HeldOut"):
-        Portion.of(data.held_out(0.2), 0, 2)
+    with pytest.raises(ConfigError, match="rows are held out once"):
+        data.held_out(0.2).held_out(0.2)
     with pytest.raises(UnknownNameError, match="did you mean 'held_out'"):
         data.held_out(0.2).batches("heldout", 8)
+
+
+@given(world=st.integers(1, 4), group=st.sampled_from([60, 65536]), streamed=st.booleans())
+def test_views_are_made_of_views(sharded: Path, world: int, group: int, streamed: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "CHUNK_ROWS", group)
+        data = open_dataset(sharded, memory_limit=0 if streamed else 1 << 30)
+        whole = table(list(data.batches("train", 64, shuffle=False)))
+        after = [data.portion(rank, world).held_out(0.3) for rank in range(world)]
+        rows = [list(d.batches(split, 16, shuffle=False)) for d in after for split in ("train", "held_out")]
+        assert torch.equal(table([b for some in rows for b in some]), whole)
+        before = [data.held_out(0.3).portion(rank, world) for rank in range(world)]
+        rows = [list(d.batches(split, 16, shuffle=False)) for split in ("train", "held_out") for d in before]
+        assert torch.equal(table([b for some in rows for b in some]), whole)
+        first = after[0]
+        ran = list(first.batches("train", 16, seed=5))
+        assert torch.equal(table(list(first.batches("train", 16, seed=5, start_batch=2))), table(ran[2:]))
+        assert len({d.digest for d in (*after, *before, data)}) == 1 + (2 * world if world > 1 else 2)

@@ -1,0 +1,139 @@
+"""What training, searches, sharding and reports need of a data set: the interface, without a library behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from inspect import getattr_static
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from recsys_embed.data.batch import Batch
+from recsys_embed.errors import ConfigError
+from recsys_embed.features import Schema
+
+HELD_OUT = "held_out"
+"""The split of training rows that are held out."""
+
+
+class BatchStream(Protocol):
+    """The batches of one epoch, and how many there are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class BatchSource(Protocol):
+    """What a :class:`recsys_embed.train.Trainer` needs of a data set."""
+
+    @property
+    def splits(self) -> Collection[str]:
+        """Names of the splits: ``train``, and ``valid`` and ``test`` where there are such rows."""
+        ...
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        shuffle: bool = ...,
+        seed: int = ...,
+        epoch: int = ...,
+        device: torch.device | str | None = ...,
+        start_batch: int = ...,
+    ) -> BatchStream:
+        """Batches of one epoch.
+
+        The order depends on ``seed`` and ``epoch`` alone, and ``start_batch`` leaves out the batches before it, so that
+        a run that was stopped goes on with the very batches it had not seen.
+        """
+        ...
+
+
+@runtime_checkable
+class DataSource(BatchSource, Protocol):
+    """A data set, whatever it is stored as; :class:`recsys_embed.data.RowSource` implements most of it.
+
+    Training and most searches use ``splits``, ``num_dense``, ``schema``, ``digest``, ``numeric_moments`` and
+    ``batches`` alone. ``counts`` and ``stats`` are for planners and reports, ``held_out`` is for searches that fit on
+    rows the weights have not seen, ``portion`` and ``numeric_sums`` are for training on several processes.
+    """
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Rows of every split."""
+        ...
+
+    @property
+    def num_dense(self) -> int:
+        """Numeric columns."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hash of the rows of all splits: equal digests hold the same rows in the same order."""
+        ...
+
+    @property
+    def stats(self) -> Mapping[str, Any] | None:
+        """What is known of the features, as a data folder's ``stats.json`` says it; None: nothing but counts."""
+        ...
+
+    def schema(self, embedding_dim: int) -> Schema:
+        """The categorical features in the order of the columns of ``ids``."""
+        ...
+
+    def rows(self, split: str) -> int:
+        """Rows that :meth:`batches` gives."""
+        ...
+
+    def numeric_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the numeric columns in training: float32 ``[num_dense]`` each."""
+        ...
+
+    def numeric_sums(self) -> Tensor:
+        """Number, sums and sums of squares of the numeric columns in training: float64 ``[1 + 2 * num_dense]``."""
+        ...
+
+    def counts(self, feature: str) -> Tensor | None:
+        """How often each id of a feature occurs in training: int64 ``[num_embeddings]``; None where ids are no rows."""
+        ...
+
+    def held_out(self, share: float) -> DataSource:
+        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``."""
+        ...
+
+    def portion(self, rank: int, world: int) -> DataSource:
+        """The rows of one of ``world`` processes: every row of every split is in exactly one portion."""
+        ...
+
+
+TRAINING = ("splits", "num_dense", "digest", "schema", "batches")
+"""Members that every run uses."""
+
+
+def need_members(data: Any, purpose: str, members: Sequence[str] = TRAINING) -> None:
+    """Refuse what lacks members of a :class:`DataSource`.
+
+    Args:
+        data: what was given as a data set.
+        purpose: what needs it, e.g. ``"training"``.
+        members: names of those that are needed.
+
+    Raises:
+        ConfigError: names all that are missing.
+
+    >>> need_members("criteo/", "training")
+    Traceback (most recent call last):
+    recsys_embed.errors.ConfigError: training needs a data set with splits, num_dense, ...; got str, which lacks ...
+    """
+    # A property may take long, so it is looked for before it is asked.
+    missing = [m for m in members if getattr_static(data, m, None) is None and not hasattr(data, m)]
+    if missing:
+        raise ConfigError(
+            f"{purpose} needs a data set with {', '.join(members)}; got {type(data).__name__}, which lacks "
+            f"{', '.join(missing)}; open a data folder with recsys_embed.data.open_dataset, or see "
+            "recsys_embed.data.RowSource for one of your own"
+        )
