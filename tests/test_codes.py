@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_embed.codes import Codes, CodesIndex, pack, packed_words, unpack
 from recsys_embed.core import hashing
+from recsys_embed.core.codes import Codes, CodesIndex, pack, packed_words, unpack
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
 from recsys_embed.errors import CheckpointError, ConfigError

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
 from recsys_embed.errors import ConfigError
-from recsys_embed.index import BaseIndex, IndexArray, IndexArrays
 
 Form = Literal["range", "bitmap", "sorted"]
 

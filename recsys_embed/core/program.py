@@ -13,14 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.index import BaseIndex
 from recsys_embed.core.transforms import Digit, Hash, Member, Murmur, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.index import BaseIndex
 
 __all__ = [
-    "Combine", "Digit", "Hash", "Init", "LookupProgram", "Member", "Murmur", "Probe", "Sharing", "Table", "Transform",
-    "Weight",
+    "Codes", "CodesIndex", "Combine", "Digit", "Hash", "Init", "LookupProgram", "Member", "Murmur", "Probe", "Sharing",
+    "Table", "Transform", "Weight",
 ]  # fmt: skip
 
 Combine = Literal["sum", "mul"]

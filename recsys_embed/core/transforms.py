@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import Index, positions
-from recsys_embed.index import BaseIndex, IndexArrays
+from recsys_embed.core.index import BaseIndex, IndexArrays
 
 
 class Sharing(NamedTuple):

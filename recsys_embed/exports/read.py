@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core.id_sets import popcount, ranks_of, words_of
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.file_format import ExportFile
@@ -24,7 +25,6 @@ from recsys_embed.exports.served_modules import (
     revive,
     row_tables,
 )
-from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
 

@@ -8,9 +8,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.core.index import BaseIndex, IndexArrays
 from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.index import BaseIndex, IndexArrays
 
 
 class IndexStore(nn.Module):
@@ -39,7 +39,8 @@ class IndexStore(nn.Module):
                 if name in self._slots:
                     raise ConfigError(f"two kinds of indexes name an array {name!r}; rename it in one of them")
                 self._slots[name] = len(self._slots)
-                self.register_buffer(name, torch.zeros(length, dtype=dtype))
+                # By hand, for an array may have the name of a method here.
+                self._buffers[name] = torch.zeros(length, dtype=dtype)
         self.reset()
 
     @property
@@ -122,6 +123,10 @@ class IndexStore(nn.Module):
         """What an index holds, as ``assign_`` takes it: of a set its ids, ascending, int64 ``[count]``."""
         return self.indexes[program][name].value(self._places[program][name], self.arrays)
 
+    def rows(self, program: int, transform: Transform, ids: Tensor) -> Tensor:
+        """Rows of ids that a program's transform gives, see :meth:`Transform.rows`."""
+        return transform.rows(ids, self.at(program, transform.reads), self.arrays)
+
     def owners(self, program: int, transform: Transform, ids: int) -> Tensor | None:
         """Ids that have a row of a program's transform to themselves, see :meth:`Transform.owners`."""
         return transform.owners(ids, self.at(program, transform.reads), self.arrays)
@@ -144,7 +149,8 @@ class IndexStore(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = {name: state_dict.get(prefix + name) for name, held in self.named_buffers() if held.numel()}
-        if all(isinstance(t, Tensor) and not t.is_meta and t.shape == getattr(self, n).shape for n, t in saved.items()):
+        own = self.arrays.held
+        if all(isinstance(t, Tensor) and not t.is_meta and t.shape == own[n].shape for n, t in saved.items()):
             raise_faults(self._damage(saved), f"index at {prefix.rstrip('.')}", CheckpointError)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import hashing
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, Probe, Transform
-from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.id_sets import positions, words_of
-from recsys_embed.index import IndexArrays
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.precision import HEAD, Layout

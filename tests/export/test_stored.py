@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recsys_embed.core.id_sets import bitmap
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.exports.pack import Packed, chunks, pack_bits, settle, survey
-from recsys_embed.index import IndexArrays
 from recsys_embed.kernels.precision import Layout
 from recsys_embed.kernels.stored_tables import Part, Stored
 

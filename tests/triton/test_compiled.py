@@ -11,8 +11,8 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.codes import Codes, CodesIndex
 from recsys_embed.collection.fused_bundle import TritonBundle
+from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.program import Init, LookupProgram, Member, Probe, Table
 from recsys_embed.kernels.indexes import IndexStore

@@ -9,7 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from recsys_embed.codes import Codes, CodesIndex
+from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform, Weight
 from recsys_embed.kernels import reference

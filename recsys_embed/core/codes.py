@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import hashing
+from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
 from recsys_embed.core.transforms import Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.index import BaseIndex, IndexArray, IndexArrays
 
 _WORD = 32
 _MASK = (1 << _WORD) - 1
