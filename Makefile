@@ -1,6 +1,7 @@
 # make demo   set up .venv if needed, check it, and run the main job on seeded synthetic data (results in runs/demo)
 # make test   set up .venv if needed, and run the fast tests (ARGS="tests/test_cli.py -k json" for some of them)
 # make test-all  every test: more seeds, all combinations, slow runs end to end (make test-slow: only those)
+# make fuzz   hours of random programs on every backend against a float64 oracle (PROGRAMS=10000 JOBS=2 SEED=0)
 # make test-triton  the GPU kernels without a GPU: in triton's interpreter, and compiled for sm_90 (installs triton)
 # make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
 # make bench-gpu  benchmark of the GPU kernels: bandwidth beside a copy's, and FBGEMM's kernels where there are any
@@ -20,10 +21,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-slow test-triton test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
+.PHONY: help setup demo test test-all test-slow fuzz test-triton test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 setup:
 	@sh scripts/setup.sh
@@ -39,6 +40,12 @@ test-all: TIER := all
 test-slow: TIER := slow
 test test-all test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --tier $(TIER) $(ARGS)
+
+# Seed by seed: the same programs whatever the number of processes. Failing ones are printed as the Python that runs them.
+PROGRAMS := 10000
+SEED := 0
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --programs $(PROGRAMS) --jobs $(JOBS) --seed $(SEED) $(ARGS)
 
 # Beside .venv's packages, since triton takes 700 MB and nothing else without a GPU wants it. A CUDA build of torch has
 # its own. In a process of its own: the interpreter has to be on before kernels are defined.

@@ -7,6 +7,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
+from recsys_embed import _moved
 from recsys_embed import methods as _methods  # noqa: F401  (importing registers them)
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.footprint import Footprint
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from recsys_embed.exports import export, load
     from recsys_embed.planning import plan_for_budget
     from recsys_embed.report.memory import memory_report
+
+_moved.install()
 
 __version__ = "0.1.0"
 

@@ -119,11 +119,12 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
     """Every place of the tree below ``module``; a module that contains itself is entered once."""
     if id(module) in above:
         return
-    if _is_ours(module, "collection.embedding_collection", "EmbeddingCollection"):
+    own_kind = getattr(type(module), "table_kind", None)
+    if own_kind == "collection":
         for name in module.schema.names:  # type: ignore[union-attr]
             yield _Seen(_join(path, name), "collection", module, module, name, (id(module), name))
         return
-    if _is_ours(module, "embedding.compressed_embedding", "CompressedEmbedding"):
+    if own_kind == "compressed":
         # Drop-ins of one name over the same parameters stand for one table, as tied plain modules do; a loaded
         # export has none.
         own = tuple(id(p) for p in module.parameters()) or (id(module),)
@@ -162,11 +163,6 @@ def _unregistered(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
     for key, item in items:
         if isinstance(item, nn.Embedding | nn.EmbeddingBag):
             yield f"{path}[{key!r}]", item
-
-
-def _is_ours(module: nn.Module, where: str, name: str) -> bool:
-    # By name, since those modules stand above this one.
-    return any(c.__module__ == f"recsys_embed.{where}" and c.__name__ == name for c in type(module).__mro__)
 
 
 def _torchrec_tables(module: nn.Module) -> tuple[TableKind, str, nn.ModuleDict] | None:

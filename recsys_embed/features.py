@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from numbers import Integral
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.utils.settings import build, check_settings, param
 
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]
@@ -52,44 +52,33 @@ class FeatureSpec:
     """
 
     name: str
-    num_embeddings: int
-    embedding_dim: int
+    num_embeddings: int = param(MISSING, low=1, high=MAX_ROWS)
+    embedding_dim: int = param(MISSING, low=1, high=MAX_DIM)
     pooling: Pooling = "sum"
     ids: IdKind = "index"
     init: str = "sqrt_rows"
     unseen: Unseen | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self, f"FeatureSpec, feature {self.name!r:.80}", FeatureSpec._conflicts)
+
+    def _conflicts(self) -> list[str]:
         faults = []
-        if not isinstance(self.name, str) or not self.name:
-            faults.append(f"`name` must be a non-empty string; got {self.name!r}")
-        elif "." in self.name or "#" in self.name:
-            faults.append(f"`name` must not contain '.' or '#', which separate parts of table names; got {self.name!r}")
-        for key, top in (("num_embeddings", MAX_ROWS), ("embedding_dim", MAX_DIM)):
-            value = getattr(self, key)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= top:
-                faults.append(f"`{key}` must be an integer in [1, {top}]; got {value!r}")
-            else:
-                # Counts often come from numpy or pandas, whose integers JSON cannot write.
-                object.__setattr__(self, key, int(value))
-        for key, allowed in (("pooling", get_args(Pooling)), ("ids", get_args(IdKind))):
-            if getattr(self, key) not in allowed:
-                faults.append(f"`{key}` must be one of {', '.join(allowed)}; got {getattr(self, key)!r}")
-        faults += self._unseen_faults()
-        law = _INIT.fullmatch(self.init) if isinstance(self.init, str) else None
+        if not self.name or "." in self.name or "#" in self.name:
+            faults.append(
+                "`name` must not be empty, nor contain '.' or '#', which separate parts of table names; "
+                f"got {self.name!r}"
+            )
+        if self.ids == "raw" and self.unseen not in (None, "hash"):
+            faults.append(
+                f"`unseen` must be hash or None with ids='raw', where every int64 is an id; got {self.unseen!r}"
+            )
+        if self.unseen == "oov" and self.num_embeddings == MAX_ROWS:
+            faults.append(f"`num_embeddings` must be below {MAX_ROWS} with unseen='oov', which takes one more id")
+        law = _INIT.fullmatch(self.init)
         if law is None or (law[1] and not math.isfinite(float(law[1]))):
             faults.append(f"`init` must be sqrt_rows, sqrt_dim, xavier, normal:STD or uniform:BOUND; got {self.init!r}")
-        raise_faults(faults, f"FeatureSpec, feature {self.name!r}")
-
-    def _unseen_faults(self) -> list[str]:
-        allowed = get_args(Unseen)
-        if self.unseen is not None and self.unseen not in allowed:
-            return [f"`unseen` must be one of {', '.join(allowed)}, or None; got {self.unseen!r}"]
-        if self.ids == "raw" and self.unseen not in (None, "hash"):
-            return [f"`unseen` must be hash or None with ids='raw', where every int64 is an id; got {self.unseen!r}"]
-        if self.unseen == "oov" and self.num_embeddings == MAX_ROWS:
-            return [f"`num_embeddings` must be below {MAX_ROWS} with unseen='oov', which takes one more id"]
-        return []
+        return faults
 
     @property
     def num_ids(self) -> int:
@@ -222,12 +211,10 @@ class Schema:
             raise ConfigError(f"a schema is an object with a list 'features'; got {type(data).__name__}")
         faults, features = [], []
         for i, item in enumerate(items):
-            wrong = _item_faults(item, f"feature {i}")
             try:
-                features += [] if wrong else [FeatureSpec(**item)]
+                features.append(build(FeatureSpec, item, "key", where=f"feature {i}"))
             except ConfigError as e:
-                wrong.append(str(e))
-            faults += wrong
+                faults.append(str(e))
         raise_faults(faults, "schema")
         return cls(features)
 
@@ -238,13 +225,3 @@ def spec_to_dict(spec: FeatureSpec) -> dict[str, Any]:
     if spec.unseen is None:
         del values["unseen"]
     return values
-
-
-def _item_faults(item: Any, where: str) -> list[str]:
-    """What keeps ``item`` from being the arguments of a FeatureSpec, values aside."""
-    if not isinstance(item, dict):
-        return [f"{where} must be an object; got {type(item).__name__}"]
-    known = {f.name for f in fields(FeatureSpec)}
-    required = [f.name for f in fields(FeatureSpec) if f.default is MISSING]
-    faults = [f"{where}: {unknown_name('key', str(key), known)}" for key in item if key not in known]
-    return faults + [f"{where}: `{key}` is missing" for key in required if key not in item]

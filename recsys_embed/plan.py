@@ -19,6 +19,7 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
+from recsys_embed.utils.settings import check_settings, refuse_unknown
 from recsys_embed.utils.strict_json import strict_json
 
 PLAN_VERSION = 1
@@ -67,35 +68,14 @@ class PlanNotes:
     itemsize: int = 4
 
     def __post_init__(self) -> None:
-        number = (int, float)
-        wanted: dict[str, Any] = dict.fromkeys(("budget", "bytes", "itemsize"), int)
-        wanted |= dict.fromkeys(("predicted_loss", "least_loss"), number)
-        faults = [
-            f"`{key}` must be a number; got {getattr(self, key)!r:.80}"
-            for key, kind in wanted.items()
-            if not isinstance(getattr(self, key), kind) or isinstance(getattr(self, key), bool)
-        ]
-        texts: list[Any] = [self.target, self.statistics, *([] if self.optimizer is None else [self.optimizer])]
-        for key in ("measured", "left_out"):
-            value = getattr(self, key)
-            listed = isinstance(value, (list, tuple))
-            object.__setattr__(self, key, tuple(value) if listed else value)
-            texts += value if listed else [None]
-        if not all(isinstance(t, str) for t in texts):
-            faults.append("`target`, `optimizer`, `statistics` must be texts, `measured` and `left_out` lists of texts")
-        if not isinstance(self.exact, bool):
-            faults.append(f"`exact` must be true or false; got {self.exact!r:.80}")
-        raise_faults(faults, "notes of a plan")
+        check_settings(self, "notes of a plan")
 
     @classmethod
     def from_dict(cls, data: Any) -> PlanNotes:
         """Inverse of :meth:`to_dict`; unknown and missing keys are errors, all at once."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
-        known = [f.name for f in fields(cls)]
-        faults = [str(unknown_name("key of a plan's notes", str(key), known)) for key in data if key not in known]
-        faults += [f"`{key}` is missing" for key in known if key not in data and key not in _LATER]
-        raise_faults(faults, "notes of a plan")
+        refuse_unknown(cls, {"measured": (), **data}, "key of a plan's notes", where="notes of a plan")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_arguments_out_of_range_are_refused(key: str, value: Any) -> None:
 
 
 def test_all_faults_come_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)6 faults.*name.*num_embed.*embedding_dim.*pooling.*ids.*init"):
+    with pytest.raises(ConfigError, match=r"(?s)6 faults.*num_embed.*embedding_dim.*pooling.*ids.*name.*init"):
         FeatureSpec("", 0, 0, "x", "y", "z")  # type: ignore[arg-type]
 
 
@@ -97,11 +97,11 @@ def test_all_faults_of_a_schema_file_come_at_once() -> None:
         Schema.from_dict({"features": items})
     text = str(caught.value)
     for part in (
-        "feature 1: `embedding_dim` is missing",
+        "`embedding_dim` is missing (feature 1)",
         "'C3'",
         "did you mean 'pooling'",
-        "feature 4 must be an object; got int",
-        "feature 5 must be an object; got str",
+        "got int (feature 4)",
+        "got str (feature 5)",
         "'C7'",
     ):
         assert part in text, text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.models import CTRModel, build_model, get_model, list_models
+from recsys_embed.models.base import make_params
 from recsys_embed.models.layers import MLP, CrossMatrix, CrossVector, InputLinear, PairDots, pair_sum
 from recsys_embed.plan import Plan
 
@@ -287,3 +290,32 @@ def test_footprint_adds_both_collections() -> None:
     model = build("deepfm")
     rows = sum(f.num_embeddings for f in SCHEMA)
     assert model.footprint().weights == 4 * rows * (6 + 1)
+
+
+@pytest.mark.parametrize("name", [n for n in list_models() if n not in ("lr", "fm")])
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"hidden": ["8"]}, "`hidden` must be a non-empty list of integers >= 1; got "),
+        ({"hidden": 8}, "`hidden` must be a non-empty list of integers >= 1; got 8"),
+        ({"dropout": "0.1"}, r"`dropout` must be a finite number in \[0, 1\); got '0.1'"),
+        ({"batch_norm": 1}, "`batch_norm` must be true or false; got 1"),
+    ],
+)
+def test_hyperparameters_of_another_type_are_named(name: str, wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{sentence}.*\(model '{name}'\)"):
+        build(name, **wrong)
+
+
+def test_hyperparameters_of_any_dataclass_are_checked() -> None:
+    @dataclass(frozen=True)
+    class Params:
+        heads: int = 2
+
+    class Attention(CTRModel):
+        key = "attention"
+        params_cls = Params
+
+    assert make_params(Attention, {"heads": 4}) == Params(4)
+    with pytest.raises(ConfigError, match=r"`heads` must be an integer; got '2' \(model 'attention'\)"):
+        make_params(Attention, {"heads": "2"})

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_embed.errors import ConfigError, UnknownNameError
-from recsys_embed.utils.settings import Settings, param, setting_faults
+from recsys_embed.utils.settings import Settings, param, wrong_settings
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ def test_what_is_wrong_is_said_in_one_sentence(wrong: dict[str, Any], sentence: 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)3 faults in Example:.*`count`.*`rate`.*`mode`"):
         Example(count=0, rate=2.0, mode="x")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"(?s)2 faults in Example:.*`count` must.*`flag` needs"):
+        Example(count=0, flag=True)
+    with pytest.raises(ConfigError, match=r"^`limit` must"):
+        Example(limit=0, flag=True)
     with pytest.raises(UnknownNameError, match=r"(?s)2 faults.*'cout'; did you mean 'count'.*'rat'; did you mean"):
         Example.from_dict({"cout": 1, "rat": 0.5})
     with pytest.raises(UnknownNameError, match="did you mean 'count'"):
@@ -88,7 +92,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 @given(st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), st.text(), st.lists(st.integers())))
 def test_a_value_is_taken_or_refused_as_plain_comparisons_say(value: Any) -> None:
-    taken = {f: not any(s.startswith(f"`{f}`") for s in setting_faults(_raw(**{f: value}))) for f in _NAMES}
+    taken = {f: f not in wrong_settings(_raw(**{f: value})) for f in _NAMES}
     whole = type(value) is int
     number = whole or (type(value) is float and math.isfinite(value))
     assert taken["count"] == (whole and value in range(1, 10))

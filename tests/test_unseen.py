@@ -291,6 +291,12 @@ def test_zeros_move_no_row(method: MethodInfo) -> None:
         for name, p in module.named_parameters():
             if p.grad is not None and p.grad.is_sparse:
                 assert p.grad.coalesce().indices().numel() == 0, name
+    for backend in ("auto", "torch", "reference"):
+        sparse = EmbeddingCollection(schema, plan, sparse=True, backend=backend)
+        sparse(torch.tensor([[-1, N], [2**40, -7]])).sum().backward()
+        for name, p in sparse.named_parameters():
+            if p.grad is not None and p.grad.is_sparse:
+                assert p.grad.coalesce().indices().numel() == 0, (backend, name)
 
 
 @METHODS

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -82,8 +82,9 @@ def criteo(
         only=only,
     )
     options = CriteoOptions(
-        ids=ids, min_count=min_count, id_bits=id_bits, dense=dense, split=rule, header=header, labels=labels,
-        separator=separator, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory), workers=workers, like=like,
+        ids=ids, min_count=min_count, id_bits=cast("Any", id_bits), dense=dense, split=rule, header=header,
+        labels=labels, separator=separator, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory),
+        workers=workers, like=like,
     )  # fmt: skip
     with _progress(as_json) as progress:
         report = convert_criteo(list(sources), out, options, overwrite=overwrite, progress=progress)

@@ -17,8 +17,9 @@ from recsys_embed.search.common import Search, SearchOutcome, run_search
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.optembed import OptembedSearch
 from recsys_embed.search.pep import PepSearch
-from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings, Settings
+from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.train import Interrupted
+from recsys_embed.utils.settings import Settings
 
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class EmbeddingCollection(SteppedTables):
     torch.Size([2, 2, 16])
     >>> out.sum().backward()  # the tables are updated here
     """
+
+    # What finding the tables of a model takes these modules for.
+    table_kind: ClassVar[str] = "collection"
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.utils.settings import build, param, setting_faults
+from recsys_embed.utils.settings import build, check_settings, param
 
 __all__ = ["MethodConfig", "param"]
 
@@ -30,7 +30,7 @@ class MethodConfig(ABC):
     seed: int = param(0, "salts hashes and initial weights")
 
     def __post_init__(self) -> None:
-        raise_faults(setting_faults(self), type(self).__name__)
+        check_settings(self, type(self).__name__)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         """Faults of this configuration for ``spec``, in words; subclasses add theirs."""

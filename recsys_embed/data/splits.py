@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.data.random_bits import random_bits, stream_key
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.settings import Settings, param
 
 SplitKind = Literal["order", "random", "file", "all"]
+SplitName = Literal["train", "valid", "test"]
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
 
@@ -36,7 +38,7 @@ def fraction(text: str | float, name: str) -> Fraction:
 
 
 @dataclass(frozen=True)
-class SplitRule:
+class SplitRule(Settings):
     """How rows are divided; shares are of all good rows.
 
     Args:
@@ -53,26 +55,25 @@ class SplitRule:
     """
 
     kind: SplitKind = "order"
-    valid: Fraction = Fraction(1, 10)
-    test: Fraction = Fraction(1, 6)
+    valid: Fraction | float = param(Fraction(1, 10), low=0, below=1)  # noqa: RUF009 - a field
+    test: Fraction | float = param(Fraction(1, 6), low=0, below=1)  # noqa: RUF009 - a field
     seed: int = 0
     valid_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
-    only: str = "test"
+    only: SplitName = "test"
 
-    def __post_init__(self) -> None:
+    def where(self) -> str:
+        return "split"
+
+    def conflicts(self) -> list[str]:
         faults = []
-        if self.kind not in get_args(SplitKind):
-            faults.append(f"`split` must be one of {', '.join(get_args(SplitKind))}; got {self.kind!r}")
         if self.valid + self.test >= 1:
             faults.append(f"`valid` + `test` must leave rows to train on; got {self.valid} + {self.test}")
         if self.kind != "file" and (self.valid_files or self.test_files):
             faults.append("`valid_files` and `test_files` need split 'file'")
         if self.kind == "file" and not (self.valid_files or self.test_files):
             faults.append("split 'file' needs a pattern in `valid_files` or `test_files`")
-        if self.only not in SPLITS:
-            faults.append(f"`only` must be one of {', '.join(SPLITS)}; got {self.only!r}")
-        raise_faults(faults, "split")
+        return faults
 
     def codes(self, total: int, rows: NDArray[np.int64], file_code: int) -> NDArray[np.int8]:
         """Split number (0 train, 1 valid, 2 test) per row.
@@ -121,6 +122,6 @@ class SplitRule:
         return codes
 
 
-def _nearest(x: Fraction) -> int:
+def _nearest(x: Fraction | float) -> int:
     """Nearest whole number, halves up."""
     return int(x + Fraction(1, 2))

@@ -36,6 +36,9 @@ Mode = Literal["sum", "mean", "max"]
 # A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
 STORED_UNSEEN = {"unseen": lambda policy: policy == "oov"}
 
+# Attributes that a module has once its tables are made.
+_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given")
+
 
 class CompressedEmbedding(nn.Module):
     """Base of every method's module; called like ``nn.Embedding``, or like ``nn.EmbeddingBag`` when ``mode`` is set.
@@ -59,6 +62,9 @@ class CompressedEmbedding(nn.Module):
         ConfigError: an option is unknown, out of range, or not supported by the method.
         BudgetError: the budget cannot be met.
     """
+
+    # What finding the tables of a model takes these modules for.
+    table_kind: ClassVar[str] = "compressed"
 
     config_cls: ClassVar[type[MethodConfig]]
     supports_torch_options: ClassVar[bool] = False
@@ -111,7 +117,7 @@ class CompressedEmbedding(nn.Module):
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
-        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name in ("kernel", "unseen")]
+        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name in _LATER]
         raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
         self.shared = shared
         # What a loaded export reads in place of its tables.

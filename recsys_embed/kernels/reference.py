@@ -134,5 +134,10 @@ class ReferenceLookup(VectorisedLookup):
 
     def _one(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
         indexes = Indexes(self.index.places(feature), self.index.arrays)
-        vectors = combine(self.programs[feature], self.places[feature], ids, gather, indexes)
-        return vectors.masked_fill((ids < 0).unsqueeze(-1), 0.0) if self.optional[feature] else vectors
+        program, places = self.programs[feature], self.places[feature]
+        if not self.optional[feature]:
+            return combine(program, places, ids, gather, indexes)
+        # Where there is no id no row is read, so that none is named by a sparse gradient.
+        present = (ids >= 0).nonzero().squeeze(1)
+        vectors = combine(program, places, ids[present], gather, indexes)
+        return vectors.new_zeros(len(ids), vectors.shape[1]).index_copy(0, present, vectors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.footprint import Footprint
-from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.plan import Plan
+from recsys_embed.utils.settings import Settings, build, check_settings, param
 
 NUMERIC_INIT_STD = 0.05
 
@@ -206,14 +207,26 @@ def register(cls: type[M]) -> type[M]:
 
 
 def make_params(cls: type[CTRModel], hparams: dict[str, Any]) -> Any:
-    """Hyperparameters of ``cls`` from keywords; lists become tuples, unknown keys are errors."""
-    known = {f.name for f in fields(cls.params_cls)}
-    for key in hparams:
-        if key not in known:
-            raise unknown_name(f"hyperparameter of model {cls.key!r}", key, known)
-    return cls.params_cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in hparams.items()})
+    """Hyperparameters of ``cls`` from keywords; lists become tuples, unknown keys and wrong values are errors."""
+    where = f"model {cls.key!r}"
+    try:
+        params: Any = build(cls.params_cls, hparams, f"hyperparameter of {where}", where=where)
+    except ConfigError as e:
+        raise type(e)(str(e).replace(f"({cls.params_cls.__name__})", f"({where})")) from None
+    check_settings(params, where)
+    return params
 
 
-def check(where: str, **tests: tuple[bool, str]) -> None:
-    """Raise one ConfigError naming every argument whose test is False; ``tests`` maps name to (ok, rule)."""
-    raise_faults([f"`{k}` must be {rule}" for k, (ok, rule) in tests.items() if not ok], where)
+@dataclass(frozen=True)
+class MLPParams(Settings):
+    """Sizes of an MLP, see :class:`recsys_embed.models.layers.MLP`.
+
+    Args:
+        hidden: widths of the hidden layers.
+        dropout: share of the activations of every hidden layer that training sets to 0.
+        batch_norm: whether every hidden layer is normalised over the batch.
+    """
+
+    hidden: tuple[int, ...] = param((400, 400, 400), low=1)
+    dropout: float = param(0.0, low=0, below=1)
+    batch_norm: bool = False

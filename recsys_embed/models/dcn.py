@@ -7,22 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.models.base import CTRModel, ModelSpec, check, register
-from recsys_embed.models.layers import MLP, CrossVector, check_mlp
+from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
+from recsys_embed.models.layers import MLP, CrossVector
+from recsys_embed.utils.settings import param
 
 
 @dataclass(frozen=True)
-class DCNParams:
+class DCNParams(MLPParams):
     """``cross_layers``: number of cross layers; the rest sizes the MLP beside them."""
 
-    cross_layers: int = 3
-    hidden: tuple[int, ...] = (400, 400, 400)
-    dropout: float = 0.0
-    batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_mlp("model 'dcn'", self.hidden, self.dropout)
-        check("model 'dcn'", cross_layers=(self.cross_layers >= 1, f"at least 1; got {self.cross_layers!r}"))
+    cross_layers: int = param(3, low=1)
 
 
 @register

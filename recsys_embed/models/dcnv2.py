@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.models.base import CTRModel, ModelSpec, check, register
-from recsys_embed.models.layers import MLP, CrossMatrix, check_mlp
+from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
+from recsys_embed.models.layers import MLP, CrossMatrix
+from recsys_embed.utils.settings import param
 
 
 @dataclass(frozen=True)
-class DCNv2Params:
+class DCNv2Params(MLPParams):
     """Hyperparameters of DCN V2.
 
     Args:
@@ -23,21 +24,9 @@ class DCNv2Params:
         hidden, dropout, batch_norm: the MLP.
     """
 
-    cross_layers: int = 3
-    rank: int | None = None
+    cross_layers: int = param(3, low=1)
+    rank: int | None = param(None, low=1)
     structure: Literal["parallel", "stacked"] = "parallel"
-    hidden: tuple[int, ...] = (400, 400, 400)
-    dropout: float = 0.0
-    batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_mlp("model 'dcnv2'", self.hidden, self.dropout)
-        check(
-            "model 'dcnv2'",
-            cross_layers=(self.cross_layers >= 1, f"at least 1; got {self.cross_layers!r}"),
-            rank=(self.rank is None or self.rank >= 1, f"None or at least 1; got {self.rank!r}"),
-            structure=(self.structure in ("parallel", "stacked"), f"parallel or stacked; got {self.structure!r}"),
-        )
 
 
 @register

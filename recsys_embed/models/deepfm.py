@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from recsys_embed.models.base import CTRModel, ModelSpec, register
-from recsys_embed.models.layers import FieldMLP, check_mlp, pair_sum
-
-
-@dataclass(frozen=True)
-class DeepFMParams:
-    """Sizes of the deep part; see :class:`recsys_embed.models.layers.MLP`."""
-
-    hidden: tuple[int, ...] = (400, 400, 400)
-    dropout: float = 0.0
-    batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_mlp("model 'deepfm'", self.hidden, self.dropout)
+from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
+from recsys_embed.models.layers import FieldMLP, pair_sum
 
 
 @register
@@ -27,11 +13,11 @@ class DeepFM(CTRModel):
     """First-order terms + dot products of all pairs + MLP over all field vectors."""
 
     key = "deepfm"
-    params_cls = DeepFMParams
+    params_cls = MLPParams
     uses_linear = True
     needs_equal_widths = True
 
-    def __init__(self, spec: ModelSpec, params: DeepFMParams) -> None:
+    def __init__(self, spec: ModelSpec, params: MLPParams) -> None:
         super().__init__(spec)
         self.mlp = FieldMLP(
             self.cat_width,

@@ -7,23 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recsys_embed.models.base import CTRModel, ModelSpec, check, register
-from recsys_embed.models.layers import MLP, PairDots, check_mlp
+from recsys_embed.errors import ConfigError
+from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
+from recsys_embed.models.layers import MLP, PairDots
+from recsys_embed.utils.settings import param
 
 
 @dataclass(frozen=True)
-class DLRMParams:
+class DLRMParams(MLPParams):
     """``bottom``: hidden sizes of the MLP on numeric columns; ``hidden``: those of the top MLP."""
 
-    bottom: tuple[int, ...] = (256, 64)
-    hidden: tuple[int, ...] = (400, 400, 400)
-    dropout: float = 0.0
-    batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_mlp("model 'dlrm'", self.hidden, self.dropout)
-        ok = all(isinstance(h, int) and h > 0 for h in self.bottom)
-        check("model 'dlrm'", bottom=(ok, f"positive integers; got {list(self.bottom)!r}"))
+    bottom: tuple[int, ...] = param((256, 64), low=1, empty=True)
 
 
 @register
@@ -37,7 +31,8 @@ class DLRM(CTRModel):
 
     def __init__(self, spec: ModelSpec, params: DLRMParams) -> None:
         super().__init__(spec)
-        check("model 'dlrm'", num_dense=(spec.num_dense >= 1, f"at least 1; got {spec.num_dense}"))
+        if spec.num_dense < 1:
+            raise ConfigError(f"`num_dense` must be an integer >= 1; got {spec.num_dense} (model 'dlrm')")
         self.bottom = MLP(
             spec.num_dense, (*params.bottom, self.numeric_dim), None, dropout=params.dropout, batch_norm=False
         )

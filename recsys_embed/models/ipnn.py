@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from recsys_embed.models.base import CTRModel, ModelSpec, register
-from recsys_embed.models.layers import MLP, PairDots, check_mlp
-
-
-@dataclass(frozen=True)
-class IPNNParams:
-    """Sizes of the MLP; see :class:`recsys_embed.models.layers.MLP`."""
-
-    hidden: tuple[int, ...] = (400, 400, 400)
-    dropout: float = 0.0
-    batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_mlp("model 'ipnn'", self.hidden, self.dropout)
+from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
+from recsys_embed.models.layers import MLP, PairDots
 
 
 @register
@@ -28,10 +14,10 @@ class IPNN(CTRModel):
     """MLP over all field vectors (categorical and numeric) and the dot products of all their pairs."""
 
     key = "ipnn"
-    params_cls = IPNNParams
+    params_cls = MLPParams
     needs_equal_widths = True
 
-    def __init__(self, spec: ModelSpec, params: IPNNParams) -> None:
+    def __init__(self, spec: ModelSpec, params: MLPParams) -> None:
         super().__init__(spec)
         self.dots = PairDots(self.vectors.num_vectors + self.num_dense)
         self.mlp = MLP(

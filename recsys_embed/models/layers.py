@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys_embed.models.base import check
-
 
 class MLP(nn.Sequential):
     """Linear -> [BatchNorm] -> ReLU -> [Dropout] per hidden layer, then an optional last Linear.
@@ -176,13 +174,3 @@ class PairDots(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(x, x.transpose(1, 2)).flatten(1).index_select(1, self.index)
-
-
-def check_mlp(where: str, hidden: Sequence[int], dropout: float) -> None:
-    """Raise ConfigError for impossible sizes of an MLP, all faults at once."""
-    sizes_ok = len(hidden) > 0 and all(isinstance(h, int) and h > 0 for h in hidden)
-    check(
-        where,
-        hidden=(sizes_ok, f"one or more positive integers; got {list(hidden)!r}"),
-        dropout=(0 <= dropout < 1, f"in [0, 1); got {dropout!r}"),
-    )

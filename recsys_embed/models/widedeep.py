@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from recsys_embed.models.base import CTRModel, ModelSpec, register
-from recsys_embed.models.layers import FieldMLP, check_mlp
-
-
-@dataclass(frozen=True)
-class WideDeepParams:
-    """Sizes of the deep part; see :class:`recsys_embed.models.layers.MLP`."""
-
-    hidden: tuple[int, ...] = (400, 400, 400)
-    dropout: float = 0.0
-    batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_mlp("model 'widedeep'", self.hidden, self.dropout)
+from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
+from recsys_embed.models.layers import FieldMLP
 
 
 @register
@@ -27,10 +13,10 @@ class WideDeep(CTRModel):
     """First-order terms (wide) + MLP over all field vectors (deep)."""
 
     key = "widedeep"
-    params_cls = WideDeepParams
+    params_cls = MLPParams
     uses_linear = True
 
-    def __init__(self, spec: ModelSpec, params: WideDeepParams) -> None:
+    def __init__(self, spec: ModelSpec, params: MLPParams) -> None:
         super().__init__(spec)
         self.mlp = FieldMLP(
             self.cat_width,

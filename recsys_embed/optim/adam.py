@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recsys_embed.optim.base import FusedOptimizer
 from recsys_embed.optim.registry import register_rule
+from recsys_embed.utils.settings import param
 
 
 @register_rule("adam")
@@ -29,16 +30,16 @@ class Adam(FusedOptimizer):
     """
 
     lr: float = 0.001
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = param((0.9, 0.999), below=1)
     eps: float = 1e-8
     bias_correction: Literal["table", "row"] = "table"
 
     state: ClassVar[Mapping[str, str]] = {"exp_avg": "element", "exp_avg_sq": "element"}
 
-    def _faults(self, name: str) -> list[str]:
-        if name == "bias_correction" and self.bias_correction == "row" and self.rows == "all":
+    def conflicts(self) -> list[str]:
+        if self.bias_correction == "row" and self.rows == "all":
             return ["`bias_correction` must be 'table' where all rows move, since they all take the table's steps"]
-        return super()._faults(name)
+        return super().conflicts()
 
     @property
     def tensors(self) -> dict[str, str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from recsys_embed.errors import raise_faults
+from recsys_embed.utils.settings import check_settings
 
 
 def is_rate(value: object) -> bool:
@@ -37,26 +37,19 @@ class FusedOptimizer(ABC):
     weight_decay: float = field(default=0.0, kw_only=True)
     rows: Literal["touched", "all"] = field(default="touched", kw_only=True)
 
+    # Bounds of numbers that are declared without any.
+    bounds: ClassVar[Mapping[str, float]] = {"low": 0}
     # Name and kind of each state tensor: "row" is one float per row, "element" one per weight, "step" a count per row.
     state: ClassVar[Mapping[str, str]] = {}
     # Whether a row moves on without a gradient, by what it remembers.
     fades: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        raise_faults([fault for f in fields(self) for fault in self._faults(f.name)], type(self).__name__)
+        check_settings(self, type(self).__name__, type(self).conflicts)
 
-    def _faults(self, name: str) -> list[str]:
-        """What is wrong with one argument."""
-        value = getattr(self, name)
-        choices = _CHOICES.get(name)
-        if choices:
-            ok, wanted = value in choices, " or ".join(map(repr, choices))
-        elif name == "betas":
-            ok = isinstance(value, tuple) and len(value) == 2 and all(is_rate(b) and b < 1 for b in value)
-            wanted = "two numbers in [0, 1)"
-        else:
-            ok, wanted = is_rate(value), "a finite number >= 0"
-        return [] if ok else [f"`{name}` must be {wanted}; got {value!r}"]
+    def conflicts(self) -> list[str]:
+        """Faults of the arguments together, where each is right by itself; subclasses add theirs."""
+        return []
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -91,6 +84,3 @@ class FusedOptimizer(ABC):
             lr: current learning rate (a schedule may have moved it from ``self.lr``).
             step: 1 for the first update of the table.
         """
-
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {"rows": ("touched", "all"), "bias_correction": ("table", "row")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.price import Factor
 from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
+from recsys_embed.utils.settings import param, refuse_unknown, wrong_settings
 
 EVERY = "*"
 """In `pin` and `forbid`: all features."""
@@ -42,24 +43,16 @@ class Limits:
 
     pin: Mapping[str, Pin] = field(default_factory=dict)
     forbid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    full_below: int = 200
-    min_width: int = 1
-    width_multiple: int = 1
+    full_below: int = param(200, low=0)
+    min_width: int = param(1, low=1)
+    width_multiple: int = param(1, low=1)
     needs_equal_widths: bool = False
-    max_rows_per_id: int | None = None
-    max_bytes_per_id: int | None = None
+    max_rows_per_id: int | None = param(None, low=1)
+    max_bytes_per_id: int | None = param(None, low=1)
 
     def faults(self, schema: Schema) -> list[str]:
         """Everything wrong with the limits, in words."""
-        found = []
-        for name, low in (("full_below", 0), ("min_width", 1), ("width_multiple", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                found.append(f"`{name}` must be an integer >= {low}; got {value!r}")
-        for name in ("max_rows_per_id", "max_bytes_per_id"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                found.append(f"`{name}` must be an integer >= 1, or None; got {value!r}")
+        found = list(wrong_settings(self).values())
         for key, entries in (("pin", self.pin), ("forbid", self.forbid)):
             for feature in entries:
                 if feature != EVERY and feature not in schema.names:
@@ -118,10 +111,7 @@ def named_limits(options: Mapping[str, Any]) -> Limits:
     >>> named_limits({"forbid": ["hash", "robe"]}).forbid
     {'*': ('hash', 'robe')}
     """
-    known = {f.name for f in fields(Limits)}
-    for key in options:
-        if key not in known:
-            raise unknown_name("option of plan_for_budget", key, known)
+    refuse_unknown(Limits, options, "option of plan_for_budget", where="plan_for_budget")
     given = {k: v for k, v in options.items() if v is not None or k.startswith("max_")}
     if isinstance(given.get("forbid"), str | list | tuple | set | frozenset):
         given["forbid"] = {EVERY: given["forbid"]}

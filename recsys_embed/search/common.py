@@ -24,7 +24,6 @@ from recsys_embed.search.folder import SearchFolder, held
 from recsys_embed.search.frequency_blocks import count_ids
 from recsys_embed.search.report import CURVES, curves_of, page
 from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
-from recsys_embed.search.settings import Settings
 from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
@@ -41,6 +40,7 @@ from recsys_embed.train.run import (
     trained_footprint,
 )
 from recsys_embed.train.run_log import progress_bar
+from recsys_embed.utils.settings import Settings
 
 LEAST_OF_A_CLASS = 50
 """Rows of the rarer class below which what is measured on them is mostly chance."""

@@ -10,14 +10,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from recsys_embed.errors import BudgetError, raise_faults
+from recsys_embed.errors import BudgetError
+from recsys_embed.utils.settings import Settings, param
 
 Candidate = tuple[int, ...]
 Score = Callable[[Sequence[Candidate]], list[float]]
 
 
 @dataclass(frozen=True)
-class Evolution:
+class Evolution(Settings):
     """Options of the search; the defaults are the paper's (Lyu et al., arXiv 2208.04482).
 
     Args:
@@ -37,27 +38,18 @@ class Evolution:
     7
     """
 
-    generations: int = 30
-    population: int = 20
-    mutations: int = 10
-    crossovers: int = 10
-    keep: int = 0
-    parents: int = 15
-    mutation_rate: float = 0.1
+    generations: int = param(30, low=1)
+    population: int = param(20, low=2)
+    mutations: int = param(10, low=0)
+    crossovers: int = param(10, low=0)
+    keep: int = param(0, low=0)
+    parents: int = param(15, low=2)
+    mutation_rate: float = param(0.1, above=0, high=1)
 
-    def __post_init__(self) -> None:
-        faults = [
-            f"`{name}` must be an integer of at least {low}; got {getattr(self, name)!r}"
-            for name, low in (
-                ("generations", 1), ("population", 2), ("mutations", 0), ("crossovers", 0), ("keep", 0), ("parents", 2)
-            )
-            if type(getattr(self, name)) is not int or getattr(self, name) < low
-        ]  # fmt: skip
-        if not isinstance(self.mutation_rate, (int, float)) or not 0 < self.mutation_rate <= 1:
-            faults.append(f"`mutation_rate` must be in (0, 1]; got {self.mutation_rate!r}")
-        if not faults and self.generations > 1 and self.mutations + self.crossovers < 1:
-            faults.append("later generations are empty: give `mutations` or `crossovers`")
-        raise_faults(faults, "Evolution")
+    def conflicts(self) -> list[str]:
+        if self.generations > 1 and self.mutations + self.crossovers < 1:
+            return ["later generations are empty: give `mutations` or `crossovers`"]
+        return []
 
 
 def mutate(parent: Candidate, most: int, rate: float, rng: random.Random) -> Candidate:

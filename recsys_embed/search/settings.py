@@ -2,64 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from recsys_embed.errors import raise_faults, unknown_name
 from recsys_embed.search.evolution import Evolution
 from recsys_embed.search.layers import Granularity, Rows
 from recsys_embed.search.retrain import Start
-
-
-class Settings:
-    """What the settings of all searches share."""
-
-    def __post_init__(self) -> None:
-        raise_faults(self._faults(), type(self).__name__)
-
-    def _faults(self) -> list[str]:
-        faults = []
-        for key, hint in get_type_hints(type(self)).items():
-            value = getattr(self, key)
-            kinds = (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
-            if all(isinstance(k, str) for k in kinds):
-                if value not in kinds:
-                    faults.append(f"`{key}` must be one of {', '.join(kinds)}; got {value!r}")
-            elif value is None and type(None) in kinds:
-                continue
-            elif any(get_origin(k) is tuple for k in kinds):
-                if not isinstance(value, tuple) or not all(type(v) in (int, float) and v >= 1 for v in value):
-                    faults.append(f"`{key}` must be numbers of at least 1; got {value!r}")
-            elif bool in kinds:
-                if not isinstance(value, bool):
-                    faults.append(f"`{key}` must be true or false; got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, (int, float) if float in kinds else int):
-                faults.append(f"`{key}` must be {'a number' if float in kinds else 'an integer'}; got {value!r}")
-            elif key not in _SIGNED and not value >= 0:
-                faults.append(f"`{key}` must not be negative; got {value!r}")
-        return faults
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build from plain values; an unknown key is an error that names the nearest one.
-
-        >>> OptembedSettings.from_dict({"generation": 3})
-        Traceback (most recent call last):
-        recsys_embed.errors.UnknownNameError: unknown setting of OptembedSettings 'generation'; ...
-        """
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        for key in data:
-            if key not in known:
-                raise unknown_name(f"setting of {cls.__name__}", key, known)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)  # type: ignore[call-overload]
-
-
-_SIGNED = ("threshold_init",)
+from recsys_embed.utils.settings import Settings, param
 
 
 @dataclass(frozen=True)
@@ -88,30 +37,28 @@ class OptembedSettings(Settings):
 
     rows: Rows = "field"
     dims: bool = True
-    norm: int = 1
+    norm: Literal[1, 2] = 1
     oov: bool = False
-    threshold_lr: float = 0.1
-    pull: float = 1e-4
-    generations: int = 30
-    population: int = 20
-    mutations: int = 10
-    crossovers: int = 10
-    keep: int = 0
-    parents: int = 15
-    mutation_rate: float = 0.1
-    size_weight: float = 0.0
-    evaluation_rows: int | None = 0
-    finalists: int = 10
-    recalibrate: int = 0
+    threshold_lr: float = param(0.1, low=0)
+    pull: float = param(1e-4, low=0)
+    generations: int = param(30, low=1)
+    population: int = param(20, low=2)
+    mutations: int = param(10, low=0)
+    crossovers: int = param(10, low=0)
+    keep: int = param(0, low=0)
+    parents: int = param(15, low=2)
+    mutation_rate: float = param(0.1, above=0, high=1)
+    size_weight: float = param(0.0, low=0)
+    evaluation_rows: int | None = param(0, low=0)
+    finalists: int = param(10, low=0)
+    recalibrate: int = param(0, low=0)
     retrain_from: Start = "init"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        faults = [] if self.norm in (1, 2) else [f"`norm` must be 1 or 2; got {self.norm!r}"]
+    def conflicts(self) -> list[str]:
+        faults = self.evolution.conflicts()
         if self.rows == "none" and not self.dims:
             faults.append("nothing is left to search with rows 'none' and dims false")
-        raise_faults(faults, type(self).__name__)
-        _ = self.evolution
+        return faults
 
     @property
     def evolution(self) -> Evolution:
@@ -147,28 +94,19 @@ class DnisSettings(Settings):
         ConfigError: a setting is out of range; all faults at once.
     """
 
-    blocks: int = 6
+    blocks: int = param(6, low=1)
     scope: Literal["field", "global"] = "global"
     balance: Literal["mass", "count"] = "mass"
-    held_out: float = 0.2
-    search_epochs: int | None = None
-    alpha_lr: float = 1e-2
-    l1: float = 1e-5
+    held_out: float = param(0.2, low=0, below=1)
+    search_epochs: int | None = param(None, low=0)
+    alpha_lr: float = param(1e-2, low=0)
+    l1: float = param(1e-5, low=0)
     second_order: bool = False
     structure: Literal["blocks", "elements"] = "blocks"
     importance: Literal["size", "traffic"] = "size"
     shared: bool = False
-    sparsity: float = 0.95
+    sparsity: float = param(0.95, low=0, below=1)
     retrain_from: Start = "supernet"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        faults = [] if self.blocks >= 1 else [f"`blocks` must be at least 1; got {self.blocks}"]
-        if not self.held_out < 1:
-            faults.append(f"`held_out` must be in [0, 1); got {self.held_out!r}")
-        if not self.sparsity < 1:
-            faults.append(f"`sparsity` must be in [0, 1); got {self.sparsity!r}")
-        raise_faults(faults, type(self).__name__)
 
 
 @dataclass(frozen=True)
@@ -195,20 +133,10 @@ class PepSettings(Settings):
 
     granularity: Granularity = "feature_dimension"
     threshold_init: float = -15.0
-    threshold_lr: float | None = None
-    threshold_decay: float = 1e-5
-    check_every: int = 20
-    snapshots: tuple[float, ...] = ()
+    threshold_lr: float | None = param(None, low=0)
+    # Nothing else moves thresholds: without decay nothing would be pruned.
+    threshold_decay: float = param(1e-5, above=0)
+    check_every: int = param(20, low=1)
+    snapshots: tuple[float, ...] = param((), low=1)
     shared: bool = False
     retrain_from: Start = "init"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        faults = []
-        if not self.threshold_decay > 0:
-            faults.append(
-                "`threshold_decay` must be above 0: nothing else moves thresholds, so nothing would be pruned"
-            )
-        if self.check_every < 1:
-            faults.append(f"`check_every` must be at least 1; got {self.check_every}")
-        raise_faults(faults, type(self).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
-from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, unknown_name
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods
@@ -22,12 +22,13 @@ from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import DivergedError
 from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training, schema_of
+from recsys_embed.utils.settings import Settings, param
 
 ROWS = "rows"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Settings):
     """What to compare; everything else is the same for all rows.
 
     Args:
@@ -45,39 +46,25 @@ class Comparison:
     """
 
     models: tuple[str, ...] = ("deepfm",)
-    methods: tuple[str, ...] = ("hash", "unified")
-    ratios: tuple[float, ...] = (20.0,)
+    methods: tuple[str, ...] = param(("hash", "unified"), empty=True)
+    ratios: tuple[float, ...] = param((20.0,), low=1, empty=True)
     budgets: tuple[str | int, ...] = ()
-    seeds: int = 1
+    seeds: int = param(1, low=1)
     train: TrainConfig = field(default_factory=TrainConfig)
     model_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     method_args: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        faults = [
-            f"`{key}` must be {what}; got {getattr(self, key)!r}"
-            for key, what, fits in (
-                ("models", "a list of names", lambda v: isinstance(v, str)),
-                ("methods", "a list of names", lambda v: isinstance(v, str)),
-                ("ratios", "a list of numbers", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
-                ("budgets", "a list of byte sizes", lambda v: isinstance(v, (int, str)) and not isinstance(v, bool)),
-            )
-            if not isinstance(getattr(self, key), (tuple, list)) or not all(map(fits, getattr(self, key)))
-        ]
-        if not isinstance(self.seeds, int) or isinstance(self.seeds, bool):
-            faults.append(f"`seeds` must be an integer; got {self.seeds!r}")
-        raise_faults(faults, "Comparison")
-        if self.seeds < 1:
-            faults.append(f"`seeds` must be at least 1; got {self.seeds}")
-        if not self.models:
-            faults.append("`models` must name at least one model")
-        faults += [f"`ratios` must be at least 1; got {r:g}" for r in self.ratios if not r >= 1]
+    def conflicts(self) -> list[str]:
+        faults = []
         if not self.ratios and not self.budgets and any(m != "full" for m in self.methods):
             faults.append("give `ratios` or `budgets` for the methods to meet")
         for key in ("method", "plan", "ratio", "budget", "seed"):
             if key in self.train.non_defaults():
                 faults.append(f"`{key}` varies between rows; it must not be among the settings of all rows")
-        raise_faults(faults, "Comparison")
+        return faults
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for method in self.methods:
             if method != PLANNED:
                 get_method(method)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
-from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
+from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.strict_json import strict_json
 
 PLANNED = "planned"
@@ -24,7 +23,7 @@ ScheduleName = Literal["constant", "cosine", "plateau"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that decides a training run's result.
 
     Args:
@@ -78,77 +77,56 @@ class TrainConfig:
 
     >>> TrainConfig(model="deepfm", method="unified", ratio=20).embedding_dim
     16
+    >>> TrainConfig.from_dict({"epoch": 2})
+    Traceback (most recent call last):
+    recsys_embed.errors.UnknownNameError: unknown training setting 'epoch'; did you mean 'epochs'? ...
     """
+
+    noun: ClassVar[str] = "training setting"
 
     model: str = "deepfm"
     model_args: dict[str, Any] = field(default_factory=dict)
     method: str = "full"
     method_args: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
-    ratio: float | None = None
+    ratio: float | None = param(None, low=1)
     budget: str | int | None = None
-    embedding_dim: int = 16
+    embedding_dim: int = param(16, low=1)
     embedding_init: str = "normal:0.0001"
     unseen: Unseen | None = None
     standardise: bool = True
-    epochs: int = 1
-    steps: int | None = None
-    batch_size: int = 4096
-    eval_batch_size: int = 16384
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    embedding_weight_decay: float = 0.0
+    epochs: int = param(1, low=1)
+    steps: int | None = param(None, low=1)
+    batch_size: int = param(4096, low=1)
+    eval_batch_size: int = param(16384, low=1)
+    learning_rate: float = param(1e-3, above=0)
+    weight_decay: float = param(0.0, low=0)
+    embedding_weight_decay: float = param(0.0, low=0)
     embedding_optimizer: str = "adam"
-    embedding_learning_rate: float | None = None
+    embedding_learning_rate: float | None = param(None, above=0)
     embedding_optimizer_args: dict[str, Any] = field(default_factory=dict)
     schedule: ScheduleName = "constant"
-    warmup_steps: int = 0
-    final_factor: float = 0.0
-    plateau_factor: float = 0.1
-    plateau_patience: int = 1
-    clip_norm: float | None = None
-    eval_every: int | None = None
-    patience: int | None = None
-    min_delta: float = 0.0
+    warmup_steps: int = param(0, low=0)
+    final_factor: float = param(0.0, low=0, high=1)
+    plateau_factor: float = param(0.1, low=0, high=1)
+    plateau_patience: int = param(1, low=1)
+    clip_norm: float | None = param(None, above=0)
+    eval_every: int | None = param(None, low=1)
+    patience: int | None = param(None, low=1)
+    min_delta: float = param(0.0, low=0)
     keep_best: bool = True
-    checkpoint_every: int | None = None
-    log_every: int = 50
+    checkpoint_every: int | None = param(None, low=1)
+    log_every: int = param(50, low=1)
     shuffle: bool = True
-    seed: int = 0
+    seed: int = param(0, low=0, high=2**63 - 1)
     backend: str = "auto"
-    threads: int | None = None
+    threads: int | None = param(None, low=1)
 
-    def __post_init__(self) -> None:
-        faults = [
-            f"`{key}` must be {_type_text(hint)}; got {getattr(self, key)!r}"
-            for key, hint in get_type_hints(type(self)).items()
-            if not _is_a(getattr(self, key), hint)
-        ]
-        if not faults:
-            faults = self._range_faults()
-        raise_faults(faults, "TrainConfig")
-
-    def _range_faults(self) -> list[str]:
+    def conflicts(self) -> list[str]:
         faults = []
         optimizers = [*list_rules(), DENSE_ADAM]
         if self.embedding_optimizer not in optimizers:
             faults.append(f"`embedding_optimizer`: {unknown_name('optimizer', self.embedding_optimizer, optimizers)}")
-        for key in _AT_LEAST_ONE:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                faults.append(f"`{key}` must be at least 1; got {value!r}")
-        for key in _NOT_NEGATIVE:
-            if not getattr(self, key) >= 0:
-                faults.append(f"`{key}` must not be negative; got {getattr(self, key)!r}")
-        if self.seed >= 2**63:
-            faults.append(f"`seed` must be below 2^63; got {self.seed}")
-        for key in ("learning_rate", "embedding_learning_rate", "clip_norm"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                faults.append(f"`{key}` must be positive; got {value!r}")
-        for key in ("final_factor", "plateau_factor"):
-            if not 0 <= getattr(self, key) <= 1:
-                faults.append(f"`{key}` must be in [0, 1]; got {getattr(self, key)!r}")
         if self.ratio is not None and self.budget is not None:
             faults.append(f"`ratio` and `budget` exclude each other; got {self.ratio!r} and {self.budget!r}")
         if self.plan is not None and (self.method != PLANNED or self.method_args):
@@ -156,31 +134,6 @@ class TrainConfig:
         if self.method == PLANNED and self.plan is None and self.ratio is None and self.budget is None:
             faults.append(f"`method` {PLANNED!r} needs a `ratio` or `budget` to plan for, or a `plan`")
         return faults
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
-        """Build from plain values; an unknown key is an error that names the nearest one.
-
-        >>> TrainConfig.from_dict({"epoch": 2})
-        Traceback (most recent call last):
-        recsys_embed.errors.UnknownNameError: unknown training setting 'epoch'; did you mean 'epochs'? ...
-        """
-        known = {f.name for f in fields(cls)}
-        for key in data:
-            if key not in known:
-                raise unknown_name("training setting", key, known)
-        return cls(**{k: _coerce(v, get_type_hints(cls)[k]) for k, v in data.items()})
-
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some settings changed, checked again; unknown keys are errors."""
-        known = {f.name for f in fields(self)}
-        for key in changes:
-            if key not in known:
-                raise unknown_name("training setting", key, known)
-        return replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def non_defaults(self) -> dict[str, Any]:
         """Settings that differ from their defaults."""
@@ -190,58 +143,6 @@ class TrainConfig:
             if getattr(self, f.name) != default:
                 out[f.name] = getattr(self, f.name)
         return out
-
-
-_AT_LEAST_ONE = (
-    "ratio",
-    "embedding_dim",
-    "epochs",
-    "steps",
-    "batch_size",
-    "eval_batch_size",
-    "plateau_patience",
-    "eval_every",
-    "patience",
-    "checkpoint_every",
-    "log_every",
-    "threads",
-)
-_NOT_NEGATIVE = ("weight_decay", "embedding_weight_decay", "warmup_steps", "min_delta", "seed")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_is_a(value, a) for a in args)
-    if origin is Literal:
-        return value in args
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """Whole numbers written for a float setting become floats, so that equal settings compare equal."""
-    accepts = get_args(hint) or (hint,)
-    if isinstance(value, int) and not isinstance(value, bool) and float in accepts and int not in accepts:
-        return float(value)
-    return value
-
-
-def _type_text(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_type_text(a) for a in args)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if hint is NoneType:
-        return "absent"
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(hint, "a table of settings")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -33,10 +33,9 @@ def param(
         doc: its meaning, where the docstring of the class does not say it.
         low, high: inclusive bounds of numbers, also of those in a tuple.
         above, below: exclusive bounds.
-        empty: whether a tuple or a text may be empty; where the default is, it may.
+        empty: whether a tuple may be empty; where the default is, it may.
     """
-    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below}
-    metadata["empty"] = empty or (isinstance(default, (tuple, str)) and not default)
+    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "empty": empty}
     return field(default=default, metadata=metadata)
 
 
@@ -54,7 +53,6 @@ class Rule(NamedTuple):
     name: str
     right: Any
     kind: _Kind
-    hint: Any
 
 
 def _interval(bounds: Mapping[str, Any]) -> tuple[str, Callable[[Any], bool]]:
@@ -151,7 +149,7 @@ def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> Rule:
         kind = _Kind(f"{some.one}, or None", f"{some.many}, or None", lambda v: v is None or some.allows(v))
     else:
         kind = _kind(hint, bounds)
-    return Rule(name, MISSING, kind, hint)
+    return Rule(name, MISSING, kind)
 
 
 @cache
@@ -159,20 +157,22 @@ def rules(cls: type) -> tuple[Rule, ...]:
     """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
     hints, found = get_type_hints(cls), []
     for f in fields(cls):
-        rule = _rule(f.name, hints[f.name], f.metadata)
+        given = {key: value for key, value in f.metadata.items() if value is not None}
+        empty = given.get("empty", False) or f.default == ()
+        rule = _rule(f.name, hints[f.name], {**getattr(cls, "bounds", {}), **given, "empty": empty})
         known = f.default is not MISSING and rule.kind.allows(f.default)
         found.append(rule._replace(right=f.default) if known else rule)
     return tuple(found)
 
 
-def setting_faults(settings: Any) -> list[str]:
-    """What is wrong with the fields of a dataclass, each by itself: one sentence per fault.
+def wrong_settings(settings: Any) -> dict[str, str]:
+    """What is wrong with the fields of a dataclass, each by itself: a sentence by the field's name.
 
     Lists become tuples and integers of numpy Python's, where a field takes those.
     """
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     cls: type = type(settings)
-    for name, right, kind, _ in rules(cls):
+    for name, right, kind in rules(cls):
         value = getattr(settings, name)
         if value is right or kind.allows(value):
             continue
@@ -180,8 +180,33 @@ def setting_faults(settings: Any) -> list[str]:
         if plain is not value and kind.allows(plain):
             object.__setattr__(settings, name, plain)
         else:
-            faults.append(fault(name, kind.one, value))
+            faults[name] = fault(name, kind.one, value)
     return faults
+
+
+def check_settings(settings: Any, where: str, conflicts: Callable[[Any], list[str]] | None = None) -> None:
+    """Raise one error for all that is wrong with the fields of a dataclass.
+
+    Args:
+        settings: an instance; its fields are declared with :func:`param`, or by their annotations alone.
+        where: what errors call it.
+        conflicts: faults of its fields together. It is called with fields that are each right by themselves: wrong
+            ones stand at their default, or lower bound, meanwhile; what it says of those is left out.
+
+    Raises:
+        ConfigError: names all faults.
+    """
+    wrong = wrong_settings(settings)
+    if conflicts is None or not wrong:
+        raise_faults([*wrong.values(), *(conflicts(settings) if conflicts else ())], where)
+        return
+    together: list[str] = []
+    stand_in = {f.name: f.metadata.get("low", MISSING) if f.default is MISSING else f.default for f in fields(settings)}
+    if not any(stand_in[name] is MISSING for name in wrong):
+        usable = object.__new__(type(settings))
+        usable.__dict__.update({**settings.__dict__, **{name: stand_in[name] for name in wrong}})
+        together = [text for text in conflicts(usable) if not any(f"`{name}`" in text for name in wrong)]
+    raise_faults([*wrong.values(), *together], where)
 
 
 def fault(name: str, wanted: str, got: Any) -> str:
@@ -190,7 +215,7 @@ def fault(name: str, wanted: str, got: Any) -> str:
     >>> fault("lr", "a finite number >= 0", -1)
     '`lr` must be a finite number >= 0; got -1'
     """
-    return f"`{name}` must be {wanted}; got {got!r}"
+    return f"`{name}` must be {wanted}; got {got!r:.200}"
 
 
 def _plain(value: Any) -> Any:
@@ -210,7 +235,9 @@ def _keys(cls: type) -> tuple[frozenset[str], tuple[str, ...], frozenset[str]]:
     return frozenset(f.name for f in given), required, floats
 
 
-def key_faults(cls: type, data: Any, kind: str, missing: str = "") -> tuple[list[str], list[str]]:
+def key_faults(
+    cls: type, data: Any, kind: str, missing: str = "", where: str | None = None
+) -> tuple[list[str], list[str]]:
     """Keys of ``data`` that are no fields of ``cls``, with the nearest name, and required fields that it lacks.
 
     Args:
@@ -218,12 +245,13 @@ def key_faults(cls: type, data: Any, kind: str, missing: str = "") -> tuple[list
         data: what was read, by name of field.
         kind: what a key is called in the sentences.
         missing: how to mend a required field that is absent.
+        where: what errors call the whole.
 
     Raises:
         ConfigError: ``data`` is no mapping.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"expected a table of settings by name; got {type(data).__name__} ({cls.__name__})")
+        raise ConfigError(f"expected values by name; got {type(data).__name__} ({where or cls.__name__})")
     known, required, _ = _keys(cls)
     strange = [str(unknown_name(kind, str(key), known)) for key in data if key not in known]
     return strange, [f"`{name}` is missing{missing}" for name in required if name not in data]
@@ -236,7 +264,7 @@ def refuse_unknown(cls: type, data: Any, kind: str, missing: str = "", where: st
         UnknownNameError: keys are unknown and none is absent.
         ConfigError: keys are absent.
     """
-    strange, absent = key_faults(cls, data, kind, missing)
+    strange, absent = key_faults(cls, data, kind, missing, where)
     raise_faults(strange + absent, where or cls.__name__, ConfigError if absent else UnknownNameError)
 
 
@@ -258,10 +286,10 @@ def build(cls: type[T], data: Any, kind: str, missing: str = "", where: str | No
 class Settings:
     """Base of frozen dataclasses of settings, whose fields are declared with :func:`param`."""
 
-    kind: ClassVar[str] = "setting"
+    noun: ClassVar[str] = "setting"  # what errors call one of them
 
     def __post_init__(self) -> None:
-        raise_faults(setting_faults(self) or self.conflicts(), self.where())
+        check_settings(self, self.where(), type(self).conflicts)
 
     def where(self) -> str:
         """What errors call these settings."""
@@ -274,11 +302,11 @@ class Settings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest one."""
-        return build(cls, data, cls.kind)
+        return build(cls, data, cls.noun)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked again; unknown keys are errors."""
-        strange, _ = key_faults(type(self), changes, self.kind)
+        strange, _ = key_faults(type(self), changes, self.noun)
         raise_faults(strange, self.where(), UnknownNameError)
         return replace(self, **changes)  # type: ignore[type-var]
 

@@ -141,6 +141,9 @@ def test_faults_are_named() -> None:
         rse.Plan.uniform(SCHEMA, "unified", budget=10)
     with pytest.raises(ConfigError, match=r"without '\.' or '#'"):
         rse.make_embedding("unified", 100, 16, num_rows=10, table="a.b")
+    for taken in ("unseen", "shared", "served", "config", "_native"):
+        with pytest.raises(ConfigError, match=f"'{taken}' is taken by an attribute"):
+            rse.make_embedding("unified", 100, 16, num_rows=10, table=taken)
     mixed = rse.Plan({"A": rse.UnifiedConfig(num_rows=5), "B": rse.UnifiedConfig(num_rows=6), "C": rse.FullConfig()})
     with pytest.raises(ConfigError, match=r"shared table 'unified' is 5 x 4.* 6 x 4.* for 'B'"):
         rse.EmbeddingCollection(SCHEMA, mixed)

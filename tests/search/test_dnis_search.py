@@ -61,5 +61,5 @@ def test_dnis_says_what_cannot_be_held_out() -> None:
         run_search(DnisSearch, config, ToyData(), DnisSettings(held_out=0.02))
     with pytest.raises(ConfigError, match=r"'train' is too small to train on: .* Lower `held_out`, or set it to 0"):
         run_search(DnisSearch, config, ToyData(), DnisSettings(held_out=0.97))
-    with pytest.raises(ConfigError, match=r"`held_out` must be in \[0, 1\); got 1.0"):
+    with pytest.raises(ConfigError, match=r"`held_out` must be a finite number in \[0, 1\); got 1.0"):
         DnisSettings(held_out=1.0)

@@ -38,5 +38,5 @@ def test_a_budget_that_nothing_meets_is_refused_before_training(tmp_path):
 
 @pytest.mark.parametrize("value", [3, "23", [0.5], [True]])
 def test_snapshots_are_numbers(value):
-    with pytest.raises(ConfigError, match="`snapshots` must be numbers of at least 1"):
+    with pytest.raises(ConfigError, match="`snapshots` must be a list of finite numbers >= 1"):
         PepSettings.from_dict({"snapshots": value})

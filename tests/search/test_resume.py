@@ -230,7 +230,7 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
         search(PepSearch, PepSettings(threshold_init=-150.0, threshold_lr=1e-3), ratio=2.0)
     with pytest.raises(ConfigError, match=r"begin at -4 are felt from the start.* set `threshold_lr`"):
         search(PepSearch, PepSettings(threshold_init=-4.0), ratio=2.0)
-    with pytest.raises(ConfigError, match="`threshold_decay` must be above 0"):
+    with pytest.raises(ConfigError, match="`threshold_decay` must be a finite number > 0"):
         PepSettings(threshold_decay=0.0)
     assert not (tmp_path / "x" / "supernet").exists()
     with pytest.raises(BudgetError, match="smallest subnet"):

@@ -274,7 +274,7 @@ def test_what_a_study_cannot_be_made_of_leaves_no_storage(tmp_path):
     where, data = tmp_path / "s.db", Planted(0, rows=600)
     with pytest.raises(ConfigError, match="unknown method of a study 'hsh'; did you mean 'hash'"):
         MethodStudy(CONFIG, data, settings_of(methods=["robe", "hsh"]), str(where))
-    with pytest.raises(ConfigError, match="`sampler` must be a name; got 3"):
+    with pytest.raises(ConfigError, match="`sampler` must be text; got 3"):
         settings_of(sampler=3)
     for sampler, reason in (
         ("cmaes", "multi-objective"),

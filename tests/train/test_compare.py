@@ -176,7 +176,7 @@ def test_a_diverged_row_is_reported_and_the_others_go_on(tmp_path: Path) -> None
 
 
 def test_faults_of_a_comparison_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)seeds.*models.*ratios.*`seed` varies"):
+    with pytest.raises(ConfigError, match=r"(?s)models.*ratios.*seeds.*`seed` varies"):
         Comparison(models=(), seeds=0, ratios=(0.5,), train=toy_config(seed=3))
     with pytest.raises(UnknownNameError, match="did you mean 'hash'"):
         Comparison(methods=("hsah",))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from recsys_embed.data.criteo.transform import Dense
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.text_blocks import Tri
-from recsys_embed.errors import raise_faults
+from recsys_embed.utils.settings import Settings, param
 
 IdMode = Literal["vocab", "raw"]
 OnBadRow = Literal["fail", "quarantine"]
@@ -21,11 +21,12 @@ Progress = Callable[[str, float, float, int], None]
 PROCESS = (400 if torch.version.cuda is None else 800) << 20
 """Memory of the process itself: interpreter, numpy, polars, and torch, whose CUDA builds take 290 to 490 MB more."""
 MIN_MEMORY = PROCESS + (112 << 20)
-SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+Separator = Literal["tab", "comma", "semicolon", "pipe"]
+SEPARATORS: dict[Separator, str] = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
 
 @dataclass(frozen=True)
-class CriteoOptions:
+class CriteoOptions(Settings):
     """How Criteo text becomes a data folder.
 
     Args:
@@ -48,38 +49,20 @@ class CriteoOptions:
     """
 
     ids: IdMode = "vocab"
-    min_count: int = 2
-    id_bits: int = 32
+    min_count: int = param(2, low=1)
+    id_bits: Literal[32, 64] = 32
     dense: Dense = "log"
     split: SplitRule = field(default_factory=SplitRule)
     header: Tri = "auto"
     labels: Tri = "auto"
-    separator: str = "tab"
+    separator: Separator = "tab"
     on_bad_row: OnBadRow = "fail"
-    max_memory: int = 1 << 30
-    workers: int = 0
+    max_memory: int = param(1 << 30, low=MIN_MEMORY)
+    workers: int = param(0, low=0)
     like: Path | None = None
 
-    def __post_init__(self) -> None:
-        faults = []
-        choices: dict[str, tuple[Any, ...]] = {
-            "ids": get_args(IdMode),
-            "id_bits": (32, 64),
-            "dense": get_args(Dense),
-            "header": get_args(Tri),
-            "labels": get_args(Tri),
-            "separator": tuple(SEPARATORS),
-            "on_bad_row": get_args(OnBadRow),
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                known = ", ".join(map(str, allowed))
-                faults.append(f"`{key}` must be one of {known}; got {getattr(self, key)!r}")
-        for key, low in (("min_count", 1), ("max_memory", MIN_MEMORY), ("workers", 0)):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                faults.append(f"`{key}` must be an integer of at least {low}; got {value!r}")
-        raise_faults(faults, "the options of `data criteo`")
+    def where(self) -> str:
+        return "the options of `data criteo`"
 
     @property
     def content(self) -> dict[str, Any]:

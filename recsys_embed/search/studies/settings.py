@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from recsys_embed.errors import raise_faults, unknown_name
+from recsys_embed.utils.settings import Settings, param
 
-OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {"auc": "maximize", "bytes": "minimize", "latency": "minimize"}
+Objective = Literal["auc", "bytes", "latency"]
+OBJECTIVES: dict[Objective, Literal["minimize", "maximize"]] = {
+    "auc": "maximize",
+    "bytes": "minimize",
+    "latency": "minimize",
+}
 
 
 @dataclass(frozen=True)
-class StudySettings:
+class StudySettings(Settings):
     """Settings of a study.
 
     Args:
@@ -34,55 +38,22 @@ class StudySettings:
         ConfigError: a setting out of range; all faults at once.
     """
 
-    trials: int = 30
-    budgets: tuple[str, ...] = ("1%", "5%", "20%")
+    noun: ClassVar[str] = "setting of a study"
+
+    trials: int = param(30, low=1)
+    budgets: tuple[str, ...] = param(("1%", "5%", "20%"), empty=True)
     methods: tuple[str, ...] = ()
-    groups: int = 3
-    widths: tuple[int, ...] = ()
-    objectives: tuple[str, ...] = ("auc", "bytes")
+    groups: int = param(3, low=1)
+    widths: tuple[int, ...] = param((), low=1)
+    objectives: tuple[Objective, ...] = ("auc", "bytes")
     sampler: str = "nsgaii"
     sampler_args: dict[str, Any] = field(default_factory=dict)
     prune: bool = True
-    validations: int = 4
-    proxy: float = 1.0
+    validations: int = param(4, low=1)
+    proxy: float = param(1.0, above=0, high=1)
     warm: bool = True
 
-    def __post_init__(self) -> None:
-        faults = [
-            f"`{key}` must be an integer of at least 1; got {getattr(self, key)!r}"
-            for key in ("trials", "groups", "validations")
-            if type(getattr(self, key)) is not int or getattr(self, key) < 1
-        ]
-        for key, kind in (("budgets", str), ("methods", str), ("objectives", str), ("widths", int)):
-            value = getattr(self, key)
-            if not isinstance(value, tuple) or not all(type(v) is kind for v in value):
-                faults.append(f"`{key}` must be a list of {'texts' if kind is str else 'integers'}; got {value!r}")
-        faults += [
-            f"`{key}` must be true or false; got {getattr(self, key)!r}"
-            for key in ("prune", "warm")
-            if not isinstance(getattr(self, key), bool)
-        ]
-        if isinstance(self.proxy, bool) or not isinstance(self.proxy, (int, float)) or not 0 < self.proxy <= 1:
-            faults.append(f"`proxy` must be in (0, 1]; got {self.proxy!r}")
-        if not isinstance(self.sampler, str):
-            faults.append(f"`sampler` must be a name; got {self.sampler!r}")
-        if not isinstance(self.sampler_args, dict):
-            faults.append(f"`sampler_args` must be a table; got {self.sampler_args!r}")
-        if not self.objectives or self.objectives[0] != "auc" or len(set(self.objectives)) < len(self.objectives):
-            faults.append(f"`objectives` begin with auc and name each once; got {self.objectives!r}")
-        faults += [str(unknown_name("objective", o, OBJECTIVES)) for o in self.objectives if o not in OBJECTIVES]
-        raise_faults(faults, "StudySettings")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> StudySettings:
-        """Build from plain values; an unknown key is an error that names the nearest one."""
-        known = {f.name for f in fields(cls)}
-        for key in data:
-            if key not in known:
-                raise unknown_name("setting of a study", key, known)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+    def conflicts(self) -> list[str]:
+        if self.objectives[0] != "auc" or len(set(self.objectives)) < len(self.objectives):
+            return [f"`objectives` begin with auc and name each once; got {self.objectives!r}"]
+        return []

@@ -1,0 +1,1 @@
+"""Random programs of features, plans, optimizers and ids, on which the backends are held against each other."""

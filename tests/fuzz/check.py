@@ -1,0 +1,431 @@
+"""Runs a program on every backend and holds outputs, gradients, tables and optimizer states against float64.
+
+The oracle is the ``reference`` backend in float64, one feature and one row at a time, with ordinary gradients; rules
+are applied to them here, to all rows touched (or all rows there are), so that neither kernels nor laziness take part.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import recsys_embed as rse
+from recsys_embed import EmbeddingCollection, Plan
+from recsys_embed.features import FeatureSpec
+from tests.fuzz.programs import Program, Step
+
+BACKENDS = ("native", "torch")
+
+
+class Disagreement(AssertionError):
+    """Backends differ; ``what`` names the quantity without numbers: by it a smaller program is seen to fail alike."""
+
+    def __init__(self, what: str, text: str) -> None:
+        super().__init__(f"{what}: {text}")
+        self.what = what
+
+
+def close(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Raise unless float32 ``got`` is ``wanted`` up to ``tolerance``, relative to the larger of 1 and the number."""
+    if got.shape != wanted.shape:
+        raise Disagreement(what, f"shape {tuple(got.shape)}, not {tuple(wanted.shape)}")
+    got, wanted = got.detach().double(), wanted.detach().double()
+    if got.numel() == 0:
+        return
+    error = (got - wanted).abs() / wanted.abs().clamp_min(1.0)
+    if not bool((error <= tolerance).all()):
+        at = int(error.nan_to_num(torch.inf).argmax())
+        pair = f"{got.reshape(-1)[at]:.7g}, not {wanted.reshape(-1)[at]:.7g}"
+        raise Disagreement(what, f"{int((~(error <= tolerance)).sum())} of {got.numel()} numbers differ, e.g. {pair}")
+
+
+def same(what: str, got: Tensor, wanted: Tensor) -> None:
+    if not torch.equal(got, wanted):
+        raise Disagreement(what, f"not the same bits: {int((got != wanted).sum())} of {wanted.numel()} numbers")
+
+
+# -- ids --------------------------------------------------------------------------------------------------------------
+
+
+class Jagged:
+    """What a KeyedJaggedTensor says of itself, without TorchRec."""
+
+    def __init__(self, keys: Sequence[str], values: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+        self._keys, self._values, self._offsets, self._weights = list(keys), values, offsets, weights
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+    def values(self) -> Tensor:
+        return self._values
+
+    def offsets(self) -> Tensor:
+        return self._offsets
+
+    def weights_or_none(self) -> Tensor | None:
+        return self._weights
+
+    def variable_stride_per_key(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Of one call, and the weights among them."""
+
+    given: tuple[Any, ...]
+    weights: Tensor | None
+
+    def __call__(self, coll: Any) -> Tensor:
+        out: Tensor = coll(*self.given)
+        return out
+
+
+def _strided(values: Tensor) -> Tensor:
+    return torch.stack([values, values + 1], -1)[..., 0]
+
+
+def _flat(bags: Sequence[Sequence[Sequence[int]]], step: Step) -> tuple[Tensor, Tensor]:
+    """Values and offsets of the bags of some features, feature after feature."""
+    dtype = torch.int32 if step.int32 else torch.int64
+    values = torch.tensor([i for feature in bags for bag in feature for i in bag], dtype=dtype)
+    sizes = torch.tensor([len(bag) for feature in bags for bag in feature], dtype=torch.int64)
+    return _strided(values) if step.strided else values, F.pad(sizes.cumsum(0), (1, 0))
+
+
+def arguments(step: Step, names: Sequence[str], dtype: torch.dtype) -> Arguments:
+    """The ids of a step in its form, with weights of ``dtype``."""
+    batch = len(step.ids[0])
+    if step.form == "matrix":
+        values, _ = _flat(step.ids, step)
+        return Arguments((values.view(len(names), batch).t(),), None)
+    if step.form == "dict":
+        return Arguments(({n: _flat([bags], step) for n, bags in zip(names, step.ids, strict=True)},), None)
+    order = list(range(len(names)))
+    if step.form == "jagged" and step.strided:
+        order.reverse()
+    values, offsets = _flat([step.ids[i] for i in order], step)
+    weights = None
+    if step.weights is not None:
+        generator = torch.Generator().manual_seed(step.weights)
+        weights = torch.randn(values.numel(), generator=generator).to(dtype).requires_grad_(bool(step.weights % 2))
+    if step.form == "jagged":
+        return Arguments((Jagged([names[i] for i in order], values, offsets, weights),), weights)
+    return Arguments((values, offsets, weights), weights)
+
+
+def direction(seed: int, shape: torch.Size) -> Tensor:
+    """Gradient of the loss in the vectors of a step."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def direction_seed(program: Program, number: int) -> int:
+    return 1000 * (program.seed % 10**6) + number
+
+
+# -- the oracle -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Right:
+    """What a step comes to: vectors, and for a gradient ``direction`` in them those by parameter and of the weights."""
+
+    vectors: Tensor
+    direction: Tensor
+    grads: dict[str, Tensor]
+    of_weights: Tensor | None
+
+
+class Oracle:
+    """The collection in float64 with its rule applied to all of its gradients in the plainest way."""
+
+    def __init__(self, program: Program, start: EmbeddingCollection) -> None:
+        self.rule = program.optimizer()
+        options = {"seed": 0, "backend": "reference", "dtype": torch.float64}
+        # Sparse gradients name the rows that were read.
+        self.coll = EmbeddingCollection(program.schema(), program.plan(), sparse=True, **options)
+        self.coll.load_state_dict(start.state_dict())
+        self.lr, self.steps = 0.0 if self.rule is None else self.rule.lr, 0
+        self.state: dict[str, Tensor] = {}
+        if self.rule is not None:
+            self.state = {k: v.double() for k, v in start.optimizer_state_dict()["state"].items()}
+
+    def gradients(self, call: Arguments, seed: int) -> Right:
+        """What a step is to come to."""
+        named = dict(self.coll.named_parameters())
+        out = call(self.coll)
+        learns = call.weights is not None and call.weights.requires_grad
+        inputs = [*named.values(), *([call.weights] if learns else [])]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        w = direction(seed, out.shape)
+        if out.requires_grad:
+            found = torch.autograd.grad((out * w.double()).sum(), inputs, allow_unused=True)
+        grads = {name: g for name, g in zip(named, found, strict=False) if g is not None}
+        return Right(out.detach(), w, grads, found[-1] if learns else None)
+
+    @torch.no_grad()
+    def move(self, grads: dict[str, Tensor]) -> None:
+        """One step of the rule."""
+        if self.rule is None:
+            return
+        self.steps += 1
+        for name in self.coll.storages:
+            table, grad = self.coll.get_parameter(name), grads.get(name)
+            everything = self.rule.rows == "all"
+            if everything:
+                rows = torch.arange(len(table))
+                sums = torch.zeros_like(table) if grad is None else grad.to_dense()
+            elif grad is not None:
+                grad = grad.coalesce()
+                rows, sums = grad.indices()[0], grad.values()
+            if not everything and (grad is None or not rows.numel()):
+                continue
+            keys = [k for k in self.rule.tensors if k != "last"]
+            state = {k: self.state[f"{name}_{k}"][rows] for k in keys}
+            sums = sums + self.rule.weight_decay * table[rows]
+            table[rows] = self.rule.update(table[rows].clone(), sums, state, self.lr, self.steps)
+            for k in keys:
+                self.state[f"{name}_{k}"][rows] = state[k]
+
+
+def plain_vectors(feature: FeatureSpec, table: Tensor, bags: Sequence[Sequence[int]], weights: Tensor | None) -> Tensor:
+    """What torch gives for a plain table: nothing of this library."""
+    n = feature.num_embeddings
+    kept = [[i if 0 <= i < n else n for i in bag if 0 <= i < n or feature.unseen != "zero"] for bag in bags]
+    flat = torch.tensor([i for bag in kept for i in bag], dtype=torch.int64)
+    offsets = F.pad(torch.tensor([len(bag) for bag in kept], dtype=torch.int64).cumsum(0), (1, 0))
+    if not len(bags) or not flat.numel():
+        return table.new_zeros(len(bags), table.shape[1])
+    return F.embedding_bag(
+        flat, table, offsets, mode=feature.pooling, per_sample_weights=weights, include_last_offset=True
+    )
+
+
+# -- one program ------------------------------------------------------------------------------------------------------
+
+
+def build(program: Program, backend: str) -> EmbeddingCollection:
+    coll = EmbeddingCollection(
+        program.schema(), program.plan(), program.optimizer(), seed=0, backend=backend, sparse=program.sparse
+    )
+    for feature in program.features:
+        if feature.counts is not None:
+            generator = torch.Generator().manual_seed(feature.counts)
+            n = feature.spec["num_embeddings"]
+            coll.assign_({feature.spec["name"]: torch.randint(0, 1 + n, (n,), generator=generator)})
+    return coll
+
+
+def restarted(program: Program, coll: EmbeddingCollection, backend: str) -> EmbeddingCollection:
+    """A new collection with all that checkpoints hold."""
+    again = EmbeddingCollection(
+        program.schema(), program.plan(), program.optimizer(), seed=7, backend=backend, sparse=program.sparse
+    )
+    again.load_state_dict(coll.state_dict())
+    again.load_optimizer_state_dict(coll.optimizer_state_dict())
+    return again
+
+
+def run(program: Program) -> None:
+    """All checks of a program.
+
+    Raises:
+        Disagreement: says what differs.
+        Exception: whatever a backend raises.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(program.threads)
+    try:
+        _run(program)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(program: Program) -> None:
+    names = program.schema().names
+    colls = {backend: build(program, backend) for backend in BACKENDS}
+    oracle = Oracle(program, colls["torch"])
+    for number, step in enumerate(program.steps):
+        wide, narrow = (arguments(step, names, dtype) for dtype in (torch.float64, torch.float32))
+        right = oracle.gradients(wide, direction_seed(program, number))
+        for backend in BACKENDS:
+            if step.before == "restart":
+                colls[backend] = restarted(program, colls[backend], backend)
+            _step(program, step, backend, colls[backend], narrow, right)
+        if step.lr is not None and oracle.rule is not None:
+            oracle.lr = step.lr
+        _check_plain(program, step, oracle, wide, right.vectors)
+        oracle.move(right.grads)
+        for backend in BACKENDS:
+            _check_tables(f"{backend} after a step", oracle, colls[backend])
+    _check_extras(program, colls)
+
+
+def _step(
+    program: Program,
+    step: Step,
+    backend: str,
+    coll: EmbeddingCollection,
+    call: Arguments,
+    right: Right,
+) -> None:
+    wanted, grads, of_weights = right.vectors, right.grads, right.of_weights
+    if step.before == "look":
+        close(f"{backend} vectors in evaluation", call(coll.eval()), wanted, 1e-4 if program.rule else 2e-5)
+        coll.train()
+    if step.lr is not None and coll.optimizer is not None:
+        coll.lr = step.lr
+    coll.zero_grad()
+    if call.weights is not None:
+        call.weights.grad = None
+    out = call(coll)
+    close(f"{backend} vectors", out, wanted, 1e-4 if program.rule else 2e-5)
+    if not out.requires_grad:
+        return
+    (out * right.direction).sum().backward()
+    for name, p in coll.named_parameters():
+        if not p.requires_grad:
+            continue
+        right_grad = grads.get(name)
+        if p.grad is None and right_grad is not None and right_grad.to_dense().any():
+            raise Disagreement(f"{backend} gradient", f"none of {name}")
+        if p.grad is not None:
+            right_dense = torch.zeros_like(p, dtype=torch.float64) if right_grad is None else right_grad.to_dense()
+            close(f"{backend} gradient", p.grad.to_dense(), right_dense, 2e-4)
+            if program.sparse and name in coll.storages and p.grad.is_sparse and right_grad is not None:
+                rows, right_rows = p.grad.coalesce().indices(), right_grad.coalesce().indices()
+                same(f"{backend} rows of the sparse gradient", rows, right_rows)
+    if of_weights is not None:
+        found = call.weights.grad if call.weights is not None else None
+        close(
+            f"{backend} gradient of weights",
+            torch.zeros(of_weights.shape) if found is None else found,
+            of_weights,
+            2e-4,
+        )
+
+
+def _check_plain(program: Program, step: Step, oracle: Oracle, call: Arguments, wanted: Tensor) -> None:
+    """The oracle itself, where torch can say what is right."""
+    columns = wanted.flatten(1).split(oracle.coll.bundle.widths, 1)
+    order = list(range(len(program.features)))
+    if step.form == "jagged" and step.strided:
+        order.reverse()
+    sizes = [sum(map(len, step.ids[i])) for i in order]
+    parts = None if call.weights is None else dict(zip(order, call.weights.detach().split(sizes), strict=True))
+    for i, feature in enumerate(program.features):
+        # Unseen ids that hash would need the library's hash.
+        if feature.method != "full" or feature.spec.get("unseen") == "hash":
+            continue
+        spec = feature.make()
+        table = oracle.coll.table(f"{spec.name}.weight").detach()
+        weights = None if parts is None else _seen(spec, step.ids[i], parts[i])
+        close("reference vectors beside torch's", columns[i], plain_vectors(spec, table, step.ids[i], weights), 1e-12)
+
+
+def _seen(spec: FeatureSpec, bags: Sequence[Sequence[int]], weights: Tensor) -> Tensor:
+    if spec.unseen != "zero":
+        return weights
+    return weights[torch.tensor([0 <= i < spec.num_embeddings for bag in bags for i in bag], dtype=torch.bool)]
+
+
+def _check_tables(where: str, oracle: Oracle, coll: EmbeddingCollection) -> None:
+    if oracle.rule is None:
+        return
+    saved = coll.optimizer_state_dict()["state"]  # brings rows up to date
+    for name in coll.storages:
+        close(f"{where}: tables", coll.get_parameter(name), oracle.coll.get_parameter(name), 5e-4)
+    for key, value in oracle.state.items():
+        if not key.endswith("_last"):
+            close(f"{where}: optimizer state {key.partition('_')[2]}", saved[key], value, 1e-3)
+
+
+# -- beside the collection --------------------------------------------------------------------------------------------
+
+
+def _check_extras(program: Program, colls: dict[str, EmbeddingCollection]) -> None:
+    schema, plan = program.schema(), program.plan()
+    if Plan.from_dict(json.loads(plan.to_json())) != plan:
+        raise Disagreement("plan", "its JSON is not read back as it was")
+    native = colls["native"].eval()
+    last = arguments(program.steps[-1], schema.names, torch.float32)
+    with torch.no_grad():
+        wanted = last(native)
+        if "threads" in program.extras:
+            _check_threads(program, native)
+        if "drop_in" in program.extras:
+            _check_drop_ins(program, native, wanted)
+        if "export" in program.extras:
+            _check_exports(program, native, last, wanted)
+
+
+def _check_threads(program: Program, native: EmbeddingCollection) -> None:
+    """The same bits of tables and states for another number of threads."""
+    torch.set_num_threads(1 + program.threads % 3)
+    again = build(program, "native")
+    names = program.schema().names
+    with torch.enable_grad():
+        for number, step in enumerate(program.steps):
+            if step.before == "restart":
+                again = restarted(program, again, "native")
+            call = arguments(step, names, torch.float32)
+            if step.before == "look":
+                call(again.eval())
+                again.train()
+            if step.lr is not None and again.optimizer is not None:
+                again.lr = step.lr
+            out = call(again)
+            if out.requires_grad:
+                (out * direction(direction_seed(program, number), out.shape)).sum().backward()
+            again.settle_()
+    for (name, a), (_, b) in zip(native.state_dict().items(), again.state_dict().items(), strict=True):
+        same(f"threads: {name.rstrip('0123456789')}", b, a)
+
+
+def _check_drop_ins(program: Program, native: EmbeddingCollection, wanted: Tensor) -> None:
+    """Modules of one feature, with the collection's tables, give its vectors."""
+    step = program.steps[-1]
+    columns = wanted.flatten(1).split(native.bundle.widths, 1)
+    if step.weights is not None:
+        return
+    for feature, bags, column in zip(program.features, step.ids, columns, strict=True):
+        spec, own = feature.make(), native.bundle.own
+        if spec.ids == "raw" or any(spec.name == key.removeprefix("feature_") for key in own):
+            continue
+        single = step.form == "matrix"
+        options = {"mode": None if single else spec.pooling, "include_last_offset": True, "unseen": spec.unseen}
+        if single:
+            del options["include_last_offset"]
+        module = rse.make_embedding(
+            feature.method, spec.num_embeddings, spec.embedding_dim, config=feature.config(), name=spec.name, **options
+        )
+        if feature.counts is not None:
+            generator = torch.Generator().manual_seed(feature.counts)
+            module.assign_(torch.randint(0, 1 + spec.num_embeddings, (spec.num_embeddings,), generator=generator))
+        dense = native.bundle.dense_tables()
+        for table in module.program.tables:
+            key = table.name if table.shared else f"{spec.name}.{table.name}"
+            module.table(table.name).copy_(dense[key] if table.dense else native.table(key))
+        values, offsets = _flat([bags], step)
+        got = module(values) if single else module(values, offsets)
+        close("drop-in vectors", got, column, 2e-5)
+
+
+def _check_exports(program: Program, native: EmbeddingCollection, call: Arguments, wanted: Tensor) -> None:
+    """What is loaded from an export gives the bits of its source, and backends decode alike."""
+    precision = ("fp32", "fp16", "bf16", "int8", "int4")[program.seed % 5]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.safetensors"
+        rse.export(native, path, precision)  # type: ignore[arg-type]
+        loaded = {backend: rse.load(path, backend=backend) for backend in ("auto", "torch")}  # type: ignore[arg-type]
+        if precision == "fp32":
+            close("export: vectors beside the source's", call(loaded["auto"]), wanted, 1e-6)
+        close("export: vectors of auto beside torch's", call(loaded["auto"]), call(loaded["torch"]), 1e-5)
