@@ -91,10 +91,10 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
     auto prepare = [&](i64 to) {
       for (int s = 0; s < 2; s++) {
         Update& u = updates[s];
-        u.rule = rule, u.beta1 = 0.9, u.beta2 = 0.999, u.decay = 0.01, u.sizes = sizes.data(), u.epsilons = epsilons.data();
+        u.rule.number = rule, u.rule.elements = 2, u.rule.constants[0] = 0.1, u.rule.constants[1] = 0.001, u.decay = 0.01, u.sizes = sizes.data(), u.epsilons = epsilons.data();
         u.step = to, u.rows = ROWS, u.last = lazy ? last[s].data() : nullptr;
         u.first = lazy ? 0 : to - 1, u.sizes += lazy ? 0 : to - 1, u.epsilons += lazy ? 0 : to - 1;
-        for (int i = 0; i < 2; i++) u.state[i] = states[s][i].data();
+        for (int i = 0; i < 2; i++) u.rule.state[i] = states[s][i].data();
       }
     };
     prepare(step - 1);
@@ -168,10 +168,12 @@ int main() {
                   reinterpret_cast<void*>(+[] { return team_size; }));
   int wrong = 0;
   std::vector<u64> hashes;
+  const std::string names = rse_rules();
+  const i64 rules = std::count(names.begin(), names.end(), ' ');
   for (const Variant& variant : variants) {
     if (!rse_select(variant.name)) continue;
     u64 hash = 14695981039346656037ull;
-    for (i64 rule : {SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM})
+    for (i64 rule = 0; rule < rules; rule++)
       for (bool bags : {false, true})
         for (bool lazy : {false, true}) {
           const std::vector<float> one = train(1, rule, bags, lazy);

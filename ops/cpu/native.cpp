@@ -10,6 +10,8 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -160,6 +162,12 @@ RSE_API i64 rse_record_sizes(i64 which) {
 
 // Kinds and fields of transforms, which the caller compares likewise.
 RSE_API const char* rse_transform_layout() { return TRANSFORM_LAYOUT; }
+
+// Names of the optimizers' rules in order of their numbers, each followed by a space.
+RSE_API const char* rse_rules() {
+  static const std::string names = plain::Rules::names();
+  return names.c_str();
+}
 
 // The kernels to run: one of "plain", "avx2", "avx512", or null for the best here. Returns the name, null if none fits.
 RSE_API const char* rse_select(const char* wanted) {

@@ -12,7 +12,8 @@ using u64 = uint64_t;
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
 // How a storage keeps its rows. Integers: scale and bias in fp16, then codes, x = code * scale + bias; two INT4 to a byte.
 enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
-enum Rule : i64 { SGD = 0, ADAGRAD = 1, ROWWISE_ADAGRAD = 2, ADAM = 3, DENSE_GRADIENT = 4, SPARSE_GRADIENT = 5 };
+// In place of a rule: gradients are handed out.
+constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2;
 
 // One read per id: `run` rows of `width` from the row on, at `column` of the feature's part of an output.
 struct Probe {
@@ -86,17 +87,23 @@ struct Call {
   const Mask* mask;                                // of outputs[0], its `vectors` are found here; null: none
 };
 
+// An optimizer's rule, and the state it keeps of one storage.
+struct Rule {
+  i64 number;                                      // place among the rules of rules.inl; or DENSE_, SPARSE_GRADIENT
+  i64 elements;                                    // leading states with one number per weight; the others have one per row
+  double constants[8];                             // as its Python class lists them
+  float* state[4];                                 // in the order of its Python class; integers where it counts steps
+  const double* curve;                             // what changes with the number of steps; from the last entry on it stays
+  i64 curve_count;
+};
+
 // What becomes of the summed gradients of a storage's rows.
 struct Update {
-  i64 rule;
-  double beta1, beta2, decay;                      // decay times the row is part of its gradient
+  Rule rule;
+  double decay;                                    // decay times the row is part of its gradient
   const double *sizes, *epsilons;                  // of steps first + 1 to step: rate (with Adam's correction), epsilon
   i64 first, step;
   i32* last;                                       // [rows] step each row has come to; null: rows nobody reads stay
-  i32* count;                                      // [rows] steps of each row; null: corrections are in the sizes
-  const double* corrections;                       // by steps of a row; from the last entry on they stay
-  i64 correction_count;
-  float* state[2];
   float* gradient;                                 // [rows, width], or [lookups, width] of distinct rows
   i64* touched;                                    // [lookups] rows of a sparse gradient
   i64* touched_count;

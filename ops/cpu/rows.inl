@@ -187,7 +187,7 @@ static void update_few(const Update& u, float* table, i64 w, const Bases& bases,
   }
   i64 known = 0;
   for (unsigned char t : touched) known += t;
-  i64 at = u.rule == SPARSE_GRADIENT ? claim(u, known) : 0;
+  i64 at = u.rule.number == SPARSE_GRADIENT ? claim(u, known) : 0;
   for (i64 row = 0; row < reads.rows; row++)
     if (touched[row]) update_row<W>(u, table, reads.base + row, at++, sums.data() + row * width, w);
 }
@@ -264,7 +264,7 @@ static void visit_table(const Update& u, const TableReads& reads, float* table, 
     for (i64 p; (p = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < pieces;) {
       const i64 from = start(p), to = start(p + 1);
       i64 place = 0;
-      if (u.rule == SPARSE_GRADIENT) {
+      if (u.rule.number == SPARSE_GRADIENT) {
         i64 known = 0;
         for (i64 i = from; i < to; i++) known += i == from || row_of(entries[i]) != row_of(entries[i - 1]);
         place = claim(u, known);

@@ -1,4 +1,8 @@
 // Steps of the optimizers on one row. Part of kernels.inl.
+//
+// A rule is a struct of its constants. One that steps each weight by itself has `run`: the step of a block of elements,
+// given their gradient and the states per element. One with a number per row has `factors`, given the mean square of the
+// row's gradient. A rule is known by its `name`, that of its Python class (recsys_embed/optim), and its place in `Rules`.
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
@@ -22,32 +26,115 @@ struct Row {
   float* data() { return W ? fixed : memory.data(); }
 };
 
-// Steps of one element of each lane, given its gradient: what Adagrad and Adam do, once or many times in a row. Their
-// vectors are named by the lanes: a type deduced from an argument is one that clang takes to be aligned.
-struct AdagradStep {
+struct ElementRule {
+  static constexpr bool by_row = false;
+  // The step size of a row.
+  inline float sized(const Update&, i64, float size) const { return size; }
+  // Whether steps without a gradient leave a row as it is.
+  inline bool rests(const Rule&, i64, i64) const { return false; }
+};
+
+// What a step multiplies a row and its gradient by.
+struct Factors {
+  float keep, step;
+};
+
+// Vectors are named by the lanes: a type deduced from an argument is one that clang takes to be aligned.
+struct Sgd : ElementRule {
+  static constexpr const char* name = "sgd";
+  static constexpr i64 elements = 0;
+  explicit Sgd(const Rule&) {}
   template <class L>
-  static inline void run(L lanes, typename L::V v, typename L::V& weight, typename L::V& sum, float size, float eps) {
-    sum += v * v;
-    weight -= v / (lanes.root(sum) + eps) * size;
+  inline void run(L, typename L::V g, typename L::V& weight, typename L::V&, typename L::V&, float size, float) const {
+    weight -= g * size;
   }
 };
 
-struct AdamStep {
-  float rest1, rest2;
-  explicit AdamStep(const Update& u) : rest1(float(1 - u.beta1)), rest2(float(1 - u.beta2)) {}
+struct Adagrad : ElementRule {
+  static constexpr const char* name = "adagrad";
+  static constexpr i64 elements = 1;
+  explicit Adagrad(const Rule&) {}
   template <class L>
-  inline void run(L lanes, typename L::V v, typename L::V& weight, typename L::V& mean, typename L::V& square, float size, float eps) const {
-    mean += (v - mean) * rest1, square += (v * v - square) * rest2;
+  inline void run(L lanes, typename L::V g, typename L::V& weight, typename L::V& sum, typename L::V&, float size, float eps) const {
+    sum += g * g;
+    weight -= g / (lanes.root(sum) + eps) * size;
+  }
+};
+
+struct RowwiseAdagrad {
+  static constexpr const char* name = "rowwise_adagrad";
+  static constexpr bool by_row = true, shrinks = false;
+  explicit RowwiseAdagrad(const Rule&) {}
+  inline Factors factors(const Rule& r, i64 row, i64, float square, float size, float eps) const {
+    return {1.f, size / (std::sqrt(r.state[0][row] += square) + eps)};
+  }
+};
+
+struct Adam : ElementRule {
+  static constexpr const char* name = "adam";
+  static constexpr i64 elements = 2;
+  float rest1, rest2;
+  explicit Adam(const Rule& r) : rest1(float(r.constants[0])), rest2(float(r.constants[1])) {}
+  // Rows may count their own steps.
+  inline float sized(const Update& u, i64 row, float size) const {
+    if (!u.rule.state[2]) return size;
+    i32& count = reinterpret_cast<i32*>(u.rule.state[2])[row];
+    return size * float(u.rule.curve[std::min<i64>(++count, u.rule.curve_count) - 1]);
+  }
+  // Rows that were never read have no moments.
+  inline bool rests(const Rule& r, i64 place, i64 width) const {
+    float moved = 0;
+    for (i64 k = place; k < place + width; k++) moved += std::abs(r.state[0][k]) + r.state[1][k];
+    return moved == 0;
+  }
+  template <class L>
+  inline void run(L lanes, typename L::V g, typename L::V& weight, typename L::V& mean, typename L::V& square, float size, float eps) const {
+    mean += (g - mean) * rest1, square += (g * g - square) * rest2;
     weight -= mean / (lanes.root(square) + eps) * size;
   }
 };
 
-static inline float* state_of(const Update& u, i64 which, i64 place) {
-  return u.state[which] ? u.state[which] + place : nullptr;
-}
+template <class... All>
+struct RuleList {
+  // Names of all rules in order, each followed by a space.
+  static std::string names() { return ((std::string(All::name) + " ") + ...); }
+  // fn(the rule that an update is for).
+  template <class F>
+  static inline __attribute__((always_inline)) void with(const Rule& r, F&& fn) {
+    i64 number = 0;
+    (void)((r.number == number++ && (fn(All(r)), true)) || ...);
+  }
+};
+
+using Rules = RuleList<Sgd, Adagrad, RowwiseAdagrad, Adam>;
 
 static inline float size_of(const Update& u, i64 step) { return float(u.sizes[step - u.first - 1]); }
 static inline float epsilon_of(const Update& u, i64 step) { return float(u.epsilons[step - u.first - 1]); }
+
+// fn(lanes, k, weight, first, second) for the blocks of a row; it may change weights and states.
+template <int W, class R, class F>
+static inline __attribute__((always_inline)) void each_block(const Rule& r, float* weight, i64 place, i64 width, F&& fn) {
+  float* first = R::elements > 0 ? r.state[0] + place : nullptr;
+  float* second = R::elements > 1 ? r.state[1] + place : nullptr;
+  blocks<W>(width, [&](auto lanes, i64 k) {
+    auto x = lanes.load(weight + k), a = x, b = x;
+    if constexpr (R::elements > 0) a = lanes.load(first + k);
+    if constexpr (R::elements > 1) b = lanes.load(second + k);
+    fn(lanes, k, x, a, b);
+    lanes.store(weight + k, x);
+    if constexpr (R::elements > 0) lanes.store(first + k, a);
+    if constexpr (R::elements > 1) lanes.store(second + k, b);
+  });
+}
+
+template <int W, class R>
+static inline __attribute__((always_inline)) void scale_row(float* weight, const float* g, Factors by, i64 width) {
+  blocks<W>(width, [&](auto lanes, i64 k) {
+    auto x = lanes.load(weight + k);
+    if constexpr (R::shrinks) x *= by.keep;
+    lanes.store(weight + k, x - lanes.load(g + k) * by.step);
+  });
+}
 
 // Steps that a row missed, up to `to`: its gradient was its decay alone.
 template <int W>
@@ -55,56 +142,33 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
   if (!u.last || u.last[row] >= to) return;
   const i64 width = width_of<W>(w), place = row * width, from = u.last[row] + 1;
   const float decay = float(u.decay);
-  float *weight = table + place, *first = state_of(u, 0, place), *second = state_of(u, 1, place);
+  float* weight = table + place;
   u.last[row] = i32(to);
-  switch (u.rule) {
-    case SGD:
-      blocks<W>(width, [&](auto lanes, i64 k) {
-        auto x = lanes.load(weight + k);
-        for (i64 t = from; t <= to; t++) x -= x * decay * size_of(u, t);
-        lanes.store(weight + k, x);
-      });
-      break;
-    case ADAGRAD:
-      blocks<W>(width, [&](auto lanes, i64 k) {
-        auto x = lanes.load(weight + k), sum = lanes.load(first + k);
-        for (i64 t = from; t <= to; t++) AdagradStep::run(lanes, x * decay, x, sum, size_of(u, t), epsilon_of(u, t));
-        lanes.store(weight + k, x), lanes.store(first + k, sum);
-      });
-      break;
-    case ROWWISE_ADAGRAD: {
+  Rules::with(u.rule, [&](const auto& rule) {
+    using R = std::decay_t<decltype(rule)>;
+    if constexpr (R::by_row) {
       Row<W> memory(width);
-      float *g = memory.data(), sum = u.state[0][row];
+      float* g = memory.data();
       for (i64 t = from; t <= to; t++) {
         blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(weight + k) * decay); });
-        const float step = size_of(u, t) / (std::sqrt(sum += mean_square<W>(g, w)) + epsilon_of(u, t));
-        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * step); });
+        scale_row<W, R>(weight, g, rule.factors(u.rule, row, t, mean_square<W>(g, w), size_of(u, t), epsilon_of(u, t)), width);
       }
-      u.state[0][row] = sum;
-      break;
-    }
-    default: {
-      const AdamStep adam(u);
-      // Rows that were never read stay where they are, unless they decay.
-      float moved = decay;
-      for (i64 k = 0; decay == 0 && k < width; k++) moved += std::abs(first[k]) + second[k];
-      if (moved == 0) break;
-      blocks<W>(width, [&](auto lanes, i64 k) {
-        auto x = lanes.load(weight + k), mean = lanes.load(first + k), square = lanes.load(second + k);
-        for (i64 t = from; t <= to; t++) adam.run(lanes, x * decay, x, mean, square, size_of(u, t), epsilon_of(u, t));
-        lanes.store(weight + k, x), lanes.store(first + k, mean), lanes.store(second + k, square);
+    } else {
+      if (decay == 0 && rule.rests(u.rule, place, width)) return;
+      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64, auto& x, auto& a, auto& b) {
+        for (i64 t = from; t <= to; t++) rule.run(lanes, x * decay, x, a, b, size_of(u, t), epsilon_of(u, t));
       });
     }
-  }
+  });
 }
 
 // One step of the rule on a row whose summed gradient is g; `at` is the row's place in a sparse gradient.
 template <int W>
 static inline void update_row(const Update& u, float* table, i64 row, i64 at, float* g, i64 w) {
   const i64 width = width_of<W>(w), place = row * width;
-  float *weight = table + place, *first = state_of(u, 0, place), *second = state_of(u, 1, place);
-  if (u.rule >= DENSE_GRADIENT) {
-    const bool sparse = u.rule == SPARSE_GRADIENT;
+  float* weight = table + place;
+  if (u.rule.number < 0) {
+    const bool sparse = u.rule.number == SPARSE_GRADIENT;
     if (sparse) u.touched[at] = row;
     float* to = u.gradient + (sparse ? at * width : place);
     blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(g + k)); });
@@ -116,41 +180,25 @@ static inline void update_row(const Update& u, float* table, i64 row, i64 at, fl
   }
   if (u.decay != 0)
     blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * float(u.decay)); });
-  float size = size_of(u, u.step);
-  const float eps = epsilon_of(u, u.step);
-  switch (u.rule) {
-    case SGD:
-      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * size); });
-      break;
-    case ADAGRAD:
-      blocks<W>(width, [&](auto lanes, i64 k) {
-        auto x = lanes.load(weight + k), sum = lanes.load(first + k);
-        AdagradStep::run(lanes, lanes.load(g + k), x, sum, size, eps);
-        lanes.store(weight + k, x), lanes.store(first + k, sum);
-      });
-      break;
-    case ROWWISE_ADAGRAD: {
-      const float step = size / (std::sqrt(u.state[0][row] += mean_square<W>(g, w)) + eps);
-      blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(weight + k, lanes.load(weight + k) - lanes.load(g + k) * step); });
-      break;
-    }
-    default: {
-      const AdamStep adam(u);
-      if (u.count) size *= float(u.corrections[std::min<i64>(++u.count[row], u.correction_count) - 1]);
-      blocks<W>(width, [&](auto lanes, i64 k) {
-        auto x = lanes.load(weight + k), mean = lanes.load(first + k), square = lanes.load(second + k);
-        adam.run(lanes, lanes.load(g + k), x, mean, square, size, eps);
-        lanes.store(weight + k, x), lanes.store(first + k, mean), lanes.store(second + k, square);
+  const float size = size_of(u, u.step), eps = epsilon_of(u, u.step);
+  Rules::with(u.rule, [&](const auto& rule) {
+    using R = std::decay_t<decltype(rule)>;
+    if constexpr (R::by_row) {
+      scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
+    } else {
+      const float sized = rule.sized(u, row, size);
+      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, auto& x, auto& a, auto& b) {
+        rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
       });
     }
-  }
+  });
 }
 
 static inline void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.rule < DENSE_GRADIENT) prefetch<1>(table + row * width, 4 * width);
-  if (u.rule == ROWWISE_ADAGRAD) prefetch<1>(u.state[0] + row, 4);
-  if (u.rule == ADAGRAD || u.rule == ADAM) prefetch<1>(u.state[0] + row * width, 4 * width);
-  if (u.rule == ADAM) prefetch<1>(u.state[1] + row * width, 4 * width);
+  if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
+  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
+    if (i < u.rule.elements) prefetch<1>(u.rule.state[i] + row * width, 4 * width);
+    else prefetch<1>(u.rule.state[i] + row, 4);
+  }
   if (u.last) prefetch<1>(u.last + row, 4);
-  if (u.count) prefetch<1>(u.count + row, 4);
 }

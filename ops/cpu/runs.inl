@@ -98,9 +98,9 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
       }
     }
     i64 known = 0;
-    if (u.rule == SPARSE_GRADIENT)
+    if (u.rule.number == SPARSE_GRADIENT)
       for (u64 word : memory.touched) known += bits_set(word);
-    i64 place = u.rule == SPARSE_GRADIENT ? claim(u, known) : 0;
+    i64 place = u.rule.number == SPARSE_GRADIENT ? claim(u, known) : 0;
     for (i64 word = 0; word < range / 64; word++)
       for (u64 bits = memory.touched[word]; bits; bits &= bits - 1) {
         const i64 k = word * 64 + __builtin_ctzll(bits);

@@ -21,6 +21,8 @@ Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Chosen = Literal["reference", "torch", "native", "triton"]
 
 
+# By name of fused kernels: whether they can run and hold an optimizer's rule.
+KNOWS: Mapping[str, Callable[[FusedOptimizer | None], bool]] = {"native": native.knows, "triton": status.knows}
 # By name of fused kernels: whether they may read these tensors.
 RUNS_ON: Mapping[str, Callable[[Tensor, Sequence[Tensor]], bool]] = {
     "native": native.runs_on,
@@ -94,19 +96,19 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
     """
     if backend not in get_args(Backend):
         raise unknown_name("backend", backend, get_args(Backend))
-    fits = native.knows(optimizer)
     if backend in ("native", "triton"):
         if backend == "native":
             native_library.loaded()
         else:
             status.require_triton()
-        if not fits:
+        if not KNOWS[backend](optimizer):
             raise BackendError(f"backend {backend!r} does not know the rule of {optimizer!r}; use backend 'torch'")
     if backend == "auto":
         wanted = "triton" if device is not None and device.type == "cuda" else "native"
         if wanted in kernels(backend, optimizer):
             return cast("Chosen", wanted)
-        why = {b.name: b.why for b in available_backends()}[wanted] if fits else f"it does not know {optimizer!r}"
+        status_of = {b.name: b for b in available_backends()}[wanted]
+        why = f"it does not know {optimizer!r}" if status_of.available else status_of.why
         _fall_back(f"backend 'auto' is 'torch' here, not {wanted!r}: {why}")
         return "torch"
     return cast("Chosen", backend)
@@ -120,8 +122,8 @@ def _fall_back(line: str) -> None:
 
 def kernels(backend: str, optimizer: FusedOptimizer | None = None) -> tuple[str, ...]:
     """Names of the fused kernels that lookups of a backend may run on, whichever device their tables move to."""
-    here = {"native": isinstance(native_library.library(), native_library.Library), "triton": status.why_not() is None}
-    if backend == "auto":
-        # In the interpreter nothing but tests should run.
-        here["triton"] &= not status.interpreted()
-    return tuple(name for name, runs in here.items() if runs and native.knows(optimizer) and backend in ("auto", name))
+    # In the interpreter nothing but tests should run.
+    names = ["native", "triton"] if not status.interpreted() else ["native"]
+    return tuple(
+        name for name in (names if backend == "auto" else [backend]) if name in KNOWS and KNOWS[name](optimizer)
+    )

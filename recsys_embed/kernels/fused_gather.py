@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import Pace, catch_up
-from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, sum_duplicates
 
@@ -77,7 +76,7 @@ def apply_update(
     """
     if rows.numel() == 0:
         return
-    if kernels and native.knows(optimizer) and status.runs_on(rows, [weight]):
+    if kernels and status.runs_on(rows, [weight]) and status.knows(optimizer):
         from recsys_embed.kernels.triton.rows import update_rows
 
         if optimizer.lazy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -44,6 +45,18 @@ class Adam(FusedOptimizer):
     @property
     def tensors(self) -> dict[str, str]:
         return {**super().tensors, "count": "step"} if self.bias_correction == "row" else super().tensors
+
+    @property
+    def constants(self) -> tuple[float, ...]:
+        """1 - beta of both moments, and the logarithms of both betas."""
+        return (*(1 - b for b in self.betas), *(math.log(b) if b else -math.inf for b in self.betas))
+
+    def curve(self) -> array[float]:
+        """Bias corrections, up to where they stay 1."""
+        most = 1 << 17
+        # Not the first that is 1: betas of 0.9 and 0.99 have it at the first step, then fall to 0.74.
+        last = next((n for n in range(1, most) if max(self.betas) ** n < 1e-8), most)
+        return array("d", map(self.correction, range(1, last + 1)))
 
     def correction(self, step: int) -> float:
         """Factor that makes up for moments which start at zero."""

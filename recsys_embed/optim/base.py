@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -55,6 +56,15 @@ class FusedOptimizer(ABC):
     def tensors(self) -> dict[str, str]:
         """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
         return {**self.state, "last": "step"} if self.lazy else dict(self.state)
+
+    @property
+    def constants(self) -> tuple[float, ...]:
+        """Numbers of the rule besides its rate, weight decay and epsilon, in the order in which kernels read them."""
+        return ()
+
+    def curve(self) -> array[float]:
+        """What steps are multiplied by where rows count their own, by that number from 1 on; then it stays."""
+        return array("d")
 
     @property
     def lazy(self) -> bool:

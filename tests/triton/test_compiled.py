@@ -32,6 +32,18 @@ _OPTIONS = ("num_warps", "num_stages")
 SCHEMA = Schema([FeatureSpec("C1", 1000, 32), FeatureSpec("C2", 90_000, 32)])
 
 
+def typed(value: Any, path: tuple[int, ...], attributes: dict[tuple[int, ...], Any]) -> Any:
+    """Type of an argument as triton names it, those of a tuple's parts in such a tuple."""
+    if isinstance(value, tuple):
+        parts = [typed(part, (*path, i), attributes) for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if not isinstance(value, Tensor):
+        return "fp32" if isinstance(value, float) else "i32"
+    if value.data_ptr() % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return _TYPES[value.dtype]
+
+
 class Launches(dict[str, str]):
     """PTX by kernel, of its last launch; instead of running, kernels are compiled for sm_90."""
 
@@ -48,12 +60,8 @@ class Launches(dict[str, str]):
             value = given[name]
             if name in constants:
                 signature[name], constexprs[(i,)] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[name] = _TYPES[value.dtype]
-                if value.data_ptr() % 16 == 0:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
             else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                signature[name] = typed(value, (i,), attributes)
         source = ASTSource(kernel, signature, constexprs, attributes)
         self[kernel.fn.__name__] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 

@@ -87,23 +87,30 @@ def words_of(record: type[ctypes.Structure]) -> dict[str, int]:
     return {name: getattr(record, name).offset // 8 for name in (f[0] for f in record._fields_)}
 
 
+class Rule(ctypes.Structure):
+    """An optimizer's rule, and the state it keeps of one storage."""
+
+    _fields_: ClassVar = [
+        ("number", c_int64),
+        ("elements", c_int64),
+        ("constants", c_double * 8),
+        ("state", c_void_p * 4),
+        ("curve", c_void_p),
+        ("curve_count", c_int64),
+    ]
+
+
 class Update(ctypes.Structure):
     """What becomes of the gradients of one storage."""
 
     _fields_: ClassVar = [
-        ("rule", c_int64),
-        ("beta1", c_double),
-        ("beta2", c_double),
+        ("rule", Rule),
         ("decay", c_double),
         ("sizes", c_void_p),
         ("epsilons", c_void_p),
         ("first", c_int64),
         ("step", c_int64),
         ("last", c_void_p),
-        ("count", c_void_p),
-        ("corrections", c_void_p),
-        ("correction_count", c_int64),
-        ("state", c_void_p * 2),
         ("gradient", c_void_p),
         ("touched", c_void_p),
         ("touched_count", c_void_p),
@@ -118,11 +125,13 @@ class Library(NamedTuple):
         handle: of the shared library.
         variant: instruction set in use.
         threaded: whether they run in the threads of torch's runtime, or in one.
+        rules: names of the optimizers' rules, in order of their numbers.
     """
 
     handle: ctypes.CDLL
     variant: str
     threaded: bool
+    rules: tuple[str, ...]
 
 
 def _file() -> Path | None:
@@ -153,6 +162,7 @@ def library() -> Library | str:
     own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
     if sizes != own or handle.rse_transform_layout() != LAYOUT.encode():
         return f"{path.name} was built from other sources; install again"
+    handle.rse_rules.restype = c_char_p
     wanted = os.environ.get("RECSYS_EMBED_CPU")
     if wanted is not None and wanted not in VARIANTS:
         return f"RECSYS_EMBED_CPU must be one of {', '.join(VARIANTS)}; got {wanted!r}"
@@ -165,7 +175,7 @@ def library() -> Library | str:
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_settle.restype = c_int
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
-    return Library(handle, name.decode(), _share_threads(handle))
+    return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 
 
 def _share_threads(handle: ctypes.CDLL) -> bool:

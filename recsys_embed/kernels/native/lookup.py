@@ -18,15 +18,15 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BackendError, ConfigError
 from recsys_embed.kernels.deferred_steps import Pace
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
-from recsys_embed.kernels.native.library import Call, Library, Mask, Update, library, loaded, words_of
+from recsys_embed.kernels.native.library import Call, Library, Mask, Rule, Update, library, loaded, words_of
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.vectorised import Place
-from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.optim import FusedOptimizer, rule_name
 
-_RULES: Mapping[type[FusedOptimizer], int] = {SGD: 0, Adagrad: 1, RowwiseAdagrad: 2, Adam: 3}
-_DENSE, _SPARSE = 4, 5
+_DENSE, _SPARSE = -1, -2
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT4 = 3, 4
 _STORED = (*_KINDS, torch.uint8)
@@ -41,8 +41,9 @@ _THREADS, _MASK = _AT["threads"], _AT["mask"]
 
 
 def knows(optimizer: FusedOptimizer | None) -> bool:
-    """Whether the kernels hold the optimizer's rule; a rule of one's own runs on backend ``"torch"``."""
-    return optimizer is None or type(optimizer) in _RULES
+    """Whether the kernels can run and hold the optimizer's rule; a rule of one's own runs on backend ``"torch"``."""
+    found = native_library.library()
+    return isinstance(found, Library) and (optimizer is None or rule_name(optimizer) in found.rules)
 
 
 def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype] = (torch.float32,)) -> bool:
@@ -70,33 +71,39 @@ def _pointer(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
 
 
-@lru_cache(maxsize=8)
-def _corrections(optimizer: Adam) -> array[float]:
-    """Bias corrections by number of steps, up to where they stay 1."""
-    most = 1 << 17
-    # Not the first that is 1: betas of 0.9 and 0.99 have it at the first step, then fall to 0.74.
-    last = next((n for n in range(1, most) if max(optimizer.betas) ** n < 1e-8), most)
-    return array("d", map(optimizer.correction, range(1, last + 1)))
+class _Encoded(NamedTuple):
+    """A rule as the kernels read it, but for its state, of which these are the tensors in order."""
+
+    rule: Rule
+    states: tuple[str, ...]
+    curve: array[float]
+
+
+@lru_cache(maxsize=64)
+def _encoded(optimizer: FusedOptimizer) -> _Encoded:
+    number = loaded().rules.index(str(rule_name(optimizer)))
+    kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
+    constants, curve = optimizer.constants, optimizer.curve() if "count" in kinds else array("d")
+    rule = Rule(number=number, elements=sum(kind == "element" for kind in kinds.values()))
+    rule.constants[: len(constants)] = constants
+    rule.curve, rule.curve_count = curve.buffer_info()
+    return _Encoded(rule, tuple(kinds), curve)
 
 
 def _updates(
     optimizer: FusedOptimizer, tables: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], paces: Sequence[Pace]
 ) -> Any:
     """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
-    updates = (Update * len(tables))()
+    updates, encoded = (Update * len(tables))(), _encoded(optimizer)
     for update, table, state, pace in zip(updates, tables, states, paces, strict=True):
-        update.rule, update.rows, update.decay = _RULES[type(optimizer)], table.shape[0], optimizer.weight_decay
-        update.beta1, update.beta2 = getattr(optimizer, "betas", (0.0, 0.0))
+        update.rule, update.rows, update.decay = encoded.rule, table.shape[0], optimizer.weight_decay
         update.sizes, update.epsilons = pace.sizes.buffer_info()[0], pace.epsilons.buffer_info()[0]
         update.first, update.step = pace.first, pace.step
-        for i, name in enumerate(optimizer.state):
-            update.state[i] = state[name].data_ptr()
+        pointers = update.rule.state
+        for i, name in enumerate(encoded.states):
+            pointers[i] = state[name].data_ptr()
         if "last" in state:
             update.last = state["last"].data_ptr()
-        if isinstance(optimizer, Adam) and "count" in state:
-            corrections = _corrections(optimizer)
-            update.count = state["count"].data_ptr()
-            update.corrections, update.correction_count = corrections.buffer_info()
     return updates
 
 
@@ -354,7 +361,7 @@ class NativeLookup:
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         counts = ids.counts(self._columns)
         for update, table, reads in zip(updates, tables, self._reads, strict=True):
-            update.rule, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
+            update.rule.number, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
             number = min(table.shape[0], sum(n * r for n, r in zip(counts, reads, strict=True)))
             values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
             rows = table.new_empty(number if sparse else 0, dtype=torch.int64)

@@ -1,13 +1,48 @@
 """What becomes of the summed gradients of rows: one optimizer step, or a gradient handed out."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-SGD = tl.constexpr(0)
-ADAGRAD = tl.constexpr(1)
-ROWWISE = tl.constexpr(2)
-ADAM = tl.constexpr(3)
-GRADIENT = tl.constexpr(4)
+# Names of the rules that :func:`apply` knows; a rule's number is its place.
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+GRADIENT = tl.constexpr(-1)
+_SGD = tl.constexpr(RULES.index("sgd"))
+_ADAGRAD = tl.constexpr(RULES.index("adagrad"))
+_ROWWISE_ADAGRAD = tl.constexpr(RULES.index("rowwise_adagrad"))
+_ADAM = tl.constexpr(RULES.index("adam"))
+
+
+class Tensors(NamedTuple):
+    """What a step changes.
+
+    Args:
+        weights: ``[rows, width]`` of a storage.
+        state: of its optimizer, in the order of the rule's class.
+        last: the step that rows have come to; anything where LAST is False.
+        gradient: what receives sums where the rule is GRADIENT; else anything.
+    """
+
+    weights: Any
+    state: tuple[Any, ...]
+    last: Any
+    gradient: Any
+
+
+class Numbers(NamedTuple):
+    """What a step goes by; floats alone, since triton compiles anew for some integers of a tuple.
+
+    Args:
+        size, eps: step size and epsilon.
+        decay: weight decay.
+        constants: of the rule, in the order of its class.
+    """
+
+    size: float
+    eps: float
+    decay: float
+    constants: tuple[float, ...]
 
 
 @triton.jit
@@ -49,57 +84,66 @@ def rounded(value, row, cols, seed, step, like):
 
 
 @triton.jit
+def _adam(grad, row, at, live, mask, tensors, numbers, COUNTS: tl.constexpr):
+    """Direction of Adam's step ``[n, columns]``; its moments move."""
+    mean = tl.load(tensors.state[0] + at, mask=mask, other=0.0)
+    square = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
+    mean += (grad - mean) * numbers.constants[0]
+    square += (grad * grad - square) * numbers.constants[1]
+    tl.store(tensors.state[0] + at, mean, mask=mask)
+    tl.store(tensors.state[1] + at, square, mask=mask)
+    direction = mean / (tl.sqrt_rn(square) + numbers.eps)
+    if COUNTS:
+        count = tl.load(tensors.state[2] + row, mask=live, other=0) + 1
+        tl.store(tensors.state[2] + row, count, mask=live)
+        # In float64: 1 - beta**count of the first steps is a small difference.
+        n = count.to(tl.float64)
+        fading = 1.0 - tl.exp(n * numbers.constants[2])
+        correction = tl.sqrt(1.0 - tl.exp(n * numbers.constants[3])) / fading
+        direction = direction * correction.to(tl.float32)[:, None]
+    return direction
+
+
+@triton.jit
+def _mean_square(grad, mask, WIDTH: tl.constexpr):
+    return tl.sum(tl.where(mask, grad * grad, 0.0), 1) / WIDTH
+
+
+@triton.jit
 def apply(
-    row, grad, live, cols, weights, first, second, counts, last, gradient,
-    size, eps, rest1, rest2, log1, log2, decay, seed, step,
+    row, grad, live, cols, tensors, numbers, seed, step,
     RULE: tl.constexpr, WIDTH: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """One step of RULE on ``row [n]`` with summed gradients ``grad [n, columns]``.
 
     Args:
-        weights, first, second, counts, last: a storage and the state of its optimizer.
-        gradient: where RULE is GRADIENT, what receives it.
-        size, eps: step size and epsilon of this step.
-        rest1, rest2, log1, log2: one less Adam's betas, and their logarithms.
-        seed, step: of the draws that round 16-bit weights.
+        tensors: :class:`Tensors`.
+        numbers: :class:`Numbers`.
+        seed, step: of the draws that round 16-bit weights; ``step`` is the table's number of steps.
         COUNTS, LAST: whether rows count their own steps, and note the step they have come to.
     """
     mask = live[:, None] & (cols < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None] * WIDTH + cols[None, :]
     if RULE == GRADIENT:
-        tl.store(gradient + at, grad.to(gradient.dtype.element_ty), mask=mask)
+        tl.store(tensors.gradient + at, grad.to(tensors.gradient.dtype.element_ty), mask=mask)
     else:
-        weight = tl.load(weights + at, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(tensors.weights + at, mask=mask, other=0.0).to(tl.float32)
+        size = numbers.size
         if DECAY:
-            grad += weight * decay
-        if RULE == SGD:
+            grad += weight * numbers.decay
+        if RULE == _SGD:
             weight = weight - size * grad
-        elif RULE == ADAGRAD:
-            total = tl.load(first + at, mask=mask, other=0.0) + grad * grad
-            tl.store(first + at, total, mask=mask)
-            weight = weight - size * grad / (tl.sqrt_rn(total) + eps)
-        elif RULE == ROWWISE:
-            square = tl.sum(tl.where(mask, grad * grad, 0.0), 1) / WIDTH
-            total = tl.load(first + row, mask=live, other=0.0) + square
-            tl.store(first + row, total, mask=live)
-            weight = weight - (size / (tl.sqrt_rn(total) + eps))[:, None] * grad
-        else:
-            mean = tl.load(first + at, mask=mask, other=0.0)
-            square = tl.load(second + at, mask=mask, other=0.0)
-            mean += (grad - mean) * rest1
-            square += (grad * grad - square) * rest2
-            tl.store(first + at, mean, mask=mask)
-            tl.store(second + at, square, mask=mask)
-            direction = mean / (tl.sqrt_rn(square) + eps)
-            if COUNTS:
-                count = tl.load(counts + row, mask=live, other=0) + 1
-                tl.store(counts + row, count, mask=live)
-                # In float64: 1 - beta**count of the first steps is a small difference.
-                n = count.to(tl.float64)
-                fading = 1.0 - tl.exp(n * log1)
-                correction = tl.sqrt(1.0 - tl.exp(n * log2)) / fading
-                direction = direction * correction.to(tl.float32)[:, None]
-            weight = weight - size * direction
+        elif RULE == _ADAGRAD:
+            total = tl.load(tensors.state[0] + at, mask=mask, other=0.0) + grad * grad
+            tl.store(tensors.state[0] + at, total, mask=mask)
+            weight = weight - size * grad / (tl.sqrt_rn(total) + numbers.eps)
+        elif RULE == _ROWWISE_ADAGRAD:
+            total = tl.load(tensors.state[0] + row, mask=live, other=0.0) + _mean_square(grad, mask, WIDTH)
+            tl.store(tensors.state[0] + row, total, mask=live)
+            weight = weight - (size / (tl.sqrt_rn(total) + numbers.eps))[:, None] * grad
+        elif RULE == _ADAM:
+            weight = weight - size * _adam(grad, row, at, live, mask, tensors, numbers, COUNTS)
+        weights = tensors.weights
         tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
         if LAST:
-            tl.store(last + row, tl.zeros_like(row) + step, mask=live)
+            tl.store(tensors.last + row, tl.zeros_like(row) + step, mask=live)

@@ -61,11 +61,11 @@ def _gradients(position, live, batch, reads, scales, outer, own, cols, first_rea
     return value * tl.load(scales + number, mask=live, other=0.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["count", "batch", "first_read", "step", "seed"])
+@triton.jit(do_not_specialize=["count", "batch", "first_read", "seed", "step"])
 def sum_pieces(
     starts, ends, number, keys, order, count, heads, tails,
     reads, scales, outer, own, batch, first_read,
-    weights, first, second, counts, last, gradient, size, eps, rest1, rest2, log1, log2, decay, seed, step,
+    tensors, numbers, seed, step,
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr,
     DECAY: tl.constexpr,
@@ -91,18 +91,17 @@ def sum_pieces(
         grad += _gradients(position, here, batch, reads, scales, outer, own, cols, first_read,
                            WIDTH, VECTOR, OUTER, INNER)  # fmt: skip
     whole = live & ~goes_on & ~began
-    apply(row, grad, whole, cols, weights, first, second, counts, last, gradient,
-          size, eps, rest1, rest2, log1, log2, decay, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)  # fmt: skip
+    apply(row, grad, whole, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)
     place = (start // CHUNK).to(tl.int64)[:, None] * WIDTH + cols[None, :]
     inside = (cols < WIDTH)[None, :]
     tl.store(heads + place, grad, mask=(live & began)[:, None] & inside)
     tl.store(tails + place, grad, mask=(live & goes_on & ~began)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["count", "step", "seed"])
+@triton.jit(do_not_specialize=["count", "seed", "step"])
 def join_pieces(
     keys, count, heads, tails,
-    weights, first, second, counts, last, gradient, size, eps, rest1, rest2, log1, log2, decay, seed, step,
+    tensors, numbers, seed, step,
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
@@ -134,5 +133,4 @@ def join_pieces(
         more = tl.min(same.to(tl.int32), 0) > 0
         at += TILE
     one = tl.zeros([1], tl.int32)
-    apply(one + row, total[None, :], one == 0, cols, weights, first, second, counts, last, gradient,
-          size, eps, rest1, rest2, log1, log2, decay, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)  # fmt: skip
+    apply(one + row, total[None, :], one == 0, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)

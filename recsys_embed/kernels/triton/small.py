@@ -53,11 +53,10 @@ def accumulate(
     tl.atomic_add(to, grad, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["rows", "copies", "step", "seed"])
+@triton.jit(do_not_specialize=["rows", "copies", "seed", "step"])
 def update_touched(
     tiles, buffer, touched, rows, copies,
-    weights, first, second, counts, last, gradient,
-    size, eps, rest1, rest2, log1, log2, decay, seed, step,
+    tensors, numbers, seed, step,
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
@@ -72,5 +71,4 @@ def update_touched(
     grad = tl.zeros([TILE, COLS], tl.float32)
     for copy in range(copies):
         grad += tl.load(buffer + (copy * rows + here)[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
-    apply(tl.load(tile + 1) + i, grad, live, cols, weights, first, second, counts, last, gradient,
-          size, eps, rest1, rest2, log1, log2, decay, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)  # fmt: skip
+    apply(tl.load(tile + 1) + i, grad, live, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError, MissingDependencyError
+from recsys_embed.optim import FusedOptimizer, rule_name
 from recsys_embed.utils.optional import require
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +32,15 @@ def why_not() -> str | None:
     except MissingDependencyError as e:
         return str(e)
     return None
+
+
+def knows(optimizer: FusedOptimizer | None) -> bool:
+    """Whether the kernels can run and hold the optimizer's rule."""
+    if why_not() is not None or optimizer is None:
+        return why_not() is None
+    from recsys_embed.kernels.triton.rules import RULES
+
+    return rule_name(optimizer) in RULES
 
 
 @cache

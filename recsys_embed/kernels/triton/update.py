@@ -13,14 +13,8 @@ from torch import Tensor
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.triton import rules, segments, small
 from recsys_embed.kernels.triton.fields import READ, SMALL, Tables
-from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.optim import FusedOptimizer, rule_name
 
-_RULES: Mapping[type[FusedOptimizer], int] = {
-    SGD: rules.SGD.value,
-    Adagrad: rules.ADAGRAD.value,
-    RowwiseAdagrad: rules.ROWWISE.value,
-    Adam: rules.ADAM.value,
-}
 # Sorted reads that a piece holds at most, that one program cuts, and elements that one program sums at once.
 _CHUNK, _CUT, _TILE = 64, 1024, 512
 # Rows that the copies of a buffer have together at least, and most copies.
@@ -38,24 +32,21 @@ class Target(NamedTuple):
         cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], pace: Any, number: int
     ) -> Target:
         """A step of the optimizer; ``number`` of the storage keeps the draws of two apart."""
-        betas = getattr(optimizer, "betas", (0.0, 0.0))
-        logs = [math.log(b) if b else -math.inf for b in betas]
-        moments = [state[name] for name in optimizer.state]
-        first, second = (*moments, weights, weights)[:2]
-        arguments = (
-            weights, first, second, state.get("count", weights), state.get("last", weights), weights,
-            float(pace.sizes[-1]), float(pace.epsilons[-1]), 1 - betas[0], 1 - betas[1], *logs,
-            float(optimizer.weight_decay), number, pace.step,
-        )  # fmt: skip
-        constants = {"COUNTS": "count" in state, "LAST": "last" in state, "DECAY": optimizer.weight_decay != 0}
-        return cls(arguments, {"RULE": _RULES[type(optimizer)], "WIDTH": weights.shape[1], **constants})
+        kept = tuple(state[name] for name in optimizer.tensors if name != "last")
+        size, eps, decay = float(pace.sizes[-1]), float(pace.epsilons[-1]), float(optimizer.weight_decay)
+        tensors = rules.Tensors(weights, kept, state.get("last", weights), weights)
+        numbers = rules.Numbers(size, eps, decay, optimizer.constants)
+        constants = {"COUNTS": "count" in state, "LAST": "last" in state, "DECAY": decay != 0}
+        rule = rules.RULES.index(str(rule_name(optimizer)))
+        return cls((tensors, numbers, number, pace.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:
         """The sums themselves, into rows of ``gradient``."""
         constants = {"RULE": rules.GRADIENT.value, "WIDTH": gradient.shape[1]}
         constants |= dict.fromkeys(("COUNTS", "LAST", "DECAY"), False)
-        return cls((*(gradient,) * 6, *(0.0,) * 7, 0, 0), constants)
+        tensors = rules.Tensors(gradient, (), gradient, gradient)
+        return cls((tensors, rules.Numbers(0.0, 0.0, 0.0, ()), 0, 0), constants)
 
 
 class Source(NamedTuple):
@@ -65,11 +56,6 @@ class Source(NamedTuple):
     scales: Tensor
     outer: Tensor
     own: Tensor
-
-
-def knows(optimizer: FusedOptimizer | None) -> bool:
-    """Whether the kernels hold the optimizer's rule."""
-    return optimizer is None or type(optimizer) in _RULES
 
 
 def _columns(width: int) -> int:
