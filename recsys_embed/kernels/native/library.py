@@ -157,10 +157,12 @@ def library() -> Library | str:
         return f"{path.name} does not load: {error}"
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
-    handle.rse_transform_layout.restype = c_char_p
     sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
     own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
-    if sizes != own or handle.rse_transform_layout() != LAYOUT.encode():
+    layout = getattr(handle, "rse_transform_layout", None)
+    if layout is not None:
+        layout.restype = c_char_p
+    if sizes != own or layout is None or layout() != LAYOUT.encode():
         return f"{path.name} was built from other sources; install again"
     handle.rse_rules.restype = c_char_p
     wanted = os.environ.get("RECSYS_EMBED_CPU")
