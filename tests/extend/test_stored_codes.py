@@ -20,6 +20,7 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Init, LookupProgram, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
+from recsys_embed.exports.graph import to_onnx
 from recsys_embed.testing import check_embedding
 
 # -- product quantisation: a vector is the pieces that its codes name --------------------------------------------
@@ -189,6 +190,17 @@ def test_codes_of_a_plan_are_what_every_backend_reads_and_trains(tmp_path: Path)
     assert torch.equal(again(ids), native(ids))
     report = rse.memory_report(native)
     assert report.total("serve") == native.footprint().serve
+
+
+def test_graphs_for_servers_and_models_in_place_hold_the_codes_of_a_plan(tmp_path: Path) -> None:
+    plan = Plan.uniform(SCHEMA, "coded", num_codes=11).with_arrays({n: {"codes": c} for n, c in CODES.items()})
+    written = to_onnx(EmbeddingCollection(SCHEMA, plan), tmp_path / "codes.onnx")
+    assert written.check is not None
+    model = torch.nn.ModuleDict({f.name: torch.nn.Embedding(f.num_ids, f.embedding_dim) for f in SCHEMA})
+    rse.compress_(model, plan, init="fresh")
+    for f in SCHEMA:
+        module: Any = model[f.name]
+        assert torch.equal(module.kernel.index.value(0, "codes"), CODES[f.name])
 
 
 def test_an_index_of_ones_own_on_torch(tmp_path: Path) -> None:
