@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from recsys_embed.core import hashing
 from recsys_embed.core.codes import Codes, CodesIndex, pack, packed_words, unpack
 from recsys_embed.core.id_sets import Index
-from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels import kinds, reference
 from recsys_embed.kernels.indexes import IndexStore
@@ -43,10 +43,10 @@ def program(bits: int, ids: int, columns: int) -> LookupProgram:
     """Sum of one row per code, of tables of all rows that ``bits`` bits can name, beside two sets of ids."""
     rows = 2**bits if bits < 17 else 2**16 + 1
     index = CodesIndex("codes", ids, columns, rows, salt=5)
-    tables = (Table("weight", rows, 4, Init("constant")), Table("hot", 9, 4, Init("constant")))
-    probes = [Probe("weight", Codes(index, j)) for j in range(columns)]
+    tables = (Table("weight", rows, 4, Initializer("constant")), Table("hot", 9, 4, Initializer("constant")))
+    row_lookups = [RowLookup("weight", Codes(index, j)) for j in range(columns)]
     sets = [Member(Index(f"set_{form}", ids, 3, 9, form)) for form in ("bitmap", "sorted")]  # type: ignore[arg-type]
-    return LookupProgram(tables, (*probes, *(Probe("hot", s) for s in sets)))
+    return LookupProgram(tables, (*row_lookups, *(RowLookup("hot", s) for s in sets)))
 
 
 @pytest.mark.parametrize("bits", range(1, 18))
@@ -60,7 +60,7 @@ def test_rows_are_the_codes_in_every_backend(bits: int) -> None:
     assert torch.equal(store.value(0, "codes"), codes)
     asked = torch.tensor([*range(ids), -1, ids, 2**40, -(2**63), 2**63 - 1])
     for j in range(columns):
-        rows = made.probes[j].transform.rows(asked, store.at(0, "codes"), store.arrays)
+        rows = made.row_lookups[j].transform.rows(asked, store.at(0, "codes"), store.arrays)
         assert rows.tolist() == [*codes[:, j].tolist(), *[-1] * 5]
     tables = {t.name: torch.randn(t.rows, t.width) for t in made.tables}
     inside = asked[:ids]
@@ -120,13 +120,13 @@ def test_the_header_of_the_kernels_is_written_from_the_table_of_kinds() -> None:
 
 
 def test_a_subclass_with_arithmetic_of_its_own_is_not_taken_for_its_base() -> None:
-    class Shifted(Digit):
+    class Shifted(MixedRadixDigit):
         @staticmethod
         def map(signature: Any, ids: torch.Tensor, params: Any, at: Any = 0, arrays: Any = None) -> torch.Tensor:
             return ids + 1
 
-    class Named(Digit):
+    class Named(MixedRadixDigit):
         pass
 
-    assert Digit().encoded() == Named().encoded() == ("identity", {})
+    assert MixedRadixDigit().encoded() == Named().encoded() == ("identity", {})
     assert Shifted().encoded() is None

@@ -17,7 +17,7 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, registr
 from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Init, LookupProgram, Probe, Table, Transform
+from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.exports.graph import to_onnx
@@ -46,8 +46,8 @@ class CodedConfig(MethodConfig):
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
         index, width = CodesIndex("codes", spec.num_ids, self.parts, self.num_codes), spec.embedding_dim // self.parts
-        tables = tuple(Table(f"part{j}", self.num_codes, width, Init.plain(spec)) for j in range(self.parts))
-        return LookupProgram(tables, tuple(Probe(t.name, Codes(index, j), j * width) for j, t in enumerate(tables)))
+        tables = tuple(Table(f"part{j}", self.num_codes, width, Initializer.plain(spec)) for j in range(self.parts))
+        return LookupProgram(tables, tuple(RowLookup(t.name, Codes(index, j), j * width) for j, t in enumerate(tables)))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
@@ -129,8 +129,8 @@ class PlacedConfig(MethodConfig):
     shift: int = param(0, "nothing")
 
     def _program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", Placed(PlacesIndex("places", spec.num_ids))),))
+        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", Placed(PlacesIndex("places", spec.num_ids))),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:

@@ -14,7 +14,7 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.collection.fused_bundle import TritonBundle
 from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import Index
-from recsys_embed.core.program import Init, LookupProgram, Member, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, Member, RowLookup, Table
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton.deferred import DeferredLookup
 from recsys_embed.plan import table_key
@@ -129,7 +129,7 @@ def test_plain_tables(launches: Launches, dtype: torch.dtype, optimizer: rse.SGD
 
 
 @pytest.mark.parametrize(
-    ("method", "params", "probes"),
+    ("method", "params", "row_lookups"),
     [
         ("hash", {}, 1),
         ("unified", {}, 1),
@@ -140,19 +140,19 @@ def test_plain_tables(launches: Launches, dtype: torch.dtype, optimizer: rse.SGD
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_composed_tables(
-    launches: Launches, method: str, params: dict[str, Any], probes: int, dtype: torch.dtype
+    launches: Launches, method: str, params: dict[str, Any], row_lookups: int, dtype: torch.dtype
 ) -> None:
     step(method, dtype, rse.SGD(0.1), **params)
-    assert wide(launches["forward"], "ld") == probes * per_thread(2048, dtype, 4)
+    assert wide(launches["forward"], "ld") == row_lookups * per_thread(2048, dtype, 4)
     if "spread" in launches:
         assert wide(launches["spread"], "st") > 0
 
 
 def test_every_form_of_index_compiles(launches: Launches) -> None:
-    tables = (Table("a", 100, 16, Init("constant")),)
+    tables = (Table("a", 100, 16, Initializer("constant")),)
     sets = [Member(Index(form, 1000, 3, 90, form), rest=5) for form in ("range", "bitmap", "sorted")]  # type: ignore[arg-type]
     codes = Codes(CodesIndex("codes", 1000, 2, 100), 1)
-    program = LookupProgram(tables, tuple(Probe("a", t) for t in (*sets, codes)))
+    program = LookupProgram(tables, tuple(RowLookup("a", t) for t in (*sets, codes)))
     lookup = DeferredLookup.single("f", program, IndexStore([program.indexes]), False)
     lookup(torch.zeros(50, 1, dtype=torch.int64), [torch.zeros(100, 16)])
     assert wide(launches["forward"], "ld") == 4 * per_thread(2048, torch.float32, 4)
