@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import names, say_few_steps, search_settings, train_config
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
-from recsys_embed.train.files import drop_temporaries, write_json, write_text
+from recsys_embed.utils.files import drop_leftovers, write_json, write_text
 from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
@@ -28,7 +29,7 @@ def methods(
         Path | None, typer.Option("--config", help="Training settings, TOML or JSON; [search] the study's.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/search/methods-MODEL-sSEED.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model key.")] = None,
+    model: opt.Model = None,
     budgets: Annotated[
         str | None, typer.Option("--budgets", "--budget", help="Shares of the plain tables or bytes, e.g. 5%,1MiB.")
     ] = None,
@@ -54,15 +55,13 @@ def methods(
     ] = None,
     warm: Annotated[str | None, typer.Option("--warm-from", help="Storage of an earlier study.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes on this machine.")] = 1,
-    embedding_dim: Annotated[int | None, typer.Option("--embedding-dim", help="Width of the vectors.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes of a full training.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, order and draws.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting: key=value; search.KEY=value for the study's.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")] = "cpu",
+    embedding_dim: opt.EmbeddingDim = None,
+    epochs: opt.Epochs = None,
+    batch_size: opt.BatchSize = None,
+    learning_rate: opt.LearningRate = None,
+    seed: opt.Seed = None,
+    assign: opt.SearchAssign = None,
+    device: opt.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
@@ -110,7 +109,7 @@ def methods(
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
         study.sweep()
-        drop_temporaries(folder, age=3600)
+        drop_leftovers(folder, age=3600)
     except Interrupted:
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -95,7 +95,7 @@ def _copier(table: Tensor, slab: Slab, stored: Tensor) -> Callable[[], None]:
 
 
 def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[Entry]:
-    for key, matrix in bundle.dense_tables().items():
+    for key, matrix in bundle.heads.tables(stacked_only=True).items():
         yield Entry(f"{path}/{key}", matrix.detach())
     for name, module in bundle.own.items():
         for key, values in module.state_dict().items():

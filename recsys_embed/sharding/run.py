@@ -25,7 +25,6 @@ from recsys_embed.sharding.single_machine import to_single
 from recsys_embed.sharding.trainer import ShardedTrainer
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.files import write_json
 from recsys_embed.train.run import (
     RunOutcome,
     check_device,
@@ -40,6 +39,7 @@ from recsys_embed.train.run import (
     resolve,
     schema_of,
 )
+from recsys_embed.utils.files import write_json
 
 MODEL = "model"
 SINGLE_LIMIT = 16 << 30

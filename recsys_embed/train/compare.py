@@ -19,9 +19,9 @@ from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods, with_current_names
 from recsys_embed.train.config import PLANNED, TrainConfig
-from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import DivergedError
 from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training, schema_of
+from recsys_embed.utils.files import write_json
 from recsys_embed.utils.settings import Settings, param
 
 ROWS = "rows"

@@ -26,12 +26,12 @@ from recsys_embed.train.checkpoint import (
     set_rng_state,
 )
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
-from recsys_embed.train.files import drop_temporaries
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
 from recsys_embed.train.stop_request import Interrupted, StopRequest
+from recsys_embed.utils.files import drop_leftovers
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
@@ -155,7 +155,7 @@ class Trainer:
         self.best_weights: dict[str, Any] | None = None
         self._resumed_rng: dict[str, Tensor] | None = None
         if folder is not None:
-            drop_temporaries(folder)
+            drop_leftovers(folder)
         if resume:
             self._restore()
         self.log = RunLog(folder, tensorboard=tensorboard, keep_bytes=self.state.log_bytes, step=self.state.step)

@@ -23,8 +23,8 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import DENSE_ADAM, PLANNED, TrainConfig
-from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import CHECKPOINT, Trainer, TrainResult
+from recsys_embed.utils.files import write_json
 from recsys_embed.utils.versions import installed_versions
 
 LINEAR_METHOD = "unified"

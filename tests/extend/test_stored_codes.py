@@ -44,7 +44,7 @@ class CodedConfig(MethodConfig):
             faults.append(f"`parts` must divide the width {spec.embedding_dim}; got {self.parts}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         index, width = CodesIndex("codes", spec.num_ids, self.parts, self.num_codes), spec.embedding_dim // self.parts
         tables = tuple(Table(f"part{j}", self.num_codes, width, Initializer.plain(spec)) for j in range(self.parts))
         return LookupProgram(tables, tuple(RowLookup(t.name, Codes(index, j), j * width) for j, t in enumerate(tables)))
@@ -128,7 +128,7 @@ class PlacedConfig(MethodConfig):
     method: ClassVar[str] = "placed"
     shift: int = param(0, "nothing")
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec))
         return LookupProgram((table,), (RowLookup("weight", Placed(PlacesIndex("places", spec.num_ids))),))
 

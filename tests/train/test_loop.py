@@ -20,8 +20,8 @@ from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.train import DivergedError, Interrupted, Trainer, checkpoint, loop, run_training
 from recsys_embed.train.checkpoint import load_checkpoint, save_checkpoint
-from recsys_embed.train.files import write_json
 from recsys_embed.train.run import model_from_config
+from recsys_embed.utils.files import write_json
 from tests.train.toy import Batch, ToyBatches, ToyData, toy_config
 
 

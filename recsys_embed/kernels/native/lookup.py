@@ -22,8 +22,8 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Rule, Update, library, loaded, words_of
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.precision import HEAD
-from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer, rule_name
 
 _DENSE, _SPARSE = -1, -2

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.kinds import KINDS, NAMES
-from recsys_embed.kernels.vectorised import Place
+from recsys_embed.kernels.places import Place
 
 
 def _fields(names: str) -> list[tuple[str, str]]:
@@ -92,7 +92,7 @@ def encode(
     limits: Sequence[int],
     optional: Sequence[bool],
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Records of features and of their row lookups, and how many numbers per sample backward needs of what forward read.
+    """Records of features and row lookups, and how many numbers per sample backward needs of what forward read.
 
     Args:
         programs: one per feature.

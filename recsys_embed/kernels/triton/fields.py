@@ -1,7 +1,7 @@
 """Lookup programs as integer tables, the form in which the GPU kernels read them.
 
-A *job* is what one program of the forward kernel does for a tile of samples: all row lookups of a feature that share output
-columns. A *read* is one row per sample of one table: a row lookup's own, or that of its learned weight.
+A *job* is what one program of the forward kernel does for a tile of samples: all row lookups of a feature that share
+output columns. A *read* is one row per sample of one table: a row lookup's own, or that of its learned weight.
 """
 
 from __future__ import annotations

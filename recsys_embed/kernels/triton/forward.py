@@ -22,7 +22,7 @@ def _row_lookup(
     KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr,
     WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """``total`` joined with one row lookup's values; ``used`` are the samples that have any, ``live`` those to write of."""
+    """``total`` joined with a row lookup's values; ``used`` are the samples that have any, ``live`` those to write."""
     rows = find(x, row_lookup, index, used, KINDS)
     table = storage(storages, tl.load(row_lookup + p.STORAGE), out)
     if SAVE:
@@ -123,7 +123,8 @@ def forward(
                 written = live & (j < count)
             at = first + tl.maximum(tl.minimum(j, count - 1), 0)
             total = _row_lookup(
-                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written, x, sample, batch, product,
+                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written,
+                x, sample, batch, product,
                 plain, cols, span, storages, index, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
@@ -131,7 +132,8 @@ def forward(
         for j in range(count):
             at = first + j
             total = _row_lookup(
-                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live, x, sample, batch, product,
+                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live,
+                x, sample, batch, product,
                 plain, cols, span, storages, index, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip

@@ -17,11 +17,11 @@ from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.deferred_steps import Pace, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
-from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer
 
 # Elements that a program reads at once, most columns of its tile, and its warps.
@@ -226,8 +226,8 @@ class TritonLookup:
         tile = max(1, _TILE // cols)
         chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "RUNS", "SIGNS", "WEIGHTS")}
         spread_kernel.spread[(-(-batch // tile) * jobs,)](
-            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept, outer, own,
-            jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
+            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept,
+            outer, own, jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)
 

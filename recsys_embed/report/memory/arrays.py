@@ -173,7 +173,7 @@ def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     )
     side_by_side = side_by_side and not program.padding
     changed = any(p.weight is not None or p.sign is not None for p in program.row_lookups)
-    return numbers, 0 if side_by_side and not changed and program.projection is None else floats
+    return numbers, 0 if side_by_side and not changed and program.head is None else floats
 
 
 def index_arrays(program: LookupProgram) -> tuple[Array, ...]:
