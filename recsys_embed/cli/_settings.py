@@ -97,7 +97,7 @@ def read_plan(path: Path) -> Plan:
     except ValueError as e:
         raise ConfigError(f"{path} is not valid JSON: {e}") from e
     try:
-        return Plan.from_dict(data)
+        return Plan.from_dict(data, path.parent)
     except ConfigError as e:
         raise type(e)(f"{path}: {e}") from e
 
