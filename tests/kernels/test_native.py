@@ -273,7 +273,7 @@ def test_without_a_library_auto_is_torch_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native_library, "library", lambda: "not built")
-    dispatch._fall_back.cache_clear()
+    dispatch.say_once.cache_clear()
     schema = Schema([FeatureSpec("a", 50, 8)])
     assert EmbeddingCollection(schema).backend == EmbeddingCollection(schema).backend == "torch"
     assert [r.getMessage() for r in caplog.records] == ["backend 'auto' is 'torch' here, not 'native': not built"]
