@@ -93,7 +93,7 @@ class MethodConfig(ABC):
 
     @property
     def computes(self) -> bool:
-        """Whether the lookup is more than a program (e.g. a network per id), so that the module itself must run it."""
+        """Whether vectors are computed and no table is read by row (e.g. DHE), so that the module itself runs."""
         return False
 
     def footprint(self, spec: FeatureSpec, itemsize: int = 4) -> Footprint:

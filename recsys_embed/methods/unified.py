@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
@@ -97,7 +98,7 @@ class UnifiedConfig(MethodConfig):
             head = "projection"
             spread = Initializer("uniform", (3 / columns) ** 0.5)
             tables.append(Table(head, columns, spec.embedding_dim, spread, dense=True))
-        return LookupProgram(tuple(tables), reads, projection=head)
+        return LookupProgram(tuple(tables), reads, head=None if head is None else Projection(head))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

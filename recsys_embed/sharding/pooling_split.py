@@ -17,8 +17,10 @@ def pools_in_tables(spec: FeatureSpec, program: LookupProgram) -> bool:
     """Whether pooling each row lookup's rows and then combining gives what combining per id and then pooling does.
 
     It does where vectors are sums of rows. Products, learned weights per id, signs and runs of rows need every id's
-    row; so do maxima, and means over bags some of whose ids are none.
+    row; so do maxima, heads that apply to every id, and means over bags some of whose ids are none.
     """
+    if program.head is not None and program.head.pools == "ids":
+        return False
     if spec.pooling == "max" or any(
         p.sign is not None or p.weight or p.run > 1 or p.width for p in program.row_lookups
     ):

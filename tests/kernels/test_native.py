@@ -140,6 +140,14 @@ def test_ids_out_of_range_are_named_before_anything_is_read(method: Any, bad: in
         coll(ids)
 
 
+def test_raw_ids_below_zero_have_the_remainders_of_python() -> None:
+    schema = Schema([FeatureSpec("a", 100, 4, ids="raw")])
+    coll = EmbeddingCollection(schema, Plan({"a": rse.HashConfig(num_buckets=7, hash="mod")}), backend="native")
+    ids = [-1, -7, -8, -(2**63), -(2**63) + 1, 0, 5, 2**63 - 1]
+    rows = torch.tensor([i % 7 for i in ids])
+    assert torch.equal(coll(torch.tensor(ids).unsqueeze(1))[:, 0], coll.width4[rows])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_of_any_layout(dtype: torch.dtype) -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])
@@ -265,7 +273,7 @@ def test_without_a_library_auto_is_torch_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native_library, "library", lambda: "not built")
-    dispatch._fall_back.cache_clear()
+    dispatch.say_once.cache_clear()
     schema = Schema([FeatureSpec("a", 50, 8)])
     assert EmbeddingCollection(schema).backend == EmbeddingCollection(schema).backend == "torch"
     assert [r.getMessage() for r in caplog.records] == ["backend 'auto' is 'torch' here, not 'native': not built"]
