@@ -28,11 +28,11 @@ which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :cl
 >>> FoldEmbedding(1000, 16, budget="4KiB").footprint().serve  # `register` makes it known by its key
 4096
 
-**A transform** from ids to rows derives from :class:`Transform`, and what it stores from :class:`BaseIndex`; **a head**,
-what comes after the gather of rows, from :class:`Head`; **an update rule** from :class:`FusedOptimizer` with
-:func:`register_rule`, **a model** from :class:`CTRModel` with :func:`register_model`, **a search** from :class:`Search`
-with :func:`register_search`. **A data source** offers the members of :class:`DataSource`; :class:`RowSource` derives
-them from rows read by number.
+**A transform** from ids to rows derives from :class:`Transform`, and what it stores from :class:`BaseIndex`; **a
+head**, what comes after the gather of rows, from :class:`Head`; **an update rule** from :class:`FusedOptimizer` with
+:func:`register_rule`, **a model** from :class:`CTRModel` with :func:`register_model`, **a search** from
+:class:`Search` with :func:`register_search`. **A data source** offers the members of :class:`DataSource`;
+:class:`RowSource` derives them from rows read by number.
 
 **A distribution** of its own names the modules that register by entry points of the groups ``recsys_embed.methods``,
 ``recsys_embed.models``, ``recsys_embed.rules`` and ``recsys_embed.searches``, see :mod:`recsys_embed.utils.plugins`.
