@@ -28,6 +28,9 @@ which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :cl
 >>> FoldEmbedding(1000, 16, budget="4KiB").footprint().serve  # `register` makes it known by its key
 4096
 
+**A head**, which makes vectors of the rows that a program gathers, is one of :class:`Projection`, :class:`Contraction`
+(tensor trains), :class:`PerClassNetwork` and :class:`PooledCombination`, or derives from :class:`Head`.
+
 **A transform** from ids to rows derives from :class:`Transform`, **an update rule** from :class:`FusedOptimizer` with
 :func:`register_rule`, **a model** from :class:`CTRModel` with :func:`register_model`, **a search** from :class:`Search`
 with :func:`register_search`. **A data source** offers the members of :class:`DataSource`; :class:`RowSource` derives
@@ -43,6 +46,7 @@ from typing import Any as _Any
 
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.heads import Contraction, Head, PerClassNetwork, PooledCombination, Projection
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table, Weight
@@ -85,12 +89,14 @@ __all__ = [
     "CTRModel",
     "CompressedEmbedding",
     "ConfigError",
+    "Contraction",
     "DataSource",
     "FeatureSpec",
     "Footprint",
     "FrequencyCurve",
     "FusedOptimizer",
     "Hash",
+    "Head",
     "Index",
     "Initializer",
     "LookupProgram",
@@ -100,6 +106,9 @@ __all__ = [
     "MixedRadixDigit",
     "ModelSpec",
     "Murmur",
+    "PerClassNetwork",
+    "PooledCombination",
+    "Projection",
     "RowLookup",
     "RowSource",
     "Schema",
