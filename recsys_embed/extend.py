@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from recsys_embed.models.base import CTRModel, ModelSpec
     from recsys_embed.models.base import register as register_model
     from recsys_embed.planning.curves import FrequencyCurve
-    from recsys_embed.search.common import Search
+    from recsys_embed.search.base import Search
     from recsys_embed.search.registry import register_search
     from recsys_embed.testing import check_backend, check_embedding, check_model
 
@@ -76,7 +76,7 @@ _LAZY = {
     "FrequencyCurve": ("planning.curves", "FrequencyCurve"),
     "ModelSpec": ("models.base", "ModelSpec"),
     "RowSource": ("data.rows", "RowSource"),
-    "Search": ("search.common", "Search"),
+    "Search": ("search.base", "Search"),
     "check_backend": ("testing", "check_backend"),
     "check_embedding": ("testing", "check_embedding"),
     "check_model": ("testing", "check_model"),

@@ -220,12 +220,13 @@ def equals_its_program(method: MethodInfo) -> None:
     assert not module.program.faults()
     ids = torch.arange(ROWS)
     tables = {t.name: module.table(t.name) for t in module.program.tables}
-    expected = reference.lookup(module.program, tables, ids)
+    index = module.kernel.index
+    expected = reference.lookup(module.program, tables, ids, index)
     torch.testing.assert_close(module(ids), expected)
     torch.testing.assert_close(module.materialize(), expected)
     bound = {t.name: t.rows for t in module.program.tables}
     for row_lookup in module.program.row_lookups:
-        rows = row_lookup.transform.rows(ids)
+        rows = index.rows(0, row_lookup.transform, ids)
         assert -1 <= int(rows.min()) <= int(rows.max()) < bound[row_lookup.table], (
             f"rows of {row_lookup.table} leave the table"
         )
@@ -272,11 +273,13 @@ def budgets_are_kept(method: MethodInfo) -> None:
         last = size
     assert met, "no budget up to the plain table's bytes can be met"
     half = max(5000 * 16 * 4 // 2, method.config_cls.sized(spec, 1).footprint(spec).serve)
+    fitted = method.config_cls.for_budget(spec, half)
     for dtype in (torch.float64, torch.bfloat16):
-        budget = half * dtype.itemsize // 4
+        # Index arrays take the same bytes beside elements of any type.
+        budget = fitted.footprint(spec, dtype.itemsize).serve
         module = method.embedding_cls(5000, 16, budget=budget, dtype=dtype)
         assert module.footprint().serve <= budget, f"budget {budget} at {dtype}: sized {module.footprint().serve}"
-        assert module.config == method.config_cls.for_budget(spec, half), f"a budget must count elements of {dtype}"
+        assert module.config == fitted, f"a budget must count elements of {dtype}"
 
 
 def config_is_data(method: MethodInfo) -> None:

@@ -119,7 +119,7 @@ class EmbeddingCollection(SteppedTables):
                 table.init.fill_(values, hashing.salt(self.seed, "init", key))
             self._reset_steps()
         self.bundle.reset_own(self.seed)
-        self.bundle.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
+        self.bundle.assign_(self.plan.assigned(self.schema))
 
     def table(self, key: str) -> Tensor:
         """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``).

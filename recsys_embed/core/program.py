@@ -15,13 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.index import BaseIndex
 from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
 __all__ = [
+    "Codes",
+    "CodesIndex",
     "Combine",
     "Hash",
     "Initializer",
@@ -175,8 +178,8 @@ class LookupProgram:
         return next(t for t in self.tables if t.name == name)
 
     @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The sets of ids that transforms look up, each once."""
+    def indexes(self) -> tuple[BaseIndex, ...]:
+        """What transforms look ids up in, each once."""
         found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 

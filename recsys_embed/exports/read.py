@@ -10,7 +10,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.core.id_sets import IndexArrays, popcount, ranks_of, words_of
+from recsys_embed.core.id_sets import popcount, ranks_of, words_of
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
@@ -157,10 +158,10 @@ class _Loader:
         for table in storage.tables:
             for end, values in self._index(table).items():
                 arrays[end].append(values)
-        steps = max((p.count for p in parts if p.form == "sorted"), default=0).bit_length()
+        longest = max((p.count for p in parts if p.form == "sorted"), default=0)
         kinds = {"words": torch.int64, "ranks": torch.int32, "values": torch.int32}
-        words, ranks, values = (_joined(arrays[end], kind) for end, kind in kinds.items())
-        return Stored(parts, first.width, data, IndexArrays(words, ranks, values, steps), first.dtype, self.backend)
+        held = {end: _joined(arrays[end], kind) for end, kind in kinds.items()}
+        return Stored(parts, first.width, data, IndexArrays(held, longest), first.dtype, self.backend)
 
     def _index(self, table: TableItem) -> dict[str, Tensor]:
         """The arrays that know a table's kept rows; what they hold is checked, for rows beyond the table."""

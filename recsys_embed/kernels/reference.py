@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import IndexArrays
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.places import Gather, Place

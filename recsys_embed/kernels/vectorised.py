@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import IndexArrays
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore

@@ -241,7 +241,7 @@ class ShardableCollection(Constants):
         for bundle in self.bundles():
             dense |= bundle.dense_tables()
             bundle.reset_own(self.seed)
-        self.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
+        self.assign_(self.plan.assigned(self.schema))
         with torch.no_grad():
             for key, values in dense.items():
                 self.tables[key].init.fill_(values, hashing.salt(self.seed, "init", key))

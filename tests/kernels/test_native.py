@@ -140,6 +140,14 @@ def test_ids_out_of_range_are_named_before_anything_is_read(method: Any, bad: in
         coll(ids)
 
 
+def test_raw_ids_below_zero_have_the_remainders_of_python() -> None:
+    schema = Schema([FeatureSpec("a", 100, 4, ids="raw")])
+    coll = EmbeddingCollection(schema, Plan({"a": rse.HashConfig(num_buckets=7, hash="mod")}), backend="native")
+    ids = [-1, -7, -8, -(2**63), -(2**63) + 1, 0, 5, 2**63 - 1]
+    rows = torch.tensor([i % 7 for i in ids])
+    assert torch.equal(coll(torch.tensor(ids).unsqueeze(1))[:, 0], coll.width4[rows])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_of_any_layout(dtype: torch.dtype) -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])

@@ -40,7 +40,7 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
     def keys(ids: Tensor) -> Tensor:
         arrays = IndexStore([program.indexes]) if store is None else store
         at = arrays.places(0 if store is None else place)
-        ids = ids.to(arrays.arrays.words.device)
+        ids = ids.to(arrays.device)
         names = [t.name for t in program.tables]
         read: dict[tuple[int, int], list[Tensor]] = {}
         for row_lookup, span in zip(program.row_lookups, program.spans, strict=True):

@@ -100,7 +100,7 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Pa
         if schema is None:
             raise ConfigError(f"{path} is a plan, which needs the features it is for: give a schema or a data folder")
         try:
-            plan = Plan.from_dict(data)
+            plan = Plan.from_dict(data, path.parent)
         except ConfigError as e:
             raise type(e)(f"{path}: {e}") from e
         return parts_of_plan(schema, plan, fused)
