@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar, Self
 
-from recsys_embed.core.heads import Contraction
-from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table
-from recsys_embed.core.transforms import MixedRadixDigit
-from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.features import FeatureSpec
+from recsys_embed.extend import (
+    CompressedEmbedding,
+    Contraction,
+    FeatureSpec,
+    Initializer,
+    LookupProgram,
+    MethodConfig,
+    MixedRadixDigit,
+    RowLookup,
+    Table,
+    param,
+)
 
 
 def _split(n: int, parts: int) -> tuple[int, ...]:
@@ -44,7 +50,7 @@ class TensorTrainConfig(MethodConfig):
 
     rank: int = param(8, "of the train", low=1, high=256)
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         rows, (a, b, c), r = _split(spec.num_ids, 3), _width(spec.embedding_dim), self.rank
         shapes = ((a, r), (r, b, r), (r, c))
         widths = (a * r, r * b * r, r * c)
