@@ -24,12 +24,12 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.output_pool import OutputPool
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 
 LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
 METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
-RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]
+RULES = [make_rule(name, lr=0.1) for name in list_rules()]
 
 
 def plan_of(method: Any, schema: Schema, part: float = 0.5) -> Plan:

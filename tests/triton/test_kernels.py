@@ -17,7 +17,7 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.embedding import compressed_embedding as embedding
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.triton import fields, status
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 
 update = pytest.importorskip("recsys_embed.kernels.triton.update", exc_type=ImportError)
 rows = pytest.importorskip("recsys_embed.kernels.triton.rows", exc_type=ImportError)
@@ -25,10 +25,8 @@ pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
 METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
 RULES = [
-    rse.SGD(lr=0.1),
-    rse.Adagrad(lr=0.1),
+    *(make_rule(name, lr=0.1) for name in list_rules()),
     rse.RowwiseAdagrad(lr=0.1, weight_decay=0.1),
-    rse.Adam(lr=0.1),
     rse.Adam(lr=0.1, bias_correction="row"),
     rse.Adam(lr=0.1, weight_decay=0.1, rows="all"),
 ]
