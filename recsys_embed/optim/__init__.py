@@ -9,10 +9,12 @@ from recsys_embed.optim.adagrad import Adagrad, RowwiseAdagrad
 from recsys_embed.optim.adam import Adam
 from recsys_embed.optim.base import FusedOptimizer, is_rate
 from recsys_embed.optim.duplicates import sum_duplicates
+from recsys_embed.optim.ftrl import FTRL
 from recsys_embed.optim.registry import list_rules, make_rule, register_rule, rule_name
 from recsys_embed.optim.sgd import SGD
 
 __all__ = [
+    "FTRL",
     "SGD",
     "Adagrad",
     "Adam",

@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 
 # Names of the rules that :func:`apply` knows; a rule's number is its place.
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 GRADIENT = tl.constexpr(-1)
 _SGD = tl.constexpr(RULES.index("sgd"))
 _ADAGRAD = tl.constexpr(RULES.index("adagrad"))
 _ROWWISE_ADAGRAD = tl.constexpr(RULES.index("rowwise_adagrad"))
 _ADAM = tl.constexpr(RULES.index("adam"))
+_FTRL = tl.constexpr(RULES.index("ftrl"))
 
 
 class Tensors(NamedTuple):
@@ -110,6 +111,31 @@ def _mean_square(grad, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _sign(x):
+    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
+
+
+@triton.jit
+def _ftrl(weight, grad, at, mask, tensors, numbers):
+    """New weights ``[n, columns]`` of FTRL; its state moves."""
+    total = tl.load(tensors.state[0] + at, mask=mask, other=0.0) + grad * grad
+    tl.store(tensors.state[0] + at, total, mask=mask)
+    before = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
+    beta, l1, l2 = numbers.constants
+    # At rate 0 nothing else moves.
+    still = numbers.size == 0.0
+    curvature = (tl.sqrt_rn(total) + beta) / tl.where(still, 1.0, numbers.size) + l2
+    sign = _sign(weight)
+    moved = weight * curvature - grad
+    z = tl.where(sign != 0.0, -(moved + sign * l1), tl.minimum(tl.maximum(before, -l1), l1) + grad)
+    tl.store(tensors.state[1] + at, tl.where(still, before, z), mask=mask)
+    curvature = tl.where(curvature > 0.0, curvature, 1.0)
+    crossed = tl.where(tl.abs(z) <= l1, 0.0, -(z - _sign(z) * l1) / curvature)
+    stepped = tl.where((_sign(moved) * sign > 0.0) | (grad == 0.0), weight - grad / curvature, crossed)
+    return tl.where(still, weight, stepped)
+
+
+@triton.jit
 def apply(
     row, grad, live, cols, tensors, numbers, seed, step,
     RULE: tl.constexpr, WIDTH: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
@@ -143,6 +169,8 @@ def apply(
             weight = weight - (size / (tl.sqrt_rn(total) + numbers.eps))[:, None] * grad
         elif RULE == _ADAM:
             weight = weight - size * _adam(grad, row, at, live, mask, tensors, numbers, COUNTS)
+        elif RULE == _FTRL:
+            weight = _ftrl(weight, grad, at, mask, tensors, numbers)
         weights = tensors.weights
         tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
         if LAST:
