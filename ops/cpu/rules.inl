@@ -115,6 +115,26 @@ struct Ftrl : ElementRule {
   }
 };
 
+// Rows shrink by how long they were not read.
+struct RowwiseRmsprop {
+  static constexpr const char* name = "rowwise_rmsprop";
+  static constexpr bool by_row = true, shrinks = true;
+  float rest, alpha, least;
+  explicit RowwiseRmsprop(const Rule& r)
+      : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
+  inline Factors factors(const Rule& r, i64 row, i64 step, float square, float size, float eps) const {
+    float& mean = r.state[0][row];
+    mean += (square - mean) * rest;
+    float gap = 1;
+    if (r.state[1]) {
+      i32& seen = reinterpret_cast<i32*>(r.state[1])[row];
+      if (seen) gap = float(step - seen);
+      seen = i32(step);
+    }
+    return {std::max(least, 1 - std::min(1.f, gap * (size * alpha))), size / (std::sqrt(mean) + eps)};
+  }
+};
+
 template <class... All>
 struct RuleList {
   // Names of all rules in order, each followed by a space.
@@ -127,7 +147,7 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<Sgd, Adagrad, RowwiseAdagrad, Adam, Ftrl>;
+using Rules = RuleList<Sgd, Adagrad, RowwiseAdagrad, Adam, Ftrl, RowwiseRmsprop>;
 
 static inline float size_of(const Update& u, i64 step) { return float(u.sizes[step - u.first - 1]); }
 static inline float epsilon_of(const Update& u, i64 step) { return float(u.epsilons[step - u.first - 1]); }

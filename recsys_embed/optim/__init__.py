@@ -11,6 +11,7 @@ from recsys_embed.optim.base import FusedOptimizer, is_rate
 from recsys_embed.optim.duplicates import sum_duplicates
 from recsys_embed.optim.ftrl import FTRL
 from recsys_embed.optim.registry import list_rules, make_rule, register_rule, rule_name
+from recsys_embed.optim.rmsprop import RowwiseRMSprop
 from recsys_embed.optim.sgd import SGD
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Adam",
     "FusedOptimizer",
     "RowwiseAdagrad",
+    "RowwiseRMSprop",
     "is_rate",
     "list_rules",
     "make_rule",

@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 # Names of the rules that :func:`apply` knows; a rule's number is its place.
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl", "rowwise_rmsprop")
 GRADIENT = tl.constexpr(-1)
 _SGD = tl.constexpr(RULES.index("sgd"))
 _ADAGRAD = tl.constexpr(RULES.index("adagrad"))
 _ROWWISE_ADAGRAD = tl.constexpr(RULES.index("rowwise_adagrad"))
 _ADAM = tl.constexpr(RULES.index("adam"))
 _FTRL = tl.constexpr(RULES.index("ftrl"))
+_ROWWISE_RMSPROP = tl.constexpr(RULES.index("rowwise_rmsprop"))
 
 
 class Tensors(NamedTuple):
@@ -136,6 +137,22 @@ def _ftrl(weight, grad, at, mask, tensors, numbers):
 
 
 @triton.jit
+def _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH: tl.constexpr, COUNTS: tl.constexpr):
+    """New weights ``[n, columns]`` of row-wise RMSprop; its state moves."""
+    rest, alpha, least = numbers.constants
+    mean = tl.load(tensors.state[0] + row, mask=live, other=0.0)
+    mean += (_mean_square(grad, mask, WIDTH) - mean) * rest
+    tl.store(tensors.state[0] + row, mean, mask=live)
+    gap = tl.zeros_like(mean) + 1.0
+    if COUNTS:
+        seen = tl.load(tensors.state[1] + row, mask=live, other=0)
+        gap = tl.where(seen > 0, (step - seen).to(tl.float32), 1.0)
+        tl.store(tensors.state[1] + row, tl.zeros_like(seen) + step, mask=live)
+    keep = tl.maximum(least, 1.0 - tl.minimum(1.0, gap * (numbers.size * alpha)))
+    return keep[:, None] * weight - (numbers.size / (tl.sqrt_rn(mean) + numbers.eps))[:, None] * grad
+
+
+@triton.jit
 def apply(
     row, grad, live, cols, tensors, numbers, seed, step,
     RULE: tl.constexpr, WIDTH: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
@@ -171,6 +188,8 @@ def apply(
             weight = weight - size * _adam(grad, row, at, live, mask, tensors, numbers, COUNTS)
         elif RULE == _FTRL:
             weight = _ftrl(weight, grad, at, mask, tensors, numbers)
+        elif RULE == _ROWWISE_RMSPROP:
+            weight = _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH, COUNTS)
         weights = tensors.weights
         tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
         if LAST:
