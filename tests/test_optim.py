@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels.deferred_steps import Pace
@@ -20,6 +21,8 @@ RULES = (
     *(make_rule(name, lr=0.1) for name in list_rules()),
     Adagrad(lr=0.1, eps=0.01, initial_accumulator_value=0.5),
     Adam(lr=0.05, betas=(0.5, 0.9), eps=0.01),
+    rse.FTRL(lr=0.1, l1=0.2, l2=0.1),
+    rse.RowwiseRMSprop(lr=0.1, ar_alpha=0.5),
 )
 OF_TORCH = [r for r in RULES if type(r) in (SGD, Adagrad, Adam)]
 ROWS, WIDTH = 40, 5

@@ -27,6 +27,8 @@ METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.
 RULES = [
     *(make_rule(name, lr=0.1) for name in list_rules()),
     rse.RowwiseAdagrad(lr=0.1, weight_decay=0.1),
+    rse.FTRL(lr=0.1, l1=0.2, l2=0.1),
+    rse.RowwiseRMSprop(lr=0.1, ar_alpha=0.5),
     rse.Adam(lr=0.1, bias_correction="row"),
     rse.Adam(lr=0.1, weight_decay=0.1, rows="all"),
 ]
