@@ -74,7 +74,7 @@ def cases() -> Iterator[Case]:
     composed: list[tuple[str, int, dict[str, Any]]] = [
         ("hash", 1, {}),
         ("compositional", 2, {"combine": "mul"}),
-        ("compositional", 2, {"combine": "add"}),
+        ("compositional", 2, {"combine": "sum"}),
         ("multihash", 4, {"num_hashes": 4}),
     ]
     for (method, probes, params), dtype, skew, dim in itertools.product(composed, types, skews, (16, 64, 128)):

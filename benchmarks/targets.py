@@ -52,7 +52,7 @@ class Target:
         return f"| {self.what} | {bound} | {spread} | {'yes' if met else 'no'} |"
 
 
-COMPOSED = ("compositional mul", "compositional add", "compositional concat", "multihash", "unified", "robe")
+COMPOSED = ("compositional mul", "compositional sum", "compositional concat", "multihash", "unified", "robe")
 WIDE = (64, 128, 256, 512, 1024)
 OTHERS = tuple(c for c in COMPOSED if c != "compositional mul")
 

@@ -88,7 +88,7 @@ CASES = (
     Case("hash", 16, ALL_ROWS, 16),
     Case("multihash", 16, ALL_ROWS, 16),
     Case("compositional", 16, ALL_ROWS, 16, {"combine": "mul"}),
-    Case("compositional", 16, ALL_ROWS, 16, {"combine": "add"}),
+    Case("compositional", 16, ALL_ROWS, 16, {"combine": "sum"}),
     Case("compositional", 16, ALL_ROWS, 16, {"combine": "concat"}),
     Case("unified", 16, ALL_ROWS, 16),
     Case("robe", 16, ALL_ROWS, 16),

@@ -16,7 +16,7 @@ from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FTRL, SGD, Adagrad, Adam, RowwiseAdagrad, RowwiseRMSprop
 from recsys_embed.plan import Plan
-from recsys_embed.registry import MethodInfo, get_method, list_methods, make_embedding, register
+from recsys_embed.registry import MethodInfo, get_method, list_methods, make_embedding, register, registered_methods
 
 if TYPE_CHECKING:
     from recsys_embed.compress import compress_, materialize_
@@ -75,8 +75,9 @@ def __getattr__(name: str) -> _Any:
     """Names that load at first use, and the classes of registered methods: registering one is all it takes."""
     if name in _LAZY:
         return getattr(_import_module(f"{__name__}.{_LAZY[name]}"), name)
-    for method in list_methods():
-        for cls in (method.embedding_cls, method.config_cls):
-            if cls.__name__ == name:
-                return cls
+    for methods in (registered_methods, list_methods):  # plugins are imported where nothing else has the name
+        for method in () if name.startswith("_") else methods():
+            for cls in (method.embedding_cls, method.config_cls):
+                if cls.__name__ == name:
+                    return cls
     raise AttributeError(f"module 'recsys_embed' has no attribute {name!r}")

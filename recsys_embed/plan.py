@@ -155,6 +155,7 @@ class Plan:
             ConfigError: an option is wrong.
         """
         config_cls = get_method(method).config_cls
+        params = config_cls.current_options(params)
         if budget is None:
             config = config_cls.from_params(params)
             return cls({s.name: config for s in schema})

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.embedding.method_checks import faults_of, infer_declarations
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.plugins import METHODS, load_plugins, unknown_plugin_name
 
 
 class MethodInfo(NamedTuple):
@@ -26,10 +28,18 @@ _METHODS: dict[str, MethodInfo] = {}
 def register(embedding_cls: type[CompressedEmbedding], *, paper: str, tags: tuple[str, ...] = ()) -> None:
     """Add a method under its config's key.
 
+    Args:
+        embedding_cls: the module class, which names its configuration class.
+        paper: the method's source.
+        tags: words to list methods by.
+
     Raises:
-        ConfigError: the key is taken by another class.
+        ConfigError: the key is taken by another class, or the classes do not declare what :class:`MethodConfig` asks
+            for; all faults at once.
     """
+    raise_faults(faults_of(embedding_cls), f"registering {getattr(embedding_cls, '__name__', embedding_cls)}")
     config_cls = embedding_cls.config_cls
+    infer_declarations(config_cls, tuple(tags))
     known = _METHODS.setdefault(
         config_cls.method, MethodInfo(config_cls.method, embedding_cls, config_cls, paper, tuple(tags))
     )
@@ -48,8 +58,15 @@ def get_method(name: str) -> MethodInfo:
     'HashEmbedding'
     """
     if name not in _METHODS:
-        raise unknown_name("method", name, _METHODS)
+        load_plugins(METHODS)
+    if name not in _METHODS:
+        raise unknown_plugin_name("method", name, _METHODS, METHODS)
     return _METHODS[name]
+
+
+def registered_methods() -> list[MethodInfo]:
+    """What has been registered so far, without the plugins that were not needed yet."""
+    return list(_METHODS.values())
 
 
 def list_methods(tag: str | None = None) -> list[MethodInfo]:
@@ -59,6 +76,7 @@ def list_methods(tag: str | None = None) -> list[MethodInfo]:
     >>> rse.list_methods()[0].name
     'full'
     """
+    load_plugins(METHODS)
     return [m for m in _METHODS.values() if tag is None or tag in m.tags]
 
 
@@ -68,7 +86,30 @@ def config_from_dict(data: Mapping[str, Any]) -> MethodConfig:
     name = params.pop("method", None)
     if not isinstance(name, str):
         raise ConfigError(f"a method configuration is an object with a key 'method'; got {data!r:.80}")
-    return get_method(name).config_cls.from_params(params)
+    cls = get_method(name).config_cls
+    return cls.from_params(cls.current_options(params, warn=False))
+
+
+def with_current_names(data: Any) -> Any:
+    """JSON values with the options of every method configuration in them under their present names.
+
+    What was saved before an option was renamed compares equal to what it means now. Configurations are objects with a
+    key ``"method"``, and training settings with ``"method"`` and ``"method_args"``.
+
+    >>> with_current_names({"features": {"C1": {"method": "freqcut", "num_kept": 4}}})
+    {'features': {'C1': {'method': 'freqcut', 'num_frequent': 4}}}
+    """
+    if isinstance(data, list):
+        return [with_current_names(value) for value in data]
+    if not isinstance(data, dict):
+        return data
+    now = {key: with_current_names(value) for key, value in data.items()}
+    known = _METHODS.get(now["method"]) if isinstance(now.get("method"), str) else None
+    if known is not None and isinstance(now.get("method_args"), dict):
+        now["method_args"] = known.config_cls.current_options(now["method_args"], warn=False)
+    elif known is not None:
+        now = known.config_cls.current_options(now, warn=False)
+    return now
 
 
 def make_embedding(method: str, num_embeddings: int, embedding_dim: int, **options: Any) -> CompressedEmbedding:

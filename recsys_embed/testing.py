@@ -10,6 +10,7 @@ import copy
 import inspect
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.method_checks import faults_of
 from recsys_embed.errors import BackendError, BudgetError, CheckpointError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels import reference
@@ -281,6 +283,51 @@ def config_is_data(method: MethodInfo) -> None:
         method.config_cls.from_params({"sede": 1})
 
 
+def options_are_given_by_keyword(method: MethodInfo) -> None:
+    faults = faults_of(method.embedding_cls)
+    assert not faults, "; ".join(faults)
+    config = example(method).config
+    options = {name: value for name, value in config.to_dict().items() if name != "method"}
+    assert method.embedding_cls(ROWS, WIDTH, **options).config == config, "an option given by keyword is lost"
+    uniform = Plan.uniform(Schema([FeatureSpec("embedding", ROWS, WIDTH)]), method.name, **options)
+    assert uniform["embedding"] == config, "an option given by keyword to a plan is lost"
+
+
+def names_of_earlier_versions_are_read(method: MethodInfo) -> None:
+    cls, config = method.config_cls, example(method).config
+    now = config.to_dict()
+    renamed = {old: new for old, new in cls.renamed_options.items() if new in now}
+    before = {next((old for old, new in renamed.items() if new == name), name): v for name, v in now.items()}
+    assert config_from_dict(before) == config, "a configuration saved under earlier names must be read"
+    for old, new in renamed.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert (
+                cls(**{old if name == new else name: getattr(config, name) for name in now if name != "method"})
+                == config
+            )
+            assert getattr(config, old) == getattr(config, new)
+        assert [w.category for w in caught] == [DeprecationWarning] * 2, f"`{old}` must warn; got {caught}"
+
+
+def what_is_planned_is_declared(method: MethodInfo) -> None:
+    cls, spec = method.config_cls, FeatureSpec("embedding", ROWS, WIDTH)
+    if cls.width_option is not None:
+        for size, width in ((3, 2), (3, 5), (7, 2)):
+            config = cls.sized(spec, size, **{cls.width_option: width})
+            assert getattr(config, cls.width_option) == width, f"`{cls.width_option}` must be free of the size"
+    if cls.order_option is not None:
+        ranked, counted = (cls.sized(spec, 3, **{cls.order_option: order}) for order in ("ids", "counts"))
+        assert not ranked.footprint(spec).index, "ids in order of frequency need no stored set"
+        if ranked.program(spec).indexes:
+            assert counted.footprint(spec).index, "the footprint must count the stored set of ids"
+    last = 0
+    for size in range(1, min(cls.max_size(spec), 64) + 1):
+        need = cls.sized(spec, size).footprint(spec).serve
+        assert need >= last, f"size {size} takes {need} bytes, fewer than the {last} of the size before"
+        last = need
+
+
 def survives_the_meta_device(method: MethodInfo) -> None:
     options: dict[str, Any] = {"budget": example(method).footprint().serve}
     built = method.embedding_cls(ROWS, WIDTH, **options)
@@ -351,6 +398,9 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     footprint_is_what_is_stored,
     budgets_are_kept,
     config_is_data,
+    options_are_given_by_keyword,
+    names_of_earlier_versions_are_read,
+    what_is_planned_is_declared,
     survives_the_meta_device,
     compiles_and_exports_whole,
     fits_a_trained_table,

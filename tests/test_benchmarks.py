@@ -86,7 +86,7 @@ def test_the_floor_copies_the_rows(bench: Any, width: int) -> None:
 
 @needs_all
 def test_the_floor_reads_what_the_lookup_reads(bench: Any) -> None:
-    case = bench("workload").Case("compositional", 16, 30_000, 16.0, {"combine": "add"})
+    case = bench("workload").Case("compositional", 16, 30_000, 16.0, {"combine": "sum"})
     ids = bench("workload").batches(case.sizes, 50)[0]
     coll, _ = bench("contenders").build(case, [ids], {"torch", "per_table", "index_tbe", "compile"})
     sums = torch.zeros(())

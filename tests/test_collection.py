@@ -28,12 +28,12 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "full": [{}],
     "hash": [{"num_buckets": 5}, {"num_buckets": 3, "sign": True}, {"num_buckets": 4, "hash": "mod"}],
     "lowdim": [{"dim": 2}],
-    "unified": [{"num_rows": 11, "chunk_dim": 2, "num_probes": 2}, {"num_rows": 7, "combine": "sum", "table": "t"}],
+    "unified": [{"num_buckets": 11, "dim": 2, "num_hashes": 2}, {"num_buckets": 7, "combine": "sum", "table": "t"}],
     "multihash": [{"num_buckets": 5}, {"num_buckets": 4, "num_hashes": 3, "combine": "mean"}],
     "compositional": [
         {"num_collisions": 3},
         {"num_collisions": 3, "combine": "concat"},
-        {"num_collisions": 3, "combine": "add", "bag": "pooled"},
+        {"num_collisions": 3, "combine": "sum", "bag": "pooled"},
         {"num_collisions": 8, "combine": "path", "hidden": 2},
     ],
     "memcom": [{"num_buckets": 5}, {"num_buckets": 3, "bias": True}],
@@ -43,8 +43,8 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
         {"dims": (4, 1), "blocks": (3,)},
         {"dims": (3, 2, 1), "blocks": (2, 3), "order": "counts"},
     ],
-    "adaptive": [{"num_hot": 2, "num_buckets": 3}, {"num_hot": 3, "num_buckets": 2, "order": "counts"}],
-    "freqcut": [{"num_kept": 4}, {"num_kept": 5, "order": "counts"}],
+    "adaptive": [{"num_frequent": 2, "num_buckets": 3}, {"num_frequent": 3, "num_buckets": 2, "order": "counts"}],
+    "freqcut": [{"num_frequent": 4}, {"num_frequent": 5, "order": "counts"}],
 }
 KNOWN = [{"method": m.name, **p} for m in list_methods() for p in PARAMS.get(m.name, [])]
 
@@ -158,7 +158,7 @@ MIXED = Plan(
     {
         "a": config_from_dict({"method": "full"}),
         "b": config_from_dict({"method": "hash", "num_buckets": 20}),
-        "c": config_from_dict({"method": "unified", "num_rows": 20}),
+        "c": config_from_dict({"method": "unified", "num_buckets": 20}),
     }
 )
 
@@ -246,7 +246,7 @@ def test_features_keep_their_vectors_when_others_come_go_or_move() -> None:
 
 def test_shared_tables_are_one() -> None:
     schema = Schema([FeatureSpec(n, 1000, 4) for n in "abc"])
-    plan = Plan.uniform(schema, "unified", num_rows=50)
+    plan = Plan.uniform(schema, "unified", num_buckets=50)
     coll = EmbeddingCollection(schema, plan)
     assert list(coll.tables) == ["unified"]
     assert coll.footprint().weights == plan.footprint(schema).weights == 4 * 50 * 4
@@ -255,7 +255,7 @@ def test_shared_tables_are_one() -> None:
     assert not torch.equal(coll(ids)[:, 0], coll(ids)[:, 1]), "features hash on their own"
     with pytest.raises(ConfigError, match=r"shared table 'unified' is 50 x 4.*60 x 4.*for 'b'"):
         EmbeddingCollection(
-            schema, Plan({**plan.configs, "b": config_from_dict({"method": "unified", "num_rows": 60})})
+            schema, Plan({**plan.configs, "b": config_from_dict({"method": "unified", "num_buckets": 60})})
         )
 
 

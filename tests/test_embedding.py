@@ -28,17 +28,17 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "multihash mean": ("multihash", {"num_buckets": 9, "combine": "mean"}),
     "multihash concat": ("multihash", {"num_buckets": 9, "combine": "concat", "separate": True}),
     "multihash weights": ("multihash", {"num_buckets": 9, "weights": "flat", "num_weights": 20}),
-    "multihash head": ("multihash", {"num_buckets": 9, "head": 5}),
-    "unified sum": ("unified", {"num_rows": 9, "combine": "sum"}),
-    "unified projected": ("unified", {"num_rows": 9, "num_probes": 3, "chunk_dim": 2}),
-    "compositional add": ("compositional", {"num_collisions": 5, "combine": "add"}),
+    "multihash head": ("multihash", {"num_buckets": 9, "num_frequent": 5}),
+    "unified sum": ("unified", {"num_buckets": 9, "combine": "sum"}),
+    "unified projected": ("unified", {"num_buckets": 9, "num_hashes": 3, "dim": 2}),
+    "compositional sum": ("compositional", {"num_collisions": 5, "combine": "sum"}),
     "compositional feature": ("compositional", {"num_collisions": 5, "combine": "feature"}),
     "compositional path": ("compositional", {"num_collisions": 30, "combine": "path", "hidden": 2}),
     "memcom bias": ("memcom", {"num_buckets": 7, "bias": True, "hash": "splitmix64"}),
     "robe blocks": ("robe", {"num_elements": 50, "block_size": 3, "wrap": False, "sign": True}),
     "robe elements": ("robe", {"num_elements": 50, "block_size": 1}),
-    "adaptive counts": ("adaptive", {"num_hot": 9, "num_buckets": 7, "order": "counts"}),
-    "freqcut counts": ("freqcut", {"num_kept": 20, "order": "counts"}),
+    "adaptive counts": ("adaptive", {"num_frequent": 9, "num_buckets": 7, "order": "counts"}),
+    "freqcut counts": ("freqcut", {"num_frequent": 20, "order": "counts"}),
     "mixeddim blocks": ("mixeddim", {"dims": (4, 2, 1), "blocks": (5, 20)}),
     "mixeddim counts": ("mixeddim", {"dims": (3, 1), "blocks": (30,), "order": "counts"}),
     "compositional three": ("compositional", {"moduli": (4, 4, 4), "partition": "generalized"}),
@@ -425,7 +425,7 @@ def test_calls_that_do_not_fit_say_so() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'hash'"):
         rse.make_embedding("hsh", 10, 4)
     with pytest.raises(ConfigError, match="taken"):
-        rse.make_embedding("unified", 10, 4, num_rows=5, table="forward")
+        rse.make_embedding("unified", 10, 4, num_buckets=5, table="forward")
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

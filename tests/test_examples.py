@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import slow_but
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(p.name for p in (ROOT / "examples").glob("*.py"))
 THEIRS = ("deepctr_torch", "torchfm", "torchrec")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", slow_but(SCRIPTS, "drop_in.py"))
 def test_an_example_runs(script: str, tmp_path: Path) -> None:
     source = (ROOT / "examples" / script).read_text()
     for library in THEIRS:

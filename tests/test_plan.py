@@ -200,5 +200,8 @@ def test_sets_of_ids_travel_with_the_plan_into_collections_and_models() -> None:
             rse.EmbeddingCollection(schema, Plan(plan.configs, sets=wrong))
     with pytest.raises(ConfigError, match=r"holds 13 bytes; got 2"):
         members_of(set_text(torch.tensor([1]), 16), 100)
+    for beyond, size in ((100, 104), (103, 104), (7, 8)):  # in the last byte, past the last id
+        with pytest.raises(ConfigError, match="or ids beyond"):
+            members_of(set_text(torch.tensor([beyond]), size), size - 4 if size > 8 else 7)
     with pytest.raises(ConfigError, match="takes 4 distinct ids"):
         rse.EmbeddingCollection(schema, Plan(plan.configs, sets={"a": {"kept": set_text(kept[:3], 100)}}))

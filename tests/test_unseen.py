@@ -253,7 +253,7 @@ def test_collections_follow_the_definition(method: MethodInfo, seed: int, batch:
 
 
 @pytest.mark.parametrize(
-    "options", [{"combine": "path", "hidden": 1}, {"bag": "pooled"}, {"bag": "pooled", "combine": "add"}]
+    "options", [{"combine": "path", "hidden": 1}, {"bag": "pooled"}, {"bag": "pooled", "combine": "sum"}]
 )
 def test_collections_of_modules_that_run_themselves(options: dict[str, Any]) -> None:
     coll = EmbeddingCollection(SCHEMA, Plan.uniform(SCHEMA, "compositional", num_collisions=6, **options))
@@ -476,6 +476,7 @@ def test_counts_follow_the_module() -> None:
     assert lazy.unseen_counts()["a"] == (1, 1)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("policy", ["hash", "oov", "zero", "raise"])
 @pytest.mark.parametrize(("method", "options"), [("full", {}), ("compositional", {"num_collisions": 5})])
 def test_compiled_and_exported_programs_follow_the_policy(method: str, options: dict[str, Any], policy: Any) -> None:

@@ -11,7 +11,8 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,11 @@ def covering(cases: Sequence[tuple[Hashable, ...]], strength: int = 1) -> list[i
         missing -= shown[best]
         kept.append(best)
     return sorted(kept)
+
+
+def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """Values of a parameter for ``parametrize``, all slow but those named."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def case_of(item: pytest.Function) -> tuple[Hashable, ...]:

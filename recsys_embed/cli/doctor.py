@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from recsys_embed.utils.plugins import GROUPS, load_plugins
 from recsys_embed.utils.versions import installed_versions, pair_faults, pair_notes
 
 _CPU_FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "amx_tile")
@@ -46,6 +48,8 @@ def examine() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "interop_threads": torch.get_num_interop_threads(),
         }
+    plugins = _plugins()
+    faults = [*faults, *(f"{p['what']} cannot be imported: {p['why']}" for p in plugins if not p["on"])]
     return {
         "ok": not faults,
         "python": platform.python_version(),
@@ -53,6 +57,7 @@ def examine() -> dict[str, Any]:
         "faults": faults,
         "notes": notes,
         "backends": _backends(),
+        "plugins": plugins,
         "torch": torch_facts,
         "machine": _machine(),
     }
@@ -67,6 +72,16 @@ def _backends() -> list[dict[str, Any]]:
     found = [{"name": name, "on": ok, "why": why} for name, ok, why in available_backends()]
     reads = "quantised rows of exports alone, on the CPU: load(path, backend='fbgemm'); it trains no tables"
     return [*found, {"name": "fbgemm", "on": why_not() is None, "why": why_not() or reads}]
+
+
+def _plugins() -> list[dict[str, Any]]:
+    """Extensions of other distributions, and why each is on or off."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the faults are told below
+        found = [plugin for group in GROUPS for plugin in load_plugins(group)]
+    return [
+        {"group": p.group, "name": p.name, "on": p.fault is None, "what": str(p), "why": p.fault or ""} for p in found
+    ]
 
 
 def _machine() -> dict[str, Any]:
@@ -132,6 +147,11 @@ def render(report: dict[str, Any]) -> str:
     if report["backends"]:
         lines += ["", "Backends"]
         lines += [f"  {b['name']:<15} {'on ' if b['on'] else 'off'}  {b['why']}".rstrip() for b in report["backends"]]
+    if report["plugins"]:
+        lines += ["", "Plugins"]
+        lines += [
+            f"  {p['name']:<15} {'on ' if p['on'] else 'off'}  {p['group']}: {p['what']}" for p in report["plugins"]
+        ]
     lines += ["", "Machine", f"  {'system':<15} {machine['system']}", f"  {'cpu':<15} {machine['cpu']}"]
     lines += [f"  {'cpu features':<15} {' '.join(machine['cpu_flags']) or '-'}"]
     threads = f"{machine['cores']} cores"

@@ -12,14 +12,11 @@ import typer
 from recsys_embed.cli._settings import say_few_steps, search_settings, train_config
 from recsys_embed.cli._studies import methods, pick
 from recsys_embed.core.footprint import format_bytes
+from recsys_embed.models import vector_models
 from recsys_embed.report.search_curves import plot_curves
+from recsys_embed.search import list_searches
 from recsys_embed.search.common import Search, SearchOutcome, run_search
-from recsys_embed.search.dnis import DnisSearch
-from recsys_embed.search.optembed import OptembedSearch
-from recsys_embed.search.pep import PepSearch
-from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.train import Interrupted
-from recsys_embed.utils.settings import Settings
 
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3
@@ -38,7 +35,7 @@ _Config = Annotated[
     Path | None, typer.Option("--config", help="Training settings, TOML or JSON; [search] the search's.")
 ]
 _Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/search/METHOD-MODEL-sSEED.")]
-_Model = Annotated[str | None, typer.Option("--model", help="fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn.")]
+_Model = Annotated[str | None, typer.Option("--model", help=f"{', '.join(vector_models())}.")]
 _Budget = Annotated[str | None, typer.Option("--budget", help="Embedding bytes that the plan must keep to, e.g. 4MiB.")]
 _Ratio = Annotated[float | None, typer.Option("--ratio", help="Or the plain tables' bytes divided by this.")]
 _Dim = Annotated[int | None, typer.Option("--embedding-dim", help="Width of the plain vectors.")]
@@ -53,10 +50,10 @@ _Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _add(name: str, does: str, kind: type[Search], settings_cls: type[Settings]) -> None:
+def _add(kind: type[Search]) -> None:
     """A command per search; all of them take the same options."""
 
-    @search_app.command(name, help=does)
+    @search_app.command(kind.method, help=kind.summary)
     def command(
         data: _Data,
         config: _Config = None,
@@ -83,31 +80,15 @@ def _add(name: str, does: str, kind: type[Search], settings_cls: type[Settings])
             "learning_rate": learning_rate,
             "seed": seed,
         }
-        return _search(kind, settings_cls, data, config, out, options, assign, device, as_json)
+        return _search(kind, data, config, out, options, assign, device, as_json)
 
 
-_add(
-    "optembed",
-    "OptEmbed: train a supernet whose rare rows die, evolve the widths of fields on it, retrain what is left.",
-    OptembedSearch,
-    OptembedSettings,
-)
-_add(
-    "dnis",
-    "DNIS: learn which columns blocks of frequent and rare ids need, prune the merged table, train on.",
-    DnisSearch,
-    DnisSettings,
-)
-_add(
-    "pep",
-    "PEP: let thresholds rise until the budget is met, retrain the elements left from their initial weights.",
-    PepSearch,
-    PepSettings,
-)
+for _kind in list_searches():
+    _add(_kind)
 
 
 def read_search(
-    path: Path | None, options: dict[str, Any], assignments: list[str], settings_cls: type[Settings]
+    path: Path | None, options: dict[str, Any], assignments: list[str], settings_cls: Any
 ) -> tuple[Any, Any]:
     """Training settings and those of a search, from a file, options and ``key=value`` texts, later ones winning."""
     settings, own, rest = search_settings(path, assignments)
@@ -117,7 +98,6 @@ def read_search(
 
 def _search(
     kind: type[Search],
-    settings_cls: type[Settings],
     data: Path,
     config: Path | None,
     out: Path | None,
@@ -128,7 +108,7 @@ def _search(
 ) -> int:
     from recsys_embed.data import open_dataset
 
-    train, settings = read_search(config, options, assign or [], settings_cls)
+    train, settings = read_search(config, options, assign or [], kind.settings_cls)
     folder = out or Path("runs/search") / f"{kind.method}-{train.model}-s{train.seed}"
     dataset = open_dataset(data)
     say_few_steps(dataset, train)

@@ -13,6 +13,7 @@ import typer
 from recsys_embed.cli._settings import read_plan, say_few_steps, split_settings, train_config
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.models import list_models
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
 from recsys_embed.train.run import RunOutcome, footprint_dict, plain
@@ -29,9 +30,7 @@ def train(
         Path | None, typer.Option("--out", help="Run folder; default runs/train/MODEL-METHOD-sSEED.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="lr, fm, dnn, widedeep, deepfm, dcn, dcnv2, dlrm, ipnn.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help=f"{', '.join(list_models())}.")] = None,
     method: Annotated[
         str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified, planned.")
     ] = None,

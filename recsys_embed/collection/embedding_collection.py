@@ -29,6 +29,7 @@ from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.registry import with_current_names
 
 
 class EmbeddingCollection(SteppedTables):
@@ -290,7 +291,7 @@ class EmbeddingCollection(SteppedTables):
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ignore=("init",), views=STORED_UNSEEN)
+            _state.check(saved, self._identity(), where, ("init",), STORED_UNSEEN, with_current_names)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

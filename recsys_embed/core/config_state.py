@@ -29,6 +29,7 @@ def check(
     where: str,
     ignore: tuple[str, ...] = (),
     views: Mapping[str, Callable[[Any], Any]] | None = None,
+    upgrade: Callable[[Any], Any] | None = None,
 ) -> None:
     """Raise where a packed configuration differs from ``config``.
 
@@ -38,12 +39,14 @@ def check(
         where: names that module.
         ignore: leaf keys that may differ.
         views: per leaf key, the view of it that must agree, where not all of it must.
+        upgrade: makes of a saved configuration what this version would have saved.
 
     Raises:
         CheckpointError: names every key that differs, with both values.
     """
     try:
-        theirs = _flatten(json.loads(bytes(saved.cpu().numpy())))
+        parsed = json.loads(bytes(saved.cpu().numpy()))
+        theirs = _flatten(parsed if upgrade is None else upgrade(parsed))
     except (AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e
     ours = _flatten(json.loads(json.dumps(config)))

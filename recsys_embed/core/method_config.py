@@ -2,32 +2,73 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import ABC, ABCMeta, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, raise_faults
 from recsys_embed.features import FeatureSpec
+from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
+
+if TYPE_CHECKING:
+    from recsys_embed.planning.curves import FrequencyCurve
 
 __all__ = ["MethodConfig", "param"]
 
 
+class _AcceptsFormerNames(ABCMeta):
+    """Lets configurations be built with the names that their options had in earlier versions."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        return super().__call__(*args, **cls.current_options(options))  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(ABC):
+class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
     """Base of every method's configuration.
 
-    Subclasses declare their fields with :func:`param`, describe the lookup in :meth:`_program`, and say how they
-    grow with :meth:`sized`. ``seed`` salts hashes and initial weights.
+    Subclasses are frozen dataclasses that declare their options with :func:`param`, describe the lookup in
+    :meth:`build_program`, and say how they grow with :meth:`sized`. All else has a default; what the class attributes
+    below say is checked when the method is registered.
+
+    Attributes:
+        method: key of the method.
+        accepts_raw: whether any int64 is an id, as for methods that hash.
+        order_option: name of the option that says how ids are ordered by frequency, for methods that treat frequent
+            ids apart. Its value ``"ids"`` takes ids to be numbered by falling frequency; with ``"counts"`` the method
+            stores which ids are frequent, see :meth:`recsys_embed.embedding.CompressedEmbedding.assign_`.
+        width_option: name of the option that sets the width of the stored rows independently of their number; studies
+            choose it along with the size.
+        plannable: whether the planner, comparisons and studies may size the method by themselves. False for methods
+            whose content a search finds.
+        renamed_options: names that options had in earlier versions, and their names now. The earlier ones are
+            accepted with a DeprecationWarning, and silently where they are read from a file.
+        renamed_values: the same for values of options, by the option's present name.
     """
 
     method: ClassVar[str]
     accepts_raw: ClassVar[bool] = False
+    order_option: ClassVar[str | None] = None
+    width_option: ClassVar[str | None] = None
+    plannable: ClassVar[bool] = True
+    renamed_options: ClassVar[Mapping[str, str]] = {}
+    renamed_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
     seed: int = param(0, "salts hashes and initial weights")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "_program" in own and "build_program" not in own:
+            warn_renamed(f"method of {cls.__name__}", "_program", "build_program")
+            cls.build_program = own["_program"]  # type: ignore[method-assign]
+        elif "build_program" in own:
+            # Subclasses that still override the former name may call it on their base.
+            cls._program = own["build_program"]  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
         check_settings(self, type(self).__name__)
@@ -41,8 +82,8 @@ class MethodConfig(ABC):
         return []
 
     @abstractmethod
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
-        """The lookup for a checked ``spec``."""
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
+        """The lookup program of a checked ``spec``; :meth:`program` checks and calls it."""
 
     def program(self, spec: FeatureSpec) -> LookupProgram:
         """The lookup program of ``spec``.
@@ -52,7 +93,7 @@ class MethodConfig(ABC):
         """
         where = f"{type(self).__name__}, feature {spec.name!r}"
         raise_faults(self.check(spec), where)
-        program = self._program(spec)
+        program = self.build_program(spec)
         raise_faults(program.faults(), where)
         return program
 
@@ -75,6 +116,25 @@ class MethodConfig(ABC):
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
         """The configuration of a size in ``[1, max_size]``; bytes do not shrink as the size grows."""
 
+    def planning_loss(self, spec: FeatureSpec, curve: FrequencyCurve) -> float | None:
+        """The expected loss of ``spec`` under this configuration, in the unit of :mod:`recsys_embed.planning.price`.
+
+        None, the default, leaves the estimate to the planner, which makes it from the program.
+
+        Args:
+            curve: how often ids occur.
+        """
+        return None
+
+    @classmethod
+    def planning_variants(cls, spec: FeatureSpec, curve: FrequencyCurve) -> Sequence[Mapping[str, Any]]:
+        """Sets of options that the planner tries for ``spec``, each at all sizes; by default the defaults alone.
+
+        Args:
+            curve: how often ids occur.
+        """
+        return ({},)
+
     @classmethod
     def for_budget(cls, spec: FeatureSpec, budget: int | str, *, itemsize: int = 4, **params: Any) -> Self:
         """The largest configuration whose deployed bytes, at ``itemsize`` bytes per element, fit ``budget``.
@@ -82,6 +142,7 @@ class MethodConfig(ABC):
         Raises:
             BudgetError: even the smallest does not fit.
         """
+        params = cls.current_options(params)
         available, low, high = parse_bytes(budget), 1, cls.max_size(spec, **params)
         smallest = cls.sized(spec, 1, **params)
         need = smallest.footprint(spec, itemsize).serve
@@ -137,10 +198,22 @@ class MethodConfig(ABC):
                     middle = (low + high) / 2
                     low, high = (middle, high) if choose(middle, keep)[0] <= budget else (low, middle)
                 return choose(low, keep)[1]
-        raise BudgetError(
-            f"method {cls.method!r} needs at least {format_bytes(choose(0.0, 0)[0])} for these {len(specs)} features; "
-            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller embedding_dim"
-            + cls._smaller()
+        raise cls.budget_error(choose(0.0, 0)[0], len(specs), budget)
+
+    @classmethod
+    def budget_error(
+        cls, need: int, features: int, budget: int, smaller: str = "embedding_dim", per_id: bool = True
+    ) -> BudgetError:
+        """The error where a plan of so many features takes at least ``need`` bytes and ``budget`` are available.
+
+        Args:
+            smaller: what takes fewer bytes where it is smaller.
+            per_id: whether the method stores something for each id, so that one which does not is another way out.
+        """
+        others = cls._smaller() if per_id else ""
+        return BudgetError(
+            f"method {cls.method!r} needs at least {format_bytes(need)} for these {features} features; "
+            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller {smaller}{others}"
         )
 
     @classmethod
@@ -149,6 +222,49 @@ class MethodConfig(ABC):
         others = [f"{m!r}" for m in ("hash", "unified") if m != cls.method]
         return f"; 3. a method without a cost per id: {' or '.join(others)}"
 
+    @classmethod
+    def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+        """``options`` under their present names and values, see ``renamed_options``; others stay as they are.
+
+        Args:
+            warn: whether an earlier name is a DeprecationWarning, as in code, or passes silently, as in a file.
+
+        Raises:
+            ConfigError: an option is given under both of its names.
+        """
+        now = dict(options)
+        if not cls.renamed_options and not cls.renamed_values:
+            return now
+        former = [old for old in now if old in cls.renamed_options]
+        both = [old for old in former if cls.renamed_options[old] in now]
+        raise_faults([f"`{o}` is the earlier name of `{cls.renamed_options[o]}`; give one" for o in both], cls.__name__)
+        for old in former:
+            name = cls.renamed_options[old]
+            now[name] = now.pop(old)
+            if warn:
+                warn_renamed(f"option of {cls.__name__}", old, name)
+        for name, values in cls.renamed_values.items():
+            value = now.get(name)
+            if isinstance(value, str) and value in values:
+                now[name] = values[value]
+                if warn:
+                    warn_renamed(f"value of `{name}` of {cls.__name__}", value, values[value])
+        return now
+
+    if not TYPE_CHECKING:  # a checker would take any attribute for known
+
+        def __getattr__(self, name: str) -> Any:
+            """Options under their earlier names."""
+            now = type(self).renamed_options.get(name)
+            if now is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            warn_renamed(f"option of {type(self).__name__}", name, now)
+            return getattr(self, now)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickled before an option got its present name.
+        self.__dict__.update(self.current_options(state, warn=False))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the method key and every field."""
         return {"method": self.method, **asdict(self)}
@@ -156,4 +272,5 @@ class MethodConfig(ABC):
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
         """Build from keyword arguments; unknown keys are errors that name the nearest field."""
-        return build(cls, params, f"option of {cls.__name__}", "; give it, or a byte `budget` to size it")
+        given = cls.current_options(params)
+        return build(cls, given, f"option of {cls.__name__}", "; give it, or a byte `budget` to size it")

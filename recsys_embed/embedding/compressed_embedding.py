@@ -459,6 +459,13 @@ class CompressedEmbedding(nn.Module):
     def _identity(self) -> dict[str, Any]:
         return {"spec": spec_to_dict(self.spec), "config": self.config.to_dict()}
 
+    def _upgraded(self, identity: Any) -> Any:
+        """A saved identity with the present names of the method's options."""
+        config = identity.get("config") if isinstance(identity, dict) else None
+        if not isinstance(config, dict) or config.get("method") != self.config.method:
+            return identity
+        return {**identity, "config": self.config.current_options(config, warn=False)}
+
     def get_extra_state(self) -> Tensor:
         """Feature and configuration as JSON bytes, so that a state dict refuses to load elsewhere."""
         return _state.pack(self._identity())
@@ -471,7 +478,7 @@ class CompressedEmbedding(nn.Module):
             # The law of initial weights and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ignore=("init", "pooling"), views=STORED_UNSEEN)
+            _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
         errors = args[-1]
         before = len(errors)
         held = dict(self._parameters)

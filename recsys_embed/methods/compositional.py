@@ -1,18 +1,19 @@
 """compositional: complementary partitions (Shi, Mudigere, Naumov and Yang, KDD 2020, arXiv 1909.02107).
 
 Every partition of the ids has a small table with one row per class. No two ids share their classes in all partitions,
-so every id keeps a vector of its own (for ``add`` and ``mul``: but for coincidences of values) from about
+so every id keeps a vector of its own (for ``sum`` and ``mul``: but for coincidences of values) from about
 k * n**(1/k) rows.
 
 Where this differs from the authors' DLRM code: the quotient is exact integer division (theirs goes through floats,
 wrong above 2**24); factors combine per id and are pooled then (``bag="pooled"`` is theirs); and products start like a
-plain table (``init="dlrm_bug"`` is theirs, whose call sets the lower bound of the uniform law instead of its width).
+plain table (``initializer="dlrm_bug"`` is theirs, whose call sets the lower bound of the uniform distribution and not
+its width).
 The affine map is ours: it breaks the tie between the order of ids and their classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
@@ -30,7 +31,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._primes import cover, ladder, next_prime
+from recsys_embed.method_parts.partition_sizes import cover, ladder, next_prime
 
 _MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
 
@@ -67,18 +68,22 @@ class CompositionalConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "compositional"
+    renamed_options: ClassVar[Mapping[str, str]] = {"init": "initializer"}
+    renamed_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {"combine": {"add": "sum"}}
 
     partition: Literal["quotient_remainder", "generalized", "chinese_remainder"] = param(
         "quotient_remainder", "how ids fall into classes"
     )
     num_partitions: int | None = param(None, "tables; as many as `moduli`, or 2, by default", low=2, high=31)
-    combine: Literal["mul", "add", "concat", "feature", "path"] = param("mul", "how rows become a vector")
+    combine: Literal["mul", "sum", "concat", "feature", "path"] = param("mul", "how rows become a vector")
     num_collisions: int | None = param(None, "ids that share a row of the first table", low=1)
     moduli: tuple[int, ...] | None = param(None, "rows of each table, instead of `num_collisions`")
     affine: bool = param(False, "first map x to (a*x + b) % p, a bijection for a prime p >= n")
     threshold: int = param(0, "features of at most this many ids keep a plain table", low=0)
     bag: Literal["per_id", "pooled"] = param("per_id", "'pooled' pools each table and combines then, as DLRM does")
-    init: Literal["plain", "dlrm_bug", "xavier"] = param("plain", "'plain' starts with the plain table's mean and std")
+    initializer: Literal["plain", "dlrm_bug", "xavier"] = param(
+        "plain", "'plain' starts with the plain table's mean and std"
+    )
     hidden: int = param(64, "hidden width of the networks of combine='path'", low=1, high=65536)
 
     def __post_init__(self) -> None:
@@ -187,17 +192,17 @@ class CompositionalConfig(MethodConfig):
 
     def _laws(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Init]:
         n, k = spec.num_embeddings, self._tables
-        if self.init == "xavier":
+        if self.initializer == "xavier":
             return [Init("normal", sqrt(2 / (m + w))) for m, w in zip(rows, widths, strict=True)]
-        if self.init == "dlrm_bug":
+        if self.initializer == "dlrm_bug":
             low = n**-0.5
             return [Init("uniform", (1 - low) / 2, (1 + low) / 2)] * k
         if self.combine == "mul":
             # A factor 1 + U(±1/sqrt(n)) has the mean square 1 + 1/(3n).
             return [Init.plain(spec, (1 + 1 / (3 * n)) ** (-(k - 1) / 2)), *[Init("uniform", n**-0.5, 1.0)] * (k - 1)]
-        return [Init.plain(spec, k**-0.5 if self.combine == "add" else 1.0)] * k
+        return [Init.plain(spec, k**-0.5 if self.combine == "sum" else 1.0)] * k
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         moduli = self.moduli_of(spec)
         if moduli is None:
             table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec))
@@ -217,7 +222,7 @@ class CompositionalConfig(MethodConfig):
     @property
     def pools_first(self) -> bool:
         """Whether bags pool every table before they combine, and that makes a difference."""
-        return self.bag == "pooled" and self.combine in ("mul", "add")
+        return self.bag == "pooled" and self.combine in ("mul", "sum")
 
     @property
     def computes(self) -> bool:

@@ -10,8 +10,8 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._popularity import block_faults
-from recsys_embed.methods._pruned import Columns, segments
+from recsys_embed.method_parts.pruned_columns import Columns, segments
+from recsys_embed.method_parts.width_rule import block_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class DnisConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "dnis"
+    order_option: ClassVar[str | None] = "order"
+    plannable: ClassVar[bool] = False
 
     columns: tuple[int, ...] = param(MISSING, "columns of each block, as the bits of a number")
     blocks: tuple[int, ...] | None = param(None, "ids of each block but the last, most frequent first")
@@ -48,7 +50,7 @@ class DnisConfig(MethodConfig):
             )
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         out = Columns(spec.embedding_dim)
         patterns = [tuple(bool(c >> k & 1) for c in self.columns) for k in range(spec.embedding_dim)]
         found = list(segments(patterns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,47 +15,49 @@ from recsys_embed.features import MAX_ROWS, FeatureSpec
 
 @dataclass(frozen=True, kw_only=True)
 class FreqcutConfig(MethodConfig):
-    """``num_kept`` rows for as many of the most frequent ids, and one row for all others.
+    """``num_frequent`` rows for as many of the most frequent ids, and one row for all others.
 
     This is what a smaller vocabulary with an out-of-vocabulary id would be, so it costs the information which rare id
     it was, and nothing else. ``order`` says how the kept ids are known, as for ``adaptive``: ``"ids"`` are numbered by
     falling frequency (nothing is stored), or ``assign_(counts)`` before training tells (a bitmap or a sorted array).
 
-    >>> FreqcutConfig(num_kept=499).footprint(FeatureSpec("C1", 10_000, 16)).serve
+    >>> FreqcutConfig(num_frequent=499).footprint(FeatureSpec("C1", 10_000, 16)).serve
     32000
     """
 
     method: ClassVar[str] = "freqcut"
+    order_option: ClassVar[str | None] = "order"
+    renamed_options: ClassVar[Mapping[str, str]] = {"num_kept": "num_frequent"}
 
-    num_kept: int = param(MISSING, "most frequent ids, which own rows", low=0, high=MAX_ROWS - 1)
+    num_frequent: int = param(MISSING, "most frequent ids, which own rows", low=0, high=MAX_ROWS - 1)
     order: Literal["ids", "counts"] = param("ids", "'ids' fall in frequency, or `assign_(counts)` says which are kept")
 
     def check(self, spec: FeatureSpec) -> list[str]:
         faults = super().check(spec)
-        if self.num_kept >= spec.num_ids:
-            faults.append(f"`num_kept` must be in [0, {spec.num_ids - 1}]; got {self.num_kept}")
+        if self.num_frequent >= spec.num_ids:
+            faults.append(f"`num_frequent` must be in [0, {spec.num_ids - 1}]; got {self.num_frequent}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         rows: Transform = Digit(mod=1)
-        if self.num_kept:
-            index = Index("kept", spec.num_ids, 0, self.num_kept)
+        if self.num_frequent:
+            index = Index("kept", spec.num_ids, 0, self.num_frequent)
             if self.order == "counts":
-                index = Index.smallest("kept", spec.num_ids, 0, self.num_kept)
+                index = Index.smallest("kept", spec.num_ids, 0, self.num_frequent)
             rows = Member(index, rest=1)
-        table = Table("weight", self.num_kept + 1, spec.embedding_dim, Init.plain(spec))
+        table = Table("weight", self.num_frequent + 1, spec.embedding_dim, Init.plain(spec))
         return LookupProgram((table,), (Probe("weight", rows),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
-        return cls.from_params({**params, "num_kept": size - 1})
+        return cls.from_params({**params, "num_frequent": size - 1})
 
 
 class FreqcutEmbedding(CompressedEmbedding):
     """Drop-in over a table of the most frequent ids and one row that all others share.
 
     >>> import torch
-    >>> emb = FreqcutEmbedding(1_000_000, 16, num_kept=50_000)
+    >>> emb = FreqcutEmbedding(1_000_000, 16, num_frequent=50_000)
     >>> bool((emb(torch.tensor([50_000])) == emb(torch.tensor([999_999]))).all())
     True
     """

@@ -28,7 +28,7 @@ class FullConfig(MethodConfig):
 
     method: ClassVar[str] = "full"
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec))
         return LookupProgram((table,), (Probe("weight", Digit()),))
 

@@ -38,7 +38,7 @@ class HashConfig(MethodConfig):
             faults.append(f"`num_buckets` must be in [1, {spec.num_ids}]; got {self.num_buckets}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         salt = hashing.salt(self.seed, spec.name, "row", 0)
         transform = Digit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
         sign = hashing.salt(self.seed, spec.name, "sign", 0) if self.sign else None

@@ -36,7 +36,7 @@ class LowdimConfig(MethodConfig):
             faults.append(f"`dim` must be in [1, {spec.embedding_dim}], the feature's width; got {self.dim}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         rows = Table("weight", spec.num_ids, self.dim, Init.plain(spec))
         matrix = Table("projection", self.dim, spec.embedding_dim, Init("uniform", (3 / self.dim) ** 0.5), dense=True)
         return LookupProgram((rows, matrix), (Probe("weight", Digit()),), projection="projection")

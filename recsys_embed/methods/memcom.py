@@ -48,7 +48,7 @@ class MemcomConfig(MethodConfig):
             faults.append(f"`num_buckets` must be in [1, {spec.num_ids}]; got {self.num_buckets}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         salt = hashing.salt(self.seed, spec.name, "row", 0)
         rows = Digit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
         tables = [

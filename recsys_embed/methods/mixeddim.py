@@ -10,15 +10,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
-from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
-from recsys_embed.methods._popularity import Growth, Rounding, WidthRule, alpha_fault, block_faults
+from recsys_embed.method_parts.width_rule import Growth, Rounding, WidthRule, alpha_fault, block_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class MixeddimConfig(MethodConfig):
     ``blocks=`` as for many in a plan (see :meth:`plan`, also for a budget that fixes alpha). ``alpha=0`` gives all the
     same width; around 0.3 is the paper's advice.
 
-    **Laws of initial rows** (``law``): ``"plain"`` gives outputs a plain table's variance, ``"xavier"`` is the authors'
+    **Initial rows** (``initializer``): ``"plain"`` gives outputs a plain table's variance, ``"xavier"`` is the authors'
     (Glorot and Bengio 2010 for rows and matrix), which makes those of large tables very small.
 
     Pitfalls: at least one element per id is stored. Rounding to powers of two wastes a budget: the steps are large.
@@ -50,11 +49,13 @@ class MixeddimConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "mixeddim"
+    order_option: ClassVar[str | None] = "order"
+    renamed_options: ClassVar[Mapping[str, str]] = {"law": "initializer"}
 
     dims: tuple[int, ...] = param(MISSING, "widths of the blocks' rows, falling")
     blocks: tuple[int, ...] | None = param(None, "ids of each block but the last, most frequent first")
     order: Literal["ids", "counts"] = param("ids", "'ids' fall in frequency, or `assign_(counts)` orders them")
-    law: Literal["plain", "xavier"] = param("plain", "law of initial rows and matrix")
+    initializer: Literal["plain", "xavier"] = param("plain", "distribution of initial rows and matrix")
 
     @property
     def _starts(self) -> list[int]:
@@ -74,7 +75,7 @@ class MixeddimConfig(MethodConfig):
             faults.append(f"`dims` must fall, within [1, {width}], the feature's width; got {self.dims}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         n, width = spec.num_ids, spec.embedding_dim
         narrow = [d for d in self.dims if d < width]
         starts = self._starts
@@ -87,14 +88,14 @@ class MixeddimConfig(MethodConfig):
             rows = Member(form(name, n, start, count)) if self.blocks else Digit()
             probes.append(Probe(name, rows, column=sum(self.dims[:b])))
         if narrow:
-            spread = (6 / (narrow[0] + width)) ** 0.5 if self.law == "xavier" else (3 / narrow[0]) ** 0.5
+            spread = (6 / (narrow[0] + width)) ** 0.5 if self.initializer == "xavier" else (3 / narrow[0]) ** 0.5
             tables.append(Table("projection", sum(narrow), width, Init("uniform", spread), dense=True))
         return LookupProgram(tuple(tables), tuple(probes), projection="projection" if narrow else None)
 
     def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Init:
         """Law of a block's rows; the matrix has that of the widest projected block, so narrower ones make up for it."""
         whole = spec.embedding_dim
-        if self.law == "xavier":
+        if self.initializer == "xavier":
             gain = (widest + whole) / (dim + whole) if dim < whole else 1.0
             return Init("uniform", (6 / (rows + dim) * gain) ** 0.5)
         return Init.plain(spec, (widest / dim) ** 0.5 if dim < whole else 1.0)
@@ -150,7 +151,7 @@ class MixeddimConfig(MethodConfig):
         wider = range(size, rule.most + 1) if blocks else {size, rule.most}
         configs = (cls.from_params({**params, **rule.blocks(alpha, d * rule.front**alpha)}) for d in sorted(wider))
         # Widths by the rule suit the feature, and planning tries many: no need to check them here.
-        return min(reversed(list(configs)), key=lambda config: config._program(spec).footprint().serve)
+        return min(reversed(list(configs)), key=lambda config: config.build_program(spec).footprint().serve)
 
     @classmethod
     def planning_variants(cls, spec: FeatureSpec, curve: Any) -> Sequence[Mapping[str, Any]]:
@@ -226,11 +227,7 @@ class MixeddimConfig(MethodConfig):
                 if following is not None:
                     heappush(queue, (following, i))
             return {name: config for name, (_, config) in chosen.items()}
-        raise BudgetError(
-            f"method 'mixeddim' needs at least {format_bytes(used)} for these {len(specs)} features; "
-            f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller "
-            f"{'`d0`' if alpha is None else 'embedding_dim'}{cls._smaller()}"
-        )
+        raise cls.budget_error(used, len(specs), budget, "`d0`" if alpha is None else "embedding_dim")
 
 
 def _rules(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,10 +16,10 @@ from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "thinc": {"num_hashes": 4, "hash": "murmur", "law": "thinc"},
-    "bloom": {"combine": "mean", "law": "cce"},
-    "svenstrup": {"weights": "original", "law": "svenstrup"},
-    "cce": {"weights": "flat", "law": "cce"},
+    "thinc": {"num_hashes": 4, "hash": "murmur", "initializer": "thinc"},
+    "bloom": {"combine": "mean", "initializer": "cce"},
+    "svenstrup": {"weights": "original", "initializer": "svenstrup"},
+    "cce": {"weights": "flat", "initializer": "cce"},
 }
 
 
@@ -33,15 +34,17 @@ class MultihashConfig(MethodConfig):
     ``embedding_dim - num_hashes`` and outputs ``[sum_j w_j E_j ; w / sqrt(embedding_dim)]`` (the library cce);
     ``"outside"`` is the paper's ``[sum_j w_j E_j ; w]``, so the output is ``num_hashes`` WIDER than ``embedding_dim``.
 
-    **Frequency split** (Zhang et al. 2020, arXiv 2007.14523): ids in ``[0, head)`` have private rows, the others hash
-    into ``num_buckets`` more; ids must be numbered by descending frequency. With ``combine="sum"`` a head id is its one
-    private row; with ``"concat"`` each of the ``separate`` tables has a private chunk for it, so that its whole width
-    is its own. When sizing by a budget, ``head_share`` instead of ``head`` gives this share of the rows to head ids.
+    **Frequency split** (Zhang et al. 2020, arXiv 2007.14523): ids in ``[0, num_frequent)`` have private rows, the
+    others hash into ``num_buckets`` more; ids must be numbered by descending frequency. With ``combine="sum"`` a
+    frequent id is its one private row; with ``"concat"`` each of the ``separate`` tables has a private chunk for it, so
+    that its whole width is its own. When sizing by a budget, ``frequent_share`` instead of ``num_frequent`` gives this
+    share of the rows to frequent ids.
 
-    **Laws of initial rows** (``law``): ``"plain"`` gives outputs a plain table's variance (head ids under ``"sum"``:
-    1/num_hashes of it); weights start at 1, or, where they are part of the output, like a plain table. ``"svenstrup"``
-    is N(0, 0.1) rows with N(0, 5e-4) weights, ``"cce"`` U(±1/sqrt(embedding_dim)) with U(±1), ``"thinc"`` U(±0.1). The
-    near-zero weights of ``"svenstrup"`` shrink the rows' gradients by as much: train them with Adagrad or Adam.
+    **Initial rows** (``initializer``): ``"plain"`` gives outputs a plain table's variance (frequent ids under
+    ``"sum"``: 1/num_hashes of it); weights start at 1, or, where they are part of the output, like a plain table.
+    ``"svenstrup"`` is N(0, 0.1) rows with N(0, 5e-4) weights, ``"cce"`` U(±1/sqrt(embedding_dim)) with U(±1),
+    ``"thinc"`` U(±0.1). The near-zero weights of ``"svenstrup"`` shrink the rows' gradients by as much: train them with
+    Adagrad or Adam.
 
     **Presets** (``preset=`` where options are given by keyword): ``"thinc"``, ``"bloom"``, ``"svenstrup"``, ``"cce"``.
 
@@ -56,6 +59,11 @@ class MultihashConfig(MethodConfig):
 
     method: ClassVar[str] = "multihash"
     accepts_raw: ClassVar[bool] = True
+    renamed_options: ClassVar[Mapping[str, str]] = {
+        "law": "initializer",
+        "head": "num_frequent",
+        "head_share": "frequent_share",
+    }
 
     num_buckets: int = param(MISSING, "hashed rows of the table, or of each table", low=1, high=MAX_ROWS)
     num_hashes: int = param(2, "rows per id", low=1, high=64)
@@ -66,13 +74,15 @@ class MultihashConfig(MethodConfig):
     weights: Literal["original", "indep", "flat"] | None = param(None, "learned importance of each row")
     num_weights: int | None = param(None, "rows of the weights; 10 x num_buckets by default", low=1, high=MAX_ROWS)
     append_weights: Literal["inside", "outside"] | None = param(None, "weights become columns of the output")
-    head: int = param(0, "ids below this have private rows", low=0, high=MAX_ROWS)
-    law: Literal["plain", "svenstrup", "cce", "thinc"] = param("plain", "law of initial rows and weights")
+    num_frequent: int = param(0, "ids below this have private rows", low=0, high=MAX_ROWS)
+    initializer: Literal["plain", "svenstrup", "cce", "thinc"] = param(
+        "plain", "distribution of initial rows and weights"
+    )
 
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
         """As :meth:`MethodConfig.from_params`; ``preset`` names options that the given ones override."""
-        given = dict(params)
+        given = cls.current_options(params)
         preset = given.pop("preset", None)
         if preset is not None and preset not in PRESETS:
             raise unknown_name("preset of MultihashConfig", str(preset), PRESETS)
@@ -104,13 +114,13 @@ class MultihashConfig(MethodConfig):
         return width // self.num_hashes if self.combine == "concat" else width
 
     def check(self, spec: FeatureSpec) -> list[str]:
-        return super().check(spec) + self._check_shape(spec) + self._check_weights() + self._check_head(spec)
+        return super().check(spec) + self._check_shape(spec) + self._check_weights() + self._check_frequent(spec)
 
     def _check_shape(self, spec: FeatureSpec) -> list[str]:
         faults = []
         width, k = spec.embedding_dim, self.num_hashes
         chunks = k if self.combine == "concat" and not self.separate else 1
-        most = max(1, spec.num_ids - self.head) * chunks
+        most = max(1, spec.num_ids - self.num_frequent) * chunks
         if spec.ids == "index" and self.num_buckets > most:
             faults.append(f"`num_buckets` must be in [1, {most}]; got {self.num_buckets}")
         if self.combine == "concat" and width % k:
@@ -137,22 +147,25 @@ class MultihashConfig(MethodConfig):
             faults.append(f"`num_weights` must be in [1, {most}] with {self.num_hashes} hashes; got {self.num_weights}")
         return faults
 
-    def _check_head(self, spec: FeatureSpec) -> list[str]:
-        if self.head == 0:
+    def _check_frequent(self, spec: FeatureSpec) -> list[str]:
+        if self.num_frequent == 0:
             return []
         faults = []
         if spec.ids == "raw":
-            faults.append("`head` needs ids numbered by descending frequency; the feature has raw ids")
-        elif self.head >= spec.num_ids:
-            faults.append(f"`head` must be in [0, {spec.num_ids - 1}]; got {self.head}; with a budget use `head_share`")
+            faults.append("`num_frequent` needs ids numbered by descending frequency; the feature has raw ids")
+        elif self.num_frequent >= spec.num_ids:
+            faults.append(
+                f"`num_frequent` must be in [0, {spec.num_ids - 1}]; got {self.num_frequent}; "
+                "with a budget use `frequent_share`"
+            )
         if self.hash == "murmur" or self.weights is not None or self.combine == "mean":
             faults.append(
-                "`head` goes with combine='sum' or 'concat', hash='splitmix64' and no weights; "
+                "`num_frequent` goes with combine='sum' or 'concat', hash='splitmix64' and no weights; "
                 f"got {self.combine!r}, {self.hash!r}, weights={self.weights!r}"
             )
         if self.combine == "concat" and not self.separate:
             faults.append(
-                "`head` with combine='concat' needs separate=True, so that each chunk of a head id is its own"
+                "`num_frequent` with combine='concat' needs separate=True, so that frequent ids own their chunks"
             )
         return faults
 
@@ -160,11 +173,11 @@ class MultihashConfig(MethodConfig):
         """Laws of rows and weights."""
         width, k = spec.embedding_dim, self.num_hashes
         gain = {"sum": k**-0.5, "mean": k**0.5, "concat": 1.0}[self.combine]
-        if self.law == "svenstrup":
+        if self.initializer == "svenstrup":
             return Init("normal", 0.1), Init("normal", 5e-4)
-        if self.law == "cce":
+        if self.initializer == "cce":
             return Init("uniform", width**-0.5), Init("uniform", 1.0)
-        if self.law == "thinc":
+        if self.initializer == "thinc":
             return Init("uniform", 0.1), Init("constant", loc=1.0)
         if self.append_weights is None:
             return Init.plain(spec, gain), Init("constant", loc=1.0)
@@ -177,21 +190,22 @@ class MultihashConfig(MethodConfig):
             return Murmur(self.seed, j, self.num_buckets)
         salt = hashing.salt(self.seed, spec.name, "row", j)
         if self.combine == "concat":
-            return Hash(salt, self.num_buckets, head=self.head)
-        # A head id is one row of the first table, which it alone has; the other probes pass it by.
-        alone = self.head > 0 and j > 0
-        return Hash(salt, self.num_buckets, 1, -self.head if self.separate and alone else 0, self.head, alone)
+            return Hash(salt, self.num_buckets, head=self.num_frequent)
+        # A frequent id is one row of the first table, which it alone has; the other probes pass it by.
+        alone = self.num_frequent > 0 and j > 0
+        offset = -self.num_frequent if self.separate and alone else 0
+        return Hash(salt, self.num_buckets, 1, offset, self.num_frequent, alone)
 
     def _weight(self, spec: FeatureSpec, j: int) -> Weight:
         k, rows = self.num_hashes, self._weight_rows
         salt = hashing.salt(self.seed, spec.name, "weight", 0 if self.weights == "original" else j)
         return Weight("importance", Hash(salt, rows * k) if self.weights == "flat" else Hash(salt, rows, k, j))
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         k, chunk, concat = self.num_hashes, self._chunk(spec), self.combine == "concat"
         law, weight_law = self._inits(spec)
         names = [f"weight_{j}" for j in range(k)] if self.separate else ["weight"]
-        private = [self.head if concat or j == 0 else 0 for j in range(len(names))]
+        private = [self.num_frequent if concat or j == 0 else 0 for j in range(len(names))]
         tables = [Table(n, self.num_buckets + p, chunk, law) for n, p in zip(names, private, strict=True)]
         probes = [
             Probe(
@@ -215,19 +229,22 @@ class MultihashConfig(MethodConfig):
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
-        config = cls.from_params({k: v for k, v in params.items() if k != "head_share"} | {"num_buckets": 1})
+        config = cls.from_params({k: v for k, v in params.items() if k != "frequent_share"} | {"num_buckets": 1})
         chunks = config.num_hashes if config.combine == "concat" and not config.separate else 1
-        return min(MAX_ROWS, max(1, spec.num_ids - config.head) * chunks)
+        return min(MAX_ROWS, max(1, spec.num_ids - config.num_frequent) * chunks)
 
     @classmethod
-    def sized(cls, spec: FeatureSpec, size: int, head_share: float | None = None, **params: Any) -> Self:
-        """The configuration of ``size`` rows, of which ``head_share`` (in [0, 1)) are for head ids."""
-        options = {**params, "num_buckets": size}
-        if head_share is not None:
-            if not isinstance(head_share, (int, float)) or not 0 <= head_share < 1 or "head" in params:
-                raise ConfigError(f"`head_share` must be a number in [0, 1), and not beside `head`; got {head_share!r}")
-            options["head"] = int(size * head_share)
-            options["num_buckets"] = size - options["head"]
+    def sized(cls, spec: FeatureSpec, size: int, frequent_share: float | None = None, **params: Any) -> Self:
+        """The configuration of ``size`` rows, of which ``frequent_share`` (in [0, 1)) are for frequent ids."""
+        options = cls.current_options(params) | {"num_buckets": size}
+        share = options.pop("frequent_share", frequent_share)
+        if share is not None:
+            if not isinstance(share, (int, float)) or not 0 <= share < 1 or "num_frequent" in options:
+                raise ConfigError(
+                    f"`frequent_share` must be a number in [0, 1), and not beside `num_frequent`; got {share!r}"
+                )
+            options["num_frequent"] = int(size * share)
+            options["num_buckets"] = size - options["num_frequent"]
         config = cls.from_params(options)
         if config.weights is None or config.num_weights is not None:
             return config

@@ -10,7 +10,7 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_DIM, MAX_ROWS, FeatureSpec
-from recsys_embed.methods._pruned import Columns
+from recsys_embed.method_parts.pruned_columns import Columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class OptembedConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "optembed"
+    order_option: ClassVar[str | None] = "order"
+    width_option: ClassVar[str | None] = "dim"
+    plannable: ClassVar[bool] = False
 
     num_kept: int = param(MISSING, "ids that own rows", low=0, high=MAX_ROWS)
     dim: int | None = param(None, "width of the rows; that of the feature by default", low=1, high=MAX_DIM)
@@ -44,7 +47,7 @@ class OptembedConfig(MethodConfig):
             faults.append(f"`dim` must be in [1, {spec.embedding_dim}], the feature's width; got {self.dim}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         columns, dim = Columns(spec.embedding_dim), self.dim or spec.embedding_dim
         rest = int(self.pruned == "oov" and self.num_kept < spec.num_ids)
         if not self.num_kept + rest:

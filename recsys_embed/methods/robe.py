@@ -7,13 +7,11 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from recsys_embed.core import hashing
-from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import BudgetError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.methods._pool import private_tables
+from recsys_embed.method_parts.shared_plan import private_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class RobeConfig(MethodConfig):
             faults.append(f"`table` must be a name without '.' or '#'; got {self.table!r}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         block, width = self._block(spec), spec.embedding_dim
         law = spec if ":" in spec.init else replace(spec, init="uniform:0.001")
         starts = self.num_elements if self.wrap else self.num_elements - block + 1
@@ -105,17 +103,13 @@ class RobeConfig(MethodConfig):
             full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
                 at most half the budget.
         """
-        chosen, spent = private_tables(specs, budget, plain, full_below)
-        shared = [s for s in specs if s.name not in chosen]
+        chosen, spent, shared = private_tables(specs, budget, plain, full_below)
         if not shared:
             return chosen
         least = max(cls._longest(s, params) for s in shared)
         elements = min((budget - spent) // 4, sum(s.num_ids * s.embedding_dim for s in shared), MAX_ROWS)
         if elements < least:
-            raise BudgetError(
-                f"method 'robe' needs at least {format_bytes(spent + 4 * least)} for these {len(specs)} features; "
-                f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller `block_size`"
-            )
+            raise cls.budget_error(spent + 4 * least, len(specs), budget, "`block_size`", per_id=False)
         config = cls.from_params({**params, "num_elements": elements})
         return {s.name: chosen.get(s.name, config) for s in specs}
 

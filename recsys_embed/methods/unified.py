@@ -7,20 +7,19 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
-from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import BudgetError, ConfigError, unknown_name
+from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.methods._pool import private_tables
+from recsys_embed.method_parts.shared_plan import private_tables
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnifiedConfig(MethodConfig):
-    """One table of ``num_rows`` x ``chunk_dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
+    """One table of ``num_buckets`` x ``dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
 
-    Each id reads ``num_probes`` rows, found by independent hashes salted with the feature's name and the probe, so a
+    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the probe, so a
     feature keeps its rows when others come and go. Rows of different features collide freely: with a learned linear
     layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
 
@@ -28,18 +27,23 @@ class UnifiedConfig(MethodConfig):
     table shared by features of unlike cardinality start with the paper's U(±0.05) unless the features' own law is
     explicit.
 
-    >>> UnifiedConfig(num_rows=1000).footprint(FeatureSpec("C1", 100_000, 16)).serve
+    >>> UnifiedConfig(num_buckets=1000).footprint(FeatureSpec("C1", 100_000, 16)).serve
     16000
     """
 
     method: ClassVar[str] = "unified"
     accepts_raw: ClassVar[bool] = True
+    renamed_options: ClassVar[Mapping[str, str]] = {
+        "num_rows": "num_buckets",
+        "num_probes": "num_hashes",
+        "chunk_dim": "dim",
+    }
 
-    num_rows: int = param(MISSING, "rows of each shared table", low=1, high=MAX_ROWS)
-    num_probes: int | None = param(
+    num_buckets: int = param(MISSING, "rows of each shared table", low=1, high=MAX_ROWS)
+    num_hashes: int | None = param(
         None, "rows read per id; the most up to 4 that leave rows of 4 or more (concat), else 2 (sum)", low=1, high=64
     )
-    chunk_dim: int | None = param(None, "row width; embedding_dim / num_probes (concat) or embedding_dim (sum)", low=1)
+    dim: int | None = param(None, "row width; embedding_dim / num_hashes (concat) or embedding_dim (sum)", low=1)
     combine: Literal["concat", "sum"] = param("concat", "how the rows of an id combine")
     num_tables: int = param(1, "shared tables; consecutive chunks take them in turn", low=1, high=64)
     first_chunk: int = param(0, "chunks of earlier features, which fixes the first table in turn", low=0)
@@ -48,29 +52,29 @@ class UnifiedConfig(MethodConfig):
     def _shape(self, spec: FeatureSpec) -> tuple[int, int]:
         """Probes per id and row width for ``spec``."""
         d, summed = spec.embedding_dim, self.combine == "sum"
-        if self.num_probes is not None:
-            probes = self.num_probes
-        elif summed or self.chunk_dim is not None:
+        if self.num_hashes is not None:
+            probes = self.num_hashes
+        elif summed or self.dim is not None:
             probes = 2
         else:
             # Narrower rows waste most of the memory transfer that reads them.
             probes = max(k for k in (1, 2, 3, 4) if k == 1 or (d % k == 0 and d // k >= 4))
-        if self.chunk_dim is not None:
-            return probes, self.chunk_dim
+        if self.dim is not None:
+            return probes, self.dim
         return probes, d if summed else max(1, d // probes)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         faults = super().check(spec)
         probes, _ = self._shape(spec)
-        if self.combine == "concat" and self.chunk_dim is None and spec.embedding_dim % probes:
+        if self.combine == "concat" and self.dim is None and spec.embedding_dim % probes:
             faults.append(
-                f"`num_probes` must divide embedding_dim {spec.embedding_dim}, or `chunk_dim` be given; got {probes}"
+                f"`num_hashes` must divide embedding_dim {spec.embedding_dim}, or `dim` be given; got {probes}"
             )
         if not self.table or "." in self.table or "#" in self.table:
             faults.append(f"`table` must be a name without '.' or '#'; got {self.table!r}")
         return faults
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         probes, width = self._shape(spec)
         summed = self.combine == "sum"
         explicit = ":" in spec.init
@@ -81,12 +85,12 @@ class UnifiedConfig(MethodConfig):
         reads = tuple(
             Probe(
                 turns[j],
-                Hash(hashing.salt(self.seed, spec.name, "chunk", j), self.num_rows),
+                Hash(hashing.salt(self.seed, spec.name, "chunk", j), self.num_buckets),
                 column=0 if summed else j * width,
             )
             for j in range(probes)
         )
-        tables = [Table(n, self.num_rows, width, init, shared=True) for n in names if n in turns]
+        tables = [Table(n, self.num_buckets, width, init, shared=True) for n in names if n in turns]
         columns = width if summed else probes * width
         head = None
         if columns != spec.embedding_dim:
@@ -97,13 +101,13 @@ class UnifiedConfig(MethodConfig):
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
-        config = cls.from_params({**params, "num_rows": 1})
+        config = cls.from_params({**params, "num_buckets": 1})
         _, width = config._shape(spec)
         return min(MAX_ROWS, max(1, spec.num_ids * spec.embedding_dim // (width * config.num_tables)))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
-        return cls.from_params({**params, "num_rows": size})
+        return cls.from_params({**params, "num_buckets": size})
 
     @classmethod
     def plan(
@@ -113,7 +117,7 @@ class UnifiedConfig(MethodConfig):
         plain: MethodConfig,
         *,
         full_below: int = 200,
-        num_probes: int | Mapping[str, int] | None = None,
+        num_hashes: int | Mapping[str, int] | None = None,
         **params: Any,
     ) -> dict[str, MethodConfig]:
         """One shared table that takes what the budget leaves.
@@ -121,28 +125,27 @@ class UnifiedConfig(MethodConfig):
         Args:
             full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
                 at most half the budget.
-            num_probes: for all features, or per feature name (multi-size; give ``chunk_dim`` with it, and a
+            num_hashes: for all features, or per feature name (multi-size; give ``dim`` with it, and a
                 projection brings every feature to its width).
         """
-        for name in num_probes if isinstance(num_probes, Mapping) else ():
+        for name in num_hashes if isinstance(num_hashes, Mapping) else ():
             if name not in {s.name for s in specs}:
-                raise unknown_name("feature in `num_probes`", name, [s.name for s in specs])
-        chosen, spent = private_tables(specs, budget, plain, full_below)
-        shared = [s for s in specs if s.name not in chosen]
+                raise unknown_name("feature in `num_hashes`", name, [s.name for s in specs])
+        chosen, spent, shared = private_tables(specs, budget, plain, full_below)
         if not shared:
             return chosen
         chunks = 0
         small: dict[str, UnifiedConfig] = {}
         for spec in shared:
-            probes = num_probes.get(spec.name) if isinstance(num_probes, Mapping) else num_probes
+            probes = num_hashes.get(spec.name) if isinstance(num_hashes, Mapping) else num_hashes
             turn = chunks if params.get("num_tables", 1) > 1 else 0
-            config = cls.from_params({**params, "num_rows": 1, "num_probes": probes, "first_chunk": turn})
+            config = cls.from_params({**params, "num_buckets": 1, "num_hashes": probes, "first_chunk": turn})
             small[spec.name] = config
             chunks += config._shape(spec)[0]
         tables = {t.name: t for s in shared for t in small[s.name].program(s).tables if t.shared}
         if len({t.width for t in tables.values()}) > 1 or len({small[s.name]._shape(s)[1] for s in shared}) > 1:
             raise ConfigError(
-                f"features that share table {params.get('table', 'unified')!r} need rows of one width; give `chunk_dim`"
+                f"features that share table {params.get('table', 'unified')!r} need rows of one width; give `dim`"
             )
         heads = 4 * sum(t.rows * t.width for s in shared for t in small[s.name].program(s).tables if t.dense)
         row = 4 * sum(t.width for t in tables.values())
@@ -151,11 +154,8 @@ class UnifiedConfig(MethodConfig):
         )
         rows = min(budget - spent - heads, useful) // row
         if rows < 1:
-            raise BudgetError(
-                f"method 'unified' needs at least {format_bytes(spent + heads + row)} for these {len(specs)} features; "
-                f"{format_bytes(budget)} available. Ways out: 1. a larger budget; 2. a smaller `chunk_dim`"
-            )
-        chosen |= {name: replace(config, num_rows=min(rows, MAX_ROWS)) for name, config in small.items()}
+            raise cls.budget_error(spent + heads + row, len(specs), budget, "`dim`", per_id=False)
+        chosen |= {name: replace(config, num_buckets=min(rows, MAX_ROWS)) for name, config in small.items()}
         return {s.name: chosen[s.name] for s in specs}
 
 
@@ -163,7 +163,7 @@ class UnifiedEmbedding(CompressedEmbedding):
     """Drop-in for one feature: several hashed rows of one table per id; takes any int64 id.
 
     >>> import torch
-    >>> emb = UnifiedEmbedding(1_000_000, 16, num_rows=50_000, num_probes=4)
+    >>> emb = UnifiedEmbedding(1_000_000, 16, num_buckets=50_000, num_hashes=4)
     >>> emb(torch.tensor([1, 2**40])).shape, emb.footprint().serve
     (torch.Size([2, 16]), 800000)
     """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from recsys_embed.collection import EmbeddingCollection
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models.base import MODELS, CTRModel, ModelSpec, make_params, register
 from recsys_embed.models.dcn import DCN
@@ -22,6 +22,8 @@ from recsys_embed.models.ipnn import IPNN
 from recsys_embed.models.lr import LR
 from recsys_embed.models.widedeep import WideDeep
 from recsys_embed.plan import Plan
+from recsys_embed.utils import plugins
+from recsys_embed.utils.plugins import load_plugins, unknown_plugin_name
 
 __all__ = [
     "DCN",
@@ -40,6 +42,7 @@ __all__ = [
     "hyperparameters",
     "list_models",
     "register",
+    "vector_models",
 ]
 
 
@@ -49,13 +52,25 @@ def list_models() -> list[str]:
     >>> "deepfm" in list_models()
     True
     """
+    load_plugins(plugins.MODELS)
     return list(MODELS)
+
+
+def vector_models() -> list[str]:
+    """Keys of the models that own vectors, whose storage there is to choose.
+
+    >>> "lr" in vector_models(), "fm" in vector_models()
+    (False, True)
+    """
+    return [key for key in list_models() if MODELS[key].uses_vectors]
 
 
 def get_model(name: str) -> type[CTRModel]:
     """The model class of a key; an unknown key names the nearest one."""
     if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
+        load_plugins(plugins.MODELS)
+    if name not in MODELS:
+        raise unknown_plugin_name("model", name, MODELS, plugins.MODELS)
     return MODELS[name]
 
 

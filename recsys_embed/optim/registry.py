@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import ConfigError
 from recsys_embed.optim.base import FusedOptimizer
+from recsys_embed.utils.plugins import RULES, load_plugins, unknown_plugin_name
 
 _RULES: dict[str, type[FusedOptimizer]] = {}
 Rule = TypeVar("Rule", bound=type[FusedOptimizer])
@@ -53,6 +54,7 @@ def list_rules() -> list[str]:
     >>> list_rules()[:2]
     ['adagrad', 'adam']
     """
+    load_plugins(RULES)
     return sorted(_RULES)
 
 
@@ -70,7 +72,9 @@ def make_rule(name: str, /, **options: Any) -> FusedOptimizer:
     1e-10
     """
     if name not in _RULES:
-        raise unknown_name("optimizer", name, _RULES)
+        load_plugins(RULES)
+    if name not in _RULES:
+        raise unknown_plugin_name("optimizer", name, _RULES, RULES)
     try:
         return _RULES[name](**options)
     except TypeError as e:

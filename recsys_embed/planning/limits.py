@@ -145,15 +145,10 @@ class Candidate:
         return self.info.name
 
     def variants(self, spec: FeatureSpec, curve: FrequencyCurve) -> list[Candidate]:
-        """The method with each set of options worth trying for a feature.
-
-        A configuration class may name them itself by a class method ``planning_variants(spec, curve)`` that returns
-        mappings of options; ``curve`` is the feature's :class:`FrequencyCurve`.
-        """
-        hook = getattr(self.info.config_cls, "planning_variants", None)
-        if self.params is not None or hook is None:
+        """The method with each set of options worth trying, see :meth:`MethodConfig.planning_variants`."""
+        if self.params is not None:
             return [self]
-        return [Candidate(self.info, dict(params)) for params in hook(spec, curve)]
+        return [Candidate(self.info, dict(params)) for params in self.info.config_cls.planning_variants(spec, curve)]
 
 
 def candidates(methods: Any) -> list[Candidate]:
@@ -169,7 +164,7 @@ def candidates(methods: Any) -> list[Candidate]:
     """
     known = [m.name for m in list_methods()]
     if methods is None:
-        methods = [m.name for m in list_methods() if "search" not in m.tags]
+        methods = [m.name for m in list_methods() if m.config_cls.plannable]
     if isinstance(methods, str):
         methods = [methods]
     if not isinstance(methods, Collection):
@@ -184,7 +179,8 @@ def candidates(methods: Any) -> list[Candidate]:
         given = methods[name] if isinstance(methods, Mapping) else None
         if given is not None and not isinstance(given, Mapping):
             raise ConfigError(f"options of a method in `methods` must be a mapping; got {given!r:.80} ({name!r})")
-        found.append(Candidate(get_method(name), dict(given) if given else None))
+        info = get_method(name)
+        found.append(Candidate(info, info.config_cls.current_options(given) if given else None))
     return found
 
 

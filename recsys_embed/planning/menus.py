@@ -105,7 +105,8 @@ class MenuMaker:
         shared = any(t.shared for t in first.program.tables)
         kept = {}
         for found in (first, *(sizer.at(s) for s in sizes[1:] if not shared)):
-            if not known and "order" not in (candidate.params or {}) and goes_by_frequency(found.program):
+            asked = candidate.info.config_cls.order_option in (candidate.params or {})
+            if not known and not asked and goes_by_frequency(found.program):
                 menu.refused[candidate.name] = "it goes by frequencies, which no statistics tell"
                 return {}
             reason = self._refusal(menu.spec, found)
@@ -188,8 +189,8 @@ def losses_of(menu: Menu, found: Sequence[Sized], methods: Sequence[str], frame:
     penalty = tiny_penalty(menu, frame)
     out = []
     for one, method, loss in zip(found, methods, plain, strict=True):
-        own = getattr(one.config, "planning_loss", None)
-        loss = float(own(spec, terms.curve)) if own is not None else loss
+        own = one.config.planning_loss(spec, terms.curve)
+        loss = loss if own is None else float(own)
         out.append(loss * menu.weight * frame.factors.get(method, 1.0) + penalty * (method != FULL))
     return out
 

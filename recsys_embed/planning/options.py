@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from recsys_embed.core.method_config import MethodConfig
@@ -82,7 +82,7 @@ class Sizer:
         """
         config = self.cls.sized(self.spec, size, **self.params)
         # Checking every size would take half of the time; what is chosen is checked with the plan.
-        program = config._program(self.spec) if self._checked else config.program(self.spec)
+        program = config.build_program(self.spec) if self._checked else config.program(self.spec)
         self._checked = True
         return sized(config, program, self.spec, self.terms, self.costs, size)
 
@@ -179,13 +179,10 @@ class Menu:
 
 
 def params_of(candidate: Candidate, ranked: bool) -> dict[str, Any]:
-    """Options of a candidate; a method that goes by frequency and whose ids are not ``ranked`` by it is told so.
-
-    Methods that can store which ids are frequent have an option ``order`` with a value ``"counts"`` for it.
-    """
-    params = dict(candidate.params or {})
-    if not ranked and any(f.name == "order" for f in fields(candidate.info.config_cls)):
-        params.setdefault("order", "counts")
+    """Options of a candidate; a method that goes by frequency and whose ids are not ``ranked`` by it is told so."""
+    params, order = dict(candidate.params or {}), candidate.info.config_cls.order_option
+    if not ranked and order is not None:
+        params.setdefault(order, "counts")
     return params
 
 

@@ -32,9 +32,9 @@ def plan_losses(
                 everybody[f.table] = everybody.get(f.table, 0.0) + f.reads * terms[name].load
     losses = {}
     for spec in schema:
-        own = getattr(plan[spec.name], "planning_loss", None)
+        own = plan[spec.name].planning_loss(spec, terms[spec.name].curve)
         if own is not None:
-            loss = float(own(spec, terms[spec.name].curve))
+            loss = float(own)
         else:
             beside = {t: crowd(terms[spec.name], load) for t, load in everybody.items()}
             loss = float(price(terms[spec.name], [parts[spec.name]], spec.embedding_dim, beside)[0])

@@ -29,7 +29,7 @@ tables sometimes generalise better) are left out, and features count alike unles
 
 A method whose lookup is more than a program (``config.computes``) is priced by the program it declares, which is
 conservative: what its network adds is not counted. It may say better itself, by a method
-``planning_loss(spec, curve) -> float`` of its configuration, in the unit above.
+``planning_loss(spec, curve)`` of its configuration, in the unit above.
 """
 
 from __future__ import annotations

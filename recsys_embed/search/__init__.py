@@ -10,6 +10,7 @@ from recsys_embed.search.evolution import Evolution, Space, evolve
 from recsys_embed.search.layers import DnisLayer, OptembedLayer
 from recsys_embed.search.optembed import OptembedSearch
 from recsys_embed.search.pep import PepSearch
+from recsys_embed.search.registry import get_search, list_searches, register_search
 from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.search.supernet import Supernet
 
@@ -29,5 +30,8 @@ __all__ = [
     "Space",
     "Supernet",
     "evolve",
+    "get_search",
+    "list_searches",
+    "register_search",
     "run_search",
 ]

@@ -107,7 +107,7 @@ class Search(ABC):
     ...         budget = int(self.settings.share * plain_bytes(self.schema))
     ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
     >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # `run_search` needs more
-    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_kept
+    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_frequent
     49
     """
 
@@ -120,6 +120,11 @@ class Search(ABC):
     show_progress: bool | None = None
 
     method: ClassVar[str]
+    """Key of the search, and of the method that stores what it finds."""
+    summary: ClassVar[str]
+    """What it does, in a line, for the command line."""
+    settings_cls: ClassVar[type]
+    """Class of its settings, with ``from_dict``."""
     stages: ClassVar[tuple[str, ...]] = ("supernet", "evolution", "retrain")
     redo: ClassVar[tuple[str, ...] | None] = None
     """What is done again for another budget, tried before there is a plan; None: everything is."""

@@ -17,6 +17,7 @@ from recsys_embed.search.extract import chunks, make_plan
 from recsys_embed.search.frequency_blocks import block_maps, block_sizes, order_of
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
+from recsys_embed.search.registry import register_search
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.loop import Trainer
@@ -25,6 +26,7 @@ SPLIT = "held_out"
 """Of data that holds training rows out."""
 
 
+@register_search
 @dataclass
 class DnisSearch(Search):
     """One search; see :class:`Search` for what all have in common.
@@ -44,6 +46,8 @@ class DnisSearch(Search):
     settings: DnisSettings
 
     method = "dnis"
+    summary = "DNIS: learn which columns blocks of frequent and rare ids need, prune the merged table, train on."
+    settings_cls = DnisSettings
     redo = ()
     stages = ("warm", "search", "retrain")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError
+from recsys_embed.registry import with_current_names
 from recsys_embed.train.files import drop_temporaries, write_json, write_text
 from recsys_embed.train.run import environment
 
@@ -54,7 +55,7 @@ class SearchFolder:
         if self.path is None:
             return
         known = self._read(SEARCH)
-        if known is None or known.get("identity") != self.identity:
+        if known is None or differences(known.get("identity", {}), self.identity):
             for name in self._redo if known is not None else ():
                 (self.path / f"{name}.json").unlink(missing_ok=True)
             write_json(self.path / SEARCH, {**environment(), "identity": self.identity})
@@ -108,7 +109,7 @@ class SearchFolder:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each setting in which two searches differ; lists and tuples are alike."""
-    there, here = (_flat(json.loads(json.dumps(dict(identity)))) for identity in (saved, now))
+    there, here = (_flat(with_current_names(json.loads(json.dumps(dict(value))))) for value in (saved, now))
     differing = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
     return [f"  - {k}: {there.get(k)!r:.80} there, {here.get(k)!r:.80} now" for k in differing]
 

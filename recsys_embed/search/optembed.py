@@ -19,6 +19,7 @@ from recsys_embed.search.evaluate import CandidateEvaluator
 from recsys_embed.search.evolution import Candidate, Space, evolve, ranked
 from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
 from recsys_embed.search.layers import OptembedLayer
+from recsys_embed.search.registry import register_search
 from recsys_embed.search.settings import OptembedSettings
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.run import make_optimizer
@@ -27,6 +28,7 @@ from recsys_embed.train.stop_request import StopRequest
 _LEAST_ROWS = 2048
 
 
+@register_search
 @dataclass
 class OptembedSearch(Search):
     """One search; see :class:`Search` for what all have in common.
@@ -46,6 +48,8 @@ class OptembedSearch(Search):
     settings: OptembedSettings
 
     method = "optembed"
+    summary = "OptEmbed: train a supernet whose rare rows die, evolve the widths of fields on it, retrain what is left."
+    settings_cls = OptembedSettings
     redo = ("evolution",)
 
     def check(self) -> None:

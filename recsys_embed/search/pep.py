@@ -19,6 +19,7 @@ from recsys_embed.search.common import Search, need_validation
 from recsys_embed.search.extract import chunks, make_plan, plain_bytes
 from recsys_embed.search.layers import PepLayer, soft_threshold
 from recsys_embed.search.pruning import choose_elements
+from recsys_embed.search.registry import register_search
 from recsys_embed.search.settings import PepSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig
@@ -76,6 +77,7 @@ class PepTrainer(Trainer):
         return value
 
 
+@register_search
 @dataclass
 class PepSearch(Search):
     """One search; see :class:`Search` for what all have in common.
@@ -97,6 +99,8 @@ class PepSearch(Search):
     _left: int = field(default=0, init=False, repr=False)
 
     method = "pep"
+    summary = "PEP: let thresholds rise until the budget is met, retrain the elements left from their initial weights."
+    settings_cls = PepSettings
     stages = ("thresholds", "retrain")
 
     def check(self) -> None:
@@ -183,7 +187,7 @@ class PepSearch(Search):
     def _bytes(self, kept: Sequence[tuple[int, ...]]) -> int:
         """Of the vectors, with so many elements of each column of each field."""
         cls = get_method("pep").config_cls
-        configs = [cls.from_params({"kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
+        configs = [cls.from_params({"num_kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
         return sum(c.footprint(s).serve for c, s in zip(configs, self.schema, strict=True))
 
     def _snap(self, net: Supernet, step: int) -> bool:

@@ -143,7 +143,7 @@ def choose_elements(spec: FeatureSpec, kept: Tensor, pruned: str) -> tuple[Metho
     counts = kept.sum(0).tolist()
     if min(counts) == spec.num_ids:
         return get_method("full").config_cls.from_params({}), {}
-    config = get_method("pep").config_cls.from_params({"kept": tuple(counts), "pruned": pruned, "order": "sets"})
+    config = get_method("pep").config_cls.from_params({"num_kept": tuple(counts), "pruned": pruned, "order": "sets"})
     indexes = {i.name: int(i.name.rpartition("_")[2]) for i in config.program(spec).indexes}
     sets = {name: set_text(kept[:, k].nonzero().squeeze(1), spec.num_ids) for name, k in indexes.items()}
     return config, sets
@@ -162,7 +162,7 @@ def keep_elements(
 
     def bytes_of(count: int) -> int:
         found = ranking.columns(count).tolist()
-        configs = [cls.from_params({"kept": tuple(row), "pruned": pruned, "order": "sets"}) for row in found]
+        configs = [cls.from_params({"num_kept": tuple(row), "pruned": pruned, "order": "sets"}) for row in found]
         return sum(c.footprint(s).serve for c, s in zip(configs, schema, strict=True))
 
     return ranking.mask(most_within(ranking.total, lambda n: bytes_of(n) <= budget, budget))

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.plan import Plan
+from recsys_embed.registry import with_current_names
 from recsys_embed.sharding.checkpoint_tensors import (
     Entry,
     collections_in,
@@ -125,7 +126,7 @@ def describe(model: nn.Module, steps: int, trained: bool) -> dict[str, Any]:
 def check(at: Path, meta: dict[str, Any], model: nn.Module, trained: bool) -> None:
     """Raise unless a checkpoint is of such a model."""
     wanted = describe(model, 0, trained)["collections"]
-    saved = meta["collections"]
+    saved = with_current_names(meta["collections"])
     faults = [f"{p!r}" for p in sorted({*wanted, *saved}) if (p in wanted) != (p in saved)]
     if faults:
         raise CheckpointError(f"checkpoint {at} holds collections {sorted(saved)}; the model has {sorted(wanted)}")

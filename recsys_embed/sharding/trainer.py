@@ -20,6 +20,7 @@ from recsys_embed.core import hashing
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.data_source import BatchStream, DataSource
 from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.registry import with_current_names
 from recsys_embed.sharding.checkpoint import find, load, save
 from recsys_embed.sharding.checkpoint_tensors import Entry, weight_entries
 from recsys_embed.sharding.optimizers import Optimizers, collection_paths, table_named
@@ -257,8 +258,8 @@ class ShardedTrainer(Trainer):
         if self.home is None:
             raise ConfigError("resuming needs a run folder")
         at, meta = find(self.home / CHECKPOINTS)
-        saved = meta["extra"]["identity"]
-        mine = json.loads(json.dumps(self.identity))
+        saved = with_current_names(meta["extra"]["identity"])
+        mine = with_current_names(json.loads(json.dumps(self.identity)))
         differing = [k for k in sorted({*saved, *mine}) if saved.get(k) != mine.get(k)]
         if differing:
             raise CheckpointError(

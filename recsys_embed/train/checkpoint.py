@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from recsys_embed.errors import CheckpointError
+from recsys_embed.registry import with_current_names
 from recsys_embed.train.files import atomic_write
 
 FORMAT = "recsys-embed-checkpoint"
@@ -96,6 +97,7 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
     if not isinstance(saved, dict) or not all(isinstance(k, str) for k in saved):
         raise CheckpointError(f"checkpoint {path} is damaged: it does not hold the settings it was made with")
     if config is not None:
+        saved, config = with_current_names(saved), with_current_names(config)
         differing = [k for k in sorted({*saved, *config}) if saved.get(k) != config.get(k)]
         if differing:
             lines = [f"  - {k}: checkpoint {saved.get(k)!r}, this run {config.get(k)!r}" for k in differing]

@@ -17,7 +17,7 @@ from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, unknown_name
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
-from recsys_embed.registry import get_method, list_methods
+from recsys_embed.registry import get_method, list_methods, with_current_names
 from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.files import write_json
 from recsys_embed.train.loop import DivergedError
@@ -140,7 +140,7 @@ class Case:
 
 def all_methods() -> tuple[str, ...]:
     """Keys of every registered method that a budget alone sizes; what others keep is for a search to say."""
-    return tuple(m.name for m in list_methods() if "search" not in m.tags)
+    return tuple(m.name for m in list_methods() if m.config_cls.plannable)
 
 
 def run_comparison(
@@ -206,8 +206,8 @@ def _finished_row(folder: Path, case: Case, data: Any) -> dict[str, Any] | None:
         raise ConfigError(f"{path} is not a row of a comparison; remove it to train the row again")
     wanted = case.config.to_dict()
     # Settings pass through JSON so that tuples and lists compare equal.
-    wanted = json.loads(json.dumps(wanted))
-    differing = [k for k in wanted if row["settings"].get(k) != wanted[k]]
+    wanted, settings = with_current_names(json.loads(json.dumps(wanted))), with_current_names(row["settings"])
+    differing = [k for k in wanted if settings.get(k) != wanted[k]]
     if row.get("data") != fingerprint(schema_of(data, case.config), data):
         differing.append("data")
     if differing:

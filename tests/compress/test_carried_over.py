@@ -200,7 +200,7 @@ def _tied(table: Any) -> nn.Module:
     return head
 
 
-ORDERED = [m.name for m in rse.list_methods() if "order" in m.config_cls.__dataclass_fields__]
+ORDERED = [m.name for m in rse.list_methods() if m.config_cls.order_option]
 
 
 @pytest.mark.parametrize("method", ORDERED)

@@ -98,7 +98,7 @@ def test_tables_fitted_together_weigh_unknown_counts_as_the_mean_known_one() -> 
     model = nn.ModuleDict({"a": nn.Embedding(50, 4), "b": nn.Embedding(30, 4)})
     targets = torch.cat([model["a"].weight, model["b"].weight]).detach().double()
     counts = 100.0 * torch.arange(1, 51)
-    plan = rse.Plan.uniform(rse.Schema.from_model(model), "unified", num_rows=8, num_probes=1, chunk_dim=4)
+    plan = rse.Plan.uniform(rse.Schema.from_model(model), "unified", num_buckets=8, num_hashes=1, dim=4)
     compress_(model, plan, counts={"a": counts})
     rows = torch.cat([model[n].program.probes[0].transform.rows(torch.arange(k)) for n, k in (("a", 50), ("b", 30))])
     importance = torch.cat([counts.double(), torch.full((30,), float(counts.mean()), dtype=torch.float64)])

@@ -62,7 +62,7 @@ def test_a_table_that_many_share_enters_an_optimizer_once() -> None:
     optimizer = torch.optim.SGD([{"params": [m.weight]} for m in model.values()], lr=0.1)
     held = [[m.weight for m in model.values()]]
     model.held = held
-    compress_(model, rse.Plan(dict.fromkeys(model, rse.UnifiedConfig(num_rows=20))), optimizer=optimizer)
+    compress_(model, rse.Plan(dict.fromkeys(model, rse.UnifiedConfig(num_buckets=20))), optimizer=optimizer)
     (shared,) = model.parameters()
     assert [len(g["params"]) for g in optimizer.param_groups] == [1, 0, 0, 0]
     assert optimizer.param_groups[0]["params"][0] is shared
@@ -71,7 +71,7 @@ def test_a_table_that_many_share_enters_an_optimizer_once() -> None:
 
 def test_parameters_that_stay_in_use_stay_in_the_optimizer() -> None:
     model = nn.ModuleDict({f"C{i}": nn.Embedding(50, 8) for i in range(3)})
-    compress_(model, rse.Plan(dict.fromkeys(model, rse.UnifiedConfig(num_rows=20))))
+    compress_(model, rse.Plan(dict.fromkeys(model, rse.UnifiedConfig(num_buckets=20))))
     optimizer = torch.optim.Adam(model.parameters())
     model["C1"](torch.arange(5)).sum().backward()
     optimizer.step()
@@ -92,7 +92,7 @@ def test_shared_rows_start_as_wide_as_the_tables_together() -> None:
     with torch.no_grad():
         model["a"].weight.normal_(0, 0.3)
         model["b"].weight.normal_(0, 0.4)
-    compress_(model, rse.Plan(dict.fromkeys("ab", rse.UnifiedConfig(num_rows=3000))), init="fresh")
+    compress_(model, rse.Plan(dict.fromkeys("ab", rse.UnifiedConfig(num_buckets=3000))), init="fresh")
     assert abs(float(model["a"].table("unified").detach().std()) - (0.125**0.5)) < 0.01
 
 

@@ -187,9 +187,9 @@ def test_features_that_name_a_shared_table_store_it_once(method: str) -> None:
 
 def test_sharing_across_dtypes_or_shapes_is_refused() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(50, 8), "b": nn.Embedding(50, 8, dtype=torch.float64)})
-    entry = rse.UnifiedConfig(num_rows=10)
+    entry = rse.UnifiedConfig(num_buckets=10)
     with pytest.raises(ConfigError, match=r"'a' and 'b' cannot share table 'unified': dtype"):
         compress_(model, rse.Plan({"a": entry, "b": entry}))
     with pytest.raises(ConfigError, match="10 x 4 for 'a' and 12 x 4 for 'b'"):
-        compress_(model, rse.Plan({"a": entry, "b": rse.UnifiedConfig(num_rows=12)}))
-    compress_(model, rse.Plan({"a": entry, "b": rse.UnifiedConfig(num_rows=10, table="other")}))
+        compress_(model, rse.Plan({"a": entry, "b": rse.UnifiedConfig(num_buckets=12)}))
+    compress_(model, rse.Plan({"a": entry, "b": rse.UnifiedConfig(num_buckets=10, table="other")}))

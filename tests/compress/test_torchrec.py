@@ -84,12 +84,13 @@ def test_rows_give_the_same_jagged_tensors(need_indices: bool) -> None:
         assert not need_indices or torch.equal(got[key].weights(), tensor.weights())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", [bags, rows])
 def test_every_method(build: Any, method: str) -> None:
     model = build()
     schema = rse.Schema.from_model(model)
-    params: dict[str, Any] = {"chunk_dim": 4} if method == "unified" else {}
+    params: dict[str, Any] = {"dim": 4} if method == "unified" else {}
     plan = rse.Plan.uniform(schema, method, budget="3KiB", full_below=0, **params)
     report = compress_(model, plan)
     assert report.bytes_after == plan.footprint(schema).serve <= 3 * 1024

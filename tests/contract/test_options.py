@@ -26,7 +26,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("hash", {"num_buckets": 9, "sign": True}),
     ("hash", {"num_buckets": 9, "hash": "mod"}),
     ("multihash", {"num_buckets": 9, "preset": "thinc"}),
-    ("unified", {"num_rows": 11, "num_probes": 3, "chunk_dim": 4}),
+    ("unified", {"num_buckets": 11, "num_hashes": 3, "dim": 4}),
 ]
 OPTIONS += [
     ("multihash", {"num_buckets": 9, "combine": combine, "separate": separate, "sign": sign})
@@ -39,7 +39,7 @@ OPTIONS += [
     )
 ]
 OPTIONS += [
-    ("multihash", {"num_buckets": 9, "head": 5, "combine": combine, "separate": separate})
+    ("multihash", {"num_buckets": 9, "num_frequent": 5, "combine": combine, "separate": separate})
     for combine, separate in (("sum", False), ("sum", True), ("concat", True))
 ]
 OPTIONS += [
@@ -49,12 +49,12 @@ OPTIONS += [
     )
     for (partition, k), combine, a in product(
         (("quotient_remainder", 2), ("generalized", 3), ("chinese_remainder", 2)),
-        ("mul", "add", "concat", "feature"),
+        ("mul", "sum", "concat", "feature"),
         (False, True),
     )
 ]
 OPTIONS += [
-    ("unified", {"num_rows": 11, "num_probes": 2, "combine": combine, "num_tables": tables})
+    ("unified", {"num_buckets": 11, "num_hashes": 2, "combine": combine, "num_tables": tables})
     for combine, tables in product(("sum", "concat"), (1, 3))
 ]
 OPTIONS += [
@@ -69,9 +69,10 @@ OPTIONS += [
     for dims, order in product(((8,), (3,), (8, 2), (8, 3, 1), (5, 2, 1)), ("ids", "counts"))
 ]
 OPTIONS += [
-    ("adaptive", {"num_hot": hot, "num_buckets": 7, "order": o}) for hot, o in product((0, 9, 33), ("ids", "counts"))
+    ("adaptive", {"num_frequent": hot, "num_buckets": 7, "order": o})
+    for hot, o in product((0, 9, 33), ("ids", "counts"))
 ]
-OPTIONS += [("freqcut", {"num_kept": kept, "order": o}) for kept, o in product((0, 9, 39), ("ids", "counts"))]
+OPTIONS += [("freqcut", {"num_frequent": kept, "order": o}) for kept, o in product((0, 9, 39), ("ids", "counts"))]
 
 
 def inputs() -> tuple[tuple[Tensor, ...], ...]:

@@ -87,13 +87,13 @@ def test_weighted_bags(workers: Workers) -> None:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        *[("compositional", {"combine": c, "num_collisions": 7}) for c in ("mul", "add", "concat", "feature", "path")],
+        *[("compositional", {"combine": c, "num_collisions": 7}) for c in ("mul", "sum", "concat", "feature", "path")],
         ("compositional", {"combine": "mul", "num_collisions": 7, "bag": "pooled"}),
-        ("compositional", {"partition": "chinese_remainder", "combine": "add", "moduli": (17, 19, 23)}),
+        ("compositional", {"partition": "chinese_remainder", "combine": "sum", "moduli": (17, 19, 23)}),
         ("multihash", {"num_buckets": 60, "combine": "mean", "separate": True, "sign": True}),
         ("multihash", {"num_buckets": 60, "weights": "indep", "append_weights": "outside"}),
-        ("unified", {"num_rows": 500, "combine": "sum", "num_probes": 3}),
-        ("unified", {"num_rows": 500, "num_tables": 2, "chunk_dim": 4}),
+        ("unified", {"num_buckets": 500, "combine": "sum", "num_hashes": 3}),
+        ("unified", {"num_buckets": 500, "num_tables": 2, "dim": 4}),
     ],
 )
 def test_forms_of_methods(workers: Workers, method: str, options: dict[str, Any]) -> None:

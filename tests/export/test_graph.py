@@ -17,6 +17,7 @@ from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports.graph import check_graph, to_torch_export
 from recsys_embed.exports.graph_inputs import example_inputs, random_inputs
 from tests.export import zoo
+from tests.tiers import slow_but
 
 
 def tensor_bytes(file: Path) -> int:
@@ -59,7 +60,7 @@ def test_every_drop_in(mode: str | None, only: tuple[str, ...], tmp_path: Path) 
         assert torch.equal(out, module.parts[name](*inputs)), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", slow_but(["fp32", "bf16", "int8", "int4"], "int4"))
 def test_what_an_export_loads(precision: str, tmp_path: Path) -> None:
     served = zoo.served(precision, tmp_path)
     written = to_torch_export(served, tmp_path / "served.pt2")

@@ -284,6 +284,7 @@ def test_search_that_was_stopped_goes_on(kind: str, unpacked: Path, tmp_path: Pa
     assert report["footprint"]["serve"] == about["report"]["footprint"]["serve"]
 
 
+@old_names
 def test_study_goes_on(unpacked: Path, tmp_path: Path) -> None:
     """Its trials are those of then, and one more is trained."""
     pytest.importorskip("optuna")

@@ -20,7 +20,7 @@ from recsys_embed.optim import FusedOptimizer
 LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
 SCHEMA = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 900, 8), FeatureSpec("C3", 3, 8)])
-METHODS = [m.name for m in rse.list_methods() if "search" not in m.tags]
+METHODS = [m.name for m in rse.list_methods() if m.config_cls.plannable]
 FEW = ["full", "compositional", "memcom", "robe"]  # operators do not know methods: bare rows, products, weights, runs
 RULES = [rse.SGD(lr=0.1), rse.Adam(lr=0.1), rse.Adam(lr=0.1, weight_decay=0.01, rows="all")]
 
@@ -53,7 +53,10 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("method", "rule"),
-    [*((m, RULES[2]) for m in METHODS), *(("compositional", r) for r in RULES[:2])],
+    [
+        *(pytest.param(m, RULES[2], marks=() if m in FEW else pytest.mark.slow) for m in METHODS),
+        *(("compositional", rule) for rule in RULES[:2]),
+    ],
     ids=lambda value: value if isinstance(value, str) else repr(value),
 )
 def test_compiled_collections_take_the_same_steps(method: str, rule: FusedOptimizer) -> None:

@@ -22,7 +22,7 @@ from recsys_embed.registry import MethodInfo, config_from_dict
 from recsys_embed.testing import EMBEDDING_CHECKS
 from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
 
-COMBINES = ("mul", "add", "concat", "feature", "path")
+COMBINES = ("mul", "sum", "concat", "feature", "path")
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def _oracle(module: CompositionalEmbedding, ids: list[int]) -> Tensor:
         rows = [values[f"part{j}"][c] for j, c in enumerate(classes)]
         if config.combine == "mul":
             out.append(torch.stack(rows).prod(0))
-        elif config.combine == "add":
+        elif config.combine == "sum":
             out.append(torch.stack(rows).sum(0))
         else:
             out.append(torch.cat(rows))
@@ -152,7 +152,7 @@ def test_gradients_of_a_product_are_the_other_factors(k: int) -> None:
 
 
 def test_concatenated_vectors_are_unique_and_so_are_products() -> None:
-    for combine in ("concat", "mul", "add"):
+    for combine in ("concat", "mul", "sum"):
         module = CompositionalEmbedding(10_000, 16, combine=combine, num_collisions=100)
         table = module.materialize()
         assert len(table.unique(dim=0)) == 10_000, combine
@@ -195,7 +195,7 @@ def test_weights_of_pooled_bags_act_on_every_factor() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("combine", ["mul", "sum"])
 def test_pooled_form_in_every_mode(mode: Any, combine: str) -> None:
     per_id, pooled = _pair(mode=mode, combine=combine, padding_idx=5)
     ids, offsets = torch.tensor([3, 417, 5, 12, 13, 14]), torch.tensor([0, 3, 3])
@@ -211,7 +211,7 @@ def test_pooled_form_in_every_mode(mode: Any, combine: str) -> None:
         bags.append(q * r if combine == "mul" else q + r)
     expected = torch.stack([bags[0], torch.zeros_like(bags[0]), bags[1]])
     torch.testing.assert_close(pooled(ids, offsets), expected)
-    if combine == "add" and mode != "max":
+    if combine == "sum" and mode != "max":
         torch.testing.assert_close(pooled(ids, offsets), per_id(ids, offsets))
 
 
@@ -286,12 +286,12 @@ def test_products_start_with_the_variance_of_a_plain_table_exactly() -> None:
 
 def test_initial_laws_of_other_codes() -> None:
     spec = make_spec(10_000, 16)
-    for table in CompositionalConfig(num_collisions=50, init="dlrm_bug").program(spec).tables:
+    for table in CompositionalConfig(num_collisions=50, initializer="dlrm_bug").program(spec).tables:
         values = table.init.fill_(torch.empty(1000, 16), seed=1)
         assert 0.01 <= values.min() < 0.011, "the bound that was meant as a width is the lower one"
         assert 0.999 < values.max() <= 1.0
         assert abs(values.mean() - 0.505) < 0.01
-    tables = CompositionalConfig(num_collisions=50, init="xavier").program(spec).tables
+    tables = CompositionalConfig(num_collisions=50, initializer="xavier").program(spec).tables
     assert [(t.init.law, t.init.scale) for t in tables] == [("normal", math.sqrt(2 / (t.rows + 16))) for t in tables]
 
 
@@ -378,7 +378,7 @@ def test_small_features_stay_plain(n: int, compressed: bool) -> None:
 # -- a trained table ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("combine", ["mul", "add", "concat"])
+@pytest.mark.parametrize("combine", ["mul", "sum", "concat"])
 @pytest.mark.parametrize(("partition", "k"), [("quotient_remainder", 2), ("chinese_remainder", 2), ("generalized", 3)])
 def test_from_dense_recovers_what_can_be_represented(partition: str, k: int, combine: str) -> None:
     options: dict[str, Any] = {"partition": partition, "num_partitions": k, "combine": combine, "num_collisions": 20}
@@ -484,7 +484,7 @@ _SKIP = {"names_follow_the_key", "config_is_data", "runs_in_a_collection", "stat
         {"combine": "path", "hidden": 8},
         {"combine": "feature"},
         {"partition": "generalized", "num_partitions": 3, "combine": "concat"},
-        {"partition": "chinese_remainder", "combine": "add", "affine": True},
+        {"partition": "chinese_remainder", "combine": "sum", "affine": True},
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed.core.program import Digit
-from recsys_embed.methods._primes import balanced, coprime_run, cover, is_prime, next_prime
+from recsys_embed.method_parts.partition_sizes import balanced, coprime_run, cover, is_prime, next_prime
 from recsys_embed.methods.compositional import CompositionalConfig, class_maps
 from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.registry import list_methods
 from recsys_embed.testing import poisoned_memory
 
-METHODS = [m.name for m in list_methods() if any(f.name == "order" for f in fields(m.config_cls))]
+METHODS = [m.name for m in list_methods() if m.config_cls.order_option]
 ROWS, WIDTH = 500, 6
 IDS = torch.arange(ROWS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed.methods._primes import ladder
+from recsys_embed.method_parts.partition_sizes import ladder
 
 
 def defined(size: int, costs: tuple[int, int], below: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recsys_embed import EmbeddingCollection, FeatureSpec, MixeddimConfig, MixeddimEmbedding, Plan, Schema
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
-from recsys_embed.methods._popularity import WidthRule
+from recsys_embed.method_parts.width_rule import WidthRule
 from recsys_embed.optim import SGD
 
 SIZES = {"tiny": 100, "a": 10_000, "b": 100_000, "c": 1_000_000}
@@ -156,11 +156,13 @@ def test_every_block_starts_with_the_variance_of_a_plain_table(widths: Any, bloc
 
 def test_the_authors_law() -> None:
     """Rows and matrix of a table are Xavier's; blocks give outputs the variance that tables of their size would."""
-    emb = MixeddimEmbedding(2000, 16, dims=(4,), law="xavier")
+    emb = MixeddimEmbedding(2000, 16, dims=(4,), initializer="xavier")
     for table, bound in ((emb.weight, (6 / 2004) ** 0.5), (emb.projection, (6 / 20) ** 0.5)):
         assert bound * 0.9 < table.abs().max() <= bound
-    assert MixeddimEmbedding(2000, 16, dims=(16,), law="xavier").weight.abs().max() <= (6 / 2016) ** 0.5
-    modules = [MixeddimEmbedding(600, 16, dims=(16, 8, 2), blocks=(100, 200), law="xavier", seed=s) for s in range(100)]
+    assert MixeddimEmbedding(2000, 16, dims=(16,), initializer="xavier").weight.abs().max() <= (6 / 2016) ** 0.5
+    modules = [
+        MixeddimEmbedding(600, 16, dims=(16, 8, 2), blocks=(100, 200), initializer="xavier", seed=s) for s in range(100)
+    ]
     values = torch.stack([m.materialize() for m in modules]).double()
     for start, stop, d in ((0, 100, 16), (100, 300, 8), (300, 600, 2)):
         variance = 2 / (stop - start + d) * (d * 2 / (d + 16) if d < 16 else 1)

@@ -73,7 +73,7 @@ def test_ids_rarely_share_all_rows() -> None:
         {"weights": "original", "append_weights": "inside"},
         {"weights": "indep", "append_weights": "outside"},
         {"weights": "flat", "append_weights": "inside", "combine": "concat"},
-        {"head": 1000, "combine": "concat", "separate": True},
+        {"num_frequent": 1000, "combine": "concat", "separate": True},
     ],
 )
 def test_outputs_start_with_the_variance_of_a_plain_table(options: dict[str, Any]) -> None:
@@ -119,7 +119,13 @@ def importance(emb: MultihashEmbedding, form: str, k: int, rows: int) -> torch.T
 def test_hash_embedding_forward_and_both_gradients(form: str, combine: str, append: str | None, sparse: bool) -> None:
     k, rows = 3, 70
     emb = build(
-        num_hashes=k, combine=combine, weights=form, num_weights=rows, append_weights=append, sparse=sparse, law="cce"
+        num_hashes=k,
+        combine=combine,
+        weights=form,
+        num_weights=rows,
+        append_weights=append,
+        sparse=sparse,
+        initializer="cce",
     )
     width = D - k if append == "inside" else D
     assert emb.weight.shape == (40, width // k if combine == "concat" else width)
@@ -145,7 +151,7 @@ def test_hash_embedding_forward_and_both_gradients(form: str, combine: str, appe
 
 def test_gradients_are_those_of_the_paper() -> None:
     """dP[u, j] = <g, E[h_j]> and dE[h_j] += P[u, j] g, written out for one id."""
-    emb = build(weights="original", num_weights=70, law="cce")
+    emb = build(weights="original", num_weights=70, initializer="cce")
     x, g = 123, torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, rows = int(keys("weight", 1, 70)[x, 0]), keys("row", 2, 40)[x].tolist()
     emb(torch.tensor(x)).backward(g)
@@ -159,7 +165,7 @@ def test_gradients_are_those_of_the_paper() -> None:
 
 def test_gradcheck() -> None:
     emb = MultihashEmbedding(
-        30, 4, num_buckets=5, weights="flat", num_weights=11, append_weights="inside", law="cce"
+        30, 4, num_buckets=5, weights="flat", num_weights=11, append_weights="inside", initializer="cce"
     ).double()
 
     def run(weight: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
@@ -254,7 +260,7 @@ def test_presets_are_shorthands_that_options_override() -> None:
 )
 def test_head_ids_own_their_vector_and_the_others_hash_past_them(combine: str, separate: bool) -> None:
     head = 60
-    emb = build(head=head, combine=combine, separate=separate)
+    emb = build(num_frequent=head, combine=combine, separate=separate)
     shapes = {n: tuple(p.shape) for n, p in emb.named_parameters()}
     at = keys("row", 2, 40)
     if combine == "concat":
@@ -273,7 +279,7 @@ def test_head_ids_own_their_vector_and_the_others_hash_past_them(combine: str, s
 
 @pytest.mark.parametrize("options", [{}, {"separate": True}, {"separate": True, "combine": "concat"}])
 def test_no_gradient_crosses_between_head_and_tail(options: dict[str, Any]) -> None:
-    emb = build(head=60, **options)
+    emb = build(num_frequent=60, **options)
     emb(IDS[60:]).square().sum().backward()
     for name, p in emb.named_parameters():
         if p.shape[0] == 100:
@@ -289,7 +295,7 @@ def test_no_gradient_crosses_between_head_and_tail(options: dict[str, Any]) -> N
 def test_head_in_a_fused_collection_leaves_absent_rows_alone() -> None:
     schema = Schema([FeatureSpec("a", 100, 4), FeatureSpec("b", 80, 4)])
     coll = EmbeddingCollection(
-        schema, Plan.uniform(schema, "multihash", num_buckets=10, head=20), RowwiseAdagrad(lr=0.1)
+        schema, Plan.uniform(schema, "multihash", num_buckets=10, num_frequent=20), RowwiseAdagrad(lr=0.1)
     )
     before = {k: coll.table(k).detach().clone() for k in coll.tables}
     coll(torch.tensor([[3, 19]])).sum().backward()
@@ -297,16 +303,16 @@ def test_head_in_a_fused_collection_leaves_absent_rows_alone() -> None:
     assert moved == {"a.weight": [3], "b.weight": [19]}
 
 
-def test_head_share_splits_a_budget() -> None:
+def test_frequent_share_splits_a_budget() -> None:
     spec = FeatureSpec("C1", 10_000, 16)
-    config = MultihashConfig.for_budget(spec, 64_000, head_share=0.25)
-    assert (config.head, config.num_buckets) == (250, 750)
+    config = MultihashConfig.for_budget(spec, 64_000, frequent_share=0.25)
+    assert (config.num_frequent, config.num_buckets) == (250, 750)
     schema = Schema([spec, FeatureSpec("C2", 300, 16)])
-    plan = Plan.uniform(schema, "multihash", budget=100_000, head_share=0.25, combine="concat", separate=True)
+    plan = Plan.uniform(schema, "multihash", budget=100_000, frequent_share=0.25, combine="concat", separate=True)
     assert plan.footprint(schema).serve <= 100_000
     for share in (1.0, -0.1, "half"):
-        with pytest.raises(ConfigError, match="`head_share`"):
-            MultihashConfig.for_budget(spec, 64_000, head_share=share)
+        with pytest.raises(ConfigError, match="`frequent_share`"):
+            MultihashConfig.for_budget(spec, 64_000, frequent_share=share)
 
 
 # --- budgets and errors ---------------------------------------------------------------------------------------------
@@ -326,8 +332,8 @@ def test_head_share_splits_a_budget() -> None:
             {"weights": "indep", "append_weights": "outside"},
             {"weights": "flat", "num_weights": 100},
             {"preset": "thinc"},
-            {"head_share": 0.3},
-            {"head": 1},
+            {"frequent_share": 0.3},
+            {"num_frequent": 1},
         ]
     ),
 )
@@ -340,7 +346,7 @@ def test_budgets_are_filled_and_never_exceeded(n: int, width: int, budget: int, 
         return
     size = config.footprint(spec).serve
     assert size <= budget
-    buckets = config.num_buckets + (config.head if "head_share" in options else 0)
+    buckets = config.num_buckets + (config.num_frequent if "frequent_share" in options else 0)
     if buckets < MultihashConfig.max_size(spec, **options):
         more = MultihashConfig.sized(spec, buckets + 1, **options).footprint(spec).serve
         assert size <= more
@@ -368,10 +374,10 @@ def test_a_budget_is_half_rows_and_half_weights() -> None:
         ({"append_weights": "inside"}, "`append_weights` needs `weights`"),
         ({"weights": "flat", "append_weights": "inside", "num_hashes": 12}, "leaves no column"),
         ({"weights": "flat", "num_weights": 2**30, "num_hashes": 3}, r"`num_weights` must be in \[1, "),
-        ({"head": 500}, r"`head` must be in \[0, 499\]; got 500"),
-        ({"head": 5, "combine": "mean"}, "`head` goes with combine='sum' or 'concat'"),
-        ({"head": 5, "weights": "flat"}, "`head` goes with"),
-        ({"head": 5, "combine": "concat"}, "needs separate=True"),
+        ({"num_frequent": 500}, r"`num_frequent` must be in \[0, 499\]; got 500"),
+        ({"num_frequent": 5, "combine": "mean"}, "`num_frequent` goes with combine='sum' or 'concat'"),
+        ({"num_frequent": 5, "weights": "flat"}, "`num_frequent` goes with"),
+        ({"num_frequent": 5, "combine": "concat"}, "needs separate=True"),
         ({"num_hashes": 0}, r"`num_hashes` must be an integer in \[1, 64\]; got 0"),
     ],
 )
@@ -382,5 +388,5 @@ def test_errors_name_the_option(options: dict[str, Any], message: str) -> None:
 
 def test_head_refuses_raw_ids_and_all_faults_come_at_once() -> None:
     with pytest.raises(ConfigError, match="2 faults") as error:
-        MultihashConfig(num_buckets=9, head=3, combine="mean").program(FeatureSpec("C1", 100, 4, ids="raw"))
+        MultihashConfig(num_buckets=9, num_frequent=3, combine="mean").program(FeatureSpec("C1", 100, 4, ids="raw"))
     assert "raw ids" in str(error.value)

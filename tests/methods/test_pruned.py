@@ -103,8 +103,8 @@ def test_faults_are_named() -> None:
         (OptembedConfig(num_kept=1, dim=5), r"`dim` must be in \[1, 4\]"),
         (DnisConfig(columns=(16,)), r"1 numbers below 2\^4"),
         (DnisConfig(columns=(1,), blocks=(3,)), "must be 2 numbers"),
-        (PepConfig(kept=(1, 2)), "must be 4 numbers"),
-        (PepConfig(kept=(1, 2, 3, 11)), r"in \[0, 10\]"),
+        (PepConfig(num_kept=(1, 2)), "must be 4 numbers"),
+        (PepConfig(num_kept=(1, 2, 3, 11)), r"in \[0, 10\]"),
     ):
         with pytest.raises(ConfigError, match=text):
             config.program(spec)

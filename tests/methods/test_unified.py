@@ -23,7 +23,7 @@ def _rows(config: rse.UnifiedConfig, feature: str, ids: torch.Tensor) -> list[to
 
 @pytest.mark.parametrize("probes", [1, 2, 4, 8])
 def test_concatenation_is_that_many_single_hash_lookups(probes: int) -> None:
-    emb = rse.make_embedding("unified", 10_000, 16, num_rows=97, num_probes=probes)
+    emb = rse.make_embedding("unified", 10_000, 16, num_buckets=97, num_hashes=probes)
     ids = torch.arange(0, 10_000, 7)
     chunks = [emb.unified[hashing.hash_rows(ids, hashing.salt(0, "embedding", "chunk", j), 97)] for j in range(probes)]
     assert torch.equal(emb(ids), torch.cat(chunks, 1))
@@ -31,14 +31,14 @@ def test_concatenation_is_that_many_single_hash_lookups(probes: int) -> None:
 
 
 def test_sum_adds_full_width_rows() -> None:
-    emb = rse.make_embedding("unified", 10_000, 16, num_rows=97, num_probes=3, combine="sum")
+    emb = rse.make_embedding("unified", 10_000, 16, num_buckets=97, num_hashes=3, combine="sum")
     ids = torch.arange(50)
     rows = [hashing.hash_rows(ids, hashing.salt(0, "embedding", "chunk", j), 97) for j in range(3)]
     torch.testing.assert_close(emb(ids), sum(emb.unified[r] for r in rows))
 
 
 def test_a_feature_keeps_its_rows_when_others_come_go_or_move() -> None:
-    plan = rse.Plan.uniform(SCHEMA, "unified", num_rows=500, num_probes=2)
+    plan = rse.Plan.uniform(SCHEMA, "unified", num_buckets=500, num_hashes=2)
     ids = torch.tensor([[5, 6, 7], [999, 49, 29_999]])
     whole = rse.EmbeddingCollection(SCHEMA, plan)(ids)
     order = [2, 0]
@@ -49,7 +49,7 @@ def test_a_feature_keeps_its_rows_when_others_come_go_or_move() -> None:
 
 def test_probes_are_independent_hashes() -> None:
     ids = torch.arange(40_000)
-    first, second = _rows(rse.UnifiedConfig(num_rows=100, num_probes=2), "A", ids)
+    first, second = _rows(rse.UnifiedConfig(num_buckets=100, num_hashes=2), "A", ids)
     pairs = torch.bincount(first * 100 + second, minlength=10_000).double()
     chi2 = ((pairs - 4.0) ** 2 / 4.0).sum()
     # 9,999 degrees of freedom: mean 9,999, standard deviation 141.
@@ -57,7 +57,7 @@ def test_probes_are_independent_hashes() -> None:
 
 
 def test_features_collide_at_the_rate_of_random_hashing() -> None:
-    config, rows = rse.UnifiedConfig(num_rows=1000, num_probes=1), 1000
+    config, rows = rse.UnifiedConfig(num_buckets=1000, num_hashes=1), 1000
     (a,), (b,) = _rows(config, "A", torch.arange(1000)), _rows(config, "B", torch.arange(1000))
     hits = (a[:, None] == b[None, :]).sum().item()
     expected, sigma = 1e6 / rows, (1e6 / rows) ** 0.5
@@ -65,7 +65,7 @@ def test_features_collide_at_the_rate_of_random_hashing() -> None:
 
 
 def test_backend_tables_take_chunks_in_turn_across_features() -> None:
-    plan = rse.Plan.uniform(SCHEMA, "unified", budget="300KiB", num_tables=3, num_probes=2, full_below=1)
+    plan = rse.Plan.uniform(SCHEMA, "unified", budget="300KiB", num_tables=3, num_hashes=2, full_below=1)
     tables = [[p.table for p in plan[s.name].program(s).probes] for s in SCHEMA]
     assert tables == [["unified_0", "unified_1"], ["unified_2", "unified_0"], ["unified_1", "unified_2"]]
 
@@ -75,7 +75,7 @@ def test_inter_feature_collisions_leave_orthogonal_features_unharmed() -> None:
     width, steps = 8, 40
     generator = torch.Generator().manual_seed(0)
     schema = rse.Schema([rse.FeatureSpec(n, 1000, width) for n in "AB"])
-    config = rse.UnifiedConfig(num_rows=50, num_probes=1, chunk_dim=width)
+    config = rse.UnifiedConfig(num_buckets=50, num_hashes=1, dim=width)
     rows_a, rows_b = (config.program(s).probes[0].transform.rows(torch.arange(1000)) for s in schema)
     # One id per row and feature, so that all collisions are between the features; half of the rows are read by both.
     shared, alone_a, alone_b = torch.randperm(50, generator=generator)[:30].split(10)
@@ -107,7 +107,7 @@ def test_inter_feature_collisions_leave_orthogonal_features_unharmed() -> None:
 
 
 def test_multi_size_features_reach_one_width_through_their_projections() -> None:
-    plan = rse.Plan.uniform(SCHEMA, "unified", budget="300KiB", chunk_dim=4, num_probes={"A": 2, "C": 6})
+    plan = rse.Plan.uniform(SCHEMA, "unified", budget="300KiB", dim=4, num_hashes={"A": 2, "C": 6})
     shapes = {s.name: [(t.width, t.dense) for t in plan[s.name].program(s).tables] for s in SCHEMA}
     assert shapes["A"] == shapes["C"] == [(4, False), (16, True)]
     assert plan["B"].method == "full"
@@ -125,7 +125,7 @@ def test_plans_use_the_budget_and_never_more(sizes: list[int], ratio: float, pro
     schema = rse.Schema([rse.FeatureSpec(f"f{i}", n, 16) for i, n in enumerate(sizes)])
     budget = max(1, int(sum(sizes) * 64 / ratio))
     try:
-        plan = rse.Plan.uniform(schema, "unified", budget=budget, num_probes=probes, num_tables=tables)
+        plan = rse.Plan.uniform(schema, "unified", budget=budget, num_hashes=probes, num_tables=tables)
     except BudgetError:
         return
     used = plan.footprint(schema).serve
@@ -136,21 +136,23 @@ def test_plans_use_the_budget_and_never_more(sizes: list[int], ratio: float, pro
 
 def test_faults_are_named() -> None:
     with pytest.raises(ConfigError, match="must divide embedding_dim 16"):
-        rse.make_embedding("unified", 100, 16, num_rows=10, num_probes=3)
+        rse.make_embedding("unified", 100, 16, num_buckets=10, num_hashes=3)
     with pytest.raises(BudgetError, match=r"needs at least .* available. Ways out"):
         rse.Plan.uniform(SCHEMA, "unified", budget=10)
     with pytest.raises(ConfigError, match=r"without '\.' or '#'"):
-        rse.make_embedding("unified", 100, 16, num_rows=10, table="a.b")
+        rse.make_embedding("unified", 100, 16, num_buckets=10, table="a.b")
     for taken in ("unseen", "shared", "served", "config", "_native"):
         with pytest.raises(ConfigError, match=f"'{taken}' is taken by an attribute"):
-            rse.make_embedding("unified", 100, 16, num_rows=10, table=taken)
-    mixed = rse.Plan({"A": rse.UnifiedConfig(num_rows=5), "B": rse.UnifiedConfig(num_rows=6), "C": rse.FullConfig()})
+            rse.make_embedding("unified", 100, 16, num_buckets=10, table=taken)
+    mixed = rse.Plan(
+        {"A": rse.UnifiedConfig(num_buckets=5), "B": rse.UnifiedConfig(num_buckets=6), "C": rse.FullConfig()}
+    )
     with pytest.raises(ConfigError, match=r"shared table 'unified' is 5 x 4.* 6 x 4.* for 'B'"):
         rse.EmbeddingCollection(SCHEMA, mixed)
 
 
 def test_rows_of_a_shared_table_start_with_the_papers_law() -> None:
-    collection = rse.EmbeddingCollection(SCHEMA, rse.Plan.uniform(SCHEMA, "unified", num_rows=5000))
+    collection = rse.EmbeddingCollection(SCHEMA, rse.Plan.uniform(SCHEMA, "unified", num_buckets=5000))
     table = collection.table("unified")
     assert table.abs().max() <= 0.05
     assert abs(table.std().item() - 0.05 / 3**0.5) < 0.001

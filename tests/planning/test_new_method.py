@@ -26,7 +26,7 @@ class FoldConfig(MethodConfig):
     rows: int = param(MISSING, "rows", low=1)
     colour: str = param("red", "an option")
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         table = Table("weight", self.rows, spec.embedding_dim, Init.plain(spec))
         return LookupProgram((table,), (Probe("weight", Digit(mod=self.rows)),))
 

@@ -276,7 +276,7 @@ def test_a_pinned_configuration_is_taken_as_it_is_and_its_bytes_count() -> None:
 
 def test_pinned_shared_tables_count_once_and_no_other_pool_takes_their_name() -> None:
     schema = criteo()
-    config = get_method("unified").config_cls.from_params({"num_rows": 9000})
+    config = get_method("unified").config_cls.from_params({"num_buckets": 9000})
     plan = plan_for_budget(schema, "300KiB", pin={"C3": config, "C4": config}, stats=ranked(schema))
     assert plan["C3"] == plan["C4"] == config
     users = [n for n in plan if plan[n].method == "unified"]

@@ -88,7 +88,7 @@ def test_any_name_fits_a_line(names: list[str]) -> None:
 
 
 def test_long_names_give_way_to_numbers() -> None:
-    order = {"order": "counts", "num_hot": 400, "num_buckets": 50}
+    order = {"order": "counts", "num_frequent": 400, "num_buckets": 50}
     schema = Schema([FeatureSpec("x" * 90 + str(i), 200_000_000 + i, 16) for i in range(2)])
     plan = Plan({n: rse.get_method("adaptive").config_cls.from_params(order) for n in schema.names})
     lines = memory_report(plan, schema=schema, optimizer=torch.optim.Adam).to_text().splitlines()
@@ -166,7 +166,7 @@ def test_page_nests_and_fetches_nothing() -> None:
 
 def test_page_escapes_every_name() -> None:
     schema = Schema([FeatureSpec(EVIL, 5000, 16), FeatureSpec("b", 900, 8)])
-    plan = Plan.uniform(schema, "unified", budget="64KiB", chunk_dim=4)
+    plan = Plan.uniform(schema, "unified", budget="64KiB", dim=4)
     one = {"distinct": 5000, "num_embeddings": 5000, "coverage": {"1": 0.2, "10000": 1.0}}
     stats = {"splits": {"train": {"rows": 10_000}}, "fields": {EVIL: one, EVIL + "2": one}}
     for rep in (

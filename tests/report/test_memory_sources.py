@@ -99,7 +99,7 @@ def test_drop_ins_that_share_a_table() -> None:
     from recsys_embed.core.program import Init, Table
 
     tables = SharedTables([Table("unified", 100, 4, Init("uniform", 0.05), shared=True)])
-    model = nn.ModuleDict({n: rse.UnifiedEmbedding(1000, 16, num_rows=100, name=n, shared=tables) for n in "ab"})
+    model = nn.ModuleDict({n: rse.UnifiedEmbedding(1000, 16, num_buckets=100, name=n, shared=tables) for n in "ab"})
     report = memory_report(model, batch_size=10)
     assert report.total("serve") == sum(p.nbytes for p in model.parameters()) == 1600
     shared = report["unified"]

@@ -73,17 +73,17 @@ def test_expected_is_the_mean_of_measured(info: rse.MethodInfo) -> None:
         ("hash", {"num_buckets": 500, "sign": True}),
         ("hash", {"num_buckets": 500, "hash": "mod"}),
         ("hash", {"num_buckets": 3000, "hash": "mod"}),
-        ("multihash", {"num_buckets": 40, "head": 100}),
+        ("multihash", {"num_buckets": 40, "num_frequent": 100}),
         ("multihash", {"num_buckets": 25, "preset": "thinc"}),
         ("multihash", {"num_buckets": 60}),
         ("compositional", {"num_collisions": 7, "affine": True}),
         ("compositional", {"num_collisions": 4, "combine": "concat"}),
         ("robe", {"num_elements": 900}),
         ("robe", {"num_elements": 900, "sign": True}),
-        ("adaptive", {"num_hot": 500, "num_buckets": 200}),
-        ("freqcut", {"num_kept": 1000}),
+        ("adaptive", {"num_frequent": 500, "num_buckets": 200}),
+        ("freqcut", {"num_frequent": 1000}),
         ("memcom", {"num_buckets": 100}),
-        ("unified", {"num_rows": 30, "num_probes": 2, "chunk_dim": 4}),
+        ("unified", {"num_buckets": 30, "num_hashes": 2, "dim": 4}),
     ],
 )
 def test_expected_rates_of_options(method: str, options: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def test_expected_rates_of_options(method: str, options: dict[str, Any]) -> None
 
 
 def test_ids_that_own_a_row_are_no_neighbours() -> None:
-    config = rse.get_method("adaptive").config_cls.from_params({"num_hot": 3900, "num_buckets": 90})
+    config = rse.get_method("adaptive").config_cls.from_params({"num_frequent": 3900, "num_buckets": 90})
     said = expect(config.program(FeatureSpec("C1", IDS, 16)), IDS).ids
     assert said == pytest.approx((1 - (1 - 1 / 90) ** 99) * 100 / IDS)
 
@@ -122,7 +122,9 @@ def test_a_models_own_index_buffers_are_read() -> None:
     """Frequent ids that are numbered anyhow own rows once the module knows them."""
     counts = zipf_counts(shuffled=True)
     schema = Schema([FeatureSpec("C1", IDS, 16)])
-    config = rse.get_method("adaptive").config_cls.from_params({"num_hot": 500, "num_buckets": 50, "order": "counts"})
+    config = rse.get_method("adaptive").config_cls.from_params(
+        {"num_frequent": 500, "num_buckets": 50, "order": "counts"}
+    )
     coll = rse.EmbeddingCollection(schema, Plan({"C1": config}))
     before = memory_report(coll, stats={"C1": counts}).tables[0].stats
     after = memory_report(coll.assign_({"C1": counts}), stats={"C1": counts}).tables[0].stats

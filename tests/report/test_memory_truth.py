@@ -32,7 +32,7 @@ TORCH: list[Any] = [
 def options(info: MethodInfo) -> list[dict[str, Any]]:
     """No options, and every variant that keeps sets of ids as arrays."""
     found: list[dict[str, Any]] = [{}]
-    if "order" in info.config_cls.__dataclass_fields__:
+    if info.config_cls.order_option:
         found.append({"order": "counts"})
     return found
 

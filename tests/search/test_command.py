@@ -11,6 +11,7 @@ import torch
 from recsys_embed.cli import main
 from recsys_embed.data import make_synthetic, open_dataset
 from recsys_embed.plan import Plan
+from tests.tiers import slow_but
 
 FAST = ["--batch-size", "256", "--embedding-dim", "4", "--epochs", "1", "--set", "model_args.hidden=[8]"]
 CASES = {
@@ -28,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", slow_but(CASES, "dnis"))
 def test_a_search_leaves_a_folder_whose_plan_is_like_any_other(method: str, data: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     args = ["search", method, "--data", data, "--model", "deepfm", "--out", str(out), *FAST, *CASES[method]]

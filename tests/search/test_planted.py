@@ -12,9 +12,10 @@ from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.retrain import planned
 from recsys_embed.train import TrainConfig, run_training
 from tests.search.planted import IDS, RANKS, Planted, planted_config
+from tests.tiers import slow_but
 
 WIDTH = 8
-SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+SEEDS = pytest.mark.parametrize("seed", slow_but(range(5), 0))
 
 
 def uniform_auc(data: Planted, config: TrainConfig, size: int) -> float:

@@ -21,6 +21,7 @@ from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet
 from recsys_embed.train import DivergedError
 from recsys_embed.train.checkpoint import load_checkpoint
+from tests.tiers import slow_but
 from tests.train.test_loop import SignallingData
 from tests.train.toy import ToyData, toy_config
 
@@ -143,7 +144,7 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "optembed"))
 def test_a_search_killed_at_random_moments_loses_at_most_one_step(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, kind, str(tmp_path)],

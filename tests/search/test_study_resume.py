@@ -23,6 +23,7 @@ from recsys_embed.search.studies.trial import Trainings, key_of
 from recsys_embed.train import Interrupted, Trainer
 from recsys_embed.train.checkpoint import load_checkpoint
 from tests.search.planted import Planted, planted_config
+from tests.tiers import slow_but
 from tests.train.toy import Batch
 
 CONFIG = planted_config(steps=8, batch_size=128, threads=1, checkpoint_every=1)
@@ -100,7 +101,7 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize("sampler", ["nsgaii", "evolution"])
+@pytest.mark.parametrize("sampler", slow_but(["nsgaii", "evolution"], "nsgaii"))
 def test_a_study_killed_in_its_trials_loses_at_most_one_step(sampler: str, tmp_path: Path) -> None:
     changes = {"sampler": sampler, "trials": 9, "validations": 3}
     changes |= {"objectives": ["auc"], "sampler_args": {"population": 4}} if sampler == "evolution" else {}

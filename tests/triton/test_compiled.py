@@ -129,7 +129,7 @@ def test_plain_tables(launches: Launches, dtype: torch.dtype, optimizer: rse.SGD
         ("hash", {}, 1),
         ("unified", {}, 1),
         ("compositional", {"combine": "mul"}, 2),
-        ("compositional", {"combine": "add"}, 2),
+        ("compositional", {"combine": "sum"}, 2),
         ("multihash", {"num_hashes": 3}, 3),
     ],
 )

@@ -18,12 +18,13 @@ from recsys_embed.embedding import compressed_embedding as embedding
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
+from tests.kernels import cases
+from tests.kernels.cases import METHODS, assert_definition, assert_steps_agree, assert_two_lookups, plan_of
 
 update = pytest.importorskip("recsys_embed.kernels.triton.update", exc_type=ImportError)
 rows = pytest.importorskip("recsys_embed.kernels.triton.rows", exc_type=ImportError)
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
-METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.name)
 RULES = [
     *(make_rule(name, lr=0.1) for name in list_rules()),
     rse.RowwiseAdagrad(lr=0.1, weight_decay=0.1),
@@ -42,18 +43,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def plan_of(method: Any, schema: Schema, part: float = 0.5) -> Plan:
-    config = method.config_cls
-    need = sum(config.sized(s, 1).footprint(s).serve for s in schema)
-    bytes_of_all = sum(4 * s.num_embeddings * s.embedding_dim for s in schema)
-    return Plan.uniform(schema, method.name, budget=max(need, int(part * bytes_of_all)), full_below=1)
-
-
 def ids_of(schema: Schema, batch: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randint(0, s.num_embeddings, (batch,), generator=generator) for s in schema], 1).to(
-        DEVICE
-    )
+    return cases.ids_of(schema, batch, seed, device=DEVICE)
+
+
+def pair(schema: Schema, plan: Plan | None, rule: FusedOptimizer) -> tuple[EmbeddingCollection, EmbeddingCollection]:
+    """A collection that the kernels run, and its oracle."""
+    return cases.pair("triton", schema, plan, rule, DEVICE)
 
 
 @METHODS
@@ -69,45 +65,7 @@ def test_vectors_and_gradients_are_those_of_the_definition(
     method: Any, sizes: list[int], dim: int, batch: int, part: float, sparse: bool
 ) -> None:
     schema = Schema([FeatureSpec(f"C{i}", n, dim) for i, n in enumerate(sizes)])
-    plan = plan_of(method, schema, part)
-    ours = EmbeddingCollection(schema, plan, backend="triton", device=DEVICE, sparse=sparse)
-    oracle = EmbeddingCollection(schema, plan, backend="reference", device=DEVICE).double()
-    ids = ids_of(schema, batch)
-    got, wanted = ours(ids), oracle(ids)
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    got.backward(upstream.float())
-    wanted.backward(upstream)
-    for (name, p), q in zip(ours.named_parameters(), oracle.parameters(), strict=True):
-        assert p.grad is not None, name
-        assert q.grad is not None, name
-        assert p.grad.is_sparse == (sparse and name in ours.storages)
-        if p.grad.is_sparse:
-            assert bool((p.grad._indices()[0].diff() > 0).all()), "each row once, in order"
-        torch.testing.assert_close(p.grad.to_dense().double(), q.grad, rtol=1e-4, atol=1e-5)
-
-
-def assert_steps_agree(
-    ours: EmbeddingCollection, oracle: EmbeddingCollection, steps: int, batch: int, ids: Tensor | None = None
-) -> None:
-    """Outputs, weights and state after some steps are those of the torch backend in float64."""
-    for step in range(steps):
-        seen = ids_of(ours.schema, batch, step) if ids is None else ids
-        got, wanted = ours(seen), oracle(seen)
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
-        upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).to(DEVICE)
-        got.backward(upstream.float())
-        wanted.backward(upstream)
-    states = [f"_{key}" for key in (ours.optimizer.tensors if ours.optimizer else ())]
-    for name in [name + key for name in ours.storages for key in ("", *states)]:
-        found, right = getattr(ours, name).double(), getattr(oracle, name).double()
-        torch.testing.assert_close(found, right, rtol=2e-4, atol=2e-5)
-
-
-def pair(schema: Schema, plan: Plan | None, rule: FusedOptimizer) -> tuple[EmbeddingCollection, EmbeddingCollection]:
-    """A collection that the kernels run, and its oracle."""
-    oracle = EmbeddingCollection(schema, plan, rule, backend="torch", device=DEVICE).double()
-    return EmbeddingCollection(schema, plan, rule, backend="triton", device=DEVICE), oracle
+    assert_definition("triton", schema, plan_of(method, schema, part), batch, sparse=sparse, device=DEVICE)
 
 
 @METHODS
@@ -124,7 +82,7 @@ def test_a_step_of_every_rule(method: str, rule: FusedOptimizer, path: str) -> N
     assert_steps_agree(*pair(schema, plan, rule), steps=3, batch=12)
 
 
-@pytest.mark.parametrize("combine", ["mul", "add", "concat"])
+@pytest.mark.parametrize("combine", ["mul", "sum", "concat"])
 def test_products_sums_and_concatenations(combine: str, path: str) -> None:
     schema = Schema([FeatureSpec("C1", 40, 8), FeatureSpec("C2", 900, 8)])
     plan = Plan.uniform(schema, "compositional", budget="4KiB", full_below=1, combine=combine)
@@ -179,12 +137,7 @@ def test_two_lookups_before_their_backwards(method: Any) -> None:
     """The tables move between the two backwards: each counts with the rows that its own lookup read."""
     schema = Schema([FeatureSpec("C1", 60, 4), FeatureSpec("C2", 200, 4)])
     ours, oracle = pair(schema, plan_of(method, schema), rse.SGD(lr=0.5))
-    ids = [ids_of(schema, 20, 0), ids_of(schema, 20, 1)]
-    for coll in (ours, oracle):
-        outs = [coll(i) for i in ids]
-        (outs[0].sin().sum() * 2 + outs[1].square().sum()).backward()
-    for name in ours.storages:
-        torch.testing.assert_close(getattr(ours, name).double(), getattr(oracle, name), rtol=1e-4, atol=1e-5)
+    assert_two_lookups(ours, oracle, [ids_of(schema, 20, 0), ids_of(schema, 20, 1)])
 
 
 # -- ids --------------------------------------------------------------------------------------------------------------
@@ -218,7 +171,7 @@ def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPat
 
 def test_an_id_out_of_range_reads_no_row_that_its_digits_have(monkeypatch: pytest.MonkeyPatch) -> None:
     schema = Schema([FeatureSpec("a", 1000, 4)])
-    plan = Plan.uniform(schema, "compositional", budget=2000, full_below=1, combine="add")
+    plan = Plan.uniform(schema, "compositional", budget=2000, full_below=1, combine="sum")
     coll = EmbeddingCollection(schema, plan, backend="triton", device=DEVICE)
     monkeypatch.setattr(coll.bundle.fused["triton"]._look_up.lookup, "raise_faults", lambda device: None)
     assert not coll(torch.tensor([[1001]], device=DEVICE)).any()

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from recsys_embed.core.footprint import format_bytes, parse_bytes
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
@@ -28,9 +29,12 @@ def takes_width(method: str) -> bool:
     >>> takes_width("optembed"), takes_width("hash"), takes_width("lowdim")
     (True, False, False)
     """
-    cls = get_method(method).config_cls
-    spec = FeatureSpec("any", 64, 8)
-    return "dim" in cls.__dataclass_fields__ and getattr(cls.sized(spec, 3, dim=2), "dim", None) == 2
+    return get_method(method).config_cls.width_option is not None
+
+
+def _width(cls: type[MethodConfig], width: int) -> dict[str, Any]:
+    """The option that sets the width of a method's rows, where it has one."""
+    return {} if cls.width_option is None else {cls.width_option: width}
 
 
 def study_methods() -> tuple[str, ...]:
@@ -39,8 +43,8 @@ def study_methods() -> tuple[str, ...]:
     >>> {"hash", "optembed"} <= set(study_methods()), "full" in study_methods()
     (True, False)
     """
-    names = [m.name for m in list_methods() if m.name != "full"]
-    return tuple(m for m in names if "search" not in get_method(m).tags or takes_width(m))
+    names = [m for m in list_methods() if m.name != "full"]
+    return tuple(m.name for m in names if m.config_cls.plannable or takes_width(m.name))
 
 
 @dataclass(frozen=True)
@@ -158,14 +162,14 @@ class StudySpace:
     @staticmethod
     def _sized(method: str, width: int, specs: list[FeatureSpec], size: int) -> dict[str, Any]:
         plain = get_method("full").config_cls.from_params({})
-        args = {"dim": width} if takes_width(method) else {}
-        return get_method(method).config_cls.plan(tuple(specs), size, plain, **args)
+        cls = get_method(method).config_cls
+        return cls.plan(tuple(specs), size, plain, **_width(cls, width))
 
     def _least(self, group: str, method: str, width: int) -> int:
         """Bytes below which a method cannot store a group; plain tables where they are smaller."""
-        cls, args = get_method(method).config_cls, {"dim": width} if takes_width(method) else {}
+        cls = get_method(method).config_cls
         return sum(
-            min(cls.sized(s, 1, **args).footprint(s).serve, 4 * s.num_embeddings * s.embedding_dim)
+            min(cls.sized(s, 1, **_width(cls, width)).footprint(s).serve, 4 * s.num_embeddings * s.embedding_dim)
             for s in self.fields[group]
         )
 

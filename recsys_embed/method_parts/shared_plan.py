@@ -10,10 +10,10 @@ from recsys_embed.features import FeatureSpec
 
 def private_tables(
     specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, full_below: int
-) -> tuple[dict[str, MethodConfig], int]:
-    """Features of fewer than ``full_below`` ids that keep a plain table of their own, and the bytes these take.
+) -> tuple[dict[str, MethodConfig], int, list[FeatureSpec]]:
+    """Features that keep a plain table of their own, the bytes these take, and the features left.
 
-    Smallest first, while they take at most half of ``budget``.
+    Those of fewer than ``full_below`` ids do, smallest first, while they take at most half of ``budget``.
     """
     chosen: dict[str, MethodConfig] = {}
     spent = 0
@@ -24,4 +24,4 @@ def private_tables(
         if spent + need <= budget // 2:
             chosen[spec.name] = plain
             spent += need
-    return chosen, spent
+    return chosen, spent, [s for s in specs if s.name not in chosen]
