@@ -40,10 +40,10 @@ Step = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A method on tables of one width and type; ``probes`` rows per id."""
+    """A method on tables of one width and type; ``row_lookups`` rows per id."""
 
     method: str
-    probes: int
+    row_lookups: int
     dim: int
     dtype: torch.dtype
     skew: str
@@ -77,8 +77,8 @@ def cases() -> Iterator[Case]:
         ("compositional", 2, {"combine": "sum"}),
         ("multihash", 4, {"num_hashes": 4}),
     ]
-    for (method, probes, params), dtype, skew, dim in itertools.product(composed, types, skews, (16, 64, 128)):
-        yield Case(method, probes, dim, dtype, skew, params)
+    for (method, row_lookups, params), dtype, skew, dim in itertools.product(composed, types, skews, (16, 64, 128)):
+        yield Case(method, row_lookups, dim, dtype, skew, params)
 
 
 def fbgemm() -> tuple[Any, str]:
@@ -168,7 +168,7 @@ def beside(case: Case, coll: EmbeddingCollection, ids: list[Tensor], make: Any) 
         return None
     group, weight = groups[0], getattr(coll, coll.storages[0]).detach()
     tables = make([weight.shape[0]], case.dim, case.dtype) if make else None
-    lookups = ids[0].numel() * case.probes
+    lookups = ids[0].numel() * case.row_lookups
     offsets = torch.arange(lookups + 1, device=weight.device)
 
     def run(turn: int) -> Tensor:
@@ -252,13 +252,13 @@ def run(case: Case, sizes: Sizes, clock: Clock, bandwidth: float, make: Any, oth
 
         return forward
 
-    moved = batch * FEATURES * ((case.probes + 1) * case.row_bytes + 8)
+    moved = batch * FEATURES * ((case.row_lookups + 1) * case.row_bytes + 8)
     ours = {
         "forward": clock(eval_forward(lambda turn: coll(ids[turn]))),
         "step": clock(step(lambda turn: coll(ids[turn]))),
     }
     row: dict[str, Any] = {"case": case.name, "dim": case.dim, "dtype": str(case.dtype).removeprefix("torch.")}
-    row |= {"probes": case.probes, "ids": case.skew, "batch": batch, "features": FEATURES}
+    row |= {"row_lookups": case.row_lookups, "ids": case.skew, "batch": batch, "features": FEATURES}
     row |= {"row_bytes": case.row_bytes, "table_bytes": sum(getattr(coll, n).nbytes for n in coll.storages), "ms": ours}
     row["fraction_of_copy"] = moved / (ours["forward"] / 1000) / bandwidth
     found = beside(case, coll, ids, make)
@@ -275,10 +275,10 @@ def tune(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
     from recsys_embed.kernels.triton import lookup
 
     rows = []
-    for method, probes, dim, dtype in itertools.product(
+    for method, row_lookups, dim, dtype in itertools.product(
         ("full", "multihash"), (1,), (16, 64, 128), (torch.float32, torch.bfloat16)
     ):
-        case = Case(method, 4 if method == "multihash" else probes, dim, dtype, "uniform")
+        case = Case(method, 4 if method == "multihash" else row_lookups, dim, dtype, "uniform")
         row: dict[str, Any] = {"tune": case.name, "dim": dim, "dtype": str(dtype), "ms": {}}
         for tile, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
             lookup._TILE, lookup._WARPS = tile, warps

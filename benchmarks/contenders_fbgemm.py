@@ -81,7 +81,7 @@ class _Block(NamedTuple):
 
     group: int
     reads: list[tuple[int, list[int]]]
-    """Which of the group's sets of probes, and which probes of each."""
+    """Which of the group's sets of row lookups, and which row lookups of each."""
     spans: tuple[int, int]
     ranges: list[tuple[int, int]]
     """Per feature, the rows of the storage that it may read."""
@@ -120,8 +120,8 @@ def _blocks(like: EmbeddingCollection) -> dict[str, list[_Block]]:
     out: dict[str, list[_Block]] = {}
     for g, (part, group) in enumerate(zip(like.bundle.parts, like.bundle.kernel.groups, strict=True)):
         spans: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        for r, probes in enumerate(group.sets):
-            for position, slot in enumerate(probes.slots):
+        for r, row_lookups in enumerate(group.sets):
+            for position, slot in enumerate(row_lookups.slots):
                 span = group.template.spans[slot]
                 found = spans.setdefault((*span, slot) if group.template.combine == "mul" else span, [])
                 if not found or found[-1][0] != r:
@@ -133,7 +133,7 @@ def _blocks(like: EmbeddingCollection) -> dict[str, list[_Block]]:
             for f in part:
                 spec = like.schema.features[f]
                 program = like.bundle.programs[spec.name]
-                tables = [program.table(program.probes[slot].table) for slot in slots]
+                tables = [program.table(program.row_lookups[slot].table) for slot in slots]
                 starts = [(like.places[table_key(spec, t)].offset, t.rows) for t in tables]
                 ranges.append((min(a for a, _ in starts), max(a + n for a, n in starts)))
             storage = group.sets[reads[0][0]].read.storage
@@ -158,8 +158,8 @@ def index_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
             table.copy_(getattr(like, storage).detach()[first:stop])
         starts = torch.tensor([first for first, _ in ranges])
         firsts[storage] = starts.split([len(b.ranges) for b in found])
-        probes = [kernel.groups[b.group].sets[r] for b in found for r, _ in b.reads]
-        weighted[storage] = any(p.scale != 1.0 or p.signs for p in probes)
+        row_lookups = [kernel.groups[b.group].sets[r] for b in found for r, _ in b.reads]
+        weighted[storage] = any(p.scale != 1.0 or p.signs for p in row_lookups)
 
     def forward(turn: int) -> Tensor:
         batch = ids[turn]
@@ -177,12 +177,14 @@ def index_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conte
                     continue
                 signed = []
                 for r, at in block.reads:
-                    probes = group.sets[r]
-                    shape = (*columns[block.group].shape, len(probes.slots))
+                    row_lookups = group.sets[r]
+                    shape = (*columns[block.group].shape, len(row_lookups.slots))
                     one = (
-                        torch.ones(shape) if probes.signs is None else group._signs(probes, columns[block.group], None)
+                        torch.ones(shape)
+                        if row_lookups.signs is None
+                        else group._signs(row_lookups, columns[block.group], None)
                     )
-                    signed.append(one.view(shape).float()[..., at] * probes.scale)
+                    signed.append(one.view(shape).float()[..., at] * row_lookups.scale)
                 factors.append(torch.cat(signed, -1).transpose(0, 1).reshape(-1))
             offsets = torch.nn.functional.pad(torch.cat(ends).cumsum(0), (1, 0))
             weights = torch.cat(factors) if factors else None
@@ -210,9 +212,9 @@ def runs_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conten
     """
     width = case.dim
     programs = [like.plan[s.name].program(s) for s in like.schema]
-    shared = [j for j, p in enumerate(programs) if p.probes[0].run > 1]
+    shared = [j for j, p in enumerate(programs) if p.row_lookups[0].run > 1]
     private = [j for j in range(len(programs)) if j not in shared]
-    hashes = [programs[j].probes[0].transform for j in shared]
+    hashes = [programs[j].row_lookups[0].transform for j in shared]
     size = programs[shared[0]].tables[0].rows
     assert size % width == 0, f"an array of {size} elements is no number of rows of {width}"
     signature, places = (

@@ -4,7 +4,7 @@ These names are stable: one that changes is accepted under its earlier name, wit
 What other modules hold besides may change without notice. Importing needs torch and numpy only.
 
 **A method** is a frozen dataclass derived from :class:`MethodConfig`, whose options are declared with :func:`param` and
-which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :class:`Probe`; a subclass of
+which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :class:`RowLookup`; a subclass of
 :class:`CompressedEmbedding` that names it; and a call of :func:`register`. The contract that it keeps is
 :func:`recsys_embed.testing.check_embedding`.
 
@@ -17,8 +17,8 @@ which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :cl
 ...     num_rows: int = param(MISSING, "rows of the table", low=1)
 ...
 ...     def build_program(self, spec):
-...         table = Table("weight", self.num_rows, spec.embedding_dim, Init.plain(spec))
-...         return LookupProgram((table,), (Probe("weight", Digit(mod=self.num_rows)),))
+...         table = Table("weight", self.num_rows, spec.embedding_dim, Initializer.plain(spec))
+...         return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit(mod=self.num_rows)),))
 ...
 ...     @classmethod
 ...     def sized(cls, spec, size, **params):
@@ -45,8 +45,8 @@ from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Init, LookupProgram, Probe, Table, Weight
-from recsys_embed.core.transforms import Digit, Hash, Member, Murmur, Transform
+from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table, Weight
+from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables, importance_of, principal_axes
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
@@ -86,21 +86,21 @@ __all__ = [
     "CompressedEmbedding",
     "ConfigError",
     "DataSource",
-    "Digit",
     "FeatureSpec",
     "Footprint",
     "FrequencyCurve",
     "FusedOptimizer",
     "Hash",
     "Index",
-    "Init",
+    "Initializer",
     "LookupProgram",
     "Member",
     "MethodConfig",
     "MethodInfo",
+    "MixedRadixDigit",
     "ModelSpec",
     "Murmur",
-    "Probe",
+    "RowLookup",
     "RowSource",
     "Schema",
     "Search",

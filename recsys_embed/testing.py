@@ -222,9 +222,11 @@ def equals_its_program(method: MethodInfo) -> None:
     torch.testing.assert_close(module(ids), expected)
     torch.testing.assert_close(module.materialize(), expected)
     bound = {t.name: t.rows for t in module.program.tables}
-    for probe in module.program.probes:
-        rows = probe.transform.rows(ids)
-        assert -1 <= int(rows.min()) <= int(rows.max()) < bound[probe.table], f"rows of {probe.table} leave the table"
+    for row_lookup in module.program.row_lookups:
+        rows = row_lookup.transform.rows(ids)
+        assert -1 <= int(rows.min()) <= int(rows.max()) < bound[row_lookup.table], (
+            f"rows of {row_lookup.table} leave the table"
+        )
 
 
 def state_round_trips_and_refuses_others(method: MethodInfo) -> None:

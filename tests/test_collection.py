@@ -17,7 +17,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Init, Table
+from recsys_embed.core.program import Initializer, Table
 from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError, UnknownNameError
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.storage import stack_tables
@@ -273,7 +273,7 @@ def test_bytes_are_those_of_the_state_dict(given_plan: tuple[Schema, Plan], rule
 
 
 def test_storages_stay_below_the_rows_that_32_bits_count() -> None:
-    law = Init("constant")
+    law = Initializer("constant")
     sizes = {"a": 3, "b": MAX_ROWS - 3, "c": 1, "d": MAX_ROWS, "e": 5, "f": MAX_ROWS - 7}
     tables = {k: Table(k, n, 8, law) for k, n in sizes.items()} | {"g": Table("g", 9, 4, law)}
     shapes, places = stack_tables(tables)

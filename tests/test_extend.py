@@ -46,8 +46,8 @@ class FoldConfig(MethodConfig):
     num_rows: int = param(MISSING, "rows of the table", low=1)
 
     def build_program(self, spec):
-        table = Table("weight", self.num_rows, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", Digit(mod=self.num_rows)),))
+        table = Table("weight", self.num_rows, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit(mod=self.num_rows)),))
 
     @classmethod
     def sized(cls, spec, size, **params):

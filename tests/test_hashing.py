@@ -239,16 +239,16 @@ def test_features_collide_at_the_rate_of_chance(size: int) -> None:
     assert abs(equal - 60_000 / size) < 3 * math.sqrt(60_000 / size)
 
 
-@pytest.mark.parametrize("probes", [2, 3])
-def test_probes_are_independent(probes: int) -> None:
+@pytest.mark.parametrize("row_lookups", [2, 3])
+def test_row_lookups_are_independent(row_lookups: int) -> None:
     """All k rows of two ids agree with probability size**-k."""
-    n, size = 20_000, 60 if probes == 2 else 20
+    n, size = 20_000, 60 if row_lookups == 2 else 20
     ids = torch.arange(n)
-    joint = sum(rows_of(ids, size, "C1", j) * size**j for j in range(probes))
+    joint = sum(rows_of(ids, size, "C1", j) * size**j for j in range(row_lookups))
     assert isinstance(joint, torch.Tensor)
-    load = torch.bincount(joint, minlength=size**probes).double()
+    load = torch.bincount(joint, minlength=size**row_lookups).double()
     pairs = float((load * (load - 1)).sum() / 2)
-    mean = n * (n - 1) / 2 / size**probes
+    mean = n * (n - 1) / 2 / size**row_lookups
     assert abs(pairs - mean) < 4 * math.sqrt(mean)
 
 

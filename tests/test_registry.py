@@ -15,7 +15,7 @@ import torch
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema, registry
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.methods.hash import HashConfig
@@ -44,8 +44,8 @@ class FoldConfig(MethodConfig):
     rows: int = param(MISSING, "rows", low=1)
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", self.rows, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", Digit(mod=self.rows)),))
+        table = Table("weight", self.rows, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit(mod=self.rows)),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:

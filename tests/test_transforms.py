@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.id_sets import Index
-from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform
+from recsys_embed.core.program import (
+    Hash,
+    Initializer,
+    LookupProgram,
+    Member,
+    MixedRadixDigit,
+    Murmur,
+    RowLookup,
+    Table,
+    Transform,
+)
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.options import goes_by_frequency
 from recsys_embed.planning.price import Terms, factors, price
@@ -19,12 +29,12 @@ from recsys_embed.report.memory.collisions import expect
 
 IDS = 60
 TRANSFORMS = [
-    Digit(),
-    Digit(mod=7),
-    Digit(div=9),
-    Digit(div=9, mod=7),
-    Digit(div=9, mod=100),
-    Digit(mod=7, affine=(5, 3, 61)),
+    MixedRadixDigit(),
+    MixedRadixDigit(mod=7),
+    MixedRadixDigit(div=9),
+    MixedRadixDigit(div=9, mod=7),
+    MixedRadixDigit(div=9, mod=100),
+    MixedRadixDigit(mod=7, affine=(5, 3, 61)),
     Hash(3, 20),
     Hash(3, 20, head=10),
     Hash(3, 20, offset=-10, head=10, head_absent=True),
@@ -53,7 +63,7 @@ class Reversed(Transform):
 
 
 def program(transform: Transform, rows: int) -> LookupProgram:
-    return LookupProgram((Table("weight", rows, 4, Init("constant")),), (Probe("weight", transform),))
+    return LookupProgram((Table("weight", rows, 4, Initializer("constant")),), (RowLookup("weight", transform),))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -76,7 +86,7 @@ def test_sharing_is_how_ids_share_rows(transform: Transform) -> None:
 
 @pytest.mark.parametrize("rows", [IDS, 20])
 def test_a_transform_of_ones_own_is_priced_and_counted_as_what_it_is_most_like(rows: int) -> None:
-    like = Hash(1, rows) if rows < IDS else Digit()
+    like = Hash(1, rows) if rows < IDS else MixedRadixDigit()
     terms = Terms(FrequencyCurve.zipf(IDS, 1.0, 10_000))
     own, known = (price(terms, [factors(program(t, rows), terms)], 4) for t in (Reversed(rows), like))
     assert own == known

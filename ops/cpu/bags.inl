@@ -39,8 +39,8 @@ class BagWalk {
 
 // Whether vectors are rows of one table as they are, which bags then add up without a copy in between.
 static bool is_bare(const Call& c, const Feature& f) {
-  const Probe& p = c.probes[f.first];
-  return kind_of(c, p.storage) == FP32 && f.probes == 1 && p.run == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
+  const RowLookup& p = c.row_lookups[f.first];
+  return kind_of(c, p.storage) == FP32 && f.row_lookups == 1 && p.run == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
 }
 
 // out[bag] += vector * factor for n ids from `at` on; rows given: vectors are rows of a table, -1 for none.
@@ -84,7 +84,7 @@ static bool look_up_bags(const Call& c, i64 from, i64 to) {
     const i64 first = first_id(c, f, from), last = first_id(c, f, to), start = first_id(c, f, 0);
     if (first == last) continue;
     const bool bare = is_bare(c, f);
-    const i64 used = bare ? c.probes[f.first].width : f.width;
+    const i64 used = bare ? c.row_lookups[f.first].width : f.width;
     const auto add = choose_pool(used);
     if (!bare) memory.resize(work.size() * f.width);
     BagWalk walk(c, f, first);
@@ -92,7 +92,7 @@ static bool look_up_bags(const Call& c, i64 from, i64 to) {
     Reader whole(c), rows(c);
     if (!bare) whole.vectors(f, chunk, 0, 0);
     if (c.kept.data && !f.plain) rows.rows(f, chunk, 0, 0);
-    const float* vectors = bare ? c.storages[c.probes[f.first].storage] : memory.data();
+    const float* vectors = bare ? c.storages[c.row_lookups[f.first].storage] : memory.data();
     for (i64 at = first; at < last; at += work.size()) {
       const i64 n = std::min(work.size(), last - at);
       good &= find(c, f, at, n, chunk);

@@ -37,8 +37,8 @@ Transform hashed(i64 salt) {
   return t;
 }
 
-Probe probe(i64 storage, i64 width, i64 column, i64 span, i64 join, i64 salt) {
-  Probe p{};
+RowLookup row_lookup(i64 storage, i64 width, i64 column, i64 span, i64 join, i64 salt) {
+  RowLookup p{};
   p.storage = storage, p.rows = ROWS, p.width = width, p.column = column, p.span = span, p.run = 1, p.join = join;
   p.weight_storage = -1, p.scale = 1, p.rows_of = hashed(salt);
   return p;
@@ -46,15 +46,15 @@ Probe probe(i64 storage, i64 width, i64 column, i64 span, i64 join, i64 salt) {
 
 // All that one training run leaves: vectors of every step, tables, state.
 std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
-  std::vector<Probe> probes = {probe(0, WIDTH, 0, WIDTH, STORE, 1), probe(0, WIDTH, 0, WIDTH, STORE, 2),
-                               probe(0, WIDTH, 0, WIDTH, MUL, 3), probe(1, 1, 0, WIDTH, STORE, 4)};
-  probes[1].product = probes[2].product = 1;
-  probes[2].kept = WIDTH, probes[3].kept = 2 * WIDTH;
-  probes[3].run = WIDTH, probes[3].has_sign = 1, probes[3].sign = 7;
+  std::vector<RowLookup> row_lookups = {row_lookup(0, WIDTH, 0, WIDTH, STORE, 1), row_lookup(0, WIDTH, 0, WIDTH, STORE, 2),
+                               row_lookup(0, WIDTH, 0, WIDTH, MUL, 3), row_lookup(1, 1, 0, WIDTH, STORE, 4)};
+  row_lookups[1].product = row_lookups[2].product = 1;
+  row_lookups[2].kept = WIDTH, row_lookups[3].kept = 2 * WIDTH;
+  row_lookups[3].run = WIDTH, row_lookups[3].has_sign = 1, row_lookups[3].sign = 7;
   std::vector<Feature> features(FEATURES);
   for (i64 f = 0; f < FEATURES; f++) {
     features[f].ids = f, features[f].limit = -1, features[f].column = f * WIDTH, features[f].width = WIDTH;
-    features[f].first = f == 0 ? 0 : f == 1 ? 1 : 3, features[f].probes = f == 1 ? 2 : 1, features[f].plain = f == 0;
+    features[f].first = f == 0 ? 0 : f == 1 ? 1 : 3, features[f].row_lookups = f == 1 ? 2 : 1, features[f].plain = f == 0;
   }
   features[2].mean = 1;
   std::vector<float> tables[2] = {std::vector<float>(ROWS * WIDTH), std::vector<float>(ROWS)};
@@ -81,7 +81,7 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
     const i64 widths[2] = {WIDTH, 1};
     Matrix vectors{out.data(), FEATURES * WIDTH}, upstream{gradient.data(), FEATURES * WIDTH};
     Call c{};
-    c.features = features.data(), c.probes = probes.data(), c.feature_count = FEATURES, c.probe_count = i64(probes.size());
+    c.features = features.data(), c.row_lookups = row_lookups.data(), c.feature_count = FEATURES, c.row_lookup_count = i64(row_lookups.size());
     c.ids = ids.data(), c.batch = BATCH, c.sample_stride = 1, c.feature_stride = BATCH;
     c.offsets = bags ? offsets.data() : nullptr;
     c.storages = storages, c.storage_widths = widths, c.storage_count = 2, c.outputs = &vectors, c.output_count = 1;
@@ -116,10 +116,10 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
 
 // What masks of every kind leave: vectors of a lookup that masks them, and gradients.
 std::vector<float> masked(i64 threads, i64 norm, bool by_id, bool scaled) {
-  std::vector<Probe> probes(FEATURES, probe(0, WIDTH, 0, WIDTH, STORE, 1));
+  std::vector<RowLookup> row_lookups(FEATURES, row_lookup(0, WIDTH, 0, WIDTH, STORE, 1));
   std::vector<Feature> features(FEATURES);
   for (i64 f = 0; f < FEATURES; f++)
-    features[f].ids = features[f].first = f, features[f].probes = features[f].plain = 1, features[f].limit = ROWS,
+    features[f].ids = features[f].first = f, features[f].row_lookups = features[f].plain = 1, features[f].limit = ROWS,
     features[f].column = f * WIDTH, features[f].width = WIDTH;
   u64 seed = 5;
   auto random = [&] { return seed = seed * 6364136223846793005ull + 1442695040888963407ull, seed >> 33; };
@@ -147,7 +147,7 @@ std::vector<float> masked(i64 threads, i64 norm, bool by_id, bool scaled) {
   float* storages[1] = {table.data()};
   const i64 storage_widths[1] = {WIDTH};
   Call c{};
-  c.features = features.data(), c.probes = probes.data(), c.feature_count = c.probe_count = FEATURES;
+  c.features = features.data(), c.row_lookups = row_lookups.data(), c.feature_count = c.row_lookup_count = FEATURES;
   c.ids = ids.data(), c.batch = BATCH, c.sample_stride = 1, c.feature_stride = BATCH, c.mask = &m;
   c.storages = storages, c.storage_widths = storage_widths, c.storage_count = 1, c.outputs = &found, c.output_count = 1;
   c.threads = threads;

@@ -1,4 +1,4 @@
-// Ids of a batch, chunk by chunk, and the rows that all their probes read. Part of kernels.inl.
+// Ids of a batch, chunk by chunk, and the rows that all their row lookups read. Part of kernels.inl.
 
 template <int WRITE = 0>
 static inline void prefetch(const void* address, i64 bytes) {
@@ -7,7 +7,7 @@ static inline void prefetch(const void* address, i64 bytes) {
 #endif
 }
 
-// A chunk of one feature's ids and where its probes find them: `rows` holds, per probe, `size` rows of its table and
+// A chunk of one feature's ids and where its row lookups find them: `rows` holds, per row lookup, `size` rows of its table and
 // `size` rows of its weights.
 struct Chunk {
   i64 size;
@@ -15,17 +15,17 @@ struct Chunk {
   unsigned char* none;
   i32* rows;
 
-  const i32* rows_of(i64 probe) const { return rows + 2 * size * probe; }
+  const i32* rows_of(i64 row_lookup) const { return rows + 2 * size * row_lookup; }
 };
 
 // A chunk of every feature for one thread; of bags, one feature's at a time.
 class Workspace {
  public:
-  Workspace(const Call& c, i64 samples) : features_(c.offsets ? 1 : c.feature_count), probes_(c.probe_count) {
+  Workspace(const Call& c, i64 samples) : features_(c.offsets ? 1 : c.feature_count), row_lookups_(c.row_lookup_count) {
     // Many features in short chunks, few in long ones: what is found has to stay in a near cache until it is read.
-    size_ = std::max<i64>(8, std::min<i64>(CHUNK, 6400 / std::max<i64>(1, c.probe_count) / 8 * 8));
+    size_ = std::max<i64>(8, std::min<i64>(CHUNK, 6400 / std::max<i64>(1, c.row_lookup_count) / 8 * 8));
     size_ = c.offsets ? BAG_CHUNK : std::min(size_, std::max<i64>(8, samples));
-    const i64 ids = features_ * size_, rows = 2 * probes_ * size_;
+    const i64 ids = features_ * size_, rows = 2 * row_lookups_ * size_;
     memory_.reset(new char[ids * 9 + rows * 4 + 8]);
     ids_ = reinterpret_cast<i64*>(memory_.get());
     rows_ = reinterpret_cast<i32*>(ids_ + ids);
@@ -40,7 +40,7 @@ class Workspace {
   }
 
  private:
-  i64 features_, probes_, size_;
+  i64 features_, row_lookups_, size_;
   std::unique_ptr<char[]> memory_;
   i64* ids_;
   i32* rows_;
@@ -64,7 +64,7 @@ static void take_ids(const Call& c, const Feature& f, i64 first, i64 n, const Ch
     for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i64*>(c.ids)[from + i * step];
 }
 
-// The rows of n ids that all probes of their feature read; false if an id lies outside its range.
+// The rows of n ids that all row lookups of their feature read; false if an id lies outside its range.
 static bool find_rows(const Call& c, const Feature& f, i64 n, const Chunk& at) {
   i64 wrong = 0;
   if (f.limit >= 0)
@@ -72,8 +72,8 @@ static bool find_rows(const Call& c, const Feature& f, i64 n, const Chunk& at) {
   const unsigned char* none = f.optional ? at.none : nullptr;
   if (f.optional)
     for (i64 i = 0; i < n; i++) at.none[i] = at.ids[i] == -1;
-  for (i64 j = 0; j < f.probes; j++) {
-    const Probe& p = c.probes[f.first + j];
+  for (i64 j = 0; j < f.row_lookups; j++) {
+    const RowLookup& p = c.row_lookups[f.first + j];
     i32* rows = at.rows + 2 * at.size * j;
     wrong |= !storage_rows(p.rows_of, c.index, p.base, p.rows, at.ids, n, none, rows);
     if (p.weight_storage >= 0)

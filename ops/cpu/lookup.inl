@@ -1,7 +1,7 @@
 // Lookups of a whole collection: which reads go together, and all samples of a thread. Part of kernels.inl.
 
-// Learned scalars of n ids, or null where a probe has none.
-static const float* weights_of(const Call& c, const Probe& p, const i32* rows, i64 n, float* out) {
+// Learned scalars of n ids, or null where a row lookup has none.
+static const float* weights_of(const Call& c, const RowLookup& p, const i32* rows, i64 n, float* out) {
   if (p.weight_storage < 0) return nullptr;
   const float* table = c.storages[p.weight_storage];
   const i64 kind = kind_of(c, p.weight_storage);
@@ -15,7 +15,7 @@ static const float* weights_of(const Call& c, const Probe& p, const i32* rows, i
 }
 
 // Runs of elements: they may pass the table's end, and each element may have a sign of its own.
-static void gather_runs(const Call& c, const Probe& p, i64 join, const i64* ids, const i32* rows, const float* factor,
+static void gather_runs(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                         i64 n, float* out, i64 stride) {
   const float* table = c.storages[p.storage] + p.base;
   for (i64 i = 0; i < n; i++) {
@@ -45,14 +45,14 @@ class Reader {
 
   // Vectors of a feature, from `column` of an output on.
   void vectors(const Feature& f, const Chunk& at, i64 output, i64 column) {
-    const Probe* all = c_.probes + f.first;
+    const RowLookup* all = c_.row_lookups + f.first;
     bool fits = true;
-    for (i64 j = 0; j < f.probes; j++) {
+    for (i64 j = 0; j < f.row_lookups; j++) {
       fits &= fits_slots(all[j]);
       fits &= all[j].join == STORE || (j && all[j].column == all[j - 1].column && kind_of(c_, all[j].storage) == kind_of(c_, all[j - 1].storage));
     }
-    for (i64 j = 0, count; fits && j < f.probes; j += count) {
-      for (count = 1; j + count < f.probes && all[j + count].join != STORE;) count++;
+    for (i64 j = 0, count; fits && j < f.row_lookups; j += count) {
+      for (count = 1; j + count < f.row_lookups && all[j + count].join != STORE;) count++;
       fits &= count <= 64;
       add_item(f, at, j, count, output, column + all[j].column, true);
     }
@@ -63,8 +63,8 @@ class Reader {
   // to them: the tables may have moved on by then.
   void rows(const Feature& f, const Chunk& at, i64 output, i64 column) {
     bool fits = true;
-    for (i64 j = 0; j < f.probes; j++) {
-      const Probe& p = c_.probes[f.first + j];
+    for (i64 j = 0; j < f.row_lookups; j++) {
+      const RowLookup& p = c_.row_lookups[f.first + j];
       if (p.run == 1) add_item(f, at, j, 1, output, column + p.kept, false);
       fits &= p.run == 1 && p.weight_storage < 0;
     }
@@ -74,9 +74,9 @@ class Reader {
   // Sample b of the chunks to row b of outputs[output].
   void read(const Matrix* outputs, i64 n) {
     for (const Factored& k : factored_) {
-      const Probe& p = c_.probes[k.feature->first + k.probe];
+      const RowLookup& p = c_.row_lookups[k.feature->first + k.row_lookup];
       float weights[CHUNK];
-      factors(p, k.at.ids, weights_of(c_, p, k.at.rows_of(k.probe) + k.at.size, n, weights), n, k.out);
+      factors(p, k.at.ids, weights_of(c_, p, k.at.rows_of(k.row_lookup) + k.at.size, n, weights), n, k.out);
     }
     for (const Group& g : groups_) {
       found_.set(g, n);
@@ -93,7 +93,7 @@ class Reader {
  private:
   struct Factored {
     const Feature* feature;
-    i64 probe;
+    i64 row_lookup;
     Chunk at;
     float* out;
   };
@@ -105,15 +105,15 @@ class Reader {
     bool whole, rows;
   };
 
-  bool fits_slots(const Probe& p) const {
+  bool fits_slots(const RowLookup& p) const {
     if (p.run != 1) return false;
     if (kind_of(c_, p.storage) == FP32) return p.span == p.width || p.width == 1;
     return decodes_blocks(p.width) && p.span == p.width;
   }
 
-  // Probes [j, j + count) of a feature, joined; or one of them as its row is.
+  // Row lookups [j, j + count) of a feature, joined; or one of them as its row is.
   void add_item(const Feature& f, const Chunk& at, i64 j, i64 count, i64 output, i64 column, bool joined) {
-    const Probe* all = c_.probes + f.first + j;
+    const RowLookup* all = c_.row_lookups + f.first + j;
     const i64 width = joined ? all->span : all->width, join = count > 1 ? all[1].join : i64(STORE);
     Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, float(all->product), {}, {}};
     for (i64 k = 0; joined && k < count; k++) {
@@ -123,12 +123,12 @@ class Reader {
     if (group.repeated && join == STORE) group.join = ADD;  // of one slot
     auto found = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.fits(group); });
     if (found == groups_.end()) {
-      group.slots.reserve(c_.probe_count);
+      group.slots.reserve(c_.row_lookup_count);
       group.columns.reserve(c_.feature_count);
       found = groups_.insert(found, std::move(group));
     }
     for (i64 k = 0; k < count; k++) {
-      const Probe& p = all[k];
+      const RowLookup& p = all[k];
       float* factor = nullptr;
       if (found->factor) {
         memory_.emplace_back(new float[at.size]);
@@ -144,8 +144,8 @@ class Reader {
     found->columns.push_back(column);
   }
 
-  // A probe's values of n ids, joined into `out`.
-  void read_probe(const Probe& p, const Chunk& at, i64 j, i64 n, float* out, i64 stride) const {
+  // A row lookup's values of n ids, joined into `out`.
+  void read_row_lookup(const RowLookup& p, const Chunk& at, i64 j, i64 n, float* out, i64 stride) const {
     float memory[CHUNK], weights[CHUNK];
     const float* factor = has_factor(p) ? memory : nullptr;
     if (factor) factors(p, at.ids, weights_of(c_, p, at.rows_of(j) + at.size, n, weights), n, memory);
@@ -155,9 +155,9 @@ class Reader {
 
   void finish(const Odd& k, i64 n, float* out, i64 stride) const {
     const Feature& f = *k.feature;
-    for (i64 j = 0; k.whole && j < f.probes; j++) {
-      const Probe& p = c_.probes[f.first + j];
-      read_probe(p, k.at, j, n, out + p.column, stride);
+    for (i64 j = 0; k.whole && j < f.row_lookups; j++) {
+      const RowLookup& p = c_.row_lookups[f.first + j];
+      read_row_lookup(p, k.at, j, n, out + p.column, stride);
     }
     for (i64 i = 0; f.padding && i < n; i++)
       std::memset(out + i * stride + f.width - f.padding, 0, f.padding * sizeof(float));
@@ -167,8 +167,8 @@ class Reader {
 
   // Runs as they are, and learned scalars.
   void keep(const Odd& k, i64 n, float* out, i64 stride) const {
-    for (i64 j = 0; j < k.feature->probes; j++) {
-      Probe p = c_.probes[k.feature->first + j];
+    for (i64 j = 0; j < k.feature->row_lookups; j++) {
+      RowLookup p = c_.row_lookups[k.feature->first + j];
       p.has_sign = 0;
       if (p.run > 1) gather_runs(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
       float weights[CHUNK];
@@ -185,18 +185,18 @@ class Reader {
   Found found_;
 };
 
-// What is kept of each feature: of its i-th id at data + i * stride + the probe's column.
+// What is kept of each feature: of its i-th id at data + i * stride + the row lookup's column.
 static std::vector<Matrix> kept_of(const Call& c) {
   std::vector<Matrix> found(c.feature_count, c.kept);
   float* next = c.kept.data;
   for (i64 f = 0; c.offsets && next && f < c.feature_count; f++) {
     const Feature& feature = c.features[f];
     i64 width = 0;
-    for (i64 j = 0; !feature.plain && j < feature.probes; j++) {
-      const Probe& p = c.probes[feature.first + j];
+    for (i64 j = 0; !feature.plain && j < feature.row_lookups; j++) {
+      const RowLookup& p = c.row_lookups[feature.first + j];
       width += p.run * p.width + (p.weight_storage >= 0);
     }
-    found[f] = {next - (feature.plain ? 0 : c.probes[feature.first].kept), width};
+    found[f] = {next - (feature.plain ? 0 : c.row_lookups[feature.first].kept), width};
     next += width * count_ids(c, feature);
   }
   return found;

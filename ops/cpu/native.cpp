@@ -156,7 +156,7 @@ extern "C" {
 
 // Sizes of the records, which the caller compares with its own.
 RSE_API i64 rse_record_sizes(i64 which) {
-  const i64 sizes[] = {sizeof(Transform), sizeof(Probe), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask)};
+  const i64 sizes[] = {sizeof(Transform), sizeof(RowLookup), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask)};
   return sizes[which];
 }
 

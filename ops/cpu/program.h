@@ -24,9 +24,9 @@ struct Transform {
 };
 
 // One read per id: `run` rows of `width` from the row on, at `column` of the feature's part of an output.
-struct Probe {
+struct RowLookup {
   i64 storage, base, rows, width;                  // table: rows [base, base + rows) of a storage
-  i64 column, span, run, join, product;            // span: columns it fills; join: with what other probes left there
+  i64 column, span, run, join, product;            // span: columns it fills; join: with what other row lookups left there
   i64 has_sign, sign;
   i64 weight_storage, weight_base, weight_rows;    // learned scalar per id; storage -1: none
   i64 kept;                                        // column among what is kept for backward: row, then weight
@@ -36,7 +36,7 @@ struct Probe {
 
 struct Feature {
   i64 ids;                                         // column of the id matrix
-  i64 first, probes;                               // its probes
+  i64 first, row_lookups;                               // its row lookups
   i64 limit;                                       // ids lie in [0, limit); -1: any
   i64 optional;                                    // the id -1 is none and gives zeros
   i64 output, column, width;                       // where its vectors go
@@ -83,8 +83,8 @@ struct Mask {
 // feature after feature, and those of sample b and id column f are [offsets[f * batch + b], offsets[f * batch + b + 1]).
 struct Call {
   const Feature* features;
-  const Probe* probes;
-  i64 feature_count, probe_count;
+  const RowLookup* row_lookups;
+  i64 feature_count, row_lookup_count;
   const void* ids;
   i64 batch, sample_stride, feature_stride, ids_are_32;
   const i64* offsets;                              // null: one id per sample

@@ -9,20 +9,20 @@ static inline void multiply(float* to, const float* by, i64 elements, i64 span, 
 }
 
 // Gradients of a feature's rows and weights for n of its ids from the first-th on, from those of their vectors
-// (rows of `out`) and what forward kept. `own` holds one matrix per probe and its weights: [probes][2].
+// (rows of `out`) and what forward kept. `own` holds one matrix per row lookup and its weights: [row lookups][2].
 static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix& out,
                           const Matrix& saved, const Matrix* own, std::vector<float>& memory) {
-  memory.resize(f.probes * n + f.width);
-  float* here = memory.data() + f.probes * n;
-  for (i64 j = 0; j < f.probes; j++)
-    factors(c.probes[f.first + j], at.ids, nullptr, n, memory.data() + j * n);
-  auto kept = [&](const Probe& p, i64 i) { return saved.data + (first + i) * saved.stride + p.kept; };
-  auto weight = [&](const Probe& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.run * p.width]; };
-  auto signs = [&](const Probe& p, i64 i) {
+  memory.resize(f.row_lookups * n + f.width);
+  float* here = memory.data() + f.row_lookups * n;
+  for (i64 j = 0; j < f.row_lookups; j++)
+    factors(c.row_lookups[f.first + j], at.ids, nullptr, n, memory.data() + j * n);
+  auto kept = [&](const RowLookup& p, i64 i) { return saved.data + (first + i) * saved.stride + p.kept; };
+  auto weight = [&](const RowLookup& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.run * p.width]; };
+  auto signs = [&](const RowLookup& p, i64 i) {
     for (i64 k = 0; p.run > 1 && p.has_sign && k < p.span; k++) here[k] *= sign_of(at.ids[i], step_salt(p.sign, k));
   };
-  for (i64 j = 0; j < f.probes; j++) {
-    const Probe& p = c.probes[f.first + j];
+  for (i64 j = 0; j < f.row_lookups; j++) {
+    const RowLookup& p = c.row_lookups[f.first + j];
     const i64 read = p.run * p.width;
     for (i64 i = 0; i < n; i++) {
       if (at.rows_of(j)[i] < 0) {
@@ -34,8 +34,8 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
       const float factor = memory[j * n + i], scalar = weight(p, i);
       blocks<0>(p.span, [&](auto lanes, i64 k) { lanes.store(here + k, lanes.load(g + k) * factor); });
       signs(p, i);
-      for (i64 q = 0; p.product && q < f.probes; q++) {
-        const Probe& other = c.probes[f.first + q];
+      for (i64 q = 0; p.product && q < f.row_lookups; q++) {
+        const RowLookup& other = c.row_lookups[f.first + q];
         if (q == j || other.column != p.column || at.rows_of(q)[i] < 0) continue;
         multiply(here, kept(other, i), other.run * other.width, p.span, memory[q * n + i] * weight(other, i));
         signs(other, i);
@@ -58,9 +58,9 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
 
 // Whether the gradients of a feature's rows are those of its vectors times the one other row that forward kept.
 static bool is_pair(const Call& c, const Feature& f) {
-  if (f.plain || f.probes != 2 || c.offsets) return false;
-  const Probe *a = c.probes + f.first, *b = a + 1;
-  auto bare = [&](const Probe& p) { return p.run == 1 && p.span == p.width && p.product && !has_factor(p); };
+  if (f.plain || f.row_lookups != 2 || c.offsets) return false;
+  const RowLookup *a = c.row_lookups + f.first, *b = a + 1;
+  auto bare = [&](const RowLookup& p) { return p.run == 1 && p.span == p.width && p.product && !has_factor(p); };
   return bare(*a) && bare(*b) && a->column == b->column && a->width == b->width;
 }
 
@@ -68,9 +68,9 @@ static bool is_pair(const Call& c, const Feature& f) {
 struct Reads {
   std::vector<std::vector<Source>> sources;
   Bases bases;
-  std::vector<Matrix> own;    // per probe: of its rows and of its weights, where these are not those of the vectors
+  std::vector<Matrix> own;    // per row lookup: of its rows and of its weights, where these are not those of the vectors
   std::vector<Matrix> ids;    // per feature: of its ids' vectors, where bags spread theirs in parts
-  std::vector<i32*> rows;     // per probe: of its rows and of its weights
+  std::vector<i32*> rows;     // per row lookup: of its rows and of its weights
   std::vector<i32*> bags;     // per feature: of its ids, where gradients are those of the bags
 };
 
@@ -79,9 +79,9 @@ static bool is_shared(const Call& c, const Feature& f) { return f.plain && !f.me
 
 static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   reads.sources.resize(c.storage_count);
-  reads.own.assign(2 * c.probe_count, Matrix{nullptr, 0});
+  reads.own.assign(2 * c.row_lookup_count, Matrix{nullptr, 0});
   reads.ids.assign(c.feature_count, Matrix{nullptr, 0});
-  reads.rows.assign(2 * c.probe_count, nullptr);
+  reads.rows.assign(2 * c.row_lookup_count, nullptr);
   reads.bags.assign(c.feature_count, nullptr);
   auto tag_of = [&](const Base& base) {
     reads.bases.all.push_back(base);
@@ -92,8 +92,8 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   // Columns that a feature's ids need of their own.
   auto width_of = [&](const Feature& f) {
     i64 width = f.plain && c.offsets && !is_shared(c, f) ? f.width : 0;
-    for (i64 j = f.first; !f.plain && !is_pair(c, f) && j < f.first + f.probes; j++)
-      width += c.probes[j].run * c.probes[j].width + (c.probes[j].weight_storage >= 0);
+    for (i64 j = f.first; !f.plain && !is_pair(c, f) && j < f.first + f.row_lookups; j++)
+      width += c.row_lookups[j].run * c.row_lookups[j].width + (c.row_lookups[j].weight_storage >= 0);
     return width;
   };
   i64 elements = 0;
@@ -118,13 +118,13 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
     auto rows = [&] { return static_cast<i32*>(scratch.take(count * sizeof(i32))); };
     if (c.offsets && is_shared(c, f)) reads.bags[k] = rows();
     else if (f.plain && c.offsets) reads.ids[k] = matrix(f.width);
-    for (i64 j = f.first; j < f.first + f.probes; j++) {
-      const Probe& p = c.probes[j];
+    for (i64 j = f.first; j < f.first + f.row_lookups; j++) {
+      const RowLookup& p = c.row_lookups[j];
       const Matrix& out = c.outputs[f.output];
       reads.rows[2 * j] = rows();
       Base base{moved(out.data, f.column + p.column), out.stride, float(p.scale), nullptr, 0};
       if (is_pair(c, f)) {
-        const Probe& partner = c.probes[j == f.first ? j + 1 : f.first];
+        const RowLookup& partner = c.row_lookups[j == f.first ? j + 1 : f.first];
         base.other = moved(c.kept.data, partner.kept), base.other_stride = c.kept.stride;
       } else if (!f.plain || reads.ids[k].data) {
         reads.own[2 * j] = f.plain ? reads.ids[k] : matrix(p.run * p.width);
@@ -167,7 +167,7 @@ static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
       const Chunk chunk = work.chunk(c.features, k);
       const i64 place = at - first_id(c, f, 0) * (c.offsets != nullptr);
       if (!find(c, f, at, n, chunk)) __atomic_store_n(&good, false, __ATOMIC_RELAXED);
-      for (i64 j = 0; j < f.probes; j++) {
+      for (i64 j = 0; j < f.row_lookups; j++) {
         i32* const* to_rows = &reads.rows[2 * (f.first + j)];
         std::memcpy(to_rows[0] + place, chunk.rows_of(j), n * sizeof(i32));
         if (to_rows[1]) std::memcpy(to_rows[1] + place, chunk.rows_of(j) + chunk.size, n * sizeof(i32));

@@ -139,8 +139,8 @@ static void (*choose_decoder(i64 kind))(const Group&, const Found&, i64, const M
   return kind == FP16 ? read_stored<FP16> : kind == BF16 ? read_stored<BF16> : kind == INT8 ? read_stored<INT8> : read_stored<INT4>;
 }
 
-// A probe's values of n ids, whatever its storage holds.
-static void gather_decoded(const Call& c, const Probe& p, i64 join, const i64* ids, const i32* rows, const float* factor,
+// A row lookup's values of n ids, whatever its storage holds.
+static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                            i64 n, float* out, i64 stride) {
   const i64 kind = kind_of(c, p.storage), read = p.run * p.width;
   // Asked for together: decoding one row is too much work for the processor to look ahead to the next.

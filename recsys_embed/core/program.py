@@ -15,11 +15,21 @@ from torch import Tensor
 
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.id_sets import Index
-from recsys_embed.core.transforms import Digit, Hash, Member, Murmur, Sharing, Transform
+from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
 __all__ = [
-    "Combine", "Digit", "Hash", "Init", "LookupProgram", "Member", "Murmur", "Probe", "Sharing", "Table", "Transform",
+    "Combine",
+    "Hash",
+    "Initializer",
+    "LookupProgram",
+    "Member",
+    "MixedRadixDigit",
+    "Murmur",
+    "RowLookup",
+    "Sharing",
+    "Table",
+    "Transform",
     "Weight",
 ]  # fmt: skip
 
@@ -29,7 +39,7 @@ _PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Init:
+class Initializer:
     """Law of a table's initial elements: ``loc`` + U(±scale), ``loc`` + N(0, scale**2), or constant ``loc``."""
 
     law: Literal["uniform", "normal", "constant"]
@@ -37,7 +47,7 @@ class Init:
     loc: float = 0.0
 
     @classmethod
-    def plain(cls, spec: FeatureSpec, factor: float = 1.0) -> Init:
+    def plain(cls, spec: FeatureSpec, factor: float = 1.0) -> Initializer:
         """The law a plain table of ``spec`` would start with, its spread times ``factor``."""
         law, scale = spec.init_law()
         return cls(law, scale * factor)
@@ -79,7 +89,7 @@ class Table:
     name: str
     rows: int
     width: int
-    init: Init
+    init: Initializer
     shared: bool = False
     dense: bool = False
 
@@ -93,7 +103,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Probe:
+class RowLookup:
     """One row read per id: it joins the output columns from ``column`` on.
 
     The row is multiplied by ``scale``, by a sign hashed with ``sign`` and by the learned ``weight``, where given.
@@ -125,8 +135,8 @@ class LookupProgram:
 
     Args:
         tables: what is stored.
-        probes: which row each id reads; probes with equal columns combine, disjoint columns concatenate.
-        combine: ``"sum"`` or ``"mul"`` of the probes that share columns, per id and before pooling.
+        row_lookups: which row each id reads; row lookups with equal columns combine, disjoint columns concatenate.
+        combine: ``"sum"`` or ``"mul"`` of the row lookups that share columns, per id and before pooling.
         projection: name of a dense table applied to the combined vector: ``[columns, out]``; or
             ``[columns - out, out]``, where the first ``out`` columns pass as they are and the projected rest is added.
         vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
@@ -134,7 +144,7 @@ class LookupProgram:
     """
 
     tables: tuple[Table, ...]
-    probes: tuple[Probe, ...]
+    row_lookups: tuple[RowLookup, ...]
     combine: Combine = "sum"
     projection: str | None = None
     vectors: int = 1
@@ -146,14 +156,14 @@ class LookupProgram:
     @property
     def indexes(self) -> tuple[Index, ...]:
         """The sets of ids that transforms look up, each once."""
-        found = (t.needs for p in self.probes for t in p.transforms)
+        found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Output column range of each probe."""
+        """Output column range of each row lookup."""
         widths = {t.name: t.width for t in self.tables}
-        return tuple((p.column, p.column + (p.width or p.run * widths[p.table])) for p in self.probes)
+        return tuple((p.column, p.column + (p.width or p.run * widths[p.table])) for p in self.row_lookups)
 
     @property
     def combined_width(self) -> int:
@@ -181,7 +191,11 @@ class LookupProgram:
                 faults.append(
                     f"table {t.name!r} must have 1 to {MAX_ROWS} rows and width >= 1; got {t.rows} x {t.width}"
                 )
-        used = {p.table for p in self.probes} | {p.weight.table for p in self.probes if p.weight} | {self.projection}
+        used = (
+            {p.table for p in self.row_lookups}
+            | {p.weight.table for p in self.row_lookups if p.weight}
+            | {self.projection}
+        )
         faults += [f"table {n!r} is read but not declared" for n in sorted(used - {None} - set(names), key=str)]
         faults += [f"table {n!r} is declared but never read" for n in names if n not in used]
         if faults:
@@ -189,8 +203,8 @@ class LookupProgram:
         spans = sorted(set(self.spans))
         edges = [0, *(stop for _, stop in spans)]
         if [start for start, _ in spans] != edges[:-1]:
-            faults.append(f"probe columns must tile the output without gap or partial overlap; got {spans}")
-        for p in self.probes:
+            faults.append(f"row_lookup columns must tile the output without gap or partial overlap; got {spans}")
+        for p in self.row_lookups:
             if p.run < 1 or p.run > self.table(p.table).rows:
                 faults.append(f"`run` must be in [1, {self.table(p.table).rows}], table {p.table!r}; got {p.run}")
             if p.width is not None and (p.run, self.table(p.table).width) != (1, 1):

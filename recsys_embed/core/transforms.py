@@ -102,7 +102,7 @@ class Transform(ABC):
 
 
 @dataclass(frozen=True)
-class Digit(Transform):
+class MixedRadixDigit(Transform):
     """``(x // div) % mod``, a digit of a mixed-radix number; ``mod=0`` keeps the whole quotient.
 
     ``affine = (a, b, p)`` first replaces x by ``(a*x + b) % p``: a bijection of [0, p) for a prime p and 0 < a < p.
@@ -113,7 +113,7 @@ class Digit(Transform):
     affine: tuple[int, int, int] | None = None
 
     def signature(self) -> tuple[Any, ...]:
-        return (Digit, self.affine is not None, self.div != 1, self.mod != 0)
+        return (MixedRadixDigit, self.affine is not None, self.div != 1, self.mod != 0)
 
     def parameters(self) -> tuple[int, ...]:
         return (self.div, self.mod, *(self.affine or (1, 0, 1)))
@@ -139,7 +139,7 @@ class Digit(Transform):
         return Sharing(rows=reached, key=(self.div, self.mod), even=True)
 
     def owners(self, ids: int, at: int = 0, arrays: IndexArrays | None = None) -> Tensor | None:
-        return torch.arange(ids) if self == Digit() else None
+        return torch.arange(ids) if self == MixedRadixDigit() else None
 
 
 @dataclass(frozen=True)

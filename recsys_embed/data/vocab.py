@@ -16,7 +16,7 @@ from recsys_embed.data.random_bits import GOLDEN
 from recsys_embed.errors import DataError
 
 OOV_ID = 0
-_MAX_PROBES = 32
+_MAX_ROW_LOOKUPS = 32
 
 
 @dataclass
@@ -43,14 +43,14 @@ class IdTable:
         lead = (scrambled >> keys.dtype.type(shift)).astype(np.int64)
         sizes = np.bincount(lead, minlength=1 << bits)
         start = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        # A pad entry lets a probe run past the last key; it can only match the largest key, stored just before it.
+        # A pad entry lets a row lookup run past the last key; it can only match the largest key, stored just before it.
         top = np.array([np.iinfo(keys.dtype).max], keys.dtype)
         return cls(np.append(scrambled, top), np.append(ids[order], np.int32(OOV_ID)), start, shift, int(sizes.max()))
 
     def __call__(self, keys: NDArray[Any]) -> NDArray[np.int32]:
         """Ids of the keys, ``OOV_ID`` for unknown ones."""
         k = _scramble(keys.astype(self.keys.dtype))
-        if self.longest > _MAX_PROBES:
+        if self.longest > _MAX_ROW_LOOKUPS:
             at = np.searchsorted(self.keys[:-1], k)
         else:
             at = self.start[k >> k.dtype.type(self.shift)]

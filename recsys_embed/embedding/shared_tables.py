@@ -25,8 +25,8 @@ class SharedTables:
         seed: of the initial weights, which are those of a collection's tables of the same names.
 
     >>> import recsys_embed as rse
-    >>> from recsys_embed.core.program import Init
-    >>> tables = SharedTables([Table("unified", 100, 4, Init("uniform", 0.05), shared=True)])
+    >>> from recsys_embed.core.program import Initializer
+    >>> tables = SharedTables([Table("unified", 100, 4, Initializer("uniform", 0.05), shared=True)])
     >>> a, b = (rse.UnifiedEmbedding(1000, 16, num_buckets=100, name=n, shared=tables) for n in "ab")
     >>> a.table("unified") is b.table("unified"), sum(p.numel() for p in nn.ModuleList([a, b]).parameters())
     (True, 400)

@@ -1,4 +1,4 @@
-"""The readable definition of a lookup: one feature, one probe at a time. Every other backend is compared with it."""
+"""The readable definition of a lookup: one feature, one row lookup at a time. Every other backend is compared with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import IndexArrays
-from recsys_embed.core.program import LookupProgram, Probe, Transform
+from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
 
@@ -34,29 +34,29 @@ def _read(gather: Gather, place: Place, rows: Tensor) -> Tensor:
     return gather(place.storage, torch.where(rows < 0, rows, rows + place.offset), True)
 
 
-def _probe(
+def _row_lookup(
     program: LookupProgram,
-    probe: Probe,
+    row_lookup: RowLookup,
     places: Mapping[str, Place],
     ids: Tensor,
     gather: Gather,
     indexes: Indexes,
 ) -> Tensor:
-    table = program.table(probe.table)
-    first = indexes.rows(probe.transform, ids)
+    table = program.table(row_lookup.table)
+    first = indexes.rows(row_lookup.transform, ids)
     pieces = []
-    for step in range(probe.run):
+    for step in range(row_lookup.run):
         rows = torch.where(first < 0, first, (first + step) % table.rows)
-        piece = _read(gather, places[probe.table], rows) * probe.scale
-        if probe.sign is not None:
-            salt = hashing.sequence(probe.sign, torch.tensor(step, device=ids.device))
+        piece = _read(gather, places[row_lookup.table], rows) * row_lookup.scale
+        if row_lookup.sign is not None:
+            salt = hashing.sequence(row_lookup.sign, torch.tensor(step, device=ids.device))
             piece = piece * hashing.hash_signs(ids, salt).to(piece.dtype).unsqueeze(-1)
         pieces.append(piece)
     value = torch.cat(pieces, -1)
-    if probe.weight is not None:
-        value = value * _read(gather, places[probe.weight.table], indexes.rows(probe.weight.transform, ids))
-    if probe.width is not None:
-        value = value.repeat(1, probe.width)
+    if row_lookup.weight is not None:
+        value = value * _read(gather, places[row_lookup.weight.table], indexes.rows(row_lookup.weight.transform, ids))
+    if row_lookup.width is not None:
+        value = value.repeat(1, row_lookup.width)
     empty = 0.0 if program.combine == "sum" else 1.0
     return torch.where((first < 0).unsqueeze(-1), torch.full_like(value, empty), value)
 
@@ -72,8 +72,8 @@ def combine(
     columns = []
     for span in sorted(set(program.spans)):
         values = [
-            _probe(program, p, places, ids, gather, indexes)
-            for p, s in zip(program.probes, program.spans, strict=True)
+            _row_lookup(program, p, places, ids, gather, indexes)
+            for p, s in zip(program.row_lookups, program.spans, strict=True)
             if s == span
         ]
         combined = values[0]
@@ -107,7 +107,7 @@ def lookup(
 
 
 class ReferenceLookup(VectorisedLookup):
-    """The groups of the torch backend, run one feature and one probe at a time."""
+    """The groups of the torch backend, run one feature and one row lookup at a time."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class ReferenceLookup(VectorisedLookup):
         self.programs, self.places = list(programs), list(places)
 
     def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
-        """As :meth:`VectorisedLookup.forward`, but ``gather`` is called once per probe."""
+        """As :meth:`VectorisedLookup.forward`, but ``gather`` is called once per row lookup."""
         out = []
         for g, group in enumerate(self.groups):
             if local is None:

@@ -26,8 +26,8 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
     Returns:
         Shape of each storage by name, and the place of each table. A storage stays below 2**31 rows.
 
-    >>> from recsys_embed.core.program import Init
-    >>> zero = Init("constant")
+    >>> from recsys_embed.core.program import Initializer
+    >>> zero = Initializer("constant")
     >>> stack_tables({"a": Table("w", 3, 4, zero), "b": Table("w", 5, 4, zero)})
     ({'width4': (8, 4)}, {'a': Place(storage='width4', offset=0), 'b': Place(storage='width4', offset=3)})
     """

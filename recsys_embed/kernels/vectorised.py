@@ -1,7 +1,7 @@
 """The torch backend: all features of a collection in a fixed number of tensor operations.
 
 Features whose programs have the same structure form a group; within a group every integer of every transform is a
-tensor over (feature, probe), so no loop runs over features. All groups read a storage through one gather.
+tensor over (feature, row lookup), so no loop runs over features. All groups read a storage through one gather.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import IndexArrays
-from recsys_embed.core.program import LookupProgram, Probe, Transform
+from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
 
@@ -34,9 +34,9 @@ Gather = Callable[[str, Tensor, bool], Tensor]
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows that several probes of a group read from one storage with one kind of transform.
+    """Rows that several row lookups of a group read from one storage with one kind of transform.
 
-    ``params`` names a constant ``[features, probes, n]``: the transform's integers, where its index begins, the rows
+    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, where its index begins, the rows
     of the table, and the table's place in the storage.
     """
 
@@ -48,8 +48,8 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class _ProbeSet:
-    """Probes of a group that run as one operation; ``slots`` are their places in the program."""
+class _RowLookupSet:
+    """RowLookups of a group that run as one operation; ``slots`` are their places in the program."""
 
     slots: tuple[int, ...]
     read: _Read
@@ -60,7 +60,7 @@ class _ProbeSet:
 
 
 def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Any, ...]) -> tuple[Any, ...]:
-    probes = tuple(
+    row_lookups = tuple(
         (
             places[p.table].storage,
             p.transform.signature(),
@@ -71,10 +71,10 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[A
             p.width,
             p.weight and (places[p.weight.table].storage, p.weight.transform.signature()),
         )
-        for p in program.probes
+        for p in program.row_lookups
     )
     projection = program.projection and (program.table(program.projection).rows, program.width)
-    return (probes, program.spans, program.combine, projection, program.vectors, program.padding, key)
+    return (row_lookups, program.spans, program.combine, projection, program.vectors, program.padding, key)
 
 
 class Group(Constants):
@@ -103,7 +103,7 @@ class Group(Constants):
         by_kind: dict[tuple[Any, ...], list[int]] = {}
         for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
             by_kind.setdefault(signature, []).append(slot)
-        self.sets = [self._probe_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
+        self.sets = [self._row_lookup_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
         runs = {s.read.run for s in self.sets}
         for run in runs - {1}:
             self.add_constant(f"run{run}", list(range(run)))
@@ -117,7 +117,7 @@ class Group(Constants):
         index: IndexStore,
         run: int = 1,
     ) -> _Read:
-        """Register the integers of ``chosen[feature][probe] = (table, transform)``."""
+        """Register the integers of ``chosen[feature][row lookup] = (table, transform)``."""
 
         def integers(f: int, table: str, transform: Transform) -> list[int]:
             at = index.at(self.features[f], transform.reads)
@@ -127,14 +127,14 @@ class Group(Constants):
         table, transform = chosen[0][0]
         return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, run)
 
-    def _probe_set(
+    def _row_lookup_set(
         self,
         slots: tuple[int, ...],
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         index: IndexStore,
-    ) -> _ProbeSet:
-        chosen: list[list[Probe]] = [[p.probes[s] for s in slots] for p in programs]
+    ) -> _RowLookupSet:
+        chosen: list[list[RowLookup]] = [[p.row_lookups[s] for s in slots] for p in programs]
         first, tag = chosen[0][0], f"{slots[0]}"
         picks = [[(p.table, p.transform) for p in row] for row in chosen]
         read = self._read(f"rows{tag}", picks, programs, places, index, first.run)
@@ -145,7 +145,7 @@ class Group(Constants):
         if first.sign is not None:
             signs = f"sign{tag}"
             self.add_constant(signs, [[p.sign for p in row] for row in chosen])
-        return _ProbeSet(slots, read, weight, signs, first.scale, first.width)
+        return _RowLookupSet(slots, read, weight, signs, first.scale, first.width)
 
     @property
     def reads(self) -> list[_Read]:
@@ -155,7 +155,7 @@ class Group(Constants):
     def rows(
         self, ids: Tensor, local: Tensor | None, arrays: IndexArrays, absent: Tensor | None = None
     ) -> list[tuple[str, Tensor]]:
-        """Rows to gather: (storage, int64 ``[..., probes]`` or ``[..., probes, run]``) for every set and its weights.
+        """Rows to gather: (storage, int64 ``[..., row lookups]`` or ``[..., row lookups, run]``) for every set and its weights.
 
         -1 stays -1.
 
@@ -181,7 +181,7 @@ class Group(Constants):
             out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if partial else rows + offset))
         return out
 
-    def _signs(self, s: _ProbeSet, ids: Tensor, local: Tensor | None) -> Tensor:
+    def _signs(self, s: _RowLookupSet, ids: Tensor, local: Tensor | None) -> Tensor:
         """-1 or +1 per read, to multiply with its values."""
         salts = self.constant(s.signs or "")
         salts, x = salts if local is None else salts[local], ids.unsqueeze(-1)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Hash, Init, LookupProgram, Member, Probe, Table, Transform
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, Member, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -66,8 +66,8 @@ class AdaptiveConfig(MethodConfig):
             if self.order == "counts":
                 index = Index.smallest("hot", spec.num_ids, 0, self.num_frequent)
             rows = Member(index, rest=self.num_buckets, salt=salt)
-        table = Table("weight", self.num_frequent + self.num_buckets, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", rows),))
+        table = Table("weight", self.num_frequent + self.num_buckets, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", rows),))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.errors import ConfigError, raise_faults
@@ -36,17 +36,19 @@ from recsys_embed.method_parts.partition_sizes import cover, ladder, next_prime
 _MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
 
 
-def class_maps(partition: str, moduli: tuple[int, ...], affine: tuple[int, int, int] | None = None) -> list[Digit]:
+def class_maps(
+    partition: str, moduli: tuple[int, ...], affine: tuple[int, int, int] | None = None
+) -> list[MixedRadixDigit]:
     """The map of each partition from ids in [0, prod(moduli)) to its classes; together they are injective.
 
     >>> [int(digit.rows(torch.tensor(1234))) for digit in class_maps("generalized", (10, 20, 30))]
     [4, 3, 6]
     """
     if partition == "quotient_remainder":
-        return [Digit(div=moduli[1], affine=affine), Digit(mod=moduli[1], affine=affine)]
+        return [MixedRadixDigit(div=moduli[1], affine=affine), MixedRadixDigit(mod=moduli[1], affine=affine)]
     if partition == "generalized":
-        return [Digit(div=prod(moduli[:j]), mod=m, affine=affine) for j, m in enumerate(moduli)]
-    return [Digit(mod=m, affine=affine) for m in moduli]
+        return [MixedRadixDigit(div=prod(moduli[:j]), mod=m, affine=affine) for j, m in enumerate(moduli)]
+    return [MixedRadixDigit(mod=m, affine=affine) for m in moduli]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,7 @@ class CompositionalConfig(MethodConfig):
         elements = sum(m * c for m, c in zip(moduli, self._costs(spec), strict=True))
         return moduli if elements < n * spec.embedding_dim else None
 
-    def classes_of(self, spec: FeatureSpec) -> list[Digit]:
+    def classes_of(self, spec: FeatureSpec) -> list[MixedRadixDigit]:
         """The partitions' maps from an id to its class; only for a feature that is compressed."""
         moduli, affine = self.moduli_of(spec), None
         if moduli is None:
@@ -190,34 +192,40 @@ class CompositionalConfig(MethodConfig):
             affine = (a, hashing.salt(self.seed, spec.name, "affine", 1) % p, p)
         return class_maps(self.partition, moduli, affine)
 
-    def _laws(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Init]:
+    def _laws(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Initializer]:
         n, k = spec.num_embeddings, self._tables
         if self.initializer == "xavier":
-            return [Init("normal", sqrt(2 / (m + w))) for m, w in zip(rows, widths, strict=True)]
+            return [Initializer("normal", sqrt(2 / (m + w))) for m, w in zip(rows, widths, strict=True)]
         if self.initializer == "dlrm_bug":
             low = n**-0.5
-            return [Init("uniform", (1 - low) / 2, (1 + low) / 2)] * k
+            return [Initializer("uniform", (1 - low) / 2, (1 + low) / 2)] * k
         if self.combine == "mul":
             # A factor 1 + U(±1/sqrt(n)) has the mean square 1 + 1/(3n).
-            return [Init.plain(spec, (1 + 1 / (3 * n)) ** (-(k - 1) / 2)), *[Init("uniform", n**-0.5, 1.0)] * (k - 1)]
-        return [Init.plain(spec, k**-0.5 if self.combine == "sum" else 1.0)] * k
+            return [
+                Initializer.plain(spec, (1 + 1 / (3 * n)) ** (-(k - 1) / 2)),
+                *[Initializer("uniform", n**-0.5, 1.0)] * (k - 1),
+            ]
+        return [Initializer.plain(spec, k**-0.5 if self.combine == "sum" else 1.0)] * k
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         moduli = self.moduli_of(spec)
         if moduli is None:
-            table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec))
-            return LookupProgram((table,), (Probe("weight", Digit()),))
+            table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec))
+            return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit()),))
         widths = self._widths(spec)
         laws, classes = self._laws(spec, moduli, widths), self.classes_of(spec)
         tables = [Table(f"part{j}", m, w, law) for j, (m, w, law) in enumerate(zip(moduli, widths, laws, strict=True))]
         if self.combine == "path":
-            return LookupProgram((tables[0],), (Probe("part0", classes[0]),))
+            return LookupProgram((tables[0],), (RowLookup("part0", classes[0]),))
         side_by_side = self.combine in ("concat", "feature")
-        probes = [
-            Probe(f"part{j}", digit, column=sum(widths[:j]) if side_by_side else 0) for j, digit in enumerate(classes)
+        row_lookups = [
+            RowLookup(f"part{j}", digit, column=sum(widths[:j]) if side_by_side else 0)
+            for j, digit in enumerate(classes)
         ]
         vectors = self._tables if self.combine == "feature" else 1
-        return LookupProgram(tuple(tables), tuple(probes), "mul" if self.combine == "mul" else "sum", vectors=vectors)
+        return LookupProgram(
+            tuple(tables), tuple(row_lookups), "mul" if self.combine == "mul" else "sum", vectors=vectors
+        )
 
     @property
     def pools_first(self) -> bool:
@@ -312,7 +320,7 @@ class CompositionalEmbedding(CompressedEmbedding):
     config_cls = CompositionalConfig
     config: CompositionalConfig
     # Empty until the networks exist, which is after the base has drawn the tables.
-    _networks: tuple[tuple[Digit, list[str]], ...] = ()
+    _networks: tuple[tuple[MixedRadixDigit, list[str]], ...] = ()
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any) -> None:
         super().__init__(num_embeddings, embedding_dim, *args, **options)
@@ -340,7 +348,7 @@ class CompositionalEmbedding(CompressedEmbedding):
         with torch.no_grad():
             for _, names in self._networks:
                 for name, bound in zip(names, bounds, strict=True):
-                    law = Init("uniform", bound) if bound else Init("constant")
+                    law = Initializer("uniform", bound) if bound else Initializer("constant")
                     law.fill_(self.table(name), hashing.salt(seed, "init", f"{self.spec.name}.{name}"))
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -354,7 +362,7 @@ class CompositionalEmbedding(CompressedEmbedding):
         """Vectors per id; with ``bag="pooled"`` every table's row, side by side."""
         if not self._pools_first:
             return self.lookup(ids)
-        return torch.cat([self._gather(p.table, p.transform.rows(ids), False) for p in self.program.probes], -1)
+        return torch.cat([self._gather(p.table, p.transform.rows(ids), False) for p in self.program.row_lookups], -1)
 
     def after_pool(self, pooled: Tensor) -> Tensor:
         """With ``bag="pooled"``, the combination of the pooled rows."""
@@ -372,7 +380,7 @@ class CompositionalEmbedding(CompressedEmbedding):
             return super().fit_(weight, counts)
         with torch.no_grad():
             base = self.table("part0")
-            rows = self.program.probes[0].transform.rows(torch.arange(len(weight), device=weight.device))
+            rows = self.program.row_lookups[0].transform.rows(torch.arange(len(weight), device=weight.device))
             share = torch.ones(len(weight)) if counts is None else counts.float().clamp_min(1e-6)
             share = share.to(weight).unsqueeze(1)
             total = torch.zeros_like(base[:, :1]).index_add_(0, rows, share).clamp_min(1e-12)

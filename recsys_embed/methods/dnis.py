@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
+from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 from recsys_embed.method_parts.pruned_columns import Columns, segments
@@ -71,11 +71,11 @@ class DnisConfig(MethodConfig):
         edges = [0, *self._edges, spec.num_ids]
         start, stop = edges[blocks[0]], edges[blocks[1]]
         name = f"rows_{start}_{column}"
-        rows: Transform = Digit()
+        rows: Transform = MixedRadixDigit()
         if stop - start < spec.num_ids:
             form = Index if self.order == "ids" else Index.smallest
             rows = Member(form(f"ids_{start}_{stop}", spec.num_ids, start, stop - start))
-        out.add(Table(name, stop - start, count, Init.plain(spec)), Probe(name, rows, column=column))
+        out.add(Table(name, stop - start, count, Initializer.plain(spec)), RowLookup(name, rows, column=column))
 
     @property
     def _edges(self) -> list[int]:

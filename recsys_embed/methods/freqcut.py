@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
+from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
@@ -39,14 +39,14 @@ class FreqcutConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        rows: Transform = Digit(mod=1)
+        rows: Transform = MixedRadixDigit(mod=1)
         if self.num_frequent:
             index = Index("kept", spec.num_ids, 0, self.num_frequent)
             if self.order == "counts":
                 index = Index.smallest("kept", spec.num_ids, 0, self.num_frequent)
             rows = Member(index, rest=1)
-        table = Table("weight", self.num_frequent + 1, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", rows),))
+        table = Table("weight", self.num_frequent + 1, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", rows),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:

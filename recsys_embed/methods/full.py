@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
@@ -29,8 +29,8 @@ class FullConfig(MethodConfig):
     method: ClassVar[str] = "full"
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", spec.num_ids, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", Digit()),))
+        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit()),))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys_embed.core import hashing
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
@@ -40,10 +40,10 @@ class HashConfig(MethodConfig):
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         salt = hashing.salt(self.seed, spec.name, "row", 0)
-        transform = Digit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
+        transform = MixedRadixDigit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
         sign = hashing.salt(self.seed, spec.name, "sign", 0) if self.sign else None
-        table = Table("weight", self.num_buckets, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", transform, sign=sign),))
+        table = Table("weight", self.num_buckets, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", transform, sign=sign),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
@@ -68,15 +68,15 @@ class HashEmbedding(CompressedEmbedding):
         Rows that no id of positive count reads keep their values. Memory beyond the table is that of a chunk of ids and
         of float64 sums per row.
         """
-        (probe,), table = self.program.probes, self.table("weight")
+        (row_lookup,), table = self.program.row_lookups, self.table("weight")
         sums = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
         mass = sums.new_zeros(len(table))
         for ids in self._chunks(len(weight)):
             share = torch.ones_like(ids, dtype=torch.float64) if counts is None else counts[ids].to(sums)
             if self.padding_idx is not None:
                 share = share.masked_fill(ids == self.padding_idx, 0.0)
-            rows = probe.transform.rows(ids)
-            signed = share if probe.sign is None else share * hashing.hash_signs(ids, probe.sign)
+            rows = row_lookup.transform.rows(ids)
+            signed = share if row_lookup.sign is None else share * hashing.hash_signs(ids, row_lookup.sign)
             sums.index_add_(0, rows, weight[ids].to(sums) * signed.unsqueeze(1))
             mass.index_add_(0, rows, share)
         read = (mass > 0).nonzero().squeeze(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.features import FeatureSpec
@@ -37,9 +37,11 @@ class LowdimConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        rows = Table("weight", spec.num_ids, self.dim, Init.plain(spec))
-        matrix = Table("projection", self.dim, spec.embedding_dim, Init("uniform", (3 / self.dim) ** 0.5), dense=True)
-        return LookupProgram((rows, matrix), (Probe("weight", Digit()),), projection="projection")
+        rows = Table("weight", spec.num_ids, self.dim, Initializer.plain(spec))
+        matrix = Table(
+            "projection", self.dim, spec.embedding_dim, Initializer("uniform", (3 / self.dim) ** 0.5), dense=True
+        )
+        return LookupProgram((rows, matrix), (RowLookup("weight", MixedRadixDigit()),), projection="projection")
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys_embed.core import hashing
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table, Weight
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -50,16 +50,16 @@ class MemcomConfig(MethodConfig):
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         salt = hashing.salt(self.seed, spec.name, "row", 0)
-        rows = Digit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
+        rows = MixedRadixDigit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
         tables = [
-            Table("weight", self.num_buckets, spec.embedding_dim, Init.plain(spec)),
-            Table("scale", spec.num_ids, 1, Init("constant", loc=1.0)),
+            Table("weight", self.num_buckets, spec.embedding_dim, Initializer.plain(spec)),
+            Table("scale", spec.num_ids, 1, Initializer("constant", loc=1.0)),
         ]
-        probes = [Probe("weight", rows, weight=Weight("scale", Digit()))]
+        row_lookups = [RowLookup("weight", rows, weight=Weight("scale", MixedRadixDigit()))]
         if self.bias:
-            tables.append(Table("bias", spec.num_ids, 1, Init("constant")))
-            probes.append(Probe("bias", Digit(), width=spec.embedding_dim))
-        return LookupProgram(tuple(tables), tuple(probes))
+            tables.append(Table("bias", spec.num_ids, 1, Initializer("constant")))
+            row_lookups.append(RowLookup("bias", MixedRadixDigit(), width=spec.embedding_dim))
+        return LookupProgram(tuple(tables), tuple(row_lookups))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
@@ -88,7 +88,7 @@ class MemcomEmbedding(CompressedEmbedding):
         """
         importance = importance_of(self, weight, counts)
         rows, scale, device = self.table("weight"), self.table("scale"), weight.device
-        bucket = self.program.probes[0].transform.rows(torch.arange(len(weight), device=device))
+        bucket = self.program.row_lookups[0].transform.rows(torch.arange(len(weight), device=device))
         if self._biased:
             self.table("bias").copy_(weight.mean(1, keepdim=True, dtype=torch.float64))
         for first, last, parts in self._by_bucket(bucket):

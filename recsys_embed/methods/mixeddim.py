@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
@@ -80,25 +80,25 @@ class MixeddimConfig(MethodConfig):
         narrow = [d for d in self.dims if d < width]
         starts = self._starts
         counts = [stop - start for start, stop in zip(starts, [*starts[1:], n], strict=True)]
-        tables, probes = [], []
+        tables, row_lookups = [], []
         for b, (start, count, dim) in enumerate(zip(starts, counts, self.dims, strict=True)):
             name = f"block_{b}" if self.blocks else "weight"
             tables.append(Table(name, count, dim, self._law(spec, count, dim, max(narrow, default=0))))
             form = Index if self.order == "ids" else Index.smallest
-            rows = Member(form(name, n, start, count)) if self.blocks else Digit()
-            probes.append(Probe(name, rows, column=sum(self.dims[:b])))
+            rows = Member(form(name, n, start, count)) if self.blocks else MixedRadixDigit()
+            row_lookups.append(RowLookup(name, rows, column=sum(self.dims[:b])))
         if narrow:
             spread = (6 / (narrow[0] + width)) ** 0.5 if self.initializer == "xavier" else (3 / narrow[0]) ** 0.5
-            tables.append(Table("projection", sum(narrow), width, Init("uniform", spread), dense=True))
-        return LookupProgram(tuple(tables), tuple(probes), projection="projection" if narrow else None)
+            tables.append(Table("projection", sum(narrow), width, Initializer("uniform", spread), dense=True))
+        return LookupProgram(tuple(tables), tuple(row_lookups), projection="projection" if narrow else None)
 
-    def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Init:
+    def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Initializer:
         """Law of a block's rows; the matrix has that of the widest projected block, so narrower ones make up for it."""
         whole = spec.embedding_dim
         if self.initializer == "xavier":
             gain = (widest + whole) / (dim + whole) if dim < whole else 1.0
-            return Init("uniform", (6 / (rows + dim) * gain) ** 0.5)
-        return Init.plain(spec, (widest / dim) ** 0.5 if dim < whole else 1.0)
+            return Initializer("uniform", (6 / (rows + dim) * gain) ** 0.5)
+        return Initializer.plain(spec, (widest / dim) ** 0.5 if dim < whole else 1.0)
 
     @staticmethod
     def equal_traffic(counts: Tensor, num_blocks: int) -> tuple[int, ...]:
@@ -273,8 +273,8 @@ class MixeddimEmbedding(CompressedEmbedding):
         that none of the counted ids belong to count alike.
         """
         importance = importance_of(self, weight, counts)
-        for probe, ids in zip(self.program.probes, self._members(), strict=True):
-            table = self.table(probe.table)
+        for row_lookup, ids in zip(self.program.row_lookups, self._members(), strict=True):
+            table = self.table(row_lookup.table)
             parts = [(at, ids[at : at + (1 << 16)]) for at in range(0, len(ids), 1 << 16)]
             axes = None
             if table.shape[1] < self.embedding_dim:
@@ -282,7 +282,7 @@ class MixeddimEmbedding(CompressedEmbedding):
                 axes = principal_axes(weight, known, table.shape[1], (part for _, part in parts))
                 matrix = self.table("projection")
                 # Columns of a first block that passes the matrix by have no rows in it.
-                first = probe.column - (self.program.combined_width - matrix.shape[0])
+                first = row_lookup.column - (self.program.combined_width - matrix.shape[0])
                 matrix[first : first + table.shape[1]] = axes.T.to(matrix.dtype)
             for at, part in parts:
                 rows = weight[part].double()
@@ -290,8 +290,10 @@ class MixeddimEmbedding(CompressedEmbedding):
 
     def _members(self) -> Iterator[Tensor]:
         """Ids of each block, in the order of its rows."""
-        for probe in self.program.probes:
-            owners = self.kernel.index.owners(0, probe.transform, self.spec.num_ids)
+        for row_lookup in self.program.row_lookups:
+            owners = self.kernel.index.owners(0, row_lookup.transform, self.spec.num_ids)
             if owners is None:
-                raise RuntimeError(f"blocks of {type(self).__name__} are rows of single ids; got {probe.transform}")
+                raise RuntimeError(
+                    f"blocks of {type(self).__name__} are rows of single ids; got {row_lookup.transform}"
+                )
             yield owners.to(self._device())

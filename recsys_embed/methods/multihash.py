@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys_embed.core import hashing
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Hash, Init, LookupProgram, Murmur, Probe, Table, Transform, Weight
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, Murmur, RowLookup, Table, Transform, Weight
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -169,21 +169,21 @@ class MultihashConfig(MethodConfig):
             )
         return faults
 
-    def _inits(self, spec: FeatureSpec) -> tuple[Init, Init]:
+    def _inits(self, spec: FeatureSpec) -> tuple[Initializer, Initializer]:
         """Laws of rows and weights."""
         width, k = spec.embedding_dim, self.num_hashes
         gain = {"sum": k**-0.5, "mean": k**0.5, "concat": 1.0}[self.combine]
         if self.initializer == "svenstrup":
-            return Init("normal", 0.1), Init("normal", 5e-4)
+            return Initializer("normal", 0.1), Initializer("normal", 5e-4)
         if self.initializer == "cce":
-            return Init("uniform", width**-0.5), Init("uniform", 1.0)
+            return Initializer("uniform", width**-0.5), Initializer("uniform", 1.0)
         if self.initializer == "thinc":
-            return Init("uniform", 0.1), Init("constant", loc=1.0)
+            return Initializer("uniform", 0.1), Initializer("constant", loc=1.0)
         if self.append_weights is None:
-            return Init.plain(spec, gain), Init("constant", loc=1.0)
+            return Initializer.plain(spec, gain), Initializer("constant", loc=1.0)
         # The weights carry the plain law into their own columns, and rows of matching variance into the others.
         divisor = width**0.5 if self.append_weights == "inside" else 1.0
-        return Init("uniform", gain * 3**0.5 / divisor), Init.plain(spec, divisor)
+        return Initializer("uniform", gain * 3**0.5 / divisor), Initializer.plain(spec, divisor)
 
     def _rows(self, spec: FeatureSpec, j: int) -> Transform:
         if self.hash == "murmur":
@@ -191,7 +191,7 @@ class MultihashConfig(MethodConfig):
         salt = hashing.salt(self.seed, spec.name, "row", j)
         if self.combine == "concat":
             return Hash(salt, self.num_buckets, head=self.num_frequent)
-        # A frequent id is one row of the first table, which it alone has; the other probes pass it by.
+        # A frequent id is one row of the first table, which it alone has; the other row lookups pass it by.
         alone = self.num_frequent > 0 and j > 0
         offset = -self.num_frequent if self.separate and alone else 0
         return Hash(salt, self.num_buckets, 1, offset, self.num_frequent, alone)
@@ -207,8 +207,8 @@ class MultihashConfig(MethodConfig):
         names = [f"weight_{j}" for j in range(k)] if self.separate else ["weight"]
         private = [self.num_frequent if concat or j == 0 else 0 for j in range(len(names))]
         tables = [Table(n, self.num_buckets + p, chunk, law) for n, p in zip(names, private, strict=True)]
-        probes = [
-            Probe(
+        row_lookups = [
+            RowLookup(
                 names[j % len(names)],
                 self._rows(spec, j),
                 column=j * chunk if concat else 0,
@@ -224,8 +224,8 @@ class MultihashConfig(MethodConfig):
             start, scale = k * chunk if concat else chunk, spec.embedding_dim**-0.5
             scale = scale if self.append_weights == "inside" else 1.0
             picks = [self._weight(spec, j) for j in range(k)]
-            probes += [Probe(w.table, w.transform, column=start + j, scale=scale) for j, w in enumerate(picks)]
-        return LookupProgram(tuple(tables), tuple(probes))
+            row_lookups += [RowLookup(w.table, w.transform, column=start + j, scale=scale) for j, w in enumerate(picks)]
+        return LookupProgram(tuple(tables), tuple(row_lookups))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

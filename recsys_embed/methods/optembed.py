@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
+from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_DIM, MAX_ROWS, FeatureSpec
 from recsys_embed.method_parts.pruned_columns import Columns
@@ -53,11 +53,11 @@ class OptembedConfig(MethodConfig):
         if not self.num_kept + rest:
             columns.skip(0, spec.embedding_dim)
             return columns.program()
-        rows: Transform = Digit(mod=0 if self.num_kept else 1)
+        rows: Transform = MixedRadixDigit(mod=0 if self.num_kept else 1)
         if 0 < self.num_kept < spec.num_ids:
             form = Index if self.order == "ids" else Index.smallest
             rows = Member(form("kept", spec.num_ids, 0, self.num_kept), rest=rest)
-        columns.add(Table("weight", self.num_kept + rest, dim, Init.plain(spec)), Probe("weight", rows))
+        columns.add(Table("weight", self.num_kept + rest, dim, Initializer.plain(spec)), RowLookup("weight", rows))
         return columns.program()
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Member, Probe, Table, Transform
+from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 from recsys_embed.method_parts.pruned_columns import Columns, segments
@@ -55,7 +55,7 @@ class PepConfig(MethodConfig):
         out, n = Columns(spec.embedding_dim), spec.num_ids
         some = [Index("", n, 0, count) for count in self.num_kept if 0 < count < n]
         forms = {form: sum(Index("", n, 0, i.count, form).nbytes for i in some) for form in ("bitmap", "sorted")}
-        # One form for the whole feature: probes of one kind run as one operation.
+        # One form for the whole feature: row lookups of one kind run as one operation.
         form: Any = "range" if self.order == "ids" else min(forms, key=lambda f: forms[f])
         apart = self.order == "sets"
         found = list(segments([(c, k if apart and 0 < c < n else 0) for k, c in enumerate(self.num_kept)]))
@@ -68,11 +68,11 @@ class PepConfig(MethodConfig):
                 out.skip(column, count)
             if not elements:
                 continue
-            rows: Transform = Digit()
+            rows: Transform = MixedRadixDigit()
             if elements < n:
                 rows = Member(Index(f"column_{column}", n, 0, elements, form))
-            table = Table(f"column_{column}", elements, count, Init.plain(spec))
-            out.add(table, Probe(table.name, rows, column=column))
+            table = Table(f"column_{column}", elements, count, Initializer.plain(spec))
+            out.add(table, RowLookup(table.name, rows, column=column))
         return out.program()
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from recsys_embed.core import hashing
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 from recsys_embed.method_parts.shared_plan import private_tables
@@ -68,7 +68,7 @@ class RobeConfig(MethodConfig):
             return hashing.salt(self.seed, spec.name, use, number)
 
         reads = tuple(
-            Probe(
+            RowLookup(
                 self.table,
                 Hash(salt("block", number), starts),
                 column=column,
@@ -77,7 +77,7 @@ class RobeConfig(MethodConfig):
             )
             for number, column in enumerate(range(0, width, block))
         )
-        return LookupProgram((Table(self.table, self.num_elements, 1, Init.plain(law), shared=True),), reads)
+        return LookupProgram((Table(self.table, self.num_elements, 1, Initializer.plain(law), shared=True),), reads)
 
     @classmethod
     def _longest(cls, spec: FeatureSpec, params: dict[str, Any]) -> int:

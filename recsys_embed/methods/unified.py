@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Hash, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -19,7 +19,7 @@ from recsys_embed.method_parts.shared_plan import private_tables
 class UnifiedConfig(MethodConfig):
     """One table of ``num_buckets`` x ``dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
 
-    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the probe, so a
+    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the row lookup, so a
     feature keeps its rows when others come and go. Rows of different features collide freely: with a learned linear
     layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
 
@@ -50,52 +50,52 @@ class UnifiedConfig(MethodConfig):
     table: str = param("unified", "name of the shared table; features that name another do not share")
 
     def _shape(self, spec: FeatureSpec) -> tuple[int, int]:
-        """Probes per id and row width for ``spec``."""
+        """RowLookups per id and row width for ``spec``."""
         d, summed = spec.embedding_dim, self.combine == "sum"
         if self.num_hashes is not None:
-            probes = self.num_hashes
+            row_lookups = self.num_hashes
         elif summed or self.dim is not None:
-            probes = 2
+            row_lookups = 2
         else:
             # Narrower rows waste most of the memory transfer that reads them.
-            probes = max(k for k in (1, 2, 3, 4) if k == 1 or (d % k == 0 and d // k >= 4))
+            row_lookups = max(k for k in (1, 2, 3, 4) if k == 1 or (d % k == 0 and d // k >= 4))
         if self.dim is not None:
-            return probes, self.dim
-        return probes, d if summed else max(1, d // probes)
+            return row_lookups, self.dim
+        return row_lookups, d if summed else max(1, d // row_lookups)
 
     def check(self, spec: FeatureSpec) -> list[str]:
         faults = super().check(spec)
-        probes, _ = self._shape(spec)
-        if self.combine == "concat" and self.dim is None and spec.embedding_dim % probes:
+        row_lookups, _ = self._shape(spec)
+        if self.combine == "concat" and self.dim is None and spec.embedding_dim % row_lookups:
             faults.append(
-                f"`num_hashes` must divide embedding_dim {spec.embedding_dim}, or `dim` be given; got {probes}"
+                f"`num_hashes` must divide embedding_dim {spec.embedding_dim}, or `dim` be given; got {row_lookups}"
             )
         if not self.table or "." in self.table or "#" in self.table:
             faults.append(f"`table` must be a name without '.' or '#'; got {self.table!r}")
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        probes, width = self._shape(spec)
+        row_lookups, width = self._shape(spec)
         summed = self.combine == "sum"
         explicit = ":" in spec.init
         law = spec if explicit else replace(spec, init="uniform:0.05")
-        init = Init.plain(law, probes**-0.5 if summed else 1.0)
+        init = Initializer.plain(law, row_lookups**-0.5 if summed else 1.0)
         names = [self.table if self.num_tables == 1 else f"{self.table}_{i}" for i in range(self.num_tables)]
-        turns = [names[(self.first_chunk + j) % self.num_tables] for j in range(probes)]
+        turns = [names[(self.first_chunk + j) % self.num_tables] for j in range(row_lookups)]
         reads = tuple(
-            Probe(
+            RowLookup(
                 turns[j],
                 Hash(hashing.salt(self.seed, spec.name, "chunk", j), self.num_buckets),
                 column=0 if summed else j * width,
             )
-            for j in range(probes)
+            for j in range(row_lookups)
         )
         tables = [Table(n, self.num_buckets, width, init, shared=True) for n in names if n in turns]
-        columns = width if summed else probes * width
+        columns = width if summed else row_lookups * width
         head = None
         if columns != spec.embedding_dim:
             head = "projection"
-            spread = Init("uniform", (3 / columns) ** 0.5)
+            spread = Initializer("uniform", (3 / columns) ** 0.5)
             tables.append(Table(head, columns, spec.embedding_dim, spread, dense=True))
         return LookupProgram(tuple(tables), reads, projection=head)
 
@@ -137,9 +137,9 @@ class UnifiedConfig(MethodConfig):
         chunks = 0
         small: dict[str, UnifiedConfig] = {}
         for spec in shared:
-            probes = num_hashes.get(spec.name) if isinstance(num_hashes, Mapping) else num_hashes
+            row_lookups = num_hashes.get(spec.name) if isinstance(num_hashes, Mapping) else num_hashes
             turn = chunks if params.get("num_tables", 1) > 1 else 0
-            config = cls.from_params({**params, "num_buckets": 1, "num_hashes": probes, "first_chunk": turn})
+            config = cls.from_params({**params, "num_buckets": 1, "num_hashes": row_lookups, "first_chunk": turn})
             small[spec.name] = config
             chunks += config._shape(spec)[0]
         tables = {t.name: t for s in shared for t in small[s.name].program(s).tables if t.shared}

@@ -78,8 +78,8 @@ class Limits:
         if self.needs_equal_widths and (program.width != spec.embedding_dim or program.vectors != 1):
             return f"its output is {program.width} wide, not {spec.embedding_dim}"
         tables = {t.name: t for t in program.tables}
-        widths = [p.run * tables[p.table].width for p in program.probes]
-        rows = [w for w, p in zip(widths, program.probes, strict=True) if p.width is None]
+        widths = [p.run * tables[p.table].width for p in program.row_lookups]
+        rows = [w for w, p in zip(widths, program.row_lookups, strict=True) if p.width is None]
         odd = [w for w in rows if w % self.width_multiple]
         if odd:
             return f"its rows are {odd[0]} wide, no multiple of {self.width_multiple}"
@@ -88,7 +88,7 @@ class Limits:
             narrow = int(np.min(stored)) if np.any(stored) else 1
             if narrow < self.min_width:
                 return f"it stores {narrow} numbers of an id's vector, fewer than {self.min_width}"
-        weights = sum(p.weight is not None for p in program.probes)
+        weights = sum(p.weight is not None for p in program.row_lookups)
         reads, size = len(widths) + weights, itemsize * (sum(widths) + weights)
         if self.max_rows_per_id is not None and reads > self.max_rows_per_id:
             return f"it reads {reads} rows per id, more than {self.max_rows_per_id}"

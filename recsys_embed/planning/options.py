@@ -188,7 +188,7 @@ def params_of(candidate: Candidate, ranked: bool) -> dict[str, Any]:
 
 def goes_by_frequency(program: LookupProgram) -> bool:
     """Whether some ids are treated apart for their frequency."""
-    return any(t.by_frequency for p in program.probes for t in p.transforms)
+    return any(t.by_frequency for p in program.row_lookups for t in p.transforms)
 
 
 def tiny_penalty(menu: Menu, frame: Frame) -> float:

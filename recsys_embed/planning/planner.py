@@ -10,7 +10,7 @@ from torch import nn
 
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Init, Table
+from recsys_embed.core.program import Initializer, Table
 from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
@@ -366,7 +366,7 @@ def _reasons(
         program = programs[spec.name]
         company = max((readers[t.name] for t in program.tables if t.shared), default=0)
         cost = frame.costs.own(plan[spec.name], program, spec)
-        plain = Table("weight", spec.num_embeddings, spec.embedding_dim, Init.plain(spec))
+        plain = Table("weight", spec.num_embeddings, spec.embedding_dim, Initializer.plain(spec))
         whole = frame.costs.table(plain)
         value = float(terms.value.sum()) * menu.weight
         lost = losses[spec.name] / value if value else 0.0

@@ -146,21 +146,21 @@ def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
     found: list[Factor] = []
     power = MUL_POWER if program.combine == "mul" else SUM_POWER
     spans = program.spans
-    for probe, span in zip(program.probes, spans, strict=True):
-        table = tables[probe.table]
+    for row_lookup, span in zip(program.row_lookups, spans, strict=True):
+        table = tables[row_lookup.table]
         name = table.name if table.shared else None
-        own, rest, rows = sharing(probe.transform, table, terms)
+        own, rest, rows = sharing(row_lookup.transform, table, terms)
         width = span[1] - span[0]
-        if probe.run > 1 and spans.count(span) == 1:
-            found += _pieces(own, rest, rows, probe.run, name)
-        elif width > 1 and table.width == 1 and probe.run == 1:
+        if row_lookup.run > 1 and spans.count(span) == 1:
+            found += _pieces(own, rest, rows, row_lookup.run, name)
+        elif width > 1 and table.width == 1 and row_lookup.run == 1:
             found.append(Factor(own, rest, rows, 1, 1.0, name))
         else:
             group = groups.setdefault(span, [])
             group.append((table.name, Factor(own, rest, rows, width, 1.0, name)))
-        if probe.weight is not None:
-            pool = tables[probe.weight.table]
-            own, rest, rows = sharing(probe.weight.transform, pool, terms)
+        if row_lookup.weight is not None:
+            pool = tables[row_lookup.weight.table]
+            own, rest, rows = sharing(row_lookup.weight.transform, pool, terms)
             found.append(Factor(own, rest, rows, 1, 1.0, pool.name if pool.shared else None))
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))

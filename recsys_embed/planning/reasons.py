@@ -57,9 +57,7 @@ def _storage(spec: FeatureSpec, terms: Terms, program: LookupProgram, parts: lis
     if shared is not None:
         table = program.table(shared)
         beside = f" with {count(company - 1, 'other feature')}" if company > 1 else ""
-        return (
-            f"{count(len(program.probes), 'read')} per id from table {shared!r} of {table.rows:,} rows shared{beside}"
-        )
+        return f"{count(len(program.row_lookups), 'read')} per id from table {shared!r} of {table.rows:,} rows shared{beside}"
     widths = sorted({f.width for f in parts}, reverse=True)
     if own >= curve.n - 0.5 and not rows:
         wide = " or ".join(f"{w:g}" for w in widths)

@@ -44,7 +44,7 @@ from recsys_embed.utils.settings import Settings
 
 LEAST_OF_A_CLASS = 50
 """Rows of the rarer class below which what is measured on them is mostly chance."""
-_PROBE_STEPS = 20
+_ROW_LOOKUP_STEPS = 20
 
 
 def need_validation(data: Any) -> None:
@@ -235,13 +235,13 @@ class Search(ABC):
 
     def plain_seconds(self) -> float:
         """Seconds of a plain training with these settings, from a few of its steps."""
-        known = self.folder.get("probe")
+        known = self.folder.get("row_lookup")
         if known is None:
             model = self._standardised(model_from_config(self.config, self.schema, self.data.num_dense, self.device))
             trainer = Trainer(model, self.data, self.config, device=self.device, show_progress=False)
             times = []
             with torch.random.fork_rng(devices=[]):
-                for batch in islice(iter(trainer._epoch(0, 0)), _PROBE_STEPS + 3):
+                for batch in islice(iter(trainer._epoch(0, 0)), _ROW_LOOKUP_STEPS + 3):
                     trainer._clock = time.perf_counter()
                     trainer._step(batch)
                     times.append(time.perf_counter() - trainer._clock)
@@ -251,7 +251,7 @@ class Search(ABC):
                 trainer.evaluate("valid")
                 validations = (time.perf_counter() - begin) * -(-trainer.total_steps // self._validation_steps(trainer))
             known = {"seconds": statistics.median(times[3:] or times) * trainer.total_steps + validations}
-            self.folder.put("probe", known)
+            self.folder.put("row_lookup", known)
         return float(known["seconds"])
 
     def _validation_steps(self, trainer: Trainer) -> int:

@@ -11,7 +11,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import set_text
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Probe
+from recsys_embed.core.program import RowLookup
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
@@ -66,10 +66,10 @@ def initial_table(spec: FeatureSpec, seed: int) -> Tensor:
     )
 
 
-def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, probe: Probe) -> Tensor | None:
-    """Ids whose rows a probe reads, in the order of the rows; None for rows that many ids share."""
+def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, row_lookup: RowLookup) -> Tensor | None:
+    """Ids whose rows a row lookup reads, in the order of the rows; None for rows that many ids share."""
     store, programs = collection.bundle.kernel.index, list(collection.bundle.programs)
-    owners: Tensor | None = store.owners(programs.index(spec.name), probe.transform, spec.num_ids)
+    owners: Tensor | None = store.owners(programs.index(spec.name), row_lookup.transform, spec.num_ids)
     return None if owners is None else owners.cpu()
 
 
@@ -80,10 +80,10 @@ def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor, shared:
     Rows that many ids share get those columns of ``shared [width]``; without it they keep their values.
     """
     spec, program = collection.schema[name], collection.bundle.programs[name]
-    for probe in program.probes:
-        ids, table = _ids_of(collection, spec, probe), program.table(probe.table)
+    for row_lookup in program.row_lookups:
+        ids, table = _ids_of(collection, spec, row_lookup), program.table(row_lookup.table)
         values, own = collection.table(table_key(spec, table)), 0 if ids is None else len(ids)
-        columns = slice(probe.column, probe.column + table.width)
+        columns = slice(row_lookup.column, row_lookup.column + table.width)
         if ids is not None:
             for start, part in chunks(values[:own]):
                 part.copy_(dense[ids[start : start + len(part)].to(dense.device)][:, columns])

@@ -115,11 +115,16 @@ def share_rows(collection: EmbeddingCollection, tables: Mapping[str, tuple[Tenso
     mass = {key: torch.zeros(t.rows, 1) for key, t in collection.tables.items()}
     for name, (values, counts) in tables.items():
         spec, program = collection.schema[name], collection.bundle.programs[name]
-        probe = program.probes[0]
-        if len(program.probes) > 1 or probe.sign is not None or probe.weight is not None or program.indexes:
+        row_lookup = program.row_lookups[0]
+        if (
+            len(program.row_lookups) > 1
+            or row_lookup.sign is not None
+            or row_lookup.weight is not None
+            or program.indexes
+        ):
             raise ConfigError(f"first-order weights of {name!r} are not of one row per id; retrain from 'init'")
-        key = table_key(spec, program.table(probe.table))
-        rows = probe.transform.rows(torch.arange(spec.num_ids))
+        key = table_key(spec, program.table(row_lookup.table))
+        rows = row_lookup.transform.rows(torch.arange(spec.num_ids))
         # Ids that never occur weigh next to nothing, and decide where none other does.
         share = counts.float().clamp_min(1e-6).unsqueeze(1)
         sums[key].index_add_(0, rows, values.cpu() * share)

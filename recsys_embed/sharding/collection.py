@@ -152,9 +152,9 @@ class ShardableCollection(Constants):
         found: dict[str, int] = {}
         for name, program in (self.by_id.programs if self.by_id is not None else {}).items():
             keys = {t.name: table_key(self.schema[name], t) for t in program.tables}
-            for probe in program.probes:
-                weight = 0 if probe.weight is None else int(keys[probe.weight.table] == key)
-                found[name] = found.get(name, 0) + probe.run * int(keys[probe.table] == key) + weight
+            for row_lookup in program.row_lookups:
+                weight = 0 if row_lookup.weight is None else int(keys[row_lookup.weight.table] == key)
+                found[name] = found.get(name, 0) + row_lookup.run * int(keys[row_lookup.table] == key) + weight
         return {name: n for name, n in found.items() if n}
 
     @property

@@ -27,7 +27,7 @@ from torchrec.modules.mc_modules import (
 )
 
 from recsys_embed.core import hashing
-from recsys_embed.core.program import Init
+from recsys_embed.core.program import Initializer
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.optim import FusedOptimizer
@@ -72,7 +72,7 @@ class _Managed(ManagedCollisionEmbeddingBagCollection):
 class _ShardedManaged(ShardedManagedCollisionEmbeddingBagCollection):
     """The same, sharded: fbgemm's own reset covers one optimizer and no CPU."""
 
-    laws: Mapping[str, Init]
+    laws: Mapping[str, Initializer]
     seed: int
 
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
@@ -169,7 +169,7 @@ class ManagedEBC(nn.Module):
             faults.append(f"`interval` must be an integer of at least 1; got {interval!r}")
         raise_faults(faults, "ManagedEBC")
         self.schema, self.optimizer, self.seed = schema, optimizer, seed
-        self.laws = {torchrec_name(s.name): Init.plain(s) for s in schema}
+        self.laws = {torchrec_name(s.name): Initializer.plain(s) for s in schema}
         self.watched: list[torch.optim.Optimizer] = []
         device = torch.device(device)
         configs = [
@@ -237,7 +237,7 @@ class ManagedEBC(nn.Module):
 
 
 @torch.no_grad()
-def renew(weight: Tensor, rows: Tensor, law: Init, seed: int) -> None:
+def renew(weight: Tensor, rows: Tensor, law: Initializer, seed: int) -> None:
     """Draw the rows of a table anew."""
     fresh = torch.empty(len(rows), weight.shape[1])
     weight.data[rows] = law.fill_(fresh, seed).to(weight)

@@ -18,7 +18,7 @@ from recsys_embed.sharding.physical_tables import Slab
 
 
 class PooledFeatures(nn.Module):
-    """Features whose vectors are sums of rows; every probe of a feature is a feature of TorchRec's collection ``ebc``.
+    """Features whose vectors are sums of rows; every row lookup of a feature is a feature of TorchRec's collection ``ebc``.
 
     Args:
         schema: the features; their programs pass :func:`pools_in_tables`.
@@ -55,7 +55,7 @@ class PooledFeatures(nn.Module):
                         program = self.bundle.programs[spec.name]
                         key = f"{spec.name}#{number}.{j}"
                         self.keys.append(key)
-                        table = table_key(spec, program.table(program.probes[slot].table))
+                        table = table_key(spec, program.table(program.row_lookups[slot].table))
                         tables[table].append(key)
                         self.features_of[table].append(spec.name)
         configs = [
@@ -80,9 +80,9 @@ class PooledFeatures(nn.Module):
             for read, (_, rows) in zip(
                 group.reads, group.rows(ids if at is None else ids[at], local, bundle.kernel.index.arrays), strict=True
             ):
-                probes = rows.shape[1]
-                flat, per_bag = rows.t().reshape(-1), mine.repeat(probes)
-                weight = None if given is None else given.repeat(probes)
+                row_lookups = rows.shape[1]
+                flat, per_bag = rows.t().reshape(-1), mine.repeat(row_lookups)
+                weight = None if given is None else given.repeat(row_lookups)
                 if read.may_be_absent:
                     flat, per_bag, weight = _without_absent(flat, per_bag, weight)
                 values.append(flat)
@@ -105,13 +105,13 @@ class PooledFeatures(nn.Module):
         for g, (part, group) in enumerate(zip(bundle.parts, bundle.kernel.groups, strict=True)):
             pieces, rows = [], []
             for kind in group.sets:
-                members, probes = len(part), len(kind.slots)
-                names = self.keys[at : at + members * probes]
-                at += members * probes
+                members, row_lookups = len(part), len(kind.slots)
+                names = self.keys[at : at + members * row_lookups]
+                at += members * row_lookups
                 width = self._width(part[0], kind.slots[0])
-                value = torch.cat([parts[name] for name in names], 1).unflatten(1, (probes, members, -1))
+                value = torch.cat([parts[name] for name in names], 1).unflatten(1, (row_lookups, members, -1))
                 pieces.append(value[..., :width].transpose(1, 2))
-                rows.append(lengths.new_zeros(batch, members, probes))
+                rows.append(lengths.new_zeros(batch, members, row_lookups))
             value = group.combine(lengths, None, rows, pieces)
             if self.schema.features[part[0]].pooling == "mean":
                 value = value / lengths[list(part)].t().clamp_min(1).unsqueeze(-1)
@@ -123,7 +123,7 @@ class PooledFeatures(nn.Module):
 
     def _width(self, feature: int, slot: int) -> int:
         program = self.bundle.programs[self.schema.names[feature]]
-        return program.table(program.probes[slot].table).width
+        return program.table(program.row_lookups[slot].table).width
 
 
 def _without_absent(rows: Tensor, lengths: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

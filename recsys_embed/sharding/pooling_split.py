@@ -14,15 +14,17 @@ Pooling = Literal["tables", "ids"]
 
 
 def pools_in_tables(spec: FeatureSpec, program: LookupProgram) -> bool:
-    """Whether pooling the rows of every probe and then combining gives what combining per id and then pooling does.
+    """Whether pooling the rows of every row lookup and then combining gives what combining per id and then pooling does.
 
     It does where vectors are sums of rows. Products, learned weights per id, signs and runs of rows need every id's
     row; so do maxima, and means over bags some of whose ids are none.
     """
-    if spec.pooling == "max" or any(p.sign is not None or p.weight or p.run > 1 or p.width for p in program.probes):
+    if spec.pooling == "max" or any(
+        p.sign is not None or p.weight or p.run > 1 or p.width for p in program.row_lookups
+    ):
         return False
     apart = len(set(program.spans)) == len(program.spans)
-    absent = any(p.transform.may_be_absent for p in program.probes)
+    absent = any(p.transform.may_be_absent for p in program.row_lookups)
     return program.combine == "sum" or (apart and not absent)
 
 

@@ -81,7 +81,7 @@ def test_hash_buckets_start_as_weighted_means_of_the_trained_rows() -> None:
     counts = torch.arange(50) % 7
     plan = rse.Plan({"a": rse.HashConfig(num_buckets=10)})
     report = compress_(model, plan, counts={"a": counts})
-    rows = model["a"].program.probes[0].transform.rows(torch.arange(50))
+    rows = model["a"].program.row_lookups[0].transform.rows(torch.arange(50))
     got = torch.empty(50, 4, dtype=torch.float64)
     for bucket in rows.unique():
         at = rows == bucket
@@ -100,7 +100,9 @@ def test_tables_fitted_together_weigh_unknown_counts_as_the_mean_known_one() -> 
     counts = 100.0 * torch.arange(1, 51)
     plan = rse.Plan.uniform(rse.Schema.from_model(model), "unified", num_buckets=8, num_hashes=1, dim=4)
     compress_(model, plan, counts={"a": counts})
-    rows = torch.cat([model[n].program.probes[0].transform.rows(torch.arange(k)) for n, k in (("a", 50), ("b", 30))])
+    rows = torch.cat(
+        [model[n].program.row_lookups[0].transform.rows(torch.arange(k)) for n, k in (("a", 50), ("b", 30))]
+    )
     importance = torch.cat([counts.double(), torch.full((30,), float(counts.mean()), dtype=torch.float64)])
     sums = torch.zeros(8, 4, dtype=torch.float64).index_add_(0, rows, targets * importance[:, None])
     means = sums / torch.zeros(8, dtype=torch.float64).index_add_(0, rows, importance)[:, None].clamp_min(1e-9)

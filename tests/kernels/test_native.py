@@ -16,7 +16,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table, Weight
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table, Weight
 from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.indexes import IndexStore
@@ -92,8 +92,8 @@ def test_features_of_many_widths_train_together(method: str) -> None:
 
 def test_weights_of_absent_rows_have_no_gradient() -> None:
     program = LookupProgram(
-        (Table("w", 10, 4, Init("normal", 1.0)), Table("s", 20, 1, Init("constant", 0, 1.0))),
-        (Probe("w", Hash(1, 7, head=3, head_absent=True), weight=Weight("s", Digit())),),
+        (Table("w", 10, 4, Initializer("normal", 1.0)), Table("s", 20, 1, Initializer("constant", 0, 1.0))),
+        (RowLookup("w", Hash(1, 7, head=3, head_absent=True), weight=Weight("s", MixedRadixDigit())),),
     )
     lookup = SingleLookup(program, IndexStore([program.indexes]), False)
     rows, weights = torch.randn(10, 4, requires_grad=True), torch.randn(20, 1, requires_grad=True)
@@ -369,8 +369,10 @@ class Narrow(type(Plan.full(Schema([FeatureSpec("C", 2, 2)]))["C"])):  # type: i
     """Plain tables of half the width, and zeros."""
 
     def program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", spec.num_embeddings, spec.embedding_dim // 2, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", Digit()),), padding=spec.embedding_dim - table.width)
+        table = Table("weight", spec.num_embeddings, spec.embedding_dim // 2, Initializer.plain(spec))
+        return LookupProgram(
+            (table,), (RowLookup("weight", MixedRadixDigit()),), padding=spec.embedding_dim - table.width
+        )
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])

@@ -81,7 +81,7 @@ def _oracle(module: CompositionalEmbedding, ids: list[int]) -> Tensor:
     """Vectors by a loop over ids in float64."""
     config, moduli = module.config, module.config.moduli_of(module.spec)
     assert moduli is not None
-    affine = module.program.probes[0].transform.affine  # type: ignore[attr-defined]
+    affine = module.program.row_lookups[0].transform.affine  # type: ignore[attr-defined]
     values = {name: p.detach().double() for name, p in module.named_parameters()}
     out = []
     for x in ids:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
-from recsys_embed.core.program import Digit
+from recsys_embed.core.program import MixedRadixDigit
 from recsys_embed.method_parts.partition_sizes import balanced, coprime_run, cover, is_prime, next_prime
 from recsys_embed.methods.compositional import CompositionalConfig, class_maps
 from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
@@ -31,7 +31,7 @@ def _inverse(partition: str, moduli: tuple[int, ...], classes: list[int]) -> int
     return sum(c * (whole // m) * pow(whole // m, -1, m) for c, m in zip(classes, moduli, strict=True)) % whole
 
 
-def _rows(maps: list[Digit], ids: Tensor) -> Tensor:
+def _rows(maps: list[MixedRadixDigit], ids: Tensor) -> Tensor:
     return torch.stack([m.rows(ids) for m in maps], -1)
 
 

@@ -16,8 +16,8 @@ IDS = torch.tensor([0, 1, 999_999, 2**24 + 1, 2**40 + 3, 2**63 - 1])
 
 
 def rows(config: HashConfig, spec: FeatureSpec, ids: torch.Tensor) -> torch.Tensor:
-    (probe,) = config.program(spec).probes
-    return probe.transform.rows(ids)
+    (row_lookup,) = config.program(spec).row_lookups
+    return row_lookup.transform.rows(ids)
 
 
 def test_mod_is_the_remainder() -> None:

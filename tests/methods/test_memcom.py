@@ -92,7 +92,7 @@ def test_budgets_are_filled_to_the_last_row(n: int, width: int, budget: int, bia
 
 def test_the_most_frequent_ids_have_rows_of_their_own_under_mod() -> None:
     emb = MemcomEmbedding(1000, 4, num_buckets=100)
-    rows = emb.program.probes[0].transform.rows(torch.arange(100))
+    rows = emb.program.row_lookups[0].transform.rows(torch.arange(100))
     assert sorted(rows.tolist()) == list(range(100))
 
 

@@ -181,7 +181,7 @@ def test_weights_of_the_three_forms_come_from_one_or_k_hashes() -> None:
     shared = {}
     for form in ("original", "indep", "flat"):
         program = MultihashConfig(num_buckets=40, weights=form, num_weights=rows).program(FeatureSpec("f", n, 4))
-        at = torch.stack([p.weight.transform.rows(torch.arange(n)) for p in program.probes if p.weight], 1)
+        at = torch.stack([p.weight.transform.rows(torch.arange(n)) for p in program.row_lookups if p.weight], 1)
         assert 0 <= int(at.min()) <= int(at.max()) < rows * 2
         if form != "flat":
             assert torch.equal(at % 2, torch.tensor([0, 1]).expand(n, 2))

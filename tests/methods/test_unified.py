@@ -18,16 +18,18 @@ SCHEMA = rse.Schema([rse.FeatureSpec("A", 1000, 16), rse.FeatureSpec("B", 50, 16
 
 def _rows(config: rse.UnifiedConfig, feature: str, ids: torch.Tensor) -> list[torch.Tensor]:
     program = config.program(rse.FeatureSpec(feature, 10**6, 16))
-    return [p.transform.rows(ids) for p in program.probes]
+    return [p.transform.rows(ids) for p in program.row_lookups]
 
 
-@pytest.mark.parametrize("probes", [1, 2, 4, 8])
-def test_concatenation_is_that_many_single_hash_lookups(probes: int) -> None:
-    emb = rse.make_embedding("unified", 10_000, 16, num_buckets=97, num_hashes=probes)
+@pytest.mark.parametrize("row_lookups", [1, 2, 4, 8])
+def test_concatenation_is_that_many_single_hash_lookups(row_lookups: int) -> None:
+    emb = rse.make_embedding("unified", 10_000, 16, num_buckets=97, num_hashes=row_lookups)
     ids = torch.arange(0, 10_000, 7)
-    chunks = [emb.unified[hashing.hash_rows(ids, hashing.salt(0, "embedding", "chunk", j), 97)] for j in range(probes)]
+    chunks = [
+        emb.unified[hashing.hash_rows(ids, hashing.salt(0, "embedding", "chunk", j), 97)] for j in range(row_lookups)
+    ]
     assert torch.equal(emb(ids), torch.cat(chunks, 1))
-    assert emb.unified.shape == (97, 16 // probes)
+    assert emb.unified.shape == (97, 16 // row_lookups)
 
 
 def test_sum_adds_full_width_rows() -> None:
@@ -47,7 +49,7 @@ def test_a_feature_keeps_its_rows_when_others_come_go_or_move() -> None:
     assert torch.equal(part, whole[:, order])
 
 
-def test_probes_are_independent_hashes() -> None:
+def test_row_lookups_are_independent_hashes() -> None:
     ids = torch.arange(40_000)
     first, second = _rows(rse.UnifiedConfig(num_buckets=100, num_hashes=2), "A", ids)
     pairs = torch.bincount(first * 100 + second, minlength=10_000).double()
@@ -66,7 +68,7 @@ def test_features_collide_at_the_rate_of_random_hashing() -> None:
 
 def test_backend_tables_take_chunks_in_turn_across_features() -> None:
     plan = rse.Plan.uniform(SCHEMA, "unified", budget="300KiB", num_tables=3, num_hashes=2, full_below=1)
-    tables = [[p.table for p in plan[s.name].program(s).probes] for s in SCHEMA]
+    tables = [[p.table for p in plan[s.name].program(s).row_lookups] for s in SCHEMA]
     assert tables == [["unified_0", "unified_1"], ["unified_2", "unified_0"], ["unified_1", "unified_2"]]
 
 
@@ -76,7 +78,7 @@ def test_inter_feature_collisions_leave_orthogonal_features_unharmed() -> None:
     generator = torch.Generator().manual_seed(0)
     schema = rse.Schema([rse.FeatureSpec(n, 1000, width) for n in "AB"])
     config = rse.UnifiedConfig(num_buckets=50, num_hashes=1, dim=width)
-    rows_a, rows_b = (config.program(s).probes[0].transform.rows(torch.arange(1000)) for s in schema)
+    rows_a, rows_b = (config.program(s).row_lookups[0].transform.rows(torch.arange(1000)) for s in schema)
     # One id per row and feature, so that all collisions are between the features; half of the rows are read by both.
     shared, alone_a, alone_b = torch.randperm(50, generator=generator)[:30].split(10)
     first = torch.stack([(rows_a == r).nonzero()[0, 0] for r in torch.cat([shared, alone_a])])
@@ -118,14 +120,16 @@ def test_multi_size_features_reach_one_width_through_their_projections() -> None
 @given(
     sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=8),
     ratio=st.floats(1.0, 500.0),
-    probes=st.sampled_from([None, 1, 4]),
+    row_lookups=st.sampled_from([None, 1, 4]),
     tables=st.integers(1, 4),
 )
-def test_plans_use_the_budget_and_never_more(sizes: list[int], ratio: float, probes: int | None, tables: int) -> None:
+def test_plans_use_the_budget_and_never_more(
+    sizes: list[int], ratio: float, row_lookups: int | None, tables: int
+) -> None:
     schema = rse.Schema([rse.FeatureSpec(f"f{i}", n, 16) for i, n in enumerate(sizes)])
     budget = max(1, int(sum(sizes) * 64 / ratio))
     try:
-        plan = rse.Plan.uniform(schema, "unified", budget=budget, num_hashes=probes, num_tables=tables)
+        plan = rse.Plan.uniform(schema, "unified", budget=budget, num_hashes=row_lookups, num_tables=tables)
     except BudgetError:
         return
     used = plan.footprint(schema).serve

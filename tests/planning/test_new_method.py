@@ -10,7 +10,7 @@ import pytest
 
 from recsys_embed import FeatureSpec, Schema, registry
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Digit, Init, LookupProgram, Probe, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.planning import FrequencyCurve, plan_for_budget
 
@@ -27,8 +27,8 @@ class FoldConfig(MethodConfig):
     colour: str = param("red", "an option")
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", self.rows, spec.embedding_dim, Init.plain(spec))
-        return LookupProgram((table,), (Probe("weight", Digit(mod=self.rows)),))
+        table = Table("weight", self.rows, spec.embedding_dim, Initializer.plain(spec))
+        return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit(mod=self.rows)),))
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:

@@ -297,7 +297,7 @@ def test_narrow_rows_and_many_reads_can_be_ruled_out() -> None:
 
     def widths(plan: Plan) -> set[int]:
         programs = [plan[s.name].program(s) for s in schema]
-        return {p.run * q.table(p.table).width for q in programs for p in q.probes}
+        return {p.run * q.table(p.table).width for q in programs for p in q.row_lookups}
 
     budget = whole(schema) // 3
     assert min(widths(plan_for_budget(schema, budget, stats=stats, methods=["lowdim", "full"]))) < 8
@@ -307,7 +307,7 @@ def test_narrow_rows_and_many_reads_can_be_ruled_out() -> None:
     for limits in ({"max_rows_per_id": 1}, {"max_bytes_per_id": 64, "max_rows_per_id": 2}):
         plan = plan_for_budget(schema, budget, stats=stats, **limits)
         for spec in schema:
-            assert len(plan[spec.name].program(spec).probes) <= limits["max_rows_per_id"]
+            assert len(plan[spec.name].program(spec).row_lookups) <= limits["max_rows_per_id"]
 
 
 def test_outputs_of_other_widths_can_be_ruled_out() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recsys_embed import FeatureSpec, Plan, Schema, get_method, list_methods
-from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Probe, Table, Transform
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table, Transform
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.planning import FrequencyCurve, curves_from, plan_losses, terms_of
 from recsys_embed.planning.price import BETWEEN, Terms, crowd, factors, price
@@ -32,7 +32,7 @@ def loss_of(program: LookupProgram, terms: Terms, dim: int = 16) -> float:
 
 def table_of(rows: int, transform: Transform, width: int = 16, n: int = 1000) -> LookupProgram:
     spec = FeatureSpec("C1", n, width)
-    return LookupProgram((Table("weight", rows, width, Init.plain(spec)),), (Probe("weight", transform),))
+    return LookupProgram((Table("weight", rows, width, Initializer.plain(spec)),), (RowLookup("weight", transform),))
 
 
 @pytest.mark.parametrize("rows", [3, 30, 300, 3000])
@@ -55,8 +55,8 @@ def test_a_hash_keeps_what_simulated_buckets_keep(rows: int, exponent: float) ->
 def test_shared_tables_are_charged_for_other_features_by_their_share_of_harm() -> None:
     n, rows = 400, 200
     terms = Terms(FrequencyCurve.zipf(n, 1.0, total=1e9))
-    table = Table("pool", rows, 16, Init("uniform", 0.1), shared=True)
-    parts = factors(LookupProgram((table,), (Probe("pool", Hash(1, rows)),)), terms)
+    table = Table("pool", rows, 16, Initializer("uniform", 0.1), shared=True)
+    parts = factors(LookupProgram((table,), (RowLookup("pool", Hash(1, rows)),)), terms)
     losses = [price(terms, [parts], 16, {"pool": crowd(terms, members * terms.load)})[0] for members in (1, 2, 10)]
     assert losses[0] == pytest.approx(loss_of(table_of(rows, Hash(1, rows), n=n), terms))
     assert losses[0] < losses[1] < losses[2]
@@ -68,9 +68,10 @@ def test_shared_tables_are_charged_for_other_features_by_their_share_of_harm() -
 def test_ids_without_a_row_lose_all_and_ids_of_their_own_nothing() -> None:
     terms = Terms(FrequencyCurve.from_counts([60, 30, 10]))
     everything = float(terms.value.sum())
-    assert loss_of(table_of(3, Digit()), terms) == pytest.approx(0.0, abs=1e-12)
+    assert loss_of(table_of(3, MixedRadixDigit()), terms) == pytest.approx(0.0, abs=1e-12)
     absent = LookupProgram(
-        (Table("weight", 10, 16, Init("constant")),), (Probe("weight", Hash(1, 10, head=3, head_absent=True)),)
+        (Table("weight", 10, 16, Initializer("constant")),),
+        (RowLookup("weight", Hash(1, 10, head=3, head_absent=True)),),
     )
     assert loss_of(absent, terms) == pytest.approx(everything)
 
@@ -148,9 +149,9 @@ def test_chunks_side_by_side_save_an_id_that_lost_one_of_them() -> None:
     losses = []
     for chunks in (1, 2, 4):
         rows, width = 500 * chunks, 16 // chunks
-        table = Table("weight", rows, width, Init("constant"))
-        probes = tuple(Probe("weight", Hash(j, rows), column=j * width) for j in range(chunks))
-        losses.append(loss_of(LookupProgram((table,), probes), terms))
+        table = Table("weight", rows, width, Initializer("constant"))
+        row_lookups = tuple(RowLookup("weight", Hash(j, rows), column=j * width) for j in range(chunks))
+        losses.append(loss_of(LookupProgram((table,), row_lookups), terms))
     assert losses[0] > 1.5 * losses[1] > 2 * losses[2], "the same bytes in more chunks"
 
 

@@ -96,9 +96,9 @@ def test_torchrec_tables() -> None:
 
 
 def test_drop_ins_that_share_a_table() -> None:
-    from recsys_embed.core.program import Init, Table
+    from recsys_embed.core.program import Initializer, Table
 
-    tables = SharedTables([Table("unified", 100, 4, Init("uniform", 0.05), shared=True)])
+    tables = SharedTables([Table("unified", 100, 4, Initializer("uniform", 0.05), shared=True)])
     model = nn.ModuleDict({n: rse.UnifiedEmbedding(1000, 16, num_buckets=100, name=n, shared=tables) for n in "ab"})
     report = memory_report(model, batch_size=10)
     assert report.total("serve") == sum(p.nbytes for p in model.parameters()) == 1600

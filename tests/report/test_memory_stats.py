@@ -107,7 +107,7 @@ def test_ids_that_own_a_row_are_no_neighbours() -> None:
 def test_measured_by_brute_force() -> None:
     counts = torch.tensor([5, 0, 3, 2, 7, 1])
     program = rse.get_method("hash").config_cls.from_params({"num_buckets": 3}).program(FeatureSpec("C1", 6, 4))
-    rows = program.probes[0].transform.rows(torch.arange(6)).tolist()
+    rows = program.row_lookups[0].transform.rows(torch.arange(6)).tolist()
     seen = [i for i in range(6) if counts[i] > 0]
     shared = [i for i in seen if any(rows[i] == rows[j] for j in seen if j != i)]
     found = measure(row_keys(program), FieldStats.of_counts("C1", counts))

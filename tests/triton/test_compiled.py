@@ -124,7 +124,7 @@ def test_plain_tables(launches: Launches, dtype: torch.dtype, optimizer: rse.SGD
 
 
 @pytest.mark.parametrize(
-    ("method", "params", "probes"),
+    ("method", "params", "row_lookups"),
     [
         ("hash", {}, 1),
         ("unified", {}, 1),
@@ -135,10 +135,10 @@ def test_plain_tables(launches: Launches, dtype: torch.dtype, optimizer: rse.SGD
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_composed_tables(
-    launches: Launches, method: str, params: dict[str, Any], probes: int, dtype: torch.dtype
+    launches: Launches, method: str, params: dict[str, Any], row_lookups: int, dtype: torch.dtype
 ) -> None:
     step(method, dtype, rse.SGD(0.1), **params)
-    assert wide(launches["forward"], "ld") == probes * per_thread(2048, dtype, 4)
+    assert wide(launches["forward"], "ld") == row_lookups * per_thread(2048, dtype, 4)
     if "spread" in launches:
         assert wide(launches["spread"], "st") > 0
 

@@ -10,7 +10,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from recsys_embed.core.id_sets import Index
-from recsys_embed.core.program import Digit, Hash, Init, LookupProgram, Member, Murmur, Probe, Table, Transform, Weight
+from recsys_embed.core.program import (
+    Hash,
+    Initializer,
+    LookupProgram,
+    Member,
+    MixedRadixDigit,
+    Murmur,
+    RowLookup,
+    Table,
+    Transform,
+    Weight,
+)
 from recsys_embed.kernels import reference
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton import status
@@ -19,14 +30,14 @@ from recsys_embed.kernels.triton.deferred import DeferredLookup
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
 IDS = 40
-NONE = Init("constant")
+NONE = Initializer("constant")
 
 
 def transforms(rows: int, name: str, absent: bool = True) -> st.SearchStrategy[Transform]:
     """Transforms of ids in [0, IDS) to a table of ``rows`` rows, at least 6; some may leave ids without a row."""
     affine = st.sampled_from([None, (5, 3, 41)])
     seeds = st.integers(-(2**63), 2**63 - 1)
-    digits = st.builds(Digit, div=st.sampled_from([1, 3]), mod=st.just(rows), affine=affine)
+    digits = st.builds(MixedRadixDigit, div=st.sampled_from([1, 3]), mod=st.just(rows), affine=affine)
     hashes = st.builds(Hash, seeds, st.just(rows - 3), offset=st.sampled_from([0, 1]), head=st.just(0))
     heads = st.builds(Hash, seeds, st.just(rows - 4), head=st.just(4), head_absent=st.just(absent))
     murmurs = st.builds(Murmur, st.integers(0, 2**32 - 1), st.integers(0, 3), st.just(rows))
@@ -41,7 +52,7 @@ def programs(draw: Any) -> LookupProgram:
     width = draw(st.sampled_from([1, 3, 4, 8]))
     tables = [Table("a", 7, width, NONE), Table("b", 23, width, NONE), Table("e", 19, 1, NONE), Table("s", 9, 1, NONE)]
     sizes = {t.name: t.rows for t in tables}
-    probes = []
+    row_lookups = []
     for j in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(["a", "b", "e"]))
         shape: dict[str, Any] = {}
@@ -49,13 +60,13 @@ def programs(draw: Any) -> LookupProgram:
             shape = {"width": width} if draw(st.booleans()) else {"run": width}
         weight = Weight("s", draw(transforms(9, f"w{j}", absent=False))) if draw(st.booleans()) else None
         sign = draw(st.sampled_from([None, 5]))
-        column = width * draw(st.integers(0, 1)) if probes else 0
+        column = width * draw(st.integers(0, 1)) if row_lookups else 0
         scale = draw(st.sampled_from([1.0, -0.5]))
-        probe = Probe(name, draw(transforms(sizes[name], f"i{j}")), column, scale, sign, weight, **shape)
-        probes.append(probe)
-    used = {p.table for p in probes} | {p.weight.table for p in probes if p.weight}
+        row_lookup = RowLookup(name, draw(transforms(sizes[name], f"i{j}")), column, scale, sign, weight, **shape)
+        row_lookups.append(row_lookup)
+    used = {p.table for p in row_lookups} | {p.weight.table for p in row_lookups if p.weight}
     kept = tuple(t for t in tables if t.name in used)
-    return LookupProgram(kept, tuple(probes), draw(st.sampled_from(["sum", "mul"])))
+    return LookupProgram(kept, tuple(row_lookups), draw(st.sampled_from(["sum", "mul"])))
 
 
 def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = False, optional: bool = False) -> None:
@@ -87,8 +98,8 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
 @pytest.mark.parametrize(
     "transform",
     [
-        Digit(mod=7),
-        Digit(3, 7, (5, 3, 41)),
+        MixedRadixDigit(mod=7),
+        MixedRadixDigit(3, 7, (5, 3, 41)),
         Hash(-9, 3, stride=2, offset=1),
         Hash(5, 3, head=4),
         Hash(5, 3, head=4, head_absent=True),
@@ -100,7 +111,10 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
 )
 def test_every_transform_in_a_product(transform: Transform) -> None:
     tables = (Table("a", 7, 4, NONE), Table("b", 23, 4, NONE))
-    assert_agrees(LookupProgram(tables, (Probe("a", transform), Probe("b", Digit(mod=23))), "mul"), torch.arange(IDS))
+    assert_agrees(
+        LookupProgram(tables, (RowLookup("a", transform), RowLookup("b", MixedRadixDigit(mod=23))), "mul"),
+        torch.arange(IDS),
+    )
 
 
 # Shrinking a failure in the interpreter would take minutes.

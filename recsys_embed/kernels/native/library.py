@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from recsys_embed.errors import BackendError
-from recsys_embed.kernels.native.records import FEATURE, PROBE, TRANSFORM
+from recsys_embed.kernels.native.records import FEATURE, ROW_LOOKUP, TRANSFORM
 
 VARIANTS = ("plain", "avx2", "avx512")
 
@@ -63,9 +63,9 @@ class Call(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("features", c_void_p),
-        ("probes", c_void_p),
+        ("row_lookups", c_void_p),
         ("feature_count", c_int64),
-        ("probe_count", c_int64),
+        ("row_lookup_count", c_int64),
         ("ids", c_void_p),
         ("batch", c_int64),
         ("sample_stride", c_int64),
@@ -163,7 +163,7 @@ def library() -> Library | str:
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
     sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
-    own = [TRANSFORM.itemsize, PROBE.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
+    own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
     if sizes != own:
         return f"{path.name} was built from other sources; install again"
     handle.rse_rules.restype = c_char_p

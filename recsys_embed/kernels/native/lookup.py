@@ -186,7 +186,7 @@ class NativeLookup:
     ) -> None:
         self.storages, self.widths, self._index = dict(storages), tuple(widths), index
         self.shapes = tuple(shapes or ((width,) for width in widths))
-        self._features, self._probes, self.kept_width = encode(
+        self._features, self._row_lookups, self.kept_width = encode(
             programs, places, list(storages), index, slots, columns, limits, optional
         )
         self._columns, self._kept_widths, self._reads = tuple(columns), self._per_feature(), self._rows_read()
@@ -195,9 +195,9 @@ class NativeLookup:
         self._sizes = [rows * width for rows, width in storages.values()]
         call = Call(
             features=self._features.ctypes.data,
-            probes=self._probes.ctypes.data,
+            row_lookups=self._row_lookups.ctypes.data,
             feature_count=len(self._features),
-            probe_count=len(self._probes),
+            row_lookup_count=len(self._row_lookups),
             storage_widths=self._storage_widths.buffer_info()[0],
             storage_count=count,
             output_count=len(widths),
@@ -207,7 +207,7 @@ class NativeLookup:
         behind = [0] * count + [n for width in widths for n in (0, width)] + [0] * (2 * count)
         # As numbers, which are copied and set several times as fast as a structure's fields.
         self._record = array("q", bytes(call)) + array("q", behind)
-        self._probe_count = len(self._probes)
+        self._row_lookup_count = len(self._row_lookups)
         self._indexed = any(index.indexes)
         self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
@@ -220,7 +220,8 @@ class NativeLookup:
         """Numbers per id that are kept for backward."""
         starts = [f["first"] for f in self._features]
         kept = [
-            0 if f["plain"] else self._probes[first]["kept"] for f, first in zip(self._features, starts, strict=True)
+            0 if f["plain"] else self._row_lookups[first]["kept"]
+            for f, first in zip(self._features, starts, strict=True)
         ]
         ends, end = [0] * len(kept), self.kept_width
         for i in range(len(kept) - 1, -1, -1):
@@ -238,7 +239,7 @@ class NativeLookup:
     def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> array[int]:
         """One call's record, which tensors have to outlive."""
         call, values, batch, at = self._record[:], ids.values, ids.batch, _BEHIND
-        start, lookups = call.buffer_info()[0], batch * self._probe_count
+        start, lookups = call.buffer_info()[0], batch * self._row_lookup_count
         if ids.offsets is None:
             strides, offsets, weights = values.stride(), 0, 0
         else:
@@ -380,10 +381,10 @@ class NativeLookup:
         """Most rows of each storage that an id of each feature reads."""
         out = [[0] * len(self._features) for _ in self.storages]
         for i, feature in enumerate(self._features):
-            for probe in self._probes[feature["first"] : feature["first"] + feature["probes"]]:
-                out[probe["storage"]][i] += int(probe["run"])
-                if probe["weight_storage"] >= 0:
-                    out[probe["weight_storage"]][i] += 1
+            for row_lookup in self._row_lookups[feature["first"] : feature["first"] + feature["row_lookups"]]:
+                out[row_lookup["storage"]][i] += int(row_lookup["run"])
+                if row_lookup["weight_storage"] >= 0:
+                    out[row_lookup["weight_storage"]][i] += 1
         return out
 
     def _backward(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys_embed.core.program import Digit, Hash, LookupProgram, Member, Murmur, Probe, Transform
+from recsys_embed.core.program import Hash, LookupProgram, Member, MixedRadixDigit, Murmur, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.vectorised import Place
 
@@ -19,7 +19,7 @@ def _fields(names: str) -> list[tuple[str, str]]:
 
 
 TRANSFORM = np.dtype(_fields("kind div mod affine a b p salt size stride offset head absent word start count at rest"))
-PROBE = np.dtype(
+ROW_LOOKUP = np.dtype(
     [
         *_fields("storage base rows width column span run join product has_sign sign"),
         *_fields("weight_storage weight_base weight_rows kept"),
@@ -28,7 +28,7 @@ PROBE = np.dtype(
         ("weight_of", TRANSFORM),
     ]
 )
-FEATURE = np.dtype(_fields("ids first probes limit optional output column width padding plain mean"))
+FEATURE = np.dtype(_fields("ids first row_lookups limit optional output column width padding plain mean"))
 _MEMBERS = {"range": 3, "bitmap": 4, "sorted": 5}
 STORE, ADD, MUL = 0, 1, 2
 
@@ -48,7 +48,7 @@ def _transform(transform: Transform, at: int) -> dict[str, int]:
     Raises:
         TypeError: the kernels do not know the transform.
     """
-    if isinstance(transform, Digit):
+    if isinstance(transform, MixedRadixDigit):
         a, b, p = transform.affine or (1, 0, 1)
         has = transform.affine is not None
         return {"kind": 0, "div": transform.div, "mod": transform.mod, "affine": has, "a": a, "b": b, "p": p}
@@ -73,11 +73,13 @@ def _fill(record: Any, fields: Mapping[str, Any]) -> None:
 
 def supported(program: LookupProgram) -> bool:
     """Whether the kernels know every transform of a program."""
-    return all(isinstance(t, (Digit, Hash, Murmur, Member)) for p in program.probes for t in p.transforms)
+    return all(
+        isinstance(t, (MixedRadixDigit, Hash, Murmur, Member)) for p in program.row_lookups for t in p.transforms
+    )
 
 
 def _join(program: LookupProgram, slot: int) -> int:
-    """What the probe does with what probes before it left in its columns."""
+    """What the row lookup does with what row lookups before it left in its columns."""
     if program.spans[slot] not in program.spans[:slot]:
         return STORE
     return ADD if program.combine == "sum" else MUL
@@ -87,10 +89,10 @@ def _plain(program: LookupProgram) -> bool:
     """Whether gradients reach every row as they are, but for a constant factor."""
     alone = len(set(program.spans)) == len(program.spans)
 
-    def plain(probe: Probe) -> bool:
-        return probe.weight is None and probe.sign is None and probe.width is None
+    def plain(row_lookup: RowLookup) -> bool:
+        return row_lookup.weight is None and row_lookup.sign is None and row_lookup.width is None
 
-    return (program.combine == "sum" or alone) and all(plain(p) for p in program.probes)
+    return (program.combine == "sum" or alone) and all(plain(p) for p in program.row_lookups)
 
 
 def encode(
@@ -103,7 +105,7 @@ def encode(
     limits: Sequence[int],
     optional: Sequence[bool],
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Records of features and of their probes, and how many numbers per sample backward needs of what forward read.
+    """Records of features and of their row lookups, and how many numbers per sample backward needs of what forward read.
 
     Args:
         programs: one per feature.
@@ -116,11 +118,11 @@ def encode(
         optional: per feature, whether the id -1 is none.
     """
     features = np.zeros(len(programs), FEATURE)
-    probes = np.zeros(sum(len(p.probes) for p in programs), PROBE)
+    row_lookups = np.zeros(sum(len(p.row_lookups) for p in programs), ROW_LOOKUP)
     number = {name: i for i, name in enumerate(storages)}
     at = kept = 0
     for i, (program, place) in enumerate(zip(programs, places, strict=True)):
-        feature = {"ids": columns[i], "first": at, "probes": len(program.probes), "limit": limits[i]}
+        feature = {"ids": columns[i], "first": at, "row_lookups": len(program.row_lookups), "limit": limits[i]}
         feature |= {"optional": optional[i], "output": slots[i].output, "column": slots[i].column}
         feature["mean"] = slots[i].mean
         _fill(
@@ -132,20 +134,20 @@ def encode(
             """Storage, first row and number of rows of a table."""
             return number[place[name].storage], place[name].offset, program.table(name).rows
 
-        for slot, probe in enumerate(program.probes):
-            record, (start, stop) = probes[at], program.spans[slot]
-            record["storage"], record["base"], record["rows"] = table(probe.table)
-            fields = {"width": program.table(probe.table).width, "column": start, "span": stop - start}
-            fields |= {"run": probe.run, "join": _join(program, slot), "product": program.combine == "mul"}
-            _fill(record, fields | {"has_sign": probe.sign is not None, "sign": probe.sign or 0})
-            record["scale"], record["weight_storage"] = probe.scale, -1
-            _fill(record["of"], _transform(probe.transform, index.at(i, probe.transform.reads)))
-            if probe.weight is not None:
-                record["weight_storage"], record["weight_base"], record["weight_rows"] = table(probe.weight.table)
-                of = probe.weight.transform
+        for slot, row_lookup in enumerate(program.row_lookups):
+            record, (start, stop) = row_lookups[at], program.spans[slot]
+            record["storage"], record["base"], record["rows"] = table(row_lookup.table)
+            fields = {"width": program.table(row_lookup.table).width, "column": start, "span": stop - start}
+            fields |= {"run": row_lookup.run, "join": _join(program, slot), "product": program.combine == "mul"}
+            _fill(record, fields | {"has_sign": row_lookup.sign is not None, "sign": row_lookup.sign or 0})
+            record["scale"], record["weight_storage"] = row_lookup.scale, -1
+            _fill(record["of"], _transform(row_lookup.transform, index.at(i, row_lookup.transform.reads)))
+            if row_lookup.weight is not None:
+                record["weight_storage"], record["weight_base"], record["weight_rows"] = table(row_lookup.weight.table)
+                of = row_lookup.weight.transform
                 _fill(record["weight_of"], _transform(of, index.at(i, of.reads)))
             if not features[i]["plain"]:
                 record["kept"] = kept
-                kept += probe.run * program.table(probe.table).width + (probe.weight is not None)
+                kept += row_lookup.run * program.table(row_lookup.table).width + (row_lookup.weight is not None)
             at += 1
-    return features, probes, kept
+    return features, row_lookups, kept

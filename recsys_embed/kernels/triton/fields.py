@@ -1,7 +1,7 @@
 """Lookup programs as integer tables, the form in which the GPU kernels read them.
 
-A *job* is what one program of the forward kernel does for a tile of samples: all probes of a feature that share output
-columns. A *read* is one row per sample of one table: a probe's own, or that of its learned weight.
+A *job* is what one program of the forward kernel does for a tile of samples: all row lookups of a feature that share output
+columns. A *read* is one row per sample of one table: a row lookup's own, or that of its learned weight.
 """
 
 from __future__ import annotations
@@ -15,12 +15,25 @@ from numpy.typing import NDArray
 
 from recsys_embed.kernels.native.records import TRANSFORM
 
-JOB = ("ids", "feature", "first", "probes", "limit", "optional", "out", "stride", "column", "span", "product", "plain")
+JOB = (
+    "ids",
+    "feature",
+    "first",
+    "row_lookups",
+    "limit",
+    "optional",
+    "out",
+    "stride",
+    "column",
+    "span",
+    "product",
+    "plain",
+)
 # Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not.
 MAP = (*(TRANSFORM.names or ()), "div_inverse", "mod_inverse", "p_inverse", "size_inverse")
 PLACE = ("storage", "base", "rows", "width", "run", "repeat", "has_sign", "sign", "kept", "own", "read")
 WEIGHT = ("weight_storage", "weight_base", "weight_rows", "weight_kept", "weight_own", "weight_read")
-PROBE = (*PLACE, *WEIGHT, *(f"of_{name}" for name in MAP), *(f"weight_of_{name}" for name in MAP))
+ROW_LOOKUP = (*PLACE, *WEIGHT, *(f"of_{name}" for name in MAP), *(f"weight_of_{name}" for name in MAP))
 READ = ("storage", "base", "rows", "own", "at", "stride", "column", "run", "path", "buffer")
 SORTED, SMALL = 0, 1
 IDENTITY = 6  # the kind of transforms that change nothing, beside those of the records
@@ -43,15 +56,15 @@ class Tables:
     """The integers of a collection's programs.
 
     Args:
-        jobs, probes, reads: int64, a column per name of ``JOB``, ``PROBE`` and ``READ``.
-        scales: float32, per probe.
+        jobs, row_lookups, reads: int64, a column per name of ``JOB``, ``ROW_LOOKUP`` and ``READ``.
+        scales: float32, per row lookup.
         read_scales: float32, per read: what its gradient is multiplied by.
         kept: numbers per sample that backward needs of what forward read.
         own: numbers per sample of gradients that are not plainly those of the output.
     """
 
     jobs: NDArray[Any]
-    probes: NDArray[Any]
+    row_lookups: NDArray[Any]
     scales: NDArray[Any]
     reads: NDArray[Any]
     read_scales: NDArray[Any]
@@ -59,8 +72,8 @@ class Tables:
     own: int
 
     def column(self, table: str, name: str) -> NDArray[Any]:
-        """One column of ``jobs``, ``probes`` or ``reads`` by name."""
-        names = {"jobs": JOB, "probes": PROBE, "reads": READ}[table]
+        """One column of ``jobs``, ``row_lookups`` or ``reads`` by name."""
+        names = {"jobs": JOB, "row_lookups": ROW_LOOKUP, "reads": READ}[table]
         found: NDArray[Any] = getattr(self, table)[:, names.index(name)]
         return found
 
@@ -91,54 +104,54 @@ class _Layout:
     def __init__(self, widths: Sequence[int]) -> None:
         self.starts, self.widths = np.concatenate([[0], np.cumsum(widths)]), widths
         self.jobs: list[dict[str, int]] = []
-        self.probes: list[dict[str, int]] = []
+        self.row_lookups: list[dict[str, int]] = []
         self.scales: list[float] = []
         self.reads: list[dict[str, Any]] = []
         self.kept = self.own = 0
 
-    def add(self, number: int, feature: Any, probes: NDArray[Any]) -> None:
-        """One feature: a job per range of columns that probes share, one for those that none fills."""
+    def add(self, number: int, feature: Any, row_lookups: NDArray[Any]) -> None:
+        """One feature: a job per range of columns that row lookups share, one for those that none fills."""
         output = int(feature["output"])
         job = {"ids": int(feature["ids"]), "feature": number, "limit": int(feature["limit"])}
         job |= {"optional": int(feature["optional"]), "plain": int(feature["plain"])}
         job |= {"out": int(self.starts[output]), "stride": self.widths[output]}
         at = int(feature["column"])
-        for column in sorted({int(p["column"]) for p in probes}):
-            members = [p for p in probes if p["column"] == column]
+        for column in sorted({int(p["column"]) for p in row_lookups}):
+            members = [p for p in row_lookups if p["column"] == column]
             place = {"column": at + column, "span": int(members[0]["span"]), "product": int(members[0]["product"])}
-            self.jobs.append({**job, **place, "first": len(self.probes), "probes": len(members)})
+            self.jobs.append({**job, **place, "first": len(self.row_lookups), "row_lookups": len(members)})
             for p in members:
-                self._add_probe(self.jobs[-1], p)
+                self._add_row_lookup(self.jobs[-1], p)
         if feature["padding"]:
             place = {"column": at + int(feature["width"] - feature["padding"]), "span": int(feature["padding"])}
-            self.jobs.append({**job, **place, "product": 0, "first": 0, "probes": 0})
+            self.jobs.append({**job, **place, "product": 0, "first": 0, "row_lookups": 0})
 
-    def _add_probe(self, job: Mapping[str, int], p: Any) -> None:
+    def _add_row_lookup(self, job: Mapping[str, int], p: Any) -> None:
         width, elements = int(p["width"]), int(p["run"] * p["width"])
         table = {"storage": int(p["storage"]), "base": int(p["base"]), "rows": int(p["rows"])}
-        probe = {**table, "width": width, "run": int(p["run"]), "repeat": int(p["span"] != elements)}
-        probe |= {"has_sign": int(p["has_sign"]), "sign": int(p["sign"]), "kept": self.kept, "own": self.own}
-        probe |= {name: int(p[name]) for name in ("weight_storage", "weight_base", "weight_rows")}
-        probe |= _map(p["of"], "of_") | _map(p["weight_of"], "weight_of_")
+        row_lookup = {**table, "width": width, "run": int(p["run"]), "repeat": int(p["span"] != elements)}
+        row_lookup |= {"has_sign": int(p["has_sign"]), "sign": int(p["sign"]), "kept": self.kept, "own": self.own}
+        row_lookup |= {name: int(p[name]) for name in ("weight_storage", "weight_base", "weight_rows")}
+        row_lookup |= _map(p["of"], "of_") | _map(p["weight_of"], "weight_of_")
         if job["plain"]:
             gradient = {"own": 0, "at": job["out"], "stride": job["stride"], "column": job["column"]}
         else:
             gradient = {"own": 1, "at": self.own, "stride": elements, "column": 0}
             self.kept, self.own = self.kept + elements, self.own + elements
-        read = {**table, **gradient, "run": int(p["run"]), "width": width, "of": (probe, "read")}
+        read = {**table, **gradient, "run": int(p["run"]), "width": width, "of": (row_lookup, "read")}
         self.reads.append({**read, "scale": float(p["scale"]) if job["plain"] else 1.0})
-        self.probes.append(probe)
+        self.row_lookups.append(row_lookup)
         self.scales.append(float(p["scale"]))
 
     def add_weights(self) -> None:
         """Reads of learned weights, behind all rows, which so keep their alignment."""
-        for probe in self.probes:
-            if probe["weight_storage"] < 0:
+        for row_lookup in self.row_lookups:
+            if row_lookup["weight_storage"] < 0:
                 continue
-            probe["weight_kept"], probe["weight_own"] = self.kept, self.own
-            table = {name: probe["weight_" + name] for name in ("storage", "base", "rows")}
+            row_lookup["weight_kept"], row_lookup["weight_own"] = self.kept, self.own
+            table = {name: row_lookup["weight_" + name] for name in ("storage", "base", "rows")}
             gradient = {"own": 1, "at": self.own, "stride": 1, "column": 0, "scale": 1.0}
-            self.reads.append({**table, **gradient, "run": 1, "width": 1, "of": (probe, "weight_read")})
+            self.reads.append({**table, **gradient, "run": 1, "width": 1, "of": (row_lookup, "weight_read")})
             self.kept, self.own = self.kept + 1, self.own + 1
 
     def order_reads(self) -> None:
@@ -151,29 +164,29 @@ class _Layout:
         self.reads.sort(key=lambda read: (read["storage"], read["path"], read["base"]))
         _give_buffers(self.reads)
         for i, read in enumerate(self.reads):
-            probe, name = read["of"]
-            probe[name] = i
+            row_lookup, name = read["of"]
+            row_lookup[name] = i
 
 
 def _integers(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> NDArray[Any]:
     return np.array([[r.get(n, -1) for n in names] for r in records], np.int64).reshape(len(records), len(names))
 
 
-def lay_out(features: NDArray[Any], probes: NDArray[Any], widths: Sequence[int]) -> Tables:
-    """Jobs, probes and reads of encoded programs.
+def lay_out(features: NDArray[Any], row_lookups: NDArray[Any], widths: Sequence[int]) -> Tables:
+    """Jobs, row lookups and reads of encoded programs.
 
     Args:
-        features, probes: as :func:`recsys_embed.kernels.native.records.encode` has them.
+        features, row_lookups: as :func:`recsys_embed.kernels.native.records.encode` has them.
         widths: columns of each output.
     """
     layout = _Layout(widths)
     for number, feature in enumerate(features):
-        layout.add(number, feature, probes[feature["first"] : feature["first"] + feature["probes"]])
+        layout.add(number, feature, row_lookups[feature["first"] : feature["first"] + feature["row_lookups"]])
     layout.add_weights()
     layout.order_reads()
     return Tables(
         _integers(layout.jobs, JOB),
-        _integers(layout.probes, PROBE),
+        _integers(layout.row_lookups, ROW_LOOKUP),
         np.array(layout.scales, np.float32),
         _integers(layout.reads, READ),
         np.array([read["scale"] for read in layout.reads], np.float32),

@@ -3,58 +3,66 @@
 import triton
 import triton.language as tl
 
-from recsys_embed.kernels.triton import probes as p
-from recsys_embed.kernels.triton.probes import find, find_weight, read_run, read_straight, storage, straight, weighed
+from recsys_embed.kernels.triton import row_lookups as p
+from recsys_embed.kernels.triton.row_lookups import (
+    find,
+    find_weight,
+    read_run,
+    read_straight,
+    storage,
+    straight,
+    weighed,
+)
 
 
 @triton.jit
-def _probe(
-    total, probe, scale, used, live, x, sample, batch, product, plain, cols, span,
+def _row_lookup(
+    total, row_lookup, scale, used, live, x, sample, batch, product, plain, cols, span,
     storages, words, ranks, values, steps, found, kept, out,
     KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr,
     WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """``total`` joined with one probe's values; ``used`` are the samples that have any, ``live`` those to write of."""
-    rows = find(x, probe, words, ranks, values, steps, used, KINDS)
-    table = storage(storages, tl.load(probe + p.STORAGE), out)
+    """``total`` joined with one row lookup's values; ``used`` are the samples that have any, ``live`` those to write of."""
+    rows = find(x, row_lookup, words, ranks, values, steps, used, KINDS)
+    table = storage(storages, tl.load(row_lookup + p.STORAGE), out)
     if SAVE:
-        place = tl.where(rows >= 0, rows + tl.load(probe + p.BASE), -1).to(tl.int32)
-        tl.store(found + tl.load(probe + p.READ) * batch + sample, place, mask=live)
+        place = tl.where(rows >= 0, rows + tl.load(row_lookup + p.BASE), -1).to(tl.int32)
+        tl.store(found + tl.load(row_lookup + p.READ) * batch + sample, place, mask=live)
     if RUNS:
         # Loads that are masked out cost nothing; triton 3.6 does not compile a branch over the two.
-        whole = straight(probe)
-        value = read_straight(table, tl.where(whole, rows, -1), probe, cols, span, VECTOR)
-        value += read_run(table, tl.where(whole, -1, rows), probe, cols, span)
+        whole = straight(row_lookup)
+        value = read_straight(table, tl.where(whole, rows, -1), row_lookup, cols, span, VECTOR)
+        value += read_run(table, tl.where(whole, -1, rows), row_lookup, cols, span)
     else:
-        value = read_straight(table, rows, probe, cols, span, VECTOR)
+        value = read_straight(table, rows, row_lookup, cols, span, VECTOR)
     if KEEP:
         if plain == 0:
-            to, width = tl.load(probe + p.KEPT), span
+            to, width = tl.load(row_lookup + p.KEPT), span
             if RUNS:
-                width = tl.where(tl.load(probe + p.REPEAT) != 0, 1, span)
+                width = tl.where(tl.load(row_lookup + p.REPEAT) != 0, 1, span)
             else:
                 to = to // VECTOR * VECTOR
             to = kept + to * batch + sample * width
             tl.store(to[:, None] + cols[None, :], value.to(kept.dtype.element_ty),
                      mask=live[:, None] & (cols < width)[None, :])  # fmt: skip
-    value = weighed(value, x, probe, scale, cols, SIGNS, RUNS)
+    value = weighed(value, x, row_lookup, scale, cols, SIGNS, RUNS)
     if WEIGHTS:
-        number = tl.load(probe + p.WEIGHT_STORAGE)
+        number = tl.load(row_lookup + p.WEIGHT_STORAGE)
         if number >= 0:
-            at = find_weight(x, probe, words, ranks, values, steps, used, KINDS)
-            base = tl.load(probe + p.WEIGHT_BASE)
+            at = find_weight(x, row_lookup, words, ranks, values, steps, used, KINDS)
+            base = tl.load(row_lookup + p.WEIGHT_BASE)
             weights = storage(storages, number, out)
             weight = tl.load(weights + base + at, mask=at >= 0, other=0.0).to(tl.float32)
             if SAVE:
                 place = tl.where(at >= 0, at + base, -1).to(tl.int32)
-                tl.store(found + tl.load(probe + p.WEIGHT_READ) * batch + sample, place, mask=live)
+                tl.store(found + tl.load(row_lookup + p.WEIGHT_READ) * batch + sample, place, mask=live)
             if KEEP:
                 if plain == 0:
-                    to = kept + tl.load(probe + p.WEIGHT_KEPT) * batch + sample
+                    to = kept + tl.load(row_lookup + p.WEIGHT_KEPT) * batch + sample
                     tl.store(to, weight.to(kept.dtype.element_ty), mask=live)
             value = value * weight[:, None]
     if PRODUCTS:
-        # A product passes over what a probe has no row for.
+        # A product passes over what a row lookup has no row for.
         factor = tl.where((rows >= 0)[:, None], value, 1.0)
         return tl.where(product != 0, total * factor, total + value)
     return total + value
@@ -63,7 +71,7 @@ def _probe(
 @triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "steps", "job_count"])
 def forward(
     ids, sample_stride, feature_stride, batch,
-    jobs, probes, scales, storages, words, ranks, values, steps,
+    jobs, row_lookups, scales, storages, words, ranks, values, steps,
     out, found, kept, faults, job_count,
     TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr,
     KINDS: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -73,7 +81,7 @@ def forward(
 
     Args:
         ids: int32 or int64, of any strides.
-        jobs, probes, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
+        jobs, row_lookups, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
         storages: addresses of the tables.
         words, ranks, values, steps: arrays of all indexes.
         out: outputs one behind the other, each ``[batch, stride]``.
@@ -98,7 +106,7 @@ def forward(
         used = used & ~bad
     if NONE:
         used = used & ((tl.load(job + p.OPTIONAL) == 0) | (x != -1))
-    count = tl.load(job + p.PROBES)
+    count = tl.load(job + p.ROW_LOOKUPS)
     first = tl.load(job + p.FIRST)
     product = tl.load(job + p.PRODUCT)
     plain = tl.load(job + p.PLAIN)
@@ -114,16 +122,16 @@ def forward(
                 asked = used & (j < count)
                 written = live & (j < count)
             at = first + tl.maximum(tl.minimum(j, count - 1), 0)
-            total = _probe(
-                total, probes + at * p.PROBE_SIZE, tl.load(scales + at), asked, written, x, sample, batch, product,
+            total = _row_lookup(
+                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written, x, sample, batch, product,
                 plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     else:
         for j in range(count):
             at = first + j
-            total = _probe(
-                total, probes + at * p.PROBE_SIZE, tl.load(scales + at), used, live, x, sample, batch, product,
+            total = _row_lookup(
+                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live, x, sample, batch, product,
                 plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip

@@ -46,7 +46,7 @@ class _Device(NamedTuple):
     """The integers of the programs on one device, and where forward reports ids out of range."""
 
     jobs: Tensor
-    probes: Tensor
+    row_lookups: Tensor
     scales: Tensor
     reads: Tensor
     read_scales: Tensor
@@ -82,8 +82,8 @@ class TritonLookup:
     ) -> None:
         self._given = (names, programs, places, index, storages, slots, widths, columns, limits, optional)
         self.storages, self.widths, self.names, self._index = dict(storages), tuple(widths), tuple(names), index
-        features, probes, _ = encode(programs, places, list(storages), index, slots, columns, limits, optional)
-        self.tables: Tables = lay_out(features, probes, widths)
+        features, row_lookups, _ = encode(programs, places, list(storages), index, slots, columns, limits, optional)
+        self.tables: Tables = lay_out(features, row_lookups, widths)
         self._limits = list(limits)
         self._options = self._structure(features)
         self._reads = reads_by_storage(self.tables, list(storages.values()))
@@ -96,14 +96,14 @@ class TritonLookup:
     def _structure(self, features: Any) -> dict[str, Any]:
         """What the kernels are compiled for."""
         column = self.tables.column
-        used = column("probes", "weight_storage") >= 0
-        kinds = {*column("probes", "of_kind").tolist(), *column("probes", "weight_of_kind")[used].tolist()}
-        runs = (column("probes", "run") > 1) | (column("probes", "repeat") != 0)
-        counts = column("jobs", "probes")
+        used = column("row_lookups", "weight_storage") >= 0
+        kinds = {*column("row_lookups", "of_kind").tolist(), *column("row_lookups", "weight_of_kind")[used].tolist()}
+        runs = (column("row_lookups", "run") > 1) | (column("row_lookups", "repeat") != 0)
+        counts = column("jobs", "row_lookups")
         aligned = [column("jobs", name) for name in ("out", "stride", "column", "span")]
-        aligned.append(column("probes", "width")[~runs])
+        aligned.append(column("row_lookups", "width")[~runs])
         if not runs.any():
-            aligned.append(column("probes", "kept")[column("probes", "kept") >= 0])
+            aligned.append(column("row_lookups", "kept")[column("row_lookups", "kept") >= 0])
         span = int(column("jobs", "span").max())
         cols = min(_COLUMNS, power_of_two(span))
         self._blocks = -(-span // cols)
@@ -116,7 +116,7 @@ class TritonLookup:
             "KINDS": sum(getattr(id_kernels, _KINDS[kind]).value for kind in kinds),
             "PRODUCTS": bool(column("jobs", "product").any()),
             "RUNS": bool(runs.any()),
-            "SIGNS": bool(column("probes", "has_sign").any()),
+            "SIGNS": bool(column("row_lookups", "has_sign").any()),
             "WEIGHTS": bool(used.any()),
             "LIMITS": bool((column("jobs", "limit") >= 0).any()),
             "NONE": bool(column("jobs", "optional").any()),
@@ -129,15 +129,15 @@ class TritonLookup:
         if found is None:
             arrays = (
                 self.tables.jobs,
-                self.tables.probes,
+                self.tables.row_lookups,
                 self.tables.scales,
                 self.tables.reads,
                 self.tables.read_scales,
             )
-            jobs, probes, scales, reads, read_scales = (torch.from_numpy(a).to(device) for a in arrays)
+            jobs, row_lookups, scales, reads, read_scales = (torch.from_numpy(a).to(device) for a in arrays)
             # The device writes faults into the host's memory, where they are read without waiting for it.
             faults = torch.zeros(len(self.names), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
-            found = _Device(jobs, probes, scales, reads, read_scales, faults)
+            found = _Device(jobs, row_lookups, scales, reads, read_scales, faults)
             self._devices[device] = found
         return found
 
@@ -198,7 +198,7 @@ class TritonLookup:
             with on_device(ids):
                 forward_kernel.forward[(tiles * jobs, self._blocks)](
                     ids, *ids.stride(), batch,
-                    device.jobs, device.probes, device.scales, self._storages(tables),
+                    device.jobs, device.row_lookups, device.scales, self._storages(tables),
                     arrays.words, arrays.ranks, arrays.values, arrays.steps,
                     whole, found, whole if kept is None else kept, device.faults, jobs,
                     **options, SAVE=keep, KEEP=kept is not None, num_warps=_WARPS,
@@ -228,7 +228,7 @@ class TritonLookup:
         tile = max(1, _TILE // cols)
         chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "RUNS", "SIGNS", "WEIGHTS")}
         spread_kernel.spread[(-(-batch // tile) * jobs,)](
-            ids, *ids.stride(), batch, device.jobs, device.probes, device.scales, kept.found, kept.kept, outer, own,
+            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept, outer, own,
             jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)

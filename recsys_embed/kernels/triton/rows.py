@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from recsys_embed.kernels.deferred_steps import Pace
-from recsys_embed.kernels.triton.fields import JOB, PROBE, READ, SORTED, Tables
+from recsys_embed.kernels.triton.fields import JOB, READ, ROW_LOOKUP, SORTED, Tables
 from recsys_embed.kernels.triton.lookup import on_device
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target
 from recsys_embed.optim import FusedOptimizer
@@ -24,7 +24,7 @@ def _reads(width: int) -> StorageReads:
     reads = np.array([[{**read, "path": SORTED, "buffer": -1}[name] for name in READ]], np.int64)
     none = np.zeros((0, 0), np.int64)
     one, nothing = np.ones(1, np.float32), np.zeros(0, np.float32)
-    return StorageReads(Tables(none[:, : len(JOB)], none[:, : len(PROBE)], nothing, reads, one, 0, 0), 0, 1, width)
+    return StorageReads(Tables(none[:, : len(JOB)], none[:, : len(ROW_LOOKUP)], nothing, reads, one, 0, 0), 0, 1, width)
 
 
 def update_rows(

@@ -3,39 +3,39 @@
 import triton
 import triton.language as tl
 
-from recsys_embed.kernels.triton import probes as p
-from recsys_embed.kernels.triton.probes import weighed
+from recsys_embed.kernels.triton import row_lookups as p
+from recsys_embed.kernels.triton.row_lookups import weighed
 
 
 @triton.jit
-def _kept(probe, kept, sample, batch, live, cols, span, VECTOR: tl.constexpr, RUNS: tl.constexpr):
+def _kept(row_lookup, kept, sample, batch, live, cols, span, VECTOR: tl.constexpr, RUNS: tl.constexpr):
     """The values that forward read, ``[samples, columns]``."""
-    to = tl.load(probe + p.KEPT)
+    to = tl.load(row_lookup + p.KEPT)
     if not RUNS:
         # Single elements among rows break their alignment.
         to = to // VECTOR * VECTOR
     to = kept + to * batch
     inside = live[:, None] & (cols < span)[None, :]
     if RUNS:
-        single = tl.load(probe + p.REPEAT) != 0
+        single = tl.load(row_lookup + p.REPEAT) != 0
         at = sample[:, None] * tl.where(single, 1, span) + tl.where(single, 0, cols)[None, :]
         return tl.load(to + at, mask=inside, other=0.0).to(tl.float32)
     return tl.load(to + sample[:, None] * span + cols[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _weight(probe, kept, sample, batch, live):
-    to = kept + tl.load(probe + p.WEIGHT_KEPT) * batch
+def _weight(row_lookup, kept, sample, batch, live):
+    to = kept + tl.load(row_lookup + p.WEIGHT_KEPT) * batch
     return tl.load(to + sample, mask=live, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "job_count"])
 def spread(
-    ids, sample_stride, feature_stride, batch, jobs, probes, scales, found, kept, outer, own, job_count,
+    ids, sample_stride, feature_stride, batch, jobs, row_lookups, scales, found, kept, outer, own, job_count,
     TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr,
     SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Of one job and TILE samples, the gradients of every probe's row and weight, float32, into ``own``."""
+    """Of one job and TILE samples, the gradients of every row lookup's row and weight, float32, into ``own``."""
     job = jobs + (tl.program_id(0) % job_count) * p.JOB_SIZE
     if tl.load(job + p.PLAIN) != 0:
         return
@@ -50,15 +50,15 @@ def spread(
     at += tl.load(job + p.COLUMN) // VECTOR * VECTOR
     grad = tl.load(outer + at[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     first = tl.load(job + p.FIRST)
-    count = tl.load(job + p.PROBES)
+    count = tl.load(job + p.ROW_LOOKUPS)
     for j in range(count):
-        probe = probes + (first + j) * p.PROBE_SIZE
-        here = weighed(grad, x, probe, tl.load(scales + first + j), cols, SIGNS, RUNS)
+        row_lookup = row_lookups + (first + j) * p.ROW_LOOKUP_SIZE
+        here = weighed(grad, x, row_lookup, tl.load(scales + first + j), cols, SIGNS, RUNS)
         if PRODUCTS:
             if tl.load(job + p.PRODUCT) != 0:
                 for k in range(count):
                     if k != j:
-                        other = probes + (first + k) * p.PROBE_SIZE
+                        other = row_lookups + (first + k) * p.ROW_LOOKUP_SIZE
                         value = _kept(other, kept, sample, batch, live, cols, span, VECTOR, RUNS)
                         value = weighed(value, x, other, tl.load(scales + first + k), cols, SIGNS, RUNS)
                         if WEIGHTS:
@@ -67,17 +67,17 @@ def spread(
                         rows = tl.load(found + tl.load(other + p.READ) * batch + sample, mask=live, other=-1)
                         here *= tl.where((rows >= 0)[:, None], value, 1.0)
         if WEIGHTS:
-            if tl.load(probe + p.WEIGHT_STORAGE) >= 0:
-                value = _kept(probe, kept, sample, batch, live, cols, span, VECTOR, RUNS)
-                to = own + tl.load(probe + p.WEIGHT_OWN) * batch
+            if tl.load(row_lookup + p.WEIGHT_STORAGE) >= 0:
+                value = _kept(row_lookup, kept, sample, batch, live, cols, span, VECTOR, RUNS)
+                to = own + tl.load(row_lookup + p.WEIGHT_OWN) * batch
                 tl.store(to + sample, tl.sum(tl.where(inside, here * value, 0.0), 1), mask=live)
-                here *= _weight(probe, kept, sample, batch, live)
-        to = tl.load(probe + p.OWN)
+                here *= _weight(row_lookup, kept, sample, batch, live)
+        to = tl.load(row_lookup + p.OWN)
         if not RUNS:
             to = to // VECTOR * VECTOR
         to = own + to * batch
         if RUNS:
-            if tl.load(probe + p.REPEAT) != 0:
+            if tl.load(row_lookup + p.REPEAT) != 0:
                 tl.store(to + sample, tl.sum(tl.where(inside, here, 0.0), 1), mask=live)
             else:
                 tl.store(to + sample[:, None] * span + cols[None, :], here, mask=inside)

@@ -161,17 +161,19 @@ class Entry:
 
 def reads_of(program: LookupProgram, table: str) -> int:
     """Rows of ``table`` that one id reads."""
-    own = sum(p.run for p in program.probes if p.table == table)
-    return own + sum(1 for p in program.probes if p.weight is not None and p.weight.table == table)
+    own = sum(p.run for p in program.row_lookups if p.table == table)
+    return own + sum(1 for p in program.row_lookups if p.weight is not None and p.weight.table == table)
 
 
 def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     """Row numbers computed and floats gathered per id; rows that stand side by side are the output itself."""
-    numbers = sum(p.run + (p.weight is not None) for p in program.probes)
-    floats = sum(p.run * program.table(p.table).width + (p.weight is not None) for p in program.probes)
-    side_by_side = len(set(program.spans)) == len(program.probes) and len({p.table for p in program.probes}) == 1
+    numbers = sum(p.run + (p.weight is not None) for p in program.row_lookups)
+    floats = sum(p.run * program.table(p.table).width + (p.weight is not None) for p in program.row_lookups)
+    side_by_side = (
+        len(set(program.spans)) == len(program.row_lookups) and len({p.table for p in program.row_lookups}) == 1
+    )
     side_by_side = side_by_side and not program.padding
-    changed = any(p.weight is not None or p.sign is not None for p in program.probes)
+    changed = any(p.weight is not None or p.sign is not None for p in program.row_lookups)
     return numbers, 0 if side_by_side and not changed and program.projection is None else floats
 
 

@@ -41,14 +41,14 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
         ids = ids.to(arrays.arrays.words.device)
         names = [t.name for t in program.tables]
         read: dict[tuple[int, int], list[Tensor]] = {}
-        for probe, span in zip(program.probes, program.spans, strict=True):
-            code = torch.full_like(ids, names.index(probe.table) << 40)  # beyond any row
-            for transform in probe.transforms:
+        for row_lookup, span in zip(program.row_lookups, program.spans, strict=True):
+            code = torch.full_like(ids, names.index(row_lookup.table) << 40)  # beyond any row
+            for transform in row_lookup.transforms:
                 rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
                 code = hashing.splitmix64(code + rows, 1)
-            for step in range(0 if probe.sign is None else min(probe.run, _SIGNS_OF_A_RUN)):
-                salt: Any = probe.sign
-                if probe.run > 1:
+            for step in range(0 if row_lookup.sign is None else min(row_lookup.run, _SIGNS_OF_A_RUN)):
+                salt: Any = row_lookup.sign
+                if row_lookup.run > 1:
                     salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
                 code = hashing.splitmix64(code + hashing.hash_signs(ids, salt), 2)
             read.setdefault(span, []).append(code)
@@ -148,8 +148,8 @@ def _mixed(stats: FieldStats, heads: Sequence[tuple[int, int]], rate: float, cel
 
 def _sharing(program: LookupProgram, n: int) -> list[Sharing]:
     """What each transform says of n ids."""
-    reads = [(p.transform, p.table) for p in program.probes]
-    reads += [(p.weight.transform, p.weight.table) for p in program.probes if p.weight is not None]
+    reads = [(p.transform, p.table) for p in program.row_lookups]
+    reads += [(p.weight.transform, p.weight.table) for p in program.row_lookups if p.weight is not None]
     return [transform.sharing(n, program.table(table).rows) for transform, table in reads]
 
 
@@ -167,8 +167,10 @@ def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
 def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
     """Combinations of hashed rows and signs, as equally likely as the hash makes them."""
     sizes = {s.key: s.rows for s in sharing if s.rows and not s.even}
-    signs = math.prod(2.0 ** min(p.run, _SIGNS_OF_A_RUN) for p in program.probes if p.sign is not None)
-    alike = Counter((p.table, span) for p, span in zip(program.probes, program.spans, strict=True) if p.weight is None)
+    signs = math.prod(2.0 ** min(p.run, _SIGNS_OF_A_RUN) for p in program.row_lookups if p.sign is not None)
+    alike = Counter(
+        (p.table, span) for p, span in zip(program.row_lookups, program.spans, strict=True) if p.weight is None
+    )
     orders = math.prod(math.factorial(k) for k in alike.values())
     return max(1.0, signs * math.prod(float(s) for s in sizes.values()) / orders)
 

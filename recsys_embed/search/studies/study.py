@@ -94,7 +94,7 @@ class MethodStudy:
         room = {text: budget - self._linear_bytes(budget) for text, budget in self.budgets.items()}
         methods = settings.methods or study_methods()
         self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
-        self._probe(self._sampler())
+        self._row_lookup(self._sampler())
         self.storage = open_storage(storage, there=there)
         with self.guarded():
             self.study = self._open(there)
@@ -115,8 +115,8 @@ class MethodStudy:
     def steps(self) -> int:
         """Of a full training."""
         c = self.full_config
-        probe = self.data.batches("train", c.batch_size, shuffle=False)
-        return min(c.steps or 1 << 62, len(probe) * c.epochs)
+        row_lookup = self.data.batches("train", c.batch_size, shuffle=False)
+        return min(c.steps or 1 << 62, len(row_lookup) * c.epochs)
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -189,7 +189,7 @@ class MethodStudy:
         s = self.settings
         return make_sampler(s.sampler, self.distributions, self.full_config.seed, s.trials, s.sampler_args)
 
-    def _probe(self, sampler: optuna.samplers.BaseSampler) -> None:
+    def _row_lookup(self, sampler: optuna.samplers.BaseSampler) -> None:
         """Let a sampler draw for nothing: some take one objective, or no continuous parameters, and say so late."""
         objectives = self.settings.objectives
         study = optuna.create_study(sampler=sampler, directions=[OBJECTIVES[o] for o in objectives])
