@@ -98,7 +98,7 @@ MOVED = {
     "shared": "embedding.shared_tables",
     "shipping": "exports",
     "shipping.container": "exports.file_format",
-    "shipping.files": "exports.files",
+    "shipping.files": "utils.files",
     "shipping.graph": "exports.graph",
     "shipping.graph_check": "exports.graph_check",
     "shipping.graph_inputs": "exports.graph_inputs",

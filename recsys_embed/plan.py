@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,17 +13,20 @@ from torch import Tensor
 from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.core.id_sets import members_of
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Table
+from recsys_embed.core.plan_arrays import PlanArrays, write_pieces
+from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
 from recsys_embed.utils.settings import check_settings, refuse_unknown
+from recsys_embed.utils.strict_json import strict_json
 
 PLAN_VERSION = 1
 REASON = "reason"
 SETS = "sets"
-_KEYS = ("version", "notes", "features", SETS)
+ARRAYS = "arrays"
+_KEYS = ("version", "notes", "features", SETS, ARRAYS)
 
 
 def table_key(spec: FeatureSpec, table: Table) -> str:
@@ -94,6 +98,9 @@ class Plan:
         sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.core.id_sets.set_text`;
             features without any own rows by frequency.
 
+        arrays: what other indexes hold, as the codes of a learned clustering; :meth:`save` writes them into a file
+            beside the plan's text.
+
     ``reasons`` and ``notes`` are for people: plans of equal configurations are equal.
 
     >>> schema = Schema([FeatureSpec("C1", 1000, 16), FeatureSpec("C2", 50_000, 16)])
@@ -106,6 +113,7 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
     notes: PlanNotes | None = field(default=None, compare=False)
     sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    arrays: PlanArrays | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "configs", dict(self.configs))
@@ -119,6 +127,9 @@ class Plan:
         for name, texts in self.sets.items():
             if name not in self.configs or not all(isinstance(t, str) for t in (*texts, *texts.values())):
                 faults.append(f"sets of ids are texts by index, for a feature of the plan; got {name!r}")
+        for name in () if self.arrays is None else self.arrays.layout:
+            if name not in self.configs:
+                faults.append(f"arrays are for features of the plan; got {name!r}")
         raise_faults(faults, "Plan")
 
     def __getitem__(self, feature: str) -> MethodConfig:
@@ -133,6 +144,59 @@ class Plan:
     def members(self, spec: FeatureSpec) -> dict[str, Tensor]:
         """Ids of each index of a feature that a search has filled: int64, ascending."""
         return {index: members_of(text, spec.num_ids) for index, text in self.sets.get(spec.name, {}).items()}
+
+    def with_arrays(self, arrays: Mapping[str, Mapping[str, Tensor]]) -> Plan:
+        """The same plan with integer tensors by feature and index, as ``assign_`` takes them.
+
+        Raises:
+            ConfigError: a tensor of another type, or of a feature that the plan does not have.
+        """
+        return replace(self, arrays=PlanArrays.of(arrays))
+
+    def assigned(self, schema: Schema) -> dict[str, dict[str, Tensor]]:
+        """What indexes hold, by feature and index: sets of ids and arrays, as ``assign_`` takes them.
+
+        Raises:
+            ConfigError: the plan's arrays are described, but not at hand.
+        """
+        out = {name: self.members(schema[name]) for name in self.sets}
+        if self.arrays is not None:
+            for name, row in self.arrays.need_values().items():
+                out.setdefault(name, {}).update(row)
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan's text, and its arrays, if any, into ``NAME.arrays.safetensors`` beside it.
+
+        Args:
+            path: of the text, ``NAME.json``.
+        """
+        path, data = Path(path), self.to_dict()
+        if self.arrays is not None:
+            self.arrays.need_values()
+            beside = path.with_name(f"{path.stem}.arrays.safetensors")
+            write_pieces(beside, self.arrays.pieces())
+            data[ARRAYS] = {"file": beside.name, **self.arrays.to_dict()}
+        write_pieces(path, [(json.dumps(data, indent=2) + "\n").encode()])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and its arrays.
+
+        Raises:
+            ConfigError: no plan, or a faulty one; arrays that are missing or not those that were saved with it.
+        """
+        path = Path(path)
+        try:
+            data = strict_json(path.read_text(encoding="utf-8"))
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{path} is no plan: {e}") from e
+        try:
+            return cls.from_dict(data, path.parent)
+        except ConfigError as e:
+            raise type(e)(f"{path}: {e}") from e
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
@@ -172,17 +236,24 @@ class Plan:
                 faults += [f"{fault} (feature {spec.name!r})" for fault in self[spec.name].check(spec)]
         raise_faults(faults, "Plan")
 
-    def tables(self, schema: Schema) -> dict[str, Table]:
-        """Every physical table once, by its key; tables shared between features must agree in shape.
+    def gathered(self, schema: Schema) -> dict[str, LookupProgram]:
+        """Lookup programs of the features whose rows are gathered from tables, by name.
 
-        Features whose lookup is a module of its own (``config.computes``) are not listed.
+        The others compute their vectors (``config.computes``), each by a module of its own.
+        """
+        return {s.name: self[s.name].program(s) for s in schema if not self[s.name].computes}
+
+    def tables(self, schema: Schema) -> dict[str, Table]:
+        """Every physical table that rows are gathered from, or that a head multiplies by, once, by its key.
+
+        Raises:
+            ConfigError: features that share a table do not agree in its shape.
         """
         self.check(schema)
         tables: dict[str, Table] = {}
-        for spec in schema:
-            if self[spec.name].computes:
-                continue
-            for table in self[spec.name].program(spec).tables:
+        for name, program in self.gathered(schema).items():
+            spec = schema[name]
+            for table in program.tables:
                 known = tables.setdefault(table_key(spec, table), table)
                 if known != table:
                     raise ConfigError(
@@ -201,11 +272,12 @@ class Plan:
         for table in self.tables(schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
             total += Footprint(weights=itemsize * table.rows * table.width, optimizer=state)
+        gathered = self.gathered(schema)
         for spec in schema:
-            if self[spec.name].computes:
-                total += self[spec.name].footprint(spec, itemsize)
-            else:
+            if spec.name in gathered:
                 total += Footprint(index=self[spec.name].footprint(spec).index)
+            else:
+                total += self[spec.name].footprint(spec, itemsize)
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,18 +287,24 @@ class Plan:
             for name, c in self.configs.items()
         }
         sets = {SETS: {name: dict(texts) for name, texts in self.sets.items()}} if self.sets else {}
-        return {"version": PLAN_VERSION, **notes, "features": features, **sets}
+        arrays = {} if self.arrays is None else {ARRAYS: self.arrays.to_dict()}
+        return {"version": PLAN_VERSION, **notes, "features": features, **sets, **arrays}
 
     def to_json(self) -> str:
         """Text a person can read, diff and edit; :meth:`from_dict` of its parse gives the plan back."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, data: Mapping[str, Any], folder: Path | None = None) -> Plan:
         """Inverse of :meth:`to_dict`.
 
+        Args:
+            data: JSON values.
+            folder: where the file of the plan's arrays is looked for; without it a plan that names its file by a
+                relative path gets their description alone.
+
         Raises:
-            ConfigError: another version, or an unknown method or option.
+            ConfigError: another version, an unknown method or option, or arrays that are not those of the plan.
         """
         found = data if isinstance(data, Mapping) else {}
         if (
@@ -256,4 +334,5 @@ class Plan:
         kinds = {kind for kind, _ in errors}
         raise_faults([fault for _, fault in errors], "Plan", kinds.pop() if len(kinds) == 1 else ConfigError)
         notes = None if found.get("notes") is None else PlanNotes.from_dict(found["notes"])
-        return cls(configs, reasons, notes, sets)
+        arrays = None if found.get(ARRAYS) is None else PlanArrays.from_dict(found[ARRAYS], folder)
+        return cls(configs, reasons, notes, sets, arrays)

@@ -24,9 +24,11 @@ from recsys_embed.embedding.method_checks import faults_of
 from recsys_embed.errors import BackendError, BudgetError, CheckpointError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels import reference
-from recsys_embed.optim import SGD
+from recsys_embed.optim import SGD, Adam
 from recsys_embed.plan import Plan
+from recsys_embed.planning.limits import Costs
 from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
+from recsys_embed.report.memory import memory_report
 
 ROWS, WIDTH = 403, 8
 IDS = torch.tensor([[0, 402, 7], [7, 31, 400]])
@@ -218,12 +220,13 @@ def equals_its_program(method: MethodInfo) -> None:
     assert not module.program.faults()
     ids = torch.arange(ROWS)
     tables = {t.name: module.table(t.name) for t in module.program.tables}
-    expected = reference.lookup(module.program, tables, ids)
+    index = module.kernel.index
+    expected = reference.lookup(module.program, tables, ids, index)
     torch.testing.assert_close(module(ids), expected)
     torch.testing.assert_close(module.materialize(), expected)
     bound = {t.name: t.rows for t in module.program.tables}
     for row_lookup in module.program.row_lookups:
-        rows = row_lookup.transform.rows(ids)
+        rows = index.rows(0, row_lookup.transform, ids)
         assert -1 <= int(rows.min()) <= int(rows.max()) < bound[row_lookup.table], (
             f"rows of {row_lookup.table} leave the table"
         )
@@ -270,11 +273,13 @@ def budgets_are_kept(method: MethodInfo) -> None:
         last = size
     assert met, "no budget up to the plain table's bytes can be met"
     half = max(5000 * 16 * 4 // 2, method.config_cls.sized(spec, 1).footprint(spec).serve)
+    fitted = method.config_cls.for_budget(spec, half)
     for dtype in (torch.float64, torch.bfloat16):
-        budget = half * dtype.itemsize // 4
+        # Index arrays take the same bytes beside elements of any type.
+        budget = fitted.footprint(spec, dtype.itemsize).serve
         module = method.embedding_cls(5000, 16, budget=budget, dtype=dtype)
         assert module.footprint().serve <= budget, f"budget {budget} at {dtype}: sized {module.footprint().serve}"
-        assert module.config == method.config_cls.for_budget(spec, half), f"a budget must count elements of {dtype}"
+        assert module.config == fitted, f"a budget must count elements of {dtype}"
 
 
 def config_is_data(method: MethodInfo) -> None:
@@ -371,6 +376,8 @@ def runs_in_a_collection(method: MethodInfo) -> None:
         collection = EmbeddingCollection(schema, plan)
     ids = torch.tensor([[402, 49, 998], [0, 0, 0]])
     out = collection(ids)
+    vectors = sum(plan[s.name].program(s).vectors for s in schema)
+    assert out.shape == (2, vectors, WIDTH), f"a collection must give (2, {vectors}, {WIDTH}); got {tuple(out.shape)}"
     torch.testing.assert_close(out, EmbeddingCollection(schema, plan, backend="reference")(ids))
     torch.testing.assert_close(collection(ids.T.reshape(-1), torch.arange(7)), out)
     with poisoned_memory():
@@ -383,6 +390,53 @@ def runs_in_a_collection(method: MethodInfo) -> None:
         torch.testing.assert_close(after, expected, msg=f"{name}: a fused step must equal a plain one")
         if after.requires_grad:
             torch.testing.assert_close(after.grad, p.grad)
+
+
+def _mixed(method: MethodInfo, width: int) -> tuple[Schema, Plan]:
+    """The method beside plain tables of a width."""
+    schema = Schema(
+        [FeatureSpec("plain", 50, width), FeatureSpec("embedding", ROWS, WIDTH), FeatureSpec("last", 9, width)]
+    )
+    plain = Plan.full(schema)
+    return schema, Plan({**plain.configs, "embedding": example(method).config})
+
+
+def stands_beside_others_in_a_collection(method: MethodInfo) -> None:
+    ids = torch.tensor([[49, 402, 8], [0, 0, 0], [3, 7, 1]])
+    for width in (WIDTH, WIDTH + 4):
+        schema, plan = _mixed(method, width)
+        for backend in ("auto", "torch", "reference"):
+            collection = EmbeddingCollection(schema, plan, backend=backend)
+            module = method.embedding_cls(
+                ROWS, WIDTH, config=plan["embedding"], init=schema["embedding"].init, mode="sum"
+            )
+            own = module(ids[:, 1:2])
+            plain, last = (collection.table(f"{n}.weight")[ids[:, i]] for n, i in (("plain", 0), ("last", 2)))
+            wanted = torch.cat([plain, own, last], 1)
+            for out in (collection(ids), collection(ids.T.reshape(-1), torch.arange(10))):
+                where = f"beside plain tables of width {width}, backend {backend!r}"
+                assert out.numel() == wanted.numel(), f"{where}: expected {wanted.shape[1]} columns, got {out.shape}"
+                torch.testing.assert_close(out.flatten(1), wanted, msg=f"{where}: other vectors than alone")
+
+
+def training_bytes_agree(method: MethodInfo) -> None:
+    schema, plan = _mixed(method, WIDTH)
+    for optimizer in (SGD(lr=0.1), Adam(lr=0.1)):
+        collection = EmbeddingCollection(schema, plan, optimizer)
+        collection(torch.tensor([[49, 402, 8]])).square().sum().backward()
+        held = collection.footprint().train
+        dense = sum(p.nbytes for p in collection.parameters() if p.requires_grad)
+        state = [v for k, v in collection.named_buffers() if k.startswith(collection.storages)]
+        index = sum(i.nbytes for s in schema for i in plan[s.name].program(s).indexes)
+        allocated = sum(t.nbytes for t in [*collection.parameters(), *state]) + dense + index
+        said = {
+            "the collection": held,
+            "the plan's arithmetic": Costs(optimizer, train=True).plan(plan, schema),
+            "the plan's report": memory_report(plan, schema=schema, optimizer=optimizer).total("train"),
+            "the collection's report": memory_report(collection).total("train"),
+        }
+        wrong = {who: n for who, n in said.items() if n != allocated}
+        assert not wrong, f"{type(optimizer).__name__} trains on {allocated} bytes; {wrong}"
 
 
 EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
@@ -407,6 +461,8 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     compiles_and_exports_whole,
     fits_a_trained_table,
     runs_in_a_collection,
+    stands_beside_others_in_a_collection,
+    training_bytes_agree,
 )
 
 

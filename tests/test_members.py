@@ -39,7 +39,7 @@ def test_positions_are_places_in_the_sorted_members(form: str, data: st.DataObje
     for program, (index, counts) in enumerate(cases):
         store.assign_(program, counts)
         members = _oracle(index, counts.tolist())
-        assert store.members(program, "hot").tolist() == members
+        assert store.value(program, "hot").tolist() == members
         ids = torch.tensor([*range(index.size), -1, index.size, 2**40, -(2**63), 2**63 - 1])
         want = [members.index(i) if i in members else -1 for i in ids.tolist()]
         params = (index.start, index.count, index.size)
@@ -72,7 +72,7 @@ def test_a_module_from_the_meta_device_comes_back_as_ranks() -> None:
     index = Index("hot", 100, 0, 40, "bitmap")
     with torch.device("meta"):
         store = IndexStore([[index]])
-    assert store.to_empty(device="cpu").members(0, "hot").tolist() == list(range(40))
+    assert store.to_empty(device="cpu").value(0, "hot").tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("form", ["bitmap", "sorted"])

@@ -1,4 +1,4 @@
-"""``--model package.module:function``: what is named is called, and every way to get it wrong is one clear line."""
+"""``--model-factory package.module:function``: what is named is called; what is wrong, one clear line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_packages_and_dotted_attributes(module) -> None:
     "text", ["", "make", ":make", "a:", "a:b:c", "a b:make", "../x:make", "a..b:make", "a:make()", "a:1x"]
 )
 def test_other_forms_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--model takes package\.module:function"):
+    with pytest.raises(ConfigError, match=r"--model-factory takes package\.module:function"):
         load_target(text)
 
 

@@ -255,11 +255,15 @@ def test_collections_follow_the_definition(method: MethodInfo, seed: int, batch:
 @pytest.mark.parametrize(
     "options", [{"combine": "path", "hidden": 1}, {"bag": "pooled"}, {"bag": "pooled", "combine": "sum"}]
 )
-def test_collections_of_modules_that_run_themselves(options: dict[str, Any]) -> None:
+def test_collections_of_methods_with_a_head(options: dict[str, Any]) -> None:
     coll = EmbeddingCollection(SCHEMA, Plan.uniform(SCHEMA, "compositional", num_collisions=6, **options))
     columns = [torch.tensor(good(s, rse.get_method("compositional"), [3, *JUNK, s.num_embeddings])) for s in SCHEMA]
     out = coll(torch.stack(columns, 1))
-    alone = [coll.bundle.own["feature_" + s.name](c) for s, c in zip(SCHEMA, columns, strict=True)]
+    cls = rse.get_method("compositional").embedding_cls
+    alone = [
+        cls(s.num_embeddings, s.embedding_dim, config=coll.plan[s.name], name=s.name, init=s.init, unseen=s.unseen)(c)
+        for s, c in zip(SCHEMA, columns, strict=True)
+    ]
     torch.testing.assert_close(out, torch.stack(alone, 1))
     bags = {s.name: c.view(-1, 1) for s, c in zip(SCHEMA, columns, strict=True)}
     torch.testing.assert_close(coll(bags), out)
@@ -269,7 +273,7 @@ def test_collections_of_modules_that_run_themselves(options: dict[str, Any]) -> 
     torch.testing.assert_close(coll(longer), out)
     assert not out[1:, 0].any()
     out[1:, 0].sum().backward()
-    assert not any(p.grad.any() for n, p in coll.named_parameters() if "feature_a" in n and p.grad is not None)
+    assert not any(p.grad.any() for n, p in coll.named_parameters() if p.grad is not None)
 
 
 @METHODS
@@ -407,7 +411,7 @@ def test_any_shape_and_both_widths_of_integers(method: str, policy: Any, ids: Te
 
 def test_training_runs_declare_it() -> None:
     from recsys_embed.train.config import TrainConfig
-    from recsys_embed.train.run import schema_of
+    from recsys_embed.train.inputs import schema_of
 
     class Data:
         @staticmethod

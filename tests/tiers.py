@@ -60,7 +60,10 @@ def mark_crossed(items: Sequence[pytest.Item]) -> None:
             tests[item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
         marker = cases[0].get_closest_marker("crossed")
-        kept = set(covering([case_of(item) for item in cases], *marker.args))
+        found = [case_of(item) for item in cases]
+        if len(found[0]) < 2:
+            raise pytest.UsageError(f"{cases[0].nodeid}: `crossed` needs two parameters or more; use slow_but for one")
+        kept = set(covering(found, *marker.args))
         for position, item in enumerate(cases):
             if position not in kept:
                 item.add_marker(pytest.mark.slow)

@@ -160,6 +160,9 @@ RSE_API i64 rse_record_sizes(i64 which) {
   return sizes[which];
 }
 
+// Kinds and fields of transforms, which the caller compares likewise.
+RSE_API const char* rse_transform_layout() { return TRANSFORM_LAYOUT; }
+
 // Names of the optimizers' rules in order of their numbers, each followed by a space.
 RSE_API const char* rse_rules() {
   static const std::string names = plain::Rules::names();

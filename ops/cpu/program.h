@@ -7,21 +7,13 @@ using i64 = int64_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
 
-enum Kind : i64 { DIGIT = 0, HASH = 1, MURMUR = 2, RANGE = 3, BITMAP = 4, SORTED = 5 };
+#include "transforms.h"
+
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
 // How a storage keeps its rows. Integers: scale and bias in fp16, then codes, x = code * scale + bias; two INT4 to a byte.
 enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
 // In place of a rule: gradients are handed out.
 constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2;
-
-// From ids to rows of one table; -1 where an id has none.
-struct Transform {
-  i64 kind;
-  i64 div, mod, affine, a, b, p;                   // DIGIT: ((a x + b) % p) / div % mod; mod 0 keeps the quotient
-  i64 salt, size, stride, offset, head, absent;    // HASH
-  i64 word;                                        // MURMUR, with salt as its seed
-  i64 start, count, at, rest;                      // members of an index; others hash into `rest` rows behind them
-};
 
 // One read per id: `run` rows of `width` from the row on, at `column` of the feature's part of an output.
 struct RowLookup {
@@ -43,13 +35,6 @@ struct Feature {
   i64 padding;                                     // of the width, columns of zeros at the end
   i64 plain;                                       // gradients reach rows unchanged but for a constant factor
   i64 mean;                                        // bags are averaged, not summed
-};
-
-// Arrays of all indexes; see recsys_embed/core/id_sets.py.
-struct Index {
-  const i64* words;
-  const i32* ranks;
-  const i32* values;
 };
 
 struct Matrix {
@@ -97,7 +82,7 @@ struct Call {
   i64 output_count;
   Matrix kept;                                     // rows as features that are not plain read them; data may be null;
                                                    // with offsets packed feature after feature
-  Index index;
+  const void* const* index;                        // arrays of all indexes, which transforms count from here
   i64 threads;
   const Mask* mask;                                // of outputs[0], its `vectors` are found here; null: none
 };

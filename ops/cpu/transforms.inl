@@ -91,22 +91,30 @@ static inline i64 bits_set(u64 x) {
 #endif
 }
 
-static void members(const Transform& t, const Index& index, const i64* x, i64 n, i64* rows) {
+// Array number i of a transform's index, from where the index begins.
+template <class T>
+static const T* index_array(const Transform& t, const void* const* index, i64 i) {
+  return static_cast<const T*>(index[t.array + i]) + t.at;
+}
+
+static void members(const Transform& t, const void* const* index, const i64* x, i64 n, i64* rows) {
   if (t.kind == RANGE) {
     for (i64 i = 0; i < n; i++) {
       u64 place = u64(x[i]) - u64(t.start);
       rows[i] = place < u64(t.count) ? i64(place) : -1;
     }
   } else if (t.kind == BITMAP) {
+    const i64* words = index_array<i64>(t, index, 0);
+    const i32* ranks = index_array<i32>(t, index, 1);
     for (i64 i = 0; i < n; i++) {
       rows[i] = -1;
       if (u64(x[i]) >= u64(t.size)) continue;
-      i64 at = t.at + (x[i] >> 6), bit = x[i] & 63;
-      u64 word = u64(index.words[at]);
-      if (word >> bit & 1) rows[i] = index.ranks[at] + bits_set(word & ((u64(1) << bit) - 1));
+      i64 at = x[i] >> 6, bit = x[i] & 63;
+      u64 word = u64(words[at]);
+      if (word >> bit & 1) rows[i] = ranks[at] + bits_set(word & ((u64(1) << bit) - 1));
     }
   } else {
-    const i32* first = index.values + t.at;
+    const i32* first = index_array<i32>(t, index, 0);
     for (i64 i = 0; i < n; i++) {
       i64 low = 0, high = t.count;  // the first member >= x
       while (low < high) {
@@ -122,17 +130,32 @@ static void members(const Transform& t, const Index& index, const i64* x, i64 n,
       if (rows[i] < 0) rows[i] = t.count + reduce_range(splitmix(u64(x[i]) ^ u64(t.salt)), u64(t.rest));
 }
 
-static void map_ids(const Transform& t, const Index& index, const i64* x, i64 n, i64* rows) {
+// Numbers of `bits` bits in 32-bit words, lowest bits first; a word follows the last.
+static void codes(const Transform& t, const void* const* index, const i64* x, i64 n, i64* rows) {
+  const u32* words = index_array<u32>(t, index, 0);
+  const u64 mask = (u64(1) << t.bits) - 1;
+  for (i64 i = 0; i < n; i++) {
+    rows[i] = -1;
+    if (u64(x[i]) >= u64(t.size)) continue;
+    const i64 bit = (x[i] * t.stride + t.offset) * t.bits;
+    const u64 both = u64(words[bit >> 5]) | u64(words[(bit >> 5) + 1]) << 32;
+    rows[i] = i64(both >> (bit & 31) & mask);
+  }
+}
+
+static void map_ids(const Transform& t, const void* const* index, const i64* x, i64 n, i64* rows) {
   switch (t.kind) {
     case DIGIT: return digits(t, x, n, rows);
     case HASH: return hashes(t, x, n, rows);
     case MURMUR: return murmur(t, x, n, rows);
+    case IDENTITY: return void(std::memcpy(rows, x, n * sizeof(i64)));
+    case CODES: return codes(t, index, x, n, rows);
     default: return members(t, index, x, n, rows);
   }
 }
 
 // Rows of a storage. One that lies outside its table (damaged arrays, an id that no check saw) is not read: -1.
-static bool storage_rows(const Transform& t, const Index& index, i64 base, i64 table_rows, const i64* x, i64 n,
+static bool storage_rows(const Transform& t, const void* const* index, i64 base, i64 table_rows, const i64* x, i64 n,
                          const unsigned char* none, i32* out) {
   i64 rows[CHUNK];
   map_ids(t, index, x, n, rows);

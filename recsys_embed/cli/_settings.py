@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.train.config import TrainConfig, read_settings
@@ -96,7 +97,7 @@ def read_plan(path: Path) -> Plan:
     except ValueError as e:
         raise ConfigError(f"{path} is not valid JSON: {e}") from e
     try:
-        return Plan.from_dict(data)
+        return Plan.from_dict(data, path.parent)
     except ConfigError as e:
         raise type(e)(f"{path}: {e}") from e
 
@@ -125,7 +126,7 @@ def numbers(text: str) -> tuple[float, ...]:
 FEW_STEPS = 200
 
 
-def say_few_steps(data: Any, config: TrainConfig) -> None:
+def say_few_steps(data: DataSource, config: TrainConfig) -> None:
     """Warn where a run is too short to learn much, as with settings for large data on a small sample."""
     steps = -(-data.splits["train"] // config.batch_size) * config.epochs
     steps = steps if config.steps is None else min(steps, config.steps)

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import names, say_few_steps, search_settings, train_config
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
-from recsys_embed.train.files import drop_temporaries, write_json, write_text
+from recsys_embed.utils.files import drop_leftovers, write_json, write_text
+from recsys_embed.utils.optional import require
 from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
@@ -28,7 +30,7 @@ def methods(
         Path | None, typer.Option("--config", help="Training settings, TOML or JSON; [search] the study's.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/search/methods-MODEL-sSEED.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model key.")] = None,
+    model: opt.Model = None,
     budgets: Annotated[
         str | None, typer.Option("--budgets", "--budget", help="Shares of the plain tables or bytes, e.g. 5%,1MiB.")
     ] = None,
@@ -54,21 +56,17 @@ def methods(
     ] = None,
     warm: Annotated[str | None, typer.Option("--warm-from", help="Storage of an earlier study.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes on this machine.")] = 1,
-    embedding_dim: Annotated[int | None, typer.Option("--embedding-dim", help="Width of the vectors.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes of a full training.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, order and draws.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting: key=value; search.KEY=value for the study's.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")] = "cpu",
+    embedding_dim: opt.EmbeddingDim = None,
+    epochs: opt.Epochs = None,
+    batch_size: opt.BatchSize = None,
+    learning_rate: opt.LearningRate = None,
+    seed: opt.Seed = None,
+    assign: opt.SearchAssign = None,
+    device: opt.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
-    from recsys_embed.search.needs import require_optuna
-
-    require_optuna()
+    _require_optuna()
     from recsys_embed.search.studies.urls import file_of, shown
 
     given, own, rest = search_settings(config, assign or [])
@@ -110,7 +108,7 @@ def methods(
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
         study.sweep()
-        drop_temporaries(folder, age=3600)
+        drop_leftovers(folder, age=3600)
     except Interrupted:
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -152,12 +150,17 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def _require_optuna() -> None:
+    """Optuna, which then tells only of what goes wrong."""
+    optuna: Any = require("optuna", extra="search", purpose="a study")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
     """The study that a command or a worker was asked for; ``there`` if it was made before."""
     from recsys_embed.data import open_dataset
-    from recsys_embed.search.needs import require_optuna
 
-    require_optuna()
+    _require_optuna()
     from recsys_embed.search.studies.settings import StudySettings
     from recsys_embed.search.studies.study import MethodStudy
 
@@ -287,7 +290,8 @@ def pick(
     from recsys_embed.data import open_dataset
     from recsys_embed.exports import export
     from recsys_embed.search.studies.results import best_under, rows_of
-    from recsys_embed.train.run import footprint_dict, plain, run_training
+    from recsys_embed.train.json_values import footprint_dict, plain
+    from recsys_embed.train.run import run_training
 
     if (trial is None) == (under is None):
         raise ConfigError("give --trial N or --under SIZE, and not both")

@@ -39,13 +39,14 @@ def _import(name: str, text: str) -> Any:
         for part in (".".join(parts[: i + 1]) for i in range(len(parts))):
             if _missing(part):
                 raise ConfigError(
-                    f"--model {text!r}: there is no module {part!r} in {Path.cwd()} or among the installed packages"
+                    f"--model-factory {text!r}: there is no module {part!r} in {Path.cwd()} or among "
+                    "the installed packages"
                 )
         return importlib.import_module(name)
     except RecsysEmbedError:
         raise
     except (Exception, SystemExit) as e:
-        raise ConfigError(f"--model {text!r}: importing {name!r} failed: {_reason(e)}") from e
+        raise ConfigError(f"--model-factory {text!r}: importing {name!r} failed: {_reason(e)}") from e
 
 
 def load_target(text: str) -> nn.Module:
@@ -64,13 +65,13 @@ def load_target(text: str) -> nn.Module:
     Identity()
     >>> load_target("torch.nn:Identitty")
     Traceback (most recent call last):
-    recsys_embed.errors.ConfigError: --model 'torch.nn:Identitty': torch.nn has no 'Identitty'; did you mean 'Identity'?
+    recsys_embed.errors.ConfigError: --model-factory 'torch.nn:Identitty': torch.nn has no 'Identitty'; did you mean ...
     """
     from torch import nn
 
     module_name, colon, attribute = text.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
-        raise ConfigError(f"--model takes {FORM}; got {text!r}")
+        raise ConfigError(f"--model-factory takes {FORM}; got {text!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     found, where = _import(module_name, text), module_name
@@ -78,17 +79,17 @@ def load_target(text: str) -> nn.Module:
         if not hasattr(found, part):
             near = get_close_matches(part, dir(found), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"--model {text!r}: {where} has no {part!r}{hint}")
+            raise ConfigError(f"--model-factory {text!r}: {where} has no {part!r}{hint}")
         found, where = getattr(found, part), f"{where}.{part}"
     if isinstance(found, nn.Module) or not callable(found):
         kind = "a model already" if isinstance(found, nn.Module) else f"of type {type(found).__name__}"
-        raise ConfigError(f"--model takes {FORM}; {where} is no function but {kind}")
+        raise ConfigError(f"--model-factory takes {FORM}; {where} is no function but {kind}")
     try:
         model = found()
     except RecsysEmbedError:
         raise
     except (Exception, SystemExit) as e:
-        raise ConfigError(f"--model {text!r}: {where}() failed: {_reason(e)}") from e
+        raise ConfigError(f"--model-factory {text!r}: {where}() failed: {_reason(e)}") from e
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"--model takes {FORM}; {where}() returned a {type(model).__name__}")
+        raise ConfigError(f"--model-factory takes {FORM}; {where}() returned a {type(model).__name__}")
     return model

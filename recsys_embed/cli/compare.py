@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import names, numbers, say_few_steps, split_settings, train_config
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.models import hyperparameters
@@ -17,8 +18,9 @@ from recsys_embed.report.comparison import markdown_table, reasons, rich_table
 from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
 from recsys_embed.train.compare import Comparison, Summary, all_methods, run_comparison, summarise
-from recsys_embed.train.files import write_json, write_text
-from recsys_embed.train.run import environment, footprint_dict
+from recsys_embed.train.environment import environment
+from recsys_embed.train.json_values import footprint_dict
+from recsys_embed.utils.files import write_json, write_text
 
 EXIT_INTERRUPTED = 130
 DEMO_ROWS = 400_000
@@ -49,15 +51,15 @@ def compare(
         str | None, typer.Option("--budgets", "--budget", help="Embedding bytes instead, e.g. 1MiB,4MiB.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Repetitions; each fixes data order and start of all.")] = None,
-    embedding_dim: Annotated[int | None, typer.Option(help="Width of the vectors.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Stop after so many batches.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many validations without gain.")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: key=value.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    embedding_dim: opt.EmbeddingDim = None,
+    epochs: opt.Epochs = None,
+    steps: opt.Steps = None,
+    batch_size: opt.BatchSize = None,
+    learning_rate: opt.LearningRate = None,
+    patience: opt.Patience = None,
+    assign: opt.Assign = None,
+    device: opt.Device = "cpu",
+    as_json: opt.Json = False,
 ) -> int:
     """Train methods alike at the same bytes and print AUC, logloss, bytes and speed of each.
 

@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import read_plan
 from recsys_embed.cli._target import load_target
 from recsys_embed.errors import CheckpointError, ConfigError
 
 
 def compress(
-    model: Annotated[str, typer.Option("--model", help="package.module:function that returns the plain model.")],
     plan: Annotated[Path, typer.Option("--plan", help="JSON of 'recsys-embed plan', by table name or path.")],
+    factory: opt.ModelFactory = None,
+    model: opt.FormerFactory = None,
     state: Annotated[
         Path | None, typer.Option("--state", help="Trained state dict of the plain model: .pt or .safetensors.")
     ] = None,
@@ -30,7 +32,7 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the compressed model's state dict (.pt), to train on or export.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: opt.Json = False,
 ) -> int:
     """Replace the embedding tables of a model as a plan says, fitted to its trained ones, and write its new state.
 
@@ -39,12 +41,15 @@ def compress(
     import torch
 
     from recsys_embed.compress import compress_
-    from recsys_embed.train.files import atomic_write
+    from recsys_embed.utils.files import atomic_write
 
     if dry_run and out is not None:
         raise ConfigError("--dry-run writes nothing; leave --out or --dry-run away")
     chosen = read_plan(plan)
-    target = load_target(model)
+    named = opt.model_factory(factory, model)
+    if named is None:
+        raise ConfigError("give --model-factory package.module:function, which returns the plain model")
+    target = load_target(named)
     if state is not None:
         _load(target, state)
     report = compress_(
@@ -74,12 +79,13 @@ def _counts(model: Any, folder: Path) -> Any:
 def _load(model: Any, path: Path) -> None:
     import torch
 
+    from recsys_embed.utils.files import file_form
     from recsys_embed.utils.optional import require
 
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")
     try:
-        if path.suffix == ".safetensors":
+        if file_form(path) == "safetensors":
             found = require("safetensors.torch", extra="train", purpose="reading .safetensors").load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,6 +10,7 @@ from zipfile import is_zipfile
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._target import load_target
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
@@ -19,10 +20,8 @@ def export(
     source: Annotated[
         Path | None, typer.Argument(help="Folder of a finished run, its model.pt, or an exported file to convert.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A trained model instead: package.module:function, called without arguments."),
-    ] = None,
+    factory: opt.ModelFactory = None,
+    model: opt.FormerFactory = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write, e.g. model.safetensors.")] = None,
     precision: Annotated[
         str, typer.Option("--precision", help="Of the tables' rows: fp32 (same bits), fp16, bf16, int8, int4.")
@@ -38,19 +37,20 @@ def export(
     check: Annotated[
         Path | None, typer.Option("--verify", help="Only check an exported file: every byte of it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: opt.Json = False,
 ) -> int:
     """Write what serving needs into one file: pruned, quantised, without optimizer state; and say what it costs."""
     from recsys_embed.exports import export as write
     from recsys_embed.exports import load
 
+    model = opt.model_factory(factory, model)
     if check is not None:
         if source is not None or model is not None or out is not None:
-            raise ConfigError("--verify only checks a file; leave out SOURCE, --model and --out")
+            raise ConfigError("--verify only checks a file; leave out SOURCE, --model-factory and --out")
         print(_verified(check, as_json))
         return 0
     if (source is None) == (model is None):
-        raise ConfigError("give a SOURCE or --model package.module:function, and not both")
+        raise ConfigError("give a SOURCE or --model-factory package.module:function, and not both")
     if out is None:
         raise ConfigError("name the file to write: --out model.safetensors")
     found: Any = load_target(model) if model is not None else source

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import names, read_plan
 from recsys_embed.cli._target import load_target
 from recsys_embed.compress import table_counts
@@ -37,12 +38,11 @@ def plan(
     schema: Annotated[
         Path | None, typer.Option("--schema", help="Features instead: a file, as Schema.to_dict.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model's tables instead: package.module:function.")
-    ] = None,
+    factory: opt.ModelFactory = None,
+    model: opt.FormerFactory = None,
     stats: Annotated[
         Path | None,
-        typer.Option("--stats", help="Data folder that says how often the ids of --schema or --model occur."),
+        typer.Option("--stats", help="Data folder that says how often the ids of --schema or --model-factory occur."),
     ] = None,
     embedding_dim: Annotated[
         int, typer.Option("--embedding-dim", "--dim", help="Width of the vectors (with --data).")
@@ -54,7 +54,8 @@ def plan(
         str, typer.Option("--optimizer", help=f"For --target train: {', '.join(list_rules())}, none.")
     ] = "rowwise_adagrad",
     itemsize: Annotated[
-        int | None, typer.Option("--itemsize", help="Bytes per number; those of --model's tables, else 4, by default.")
+        int | None,
+        typer.Option("--itemsize", help="Bytes per number; by default those of the model's tables, else 4."),
     ] = None,
     methods: Annotated[
         str | None, typer.Option("--methods", help="Keys to choose from, comma-separated; all by default.")
@@ -93,8 +94,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> int:
     """Choose a method and a size for every table, within a byte budget, and say why."""
-    from recsys_embed.train.files import write_text
+    from recsys_embed.utils.files import write_text
 
+    model = opt.model_factory(factory, model)
     features, source, known = _features(data, schema, model, stats, embedding_dim)
     cluster = None
     if world_size is not None:
@@ -155,10 +157,10 @@ def _features(
 ) -> tuple[Schema, Any, Any]:
     """The features, what they are features of, and who knows how often their ids occur."""
     if sum(source is not None for source in (data, schema, model)) != 1:
-        raise ConfigError("give one of --data, --schema and --model")
+        raise ConfigError("give one of --data, --schema and --model-factory")
     if data is not None:
         if stats is not None:
-            raise ConfigError("--stats goes with --schema or --model; --data has its own")
+            raise ConfigError("--stats goes with --schema or --model-factory; --data has its own")
         dataset = _open(data)
         features = dataset.schema(embedding_dim)
         return features, features, dataset

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._target import load_target
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import list_rules
@@ -22,11 +23,11 @@ def report(
             help="Run folder, data folder, checkpoint or state dict (.pt), .safetensors, plan.json or schema.json."
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model instead: package.module:function, called without arguments.")
-    ] = None,
+    factory: opt.ModelFactory = None,
+    model: opt.FormerFactory = None,
     meta: Annotated[
-        bool, typer.Option("--meta", help="Build --model on the meta device: tables of any size take no memory.")
+        bool,
+        typer.Option("--meta", help="Build the model on the meta device: tables of any size take no memory."),
     ] = False,
     data: Annotated[
         Path | None, typer.Option("--data", help="Data folder: statistics, and the features of a plan.json.")
@@ -51,16 +52,17 @@ def report(
     every: Annotated[bool, typer.Option("--all", help="List every table, not the 30 largest.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page with charts.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write Markdown.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: opt.Json = False,
 ) -> int:
     """Show the bytes of embedding tables by cause, serving and training, and what other methods would cost."""
     from recsys_embed.report.memory import memory_report
-    from recsys_embed.train.files import write_text
+    from recsys_embed.utils.files import write_text
 
+    model = opt.model_factory(factory, model)
     if (source is None) == (model is None):
-        raise ConfigError("give a SOURCE or --model package.module:function, and not both")
+        raise ConfigError("give a SOURCE or --model-factory package.module:function, and not both")
     if meta and model is None:
-        raise ConfigError("--meta is about --model")
+        raise ConfigError("--meta is about --model-factory")
     found: Any = source if model is None else _load(model, meta)
     dataset = None
     if data is not None:

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import say_few_steps, search_settings, train_config
 from recsys_embed.cli._studies import methods, pick
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.models import vector_models
 from recsys_embed.report.search_curves import plot_curves
-from recsys_embed.search import list_searches
-from recsys_embed.search.common import Search, SearchOutcome, run_search
+from recsys_embed.search import Search, SearchOutcome, list_searches, run_search
 from recsys_embed.train import Interrupted
 
 EXIT_INTERRUPTED = 130
@@ -30,24 +30,11 @@ search_app = typer.Typer(
 search_app.command()(methods)
 search_app.command()(pick)
 
-_Data = Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed data'.")]
 _Config = Annotated[
     Path | None, typer.Option("--config", help="Training settings, TOML or JSON; [search] the search's.")
 ]
 _Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/search/METHOD-MODEL-sSEED.")]
 _Model = Annotated[str | None, typer.Option("--model", help=f"{', '.join(vector_models())}.")]
-_Budget = Annotated[str | None, typer.Option("--budget", help="Embedding bytes that the plan must keep to, e.g. 4MiB.")]
-_Ratio = Annotated[float | None, typer.Option("--ratio", help="Or the plain tables' bytes divided by this.")]
-_Dim = Annotated[int | None, typer.Option("--embedding-dim", help="Width of the plain vectors.")]
-_Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes of the search's first stage and of retraining.")]
-_Batch = Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")]
-_Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")]
-_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of weights, order, masks and candidates.")]
-_Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Any other setting: key=value; search.KEY=value for the search's.")
-]
-_Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _add(kind: type[Search]) -> None:
@@ -55,20 +42,20 @@ def _add(kind: type[Search]) -> None:
 
     @search_app.command(kind.method, help=kind.summary)
     def command(
-        data: _Data,
+        data: opt.Data,
         config: _Config = None,
         out: _Out = None,
         model: _Model = None,
-        budget: _Budget = None,
-        ratio: _Ratio = None,
-        embedding_dim: _Dim = None,
-        epochs: _Epochs = None,
-        batch_size: _Batch = None,
-        learning_rate: _Rate = None,
-        seed: _Seed = None,
-        assign: _Set = None,
-        device: _Device = "cpu",
-        as_json: _Json = False,
+        budget: opt.Budget = None,
+        ratio: opt.Ratio = None,
+        embedding_dim: opt.EmbeddingDim = None,
+        epochs: opt.Epochs = None,
+        batch_size: opt.BatchSize = None,
+        learning_rate: opt.LearningRate = None,
+        seed: opt.Seed = None,
+        assign: opt.SearchAssign = None,
+        device: opt.Device = "cpu",
+        as_json: opt.Json = False,
     ) -> int:
         options = {
             "model": model,

@@ -10,19 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import read_plan, say_few_steps, split_settings, train_config
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
-from recsys_embed.models import list_models
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
-from recsys_embed.train.run import RunOutcome, footprint_dict, plain
+from recsys_embed.train.driver import RunOutcome
+from recsys_embed.train.json_values import footprint_dict, plain
 
 EXIT_INTERRUPTED = 130
 
 
 def train(
-    data: Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed data'.")],
+    data: opt.Data,
     config: Annotated[
         Path | None, typer.Option("--config", help="Settings, TOML or JSON; options below override them.")
     ] = None,
@@ -30,33 +31,29 @@ def train(
         Path | None, typer.Option("--out", help="Run folder; default runs/train/MODEL-METHOD-sSEED.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
-    model: Annotated[str | None, typer.Option("--model", help=f"{', '.join(list_models())}.")] = None,
+    model: opt.Model = None,
     method: Annotated[
         str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified, planned.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Plan of 'recsys-embed plan --out', instead of --method.")
     ] = None,
-    ratio: Annotated[float | None, typer.Option("--ratio", help="Embedding bytes of full divided by this.")] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="Embedding bytes, e.g. 4MiB.")] = None,
-    embedding_dim: Annotated[int | None, typer.Option("--embedding-dim", help="Width of the vectors.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training rows.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many batches.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")] = None,
-    patience: Annotated[
-        int | None, typer.Option("--patience", help="Stop after so many validations without gain.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, order and dropout.")] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting: key=value, e.g. model_args.dropout=0.1.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")] = "cpu",
+    ratio: opt.Ratio = None,
+    budget: opt.Budget = None,
+    embedding_dim: opt.EmbeddingDim = None,
+    epochs: opt.Epochs = None,
+    steps: opt.Steps = None,
+    batch_size: opt.BatchSize = None,
+    learning_rate: opt.LearningRate = None,
+    patience: opt.Patience = None,
+    seed: opt.Seed = None,
+    assign: opt.Assign = None,
+    device: opt.Device = "cpu",
     shard: Annotated[
         str | None, typer.Option("--shard", help="Under torchrun: how TorchRec shards all tables, e.g. row_wise.")
     ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into the run folder.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: opt.Json = False,
 ) -> int:
     """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume.
 

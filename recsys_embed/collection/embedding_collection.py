@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
 from recsys_embed.collection.bags import to_bags
-from recsys_embed.collection.fused_tables import SteppedTables
+from recsys_embed.collection.earlier_states import take_in_tables_of_modules
+from recsys_embed.collection.fused_bundle import FusedBundle
+from recsys_embed.collection.fused_tables import OneStep, SteppedTables
 from recsys_embed.collection.lookup_bundle import LookupBundle
+from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.fused_gather import FusedGather, read_rows
 from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
+from recsys_embed.kernels.places import Gather
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
@@ -81,6 +87,7 @@ class EmbeddingCollection(SteppedTables):
             )
         like = torch.empty(0, device=device, dtype=dtype)
         backend = dispatch.named(backend)
+        by_name = backend in ("native", "triton")
         kernels = dispatch.kernels(backend, optimizer)
         backend = dispatch.choose(backend, optimizer, like.device)
         if backend == "reference" and optimizer is not None:
@@ -90,6 +97,8 @@ class EmbeddingCollection(SteppedTables):
             )
         plan = Plan.full(schema) if plan is None else plan
         tables = plan.tables(schema)
+        if kernels:
+            _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
         super().__init__(shapes, optimizer, like.device, like.dtype, backend)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
@@ -110,7 +119,7 @@ class EmbeddingCollection(SteppedTables):
                 table.init.fill_(values, hashing.salt(self.seed, "init", key))
             self._reset_steps()
         self.bundle.reset_own(self.seed)
-        self.bundle.assign_({name: self.plan.members(self.schema[name]) for name in self.plan.sets})
+        self.bundle.assign_(self.plan.assigned(self.schema))
 
     def table(self, key: str) -> Tensor:
         """View ``[rows, width]`` of a physical table, by its key in ``tables`` (e.g. ``"C1.weight"``).
@@ -173,22 +182,28 @@ class EmbeddingCollection(SteppedTables):
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
-    def _gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
+    def _gather(self, storage: str, rows: Tensor, partial_rows: bool, once: OneStep | None = None) -> Tensor:
         if self.served is not None and storage in self.served:
             vectors: Tensor = self.served[storage](rows, partial_rows)
             return vectors
         weight = getattr(self, storage)
         if self._stepping:
             self._settle_rows(storage, rows)
-            out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, partial(self._update, storage))
+            update = partial(self._update, storage, once=once)
+            out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
+    @property
+    def _bundle(self) -> LookupBundle:
+        """The attribute ``bundle``, which torch finds last of all, ten times slower."""
+        return self._modules["bundle"]  # type: ignore[return-value]
+
     def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not kernels or (self.sparse and torch.compiler.is_compiling()):
+        if not kernels or (torch.compiler.is_compiling() and (self.sparse or self._bundle.torch_gathers)):
             return None
-        served: Any = self._modules.get("served")  # see `bundle` in forward
+        served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
         if served is not None:
             stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
@@ -227,8 +242,7 @@ class EmbeddingCollection(SteppedTables):
         stepping = self._stepping
         if not stepping:
             self._settle_before_reading()
-        # As an attribute torch finds it last of all, ten times slower.
-        bundle: Any = self._modules["bundle"]
+        bundle = self._bundle
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
             if ids.shape[1] != len(self.schema):
@@ -242,24 +256,34 @@ class EmbeddingCollection(SteppedTables):
             inside = (
                 fused is not None
                 and stage is not None
-                and bundle.fused[fused[0]].masks(bundle)
+                and bundle.fused[fused[0]].masks
+                and bundle.output_dim is not None
+                and bundle.output_dim is not None
                 and stage.fits(ids, (*ids.shape, bundle.output_dim))
             )
             if fused is None:
                 out: Tensor = bundle.single(ids.long(), self._gather)
             else:
-                step = self._native_step if stepping else None
-                out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, stage if inside else None)
+                step, gather = self._step_of(stepping, bundle.fused[fused[0]])
+                out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, gather, stage if inside else None)
             return out if mask is None or stage is None or inside else mask.through(stage, out, ids)
         if mask is not None:
             raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
         given = bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
-        fused = self._fused_tables(bundle.fused, bags.values)
-        if fused is None or not bundle.fused[fused[0]].pools(bundle, bags):
+        fused = self._fused_tables(bundle.fused_bags, bags.values)
+        if fused is None or not bundle.fused_bags[fused[0]].pools(bags):
             return bundle.pooled(bags, self._gather)
-        step = self._native_step if stepping else None
-        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse)
+        step, gather = self._step_of(stepping, bundle.fused_bags[fused[0]])
+        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse, gather)
+
+    def _step_of(self, stepping: bool, fused: FusedBundle) -> tuple[NativeStep | None, Gather]:
+        """What kernels, and the torch operations beside them, do in backward: one step together."""
+        if not stepping or not fused.rest:
+            return self._native_step if stepping else None, self._gather
+        once = OneStep()
+        step = self._native_step._replace(update=partial(self._update_native, once=once))
+        return step, partial(self._gather, once=once)
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 
@@ -288,6 +312,7 @@ class EmbeddingCollection(SteppedTables):
         """Nothing to restore: the comparison comes before any weight is copied."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        take_in_tables_of_modules(state_dict, prefix, self.schema, self.plan, self.places, self.tables)
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
@@ -297,3 +322,25 @@ class EmbeddingCollection(SteppedTables):
     def extra_repr(self) -> str:
         methods = sorted({self.plan[n].method for n in self.plan})
         return f"{len(self.schema)} features, methods {methods}, optimizer={self.optimizer}, backend={self.backend!r}"
+
+
+def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | None) -> None:
+    """Say which features fused kernels leave to torch.
+
+    Raises:
+        BackendError: the kernels were asked for by name.
+    """
+    faults = []
+    for name, program in programs.items():
+        lacking = unknown_transforms(program)
+        if not lacking:
+            continue
+        faults.append(f"feature {name!r} maps its ids by {', '.join(lacking)}, which it does not know")
+        if named is None:
+            dispatch.say_once(
+                f"feature {name!r} runs on torch: fused kernels do not know {', '.join(lacking)}; features that "
+                "share no table with it stay fused"
+            )
+    if named is not None:
+        way_out = "'auto' runs these on torch and the others fused, 'torch' runs all"
+        raise_faults(faults, f"backend {named!r}; {way_out}", BackendError)

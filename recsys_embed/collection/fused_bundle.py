@@ -2,176 +2,229 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recsys_embed.collection.bags import Bags
+from recsys_embed.collection.head_tables import HeadTables
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
-from recsys_embed.kernels.native import ops as native_ops
+from recsys_embed.features import Schema
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.native import ops
 from recsys_embed.kernels.native.autograd import NativeStep, look_up
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import Stage
 from recsys_embed.kernels.native.output_pool import OutputPool
-from recsys_embed.kernels.native.records import Slot, supported
+from recsys_embed.kernels.native.records import Slot
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.triton.deferred import DeferredLookup
-from recsys_embed.kernels.vectorised import Place, project
+from recsys_embed.kernels.unseen_ids import Unseen
 
-if TYPE_CHECKING:
-    from recsys_embed.collection.lookup_bundle import LookupBundle
+
+@dataclass(frozen=True)
+class FusedFeatures:
+    """What fused kernels run, and what they need to know of the bundle.
+
+    Args:
+        schema: all features of the bundle.
+        numbers: of the features that are run, among the programs of ``index``.
+        positions: in the schema, of each.
+        programs, places: of each; the kernels know the programs.
+        index: of all programs of the bundle.
+        storages: shape of each storage by name.
+        unseen: the policies of all features.
+        heads: of all features.
+        vectors: per feature of the schema, how many it has.
+        output_dim: width of every vector of the bundle, None where features differ.
+    """
+
+    schema: Schema
+    numbers: Sequence[int]
+    positions: Sequence[int]
+    programs: Sequence[LookupProgram]
+    places: Sequence[Mapping[str, Place]]
+    index: IndexStore
+    storages: Mapping[str, tuple[int, int]]
+    unseen: Unseen
+    heads: HeadTables
+    vectors: Sequence[int]
+    output_dim: int | None
+
+    @property
+    def names(self) -> list[str]:
+        return [self.schema.names[i] for i in self.positions]
+
+    def outputs(self) -> list[tuple[int, ...]]:
+        """Positions that share an output: those without a head; and those whose heads, with what these are applied to,
+        are of one form, so that one call runs them."""
+        found: dict[Hashable, list[int]] = {None: []}
+        for i, program in zip(self.positions, self.programs, strict=True):
+            found.setdefault(self._form(i, program), []).append(i)
+        return [tuple(members) for members in found.values() if members]
+
+    def _form(self, position: int, program: LookupProgram) -> Hashable:
+        head = program.head
+        if head is None:
+            return None
+        optional = not head.keeps_zero and self.unseen.zeros[position]
+        return (program.head_form, program.combined_width, optional, None if head.stacks else position)
+
+
+class _SomeIndexes:
+    """The indexes of some programs of a store, numbered anew."""
+
+    def __init__(self, store: IndexStore, numbers: Sequence[int]) -> None:
+        self._store, self._numbers = store, tuple(numbers)
+        self.indexes = [store.indexes[n] for n in numbers]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._store, name)
+
+    def at(self, program: int, name: str | None) -> int:
+        return self._store.at(self._numbers[program], name)
+
+    def places(self, program: int) -> Mapping[str, int]:
+        return self._store.places(self._numbers[program])
 
 
 class FusedBundle:
-    """On the CPU. Features without a projection share one output; those of one shape of projection share another.
+    """On the CPU.
 
     Args:
-        bundle: the features, each with a program that the kernels know.
-        places: per feature, where its tables lie.
-        storages: shape of each storage by name.
+        features: what is run.
+        rest: parts of the bundle that torch runs.
+        name: of its constants among those of the bundle.
+
+    Attributes:
+        parts: positions of the features of each output.
+        order: name of the constant that says where outputs, and then the rest, stand in the whole output.
+        ordered: they stand there already.
     """
 
-    def __init__(
-        self,
-        bundle: LookupBundle,
-        places: list[dict[str, Place]],
-        storages: Mapping[str, tuple[int, int]],
-    ) -> None:
-        self._unseen = bundle.unseen
-        names = list(bundle.programs)
-        position = {name: i for i, name in enumerate(bundle.schema.names)}
-        projected = {i: shape for shape, members in bundle.projected.items() for i in members}
-        direct = tuple(position[n] for n in names if position[n] not in projected)
-        self.shapes: list[tuple[str | None, tuple[int, ...]]] = [(None, direct)] if direct else []
-        self.shapes += [(shape, tuple(members)) for shape, members in bundle.projected.items()]
+    def __init__(self, features: FusedFeatures, rest: Sequence[int], name: str) -> None:
+        self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
+        self._unseen, self._heads = features.unseen, features.heads
+        self.parts = features.outputs()
+        self._keys = [f"{name}{output}" for output in range(len(self.parts))]
+        self._headed = [self._heads.add(k, p) for k, p in zip(self._keys, self.parts, strict=True)]
+        self._any_headed = any(self._headed)
+        programs = dict(zip(features.positions, features.programs, strict=True))
         slots: dict[int, Slot] = {}
         widths = []
-        for output, (_, members) in enumerate(self.shapes):
+        for output, members in enumerate(self.parts):
             column = 0
             for i in members:
-                slots[i] = Slot(output, column, bundle.schema.features[i].pooling == "mean")
-                column += bundle.programs[bundle.schema.names[i]].combined_width
+                slots[i] = Slot(output, column, features.schema.features[i].pooling == "mean")
+                column += programs[i].combined_width
             widths.append(column)
         # Vectors that need nothing more stand as the whole output has them.
-        dim = bundle.output_dim
+        dim = features.output_dim
         self._shapes = [
-            (width,) if dim is None or shape is not None else (width // dim, dim)
-            for (shape, _), width in zip(self.shapes, widths, strict=True)
+            (width,) if dim is None or headed else (width // dim, dim)
+            for headed, width in zip(self._headed, widths, strict=True)
         ]
-        at = [position[name] for name in names]
+        # Whether the kernels write all vectors, of one width, where they stay; a mask's ids are as they are given.
+        whole = self.parts == [tuple(range(len(features.schema)))] and not any(self._headed) and dim is not None
+        self.masks = self._takes_masks and whole and set(features.vectors) == {1} and not self._unseen.replaces
         limits = self._unseen.integers_of("limits")
+        some = len(features.numbers) < len(features.index.indexes)
         self._build(
-            names,
-            list(bundle.programs.values()),
-            places,
-            bundle.kernel.index,
-            storages,
-            [slots[i] for i in at],
+            features.names,
+            list(features.programs),
+            list(features.places),
+            _SomeIndexes(features.index, features.numbers) if some else features.index,
+            features.storages,
+            [slots[i] for i in features.positions],
             widths,
-            at,
-            [limits[i] for i in at],
-            [self._unseen.zeros[i] for i in at],
+            list(features.positions),
+            [limits[i] for i in features.positions],
+            [self._unseen.zeros[i] for i in features.positions],
         )
-        self.parts = [members for _, members in self.shapes]
-        # Features that run themselves come last.
-        self._own = [i for (i,) in (part for part in bundle.parts if part[0] not in slots)]
-        self.parts += [(i,) for i in self._own]
+
+    _takes_masks = True
 
     def _build(self, names: Sequence[str], *arguments: Any) -> None:
         self.lookup: Any = NativeLookup(*(*arguments, self._shapes))
         self._pool = OutputPool()
 
-    @staticmethod
-    def fits(bundle: LookupBundle) -> bool:
-        """Whether there is something to run, and the kernels know how."""
-        return bool(bundle.programs) and all(map(supported, bundle.programs.values()))
-
     def single(
         self,
-        bundle: LookupBundle,
         ids: Tensor,
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
         mask: Stage | None = None,
+        resolved: bool = False,
     ) -> list[Tensor]:
         """Vectors of ``ids [B, F]``: one tensor ``[B, columns]``, or as the whole output is, per entry of ``parts``.
 
         Args:
             mask: of all vectors, where it ``masks``.
+            resolved: the policies for unseen ids have seen to ``ids``.
 
         Raises:
             IdRangeError: names the first feature at fault.
         """
-        ids = self._resolved(bundle, ids)
-        out = self._projected(bundle, self._outputs(bundle, ids, tables, step, sparse, mask))
-        for i in self._own:
-            out.append(bundle.vectors_of(i, ids[:, i].long()))
-        return out
+        ids = ids if resolved else self._resolved(ids)
+        return self._behind_heads(self._outputs(ids, tables, step, sparse, mask), ids)
 
-    def masks(self, bundle: LookupBundle) -> bool:
-        """Whether :meth:`single` takes a mask: the kernels write all vectors, of one width, where they stay."""
-        whole = (None, tuple(range(len(bundle.schema))))
-        one = self.shapes == [whole] and bundle.output_dim is not None and set(bundle.vectors) == {1}
-        # A mask's parameters are for the ids as they are given.
-        return one and not bundle.unseen.replaces
-
-    def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
-        """Whether :meth:`pooled` takes the bags: sums and means, whose weights are constants."""
-        if torch.compiler.is_compiling() or any(
-            bundle.schema.features[i].pooling == "max" for _, members in self.shapes for i in members
-        ):
+    def pools(self, bags: Bags) -> bool:
+        """Whether :meth:`pooled` takes the bags: their weights are constants."""
+        if torch.compiler.is_compiling():
             return False
         return bags.weights is None or (bags.weights.dtype == torch.float32 and not bags.weights.requires_grad)
 
     def pooled(
-        self, bundle: LookupBundle, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool
+        self,
+        bags: Bags,
+        tables: list[Tensor],
+        step: NativeStep | None,
+        sparse: bool,
+        check: Callable[[], Any] = lambda: None,
     ) -> list[Tensor]:
-        """Pooled vectors of bags, as :meth:`single` has those of ids."""
-        bags = bundle.resolved(bags) if self._unseen.replaces or self._unseen.counting else bags
+        """Pooled vectors of resolved bags of all features, as :meth:`single` has those of ids.
+
+        Args:
+            check: called where an id is out of range, to name the feature.
+        """
         weights = None if bags.weights is None else bags.weights.contiguous()
         ids = Ids(bags.values.contiguous(), bags.offsets.contiguous(), weights, bags.batch)
         try:
             outputs = look_up(self.lookup, self._pool, ids, tables, step=step, sparse=sparse)
         except IdRangeError:
-            bundle.resolved(bags)
+            check()
             raise
-        out = self._projected(bundle, outputs)
-        for i in self._own:
-            offsets = bags.offsets[i * bags.batch : (i + 1) * bags.batch + 1]
-            first, last = int(offsets[0]), int(offsets[-1])
-            weights = None if bags.weights is None else bags.weights[first:last]
-            out.append(bundle.pooled_own(i, bags.values[first:last], offsets - first, weights))
-        return out
+        return self._behind_heads(outputs, None)
 
-    def _projected(self, bundle: LookupBundle, outputs: Sequence[Tensor]) -> list[Tensor]:
-        if not bundle.projected:
-            return list(outputs)
-        out = []
-        for (shape, members), value in zip(self.shapes, outputs, strict=True):
-            if shape is None:
-                out.append(value)
+    def _behind_heads(self, outputs: Sequence[Tensor], ids: Tensor | None) -> list[Tensor]:
+        out = list(outputs)
+        if not self._any_headed:
+            return out
+        for output, headed in enumerate(self._headed):
+            if not headed:
                 continue
-            stacked = value.view(value.shape[0], len(members), value.shape[1] // len(members))
-            out.append(project(stacked, bundle.projections[shape], "bfi,fio->bfo").flatten(1))
+            members, key, value = self.parts[output], self._keys[output], outputs[output]
+            columns = value.view(value.shape[0], len(members), value.shape[1] // len(members))
+            mine = ids[:, list(members)].long() if ids is not None and self._heads.needs_ids(key) else None
+            out[output] = self._heads.vectors(key, columns, mine).flatten(1)
         return out
 
-    def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
+    def _resolved(self, ids: Tensor) -> Tensor:
         """``ids`` after the policies for unseen ones."""
         return self._unseen(ids.long()) if self._unseen.replaces or self._unseen.counting else ids
 
     def _outputs(
-        self,
-        bundle: LookupBundle,
-        ids: Tensor,
-        tables: list[Tensor],
-        step: NativeStep | None,
-        sparse: bool,
-        mask: Stage | None,
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
     ) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
-            return native_ops.look_up(self.lookup, ids, tables, step)
+            return ops.look_up(self.lookup, ids, tables, step)
         try:
             return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse, mask=mask)
         except IdRangeError:
@@ -182,29 +235,22 @@ class FusedBundle:
 class TritonBundle(FusedBundle):
     """On GPUs."""
 
+    _takes_masks = False
+
     def _build(self, names: Sequence[str], *arguments: Any) -> None:
         self._look_up = DeferredLookup(names, *arguments)
 
-    def masks(self, bundle: LookupBundle) -> bool:
+    def pools(self, bags: Bags) -> bool:
         return False
 
-    def pools(self, bundle: LookupBundle, bags: Bags) -> bool:
-        return False
-
-    def _resolved(self, bundle: LookupBundle, ids: Tensor) -> Tensor:
+    def _resolved(self, ids: Tensor) -> Tensor:
         # The kernels check ranges themselves: the assertion that torch has for GPUs would end the process.
         if not (self._unseen.replaces or self._unseen.counting):
             return ids
         return self._unseen.resolve(ids.long(), count=self._unseen.counting, check=False)
 
     def _outputs(
-        self,
-        bundle: LookupBundle,
-        ids: Tensor,
-        tables: list[Tensor],
-        step: NativeStep | None,
-        sparse: bool,
-        mask: Stage | None,
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
     ) -> tuple[Tensor, ...]:
         return self._look_up(ids, tables, step=step, sparse=sparse)
 

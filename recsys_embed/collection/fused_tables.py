@@ -37,6 +37,22 @@ class _Turn:
         return _Turn, ()
 
 
+class OneStep:
+    """Makes one step of what several parts of a lookup do in one backward: who comes first advances the count."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, str], int] = {}
+        self._steps: dict[str, int] = {}
+
+    def begins(self, storage: str, who: str) -> bool:
+        """Whether ``who``, whose backward runs, is the first to step a storage in it."""
+        run = self._runs[storage, who] = self._runs.get((storage, who), 0) + 1
+        if run <= self._steps.get(storage, 0):
+            return False
+        self._steps[storage] = run
+        return True
+
+
 class SteppedTables(nn.Module):
     """Storages ``[rows, width]`` as parameters, each with the state of a fused optimizer, or None.
 
@@ -113,11 +129,12 @@ class SteppedTables(nn.Module):
         return self.optimizer is not None and self.training and torch.is_grad_enabled()
 
     @torch.no_grad()
-    def _update(self, storage: str, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, storage: str, rows: Tensor, grad: Tensor, once: OneStep | None = None) -> None:
         if self.optimizer is None:
             return
         with self._turn:
-            self._paces[storage].advance(self.optimizer, self._lr)
+            if once is None or once.begins(storage, "torch"):
+                self._paces[storage].advance(self.optimizer, self._lr)
             weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
             apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._paces[storage], kernels)
 
@@ -132,9 +149,16 @@ class SteppedTables(nn.Module):
         return [self._paces[name] for name in self.storages]
 
     @torch.no_grad()
-    def _update_native(self, lookup: NativeLookup, ids: Ids, grads: Sequence[Tensor], kept: Tensor | None) -> None:
+    def _update_native(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        grads: Sequence[Tensor],
+        kept: Tensor | None,
+        once: OneStep | None = None,
+    ) -> None:
         tables, states = self._weights(), self._native_step.states
-        self.step_native(lookup, ids, tables, states, grads, kept)
+        self.step_native(lookup, ids, tables, states, grads, kept, once)
 
     @torch.no_grad()
     def step_native(
@@ -145,12 +169,14 @@ class SteppedTables(nn.Module):
         states: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
+        once: OneStep | None = None,
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
         if self.optimizer is not None:
             with self._turn:
-                for pace in self._all_paces:
-                    pace.advance(self.optimizer, self._lr)
+                for name, pace in zip(self.storages, self._all_paces, strict=True):
+                    if once is None or once.begins(name, "fused"):
+                        pace.advance(self.optimizer, self._lr)
                 lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_paces)
 
     def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""From ids of all features to vectors of all features: groups, projections and the modules that run themselves."""
+"""From ids of all features to vectors of all features: gathers by group, heads, and the modules that run themselves."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.collection.bags import Bags
-from recsys_embed.collection.fused_bundle import BUNDLES, FusedBundle
-from recsys_embed.core.program import LookupProgram
-from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.collection.fused_bundle import BUNDLES, FusedBundle, FusedFeatures
+from recsys_embed.collection.head_tables import HeadTables
+from recsys_embed.collection.torch_features import features_for_torch
+from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
-from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.places import Gather, Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
 from recsys_embed.kernels.unseen_ids import Unseen, with_unseen
-from recsys_embed.kernels.vectorised import Gather, Place, VectorisedLookup, absent_ids, project
+from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
 
-# Keeps features called "items" or "type" apart from the attributes of the dictionary that holds their modules.
-_OWN = "feature_"
+
+def _own(name: str) -> str:
+    """Keeps features called "items" or "type" apart from the attributes of the dictionary that holds their modules."""
+    return "feature_" + name
 
 
 class LookupBundle(Constants):
     """The lookups of all features of a schema.
 
-    Features run by the kernel form groups; a feature whose method computes (``config.computes``) is a module of its
-    own. Outputs come back in schema order.
+    Features whose rows kernels gather form groups; a feature whose method computes (``config.computes``) is a module
+    of its own. Outputs come back in schema order.
     """
 
     def __init__(
@@ -51,76 +55,80 @@ class LookupBundle(Constants):
         self.schema = schema
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        # Modules of features that compute, and the tables of heads that belong to one feature.
         self.own = nn.ModuleDict()
-        kernel: list[int] = []
+        self.programs = plan.gathered(schema)
+        gathers: list[int] = []
         for i, spec in enumerate(schema):
             config = plan[spec.name]
-            if not config.computes:
-                kernel.append(i)
+            if spec.name in self.programs:
+                gathers.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
             given = {"config": config, "name": spec.name, "init": spec.init, "unseen": spec.unseen, **options}
-            self.own[_OWN + spec.name] = cls(spec.num_embeddings, spec.embedding_dim, **given)
-        specs = [schema.features[i] for i in kernel]
-        programs = [plan[s.name].program(s) for s in specs]
-        self.programs = {s.name: p for s, p in zip(specs, programs, strict=True)}
+            self.own[_own(spec.name)] = cls(spec.num_embeddings, spec.embedding_dim, **given)
+        specs = [schema.features[i] for i in gathers]
+        programs = list(self.programs.values())
         where = [
             {t.name: places[table_key(s, t)] for t in p.tables if not t.dense}
             for s, p in zip(specs, programs, strict=True)
+        ]
+        # Features that fused kernels leave to torch: always, and for bags.
+        lacking = features_for_torch(specs, programs, where, bags=False) if kernels else set()
+        unpooled = features_for_torch(specs, programs, where, bags=True) if kernels else set()
+        keys = [
+            (s.pooling, j in lacking, j in unpooled, None if p.head is None or p.head.stacks else j)
+            for j, (s, p) in enumerate(zip(specs, programs, strict=True))
         ]
         with torch.device(like.device):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
             self.unseen = Unseen(schema.features, self.hashes)
             zeros = self.unseen.zeros
-            self.kernel = lookup(programs, where, [s.pooling for s in specs], [zeros[i] for i in kernel])
+            self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, [zeros[i] for i in gathers])
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
-        self.parts = [tuple(kernel[j] for j in g.features) for g in self.kernel.groups]
-        self.parts += [(i,) for i in range(len(schema)) if i not in set(kernel)]
-        self._add_projections(options)
-        self.vectors = [self._program(s).vectors for s in schema]
-        self.widths = [self._program(s).width for s in schema]
+        self.parts = [tuple(gathers[j] for j in g.features) for g in self.kernel.groups]
+        self.grouped = len(self.parts)
+        self.parts += [(i,) for i in range(len(schema)) if i not in set(gathers)]
+        self.projections = nn.ParameterDict()
+        self.heads = HeadTables(schema, self.programs, zeros, self.projections, self.own, _own, options)
+        for g, part in enumerate(self.parts[: self.grouped]):
+            self.heads.add(f"part{g}", part)
+        own = {n: self._module(n).program for n in schema.names if n not in self.programs}
+        self.vectors = [{**self.programs, **own}[n].vectors for n in schema.names]
+        self.widths = [
+            self.programs[n].width if n in self.programs else self._module(n).output_dim for n in schema.names
+        ]
         widths = {w // v for w, v in zip(self.widths, self.vectors, strict=True)}
         # Width of every output vector, None where features differ.
         self.output_dim = widths.pop() if len(widths) == 1 else None
         self.ordered = self._add_order("order", self.parts, like.device)
+        # By name of kernels, for single ids and for bags; where a kernel runs nothing, none.
         self.fused: dict[str, FusedBundle] = {}
-        for name in kernels if FusedBundle.fits(self) else ():
-            self.fused[name] = BUNDLES[name](self, where, storages)
-            self.fused_ordered = self._add_order("fused_order", self.fused[name].parts, like.device)
+        self.fused_bags: dict[str, FusedBundle] = {}
+        for left, found, end in ((lacking, self.fused, ""), (unpooled, self.fused_bags, "_bags")):
+            run = [j for j in range(len(specs)) if j not in left]
+            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or gathers.index(part[0]) in left]
+            for name in kernels if run else ():
+                if end and rest == (self.fused[name].rest if name in self.fused else None):
+                    found[name] = self.fused[name]
+                    continue
+                features = FusedFeatures(
+                    schema, run, [gathers[j] for j in run], [programs[j] for j in run], [where[j] for j in run],
+                    self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
+                )  # fmt: skip
+                found[name] = BUNDLES[name](features, rest, f"{name}{end}")
+                found[name].ordered = self._add_order(found[name].order, self._fused_parts(found[name]), like.device)
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
-        return self.programs[spec.name] if spec.name in self.programs else self._module(spec.name).program
+    @property
+    def torch_gathers(self) -> bool:
+        """Whether some features' rows are gathered by torch beside fused kernels."""
+        return any(p < self.grouped for fused in self.fused.values() for p in fused.rest)
+
+    def _fused_parts(self, fused: FusedBundle) -> list[tuple[int, ...]]:
+        return [*fused.parts, *(self.parts[p] for p in fused.rest)]
 
     def _module(self, name: str) -> CompressedEmbedding:
-        return cast("CompressedEmbedding", self.own[_OWN + name])
-
-    def _add_projections(self, options: dict[str, Any]) -> None:
-        """One stacked parameter per shape, features in schema order, whatever groups the kernel makes of them."""
-        self.projected: dict[str, list[int]] = {}
-        shape_of: dict[int, str] = {}
-        for i, spec in enumerate(self.schema):
-            program = self.programs.get(spec.name)
-            if program is not None and program.projection:
-                table = program.table(program.projection)
-                shape_of[i] = f"{table.rows}x{table.width}"
-                self.projected.setdefault(shape_of[i], []).append(i)
-        self.projections = nn.ParameterDict()
-        for shape, members in self.projected.items():
-            sizes = (int(n) for n in shape.split("x"))
-            self.projections[shape] = nn.Parameter(torch.empty(len(members), *sizes, **options))
-        self._projection_of = {g: shape_of[part[0]] for g, part in enumerate(self.parts) if part[0] in shape_of}
-        for g, shape in self._projection_of.items():
-            places = [self.projected[shape].index(i) for i in self.parts[g]]
-            self.add_constant(f"projection{g}", places, options["device"])
-
-    def _projection(self, g: int) -> Tensor | None:
-        """Projections ``[members, in, out]`` of a part's features, or None where it has none."""
-        shape = self._projection_of.get(g)
-        if shape is None:
-            return None
-        stacked: Tensor = self.projections[shape]
-        whole = list(self.parts[g]) == self.projected[shape]
-        return stacked if whole else stacked.index_select(0, self.constant(f"projection{g}"))
+        return cast("CompressedEmbedding", self.own[_own(name)])
 
     def _add_order(self, name: str, parts: Sequence[tuple[int, ...]], device: torch.device) -> bool:
         """Where each output column (or vector) stands among the concatenated parts; True if in its place already."""
@@ -140,14 +148,8 @@ class LookupBundle(Constants):
         return self.unseen.constant("limits")
 
     def dense_tables(self) -> dict[str, Tensor]:
-        """Each projection by its table key, as a view of the stacked parameter."""
-        out = {}
-        for shape, members in self.projected.items():
-            for values, i in zip(self.projections[shape], members, strict=True):
-                spec = self.schema.features[i]
-                program = self.programs[spec.name]
-                out[table_key(spec, program.table(program.projection or ""))] = values
-        return out
+        """Each table of a head by its key, as a view where it is stacked with others."""
+        return self.heads.tables()
 
     def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> None:
         """Fill the index buffers of the named features; see :meth:`EmbeddingCollection.assign_`."""
@@ -166,7 +168,8 @@ class LookupBundle(Constants):
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
         for module in self.own.values():
-            cast("CompressedEmbedding", module).reset_parameters(seed)
+            if isinstance(module, CompressedEmbedding):
+                module.reset_parameters(seed)
 
     def given(self, ids: Mapping[str, Any]) -> dict[str, Any]:
         """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
@@ -183,16 +186,24 @@ class LookupBundle(Constants):
 
     def single(self, ids: Tensor, gather: Gather) -> Tensor:
         """One id per sample and feature: int64 ``ids [B, F]``."""
-        ids = self.unseen(ids)
-        columns = [ids if len(p) == ids.shape[1] and self.ordered else ids[:, list(p)] for p in self.parts]
-        grouped = len(self.kernel.groups)
+        out = self._singles(self.unseen(ids), range(len(self.parts)), gather)
+        return self._assemble(out, self.ordered, "order")
+
+    def _singles(self, ids: Tensor, parts: Sequence[int], gather: Gather) -> list[Tensor]:
+        """Vectors ``[B, columns]`` of some parts, of resolved ids."""
+        columns = [
+            ids if len(self.parts[p]) == ids.shape[1] and self.ordered else ids[:, list(self.parts[p])] for p in parts
+        ]
+        groups = [p for p in parts if p < self.grouped]
         out = []
-        for g, value in enumerate(self.kernel(columns[:grouped], None, gather)):
-            matrices = self._projection(g)
-            out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
-        for part, column in zip(self.parts[grouped:], columns[grouped:], strict=True):
-            out.append(self.vectors_of(part[0], column[:, 0]))
-        return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
+        if groups:
+            for g, value, column in zip(groups, self.kernel(columns[: len(groups)], None, gather, groups), columns,
+                                        strict=False):  # fmt: skip
+                headed = self.heads.head(f"part{g}") is not None
+                out.append((self.heads.vectors(f"part{g}", value, column) if headed else value).flatten(1))
+        for p, column in zip(parts[len(groups) :], columns[len(groups) :], strict=True):
+            out.append(self.vectors_of(self.parts[p][0], column[:, 0]).flatten(1))
+        return out
 
     def single_fused(
         self,
@@ -201,24 +212,36 @@ class LookupBundle(Constants):
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
+        gather: Gather,
         mask: Stage | None = None,
     ) -> Tensor:
-        """As :meth:`single`, by one of the kernels in ``fused``.
+        """As :meth:`single`, by one of the kernels in ``fused``; what these leave to torch by ``gather``.
 
         Args:
             tables: float32 per storage, on the CPU.
             step, sparse: see :func:`look_up`.
             mask: of all vectors, where the kernels take one.
         """
-        parts = self.fused[kernels].single(self, ids, tables, step, sparse, mask)
-        return self._assemble(parts, self.fused_ordered, "fused_order")
+        fused = self.fused[kernels]
+        if not fused.rest:
+            parts = fused.single(ids, tables, step, sparse, mask)
+        else:
+            ids = self.unseen(ids.long())
+            parts = fused.single(ids, tables, step, sparse, mask, resolved=True)
+            parts += self._singles(ids, fused.rest, gather)
+        return self._assemble(parts, fused.ordered, fused.order)
 
     def pooled_fused(
-        self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool
+        self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather
     ) -> Tensor:
-        """As :meth:`pooled`, by one of the kernels in ``fused`` that take the bags."""
-        parts = self.fused[kernels].pooled(self, bags, tables, step, sparse)
-        return self._assemble(parts, self.fused_ordered, "fused_order")
+        """As :meth:`pooled`, by one of the kernels in ``fused_bags`` that take the bags."""
+        fused = self.fused_bags[kernels]
+        known = self.unseen.replaces or self.unseen.counting
+        bags = self.resolved(bags) if known else bags
+        parts = fused.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
+        if fused.rest:
+            parts += self._pooled(bags, None, fused.rest, gather, check=not known)
+        return self._assemble(parts, fused.ordered, fused.order)
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
@@ -226,31 +249,56 @@ class LookupBundle(Constants):
 
     def pooled(self, bags: Bags, gather: Gather) -> Tensor:
         """Bags of ids, pooled per feature as its spec says."""
-        batch, lengths, feature = bags.batch, bags.lengths.view(len(self.schema), bags.batch), self._feature_of(bags)
-        ids = self.unseen(bags.values, feature)
-        picks = [self._pick(part, feature) for part in self.parts]
-        values = [ids if at is None else ids[at] for at, _ in picks]
-        grouped = len(self.kernel.groups)
-        weighted = [bags.weights if bags.weights is None or at is None else bags.weights[at] for at, _ in picks]
-        ends = [F.pad(lengths[list(part)].reshape(-1).cumsum(0), (1, 0)) for part in self.parts]
-        vectors = self.kernel(values[:grouped], [local for _, local in picks[:grouped]], gather)
-        out = []
-        for g, part in enumerate(self.parts):
-            local, weights, offsets = picks[g][1], weighted[g], ends[g]
-            if g >= grouped:
-                out.append(self.pooled_own(part[0], values[g], offsets, weights))
+        feature = self._feature_of(bags)
+        bags = bags._replace(values=self.unseen(bags.values, feature))
+        out = self._pooled(bags, feature, range(len(self.parts)), gather)
+        return self._assemble(out, self.ordered, "order")
+
+    def _pooled(
+        self, bags: Bags, feature: Tensor | None, parts: Sequence[int], gather: Gather, check: bool = False
+    ) -> list[Tensor]:
+        """Pooled vectors ``[B, columns]`` of some parts, of resolved bags.
+
+        Args:
+            feature: of each id, where it is known already.
+            check: the ids may be out of range.
+        """
+        batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
+        picks = []
+        for p in parts:
+            if len(self.parts[p]) == 1 and feature is None:
+                picks.append(self._pick_one(self.parts[p][0], bags))
                 continue
-            mode = self.schema.features[part[0]].pooling
-            value, matrices = vectors[g], self._projection(g)
-            if matrices is not None and mode == "max":
-                # Maxima do not commute with the projection, so it applies to every id.
-                value, matrices = project(value, matrices[local], "ni,nio->no"), None
-            skipped = absent_ids(values[g]) if self.unseen.zeros[part[0]] else None
+            feature = self._feature_of(bags) if feature is None else feature
+            picks.append(self._pick(self.parts[p], feature))
+        values = [bags.values if at is None else bags.values[at] for at, _ in picks]
+        for p, ids, (_, local) in zip(parts, values, picks, strict=True) if check else ():
+            members = torch.tensor(self.parts[p], device=local.device)
+            self.unseen.check(ids, members[local])
+        groups = [p for p in parts if p < self.grouped]
+        weighted = [bags.weights if bags.weights is None or at is None else bags.weights[at] for at, _ in picks]
+        ends = [F.pad(lengths[list(self.parts[p])].reshape(-1).cumsum(0), (1, 0)) for p in parts]
+        vectors = []
+        if groups:
+            locals_ = [local for _, local in picks[: len(groups)]]
+            vectors = self.kernel(values[: len(groups)], locals_, gather, groups)
+        out = []
+        for at, p in enumerate(parts):
+            part, (_, local), weights, offsets, ids = self.parts[p], picks[at], weighted[at], ends[at], values[at]
+            if p >= self.grouped:
+                out.append(self.pooled_own(part[0], ids, offsets, weights))
+                continue
+            mode, key = self.schema.features[part[0]].pooling, f"part{p}"
+            value, head = vectors[at], self.heads.head(key)
+            if head is not None and (head.pools == "ids" or (head.pools == "either" and mode == "max")):
+                # Maxima do not commute with the head, so it applies to every id.
+                value, head = self.heads.vectors_of_ids(key, value, ids, local), None
+            skipped = absent_ids(ids) if self.unseen.zeros[part[0]] else None
             value = pool_vectors(value, offsets, mode, weights, skipped, include_last_offset=True)
             value = value.view(len(part), batch, value.shape[-1])
             value = value.transpose(0, 1)
-            out.append(value if matrices is None else project(value, matrices, "bfi,fio->bfo"))
-        return self._assemble([value.flatten(1) for value in out], self.ordered, "order")
+            out.append((value if head is None else self.heads.vectors(key, value)).flatten(1))
+        return out
 
     def pooled_own(self, feature: int, values: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Pooled vectors of resolved ids of a feature that runs itself: ``[B, width]`` for ``offsets [B + 1]``."""
@@ -278,6 +326,11 @@ class LookupBundle(Constants):
         local = place[feature]
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
+
+    def _pick_one(self, feature: int, bags: Bags) -> tuple[Any, Tensor]:
+        """As :meth:`_pick`, of one feature, whose ids stand together."""
+        first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
+        return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)
 
     def _assemble(self, parts: list[Tensor], ordered: bool, order: str) -> Tensor:
         """Parts ``[B, columns]``, or as the output is, to the output in schema order."""

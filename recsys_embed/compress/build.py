@@ -35,7 +35,7 @@ class Job:
         counts: how often each id occurs, where known.
         unseen: what ids outside the table become, see :class:`FeatureSpec`; None leaves it to the method.
         law: of the initial weights.
-        sets: ids that a search chose to own rows, by index, as a plan has them.
+        held: what indexes hold, by name, as a plan has it: ids that a search chose to own rows, arrays.
         trial: the replacement without memory (on the meta device), once it is known to be possible.
         built: the replacement of each distinct module of the table.
     """
@@ -45,7 +45,7 @@ class Job:
     counts: Tensor | None = None
     unseen: Unseen | None = None
     law: str = "normal:1"
-    sets: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, str | Tensor] = field(default_factory=dict)
     trial: CompressedEmbedding | None = None
     built: dict[nn.Module, nn.Module] = field(default_factory=dict)
     error: float | None = None
@@ -178,8 +178,9 @@ def build(group: Sequence[Job], start: Start) -> None:
         new = make(job, first, job.table.device, holder)
         if job.counts is not None:
             new.assign_(job.counts)
-        if job.sets:
-            new.assign_({index: members_of(text, new.spec.num_ids) for index, text in job.sets.items()})
+        if job.held:
+            ids = new.spec.num_ids
+            new.assign_({i: members_of(v, ids) if isinstance(v, str) else v for i, v in job.held.items()})
         job.built[first] = new
         made.append(new)
         for other in job.modules[1:]:

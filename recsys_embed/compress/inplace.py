@@ -84,12 +84,12 @@ def compress_(
     chosen = select_tables(tables, include, exclude)
     faults: list[str] = []
     configs = match.by_table(match.configs_of(plan), tables, "the plan", faults)
-    sets = match.by_table(match.sets_of(plan), tables, "the plan", [])
+    held = match.by_table(match.held_by(plan), tables, "the plan", [])
     known = match.sound_counts(counts or {}, tables, faults)
     policies = match.policies(unseen, tables, faults)
     faults += match.uncovered(tables, chosen, configs)
     jobs = [
-        Job(t, configs[t.name], known.get(t.name), policies.get(t.name), sets=sets.get(t.name, {}))
+        Job(t, configs[t.name], known.get(t.name), policies.get(t.name), held=held.get(t.name, {}))
         for t in chosen
         if t.name in configs and not t.obstacle
     ]

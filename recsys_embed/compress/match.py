@@ -33,10 +33,13 @@ def configs_of(plan: Any) -> dict[str, MethodConfig]:
     return dict((plan if isinstance(plan, Plan) else Plan(plan)).configs)
 
 
-def sets_of(plan: Any) -> Mapping[str, Mapping[str, str]]:
-    """The sets of ids that a plan carries."""
+def held_by(plan: Any) -> Mapping[str, Mapping[str, str | Tensor]]:
+    """What a plan says that indexes hold: sets of ids as texts, and arrays."""
     plan = getattr(plan, "plan", plan)
-    return plan.sets if isinstance(plan, Plan) else {}
+    if not isinstance(plan, Plan):
+        return {}
+    arrays = {} if plan.arrays is None else plan.arrays.need_values()
+    return {name: {**plan.sets.get(name, {}), **arrays.get(name, {})} for name in (*plan.sets, *arrays)}
 
 
 def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, faults: list[str]) -> dict[str, Any]:

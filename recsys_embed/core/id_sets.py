@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
 from recsys_embed.errors import ConfigError
 
 Form = Literal["range", "bitmap", "sorted"]
@@ -28,7 +30,7 @@ def words_of(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(BaseIndex):
     """The ids of ``[0, size)`` whose frequency rank lies in ``[start, start + count)``.
 
     Args:
@@ -61,25 +63,64 @@ class Index:
         return {"range": 0, "bitmap": words_of(self.size), "sorted": self.count}[self.form]
 
     @property
-    def nbytes(self) -> int:
-        return self.length * {"range": 0, "bitmap": 12, "sorted": 4}[self.form]
+    def arrays(self) -> tuple[IndexArray, ...]:
+        if self.form == "bitmap":
+            return IndexArray("words", torch.int64, self.length), IndexArray("ranks", torch.int32, self.length)
+        return (IndexArray("values", torch.int32, self.length),) if self.form == "sorted" else ()
 
-    def members(self, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
-        """Ids of the set in ascending order: int64 ``[count]``.
+    @property
+    def searched(self) -> int:
+        return self.count if self.form == "sorted" else 0
 
-        Args:
-            at: where the index begins in ``arrays``.
-            arrays: of the module; not needed for ranges.
-        """
+    @property
+    def by_frequency(self) -> bool:
+        return True
+
+    def initial(self, device: torch.device) -> dict[str, Tensor]:
+        return self._arrays_of(torch.arange(self.start, self.start + self.count, device=device))
+
+    def ranked(self, ids: Tensor) -> dict[str, Tensor]:
+        return self._arrays_of(ids[self.start : self.start + self.count].sort().values)
+
+    def packed(self, value: Tensor) -> dict[str, Tensor]:
+        members = value.sort().values
+        if (
+            members.shape != (self.count,)
+            or not bool((members.diff() > 0).all())
+            or not 0 <= int(members[0]) <= int(members[-1]) < self.size
+        ):
+            raise ConfigError(
+                f"index {self.name!r} takes {self.count} distinct ids of [0, {self.size}); got {len(members)}"
+            )
+        return self._arrays_of(members)
+
+    def _arrays_of(self, members: Tensor) -> dict[str, Tensor]:
+        if self.form == "sorted":
+            return {"values": members.to(torch.int32)}
+        words, ranks = bitmap(members, self.size)
+        return {"words": words, "ranks": ranks}
+
+    def value(self, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
+        """Ids of the set in ascending order: int64 ``[count]``."""
         if self.form == "range":
             return torch.arange(self.start, self.start + self.count)
-        if arrays is None:
-            raise RuntimeError(f"the members of index {self.name!r} were asked for without its arrays")
         if self.form == "sorted":
-            return arrays.values[at : at + self.count].long()
-        words = arrays.words[at : at + self.length]
+            return self._own("values", at, arrays).long()
+        words = self._own("words", at, arrays)
         bits = (words.unsqueeze(1) >> torch.arange(64, device=words.device)) & 1
         return bits.view(-1).nonzero().squeeze(1)
+
+    def damage(self, held: Mapping[str, Tensor]) -> str | None:
+        if self.form == "sorted":
+            values = held["values"]
+            good = bool((values.diff() > 0).all()) and int(values[0]) >= 0 and int(values[-1]) < self.size
+        else:
+            words, ranks = held["words"], held["ranks"]
+            rest = words_of(self.size) * 64 - self.size
+            beyond = int(words[-1]) >> (64 - rest) if rest else 0
+            whole = int(popcount(words).sum()) == self.count
+            good = whole and beyond == 0 and bool((ranks_of(words) == ranks).all())
+        return None if good else f"index {self.name!r} is damaged: not {self.count} ids of [0, {self.size})"
 
     def faults(self) -> list[str]:
         """What is wrong with the description, in words."""
@@ -89,19 +130,6 @@ class Index:
                 f"got {self.count} from {self.start}"
             ]
         return []
-
-
-class IndexArrays(NamedTuple):
-    """Arrays of all indexes of a module, end to end.
-
-    ``words`` int64 and ``ranks`` int32 hold bitmaps and the members before each word; ``values`` int32 holds sorted
-    members; ``steps`` is the number of halvings that searches the longest of them.
-    """
-
-    words: Tensor
-    ranks: Tensor
-    values: Tensor
-    steps: int
 
 
 def bitmap(members: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -183,15 +211,15 @@ def positions(form: Form, ids: Tensor, params: tuple[Any, Any, Any], at: Any, ar
     if form == "bitmap":
         inside = (ids >= 0) & (ids < size)
         word = torch.where(inside, (ids >> 6) + at, at)
-        bits, bit = arrays.words[word], ids & 63
+        bits, bit = arrays.held["words"][word], ids & 63
         below = popcount(bits & ((torch.ones_like(ids) << bit) - 1))
         member = inside & (((bits >> bit) & 1) != 0)
-        return torch.where(member, arrays.ranks[word].long() + below, -1)
-    last = at + count
+        return torch.where(member, arrays.held["ranks"][word].long() + below, -1)
+    last, values = at + count, arrays.held["values"]
     place = torch.zeros_like(ids) + (at - 1)
-    for step in reversed(range(arrays.steps)):
+    for step in reversed(range(arrays.longest.bit_length())):
         ahead = place + (1 << step)
-        known = arrays.values[torch.minimum(ahead, torch.zeros_like(ids) + (last - 1))]
+        known = values[torch.minimum(ahead, torch.zeros_like(ids) + (last - 1))]
         place = torch.where((ahead < last) & (known <= ids), ahead, place)
-    found = (place >= at) & (arrays.values[torch.maximum(place, torch.zeros_like(ids) + at)] == ids)
+    found = (place >= at) & (values[torch.maximum(place, torch.zeros_like(ids) + at)] == ids)
     return torch.where(found, place - at, -1)

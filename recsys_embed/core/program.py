@@ -1,24 +1,31 @@
 """A method described as data: which tables it stores and how an id becomes a vector.
 
-ids -> transform indices -> gather rows -> combine per id -> project -> (pool over the bag, by whoever runs it).
+ids -> transform indices -> gather rows -> combine per id -> head -> (pool over the bag, by whoever runs it).
 The transforms are in :mod:`recsys_embed.core.transforms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Hashable, Iterator
+from dataclasses import InitVar, dataclass, replace
+from math import prod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.footprint import Footprint
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.heads import Head, PooledCombination, Projection
+from recsys_embed.core.index import BaseIndex
 from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.utils.deprecated import warn_renamed
 
 __all__ = [
+    "Codes",
+    "CodesIndex",
     "Combine",
     "Hash",
     "Initializer",
@@ -34,6 +41,17 @@ __all__ = [
 ]  # fmt: skip
 
 Combine = Literal["sum", "mul"]
+
+# Classes by the names they had, which authors of methods may still import.
+_EARLIER = {"Digit": "MixedRadixDigit", "Init": "Initializer", "Probe": "RowLookup"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EARLIER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed("class", name, _EARLIER[name])
+    return globals()[_EARLIER[name]]
+
 
 _PIECE = 1 << 24
 
@@ -83,7 +101,7 @@ class Table:
     """A physical table ``[rows, width]``.
 
     ``shared`` names it across features: programs that name the same shared table read the same rows. A ``dense``
-    table is a matrix that every lookup multiplies by (a projection) and is never read by row.
+    table is one that a head multiplies by, and is never read by row; its rows may be tensors of shape ``inner``.
     """
 
     name: str
@@ -92,6 +110,12 @@ class Table:
     init: Initializer
     shared: bool = False
     dense: bool = False
+    inner: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter that holds it."""
+        return (self.rows, *((self.width,) if self.inner is None else self.inner))
 
 
 @dataclass(frozen=True)
@@ -137,8 +161,8 @@ class LookupProgram:
         tables: what is stored.
         row_lookups: which row each id reads; row lookups with equal columns combine, disjoint columns concatenate.
         combine: ``"sum"`` or ``"mul"`` of the row lookups that share columns, per id and before pooling.
-        projection: name of a dense table applied to the combined vector: ``[columns, out]``; or
-            ``[columns - out, out]``, where the first ``out`` columns pass as they are and the projected rest is added.
+        head: what becomes of the combined columns: a :class:`~recsys_embed.core.heads.Head`; None leaves them.
+        projection: the older name of ``head=Projection(...)``, which it makes with a DeprecationWarning.
         vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
         padding: columns of zeros behind the combined ones, for features that are narrower than their neighbours.
     """
@@ -146,16 +170,28 @@ class LookupProgram:
     tables: tuple[Table, ...]
     row_lookups: tuple[RowLookup, ...]
     combine: Combine = "sum"
-    projection: str | None = None
+    projection: InitVar[str | None] = None
     vectors: int = 1
     padding: int = 0
+    head: Head | None = None
+
+    def __post_init__(self, projection: str | None) -> None:
+        # Copies by `replace` bring both.
+        if isinstance(projection, str) and self.head is None:
+            warnings.warn(
+                "LookupProgram(projection=NAME) is now LookupProgram(head=Projection(NAME)), with Projection of "
+                "recsys_embed.core.heads",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "head", Projection(projection))
 
     def table(self, name: str) -> Table:
         return next(t for t in self.tables if t.name == name)
 
     @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The sets of ids that transforms look up, each once."""
+    def indexes(self) -> tuple[BaseIndex, ...]:
+        """What transforms look ids up in, each once."""
         found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 
@@ -167,13 +203,31 @@ class LookupProgram:
 
     @property
     def combined_width(self) -> int:
-        """Width before the projection."""
+        """Width before the head."""
         return max(stop for _, stop in self.spans) + self.padding
 
     @property
     def width(self) -> int:
         """Width of one id's output."""
-        return self.table(self.projection).width if self.projection else self.combined_width
+        return self.combined_width if self.head is None else self.head.width(self.combined_width, self._head_shapes)
+
+    @property
+    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.head is None else {name: self.table(name).shape for name in self.head.tables}
+
+    @property
+    def head_form(self) -> Hashable:
+        """Equal where heads, of columns of one width, may run as one."""
+        return None if self.head is None else (self.head, *self._head_shapes.values())
+
+    @property
+    def of_one_id(self) -> LookupProgram:
+        """The program whose row lookups combine as for a single id, where the head combines what bags have pooled."""
+        if not isinstance(self.head, PooledCombination):
+            return self
+        width = self.combined_width // self.head.count
+        row_lookups = tuple(replace(p, column=p.column % width) for p in self.row_lookups)
+        return replace(self, row_lookups=row_lookups, combine=self.head.combine, head=None)
 
     def footprint(self, itemsize: int = 4) -> Footprint:
         """Bytes of the program's own tables at ``itemsize`` bytes per element, and of its index arrays."""
@@ -191,13 +245,18 @@ class LookupProgram:
                 faults.append(
                     f"table {t.name!r} must have 1 to {MAX_ROWS} rows and width >= 1; got {t.rows} x {t.width}"
                 )
-        used = (
-            {p.table for p in self.row_lookups}
-            | {p.weight.table for p in self.row_lookups if p.weight}
-            | {self.projection}
-        )
-        faults += [f"table {n!r} is read but not declared" for n in sorted(used - {None} - set(names), key=str)]
+        read = {p.table for p in self.row_lookups} | {p.weight.table for p in self.row_lookups if p.weight}
+        multiplied = set() if self.head is None else set(self.head.tables)
+        used = read | multiplied
+        faults += [f"table {n!r} is read but not declared" for n in sorted(used - set(names))]
         faults += [f"table {n!r} is declared but never read" for n in names if n not in used]
+        for t in self.tables:
+            if t.name in used and t.dense != (t.name in multiplied):
+                faults.append(f"table {t.name!r} must be dense if a head multiplies by it, and only then")
+            if t.inner is not None and (not t.dense or prod(t.inner) != t.width):
+                faults.append(
+                    f"table {t.name!r}: `inner` is for dense tables and holds {t.width} elements; got {t.inner}"
+                )
         if faults:
             return faults
         spans = sorted(set(self.spans))
@@ -210,13 +269,22 @@ class LookupProgram:
             if p.width is not None and (p.run, self.table(p.table).width) != (1, 1):
                 faults.append(f"only single elements repeat over columns; table {p.table!r} has wider rows")
         faults += [fault for index in self.indexes for fault in index.faults()]
-        if self.padding < 0 or (self.padding and self.projection):
-            faults.append(f"`padding` must be >= 0, and 0 beside a projection; got {self.padding}")
-        if self.projection:
-            rows = self.table(self.projection).rows
-            whole = self.combined_width
-            if rows not in (whole, whole - self.table(self.projection).width):
-                faults.append(f"projection must have {whole} rows, or {whole} less its width; got {rows}")
+        if self.padding < 0 or (self.padding and self.head is not None):
+            faults.append(f"`padding` must be >= 0, and 0 beside a projection or another head; got {self.padding}")
+        if self.head is not None:
+            unfit = self.head.faults(self.combined_width, self._head_shapes)
+            if self.head.stacks and len(self.head.tables) > 1:
+                unfit.append("a head that stacks multiplies by one table at most")
+            if unfit:
+                return faults + unfit
         if self.width % self.vectors:
             faults.append(f"width {self.width} does not divide into {self.vectors} vectors")
         return faults
+
+
+def _projection(self: LookupProgram) -> str | None:
+    return self.head.table if isinstance(self.head, Projection) else None
+
+
+# Read by the older name, which the class body can only declare as an argument.
+LookupProgram.projection = property(_projection)  # type: ignore[attr-defined]

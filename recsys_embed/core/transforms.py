@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import Index, IndexArrays, positions
+from recsys_embed.core.id_sets import Index, positions
+from recsys_embed.core.index import BaseIndex, IndexArrays
 
 
 class Sharing(NamedTuple):
@@ -39,6 +40,11 @@ class Sharing(NamedTuple):
 
 class Transform(ABC):
     """Maps ids to rows. ``signature`` fixes which arithmetic runs, ``parameters`` are the integers it runs with."""
+
+    def __init_subclass__(cls) -> None:
+        # The kernels do not know what a subclass does otherwise than the class that they know.
+        if "map" in cls.__dict__ and "encoded" not in cls.__dict__:
+            cls.encoded = Transform.encoded  # type: ignore[method-assign]
 
     @abstractmethod
     def signature(self) -> tuple[Any, ...]:
@@ -67,19 +73,23 @@ class Transform(ABC):
         return False
 
     @property
-    def needs(self) -> Index | None:
+    def needs(self) -> BaseIndex | None:
         """The index that the transform looks ids up in, if any."""
         return None
 
     @property
     def reads(self) -> str | None:
         """Name of the index whose arrays the transform reads, if any."""
-        return self.needs.name if self.needs is not None and self.needs.nbytes else None
+        return self.needs.name if self.needs is not None and self.needs.arrays else None
 
     @property
     def by_frequency(self) -> bool:
         """Whether frequent ids are treated apart from others."""
-        return self.needs is not None
+        return self.needs is not None and self.needs.by_frequency
+
+    def encoded(self) -> tuple[str, dict[str, int]] | None:
+        """Kind and fields of the transform in :mod:`recsys_embed.kernels.kinds`; None where no kernel knows it."""
+        return None
 
     def sharing(self, ids: int, rows: int) -> Sharing:
         """How ``ids`` ids share the ``rows`` of the table: what the planner and collision estimates go by.
@@ -130,6 +140,13 @@ class MixedRadixDigit(Transform):
             # Not torch.div: its translation to ONNX divides in float32.
             ids = ids // div
         return ids % mod if has_mod else ids
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        if self.affine is None and self.div == 1 and self.mod == 0:
+            return "identity", {}
+        a, b, p = self.affine or (1, 0, 1)
+        fields = {"div": self.div, "mod": self.mod, "affine": self.affine is not None, "a": a, "b": b, "p": p}
+        return "digit", fields
 
     def sharing(self, ids: int, rows: int) -> Sharing:
         quotients = -(-ids // self.div)
@@ -182,6 +199,10 @@ class Hash(Transform):
     def by_frequency(self) -> bool:
         return self.head > 0
 
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        fields = dict(zip(("salt", "size", "stride", "offset", "head"), self.parameters(), strict=True))
+        return "hash", {**fields, "absent": self.head_absent}
+
     def sharing(self, ids: int, rows: int) -> Sharing:
         head, none = (0, self.head), (0, 0)
         private, absent = (none, head) if self.head_absent else (head, none)
@@ -207,6 +228,9 @@ class Murmur(Transform):
         signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
     ) -> Tensor:
         return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        return "murmur", {"salt": self.seed, "size": self.size, "word": self.word}
 
     def sharing(self, ids: int, rows: int) -> Sharing:
         return Sharing(rows=self.size, key=("murmur", self.seed, self.word))
@@ -242,12 +266,17 @@ class Member(Transform):
         return self.rest == 0
 
     @property
-    def needs(self) -> Index | None:
+    def needs(self) -> Index:
         return self.index
+
+    def encoded(self) -> tuple[str, dict[str, int]]:
+        index = self.index
+        fields = {"start": index.start, "count": index.count, "size": index.size, "rest": self.rest, "salt": self.salt}
+        return index.form, fields
 
     def sharing(self, ids: int, rows: int) -> Sharing:
         private = (self.index.start, self.index.start + self.index.count)
         return Sharing(private, rows=self.rest, key=("hash", self.salt, self.rest))
 
     def owners(self, ids: int, at: int = 0, arrays: IndexArrays | None = None) -> Tensor | None:
-        return self.index.members(at, arrays)
+        return self.index.value(at, arrays)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from recsys_embed.errors import RecsysEmbedError
+from recsys_embed.utils.files import replacing
 
 SCHEMA_FILE = "schema.json"
 STATS_FILE = "stats.json"
@@ -39,37 +40,27 @@ def boot_id() -> str | None:
 
 
 def write_file(path: Path, write: Callable[[Path], None], *, durable: bool = True) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, then rename it.
+    """Let ``write`` fill a file by the name it is given, which takes the place of ``path`` when it is whole.
 
-    ``durable=False`` leaves out the flush: the file outlives the process but perhaps not a power cut. It is for work
-    that is discarded after a restart of the machine, which :func:`boot_id` tells.
+    ``durable=False`` leaves out the flush to disk, see :func:`recsys_embed.utils.files.replacing`. It is for work that
+    is discarded after a restart of the machine, which :func:`boot_id` tells.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        if durable or boot_id() is None:
-            with temporary.open("rb+") as f:
-                os.fsync(f.fileno())
-        temporary.replace(path)
-    except Exception as e:
-        if isinstance(e, OSError) or type(e).__module__.startswith("polars"):
-            temporary.unlink(missing_ok=True)
-            raise storage_error(path, e) from e
-        raise
+    with replacing(path, failed=storage_error, durable=durable or boot_id() is None) as (_, temporary):
+        try:
+            write(temporary)
+        except Exception as e:
+            if type(e).__module__.startswith("polars"):
+                raise storage_error(path, e) from e
+            raise
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Atomic write of bytes."""
-    write_file(path, lambda p: _put(p, data), durable=durable)
-
-
-def _put(path: Path, data: bytes) -> None:
-    with path.open("wb") as f:
-        f.write(data)
+    with replacing(path, failed=storage_error, durable=durable or boot_id() is None) as (file, _):
+        file.write(data)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:

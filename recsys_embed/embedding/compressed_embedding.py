@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.heads import Head, run_head
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.shared_tables import PlainView, SharedTables
@@ -25,12 +26,13 @@ from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offse
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
+from recsys_embed.kernels.places import Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.deferred import DeferredLookup
 from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
-from recsys_embed.kernels.vectorised import Place, VectorisedLookup, absent_ids, project
+from recsys_embed.kernels.vectorised import VectorisedLookup
 
 Mode = Literal["sum", "mean", "max"]
 # A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
@@ -126,7 +128,7 @@ class CompressedEmbedding(nn.Module):
             if shared is not None and table.name in shared.values:
                 self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
                 continue
-            empty = torch.empty(table.rows, table.width, device=device, dtype=dtype)
+            empty = torch.empty(table.shape, device=device, dtype=dtype)
             self.register_parameter(table.name, nn.Parameter(empty))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
@@ -201,7 +203,10 @@ class CompressedEmbedding(nn.Module):
         return read_rows(self.table(table), rows, partial, self.sparse)
 
     def table(self, name: str) -> Tensor:
-        """The stored values of one of the program's tables: ``[rows, width]``; decoded, a copy, after an export."""
+        """The stored values of one of the program's tables: ``[rows, width]``, or of its ``shape``.
+
+        After an export they are decoded, a copy.
+        """
         if self.served is not None and name in self.served:
             return self.served[name].dense()
         values = self._parameters[name]
@@ -229,12 +234,24 @@ class CompressedEmbedding(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Vectors of resolved int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
+        columns, head = self._columns(ids), self.program.head
+        if head is None:
+            return columns
+        return run_head(head, columns, [self.table(n) for n in head.tables], ids, self._policy.zeros[0])
+
+    def _columns(self, ids: Tensor) -> Tensor:
+        """Combined rows of resolved int64 ``ids [n]``, before the program's head."""
         out = self._native_lookup(ids)
         if out is None:
             (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)
             out = out.squeeze(1)
-        name = self.program.projection
-        return project(out, self.table(name), "ni,io->no") if name else out
+        return out
+
+    @property
+    def _head_of_bags(self) -> Head | None:
+        """The head that applies to pooled columns, if it is one of these."""
+        head = self.program.head
+        return head if head is not None and head.pools == "bags" else None
 
     def _native_lookup(self, ids: Tensor) -> Tensor | None:
         """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
@@ -253,11 +270,12 @@ class CompressedEmbedding(nn.Module):
 
     def before_pool(self, ids: Tensor) -> Tensor:
         """What bags pool: one row per resolved id ``[n]``; the vectors themselves unless a method says otherwise."""
-        return self.lookup(ids)
+        return self.lookup(ids) if self._head_of_bags is None else self._columns(ids)
 
     def after_pool(self, pooled: Tensor) -> Tensor:
         """From pooled rows of :meth:`before_pool` to vectors ``[bags, output width]``."""
-        return pooled
+        head = self._head_of_bags
+        return pooled if head is None else head.apply(pooled, [self.table(n) for n in head.tables])
 
     @property
     def output_dim(self) -> int:
@@ -345,7 +363,7 @@ class CompressedEmbedding(nn.Module):
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
             flat = (ids if ids.dim() == 1 else ids.reshape(-1)).long()
             out = self._vectors(self._resolve(flat), flat)
-            return out if ids.dim() == 1 else out.view(*ids.shape, self.output_dim)
+            return out if ids.dim() == 1 else out.view(*ids.shape, out.shape[1])
         if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
             raise ConfigError(
                 f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "

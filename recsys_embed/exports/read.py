@@ -10,9 +10,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.core.id_sets import IndexArrays, popcount, ranks_of, words_of
+from recsys_embed.core.id_sets import popcount, ranks_of, words_of
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
+from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.exports.manifest import Manifest, StorageItem, TableItem, read_manifest
 from recsys_embed.exports.served_modules import (
@@ -131,7 +133,7 @@ class _Loader:
         self.file, self.manifest, self.backend = file, manifest, backend
         self.tables: dict[str, dict[str, nn.Parameter | Stored]] = {}
         self.read: set[str] = set()  # paths of embeddings that have been found to read them
-        for storage in manifest.storages:
+        for storage in with_tables_of_modules(manifest.storages, manifest.modules):
             values = self._storage(storage)
             for path, name in storage.targets:
                 if name in self.tables.setdefault(path, {}):
@@ -145,7 +147,10 @@ class _Loader:
 
     def _storage(self, storage: StorageItem) -> nn.Parameter | Stored:
         first, parts = storage.tables[0], [t.part for t in storage.tables]
-        data = self.file.run([t.name for t in storage.tables])
+        names = [t.name for t in storage.tables]
+        # Tables that earlier versions stored apart do not stand end to end.
+        together = storage in self.manifest.storages
+        data = self.file.run(names) if together else torch.cat([self.file.run([n]) for n in names])
         if all(p.form == "all" and p.columns is None for p in parts) and data.dtype == first.dtype:
             # Nothing to decode: the very parameter that the source reads.
             return nn.Parameter(data.view(-1, first.width), requires_grad=False)
@@ -153,10 +158,10 @@ class _Loader:
         for table in storage.tables:
             for end, values in self._index(table).items():
                 arrays[end].append(values)
-        steps = max((p.count for p in parts if p.form == "sorted"), default=0).bit_length()
+        longest = max((p.count for p in parts if p.form == "sorted"), default=0)
         kinds = {"words": torch.int64, "ranks": torch.int32, "values": torch.int32}
-        words, ranks, values = (_joined(arrays[end], kind) for end, kind in kinds.items())
-        return Stored(parts, first.width, data, IndexArrays(words, ranks, values, steps), first.dtype, self.backend)
+        held = {end: _joined(arrays[end], kind) for end, kind in kinds.items()}
+        return Stored(parts, first.width, data, IndexArrays(held, longest), first.dtype, self.backend)
 
     def _index(self, table: TableItem) -> dict[str, Tensor]:
         """The arrays that know a table's kept rows; what they hold is checked, for rows beyond the table."""

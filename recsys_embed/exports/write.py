@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from recsys_embed import __version__
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.exports.file_format import NAMES, Entry, header_bytes, lay_out
-from recsys_embed.exports.files import replacing
 from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
 from recsys_embed.exports.model_scan import Found, Storage, scan
 from recsys_embed.exports.pack import Error, Packed, settle, survey
@@ -24,6 +23,14 @@ from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
 from recsys_embed.exports.served_modules import build_model
 from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
+from recsys_embed.utils.files import replacing
+
+
+def unwritten(path: Path, error: OSError) -> CheckpointError:
+    """What became of an export that could not be written."""
+    reason = error.strerror or str(error)
+    return CheckpointError(f"{path} could not be written: {reason}; what was there before is untouched")
+
 
 _PLACEHOLDER = -1.7976931348623157e308  # no number takes more characters
 _KINDS = {dtype: name for name, dtype in FLOATS.items()}
@@ -210,7 +217,7 @@ class _Writer:
         placeholder = None if evaluate is None else Metric(metric, _PLACEHOLDER, _PLACEHOLDER)
         size = len(header_bytes(self._manifest(entries, placeholder), entries))
         measured = None
-        with replacing(path) as (f, temporary):
+        with replacing(path, failed=unwritten) as (f, temporary):
             f.seek(size)
             for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
                 self.digests[name] = _write_tensor(f, name, entry, producers[name][2])

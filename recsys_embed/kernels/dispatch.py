@@ -109,14 +109,14 @@ def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.
             return cast("Chosen", wanted)
         status_of = {b.name: b for b in available_backends()}[wanted]
         why = f"it does not know {optimizer!r}" if status_of.available else status_of.why
-        _fall_back(f"backend 'auto' is 'torch' here, not {wanted!r}: {why}")
+        say_once(f"backend 'auto' is 'torch' here, not {wanted!r}: {why}")
         return "torch"
     return cast("Chosen", backend)
 
 
 @cache
-def _fall_back(line: str) -> None:
-    """Said once."""
+def say_once(line: str) -> None:
+    """Log a warning, once per process."""
     logging.getLogger(__name__).warning(line)
 
 

@@ -1,20 +1,18 @@
-"""The readable definition of a lookup: one feature, one row lookup at a time. Every other backend is compared with it."""
+"""The readable definition of a lookup: one feature and row lookup at a time. All backends are compared with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import IndexArrays
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.vectorised import Place, VectorisedLookup, project
-
-Gather = Callable[[str, Tensor, bool], Tensor]
+from recsys_embed.kernels.places import Gather, Place
 
 
 class Indexes(NamedTuple):
@@ -68,7 +66,7 @@ def combine(
     gather: Gather,
     indexes: Indexes = NO_INDEXES,
 ) -> Tensor:
-    """Combined vectors of ``ids [n]`` before the projection: ``[n, program.combined_width]``."""
+    """Combined vectors of ``ids [n]`` before the head: ``[n, program.combined_width]``."""
     columns = []
     for span in sorted(set(program.spans)):
         values = [
@@ -103,11 +101,17 @@ def lookup(
     store = IndexStore([program.indexes]) if indexes is None else indexes
     found = Indexes(store.places(0), store.arrays)
     out = combine(program, places, ids, lambda table, rows, _: tables[table][rows.clamp_min(0)], found)
-    return project(out, tables[program.projection], "ni,io->no") if program.projection else out
+    return out if program.head is None else program.head.apply(out, [tables[n] for n in program.head.tables], ids)
 
 
-class ReferenceLookup(VectorisedLookup):
-    """The groups of the torch backend, run one feature and one row lookup at a time."""
+class Single(NamedTuple):
+    """A group of one feature."""
+
+    features: tuple[int, ...]
+
+
+class ReferenceLookup(nn.Module):
+    """Stands where a :class:`VectorisedLookup` stands, and runs one feature and one row lookup at a time."""
 
     def __init__(
         self,
@@ -116,21 +120,29 @@ class ReferenceLookup(VectorisedLookup):
         keys: Sequence[Any] | None = None,
         optional: Sequence[bool] | None = None,
     ) -> None:
-        super().__init__(programs, places, keys, optional)
+        super().__init__()
         self.programs, self.places = list(programs), list(places)
+        self.optional = tuple(optional or [False] * len(programs))
+        self.index = IndexStore([p.indexes for p in programs])
 
-    def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
-        """As :meth:`VectorisedLookup.forward`, but ``gather`` is called once per row lookup."""
-        out = []
-        for g, group in enumerate(self.groups):
-            if local is None:
-                out.append(torch.stack([self._one(f, ids[g][:, j], gather) for j, f in enumerate(group.features)], 1))
-                continue
-            picks = [(local[g] == j).nonzero().squeeze(1) for j in range(len(group.features))]
-            pieces = [self._one(f, ids[g][at], gather) for f, at in zip(group.features, picks, strict=True)]
-            # Every value belongs to exactly one member, so the inverse permutation restores their order.
-            out.append(torch.cat(pieces)[torch.cat(picks).argsort()].view(-1, group.template.combined_width))
-        return out
+    @property
+    def groups(self) -> list[Single]:
+        """Every feature is a group of its own."""
+        return [Single((i,)) for i in range(len(self.programs))]
+
+    def forward(
+        self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather, chosen: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Combined vectors per feature: ``[B, 1, columns]`` of ``ids [B, 1]``; ``[n, columns]`` of ``[n]``.
+
+        Args:
+            local: given where the ids of a feature are ``[n]``.
+            gather: called once per row lookup.
+            chosen: the features to run, whose ids are given; all by default.
+        """
+        features = range(len(self.programs)) if chosen is None else chosen
+        out = [self._one(f, x.reshape(-1), gather) for f, x in zip(features, ids, strict=True)]
+        return [v.unsqueeze(1) for v in out] if local is None else out
 
     def _one(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
         indexes = Indexes(self.index.places(feature), self.index.arrays)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recsys_embed.core.program import Table
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.kernels.vectorised import Place
+from recsys_embed.kernels.places import Place
 
 _MADV_HUGEPAGE = 14
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core.footprint import Footprint
-from recsys_embed.core.id_sets import IndexArrays, positions, words_of
+from recsys_embed.core.id_sets import positions, words_of
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.precision import HEAD, Layout
@@ -102,7 +103,8 @@ class Stored(Constants):
 
     >>> table = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     >>> part = Part(3, Layout("fp16", 2), "sorted", 0, 2)
-    >>> kept = IndexArrays(torch.zeros(0).long(), torch.zeros(0).int(), torch.tensor([0, 2]).int(), 2)
+    >>> none = torch.zeros(0, dtype=torch.int32)
+    >>> kept = IndexArrays({"words": none.long(), "ranks": none, "values": torch.tensor([0, 2]).int()}, 2)
     >>> stored = Stored([part], 2, table[[0, 2]].half().flatten(), kept)
     >>> stored(torch.tensor([2, 1, -1]), partial=True).tolist()[:2], stored.nbytes
     ([[3.0, 4.0], [0.0, 0.0]], 16)
@@ -138,11 +140,11 @@ class Stored(Constants):
         device = data.device
         if arrays is None:
             none = torch.zeros(0, dtype=torch.int32, device=device)
-            arrays = IndexArrays(none.long(), none, none, 0)
-        self._steps = arrays.steps
+            arrays = IndexArrays({"words": none.long(), "ranks": none, "values": none})
+        self._longest = arrays.longest
         self.register_buffer("data", data if self._uniform is None else data.view(-1, self._kind.items))
         for name in ("words", "ranks", "values"):
-            self.register_buffer(name, getattr(arrays, name))
+            self.register_buffer(name, arrays.held[name])
         # Follows .to(dtype) and .to(device), so that vectors go where the rest of the model goes.
         self.register_buffer("like", torch.zeros(0, dtype=dtype, device=device), persistent=False)
         self._widest = max(p.layout.width for p in self.parts)
@@ -228,7 +230,7 @@ class Stored(Constants):
         if not self._pruned:
             return local, n
         place = positions("range", local, (n.start, n.count, n.size), 0, None)
-        arrays = IndexArrays(self.words, self.ranks, self.values, self._steps)
+        arrays = IndexArrays({"words": self.words, "ranks": self.ranks, "values": self.values}, self._longest)
         for form, at in (("bitmap", n.word), ("sorted", n.value)):
             code = _FORMS.index(form)
             if any(p.form == form for p in self.parts):

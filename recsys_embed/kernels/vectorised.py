@@ -6,38 +6,29 @@ tensor over (feature, row lookup), so no loop runs over features. All groups rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import IndexArrays
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
-
-
-class Place(NamedTuple):
-    """Where a table lives: rows ``[offset, offset + table.rows)`` of a storage."""
-
-    storage: str
-    offset: int
-
-
-Gather = Callable[[str, Tensor, bool], Tensor]
+from recsys_embed.kernels.places import Gather, Place, absent_ids
 
 
 @dataclass(frozen=True)
 class _Read:
     """Rows that several row lookups of a group read from one storage with one kind of transform.
 
-    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, where its index begins, the rows
-    of the table, and the table's place in the storage.
+    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, where its index begins, the
+    rows of the table, and the table's place in the storage.
     """
 
     storage: str
@@ -73,8 +64,7 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[A
         )
         for p in program.row_lookups
     )
-    projection = program.projection and (program.table(program.projection).rows, program.width)
-    return (row_lookups, program.spans, program.combine, projection, program.vectors, program.padding, key)
+    return (row_lookups, program.spans, program.combine, program.head_form, program.vectors, program.padding, key)
 
 
 class Group(Constants):
@@ -155,7 +145,7 @@ class Group(Constants):
     def rows(
         self, ids: Tensor, local: Tensor | None, arrays: IndexArrays, absent: Tensor | None = None
     ) -> list[tuple[str, Tensor]]:
-        """Rows to gather: (storage, int64 ``[..., row lookups]`` or ``[..., row lookups, run]``) for every set and its weights.
+        """Rows to gather, per set and its weights: (storage, int64 ``[..., row lookups]`` or ``[..., lookups, run]``).
 
         -1 stays -1.
 
@@ -227,20 +217,6 @@ class Group(Constants):
         return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
-def project(value: Tensor, matrix: Tensor, equation: str) -> Tensor:
-    """Combined vectors times their projection by an einsum ``equation``; columns beyond its rows pass and are added."""
-    passing = value.shape[-1] - matrix.shape[-2]
-    out = torch.einsum(equation, value[..., passing:], matrix)
-    return out + value[..., :passing] if passing else out
-
-
-def absent_ids(ids: Tensor) -> Tensor | None:
-    """Where ids are -1, "none": bool of their shape; None if nowhere, which only the CPU tells without a wait."""
-    absent = ids < 0
-    eager = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if eager and not bool(absent.any()) else absent
-
-
 class VectorisedLookup(nn.Module):
     """Run many programs at once.
 
@@ -277,16 +253,22 @@ class VectorisedLookup(nn.Module):
         return cast("list[Group]", list(self._groups))
 
     def _requests(
-        self, ids: Sequence[Tensor], local: Sequence[Tensor] | None
+        self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, chosen: Sequence[int] | None = None
     ) -> tuple[Sequence[Tensor | None], list[Tensor | None], list[list[tuple[str, Tensor]]]]:
         """Per group: which of its features each id belongs to, which ids read no row, and the rows to gather."""
+        groups = self._chosen(chosen)
         where: Sequence[Tensor | None] = local if local is not None else [None] * len(ids)
         arrays = self.index.arrays
-        absent = [absent_ids(x) if g.optional else None for g, x in zip(self.groups, ids, strict=True)]
-        requests = [g.rows(x, w, arrays, a) for g, x, w, a in zip(self.groups, ids, where, absent, strict=True)]
+        absent = [absent_ids(x) if g.optional else None for g, x in zip(groups, ids, strict=True)]
+        requests = [g.rows(x, w, arrays, a) for g, x, w, a in zip(groups, ids, where, absent, strict=True)]
         return where, absent, requests
 
-    def forward(self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather) -> list[Tensor]:
+    def _chosen(self, chosen: Sequence[int] | None) -> list[Group]:
+        return self.groups if chosen is None else [self.groups[i] for i in chosen]
+
+    def forward(
+        self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, gather: Gather, chosen: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """Per group, the combined vectors ``[*ids[g].shape, combined_width]`` of its ids.
 
         Args:
@@ -294,9 +276,11 @@ class VectorisedLookup(nn.Module):
             local: per group ``[n]``, which of its features each id belongs to.
             gather: reads rows of a storage: (storage, int64 ``[n]``, whether some rows may be -1) -> ``[n, width]``;
                 called once per storage. What it returns for -1 is ignored.
+            chosen: places of the groups to run, whose ids are given; all by default.
         """
-        where, absent, requests = self._requests(ids, local)
-        missing = {r.storage for g, a in zip(self.groups, absent, strict=True) if a is not None for r in g.reads}
+        where, absent, requests = self._requests(ids, local, chosen)
+        groups = self._chosen(chosen)
+        missing = {r.storage for g, a in zip(groups, absent, strict=True) if a is not None for r in g.reads}
         wanted: dict[str, list[Tensor]] = {}
         for request in requests:
             for storage, rows in request:
@@ -308,7 +292,7 @@ class VectorisedLookup(nn.Module):
             split = read.split([r.numel() for r in asked])
             gathered[storage] = [v.view(*r.shape, v.shape[-1]) for v, r in zip(split, asked, strict=True)]
         out = []
-        for g, x, w, a, request in zip(self.groups, ids, where, absent, requests, strict=True):
+        for g, x, w, a, request in zip(groups, ids, where, absent, requests, strict=True):
             pieces = [gathered[storage].pop(0) for storage, _ in request]
             value = g.combine(x, w, [rows for _, rows in request], pieces)
             out.append(value if a is None else value.masked_fill(a.unsqueeze(-1), 0.0))

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import combinations
 from math import gcd, prod, sqrt
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_embed.core import hashing
-from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.heads import PerClassNetwork, PooledCombination
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
@@ -159,6 +158,20 @@ class CompositionalConfig(MethodConfig):
         d = spec.embedding_dim
         return [(d, self.hidden), (self.hidden,), (self.hidden, d), (d,)]
 
+    def _networks(self, spec: FeatureSpec, moduli: tuple[int, ...]) -> list[list[Table]]:
+        """Tables of the network of each further partition; networks keep the variance of their input."""
+        # A rectified input has half the mean square of what was rectified (He et al. 2015).
+        bounds = (sqrt(3 / spec.embedding_dim), 0.0, sqrt(6 / self.hidden), 0.0)
+        inits = [Initializer("uniform", bound) if bound else Initializer("constant") for bound in bounds]
+        shapes = self._mlp_shapes(spec)
+        return [
+            [
+                Table(f"part{j}_{name}", m, prod(shape), init, dense=True, inner=shape)
+                for name, shape, init in zip(_MLP, shapes, inits, strict=True)
+            ]
+            for j, m in enumerate(moduli[1:], start=1)
+        ]
+
     def _costs(self, spec: FeatureSpec) -> tuple[int, ...]:
         """Elements that a class of each partition takes."""
         widths = self._widths(spec)
@@ -216,7 +229,15 @@ class CompositionalConfig(MethodConfig):
         laws, classes = self._laws(spec, moduli, widths), self.classes_of(spec)
         tables = [Table(f"part{j}", m, w, law) for j, (m, w, law) in enumerate(zip(moduli, widths, laws, strict=True))]
         if self.combine == "path":
-            return LookupProgram((tables[0],), (RowLookup("part0", classes[0]),))
+            networks = self._networks(spec, moduli)
+            names = tuple((n[0].name, n[1].name, n[2].name, n[3].name) for n in networks)
+            head = PerClassNetwork(tuple(classes[1:]), names)
+            held = (tables[0], *(t for network in networks for t in network))
+            return LookupProgram(held, (RowLookup("part0", classes[0]),), head=head)
+        if self.pools_first:
+            apart = tuple(RowLookup(f"part{j}", digit, column=sum(widths[:j])) for j, digit in enumerate(classes))
+            pooled = PooledCombination(self._tables, "mul" if self.combine == "mul" else "sum")
+            return LookupProgram(tuple(tables), apart, head=pooled)
         side_by_side = self.combine in ("concat", "feature")
         row_lookups = [
             RowLookup(f"part{j}", digit, column=sum(widths[:j]) if side_by_side else 0)
@@ -231,16 +252,6 @@ class CompositionalConfig(MethodConfig):
     def pools_first(self) -> bool:
         """Whether bags pool every table before they combine, and that makes a difference."""
         return self.bag == "pooled" and self.combine in ("mul", "sum")
-
-    @property
-    def computes(self) -> bool:
-        return self.combine == "path" or self.pools_first
-
-    def footprint(self, spec: FeatureSpec, itemsize: int = 4) -> Footprint:
-        total, moduli = super().footprint(spec, itemsize), self.moduli_of(spec)
-        if self.combine == "path" and moduli is not None:
-            total += Footprint(weights=itemsize * self._costs(spec)[1] * sum(moduli[1:]))
-        return total
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -274,41 +285,6 @@ class CompositionalConfig(MethodConfig):
         return cls.from_params({**params, "moduli": moduli})
 
 
-def per_class_mlp(x: Tensor, classes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """A network with one hidden ReLU layer per class, each row through that of its class.
-
-    Rows are sorted by class into tiles of one class each, so that two batched products run them all; neither the
-    shapes nor the work depend on how rows spread over classes.
-
-    Args:
-        x: ``[n, d]``.
-        classes: int64 ``[n]`` in [0, m).
-        w1, b1, w2, b2: ``[m, d, h]``, ``[m, h]``, ``[m, h, o]``, ``[m, o]``.
-
-    Returns:
-        ``[n, o]``.
-    """
-    n, m = x.shape[0], w1.shape[0]
-    # A traced program keeps n symbolic, and then neither the tile nor the number of owners may branch on it.
-    traced = torch.compiler.is_compiling()
-    tile = 32 if traced else max(1, min(128, n // m))
-    order = classes.argsort(stable=True)
-    ordered = classes[order]
-    counts = torch.zeros(m, dtype=torch.int64, device=x.device).scatter_add(0, classes, torch.ones_like(classes))
-    tiles = (counts + tile - 1) // tile
-    ends = tiles.cumsum(0)
-    rank = torch.arange(n, device=x.device) - (counts.cumsum(0) - counts)[ordered]
-    slot = (ends - tiles)[ordered] * tile + rank
-    place = torch.empty_like(slot).scatter(0, order, slot)
-    total = n // tile + (m if traced else min(m, n))
-    owner = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True).clamp_max(m - 1)
-    where = (place // tile, place % tile)
-    grouped = x.new_zeros(total, tile, x.shape[1]).index_put(where, x)
-    hidden = torch.baddbmm(b1.index_select(0, owner).unsqueeze(1), grouped, w1.index_select(0, owner)).relu()
-    out = torch.baddbmm(b2.index_select(0, owner).unsqueeze(1), hidden, w2.index_select(0, owner))
-    return out[where]
-
-
 class CompositionalEmbedding(CompressedEmbedding):
     """Drop-in over complementary partitions; with ``combine="feature"`` its vectors stand side by side.
 
@@ -319,56 +295,6 @@ class CompositionalEmbedding(CompressedEmbedding):
 
     config_cls = CompositionalConfig
     config: CompositionalConfig
-    # Empty until the networks exist, which is after the base has drawn the tables.
-    _networks: tuple[tuple[MixedRadixDigit, list[str]], ...] = ()
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any) -> None:
-        super().__init__(num_embeddings, embedding_dim, *args, **options)
-        config, moduli = self.config, self.config.moduli_of(self.spec)
-        self._pools_first = config.pools_first and moduli is not None
-        if config.combine == "path" and moduli is not None:
-            digits = config.classes_of(self.spec)[1:]
-            self._networks = tuple(
-                (digit, [f"part{j}_{name}" for name in _MLP]) for j, digit in enumerate(digits, start=1)
-            )
-            base = self.table("part0")
-            for (_, names), classes in zip(self._networks, moduli[1:], strict=True):
-                for name, shape in zip(names, config._mlp_shapes(self.spec), strict=True):
-                    self.register_parameter(name, nn.Parameter(base.new_empty(classes, *shape)))
-            self._reset_networks(config.seed)
-
-    def reset_parameters(self, seed: int | None = None) -> None:
-        """As for any method; networks keep the variance of their input, so that outputs start like plain rows."""
-        super().reset_parameters(seed)
-        self._reset_networks(self.config.seed if seed is None else seed)
-
-    def _reset_networks(self, seed: int) -> None:
-        # A rectified input has half the mean square of what was rectified (He et al. 2015).
-        bounds = (sqrt(3 / self.embedding_dim), 0.0, sqrt(6 / self.config.hidden), 0.0)
-        with torch.no_grad():
-            for _, names in self._networks:
-                for name, bound in zip(names, bounds, strict=True):
-                    law = Initializer("uniform", bound) if bound else Initializer("constant")
-                    law.fill_(self.table(name), hashing.salt(seed, "init", f"{self.spec.name}.{name}"))
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """Vectors of checked int64 ``ids [n]``: ``[n, output width]``."""
-        out = super().lookup(ids)
-        for digit, names in self._networks:
-            out = per_class_mlp(out, digit.rows(ids), *(self.table(name) for name in names))
-        return out
-
-    def before_pool(self, ids: Tensor) -> Tensor:
-        """Vectors per id; with ``bag="pooled"`` every table's row, side by side."""
-        if not self._pools_first:
-            return self.lookup(ids)
-        return torch.cat([self._gather(p.table, p.transform.rows(ids), False) for p in self.program.row_lookups], -1)
-
-    def after_pool(self, pooled: Tensor) -> Tensor:
-        """With ``bag="pooled"``, the combination of the pooled rows."""
-        if not self._pools_first:
-            return pooled
-        return reduce(torch.mul if self.config.combine == "mul" else torch.add, pooled.split(self.embedding_dim, -1))
 
     def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
         """Approximate ``weight`` in place.
@@ -376,7 +302,8 @@ class CompositionalEmbedding(CompressedEmbedding):
         Networks (``combine="path"``) start from the mean of each class of the first partition and keep their hidden
         layers; their last output layer is fitted.
         """
-        if not self._networks:
+        head = self.program.head
+        if not isinstance(head, PerClassNetwork):
             return super().fit_(weight, counts)
         with torch.no_grad():
             base = self.table("part0")
@@ -385,4 +312,4 @@ class CompositionalEmbedding(CompressedEmbedding):
             share = share.to(weight).unsqueeze(1)
             total = torch.zeros_like(base[:, :1]).index_add_(0, rows, share).clamp_min(1e-12)
             base.copy_(torch.zeros_like(base).index_add_(0, rows, weight * share) / total)
-        fit_tables(self, weight, counts, names=self._networks[-1][1][2:])
+        fit_tables(self, weight, counts, names=head.networks[-1][2:])

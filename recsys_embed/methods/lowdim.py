@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
@@ -41,7 +42,7 @@ class LowdimConfig(MethodConfig):
         matrix = Table(
             "projection", self.dim, spec.embedding_dim, Initializer("uniform", (3 / self.dim) ** 0.5), dense=True
         )
-        return LookupProgram((rows, matrix), (RowLookup("weight", MixedRadixDigit()),), projection="projection")
+        return LookupProgram((rows, matrix), (RowLookup("weight", MixedRadixDigit()),), head=Projection("projection"))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

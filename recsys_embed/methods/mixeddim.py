@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table
@@ -90,7 +91,7 @@ class MixeddimConfig(MethodConfig):
         if narrow:
             spread = (6 / (narrow[0] + width)) ** 0.5 if self.initializer == "xavier" else (3 / narrow[0]) ** 0.5
             tables.append(Table("projection", sum(narrow), width, Initializer("uniform", spread), dense=True))
-        return LookupProgram(tuple(tables), tuple(row_lookups), projection="projection" if narrow else None)
+        return LookupProgram(tuple(tables), tuple(row_lookups), head=Projection("projection") if narrow else None)
 
     def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Initializer:
         """Law of a block's rows; the matrix has that of the widest projected block, so narrower ones make up for it."""

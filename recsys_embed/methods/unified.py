@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
+from recsys_embed.core.heads import Projection
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
@@ -19,7 +20,7 @@ from recsys_embed.method_parts.shared_plan import private_tables
 class UnifiedConfig(MethodConfig):
     """One table of ``num_buckets`` x ``dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
 
-    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the row lookup, so a
+    Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the number, so a
     feature keeps its rows when others come and go. Rows of different features collide freely: with a learned linear
     layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
 
@@ -97,7 +98,7 @@ class UnifiedConfig(MethodConfig):
             head = "projection"
             spread = Initializer("uniform", (3 / columns) ** 0.5)
             tables.append(Table(head, columns, spec.embedding_dim, spread, dense=True))
-        return LookupProgram(tuple(tables), reads, projection=head)
+        return LookupProgram(tuple(tables), reads, head=None if head is None else Projection(head))
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

@@ -141,6 +141,7 @@ def sharing(transform: Transform, table: Table, terms: Terms) -> tuple[Floats, F
 
 def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
     """The parts of a program's output, each with who shares it."""
+    program = program.of_one_id
     tables = {t.name: t for t in program.tables}
     groups: dict[tuple[int, int], list[tuple[str, Factor]]] = {}
     found: list[Factor] = []

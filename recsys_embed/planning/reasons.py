@@ -57,12 +57,13 @@ def _storage(spec: FeatureSpec, terms: Terms, program: LookupProgram, parts: lis
     if shared is not None:
         table = program.table(shared)
         beside = f" with {count(company - 1, 'other feature')}" if company > 1 else ""
-        return f"{count(len(program.row_lookups), 'read')} per id from table {shared!r} of {table.rows:,} rows shared{beside}"
+        reads = count(len(program.row_lookups), "read")
+        return f"{reads} per id from table {shared!r} of {table.rows:,} rows shared{beside}"
     widths = sorted({f.width for f in parts}, reverse=True)
     if own >= curve.n - 0.5 and not rows:
         wide = " or ".join(f"{w:g}" for w in widths)
-        matrix = ", widened by a matrix" if program.projection else ""
-        return f"every id has a row of its own, of width {wide}{matrix}"
+        head = "" if program.head is None else f", {program.head.describe()}"
+        return f"every id has a row of its own, of width {wide}{head}"
     text = []
     if own >= 0.5:
         rows_of = "a row of its own" if round(own) == 1 else "rows of their own"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from recsys_embed.report.figures import save_figure
 from recsys_embed.train.compare import Summary
 from recsys_embed.utils.optional import require
 
@@ -63,6 +64,6 @@ def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
         found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axis.legend(found.values(), found.keys(), fontsize=8)
     path = Path(path)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     return path

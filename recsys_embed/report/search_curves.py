@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.report.figures import save_figure
 from recsys_embed.utils.optional import require
 
 
@@ -36,7 +37,7 @@ def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
         axis.set_title(name)
         axis.grid(alpha=0.3)
     path = Path(path)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     return path
 

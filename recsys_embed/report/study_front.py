@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.report.figures import save_figure
 from recsys_embed.utils.optional import require
 
 
@@ -69,6 +70,6 @@ def plot_front(rows: Sequence[Mapping[str, Any]], path: str | Path, budgets: Map
     axis.legend(fontsize=8, title=f"{last.removesuffix('.method')} fields", title_fontsize=8, loc="center left",
                 bbox_to_anchor=(1.0, 0.5))  # fmt: skip
     path = Path(path)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     return path

@@ -12,8 +12,8 @@ from typing import Any
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError
 from recsys_embed.registry import with_current_names
-from recsys_embed.train.files import drop_temporaries, write_json, write_text
-from recsys_embed.train.run import environment
+from recsys_embed.train.environment import environment
+from recsys_embed.utils.files import drop_leftovers, write_json, write_text
 
 SEARCH = "search.json"
 
@@ -48,7 +48,7 @@ class SearchFolder:
             raise CheckpointError(
                 f"{path} holds a search of other settings or data; use those, or another folder:\n" + "\n".join(lines)
             )
-        drop_temporaries(path)
+        drop_leftovers(path)
 
     def claim(self) -> None:
         """From now on the folder belongs to this search."""

@@ -33,7 +33,7 @@ from recsys_embed.sharding.checkpoint_tensors import (
     weight_entries,
 )
 from recsys_embed.sharding.optimizers import Optimizers
-from recsys_embed.train.files import write_json, write_text
+from recsys_embed.utils.files import write_json, write_text
 
 LATEST = "latest"
 META = "run.json"

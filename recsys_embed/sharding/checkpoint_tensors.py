@@ -95,7 +95,7 @@ def _copier(table: Tensor, slab: Slab, stored: Tensor) -> Callable[[], None]:
 
 
 def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[Entry]:
-    for key, matrix in bundle.dense_tables().items():
+    for key, matrix in bundle.heads.tables(stacked_only=True).items():
         yield Entry(f"{path}/{key}", matrix.detach())
     for name, module in bundle.own.items():
         for key, values in module.state_dict().items():
@@ -104,12 +104,12 @@ def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[Entry]:
     store = bundle.kernel.index
     for program, feature in enumerate(bundle.programs):
         for name in store.indexes[program]:
-            members = store.members(program, name)
+            held = store.value(program, name)
 
-            def put(program: int = program, name: str = name, members: Tensor = members) -> None:
-                store.assign_(program, {name: members})
+            def put(program: int = program, name: str = name, held: Tensor = held) -> None:
+                store.assign_(program, {name: held})
 
-            yield Entry(f"{path}/{feature}:index:{name}", members, put)
+            yield Entry(f"{path}/{feature}:index:{name}", held, put)
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,14 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from recsys_embed.collection.bags import Bags
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.features import Schema
-from recsys_embed.kernels.vectorised import Place, project
+from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.sharding.physical_tables import Slab
 
 
 class PooledFeatures(nn.Module):
-    """Features whose vectors are sums of rows; every row lookup of a feature is a feature of TorchRec's collection ``ebc``.
+    """Features whose vectors are sums of rows; each of a feature's row lookups is a feature of TorchRec's ``ebc``.
 
     Args:
         schema: the features; their programs pass :func:`pools_in_tables`.
@@ -43,11 +45,12 @@ class PooledFeatures(nn.Module):
         # Every table starts at row 0, so features whose programs look alike map their ids in one operation.
         places = {key: Place(f"width{slab.width}", 0) for key, slab in slabs.items()}
         self.bundle = LookupBundle(schema, plan, places, {}, like, "torch")
+        self._groups = cast("VectorisedLookup", self.bundle.kernel).groups
         self.keys: list[str] = []
         tables: dict[str, list[str]] = {key: [] for key in slabs}
         # Per table, whose ids each of TorchRec's features of it are.
         self.features_of: dict[str, list[str]] = {key: [] for key in slabs}
-        for group in self.bundle.kernel.groups:
+        for group in self._groups:
             for number, kind in enumerate(group.sets):
                 for j, slot in enumerate(kind.slots):
                     for f in group.features:
@@ -73,7 +76,7 @@ class PooledFeatures(nn.Module):
         feature = torch.repeat_interleave(torch.arange(count, device=bags.values.device), lengths.sum(1))
         ids = bundle.unseen(bags.values, feature)
         values, sizes, weights = [], [], []
-        for part, group in zip(bundle.parts, bundle.kernel.groups, strict=True):
+        for part, group in zip(bundle.parts, self._groups, strict=True):
             at, local = bundle._pick(part, feature)
             mine = lengths[list(part)].reshape(-1)
             given = bags.weights if bags.weights is None or at is None else bags.weights[at]
@@ -102,7 +105,7 @@ class PooledFeatures(nn.Module):
         # By name: the order of a sharded collection's output is that of its shards. One split, since the gradient of
         # every slice by itself would be as wide as all of them.
         parts = dict(zip(found.keys(), found.values().split(found.length_per_key(), 1), strict=True))
-        for g, (part, group) in enumerate(zip(bundle.parts, bundle.kernel.groups, strict=True)):
+        for g, (part, group) in enumerate(zip(bundle.parts, self._groups, strict=True)):
             pieces, rows = [], []
             for kind in group.sets:
                 members, row_lookups = len(part), len(kind.slots)
@@ -115,9 +118,8 @@ class PooledFeatures(nn.Module):
             value = group.combine(lengths, None, rows, pieces)
             if self.schema.features[part[0]].pooling == "mean":
                 value = value / lengths[list(part)].t().clamp_min(1).unsqueeze(-1)
-            matrices = bundle._projection(g)
-            if matrices is not None:
-                value = project(value, matrices, "bfi,fio->bfo")
+            if bundle.heads.head(f"part{g}") is not None:
+                value = bundle.heads.vectors(f"part{g}", value)
             out.append(value.flatten(1))
         return bundle._assemble(out, bundle.ordered, "order")
 

@@ -14,11 +14,13 @@ Pooling = Literal["tables", "ids"]
 
 
 def pools_in_tables(spec: FeatureSpec, program: LookupProgram) -> bool:
-    """Whether pooling the rows of every row lookup and then combining gives what combining per id and then pooling does.
+    """Whether pooling each row lookup's rows and then combining gives what combining per id and then pooling does.
 
     It does where vectors are sums of rows. Products, learned weights per id, signs and runs of rows need every id's
-    row; so do maxima, and means over bags some of whose ids are none.
+    row; so do maxima, heads that apply to every id, and means over bags some of whose ids are none.
     """
+    if program.head is not None and program.head.pools == "ids":
+        return False
     if spec.pooling == "max" or any(
         p.sign is not None or p.weight or p.run > 1 or p.width for p in program.row_lookups
     ):
@@ -35,11 +37,12 @@ def divide(schema: Schema, plan: Plan, pool: Pooling) -> tuple[list[str], list[s
     """
     by_id = set()
     owners: dict[str, list[str]] = {}
+    programs = plan.gathered(schema)
     for spec in schema:
-        if plan[spec.name].computes:
+        if spec.name not in programs:
             by_id.add(spec.name)
             continue
-        program = plan[spec.name].program(spec)
+        program = programs[spec.name]
         for table in program.tables:
             owners.setdefault(table_key(spec, table), []).append(spec.name)
         # Rows of one or two numbers share a stored row, which only the look-up by id knows how to read.

@@ -15,7 +15,7 @@ from torch import nn
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.registry import with_current_names
-from recsys_embed.train.files import atomic_write
+from recsys_embed.utils.files import atomic_write
 
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1

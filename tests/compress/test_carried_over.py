@@ -222,7 +222,7 @@ def test_counts_say_which_ids_are_frequent(method: str) -> None:
         assert store.indexes[0]
         for index in store.indexes[0].values():
             wanted = torch.arange(300).flip(0)[index.start : index.start + index.count].sort().values
-            assert torch.equal(store.members(0, index.name), wanted)
+            assert torch.equal(store.value(0, index.name), wanted)
     by_id = uniform(fresh(), method, order="ids")
     assert "falling frequency" in compress_(fresh(), by_id, dry_run=True)["a"].note
     assert "use order='counts'" in compress_(fresh(), by_id, counts={"a": counts}, dry_run=True)["a"].note

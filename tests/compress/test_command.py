@@ -55,7 +55,7 @@ def load(name: str) -> Any:
 
 
 def run(place: Path, *args: str) -> int:
-    return main(["compress", "--model", f"{place.name}:build", "--plan", "plan.json", *args])
+    return main(["compress", "--model-factory", f"{place.name}:build", "--plan", "plan.json", *args])
 
 
 def test_from_a_trained_state_to_a_compressed_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +94,7 @@ def test_counts_of_a_data_folder_weigh_the_fit(place: Path, capsys: pytest.Captu
     lines = ", ".join(f'"{n}": nn.Embedding({sizes[n]}, 8)' for n in ("C1", "C2"))
     text = f"from torch import nn\ndef build():\n    return nn.ModuleDict({{'deep': nn.ModuleDict({{{lines}}})}})"
     (place.parent / f"{name}.py").write_text(text)
-    assert main(["plan", "--model", f"{name}:build", "--stats", "data", "--budget", "2KiB", "--json"]) == 0
+    assert main(["plan", "--model-factory", f"{name}:build", "--stats", "data", "--budget", "2KiB", "--json"]) == 0
     plan = rse.Plan.from_dict(json.loads(capsys.readouterr().out))
     assert set(plan) == {"deep/C1", "deep/C2"}
     plan = rse.Plan({n: rse.HashConfig(num_buckets=2) for n in ("deep/C1", "deep.C2")})

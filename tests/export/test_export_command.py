@@ -62,7 +62,7 @@ def test_a_file_is_converted(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_model_of_a_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "--model", "torch.nn:Identity", "--out", str(tmp_path / "f"), "--json"]) == 0
+    assert main(["export", "--model-factory", "torch.nn:Identity", "--out", str(tmp_path / "f"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["needs_skeleton"]
     into = load(tmp_path / "f", into=torch.nn.Identity())
     assert isinstance(into, torch.nn.Identity)
@@ -71,8 +71,8 @@ def test_a_model_of_a_function(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a SOURCE or --model"),
-        (["x", "--model", "a:b", "--out", "f"], "give a SOURCE or --model"),
+        ([], "give a SOURCE or --model-factory"),
+        (["x", "--model-factory", "a:b", "--out", "f"], "give a SOURCE or --model-factory"),
         (["{run}"], "--out model.safetensors"),
         (["{run}", "--out", "{out}", "--precision", "int9"], "unknown precision 'int9'; did you mean 'int8'?"),
         (["{run}", "--out", "{out}", "--search", "best"], "unknown search 'best'"),

@@ -19,9 +19,8 @@ import recsys_embed as rse
 from recsys_embed import memory_report
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.exports import export, load, verify
-from recsys_embed.exports.files import replacing
 from recsys_embed.exports.graph import to_torch_export
-from recsys_embed.train.files import atomic_write
+from recsys_embed.utils.files import atomic_write, replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +79,7 @@ def test_a_folder_and_an_impossible_place(tmp_path: Path) -> None:
 def test_a_device_is_no_place_for_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(ConfigError, match="is a device or a pipe"):
+    with pytest.raises(ConfigError, match="a device or a pipe"):
         export(emb(1.0), pipe)
     with pytest.raises(ConfigError, match="a device or a pipe"):
         atomic_write(pipe, lambda file: None)

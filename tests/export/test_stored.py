@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recsys_embed.core.id_sets import IndexArrays, bitmap
+from recsys_embed.core.id_sets import bitmap
+from recsys_embed.core.index import IndexArrays
 from recsys_embed.exports.pack import Packed, chunks, pack_bits, settle, survey
 from recsys_embed.kernels.precision import Layout
 from recsys_embed.kernels.stored_tables import Part, Stored
@@ -49,8 +50,8 @@ def stored(packs: list[Packed], dtype: torch.dtype = torch.float32, **options: A
     data = torch.cat([piece.flatten() for p in packs for piece in p.stored("minmax")])
     none = {"words": torch.zeros(0).long(), "ranks": torch.zeros(0).int(), "values": torch.zeros(0).int()}
     arrays = {k: torch.cat([p.arrays().get(k, empty) for p in packs]) for k, empty in none.items()}
-    steps = max(p.part.count for p in packs).bit_length()
-    return Stored([p.part for p in packs], packs[0].width, data, IndexArrays(**arrays, steps=steps), dtype, **options)
+    longest = max(p.part.count for p in packs)
+    return Stored([p.part for p in packs], packs[0].width, data, IndexArrays(arrays, longest), dtype, **options)
 
 
 @given(

@@ -6,19 +6,15 @@ are applied to them here, to all rows touched (or all rows there are), so that n
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import recsys_embed as rse
-from recsys_embed import EmbeddingCollection, Plan
+from recsys_embed import EmbeddingCollection
 from recsys_embed.features import FeatureSpec
 from tests.fuzz.programs import Program, Step
 
@@ -79,7 +75,7 @@ class Jagged:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of one call, and the weights among them."""
+    """Of one call, and the weights of ids feature after feature, where there are any."""
 
     given: tuple[Any, ...]
     weights: Tensor | None
@@ -93,7 +89,7 @@ def _strided(values: Tensor) -> Tensor:
     return torch.stack([values, values + 1], -1)[..., 0]
 
 
-def _flat(bags: Sequence[Sequence[Sequence[int]]], step: Step) -> tuple[Tensor, Tensor]:
+def flat(bags: Sequence[Sequence[Sequence[int]]], step: Step) -> tuple[Tensor, Tensor]:
     """Values and offsets of the bags of some features, feature after feature."""
     dtype = torch.int32 if step.int32 else torch.int64
     values = torch.tensor([i for feature in bags for bag in feature for i in bag], dtype=dtype)
@@ -105,21 +101,28 @@ def arguments(step: Step, names: Sequence[str], dtype: torch.dtype) -> Arguments
     """The ids of a step in its form, with weights of ``dtype``."""
     batch = len(step.ids[0])
     if step.form == "matrix":
-        values, _ = _flat(step.ids, step)
+        values, _ = flat(step.ids, step)
         return Arguments((values.view(len(names), batch).t(),), None)
     if step.form == "dict":
-        return Arguments(({n: _flat([bags], step) for n, bags in zip(names, step.ids, strict=True)},), None)
+        return Arguments(({n: flat([bags], step) for n, bags in zip(names, step.ids, strict=True)},), None)
     order = list(range(len(names)))
     if step.form == "jagged" and step.strided:
         order.reverse()
-    values, offsets = _flat([step.ids[i] for i in order], step)
-    weights = None
+    values, offsets = flat([step.ids[i] for i in order], step)
+    weights = given = None
     if step.weights is not None:
         generator = torch.Generator().manual_seed(step.weights)
         weights = torch.randn(values.numel(), generator=generator).to(dtype).requires_grad_(bool(step.weights % 2))
+        parts = weights.split([sum(map(len, bags)) for bags in step.ids])
+        given = torch.cat([parts[i] for i in order])
     if step.form == "jagged":
-        return Arguments((Jagged([names[i] for i in order], values, offsets, weights),), weights)
-    return Arguments((values, offsets, weights), weights)
+        return Arguments((Jagged([names[i] for i in order], values, offsets, given),), weights)
+    return Arguments((values, offsets, given), weights)
+
+
+def plainest(step: Step) -> Step:
+    """The same ids in the form that takes the fewest lines to read."""
+    return replace(step, form="bags", int32=False, strided=False)
 
 
 def direction(seed: int, shape: torch.Size) -> Tensor:
@@ -254,7 +257,7 @@ def _run(program: Program) -> None:
     colls = {backend: build(program, backend) for backend in BACKENDS}
     oracle = Oracle(program, colls["torch"])
     for number, step in enumerate(program.steps):
-        wide, narrow = (arguments(step, names, dtype) for dtype in (torch.float64, torch.float32))
+        wide, narrow = arguments(plainest(step), names, torch.float64), arguments(step, names, torch.float32)
         right = oracle.gradients(wide, direction_seed(program, number))
         for backend in BACKENDS:
             if step.before == "restart":
@@ -266,7 +269,9 @@ def _run(program: Program) -> None:
         oracle.move(right.grads)
         for backend in BACKENDS:
             _check_tables(f"{backend} after a step", oracle, colls[backend])
-    _check_extras(program, colls)
+    from tests.fuzz.beside import check_beside
+
+    check_beside(program, colls["native"])
 
 
 def _step(
@@ -316,11 +321,8 @@ def _step(
 def _check_plain(program: Program, step: Step, oracle: Oracle, call: Arguments, wanted: Tensor) -> None:
     """The oracle itself, where torch can say what is right."""
     columns = wanted.flatten(1).split(oracle.coll.bundle.widths, 1)
-    order = list(range(len(program.features)))
-    if step.form == "jagged" and step.strided:
-        order.reverse()
-    sizes = [sum(map(len, step.ids[i])) for i in order]
-    parts = None if call.weights is None else dict(zip(order, call.weights.detach().split(sizes), strict=True))
+    sizes = [sum(map(len, bags)) for bags in step.ids]
+    parts = None if call.weights is None else call.weights.detach().split(sizes)
     for i, feature in enumerate(program.features):
         # Unseen ids that hash would need the library's hash.
         if feature.method != "full" or feature.spec.get("unseen") == "hash":
@@ -346,86 +348,3 @@ def _check_tables(where: str, oracle: Oracle, coll: EmbeddingCollection) -> None
     for key, value in oracle.state.items():
         if not key.endswith("_last"):
             close(f"{where}: optimizer state {key.partition('_')[2]}", saved[key], value, 1e-3)
-
-
-# -- beside the collection --------------------------------------------------------------------------------------------
-
-
-def _check_extras(program: Program, colls: dict[str, EmbeddingCollection]) -> None:
-    schema, plan = program.schema(), program.plan()
-    if Plan.from_dict(json.loads(plan.to_json())) != plan:
-        raise Disagreement("plan", "its JSON is not read back as it was")
-    native = colls["native"].eval()
-    last = arguments(program.steps[-1], schema.names, torch.float32)
-    with torch.no_grad():
-        wanted = last(native)
-        if "threads" in program.extras:
-            _check_threads(program, native)
-        if "drop_in" in program.extras:
-            _check_drop_ins(program, native, wanted)
-        if "export" in program.extras:
-            _check_exports(program, native, last, wanted)
-
-
-def _check_threads(program: Program, native: EmbeddingCollection) -> None:
-    """The same bits of tables and states for another number of threads."""
-    torch.set_num_threads(1 + program.threads % 3)
-    again = build(program, "native")
-    names = program.schema().names
-    with torch.enable_grad():
-        for number, step in enumerate(program.steps):
-            if step.before == "restart":
-                again = restarted(program, again, "native")
-            call = arguments(step, names, torch.float32)
-            if step.before == "look":
-                call(again.eval())
-                again.train()
-            if step.lr is not None and again.optimizer is not None:
-                again.lr = step.lr
-            out = call(again)
-            if out.requires_grad:
-                (out * direction(direction_seed(program, number), out.shape)).sum().backward()
-            again.settle_()
-    for (name, a), (_, b) in zip(native.state_dict().items(), again.state_dict().items(), strict=True):
-        same(f"threads: {name.rstrip('0123456789')}", b, a)
-
-
-def _check_drop_ins(program: Program, native: EmbeddingCollection, wanted: Tensor) -> None:
-    """Modules of one feature, with the collection's tables, give its vectors."""
-    step = program.steps[-1]
-    columns = wanted.flatten(1).split(native.bundle.widths, 1)
-    if step.weights is not None:
-        return
-    for feature, bags, column in zip(program.features, step.ids, columns, strict=True):
-        spec, own = feature.make(), native.bundle.own
-        if spec.ids == "raw" or any(spec.name == key.removeprefix("feature_") for key in own):
-            continue
-        single = step.form == "matrix"
-        options = {"mode": None if single else spec.pooling, "include_last_offset": True, "unseen": spec.unseen}
-        if single:
-            del options["include_last_offset"]
-        module = rse.make_embedding(
-            feature.method, spec.num_embeddings, spec.embedding_dim, config=feature.config(), name=spec.name, **options
-        )
-        if feature.counts is not None:
-            generator = torch.Generator().manual_seed(feature.counts)
-            module.assign_(torch.randint(0, 1 + spec.num_embeddings, (spec.num_embeddings,), generator=generator))
-        dense = native.bundle.dense_tables()
-        for table in module.program.tables:
-            key = table.name if table.shared else f"{spec.name}.{table.name}"
-            module.table(table.name).copy_(dense[key] if table.dense else native.table(key))
-        values, offsets = _flat([bags], step)
-        got = module(values) if single else module(values, offsets)
-        close("drop-in vectors", got, column, 2e-5)
-
-
-def _check_exports(program: Program, native: EmbeddingCollection, call: Arguments, wanted: Tensor) -> None:
-    """What is loaded from an export gives the bits of its source, and backends decode alike."""
-    precision = ("fp32", "fp16", "bf16", "int8", "int4")[program.seed % 5]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.safetensors"
-        rse.export(native, path, precision)  # type: ignore[arg-type]
-        loaded = {backend: rse.load(path, backend=backend) for backend in ("auto", "torch")}  # type: ignore[arg-type]
-        if precision == "fp32":
-            close("export: vectors beside the source's", call(loaded["auto"]), wanted, 1e-6)
-        close("export: vectors of auto beside torch's", call(loaded["auto"]), call(loaded["torch"]), 1e-5)

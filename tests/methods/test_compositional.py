@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recsys_embed as rse
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.heads import per_class_mlp
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.kernels import reference
-from recsys_embed.methods.compositional import CompositionalConfig, CompositionalEmbedding, per_class_mlp
+from recsys_embed.methods.compositional import CompositionalConfig, CompositionalEmbedding
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, config_from_dict
 from recsys_embed.testing import EMBEDDING_CHECKS
@@ -335,7 +337,7 @@ def test_budgets_are_never_exceeded_and_well_used(
     budget = max(1, int(fraction * spec.num_embeddings * spec.embedding_dim * 4))
     smallest = CompositionalConfig.sized(spec, 1, **params).footprint(spec).serve
     if smallest > budget:
-        with pytest.raises(BudgetError, match=f"at least {rse.memory.format_bytes(smallest)} for"):
+        with pytest.raises(BudgetError, match=f"at least {format_bytes(smallest)} for"):
             CompositionalConfig.for_budget(spec, budget, **params)
         return
     config = CompositionalConfig.for_budget(spec, budget, **params)
@@ -408,12 +410,11 @@ def _collection(optimizer: Any = None, **options: Any) -> tuple[rse.Schema, rse.
 
 
 def _per_feature(schema: rse.Schema, coll: rse.EmbeddingCollection, name: str, ids: Tensor) -> Tensor:
-    """A feature of a collection by the readable definition, or by its own module in float64."""
-    config = coll.plan[name]
-    if config.computes:
-        return coll.bundle.own["feature_" + name](ids)
-    program = config.program(schema[name])
-    return reference.lookup(program, {t.name: coll.table(f"{name}.{t.name}") for t in program.tables}, ids)
+    """A feature of a collection by the readable definition."""
+    program = coll.plan[name].program(schema[name])
+    dense = coll.bundle.dense_tables()
+    tables = {t.name: dense[key] if (key := f"{name}.{t.name}") in dense else coll.table(key) for t in program.tables}
+    return reference.lookup(program, tables, ids)
 
 
 @pytest.mark.parametrize("options", [{"combine": c} for c in COMBINES] + [{"bag": "pooled"}], ids=str)
@@ -438,7 +439,9 @@ def test_pooled_bags_in_a_collection_are_those_of_the_module() -> None:
         module = CompositionalEmbedding(
             s.num_embeddings, 8, config=coll.plan[s.name], name=s.name, mode="sum", dtype=torch.float64
         )
-        module.load_state_dict(coll.bundle.own["feature_" + s.name].state_dict())
+        with torch.no_grad():
+            for table in module.program.tables:
+                module.table(table.name).copy_(coll.table(f"{s.name}.{table.name}"))
         torch.testing.assert_close(out[:, i], module(bags[s.name]), rtol=1e-12, atol=1e-12)
     _, per_id = _collection()
     compressed = [i for i, s in enumerate(schema) if s.num_embeddings > 200]

@@ -13,6 +13,7 @@ import recsys_embed as rse
 from recsys_embed.core import hashing
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.optim import list_rules, make_rule
+from tests.tiers import slow_but
 
 SCHEMA = rse.Schema([rse.FeatureSpec("A", 1000, 16), rse.FeatureSpec("B", 50, 12), rse.FeatureSpec("C", 30_000, 16)])
 _BITS = (1 << 64) - 1
@@ -103,7 +104,7 @@ def test_signs_are_hashes_of_each_element() -> None:
     assert signs.mean(0).abs().max() < 5 / 4000**0.5
 
 
-@pytest.mark.parametrize("block", [1, 3, 6])
+@pytest.mark.parametrize("block", slow_but([1, 3, 6], 3))
 def test_signs_make_sketches_unbiased(block: int) -> None:
     """A vector written to the array and read back is itself on average over hashes, whatever shares its elements."""
     truth = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 2

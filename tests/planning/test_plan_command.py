@@ -72,10 +72,20 @@ def test_data_folders_bring_their_statistics(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_models_tables_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
     target = "tests.planning.test_plan_command:model"
-    assert main(["plan", "--model", target, "--budget", "100KiB", "--methods", "hash", "--json"]) == 0
+    assert main(["plan", "--model-factory", target, "--budget", "100KiB", "--methods", "hash", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["features"]) == ["user", "item"]
-    assert main(["plan", "--model", target, "--budget", "100KiB", "--methods", "hash"]) == 0
+    assert main(["plan", "--model-factory", target, "--budget", "100KiB", "--methods", "hash"]) == 0
     assert "not in the plan nor its budget: tied (500 B): its weight is also head.weight" in capsys.readouterr().out
+
+
+def test_the_former_name_of_the_models_option_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["plan", "--model", "tests.planning.test_plan_command:model", "--budget", "100KiB", "--methods", "hash"]
+    assert main([*named, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["features"]) == ["user", "item"]
+    assert err.count("--model-factory") == 1
+    assert main([*named, "--model-factory", "a:b"]) != 0
+    assert "give one of them" in capsys.readouterr().err
 
 
 def model() -> object:
@@ -114,8 +124,8 @@ def test_changes_name_features_that_come_and_go() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give one of --data, --schema and --model"),
-        (["--schema", "SCHEMA", "--model", "a:b"], "give one of"),
+        ([], "give one of --data, --schema and --model-factory"),
+        (["--schema", "SCHEMA", "--model-factory", "a:b"], "give one of"),
         (["--schema", "SCHEMA", "--pin", "C1"], "--pin takes FEATURE=METHOD; got 'C1'"),
         (["--schema", "SCHEMA", "--pin", "C1={x"], "is not valid JSON"),
         (["--schema", "SCHEMA", "--forbid", "hsh"], "did you mean 'hash'"),
@@ -147,7 +157,17 @@ def test_bytes_shown_are_those_of_the_models_dtype(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    args = ["plan", "--model", "half_tables:build", "--methods", "hash", "--full-below", "0", "--diff", "old.json"]
+    args = [
+        "plan",
+        "--model-factory",
+        "half_tables:build",
+        "--methods",
+        "hash",
+        "--full-below",
+        "0",
+        "--diff",
+        "old.json",
+    ]
     old = plan_for_budget(Schema([FeatureSpec("0", 8192, 16)]), "256KiB", methods=["full"], itemsize=2)
     (tmp_path / "old.json").write_text(old.to_json())
     assert main([*args, "--budget", "128KiB"]) == 0
@@ -166,7 +186,7 @@ def test_faults_of_a_plan_file_have_a_line_each_under_its_name(
     file.write_text(json.dumps({"version": 1, "features": wrong}))
     uses = (
         ["plan", "--schema", str(schema_file), "--budget", "300KiB", "--diff", str(file)],
-        ["compress", "--model", "torch.nn:Identity", "--plan", str(file)],
+        ["compress", "--model-factory", "torch.nn:Identity", "--plan", str(file)],
         ["train", "--data", str(tmp_path), "--plan", str(file), "--out", str(tmp_path / "run")],
         ["report", str(file), "--schema", str(schema_file)],
     )

@@ -20,7 +20,6 @@ from recsys_embed import optim as optimizers
 from recsys_embed.compress import compress_
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
 from recsys_embed.planning import FrequencyCurve, plan_for_budget, plan_losses, terms_of
-from recsys_embed.planning import planner as planner_module
 from recsys_embed.planning.limits import Costs, Limits, candidates
 from recsys_embed.planning.menus import MenuMaker
 from recsys_embed.planning.options import Frame
@@ -82,7 +81,7 @@ def test_training_budgets_cover_what_training_holds(optimizer: str | None, schem
     plan = planned(schema, budget, target="train", optimizer=optimizer, stats=ranked(schema))
     if plan is None:
         return
-    fused = None if optimizer is None else planner_module.OPTIMIZERS[optimizer]()
+    fused = None if optimizer is None else optimizers.make_rule(optimizer)
     collection = EmbeddingCollection(schema, plan, fused, device="meta")
     assert plan.notes is not None
     assert plan.notes.bytes == collection.footprint().train <= budget
@@ -96,7 +95,7 @@ def test_training_budgets_cover_networks_and_their_gradients(optimizer: str | No
     budget = int(0.9 * whole(schema))
     plan = plan_for_budget(schema, budget, target="train", optimizer=optimizer, methods=methods, stats=ranked(schema))
     assert "compositional" in {plan[name].method for name in plan}
-    fused = None if optimizer is None else planner_module.OPTIMIZERS[optimizer]()
+    fused = None if optimizer is None else optimizers.make_rule(optimizer)
     collection = EmbeddingCollection(schema, plan, fused)
     ids = torch.stack([torch.arange(900) % s.num_embeddings for s in schema], 1)
     collection(ids).square().sum().backward()
@@ -567,6 +566,7 @@ print(json.dumps([seconds, peak() - before, plan.footprint(schema).serve, found.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_thousand_huge_tables_are_planned_quickly_and_in_little_memory() -> None:
     out = subprocess.run([sys.executable, "-c", MANY_HUGE_TABLES], capture_output=True, text=True, check=True).stdout

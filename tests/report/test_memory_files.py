@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,8 @@ def test_run_folder(tmp_path: Path) -> None:
 
     pytest.importorskip("tqdm")
     from recsys_embed.models import build_model
+    from recsys_embed.train.build import trained_footprint
     from recsys_embed.train.config import TrainConfig
-    from recsys_embed.train.run import trained_footprint
 
     plan = Plan.uniform(schema(), "lowdim", budget="48KiB")
     model = build_model("deepfm", schema(), plan, num_dense=2, optimizer=rse.Adam(lr=0.1))
@@ -247,3 +248,20 @@ def test_a_table_that_drop_ins_share_counts_once_when_loaded(precision: str, tmp
     loaded = memory_report(rse.load(path, into=build())).total("serve")
     assert loaded == memory_report(path).total("serve")
     assert loaded <= 64 * 1024
+
+
+@pytest.mark.parametrize("name", ["x.st", "x", "x.pt", "x.json"])
+def test_files_are_told_by_their_content(name: str, tmp_path: Path) -> None:
+    module = rse.make_embedding("hash", 1000, 8, num_buckets=100)
+    writers: list[tuple[str, Callable[[Path], object]]] = [
+        ("x.safetensors", lambda path: rse.export(module, path)),
+        ("x.safetensors", lambda path: save_file({"table": torch.ones(3, 4)}, path)),
+        ("x.pt", lambda path: torch.save(module.state_dict(), path)),
+        ("x.json", lambda path: path.write_text(json.dumps(schema().to_dict()))),
+    ]
+    (tmp_path / "usual").mkdir()
+    for usual, write in writers:
+        write(tmp_path / "usual" / usual)
+        wanted = memory_report(tmp_path / "usual" / usual)
+        (tmp_path / "usual" / usual).replace(tmp_path / name)
+        assert memory_report(tmp_path / name).total("serve") == wanted.total("serve") > 0

@@ -30,23 +30,27 @@ TORCH: list[Any] = [
 
 
 def options(info: MethodInfo) -> list[dict[str, Any]]:
-    """No options, and every variant that keeps sets of ids as arrays."""
+    """No options, every variant that keeps sets of ids as arrays, and one with networks beside its tables."""
     found: list[dict[str, Any]] = [{}]
+    if info.name == "compositional":
+        found.append({"combine": "path", "hidden": 4})
     if info.config_cls.order_option:
         found.append({"order": "counts"})
     return found
 
 
 VARIANTS = [(m, o) for m in METHODS for o in options(m)]
-IDS = [f"{m.name}-{'-'.join(o.values())}".rstrip("-") for m, o in VARIANTS]
-
-
-def budget_of(info: MethodInfo, rows: int, width: int) -> dict[str, Any]:
-    return {} if info.name == "full" else {"budget": rows * width * 4 // 2}
+IDS = [f"{m.name}-{'-'.join(map(str, o.values()))}".rstrip("-") for m, o in VARIANTS]
 
 
 def make(info: MethodInfo, rows: int, width: int, **more: Any) -> nn.Module:
-    return info.embedding_cls(rows, width, **budget_of(info, rows, width), **more)
+    """A drop-in at half its bytes, or the least that it needs."""
+    if info.name == "full":
+        return info.embedding_cls(rows, width, **more)
+    params = {k: v for k, v in more.items() if k in info.config_cls.__dataclass_fields__}
+    spec = FeatureSpec("embedding", rows, width)
+    least = info.config_cls.sized(spec, 1, **params).footprint(spec).serve
+    return info.embedding_cls(rows, width, budget=max(rows * width * 2, least), **more)
 
 
 def small_schema() -> Schema:

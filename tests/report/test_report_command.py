@@ -63,7 +63,7 @@ def test_files_are_written_and_named(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_model_of_somebody_else_that_takes_no_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "--model", "shop:make", "--meta", "--optimizer", "adam")
+    status, out, _ = run(capsys, "--model-factory", "shop:make", "--meta", "--optimizer", "adam")
     assert status == 0
     assert "Sequential: 1 embedding table, 1.91 GiB to serve, 7.63 GiB to train" in out
 
@@ -85,15 +85,15 @@ def test_data_folder_and_a_plan_over_it(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), "give a SOURCE or --model"),
-        (("a.pt", "--model", "shop:make"), "give a SOURCE or --model"),
-        (("schema.json", "--meta"), "--meta is about --model"),
+        ((), "give a SOURCE or --model-factory"),
+        (("a.pt", "--model-factory", "shop:make"), "give a SOURCE or --model-factory"),
+        (("schema.json", "--meta"), "--meta is about --model-factory"),
         (("nope.pt",), "there is nothing at nope.pt"),
         (("plan.json",), "is a plan, which needs the features"),
         (("schema.json", "--optimizer", "adm"), "did you mean 'adam'"),
         (("schema.json", "--precision", "int9"), "did you mean 'int8'"),
         (("schema.json", "--batch-size", "0"), "`batch_size` must be"),
-        (("--model", "shop:mak"), "did you mean 'make'"),
+        (("--model-factory", "shop:mak"), "did you mean 'make'"),
         (("schema.json", "--data", "nope"), "nope"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import Index
 from recsys_embed.core.program import (
     Hash,
@@ -44,7 +45,9 @@ def transforms(rows: int, name: str, absent: bool = True) -> st.SearchStrategy[T
     forms = st.sampled_from(["range", "bitmap", "sorted"])
     index = st.builds(Index, st.just(name), st.just(IDS), st.sampled_from([0, 7]), st.just(rows - 2), forms)
     members = st.builds(Member, index, rest=st.sampled_from([0, 2] if absent else [2]), salt=seeds)
-    return st.one_of(digits, hashes, heads, murmurs, members)
+    packed = st.builds(CodesIndex, st.just(name), st.just(IDS), st.just(2), st.just(rows), seeds)
+    codes = st.builds(Codes, packed, st.sampled_from([0, 1]))
+    return st.one_of(digits, hashes, heads, murmurs, members, codes)
 
 
 @st.composite
@@ -106,6 +109,7 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
         *(Murmur(2**32 - 1, word, 7) for word in range(4)),
         *(Member(Index("i", IDS, 6, 7, form)) for form in ("range", "bitmap", "sorted")),
         *(Member(Index("i", IDS, 6, 5, form), rest=2, salt=-3) for form in ("range", "bitmap", "sorted")),
+        Codes(CodesIndex("i", IDS, 3, 7, salt=4), 2),
     ],
     ids=repr,
 )
@@ -115,6 +119,15 @@ def test_every_transform_in_a_product(transform: Transform) -> None:
         LookupProgram(tables, (RowLookup("a", transform), RowLookup("b", MixedRadixDigit(mod=23))), "mul"),
         torch.arange(IDS),
     )
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_codes_of_every_width_beside_sets_of_ids(bits: int) -> None:
+    tables = (Table("a", 2**bits, 2, NONE), Table("b", 9, 2, NONE))
+    codes = CodesIndex("codes", IDS, 3, 2**bits, salt=bits)
+    sets = [Member(Index(f"set_{form}", IDS, 3, 9, form)) for form in ("bitmap", "sorted")]  # type: ignore[arg-type]
+    row_lookups = [*(RowLookup("a", Codes(codes, j)) for j in range(3)), *(RowLookup("b", s) for s in sets)]
+    assert_agrees(LookupProgram(tables, tuple(row_lookups)), torch.arange(IDS))
 
 
 # Shrinking a failure in the interpreter would take minutes.

@@ -22,6 +22,7 @@ from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.text_blocks import find_files
 from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.utils.files import final_name
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; the output must be a folder")
     if out.is_dir() and not (out / SCHEMA_FILE).exists() and not (out / WORK_DIR).exists():
-        foreign = sorted(p.name for p in out.iterdir() if p.name.removesuffix(".tmp") not in OUR_FILES)
+        foreign = sorted(p.name for p in out.iterdir() if final_name(p.name).removesuffix(".tmp") not in OUR_FILES)
         if foreign:
             raise ConfigError(
                 f"{out} is not empty and holds no data set (it has {', '.join(foreign[:3])}); choose a new folder"

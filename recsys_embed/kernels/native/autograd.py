@@ -17,7 +17,7 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import Stage, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
-from recsys_embed.kernels.vectorised import Place
+from recsys_embed.kernels.places import Place
 
 Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Tensor | None], None]
 

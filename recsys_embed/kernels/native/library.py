@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from recsys_embed.errors import BackendError
+from recsys_embed.kernels.kinds import LAYOUT
 from recsys_embed.kernels.native.records import FEATURE, ROW_LOOKUP, TRANSFORM
 
 VARIANTS = ("plain", "avx2", "avx512")
-
-
-class Index(ctypes.Structure):
-    """Arrays of all indexes."""
-
-    _fields_: ClassVar = [("words", c_void_p), ("ranks", c_void_p), ("values", c_void_p)]
 
 
 class Matrix(ctypes.Structure):
@@ -81,7 +76,7 @@ class Call(ctypes.Structure):
         ("outputs", c_void_p),
         ("output_count", c_int64),
         ("kept", Matrix),
-        ("index", Index),
+        ("index", c_void_p),
         ("threads", c_int64),
         ("mask", c_void_p),
     ]
@@ -164,7 +159,10 @@ def library() -> Library | str:
     handle.rse_record_sizes.restype = c_int64
     sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
     own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
-    if sizes != own:
+    layout = getattr(handle, "rse_transform_layout", None)
+    if layout is not None:
+        layout.restype = c_char_p
+    if sizes != own or layout is None or layout() != LAYOUT.encode():
         return f"{path.name} was built from other sources; install again"
     handle.rse_rules.restype = c_char_p
     wanted = os.environ.get("RECSYS_EMBED_CPU")

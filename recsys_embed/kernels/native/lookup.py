@@ -22,8 +22,8 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Rule, Update, library, loaded, words_of
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.precision import HEAD
-from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer, rule_name
 
 _DENSE, _SPARSE = -1, -2
@@ -203,12 +203,12 @@ class NativeLookup:
             output_count=len(widths),
             threads=1,
         )
-        # Behind it: pointers to storages, a Matrix per output; kinds of storages and bytes of their rows.
-        behind = [0] * count + [n for width in widths for n in (0, width)] + [0] * (2 * count)
+        # Behind it: pointers to storages and index arrays, a Matrix per output; kinds of storages, bytes of their rows.
+        self._array_count = len(list(index.buffers()))
+        behind = [0] * (count + self._array_count) + [n for width in widths for n in (0, width)] + [0] * (2 * count)
         # As numbers, which are copied and set several times as fast as a structure's fields.
         self._record = array("q", bytes(call)) + array("q", behind)
         self._row_lookup_count = len(self._row_lookups)
-        self._indexed = any(index.indexes)
         self.handle = handle_of(self)
         # Copies encode anew: records hold addresses.
         self._given = (programs, places, index, storages, slots, widths, columns, limits, optional, shapes)
@@ -258,6 +258,11 @@ class NativeLookup:
                 self._refuse(table, number)
             number += 1
         at += number
+        if self._array_count:
+            call[_INDEX] = start + 8 * at
+            for held in self._index.arrays.held.values():
+                call[at] = _pointer(held)
+                at += 1
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:
             call[at] = output.data_ptr()
@@ -268,9 +273,6 @@ class NativeLookup:
             call[at:] = array("q", self._kinds(tables) + bytes_of_rows)
         if kept is not None:
             call[_KEPT], call[_KEPT + 1] = kept.data_ptr(), self.kept_width
-        if self._indexed:
-            arrays = self._index.arrays
-            call[_INDEX : _INDEX + 3] = array("q", map(_pointer, (arrays.words, arrays.ranks, arrays.values)))
         if lookups >= _WORTH_A_THREAD:
             call[_THREADS] = torch.get_num_threads()
         return call

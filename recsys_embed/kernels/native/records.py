@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys_embed.core.program import Hash, LookupProgram, Member, MixedRadixDigit, Murmur, RowLookup, Transform
+from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.vectorised import Place
+from recsys_embed.kernels.kinds import KINDS, NAMES
+from recsys_embed.kernels.places import Place
 
 
 def _fields(names: str) -> list[tuple[str, str]]:
     return [(name, "i8") for name in names.split()]
 
 
-TRANSFORM = np.dtype(_fields("kind div mod affine a b p salt size stride offset head absent word start count at rest"))
+TRANSFORM = np.dtype(_fields(" ".join(NAMES)))
 ROW_LOOKUP = np.dtype(
     [
         *_fields("storage base rows width column span run join product has_sign sign"),
@@ -29,7 +30,6 @@ ROW_LOOKUP = np.dtype(
     ]
 )
 FEATURE = np.dtype(_fields("ids first row_lookups limit optional output column width padding plain mean"))
-_MEMBERS = {"range": 3, "bitmap": 4, "sorted": 5}
 STORE, ADD, MUL = 0, 1, 2
 
 
@@ -42,28 +42,17 @@ class Slot:
     mean: bool = False
 
 
-def _transform(transform: Transform, at: int) -> dict[str, int]:
+def _transform(transform: Transform, index: IndexStore, program: int) -> dict[str, int]:
     """Fields of one transform; those not named are 0.
 
     Raises:
         TypeError: the kernels do not know the transform.
     """
-    if isinstance(transform, MixedRadixDigit):
-        a, b, p = transform.affine or (1, 0, 1)
-        has = transform.affine is not None
-        return {"kind": 0, "div": transform.div, "mod": transform.mod, "affine": has, "a": a, "b": b, "p": p}
-    if isinstance(transform, Hash):
-        salt, size, stride, offset, head = transform.parameters()
-        absent = transform.head_absent
-        fields = {"salt": salt, "size": size, "stride": stride, "offset": offset, "head": head, "absent": absent}
-        return {"kind": 1, **fields}
-    if isinstance(transform, Murmur):
-        return {"kind": 2, "salt": transform.seed, "size": transform.size, "word": transform.word}
-    if isinstance(transform, Member):
-        index = transform.index
-        fields = {"start": index.start, "count": index.count, "size": index.size, "at": at}
-        return {"kind": _MEMBERS[index.form], **fields, "rest": transform.rest, "salt": transform.salt}
-    raise TypeError(f"no native kernel for transform {type(transform).__name__}")
+    kind, fields = transform.encoded() or (None, {})
+    if kind not in KINDS:
+        raise TypeError(f"no kernel for transform {type(transform).__name__}")
+    name = transform.reads
+    return {**fields, "kind": KINDS.index(kind), "array": index.slot(program, name), "at": index.at(program, name)}
 
 
 def _fill(record: Any, fields: Mapping[str, Any]) -> None:
@@ -73,9 +62,7 @@ def _fill(record: Any, fields: Mapping[str, Any]) -> None:
 
 def supported(program: LookupProgram) -> bool:
     """Whether the kernels know every transform of a program."""
-    return all(
-        isinstance(t, (MixedRadixDigit, Hash, Murmur, Member)) for p in program.row_lookups for t in p.transforms
-    )
+    return all((t.encoded() or ("",))[0] in KINDS for p in program.row_lookups for t in p.transforms)
 
 
 def _join(program: LookupProgram, slot: int) -> int:
@@ -105,7 +92,7 @@ def encode(
     limits: Sequence[int],
     optional: Sequence[bool],
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Records of features and of their row lookups, and how many numbers per sample backward needs of what forward read.
+    """Records of features and row lookups, and how many numbers per sample backward needs of what forward read.
 
     Args:
         programs: one per feature.
@@ -141,11 +128,10 @@ def encode(
             fields |= {"run": row_lookup.run, "join": _join(program, slot), "product": program.combine == "mul"}
             _fill(record, fields | {"has_sign": row_lookup.sign is not None, "sign": row_lookup.sign or 0})
             record["scale"], record["weight_storage"] = row_lookup.scale, -1
-            _fill(record["of"], _transform(row_lookup.transform, index.at(i, row_lookup.transform.reads)))
+            _fill(record["of"], _transform(row_lookup.transform, index, i))
             if row_lookup.weight is not None:
                 record["weight_storage"], record["weight_base"], record["weight_rows"] = table(row_lookup.weight.table)
-                of = row_lookup.weight.transform
-                _fill(record["weight_of"], _transform(of, index.at(i, of.reads)))
+                _fill(record["weight_of"], _transform(row_lookup.weight.transform, index, i))
             if not features[i]["plain"]:
                 record["kept"] = kept
                 kept += row_lookup.run * program.table(row_lookup.table).width + (row_lookup.weight is not None)

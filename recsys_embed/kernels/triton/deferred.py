@@ -10,7 +10,7 @@ from torch import Tensor
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot
-from recsys_embed.kernels.vectorised import Place
+from recsys_embed.kernels.places import Place
 
 if TYPE_CHECKING:
     from recsys_embed.kernels.triton.lookup import TritonLookup

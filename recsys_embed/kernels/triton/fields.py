@@ -1,7 +1,7 @@
 """Lookup programs as integer tables, the form in which the GPU kernels read them.
 
-A *job* is what one program of the forward kernel does for a tile of samples: all row lookups of a feature that share output
-columns. A *read* is one row per sample of one table: a row lookup's own, or that of its learned weight.
+A *job* is what one program of the forward kernel does for a tile of samples: all row lookups of a feature that share
+output columns. A *read* is one row per sample of one table: a row lookup's own, or that of its learned weight.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ JOB = (
     "product",
     "plain",
 )
-# Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not.
-MAP = (*(TRANSFORM.names or ()), "div_inverse", "mod_inverse", "p_inverse", "size_inverse")
+# Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not. Steps are the
+# halvings that search `count` members.
+MAP = (*(TRANSFORM.names or ()), "div_inverse", "mod_inverse", "p_inverse", "size_inverse", "steps")
 PLACE = ("storage", "base", "rows", "width", "run", "repeat", "has_sign", "sign", "kept", "own", "read")
 WEIGHT = ("weight_storage", "weight_base", "weight_rows", "weight_kept", "weight_own", "weight_read")
 ROW_LOOKUP = (*PLACE, *WEIGHT, *(f"of_{name}" for name in MAP), *(f"weight_of_{name}" for name in MAP))
 READ = ("storage", "base", "rows", "own", "at", "stride", "column", "run", "path", "buffer")
 SORTED, SMALL = 0, 1
-IDENTITY = 6  # the kind of transforms that change nothing, beside those of the records
 _SMALL_BYTES = 1 << 17
 _INVERTED = {"div_inverse": "div", "mod_inverse": "mod", "p_inverse": "p", "size_inverse": "size"}
 
@@ -80,9 +80,7 @@ class Tables:
 
 def _map(record: Any, prefix: str) -> dict[str, int]:
     fields = {name: int(record[name]) for name in TRANSFORM.names or ()}
-    if fields["kind"] == 0 and fields["div"] == 1 and fields["mod"] == 0 and not fields["affine"]:
-        fields["kind"] = IDENTITY
-    fields |= {name: inverse(fields[of]) for name, of in _INVERTED.items()}
+    fields |= {name: inverse(fields[of]) for name, of in _INVERTED.items()} | {"steps": fields["count"].bit_length()}
     return {prefix + name: value for name, value in fields.items()}
 
 

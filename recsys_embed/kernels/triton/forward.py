@@ -18,12 +18,12 @@ from recsys_embed.kernels.triton.row_lookups import (
 @triton.jit
 def _row_lookup(
     total, row_lookup, scale, used, live, x, sample, batch, product, plain, cols, span,
-    storages, words, ranks, values, steps, found, kept, out,
+    storages, index, found, kept, out,
     KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr,
     WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """``total`` joined with one row lookup's values; ``used`` are the samples that have any, ``live`` those to write of."""
-    rows = find(x, row_lookup, words, ranks, values, steps, used, KINDS)
+    """``total`` joined with a row lookup's values; ``used`` are the samples that have any, ``live`` those to write."""
+    rows = find(x, row_lookup, index, used, KINDS)
     table = storage(storages, tl.load(row_lookup + p.STORAGE), out)
     if SAVE:
         place = tl.where(rows >= 0, rows + tl.load(row_lookup + p.BASE), -1).to(tl.int32)
@@ -49,7 +49,7 @@ def _row_lookup(
     if WEIGHTS:
         number = tl.load(row_lookup + p.WEIGHT_STORAGE)
         if number >= 0:
-            at = find_weight(x, row_lookup, words, ranks, values, steps, used, KINDS)
+            at = find_weight(x, row_lookup, index, used, KINDS)
             base = tl.load(row_lookup + p.WEIGHT_BASE)
             weights = storage(storages, number, out)
             weight = tl.load(weights + base + at, mask=at >= 0, other=0.0).to(tl.float32)
@@ -68,10 +68,10 @@ def _row_lookup(
     return total + value
 
 
-@triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "steps", "job_count"])
+@triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "index", "job_count"])
 def forward(
     ids, sample_stride, feature_stride, batch,
-    jobs, row_lookups, scales, storages, words, ranks, values, steps,
+    jobs, row_lookups, scales, storages, index,
     out, found, kept, faults, job_count,
     TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr,
     KINDS: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -83,7 +83,7 @@ def forward(
         ids: int32 or int64, of any strides.
         jobs, row_lookups, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
         storages: addresses of the tables.
-        words, ranks, values, steps: arrays of all indexes.
+        index: addresses of the arrays of all indexes.
         out: outputs one behind the other, each ``[batch, stride]``.
         found: int32 ``[reads, batch]`` rows of each read, where SAVE.
         kept: rows as they are read, where KEEP.
@@ -123,16 +123,18 @@ def forward(
                 written = live & (j < count)
             at = first + tl.maximum(tl.minimum(j, count - 1), 0)
             total = _row_lookup(
-                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written, x, sample, batch, product,
-                plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
+                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written,
+                x, sample, batch, product,
+                plain, cols, span, storages, index, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     else:
         for j in range(count):
             at = first + j
             total = _row_lookup(
-                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live, x, sample, batch, product,
-                plain, cols, span, storages, words, ranks, values, steps, found, kept, out,
+                total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live,
+                x, sample, batch, product,
+                plain, cols, span, storages, index, found, kept, out,
                 KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     total = tl.where(used[:, None], total, 0.0)

@@ -4,16 +4,19 @@
 import triton
 import triton.language as tl
 
+from recsys_embed.kernels.kinds import KINDS
 from recsys_embed.kernels.triton.fields import MAP
 
-DIGITS = tl.constexpr(1)
-HASHES = tl.constexpr(2)
-MURMURS = tl.constexpr(4)
-RANGES = tl.constexpr(8)
-BITMAPS = tl.constexpr(16)
-SORTED = tl.constexpr(32)
-IDENTITIES = tl.constexpr(64)
-MEMBERS = tl.constexpr(8 | 16 | 32)
+# A bit per kind, for the kinds that occur in a collection; and the kinds themselves.
+DIGITS = tl.constexpr(1 << KINDS.index("digit"))
+HASHES = tl.constexpr(1 << KINDS.index("hash"))
+MURMURS = tl.constexpr(1 << KINDS.index("murmur"))
+RANGES = tl.constexpr(1 << KINDS.index("range"))
+BITMAPS = tl.constexpr(1 << KINDS.index("bitmap"))
+SORTED = tl.constexpr(1 << KINDS.index("sorted"))
+IDENTITIES = tl.constexpr(1 << KINDS.index("identity"))
+CODES = tl.constexpr(1 << KINDS.index("codes"))
+MEMBERS = tl.constexpr(RANGES.value | BITMAPS.value | SORTED.value)
 
 KIND = tl.constexpr(MAP.index("kind"))
 DIV = tl.constexpr(MAP.index("div"))
@@ -31,8 +34,11 @@ ABSENT = tl.constexpr(MAP.index("absent"))
 WORD = tl.constexpr(MAP.index("word"))
 START = tl.constexpr(MAP.index("start"))
 COUNT = tl.constexpr(MAP.index("count"))
+ARRAY = tl.constexpr(MAP.index("array"))
 AT = tl.constexpr(MAP.index("at"))
 REST = tl.constexpr(MAP.index("rest"))
+BITS = tl.constexpr(MAP.index("bits"))
+STEPS = tl.constexpr(MAP.index("steps"))
 DIV_INVERSE = tl.constexpr(MAP.index("div_inverse"))
 MOD_INVERSE = tl.constexpr(MAP.index("mod_inverse"))
 P_INVERSE = tl.constexpr(MAP.index("p_inverse"))
@@ -139,9 +145,17 @@ def _bits_set(v):
 
 
 @triton.jit
-def _bitmap(x, at, words, ranks, live):
+def _array(at, index, number: tl.constexpr, TYPE: tl.constexpr):
+    """Array ``number`` of the transform's index, from where the index begins."""
+    array = tl.load(index + tl.load(at + ARRAY) + number).to(tl.pointer_type(TYPE))
+    return array + tl.load(at + AT)
+
+
+@triton.jit
+def _bitmap(x, at, index, live):
+    words, ranks = _array(at, index, 0, tl.int64), _array(at, index, 1, tl.int32)
     inside = live & (x >= 0) & (x < tl.load(at + SIZE))
-    place = tl.load(at + AT) + (x >> 6)
+    place = x >> 6
     word = tl.load(words + place, mask=inside, other=0).to(tl.uint64)
     bit = (x & 63).to(tl.uint64)
     one = tl.full(x.shape, 1, tl.uint64)
@@ -151,9 +165,9 @@ def _bitmap(x, at, words, ranks, live):
 
 
 @triton.jit
-def _sorted(x, at, values, steps, live):
-    count = tl.load(at + COUNT)
-    first = values + tl.load(at + AT)
+def _sorted(x, at, index, live):
+    count, steps = tl.load(at + COUNT), tl.load(at + STEPS)
+    first = _array(at, index, 0, tl.int32)
     place = tl.full(x.shape, -1, tl.int64)
     # The last member that is not above x, by halving.
     for step in range(steps):
@@ -167,18 +181,29 @@ def _sorted(x, at, values, steps, live):
 
 
 @triton.jit
-def _member(x, at, kind, words, ranks, values, steps, live, KINDS: tl.constexpr):
+def _codes(x, at, index, live):
+    words, bits = _array(at, index, 0, tl.int32), tl.load(at + BITS)
+    inside = live & (x >= 0) & (x < tl.load(at + SIZE))
+    bit = (x * tl.load(at + STRIDE) + tl.load(at + OFFSET)) * bits
+    low = tl.load(words + (bit >> 5), mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    high = tl.load(words + (bit >> 5) + 1, mask=inside, other=0).to(tl.int64)
+    code = ((low | (high << 32)) >> (bit & 31)) & ((tl.full(x.shape, 1, tl.int64) << bits) - 1)
+    return tl.where(inside, code, -1)
+
+
+@triton.jit
+def _member(x, at, kind, index, live, OCCURRING: tl.constexpr):
     rows = tl.full(x.shape, -1, tl.int64)
-    if RANGES & KINDS:
-        if kind == 3:
+    if RANGES & OCCURRING:
+        if (1 << kind) == RANGES:
             place = x - tl.load(at + START)
             rows = tl.where((place >= 0) & (place < tl.load(at + COUNT)), place, -1)
-    if BITMAPS & KINDS:
-        if kind == 4:
-            rows = _bitmap(x, at, words, ranks, live)
-    if SORTED & KINDS:
-        if kind == 5:
-            rows = _sorted(x, at, values, steps, live)
+    if BITMAPS & OCCURRING:
+        if (1 << kind) == BITMAPS:
+            rows = _bitmap(x, at, index, live)
+    if SORTED & OCCURRING:
+        if (1 << kind) == SORTED:
+            rows = _sorted(x, at, index, live)
     rest = tl.load(at + REST)
     if rest != 0:
         rows = tl.where(rows < 0, tl.load(at + COUNT) + hashed(x, tl.load(at + SALT), rest), rows)
@@ -186,30 +211,33 @@ def _member(x, at, kind, words, ranks, values, steps, live, KINDS: tl.constexpr)
 
 
 @triton.jit
-def rows_of(x, at, words, ranks, values, steps, live, KINDS: tl.constexpr):
-    """Rows of ids, -1 where an id has none; ``at`` points to the transform's fields, KINDS are those that occur."""
+def rows_of(x, at, index, live, OCCURRING: tl.constexpr):
+    """Rows of ids, -1 where an id has none; ``at`` points to the transform's fields, OCCURRING are the kinds in use."""
     kind = tl.load(at + KIND)
     rows = tl.full(x.shape, -1, tl.int64)
-    if IDENTITIES == KINDS:
+    if IDENTITIES == OCCURRING:
         rows = x
-    elif DIGITS == KINDS:
+    elif DIGITS == OCCURRING:
         rows = _digit(x, at)
-    elif HASHES == KINDS:
+    elif HASHES == OCCURRING:
         rows = _hash(x, at)
     else:
-        if IDENTITIES & KINDS:
-            if kind == 6:
+        if IDENTITIES & OCCURRING:
+            if (1 << kind) == IDENTITIES:
                 rows = x
-        if DIGITS & KINDS:
-            if kind == 0:
+        if DIGITS & OCCURRING:
+            if (1 << kind) == DIGITS:
                 rows = _digit(x, at)
-        if HASHES & KINDS:
-            if kind == 1:
+        if HASHES & OCCURRING:
+            if (1 << kind) == HASHES:
                 rows = _hash(x, at)
-        if MURMURS & KINDS:
-            if kind == 2:
+        if MURMURS & OCCURRING:
+            if (1 << kind) == MURMURS:
                 rows = _murmur(x, at)
-        if MEMBERS & KINDS:
-            if (kind >= 3) & (kind <= 5):
-                rows = _member(x, at, kind, words, ranks, values, steps, live, KINDS)
+        if CODES & OCCURRING:
+            if (1 << kind) == CODES:
+                rows = _codes(x, at, index, live)
+        if MEMBERS & OCCURRING:
+            if ((1 << kind) & MEMBERS) != 0:
+                rows = _member(x, at, kind, index, live, OCCURRING)
     return rows

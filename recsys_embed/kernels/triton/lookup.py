@@ -17,15 +17,13 @@ from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.deferred_steps import Pace, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.triton import forward as forward_kernel
-from recsys_embed.kernels.triton import ids as id_kernels
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
-from recsys_embed.kernels.vectorised import Place
 from recsys_embed.optim import FusedOptimizer
 
-_KINDS = ("DIGITS", "HASHES", "MURMURS", "RANGES", "BITMAPS", "SORTED", "IDENTITIES")
 # Elements that a program reads at once, most columns of its tile, and its warps.
 _TILE, _COLUMNS, _WARPS = 2048, 256, 4
 
@@ -113,7 +111,7 @@ class TritonLookup:
             "VECTOR": math.gcd(8, *(int(v) for values in aligned for v in values)),
             "MOST": int(counts.max()),
             "EVEN": bool((counts == counts.max()).all()),
-            "KINDS": sum(getattr(id_kernels, _KINDS[kind]).value for kind in kinds),
+            "KINDS": sum(1 << kind for kind in kinds),
             "PRODUCTS": bool(column("jobs", "product").any()),
             "RUNS": bool(runs.any()),
             "SIGNS": bool(column("row_lookups", "has_sign").any()),
@@ -141,9 +139,9 @@ class TritonLookup:
             self._devices[device] = found
         return found
 
-    def _storages(self, tables: Sequence[Tensor]) -> Tensor:
-        """Addresses of the tables, on their device."""
-        key = tuple(t.data_ptr() for t in tables)
+    def _addresses_of(self, tables: Sequence[Tensor]) -> Tensor:
+        """Addresses of the tables and of the index arrays, on the tables' device."""
+        key = tuple(t.data_ptr() for t in (*tables, *self._index.arrays.held.values()))
         found = self._addresses.get(key)
         if found is None or found.device != tables[0].device:
             self._addresses.clear()
@@ -191,15 +189,15 @@ class TritonLookup:
         whole = torch.empty(batch * sum(self.widths), dtype=like.dtype, device=ids.device)
         found = torch.empty(len(self.tables.reads) if keep else 0, batch, dtype=torch.int32, device=ids.device)
         kept = like.new_empty(self.tables.kept * batch) if keep and self.tables.kept else None
-        arrays = self._index.arrays
+        addresses = self._addresses_of(tables)
         options = self._options
         tiles = -(-batch // options["TILE"])
         if tiles:
             with on_device(ids):
                 forward_kernel.forward[(tiles * jobs, self._blocks)](
                     ids, *ids.stride(), batch,
-                    device.jobs, device.row_lookups, device.scales, self._storages(tables),
-                    arrays.words, arrays.ranks, arrays.values, arrays.steps,
+                    device.jobs, device.row_lookups, device.scales, addresses,
+                    addresses[len(tables) :],
                     whole, found, whole if kept is None else kept, device.faults, jobs,
                     **options, SAVE=keep, KEEP=kept is not None, num_warps=_WARPS,
                 )  # fmt: skip
@@ -228,8 +226,8 @@ class TritonLookup:
         tile = max(1, _TILE // cols)
         chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "RUNS", "SIGNS", "WEIGHTS")}
         spread_kernel.spread[(-(-batch // tile) * jobs,)](
-            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept, outer, own,
-            jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
+            ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept,
+            outer, own, jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)
 

@@ -45,16 +45,16 @@ GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 
 
 @triton.jit
-def find(x, row_lookup, words, ranks, values, steps, live, KINDS: tl.constexpr):
+def find(x, row_lookup, index, live, KINDS: tl.constexpr):
     """The row lookup's rows within its table; -1 where there is none, or one that lies outside (damaged arrays)."""
-    rows = rows_of(x, row_lookup + OF, words, ranks, values, steps, live, KINDS)
+    rows = rows_of(x, row_lookup + OF, index, live, KINDS)
     return tl.where(live & (rows >= 0) & (rows < tl.load(row_lookup + ROWS)), rows, -1)
 
 
 @triton.jit
-def find_weight(x, row_lookup, words, ranks, values, steps, live, KINDS: tl.constexpr):
+def find_weight(x, row_lookup, index, live, KINDS: tl.constexpr):
     """As :func:`find`, of the row lookup's learned weight."""
-    rows = rows_of(x, row_lookup + WEIGHT_OF, words, ranks, values, steps, live, KINDS)
+    rows = rows_of(x, row_lookup + WEIGHT_OF, index, live, KINDS)
     return tl.where(live & (rows >= 0) & (rows < tl.load(row_lookup + WEIGHT_ROWS)), rows, -1)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.precision import Layout, Precision, matrix_bytes
 from recsys_embed.optim import FusedOptimizer
@@ -174,15 +173,13 @@ def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     )
     side_by_side = side_by_side and not program.padding
     changed = any(p.weight is not None or p.sign is not None for p in program.row_lookups)
-    return numbers, 0 if side_by_side and not changed and program.projection is None else floats
+    return numbers, 0 if side_by_side and not changed and program.head is None else floats
 
 
 def index_arrays(program: LookupProgram) -> tuple[Array, ...]:
     """The index buffers of a program as arrays."""
-    found = []
-    for index in program.indexes:
-        parts = {"bitmap": (("words", 8), ("ranks", 4)), "sorted": (("values", 4),)}.get(index.form, ())
-        found += [Array(f"{index.name}.{part}", index.length, 1, size, "index", trained=False) for part, size in parts]
-        if sum(a.nbytes for a in found if a.name.startswith(f"{index.name}.")) != index.nbytes:
-            raise ConfigError(f"index {index.name!r} of form {index.form!r} is not known to the memory report")
-    return tuple(found)
+    return tuple(
+        Array(f"{index.name}.{a.name}", a.length, 1, a.dtype.itemsize, "index", trained=False)
+        for index in program.indexes
+        for a in index.arrays
+    )

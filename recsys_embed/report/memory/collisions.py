@@ -35,10 +35,12 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
         place: which of the store's programs it is.
     """
 
+    program = program.of_one_id
+
     def keys(ids: Tensor) -> Tensor:
         arrays = IndexStore([program.indexes]) if store is None else store
         at = arrays.places(0 if store is None else place)
-        ids = ids.to(arrays.arrays.words.device)
+        ids = ids.to(arrays.device)
         names = [t.name for t in program.tables]
         read: dict[tuple[int, int], list[Tensor]] = {}
         for row_lookup, span in zip(program.row_lookups, program.spans, strict=True):
@@ -57,6 +59,8 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
             # Sums and products are the same in any order of their rows.
             for code in torch.stack(read[span]).sort(0).values:
                 key = hashing.splitmix64(key + code, 3)
+        for code in () if program.head is None else program.head.keys(ids):
+            key = hashing.splitmix64(key + code, 4)
         return key
 
     return keys

@@ -26,6 +26,7 @@ from recsys_embed.report.memory.export import parts_of_export
 from recsys_embed.report.memory.optimizer import StateLaw, make_law
 from recsys_embed.report.memory.plan import Parts, parts_of_plan, spec_of
 from recsys_embed.report.memory.tensors import Stored, read_manifest, read_safetensors, read_torch
+from recsys_embed.utils.files import file_form
 from recsys_embed.utils.strict_json import strict_json
 
 STATE = "_extra_state"
@@ -62,16 +63,17 @@ def parts_of_path(
         return _folder(path, optimizer, dense_optimizer, embedding_dim, tables)
     if not os.path.isfile(path):
         raise ConfigError(f"there is nothing at {path}; expected a run folder, a data folder or a file of weights")
-    if path.suffix == ".json":
+    form = file_form(path)
+    if form == "json":
         law = make_law(optimizer, prefer_fused=True)
         return Read(_json(path, schema, law.fused if law else None), law, dense_optimizer)
-    return _weights(path, optimizer, dense_optimizer, tables)
+    return _weights(path, form, optimizer, dense_optimizer, tables)
 
 
 def _folder(path: Path, optimizer: Any, dense_optimizer: Any, embedding_dim: int, tables: Sequence[str] | None) -> Read:
     for name in RUN_FILES:
         if (path / name).is_file():
-            return _weights(path / name, optimizer, dense_optimizer, tables)
+            return _weights(path / name, file_form(path / name), optimizer, dense_optimizer, tables)
     if (path / "schema.json").is_file():
         from recsys_embed.data import open_dataset
 
@@ -98,7 +100,7 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Pa
         if schema is None:
             raise ConfigError(f"{path} is a plan, which needs the features it is for: give a schema or a data folder")
         try:
-            plan = Plan.from_dict(data)
+            plan = Plan.from_dict(data, path.parent)
         except ConfigError as e:
             raise type(e)(f"{path}: {e}") from e
         return parts_of_plan(schema, plan, fused)
@@ -123,8 +125,8 @@ def read_json(path: Path) -> dict[str, Any]:
 # -- weights -------------------------------------------------------------------------------------------------------
 
 
-def _weights(path: Path, optimizer: Any, dense_optimizer: Any, patterns: Sequence[str] | None) -> Read:
-    if path.suffix == ".safetensors":
+def _weights(path: Path, form: str, optimizer: Any, dense_optimizer: Any, patterns: Sequence[str] | None) -> Read:
+    if form == "safetensors":
         tensors, metadata = read_safetensors(path)
         config: dict[str, Any] = {}
         if EXPORT in metadata:
@@ -251,12 +253,12 @@ def _with_indexes(
     entries: Sequence[Entry], plan: Plan, schema: Schema, inside: Mapping[str, Stored], index: str, at: str
 ) -> list[Entry]:
     """Entries whose lookups read the file's own index buffers."""
-    specs = [s for s in schema if not plan[s.name].computes]
-    store = IndexStore([plan[s.name].program(s).indexes for s in specs])
+    programs = plan.gathered(schema)
+    store = IndexStore([p.indexes for p in programs.values()])
     for name, buffer in store.named_buffers():
         if buffer.numel() and f"{index}{name}" in inside:
             buffer.copy_(inside[f"{index}{name}"].read())
-    places = {f"{at}{s.name}": i for i, s in enumerate(specs)}
+    places = {f"{at}{name}": i for i, name in enumerate(programs)}
     return [
         replace(e, hashed=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e
         for e in entries

@@ -41,8 +41,13 @@ def parts_of_plan(
                 shared.put(spec.name, table.name, [array_of(table, program, itemsize, None, True)])
         entries.append(entry_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
     update: Update = "dense" if fused is None else "fused"
+    computing = {f"{at}{n}" for n in set(schema.names) - plan.gathered(schema).keys()}
     found = [*entries, *shared.entries(at)]
-    return Parts(tuple(replace(e, update=update, fused=fused) for e in found))
+    return Parts(
+        tuple(
+            replace(e, update="dense") if e.name in computing else replace(e, update=update, fused=fused) for e in found
+        )
+    )
 
 
 def arrays_of(

@@ -170,7 +170,7 @@ def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[Fou
     shared, entries = SharedArrays("collection"), []
     for spec in collection.schema:
         config, found = plan[spec.name], names[spec.name]
-        if config.computes:
+        if spec.name not in bundle.programs:
             module = bundle._module(spec.name)
             entry = entry_of(found.name, found.kind, spec, config, module.program, _own_arrays(module))
             entries.append(replace(entry, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
@@ -192,8 +192,8 @@ def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[Fou
 def _held(collection: EmbeddingCollection, spec: FeatureSpec, table: Table, program: LookupProgram) -> list[Array]:
     """What a collection stores of one table of a feature."""
     if table.dense:
-        matrices = collection.bundle.projections[f"{table.rows}x{table.width}"]
-        return [array_of(table, program, matrices.element_size(), id(matrices), matrices.requires_grad)]
+        values = collection.bundle.heads.parameter(spec.name, table.name)
+        return [array_of(table, program, values.element_size(), id(values), values.requires_grad)]
     storage, offset = collection.places[table_key(spec, table)]
     if collection.served is not None and storage in collection.served:
         return _served(table.name, collection.served[storage], offset, reads_of(program, table.name))

@@ -333,6 +333,6 @@ class MemoryReport:
 
 
 def _write(path: str | Path, text: str) -> None:
-    from recsys_embed.train.files import write_text
+    from recsys_embed.utils.files import write_text
 
     write_text(path, text)
