@@ -44,7 +44,7 @@ class TensorTrainConfig(MethodConfig):
 
     rank: int = param(8, "of the train", low=1, high=256)
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         rows, (a, b, c), r = _split(spec.num_ids, 3), _width(spec.embedding_dim), self.rank
         shapes = ((a, r), (r, b, r), (r, c))
         widths = (a * r, r * b * r, r * c)

@@ -48,7 +48,7 @@ class BackwardsConfig(MethodConfig):
     method: ClassVar[str] = "backwards"
     shared: bool = param(False, "one table for all features")
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
         table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec), shared=self.shared)
         return LookupProgram((table,), (RowLookup("weight", Backwards(spec.num_ids)),))
 
@@ -120,10 +120,10 @@ def test_features_of_one_table_are_stepped_together() -> None:
     class ForwardsConfig(BackwardsConfig):
         method: ClassVar[str] = "forwards"
 
-        def _program(self, spec: FeatureSpec) -> LookupProgram:
+        def build_program(self, spec: FeatureSpec) -> LookupProgram:
             from recsys_embed.core.transforms import MixedRadixDigit
 
-            program = super()._program(spec)
+            program = super().build_program(spec)
             return replace(program, row_lookups=(RowLookup("weight", MixedRadixDigit()),))
 
     class ForwardsEmbedding(BackwardsEmbedding):
