@@ -27,9 +27,9 @@ from recsys_embed.data import open_dataset
 from recsys_embed.errors import BudgetError
 from recsys_embed.plan import Plan
 from recsys_embed.search import DnisSettings, OptembedSearch, OptembedSettings, Search, run_search
-from recsys_embed.search.common import SearchOutcome
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.extract import make_plan
+from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.pruning import choose_elements, keep_elements
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig, read_settings

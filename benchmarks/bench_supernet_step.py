@@ -24,9 +24,9 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.native.masks import Stage
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
+from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import Trainer
-from recsys_embed.train.run import model_from_config
 
 FIELDS, ROWS, BATCH, DENSE = 26, 1_000_000, 4096, 13
 

@@ -28,10 +28,11 @@ which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :cl
 >>> FoldEmbedding(1000, 16, budget="4KiB").footprint().serve  # `register` makes it known by its key
 4096
 
-**A transform** from ids to rows derives from :class:`Transform`, **an update rule** from :class:`FusedOptimizer` with
-:func:`register_rule`, **a model** from :class:`CTRModel` with :func:`register_model`, **a search** from :class:`Search`
-with :func:`register_search`. **A data source** offers the members of :class:`DataSource`; :class:`RowSource` derives
-them from rows read by number.
+**A transform** from ids to rows derives from :class:`Transform`, and what it stores from :class:`BaseIndex`; **a
+head**, what comes after the gather of rows, from :class:`Head`; **an update rule** from :class:`FusedOptimizer` with
+:func:`register_rule`, **a model** from :class:`CTRModel` with :func:`register_model`, **a search** from
+:class:`Search` with :func:`register_search`. **A data source** offers the members of :class:`DataSource`;
+:class:`RowSource` derives them from rows read by number.
 
 **A distribution** of its own names the modules that register by entry points of the groups ``recsys_embed.methods``,
 ``recsys_embed.models``, ``recsys_embed.rules`` and ``recsys_embed.searches``, see :mod:`recsys_embed.utils.plugins`.
@@ -42,16 +43,19 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from recsys_embed.core import hashing
+from recsys_embed.core.codes import Codes
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.heads import Contraction, Head, PerClassNetwork, PooledCombination, Projection
 from recsys_embed.core.id_sets import Index
+from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table, Weight
-from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Transform
+from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables, importance_of, principal_axes
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.optim import FusedOptimizer, register_rule
+from recsys_embed.optim import FusedOptimizer, register_rule, sum_duplicates
 from recsys_embed.registry import MethodInfo, register
 from recsys_embed.utils.settings import Settings, param
 
@@ -61,7 +65,7 @@ if TYPE_CHECKING:
     from recsys_embed.models.base import CTRModel, ModelSpec
     from recsys_embed.models.base import register as register_model
     from recsys_embed.planning.curves import FrequencyCurve
-    from recsys_embed.search.common import Search
+    from recsys_embed.search.base import Search
     from recsys_embed.search.registry import register_search
     from recsys_embed.testing import check_backend, check_embedding, check_model
 
@@ -72,7 +76,7 @@ _LAZY = {
     "FrequencyCurve": ("planning.curves", "FrequencyCurve"),
     "ModelSpec": ("models.base", "ModelSpec"),
     "RowSource": ("data.rows", "RowSource"),
-    "Search": ("search.common", "Search"),
+    "Search": ("search.base", "Search"),
     "check_backend": ("testing", "check_backend"),
     "check_embedding": ("testing", "check_embedding"),
     "check_model": ("testing", "check_model"),
@@ -81,17 +85,23 @@ _LAZY = {
 }
 
 __all__ = [
+    "BaseIndex",
     "BudgetError",
     "CTRModel",
+    "Codes",
     "CompressedEmbedding",
     "ConfigError",
+    "Contraction",
     "DataSource",
     "FeatureSpec",
     "Footprint",
     "FrequencyCurve",
     "FusedOptimizer",
     "Hash",
+    "Head",
     "Index",
+    "IndexArray",
+    "IndexArrays",
     "Initializer",
     "LookupProgram",
     "Member",
@@ -100,11 +110,15 @@ __all__ = [
     "MixedRadixDigit",
     "ModelSpec",
     "Murmur",
+    "PerClassNetwork",
+    "PooledCombination",
+    "Projection",
     "RowLookup",
     "RowSource",
     "Schema",
     "Search",
     "Settings",
+    "Sharing",
     "Table",
     "Transform",
     "Weight",
@@ -121,6 +135,7 @@ __all__ = [
     "register_model",
     "register_rule",
     "register_search",
+    "sum_duplicates",
     "unknown_name",
 ]
 

@@ -14,7 +14,7 @@ from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.core.id_sets import members_of
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.plan_arrays import PlanArrays, write_pieces
-from recsys_embed.core.program import Table
+from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
@@ -236,17 +236,24 @@ class Plan:
                 faults += [f"{fault} (feature {spec.name!r})" for fault in self[spec.name].check(spec)]
         raise_faults(faults, "Plan")
 
-    def tables(self, schema: Schema) -> dict[str, Table]:
-        """Every physical table once, by its key; tables shared between features must agree in shape.
+    def gathered(self, schema: Schema) -> dict[str, LookupProgram]:
+        """Lookup programs of the features whose rows are gathered from tables, by name.
 
-        Features whose lookup is a module of its own (``config.computes``) are not listed.
+        The others compute their vectors (``config.computes``), each by a module of its own.
+        """
+        return {s.name: self[s.name].program(s) for s in schema if not self[s.name].computes}
+
+    def tables(self, schema: Schema) -> dict[str, Table]:
+        """Every physical table that rows are gathered from, or that a head multiplies by, once, by its key.
+
+        Raises:
+            ConfigError: features that share a table do not agree in its shape.
         """
         self.check(schema)
         tables: dict[str, Table] = {}
-        for spec in schema:
-            if self[spec.name].computes:
-                continue
-            for table in self[spec.name].program(spec).tables:
+        for name, program in self.gathered(schema).items():
+            spec = schema[name]
+            for table in program.tables:
                 known = tables.setdefault(table_key(spec, table), table)
                 if known != table:
                     raise ConfigError(
@@ -265,11 +272,12 @@ class Plan:
         for table in self.tables(schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
             total += Footprint(weights=itemsize * table.rows * table.width, optimizer=state)
+        gathered = self.gathered(schema)
         for spec in schema:
-            if self[spec.name].computes:
-                total += self[spec.name].footprint(spec, itemsize)
-            else:
+            if spec.name in gathered:
                 total += Footprint(index=self[spec.name].footprint(spec).index)
+            else:
+                total += self[spec.name].footprint(spec, itemsize)
         return total
 
     def to_dict(self) -> dict[str, Any]:

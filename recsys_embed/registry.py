@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.method_config import MethodConfig, accept_former_names
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.method_checks import faults_of, infer_declarations
 from recsys_embed.errors import ConfigError, raise_faults
@@ -40,6 +40,7 @@ def register(embedding_cls: type[CompressedEmbedding], *, paper: str, tags: tupl
     raise_faults(faults_of(embedding_cls), f"registering {getattr(embedding_cls, '__name__', embedding_cls)}")
     config_cls = embedding_cls.config_cls
     infer_declarations(config_cls, tuple(tags))
+    accept_former_names(config_cls)
     known = _METHODS.setdefault(
         config_cls.method, MethodInfo(config_cls.method, embedding_cls, config_cls, paper, tuple(tags))
     )

@@ -47,6 +47,7 @@ def test_what_dead_writers_left_goes_and_what_live_ones_write_stays(tmp_path: Pa
         drop_leftovers(tmp_path)
         assert not (tmp_path / ".b.12.tmp").exists()
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    drop_leftovers(tmp_path / "to come")  # holds none
 
 
 def full(*args: object) -> None:

@@ -292,6 +292,12 @@ def test_footprint_adds_both_collections() -> None:
     assert model.footprint().weights == 4 * rows * (6 + 1)
 
 
+def test_a_model_without_num_dense_has_criteos_and_says_so() -> None:
+    with pytest.warns(DeprecationWarning, match="num_dense=data.num_dense"):
+        model = build_model("fm", SCHEMA, Plan.full(SCHEMA))
+    assert model.num_dense == 13
+
+
 @pytest.mark.parametrize("name", [n for n in list_models() if n not in ("lr", "fm")])
 @pytest.mark.parametrize(
     ("wrong", "sentence"),

@@ -18,7 +18,7 @@ from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, register_r
 from recsys_embed.report.memory import memory_report
 from recsys_embed.search.optembed import OptembedSearch, OptembedSettings
 from recsys_embed.train import TrainConfig
-from recsys_embed.train.run import make_optimizer
+from recsys_embed.train.build import make_optimizer
 
 SCHEMA = Schema([FeatureSpec("C1", 50, 8), FeatureSpec("C2", 3000, 8)])
 

@@ -411,7 +411,7 @@ def test_any_shape_and_both_widths_of_integers(method: str, policy: Any, ids: Te
 
 def test_training_runs_declare_it() -> None:
     from recsys_embed.train.config import TrainConfig
-    from recsys_embed.train.run import schema_of
+    from recsys_embed.train.inputs import schema_of
 
     class Data:
         @staticmethod

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.train.config import TrainConfig, read_settings
@@ -125,7 +126,7 @@ def numbers(text: str) -> tuple[float, ...]:
 FEW_STEPS = 200
 
 
-def say_few_steps(data: Any, config: TrainConfig) -> None:
+def say_few_steps(data: DataSource, config: TrainConfig) -> None:
     """Warn where a run is too short to learn much, as with settings for large data on a small sample."""
     steps = -(-data.splits["train"] // config.batch_size) * config.epochs
     steps = steps if config.steps is None else min(steps, config.steps)

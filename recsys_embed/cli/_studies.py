@@ -17,6 +17,7 @@ from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
+from recsys_embed.utils.optional import require
 from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
@@ -65,9 +66,7 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
-    from recsys_embed.search.needs import require_optuna
-
-    require_optuna()
+    _require_optuna()
     from recsys_embed.search.studies.urls import file_of, shown
 
     given, own, rest = search_settings(config, assign or [])
@@ -151,12 +150,17 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def _require_optuna() -> None:
+    """Optuna, which then tells only of what goes wrong."""
+    optuna: Any = require("optuna", extra="search", purpose="a study")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
     """The study that a command or a worker was asked for; ``there`` if it was made before."""
     from recsys_embed.data import open_dataset
-    from recsys_embed.search.needs import require_optuna
 
-    require_optuna()
+    _require_optuna()
     from recsys_embed.search.studies.settings import StudySettings
     from recsys_embed.search.studies.study import MethodStudy
 
@@ -286,7 +290,8 @@ def pick(
     from recsys_embed.data import open_dataset
     from recsys_embed.exports import export
     from recsys_embed.search.studies.results import best_under, rows_of
-    from recsys_embed.train.run import footprint_dict, plain, run_training
+    from recsys_embed.train.json_values import footprint_dict, plain
+    from recsys_embed.train.run import run_training
 
     if (trial is None) == (under is None):
         raise ConfigError("give --trial N or --under SIZE, and not both")

@@ -18,7 +18,8 @@ from recsys_embed.report.comparison import markdown_table, reasons, rich_table
 from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
 from recsys_embed.train.compare import Comparison, Summary, all_methods, run_comparison, summarise
-from recsys_embed.train.run import environment, footprint_dict
+from recsys_embed.train.environment import environment
+from recsys_embed.train.json_values import footprint_dict
 from recsys_embed.utils.files import write_json, write_text
 
 EXIT_INTERRUPTED = 130

@@ -15,8 +15,7 @@ from recsys_embed.cli._studies import methods, pick
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.models import vector_models
 from recsys_embed.report.search_curves import plot_curves
-from recsys_embed.search import list_searches
-from recsys_embed.search.common import Search, SearchOutcome, run_search
+from recsys_embed.search import Search, SearchOutcome, list_searches, run_search
 from recsys_embed.train import Interrupted
 
 EXIT_INTERRUPTED = 130

@@ -16,7 +16,8 @@ from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
-from recsys_embed.train.run import RunOutcome, footprint_dict, plain
+from recsys_embed.train.driver import RunOutcome
+from recsys_embed.train.json_values import footprint_dict, plain
 
 EXIT_INTERRUPTED = 130
 

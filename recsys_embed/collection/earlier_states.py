@@ -31,11 +31,9 @@ def take_in_tables_of_modules(
         CheckpointError: the state's storages do not hold the other tables of the plan.
     """
     apart: dict[str, Tensor] = {}
-    for spec in schema:
-        config, own = plan[spec.name], f"{prefix}bundle.own.feature_{spec.name}."
-        if config.computes or config.program(spec).head is None:
-            continue
-        for table in config.program(spec).tables:
+    for name, program in plan.gathered(schema).items():
+        spec, own = schema[name], f"{prefix}bundle.own.feature_{name}."
+        for table in () if program.head is None else program.tables:
             if not table.dense and own + table.name in state:
                 apart[table_key(spec, table)] = state.pop(own + table.name)
                 state.pop(own + "_extra_state", None)

@@ -18,6 +18,7 @@ from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.core.program import LookupProgram
 from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
 from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
@@ -95,9 +96,9 @@ class EmbeddingCollection(SteppedTables):
                 "use optimizer=None, or backend 'torch'"
             )
         plan = Plan.full(schema) if plan is None else plan
-        if kernels:
-            _say_what_torch_runs(schema, plan, backend if by_name else None)
         tables = plan.tables(schema)
+        if kernels:
+            _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
         super().__init__(shapes, optimizer, like.device, like.dtype, backend)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
@@ -323,22 +324,21 @@ class EmbeddingCollection(SteppedTables):
         return f"{len(self.schema)} features, methods {methods}, optimizer={self.optimizer}, backend={self.backend!r}"
 
 
-def _say_what_torch_runs(schema: Schema, plan: Plan, named: str | None) -> None:
+def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | None) -> None:
     """Say which features fused kernels leave to torch.
 
     Raises:
         BackendError: the kernels were asked for by name.
     """
     faults = []
-    for spec in schema:
-        program = plan[spec.name].program(spec) if spec.name in plan.configs and not plan[spec.name].computes else None
-        lacking = [] if program is None else unknown_transforms(program)
+    for name, program in programs.items():
+        lacking = unknown_transforms(program)
         if not lacking:
             continue
-        faults.append(f"feature {spec.name!r} maps its ids by {', '.join(lacking)}, which it does not know")
+        faults.append(f"feature {name!r} maps its ids by {', '.join(lacking)}, which it does not know")
         if named is None:
             dispatch.say_once(
-                f"feature {spec.name!r} runs on torch: fused kernels do not know {', '.join(lacking)}; features that "
+                f"feature {name!r} runs on torch: fused kernels do not know {', '.join(lacking)}; features that "
                 "share no table with it stay fused"
             )
     if named is not None:

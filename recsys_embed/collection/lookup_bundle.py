@@ -57,18 +57,18 @@ class LookupBundle(Constants):
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         # Modules of features that compute, and the tables of heads that belong to one feature.
         self.own = nn.ModuleDict()
+        self.programs = plan.gathered(schema)
         gathers: list[int] = []
         for i, spec in enumerate(schema):
             config = plan[spec.name]
-            if not config.computes:
+            if spec.name in self.programs:
                 gathers.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
             given = {"config": config, "name": spec.name, "init": spec.init, "unseen": spec.unseen, **options}
             self.own[_own(spec.name)] = cls(spec.num_embeddings, spec.embedding_dim, **given)
         specs = [schema.features[i] for i in gathers]
-        programs = [plan[s.name].program(s) for s in specs]
-        self.programs = {s.name: p for s, p in zip(specs, programs, strict=True)}
+        programs = list(self.programs.values())
         where = [
             {t.name: places[table_key(s, t)] for t in p.tables if not t.dense}
             for s, p in zip(specs, programs, strict=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recsys_embed.discover import find_tables
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.planning.statistics import CountsByFeature
 
 
 def table_counts(model: nn.Module, source: Any) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def table_counts(model: nn.Module, source: Any) -> dict[str, Tensor]:
 
     Args:
         model: holds the tables.
-        source: counts per id by feature, or an opened data set with vocabularies, see
+        source: counts per id by feature, or an opened data set, see
             :func:`recsys_embed.data.open_dataset`.
 
     Raises:
@@ -31,7 +31,7 @@ def table_counts(model: nn.Module, source: Any) -> dict[str, Tensor]:
     >>> table_counts(model, {"C1": [5, 3, 1]})
     {'C1': tensor([5., 3., 1., 0.], dtype=torch.float64)}
     """
-    known = source if isinstance(source, Mapping) else _Vocabularies(source)
+    known = source if isinstance(source, Mapping) else CountsByFeature(source)
     tables = [t for t in find_tables(model) if not t.obstacle]
     faults, out = [], {}
     for table in tables:
@@ -53,33 +53,3 @@ def table_counts(model: nn.Module, source: Any) -> dict[str, Tensor]:
             f"{', '.join(known) or 'none'}"
         )
     return out
-
-
-class _Vocabularies(Mapping[str, Any]):
-    """Counts of a data set's features, read as they are asked for."""
-
-    def __init__(self, data: Any) -> None:
-        if not (hasattr(data, "manifest") and hasattr(data, "vocabulary")):
-            raise ConfigError(f"expected counts by feature, or an opened data set; got {type(data).__name__}")
-        self.data = data
-        self.features = {f.name: f for f in data.manifest.features if f.vocab is not None}
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __iter__(self) -> Any:
-        return iter(self.features)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.features
-
-    def __getitem__(self, name: str) -> Any:
-        vocabulary = self.data.vocabulary(name)
-        counts = np.zeros(self.features[name].num_embeddings)
-        counts[vocabulary.ids] = vocabulary.counts
-        if vocabulary.missing_id:
-            counts[vocabulary.missing_id] = vocabulary.missing_count
-        # Rows whose value is too rare for the vocabulary share id 0.
-        splits = self.data.manifest.splits
-        counts[0] += max(0.0, (splits["train"].rows if "train" in splits else 0.0) - counts.sum())
-        return counts

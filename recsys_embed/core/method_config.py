@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, ABCMeta, abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.errors import BudgetError, raise_faults
+from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
@@ -20,15 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["MethodConfig", "param"]
 
 
-class _AcceptsFormerNames(ABCMeta):
-    """Lets configurations be built with the names that their options had in earlier versions."""
-
-    def __call__(cls, *args: Any, **options: Any) -> Any:
-        return super().__call__(*args, **cls.current_options(options))  # type: ignore[attr-defined]
-
-
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
+class MethodConfig(ABC):
     """Base of every method's configuration.
 
     Subclasses are frozen dataclasses that declare their options with :func:`param`, describe the lookup in
@@ -223,6 +217,15 @@ class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
         return f"; 3. a method without a cost per id: {' or '.join(others)}"
 
     @classmethod
+    def uses_former_names(cls, options: Mapping[str, Any]) -> bool:
+        """Whether an option or one of their values has changed its name since; planning asks ten thousands of times."""
+        if cls.renamed_options and not cls.renamed_options.keys().isdisjoint(options):
+            return True
+        if not cls.renamed_values:
+            return False
+        return any(isinstance(options.get(n), str) and options[n] in v for n, v in cls.renamed_values.items())
+
+    @classmethod
     def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
         """``options`` under their present names and values, see ``renamed_options``; others stay as they are.
 
@@ -233,7 +236,7 @@ class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
             ConfigError: an option is given under both of its names.
         """
         now = dict(options)
-        if not cls.renamed_options and not cls.renamed_values:
+        if not cls.uses_former_names(options):
             return now
         former = [old for old in now if old in cls.renamed_options]
         both = [old for old in former if cls.renamed_options[old] in now]
@@ -272,5 +275,26 @@ class MethodConfig(ABC, metaclass=_AcceptsFormerNames):
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
         """Build from keyword arguments; unknown keys are errors that name the nearest field."""
-        given = cls.current_options(params)
+        given = cls.current_options(params) if cls.uses_former_names(params) else params
         return build(cls, given, f"option of {cls.__name__}", "; give it, or a byte `budget` to size it")
+
+
+def accept_former_names(cls: type[MethodConfig]) -> None:
+    """Let a configuration be built with the names that its options had in earlier versions.
+
+    What is built with present names, as by planning in its inner loop, pays for a call more and no look at the names.
+    """
+    init: Any = cls.__init__
+    if not (cls.renamed_options or cls.renamed_values) or hasattr(init, "__wrapped__"):
+        return
+
+    @wraps(init)
+    def __init__(self: MethodConfig, *args: Any, **options: Any) -> None:
+        try:
+            init(self, *args, **options)
+        except (TypeError, ConfigError):
+            if not cls.uses_former_names(options):
+                raise
+            init(self, *args, **cls.current_options(options))
+
+    cls.__init__ = __init__  # type: ignore[method-assign]

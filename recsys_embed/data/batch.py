@@ -235,11 +235,12 @@ class InMemoryDataset:
 
     def rows(self, which: Tensor | slice) -> Batch:
         """A batch of the given rows, a copy: int64 row numbers or a slice."""
+        extra = self._batch.extra
         if isinstance(which, slice):
-            found = self._batch.map(lambda part: part[which])
             # Each part is copied once: ids that are narrow by being widened.
-            ids = found.ids.to(torch.int64, copy=True)
-            extra = {name: part.clone() for name, part in found.extra.items()}
-            return Batch(found.dense.clone(), ids, found.label.clone(), extra)
-        found = self._batch.map(lambda part: part.index_select(0, which))
-        return Batch(found.dense, found.ids.long(), found.label, found.extra)
+            ids = self.ids[which].to(torch.int64, copy=True)
+            rest = {name: part[which].clone() for name, part in extra.items()} if extra else {}
+            return Batch(self.dense[which].clone(), ids, self.label[which].clone(), rest)
+        rest = {name: part.index_select(0, which) for name, part in extra.items()} if extra else {}
+        ids = self.ids.index_select(0, which).long()
+        return Batch(self.dense.index_select(0, which), ids, self.label.index_select(0, which), rest)

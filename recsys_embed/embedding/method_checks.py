@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recsys_embed.core.method_config import MethodConfig
@@ -41,9 +42,9 @@ def _own_classes(cls: type) -> list[type]:
 def _typos(cls: type[MethodConfig]) -> Iterator[str]:
     own = {name for c in _own_classes(cls) for name in vars(c)}
     options = {f.name for f in fields(cls)}
-    for name in sorted(own - options - set(DECLARED)):
+    for name in sorted(n for n in own - options - set(DECLARED) if not n.startswith("_")):
         near = get_close_matches(name, DECLARED, n=1, cutoff=0.85)
-        if near and not name.startswith("_"):
+        if near:
             yield f"{cls.__name__} defines `{name}`; did you mean `{near[0]}`? Begin other names with an underscore"
 
 
@@ -93,6 +94,7 @@ def _attributes(cls: type[MethodConfig]) -> Iterator[str]:
             yield f"option `{option}` of {cls.__name__}, its `{name}`, must be an integer"
 
 
+@cache
 def option_types(cls: type[MethodConfig]) -> dict[str, Any]:
     """The declared type of every option."""
     hints = get_type_hints(cls)

@@ -32,11 +32,11 @@ def _merged(storages: Sequence[StorageItem], item: ModuleItem) -> Iterator[tuple
     path = f"{item.paths[0]}." if item.paths[0] else ""
     by_target = {target: s for s in storages for target in s.targets}
     apart: dict[str, StorageItem] = {}
-    for spec in schema:
-        for table in () if plan[spec.name].computes else plan[spec.name].program(spec).tables:
-            own = by_target.get((f"{path}bundle.own.feature_{spec.name}", table.name))
+    for name, program in plan.gathered(schema).items():
+        for table in program.tables:
+            own = by_target.get((f"{path}bundle.own.feature_{name}", table.name))
             if own is not None:
-                apart[table_key(spec, table)] = own
+                apart[table_key(schema[name], table)] = own
     _, places = stack_tables(plan.tables(schema)) if apart else ({}, {})
     for storage in dict.fromkeys(places[key].storage for key in apart):
         rest = by_target.get((item.paths[0], storage))

@@ -12,6 +12,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models.base import MODELS, CTRModel, ModelSpec, make_params, register
+from recsys_embed.models.criteo import former_default
 from recsys_embed.models.dcn import DCN
 from recsys_embed.models.dcnv2 import DCNv2
 from recsys_embed.models.deepfm import DeepFM
@@ -89,7 +90,7 @@ def build_model(
     plan: Plan | None,
     linear_plan: Plan | None = None,
     *,
-    num_dense: int = 13,
+    num_dense: int | None = None,
     optimizer: Any = None,
     seed: int = 0,
     backend: str = "auto",
@@ -104,7 +105,8 @@ def build_model(
         schema: categorical features, in the order of the columns of ``ids``.
         plan: storage of the vectors. ``lr``, which has none, stores its weights by it when ``linear_plan`` is None.
         linear_plan: storage of first-order weights (over ``schema.with_dim(1)``); None keeps them uncompressed.
-        num_dense: numeric columns.
+        num_dense: numeric columns, ``data.num_dense`` of a data set; must be given (what is left out means Criteo's,
+            for one more version).
         optimizer: fused optimizer of the tables (:mod:`recsys_embed.optim`), or None for ordinary ``.grad``.
         seed: same seed, same bits; dense layers start alike whatever the plan.
         backend: kernel backend of the collections.
@@ -127,6 +129,8 @@ def build_model(
     """
     cls = get_model(name)
     params = make_params(cls, hparams)
+    if num_dense is None:
+        num_dense = former_default()
     if num_dense < 0:
         raise ConfigError(f"`num_dense` must be 0 or more; got {num_dense} (model {name!r})")
     spec = ModelSpec(schema, plan, linear_plan, num_dense, optimizer, seed, backend, device, collection)

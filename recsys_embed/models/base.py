@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
+from recsys_embed.models.criteo import former_default
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
 
@@ -38,7 +39,7 @@ class ModelSpec:
     schema: Schema
     plan: Plan | None
     linear_plan: Plan | None = None
-    num_dense: int = 13
+    num_dense: int = field(default_factory=former_default)
     optimizer: Any = None
     seed: int = 0
     backend: str = "auto"

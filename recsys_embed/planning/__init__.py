@@ -6,10 +6,11 @@ program loses of them, :mod:`~recsys_embed.planning.options` lists every method 
 features may share.
 """
 
-from recsys_embed.planning.curves import FrequencyCurve, curves_from
+from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.planning.predict import plan_losses, terms_of
+from recsys_embed.planning.statistics import curves_from
 from recsys_embed.planning.words import describe_changes, size_in_words
 
 __all__ = [

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recsys_embed.errors import ConfigError, DataError, raise_faults
+from recsys_embed.errors import ConfigError, raise_faults
 
 Floats = NDArray[np.float64]
 
@@ -216,78 +214,3 @@ def _power_integral(low: NDArray[np.floating[Any]], high: NDArray[np.floating[An
         return logs
     out: Floats = (high ** (1 - exponent) - low ** (1 - exponent)) / (1 - exponent)
     return out
-
-
-def curves_from(stats: Any) -> dict[str, FrequencyCurve]:
-    """Curves by feature, from whatever knows them.
-
-    Args:
-        stats: a mapping of features to counts per id or curves; the content of a data folder's ``stats.json``, or the
-            folder; an opened data set (its vocabularies hold exact counts).
-
-    Raises:
-        ConfigError: none of these.
-        DataError: the folder has no statistics.
-
-    >>> sorted(curves_from({"C1": [5, 3], "C2": FrequencyCurve.zipf(100)}))
-    ['C1', 'C2']
-    """
-    if isinstance(stats, (str, Path)):
-        return curves_from(_read(Path(stats)))
-    if hasattr(stats, "manifest") and hasattr(stats, "vocabulary"):
-        return _curves_of_dataset(stats)
-    if not isinstance(stats, Mapping):
-        raise ConfigError(
-            "statistics are a mapping of features to counts, an opened data set or its folder; got "
-            f"{type(stats).__name__}"
-        )
-    if isinstance(stats.get("fields"), Mapping) and isinstance(stats.get("splits"), Mapping):
-        rows = stats["splits"].get("train", next(iter(stats["splits"].values()), {})).get("rows", 0)
-        return {name: _curve_of_field(field, float(rows)) for name, field in stats["fields"].items()}
-    curves, faults = {}, []
-    for name, value in stats.items():
-        try:
-            curves[name] = value if isinstance(value, FrequencyCurve) else FrequencyCurve.from_counts(value)
-        except (ConfigError, TypeError, ValueError) as e:
-            faults.append(f"{e} (feature {name!r})")
-    raise_faults(faults, "statistics")
-    return curves
-
-
-def _read(path: Path) -> Any:
-    path = path / "stats.json" if path.is_dir() else path
-    try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        stats["fields"], stats["splits"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(
-            f"{path} holds no statistics of a data folder ({e!r}); make one with 'recsys-embed data'"
-        ) from e
-    return stats
-
-
-def _curve_of_field(field: Mapping[str, Any], rows: float) -> FrequencyCurve:
-    """The curve of table ids: values too rare to be kept share one id."""
-    distinct = max(1, int(field["distinct"]))
-    size, kept = int(field["num_embeddings"]), field.get("kept")
-    once = int(field.get("seen_once", 0))
-    # Vocabularies number values by falling frequency; raw ids are numbers of any kind.
-    curve = FrequencyCurve.from_coverage(field.get("coverage", {}), distinct, once, rows, ranked=kept is not None)
-    return curve if kept is None else curve.resized(min(size, int(kept) + 1)).resized(size)
-
-
-def _curves_of_dataset(data: Any) -> dict[str, FrequencyCurve]:
-    coarse, curves = curves_from(data.stats), {}
-    for feature in data.manifest.features:
-        if feature.vocab is None:
-            curves[feature.name] = coarse[feature.name]
-            continue
-        vocabulary = data.vocabulary(feature.name)
-        counts = np.zeros(feature.num_embeddings)
-        counts[vocabulary.ids] = vocabulary.counts
-        if vocabulary.missing_id:
-            counts[vocabulary.missing_id] = vocabulary.missing_count
-        rows = data.manifest.splits["train"].rows if "train" in data.manifest.splits else counts.sum()
-        counts[0] += max(0.0, rows - counts.sum())
-        curves[feature.name] = FrequencyCurve.from_counts(counts)
-    return curves

@@ -223,6 +223,7 @@ class Costs:
             return parts.serve
         if self.optimizer is None:
             return parts.train + parts.weights
-        computed = sum(plan[s.name].footprint(s, self.itemsize).weights for s in schema if plan[s.name].computes)
+        gathered = plan.gathered(schema)
+        computed = sum(plan[s.name].footprint(s, self.itemsize).weights for s in schema if s.name not in gathered)
         dense = sum(self.itemsize * t.rows * t.width for t in plan.tables(schema).values() if t.dense)
         return parts.train + computed + dense

@@ -15,7 +15,7 @@ from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, rais
 from recsys_embed.features import Schema
 from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
 from recsys_embed.plan import Plan, PlanNotes
-from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve, curves_from
+from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve
 from recsys_embed.planning.evidence import Evidence, fit_evidence, read_rows
 from recsys_embed.planning.limits import Candidate, Costs, Limits, candidates, named_limits
 from recsys_embed.planning.menus import MenuMaker, fix
@@ -26,6 +26,7 @@ from recsys_embed.planning.predict import plan_losses, terms_of
 from recsys_embed.planning.price import factors
 from recsys_embed.planning.reasons import reason
 from recsys_embed.planning.search import JOIN, Found, Search
+from recsys_embed.planning.statistics import curves_from
 
 MANY = 200
 """Features beyond which options are looked at less closely."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.data_source import BatchSource
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig
@@ -38,7 +40,7 @@ class BilevelTrainer(Trainer):
     def __init__(
         self,
         net: Supernet,
-        data: Any,
+        data: BatchSource,
         config: TrainConfig,
         *,
         upper: str,
@@ -58,7 +60,7 @@ class BilevelTrainer(Trainer):
         for p in model.parameters():
             p.requires_grad_(p.requires_grad and id(p) in tables | features)
         super().__init__(as_model(net), data, config, **options)
-        self._upper_batches: Iterator[Any] | None = None
+        self._upper_batches: Iterator[Batch] | None = None
 
     def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
         if any(p.requires_grad for p in self.net.model.parameters()):
@@ -67,7 +69,7 @@ class BilevelTrainer(Trainer):
         nothing = nn.Parameter(torch.zeros(0, device=self.device))
         return torch.optim.Adam([{"params": [nothing], "peak": 0.0}]), [nothing]
 
-    def _next_upper(self) -> Any:
+    def _next_upper(self) -> Batch:
         """The selection's batch of this step."""
         c = self.config
         count = len(self.data.batches(self.upper, c.batch_size, shuffle=True, seed=c.seed))
@@ -77,7 +79,7 @@ class BilevelTrainer(Trainer):
             self._upper_batches = iter(self.data.batches(self.upper, c.batch_size, start_batch=at, **options))
         return next(self._upper_batches)
 
-    def _step(self, batch: Any) -> float:
+    def _step(self, batch: Batch) -> float:
         # The position of this step, before it counts as done.
         unseen = self._next_upper()
         value = super()._step(batch)
@@ -86,10 +88,10 @@ class BilevelTrainer(Trainer):
         self.state.seconds += time.perf_counter() - begin
         return value
 
-    def _loss(self, batch: Any) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(self.net(batch.dense, batch.ids), batch.label)
 
-    def _select(self, train: Any, unseen: Any) -> None:
+    def _select(self, train: Batch, unseen: Batch) -> None:
         """Move the selection."""
         alpha = self.layer.alpha
         second = None
@@ -121,7 +123,7 @@ class BilevelTrainer(Trainer):
                 w.requires_grad_(had)
             self.net.train()
 
-    def _second(self, train: Any, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:
+    def _second(self, train: Batch, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:
         """What the selection does to the loss on unseen rows through the embeddings' next step (DARTS, eq. 8)."""
         norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
         if not float(norm) > 0:

@@ -9,10 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recsys_embed.data.data_source import HELD_OUT, DataSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
+from recsys_embed.search.base import Search
 from recsys_embed.search.bilevel import BilevelTrainer
-from recsys_embed.search.common import Search, need_classes, need_validation
+from recsys_embed.search.checks import need_classes, need_validation
 from recsys_embed.search.extract import chunks, make_plan
 from recsys_embed.search.frequency_blocks import block_maps, block_sizes, order_of
 from recsys_embed.search.layers import DnisLayer
@@ -21,9 +23,6 @@ from recsys_embed.search.registry import register_search
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.loop import Trainer
-
-SPLIT = "held_out"
-"""Of data that holds training rows out."""
 
 
 @register_search
@@ -62,7 +61,7 @@ class DnisSearch(Search):
                 f"{type(self.data).__name__}. With held_out=0 the selection is fitted on the validation rows"
             )
         otherwise = "or set it to 0, which fits the selection on the validation rows"
-        need_classes(self.seen, SPLIT, "fit the selection on", f"Raise `held_out`, {otherwise}")
+        need_classes(self.seen, HELD_OUT, "fit the selection on", f"Raise `held_out`, {otherwise}")
         need_classes(self.seen, "train", "train on", f"Lower `held_out`, {otherwise}")
 
     @property
@@ -71,7 +70,7 @@ class DnisSearch(Search):
         return self.settings.held_out if self.settings.search_epochs != 0 else 0.0
 
     @cached_property
-    def seen(self) -> Any:
+    def seen(self) -> DataSource:
         """The data as warm start and search see it."""
         return self.data.held_out(self.held_out) if self.held_out else self.data
 
@@ -96,7 +95,7 @@ class DnisSearch(Search):
         if epochs:
             # The selection moves for as long as the search lasts, so what counts is where it ends.
             config = self.config.replace(epochs=epochs, patience=None, keep_best=False)
-            options: dict[str, Any] = {"data": self.seen, "upper": SPLIT if self.held_out else "valid"}
+            options: dict[str, Any] = {"data": self.seen, "upper": HELD_OUT if self.held_out else "valid"}
             options |= {"alpha_lr": s.alpha_lr, "l1": s.l1, "second_order": s.second_order}
             self.run_stage("search", self.trainer(BilevelTrainer, net, "search", config, **options))
         self.folder.put("selection", {"alpha": cast("DnisLayer", net.layer).alpha.tolist()})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.data.batch import Batch
+from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
@@ -62,9 +63,9 @@ class CandidateEvaluator:
     ...     _ = make_synthetic(folder, rows=1000)
     ...     data = open_dataset(folder)
     ...     schema = data.schema(4).with_init("normal:1")
-    ...     model = build_model("dnn", schema, Plan.full(schema), num_dense=13, hidden=(8,))
-    ...     evaluator = CandidateEvaluator(Supernet(model, OptembedLayer(26, 4)), data, rows=64)
-    ...     narrow, wide = evaluator.metrics([(1,) * 26, (4,) * 26])
+    ...     model = build_model("dnn", schema, Plan.full(schema), num_dense=data.num_dense, hidden=(8,))
+    ...     evaluator = CandidateEvaluator(Supernet(model, OptembedLayer(len(schema), 4)), data, rows=64)
+    ...     narrow, wide = evaluator.metrics([(1,) * len(schema), (4,) * len(schema)])
     >>> narrow.samples, narrow.auc != wide.auc
     (64, True)
     """
@@ -72,7 +73,7 @@ class CandidateEvaluator:
     def __init__(
         self,
         net: Supernet,
-        data: Any,
+        data: BatchSource,
         *,
         split: str = "valid",
         rows: int | None = None,
@@ -95,7 +96,7 @@ class CandidateEvaluator:
         self.layer = cast("OptembedLayer", net.layer)
         self.norms = batch_norms(net)
 
-    def _batches(self, start: int) -> Iterator[Any]:
+    def _batches(self, start: int) -> Iterator[Batch]:
         """Batches of the first ``rows`` rows of the split, from the one with index ``start`` on."""
         left = (self.rows if self.rows is not None else float("inf")) - start * self.batch_size
         options: dict[str, Any] = {"shuffle": False, "device": self.device, "start_batch": start}

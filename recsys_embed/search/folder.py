@@ -12,7 +12,7 @@ from typing import Any
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError
 from recsys_embed.registry import with_current_names
-from recsys_embed.train.run import environment
+from recsys_embed.train.environment import environment
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
 
 SEARCH = "search.json"

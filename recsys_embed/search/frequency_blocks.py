@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from recsys_embed.data.data_source import BatchSource, DataSource
 from recsys_embed.features import Schema
 
 _RANKED = 0.98
 """Ids are taken to be numbered by falling frequency where heads by number get this much of what heads by count get."""
 
 
-def count_ids(data: Any, schema: Schema, split: str = "train", batch_size: int = 1 << 16) -> list[Tensor]:
+def id_counts(data: DataSource, schema: Schema) -> list[Tensor]:
+    """How often each id of each feature occurs in training: int64 ``[num_ids]`` per feature.
+
+    As the data set knows it; one that does not is read once.
+    """
+    known = getattr(data, "counts", None)
+    found: list[Tensor] = []
+    for spec in schema:
+        counts = None if known is None else known(spec.name)
+        if counts is None:
+            return count_ids(data, schema)
+        found.append(pad(counts, (0, spec.num_ids - len(counts))))
+    return found
+
+
+def count_ids(data: BatchSource, schema: Schema, split: str = "train", batch_size: int = 1 << 16) -> list[Tensor]:
     """How often each id of each feature occurs in a split: int64 ``[num_ids]`` per feature; one pass."""
     counts = [torch.zeros(s.num_ids, dtype=torch.int64) for s in schema]
     for batch in data.batches(split, batch_size, shuffle=False):

@@ -14,7 +14,8 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import Adam
 from recsys_embed.plan import Plan
-from recsys_embed.search.common import Search, need_validation
+from recsys_embed.search.base import Search
+from recsys_embed.search.checks import need_validation
 from recsys_embed.search.evaluate import CandidateEvaluator
 from recsys_embed.search.evolution import Candidate, Space, evolve, ranked
 from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
@@ -22,7 +23,7 @@ from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.registry import register_search
 from recsys_embed.search.settings import OptembedSettings
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
-from recsys_embed.train.run import make_optimizer
+from recsys_embed.train.build import make_optimizer
 from recsys_embed.train.stop_request import StopRequest
 
 _LEAST_ROWS = 2048

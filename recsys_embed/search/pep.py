@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core.footprint import format_bytes
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method
-from recsys_embed.search.common import Search, need_validation
+from recsys_embed.search.base import Search
+from recsys_embed.search.checks import need_validation
 from recsys_embed.search.extract import chunks, make_plan, plain_bytes
 from recsys_embed.search.layers import PepLayer, soft_threshold
 from recsys_embed.search.pruning import choose_elements
@@ -46,7 +49,7 @@ class PepTrainer(Trainer):
     def __init__(
         self,
         net: Supernet,
-        data: Any,
+        data: BatchSource,
         config: TrainConfig,
         *,
         lr: float,
@@ -70,7 +73,7 @@ class PepTrainer(Trainer):
         many = cast("PepLayer", self.net.layer).many
         return [*super()._fused_collections(), *([("thresholds", many)] if many is not None else [])]
 
-    def _step(self, batch: Any) -> float:
+    def _step(self, batch: Batch) -> float:
         value = super()._step(batch)
         if self.state.step % self.every == 0 and self.check():
             self.state.stopped = True
@@ -160,7 +163,7 @@ class PepSearch(Search):
         )
         net = Supernet(self.plain_model(), layer.to(self.device or "cpu"))
         every = max(1, min(s.check_every, int(_BETWEEN / self.threshold_lr)))
-        options = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": every}
+        options: dict[str, Any] = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": every}
         config = self.config.replace(patience=None, keep_best=False)
         trainer: PepTrainer = self.trainer(
             PepTrainer, net, "thresholds", config, check=lambda: self._snap(net, trainer.state.step), **options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.search.common import Search
+from recsys_embed.search.base import Search
 from recsys_embed.utils.plugins import SEARCHES, load_plugins, unknown_plugin_name
 
 _SEARCHES: dict[str, type[Search]] = {}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recsys_embed.core.footprint import format_bytes
-
-if TYPE_CHECKING:
-    from recsys_embed.search.common import Search, SearchOutcome
+from recsys_embed.search.base import Search
+from recsys_embed.search.outcome import SearchOutcome
 
 CURVES = "curves"
 

@@ -15,8 +15,8 @@ from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.search.extract import initial_table, take_rows
+from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import PLANNED, TrainConfig
-from recsys_embed.train.run import model_from_config
 
 Start = Literal["init", "supernet"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.footprint import Footprint
+from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.models.base import CTRModel
 from recsys_embed.search.layers import OptembedLayer
@@ -151,7 +152,7 @@ class OptembedTrainer(Trainer):
     """
 
     def __init__(
-        self, net: Supernet, data: Any, config: TrainConfig, *, threshold_lr: float, pull: float, **options: Any
+        self, net: Supernet, data: BatchSource, config: TrainConfig, *, threshold_lr: float, pull: float, **options: Any
     ) -> None:
         self.net, self.threshold_lr, self.pull = net, threshold_lr, pull
         super().__init__(as_model(net), data, config, **options)

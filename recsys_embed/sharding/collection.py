@@ -100,13 +100,8 @@ class ShardableCollection(Constants):
 
     def _keys(self, part: Schema) -> list[str]:
         """Keys of the tables that features read by row, each once."""
-        keys = {
-            table_key(s, t): None
-            for s in part
-            if not self.plan[s.name].computes
-            for t in self.plan[s.name].program(s).tables
-            if not t.dense
-        }
+        programs = self.plan.gathered(part)
+        keys = {table_key(part[n], t): None for n, p in programs.items() for t in p.tables if not t.dense}
         return list(keys)
 
     def _add_by_id(self, part: Schema, device: torch.device, like: Tensor) -> LookupBundle:

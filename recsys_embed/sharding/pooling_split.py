@@ -37,11 +37,12 @@ def divide(schema: Schema, plan: Plan, pool: Pooling) -> tuple[list[str], list[s
     """
     by_id = set()
     owners: dict[str, list[str]] = {}
+    programs = plan.gathered(schema)
     for spec in schema:
-        if plan[spec.name].computes:
+        if spec.name not in programs:
             by_id.add(spec.name)
             continue
-        program = plan[spec.name].program(spec)
+        program = programs[spec.name]
         for table in program.tables:
             owners.setdefault(table_key(spec, table), []).append(spec.name)
         # Rows of one or two numbers share a stored row, which only the look-up by id knows how to read.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from recsys_embed.core.footprint import Footprint, format_bytes
 from recsys_embed.data.data_source import DataSource
@@ -23,23 +25,13 @@ from recsys_embed.sharding.shard import shard
 from recsys_embed.sharding.sharders import Kind, collections_of
 from recsys_embed.sharding.single_machine import to_single
 from recsys_embed.sharding.trainer import ShardedTrainer
-from recsys_embed.train.checkpoint import save_checkpoint
+from recsys_embed.train.build import make_optimizer, model_from_config
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.run import (
-    RunOutcome,
-    check_device,
-    environment,
-    fingerprint,
-    footprint_dict,
-    goes_on,
-    make_optimizer,
-    model_from_config,
-    plain,
-    plans_for,
-    resolve,
-    schema_of,
-)
-from recsys_embed.utils.files import write_json
+from recsys_embed.train.driver import Run, RunOutcome, goes_on
+from recsys_embed.train.environment import check_device
+from recsys_embed.train.inputs import check_data
+from recsys_embed.train.plans import plans_for
+from recsys_embed.train.result import TrainResult
 
 MODEL = "model"
 SINGLE_LIMIT = 16 << 30
@@ -69,78 +61,106 @@ def run_sharded(
         ConfigError: the folder already holds a run and ``resume`` is False; too few rows or samples per batch.
         LostProcessError: a process is gone.
     """
+    check_data(data, config, "training on several processes", "rows", "portion")
     device = local_device(device)
     check_device(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with job(device):
         home = None if folder is None else Path(folder)
-        first = dist.get_rank() == 0
-        with lock(home) if first and home is not None else nullcontext():
+        with lock(home) if dist.get_rank() == 0 and home is not None else nullcontext():
             dist.barrier()
-            return _run(config, data, home, resume, device, kinds, tensorboard, show_progress, save_model, label)
+            run = ShardedRun(
+                config,
+                data,
+                home,
+                resume=resume,
+                device=device,
+                save_model=save_model,
+                tensorboard=tensorboard,
+                show_progress=show_progress,
+                label=label,
+            )
+            run.kinds = kinds
+            outcome = run.run()
+            dist.barrier()
+            return outcome
 
 
-def _run(
-    config: TrainConfig,
-    data: DataSource,
-    home: Path | None,
-    resume: bool,
-    device: torch.device,
-    kinds: Kind | str | None,
-    tensorboard: bool,
-    show_progress: bool | None,
-    save_model: bool,
-    label: str,
-) -> RunOutcome:
-    first, world = dist.get_rank() == 0, dist.get_world_size()
-    portion = data.portion(dist.get_rank(), world)
-    schema = schema_of(data, config)
-    # The first process plans for all, as a planner that runs against a clock may come to other plans elsewhere.
-    config = TrainConfig.from_dict(share(resolve(schema, config, data).to_dict() if first else None, device))
-    going_on = share(goes_on(home, resume, torchrun=True) if first else None, device)
-    model = shardable_model(config, schema, data.num_dense)
-    footprint = bytes_of(model)
-    if config.standardise and data.num_dense:
-        sums = portion.numeric_sums().to(device)
+class ShardedRun(Run):
+    """A run whose tables are divided over processes and whose batches are, too."""
+
+    device: torch.device
+    kinds: Kind | str | None = None
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]  # of this process
+        """The first process does."""
+        return dist.get_rank() == 0
+
+    @cached_property
+    def portion(self) -> DataSource:
+        """This process's rows."""
+        return self.data.portion(dist.get_rank(), dist.get_world_size())
+
+    def settled(self) -> TrainConfig:
+        """The first process plans for all, as a planner that runs against a clock may come to other plans elsewhere."""
+        found = share(super().settled().to_dict() if self.writes else None, self.device)
+        return TrainConfig.from_dict(found)
+
+    def goes_on(self) -> bool:
+        """As the first process sees the folder."""
+        found: bool = share(goes_on(self.folder, self.resume, torchrun=True) if self.writes else None, self.device)
+        return found
+
+    def build(self) -> CTRModel:
+        """The model, its tables without bytes."""
+        return shardable_model(self.config, self.schema, self.data.num_dense)
+
+    def footprint(self, model: CTRModel) -> Footprint:
+        """Bytes of the embedding part, one copy of each table."""
+        return bytes_of(model)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Those of all rows, of which every process reads its own."""
+        sums = self.portion.numeric_sums().to(self.device)
         dist.all_reduce(sums)
-        model.standardise(*moments_of(sums.cpu()))
-    sharded = shard(model, cast(Any, kinds), device=device)
-    identity = {"data": fingerprint(schema, data)}
-    if first and home is not None:
-        write_json(home / "config.json", config.to_dict())
-        made = {"seed": config.seed, "world_size": world, **environment(), "footprint": footprint_dict(footprint)}
-        write_json(home / "run.json", {**made, "sharding": placement(sharded)})
-    trainer = ShardedTrainer(
-        sharded,
-        portion,
-        config,
-        home=home,
-        resume=going_on,
-        tensorboard=tensorboard,
-        device=device,
-        show_progress=show_progress,
-        label=label,
-        identity=identity,
-    )
-    result = trainer.run()
-    if home is not None:
-        if save_model:
-            save(home / MODEL, sharded, extra={"config": config.to_dict(), **identity})
-        if first:
-            if save_model and footprint.weights <= SINGLE_LIMIT:
-                single = model_from_config(config, schema, data.num_dense)
-                to_single(home / MODEL, single, states=False)
-                save_checkpoint(home / "model.pt", {**config.to_dict(), **identity}, model=single.state_dict())
-            elif save_model:
-                print(
-                    f"recsys-embed: {format_bytes(footprint.weights)} of weights stay in {home / MODEL}; "
-                    "recsys_embed.sharding.to_single reads them where they fit",
-                    flush=True,
-                )
-            write_json(home / "result.json", plain(result.to_dict()))
-    dist.barrier()
-    return RunOutcome(result, footprint, plans_for(schema, config).full_bytes, model)
+        return moments_of(sums.cpu())
+
+    def placed(self, model: CTRModel) -> Any:
+        """The model, its tables divided over the processes."""
+        return shard(model, cast(Any, self.kinds), device=self.device)
+
+    def facts(self, trained: Any) -> dict[str, Any]:
+        """The processes, and where the tables are."""
+        return {"world_size": dist.get_world_size(), "sharding": placement(trained)}
+
+    def train(self, trained: Any, going_on: bool) -> TrainResult:
+        """Train on this process's rows."""
+        return ShardedTrainer(
+            trained,
+            self.portion,
+            self.config,
+            home=self.folder,
+            resume=going_on,
+            device=self.device,
+            identity=self.identity,
+            **self.options,
+        ).run()
+
+    def save(self, folder: Path, trained: Any, footprint: Footprint) -> None:
+        """Write a folder that all processes fill, and the model as one file where that fits."""
+        save(folder / MODEL, trained, extra={"config": self.config.to_dict(), **self.identity})
+        if self.writes and footprint.weights <= SINGLE_LIMIT:
+            single = model_from_config(self.config, self.schema, self.data.num_dense)
+            to_single(folder / MODEL, single, states=False)
+            super().save(folder, single, footprint)
+        elif self.writes:
+            print(
+                f"recsys-embed: {format_bytes(footprint.weights)} of weights stay in {folder / MODEL}; "
+                "recsys_embed.sharding.to_single reads them where they fit",
+                flush=True,
+            )
 
 
 def shardable_model(config: TrainConfig, schema: Schema, num_dense: int) -> CTRModel:

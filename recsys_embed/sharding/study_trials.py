@@ -14,7 +14,7 @@ import torch.distributed as dist
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.sharding.process_group import job, local_device, share
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.loop import DivergedError
+from recsys_embed.train.result import DivergedError
 
 SHARED = (BudgetError, ConfigError, DivergedError)
 """Faults that all processes meet in a trial, so that a search may go on to the next one."""

@@ -26,9 +26,10 @@ from recsys_embed.sharding.checkpoint_tensors import Entry, weight_entries
 from recsys_embed.sharding.optimizers import Optimizers, collection_paths, table_named
 from recsys_embed.sharding.process_group import global_metrics
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.loop import DivergedError, Trainer
+from recsys_embed.train.driver import CHECKPOINTS
+from recsys_embed.train.loop import Trainer
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
-from recsys_embed.train.run import CHECKPOINTS
+from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.stop_request import StopRequest
 

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
+from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, unknown_name
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods, with_current_names
 from recsys_embed.train.config import PLANNED, TrainConfig
-from recsys_embed.train.loop import DivergedError
-from recsys_embed.train.run import fingerprint, footprint_dict, plain, plans_for, run_training, schema_of
+from recsys_embed.train.inputs import check_data, fingerprint, schema_of
+from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.plans import plans_for
+from recsys_embed.train.result import DivergedError
+from recsys_embed.train.run import run_training
 from recsys_embed.utils.files import write_json
 from recsys_embed.utils.settings import Settings, param
 
@@ -145,7 +149,7 @@ def all_methods() -> tuple[str, ...]:
 
 def run_comparison(
     comparison: Comparison,
-    data: Any,
+    data: DataSource,
     folder: str | Path,
     *,
     device: torch.device | str | None = None,
@@ -168,6 +172,7 @@ def run_comparison(
     Raises:
         ConfigError: the folder holds a row of other settings or other data.
     """
+    check_data(data, comparison.train, "a comparison")
     folder = Path(folder)
     cases = list(comparison.cases())
     found = [_finished_row(folder, case, data) for case in cases]
@@ -194,7 +199,7 @@ def _row_path(folder: Path, case: Case) -> Path:
     return folder / ROWS / f"{case.key}.json"
 
 
-def _finished_row(folder: Path, case: Case, data: Any) -> dict[str, Any] | None:
+def _finished_row(folder: Path, case: Case, data: DataSource) -> dict[str, Any] | None:
     path = _row_path(folder, case)
     if not path.exists():
         return None
@@ -218,7 +223,13 @@ def _finished_row(folder: Path, case: Case, data: Any) -> dict[str, Any] | None:
 
 
 def _train_row(
-    case: Case, data: Any, folder: Path, *, device: torch.device | str | None, label: str, show_progress: bool | None
+    case: Case,
+    data: DataSource,
+    folder: Path,
+    *,
+    device: torch.device | str | None,
+    label: str,
+    show_progress: bool | None,
 ) -> dict[str, Any]:
     config = case.config
     schema = schema_of(data, config)

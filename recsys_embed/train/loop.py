@@ -3,107 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys_embed.errors import DataError, RecsysEmbedError
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.data_source import BatchSource, BatchStream
+from recsys_embed.errors import DataError
 from recsys_embed.models.base import CTRModel
-from recsys_embed.train.checkpoint import (
-    Cadence,
-    load_checkpoint,
-    load_weights,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from recsys_embed.train.checkpoint import Cadence, set_rng_state
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
-from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.evaluation import evaluate
+from recsys_embed.train.metrics import Metrics
+from recsys_embed.train.result import DivergedError, TrainResult
+from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
 from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
 from recsys_embed.train.stop_request import Interrupted, StopRequest
 from recsys_embed.utils.files import drop_leftovers
 
-CHECKPOINT = "checkpoint.pt"
-BEST = "best.pt"
+__all__ = ["BEST", "CHECKPOINT", "BatchSource", "DivergedError", "TrainResult", "Trainer", "evaluate"]
 
 
-class DivergedError(RecsysEmbedError, ArithmeticError):
-    """The loss became NaN or infinite; names the step and what to change."""
-
-
-class BatchSource(Protocol):
-    """What the loop needs of a data set (see :mod:`recsys_embed.data`)."""
-
-    @property
-    def splits(self) -> Iterable[str]: ...
-
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        epoch: int = 0,
-        device: torch.device | str | None = None,
-        start_batch: int = 0,
-    ) -> Any: ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run measured.
-
-    ``samples_per_s`` covers loading, forward, backward and updates, not validation.
-    """
-
-    test: Metrics | None
-    valid: Metrics | None
-    steps: int
-    best_step: int
-    samples_per_s: float
-    seconds: float
-    history: list[dict[str, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    data: BatchSource,
-    split: str,
-    *,
-    batch_size: int = 16384,
-    device: torch.device | str | None = None,
-    stop: StopRequest | None = None,
-) -> Metrics | None:
-    """Metrics of a model on a whole split, in evaluation mode; None when ``stop`` asked to end it early."""
-    was_training = model.training
-    model.eval()
-    sums = BinaryMetrics()
-    try:
-        for batch in data.batches(split, batch_size, shuffle=False, device=device):
-            if stop is not None and stop.requested:
-                return None
-            sums.update(model(batch.dense, batch.ids), batch.label)
-    finally:
-        model.train(was_training)
-    return sums.compute()
-
-
-class Trainer:
+class Trainer(Resumable):
     """Trains one model by one :class:`TrainConfig`.
 
     Args:
@@ -174,7 +103,7 @@ class Trainer:
         groups = [g for g in groups if g["params"]]
         return torch.optim.Adam(groups, lr=self.config.learning_rate, fused=self.device.type in ("cpu", "cuda")), dense
 
-    def _epoch(self, epoch: int, start: int) -> Any:
+    def _epoch(self, epoch: int, start: int) -> BatchStream:
         """Batches of an epoch from the one with index ``start`` on."""
         c = self.config
         return self.data.batches(
@@ -256,7 +185,7 @@ class Trainer:
         state.pending_validation = epoch_ends or state.step >= self.total_steps or self._due(self.config.eval_every)
         return epoch_ends
 
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches, adding the time from asking for one to asking for the next to ``state.seconds``."""
         while True:
             self._clock = time.perf_counter()
@@ -265,7 +194,7 @@ class Trainer:
                 return
             yield batch
 
-    def _step(self, batch: Any) -> float:
+    def _step(self, batch: Batch) -> float:
         state = self.state
         self._set_rates(self.schedule.factor(state.step))
         loss = F.binary_cross_entropy_with_logits(self.model(batch.dense, batch.ids), batch.label)
@@ -358,51 +287,6 @@ class Trainer:
             seconds=state.seconds,
             history=state.history,
         )
-
-    def _keep_best(self) -> None:
-        if self.folder is None:
-            self.best_weights = copy.deepcopy(self.model.state_dict())
-        else:
-            save_checkpoint(self.folder / BEST, self.identity, model=self.model.state_dict())
-
-    def _load_best(self) -> None:
-        if self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
-        elif self.folder is not None:
-            saved = load_checkpoint(self.folder / BEST, self.identity)
-            load_weights(self.model, saved["model"], self.folder / BEST)
-
-    def _checkpoint(self) -> None:
-        if self.folder is None:
-            return
-        with self._cadence.writing():
-            self.state.log_bytes = self.log.flush()
-            save_checkpoint(
-                self.folder / CHECKPOINT,
-                self.identity,
-                state=self.state.to_dict(),
-                schedule=self.schedule.state_dict(),
-                model=self.model.state_dict(),
-                dense_optimizer=self.optimizer.state_dict(),
-                embedding_optimizer={k: c.optimizer_state_dict() for k, c in self._fused_collections()},
-                rng=rng_state(self.device),
-            )
-
-    def _restore(self) -> None:
-        if self.folder is None:
-            raise RecsysEmbedError("resuming needs a run folder")
-        path = self.folder / CHECKPOINT
-        saved = load_checkpoint(path, self.identity)
-        load_weights(self.model, saved["model"], path)
-        self.optimizer.load_state_dict(saved["dense_optimizer"])
-        for key, coll in self._fused_collections():
-            coll.load_optimizer_state_dict(saved["embedding_optimizer"][key])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.state = RunState(**saved["state"])
-        self._resumed_rng = saved["rng"]
-
-    def _fused_collections(self) -> list[tuple[str, Any]]:
-        return list(self.model.collections().items()) if self.fused else []
 
     def _interrupt(self) -> None:
         self._checkpoint()

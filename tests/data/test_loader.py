@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_folder, table
+from helpers import random_rows, read_folder, table, write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_embed.data import (
     Batch,
+    CriteoOptions,
     Dataset,
     InMemoryDataset,
+    RowSource,
+    convert_criteo,
     loader,
     open_dataset,
 )
@@ -218,3 +221,42 @@ def test_numeric_moments_are_those_of_the_training_rows(folder: Path) -> None:
     torch.testing.assert_close(std.double(), dense.std(0, correction=0), rtol=1e-5, atol=1e-6)
     streamed = open_dataset(folder, memory_limit=0).numeric_moments()
     torch.testing.assert_close(streamed, (mean, std))
+
+
+def test_counts_of_the_vocabularies_are_those_of_the_rows(folder: Path) -> None:
+    data = open_dataset(folder)
+    ids = data.load("train").ids.long()
+    for column, name in enumerate(data.feature_names):
+        found = data.counts(name)
+        assert found.dtype == torch.int64
+        wanted = torch.bincount(ids[:, column], minlength=data.schema(1)[name].num_embeddings)
+        assert torch.equal(found, wanted)
+        assert torch.equal(RowSource.counts(data, name), wanted)
+        assert torch.equal(data.held_out(0.3).counts(name), wanted)
+
+
+def test_batches_carry_further_parts() -> None:
+    n = 10
+    weight = torch.arange(float(n))
+    data = InMemoryDataset(torch.zeros(n, 1), torch.zeros(n, 2, dtype=torch.int32), torch.ones(n), {"weight": weight})
+    found = torch.cat([b.extra["weight"] for b in data.batches(3, seed=1)])
+    assert not torch.equal(found, weight)
+    assert torch.equal(found.sort().values, weight)
+    batch = next(iter(data.batches(4, shuffle=False)))
+    dense, ids, label = batch
+    assert dense is batch.dense
+    assert ids is batch.ids
+    assert label is batch.label
+    with pytest.warns(DeprecationWarning, match="by position"):
+        assert batch[1] is batch.ids
+    with pytest.raises(ConfigError, match="'weight' must have 10 rows; got 9"):
+        InMemoryDataset(data.dense, data.ids, data.label, {"weight": weight[1:]})
+
+
+def test_rare_values_count_for_the_unknown_id(tmp_path: Path) -> None:
+    rows = write(tmp_path / "a.tsv", random_rows(300, 3, values=60))
+    convert_criteo(rows, tmp_path / "out", CriteoOptions(min_count=4))
+    data = open_dataset(tmp_path / "out")
+    for name in data.feature_names:
+        assert torch.equal(data.counts(name), RowSource.counts(data, name))
+    assert any(int(data.counts(name)[0]) > 0 for name in data.feature_names)

@@ -18,10 +18,12 @@ from recsys_embed.data import CriteoOptions, convert_criteo, make_synthetic, ope
 from recsys_embed.errors import ConfigError
 from recsys_embed.sharding.trainer import shares
 from recsys_embed.train import run_training
+from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.loop import evaluate
+from recsys_embed.train.driver import goes_on
+from recsys_embed.train.evaluation import evaluate
+from recsys_embed.train.inputs import schema_of
 from recsys_embed.train.metrics import BinaryMetrics
-from recsys_embed.train.run import goes_on, model_from_config, schema_of
 from tests.distributed.workers import Workers
 
 ROWS = 1501

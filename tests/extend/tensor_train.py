@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar, Self
 
-from recsys_embed.core.heads import Contraction
-from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table
-from recsys_embed.core.transforms import MixedRadixDigit
-from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.features import FeatureSpec
+from recsys_embed.extend import (
+    CompressedEmbedding,
+    Contraction,
+    FeatureSpec,
+    Initializer,
+    LookupProgram,
+    MethodConfig,
+    MixedRadixDigit,
+    RowLookup,
+    Table,
+    param,
+)
 
 
 def _split(n: int, parts: int) -> tuple[int, ...]:

@@ -288,9 +288,9 @@ def test_search_that_was_stopped_goes_on(kind: str, unpacked: Path, tmp_path: Pa
 def test_study_goes_on(unpacked: Path, tmp_path: Path) -> None:
     """Its trials are those of then, and one more is trained."""
     pytest.importorskip("optuna")
-    from recsys_embed.search.study import MethodStudy
-    from recsys_embed.search.study_results import rows_of
-    from recsys_embed.search.study_settings import StudySettings
+    from recsys_embed.search.studies.results import rows_of
+    from recsys_embed.search.studies.settings import StudySettings
+    from recsys_embed.search.studies.study import MethodStudy
 
     folder = copied(unpacked / "study", tmp_path / "study")
     asked = json.loads((folder / "study.json").read_text())

@@ -140,6 +140,30 @@ def test_ids_out_of_range_are_named_before_anything_is_read(method: Any, bad: in
         coll(ids)
 
 
+@pytest.mark.parametrize(("hot", "form"), [(300, "bitmap"), (20, "sorted")])
+def test_ids_of_a_set_read_the_rows_of_their_ranks(hot: int, form: str) -> None:
+    schema = Schema([FeatureSpec("a", 1000, 4)])
+    plan = Plan({"a": rse.AdaptiveConfig(num_frequent=hot, num_buckets=7, order="counts")})
+    coll = EmbeddingCollection(schema, plan, backend="native")
+    assert [index.form for index in coll.bundle.programs["a"].indexes] == [form]
+    counts = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    coll.assign_({"a": counts})
+    members = (counts >= 1000 - hot).nonzero()
+    assert torch.equal(coll(members)[:, 0], coll.table("a.weight")[:hot])
+    others = (counts < 1000 - hot).nonzero()
+    torch.testing.assert_close(
+        coll(others), EmbeddingCollection(schema, plan, backend="torch").assign_({"a": counts})(others)
+    )
+
+
+def test_raw_ids_below_zero_have_the_remainders_of_python() -> None:
+    schema = Schema([FeatureSpec("a", 100, 4, ids="raw")])
+    coll = EmbeddingCollection(schema, Plan({"a": rse.HashConfig(num_buckets=7, hash="mod")}), backend="native")
+    ids = [-1, -7, -8, -(2**63), -(2**63) + 1, 0, 5, 2**63 - 1]
+    rows = torch.tensor([i % 7 for i in ids])
+    assert torch.equal(coll(torch.tensor(ids).unsqueeze(1))[:, 0], coll.width4[rows])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_of_any_layout(dtype: torch.dtype) -> None:
     schema = Schema([FeatureSpec("a", 50, 8), FeatureSpec("b", 70, 8)])

@@ -92,8 +92,8 @@ def test_run_folder(tmp_path: Path) -> None:
 
     pytest.importorskip("tqdm")
     from recsys_embed.models import build_model
+    from recsys_embed.train.build import trained_footprint
     from recsys_embed.train.config import TrainConfig
-    from recsys_embed.train.run import trained_footprint
 
     plan = Plan.uniform(schema(), "lowdim", budget="48KiB")
     model = build_model("deepfm", schema(), plan, num_dense=2, optimizer=rse.Adam(lr=0.1))

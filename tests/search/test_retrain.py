@@ -21,7 +21,7 @@ from recsys_embed.search.retrain import (
     share_rows,
     weights_hash,
 )
-from recsys_embed.train.run import model_from_config
+from recsys_embed.train.build import model_from_config
 from tests.train.toy import ToyData, toy_config
 
 CONFIG = toy_config(embedding_weight_decay=1e-3, epochs=2, seed=5)

@@ -14,10 +14,11 @@ import pytest
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
+from recsys_embed.search.studies.open_study import NAME
 from recsys_embed.search.studies.queue import fill, owner, put_back, requeue_lost, take
 from recsys_embed.search.studies.settings import StudySettings
 from recsys_embed.search.studies.storage import open_storage
-from recsys_embed.search.studies.study import NAME, MethodStudy
+from recsys_embed.search.studies.study import MethodStudy
 from recsys_embed.search.studies.urls import PASSWORD, shown
 from tests.search.planted import Planted, planted_config
 
@@ -249,7 +250,7 @@ def settings_of(**changes) -> StudySettings:
 @pytest.mark.parametrize("name", ["_fill", "_planner_points"])
 def test_a_study_whose_making_was_cut_short_is_made_in_full(name, tmp_path, monkeypatch):
     where, data = str(tmp_path / "s.journal"), Planted(0, rows=600)
-    monkeypatch.setattr("recsys_embed.search.studies.study._MAKING", 1)
+    monkeypatch.setattr("recsys_embed.search.studies.open_study._MAKING", 1)
 
     def die(*_):
         raise KeyboardInterrupt
@@ -265,7 +266,7 @@ def test_a_study_whose_making_was_cut_short_is_made_in_full(name, tmp_path, monk
 
 def test_a_study_that_was_created_and_no_more_is_made_in_full(tmp_path, monkeypatch):
     where = str(tmp_path / "s.journal")
-    monkeypatch.setattr("recsys_embed.search.studies.study._MAKING", 1)
+    monkeypatch.setattr("recsys_embed.search.studies.open_study._MAKING", 1)
     optuna.create_study(study_name=NAME, storage=open_storage(where), directions=["maximize", "minimize"])
     assert len(MethodStudy(CONFIG, Planted(0, rows=600), settings_of(), where).study.trials) == 4
 

@@ -16,9 +16,10 @@ import pytest
 
 from recsys_embed.data.folder import FolderHeldError, StorageError, lock
 from recsys_embed.errors import CheckpointError
+from recsys_embed.search.studies.open_study import TRAININGS
 from recsys_embed.search.studies.queue import put_back
 from recsys_embed.search.studies.settings import StudySettings
-from recsys_embed.search.studies.study import TRAININGS, MethodStudy
+from recsys_embed.search.studies.study import MethodStudy
 from recsys_embed.search.studies.trial import Trainings, key_of
 from recsys_embed.train import Interrupted, Trainer
 from recsys_embed.train.checkpoint import load_checkpoint

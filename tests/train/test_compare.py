@@ -14,9 +14,10 @@ from recsys_embed.report.comparison import cells, markdown_table, reasons
 from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
 from recsys_embed.train import compare as compare_module
+from recsys_embed.train.build import model_from_config, trained_footprint
 from recsys_embed.train.compare import Comparison, run_comparison, summarise
 from recsys_embed.train.loop import Trainer
-from recsys_embed.train.run import model_from_config, plans_for, trained_footprint
+from recsys_embed.train.plans import plans_for
 from tests.train.test_loop import SignallingData
 from tests.train.toy import ToyData, toy_config
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from recsys_embed.data.folder import lock
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.train import DivergedError, Interrupted, Trainer, checkpoint, loop, run_training
+from recsys_embed.train.build import model_from_config
 from recsys_embed.train.checkpoint import load_checkpoint, save_checkpoint
-from recsys_embed.train.run import model_from_config
 from recsys_embed.utils.files import write_json
 from tests.train.toy import Batch, ToyBatches, ToyData, toy_config
 
@@ -200,7 +200,7 @@ def test_a_trainer_guesses_the_first_checkpoint_from_all_it_will_hold(
 SLOW = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from recsys_embed.train import Trainer, loop, run_training
+from recsys_embed.train import Trainer, resumable, run_training
 from tests.train.toy import ToyData, toy_config
 
 book, step = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND), Trainer._step
@@ -219,13 +219,13 @@ def slow(self, batch):
     return value
 
 
-def timed(*args, save=loop.save_checkpoint, **options):
+def timed(*args, save=resumable.save_checkpoint, **options):
     start = time.perf_counter()
     save(*args, **options)
     tell("wrote", time.perf_counter() - start)
 
 
-Trainer._step, loop.save_checkpoint = slow, timed
+Trainer._step, resumable.save_checkpoint = slow, timed
 run_training(toy_config(), ToyData(40_000), folder=Path(sys.argv[1]))
 """
 

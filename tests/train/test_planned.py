@@ -12,7 +12,8 @@ from recsys_embed.data import make_synthetic, open_dataset
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.train.compare import Comparison, run_comparison
-from recsys_embed.train.run import plans_for, run_training
+from recsys_embed.train.plans import plans_for
+from recsys_embed.train.run import run_training
 from tests.train.toy import ToyData, toy_config
 
 

@@ -253,12 +253,12 @@ def _with_indexes(
     entries: Sequence[Entry], plan: Plan, schema: Schema, inside: Mapping[str, Stored], index: str, at: str
 ) -> list[Entry]:
     """Entries whose lookups read the file's own index buffers."""
-    specs = [s for s in schema if not plan[s.name].computes]
-    store = IndexStore([plan[s.name].program(s).indexes for s in specs])
+    programs = plan.gathered(schema)
+    store = IndexStore([p.indexes for p in programs.values()])
     for name, buffer in store.named_buffers():
         if buffer.numel() and f"{index}{name}" in inside:
             buffer.copy_(inside[f"{index}{name}"].read())
-    places = {f"{at}{s.name}": i for i, s in enumerate(specs)}
+    places = {f"{at}{name}": i for i, name in enumerate(programs)}
     return [
         replace(e, hashed=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e
         for e in entries

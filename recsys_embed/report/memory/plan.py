@@ -41,7 +41,7 @@ def parts_of_plan(
                 shared.put(spec.name, table.name, [array_of(table, program, itemsize, None, True)])
         entries.append(entry_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
     update: Update = "dense" if fused is None else "fused"
-    computing = {f"{at}{s.name}" for s in schema if plan[s.name].computes}
+    computing = {f"{at}{n}" for n in set(schema.names) - plan.gathered(schema).keys()}
     found = [*entries, *shared.entries(at)]
     return Parts(
         tuple(

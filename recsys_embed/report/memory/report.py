@@ -14,12 +14,13 @@ from recsys_embed.features import MAX_DIM, Schema
 from recsys_embed.kernels.precision import Precision, check_precision
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.planning.statistics import is_stats_json
 from recsys_embed.report.memory.arrays import Array, Entry, Update, stored_bytes
 from recsys_embed.report.memory.collisions import Collisions, expect, measure
 from recsys_embed.report.memory.optimizer import StateLaw, make_law
 from recsys_embed.report.memory.plan import Parts, parts_of_plan
 from recsys_embed.report.memory.sources import parts_of_module
-from recsys_embed.report.memory.stats import FieldStats, is_stats_json, read_stats_of
+from recsys_embed.report.memory.stats import FieldStats, read_stats_of
 from recsys_embed.report.memory.values import (
     DEFAULT_BATCH,
     DEFAULT_RATIO,

@@ -170,7 +170,7 @@ def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[Fou
     shared, entries = SharedArrays("collection"), []
     for spec in collection.schema:
         config, found = plan[spec.name], names[spec.name]
-        if config.computes:
+        if spec.name not in bundle.programs:
             module = bundle._module(spec.name)
             entry = entry_of(found.name, found.kind, spec, config, module.program, _own_arrays(module))
             entries.append(replace(entry, update="frozen" if frozen else "dense", paths=found.paths, shared=()))

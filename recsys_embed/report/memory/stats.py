@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
-from recsys_embed.planning.curves import FrequencyCurve, curves_from
+from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.planning.statistics import Known, read_statistics
 
 TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 
@@ -96,8 +97,8 @@ def read_stats_of(source: Any) -> dict[str, FieldStats]:
 
     Args:
         source: mapping of feature name to counts ``[n]``, ``(ids, counts)``, :class:`FrequencyCurve` or
-            :class:`FieldStats`; the content of a data folder's ``stats.json``; a data folder (path or opened), whose
-            vocabularies give exact counts.
+            :class:`FieldStats`; the content of a data folder's ``stats.json``; a data folder or a data set, whose
+            counts are exact.
 
     Raises:
         ConfigError: of another kind.
@@ -107,62 +108,16 @@ def read_stats_of(source: Any) -> dict[str, FieldStats]:
         from recsys_embed.data import open_dataset
 
         source = open_dataset(source)
-    if hasattr(source, "manifest") and hasattr(source, "stats"):
-        return _of_dataset(source)
-    if not isinstance(source, Mapping):
-        raise ConfigError(
-            "`stats` must be a mapping of feature names to counts, the content of a stats.json, or a data folder; "
-            f"got {type(source).__name__}"
-        )
-    if is_stats_json(source):
-        return {
-            name: FieldStats(name, curve, _once(source, name), _unseen(source, name))
-            for name, curve in curves_from(source).items()
-        }
-    return {name: _of_value(name, value) for name, value in source.items()}
+    return {name: _of_known(name, known) for name, known in read_statistics(source)}
 
 
-def is_stats_json(source: Any) -> bool:
-    """Whether it is the content of a data folder's ``stats.json``."""
-    return isinstance(source, Mapping) and isinstance(source.get("fields"), Mapping) and "splits" in source
-
-
-def _of_value(name: str, value: Any) -> FieldStats:
-    if isinstance(value, FieldStats):
-        return value
-    if isinstance(value, FrequencyCurve):
-        return FieldStats(name, value)
-    counts, ids = (value[1], value[0]) if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    return FieldStats.of_counts(name, counts, ids)
-
-
-def _once(stats: Mapping[str, Any], name: str) -> int | None:
-    once = stats["fields"][name].get("seen_once")
-    return None if once is None else int(once)
-
-
-def _unseen(stats: Mapping[str, Any], name: str) -> dict[str, float]:
-    return {split: float(rate) for split, rate in stats["fields"][name].get("oov_rate", {}).items()}
-
-
-def _of_dataset(data: Any) -> dict[str, FieldStats]:
-    out = {}
-    rows = data.manifest.splits["train"].rows if "train" in data.manifest.splits else 0
-    vocabularies = {f.name: f for f in data.manifest.features if f.vocab is not None}
-    for name, curve in curves_from(data.stats).items():
-        once, unseen = _once(data.stats, name), _unseen(data.stats, name)
-        if name not in vocabularies:
-            out[name] = FieldStats(name, curve, once, unseen)
-            continue
-        v = data.vocabulary(name)
-        counts = np.zeros(vocabularies[name].num_embeddings)
-        counts[v.ids] = v.counts
-        if v.missing_id:
-            counts[v.missing_id] += v.missing_count
-        counts[0] += max(0.0, rows - counts.sum())  # values too rare for a row of their own
-        out[name] = (
-            FieldStats.of_counts(name, counts, seen_once=once, unseen=unseen)
-            if counts.any()
-            else (FieldStats(name, curve, once, unseen))
-        )
-    return out
+def _of_known(name: str, known: Known) -> FieldStats:
+    given, once, unseen = known.given, known.seen_once, known.unseen or {}
+    if isinstance(given, FieldStats):
+        return given
+    if given is None or isinstance(given, FrequencyCurve):
+        return FieldStats(name, known.curve(), once, unseen)
+    ids, counts = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
+    if known.coarse is not None and not counts.any():
+        return FieldStats(name, known.coarse, once, unseen)
+    return FieldStats.of_counts(name, counts, ids, seen_once=once, unseen=unseen)

@@ -7,18 +7,24 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from recsys_embed.data.data_source import DataSource
 from recsys_embed.data.folder import LOCK_FILE, FolderHeldError, lock
 from recsys_embed.errors import DataError
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import Trainer
 
 
+def without_test(data: DataSource) -> DataSource:
+    """The data set without its test split."""
+    return cast("DataSource", Untested(data))
+
+
 class Untested:
     """A data set that names no test split, so that no trainer of a study ends with a test."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: DataSource) -> None:
         self._data = data
         self.splits = {s: data.splits[s] if isinstance(data.splits, Mapping) else None for s in ("train", "valid")}
 

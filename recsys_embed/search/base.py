@@ -1,0 +1,230 @@
+"""What all searches have in common: the data they work on, their stages, and the retraining of what they find."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from recsys_embed.data.data_source import BatchSource, DataSource
+from recsys_embed.features import Schema
+from recsys_embed.models import CTRModel, get_model
+from recsys_embed.plan import Plan
+from recsys_embed.search.folder import SearchFolder
+from recsys_embed.search.frequency_blocks import id_counts
+from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
+from recsys_embed.search.supernet import Supernet
+from recsys_embed.train.build import model_from_config, standardise
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.inputs import fingerprint, schema_of
+from recsys_embed.train.json_values import plain
+from recsys_embed.train.loop import Trainer
+from recsys_embed.train.plans import linear_share
+from recsys_embed.train.result import TrainResult
+from recsys_embed.train.resumable import CHECKPOINT
+from recsys_embed.train.run_log import progress_bar
+
+_ROW_LOOKUP_STEPS = 20
+
+
+@dataclass
+class Search(ABC):
+    """One search: plain tables in, a plan out. Subclasses say how.
+
+    Args:
+        config: training settings of the search and of the retraining; method ``full``, without a budget.
+        data: opened data set.
+        settings: of the search.
+        folder: where it keeps what it has done.
+        budget: bytes of the embedding part that the plan must keep to; None: whatever the search comes to.
+        device: e.g. ``"cuda"``; None: CPU.
+        show_progress: see :class:`Trainer`.
+
+    >>> from types import SimpleNamespace
+    >>> from recsys_embed.search.checks import need_validation
+    >>> from recsys_embed.utils.settings import Settings
+    >>> from recsys_embed import FeatureSpec
+    >>> from recsys_embed.search.extract import plain_bytes
+    >>> @dataclass(frozen=True)
+    ... class HeadSettings(Settings):
+    ...     share: float = 0.5
+    >>> class HeadSearch(Search):  # what is to be beaten: the most frequent ids
+    ...     method, stages = "head", ("retrain",)
+    ...
+    ...     def check(self) -> None:
+    ...         need_validation(self.data)
+    ...
+    ...     def search(self) -> Plan:
+    ...         budget = int(self.settings.share * plain_bytes(self.schema))
+    ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
+    >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # `run_search` needs more
+    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_frequent
+    49
+    """
+
+    config: TrainConfig
+    data: DataSource
+    settings: Any
+    folder: SearchFolder
+    budget: int | None = None
+    device: torch.device | str | None = None
+    show_progress: bool | None = None
+
+    method: ClassVar[str]
+    """Key of the search, and of the method that stores what it finds."""
+    summary: ClassVar[str]
+    """What it does, in a line, for the command line."""
+    settings_cls: ClassVar[type]
+    """Class of its settings, with ``from_dict``."""
+    stages: ClassVar[tuple[str, ...]] = ("supernet", "evolution", "retrain")
+    redo: ClassVar[tuple[str, ...] | None] = None
+    """What is done again for another budget, tried before there is a plan; None: everything is."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise for what cannot come to anything, before any work is done."""
+
+    @abstractmethod
+    def search(self) -> Plan:
+        """The plan of the vectors."""
+
+    def start_weights(self) -> dict[str, Any]:
+        """Arguments of :func:`build_retrained` that say what the retraining starts from; the initial weights here."""
+        return {"hashes": self.folder.get("initial")}
+
+    def trained_weights(self, net: Supernet, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of :func:`build_retrained` that go on with a trained supernet's network and first-order weights."""
+        found: dict[str, Any] = {"tables": tables, "dense": dense_weights(net.model)}
+        if net.model.linear is not None:
+            first = {s.name: net.model.linear.table(f"{s.name}.weight").detach() for s in self.schema}
+            found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.schema, self.counts, strict=True)}
+        return found
+
+    @cached_property
+    def counts(self) -> list[Tensor]:
+        """How often each id of each feature occurs in training: int64 ``[num_ids]`` each."""
+        return id_counts(self.data, self.schema)
+
+    # -- what it works on -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def schema(self) -> Schema:
+        """Features at the width of the settings."""
+        return schema_of(self.data, self.config)
+
+    @cached_property
+    def linear_bytes(self) -> int:
+        """Bytes of first-order weights under the budget: their share, as in every other run with a budget."""
+        cls = get_model(self.config.model)
+        if self.budget is None or not cls.uses_linear:
+            return 0
+        return linear_share(self.budget, self.config, self.schema.with_dim(1))
+
+    @property
+    def vector_budget(self) -> int | None:
+        """Bytes that the plan of the vectors may take."""
+        return None if self.budget is None else self.budget - self.linear_bytes
+
+    def rows(self, split: str) -> int | None:
+        """Rows of a split, where the data set knows."""
+        return self.data.splits.get(split) if isinstance(self.data.splits, Mapping) else None
+
+    # -- parts of every search ------------------------------------------------------------------------------------
+
+    def plain_model(self) -> CTRModel:
+        """The untrained model over plain tables; what its weights are is noted, so that a retraining can check."""
+        model = self._untrained()
+        if self.folder.get("initial") is None:
+            self.folder.put("initial", initial_hashes(model))
+        return model
+
+    def _untrained(self) -> CTRModel:
+        model = model_from_config(self.config, self.schema, self.data.num_dense, self.device)
+        return standardise(model, self.config, self.data)
+
+    def trainer(
+        self,
+        cls: Any,
+        model: Any,
+        stage: str,
+        config: TrainConfig | None = None,
+        *,
+        data: BatchSource | None = None,
+        **options: Any,
+    ) -> Any:
+        """A trainer that goes on where the stage was stopped; on ``data`` where that is not the search's own."""
+        folder = self.folder.inside(stage)
+        going_on = folder is not None and (folder / CHECKPOINT).exists()
+        number = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
+        return cls(
+            model, self.data if data is None else data, config or self.config, folder=folder, resume=going_on,
+            device=self.device, show_progress=self.show_progress, label=number,
+            identity={"data": fingerprint(self.schema, self.data)}, **options,
+        )  # fmt: skip
+
+    def run_stage(self, stage: str, trainer: Trainer) -> TrainResult:
+        """Train to the end; what was done before takes no time again."""
+        with self.folder.clock(stage):
+            result = trainer.run()
+        self.folder.put(f"{stage}_result", plain(result.to_dict()))
+        return result
+
+    def _time_left(self, stage: str) -> str:
+        """A guess for all that is left, from stages that are over."""
+        spent = self.folder.seconds
+        longest = max((spent.get(s, 0.0) for s in self.stages[: self.stages.index(stage)]), default=0.0)
+        left = (len(self.stages) - self.stages.index(stage)) * longest
+        return f" (about {max(1, round(left / 60))} min left in all)" if longest else ""
+
+    def progress(self, stage: str, done: int, total: int, text: str) -> None:
+        """Show how far a stage is."""
+        bar = self.__dict__.get("_bar")
+        if bar is None:
+            label = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
+            bar = self.__dict__["_bar"] = progress_bar(total, label, done - 1, self.show_progress)
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(1)
+        if done >= total:
+            bar.close()
+            del self.__dict__["_bar"]
+
+    def plain_seconds(self) -> float:
+        """Seconds of a plain training with these settings, from a few of its steps."""
+        known = self.folder.get("row_lookup")
+        if known is None:
+            model = self._untrained()
+            trainer = Trainer(model, self.data, self.config, device=self.device, show_progress=False)
+            times = []
+            with torch.random.fork_rng(devices=[]):
+                for batch in islice(iter(trainer._epoch(0, 0)), _ROW_LOOKUP_STEPS + 3):
+                    trainer._clock = time.perf_counter()
+                    trainer._step(batch)
+                    times.append(time.perf_counter() - trainer._clock)
+            begin = time.perf_counter()
+            validations = 0.0
+            if "valid" in self.data.splits:
+                trainer.evaluate("valid")
+                validations = (time.perf_counter() - begin) * -(-trainer.total_steps // self._validation_steps(trainer))
+            known = {"seconds": statistics.median(times[3:] or times) * trainer.total_steps + validations}
+            self.folder.put("row_lookup", known)
+        return float(known["seconds"])
+
+    def _validation_steps(self, trainer: Trainer) -> int:
+        """Steps between validations."""
+        return min(self.config.eval_every or trainer.steps_per_epoch, trainer.steps_per_epoch)
+
+    def retrain(self, plan: Plan) -> tuple[CTRModel, TrainResult]:
+        """Train the plan."""
+        config = planned(self.config, plan, self.budget)
+        start = self.start_weights()
+        model = build_retrained(config, self.schema, self.data.num_dense, device=self.device, **start)
+        trainer = self.trainer(Trainer, standardise(model, self.config, self.data), "retrain", config)
+        return model, self.run_stage("retrain", trainer)

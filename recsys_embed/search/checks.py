@@ -1,0 +1,40 @@
+"""Data on which candidates can be told apart, checked before any work is done."""
+
+from __future__ import annotations
+
+from recsys_embed.data.data_source import DataSource
+from recsys_embed.errors import ConfigError
+
+LEAST_OF_A_CLASS = 50
+"""Rows of the rarer class below which what is measured on them is mostly chance."""
+
+
+def need_validation(data: DataSource) -> None:
+    """Refuse data on which candidates cannot be told apart.
+
+    Raises:
+        ConfigError: no validation rows, or too few of a class.
+    """
+    if "valid" not in data.splits:
+        raise ConfigError(
+            "a search chooses by validation rows, and this data has no split 'valid'; convert it with --valid 1/12"
+        )
+    need_classes(data, "valid", "compare candidates", "Convert the data with a larger --valid")
+
+
+def need_classes(data: DataSource, split: str, purpose: str, remedy: str) -> None:
+    """Refuse a split with too few rows of a class.
+
+    Raises:
+        ConfigError: says what they are for, and the remedy.
+    """
+    positives = negatives = 0
+    for batch in data.batches(split, 1 << 16, shuffle=False):
+        positives += int((batch.label > 0.5).sum())
+        negatives += int((batch.label <= 0.5).sum())
+        if min(positives, negatives) >= LEAST_OF_A_CLASS:
+            return
+    raise ConfigError(
+        f"the split {split!r} is too small to {purpose}: {positives} positives and {negatives} "
+        f"negatives; at least {LEAST_OF_A_CLASS} of each are needed. {remedy}"
+    )

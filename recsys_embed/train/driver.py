@@ -1,0 +1,162 @@
+"""The steps of every training run, from settings and a data set to a run folder with results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.core.footprint import Footprint
+from recsys_embed.data.data_source import DataSource
+from recsys_embed.errors import ConfigError
+from recsys_embed.models import CTRModel
+from recsys_embed.train.build import model_from_config, trained_footprint
+from recsys_embed.train.checkpoint import save_checkpoint
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.environment import environment
+from recsys_embed.train.inputs import fingerprint, schema_of
+from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.loop import Trainer
+from recsys_embed.train.plans import plans_for, resolve
+from recsys_embed.train.result import TrainResult
+from recsys_embed.train.resumable import CHECKPOINT
+from recsys_embed.utils.files import write_json
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints of a run under torchrun; the file ``latest`` there names the newest."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run: what it measured and what its embeddings take."""
+
+    result: TrainResult
+    footprint: Footprint
+    full_bytes: int
+    model: CTRModel
+
+
+class Run:
+    """One training run on one device; a run on several processes overrides what it does otherwise.
+
+    Args:
+        config: settings.
+        data: the whole data set.
+        folder: run folder; None keeps nothing.
+        resume: go on from the folder's checkpoint.
+        device: where the model is trained.
+        save_model: write the model at the end.
+        **options: of the trainer: ``tensorboard``, ``show_progress`` and ``label``.
+    """
+
+    writes = True
+    """Whether this process writes the files that all processes share."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: DataSource,
+        folder: Path | None,
+        *,
+        resume: bool,
+        device: torch.device | str | None,
+        save_model: bool,
+        **options: Any,
+    ) -> None:
+        self.config, self.data, self.folder, self.resume = config, data, folder, resume
+        self.device, self.save_model, self.options = device, save_model, options
+        self.schema = schema_of(data, config)
+        self.identity: dict[str, Any] = {"data": fingerprint(self.schema, data)}
+
+    def run(self) -> RunOutcome:
+        """Train to the end."""
+        self.config = self.settled()
+        going_on = self.goes_on()
+        model = self.build()
+        footprint = self.footprint(model)
+        if self.config.standardise and self.data.num_dense:
+            model.standardise(*self.moments())
+        trained = self.placed(model)
+        if self.writes and self.folder is not None:
+            write_json(self.folder / "config.json", self.config.to_dict())
+            facts = {"seed": self.config.seed, **environment(), "footprint": footprint_dict(footprint)}
+            write_json(self.folder / "run.json", {**facts, **self.facts(trained)})
+        result = self.train(trained, going_on)
+        if self.folder is not None:
+            if self.save_model:
+                self.save(self.folder, trained, footprint)
+            if self.writes:
+                write_json(self.folder / "result.json", plain(result.to_dict()))
+        return RunOutcome(result, footprint, plans_for(self.schema, self.config).full_bytes, model)
+
+    # -- what a run on several processes does otherwise -----------------------------------------------------------
+
+    def settled(self) -> TrainConfig:
+        """Settings with the plan that a planner came to."""
+        return resolve(self.schema, self.config, self.data)
+
+    def goes_on(self) -> bool:
+        """Whether the folder holds a run to go on with."""
+        return goes_on(self.folder, self.resume)
+
+    def build(self) -> CTRModel:
+        """The model, untrained."""
+        return model_from_config(self.config, self.schema, self.data.num_dense, self.device)
+
+    def footprint(self, model: CTRModel) -> Footprint:
+        """Bytes of its embedding part."""
+        return trained_footprint(model)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the numeric columns."""
+        return self.data.numeric_moments()
+
+    def placed(self, model: CTRModel) -> Any:
+        """The model where it is trained."""
+        return model
+
+    def facts(self, trained: Any) -> dict[str, Any]:
+        """What else ``run.json`` says."""
+        return {}
+
+    def train(self, trained: Any, going_on: bool) -> TrainResult:
+        """Train the model that :meth:`placed` gave."""
+        return Trainer(
+            trained,
+            self.data,
+            self.config,
+            folder=self.folder,
+            resume=going_on,
+            device=self.device,
+            identity=self.identity,
+            **self.options,
+        ).run()
+
+    def save(self, folder: Path, trained: nn.Module, footprint: Footprint) -> None:
+        """Write the trained model."""
+        identity = {**self.config.to_dict(), **self.identity}
+        save_checkpoint(folder / "model.pt", identity, model=trained.state_dict())
+
+
+def goes_on(folder: Path | None, resume: bool, *, torchrun: bool = False) -> bool:
+    """Whether ``folder`` holds a run to go on with.
+
+    Raises:
+        ConfigError: it holds one and ``resume`` is False, or one whose checkpoints the other command reads.
+    """
+    if folder is None:
+        return False
+    alone, many = (folder / CHECKPOINT).exists(), (folder / CHECKPOINTS / "latest").exists()
+    if (alone or many) and not resume:
+        raise ConfigError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out)")
+    if many and not torchrun:
+        raise ConfigError(
+            f"{folder} holds a run under torchrun; go on with it so, on any number of processes "
+            "(torchrun --nproc-per-node 1 for one), or choose another folder (--out)"
+        )
+    if alone and torchrun:
+        raise ConfigError(f"{folder} holds a run without torchrun; go on with it so, or choose another folder (--out)")
+    return alone or many

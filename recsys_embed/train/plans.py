@@ -1,0 +1,89 @@
+"""Which plans a run's settings come to: a budget divided over vectors and first-order weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recsys_embed.core.footprint import format_bytes, parse_bytes
+from recsys_embed.data.data_source import DataSource
+from recsys_embed.errors import BudgetError
+from recsys_embed.features import Schema
+from recsys_embed.models import get_model
+from recsys_embed.plan import Plan
+from recsys_embed.planning.planner import plan_for_budget
+from recsys_embed.train.config import PLANNED, TrainConfig
+
+LINEAR_METHOD = "unified"
+"""Of first-order weights under a budget."""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Plans of a model's two collections; ``full_bytes`` is what both take uncompressed."""
+
+    vectors: Plan
+    linear: Plan | None
+    full_bytes: int
+
+
+def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = None) -> Plans:
+    """Plans that hold the embedding part of ``config.model`` to its ``ratio`` or ``budget``.
+
+    The budget covers vectors and first-order weights together. First-order weights get one part in ``D + 1`` (their
+    share uncompressed), stored as one shared hashed array of width 1: the hashing trick. Without a budget the method's
+    own parameters decide the vectors and first-order weights stay whole; beside a plan of the vectors they get their
+    part of its bytes.
+
+    Args:
+        data: opened data set, whose frequencies the planner goes by (method ``"planned"`` without a plan).
+
+    Raises:
+        BudgetError: the method cannot meet the budget.
+    """
+    cls = get_model(config.model)
+    vectors = schema if cls.uses_vectors else schema.with_dim(1)
+    narrow = schema.with_dim(1) if cls.uses_vectors and cls.uses_linear else None
+    # Arithmetic, not a plan: with raw ids no plain table can be built, yet it is what sizes are measured against.
+    full_bytes = sum(4 * f.num_embeddings * f.embedding_dim for s in (vectors, narrow) if s is not None for f in s)
+    budget = None
+    if config.budget is not None:
+        budget = parse_bytes(config.budget)
+    elif config.ratio is not None:
+        budget = int(full_bytes / config.ratio)
+    if config.method == "full" and budget is None:
+        return Plans(Plan.full(vectors), None if narrow is None else Plan.full(narrow), full_bytes)
+    given = None if config.plan is None else Plan.from_dict(config.plan)
+    if given is not None and budget is None:
+        spent = given.footprint(vectors).serve
+        budget = spent + max(spent // config.embedding_dim, 4)
+    linear = None
+    if narrow is not None and budget is not None:
+        share = budget // (config.embedding_dim + 1)
+        linear = Plan.uniform(narrow, LINEAR_METHOD, budget=share)
+        budget -= linear.footprint(narrow).serve
+    if given is not None:
+        need = given.footprint(vectors).serve
+        if budget is not None and need > budget:
+            raise BudgetError(
+                f"the plan needs {format_bytes(need)} for the vectors; the budget leaves {format_bytes(budget)}. "
+                "Ways out: 1. a larger budget, or none; 2. plan again for less"
+            )
+        return Plans(given, linear, full_bytes)
+    if config.method == PLANNED and budget is not None:
+        stats = data if hasattr(data, "counts") else None
+        options = {"needs_equal_widths": cls.needs_equal_widths, **config.method_args}
+        return Plans(plan_for_budget(vectors, budget, stats=stats, **options), linear, full_bytes)
+    return Plans(Plan.uniform(vectors, config.method, budget=budget, **config.method_args), linear, full_bytes)
+
+
+def resolve(schema: Schema, config: TrainConfig, data: DataSource) -> TrainConfig:
+    """``config`` with the plan that method ``"planned"`` comes to on ``data``, so that a run says what it stored."""
+    if config.method != PLANNED or config.plan is not None:
+        return config
+    return config.replace(plan=plans_for(schema, config, data).vectors.to_dict(), method_args={})
+
+
+def linear_share(budget: int, config: TrainConfig, narrow: Schema) -> int:
+    """Bytes of the first-order weights over ``narrow``, of width 1, under a budget of the whole embedding part."""
+    share = budget // (config.embedding_dim + 1)
+    return Plan.uniform(narrow, LINEAR_METHOD, budget=share).footprint(narrow).serve

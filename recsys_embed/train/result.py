@@ -1,0 +1,32 @@
+"""What a training comes to: its measurements, or the fault that ended it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recsys_embed.errors import RecsysEmbedError
+from recsys_embed.train.metrics import Metrics
+
+
+class DivergedError(RecsysEmbedError, ArithmeticError):
+    """The loss became NaN or infinite; names the step and what to change."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run measured.
+
+    ``samples_per_s`` covers loading, forward, backward and updates, not validation.
+    """
+
+    test: Metrics | None
+    valid: Metrics | None
+    steps: int
+    best_step: int
+    samples_per_s: float
+    seconds: float
+    history: list[dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
