@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from recsys_embed.core.codes import pack, packed_words, unpack
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.files import replacing
 
 DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -106,16 +105,9 @@ Layout = Mapping[str, Mapping[str, StoredArray]]
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file that is either whole or as it was before."""
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as (file, _):
+        for piece in pieces:
+            file.write(piece)
 
 
 def _header(layout: Layout) -> bytes:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import InitVar, dataclass, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import BaseIndex
 from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
+from recsys_embed.utils.deprecated import warn_renamed
 
 __all__ = [
     "Codes",
@@ -40,6 +41,17 @@ __all__ = [
 ]  # fmt: skip
 
 Combine = Literal["sum", "mul"]
+
+# Classes by the names they had, which authors of methods may still import.
+_EARLIER = {"Digit": "MixedRadixDigit", "Init": "Initializer", "Probe": "RowLookup"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EARLIER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed("class", name, _EARLIER[name])
+    return globals()[_EARLIER[name]]
+
 
 _PIECE = 1 << 24
 

@@ -133,7 +133,8 @@ def drop_leftovers(folder: Path, name: str | None = None, *, age: float = 0.0) -
             on file systems without locks too.
         age: so many seconds old at least, where others may write to the folder all the same.
     """
-    for entry in os.listdir(folder):
+    # A folder to come holds nothing.
+    for entry in os.listdir(folder) if os.path.isdir(folder) else ():
         found = _TEMPORARY.fullmatch(entry)
         # Earlier versions had the process in the name in place of the random number, and no lock.
         former = found is None and name is None and re.fullmatch(r"\..+\.[0-9]+\.tmp", entry) is not None

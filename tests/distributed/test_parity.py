@@ -58,6 +58,7 @@ def test_four_ranks_in_other_ways(workers: Workers, method: str, kind: str) -> N
     check(workers.run("parity", 4, method=method, kind=kind, rule="adagrad", form="jagged", pool="ids"))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 @pytest.mark.parametrize("method", ["lowdim", "memcom", "pep"])
 def test_replicated_tables_follow_the_fused_rule(workers: Workers, method: str, rule: str) -> None:

@@ -380,7 +380,8 @@ def names(out: Path) -> None:
             found[module.name] = sorted(getattr(own, "__all__", ()))
         elif module.name.removeprefix("recsys_embed.") in AUTHORS or ".methods." in module.name:
             defined = [n for n, v in vars(own).items() if getattr(v, "__module__", None) == module.name]
-            found[module.name] = sorted(n for n in defined if not n.startswith("_"))
+            ends = ("Config", "Embedding") if ".methods." in module.name else ""
+            found[module.name] = sorted(n for n in defined if not n.startswith("_") and n.endswith(ends))
     found["recsys_embed"] = sorted(rse.__all__)
     write(out / "names.json", {k: v for k, v in sorted(found.items()) if v})
 

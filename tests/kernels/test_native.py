@@ -24,7 +24,7 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.output_pool import OutputPool
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 from tests.kernels.cases import (
     METHODS,
     assert_definition,
@@ -37,7 +37,7 @@ from tests.kernels.cases import (
 
 LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
-RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]
+RULES = [make_rule(name, lr=0.1) for name in list_rules()]
 
 
 @METHODS
@@ -138,6 +138,22 @@ def test_ids_out_of_range_are_named_before_anything_is_read(method: Any, bad: in
         return
     with pytest.raises(IdRangeError, match="'bad'"):
         coll(ids)
+
+
+@pytest.mark.parametrize(("hot", "form"), [(300, "bitmap"), (20, "sorted")])
+def test_ids_of_a_set_read_the_rows_of_their_ranks(hot: int, form: str) -> None:
+    schema = Schema([FeatureSpec("a", 1000, 4)])
+    plan = Plan({"a": rse.AdaptiveConfig(num_frequent=hot, num_buckets=7, order="counts")})
+    coll = EmbeddingCollection(schema, plan, backend="native")
+    assert [index.form for index in coll.bundle.programs["a"].indexes] == [form]
+    counts = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    coll.assign_({"a": counts})
+    members = (counts >= 1000 - hot).nonzero()
+    assert torch.equal(coll(members)[:, 0], coll.table("a.weight")[:hot])
+    others = (counts < 1000 - hot).nonzero()
+    torch.testing.assert_close(
+        coll(others), EmbeddingCollection(schema, plan, backend="torch").assign_({"a": counts})(others)
+    )
 
 
 def test_raw_ids_below_zero_have_the_remainders_of_python() -> None:

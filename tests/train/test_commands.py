@@ -14,6 +14,7 @@ import pytest
 
 import recsys_embed.cli.compare as compare_command
 from recsys_embed.cli import main
+from recsys_embed.cli._settings import train_config
 from recsys_embed.data import make_synthetic
 from recsys_embed.registry import list_methods
 from recsys_embed.report.comparison import rich_table
@@ -48,6 +49,13 @@ def test_a_config_file_and_its_faults(data: str, tmp_path: Path, capsys) -> None
     assert main(["train", "--data", data, "--config", str(config), "--out", str(tmp_path / "r")]) == 2
     assert "did you mean 'epochs'" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_options_win_over_the_file_and_assignments_over_both() -> None:
+    settings = {"epochs": 1, "batch_size": 64, "learning_rate": 0.1}
+    options = {"epochs": 2, "batch_size": 128, "learning_rate": None}
+    found = train_config(settings, options, ["batch_size=256"])
+    assert (found.epochs, found.batch_size, found.learning_rate) == (2, 256, 0.1)
 
 
 def test_compare_prints_one_table_and_writes_its_files(data: str, tmp_path: Path, capsys) -> None:
