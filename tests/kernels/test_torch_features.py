@@ -46,10 +46,10 @@ class BackwardsConfig(MethodConfig):
     """A plain table in another order."""
 
     method: ClassVar[str] = "backwards"
-    pooled: bool = param(False, "one table for all features")
+    together: bool = param(False, "one table for all features")
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec), shared=self.pooled)
+        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec), shared=self.together)
         return LookupProgram((table,), (RowLookup("weight", Backwards(spec.num_ids)),))
 
     @classmethod
@@ -130,7 +130,7 @@ def test_features_of_one_table_are_stepped_together() -> None:
         config_cls = ForwardsConfig
 
     registry.register(ForwardsEmbedding, paper="none")
-    plan = Plan({"a": ForwardsConfig(pooled=True), "b": BackwardsConfig(pooled=True), "c": Plan.full(schema)["c"]})
+    plan = Plan({"a": ForwardsConfig(together=True), "b": BackwardsConfig(together=True), "c": Plan.full(schema)["c"]})
     colls = [EmbeddingCollection(schema, plan, rse.Adam(lr=0.1), backend=b) for b in ("auto", "torch")]
     assert [i for part in colls[0].bundle.fused["native"].parts for i in part] == [2]
     for coll in colls:
