@@ -14,7 +14,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.hashing import string_ids
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.optim import SGD, Adagrad, Adam, RowwiseAdagrad
+from recsys_embed.optim import FTRL, SGD, Adagrad, Adam, RowwiseAdagrad, RowwiseRMSprop
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, get_method, list_methods, make_embedding, register, registered_methods
 
@@ -39,6 +39,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "FTRL",
     "SGD",
     "Adagrad",
     "Adam",
@@ -49,6 +50,7 @@ __all__ = [
     "Plan",
     "RecsysEmbedError",
     "RowwiseAdagrad",
+    "RowwiseRMSprop",
     "Schema",
     "compress_",
     "export",

@@ -118,6 +118,15 @@ MOVED = {
     "train.stop": "train.stop_request",
 }
 
+# Names that such a module had, and where each stands today.
+RENAMED = {
+    "program": {
+        "Digit": "core.transforms.MixedRadixDigit",
+        "Init": "core.program.Initializer",
+        "Probe": "core.program.RowLookup",
+    },
+}
+
 
 class OldNames(MetaPathFinder, Loader):
     """Finds modules under the names they had."""
@@ -133,7 +142,10 @@ class OldNames(MetaPathFinder, Loader):
         today = f"{ROOT}.{MOVED[name.removeprefix(f'{ROOT}.')]}"
         warnings.warn(f"{name} is now {today}; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
         # The import system returns what stands here once a loader is done: the one module, under both names.
-        sys.modules[name] = import_module(today)
+        sys.modules[name] = found = import_module(today)
+        for earlier, place in RENAMED.get(name.removeprefix(f"{ROOT}."), {}).items():
+            home, _, attribute = place.rpartition(".")
+            setattr(found, earlier, getattr(import_module(f"{ROOT}.{home}"), attribute))
 
 
 def install() -> None:

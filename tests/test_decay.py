@@ -16,7 +16,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.kernels.native import library as native_library
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 
 NATIVE = pytest.mark.skipif(isinstance(native_library.library(), str), reason="no kernels")
 BACKENDS = [pytest.param("native", marks=NATIVE), "torch"]
@@ -27,7 +27,10 @@ RULES: list[tuple[FusedOptimizer, Any]] = [
     (rse.Adam(lr=0.02, weight_decay=0.05, rows="all"), lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.05)),
     (rse.Adam(lr=0.02, eps=1e-3, rows="all"), lambda p: torch.optim.Adam(p, lr=0.02, eps=1e-3)),
 ]
-EVERY = [r for r, _ in RULES] + [rse.RowwiseAdagrad(lr=0.1, weight_decay=0.05, rows="all")]
+EVERY = [r for r, _ in RULES]
+EVERY += [
+    make_rule(n, lr=0.1, weight_decay=0.05, rows="all") for n in list_rules() if n not in ("sgd", "adagrad", "adam")
+]
 
 
 def ids_of(step: int, batch: int = 12) -> Tensor:

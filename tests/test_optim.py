@@ -10,20 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels.deferred_steps import Pace
 from recsys_embed.kernels.fused_gather import apply_update
-from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad, sum_duplicates
+from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad, list_rules, make_rule, sum_duplicates
 
 RULES = (
-    SGD(lr=0.1),
-    Adagrad(lr=0.1),
+    *(make_rule(name, lr=0.1) for name in list_rules()),
     Adagrad(lr=0.1, eps=0.01, initial_accumulator_value=0.5),
-    RowwiseAdagrad(lr=0.1),
-    Adam(lr=0.1),
     Adam(lr=0.05, betas=(0.5, 0.9), eps=0.01),
+    rse.FTRL(lr=0.1, l1=0.2, l2=0.1),
+    rse.RowwiseRMSprop(lr=0.1, ar_alpha=0.5),
 )
+OF_TORCH = [r for r in RULES if type(r) in (SGD, Adagrad, Adam)]
 ROWS, WIDTH = 40, 5
 
 
@@ -42,11 +43,18 @@ def start() -> Tensor:
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+def fresh_state(rule: FusedOptimizer, weight: Tensor) -> dict[str, Tensor]:
+    state = {}
+    for key, kind in rule.tensors.items():
+        number = torch.int32 if kind == "step" else torch.float32
+        state[key] = torch.empty(len(weight), weight.shape[1] if kind == "element" else 1, dtype=number)
+        rule.reset_state_(key, state[key], weight)
+    return state
+
+
 def run_fused(rule: FusedOptimizer, lrs: list[float] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     weight = start()
-    state = {
-        key: torch.full((ROWS, 1 if kind == "row" else WIDTH), rule.initial(key)) for key, kind in rule.state.items()
-    }
+    state = fresh_state(rule, weight)
     pace = Pace()
     for step, (rows, grad) in enumerate(batches(), start=1):
         pace.advance(rule, (lrs or [rule.lr] * 9)[step - 1])
@@ -65,7 +73,7 @@ def torch_twin(rule: FusedOptimizer, weight: Tensor) -> tuple[torch.optim.Optimi
     return torch.optim.SparseAdam([weight], lr=rule.lr, betas=rule.betas, eps=rule.eps), True
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if not isinstance(r, RowwiseAdagrad)], ids=repr)
+@pytest.mark.parametrize("rule", OF_TORCH, ids=repr)
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_rule_is_that_of_torch(rule: FusedOptimizer, scheduled: bool, sparse: bool) -> None:
@@ -109,7 +117,7 @@ def test_rows_outside_the_batch_keep_their_bits(rule: FusedOptimizer) -> None:
     assert torch.equal(weight[rest], start()[rest])
     assert not torch.equal(weight[touched], start()[touched])
     for key, values in state.items():
-        assert (values[rest] == rule.initial(key)).all()
+        assert torch.equal(values[rest], fresh_state(rule, start())[key][rest])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -119,12 +127,12 @@ def test_other_precisions_follow_float32(rule: FusedOptimizer, dtype: torch.dtyp
     results = []
     for kind in (torch.float32, dtype):
         weight = start().to(dtype).to(kind)
-        state = {k: torch.full((ROWS, 1 if v == "row" else WIDTH), rule.initial(k)) for k, v in rule.state.items()}
+        state = fresh_state(rule, weight)
         pace = Pace()
         pace.advance(rule, rule.lr)
         apply_update(rule, weight, state, rows, grad.to(dtype).to(kind), pace)
         assert weight.dtype == kind
-        assert all(s.dtype == torch.float32 for s in state.values())
+        assert all(s.dtype == (torch.int32 if rule.tensors[k] == "step" else torch.float32) for k, s in state.items())
         results.append(weight)
     torch.testing.assert_close(results[1], results[0].to(dtype), rtol=2e-3, atol=2e-3)
 
@@ -179,7 +187,7 @@ def test_bits_do_not_depend_on_threads(rule: FusedOptimizer) -> None:
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", [*OF_TORCH, RowwiseAdagrad(lr=0.1)], ids=repr)
 def test_training_inside_backward_is_training_after_it(rule: FusedOptimizer) -> None:
     fused, plain = collection(rule), collection(None, sparse=isinstance(rule, Adam))
     twins = []
@@ -309,5 +317,5 @@ def test_state_bytes_are_those_held() -> None:
         held = sum(v.numel() * 4 for v in coll.optimizer_state_dict()["state"].values())
         assert coll.footprint().optimizer == held == coll.plan.footprint(coll.schema, rule).optimizer
         assert sum(rule.state_bytes(ROWS, WIDTH) for _ in range(1)) == 4 * sum(
-            ROWS if kind == "row" else ROWS * WIDTH for kind in rule.state.values()
+            ROWS * WIDTH if kind == "element" else ROWS for kind in rule.tensors.values()
         )

@@ -94,6 +94,47 @@ struct Adam : ElementRule {
   }
 };
 
+// Weights stay 0 until their gradients have gathered `l1`; where they are not, z follows from them.
+struct Ftrl : ElementRule {
+  static constexpr const char* name = "ftrl";
+  static constexpr i64 elements = 2;
+  float beta, l1, l2;
+  explicit Ftrl(const Rule& r) : beta(float(r.constants[0])), l1(float(r.constants[1])), l2(float(r.constants[2])) {}
+  template <class L>
+  inline void run(L lanes, typename L::V g, typename L::V& weight, typename L::V& sum, typename L::V& z, float size, float) const {
+    sum += g * g;
+    if (size == 0) return;
+    const typename L::V none = lanes.all(0.f), one = lanes.all(1.f), limit = lanes.all(l1), sign = lanes.sign(weight);
+    typename L::V curvature = (lanes.root(sum) + beta) / size + l2;
+    const typename L::V moved = weight * curvature - g, below = z < -limit ? -limit : z;
+    z = weight != none ? -(moved + sign * l1) : (below > limit ? limit : below) + g;
+    curvature = curvature > none ? curvature : one;
+    const typename L::V crossed = lanes.far(z) <= limit ? none : -(z - lanes.sign(z) * l1) / curvature;
+    const typename L::V kept = weight - g / curvature;
+    weight = lanes.sign(moved) * sign > none ? kept : g == none ? kept : crossed;
+  }
+};
+
+// Rows shrink by how long they were not read.
+struct RowwiseRmsprop {
+  static constexpr const char* name = "rowwise_rmsprop";
+  static constexpr bool by_row = true, shrinks = true;
+  float rest, alpha, least;
+  explicit RowwiseRmsprop(const Rule& r)
+      : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
+  inline Factors factors(const Rule& r, i64 row, i64 step, float square, float size, float eps) const {
+    float& mean = r.state[0][row];
+    mean += (square - mean) * rest;
+    float gap = 1;
+    if (r.state[1]) {
+      i32& seen = reinterpret_cast<i32*>(r.state[1])[row];
+      if (seen) gap = float(step - seen);
+      seen = i32(step);
+    }
+    return {std::max(least, 1 - std::min(1.f, gap * (size * alpha))), size / (std::sqrt(mean) + eps)};
+  }
+};
+
 template <class... All>
 struct RuleList {
   // Names of all rules in order, each followed by a space.
@@ -106,7 +147,7 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<Sgd, Adagrad, RowwiseAdagrad, Adam>;
+using Rules = RuleList<Sgd, Adagrad, RowwiseAdagrad, Adam, Ftrl, RowwiseRmsprop>;
 
 static inline float size_of(const Update& u, i64 step) { return float(u.sizes[step - u.first - 1]); }
 static inline float epsilon_of(const Update& u, i64 step) { return float(u.epsilons[step - u.first - 1]); }

@@ -116,7 +116,9 @@ class SteppedTables(nn.Module):
     def _reset_steps(self) -> None:
         """The state of tables that took no step."""
         for name, key in self._states():
-            getattr(self, f"{name}_{key}").fill_(self.optimizer.initial(key) if self.optimizer else 0.0)
+            if self.optimizer is not None:
+                state, weight = getattr(self, f"{name}_{key}"), getattr(self, name)
+                self.optimizer.reset_state_(key, state, weight.detach())
         self._paces = {name: Pace() for name in self.storages}
 
     # -- steps ----------------------------------------------------------------------------------------------------

@@ -9,15 +9,19 @@ from recsys_embed.optim.adagrad import Adagrad, RowwiseAdagrad
 from recsys_embed.optim.adam import Adam
 from recsys_embed.optim.base import FusedOptimizer, is_rate
 from recsys_embed.optim.duplicates import sum_duplicates
+from recsys_embed.optim.ftrl import FTRL
 from recsys_embed.optim.registry import list_rules, make_rule, register_rule, rule_name
+from recsys_embed.optim.rmsprop import RowwiseRMSprop
 from recsys_embed.optim.sgd import SGD
 
 __all__ = [
+    "FTRL",
     "SGD",
     "Adagrad",
     "Adam",
     "FusedOptimizer",
     "RowwiseAdagrad",
+    "RowwiseRMSprop",
     "is_rate",
     "list_rules",
     "make_rule",

@@ -53,6 +53,8 @@ class Adam(FusedOptimizer):
 
     def curve(self) -> array[float]:
         """Bias corrections, up to where they stay 1."""
+        if self.bias_correction == "table":
+            return super().curve()
         most = 1 << 17
         # Not the first that is 1: betas of 0.9 and 0.99 have it at the first step, then fall to 0.74.
         last = next((n for n in range(1, most) if max(self.betas) ** n < 1e-8), most)

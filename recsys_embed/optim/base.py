@@ -72,8 +72,18 @@ class FusedOptimizer(ABC):
         return self.rows == "all" and (self.weight_decay > 0 or self.fades)
 
     def initial(self, name: str) -> float:
-        """Value every element of state ``name`` starts with."""
+        """Value every element of state ``name`` starts with, unless :meth:`reset_state_` says otherwise."""
         return 0.0
+
+    def reset_state_(self, name: str, state: Tensor, weight: Tensor) -> None:
+        """Set a state to what it is before the first step, in place; it may start as a function of the weights.
+
+        Args:
+            name: of :attr:`tensors`.
+            state: ``[rows, 1]`` or ``[rows, width]``.
+            weight: ``[rows, width]`` initial weights.
+        """
+        state.fill_(self.initial(name))
 
     def state_bytes(self, rows: int, width: int) -> int:
         """Bytes of float32 state for a table of ``rows`` x ``width``."""

@@ -106,12 +106,14 @@ class TableOptimizer(torch.optim.Optimizer):
         """State of one table, made at first use: ``step``, and tensors ``[rows, 1]`` or ``[rows, width]``."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            rows, width = self._rows(parameter, self.slabs[id(parameter)]).shape
+            weight = self._rows(parameter.detach(), self.slabs[id(parameter)])
+            rows, width = weight.shape
             state["step"] = 0
             for name, kind in self.rule.tensors.items():
                 dtype = torch.int32 if kind == "step" else torch.float32
                 size = (rows, width if kind == "element" else 1)
-                state[name] = torch.full(size, self.rule.initial(name), dtype=dtype, device=parameter.device)
+                state[name] = torch.empty(size, dtype=dtype, device=parameter.device)
+                self.rule.reset_state_(name, state[name], weight)
         return state
 
     @staticmethod

@@ -24,7 +24,7 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.output_pool import OutputPool
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 from tests.kernels.cases import (
     METHODS,
     assert_definition,
@@ -37,7 +37,7 @@ from tests.kernels.cases import (
 
 LIBRARY = native_library.library()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"native kernels: {LIBRARY}")
-RULES = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]
+RULES = [make_rule(name, lr=0.1) for name in list_rules()]
 
 
 @METHODS

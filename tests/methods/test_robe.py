@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import recsys_embed as rse
 from recsys_embed.core import hashing
 from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.optim import list_rules, make_rule
 from tests.tiers import slow_but
 
 SCHEMA = rse.Schema([rse.FeatureSpec("A", 1000, 16), rse.FeatureSpec("B", 50, 12), rse.FeatureSpec("C", 30_000, 16)])
@@ -153,7 +154,7 @@ def test_a_feature_keeps_its_places_when_others_come_go_or_move() -> None:
     assert torch.equal(part, whole[:, [2, 0]])
 
 
-@pytest.mark.parametrize("rule", [rse.SGD(0.1), rse.Adagrad(0.1), rse.RowwiseAdagrad(0.1), rse.Adam(0.1)], ids=repr)
+@pytest.mark.parametrize("rule", [make_rule(name, lr=0.1) for name in list_rules()], ids=repr)
 def test_a_fused_step_sums_all_reads_of_an_element_first(rule: Any) -> None:
     """Blocks overlap within a vector, a batch and across features; stateful rules need the whole sum."""
     schema = rse.Schema([rse.FeatureSpec(n, 100, 7) for n in "AB"])
@@ -164,7 +165,9 @@ def test_a_fused_step_sums_all_reads_of_an_element_first(rule: Any) -> None:
     weights = torch.randn(20, 2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (plain(ids) * weights).sum().backward()
     (fused(ids) * weights).sum().backward()
-    state = {k: torch.full((9, 1), rule.initial(k), dtype=torch.float64) for k in rule.state}
+    state = {k: torch.empty(9, 1, dtype=torch.float64) for k in rule.state}
+    for key, values in state.items():
+        rule.reset_state_(key, values, plain.width1.detach())
     expected = rule.update(plain.width1.detach(), plain.width1.grad, state, 0.1, 1)
     torch.testing.assert_close(fused.width1, expected, rtol=1e-6, atol=1e-7)
 

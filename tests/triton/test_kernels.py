@@ -17,7 +17,7 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.embedding import compressed_embedding as embedding
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.triton import fields, status
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 from tests.kernels import cases
 from tests.kernels.cases import METHODS, assert_definition, assert_steps_agree, assert_two_lookups, plan_of
 
@@ -26,10 +26,10 @@ rows = pytest.importorskip("recsys_embed.kernels.triton.rows", exc_type=ImportEr
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
 RULES = [
-    rse.SGD(lr=0.1),
-    rse.Adagrad(lr=0.1),
+    *(make_rule(name, lr=0.1) for name in list_rules()),
     rse.RowwiseAdagrad(lr=0.1, weight_decay=0.1),
-    rse.Adam(lr=0.1),
+    rse.FTRL(lr=0.1, l1=0.2, l2=0.1),
+    rse.RowwiseRMSprop(lr=0.1, ar_alpha=0.5),
     rse.Adam(lr=0.1, bias_correction="row"),
     rse.Adam(lr=0.1, weight_decay=0.1, rows="all"),
 ]

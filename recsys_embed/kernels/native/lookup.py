@@ -83,7 +83,7 @@ class _Encoded(NamedTuple):
 def _encoded(optimizer: FusedOptimizer) -> _Encoded:
     number = loaded().rules.index(str(rule_name(optimizer)))
     kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
-    constants, curve = optimizer.constants, optimizer.curve() if "count" in kinds else array("d")
+    constants, curve = optimizer.constants, optimizer.curve()
     rule = Rule(number=number, elements=sum(kind == "element" for kind in kinds.values()))
     rule.constants[: len(constants)] = constants
     rule.curve, rule.curve_count = curve.buffer_info()

@@ -6,12 +6,14 @@ import triton
 import triton.language as tl
 
 # Names of the rules that :func:`apply` knows; a rule's number is its place.
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl", "rowwise_rmsprop")
 GRADIENT = tl.constexpr(-1)
 _SGD = tl.constexpr(RULES.index("sgd"))
 _ADAGRAD = tl.constexpr(RULES.index("adagrad"))
 _ROWWISE_ADAGRAD = tl.constexpr(RULES.index("rowwise_adagrad"))
 _ADAM = tl.constexpr(RULES.index("adam"))
+_FTRL = tl.constexpr(RULES.index("ftrl"))
+_ROWWISE_RMSPROP = tl.constexpr(RULES.index("rowwise_rmsprop"))
 
 
 class Tensors(NamedTuple):
@@ -110,6 +112,47 @@ def _mean_square(grad, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _sign(x):
+    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
+
+
+@triton.jit
+def _ftrl(weight, grad, at, mask, tensors, numbers):
+    """New weights ``[n, columns]`` of FTRL; its state moves."""
+    total = tl.load(tensors.state[0] + at, mask=mask, other=0.0) + grad * grad
+    tl.store(tensors.state[0] + at, total, mask=mask)
+    before = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
+    beta, l1, l2 = numbers.constants
+    # At rate 0 nothing else moves.
+    still = numbers.size == 0.0
+    curvature = (tl.sqrt_rn(total) + beta) / tl.where(still, 1.0, numbers.size) + l2
+    sign = _sign(weight)
+    moved = weight * curvature - grad
+    z = tl.where(sign != 0.0, -(moved + sign * l1), tl.minimum(tl.maximum(before, -l1), l1) + grad)
+    tl.store(tensors.state[1] + at, tl.where(still, before, z), mask=mask)
+    curvature = tl.where(curvature > 0.0, curvature, 1.0)
+    crossed = tl.where(tl.abs(z) <= l1, 0.0, -(z - _sign(z) * l1) / curvature)
+    stepped = tl.where((_sign(moved) * sign > 0.0) | (grad == 0.0), weight - grad / curvature, crossed)
+    return tl.where(still, weight, stepped)
+
+
+@triton.jit
+def _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH: tl.constexpr, COUNTS: tl.constexpr):
+    """New weights ``[n, columns]`` of row-wise RMSprop; its state moves."""
+    rest, alpha, least = numbers.constants
+    mean = tl.load(tensors.state[0] + row, mask=live, other=0.0)
+    mean += (_mean_square(grad, mask, WIDTH) - mean) * rest
+    tl.store(tensors.state[0] + row, mean, mask=live)
+    gap = tl.zeros_like(mean) + 1.0
+    if COUNTS:
+        seen = tl.load(tensors.state[1] + row, mask=live, other=0)
+        gap = tl.where(seen > 0, (step - seen).to(tl.float32), 1.0)
+        tl.store(tensors.state[1] + row, tl.zeros_like(seen) + step, mask=live)
+    keep = tl.maximum(least, 1.0 - tl.minimum(1.0, gap * (numbers.size * alpha)))
+    return keep[:, None] * weight - (numbers.size / (tl.sqrt_rn(mean) + numbers.eps))[:, None] * grad
+
+
+@triton.jit
 def apply(
     row, grad, live, cols, tensors, numbers, seed, step,
     RULE: tl.constexpr, WIDTH: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
@@ -143,6 +186,10 @@ def apply(
             weight = weight - (size / (tl.sqrt_rn(total) + numbers.eps))[:, None] * grad
         elif RULE == _ADAM:
             weight = weight - size * _adam(grad, row, at, live, mask, tensors, numbers, COUNTS)
+        elif RULE == _FTRL:
+            weight = _ftrl(weight, grad, at, mask, tensors, numbers)
+        elif RULE == _ROWWISE_RMSPROP:
+            weight = _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH, COUNTS)
         weights = tensors.weights
         tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
         if LAST:

@@ -32,11 +32,12 @@ class Target(NamedTuple):
         cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], pace: Any, number: int
     ) -> Target:
         """A step of the optimizer; ``number`` of the storage keeps the draws of two apart."""
-        kept = tuple(state[name] for name in optimizer.tensors if name != "last")
+        kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
+        kept = tuple(state[name] for name in kinds)
         size, eps, decay = float(pace.sizes[-1]), float(pace.epsilons[-1]), float(optimizer.weight_decay)
         tensors = rules.Tensors(weights, kept, state.get("last", weights), weights)
         numbers = rules.Numbers(size, eps, decay, optimizer.constants)
-        constants = {"COUNTS": "count" in state, "LAST": "last" in state, "DECAY": decay != 0}
+        constants = {"COUNTS": "step" in kinds.values(), "LAST": "last" in state, "DECAY": decay != 0}
         rule = rules.RULES.index(str(rule_name(optimizer)))
         return cls((tensors, numbers, number, pace.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
 
