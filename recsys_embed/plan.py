@@ -13,12 +13,13 @@ from torch import Tensor
 from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.core.id_sets import members_of
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.plan_arrays import PlanArrays, write_pieces
+from recsys_embed.core.plan_arrays import PlanArrays
 from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
+from recsys_embed.utils.files import atomic_write, write_text
 from recsys_embed.utils.settings import check_settings, refuse_unknown
 from recsys_embed.utils.strict_json import strict_json
 
@@ -172,12 +173,13 @@ class Plan:
             path: of the text, ``NAME.json``.
         """
         path, data = Path(path), self.to_dict()
-        if self.arrays is not None:
-            self.arrays.need_values()
+        arrays = self.arrays
+        if arrays is not None:
+            arrays.need_values()
             beside = path.with_name(f"{path.stem}.arrays.safetensors")
-            write_pieces(beside, self.arrays.pieces())
-            data[ARRAYS] = {"file": beside.name, **self.arrays.to_dict()}
-        write_pieces(path, [(json.dumps(data, indent=2) + "\n").encode()])
+            atomic_write(beside, lambda file: file.writelines(arrays.pieces()))
+            data[ARRAYS] = {**arrays.to_dict(), "file": beside.name}
+        write_text(path, json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -50,6 +50,10 @@ def test_a_plan_comes_back_with_its_arrays(saved: Path) -> None:
     assert size == 8 + int.from_bytes(beside.read_bytes()[:8], "little") + 1504 + 1256 + 100
     again = Plan.from_dict(json.loads(json.dumps(found.to_dict())))
     assert same(again)
+    copy = saved.parent / "elsewhere" / "copy.json"
+    again.save(copy)
+    beside.unlink()
+    assert same(Plan.load(copy))
 
 
 def test_other_programs_read_the_file(saved: Path) -> None:

@@ -3,6 +3,11 @@
 An index says which typed arrays it needs, what they hold at first and after an assignment, and how damage shows. Arrays
 of one name of all features stand end to end in one buffer, so that lookups of any number of features read a fixed
 number of buffers.
+
+An index and the transform that reads it need a file of their own; the torch backend, checkpoints, plans, exports and
+reports then have them. For the compiled kernels the transform's ``encoded`` names a kind: add it to ``KINDS`` in
+``kernels/kinds.py`` and write the header anew, and give it a case in ``ops/cpu/transforms.inl`` and in
+``kernels/triton/ids.py``. :mod:`recsys_embed.core.codes` is an example.
 """
 
 from __future__ import annotations

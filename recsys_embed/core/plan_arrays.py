@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from recsys_embed.core.codes import pack, packed_words, unpack
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.utils.files import replacing
 
 DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -101,13 +100,6 @@ class StoredArray:
 
 
 Layout = Mapping[str, Mapping[str, StoredArray]]
-
-
-def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that is either whole or as it was before."""
-    with replacing(path) as (file, _):
-        for piece in pieces:
-            file.write(piece)
 
 
 def _header(layout: Layout) -> bytes:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -257,7 +257,7 @@ class CompressedEmbedding(nn.Module):
         """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
         if self._native is None or torch.compiler.is_compiling():
             return None
-        served: Any = self._modules.get("served")
+        served = cast("StoredTables | None", self._modules.get("served"))
         if served is not None:
             stored = served.direct(self._native.tables)
             return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)
@@ -306,8 +306,7 @@ class CompressedEmbedding(nn.Module):
     @property
     def _policy(self) -> Unseen:
         """The attribute ``unseen``, which torch finds last of all, ten times slower."""
-        policy: Any = self._modules["unseen"]
-        return policy
+        return self._modules["unseen"]  # type: ignore[return-value]
 
     def _resolve(self, ids: Tensor) -> Tensor:
         """What the policy makes of ``ids``, counted: see :class:`Unseen`."""

@@ -36,6 +36,13 @@ def test_mix64_is_splitmix64(xs: list[int]) -> None:
     assert mix64(np.array(xs, np.uint64)).tolist() == [splitmix64(x) for x in xs]
 
 
+def test_shares_in_order_are_whole_rows_nearest_to_them() -> None:
+    rule = SplitRule(valid=fraction("1/10", "valid"), test=fraction("1/6", "test"))
+    # 11.7 and 19.5 of 117 rows; 11.5 and 19.17 of 115.
+    for total, wanted in ((117, [85, 12, 20]), (115, [84, 12, 19])):
+        assert np.bincount(rule.codes(total, np.arange(total), 0)).tolist() == wanted
+
+
 @given(values64, st.integers(0, 1000), st.integers(0, 50), st.integers(0, 50))
 def test_streams_can_be_cut_anywhere(key: int, start: int, one: int, two: int) -> None:
     whole = random_bits(key, start, one + two)

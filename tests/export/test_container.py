@@ -183,6 +183,13 @@ def test_without_digests_structure_is_still_checked(whole: Path, tmp_path: Path)
     path.write_bytes(broken)
     with pytest.raises(CheckpointError, match=r"'b.weight.rows.\*' do not tell 1000 of 3000 rows"):
         load(path, verify=False)
+    # As many rows as there should be, but one of them behind the table's last.
+    at = file.header_size + entry.start + 8 * (3000 // 64)
+    word = int.from_bytes(data[at : at + 8], "little")
+    assert word
+    path.write_bytes(data[:at] + (word & (word - 1) | 1 << 63).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(CheckpointError, match=r"'b.weight.rows.\*' do not tell 1000 of 3000 rows"):
+        load(path, verify=False)
 
 
 # -- files made to harm -----------------------------------------------------------------------------------------------

@@ -46,10 +46,10 @@ class BackwardsConfig(MethodConfig):
     """A plain table in another order."""
 
     method: ClassVar[str] = "backwards"
-    shared: bool = param(False, "one table for all features")
+    together: bool = param(False, "one table for all features")
 
-    def _program(self, spec: FeatureSpec) -> LookupProgram:
-        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec), shared=self.shared)
+    def build_program(self, spec: FeatureSpec) -> LookupProgram:
+        table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec), shared=self.together)
         return LookupProgram((table,), (RowLookup("weight", Backwards(spec.num_ids)),))
 
     @classmethod
@@ -120,17 +120,17 @@ def test_features_of_one_table_are_stepped_together() -> None:
     class ForwardsConfig(BackwardsConfig):
         method: ClassVar[str] = "forwards"
 
-        def _program(self, spec: FeatureSpec) -> LookupProgram:
+        def build_program(self, spec: FeatureSpec) -> LookupProgram:
             from recsys_embed.core.transforms import MixedRadixDigit
 
-            program = super()._program(spec)
+            program = super().build_program(spec)
             return replace(program, row_lookups=(RowLookup("weight", MixedRadixDigit()),))
 
     class ForwardsEmbedding(BackwardsEmbedding):
         config_cls = ForwardsConfig
 
     registry.register(ForwardsEmbedding, paper="none")
-    plan = Plan({"a": ForwardsConfig(shared=True), "b": BackwardsConfig(shared=True), "c": Plan.full(schema)["c"]})
+    plan = Plan({"a": ForwardsConfig(together=True), "b": BackwardsConfig(together=True), "c": Plan.full(schema)["c"]})
     colls = [EmbeddingCollection(schema, plan, rse.Adam(lr=0.1), backend=b) for b in ("auto", "torch")]
     assert [i for part in colls[0].bundle.fused["native"].parts for i in part] == [2]
     for coll in colls:
