@@ -107,14 +107,14 @@ def test_torchrec_updates_by_a_rule_it_has_and_by_no_other(name: str) -> None:
     layout = pytest.importorskip("recsys_embed.sharding.physical_tables", exc_type=ImportError)
     rule = make_rule(name)
     tables = Plan.full(SCHEMA).tables(SCHEMA)
-    slab = layout.slabs_for(tables, rule)["C1.weight"]
+    physical = layout.physical_tables_for(tables, rule)["C1.weight"]
     for device in ("cpu", "cuda"):
         if update.fuses(rule, device):
-            assert issubclass(update.in_backward(rule, slab)[0], torch.optim.Optimizer)
+            assert issubclass(update.in_backward(rule, physical)[0], torch.optim.Optimizer)
         other = variant(type(rule))()
         assert not update.fuses(other, device)
         with pytest.raises(ConfigError, match=f"TorchRec has no optimizer .* what Other{type(rule).__name__}"):
-            update.in_backward(other, slab)
+            update.in_backward(other, physical)
 
 
 def test_searches_that_need_adam_refuse_what_extends_it() -> None:
