@@ -493,3 +493,15 @@ def test_weights_of_bags_are_floats_of_any_type(backend: str) -> None:
     torch.testing.assert_close(coll(ids, offsets, weights.double()), wanted)
     with pytest.raises(ConfigError, match=r"must be floats; got torch\.int64"):
         coll(ids, offsets, torch.ones(6, dtype=torch.int64))
+
+
+def test_features_that_torch_pools_leave_the_indexes_of_the_others_in_their_places() -> None:
+    """One set of ids is kept as a bitmap, the next as a list: neither is read as the other."""
+    frequent = rse.get_method("freqcut").config_cls
+    schema = Schema([FeatureSpec("a", 100, 4, pooling="max"), FeatureSpec("b", 2500, 4), FeatureSpec("c", 90, 4)])
+    configs = {n: frequent(num_frequent=k, order="counts") for n, k in (("a", 60), ("b", 5), ("c", 50))}
+    counts = {s.name: torch.randperm(s.num_embeddings) for s in schema}
+    ids = [torch.randint(0, 100, (20,)), counts["b"].argsort()[-20:], torch.arange(20)]
+    given = torch.cat(ids), torch.arange(0, 61, 4)
+    found = [EmbeddingCollection(schema, Plan(configs), backend=b).assign_(counts)(*given) for b in ("auto", "torch")]
+    torch.testing.assert_close(*found)
