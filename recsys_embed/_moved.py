@@ -120,9 +120,11 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "members": {"Index": "core.id_sets.IdSet"},
     "program": {
         "Digit": "core.transforms.MixedRadixDigit",
         "Init": "core.program.Initializer",
+        "Member": "core.transforms.RankInSet",
         "Probe": "core.program.RowLookup",
     },
 }

@@ -34,7 +34,7 @@ class Job:
         config: what stores it from now on.
         counts: how often each id occurs, where known.
         unseen: what ids outside the table become, see :class:`FeatureSpec`; None leaves it to the method.
-        law: of the initial weights.
+        initializer: of the initial weights, see :class:`FeatureSpec`.
         held: what indexes hold, by name, as a plan has it: ids that a search chose to own rows, arrays.
         trial: the replacement without memory (on the meta device), once it is known to be possible.
         built: the replacement of each distinct module of the table.
@@ -44,7 +44,7 @@ class Job:
     config: MethodConfig
     counts: Tensor | None = None
     unseen: Unseen | None = None
-    law: str = "normal:1"
+    initializer: str = "normal:1"
     held: Mapping[str, str | Tensor] = field(default_factory=dict)
     trial: CompressedEmbedding | None = None
     built: dict[nn.Module, nn.Module] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def make(job: Job, module: nn.Module, device: Any, shared: SharedTables | None =
         job.table.width,
         config=job.config,
         name=job.table.name,
-        init=job.law,
+        init=job.initializer,
         unseen=job.unseen,
         shared=shared,
         device=device,

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from recsys_embed.compress import match
 from recsys_embed.compress.build import Job, Start, build, components, shared_faults, try_out
 from recsys_embed.compress.exchange import Exchange, apply, live_optimizers
-from recsys_embed.compress.initializer import law_of
+from recsys_embed.compress.initializer import initializer_for
 from recsys_embed.compress.module_state import dress, extra_faults
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
@@ -43,7 +43,7 @@ class Replacement:
         for job in self.jobs:
             wrong = [f for m in job.modules for f in match.module_faults(job.table, m, self._loses_forward(m))]
             if not wrong:
-                job.law = law_of(job.modules[:1])
+                job.initializer = initializer_for(job.modules[:1])
                 wrong = try_out(job)
             if not wrong:
                 new = job.trial or nn.Embedding(1, 1, device="meta")
@@ -55,9 +55,9 @@ class Replacement:
             for group in self.groups:
                 faults += shared_faults(group)
                 if len(group) > 1:
-                    law = law_of([job.modules[0] for job in group])
+                    initializer = initializer_for([job.modules[0] for job in group])
                     for job in group:
-                        job.law, job.trial = law, None
+                        job.initializer, job.trial = initializer, None
                         faults += try_out(job)
             exchange = self._exchange(lambda job, old: job.trial or nn.Embedding(1, 1, device="meta"))
             exchange.beside(self.model)
