@@ -30,10 +30,7 @@ WIDTH = 160
 
 def plan(
     budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", help="Bytes of all embedding tables, e.g. 64MiB; default: what --world-size devices hold."
-        ),
+        str | None, typer.Option("--budget", help="Bytes of all tables, e.g. 64MiB; default: what --world-size holds.")
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Data folder: its features and id frequencies.")] = None,
     schema: Annotated[
@@ -42,8 +39,7 @@ def plan(
     factory: opt.ModelFactory = None,
     model: opt.FormerFactory = None,
     stats: Annotated[
-        Path | None,
-        typer.Option("--stats", help="Data folder with the id frequencies for --schema or --model-factory."),
+        Path | None, typer.Option("--stats", help="Data folder: id frequencies for --schema or --model-factory.")
     ] = None,
     embedding_dim: Annotated[
         int, typer.Option("--embedding-dim", "--dim", help="Width of the vectors (with --data).")
@@ -83,7 +79,7 @@ def plan(
     ] = None,
     world_size: Annotated[
         int | None,
-        typer.Option("--world-size", help="Show the placement on this many devices; without --budget, fill them."),
+        typer.Option("--world-size", help="Show the placement on this many devices; no --budget: fill them."),
     ] = None,
     hosts: Annotated[int, typer.Option("--hosts", help="Machines that hold these devices.")] = 1,
     hbm: Annotated[str, typer.Option("--hbm", help="Memory of a device.")] = "80GiB",
@@ -100,13 +96,7 @@ def plan(
     model = opt.model_factory(factory, model)
     features, source, known = _features(data, schema, model, stats, embedding_dim)
     cluster = _cluster(world_size, hosts, hbm, batch_size)
-    if budget is None and cluster is not None:
-        from recsys_embed.sharding.placement import largest_budget
-
-        # All that the devices hold, optimizer state included.
-        budget, target = str(largest_budget(cluster)), "train"
-    if budget is None:
-        raise ConfigError("give --budget, or --world-size with --hbm for as much as these devices hold")
+    budget, target = _planned_bytes(budget, target, cluster)
     rule = None if optimizer == "none" else optimizer
     limits: dict[str, Any] = {
         "pin": _pins(pin or []),
@@ -129,15 +119,25 @@ def plan(
         itemsize=itemsize,
         **limits,
     )
-    changes = None if diff is None else describe_changes(read_plan(diff), made, features)
+    changes = () if diff is None else describe_changes(read_plan(diff), made, features)
     if out is not None:
         write_text(out, made.to_json() + "\n")
     _print_plan(features, made, cluster, rule, as_json)
-    for line in changes or ():
-        print(line, file=sys.stderr if as_json else sys.stdout)
+    print(*changes, sep="\n", end="\n" if changes else "", file=sys.stderr if as_json else sys.stdout)
     if out is not None:
         print(f"written: {out}", file=sys.stderr)
     return 0
+
+
+def _planned_bytes(budget: str | None, target: str, cluster: Cluster | None) -> tuple[str, str]:
+    """The budget and what it covers: as given, else all that the cluster's devices hold, optimizer state included."""
+    if budget is not None:
+        return budget, target
+    if cluster is None:
+        raise ConfigError("give --budget, or --world-size with --hbm for as much as these devices hold")
+    from recsys_embed.sharding.placement import largest_budget
+
+    return str(largest_budget(cluster)), "train"
 
 
 def _cluster(world_size: int | None, hosts: int, hbm: str, batch_size: int) -> Cluster | None:
