@@ -26,7 +26,7 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels import reference
 from recsys_embed.optim import SGD, Adam
 from recsys_embed.plan import Plan
-from recsys_embed.planning.limits import Costs
+from recsys_embed.planning.costs import Costs
 from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
 from recsys_embed.report.memory import memory_report
 
