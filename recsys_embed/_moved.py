@@ -150,9 +150,11 @@ RENAMED = {
         "factors": "planning.loss_estimate.column_spans",
         "price": "planning.loss_estimate.estimate_loss",
     },
+    "members": {"Index": "core.id_sets.IdSet"},
     "program": {
         "Digit": "core.transforms.MixedRadixDigit",
         "Init": "core.program.Initializer",
+        "Member": "core.transforms.RankInSet",
         "Probe": "core.program.RowLookup",
     },
 }

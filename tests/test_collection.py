@@ -273,9 +273,9 @@ def test_bytes_are_those_of_the_state_dict(given_plan: tuple[Schema, Plan], rule
 
 
 def test_storages_stay_below_the_rows_that_32_bits_count() -> None:
-    law = Initializer("constant")
+    init = Initializer("constant")
     sizes = {"a": 3, "b": MAX_ROWS - 3, "c": 1, "d": MAX_ROWS, "e": 5, "f": MAX_ROWS - 7}
-    tables = {k: Table(k, n, 8, law) for k, n in sizes.items()} | {"g": Table("g", 9, 4, law)}
+    tables = {k: Table(k, n, 8, init) for k, n in sizes.items()} | {"g": Table("g", 9, 4, init)}
     shapes, places = stack_tables(tables)
     taken: dict[str, list[tuple[int, int]]] = {}
     for key, table in tables.items():
@@ -493,3 +493,15 @@ def test_weights_of_bags_are_floats_of_any_type(backend: str) -> None:
     torch.testing.assert_close(coll(ids, offsets, weights.double()), wanted)
     with pytest.raises(ConfigError, match=r"must be floats; got torch\.int64"):
         coll(ids, offsets, torch.ones(6, dtype=torch.int64))
+
+
+def test_features_that_torch_pools_leave_the_indexes_of_the_others_in_their_places() -> None:
+    """One set of ids is kept as a bitmap, the next as a list: neither is read as the other."""
+    frequent = rse.get_method("freqcut").config_cls
+    schema = Schema([FeatureSpec("a", 100, 4, pooling="max"), FeatureSpec("b", 2500, 4), FeatureSpec("c", 90, 4)])
+    configs = {n: frequent(num_frequent=k, order="counts") for n, k in (("a", 60), ("b", 5), ("c", 50))}
+    counts = {s.name: torch.randperm(s.num_embeddings) for s in schema}
+    ids = [torch.randint(0, 100, (20,)), counts["b"].argsort()[-20:], torch.arange(20)]
+    given = torch.cat(ids), torch.arange(0, 61, 4)
+    found = [EmbeddingCollection(schema, Plan(configs), backend=b).assign_(counts)(*given) for b in ("auto", "torch")]
+    torch.testing.assert_close(*found)

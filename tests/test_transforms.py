@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import (
     Hash,
     Initializer,
     LookupProgram,
-    Member,
     MixedRadixDigit,
     Murmur,
+    RankInSet,
     RowLookup,
     Table,
     Transform,
@@ -39,9 +39,9 @@ TRANSFORMS = [
     Hash(3, 20, head=10),
     Hash(3, 20, offset=-10, head=10, head_absent=True),
     Murmur(1, 2, 13),
-    Member(Index("hot", IDS, 5, 20)),
-    Member(Index("hot", IDS, 0, 20), rest=8, salt=4),
-    Member(Index("hot", IDS, 0, IDS)),
+    RankInSet(IdSet("hot", IDS, 5, 20)),
+    RankInSet(IdSet("hot", IDS, 0, 20), rest=8, salt=4),
+    RankInSet(IdSet("hot", IDS, 0, IDS)),
 ]
 
 

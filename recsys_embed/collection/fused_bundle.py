@@ -90,6 +90,9 @@ class _SomeIndexes:
     def at(self, program: int, name: str | None) -> int:
         return self._store.at(self._numbers[program], name)
 
+    def slot(self, program: int, name: str | None) -> int:
+        return self._store.slot(self._numbers[program], name)
+
     def places(self, program: int) -> Mapping[str, int]:
         return self._store.places(self._numbers[program])
 

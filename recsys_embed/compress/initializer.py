@@ -14,7 +14,7 @@ from recsys_embed.embedding import CompressedEmbedding
 def element_std(module: nn.Module) -> float:
     """Standard deviation of a plain table's elements without the padding row; 1, as in torch, where unknown."""
     if isinstance(module, CompressedEmbedding):
-        return module.spec.init_law()[1]
+        return module.spec.initial_distribution()[1]
     weight = cast("Tensor", module.weight)
     if weight.is_meta:
         return 1.0

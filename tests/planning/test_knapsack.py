@@ -132,3 +132,11 @@ def test_a_thousand_classes_are_solved_within_a_stated_gap() -> None:
     assert found is not None
     assert found.cost <= 10**9
     assert found.loss - found.bound < 0.001 * found.loss
+
+
+def test_a_budget_met_by_equality_is_spent() -> None:
+    classes = [Choices(np.array([1, 3]), np.array([5.0, 1.0]), np.arange(2)) for _ in range(2)]
+    for budget, cost in ((2, 2), (3, 2), (4, 4), (6, 6)):
+        found = greedy(classes, steps_of(classes), budget)
+        assert found is not None
+        assert found.cost == cost
