@@ -53,7 +53,7 @@ class CompressedEmbedding(nn.Module):
         config: the method's configuration; or ``budget`` (bytes or text such as ``"4MiB"``) to size one; or neither,
             with the method's own options in ``params``.
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
-        init: law of a plain table here, see :class:`FeatureSpec`; ``"normal:1"`` is that of ``nn.Embedding``.
+        init: initial distribution of a plain table, see :class:`FeatureSpec`; ``"normal:1"`` is ``nn.Embedding``'s.
         unseen: what ids outside ``[0, num_embeddings)`` become, see :class:`FeatureSpec`: ``"hash"``, ``"oov"``,
             ``"zero"``, ``"raise"``, or ``None`` for what the method does by nature.
         shared: holds the tables of these names for several drop-ins; others are this module's own.
@@ -472,7 +472,7 @@ class CompressedEmbedding(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "_extra_state" in state_dict:
-            # The law of initial weights and the pooling do not change what stored rows mean.
+            # The initial distribution and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
