@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recsys_embed.cli import _options as opt
-from recsys_embed.cli._settings import names, read_plan
+from recsys_embed.cli._settings import names
 from recsys_embed.cli._target import load_target
 from recsys_embed.compress import table_counts
 from recsys_embed.core.footprint import format_bytes
@@ -20,7 +20,7 @@ from recsys_embed.features import Schema
 from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.strict_json import read_object, strict_json
 
 if TYPE_CHECKING:
     from recsys_embed.sharding.placement import Cluster
@@ -119,7 +119,7 @@ def plan(
         itemsize=itemsize,
         **limits,
     )
-    changes = () if diff is None else describe_changes(read_plan(diff), made, features)
+    changes = () if diff is None else describe_changes(Plan.load(diff), made, features)
     if out is not None:
         write_text(out, made.to_json() + "\n")
     _print_plan(features, made, cluster, rule, as_json)
@@ -181,7 +181,7 @@ def _features(
         return features, features, dataset
     known = None if stats is None else _open(stats)
     if schema is not None:
-        features = Schema.from_dict(_read_json(schema))
+        features = Schema.from_dict(read_object(schema))
         return features, features, known
     target = load_target(model or "")
     return Schema.from_model(target), target, None if known is None else table_counts(target, known)
@@ -191,13 +191,6 @@ def _open(folder: Path) -> Any:
     from recsys_embed.data import open_dataset
 
     return open_dataset(folder)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return strict_json(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ConfigError(f"{path} is not valid JSON: {e}") from e
 
 
 def _pins(texts: Sequence[str]) -> dict[str, Any]:
