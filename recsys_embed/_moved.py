@@ -129,6 +129,15 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "search.ranking": {"Ranking": "search.largest_elements.LargestElements"},
+    "search.study_trial": {
+        "Trainings": "search.studies.trial.TrainingFolders",
+        "Untested": "search.studies.trial.WithoutTestSplit",
+        "Watched": "search.studies.trial.ReportingTrainer",
+    },
+    "sharding.entries": {"Entry": "sharding.checkpoint_tensors.CheckpointTensor"},
+    "sharding.layout": {"Slab": "sharding.physical_tables.PhysicalTable"},
+    "sharding.rows": {"RowReader": "sharding.row_reader.TorchRecRowReader"},
     "compress.dress": {"dress": "compress.module_state.transfer_module_state"},
     "compress.law": {"law_of": "compress.initializer.initializer_for", "spread": "compress.initializer.element_std"},
     "compress.replacement": {"Replacement": "compress.model_replacement.ModelReplacement"},
