@@ -17,6 +17,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.price import Factor
 from recsys_embed.registry import MethodInfo, config_from_dict, get_method, list_methods
+from recsys_embed.typing import JSONMapping, Methods
 from recsys_embed.utils.settings import param, refuse_unknown, wrong_settings
 
 EVERY = "*"
@@ -102,7 +103,7 @@ def _method_faults(where: str, names: Iterable[Any]) -> list[str]:
     return [str(unknown_name(f"method in `{where}`", str(n), known)) for n in names if n not in known]
 
 
-def named_limits(options: Mapping[str, Any]) -> Limits:
+def named_limits(options: JSONMapping) -> Limits:
     """Limits from keyword arguments as people write them: texts instead of tuples, mappings instead of configurations,
     methods forbidden for all features without ``"*"``.
 
@@ -138,7 +139,7 @@ class Candidate:
     """
 
     info: MethodInfo
-    params: Mapping[str, Any] | None = None
+    params: JSONMapping | None = None
 
     @property
     def name(self) -> str:
@@ -151,7 +152,7 @@ class Candidate:
         return [Candidate(self.info, dict(params)) for params in self.info.config_cls.planning_variants(spec, curve)]
 
 
-def candidates(methods: Any) -> list[Candidate]:
+def candidates(methods: Methods | None) -> list[Candidate]:
     """The methods to consider, in the order of registration.
 
     Args:

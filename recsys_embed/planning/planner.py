@@ -27,6 +27,7 @@ from recsys_embed.planning.price import factors
 from recsys_embed.planning.reasons import reason
 from recsys_embed.planning.search import JOIN, Found, Search
 from recsys_embed.planning.statistics import curves_from
+from recsys_embed.typing import Budget, EvidenceSource, Methods, ModelOrSchema, Option, Statistics, UpdateRule
 
 MANY = 200
 """Features beyond which options are looked at less closely."""
@@ -35,17 +36,17 @@ EVALUATIONS = 24_000
 
 
 def plan_for_budget(
-    model_or_schema: Schema | nn.Module,
-    budget: int | str,
+    model_or_schema: ModelOrSchema,
+    budget: Budget,
     target: str = "serve",
-    methods: Any = None,
-    optimizer: str | FusedOptimizer | None = "rowwise_adagrad",
-    stats: Any = None,
+    methods: Methods | None = None,
+    optimizer: UpdateRule | None = "rowwise_adagrad",
+    stats: Statistics | None = None,
     *,
-    evidence: Any = None,
+    evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
-    **limits: Any,
+    **limits: Option,
 ) -> Plan:
     """Choose a method and a size for every table, so that all together keep to a byte budget and lose least.
 
@@ -131,7 +132,7 @@ def plan_for_budget(
 # -- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _schema(model_or_schema: Any) -> Schema:
+def _schema(model_or_schema: ModelOrSchema) -> Schema:
     if isinstance(model_or_schema, Schema):
         return model_or_schema
     if isinstance(model_or_schema, nn.Module):
@@ -188,7 +189,7 @@ def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
     return chosen + candidates(extra) if extra else chosen
 
 
-def _optimizer(optimizer: Any) -> FusedOptimizer | None:
+def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:
     if optimizer is None or isinstance(optimizer, FusedOptimizer):
         return optimizer
     if not isinstance(optimizer, str):
@@ -196,7 +197,7 @@ def _optimizer(optimizer: Any) -> FusedOptimizer | None:
     return make_rule(optimizer)
 
 
-def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
+def _curves(schema: Schema, stats: Statistics | None) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
     """Curves of all features, where they are from in words, and the features whose curve was counted."""
     given, names = {} if stats is None else curves_from(stats), schema.names
     faults = [

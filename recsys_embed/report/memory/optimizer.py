@@ -13,6 +13,7 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, rule_name
 from recsys_embed.report.memory.arrays import Array, Update
+from recsys_embed.typing import OptimizerSpec
 
 _TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -100,7 +101,7 @@ def _measured(cls: Any, options: Any, itemsize: int, sparse: bool, flat: bool) -
     return element, row, column, fixed
 
 
-def make_law(optimizer: Any, *, prefer_fused: bool) -> StateLaw | None:
+def make_law(optimizer: OptimizerSpec | StateLaw | None, *, prefer_fused: bool) -> StateLaw | None:
     """The law of what a caller named.
 
     Args:
