@@ -25,6 +25,7 @@ MOVED = {
     "compress.law": "compress.initializer",
     "compress.outcome": "compress.report",
     "compress.swap": "compress.exchange",
+    "compress.replacement": "compress.model_replacement",
     "config": "core.method_config",
     "data.archive": "data.compressed_file",
     "data.bits": "data.random_bits",
@@ -58,6 +59,14 @@ MOVED = {
     "kernels.unseen": "kernels.unseen_ids",
     "members": "core.id_sets",
     "memory": "core.footprint",
+    "planning.evidence": "planning.calibration",
+    "planning.menus": "planning.enumerator",
+    "planning.needs": "planning.model_constraints",
+    "planning.pools": "planning.table_groups",
+    "planning.price": "planning.loss_estimate",
+    "planning.reasons": "planning.explain",
+    "planning.search": "planning.solver",
+    "planning.words": "planning.explain",
     "program": "core.program",
     "report.memory_arrays": "report.memory.arrays",
     "report.memory_collisions": "report.memory.collisions",
@@ -120,9 +129,32 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "compress.dress": {"dress": "compress.module_state.transfer_module_state"},
+    "compress.law": {"law_of": "compress.initializer.initializer_for", "spread": "compress.initializer.element_std"},
+    "compress.replacement": {"Replacement": "compress.model_replacement.ModelReplacement"},
+    "compress.swap": {
+        "Change": "compress.exchange.ReversibleChange",
+        "Exchange": "compress.exchange.ModuleExchange",
+        "apply": "compress.exchange.apply_all",
+    },
+    "planning.evidence": {
+        "Evidence": "planning.calibration.Calibration",
+        "fit_evidence": "planning.calibration.calibrate",
+        "read_rows": "planning.calibration.read_comparison",
+    },
+    "planning.pools": {"Pool": "planning.table_groups.TableGroup", "pools_of": "planning.table_groups.table_groups"},
+    "planning.price": {
+        "Factor": "planning.loss_estimate.ColumnSpan",
+        "Terms": "planning.loss_estimate.CurveTerms",
+        "crowd": "planning.loss_estimate.load_of_others",
+        "factors": "planning.loss_estimate.column_spans",
+        "price": "planning.loss_estimate.estimate_loss",
+    },
+    "members": {"Index": "core.id_sets.IdSet"},
     "program": {
         "Digit": "core.transforms.MixedRadixDigit",
         "Init": "core.program.Initializer",
+        "Member": "core.transforms.RankInSet",
         "Probe": "core.program.RowLookup",
     },
 }

@@ -101,10 +101,10 @@ class CountedData(Protocol):
     def counts(self, feature: str) -> Tensor | None: ...
 
 
-FeatureStatistics: TypeAlias = "Counts | tuple[Counts, Counts] | FrequencyCurve | HasCurve"
+FrequencySource: TypeAlias = "Counts | tuple[Counts, Counts] | FrequencyCurve | HasCurve"
 """Of one feature: counts per id, ``(ids, counts)``, or a curve."""
 
-Statistics: TypeAlias = Mapping[str, FeatureStatistics] | CountedData | Path | str
+Statistics: TypeAlias = Mapping[str, FrequencySource] | CountedData | Path | str
 """By feature, or as the content of a ``stats.json``; an opened data set; or the path of a data folder."""
 
 # -- what is trained and planned ------------------------------------------------------------------------------------

@@ -128,3 +128,21 @@ def test_searches_that_need_adam_refuse_what_extends_it() -> None:
             search.check()
     finally:
         del registry._RULES["other_adam"]
+
+
+@pytest.mark.parametrize("name", list_rules())
+def test_tables_that_torchrec_replicates_step_as_those_of_a_collection(name: str) -> None:
+    updates = pytest.importorskip("recsys_embed.sharding.fused_updates", exc_type=ImportError)
+    layout = pytest.importorskip("recsys_embed.sharding.physical_tables", exc_type=ImportError)
+    rule = make_rule(name, lr=0.1)
+    coll = EmbeddingCollection(SCHEMA, None, rule, backend="torch")
+    slab = layout.slabs_for(coll.tables, rule)["C1.weight"]
+    stored = torch.nn.Parameter(slab.pack(coll.table("C1.weight").detach().clone()))
+    optimizer = updates.TableOptimizer([("C1", slab, stored)], rule)
+    for step in range(6):
+        ids = torch.randint(0, 40, (30, 2), generator=torch.Generator().manual_seed(step))
+        grad = torch.randn(30, 2, 8, generator=torch.Generator().manual_seed(step))
+        coll(ids).view(30, 2, 8).backward(grad)
+        stored.grad = slab.pack(torch.zeros(50, 8).index_add_(0, ids[:, 0], grad[:, 0]))
+        optimizer.step()
+    torch.testing.assert_close(slab.unpack(stored.detach()), coll.table("C1.weight").detach(), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""How often the ids of a model's tables occur, from what knows the features they belong to."""
+"""Id counts for the tables of a model, from counts or a data set that name its features."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import hashing
-from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
+from recsys_embed.core.index import Index, IndexArray, IndexArrays
 from recsys_embed.core.transforms import Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS
@@ -62,7 +62,7 @@ def unpack(words: Tensor, places: Tensor, bits: Parameter, at: Parameter = 0) ->
 
 
 @dataclass(frozen=True)
-class CodesIndex(BaseIndex):
+class CodesIndex(Index):
     """``columns`` codes for each of ``size`` ids, each a row in ``[0, rows)``.
 
     Until codes are assigned, each is a hash of its id.

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
+from recsys_embed.core import index as base
+from recsys_embed.core.index import IndexArray, IndexArrays
 from recsys_embed.errors import ConfigError
 from recsys_embed.typing import Parameter
 
@@ -31,7 +32,7 @@ def words_of(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Index(BaseIndex):
+class IdSet(base.Index):
     """The ids of ``[0, size)`` whose frequency rank lies in ``[start, start + count)``.
 
     Args:
@@ -42,7 +43,7 @@ class Index(BaseIndex):
         form: ``"range"`` where ids are ranks (no bytes), ``"bitmap"`` (12 bytes per 64 ids), ``"sorted"`` (4 bytes per
             member).
 
-    >>> Index.smallest("hot", size=1000, start=0, count=500).form, Index.smallest("hot", 10**6, 0, 10).nbytes
+    >>> IdSet.smallest("hot", size=1000, start=0, count=500).form, IdSet.smallest("hot", 10**6, 0, 10).nbytes
     ('bitmap', 40)
     """
 
@@ -53,7 +54,7 @@ class Index(BaseIndex):
     form: Form = "range"
 
     @classmethod
-    def smallest(cls, name: str, size: int, start: int, count: int) -> Index:
+    def smallest(cls, name: str, size: int, start: int, count: int) -> IdSet:
         """The set in whichever array form takes fewer bytes."""
         forms: tuple[Form, Form] = ("bitmap", "sorted")
         return min((cls(name, size, start, count, form) for form in forms), key=lambda index: index.nbytes)

@@ -112,7 +112,7 @@ class MethodConfig(ABC):
         """The configuration of a size in ``[1, max_size]``; bytes do not shrink as the size grows."""
 
     def planning_loss(self, spec: FeatureSpec, curve: FrequencyCurve) -> float | None:
-        """The expected loss of ``spec`` under this configuration, in the unit of :mod:`recsys_embed.planning.price`.
+        """The estimated loss of ``spec`` under this configuration; unit: :mod:`recsys_embed.planning.loss_estimate`.
 
         None, the default, leaves the estimate to the planner, which makes it from the program.
 

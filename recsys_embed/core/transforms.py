@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import Index, positions
-from recsys_embed.core.index import BaseIndex, IndexArrays
+from recsys_embed.core.id_sets import IdSet, positions
+from recsys_embed.core.index import Index, IndexArrays
 from recsys_embed.typing import Parameter, Signature
 
 
@@ -78,7 +78,7 @@ class Transform(ABC):
         return False
 
     @property
-    def needs(self) -> BaseIndex | None:
+    def needs(self) -> Index | None:
         """The index that the transform looks ids up in, if any."""
         return None
 
@@ -254,15 +254,15 @@ class Murmur(Transform):
 
 
 @dataclass(frozen=True)
-class Member(Transform):
+class RankInSet(Transform):
     """Place of an id among the members of ``index``; others hash to ``count + [0, rest)``, or have no row (rest 0)."""
 
-    index: Index
+    index: IdSet
     rest: int = 0
     salt: int = 0
 
     def signature(self) -> Signature:
-        return (Member, self.index.form, self.rest > 0)
+        return (RankInSet, self.index.form, self.rest > 0)
 
     def parameters(self) -> tuple[int, ...]:
         return (self.index.start, self.index.count, self.index.size, self.rest, self.salt)
@@ -287,7 +287,7 @@ class Member(Transform):
         return self.rest == 0
 
     @property
-    def needs(self) -> Index:
+    def needs(self) -> IdSet:
         return self.index
 
     def encoded(self) -> tuple[str, dict[str, int]]:

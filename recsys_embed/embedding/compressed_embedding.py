@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
@@ -16,9 +13,10 @@ from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, run_head
 from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.shared_tables import PlainView, SharedTables
-from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.features import Unseen as UnseenPolicy
 from recsys_embed.kernels.fused_gather import read_rows
@@ -56,7 +54,7 @@ class CompressedEmbedding(nn.Module):
         config: the method's configuration; or ``budget`` (bytes or text such as ``"4MiB"``) to size one; or neither,
             with the method's own options in ``params``.
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
-        init: law of a plain table here, see :class:`FeatureSpec`; ``"normal:1"`` is that of ``nn.Embedding``.
+        init: initial distribution of a plain table, see :class:`FeatureSpec`; ``"normal:1"`` is ``nn.Embedding``'s.
         unseen: what ids outside ``[0, num_embeddings)`` become, see :class:`FeatureSpec`: ``"hash"``, ``"oov"``,
             ``"zero"``, ``"raise"``, or ``None`` for what the method does by nature.
         shared: holds the tables of these names for several drop-ins; others are this module's own.
@@ -100,7 +98,7 @@ class CompressedEmbedding(nn.Module):
         pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
         self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init=init, unseen=unseen)
         itemsize = torch.empty(0, dtype=dtype, device="meta").element_size()
-        self.config = self._configure(config, budget, params, itemsize)
+        self.config = choose_config(CompressedEmbedding, type(self), self.spec, config, budget, params, itemsize)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
         self.max_norm, self.norm_type, self.scale_grad_by_freq = max_norm, norm_type, scale_grad_by_freq
@@ -142,24 +140,6 @@ class CompressedEmbedding(nn.Module):
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
-
-    def _configure(
-        self, config: MethodConfig | None, budget: int | str | None, params: dict[str, Any], itemsize: int
-    ) -> MethodConfig:
-        if sum(x is not None for x in (config, budget)) > 1 or (config is not None and params):
-            raise ConfigError(f"{type(self).__name__} takes either `config`, or `budget` and options; got both")
-        if config is None:
-            own = [*inspect.signature(CompressedEmbedding).parameters][2:-1]
-            options = [f.name for f in fields(self.config_cls)]
-            for key in params:
-                if key not in options and get_close_matches(key, own, cutoff=0.8):
-                    raise unknown_name(f"option of {type(self).__name__}", key, own + options)
-            if budget is None:
-                return self.config_cls.from_params(params)
-            return self.config_cls.for_budget(self.spec, budget, itemsize=itemsize, **params)
-        if not isinstance(config, self.config_cls):
-            raise ConfigError(f"{type(self).__name__} takes a {self.config_cls.__name__}; got {type(config).__name__}")
-        return config
 
     def _like(self) -> Tensor:
         """A tensor of the type and on the device of the vectors."""
@@ -495,7 +475,7 @@ class CompressedEmbedding(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "_extra_state" in state_dict:
-            # The law of initial weights and the pooling do not change what stored rows mean.
+            # The initial distribution and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)

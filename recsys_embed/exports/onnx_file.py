@@ -15,7 +15,8 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.fx import Graph, Node
 
 from recsys_embed.errors import ExportError
-from recsys_embed.exports.onnx_ops import OPSET, PURPOSE, translations
+from recsys_embed.exports.onnx_ops import translations
+from recsys_embed.exports.onnx_opset import OPSET, PURPOSE
 from recsys_embed.utils.optional import require
 
 # A protocol buffer holds less than 2 GiB, of which the tables may not take all.

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-OPSET = 18
-PURPOSE = "writing an ONNX graph"
-
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Translations by torch operator, for ``torch.onnx.export(custom_translation_table=...)``.

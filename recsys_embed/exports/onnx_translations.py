@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recsys_embed.exports.onnx_ops import OPSET, PURPOSE
+from recsys_embed.exports.onnx_opset import OPSET, PURPOSE
 from recsys_embed.utils.optional import require
 
 onnxscript = require("onnxscript", extra="onnx", purpose=PURPOSE)

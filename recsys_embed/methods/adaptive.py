@@ -7,9 +7,9 @@ from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Hash, Initializer, LookupProgram, Member, RowLookup, Table, Transform
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, RankInSet, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -62,10 +62,10 @@ class AdaptiveConfig(MethodConfig):
         salt = hashing.salt(self.seed, spec.name, "row", 0)
         rows: Transform = Hash(salt, self.num_buckets)
         if self.num_frequent:
-            index = Index("hot", spec.num_ids, 0, self.num_frequent)
+            index = IdSet("hot", spec.num_ids, 0, self.num_frequent)
             if self.order == "counts":
-                index = Index.smallest("hot", spec.num_ids, 0, self.num_frequent)
-            rows = Member(index, rest=self.num_buckets, salt=salt)
+                index = IdSet.smallest("hot", spec.num_ids, 0, self.num_frequent)
+            rows = RankInSet(index, rest=self.num_buckets, salt=salt)
         table = Table("weight", self.num_frequent + self.num_buckets, spec.embedding_dim, Initializer.plain(spec))
         return LookupProgram((table,), (RowLookup("weight", rows),))
 

@@ -205,7 +205,7 @@ class CompositionalConfig(MethodConfig):
             affine = (a, hashing.salt(self.seed, spec.name, "affine", 1) % p, p)
         return class_maps(self.partition, moduli, affine)
 
-    def _laws(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Initializer]:
+    def _initializers(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Initializer]:
         n, k = spec.num_embeddings, self._tables
         if self.initializer == "xavier":
             return [Initializer("normal", sqrt(2 / (m + w))) for m, w in zip(rows, widths, strict=True)]
@@ -226,8 +226,9 @@ class CompositionalConfig(MethodConfig):
             table = Table("weight", spec.num_ids, spec.embedding_dim, Initializer.plain(spec))
             return LookupProgram((table,), (RowLookup("weight", MixedRadixDigit()),))
         widths = self._widths(spec)
-        laws, classes = self._laws(spec, moduli, widths), self.classes_of(spec)
-        tables = [Table(f"part{j}", m, w, law) for j, (m, w, law) in enumerate(zip(moduli, widths, laws, strict=True))]
+        initializers, classes = self._initializers(spec, moduli, widths), self.classes_of(spec)
+        parts = zip(moduli, widths, initializers, strict=True)
+        tables = [Table(f"part{j}", rows, width, init) for j, (rows, width, init) in enumerate(parts)]
         if self.combine == "path":
             networks = self._networks(spec, moduli)
             names = tuple((n[0].name, n[1].name, n[2].name, n[3].name) for n in networks)

@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
+from recsys_embed.core.program import (
+    Initializer,
+    LookupProgram,
+    MixedRadixDigit,
+    RankInSet,
+    RowLookup,
+    Table,
+    Transform,
+)
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 from recsys_embed.method_parts.pruned_columns import Columns, segments
@@ -73,8 +81,8 @@ class DnisConfig(MethodConfig):
         name = f"rows_{start}_{column}"
         rows: Transform = MixedRadixDigit()
         if stop - start < spec.num_ids:
-            form = Index if self.order == "ids" else Index.smallest
-            rows = Member(form(f"ids_{start}_{stop}", spec.num_ids, start, stop - start))
+            form = IdSet if self.order == "ids" else IdSet.smallest
+            rows = RankInSet(form(f"ids_{start}_{stop}", spec.num_ids, start, stop - start))
         out.add(Table(name, stop - start, count, Initializer.plain(spec)), RowLookup(name, rows, column=column))
 
     @property

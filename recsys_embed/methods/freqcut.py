@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
+from recsys_embed.core.program import (
+    Initializer,
+    LookupProgram,
+    MixedRadixDigit,
+    RankInSet,
+    RowLookup,
+    Table,
+    Transform,
+)
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
@@ -41,10 +49,10 @@ class FreqcutConfig(MethodConfig):
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         rows: Transform = MixedRadixDigit(mod=1)
         if self.num_frequent:
-            index = Index("kept", spec.num_ids, 0, self.num_frequent)
+            index = IdSet("kept", spec.num_ids, 0, self.num_frequent)
             if self.order == "counts":
-                index = Index.smallest("kept", spec.num_ids, 0, self.num_frequent)
-            rows = Member(index, rest=1)
+                index = IdSet.smallest("kept", spec.num_ids, 0, self.num_frequent)
+            rows = RankInSet(index, rest=1)
         table = Table("weight", self.num_frequent + 1, spec.embedding_dim, Initializer.plain(spec))
         return LookupProgram((table,), (RowLookup("weight", rows),))
 

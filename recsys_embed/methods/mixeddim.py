@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.heads import Projection
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RankInSet, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
@@ -84,17 +84,17 @@ class MixeddimConfig(MethodConfig):
         tables, row_lookups = [], []
         for b, (start, count, dim) in enumerate(zip(starts, counts, self.dims, strict=True)):
             name = f"block_{b}" if self.blocks else "weight"
-            tables.append(Table(name, count, dim, self._law(spec, count, dim, max(narrow, default=0))))
-            form = Index if self.order == "ids" else Index.smallest
-            rows = Member(form(name, n, start, count)) if self.blocks else MixedRadixDigit()
+            tables.append(Table(name, count, dim, self._initializer(spec, count, dim, max(narrow, default=0))))
+            form = IdSet if self.order == "ids" else IdSet.smallest
+            rows = RankInSet(form(name, n, start, count)) if self.blocks else MixedRadixDigit()
             row_lookups.append(RowLookup(name, rows, column=sum(self.dims[:b])))
         if narrow:
             spread = (6 / (narrow[0] + width)) ** 0.5 if self.initializer == "xavier" else (3 / narrow[0]) ** 0.5
             tables.append(Table("projection", sum(narrow), width, Initializer("uniform", spread), dense=True))
         return LookupProgram(tuple(tables), tuple(row_lookups), head=Projection("projection") if narrow else None)
 
-    def _law(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Initializer:
-        """Law of a block's rows; the matrix has that of the widest projected block, so narrower ones make up for it."""
+    def _initializer(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Initializer:
+        """Initializer of a block; the matrix has that of the widest projected block, narrower ones make up for it."""
         whole = spec.embedding_dim
         if self.initializer == "xavier":
             gain = (widest + whole) / (dim + whole) if dim < whole else 1.0

@@ -181,7 +181,7 @@ class MultihashConfig(MethodConfig):
             return Initializer("uniform", 0.1), Initializer("constant", loc=1.0)
         if self.append_weights is None:
             return Initializer.plain(spec, gain), Initializer("constant", loc=1.0)
-        # The weights carry the plain law into their own columns, and rows of matching variance into the others.
+        # The weights carry a plain table's distribution into their own columns, rows of equal variance into the others.
         divisor = width**0.5 if self.append_weights == "inside" else 1.0
         return Initializer("uniform", gain * 3**0.5 / divisor), Initializer.plain(spec, divisor)
 
@@ -203,10 +203,10 @@ class MultihashConfig(MethodConfig):
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         k, chunk, concat = self.num_hashes, self._chunk(spec), self.combine == "concat"
-        law, weight_law = self._inits(spec)
+        init, weight_init = self._inits(spec)
         names = [f"weight_{j}" for j in range(k)] if self.separate else ["weight"]
         private = [self.num_frequent if concat or j == 0 else 0 for j in range(len(names))]
-        tables = [Table(n, self.num_buckets + p, chunk, law) for n, p in zip(names, private, strict=True)]
+        tables = [Table(n, self.num_buckets + p, chunk, init) for n, p in zip(names, private, strict=True)]
         row_lookups = [
             RowLookup(
                 names[j % len(names)],
@@ -219,7 +219,7 @@ class MultihashConfig(MethodConfig):
             for j in range(k)
         ]
         if self.weights:
-            tables.append(Table("importance", self._weight_rows * k, 1, weight_law))
+            tables.append(Table("importance", self._weight_rows * k, 1, weight_init))
         if self.append_weights:
             start, scale = k * chunk if concat else chunk, spec.embedding_dim**-0.5
             scale = scale if self.append_weights == "inside" else 1.0

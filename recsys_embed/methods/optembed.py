@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
+from recsys_embed.core.program import (
+    Initializer,
+    LookupProgram,
+    MixedRadixDigit,
+    RankInSet,
+    RowLookup,
+    Table,
+    Transform,
+)
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_DIM, MAX_ROWS, FeatureSpec
 from recsys_embed.method_parts.pruned_columns import Columns
@@ -55,8 +63,8 @@ class OptembedConfig(MethodConfig):
             return columns.program()
         rows: Transform = MixedRadixDigit(mod=0 if self.num_kept else 1)
         if 0 < self.num_kept < spec.num_ids:
-            form = Index if self.order == "ids" else Index.smallest
-            rows = Member(form("kept", spec.num_ids, 0, self.num_kept), rest=rest)
+            form = IdSet if self.order == "ids" else IdSet.smallest
+            rows = RankInSet(form("kept", spec.num_ids, 0, self.num_kept), rest=rest)
         columns.add(Table("weight", self.num_kept + rest, dim, Initializer.plain(spec)), RowLookup("weight", rows))
         return columns.program()
 

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
+from recsys_embed.core.program import (
+    Initializer,
+    LookupProgram,
+    MixedRadixDigit,
+    RankInSet,
+    RowLookup,
+    Table,
+    Transform,
+)
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 from recsys_embed.method_parts.pruned_columns import Columns, segments
@@ -53,8 +61,8 @@ class PepConfig(MethodConfig):
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         out, n = Columns(spec.embedding_dim), spec.num_ids
-        some = [Index("", n, 0, count) for count in self.num_kept if 0 < count < n]
-        forms = {form: sum(Index("", n, 0, i.count, form).nbytes for i in some) for form in ("bitmap", "sorted")}
+        some = [IdSet("", n, 0, count) for count in self.num_kept if 0 < count < n]
+        forms = {form: sum(IdSet("", n, 0, i.count, form).nbytes for i in some) for form in ("bitmap", "sorted")}
         # One form for the whole feature: row lookups of one kind run as one operation.
         form: Any = "range" if self.order == "ids" else min(forms, key=lambda f: forms[f])
         apart = self.order == "sets"
@@ -70,7 +78,7 @@ class PepConfig(MethodConfig):
                 continue
             rows: Transform = MixedRadixDigit()
             if elements < n:
-                rows = Member(Index(f"column_{column}", n, 0, elements, form))
+                rows = RankInSet(IdSet(f"column_{column}", n, 0, elements, form))
             table = Table(f"column_{column}", elements, count, Initializer.plain(spec))
             out.add(table, RowLookup(table.name, rows, column=column))
         return out.program()

@@ -31,7 +31,7 @@ class RobeConfig(MethodConfig):
     Pitfalls: in Hetu's implementation "Z" is the number of blocks, so its Z = 1 is this one's
     ``block_size=embedding_dim``. Features that are SUMMED before the first layer should not share an array. Elements of
     an array shared by features of unlike cardinality start with U(±0.001), the authors' example, unless the features'
-    own law is explicit; with laws that depend on nothing else, give the features one.
+    own initializer is explicit; with one that depends on nothing else, give the features one.
 
     >>> RobeConfig(num_elements=8000).footprint(FeatureSpec("C1", 100_000, 16)).serve
     32000
@@ -61,7 +61,7 @@ class RobeConfig(MethodConfig):
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
         block, width = self._block(spec), spec.embedding_dim
-        law = spec if ":" in spec.init else replace(spec, init="uniform:0.001")
+        initialised = spec if ":" in spec.init else replace(spec, init="uniform:0.001")
         starts = self.num_elements if self.wrap else self.num_elements - block + 1
 
         def salt(use: str, number: int) -> int:
@@ -77,7 +77,8 @@ class RobeConfig(MethodConfig):
             )
             for number, column in enumerate(range(0, width, block))
         )
-        return LookupProgram((Table(self.table, self.num_elements, 1, Initializer.plain(law), shared=True),), reads)
+        table = Table(self.table, self.num_elements, 1, Initializer.plain(initialised), shared=True)
+        return LookupProgram((table,), reads)
 
     @classmethod
     def _longest(cls, spec: FeatureSpec, params: dict[str, Any]) -> int:

@@ -25,8 +25,8 @@ class UnifiedConfig(MethodConfig):
     layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
 
     Two properties follow: features that are SUMMED before the first layer should not share a table, and the rows of a
-    table shared by features of unlike cardinality start with the paper's U(±0.05) unless the features' own law is
-    explicit.
+    table shared by features of unlike cardinality start with the paper's U(±0.05) unless the features' own initializer
+    is explicit.
 
     >>> UnifiedConfig(num_buckets=1000).footprint(FeatureSpec("C1", 100_000, 16)).serve
     16000
@@ -79,8 +79,8 @@ class UnifiedConfig(MethodConfig):
         row_lookups, width = self._shape(spec)
         summed = self.combine == "sum"
         explicit = ":" in spec.init
-        law = spec if explicit else replace(spec, init="uniform:0.05")
-        init = Initializer.plain(law, row_lookups**-0.5 if summed else 1.0)
+        initialised = spec if explicit else replace(spec, init="uniform:0.05")
+        init = Initializer.plain(initialised, row_lookups**-0.5 if summed else 1.0)
         names = [self.table if self.num_tables == 1 else f"{self.table}_{i}" for i in range(self.num_tables)]
         turns = [names[(self.first_chunk + j) % self.num_tables] for j in range(row_lookups)]
         reads = tuple(

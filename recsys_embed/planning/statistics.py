@@ -1,6 +1,6 @@
-"""How often ids occur, from whatever knows it: counts, curves, a data folder, its ``stats.json``, a data set.
+"""Id frequencies from every supported source: counts, curves, a data folder, its ``stats.json``, a data set.
 
-Planners, reports and compression read statistics here alone, so that each takes them in every form.
+Planners, reports and compression all read statistics through this module, so each accepts every source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.planning.curves import FrequencyCurve
-from recsys_embed.typing import JSON, CountedData, Counts, FeatureStatistics, JSONMapping, Statistics
+from recsys_embed.typing import JSON, CountedData, Counts, FrequencySource, JSONMapping, Statistics
 
 
 def is_counted(source: object) -> TypeGuard[CountedData]:
@@ -29,10 +29,10 @@ def is_stats_json(source: object) -> TypeGuard[JSONMapping]:
 
 
 class CountsByFeature(Mapping[str, Tensor]):
-    """Counts per id of a data set's features, read as they are asked for; features of raw ids are left out.
+    """Counts per id of a data set's features, read on access; features with raw ids are left out.
 
     Raises:
-        ConfigError: no data set that counts ids.
+        ConfigError: not a data set that counts ids.
     """
 
     def __init__(self, data: object) -> None:
@@ -58,18 +58,18 @@ class CountsByFeature(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
-    """What a source says of one feature.
+class FeatureStatistics:
+    """Statistics of one feature.
 
     Args:
-        given: counts per id, ``(ids, counts)``, a :class:`FrequencyCurve` or what has one as ``curve``; None: nothing
-            but ``coarse``.
+        given: counts per id, ``(ids, counts)``, a :class:`FrequencyCurve` or an object with one as ``curve``; None
+            where only ``coarse`` is known.
         coarse: the curve of summary statistics.
         seen_once: values that occur once, where known.
         unseen: per split, the share of its occurrences whose value training did not know.
     """
 
-    given: FeatureStatistics | None = None
+    given: FrequencySource | None = None
     coarse: FrequencyCurve | None = None
     seen_once: int | None = None
     unseen: Mapping[str, float] | None = None
@@ -85,8 +85,8 @@ class Known:
         return FrequencyCurve.from_counts(cast("Counts", counts))
 
 
-def read_statistics(source: Statistics) -> Iterator[tuple[str, Known]]:
-    """What ``source`` says of each feature; a data set's counts are read one feature after the other.
+def read_statistics(source: Statistics) -> Iterator[tuple[str, FeatureStatistics]]:
+    """Statistics of each feature in ``source``; a data set's counts are read one feature at a time.
 
     Args:
         source: a mapping of features to counts per id, ``(ids, counts)`` or curves; the content of a data folder's
@@ -104,7 +104,7 @@ def read_statistics(source: Statistics) -> Iterator[tuple[str, Known]]:
         yield from _of_stats(source).items()
     elif isinstance(source, Mapping):
         for name, value in source.items():
-            yield name, Known(value)
+            yield name, FeatureStatistics(value)
     else:
         raise ConfigError(
             "`stats` must be a mapping of feature names to counts, the content of a stats.json, an opened data set or "
@@ -113,7 +113,7 @@ def read_statistics(source: Statistics) -> Iterator[tuple[str, Known]]:
 
 
 def curves_from(stats: Statistics) -> dict[str, FrequencyCurve]:
-    """Curves by feature, from whatever knows them; see :func:`read_statistics`.
+    """Frequency curves by feature; for the sources see :func:`read_statistics`.
 
     Raises:
         ConfigError: no statistics, or a feature's counts are none.
@@ -144,25 +144,25 @@ def _read(path: Path) -> JSON:
     return stats
 
 
-def _of_stats(stats: JSONMapping) -> dict[str, Known]:
+def _of_stats(stats: JSONMapping) -> dict[str, FeatureStatistics]:
     rows = stats["splits"].get("train", next(iter(stats["splits"].values()), {})).get("rows", 0)
     found = {}
     for name, field in stats["fields"].items():
         once = field.get("seen_once")
         unseen = {split: float(rate) for split, rate in field.get("oov_rate", {}).items()}
         coarse = _curve_of_field(field, float(rows))
-        found[name] = Known(coarse=coarse, seen_once=None if once is None else int(once), unseen=unseen)
+        found[name] = FeatureStatistics(coarse=coarse, seen_once=None if once is None else int(once), unseen=unseen)
     return found
 
 
-def _of_data(data: CountedData) -> Iterator[tuple[str, Known]]:
+def _of_data(data: CountedData) -> Iterator[tuple[str, FeatureStatistics]]:
     """Exact counts, and what the data's statistics say besides."""
     stats = getattr(data, "stats", None)
     coarse = _of_stats(stats) if is_stats_json(stats) else {}
     for spec in data.schema(1):
-        counts, rest = data.counts(spec.name), coarse.get(spec.name, Known())
+        counts, rest = data.counts(spec.name), coarse.get(spec.name, FeatureStatistics())
         if counts is not None:
-            yield spec.name, Known(counts, rest.coarse, rest.seen_once, rest.unseen)
+            yield spec.name, FeatureStatistics(counts, rest.coarse, rest.seen_once, rest.unseen)
         elif rest.coarse is not None:
             yield spec.name, rest
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.footprint import format_bytes
-from recsys_embed.core.id_sets import Index, set_text
+from recsys_embed.core.id_sets import IdSet, set_text
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
@@ -88,7 +88,7 @@ class FieldBlocks:
         """That configuration and its sets of ids."""
         config, sets = self.config(columns, pruned), {}
         if self.order is not None:
-            for index in cast("tuple[Index, ...]", config.program(self.spec).indexes):
+            for index in cast("tuple[IdSet, ...]", config.program(self.spec).indexes):
                 ids = self.order[index.start : index.start + index.count]
                 sets[index.name] = set_text(ids, self.spec.num_ids)
         return config, sets

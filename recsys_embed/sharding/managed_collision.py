@@ -55,7 +55,7 @@ class _Managed(ManagedCollisionEmbeddingBagCollection):
 
     def __init__(self, ebc: EmbeddingBagCollection, mcc: ManagedCollisionCollection, owner: ManagedEBC) -> None:
         super().__init__(ebc, mcc)
-        self.laws, self.seed = owner.laws, owner.seed
+        self.initializers, self.seed = owner.initializers, owner.seed
         self.watched: list[torch.optim.Optimizer] = owner.watched
 
     def forward(self, features: KeyedJaggedTensor, mutate_miss_lengths: bool = True) -> Any:
@@ -63,7 +63,8 @@ class _Managed(ManagedCollisionEmbeddingBagCollection):
         for table, rows in self._managed_collision_collection.evict().items():
             if rows is not None and len(rows):
                 parameter = self._embedding_module.embedding_bags[table].weight
-                renew(parameter, rows, self.laws[table], hashing.salt(self.seed, table, str(_times(self, table))))
+                seed = hashing.salt(self.seed, table, str(_times(self, table)))
+                renew(parameter, rows, self.initializers[table], seed)
                 for optimizer in [*getattr(parameter, "_in_backward_optimizers", []), *self.watched]:
                     forget(optimizer, parameter, rows)
         return self._embedding_module(remapped), None
@@ -72,7 +73,7 @@ class _Managed(ManagedCollisionEmbeddingBagCollection):
 class _ShardedManaged(ShardedManagedCollisionEmbeddingBagCollection):
     """The same, sharded: fbgemm's own reset covers one optimizer and no CPU."""
 
-    laws: Mapping[str, Initializer]
+    initializers: Mapping[str, Initializer]
     seed: int
 
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
@@ -82,7 +83,7 @@ class _ShardedManaged(ShardedManagedCollisionEmbeddingBagCollection):
             kernel, index = self._table_to_tbe_and_index[table]
             weight = self._embedding_module.embedding_bags.get_parameter(f"{table}.weight")
             place = f"{self._env.rank}/{_times(self, table)}"
-            renew(weight, rows, self.laws[table], hashing.salt(self.seed, table, place))
+            renew(weight, rows, self.initializers[table], hashing.salt(self.seed, table, place))
             with torch.no_grad():
                 for state in kernel.split_optimizer_states()[int(index)]:
                     state.view(weight.shape[0], -1)[rows] = 0.0
@@ -114,7 +115,7 @@ class ManagedSharder(ManagedCollisionEmbeddingBagCollectionSharder):
             env=env,
             device=torch.device("cpu" if device is None else device),
         )
-        sharded.laws, sharded.seed = module.laws, module.seed
+        sharded.initializers, sharded.seed = module.initializers, module.seed
         return sharded
 
 
@@ -169,7 +170,7 @@ class ManagedEBC(nn.Module):
             faults.append(f"`interval` must be an integer of at least 1; got {interval!r}")
         raise_faults(faults, "ManagedEBC")
         self.schema, self.optimizer, self.seed = schema, optimizer, seed
-        self.laws = {torchrec_name(s.name): Initializer.plain(s) for s in schema}
+        self.initializers = {torchrec_name(s.name): Initializer.plain(s) for s in schema}
         self.watched: list[torch.optim.Optimizer] = []
         device = torch.device(device)
         configs = [
@@ -198,8 +199,8 @@ class ManagedEBC(nn.Module):
             ebc = EmbeddingBagCollection(tables=configs, device=device)
         self.managed = _Managed(ebc, ManagedCollisionCollection(modules, configs), self)
         with torch.no_grad():
-            for name, law in self.laws.items():
-                law.fill_(ebc.embedding_bags[name].weight, hashing.salt(seed, "init", name))
+            for name, init in self.initializers.items():
+                init.fill_(ebc.embedding_bags[name].weight, hashing.salt(seed, "init", name))
 
     def stored(self) -> list[tuple[Slab, nn.Parameter]]:
         """Layout and parameter of every table, before sharding."""
@@ -237,10 +238,10 @@ class ManagedEBC(nn.Module):
 
 
 @torch.no_grad()
-def renew(weight: Tensor, rows: Tensor, law: Initializer, seed: int) -> None:
+def renew(weight: Tensor, rows: Tensor, init: Initializer, seed: int) -> None:
     """Draw the rows of a table anew."""
     fresh = torch.empty(len(rows), weight.shape[1])
-    weight.data[rows] = law.fill_(fresh, seed).to(weight)
+    weight.data[rows] = init.fill_(fresh, seed).to(weight)
 
 
 @torch.no_grad()

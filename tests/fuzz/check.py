@@ -182,7 +182,8 @@ class Oracle:
         self.steps += 1
         for name in self.coll.storages:
             table, grad = self.coll.get_parameter(name), grads.get(name)
-            everything = self.rule.rows == "all"
+            # Rules that move rows without a gradient move all; what others keep of such a row may stay as it is.
+            everything = self.rule.lazy
             if everything:
                 rows = torch.arange(len(table))
                 sums = torch.zeros_like(table) if grad is None else grad.to_dense()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.planning.curves import FrequencyCurve
-from recsys_embed.planning.statistics import Known, read_statistics
+from recsys_embed.planning.statistics import FeatureStatistics, read_statistics
 from recsys_embed.typing import Counts, Statistics
 
 TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -112,7 +112,7 @@ def read_stats_of(source: Statistics) -> dict[str, FieldStats]:
     return {name: _of_known(name, known) for name, known in read_statistics(source)}
 
 
-def _of_known(name: str, known: Known) -> FieldStats:
+def _of_known(name: str, known: FeatureStatistics) -> FieldStats:
     given, once, unseen = known.given, known.seen_once, known.unseen or {}
     if isinstance(given, FieldStats):
         return given

@@ -1,0 +1,89 @@
+"""What a method must do beside others in a collection."""
+
+from __future__ import annotations
+
+import torch
+
+from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.errors import RecsysEmbedError
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.optim import SGD, Adam
+from recsys_embed.plan import Plan
+from recsys_embed.planning.costs import Costs
+from recsys_embed.registry import MethodInfo
+from recsys_embed.report.memory import memory_report
+from recsys_embed.testing.helpers import ROWS, WIDTH, example, poisoned_memory
+
+
+def runs_in_a_collection(method: MethodInfo) -> None:
+    schema = Schema([FeatureSpec("a", ROWS, WIDTH), FeatureSpec("b", 50, WIDTH), FeatureSpec("c", 999, WIDTH)])
+    need = {s.name: method.config_cls.sized(s, 1).footprint(s).serve for s in schema}
+    plan = Plan({s.name: method.config_cls.for_budget(s, max(need[s.name], s.num_embeddings * 16)) for s in schema})
+    try:
+        collection = EmbeddingCollection(schema, plan)
+    except RecsysEmbedError:  # features that share a table must agree in its size
+        plan = Plan.uniform(schema, method.name, budget=max(sum(need.values()), 1452 * 16))
+        collection = EmbeddingCollection(schema, plan)
+    ids = torch.tensor([[402, 49, 998], [0, 0, 0]])
+    out = collection(ids)
+    vectors = sum(plan[s.name].program(s).vectors for s in schema)
+    assert out.shape == (2, vectors, WIDTH), f"a collection must give (2, {vectors}, {WIDTH}); got {tuple(out.shape)}"
+    torch.testing.assert_close(out, EmbeddingCollection(schema, plan, backend="reference")(ids))
+    torch.testing.assert_close(collection(ids.T.reshape(-1), torch.arange(7)), out)
+    with poisoned_memory():
+        fused = EmbeddingCollection(schema, plan, optimizer=SGD(lr=0.1))
+    out.square().sum().backward()
+    fused(ids).square().sum().backward()
+    for name, p in collection.named_parameters():
+        after = fused.get_parameter(name)
+        expected = p - 0.1 * p.grad if p.grad is not None and not after.requires_grad else p
+        torch.testing.assert_close(after, expected, msg=f"{name}: a fused step must equal a plain one")
+        if after.requires_grad:
+            torch.testing.assert_close(after.grad, p.grad)
+
+
+def _mixed(method: MethodInfo, width: int) -> tuple[Schema, Plan]:
+    """The method beside plain tables of a width."""
+    schema = Schema(
+        [FeatureSpec("plain", 50, width), FeatureSpec("embedding", ROWS, WIDTH), FeatureSpec("last", 9, width)]
+    )
+    plain = Plan.full(schema)
+    return schema, Plan({**plain.configs, "embedding": example(method).config})
+
+
+def stands_beside_others_in_a_collection(method: MethodInfo) -> None:
+    ids = torch.tensor([[49, 402, 8], [0, 0, 0], [3, 7, 1]])
+    for width in (WIDTH, WIDTH + 4):
+        schema, plan = _mixed(method, width)
+        for backend in ("auto", "torch", "reference"):
+            collection = EmbeddingCollection(schema, plan, backend=backend)
+            module = method.embedding_cls(
+                ROWS, WIDTH, config=plan["embedding"], init=schema["embedding"].init, mode="sum"
+            )
+            own = module(ids[:, 1:2])
+            plain, last = (collection.table(f"{n}.weight")[ids[:, i]] for n, i in (("plain", 0), ("last", 2)))
+            wanted = torch.cat([plain, own, last], 1)
+            for out in (collection(ids), collection(ids.T.reshape(-1), torch.arange(10))):
+                where = f"beside plain tables of width {width}, backend {backend!r}"
+                assert out.numel() == wanted.numel(), f"{where}: expected {wanted.shape[1]} columns, got {out.shape}"
+                torch.testing.assert_close(out.flatten(1), wanted, msg=f"{where}: other vectors than alone")
+
+
+def training_bytes_agree(method: MethodInfo) -> None:
+    schema, plan = _mixed(method, WIDTH)
+    for optimizer in (SGD(lr=0.1), Adam(lr=0.1)):
+        collection = EmbeddingCollection(schema, plan, optimizer)
+        collection(torch.tensor([[49, 402, 8]])).square().sum().backward()
+        held = collection.footprint().train
+        dense = sum(p.nbytes for p in collection.parameters() if p.requires_grad)
+        state = [v for k, v in collection.named_buffers() if k.startswith(collection.storages)]
+        index = sum(i.nbytes for s in schema for i in plan[s.name].program(s).indexes)
+        allocated = sum(t.nbytes for t in [*collection.parameters(), *state]) + dense + index
+        said = {
+            "the collection": held,
+            "the plan's arithmetic": Costs(optimizer, train=True).plan(plan, schema),
+            "the plan's report": memory_report(plan, schema=schema, optimizer=optimizer).total("train"),
+            "the collection's report": memory_report(collection).total("train"),
+        }
+        wrong = {who: n for who, n in said.items() if n != allocated}
+        assert not wrong, f"{type(optimizer).__name__} trains on {allocated} bytes; {wrong}"
