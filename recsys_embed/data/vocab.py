@@ -15,7 +15,7 @@ from recsys_embed.data.random_bits import GOLDEN
 from recsys_embed.errors import DataError
 
 OOV_ID = 0
-_MAX_ROW_LOOKUPS = 32
+_MAX_PROBES = 32
 
 
 @dataclass
@@ -49,7 +49,7 @@ class IdTable:
     def __call__(self, keys: NDArray[np.unsignedinteger]) -> NDArray[np.int32]:
         """Ids of the keys, ``OOV_ID`` for unknown ones."""
         k = _scramble(keys.astype(self.keys.dtype))
-        if self.longest > _MAX_ROW_LOOKUPS:
+        if self.longest > _MAX_PROBES:
             at = np.searchsorted(self.keys[:-1], k)
         else:
             at = self.start[k >> k.dtype.type(self.shift)]

@@ -36,7 +36,7 @@ from recsys_embed.utils.settings import Settings
 
 T = TypeVar("T", bound=Trainer)
 
-_ROW_LOOKUP_STEPS = 20
+_TIMED_STEPS = 20
 
 
 @dataclass
@@ -203,13 +203,13 @@ class Search(ABC):
 
     def plain_seconds(self) -> float:
         """Seconds of a plain training with these settings, from a few of its steps."""
-        known = self.folder.get("row_lookup")
+        known = self.folder.get("probe")
         if known is None:
             model = self._untrained()
             trainer = Trainer(model, self.data, self.config, device=self.device, show_progress=False)
             times = []
             with torch.random.fork_rng(devices=[]):
-                for batch in islice(iter(trainer._epoch(0, 0)), _ROW_LOOKUP_STEPS + 3):
+                for batch in islice(iter(trainer._epoch(0, 0)), _TIMED_STEPS + 3):
                     trainer._clock = time.perf_counter()
                     trainer._step(batch)
                     times.append(time.perf_counter() - trainer._clock)
@@ -219,7 +219,7 @@ class Search(ABC):
                 trainer.evaluate("valid")
                 validations = (time.perf_counter() - begin) * -(-trainer.total_steps // self._validation_steps(trainer))
             known = {"seconds": statistics.median(times[3:] or times) * trainer.total_steps + validations}
-            self.folder.put("row_lookup", known)
+            self.folder.put("probe", known)
         return float(known["seconds"])
 
     def _validation_steps(self, trainer: Trainer) -> int:

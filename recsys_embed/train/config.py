@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
 from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, param
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.strict_json import read_object
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
@@ -153,11 +152,4 @@ def read_settings(path: str | Path) -> JSON:
         ConfigError: not a file of that form; names file, line and column.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = strict_json(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as e:
-        raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'toml'}: {e}") from e
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a table of settings; got {type(data).__name__}")
-    return data
+    return read_object(path, toml=path.suffix != ".json")

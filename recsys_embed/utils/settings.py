@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.typing import JSON, JSONMapping, Option
 
 T = TypeVar("T")
@@ -258,15 +258,23 @@ def key_faults(
     return strange, [f"`{name}` is missing{missing}" for name in required if name not in data]
 
 
-def refuse_unknown(cls: type, data: Any, kind: str, missing: str = "", where: str | None = None) -> None:
+def refuse_unknown(
+    cls: type,
+    data: Any,
+    kind: str,
+    missing: str = "",
+    where: str | None = None,
+    error: type[RecsysEmbedError] = ConfigError,
+) -> None:
     """Raise one error for all unknown and absent keys of ``data``, see :func:`key_faults`.
 
     Raises:
         UnknownNameError: keys are unknown and none is absent.
-        ConfigError: keys are absent.
+        ConfigError: ``data`` is no mapping.
+        error: keys are absent.
     """
     strange, absent = key_faults(cls, data, kind, missing, where)
-    raise_faults(strange + absent, where or cls.__name__, ConfigError if absent else UnknownNameError)
+    raise_faults(strange + absent, where or cls.__name__, error if absent else UnknownNameError)
 
 
 def build(cls: type[T], data: Any, kind: str, missing: str = "", where: str | None = None) -> T:

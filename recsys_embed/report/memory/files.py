@@ -27,7 +27,7 @@ from recsys_embed.report.memory.optimizer import StateLaw, make_law
 from recsys_embed.report.memory.plan import Parts, parts_of_plan, spec_of
 from recsys_embed.report.memory.tensors import Stored, read_manifest, read_safetensors, read_torch
 from recsys_embed.utils.files import file_form
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.strict_json import read_object
 
 STATE = "_extra_state"
 RUN_FILES = ("model.pt", "checkpoint.pt")
@@ -92,7 +92,10 @@ def _folder(path: Path, optimizer: Any, dense_optimizer: Any, embedding_dim: int
 
 def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Parts:
     """A plan or a schema."""
-    data = read_json(path)
+    try:
+        data = read_object(path)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror or e}") from e
     if isinstance(data.get("features"), list) and "format" not in data:
         own = Schema.from_dict(data)
         return parts_of_plan(own, Plan.full(own), fused)
@@ -105,21 +108,6 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Pa
             raise type(e)(f"{path}: {e}") from e
         return parts_of_plan(schema, plan, fused)
     raise ConfigError(f"{path} holds neither a plan nor a schema; a data folder's schema.json is read by its folder")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a JSON file.
-
-    Raises:
-        ConfigError: cannot be read, or is no object.
-    """
-    try:
-        data = strict_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold an object; got {type(data).__name__}")
-    return data
 
 
 # -- weights -------------------------------------------------------------------------------------------------------
