@@ -219,7 +219,7 @@ def test_damage_and_absence_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must hold an object"):
         memory_report(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         memory_report(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"features": 3}')
     with pytest.raises(ConfigError, match="neither a plan nor a schema"):

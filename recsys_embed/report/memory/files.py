@@ -27,7 +27,7 @@ from recsys_embed.report.memory.file_tensors import FileTensor, read_manifest, r
 from recsys_embed.report.memory.plan import ModelStorage, plan_storage, spec_of
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.utils.files import file_form
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.strict_json import read_object
 
 STATE = "_extra_state"
 RUN_FILES = ("model.pt", "checkpoint.pt")
@@ -94,7 +94,10 @@ def _folder(
 
 def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> ModelStorage:
     """A plan or a schema."""
-    data = read_json(path)
+    try:
+        data = read_object(path)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror or e}") from e
     if isinstance(data.get("features"), list) and "format" not in data:
         own = Schema.from_dict(data)
         return plan_storage(own, Plan.full(own), fused)
@@ -107,21 +110,6 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Mo
             raise type(e)(f"{path}: {e}") from e
         return plan_storage(schema, plan, fused)
     raise ConfigError(f"{path} holds neither a plan nor a schema; a data folder's schema.json is read by its folder")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds no object.
-    """
-    try:
-        data = strict_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold an object; got {type(data).__name__}")
-    return data
 
 
 # -- weights -------------------------------------------------------------------------------------------------------

@@ -30,20 +30,21 @@ from recsys_embed.report.memory.report_values import (
 )
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.report.memory.stats import FieldStats, read_stats_of
+from recsys_embed.typing import OptimizerSpec, Statistics
 
 __all__ = ["MemoryReport", "TableReport", "memory_report"]
 
 
 def memory_report(
-    source: Any,
+    source: nn.Module | Plan | Schema | Path | str,
     *,
     schema: Schema | None = None,
-    optimizer: Any = None,
-    dense_optimizer: Any = None,
+    optimizer: OptimizerSpec | None = None,
+    dense_optimizer: OptimizerSpec | None = None,
     precision: Precision | None = None,
     batch_size: int = DEFAULT_BATCH,
     ids_per_sample: float | Mapping[str, float] = 1.0,
-    stats: Any = None,
+    stats: Statistics | None = None,
     embedding_dim: int = 16,
     tables: Sequence[str] | None = None,
     ratio: float = DEFAULT_RATIO,

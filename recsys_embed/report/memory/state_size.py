@@ -13,6 +13,7 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, rule_name
 from recsys_embed.report.memory.arrays import StoredArray, UpdateKind
+from recsys_embed.typing import OptimizerSpec
 
 _TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -100,7 +101,9 @@ def _measured(cls: Any, options: Any, itemsize: int, sparse: bool, flat: bool) -
     return element, row, column, fixed
 
 
-def state_size_of(optimizer: Any, *, prefer_fused: bool) -> OptimizerStateSize | None:
+def state_size_of(
+    optimizer: OptimizerSpec | OptimizerStateSize | None, *, prefer_fused: bool
+) -> OptimizerStateSize | None:
     """The state size of an optimizer, given in any form.
 
     Args:
