@@ -193,7 +193,8 @@ class OldNames(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         today = f"{ROOT}.{MOVED[name.removeprefix(f'{ROOT}.')]}"
-        warnings.warn(f"{name} is now {today}; the earlier name goes in the next version", DeprecationWarning, stacklevel=2)
+        text = f"{name} is now {today}; the earlier name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         # The import system returns what stands here once a loader is done: the one module, under both names.
         sys.modules[name] = found = import_module(today)
         for earlier, place in RENAMED.get(name.removeprefix(f"{ROOT}."), {}).items():
