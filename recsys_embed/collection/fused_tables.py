@@ -19,6 +19,7 @@ from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
+from recsys_embed.typing import JSON
 
 
 class _Turn:
@@ -88,7 +89,7 @@ class SteppedTables(nn.Module):
         self._anchor = torch.zeros(0, requires_grad=True)
         self._handle = handle_of(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
         self._handle = handle_of(self)
 
@@ -281,7 +282,7 @@ class SteppedTables(nn.Module):
         """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
         return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
 
-    def optimizer_state_dict(self) -> dict[str, Any]:
+    def optimizer_state_dict(self) -> JSON:
         """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
         self.settle_()
         return {
@@ -291,7 +292,7 @@ class SteppedTables(nn.Module):
             "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
         }
 
-    def load_optimizer_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(self, saved: JSON) -> None:
         """Inverse of :meth:`optimizer_state_dict`.
 
         Raises:

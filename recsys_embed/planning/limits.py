@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.planning.candidates import method_faults
 from recsys_embed.planning.loss_estimate import ColumnSpan
 from recsys_embed.registry import config_from_dict
+from recsys_embed.typing import JSONMapping
 from recsys_embed.utils.settings import param, refuse_unknown, wrong_settings
 
 EVERY = "*"
@@ -97,7 +97,7 @@ class Limits:
         return None
 
 
-def named_limits(options: Mapping[str, Any]) -> Limits:
+def named_limits(options: JSONMapping) -> Limits:
     """Limits from keyword arguments as people write them: texts instead of tuples, mappings instead of configurations,
     methods forbidden for all features without ``"*"``.
 

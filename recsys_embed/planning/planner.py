@@ -29,6 +29,7 @@ from recsys_embed.planning.predict import curve_terms, plan_losses
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.statistics import curves_from
 from recsys_embed.planning.table_groups import TableGroup, configs_of, table_groups
+from recsys_embed.typing import Budget, EvidenceSource, Methods, ModelOrSchema, Option, Statistics, UpdateRule
 
 MANY = 200
 """With more features than this, the grid of sizes is coarser."""
@@ -37,17 +38,17 @@ EVALUATIONS = 24_000
 
 
 def plan_for_budget(
-    model_or_schema: Schema | nn.Module,
-    budget: int | str,
+    model_or_schema: ModelOrSchema,
+    budget: Budget,
     target: str = "serve",
-    methods: Any = None,
-    optimizer: str | FusedOptimizer | None = "rowwise_adagrad",
-    stats: Any = None,
+    methods: Methods | None = None,
+    optimizer: UpdateRule | None = "rowwise_adagrad",
+    stats: Statistics | None = None,
     *,
-    evidence: Any = None,
+    evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
-    **limits: Any,
+    **limits: Option,
 ) -> Plan:
     """Choose a method and a size for every table, so that all of them together fit a byte budget and lose least.
 
@@ -135,7 +136,7 @@ def plan_for_budget(
 # -- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _schema(model_or_schema: Any) -> Schema:
+def _schema(model_or_schema: ModelOrSchema) -> Schema:
     if isinstance(model_or_schema, Schema):
         return model_or_schema
     if isinstance(model_or_schema, nn.Module):
@@ -192,7 +193,7 @@ def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
     return chosen + candidate_methods(extra) if extra else chosen
 
 
-def _optimizer(optimizer: Any) -> FusedOptimizer | None:
+def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:
     if optimizer is None or isinstance(optimizer, FusedOptimizer):
         return optimizer
     if not isinstance(optimizer, str):
@@ -200,7 +201,7 @@ def _optimizer(optimizer: Any) -> FusedOptimizer | None:
     return make_rule(optimizer)
 
 
-def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
+def _curves(schema: Schema, stats: Statistics | None) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
     """Curves of all features, where they are from in words, and the features whose curve was counted."""
     given, names = {} if stats is None else curves_from(stats), schema.names
     faults = [

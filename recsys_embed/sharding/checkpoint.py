@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recsys_embed.errors import CheckpointError
@@ -33,6 +33,7 @@ from recsys_embed.sharding.checkpoint_tensors import (
     weight_tensors,
 )
 from recsys_embed.sharding.optimizers import Optimizers
+from recsys_embed.typing import JSON
 from recsys_embed.utils.files import write_json, write_text
 
 LATEST = "latest"
@@ -46,9 +47,9 @@ def save(
     model: nn.Module,
     optimizers: Optimizers | None = None,
     *,
-    extra: dict[str, Any] | None = None,
+    extra: JSON | None = None,
     beside: Mapping[str, Tensor] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> Path:
     """Save a sharded model, with the optimizers' state where given; every process of ``group`` calls it.
 
@@ -77,8 +78,8 @@ def load(
     optimizers: Optimizers | None = None,
     *,
     beside: Mapping[str, Tensor] | None = None,
-    group: Any = None,
-) -> dict[str, Any]:
+    group: ProcessGroup | None = None,
+) -> JSON:
     """Read the newest complete checkpoint into a sharded model, however many processes wrote it; all call it.
 
     Args:
@@ -107,7 +108,7 @@ def load(
     return dict(meta["extra"])
 
 
-def describe(model: nn.Module, steps: int, trained: bool) -> dict[str, Any]:
+def describe(model: nn.Module, steps: int, trained: bool) -> JSON:
     """What a checkpoint must agree on with the model that reads it."""
     colls = {
         path: {
@@ -124,7 +125,7 @@ def describe(model: nn.Module, steps: int, trained: bool) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "collections": collections, "steps": steps, "trained": trained}
 
 
-def check(at: Path, meta: dict[str, Any], model: nn.Module, trained: bool) -> None:
+def check(at: Path, meta: JSON, model: nn.Module, trained: bool) -> None:
     """Raise unless a checkpoint is of such a model."""
     wanted = describe(model, 0, trained)["collections"]
     saved = with_current_names(meta["collections"])
@@ -143,7 +144,7 @@ def check(at: Path, meta: dict[str, Any], model: nn.Module, trained: bool) -> No
         raise CheckpointError(f"checkpoint {at} holds weights only, no optimizer state; load it without `optimizers`")
 
 
-def find(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+def find(folder: str | Path) -> tuple[Path, JSON]:
     """The newest complete checkpoint of a folder and its description."""
     folder = Path(folder)
     try:
@@ -161,8 +162,8 @@ def find(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 def write(
     folder: str | Path,
     tensors: Iterable[CheckpointTensor],
-    meta: dict[str, Any],
-    group: Any = None,
+    meta: JSON,
+    group: ProcessGroup | None = None,
     *,
     alone: bool = False,
 ) -> Path:
@@ -190,7 +191,9 @@ def write(
     return at
 
 
-def read(at: Path, tensors: Iterable[CheckpointTensor], group: Any = None, *, alone: bool = False) -> None:
+def read(
+    at: Path, tensors: Iterable[CheckpointTensor], group: ProcessGroup | None = None, *, alone: bool = False
+) -> None:
     """Read a checkpoint into tensors, and these into their places.
 
     Raises:
@@ -260,7 +263,7 @@ def _set_steps(optimizers: Optimizers, steps: int) -> None:
         optimizers.fused.set_optimizer_step(steps)
 
 
-def _from_first(values: Tensor, group: Any) -> Tensor:
+def _from_first(values: Tensor, group: ProcessGroup | None) -> Tensor:
     values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     dist.broadcast(values, 0 if group is None else dist.get_global_rank(group, 0), group=group)
     return values.cpu()

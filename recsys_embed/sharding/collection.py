@@ -25,6 +25,7 @@ from recsys_embed.sharding.pooled import PooledFeatures
 from recsys_embed.sharding.pooling_split import Pooling, split_by_pooling
 from recsys_embed.sharding.row_reader import TorchRecRowReader
 from recsys_embed.sharding.shards import LocalShard, fill, shards_of
+from recsys_embed.typing import Ids
 
 
 class ShardableCollection(Constants):
@@ -170,7 +171,7 @@ class ShardableCollection(Constants):
         vectors: Tensor = self.readers[storage](rows)
         return vectors
 
-    def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Ids, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Vectors of all features; ``ids`` in any form that :meth:`recsys_embed.EmbeddingCollection.forward` takes.
 
         Returns:
@@ -189,7 +190,7 @@ class ShardableCollection(Constants):
             return self._pooled(Bags(ids.long().t().reshape(-1), each, None, len(ids)))
         return self._pooled(to_bags(self.schema, self._given(ids), offsets, per_sample_weights))
 
-    def _given(self, ids: Any) -> Any:
+    def _given(self, ids: Ids) -> Ids:
         if not isinstance(ids, Mapping):
             return ids
         out = dict(ids)

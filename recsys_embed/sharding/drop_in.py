@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,17 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.pooling_split import Pooling
+from recsys_embed.typing import Option
+
+
+class HasConfigs(Protocol):
+    """What TorchRec's collections say of their tables."""
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]: ...
+
+
+Features: TypeAlias = HasConfigs | Sequence[EmbeddingBagConfig]
+"""A collection of TorchRec, or its list of configurations."""
 
 
 class CompressedEBC(nn.Module):
@@ -53,7 +65,9 @@ class CompressedEBC(nn.Module):
         )
 
     @classmethod
-    def like(cls, ebc: Any, plan: Plan | None = None, optimizer: FusedOptimizer | None = None, **options: Any) -> Any:
+    def like(
+        cls, ebc: Features, plan: Plan | None = None, optimizer: FusedOptimizer | None = None, **options: Option
+    ) -> Self:
         """A CompressedEBC with the features of ``ebc``, TorchRec's collection or its list of configurations."""
         return cls(schema_of(ebc), plan, optimizer, **options)
 
@@ -85,7 +99,7 @@ class CompressedEBC(nn.Module):
         return KeyedTensor(list(self.collection.schema.names), self.collection.widths, out.flatten(1))
 
 
-def schema_of(ebc: Any) -> Schema:
+def schema_of(ebc: Features) -> Schema:
     """The features of ``ebc``, TorchRec's collection or its list of configurations.
 
     Features that share a table there are separate features here, each with a table of that size in a plan of full
@@ -106,7 +120,7 @@ def schema_of(ebc: Any) -> Schema:
             if name in specs:
                 faults.append(f"feature {name!r} is served by several tables; give each a feature of its own")
                 continue
-            pooling: Any = "mean" if config.pooling is PoolingType.MEAN else "sum"
+            pooling: Literal["mean", "sum"] = "mean" if config.pooling is PoolingType.MEAN else "sum"
             specs[name] = FeatureSpec(name, config.num_embeddings, config.embedding_dim, pooling=pooling)
     raise_faults(faults, "schema_of")
     return Schema(list(specs.values()))

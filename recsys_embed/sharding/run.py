@@ -17,6 +17,7 @@ from recsys_embed.data.folder import lock
 from recsys_embed.data.stream import moments_of
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, build_model
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.checkpoint import save
 from recsys_embed.sharding.collection import ShardableCollection
@@ -174,7 +175,9 @@ def shardable_model(config: TrainConfig, schema: Schema, num_dense: int) -> CTRM
     ('ShardableCollection', ['meta'])
     """
 
-    def collection(part: Schema, plan: Plan, *, optimizer: Any, seed: int, **_: Any) -> ShardableCollection:
+    def collection(
+        part: Schema, plan: Plan, *, optimizer: FusedOptimizer | None, seed: int, **_: object
+    ) -> ShardableCollection:
         # Every feature has one id per sample; looked up by id, a row that a batch reads repeatedly is sent once.
         return ShardableCollection(part, plan, optimizer, pool="ids", seed=seed, device="meta")
 

@@ -6,11 +6,11 @@ import logging
 import os
 from collections.abc import Mapping
 from math import gcd
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -37,7 +37,7 @@ def shard(
     device: torch.device | str = "cpu",
     plan: ShardingPlan | None = None,
     topology: Topology | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> DistributedModelParallel:
     """Shard a model's :class:`ShardableCollection` tables over the processes of ``group``.
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.sharding.checkpoint import check, describe, find, read, write
 from recsys_embed.sharding.checkpoint_tensors import collections_in, unsharded_state_tensors, weight_tensors
+from recsys_embed.typing import JSON
 
 
-def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> dict[str, Any]:
+def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> JSON:
     """Load a distributed checkpoint into an unsharded model, without a process group.
 
     The model can then be trained, saved and exported like any other.
@@ -42,7 +42,7 @@ def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> d
     return dict(meta["extra"])
 
 
-def from_single(folder: str | Path, model: nn.Module, *, extra: dict[str, Any] | None = None) -> Path:
+def from_single(folder: str | Path, model: nn.Module, *, extra: JSON | None = None) -> Path:
     """Write an unsharded model, with the state of its fused optimizers, as a distributed checkpoint.
 
     The dense optimizer's state is not saved: after :func:`recsys_embed.sharding.load` it starts from its initial value.

@@ -12,12 +12,13 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.typing import JSON, JSONMapping, Option
 
 T = TypeVar("T")
 
 
 def param(
-    default: Any,
+    default: Option,
     doc: str = "",
     *,
     low: float | None = None,
@@ -25,7 +26,7 @@ def param(
     above: float | None = None,
     below: float | None = None,
     empty: bool = False,
-) -> Any:
+) -> Option:
     """A field of a settings class; its annotation and these bounds say what it may hold.
 
     Args:
@@ -308,17 +309,17 @@ class Settings:
         return []
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest one."""
         return build(cls, data, cls.noun)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Option) -> Self:
         """A copy with some settings changed, checked again; unknown keys are errors."""
         strange, _ = key_faults(type(self), changes, self.noun)
         raise_faults(strange, self.where(), UnknownNameError)
         return replace(self, **changes)  # type: ignore[type-var]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready."""
         values = asdict(self)  # type: ignore[call-overload]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
