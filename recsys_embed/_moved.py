@@ -55,6 +55,7 @@ MOVED = {
     "kernels.pace": "kernels.deferred_steps",
     "kernels.records": "kernels.native.records",
     "kernels.stored": "kernels.stored_tables",
+    "kernels.triton.deferred": "kernels.triton.lazy_lookup",
     "kernels.unseen": "kernels.unseen_ids",
     "members": "core.id_sets",
     "memory": "core.footprint",
@@ -120,6 +121,9 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "kernels.pace": {"Pace": "kernels.deferred_steps.StepLog"},
+    "kernels.triton.deferred": {"DeferredLookup": "kernels.triton.lazy_lookup.LazyLookup"},
+    "stepping": {"SteppedTables": "collection.fused_tables.FusedTables"},
     "members": {"Index": "core.id_sets.IdSet"},
     "program": {
         "Digit": "core.transforms.MixedRadixDigit",
