@@ -322,7 +322,7 @@ def test_state_bytes_are_those_held() -> None:
 
 
 def test_earlier_names_of_what_a_rule_overrides_still_work() -> None:
-    with pytest.warns(DeprecationWarning) as told:
+    with pytest.warns(DeprecationWarning, match="is now called") as told:
 
         class Halved(SGD):
             fades = False

@@ -36,6 +36,7 @@ from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
+from recsys_embed.typing import JSON, Ids
 
 
 class EmbeddingCollection(FusedTables):
@@ -215,7 +216,7 @@ class EmbeddingCollection(FusedTables):
 
     def forward(
         self,
-        ids: Any,
+        ids: Ids,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
@@ -296,7 +297,7 @@ class EmbeddingCollection(FusedTables):
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
         return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]
         # The order of the features fixes where their rows stand in a storage.
         order = list(self.schema.names)

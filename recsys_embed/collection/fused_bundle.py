@@ -154,7 +154,7 @@ class FusedBundle:
     _takes_masks = True
 
     def _build(self, names: Sequence[str], *arguments: Any) -> None:
-        self.lookup: Any = NativeLookup(*(*arguments, self._shapes))
+        self.lookup = NativeLookup(*(*arguments, self._shapes))
         self._pool = OutputPool()
 
     def single(
@@ -190,7 +190,7 @@ class FusedBundle:
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
-        check: Callable[[], Any] = lambda: None,
+        check: Callable[[], object] = lambda: None,
     ) -> list[Tensor]:
         """Pooled vectors of resolved bags of all features, as :meth:`single` has those of ids.
 

@@ -19,6 +19,7 @@ from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
+from recsys_embed.typing import JSON
 from recsys_embed.utils.deprecated import warn_renamed
 
 
@@ -39,7 +40,7 @@ class _Lock:
 
 
 class OneStep:
-    """Counts one optimizer step where several parts of a lookup update a table in one backward: the first advances it."""
+    """Counts one step of a table that several parts of a lookup update in one backward: the first advances it."""
 
     def __init__(self) -> None:
         self._runs: dict[tuple[str, str], int] = {}
@@ -89,7 +90,7 @@ class FusedTables(nn.Module):
         self._anchor = torch.zeros(0, requires_grad=True)
         self._handle = handle_of(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
         self._handle = handle_of(self)
 
@@ -289,7 +290,7 @@ class FusedTables(nn.Module):
         """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
         return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
 
-    def optimizer_state_dict(self) -> dict[str, Any]:
+    def optimizer_state_dict(self) -> JSON:
         """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
         self.catch_up_()
         return {
@@ -299,7 +300,7 @@ class FusedTables(nn.Module):
             "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
         }
 
-    def load_optimizer_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(self, saved: JSON) -> None:
         """Inverse of :meth:`optimizer_state_dict`.
 
         Raises:

@@ -27,6 +27,7 @@ from recsys_embed.kernels.unseen_ids import Unseen, with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
+from recsys_embed.typing import FeatureIds
 
 
 def _own(name: str) -> str:
@@ -171,7 +172,7 @@ class LookupBundle(Constants):
             if isinstance(module, CompressedEmbedding):
                 module.reset_parameters(seed)
 
-    def given(self, ids: Mapping[str, Any]) -> dict[str, Any]:
+    def given(self, ids: Mapping[str, FeatureIds]) -> dict[str, FeatureIds]:
         """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
         out = dict(ids)
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
@@ -264,7 +265,7 @@ class LookupBundle(Constants):
             check: the ids may be out of range.
         """
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
-        picks = []
+        picks: list[tuple[Tensor | slice | None, Tensor]] = []
         for p in parts:
             if len(self.parts[p]) == 1 and feature is None:
                 picks.append(self._pick_one(self.parts[p][0], bags))
@@ -327,7 +328,7 @@ class LookupBundle(Constants):
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
 
-    def _pick_one(self, feature: int, bags: Bags) -> tuple[Any, Tensor]:
+    def _pick_one(self, feature: int, bags: Bags) -> tuple[slice, Tensor]:
         """As :meth:`_pick`, of one feature, whose ids stand together."""
         first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
         return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)

@@ -1,4 +1,4 @@
-"""The initial distribution of a table that takes the place of a trained one."""
+"""The initializer for a table that replaces a trained one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from recsys_embed.embedding import CompressedEmbedding
 
 
-def spread(module: nn.Module) -> float:
-    """Standard deviation of a plain table's elements, the padding row aside; 1, torch's own, where unknown."""
+def element_std(module: nn.Module) -> float:
+    """Standard deviation of a plain table's elements without the padding row; 1, as in torch, where unknown."""
     if isinstance(module, CompressedEmbedding):
         return module.spec.initial_distribution()[1]
     weight = cast("Tensor", module.weight)
@@ -34,7 +34,7 @@ def spread(module: nn.Module) -> float:
 
 
 def initializer_for(modules: Iterable[nn.Module]) -> str:
-    """Initial distribution of new rows: normal, with the root mean square of the spreads of the tables they replace."""
-    squares = [spread(m) ** 2 for m in modules]
+    """A normal initializer whose variance is the mean variance of the tables it replaces."""
+    squares = [element_std(m) ** 2 for m in modules]
     std = (sum(squares) / len(squares)) ** 0.5
     return f"normal:{std:.6g}".replace("e+", "e")

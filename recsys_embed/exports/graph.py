@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
 from recsys_embed.exports.graph_check import GraphCheck, check_graph, quiet, serving
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
+from recsys_embed.typing import DynamicShapes
 from recsys_embed.utils.optional import require
 
 __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export"]
@@ -44,7 +45,7 @@ class GraphFile:
     check: GraphCheck | None
 
 
-def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
+def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> ExportedProgram:
     """The model in eval mode as a program in which the batch varies and nothing stands that no output needs."""
     short = [tuple(t.shape) for t in tensors(inputs) if dynamic_shapes is None and t.dim() and t.shape[0] < 2]
     if short:
@@ -83,7 +84,7 @@ def to_torch_export(
     path: str | os.PathLike[str],
     inputs: Inputs | Tensor | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes = None,
     check: bool = True,
     tolerance: float | None = None,
 ) -> GraphFile:
@@ -139,7 +140,7 @@ def to_onnx(
     path: str | os.PathLike[str],
     inputs: Inputs | Tensor | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes = None,
     external_data: bool | None = None,
     check: bool = True,
     tolerance: float | None = None,

@@ -28,6 +28,7 @@ from recsys_embed.exports.served_modules import (
 )
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
+from recsys_embed.typing import JSONMapping
 
 Backend = Literal["auto", "torch", "fbgemm"]
 _CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def _loaded(loader: _Loader, into: nn.Module | None) -> nn.Module:
     return loader.fill(into)
 
 
-def verify(path: str | Path) -> Mapping[str, Any]:
+def verify(path: str | Path) -> JSONMapping:
     """Check an exported file as ``load`` does, every byte of it, and return its manifest.
 
     Raises:

@@ -134,7 +134,7 @@ class Group(Constants):
             weight = self._read(f"weight{tag}", picks, programs, places, index)
         if first.sign is not None:
             signs = f"sign{tag}"
-            self.add_constant(signs, [[p.sign for p in row] for row in chosen])
+            self.add_constant(signs, [[p.sign or 0 for p in row] for row in chosen])
         return _RowLookupSet(slots, read, weight, signs, first.scale, first.width)
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 import torch
+from torch import nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError
@@ -22,7 +22,9 @@ from recsys_embed.models.fm import FM
 from recsys_embed.models.ipnn import IPNN
 from recsys_embed.models.lr import LR
 from recsys_embed.models.widedeep import WideDeep
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.typing import Option
 from recsys_embed.utils import plugins
 from recsys_embed.utils.plugins import load_plugins, unknown_plugin_name
 
@@ -91,12 +93,12 @@ def build_model(
     linear_plan: Plan | None = None,
     *,
     num_dense: int | None = None,
-    optimizer: Any = None,
+    optimizer: FusedOptimizer | None = None,
     seed: int = 0,
     backend: str = "auto",
     device: torch.device | str | None = None,
-    collection: Callable[..., Any] = EmbeddingCollection,
-    **hparams: Any,
+    collection: Callable[..., nn.Module] = EmbeddingCollection,
+    **hparams: Option,
 ) -> CTRModel:
     """Build a model whose tables follow ``plan``.
 

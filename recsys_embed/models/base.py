@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,13 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, build, check_settings, param
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 NUMERIC_INIT_STD = 0.05
 
@@ -40,11 +45,11 @@ class ModelSpec:
     plan: Plan | None
     linear_plan: Plan | None = None
     num_dense: int = field(default_factory=former_default)
-    optimizer: Any = None
+    optimizer: FusedOptimizer | None = None
     seed: int = 0
     backend: str = "auto"
     device: torch.device | str | None = None
-    collection: Callable[..., Any] = EmbeddingCollection
+    collection: Callable[..., nn.Module] = EmbeddingCollection
 
 
 class CTRModel(nn.Module):
@@ -68,7 +73,7 @@ class CTRModel(nn.Module):
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
 
-    params: Any = None
+    params: DataclassInstance | None = None
     embedding: EmbeddingCollection | None
     linear: EmbeddingCollection | None
 
@@ -121,10 +126,10 @@ class CTRModel(nn.Module):
     def _collection(self, schema: Schema, plan: Plan, spec: ModelSpec) -> EmbeddingCollection:
         # Restores the global generator, so dense layers start alike whatever a plan draws.
         with torch.random.fork_rng(devices=[]):
-            made: EmbeddingCollection = spec.collection(
+            made = spec.collection(
                 schema, plan, optimizer=spec.optimizer, seed=spec.seed, backend=spec.backend, device=spec.device
             )
-        return made
+        return cast("EmbeddingCollection", made)  # or one that is called as it is
 
     def _numeric_dim(self, schema: Schema) -> int:
         """Width of a numeric field's vector: that of the categories, or their mean where they differ."""
@@ -207,11 +212,11 @@ def register(cls: type[M]) -> type[M]:
     return cls
 
 
-def make_params(cls: type[CTRModel], hparams: dict[str, Any]) -> Any:
+def make_params(cls: type[CTRModel], hparams: JSON) -> DataclassInstance:
     """Hyperparameters of ``cls`` from keywords; lists become tuples, unknown keys and wrong values are errors."""
     where = f"model {cls.key!r}"
     try:
-        params: Any = build(cls.params_cls, hparams, f"hyperparameter of {where}", where=where)
+        params: DataclassInstance = build(cls.params_cls, hparams, f"hyperparameter of {where}", where=where)
     except ConfigError as e:
         raise type(e)(str(e).replace(f"({cls.params_cls.__name__})", f"({where})")) from None
     check_settings(params, where)

@@ -27,7 +27,7 @@ class FusedOptimizer(ABC):
     Args:
         lr: learning rate, > 0 (0 freezes the tables).
         weight_decay: L2 penalty, ``weight_decay * w`` added to the gradient of every row that moves.
-        rows: which rows a step updates: ``"touched"``, those of the batch; or ``"all"``, which gives the weights of torch's
+        rows: which rows a step updates: ``"touched"``, those of the batch; or ``"all"``, for the weights of torch's
             dense optimizer (rows that are never read decay, and so do moments). Steps of rows outside the batch are
             deferred: a row catches up when it is next read, and all do before they are evaluated or saved.
 

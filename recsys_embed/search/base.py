@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.data.data_source import BatchSource, DataSource
 from recsys_embed.features import Schema
@@ -20,7 +20,7 @@ from recsys_embed.models import CTRModel, get_model
 from recsys_embed.plan import Plan
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.frequency_blocks import id_counts
-from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
+from recsys_embed.search.retrain import StartWeights, build_retrained, dense_weights, initial_hashes, planned
 from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.build import model_from_config, standardise
 from recsys_embed.train.config import TrainConfig
@@ -31,8 +31,12 @@ from recsys_embed.train.plans import linear_share
 from recsys_embed.train.result import TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.run_log import progress_bar
+from recsys_embed.typing import Option
+from recsys_embed.utils.settings import Settings
 
-_ROW_LOOKUP_STEPS = 20
+T = TypeVar("T", bound=Trainer)
+
+_TIMED_STEPS = 20
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Search(ABC):
     ... class HeadSettings(Settings):
     ...     share: float = 0.5
     >>> class HeadSearch(Search):  # what is to be beaten: the most frequent ids
+    ...     settings: HeadSettings
     ...     method, stages = "head", ("retrain",)
     ...
     ...     def check(self) -> None:
@@ -72,7 +77,7 @@ class Search(ABC):
 
     config: TrainConfig
     data: DataSource
-    settings: Any
+    settings: Settings
     folder: SearchFolder
     budget: int | None = None
     device: torch.device | str | None = None
@@ -96,13 +101,13 @@ class Search(ABC):
     def search(self) -> Plan:
         """The plan of the vectors."""
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """Arguments of :func:`build_retrained` that say what the retraining starts from; the initial weights here."""
         return {"hashes": self.folder.get("initial")}
 
-    def trained_weights(self, net: Supernet, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    def trained_weights(self, net: Supernet, tables: Mapping[str, Tensor]) -> StartWeights:
         """Arguments of :func:`build_retrained` that go on with a trained supernet's network and first-order weights."""
-        found: dict[str, Any] = {"tables": tables, "dense": dense_weights(net.model)}
+        found: StartWeights = {"tables": tables, "dense": dense_weights(net.model)}
         if net.model.linear is not None:
             first = {s.name: net.model.linear.table(f"{s.name}.weight").detach() for s in self.schema}
             found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.schema, self.counts, strict=True)}
@@ -152,14 +157,14 @@ class Search(ABC):
 
     def trainer(
         self,
-        cls: Any,
-        model: Any,
+        cls: Callable[..., T],
+        model: nn.Module,
         stage: str,
         config: TrainConfig | None = None,
         *,
         data: BatchSource | None = None,
-        **options: Any,
-    ) -> Any:
+        **options: Option,
+    ) -> T:
         """A trainer that goes on where the stage was stopped; on ``data`` where that is not the search's own."""
         folder = self.folder.inside(stage)
         going_on = folder is not None and (folder / CHECKPOINT).exists()
@@ -198,13 +203,13 @@ class Search(ABC):
 
     def plain_seconds(self) -> float:
         """Seconds of a plain training with these settings, from a few of its steps."""
-        known = self.folder.get("row_lookup")
+        known = self.folder.get("probe")
         if known is None:
             model = self._untrained()
             trainer = Trainer(model, self.data, self.config, device=self.device, show_progress=False)
             times = []
             with torch.random.fork_rng(devices=[]):
-                for batch in islice(iter(trainer._epoch(0, 0)), _ROW_LOOKUP_STEPS + 3):
+                for batch in islice(iter(trainer._epoch(0, 0)), _TIMED_STEPS + 3):
                     trainer._clock = time.perf_counter()
                     trainer._step(batch)
                     times.append(time.perf_counter() - trainer._clock)
@@ -214,7 +219,7 @@ class Search(ABC):
                 trainer.evaluate("valid")
                 validations = (time.perf_counter() - begin) * -(-trainer.total_steps // self._validation_steps(trainer))
             known = {"seconds": statistics.median(times[3:] or times) * trainer.total_steps + validations}
-            self.folder.put("row_lookup", known)
+            self.folder.put("probe", known)
         return float(known["seconds"])
 
     def _validation_steps(self, trainer: Trainer) -> int:

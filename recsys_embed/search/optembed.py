@@ -21,6 +21,7 @@ from recsys_embed.search.evolution import Candidate, Space, evolve, ranked
 from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.registry import register_search
+from recsys_embed.search.retrain import StartWeights
 from recsys_embed.search.settings import OptembedSettings
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.build import make_optimizer
@@ -79,7 +80,7 @@ class OptembedSearch(Search):
         widths = self._evolve(net, space) if self.settings.dims else (space.most,) * space.fields
         return self._extract(kept, widths)
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """The initial weights, or those of the supernet."""
         if self.settings.retrain_from == "init":
             return {**super().start_weights(), "shared": self._oov(self._layer())}

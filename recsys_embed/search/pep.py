@@ -23,6 +23,7 @@ from recsys_embed.search.extract import chunks, make_plan, plain_bytes
 from recsys_embed.search.layers import PepLayer, soft_threshold
 from recsys_embed.search.pruning import choose_elements
 from recsys_embed.search.registry import register_search
+from recsys_embed.search.retrain import StartWeights
 from recsys_embed.search.settings import PepSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig
@@ -241,7 +242,7 @@ class PepSearch(Search):
             )
         return Plan.from_dict(found)
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """The true initial weights, or the thresholded tables beside the network as it was trained."""
         if self.settings.retrain_from == "init":
             return super().start_weights()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import PLANNED, TrainConfig
 
 Start = Literal["init", "supernet"]
+
+
+class StartWeights(TypedDict, total=False):
+    """What a retraining starts from, see :func:`build_retrained`."""
+
+    hashes: Mapping[str, str] | None
+    tables: Mapping[str, Tensor] | None
+    shared: Mapping[str, Tensor] | None
+    dense: Mapping[str, Tensor] | None
+    linear: Mapping[str, tuple[Tensor, Tensor]] | None
 
 
 def planned(config: TrainConfig, plan: Plan, budget: int | None = None) -> TrainConfig:

@@ -116,7 +116,7 @@ def test_operators_pass_torchs_checks(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of what the compiler cannot trace
-def test_compiled_lookups_do_not_read_rows_that_are_behind() -> None:
+def test_compiled_lookups_do_not_read_rows_that_missed_steps() -> None:
     coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend="native")
     coll(ids_of(0)).sum().backward()
     with torch.no_grad():

@@ -22,6 +22,7 @@ from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.text_blocks import find_files
 from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.typing import JSON
 from recsys_embed.utils.files import final_name
 
 
@@ -47,7 +48,7 @@ def convert_criteo(
     *,
     overwrite: bool = False,
     progress: Progress = _quiet,
-    extra: dict[str, Any] | None = None,
+    extra: JSON | None = None,
 ) -> ConvertReport:
     """Convert Criteo's tab-separated text (label, 13 integers, 26 hex categories) into a data folder.
 

@@ -116,7 +116,7 @@ def _one_field(
         missing_id = RAW_MISSING[options.id_bits]
         size = max(1, min(stats["distinct"], 2**31 - 1))
         theirs = None if donor is None else next(f for f in donor.features if f.name == name)
-        feature = theirs or Feature(name, size, missing_id, estimated=counts.level > 0)
+        feature = theirs or Feature(name, size, missing_id, counts.level > 0, vocab=None, vocab_sha256=None)
         return {"feature": asdict(feature), "stats": stats}
     if counts.level and donor is None:
         need = _FIXED + (len(counts.values) << counts.level) * _DISTINCT_COST * 5 // 4

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LazyLookup:
-    """Builds a :class:`TritonLookup` of its arguments at the first call; copies and pickles hold the arguments alone."""
+    """Builds a :class:`TritonLookup` of its arguments at the first call; pickles hold the arguments alone."""
 
     def __init__(self, *arguments: Any) -> None:
         self._arguments = arguments

@@ -63,8 +63,8 @@ class StudyDefinition:
     def steps(self) -> int:
         """Of a full training."""
         c = self.full_config
-        row_lookup = self.data.batches("train", c.batch_size, shuffle=False)
-        return min(c.steps or 1 << 62, len(row_lookup) * c.epochs)
+        batches = self.data.batches("train", c.batch_size, shuffle=False)
+        return min(c.steps or 1 << 62, len(batches) * c.epochs)
 
     @cached_property
     def config(self) -> TrainConfig:

@@ -50,7 +50,7 @@ class OpenStudy(StudyDefinition):
         super().__init__(config, data, settings)
         self.where, self.device, self.folder = shown(storage), device, folder
         self.trainings = Trainings(None if folder is None else folder / TRAININGS)
-        self._row_lookup(self._sampler())
+        self._check_sampler(self._sampler())
         self.storage = open_storage(storage, there=there)
         with self.guarded():
             self.study = self._open(there)
@@ -97,7 +97,7 @@ class OpenStudy(StudyDefinition):
             self._make(study, points)
         return study
 
-    def _row_lookup(self, sampler: optuna.samplers.BaseSampler) -> None:
+    def _check_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
         """Let a sampler draw for nothing: some take one objective, or no continuous parameters, and say so late."""
         objectives = self.settings.objectives
         study = optuna.create_study(sampler=sampler, directions=[OBJECTIVES[o] for o in objectives])
