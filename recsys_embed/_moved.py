@@ -130,11 +130,9 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
-<<<<<<< HEAD
     "kernels.pace": {"Pace": "kernels.deferred_steps.StepLog"},
     "kernels.triton.deferred": {"DeferredLookup": "kernels.triton.lazy_lookup.LazyLookup"},
     "stepping": {"SteppedTables": "collection.fused_tables.FusedTables"},
-=======
     "compress.dress": {"dress": "compress.module_state.transfer_module_state"},
     "compress.law": {"law_of": "compress.initializer.initializer_for", "spread": "compress.initializer.element_std"},
     "compress.replacement": {"Replacement": "compress.model_replacement.ModelReplacement"},
@@ -156,7 +154,6 @@ RENAMED = {
         "factors": "planning.loss_estimate.column_spans",
         "price": "planning.loss_estimate.estimate_loss",
     },
->>>>>>> main
     "members": {"Index": "core.id_sets.IdSet"},
     "report.memory_arrays": {
         "Array": "report.memory.arrays.StoredArray",
