@@ -56,6 +56,7 @@ MOVED = {
     "kernels.pace": "kernels.deferred_steps",
     "kernels.records": "kernels.native.records",
     "kernels.stored": "kernels.stored_tables",
+    "kernels.triton.deferred": "kernels.triton.lazy_lookup",
     "kernels.unseen": "kernels.unseen_ids",
     "members": "core.id_sets",
     "memory": "core.footprint",
@@ -129,6 +130,9 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "kernels.pace": {"Pace": "kernels.deferred_steps.StepLog"},
+    "kernels.triton.deferred": {"DeferredLookup": "kernels.triton.lazy_lookup.LazyLookup"},
+    "stepping": {"SteppedTables": "collection.fused_tables.FusedTables"},
     "compress.dress": {"dress": "compress.module_state.transfer_module_state"},
     "compress.law": {"law_of": "compress.initializer.initializer_for", "spread": "compress.initializer.element_std"},
     "compress.replacement": {"Replacement": "compress.model_replacement.ModelReplacement"},
@@ -193,7 +197,8 @@ class OldNames(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         today = f"{ROOT}.{MOVED[name.removeprefix(f'{ROOT}.')]}"
-        warnings.warn(f"{name} is now {today}; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        text = f"{name} is now {today}; the earlier name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         # The import system returns what stands here once a loader is done: the one module, under both names.
         sys.modules[name] = found = import_module(today)
         for earlier, place in RENAMED.get(name.removeprefix(f"{ROOT}."), {}).items():
