@@ -114,7 +114,7 @@ class OptembedSearch(Search):
         trainer = self.trainer(OptembedTrainer, net, "supernet",
                                threshold_lr=self.settings.threshold_lr, pull=self.settings.pull)  # fmt: skip
         self.run_stage("supernet", trainer)
-        net.settle_()
+        net.catch_up_()
         return net
 
     # -- evolution ------------------------------------------------------------------------------------------------

@@ -99,18 +99,18 @@ class Supernet(nn.Module):
         """The plain table of a feature: ``[ids, D]``, a view."""
         return self.vectors.table(f"{name}.weight")
 
-    def settle_(self) -> None:
+    def catch_up_(self) -> None:
         """Bring all rows to the present step, where the optimizer makes up for missed steps when it next reads them."""
         for collection in self.collections().values():
-            settle = getattr(collection, "settle_", None)
-            if settle is not None:
-                settle()
+            catch_up = getattr(collection, "catch_up_", None)
+            if catch_up is not None:
+                catch_up()
 
     @contextmanager
     def network_evaluated(self) -> Iterator[None]:
-        """Inside, all but the collections is in evaluation mode; these settle the rows that they look up, no others.
+        """Inside, all but the collections is in evaluation mode; these catch up the rows that they look up, no others.
 
-        In evaluation mode they would settle whole tables. They step where something is differentiated towards them.
+        In evaluation mode they would catch up whole tables. They step where something is differentiated towards them.
         """
         tables = {id(m) for c in self.collections().values() for m in c.modules()}
         training = [m for m in self.modules() if m.training and id(m) not in tables]
@@ -172,7 +172,7 @@ class OptembedTrainer(Trainer):
 
     def _validate(self, stop: Any) -> None:
         # Deferred updates are applied first: a row's norm must not depend on when the row was last read.
-        self.net.settle_()
+        self.net.catch_up_()
         super()._validate(stop)
 
 
