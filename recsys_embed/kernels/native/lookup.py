@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ class _Encoded(NamedTuple):
     curve: array[float]
 
 
+Updates: TypeAlias = "ctypes.Array[Update]"
+"""What is done to each storage."""
+
+
 @lru_cache(maxsize=64)
 def _encoded(optimizer: FusedOptimizer) -> _Encoded:
     number = loaded().rules.index(str(rule_name(optimizer)))
@@ -92,7 +96,7 @@ def _encoded(optimizer: FusedOptimizer) -> _Encoded:
 
 def _updates(
     optimizer: FusedOptimizer, tables: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], paces: Sequence[Pace]
-) -> Any:
+) -> Updates:
     """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
     updates, encoded = (Update * len(tables))(), _encoded(optimizer)
     for update, table, state, pace in zip(updates, tables, states, paces, strict=True):
@@ -395,7 +399,7 @@ class NativeLookup:
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
-        updates: Any,
+        updates: Updates,
     ) -> None:
         call = self._call(ids, tables, gradients, kept)
         if not checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 0)):
