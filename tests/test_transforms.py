@@ -25,7 +25,7 @@ from recsys_embed.core.program import (
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.loss_estimate import CurveTerms, column_spans, estimate_loss
 from recsys_embed.planning.options import goes_by_frequency
-from recsys_embed.report.memory.collisions import expect
+from recsys_embed.report.memory.collisions import expected_collisions
 
 IDS = 60
 TRANSFORMS = [
@@ -90,5 +90,5 @@ def test_a_transform_of_ones_own_is_priced_and_counted_as_what_it_is_most_like(r
     terms = CurveTerms(FrequencyCurve.zipf(IDS, 1.0, 10_000))
     own, known = (estimate_loss(terms, [column_spans(program(t, rows), terms)], 4) for t in (Reversed(rows), like))
     assert own == known
-    assert expect(program(Reversed(rows), rows), IDS) == expect(program(like, rows), IDS)
+    assert expected_collisions(program(Reversed(rows), rows), IDS) == expected_collisions(program(like, rows), IDS)
     assert not goes_by_frequency(program(Reversed(rows), rows))

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.collection.bags import to_bags
 from recsys_embed.collection.earlier_states import take_in_tables_of_modules
 from recsys_embed.collection.fused_bundle import FusedBundle
-from recsys_embed.collection.fused_tables import OneStep, SteppedTables
+from recsys_embed.collection.fused_tables import FusedTables, OneStep
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
@@ -39,7 +39,7 @@ from recsys_embed.registry import with_current_names
 from recsys_embed.typing import JSON, Ids
 
 
-class EmbeddingCollection(SteppedTables):
+class EmbeddingCollection(FusedTables):
     """The embeddings of all features, stored together and looked up in one call.
 
     Args:
@@ -127,7 +127,7 @@ class EmbeddingCollection(SteppedTables):
 
         After an export it is decoded, a copy.
         """
-        self.settle_()
+        self.catch_up_()
         storage, offset = self.places[key]
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
@@ -189,7 +189,7 @@ class EmbeddingCollection(SteppedTables):
             return vectors
         weight = getattr(self, storage)
         if self._stepping:
-            self._settle_rows(storage, rows)
+            self._catch_up_rows(storage, rows)
             update = partial(self._update, storage, once=once)
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
             return out
@@ -242,7 +242,7 @@ class EmbeddingCollection(SteppedTables):
         """
         stepping = self._stepping
         if not stepping:
-            self._settle_before_reading()
+            self._catch_up_before_reading()
         bundle = self._bundle
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")

@@ -22,7 +22,7 @@ from recsys_embed.kernels.native.masks import Stage
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import Place
-from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.kernels.unseen_ids import Unseen
 
 
@@ -255,7 +255,7 @@ class TritonBundle(FusedBundle):
     _takes_masks = False
 
     def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
-        self._look_up = DeferredLookup(names, *arguments)
+        self._look_up = LazyLookup(names, *arguments)
 
     def pools(self, bags: Bags) -> bool:
         return False

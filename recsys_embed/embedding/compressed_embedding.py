@@ -28,7 +28,7 @@ from recsys_embed.kernels.places import Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
-from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.typing import IdValues, Option
@@ -136,7 +136,7 @@ class CompressedEmbedding(nn.Module):
         self._native: SingleLookup | None = None
         if supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
-            self._triton = DeferredLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
+            self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()

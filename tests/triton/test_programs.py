@@ -26,7 +26,7 @@ from recsys_embed.core.program import (
 from recsys_embed.kernels import reference
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton import status
-from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
@@ -82,7 +82,7 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
     ids = ids.to(DEVICE)
     if optional:
         ids[0] = -1
-    lookup = DeferredLookup.single("f", program, index, optional)
+    lookup = LazyLookup.single("f", program, index, optional)
     (got,) = lookup(ids.unsqueeze(1), tables, sparse=sparse)
     named = dict(zip((t.name for t in program.tables), oracle, strict=True))
     wanted = reference.lookup(program, named, ids.clamp_min(0), index)

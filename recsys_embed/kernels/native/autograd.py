@@ -27,15 +27,15 @@ class NativeStep(NamedTuple):
 
     Args:
         anchor: requires grad, so that autograd runs the backward.
-        settle: brings the rows of ids up to date before they are read.
+        catch_up: applies the steps that the rows of ids missed, before they are read.
         update: gets the outputs' gradients in backward.
         states: tensors of the optimizer's state, storage after storage.
         owner: handle of who steps, for compiled models.
-        lazy: rows have to be settled.
+        lazy: rows may have missed steps.
     """
 
     anchor: Tensor
-    settle: Callable[[NativeLookup, Ids], None]
+    catch_up: Callable[[NativeLookup, Ids], None]
     update: Updater
     states: list[Tensor]
     owner: int
@@ -140,7 +140,7 @@ def look_up(
     if mask is None and not learns:
         return _outputs(lookup, pool, ids, tables)
     if step is not None:
-        step.settle(lookup, ids)
+        step.catch_up(lookup, ids)
     masking = None
     if mask is not None:
         beside = learns or (torch.is_grad_enabled() and mask.learns)

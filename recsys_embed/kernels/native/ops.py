@@ -35,8 +35,8 @@ class Stepper(Protocol):
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
-    def settle_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
-        """Bring the rows that ids read up to date, in place."""
+    def catch_up_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
+        """Apply the steps missed by rows that ids read, in place."""
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
@@ -83,10 +83,10 @@ def _step(
     stepper.step_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states, grads, kept)
 
 
-@custom_op("recsys_embed::settle", mutates_args=("tables", "states"))
-def _settle(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> None:
+@custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
+def _catch_up(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> None:
     stepper = cast("Stepper", KNOWN[owner])
-    stepper.settle_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states)
+    stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states)
 
 
 _Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, int, int]
@@ -136,5 +136,5 @@ def look_up(lookup: NativeLookup, ids: Tensor, tables: list[Tensor], step: Nativ
     if step is None:
         return _look_up(ids, tables, [], None, lookup.handle, NOBODY)[:-1]
     if step.lazy:
-        _settle(ids, tables, step.states, lookup.handle, step.owner)
+        _catch_up(ids, tables, step.states, lookup.handle, step.owner)
     return _look_up(ids, tables, step.states, step.anchor, lookup.handle, step.owner)[:-1]

@@ -1,4 +1,4 @@
-"""How often the ids of a table occur: coverage by its top rows, and ids never seen."""
+"""Frequency statistics of a table: coverage by its most frequent ids, and unseen ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 
 @dataclass(frozen=True, eq=False)
 class FieldStats:
-    """How often the ids of one feature occur.
+    """Frequency statistics of one feature.
 
     Args:
         name: of the feature.
@@ -94,7 +94,7 @@ class FieldStats:
 
 
 def read_stats_of(source: Statistics) -> dict[str, FieldStats]:
-    """Statistics per feature, from whatever a caller has.
+    """Statistics per feature, from every supported source.
 
     Args:
         source: mapping of feature name to counts ``[n]``, ``(ids, counts)``, :class:`FrequencyCurve` or
@@ -102,7 +102,7 @@ def read_stats_of(source: Statistics) -> dict[str, FieldStats]:
             counts are exact.
 
     Raises:
-        ConfigError: of another kind.
+        ConfigError: the source is of another kind.
         DataError: the folder cannot be read.
     """
     if isinstance(source, str | Path):
