@@ -28,7 +28,7 @@ which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :cl
 >>> FoldEmbedding(1000, 16, budget="4KiB").footprint().serve  # `register` makes it known by its key
 4096
 
-**A transform** from ids to rows derives from :class:`Transform`, and what it stores from :class:`BaseIndex`; **a
+**A transform** from ids to rows derives from :class:`Transform`, and what it stores from :class:`Index`; **a
 head**, what comes after the gather of rows, from :class:`Head`; **an update rule** from :class:`FusedOptimizer` with
 :func:`register_rule`, **a model** from :class:`CTRModel` with :func:`register_model`, **a search** from
 :class:`Search` with :func:`register_search`. **A data source** offers the members of :class:`DataSource`;
@@ -46,11 +46,11 @@ from recsys_embed.core import hashing
 from recsys_embed.core.codes import Codes
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Contraction, Head, PerClassNetwork, PooledCombination, Projection
-from recsys_embed.core.id_sets import Index
-from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
+from recsys_embed.core.id_sets import IdSet
+from recsys_embed.core.index import Index, IndexArray, IndexArrays
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table, Weight
-from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
+from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables, importance_of, principal_axes
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults, unknown_name
@@ -85,7 +85,6 @@ _LAZY = {
 }
 
 __all__ = [
-    "BaseIndex",
     "BudgetError",
     "CTRModel",
     "Codes",
@@ -99,12 +98,12 @@ __all__ = [
     "FusedOptimizer",
     "Hash",
     "Head",
+    "IdSet",
     "Index",
     "IndexArray",
     "IndexArrays",
     "Initializer",
     "LookupProgram",
-    "Member",
     "MethodConfig",
     "MethodInfo",
     "MixedRadixDigit",
@@ -113,6 +112,7 @@ __all__ = [
     "PerClassNetwork",
     "PooledCombination",
     "Projection",
+    "RankInSet",
     "RowLookup",
     "RowSource",
     "Schema",

@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.typing import JSON
+from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
 
 Pooling = Literal["sum", "mean", "max"]
@@ -75,8 +77,8 @@ class FeatureSpec:
             )
         if self.unseen == "oov" and self.num_embeddings == MAX_ROWS:
             faults.append(f"`num_embeddings` must be below {MAX_ROWS} with unseen='oov', which takes one more id")
-        law = _INIT.fullmatch(self.init)
-        if law is None or (law[1] and not math.isfinite(float(law[1]))):
+        init = _INIT.fullmatch(self.init)
+        if init is None or (init[1] and not math.isfinite(float(init[1]))):
             faults.append(f"`init` must be sqrt_rows, sqrt_dim, xavier, normal:STD or uniform:BOUND; got {self.init!r}")
         return faults
 
@@ -90,9 +92,14 @@ class FeatureSpec:
         return self.num_embeddings + (self.unseen == "oov")
 
     def init_law(self) -> tuple[Literal["uniform", "normal"], float]:
-        """The plain table's law, centred at 0: its kind and its bound (uniform) or standard deviation (normal).
+        """The earlier name of :meth:`initial_distribution`."""
+        warn_renamed("method of FeatureSpec", "init_law", "initial_distribution")
+        return self.initial_distribution()
 
-        >>> FeatureSpec("C1", 100, 4).init_law()
+    def initial_distribution(self) -> tuple[Literal["uniform", "normal"], float]:
+        """Kind of a plain table's initial distribution, and its bound (uniform) or standard deviation (normal); mean 0.
+
+        >>> FeatureSpec("C1", 100, 4).initial_distribution()
         ('uniform', 0.1)
         """
         kind, _, scale = self.init.partition(":")
@@ -154,7 +161,7 @@ class Schema:
         return Schema([replace(f, embedding_dim=embedding_dim) for f in self.features])
 
     def with_init(self, init: str) -> Schema:
-        """The same features with another law of initial weights, see :class:`FeatureSpec`."""
+        """The same features with another initial distribution, see :class:`FeatureSpec`."""
         return Schema([replace(f, init=init) for f in self.features])
 
     @classmethod
@@ -169,7 +176,7 @@ class Schema:
         """One feature per embedding table of any model, named by its path with ``/`` for ``.``.
 
         Left out are tables that :func:`recsys_embed.compress_` cannot replace (see ``obstacle`` of
-        :class:`recsys_embed.discover.FoundTable`); the law of initial weights is the default, not the model's.
+        :class:`recsys_embed.discover.FoundTable`); the initial distribution is the default, not the model's.
 
         Args:
             model: any module, on any device, also ``meta``.
@@ -199,12 +206,12 @@ class Schema:
         """
         return Schema([replace(f, unseen=unseen) for f in self.features])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready; ``unseen`` is left out where it is None, so that texts from before it read and compare alike."""
         return {"features": [spec_to_dict(f) for f in self.features]}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Schema:
+    def from_dict(cls, data: JSON) -> Schema:
         """Inverse of :meth:`to_dict`; unknown keys are errors."""
         items = data.get("features") if isinstance(data, dict) else None
         if not isinstance(items, list):
@@ -219,7 +226,7 @@ class Schema:
         return cls(features)
 
 
-def spec_to_dict(spec: FeatureSpec) -> dict[str, Any]:
+def spec_to_dict(spec: FeatureSpec) -> JSON:
     """The arguments of a FeatureSpec, JSON-ready; ``unseen`` only where it is not None."""
     values = asdict(spec)
     if spec.unseen is None:

@@ -15,13 +15,14 @@ from recsys_embed.core.id_sets import members_of
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.plan_arrays import PlanArrays
 from recsys_embed.core.program import LookupProgram, Table
-from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
+from recsys_embed.typing import JSON, JSONMapping, Option
 from recsys_embed.utils.files import atomic_write, write_text
 from recsys_embed.utils.settings import check_settings, refuse_unknown
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.strict_json import read_object
 
 PLAN_VERSION = 1
 REASON = "reason"
@@ -79,7 +80,7 @@ class PlanNotes:
         refuse_unknown(cls, {"measured": (), **data}, "key of a plan's notes", where="notes of a plan")
         return cls(**data)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready; what came later only where it says something, so that texts from before it compare alike."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {k: v for k, v in values.items() if k not in _LATER or getattr(self, k) != _LATER[k]}
@@ -185,16 +186,17 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan and its arrays.
 
+        Args:
+            path: of the text; TOML where its name ends with ``.toml``, else JSON.
+
         Raises:
             ConfigError: no plan, or a faulty one; arrays that are missing or not those that were saved with it.
         """
         path = Path(path)
         try:
-            data = strict_json(path.read_text(encoding="utf-8"))
-        except ConfigError:
-            raise
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{path} is no plan: {e}") from e
+            data = read_object(path, toml=path.suffix == ".toml")
+        except OSError as e:
+            raise ConfigError(f"{path} is no plan: {e.strerror or e}") from e
         try:
             return cls.from_dict(data, path.parent)
         except ConfigError as e:
@@ -206,7 +208,7 @@ class Plan:
         return cls.uniform(schema, "full")
 
     @classmethod
-    def uniform(cls, schema: Schema, method: str, budget: int | str | None = None, **params: Any) -> Plan:
+    def uniform(cls, schema: Schema, method: str, budget: int | str | None = None, **params: Option) -> Plan:
         """One method for all features.
 
         Args:
@@ -282,7 +284,7 @@ class Plan:
                 total += self[spec.name].footprint(spec, itemsize)
         return total
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         notes = {} if self.notes is None else {"notes": self.notes.to_dict()}
         features = {
             name: {**c.to_dict(), **({REASON: self.reasons[name]} if name in self.reasons else {})}
@@ -297,7 +299,7 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], folder: Path | None = None) -> Plan:
+    def from_dict(cls, data: JSONMapping, folder: Path | None = None) -> Plan:
         """Inverse of :meth:`to_dict`.
 
         Args:
@@ -318,9 +320,8 @@ class Plan:
                 f"a plan is an object with 'version': {PLAN_VERSION} and 'features'; got {data!r:.80}, "
                 f"version {found.get('version')!r}"
             )
-        for key in found:
-            if key not in _KEYS:
-                raise unknown_name("key of a plan", str(key), _KEYS)
+        strange = [str(unknown_name("key of a plan", str(key), _KEYS)) for key in found if key not in _KEYS]
+        raise_faults(strange, "Plan", UnknownNameError)
         sets = found.get(SETS, {})
         if not isinstance(sets, Mapping) or not all(isinstance(texts, Mapping) for texts in sets.values()):
             raise ConfigError(f"`{SETS}` of a plan are texts by feature and index; got {sets!r:.80}")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from recsys_embed.core import hashing
 from recsys_embed.core.codes import Codes, CodesIndex, pack, packed_words, unpack
-from recsys_embed.core.id_sets import Index
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table
+from recsys_embed.core.id_sets import IdSet
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RankInSet, RowLookup, Table
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels import kinds, reference
 from recsys_embed.kernels.indexes import IndexStore
@@ -45,7 +45,7 @@ def program(bits: int, ids: int, columns: int) -> LookupProgram:
     index = CodesIndex("codes", ids, columns, rows, salt=5)
     tables = (Table("weight", rows, 4, Initializer("constant")), Table("hot", 9, 4, Initializer("constant")))
     row_lookups = [RowLookup("weight", Codes(index, j)) for j in range(columns)]
-    sets = [Member(Index(f"set_{form}", ids, 3, 9, form)) for form in ("bitmap", "sorted")]  # type: ignore[arg-type]
+    sets = [RankInSet(IdSet(f"set_{form}", ids, 3, 9, form)) for form in ("bitmap", "sorted")]  # type: ignore[arg-type]
     return LookupProgram(tables, (*row_lookups, *(RowLookup("hot", s) for s in sets)))
 
 
@@ -83,7 +83,7 @@ def test_rows_are_the_codes_in_every_backend(bits: int) -> None:
 
 def test_at_first_codes_are_hashes_and_counts_do_not_change_them() -> None:
     index = CodesIndex("codes", 1000, 2, 50, salt=9)
-    store = IndexStore([[Index("hot", 1000, 0, 10, "sorted")], [index, Index("set", 1000, 0, 400, "bitmap")]])
+    store = IndexStore([[IdSet("hot", 1000, 0, 10, "sorted")], [index, IdSet("set", 1000, 0, 400, "bitmap")]])
     store.assign_(1, torch.arange(1000))
     ids = torch.arange(1000)
     for j in range(2):

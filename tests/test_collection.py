@@ -273,9 +273,9 @@ def test_bytes_are_those_of_the_state_dict(given_plan: tuple[Schema, Plan], rule
 
 
 def test_storages_stay_below_the_rows_that_32_bits_count() -> None:
-    law = Initializer("constant")
+    init = Initializer("constant")
     sizes = {"a": 3, "b": MAX_ROWS - 3, "c": 1, "d": MAX_ROWS, "e": 5, "f": MAX_ROWS - 7}
-    tables = {k: Table(k, n, 8, law) for k, n in sizes.items()} | {"g": Table("g", 9, 4, law)}
+    tables = {k: Table(k, n, 8, init) for k, n in sizes.items()} | {"g": Table("g", 9, 4, init)}
     shapes, places = stack_tables(tables)
     taken: dict[str, list[tuple[int, int]]] = {}
     for key, table in tables.items():

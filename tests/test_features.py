@@ -45,7 +45,7 @@ def test_integers_of_numpy_become_those_of_python() -> None:
 
 
 @pytest.mark.parametrize(
-    ("init", "law"),
+    ("init", "distribution"),
     [
         ("sqrt_rows", ("uniform", 0.1)),
         ("sqrt_dim", ("uniform", 0.5)),
@@ -55,8 +55,11 @@ def test_integers_of_numpy_become_those_of_python() -> None:
         ("normal:0", ("normal", 0.0)),
     ],
 )
-def test_laws(init: str, law: tuple[str, float]) -> None:
-    assert FeatureSpec("C1", 100, 4, init=init).init_law() == pytest.approx(law)
+def test_initial_distributions(init: str, distribution: tuple[str, float]) -> None:
+    spec = FeatureSpec("C1", 100, 4, init=init)
+    assert spec.initial_distribution() == pytest.approx(distribution)
+    with pytest.warns(DeprecationWarning, match="use 'initial_distribution'"):
+        assert spec.init_law() == spec.initial_distribution()
 
 
 def test_schemas_survive_json() -> None:
@@ -107,13 +110,9 @@ def test_all_faults_of_a_schema_file_come_at_once() -> None:
         assert part in text, text
 
 
-def test_a_long_law_is_refused_at_once() -> None:
+def test_a_long_initializer_is_refused_at_once() -> None:
     # A pattern that tries every split of the digits would take minutes.
     with pytest.raises(ConfigError, match="`init` must be"):
         FeatureSpec("a", 1, 1, init="normal:" + "9" * 200_000 + "x")
-    assert [FeatureSpec("a", 1, 1, init=f"normal:{x}").init_law()[1] for x in ("2", ".5", "0.25", "1e-3")] == [
-        2.0,
-        0.5,
-        0.25,
-        1e-3,
-    ]
+    specs = [FeatureSpec("a", 1, 1, init=f"normal:{x}") for x in ("2", ".5", "0.25", "1e-3")]
+    assert [spec.initial_distribution()[1] for spec in specs] == [2.0, 0.5, 0.25, 1e-3]

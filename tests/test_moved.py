@@ -38,6 +38,8 @@ from recsys_embed.report.memory_values import MemoryReport
 import recsys_embed as rse
 from recsys_embed.exports import read
 from recsys_embed.core.program import LookupProgram
+from recsys_embed import members
+assert members.Index.smallest('a', 9, 0, 3).count == 3 and program.Member is program.RankInSet
 assert program.Probe is program.RowLookup and program.Digit(mod=3).mod == 3
 assert rse.shipping.read is read and program.LookupProgram is LookupProgram and export is rse.export
 assert read.__name__ == "recsys_embed.exports.read" == read.__spec__.name

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import (
     Hash,
     Initializer,
     LookupProgram,
-    Member,
     MixedRadixDigit,
     Murmur,
+    RankInSet,
     RowLookup,
     Table,
     Transform,
 )
 from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.planning.loss_estimate import CurveTerms, column_spans, estimate_loss
 from recsys_embed.planning.options import goes_by_frequency
-from recsys_embed.planning.price import Terms, factors, price
-from recsys_embed.report.memory.collisions import expect
+from recsys_embed.report.memory.collisions import expected_collisions
 
 IDS = 60
 TRANSFORMS = [
@@ -39,9 +39,9 @@ TRANSFORMS = [
     Hash(3, 20, head=10),
     Hash(3, 20, offset=-10, head=10, head_absent=True),
     Murmur(1, 2, 13),
-    Member(Index("hot", IDS, 5, 20)),
-    Member(Index("hot", IDS, 0, 20), rest=8, salt=4),
-    Member(Index("hot", IDS, 0, IDS)),
+    RankInSet(IdSet("hot", IDS, 5, 20)),
+    RankInSet(IdSet("hot", IDS, 0, 20), rest=8, salt=4),
+    RankInSet(IdSet("hot", IDS, 0, IDS)),
 ]
 
 
@@ -87,8 +87,8 @@ def test_sharing_is_how_ids_share_rows(transform: Transform) -> None:
 @pytest.mark.parametrize("rows", [IDS, 20])
 def test_a_transform_of_ones_own_is_priced_and_counted_as_what_it_is_most_like(rows: int) -> None:
     like = Hash(1, rows) if rows < IDS else MixedRadixDigit()
-    terms = Terms(FrequencyCurve.zipf(IDS, 1.0, 10_000))
-    own, known = (price(terms, [factors(program(t, rows), terms)], 4) for t in (Reversed(rows), like))
+    terms = CurveTerms(FrequencyCurve.zipf(IDS, 1.0, 10_000))
+    own, known = (estimate_loss(terms, [column_spans(program(t, rows), terms)], 4) for t in (Reversed(rows), like))
     assert own == known
-    assert expect(program(Reversed(rows), rows), IDS) == expect(program(like, rows), IDS)
+    assert expected_collisions(program(Reversed(rows), rows), IDS) == expected_collisions(program(like, rows), IDS)
     assert not goes_by_frequency(program(Reversed(rows), rows))

@@ -320,12 +320,12 @@ def test_fused_steps_are_plain_ones(method: MethodInfo, policy: Any) -> None:
 
 
 @METHODS
-def test_the_row_of_unseen_ids_keeps_the_laws_of_the_others(method: MethodInfo) -> None:
+def test_the_row_of_unseen_ids_keeps_the_initializers_of_the_others(method: MethodInfo) -> None:
     for init in ("sqrt_rows", "xavier", "normal:0.5"):
         plain = example(method, N, WIDTH, init=init)
-        laws = {t.name: t.init for t in plain.program.tables}
+        initializers = {t.name: t.init for t in plain.program.tables}
         other = method.embedding_cls(N, WIDTH, config=_sized_alike(method, plain), init=init, unseen="oov")
-        assert {t.name: t.init for t in other.program.tables} == laws
+        assert {t.name: t.init for t in other.program.tables} == initializers
 
 
 def _sized_alike(method: MethodInfo, module: CompressedEmbedding) -> Any:

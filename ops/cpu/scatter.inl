@@ -87,7 +87,7 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
     reads.bases.all.push_back(base);
     return i64(reads.bases.all.size()) - 1;
   };
-  // Where rows are only brought up to date there are no gradients.
+  // Rows that only catch up have no gradients.
   auto moved = [](const float* from, i64 elements) { return from ? from + elements : from; };
   // Columns that a feature's ids need of their own.
   auto width_of = [&](const Feature& f) {
@@ -191,21 +191,21 @@ static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
   return good;
 }
 
-// One step of every storage, or, where `settle`, all steps that the rows of the batch missed before it is read.
-static int backward(const Call& c, const Update* updates, bool settle, Scratch& scratch) {
+// One step of every storage; with `catch_up`, the steps that the rows of the batch missed, before they are read.
+static int backward(const Call& c, const Update* updates, bool catch_up, Scratch& scratch) {
   Reads reads;
   const Outcome outcome = plan_reads(c, scratch, reads);
   if (outcome != DONE) return outcome;
-  if (!find_reads(c, reads, !settle)) return OUT_OF_RANGE;
+  if (!find_reads(c, reads, !catch_up)) return OUT_OF_RANGE;
   for (i64 s = 0; s < c.storage_count; s++) {
     const std::vector<Source>& sources = reads.sources[s];
     if (sources.empty()) continue;
     bool runs = false;
     for (const Source& source : sources) runs |= source.run > 1;
     const i64 width = c.storage_widths[s];
-    if (runs && settle) settle_all(updates[s], c.storages[s], width, c.threads);
+    if (runs && catch_up) catch_up_all(updates[s], c.storages[s], width, c.threads);
     else if (runs) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
-    else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, settle, scratch);
+    else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, catch_up, scratch);
   }
   return DONE;
 }

@@ -10,9 +10,7 @@ from typing import Any
 
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
-from recsys_embed.plan import Plan
 from recsys_embed.train.config import TrainConfig, read_settings
-from recsys_embed.utils.strict_json import strict_json
 
 
 def split_settings(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,24 +80,6 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan in a file of ``recsys-embed plan --out``, or as TOML; its faults come under the file's name.
-
-    Raises:
-        ConfigError: no plan, or a faulty one.
-    """
-    try:
-        data = read_settings(path) if path.suffix == ".toml" else strict_json(path.read_text(encoding="utf-8"))
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise ConfigError(f"{path} is not valid JSON: {e}") from e
-    try:
-        return Plan.from_dict(data, path.parent)
-    except ConfigError as e:
-        raise type(e)(f"{path}: {e}") from e
 
 
 def names(text: str) -> tuple[str, ...]:

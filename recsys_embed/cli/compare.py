@@ -12,7 +12,7 @@ import typer
 
 from recsys_embed.cli import _options as opt
 from recsys_embed.cli._settings import names, numbers, say_few_steps, split_settings, train_config
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import ConfigError
 from recsys_embed.models import hyperparameters
 from recsys_embed.report.comparison import markdown_table, reasons, rich_table
 from recsys_embed.report.pareto import plot_pareto
@@ -21,6 +21,7 @@ from recsys_embed.train.compare import Comparison, Summary, all_methods, run_com
 from recsys_embed.train.environment import environment
 from recsys_embed.train.json_values import footprint_dict
 from recsys_embed.utils.files import write_json, write_text
+from recsys_embed.utils.settings import build
 
 EXIT_INTERRUPTED = 130
 DEMO_ROWS = 400_000
@@ -111,16 +112,13 @@ def compare(
 
 def make_comparison(varied: dict[str, Any], given: dict[str, Any], train: Any) -> Comparison:
     """A comparison of the table ``[compare]``, overridden by the options that were given (not None)."""
-    known = {f.name for f in dataclasses.fields(Comparison)} - {"train"}
-    for key in varied:
-        if key not in known:
-            raise unknown_name("key of [compare]", key, known)
-    merged = {**varied, **{k: v for k, v in given.items() if v is not None}}
-    merged = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    chosen = merged.get("methods", ())
-    if isinstance(chosen, tuple) and "all" in chosen:
+    if "train" in varied:
+        raise ConfigError("settings of training stand at the top of the file, not as `train` in [compare]")
+    merged = {**varied, **{k: v for k, v in given.items() if v is not None}, "train": train}
+    chosen = merged.get("methods")
+    if isinstance(chosen, list | tuple) and "all" in chosen:
         merged["methods"] = all_methods()
-    return Comparison(**merged, train=train)
+    return build(Comparison, merged, "key of [compare]", where="[compare]")
 
 
 def open_source(data: Path | None, source: str | None, demo: bool, out: Path, *, quiet: bool) -> Any:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed.cli import _options as opt
-from recsys_embed.cli._settings import read_plan
 from recsys_embed.cli._target import load_target
 from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.plan import Plan
 
 
 def compress(
@@ -45,7 +45,7 @@ def compress(
 
     if dry_run and out is not None:
         raise ConfigError("--dry-run writes nothing; leave --out or --dry-run away")
-    chosen = read_plan(plan)
+    chosen = Plan.load(plan)
     named = opt.model_factory(factory, model)
     if named is None:
         raise ConfigError("give --model-factory package.module:function, which returns the plain model")

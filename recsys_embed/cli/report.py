@@ -109,7 +109,7 @@ def _schema(path: Path | None, dataset: Any, embedding_dim: int) -> Any:
     """The features a plan is for: of a file, or of the data."""
     if path is not None:
         from recsys_embed.features import Schema
-        from recsys_embed.report.memory.files import read_json
+        from recsys_embed.utils.strict_json import read_object
 
-        return Schema.from_dict(read_json(path))
+        return Schema.from_dict(read_object(path))
     return None if dataset is None else dataset.schema(embedding_dim)

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from recsys_embed.cli import _options as opt
-from recsys_embed.cli._settings import read_plan, say_few_steps, split_settings, train_config
+from recsys_embed.cli._settings import say_few_steps, split_settings, train_config
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.plan import Plan
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
 from recsys_embed.train.driver import RunOutcome
@@ -71,7 +72,7 @@ def train(
     options = {
         "model": model,
         "method": PLANNED if plan is not None else method,
-        "plan": None if plan is None else read_plan(plan).to_dict(),
+        "plan": None if plan is None else Plan.load(plan).to_dict(),
         "ratio": ratio,
         "budget": budget,
         "embedding_dim": embedding_dim,

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.collection.bags import to_bags
 from recsys_embed.collection.earlier_states import take_in_tables_of_modules
 from recsys_embed.collection.fused_bundle import FusedBundle
-from recsys_embed.collection.fused_tables import OneStep, SteppedTables
+from recsys_embed.collection.fused_tables import FusedTables, OneStep
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
@@ -36,9 +36,10 @@ from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
+from recsys_embed.typing import JSON, Ids
 
 
-class EmbeddingCollection(SteppedTables):
+class EmbeddingCollection(FusedTables):
     """The embeddings of all features, stored together and looked up in one call.
 
     Args:
@@ -126,7 +127,7 @@ class EmbeddingCollection(SteppedTables):
 
         After an export it is decoded, a copy.
         """
-        self.settle_()
+        self.catch_up_()
         storage, offset = self.places[key]
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
@@ -188,7 +189,7 @@ class EmbeddingCollection(SteppedTables):
             return vectors
         weight = getattr(self, storage)
         if self._stepping:
-            self._settle_rows(storage, rows)
+            self._catch_up_rows(storage, rows)
             update = partial(self._update, storage, once=once)
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
             return out
@@ -215,7 +216,7 @@ class EmbeddingCollection(SteppedTables):
 
     def forward(
         self,
-        ids: Any,
+        ids: Ids,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
@@ -241,7 +242,7 @@ class EmbeddingCollection(SteppedTables):
         """
         stepping = self._stepping
         if not stepping:
-            self._settle_before_reading()
+            self._catch_up_before_reading()
         bundle = self._bundle
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
@@ -296,7 +297,7 @@ class EmbeddingCollection(SteppedTables):
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
         return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]
         # The order of the features fixes where their rows stand in a storage.
         order = list(self.schema.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection.bags import Bags
 from recsys_embed.collection.fused_bundle import BUNDLES, FusedBundle, FusedFeatures
-from recsys_embed.collection.head_tables import HeadTables
+from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
@@ -27,6 +27,7 @@ from recsys_embed.kernels.unseen_ids import Unseen, with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
+from recsys_embed.typing import FeatureIds
 
 
 def _own(name: str) -> str:
@@ -54,7 +55,7 @@ class LookupBundle(Constants):
         super().__init__()
         self.schema = schema
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        options: TensorOptions = {"device": like.device, "dtype": like.dtype}
         # Modules of features that compute, and the tables of heads that belong to one feature.
         self.own = nn.ModuleDict()
         self.programs = plan.gathered(schema)
@@ -65,8 +66,15 @@ class LookupBundle(Constants):
                 gathers.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
-            given = {"config": config, "name": spec.name, "init": spec.init, "unseen": spec.unseen, **options}
-            self.own[_own(spec.name)] = cls(spec.num_embeddings, spec.embedding_dim, **given)
+            self.own[_own(spec.name)] = cls(
+                spec.num_embeddings,
+                spec.embedding_dim,
+                config=config,
+                name=spec.name,
+                init=spec.init,
+                unseen=spec.unseen,
+                **options,
+            )
         specs = [schema.features[i] for i in gathers]
         programs = list(self.programs.values())
         where = [
@@ -171,7 +179,7 @@ class LookupBundle(Constants):
             if isinstance(module, CompressedEmbedding):
                 module.reset_parameters(seed)
 
-    def given(self, ids: Mapping[str, Any]) -> dict[str, Any]:
+    def given(self, ids: Mapping[str, FeatureIds]) -> dict[str, FeatureIds]:
         """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
         out = dict(ids)
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
@@ -264,7 +272,7 @@ class LookupBundle(Constants):
             check: the ids may be out of range.
         """
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
-        picks = []
+        picks: list[tuple[Tensor | slice | None, Tensor]] = []
         for p in parts:
             if len(self.parts[p]) == 1 and feature is None:
                 picks.append(self._pick_one(self.parts[p][0], bags))
@@ -327,7 +335,7 @@ class LookupBundle(Constants):
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
 
-    def _pick_one(self, feature: int, bags: Bags) -> tuple[Any, Tensor]:
+    def _pick_one(self, feature: int, bags: Bags) -> tuple[slice, Tensor]:
         """As :meth:`_pick`, of one feature, whose ids stand together."""
         first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
         return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)

@@ -1,4 +1,4 @@
-"""Compress the embedding tables inside a model that exists, and turn them back into plain ones."""
+"""Compress the embedding tables of an existing model in place, and turn compressed tables back into dense ones."""
 
 from recsys_embed.compress.counts import table_counts
 from recsys_embed.compress.inplace import compress_, materialize_

@@ -1,4 +1,4 @@
-"""Replacements for found tables: built and fitted beside the model, which stays as it is."""
+"""Builds and fits the replacements of found tables, without changing the model."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from recsys_embed.features import Unseen
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.registry import get_method
 
-Start = Literal["dense", "fresh"]
+InitMode = Literal["dense", "fresh"]
 _OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")
 
 
 @dataclass
-class Job:
+class TableReplacement:
     """One table to replace.
 
     Args:
         table: what was found.
-        config: what stores it from now on.
+        config: of the method that stores it afterwards.
         counts: how often each id occurs, where known.
-        unseen: what ids outside the table become, see :class:`FeatureSpec`; None leaves it to the method.
-        law: of the initial weights.
-        held: what indexes hold, by name, as a plan has it: ids that a search chose to own rows, arrays.
-        trial: the replacement without memory (on the meta device), once it is known to be possible.
+        unseen: policy for ids outside the table, see :class:`FeatureSpec`; None means the method's default.
+        initializer: distribution of the initial weights.
+        index_contents: by index, what a plan stores for it: the ids chosen to own rows, or arrays.
+        trial: the replacement on the meta device, once it is known to be possible.
         built: the replacement of each distinct module of the table.
     """
 
@@ -44,8 +44,8 @@ class Job:
     config: MethodConfig
     counts: Tensor | None = None
     unseen: Unseen | None = None
-    law: str = "normal:1"
-    held: Mapping[str, str | Tensor] = field(default_factory=dict)
+    initializer: str = "normal:1"
+    index_contents: Mapping[str, str | Tensor] = field(default_factory=dict)
     trial: CompressedEmbedding | None = None
     built: dict[nn.Module, nn.Module] = field(default_factory=dict)
     error: float | None = None
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def plain(self) -> bool:
-        """Whether what comes out is torch's own module."""
+        """Whether the replacement is a plain torch module."""
         return self.config.method == "full" and self.unseen is None
 
     def shared(self) -> list[Table]:
@@ -65,7 +65,7 @@ class Job:
         return [t for t in self.trial.program.tables if t.shared] if self.trial is not None else []
 
     def own_bytes(self) -> int:
-        """Bytes of what this table stores for itself: parameters and index buffers."""
+        """Bytes that this table alone stores: parameters and index buffers."""
         if self.trial is None:
             return self.table.rows * self.table.width * self.table.dtype.itemsize
         itemsize = self.table.dtype.itemsize
@@ -75,59 +75,62 @@ class Job:
 
 
 def call_options(module: nn.Module) -> dict[str, Any]:
-    """How a plain or compressed embedding is called, as constructor arguments."""
+    """Constructor arguments of a plain or compressed embedding that affect how it is called."""
     return {key: getattr(module, key) for key in _OPTIONS if hasattr(module, key)}
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The plain table ``[rows, width]`` of a plain or compressed module, without gradient."""
+    """The dense table ``[rows, width]`` of a plain or compressed module, without gradient."""
     if isinstance(module, CompressedEmbedding):
         return module.materialize()
     return cast("Tensor", module.weight).detach()
 
 
-def make(job: Job, module: nn.Module, device: Any, shared: SharedTables | None = None) -> CompressedEmbedding:
+def make_drop_in(
+    replacement: TableReplacement, module: nn.Module, device: Any, shared: SharedTables | None = None
+) -> CompressedEmbedding:
     """The drop-in for one module of a table, with its initial weights."""
-    cls = get_method(job.config.method).embedding_cls
+    cls = get_method(replacement.config.method).embedding_cls
     return cls(
-        job.table.rows,
-        job.table.width,
-        config=job.config,
-        name=job.table.name,
-        init=job.law,
-        unseen=job.unseen,
+        replacement.table.rows,
+        replacement.table.width,
+        config=replacement.config,
+        name=replacement.table.name,
+        init=replacement.initializer,
+        unseen=replacement.unseen,
         shared=shared,
         device=device,
-        dtype=job.table.dtype,
+        dtype=replacement.table.dtype,
         **call_options(module),
     )
 
 
-def try_out(job: Job) -> list[str]:
-    """Build a job on the meta device; its faults, in words."""
-    where = f"table {job.table.name!r}"
-    if job.plain:
+def check_on_meta(replacement: TableReplacement) -> list[str]:
+    """Build a replacement on the meta device; returns its faults as sentences."""
+    where = f"table {replacement.table.name!r}"
+    if replacement.plain:
         return []
     try:
-        for module in job.modules:
-            trial = make(job, module, "meta")
-            job.trial = job.trial or trial
+        for module in replacement.modules:
+            trial = make_drop_in(replacement, module, "meta")
+            replacement.trial = replacement.trial or trial
     except ConfigError as e:
         return [f"{where}: {e}"]
-    out = job.trial.output_dim if job.trial is not None else job.table.width
-    if out != job.table.width:
+    out = replacement.trial.output_dim if replacement.trial is not None else replacement.table.width
+    if out != replacement.table.width:
         return [
-            f"{where}: method {job.config.method!r} gives vectors of width {out}; the model reads {job.table.width}"
+            f"{where}: method {replacement.config.method!r} gives vectors of width {out}; the model reads "
+            f"{replacement.table.width}"
         ]
     return []
 
 
-def components(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that share physical tables, directly or through others, in order; all others stand alone."""
-    groups: list[tuple[set[str], list[Job]]] = []
-    for job in jobs:
-        names = {t.name for t in job.shared()}
-        joined: tuple[set[str], list[Job]] = (names, [job])
+def sharing_groups(replacements: Sequence[TableReplacement]) -> list[list[TableReplacement]]:
+    """Connected components of replacements that share physical tables, in order; all others stand alone."""
+    groups: list[tuple[set[str], list[TableReplacement]]] = []
+    for replacement in replacements:
+        names = {t.name for t in replacement.shared()}
+        joined: tuple[set[str], list[TableReplacement]] = (names, [replacement])
         apart = []
         for group in groups:
             if names and group[0] & names:
@@ -138,62 +141,69 @@ def components(jobs: Sequence[Job]) -> list[list[Job]]:
     return [group for _, group in groups]
 
 
-def shared_faults(group: Sequence[Job]) -> list[str]:
+def shared_faults(group: Sequence[TableReplacement]) -> list[str]:
     """Why the tables of a group cannot share what the plan says."""
     faults: list[str] = []
     first: dict[str, tuple[Any, Any, str]] = {}
-    for job in group:
-        traits = (job.table.device, job.table.dtype, job.table.requires_grad)
-        for table in job.shared():
-            known, shape, other = first.setdefault(table.name, (traits, (table.rows, table.width), job.table.name))
+    for replacement in group:
+        traits = (replacement.table.device, replacement.table.dtype, replacement.table.requires_grad)
+        for table in replacement.shared():
+            known, shape, other = first.setdefault(
+                table.name, (traits, (table.rows, table.width), replacement.table.name)
+            )
             if shape != (table.rows, table.width):
                 faults.append(
                     f"shared table {table.name!r} is {shape[0]} x {shape[1]} for {other!r} and {table.rows} x "
-                    f"{table.width} for {job.table.name!r}; give both the same options"
+                    f"{table.width} for {replacement.table.name!r}; give both the same options"
                 )
             elif known != traits:
                 names = ("device", "dtype", "requires_grad")
                 unlike = [f"{n} {a} and {b}" for n, a, b in zip(names, known, traits, strict=True) if a != b]
                 faults.append(
-                    f"{other!r} and {job.table.name!r} cannot share table {table.name!r}: {', '.join(unlike)}; "
+                    f"{other!r} and {replacement.table.name!r} cannot share table {table.name!r}: {', '.join(unlike)}; "
                     "give one of them another `table` name"
                 )
     return faults
 
 
-def build(group: Sequence[Job], start: Start) -> None:
-    """Build the modules of jobs that share tables, or of one alone; with ``"dense"`` fit them to the trained tables."""
-    shared = {t.name: t for job in group for t in job.shared()}
+def build(group: Sequence[TableReplacement], start: InitMode) -> None:
+    """Build the modules of a sharing group; ``"dense"`` also fits them to the trained tables."""
+    shared = {t.name: t for replacement in group for t in replacement.shared()}
     table = group[0].table
     holder = None
     if shared:
         holder = SharedTables(shared.values(), seed=group[0].config.seed, device=table.device, dtype=table.dtype)
     made: list[CompressedEmbedding] = []
-    for job in group:
-        first = job.modules[0]
-        if job.plain:
+    for replacement in group:
+        first = replacement.modules[0]
+        if replacement.plain:
             tables: dict[int | None, nn.Parameter] = {}
-            job.built = {m: plain_module(m, tables) for m in job.modules}
+            replacement.built = {m: plain_module(m, tables) for m in replacement.modules}
             continue
-        new = make(job, first, job.table.device, holder)
-        if job.counts is not None:
-            new.assign_(job.counts)
-        if job.held:
+        new = make_drop_in(replacement, first, replacement.table.device, holder)
+        if replacement.counts is not None:
+            new.assign_(replacement.counts)
+        if replacement.index_contents:
             ids = new.spec.num_ids
-            new.assign_({i: members_of(v, ids) if isinstance(v, str) else v for i, v in job.held.items()})
-        job.built[first] = new
+            new.assign_(
+                {i: members_of(v, ids) if isinstance(v, str) else v for i, v in replacement.index_contents.items()}
+            )
+        replacement.built[first] = new
         made.append(new)
-        for other in job.modules[1:]:
-            job.built[other] = twin(job, other, new)
+        for other in replacement.modules[1:]:
+            replacement.built[other] = drop_in_over(replacement, other, new)
     if start == "dense" and made:
         fit(group, made)
 
 
-def fit(group: Sequence[Job], made: Sequence[CompressedEmbedding]) -> None:
-    """Fit the new modules of a group to the trained tables and measure what is left."""
+def fit(group: Sequence[TableReplacement], made: Sequence[CompressedEmbedding]) -> None:
+    """Fit the new modules of a group to the trained tables, and measure the relative errors."""
     with torch.enable_grad():
-        weights = [dense_weight(job.modules[0]) for job in group]
-        stored = [with_unseen_row(m.spec, w, job.counts) for m, w, job in zip(made, weights, group, strict=True)]
+        weights = [dense_weight(replacement.modules[0]) for replacement in group]
+        stored = [
+            with_unseen_row(m.spec, w, replacement.counts)
+            for m, w, replacement in zip(made, weights, group, strict=True)
+        ]
         if group[0].config.method == "full":
             with torch.no_grad():
                 made[0].table("weight").copy_(stored[0][0])
@@ -201,13 +211,13 @@ def fit(group: Sequence[Job], made: Sequence[CompressedEmbedding]) -> None:
             made[0].fit_(*stored[0])
         else:
             fit_jointly(made, [w for w, _ in stored], [c for _, c in stored])
-    for job, module, weight in zip(group, made, weights, strict=True):
-        job.error = relative_error(module, weight, job.counts)
+    for replacement, module, weight in zip(group, made, weights, strict=True):
+        replacement.error = relative_error(module, weight, replacement.counts)
 
 
-def twin(job: Job, module: nn.Module, first: CompressedEmbedding) -> CompressedEmbedding:
-    """The drop-in of another module that reads the same table, over the very parameters and buffers of the first."""
-    new = make(job, module, "meta")
+def drop_in_over(replacement: TableReplacement, module: nn.Module, first: CompressedEmbedding) -> CompressedEmbedding:
+    """The drop-in of another module that reads the same table, with the parameters and buffers of the first."""
+    new = make_drop_in(replacement, module, "meta")
     new._parameters.update(first._parameters)
     new._buffers.update(first._buffers)
     new._modules.update(first._modules)
@@ -216,9 +226,9 @@ def twin(job: Job, module: nn.Module, first: CompressedEmbedding) -> CompressedE
 
 
 def plain_module(module: nn.Module, tables: dict[int | None, nn.Parameter]) -> nn.Module:
-    """The plain module that a drop-in stands for, with its table.
+    """The plain module that replaces a drop-in, with its table.
 
-    ``tables`` keeps one by padding id, whose row is zero, for the other drop-ins that stand for the same.
+    ``tables`` caches the table per padding id (whose row is zero) for other drop-ins over the same table.
     """
     drop_in = cast("CompressedEmbedding", module)
     options = call_options(drop_in)

@@ -1,4 +1,4 @@
-"""Exchange modules and parameters everywhere at once: in the tree, in containers beside it, and in optimizers."""
+"""Exchange modules and parameters everywhere at once: in the module tree, other containers and optimizers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _TORCH_OWN = frozenset(vars(nn.Module()))
 _DEPTH = 8
 
 
-class Change(NamedTuple):
-    """One exchange and its undoing."""
+class ReversibleChange(NamedTuple):
+    """One change and the function that undoes it."""
 
     do: Callable[[], None]
     undo: Callable[[], None]
 
 
-def apply(changes: Sequence[Change]) -> None:
-    """Make all changes, or none."""
-    done: list[Change] = []
+def apply_all(changes: Sequence[ReversibleChange]) -> None:
+    """Make all changes; if one fails, undo them all."""
+    done: list[ReversibleChange] = []
     try:
         for change in changes:
             done.append(change)
@@ -34,18 +34,18 @@ def apply(changes: Sequence[Change]) -> None:
         raise
 
 
-def _item(container: Any, key: Any, old: Any, new: Any) -> Change:
-    return Change(lambda: container.__setitem__(key, new), lambda: container.__setitem__(key, old))
+def _item(container: Any, key: Any, old: Any, new: Any) -> ReversibleChange:
+    return ReversibleChange(lambda: container.__setitem__(key, new), lambda: container.__setitem__(key, old))
 
 
-def _content(items: list[Any], new: list[Any]) -> Change:
-    # In place: other objects (a closure of an optimizer) may hold the very list.
+def _content(items: list[Any], new: list[Any]) -> ReversibleChange:
+    # In place: other objects (a closure of an optimizer) may hold the same list.
     old = list(items)
-    return Change(lambda: items.__setitem__(slice(None), new), lambda: items.__setitem__(slice(None), old))
+    return ReversibleChange(lambda: items.__setitem__(slice(None), new), lambda: items.__setitem__(slice(None), old))
 
 
-class Exchange:
-    """What replaces what.
+class ModuleExchange:
+    """New modules and parameters for old ones.
 
     Args:
         modules: new module by the id of the old one.
@@ -62,10 +62,10 @@ class Exchange:
         self.modules, self.parameters, self.names = modules, parameters, names
         self.faults: list[str] = []
 
-    # -- the tree -------------------------------------------------------------------------------------------------
+    # -- module tree ----------------------------------------------------------------------------------------------
 
-    def tree(self, model: nn.Module) -> list[Change]:
-        """Every slot of every module that holds a replaced one."""
+    def in_modules(self, model: nn.Module) -> list[ReversibleChange]:
+        """Changes to the child slots that hold a replaced module."""
         return [
             _item(parent._modules, key, child, self.modules[id(child)])
             for parent in model.modules()
@@ -74,11 +74,11 @@ class Exchange:
             if child is not None and id(child) in self.modules
         ]
 
-    # -- containers beside it -------------------------------------------------------------------------------------
+    # -- other containers -----------------------------------------------------------------------------------------
 
-    def beside(self, model: nn.Module) -> list[Change]:
-        """References in plain attributes, lists, tuples and dictionaries of the modules; ``faults`` names the rest."""
-        changes: list[Change] = []
+    def in_containers(self, model: nn.Module) -> list[ReversibleChange]:
+        """Changes to references in attributes, lists, tuples and dictionaries; others are added to ``faults``."""
+        changes: list[ReversibleChange] = []
         seen: set[int] = set()
         for path, module in model.named_modules():
             if id(module) in self.modules:
@@ -90,20 +90,22 @@ class Exchange:
                     if len(new) == 1 and new[0] is not value:
                         changes.append(_item(vars(module), name, value, new[0]))
                     elif len(new) != 1:
-                        self._refuse(where, value, "which one parameter after the other cannot replace")
+                        self._refuse(where, value, "which several parameters cannot replace")
         return changes
 
     def _refuse(self, where: str, value: Any, why: str) -> None:
         self.faults.append(f"{where} holds the replaced {self.names.get(id(value), 'table')}, {why}; remove it first")
 
-    def _rewrite(self, value: Any, where: str, changes: list[Change], seen: set[int], depth: int) -> list[Any]:
-        """What stands for ``value`` afterwards: itself, or the things that replace it in a list."""
+    def _rewrite(
+        self, value: Any, where: str, changes: list[ReversibleChange], seen: set[int], depth: int
+    ) -> list[Any]:
+        """The items that replace ``value`` in a list: itself, or new modules or parameters."""
         if id(value) in self.modules:
             return [self.modules[id(value)]]
         if id(value) in self.parameters:
             return list(self.parameters[id(value)])
         if isinstance(value, MethodType) and id(value.__self__) in self.modules:
-            self._refuse(where, value.__self__, "as a bound method, which would go on reading the old table")
+            self._refuse(where, value.__self__, "as a bound method, which would keep reading the old table")
         if depth >= _DEPTH or isinstance(value, nn.Module) or not isinstance(value, list | tuple | dict | set):
             return [value]
         if isinstance(value, tuple):
@@ -130,7 +132,7 @@ class Exchange:
         return [value]
 
     def _rewrite_tuple(
-        self, value: tuple[Any, ...], where: str, changes: list[Change], seen: set[int], depth: int
+        self, value: tuple[Any, ...], where: str, changes: list[ReversibleChange], seen: set[int], depth: int
     ) -> list[Any]:
         parts = [self._rewrite(x, f"{where}[{i}]", changes, seen, depth + 1) for i, x in enumerate(value)]
         if all(len(part) == 1 and part[0] is x for part, x in zip(parts, value, strict=True)):
@@ -150,9 +152,9 @@ class Exchange:
 
     # -- optimizers -----------------------------------------------------------------------------------------------
 
-    def optimizer(self, optimizer: Optimizer) -> list[Change]:
-        """The new parameters in the places of the old ones, whose state is dropped."""
-        changes: list[Change] = []
+    def in_optimizer(self, optimizer: Optimizer) -> list[ReversibleChange]:
+        """Changes that put new parameters in the groups of the old ones, whose state is dropped."""
+        changes: list[ReversibleChange] = []
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         for group in optimizer.param_groups:
             params: list[Any] = []
@@ -181,9 +183,9 @@ class Exchange:
         return [self.names[id(p)] for p in params if id(p) in self.parameters]
 
 
-def _dropped(state: Any, key: Any) -> Change:
+def _dropped(state: Any, key: Any) -> ReversibleChange:
     value = state[key]
-    return Change(lambda: state.pop(key, None), lambda: state.__setitem__(key, value))
+    return ReversibleChange(lambda: state.pop(key, None), lambda: state.__setitem__(key, value))
 
 
 def _distinct(items: list[Any], new: Iterable[Sequence[nn.Parameter]]) -> list[Any]:
@@ -204,7 +206,7 @@ def _subclasses(cls: type[Any]) -> set[type[Any]]:
     return {cls}.union(*(_subclasses(c) for c in cls.__subclasses__()))
 
 
-def live_optimizers(model: nn.Module, exchange: Exchange, given: Sequence[Optimizer]) -> Iterator[str]:
+def live_optimizers(model: nn.Module, exchange: ModuleExchange, given: Sequence[Optimizer]) -> Iterator[str]:
     """One sentence per optimizer of the process that holds a replaced parameter and is not ``given``."""
     attributes = {
         id(value): f"{path}.{name}" if path else name

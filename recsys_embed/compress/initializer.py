@@ -1,4 +1,4 @@
-"""The law of initial weights for a table that takes the place of a trained one."""
+"""The initializer for a table that replaces a trained one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from recsys_embed.embedding import CompressedEmbedding
 
 
-def spread(module: nn.Module) -> float:
-    """Standard deviation of a plain table's elements, the padding row aside; 1, torch's own, where unknown."""
+def element_std(module: nn.Module) -> float:
+    """Standard deviation of a plain table's elements without the padding row; 1, as in torch, where unknown."""
     if isinstance(module, CompressedEmbedding):
-        return module.spec.init_law()[1]
+        return module.spec.initial_distribution()[1]
     weight = cast("Tensor", module.weight)
     if weight.is_meta:
         return 1.0
@@ -33,8 +33,8 @@ def spread(module: nn.Module) -> float:
     return float((sums[1] / count - mean * mean).clamp_min(0).sqrt())
 
 
-def law_of(modules: Iterable[nn.Module]) -> str:
-    """The law new rows start with: normal, as wide as the tables they replace (their mean square over the tables)."""
-    squares = [spread(m) ** 2 for m in modules]
+def initializer_for(modules: Iterable[nn.Module]) -> str:
+    """A normal initializer whose variance is the mean variance of the tables it replaces."""
+    squares = [element_std(m) ** 2 for m in modules]
     std = (sum(squares) / len(squares)) ** 0.5
     return f"normal:{std:.6g}".replace("e+", "e")

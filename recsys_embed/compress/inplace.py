@@ -1,4 +1,4 @@
-"""``compress_`` and ``materialize_``: plain tables of a model become compressed ones, and back, in place."""
+"""``compress_`` and ``materialize_``: replace dense tables of a model by compressed ones in place, and back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recsys_embed.compress import match
-from recsys_embed.compress.build import Job, Start
-from recsys_embed.compress.replacement import Replacement, Subclasses
+from recsys_embed.compress.build import InitMode, TableReplacement
+from recsys_embed.compress.model_replacement import ModelReplacement, Subclasses
 from recsys_embed.compress.report import CompressReport
 from recsys_embed.compress.summary import summarise
 from recsys_embed.core.method_config import MethodConfig
@@ -24,7 +24,7 @@ from recsys_embed.plan import Plan
 def compress_(
     model: nn.Module,
     plan: Plan | Mapping[str, MethodConfig],
-    init: Start = "dense",
+    init: InitMode = "dense",
     *,
     counts: Mapping[str, Tensor] | None = None,
     unseen: Unseen | Mapping[str, Unseen] | None = None,
@@ -34,12 +34,12 @@ def compress_(
     subclasses: Subclasses = (),
     dry_run: bool = False,
 ) -> CompressReport:
-    """Replace the embedding tables of ``model`` in place by compressed ones, as ``plan`` says.
+    """Replace the embedding tables of ``model`` in place by compressed ones, following ``plan``.
 
     ``nn.Embedding``, ``nn.EmbeddingBag`` and the tables inside TorchRec's collections become drop-ins that are called
     the same way, on the same device, in the same dtype, with the same hooks, attributes, ``requires_grad`` and mode.
-    Their ``weight`` still reads as one row per id, computed at every access. Everything is checked first and built
-    beside the model, and then exchanged at once: an error leaves the model as it was. Features of the plan that name a
+    Their ``weight`` still reads as one row per id, computed at every access. Everything is checked and built
+    before the model changes, so an error leaves the model as it was. Features of the plan that name a
     shared table store it once. The padding id of a table gives zeros.
 
     Args:
@@ -48,13 +48,13 @@ def compress_(
             :meth:`Schema.from_model` names features) or dotted path. ``full`` leaves a table as it is.
         init: ``"dense"`` fits each new table to the trained one in least squares (bucket means for hashes, a truncated
             SVD for lowdim, alternating least squares for products); ``"fresh"`` draws rows as wide as the old ones.
-        counts: how often each id of a table occurs, ``[rows]``, by name or path: weighs the fit, and tells methods
-            that treat frequent ids apart which those are (without, ids count as numbered by falling frequency).
-        unseen: what ids outside a table become, for all tables or by name or path: ``"hash"``, ``"oov"``, ``"zero"`` or
+        counts: how often each id of a table occurs, ``[rows]``, by name or path: weights of the fit; they also tell
+            methods which ids are frequent (without counts, ids are assumed to be numbered by falling frequency).
+        unseen: policy for ids outside a table, for all tables or by name or path: ``"hash"``, ``"oov"``, ``"zero"`` or
             ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as plain tables do.
             A table with a policy is replaced also where the plan says ``full``.
-        optimizer: torch optimizers to take over: new parameters stand in their groups where the old ones stood and
-            start without state. Others that hold a replaced parameter are named in a warning.
+        optimizer: torch optimizers to update: new parameters take the places of the old ones in their groups and start
+            without state. A warning names other optimizers that hold a replaced parameter.
         include: shell patterns of names or paths; only matching tables are considered.
         exclude: patterns of tables to leave alone.
         subclasses: classes derived from ``nn.Embedding`` or ``nn.EmbeddingBag`` to replace like their base. One that
@@ -65,8 +65,8 @@ def compress_(
         One line per table, with bytes before and after and the relative error of the fit.
 
     Raises:
-        ConfigError: all faults at once: plan entries that fit no table, tables without an entry, what a table does
-            that its replacement could not (``max_norm``, state-dict hooks, weights tied to other layers, ...).
+        ConfigError: all faults at once: plan entries that fit no table, tables without an entry, behaviour of a table
+            that its replacement would lose (``max_norm``, state-dict hooks, weights tied to other layers, ...).
 
     >>> import torch, recsys_embed as rse
     >>> model = nn.ModuleDict({"user": nn.Embedding(50_000, 16), "item": nn.Embedding(2_000, 16)})
@@ -77,32 +77,36 @@ def compress_(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
-    if init not in get_args(Start):
+    if init not in get_args(InitMode):
         raise ConfigError(f"`init` must be 'dense' or 'fresh'; got {init!r}")
     adapters = dict(subclasses) if isinstance(subclasses, Mapping) else dict.fromkeys(subclasses)
     tables = find_tables(model, subclasses=tuple(adapters))
     chosen = select_tables(tables, include, exclude)
     faults: list[str] = []
     configs = match.by_table(match.configs_of(plan), tables, "the plan", faults)
-    held = match.by_table(match.held_by(plan), tables, "the plan", [])
-    known = match.sound_counts(counts or {}, tables, faults)
+    held = match.by_table(match.index_contents(plan), tables, "the plan", [])
+    known = match.checked_counts(counts or {}, tables, faults)
     policies = match.policies(unseen, tables, faults)
     faults += match.uncovered(tables, chosen, configs)
-    jobs = [
-        Job(t, configs[t.name], known.get(t.name), policies.get(t.name), held=held.get(t.name, {}))
+    replacements = [
+        TableReplacement(
+            t, configs[t.name], known.get(t.name), policies.get(t.name), index_contents=held.get(t.name, {})
+        )
         for t in chosen
         if t.name in configs and not t.obstacle
     ]
-    # A plain table that stays one needs no replacement.
-    jobs = [job for job in jobs if not job.plain or job.table.kind == "compressed"]
-    swap = Replacement(model, jobs, _optimizers(optimizer), adapters)
-    faults += swap.faults()
+    # A plain table that stays plain needs no replacement.
+    replacements = [
+        replacement for replacement in replacements if not replacement.plain or replacement.table.kind == "compressed"
+    ]
+    exchange = ModelReplacement(model, replacements, _optimizers(optimizer), adapters)
+    faults += exchange.faults()
     if init == "dense":
-        faults += [fault for job in jobs for fault in match.weight_faults(job.table)]
+        faults += [fault for replacement in replacements for fault in match.weight_faults(replacement.table)]
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
-        swap.run(init)
-    return summarise(tables, jobs, configs, dry_run)
+        exchange.run(init)
+    return summarise(tables, replacements, configs, dry_run)
 
 
 def materialize_(
@@ -112,11 +116,11 @@ def materialize_(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> CompressReport:
-    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with the tables they stand for.
+    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with dense tables.
 
-    Undoes :func:`compress_` but for the values, which are those of the compressed tables; inside TorchRec's collections
-    too. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`. An :class:`EmbeddingCollection`
-    stays: plain tables are one of its plans.
+    Undoes :func:`compress_` except for the values, which are those of the compressed tables, also inside TorchRec's
+    collections. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`. An
+    :class:`EmbeddingCollection` stays: plain tables are one of its plans.
 
     Args:
         model: holds the drop-ins; not one itself.
@@ -125,7 +129,7 @@ def materialize_(
         exclude: patterns of tables to leave alone.
 
     Raises:
-        ConfigError: there is none, or one cannot be replaced.
+        ConfigError: there are no drop-ins, or one cannot be replaced.
 
     >>> import torch, recsys_embed as rse
     >>> model = nn.Sequential(rse.HashEmbedding(1000, 8, num_buckets=100))
@@ -136,14 +140,14 @@ def materialize_(
     """
     tables = find_tables(model)
     chosen = [t for t in select_tables(tables, include, exclude) if t.kind == "compressed"]
-    jobs = [Job(t, FullConfig()) for t in chosen]
-    swap = Replacement(model, jobs, _optimizers(optimizer), {})
-    faults = swap.faults()
-    if not jobs:
+    replacements = [TableReplacement(t, FullConfig()) for t in chosen]
+    exchange = ModelReplacement(model, replacements, _optimizers(optimizer), {})
+    faults = exchange.faults()
+    if not replacements:
         faults.append("there is no compressed table to turn back")
     raise_faults(faults, f"materialize_({type(model).__name__})")
-    swap.run("fresh")
-    return summarise(tables, jobs, {}, False)
+    exchange.run("fresh")
+    return summarise(tables, replacements, {}, False)
 
 
 def _optimizers(given: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Fit several drop-ins that read the same physical tables to their trained tables at once."""
+"""Fit drop-ins that share physical tables to their trained tables, in one least-squares problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recsys_embed.embedding.fit import fit_tables
 
 
 class _Joint(nn.Module):
-    """Drop-ins side by side, seen as one over the ids of all: what :func:`fit_tables` asks of a module."""
+    """Several drop-ins as one module over the ids of all of them, as :func:`fit_tables` expects it."""
 
     mode = None
 
@@ -27,7 +27,7 @@ class _Joint(nn.Module):
         return self.get_parameter(name)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Vectors of all ids of all members, narrow ones padded with zeros: the argument only says where."""
+        """Vectors of all ids of all members, narrow ones padded with zeros; of ``ids`` only the device is used."""
         out = []
         for module in self.members:
             member = cast("CompressedEmbedding", module)
@@ -41,14 +41,14 @@ def fit_jointly(
 ) -> None:
     """Set the tables of ``members`` so that each approximates its ``weights [num_embeddings, width]``.
 
-    One least-squares problem over the ids of all members: a row that several of them read serves them all. Without
-    counts every id weighs the same; features of one sample have equal sums of counts and so weigh the same.
+    One least-squares problem over the ids of all members: a row that several of them read is fitted to all of them.
+    Without counts every id has the same weight. Features of one data set have equal sums of counts, hence equal weight.
     """
     joint: Any = _Joint(members)
     target = torch.cat([F.pad(w, (0, joint.output_dim - w.shape[1])) for w in weights])
     importance = None
     if any(c is not None for c in counts):
-        # Ids of a feature without counts weigh what the mean id of the others does.
+        # Ids without counts get the mean count of the other features' ids as weight.
         known = torch.cat([c.double() for c in counts if c is not None])
         parts = [
             known.new_full((len(w),), float(known.mean())) if c is None else c.double()
@@ -60,7 +60,7 @@ def fit_jointly(
 
 @torch.no_grad()
 def relative_error(module: CompressedEmbedding, weight: Tensor, counts: Tensor | None) -> float | None:
-    """Norm of the difference between what ``module`` gives and ``weight`` over the norm of ``weight``.
+    """Frobenius norm of the difference between the vectors of ``module`` and ``weight``, over the norm of ``weight``.
 
     Ids are weighted by ``counts``, the padding id is left out. None where only ``weight`` is all zeros.
     """

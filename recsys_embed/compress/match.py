@@ -1,4 +1,4 @@
-"""Which table of a model gets which configuration, and everything that speaks against it, before anything is built."""
+"""Matches tables of a model with configurations of a plan, and checks both before anything is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "Distributed
 
 
 def configs_of(plan: Any) -> dict[str, MethodConfig]:
-    """The configurations of a plan: a :class:`Plan`, a mapping from names, or what carries a plan as ``.plan``."""
+    """The configurations of a plan: a :class:`Plan`, a mapping from names, or an object with a plan as ``.plan``."""
     plan = getattr(plan, "plan", plan)
     if not isinstance(plan, Plan | Mapping):
         raise ConfigError(
@@ -33,8 +33,8 @@ def configs_of(plan: Any) -> dict[str, MethodConfig]:
     return dict((plan if isinstance(plan, Plan) else Plan(plan)).configs)
 
 
-def held_by(plan: Any) -> Mapping[str, Mapping[str, str | Tensor]]:
-    """What a plan says that indexes hold: sets of ids as texts, and arrays."""
+def index_contents(plan: Any) -> Mapping[str, Mapping[str, str | Tensor]]:
+    """Contents of indexes by feature, as a plan stores them: sets of ids as text, and arrays."""
     plan = getattr(plan, "plan", plan)
     if not isinstance(plan, Plan):
         return {}
@@ -43,7 +43,7 @@ def held_by(plan: Any) -> Mapping[str, Mapping[str, str | Tensor]]:
 
 
 def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, faults: list[str]) -> dict[str, Any]:
-    """``given`` by the tables' names, from names or dotted paths; what fits no table joins ``faults``."""
+    """``given`` by the tables' names, from names or dotted paths; unknown names are added to ``faults``."""
     names = {n: t.name for t in tables for n in (*t.paths, t.name)}
     out: dict[str, Any] = {}
     for key, value in given.items():
@@ -77,7 +77,7 @@ def uncovered(
 
 
 def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Iterator[str]:
-    """What one module does that a replacement could not keep."""
+    """Faults: behaviour of a module that its replacement would lose."""
     where = f"table {table.name!r}"
     if "" in table.paths:
         yield f"{where} is the whole model, which cannot be replaced in place; use <Method>Embedding.from_dense(weight)"
@@ -109,7 +109,7 @@ def wrapper_faults(model: nn.Module) -> Iterator[str]:
 
 
 def weight_faults(table: FoundTable) -> Iterator[str]:
-    """Why a table, plain or compressed, cannot be fitted to."""
+    """Faults: why a replacement cannot be fitted to a table, plain or compressed."""
     held = [table.weight] if table.weight is not None else list(table.modules[0].parameters())
     for values in (v.detach() for v in held):
         if values.is_meta:
@@ -121,15 +121,15 @@ def weight_faults(table: FoundTable) -> Iterator[str]:
 
 
 def policies(given: Any, tables: Sequence[FoundTable], faults: list[str]) -> dict[str, Any]:
-    """What ids never seen become, by table name; drop-ins that are replaced go on as they do."""
+    """Policies for unseen ids, by table name; drop-ins that are replaced keep theirs."""
     kept = {t.name: t.module.spec.unseen for t in tables if t.kind == "compressed"}  # type: ignore[union-attr]
     if isinstance(given, Mapping):
         return kept | by_table(given, tables, "`unseen`", faults)
     return kept if given is None else {t.name: given for t in tables}
 
 
-def sound_counts(given: Mapping[str, Any], tables: Sequence[FoundTable], faults: list[str]) -> dict[str, Tensor]:
-    """Counts by table name, on the tables' devices; what is wrong with others joins ``faults``."""
+def checked_counts(given: Mapping[str, Any], tables: Sequence[FoundTable], faults: list[str]) -> dict[str, Tensor]:
+    """Counts by table name, on the tables' devices; wrong ones are added to ``faults``."""
     found = {t.name: t for t in tables}
     out: dict[str, Tensor] = {}
     for name, value in by_table(given, tables, "`counts`", faults).items():

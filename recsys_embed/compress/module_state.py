@@ -1,4 +1,4 @@
-"""A replacement takes over what its predecessor carried besides its table: mode, hooks, attributes."""
+"""Transfers module state other than the table to a replacement: training mode, hooks, attributes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from recsys_embed.compress.build import call_options
 from recsys_embed.embedding import CompressedEmbedding
 
-# RemovableHandle finds these dictionaries by identity, so that handing over the very objects keeps handles working.
+# A RemovableHandle refers to these dictionary objects, so the new module takes the same objects.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -26,7 +26,7 @@ _OURS = ("stands_in",)
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A module of the same kind with nothing but what its constructor gives it, without memory."""
+    """A freshly constructed module of the same kind on the meta device."""
     if isinstance(module, CompressedEmbedding):
         own: dict[str, Any] = {
             "config": module.config,
@@ -39,7 +39,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _extras(module: nn.Module) -> dict[str, list[str]]:
-    """Names that somebody added to a module: plain attributes, parameters, buffers, submodules."""
+    """Names added to a module after construction: attributes, parameters, buffers, submodules."""
     bare = _bare(module)
     known = {*_TORCH_OWN, *_OURS, *vars(bare), *bare._parameters, *bare._buffers, *bare._modules}
     return {
@@ -54,15 +54,15 @@ def _extras(module: nn.Module) -> dict[str, list[str]]:
 
 
 def extra_faults(old: nn.Module, new: nn.Module, where: str) -> Iterator[str]:
-    """Attributes of ``old`` that would hide those of ``new``."""
+    """Faults: attributes of ``old`` that would hide those of ``new``."""
     for names in _extras(old).values():
         for name in names:
             if name != "forward" and hasattr(new, name):
                 yield f"{where}: its attribute {name!r} has a name that {type(new).__name__} needs; rename it"
 
 
-def dress(old: nn.Module, new: nn.Module) -> None:
-    """Hand over to ``new`` the mode, ``requires_grad``, hooks and additions of ``old``, which keeps them too."""
+def transfer_module_state(old: nn.Module, new: nn.Module) -> None:
+    """Copy training mode, ``requires_grad``, hooks and added attributes from ``old`` to ``new``."""
     new.requires_grad_(any(p.requires_grad for p in old.parameters()))
     for part, names in _extras(old).items():
         for name in names:
@@ -75,5 +75,5 @@ def dress(old: nn.Module, new: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
     new.train(old.training)
     if isinstance(new, CompressedEmbedding):
-        # A plain table of the same rows is its own weight.
+        # A full table with the same rows is its own dense table.
         new.stands_in = new.config.method != "full" or new.spec.num_ids != new.num_embeddings

@@ -1,14 +1,15 @@
-"""What a compression did, or would do: one line per table."""
+"""The report of a compression, done or planned: one line per table."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.discover import TableKind
+from recsys_embed.typing import JSON
 
 Action = Literal["replaced", "kept", "skipped"]
 REPORT_VERSION = 1
@@ -23,13 +24,13 @@ class CompressedTable:
         paths: every dotted path at which it stands.
         kind: of the module that was there, see :class:`recsys_embed.discover.FoundTable`.
         action: ``"replaced"``; ``"kept"`` plain because the plan says ``full``; or ``"skipped"``, see ``note``.
-        method: that stores it now.
+        method: that stores it afterwards.
         bytes_before: of the table.
-        bytes_after: of what this table alone stores now; tables it shares with others count in ``SharedTable``.
+        bytes_after: that this table alone stores; tables shared with others count in ``SharedTable``.
         shared: names of those.
         relative_error: Frobenius norm of the difference to the trained table over the table's own, ids weighted by
             ``counts`` where given; None where nothing was fitted.
-        note: what else to know.
+        note: anything else worth knowing.
     """
 
     name: str
@@ -95,7 +96,7 @@ class CompressReport:
         """The line of a table, by its name or a dotted path of it."""
         return next(t for t in self.tables if name == t.name or name in t.paths)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready."""
         return {
             "version": REPORT_VERSION,

@@ -1,4 +1,4 @@
-"""The report of a compression, from what was found and what was built."""
+"""Builds the report of a compression from the tables found and their replacements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recsys_embed.compress.build import Job
+from recsys_embed.compress.build import TableReplacement
 from recsys_embed.compress.report import CompressedTable, CompressReport, SharedTable
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Table
@@ -16,34 +16,43 @@ from recsys_embed.embedding import CompressedEmbedding
 
 
 def summarise(
-    tables: Sequence[FoundTable], jobs: Sequence[Job], configs: Mapping[str, MethodConfig], dry_run: bool
+    tables: Sequence[FoundTable],
+    replacements: Sequence[TableReplacement],
+    configs: Mapping[str, MethodConfig],
+    dry_run: bool,
 ) -> CompressReport:
     """One line per table of the model, whether it was replaced or not."""
-    by_name = {job.table.name: job for job in jobs}
+    by_name = {replacement.table.name: replacement for replacement in replacements}
     lines: list[CompressedTable] = []
     shared: dict[str, tuple[Table, int]] = {}
     readers: dict[str, list[str]] = {}
     counted: set[int] = set()
     for table in tables:
-        job = by_name.get(table.name)
+        replacement = by_name.get(table.name)
         before = _bytes(table, counted)
         common: dict[str, Any] = {
             "name": table.name, "paths": table.paths, "kind": table.kind, "rows": table.rows, "width": table.width,
             "bytes_before": before,
         }  # fmt: skip
-        if job is None:
+        if replacement is None:
             kept = table.name in configs
             why = "" if kept else table.obstacle or "left out"
             action: Any = "kept" if kept else "skipped"
             lines.append(CompressedTable(action=action, method=_method(table), bytes_after=before, note=why, **common))
             continue
-        for t in job.shared():
+        for t in replacement.shared():
             shared[t.name] = (t, table.dtype.itemsize)
             readers.setdefault(t.name, []).append(table.name)
-        names = tuple(t.name for t in job.shared())
-        done: dict[str, Any] = {"shared": names, "relative_error": job.error, "note": _note(job)}
+        names = tuple(t.name for t in replacement.shared())
+        done: dict[str, Any] = {"shared": names, "relative_error": replacement.error, "note": _note(replacement)}
         lines.append(
-            CompressedTable(action="replaced", method=job.config.method, bytes_after=job.own_bytes(), **done, **common)
+            CompressedTable(
+                action="replaced",
+                method=replacement.config.method,
+                bytes_after=replacement.own_bytes(),
+                **done,
+                **common,
+            )
         )
     joint = [
         SharedTable(t.name, t.rows, t.width, t.rows * t.width * size, tuple(readers[t.name]))
@@ -53,7 +62,7 @@ def summarise(
 
 
 def _method(table: FoundTable) -> str:
-    """What stores a table that stays as it is."""
+    """The method of a table that is not replaced."""
     module: Any = table.module
     if table.kind == "compressed":
         return str(module.config.method)
@@ -61,14 +70,14 @@ def _method(table: FoundTable) -> str:
 
 
 def _bytes(table: FoundTable, counted: set[int]) -> int:
-    """Bytes of a table as found; what several tables share counts for the first of them."""
+    """Bytes of a table as found; shared tensors count for the first table that holds them."""
     if table.weight is not None:
         return table.rows * table.width * table.dtype.itemsize
     module: Any = table.module
     if table.kind == "collection":
         return int(module.plan[table.table].footprint(module.schema[table.table], table.dtype.itemsize).serve)
     tensors: list[Tensor] = [p for m in table.modules for p in m.parameters()]
-    # A loaded export has no parameters: it reads what stands in the file.
+    # A loaded export has no parameters: it reads the tensors of the file.
     served: list[Any] = [m.served for m in table.modules if getattr(m, "served", None) is not None]
     tensors += [stored.data for s in served for stored in s.children()]
     held = {id(t): t for t in tensors if id(t) not in counted}
@@ -76,25 +85,27 @@ def _bytes(table: FoundTable, counted: set[int]) -> int:
     return sum(p.nbytes for p in held.values()) + int(module.footprint().index)
 
 
-def _note(job: Job) -> str:
+def _note(replacement: TableReplacement) -> str:
     notes = []
-    module: nn.Module = job.modules[0]
-    padding, weight = getattr(module, "padding_idx", None), job.table.weight
-    pads = not job.plain and padding is not None and job.table.pooling is None
+    module: nn.Module = replacement.modules[0]
+    padding, weight = getattr(module, "padding_idx", None), replacement.table.weight
+    pads = not replacement.plain and padding is not None and replacement.table.pooling is None
     if pads and weight is not None and not weight.is_meta and bool(weight.detach()[padding].any()):
         notes.append("its padding row held values; the padding id gives zeros now")
-    if job.plain and isinstance(module, CompressedEmbedding) and module.spec.unseen not in (None, "raise"):
-        notes.append(f"ids never seen raise now, as torch does ({module.spec.unseen!r} before)")
-    by_id = getattr(job.config, "order", None) == "ids"
-    apart = by_id or (job.trial is not None and bool(job.trial.program.indexes))
-    if apart and job.counts is None:
-        notes.append("ids count as numbered by falling frequency; give `counts` where they are not")
-    elif by_id and job.counts is not None and not _falling(job.counts):
-        notes.append("the plan takes ids as numbered by falling frequency, `counts` say otherwise: use order='counts'")
+    if replacement.plain and isinstance(module, CompressedEmbedding) and module.spec.unseen not in (None, "raise"):
+        notes.append(f"unseen ids raise now, as in torch ({module.spec.unseen!r} before)")
+    by_id = getattr(replacement.config, "order", None) == "ids"
+    apart = by_id or (replacement.trial is not None and bool(replacement.trial.program.indexes))
+    if apart and replacement.counts is None:
+        notes.append("ids are assumed to be numbered by falling frequency; give `counts` if they are not")
+    elif by_id and replacement.counts is not None and not _falling(replacement.counts):
+        notes.append(
+            "the plan assumes ids numbered by falling frequency, but `counts` are not in that order: use order='counts'"
+        )
     return "; ".join(notes)
 
 
 def _falling(counts: Tensor) -> bool:
-    """Whether the first tenth of the ids is about as frequent as the most frequent tenth."""
+    """Whether the first tenth of the ids has at least 90 % of the lookups of the most frequent tenth."""
     head = max(1, len(counts) // 10)
     return bool(counts[:head].sum() >= 0.9 * counts.topk(head).values.sum())

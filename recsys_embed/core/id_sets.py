@@ -12,14 +12,16 @@ import binascii
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
+from recsys_embed.core import index as base
+from recsys_embed.core.index import IndexArray, IndexArrays
 from recsys_embed.errors import ConfigError
+from recsys_embed.typing import Parameter
 
 Form = Literal["range", "bitmap", "sorted"]
 
@@ -30,7 +32,7 @@ def words_of(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Index(BaseIndex):
+class IdSet(base.Index):
     """The ids of ``[0, size)`` whose frequency rank lies in ``[start, start + count)``.
 
     Args:
@@ -41,7 +43,7 @@ class Index(BaseIndex):
         form: ``"range"`` where ids are ranks (no bytes), ``"bitmap"`` (12 bytes per 64 ids), ``"sorted"`` (4 bytes per
             member).
 
-    >>> Index.smallest("hot", size=1000, start=0, count=500).form, Index.smallest("hot", 10**6, 0, 10).nbytes
+    >>> IdSet.smallest("hot", size=1000, start=0, count=500).form, IdSet.smallest("hot", 10**6, 0, 10).nbytes
     ('bitmap', 40)
     """
 
@@ -52,7 +54,7 @@ class Index(BaseIndex):
     form: Form = "range"
 
     @classmethod
-    def smallest(cls, name: str, size: int, start: int, count: int) -> Index:
+    def smallest(cls, name: str, size: int, start: int, count: int) -> IdSet:
         """The set in whichever array form takes fewer bytes."""
         forms: tuple[Form, Form] = ("bitmap", "sorted")
         return min((cls(name, size, start, count, form) for form in forms), key=lambda index: index.nbytes)
@@ -192,7 +194,9 @@ def popcount(x: Tensor) -> Tensor:
     return ((x * 0x0101010101010101) >> 56) & 0x7F
 
 
-def positions(form: Form, ids: Tensor, params: tuple[Any, Any, Any], at: Any, arrays: IndexArrays | None) -> Tensor:
+def positions(
+    form: Form, ids: Tensor, params: tuple[Parameter, Parameter, Parameter], at: Parameter, arrays: IndexArrays | None
+) -> Tensor:
     """Place of each id among the members in order of ids: int64 of the shape of ``ids``; -1 for others.
 
     Args:

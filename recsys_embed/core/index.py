@@ -48,7 +48,7 @@ class IndexArrays(NamedTuple):
     longest: int = 0
 
 
-class BaseIndex(ABC):
+class Index(ABC):
     """What lookups of one feature read beside tables. Subclasses are frozen dataclasses.
 
     Attributes:

@@ -18,8 +18,8 @@ from torch import Tensor
 from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
-from recsys_embed.core.index import BaseIndex
-from recsys_embed.core.transforms import Hash, Member, MixedRadixDigit, Murmur, Sharing, Transform
+from recsys_embed.core.index import Index
+from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 from recsys_embed.utils.deprecated import warn_renamed
 
@@ -30,9 +30,9 @@ __all__ = [
     "Hash",
     "Initializer",
     "LookupProgram",
-    "Member",
     "MixedRadixDigit",
     "Murmur",
+    "RankInSet",
     "RowLookup",
     "Sharing",
     "Table",
@@ -43,7 +43,7 @@ __all__ = [
 Combine = Literal["sum", "mul"]
 
 # Classes by the names they had, which authors of methods may still import.
-_EARLIER = {"Digit": "MixedRadixDigit", "Init": "Initializer", "Probe": "RowLookup"}
+_EARLIER = {"Digit": "MixedRadixDigit", "Init": "Initializer", "Member": "RankInSet", "Probe": "RowLookup"}
 
 
 def __getattr__(name: str) -> Any:
@@ -58,23 +58,29 @@ _PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class Initializer:
-    """Law of a table's initial elements: ``loc`` + U(±scale), ``loc`` + N(0, scale**2), or constant ``loc``."""
+    """Initial distribution of a table: ``loc`` + U(±scale), ``loc`` + N(0, scale**2), or the constant ``loc``."""
 
-    law: Literal["uniform", "normal", "constant"]
+    distribution: Literal["uniform", "normal", "constant"]
     scale: float = 0.0
     loc: float = 0.0
 
+    @property
+    def law(self) -> str:
+        """The earlier name of ``distribution``."""
+        warn_renamed("field of Initializer", "law", "distribution")
+        return self.distribution
+
     @classmethod
     def plain(cls, spec: FeatureSpec, factor: float = 1.0) -> Initializer:
-        """The law a plain table of ``spec`` would start with, its spread times ``factor``."""
-        law, scale = spec.init_law()
-        return cls(law, scale * factor)
+        """The initial distribution of a plain table of ``spec``, its spread times ``factor``."""
+        distribution, scale = spec.initial_distribution()
+        return cls(distribution, scale * factor)
 
     def fill_(self, out: Tensor, seed: int) -> Tensor:
         """Fill ``out`` in place with bits that depend on ``seed`` and the shape alone, not on device or threads."""
         if out.is_meta:
             return out
-        if self.law == "constant":
+        if self.distribution == "constant":
             return out.fill_(self.loc)
         flat, at = out.view(-1), 0
         for draw in self.stream(flat.numel(), seed):
@@ -87,9 +93,9 @@ class Initializer:
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, count, _PIECE):
             draw = torch.empty(min(_PIECE, count - start), dtype=torch.float32)
-            if self.law == "constant":
+            if self.distribution == "constant":
                 draw.fill_(0.0)
-            elif self.law == "uniform":
+            elif self.distribution == "uniform":
                 draw.uniform_(-self.scale, self.scale, generator=generator)
             else:
                 draw.normal_(0.0, self.scale, generator=generator)
@@ -190,7 +196,7 @@ class LookupProgram:
         return next(t for t in self.tables if t.name == name)
 
     @property
-    def indexes(self) -> tuple[BaseIndex, ...]:
+    def indexes(self) -> tuple[Index, ...]:
         """What transforms look ids up in, each once."""
         found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())

@@ -10,14 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import Index, positions
-from recsys_embed.core.index import BaseIndex, IndexArrays
+from recsys_embed.core.id_sets import IdSet, positions
+from recsys_embed.core.index import Index, IndexArrays
+from recsys_embed.typing import Parameter, Signature
 
 
 class Sharing(NamedTuple):
@@ -47,7 +48,7 @@ class Transform(ABC):
             cls.encoded = Transform.encoded  # type: ignore[method-assign]
 
     @abstractmethod
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         """Hashable; transforms with equal signatures differ in their parameters only and run as one."""
 
     @abstractmethod
@@ -57,7 +58,11 @@ class Transform(ABC):
     @staticmethod
     @abstractmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``.
 
@@ -73,7 +78,7 @@ class Transform(ABC):
         return False
 
     @property
-    def needs(self) -> BaseIndex | None:
+    def needs(self) -> Index | None:
         """The index that the transform looks ids up in, if any."""
         return None
 
@@ -122,7 +127,7 @@ class MixedRadixDigit(Transform):
     mod: int = 0
     affine: tuple[int, int, int] | None = None
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (MixedRadixDigit, self.affine is not None, self.div != 1, self.mod != 0)
 
     def parameters(self) -> tuple[int, ...]:
@@ -130,7 +135,11 @@ class MixedRadixDigit(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         _, has_affine, has_div, has_mod = signature
         div, mod, a, b, p = params
@@ -173,7 +182,7 @@ class Hash(Transform):
     head: int = 0
     head_absent: bool = False
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (Hash, self.head > 0, self.head_absent)
 
     def parameters(self) -> tuple[int, ...]:
@@ -181,7 +190,11 @@ class Hash(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         _, has_head, absent = signature
         salt, size, stride, offset, head = params
@@ -217,7 +230,7 @@ class Murmur(Transform):
     word: int
     size: int
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (Murmur, self.word)
 
     def parameters(self) -> tuple[int, ...]:
@@ -225,7 +238,11 @@ class Murmur(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
 
@@ -237,22 +254,26 @@ class Murmur(Transform):
 
 
 @dataclass(frozen=True)
-class Member(Transform):
+class RankInSet(Transform):
     """Place of an id among the members of ``index``; others hash to ``count + [0, rest)``, or have no row (rest 0)."""
 
-    index: Index
+    index: IdSet
     rest: int = 0
     salt: int = 0
 
-    def signature(self) -> tuple[Any, ...]:
-        return (Member, self.index.form, self.rest > 0)
+    def signature(self) -> Signature:
+        return (RankInSet, self.index.form, self.rest > 0)
 
     def parameters(self) -> tuple[int, ...]:
         return (self.index.start, self.index.count, self.index.size, self.rest, self.salt)
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         _, form, has_rest = signature
         start, count, size, rest, salt = params
@@ -266,7 +287,7 @@ class Member(Transform):
         return self.rest == 0
 
     @property
-    def needs(self) -> Index:
+    def needs(self) -> IdSet:
         return self.index
 
     def encoded(self) -> tuple[str, dict[str, int]]:

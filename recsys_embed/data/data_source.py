@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys_embed.data.batch import Batch
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
+from recsys_embed.typing import JSONMapping
 
 HELD_OUT = "held_out"
 """The split of training rows that are held out."""
@@ -77,7 +78,7 @@ class DataSource(BatchSource, Protocol):
         ...
 
     @property
-    def stats(self) -> Mapping[str, Any] | None:
+    def stats(self) -> JSONMapping | None:
         """What is known of the features, as a data folder's ``stats.json`` says it; None: nothing but counts."""
         ...
 

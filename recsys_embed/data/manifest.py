@@ -1,15 +1,18 @@
-"""``schema.json``: what a data folder holds. Versioned; unknown keys and damage are named."""
+"""The manifest of a data folder (``schema.json``): versioned; unknown keys and damage are reported."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recsys_embed.data.folder import SCHEMA_FILE
-from recsys_embed.errors import DataError, raise_faults, unknown_name
+from recsys_embed.errors import DataError
+from recsys_embed.utils.settings import refuse_unknown
+
+T = TypeVar("T")
 
 FORMAT = "recsys_embed.data"
 VERSION = 1
@@ -51,9 +54,9 @@ class Feature:
     name: str
     num_embeddings: int
     missing_id: int
-    estimated: bool = False
-    vocab: str | None = None
-    vocab_sha256: str | None = None
+    estimated: bool
+    vocab: str | None
+    vocab_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what ids mean here: equal fingerprints encode a row alike."""
+        """Hash of the encoding: folders with equal fingerprints encode a row to the same ids."""
         text = json.dumps([[asdict(f) for f in self.features], self.id_mode, self.transform], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -101,28 +104,19 @@ class Manifest:
                 "convert the data again with this version of recsys-embed"
             )
         body = {k: v for k, v in data.items() if k not in ("format", "version")}
-        _check_keys(cls, body, where)
+        refuse_unknown(cls, body, "key", where=where, error=DataError)
         body["features"] = tuple(_build(Feature, f, where) for f in body["features"])
         body["dense"] = tuple(body["dense"])
         splits = {}
         for name, split in body["splits"].items():
-            _check_keys(Split, split, where)
+            refuse_unknown(Split, split, "key", where=where, error=DataError)
             splits[name] = Split(**{**split, "shards": tuple(_build(Shard, s, where) for s in split["shards"])})
         body["splits"] = splits
         return cls(**body)
 
 
-def _check_keys(cls: type[Any], body: dict[str, Any], where: str) -> None:
-    known = {f.name for f in fields(cls)}
-    for key in body:
-        if key not in known:
-            raise unknown_name(f"key in {where}", key, known)
-    missing = sorted(known - set(body) - {"extra"})
-    raise_faults([f"key {k!r} is missing" for k in missing], where, DataError)
-
-
-def _build(cls: type[Any], body: dict[str, Any], where: str) -> Any:
-    _check_keys(cls, body, where)
+def _build(cls: type[T], body: Any, where: str) -> T:
+    refuse_unknown(cls, body, "key", where=where, error=DataError)
     return cls(**body)
 
 

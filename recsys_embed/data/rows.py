@@ -18,6 +18,7 @@ from recsys_embed.data.data_source import HELD_OUT
 from recsys_embed.data.stream import moments_of, stream, windows
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Schema
+from recsys_embed.typing import JSONMapping
 
 IN_MEMORY_LIMIT = 4 << 30
 BUFFER_ROWS = 1 << 20
@@ -80,7 +81,7 @@ class RowSource(ABC):
     # -- what it may say ------------------------------------------------------------------------------------------
 
     @property
-    def stats(self) -> Mapping[str, Any] | None:
+    def stats(self) -> JSONMapping | None:
         """What is known of the features, as a data folder's ``stats.json`` says it."""
         return None
 
@@ -297,7 +298,7 @@ class Rows(RowSource):
         return hashlib.sha256(f"{self.whole.digest} {sorted(self.runs.items())}".encode()).hexdigest()
 
     @property
-    def stats(self) -> Mapping[str, Any] | None:
+    def stats(self) -> JSONMapping | None:
         return self.whole.stats
 
     def schema(self, embedding_dim: int) -> Schema:

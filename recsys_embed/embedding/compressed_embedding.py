@@ -28,9 +28,10 @@ from recsys_embed.kernels.places import Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
-from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
+from recsys_embed.typing import IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
@@ -53,7 +54,7 @@ class CompressedEmbedding(nn.Module):
         config: the method's configuration; or ``budget`` (bytes or text such as ``"4MiB"``) to size one; or neither,
             with the method's own options in ``params``.
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
-        init: law of a plain table here, see :class:`FeatureSpec`; ``"normal:1"`` is that of ``nn.Embedding``.
+        init: initial distribution of a plain table, see :class:`FeatureSpec`; ``"normal:1"`` is ``nn.Embedding``'s.
         unseen: what ids outside ``[0, num_embeddings)`` become, see :class:`FeatureSpec`: ``"hash"``, ``"oov"``,
             ``"zero"``, ``"raise"``, or ``None`` for what the method does by nature.
         shared: holds the tables of these names for several drop-ins; others are this module's own.
@@ -91,7 +92,7 @@ class CompressedEmbedding(nn.Module):
         shared: SharedTables | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **params: Any,
+        **params: Option,
     ) -> None:
         super().__init__()
         pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
@@ -135,7 +136,7 @@ class CompressedEmbedding(nn.Module):
         self._native: SingleLookup | None = None
         if supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
-            self._triton = DeferredLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
+            self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
@@ -318,7 +319,9 @@ class CompressedEmbedding(nn.Module):
         self.unseen.counting = counting
         return self
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
         """Look up ids.
 
         Args:
@@ -335,8 +338,8 @@ class CompressedEmbedding(nn.Module):
                 the method does not hash.
         """
         # The parameter's name is torch's, which callers may spell out.
-        ids = given_ids(input, self.spec, self.config.accepts_raw, self._policy)
-        check_id_dtype(ids, self.spec.name)
+        given = given_ids(input, self.spec, self.config.accepts_raw, self._policy)
+        ids = check_id_dtype(given, self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
@@ -348,12 +351,12 @@ class CompressedEmbedding(nn.Module):
                 f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "
                 f"got {tuple(per_sample_weights.shape)}"
             )
-        given, offsets = self._bags(ids, offsets)
-        flat = self._resolve(given)
+        values, offsets = self._bags(ids, offsets)
+        flat = self._resolve(values)
         vectors = self.before_pool_resolved(flat)
         skipped = absent_ids(flat) if self._policy.zeros[0] else None
         if self.padding_idx is not None:
-            padding = given == self.padding_idx
+            padding = values == self.padding_idx
             skipped = padding if skipped is None else skipped | padding
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         mode = bag_mode(self.mode, offsets)
@@ -393,7 +396,7 @@ class CompressedEmbedding(nn.Module):
         return out
 
     @classmethod
-    def from_dense(cls, weight: Tensor, *, counts: Tensor | None = None, **options: Any) -> Self:
+    def from_dense(cls, weight: Tensor, *, counts: Tensor | None = None, **options: Option) -> Self:
         """A module whose tables approximate a trained ``weight [num_embeddings, embedding_dim]`` in least squares.
 
         Args:
@@ -472,7 +475,7 @@ class CompressedEmbedding(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "_extra_state" in state_dict:
-            # The law of initial weights and the pooling do not change what stored rows mean.
+            # The initial distribution and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)

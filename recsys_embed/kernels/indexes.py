@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.core.index import BaseIndex, IndexArrays
+from recsys_embed.core.index import Index, IndexArrays
 from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 
@@ -20,7 +20,7 @@ class IndexStore(nn.Module):
         indexes: per program. Each starts as if ids were numbered by falling frequency.
     """
 
-    def __init__(self, indexes: Sequence[Sequence[BaseIndex]]) -> None:
+    def __init__(self, indexes: Sequence[Sequence[Index]]) -> None:
         super().__init__()
         self.indexes = [{i.name: i for i in row if i.arrays} for row in indexes]
         lengths: dict[tuple[tuple[str, torch.dtype], ...], int] = {}
@@ -131,7 +131,7 @@ class IndexStore(nn.Module):
         """Ids that have a row of a program's transform to themselves, see :meth:`Transform.owners`."""
         return transform.owners(ids, self.at(program, transform.reads), self.arrays)
 
-    def _write(self, program: int, index: BaseIndex, arrays: Mapping[str, Tensor]) -> None:
+    def _write(self, program: int, index: Index, arrays: Mapping[str, Tensor]) -> None:
         if self.device.type == "meta":
             return
         at = self._places[program][index.name]

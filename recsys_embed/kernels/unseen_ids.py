@@ -165,7 +165,7 @@ class Unseen(Constants):
             check_feature_ids(ids, self.constant("limits"), self.names, feature)
         elif self.actions[0] == "raise":
             # One feature needs no bound per id.
-            check_id_range(ids, self._integers["sizes"][0], self.names[0])
+            check_id_range(ids, self._integers["sizes"][0], self.names[0])  # type: ignore[arg-type]  # it is a flat list
 
     # -- counting -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""adaptive: the most frequent ids own rows, all others share hashed ones (AdaptEmb, as in DeepRec)."""
+"""adaptive: the most frequent ids own rows, all others share hashed rows (AdaptEmb, as in DeepRec)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from recsys_embed.core import hashing
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Hash, Initializer, LookupProgram, Member, RowLookup, Table, Transform
+from recsys_embed.core.program import Hash, Initializer, LookupProgram, RankInSet, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -21,10 +21,11 @@ class AdaptiveConfig(MethodConfig):
 
     ``order="ids"`` takes ids to be numbered by falling frequency, so that the frequent ones are ``[0, num_frequent)``
     and nothing more is stored. ``order="counts"`` stores the set of frequent ids (a bitmap or a sorted array, whichever
-    is smaller, part of the footprint) and needs ``assign_(counts)`` before training; until then it is that of
+    is smaller, part of the footprint) and needs ``assign_(counts)`` before training; until then it behaves like
     ``"ids"``. Papers store a remap of 4 bytes per id and do not count it.
 
-    Pitfall: with ``order="ids"`` over ids numbered otherwise, arbitrary ids own the rows, and frequent ones collide.
+    Pitfall: with ``order="ids"`` and ids that are not numbered by frequency, arbitrary ids own the rows and frequent
+    ones collide.
 
     When sizing by a budget, ``frequent_share`` of the rows (default: half) are for frequent ids.
 
@@ -62,10 +63,10 @@ class AdaptiveConfig(MethodConfig):
         salt = hashing.salt(self.seed, spec.name, "row", 0)
         rows: Transform = Hash(salt, self.num_buckets)
         if self.num_frequent:
-            index = Index("hot", spec.num_ids, 0, self.num_frequent)
+            index = IdSet("hot", spec.num_ids, 0, self.num_frequent)
             if self.order == "counts":
-                index = Index.smallest("hot", spec.num_ids, 0, self.num_frequent)
-            rows = Member(index, rest=self.num_buckets, salt=salt)
+                index = IdSet.smallest("hot", spec.num_ids, 0, self.num_frequent)
+            rows = RankInSet(index, rest=self.num_buckets, salt=salt)
         table = Table("weight", self.num_frequent + self.num_buckets, spec.embedding_dim, Initializer.plain(spec))
         return LookupProgram((table,), (RowLookup("weight", rows),))
 
@@ -97,7 +98,7 @@ class AdaptiveConfig(MethodConfig):
 
 
 class AdaptiveEmbedding(CompressedEmbedding):
-    """Drop-in over one table in which frequent ids own rows and the others share hashed ones.
+    """Drop-in over one table in which frequent ids own rows and the others share hashed rows.
 
     >>> import torch
     >>> emb = AdaptiveEmbedding(1_000_000, 16, num_frequent=10_000, num_buckets=40_000, order="counts")

@@ -1,4 +1,4 @@
-"""lowdim: a narrow plain table and a matrix that widens it; the strong dumb baseline (a low-rank factorisation)."""
+"""lowdim: a narrow table times a matrix (low-rank factorisation); a simple, strong baseline."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from recsys_embed.features import FeatureSpec
 class LowdimConfig(MethodConfig):
     """A table ``[num_embeddings, dim]`` times a learned matrix ``[dim, embedding_dim]``.
 
-    Rows start with the law of a plain table and matrix elements with variance 1/``dim``, so that outputs start with a
-    plain table's variance.
+    Rows start with the distribution of a plain table and matrix elements with variance 1/``dim``, so that outputs start
+    with a plain table's variance.
 
     >>> LowdimConfig(dim=4).footprint(FeatureSpec("C1", 1000, 16)).serve
     16256

@@ -1,4 +1,4 @@
-"""pep: single elements kept or pruned, each column by its own set of ids (PEP)."""
+"""pep: unstructured pruning; every column has its own set of ids that keep an element (PEP)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, Member, MixedRadixDigit, RowLookup, Table, Transform
+from recsys_embed.core.program import (
+    Initializer,
+    LookupProgram,
+    MixedRadixDigit,
+    RankInSet,
+    RowLookup,
+    Table,
+    Transform,
+)
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.method_parts.pruned_columns import Columns, segments
+from recsys_embed.method_parts.pruned_columns import ColumnBuilder, column_runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class PepConfig(MethodConfig):
-    """What PEP (Liu et al., ICLR 2021, arXiv 2101.07577) leaves of a feature: ``num_kept[k]`` elements of column k.
+    """A feature pruned by PEP (Liu et al., ICLR 2021, arXiv 2101.07577): ``num_kept[k]`` elements of column k.
 
     The search (``recsys-embed search pep``) finds a set of ids for every column, and the plan that it writes names them
     (``order="sets"``). Then every column is a table of its own, one element wide: 4 bytes per element, and 12 per
@@ -52,13 +60,13 @@ class PepConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        out, n = Columns(spec.embedding_dim), spec.num_ids
-        some = [Index("", n, 0, count) for count in self.num_kept if 0 < count < n]
-        forms = {form: sum(Index("", n, 0, i.count, form).nbytes for i in some) for form in ("bitmap", "sorted")}
-        # One form for the whole feature: row lookups of one kind run as one operation.
+        out, n = ColumnBuilder(spec.embedding_dim), spec.num_ids
+        some = [IdSet("", n, 0, count) for count in self.num_kept if 0 < count < n]
+        forms = {form: sum(IdSet("", n, 0, i.count, form).nbytes for i in some) for form in ("bitmap", "sorted")}
+        # One form of id set for the whole feature: row lookups of one kind run as one operation.
         form: Any = "range" if self.order == "ids" else min(forms, key=lambda f: forms[f])
         apart = self.order == "sets"
-        found = list(segments([(c, k if apart and 0 < c < n else 0) for k, c in enumerate(self.num_kept)]))
+        found = list(column_runs([(c, k if apart and 0 < c < n else 0) for k, c in enumerate(self.num_kept)]))
         if self.pruned == "zero" and len(found) > 1 and not found[-1][0][0]:
             found.pop()
         for (elements, _), column, count in found:
@@ -70,7 +78,7 @@ class PepConfig(MethodConfig):
                 continue
             rows: Transform = MixedRadixDigit()
             if elements < n:
-                rows = Member(Index(f"column_{column}", n, 0, elements, form))
+                rows = RankInSet(IdSet(f"column_{column}", n, 0, elements, form))
             table = Table(f"column_{column}", elements, count, Initializer.plain(spec))
             out.add(table, RowLookup(table.name, rows, column=column))
         return out.program()

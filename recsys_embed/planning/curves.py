@@ -1,4 +1,4 @@
-"""How the lookups of a feature spread over its ids: a curve of some dozens of bins, whatever the number of ids."""
+"""Frequency curves: the distribution of a feature's lookups over its ids, in a few dozen bins."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.typing import Counts
 
 Floats = NDArray[np.float64]
 
 BINS = 56
-"""Bins of a curve, at most about this many."""
+"""Approximate largest number of bins of a curve."""
 LOOKUPS_PER_ID = 5.0
-"""Lookups per id where nothing says how many there are: about Criteo's 45 million rows over its largest field."""
+"""Assumed lookups per id where their number is unknown: about Criteo's 45 million rows over its largest field."""
 EXPONENT = 1.05
-"""Of the Zipf law that stands in for unknown frequencies."""
+"""Exponent of the Zipf distribution assumed for unknown frequencies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class FrequencyCurve:
         ranked: ids are numbered by falling frequency (id 0, which often stands for unknown values, aside).
 
     Raises:
-        ConfigError: no curve: negative or other than finite values, shares that sum to something else.
+        ConfigError: values are negative or not finite, or shares do not sum to 1.
 
     >>> curve = FrequencyCurve.from_counts([70, 20, 5, 5, 0])
     >>> curve.n, curve.total, round(curve.coverage(2), 6), curve.seen
@@ -63,14 +64,14 @@ class FrequencyCurve:
         object.__setattr__(self, "ids", ids[order])
         object.__setattr__(self, "mass", mass[order])
 
-    # -- makers -----------------------------------------------------------------------------------------------------
+    # -- constructors ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_counts(cls, counts: Any) -> FrequencyCurve:
+    def from_counts(cls, counts: Counts) -> FrequencyCurve:
         """Curve of counts per id (array, tensor or list, any order).
 
         Raises:
-            ConfigError: not one-dimensional, or negative or other than finite counts.
+            ConfigError: not one-dimensional, or counts are negative or not finite.
         """
         given = counts.detach().cpu().numpy() if isinstance(counts, torch.Tensor) else np.asarray(counts)
         if given.ndim != 1 or not len(given) or given.dtype.kind not in "iuf":
@@ -91,7 +92,7 @@ class FrequencyCurve:
         """Curve of ``n`` ids whose k-th most frequent one has a share in proportion to ``k ** -exponent``.
 
         Args:
-            total: lookups, which say how well an id is known; five per id by default.
+            total: number of lookups, which determines how well ids are learned; five per id by default.
 
         >>> round(FrequencyCurve.zipf(10**9, 1.0).coverage(31_623), 2)
         0.51
@@ -108,7 +109,7 @@ class FrequencyCurve:
     @classmethod
     def from_coverage(
         cls,
-        coverage: Mapping[Any, float],
+        coverage: Mapping[int, float] | Mapping[str, float],
         distinct: int,
         seen_once: int = 0,
         total: float | None = None,
@@ -140,7 +141,7 @@ class FrequencyCurve:
         reached = _between_points(edges, np.append(0.0, ks), np.append(0.0, np.maximum.accumulate(shares)))
         return cls(np.diff(edges), np.diff(reached), float(total), ranked)
 
-    # -- what it says -----------------------------------------------------------------------------------------------
+    # -- queries -----------------------------------------------------------------------------------------------
 
     @property
     def n(self) -> int:

@@ -35,7 +35,7 @@ LEAST_UNITS, MOST_UNITS = 1 << 10, 1 << 14
 
 
 class Choices(NamedTuple):
-    """Options of one class: int64 costs that rise strictly, losses that fall strictly, and who they are.
+    """Options of one class on its Pareto front: int64 costs rise strictly, losses fall strictly.
 
     ``names`` are positions in the list that :func:`reduce_options` was given.
     """
@@ -65,7 +65,7 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Solution:
-    """Which option of each class, what they cost and lose together, and what no choice could lose less than."""
+    """The option of each class, their total cost and loss, and a lower bound on the loss of any choice."""
 
     options: tuple[int, ...]
     cost: int
@@ -96,7 +96,7 @@ def hull(choices: Choices) -> Ints:
     for i in range(len(cost)):
         while len(stack) > 1:
             a, b = stack[-2], stack[-1]
-            # Gains per byte must not rise along the hull.
+            # Convexity: the loss saved per byte from a to b is at least that from b to i (multiplied out: no division).
             if (loss[a] - loss[b]) * (cost[i] - cost[b]) >= (loss[b] - loss[i]) * (cost[b] - cost[a]):
                 break
             stack.pop()
@@ -111,7 +111,7 @@ def steps_of(classes: Sequence[Choices], hulls: Sequence[Ints] | None = None) ->
     gain = np.concatenate([-np.diff(c.losses[h]) for c, h in zip(classes, hulls, strict=True)])
     owner = np.repeat(np.arange(len(classes)), [len(h) - 1 for h in hulls])
     option = np.concatenate([h[1:] for h in hulls])
-    # Rounding may make a later step of a class look better than an earlier one; the running least keeps their order.
+    # Rounding may make a later step of a class look steeper than an earlier one; the running minimum keeps their order.
     rate = np.concatenate([np.minimum.accumulate(r) for r in np.split(gain / cost, np.flatnonzero(np.diff(owner)) + 1)])
     order = np.argsort(-rate, kind="stable")
     first = np.array([h[0] for h in hulls], np.int64)
@@ -139,7 +139,7 @@ def greedy(classes: Sequence[Choices], steps: Steps, budget: int) -> Solution | 
 
 @dataclass(frozen=True)
 class Effort:
-    """Which solvers run besides the greedy one: a matter of the number of options, never of the budget.
+    """Which solvers run besides the greedy one; this depends on the number of options, never on the budget.
 
     Args:
         complete: go through all choices.
@@ -151,10 +151,11 @@ class Effort:
 
     @classmethod
     def of(cls, options: Sequence[int]) -> Effort:
-        """What suits classes of so many options each."""
+        """The effort for classes with so many options each."""
         units = min(ROUNDED_WORK // max(1, sum(options)), MOST_UNITS)
         units = 1 << (max(units, 1).bit_length() - 1)
-        # With fewer units than classes a doubled unit could lose what the finer one had.
+        # A solution must stay feasible when the unit doubles: with n classes, sum ceil(c / 2u) <= (sum ceil(c / u) + n)
+        # / 2 <= (units + n) / 2, which is at most ``units`` if n <= units.
         return cls(prod(options) <= COMPLETE_STATES, units if units >= max(LEAST_UNITS, len(options)) else 0)
 
 
@@ -174,6 +175,7 @@ def solve(
     >>> solve(classes, 8).options, solve(classes, 8).loss, solve(classes, 1)
     ((1, 1), 2.0, None)
     """
+    # Exact where the linear relaxation is no better than the greedy solution.
     best = greedy(classes, steps_of(classes) if steps is None else steps, budget)
     if best is None or best.exact:
         return best
@@ -197,7 +199,7 @@ def _solution(classes: Sequence[Choices], options: Ints, bound: float, exact: bo
 
 
 def _complete(classes: Sequence[Choices], budget: int) -> Ints:
-    """The best options of all choices; the cheapest of each fit."""
+    """The exact optimum, by the Pareto front of summed costs and losses (Nemhauser and Ullmann 1969)."""
     cost, loss = np.zeros(1, np.int64), np.zeros(1)
     trail: list[tuple[Ints, Ints]] = []
     for c in classes:
@@ -214,7 +216,7 @@ def _complete(classes: Sequence[Choices], budget: int) -> Ints:
 
 
 def _rounded(classes: Sequence[Choices], budget: int, units: int) -> list[Ints | None]:
-    """Solutions in costs rounded up: in the budget's unit, and in half of it at the largest budget that has it."""
+    """Solutions with costs rounded up to the budget's unit, and to half of it at that unit's largest budget."""
     if not units:
         return []
     bits = units.bit_length() - 1

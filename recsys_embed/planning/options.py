@@ -1,4 +1,4 @@
-"""Options of a feature: a method at a size, with its bytes and what it loses."""
+"""Options of a feature: a method at a size, with bytes and estimated loss."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from typing import Any, NamedTuple
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.features import FeatureSpec
+from recsys_embed.planning.candidates import Candidate
+from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.knapsack import Choices, Ints
-from recsys_embed.planning.limits import Candidate, Costs, Limits
-from recsys_embed.planning.price import Factor, Terms, factors
+from recsys_embed.planning.limits import Limits
+from recsys_embed.planning.loss_estimate import ColumnSpan, CurveTerms, column_spans
 
 FULL = "full"
 TINY_PENALTY = 0.05
-"""Loss added to options of tiny tables other than plain ones: a twentieth of all that a feature can tell."""
+"""Loss added to compressed options of tiny tables: a twentieth of a feature's whole signal."""
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What is the same for all features of a plan.
+class PlanningContext:
+    """Settings that all features of a plan have in common.
 
     Args:
         candidates: methods to consider.
-        costs: what bytes count.
-        limits: what is ruled out.
-        factors: by method, what its losses are multiplied by (:mod:`recsys_embed.planning.evidence`).
-        knots: sizes per method looked at first.
-        rounds: how often sizes next to good ones are looked at.
+        costs: the rules that bytes are counted by.
+        limits: limits on options besides the budget.
+        loss_scales: by method, a factor on its losses (:mod:`recsys_embed.planning.calibration`).
+        grid_points: sizes per method on the coarse grid.
+        rounds: number of refinements of the grid.
         step: largest ratio of the bytes of neighbouring options of a method.
-        variants: whether methods are tried with each set of options that they name.
-        options: by feature, an option of torch's that its method must support (:class:`Needs`).
-        kinds: by feature, what it must have in common with those it shares a table with.
+        variants: whether to try each of a method's planning variants.
+        options: by feature, a torch option that its method must support (:class:`ModelConstraints`).
+        kinds: by feature, the device, dtype and so on that features of one shared table must agree on.
     """
 
     candidates: Sequence[Candidate]
     costs: Costs
     limits: Limits
-    factors: Mapping[str, float] = field(default_factory=dict)
-    knots: int = 12
+    loss_scales: Mapping[str, float] = field(default_factory=dict)
+    grid_points: int = 12
     rounds: int = 3
     step: float = 1.06
     variants: bool = True
@@ -47,20 +49,20 @@ class Frame:
     kinds: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Sized(NamedTuple):
+class SizedMethod(NamedTuple):
     """A method at one size."""
 
     size: int
     config: MethodConfig
     program: LookupProgram
-    parts: list[Factor]
+    spans: list[ColumnSpan]
     cost: int
 
 
-class Sizer:
-    """A candidate for one feature, at whatever size is asked for."""
+class ResizableMethod:
+    """A candidate method for one feature, at any size."""
 
-    def __init__(self, candidate: Candidate, spec: FeatureSpec, terms: Terms, costs: Costs) -> None:
+    def __init__(self, candidate: Candidate, spec: FeatureSpec, terms: CurveTerms, costs: Costs) -> None:
         self.candidate, self.spec, self.terms, self.costs = candidate, spec, terms, costs
         self.cls = candidate.info.config_cls
         self.params = params_of(candidate, terms.curve.ranked)
@@ -74,22 +76,22 @@ class Sizer:
         """The largest useful size."""
         return self.cls.max_size(self.spec, **self.params)
 
-    def at(self, size: int) -> Sized:
+    def at(self, size: int) -> SizedMethod:
         """The method at a size in [1, top].
 
         Raises:
             ConfigError: it does not suit the feature.
         """
         config = self.cls.sized(self.spec, size, **self.params)
-        # Checking every size would take half of the time; what is chosen is checked with the plan.
+        # Checking every size would take half of the time; the chosen configurations are checked with the plan.
         program = config.build_program(self.spec) if self._checked else config.program(self.spec)
         self._checked = True
-        return sized(config, program, self.spec, self.terms, self.costs, size)
+        return sized_method(config, program, self.spec, self.terms, self.costs, size)
 
-    def fitting(self, low: int, high: int, available: int) -> Sized:
+    def fitting(self, low: int, high: int, available: int) -> SizedMethod:
         """The largest size in ``[low, high]`` whose bytes are at most ``available``, or ``low``.
 
-        Sizes are found by interpolation, since bytes rise almost evenly with them.
+        Bytes grow almost linearly with the size: two steps of interpolation search, then one of bisection, in turn.
         """
         below, above = self.at(low), self.at(high)
         if above.cost <= available:
@@ -106,23 +108,23 @@ class Sizer:
         return below
 
 
-def sized(
-    config: MethodConfig, program: LookupProgram, spec: FeatureSpec, terms: Terms, costs: Costs, size: int = 0
-) -> Sized:
-    """A configuration with its factors and bytes."""
-    return Sized(size, config, program, factors(program, terms), costs.own(config, program, spec))
+def sized_method(
+    config: MethodConfig, program: LookupProgram, spec: FeatureSpec, terms: CurveTerms, costs: Costs, size: int = 0
+) -> SizedMethod:
+    """A configuration with its column spans and bytes."""
+    return SizedMethod(size, config, program, column_spans(program, terms), costs.own(config, program, spec))
 
 
 class Option(NamedTuple):
     """One way to store a feature, at ``cost`` bytes and ``loss``.
 
     Args:
-        sizer: the method; None for a pinned configuration.
+        resizable: the method at any size; None for a pinned configuration.
         low, high: sizes between which the option's lies; with ``config`` it is ``low``.
         config: the configuration; None where the option is interpolated.
     """
 
-    sizer: Sizer | None
+    resizable: ResizableMethod | None
     low: int
     high: int
     config: MethodConfig | None
@@ -131,55 +133,55 @@ class Option(NamedTuple):
 
     @property
     def method(self) -> str:
-        if self.sizer is not None:
-            return self.sizer.name
+        if self.resizable is not None:
+            return self.resizable.name
         return "" if self.config is None else self.config.method
 
     def grown(self, available: int) -> tuple[MethodConfig, int]:
-        """Configuration and bytes of the option's method at the size next to it that fits ``available`` bytes.
+        """Configuration and bytes of the method at the largest size of this option that fits ``available`` bytes.
 
         ``available`` is at least the option's cost.
         """
-        if self.sizer is None or (self.low == self.high and self.config is not None):
+        if self.resizable is None or (self.low == self.high and self.config is not None):
             if self.config is None:
                 raise RuntimeError("an option without a method needs a configuration")
             return self.config, self.cost
-        found = self.sizer.fitting(self.low, self.high, available)
+        found = self.resizable.fitting(self.low, self.high, available)
         return found.config, found.cost
 
 
-class Joinable(NamedTuple):
-    """A candidate whose tables are shared, at its smallest, for one feature."""
+class SharedTableOption(NamedTuple):
+    """A candidate method whose tables are shared, at its smallest size, for one feature."""
 
     candidate: Candidate | None
-    sized: Sized
+    smallest: SizedMethod
 
 
 @dataclass
-class Menu:
+class FeatureOptions:
     """Options of a feature.
 
     Attributes:
         weight: importance of the feature, which multiplies losses.
-        options: all that were found; ``choices.names`` are positions in it.
-        choices: those that no other beats in both bytes and loss.
+        options: all that were enumerated; ``choices.names`` are positions in this list.
+        choices: the options on the Pareto front of bytes and loss.
         hull: positions in ``choices`` on the lower convex hull.
-        pools: shared tables that the feature may join.
-        refused: why methods are out of the question, by name.
+        shared: options to share tables with other features.
+        refused: by method, why it has no option.
     """
 
     spec: FeatureSpec
-    terms: Terms
+    terms: CurveTerms
     weight: float
     options: list[Option]
     choices: Choices
     hull: Ints
-    pools: list[Joinable]
+    shared: list[SharedTableOption]
     refused: dict[str, str]
 
 
 def params_of(candidate: Candidate, ranked: bool) -> dict[str, Any]:
-    """Options of a candidate; a method that goes by frequency and whose ids are not ``ranked`` by it is told so."""
+    """Options of a candidate; where ids are not ``ranked`` by frequency, methods that need ranks read counts."""
     params, order = dict(candidate.params or {}), candidate.info.config_cls.order_option
     if not ranked and order is not None:
         params.setdefault(order, "counts")
@@ -187,18 +189,18 @@ def params_of(candidate: Candidate, ranked: bool) -> dict[str, Any]:
 
 
 def goes_by_frequency(program: LookupProgram) -> bool:
-    """Whether some ids are treated apart for their frequency."""
+    """Whether the lookup treats some ids differently because of their frequency."""
     return any(t.by_frequency for p in program.row_lookups for t in p.transforms)
 
 
-def tiny_penalty(menu: Menu, frame: Frame) -> float:
-    """What a feature's options other than a plain table are charged for being that; not 0 for tiny tables only."""
-    spec, limits = menu.spec, frame.limits
-    if spec.num_embeddings >= limits.full_below or limits.pinned(spec.name) is not None or FULL in menu.refused:
+def tiny_penalty(feature: FeatureOptions, context: PlanningContext) -> float:
+    """Loss added to every option but the dense table; not 0 for tiny tables only."""
+    spec, limits = feature.spec, context.limits
+    if spec.num_embeddings >= limits.full_below or limits.pinned(spec.name) is not None or FULL in feature.refused:
         return 0.0
-    return TINY_PENALTY * menu.weight if any(c.name == FULL for c in frame.candidates) else 0.0
+    return TINY_PENALTY * feature.weight if any(c.name == FULL for c in context.candidates) else 0.0
 
 
-def tiny_bytes(menus: Sequence[Menu], frame: Frame) -> int:
-    """Bytes of the plain tables of all tiny features."""
-    return sum(o.cost for m in menus if tiny_penalty(m, frame) for o in m.options if o.method == FULL)
+def tiny_bytes(features: Sequence[FeatureOptions], context: PlanningContext) -> int:
+    """Bytes of the dense tables of all tiny features."""
+    return sum(o.cost for m in features if tiny_penalty(m, context) for o in m.options if o.method == FULL)

@@ -15,65 +15,68 @@ from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, rais
 from recsys_embed.features import Schema
 from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
 from recsys_embed.plan import Plan, PlanNotes
+from recsys_embed.planning.calibration import Calibration, calibrate, read_comparison
+from recsys_embed.planning.candidates import Candidate, candidate_methods
+from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve
-from recsys_embed.planning.evidence import Evidence, fit_evidence, read_rows
-from recsys_embed.planning.limits import Candidate, Costs, Limits, candidates, named_limits
-from recsys_embed.planning.menus import MenuMaker, fix
-from recsys_embed.planning.needs import Needs, needs_of
-from recsys_embed.planning.options import Frame, Menu, tiny_bytes
-from recsys_embed.planning.pools import Pool, configs_of, pools_of
-from recsys_embed.planning.predict import plan_losses, terms_of
-from recsys_embed.planning.price import factors
-from recsys_embed.planning.reasons import reason
-from recsys_embed.planning.search import JOIN, Found, Search
+from recsys_embed.planning.enumerator import OptionEnumerator, pin_option
+from recsys_embed.planning.explain import FeatureChoice, explain
+from recsys_embed.planning.limits import Limits, named_limits
+from recsys_embed.planning.loss_estimate import column_spans
+from recsys_embed.planning.model_constraints import ModelConstraints, constraints_of
+from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
+from recsys_embed.planning.predict import curve_terms, plan_losses
+from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.statistics import curves_from
+from recsys_embed.planning.table_groups import TableGroup, configs_of, table_groups
+from recsys_embed.typing import Budget, EvidenceSource, Methods, ModelOrSchema, Option, Statistics, UpdateRule
 
 MANY = 200
-"""Features beyond which options are looked at less closely."""
+"""With more features than this, the grid of sizes is coarser."""
 EVALUATIONS = 24_000
-"""Configurations looked at on the coarse grid of all features together, about."""
+"""Approximate number of configurations on the coarse grids of all features together."""
 
 
 def plan_for_budget(
-    model_or_schema: Schema | nn.Module,
-    budget: int | str,
+    model_or_schema: ModelOrSchema,
+    budget: Budget,
     target: str = "serve",
-    methods: Any = None,
-    optimizer: str | FusedOptimizer | None = "rowwise_adagrad",
-    stats: Any = None,
+    methods: Methods | None = None,
+    optimizer: UpdateRule | None = "rowwise_adagrad",
+    stats: Statistics | None = None,
     *,
-    evidence: Any = None,
+    evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
-    **limits: Any,
+    **limits: Option,
 ) -> Plan:
-    """Choose a method and a size for every table, so that all together keep to a byte budget and lose least.
+    """Choose a method and a size for every table, so that all of them together fit a byte budget and lose least.
 
-    The choice is a multiple-choice knapsack over every registered method at many sizes; losses come from a model of
-    what collisions, narrow rows and missing rows take away (:mod:`recsys_embed.planning.price`). Features may also
-    share one table, where a method has such. Equal arguments give equal plans.
+    The choice is a multiple-choice knapsack over every registered method at many sizes; losses are estimated from
+    collisions, narrow rows and missing rows (:mod:`recsys_embed.planning.loss_estimate`). Features may also
+    share one table, where a method supports it. Equal arguments give equal plans.
 
     Args:
         model_or_schema: the features, or a model whose embedding tables are the features. Of a model the plan is one
             that :func:`recsys_embed.compress_` can follow; tables that cannot be replaced are named in its notes.
         budget: bytes, or text such as ``"64MiB"``, that all tables of the plan and index buffers may take.
-        target: ``"serve"``: weights and index buffers; ``"train"``: also the optimizer's state, and gradients of what
-            it does not hold (projections and networks; with ``optimizer=None`` everything).
+        target: ``"serve"``: weights and index buffers; ``"train"``: also the optimizer's state, and gradients of the
+            parameters it does not update (projections and networks; with ``optimizer=None`` everything).
         methods: names to choose from, or names with options; all by default.
         optimizer: fused optimizer of the tables, or its name.
         stats: how often ids occur: per feature counts or a :class:`FrequencyCurve`, an opened data set, its folder or
-            the content of its ``stats.json``. Without, Zipf curves are assumed and methods that treat frequent ids
-            apart are left out.
+            the content of its ``stats.json``. Without statistics, Zipf curves are assumed and methods that treat
+            frequent ids differently are left out.
         evidence: rows of an earlier ``recsys-embed compare`` (its folder, or a JSON file), to which the losses of the
-            methods found there are fitted.
+            methods in it are calibrated.
         importance: factors of the losses by feature; 1 by default.
-        itemsize: bytes per stored number; by default those of the model's tables, 4 of a schema. A model whose tables
-            differ in it needs to be told one for all.
+        itemsize: bytes per stored number; by default those of the model's tables, or 4 for a schema. It must be
+            given where the tables of a model differ in it.
         limits: ``pin``, ``forbid``, ``full_below``, ``min_width``, ``width_multiple``, ``needs_equal_widths``,
             ``max_rows_per_id`` and ``max_bytes_per_id``: see :class:`recsys_embed.planning.Limits`.
 
     Returns:
-        A plan with a reason per feature and notes of what was aimed at, reached and proved.
+        A plan with a reason per feature, and notes on its budget, its bytes and how close to optimal it is.
 
     Raises:
         BudgetError: the budget cannot be met; says what is required and the ways out.
@@ -86,32 +89,34 @@ def plan_for_budget(
     ('full', 'hash', True)
     """
     given = _schema(model_or_schema)
-    # In one order, whichever the features come in: ties are then broken alike.
+    # Sorted, so that ties are broken alike whatever the order of the features.
     schema = Schema(sorted(given, key=lambda s: s.name))
-    needs = needs_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else Needs({}, {}, (), {})
-    total, fused, frame = _frame(schema, budget, target, methods, optimizer, _itemsize(itemsize, needs), limits)
+    wanted = (
+        constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
+    )
+    total, fused, context = _context(schema, budget, target, methods, optimizer, _itemsize(itemsize, wanted), limits)
     curves, source, known = _curves(schema, stats)
     weights = _importance(schema, importance)
-    terms = terms_of(schema, curves)
-    proof = Evidence() if evidence is None else fit_evidence(read_rows(evidence), schema, terms)
-    frame = replace(frame, factors=proof.factors, options=needs.options, kinds=needs.kinds)
-    frame = replace(frame, **_detail(schema, frame.candidates))
-    maker = MenuMaker(frame)
-    menus = [maker.menu(s, terms[s.name], weights[s.name], s.name in known) for s in schema]
-    pinned, spent = _pinned_tables(schema, menus, frame)
-    pools = pools_of(menus, frame, {t.name for t in pinned})
-    _check_possible(menus, pools)
-    search = Search(menus, pools, tiny_bytes(menus, frame))
-    least = search.least() + spent
-    found = search.best(total - spent) if total >= least else None
+    terms = curve_terms(schema, curves)
+    calibration = Calibration() if evidence is None else calibrate(read_comparison(evidence), schema, terms)
+    context = replace(context, loss_scales=calibration.scales, options=wanted.options, kinds=wanted.kinds)
+    context = replace(context, **_detail(schema, context.candidates))
+    maker = OptionEnumerator(context)
+    features = [maker.enumerate(s, terms[s.name], weights[s.name], s.name in known) for s in schema]
+    pinned, spent = _pinned_tables(schema, features, context)
+    groups = table_groups(features, context, {t.name for t in pinned})
+    _check_possible(features, groups)
+    solver = PlanSolver(features, groups, tiny_bytes(features, context))
+    least = solver.least() + spent
+    found = solver.best(total - spent) if total >= least else None
     if found is None:
-        raise BudgetError(_ways_out(schema, menus, frame, least, total))
-    configs = _configs(schema, menus, found, total - spent)
+        raise BudgetError(_ways_out(schema, features, context, least, total))
+    configs = _configs(schema, features, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given})
-    reached = frame.costs.plan(plan, schema)
+    reached = context.costs.plan(plan, schema)
     if reached > total:
         raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")
-    losses = plan_losses(schema, plan, terms, weights, proof.factors)
+    losses = plan_losses(schema, plan, terms, weights, calibration.scales)
     notes = PlanNotes(
         budget=total,
         bytes=reached,
@@ -121,17 +126,17 @@ def plan_for_budget(
         least_loss=found.bound,
         exact=found.exact,
         statistics=source,
-        measured=tuple(sorted(proof.factors)),
-        left_out=needs.left_out,
-        itemsize=frame.costs.itemsize,
+        measured=tuple(sorted(calibration.scales)),
+        left_out=wanted.left_out,
+        itemsize=context.costs.itemsize,
     )
-    return Plan(plan.configs, _reasons(schema, plan, menus, losses, frame, known), notes)
+    return Plan(plan.configs, _reasons(schema, plan, features, losses, context, known), notes)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _schema(model_or_schema: Any) -> Schema:
+def _schema(model_or_schema: ModelOrSchema) -> Schema:
     if isinstance(model_or_schema, Schema):
         return model_or_schema
     if isinstance(model_or_schema, nn.Module):
@@ -139,20 +144,20 @@ def _schema(model_or_schema: Any) -> Schema:
     raise ConfigError(f"expected a Schema or a torch.nn.Module; got {type(model_or_schema).__name__}")
 
 
-def _itemsize(given: Any, needs: Needs) -> Any:
+def _itemsize(given: Any, wanted: ModelConstraints) -> Any:
     """Bytes per number: as given, else those of all tables; where these differ, the first table of each size."""
-    if given is not None or not needs.itemsizes:
+    if given is not None or not wanted.itemsizes:
         return 4 if given is None else given
     first: dict[int, str] = {}
-    for name, size in needs.itemsizes.items():
+    for name, size in wanted.itemsizes.items():
         first.setdefault(size, name)
     return first if len(first) > 1 else next(iter(first))
 
 
-def _frame(
+def _context(
     schema: Schema, budget: Any, target: Any, methods: Any, optimizer: Any, itemsize: Any, options: Mapping[str, Any]
-) -> tuple[int, FusedOptimizer | None, Frame]:
-    """Budget, optimizer and frame; all faults at once."""
+) -> tuple[int, FusedOptimizer | None, PlanningContext]:
+    """Budget, optimizer and context; all faults at once."""
     faults: list[str] = []
 
     def attempt(make: Any, default: Any) -> Any:
@@ -163,7 +168,7 @@ def _frame(
             return default
 
     total = attempt(lambda: parse_bytes(budget), 1)
-    chosen = attempt(lambda: candidates(methods), [])
+    chosen = attempt(lambda: candidate_methods(methods), [])
     limits = attempt(lambda: named_limits(options), Limits())
     fused = attempt(lambda: _optimizer(optimizer), None)
     faults += limits.faults(schema)
@@ -178,17 +183,17 @@ def _frame(
     elif not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
         faults.append(f"`itemsize` must be an integer >= 1; got {itemsize!r}")
     raise_faults(faults, "plan_for_budget")
-    return total, fused, Frame(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
+    return total, fused, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
 
 
 def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
     """A pinned method is considered, for the features it is pinned to, though it may not be among ``methods``."""
     names = {c.name for c in chosen}
     extra = [p for p in limits.pin.values() if isinstance(p, str) and p not in names]
-    return chosen + candidates(extra) if extra else chosen
+    return chosen + candidate_methods(extra) if extra else chosen
 
 
-def _optimizer(optimizer: Any) -> FusedOptimizer | None:
+def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:
     if optimizer is None or isinstance(optimizer, FusedOptimizer):
         return optimizer
     if not isinstance(optimizer, str):
@@ -196,7 +201,7 @@ def _optimizer(optimizer: Any) -> FusedOptimizer | None:
     return make_rule(optimizer)
 
 
-def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
+def _curves(schema: Schema, stats: Statistics | None) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
     """Curves of all features, where they are from in words, and the features whose curve was counted."""
     given, names = {} if stats is None else curves_from(stats), schema.names
     faults = [
@@ -207,7 +212,7 @@ def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str,
         if curve is not None and spec.ids == "index" and curve.n > spec.num_embeddings:
             faults.append(f"statistics of {curve.n} ids for {spec.num_embeddings} embeddings (feature {spec.name!r})")
     raise_faults(faults, "plan_for_budget, `stats`")
-    # A sample looks up one id of every feature, so all features have as many lookups as the largest needs.
+    # A sample looks up one id of every feature, so all features have as many lookups as the largest wanted.
     lookups = LOOKUPS_PER_ID * max(s.num_embeddings for s in schema)
     made: dict[int, FrequencyCurve] = {}
     curves = {}
@@ -234,20 +239,22 @@ def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[
 
 
 def _detail(schema: Schema, chosen: Sequence[Candidate]) -> dict[str, Any]:
-    """How closely options are looked at: less where there are many features."""
-    knots = min(14, max(4, EVALUATIONS // (len(schema) * max(1, len(chosen)))))
+    """Resolution of the grids of sizes: coarser where there are many features."""
+    grid_points = min(14, max(4, EVALUATIONS // (len(schema) * max(1, len(chosen)))))
     if len(schema) <= MANY:
-        return {"knots": knots, "rounds": 3}
-    return {"knots": knots, "rounds": 1, "step": 1.2, "variants": False}
+        return {"grid_points": grid_points, "rounds": 3}
+    return {"grid_points": grid_points, "rounds": 1, "step": 1.2, "variants": False}
 
 
-# -- what cannot be -------------------------------------------------------------------------------------------------
+# -- impossible plans ----------------------------------------------------------------------------------------------
 
 
-def _pinned_tables(schema: Schema, menus: Sequence[Menu], frame: Frame) -> tuple[list[Any], int]:
-    """Shared tables that pinned configurations fix, and their bytes; their features get them as a private option."""
-    pins = {s.name: p for s in schema if isinstance(p := frame.limits.pinned(s.name), MethodConfig)}
-    fixed = [m for m in menus if m.spec.name in pins and m.pools]
+def _pinned_tables(
+    schema: Schema, features: Sequence[FeatureOptions], context: PlanningContext
+) -> tuple[list[Any], int]:
+    """Shared tables that pinned configurations fix, and their bytes; their features count as private."""
+    pins = {s.name: p for s in schema if isinstance(p := context.limits.pinned(s.name), MethodConfig)}
+    fixed = [m for m in features if m.spec.name in pins and m.shared]
     if not fixed:
         return [], 0
     part = Schema([m.spec for m in fixed])
@@ -255,55 +262,65 @@ def _pinned_tables(schema: Schema, menus: Sequence[Menu], frame: Frame) -> tuple
     terms = {m.spec.name: m.terms for m in fixed}
     plan = Plan({m.spec.name: pins[m.spec.name] for m in fixed})
     weights = {m.spec.name: m.weight for m in fixed}
-    losses = plan_losses(part, plan, terms, weights, frame.factors)
-    for menu in fixed:
-        fix(menu, menu.pools[0].sized, losses[menu.spec.name])
-    return tables, sum(frame.costs.table(t) for t in tables)
+    losses = plan_losses(part, plan, terms, weights, context.loss_scales)
+    for feature in fixed:
+        pin_option(feature, feature.shared[0].smallest, losses[feature.spec.name])
+    return tables, sum(context.costs.table(t) for t in tables)
 
 
-def _check_possible(menus: Sequence[Menu], pools: Sequence[Pool]) -> None:
-    """Raise where a feature has nothing to choose from, with what was refused and why."""
+def _check_possible(features: Sequence[FeatureOptions], groups: Sequence[TableGroup]) -> None:
+    """Raise where a feature has no option, with the methods refused and why."""
     faults = []
-    for i, menu in enumerate(menus):
-        if menu.options or any(i in pool.members for pool in pools):
+    for i, feature in enumerate(features):
+        if feature.options or any(i in group.members for group in groups):
             continue
-        why = "; ".join(f"{name}: {text}" for name, text in menu.refused.items()) or "none was offered"
-        if menu.pools:
-            why = f"{menu.pools[0].sized.config.method}: its table is of another shape or kind than the others'"
-        faults.append(f"no method is left ({why}) (feature {menu.spec.name!r})")
-    alone = {i for i, m in enumerate(menus) if not m.options}
-    if not faults and alone and not any(alone <= set(pool.members) for pool in pools):
-        names = ", ".join(menus[i].spec.name for i in sorted(alone))
+        why = "; ".join(f"{name}: {text}" for name, text in feature.refused.items()) or "none was offered"
+        if feature.shared:
+            why = f"{feature.shared[0].smallest.config.method}: its table differs in shape or kind from the others'"
+        faults.append(f"no method is left ({why}) (feature {feature.spec.name!r})")
+    alone = {i for i, m in enumerate(features) if not m.options}
+    if not faults and alone and not any(alone <= set(group.members) for group in groups):
+        names = ", ".join(features[i].spec.name for i in sorted(alone))
         faults.append(f"features {names} can only share tables, and of different methods; a plan shares those of one")
     raise_faults(faults, "plan_for_budget")
 
 
-def _ways_out(schema: Schema, menus: Sequence[Menu], frame: Frame, least: int, total: int) -> str:
-    """What an impossible budget would need, and what else would help, least bytes first."""
+def _ways_out(
+    schema: Schema, features: Sequence[FeatureOptions], context: PlanningContext, least: int, total: int
+) -> str:
+    """The budget that would suffice, and other ways out, least bytes first."""
     ways: list[tuple[int, str]] = []
 
     def smallest(costs: Costs, limits: Limits, names: Any) -> int | None:
-        other = Frame(candidates(names), costs, limits, knots=4, rounds=0, options=frame.options, kinds=frame.kinds)
-        maker = MenuMaker(other)
-        made = [maker.menu(m.spec, m.terms, m.weight, True) for m in menus]
+        other = PlanningContext(
+            candidate_methods(names),
+            costs,
+            limits,
+            grid_points=4,
+            rounds=0,
+            options=context.options,
+            kinds=context.kinds,
+        )
+        maker = OptionEnumerator(other)
+        made = [maker.enumerate(m.spec, m.terms, m.weight, True) for m in features]
         try:
             _, spent = _pinned_tables(schema, made, other)
-            pools = pools_of(made, other, set())
-            _check_possible(made, pools)
-            return Search(made, pools).least() + spent
+            groups = table_groups(made, other, set())
+            _check_possible(made, groups)
+            return PlanSolver(made, groups).least() + spent
         except RecsysEmbedError:
             return None
 
-    names = [c.name for c in frame.candidates]
+    names = [c.name for c in context.candidates]
     trials: list[tuple[str, Costs, Limits, Any]] = [
-        ("let the planner choose from all methods", frame.costs, frame.limits, None)
+        ("let the planner choose from all methods", context.costs, context.limits, None)
     ]
-    free = Limits(needs_equal_widths=frame.limits.needs_equal_widths)
-    if frame.limits != free:
-        trials.append(("fewer limits (pins, forbidden methods, widths, reads)", frame.costs, free, names))
-    if frame.costs.train:
-        trials.append(("an optimizer without state, such as 'sgd'", Costs(SGD(), True, frame.costs.itemsize),
-                       frame.limits, names))  # fmt: skip
+    free = Limits(needs_equal_widths=context.limits.needs_equal_widths)
+    if context.limits != free:
+        trials.append(("fewer limits (pins, forbidden methods, widths, reads)", context.costs, free, names))
+    if context.costs.train:
+        trials.append(("an optimizer without state, such as 'sgd'", Costs(SGD(), True, context.costs.itemsize),
+                       context.limits, names))  # fmt: skip
     for text, costs, limits, chosen in trials:
         need = smallest(costs, limits, chosen)
         if need is not None and need < least:
@@ -312,38 +329,40 @@ def _ways_out(schema: Schema, menus: Sequence[Menu], frame: Frame, least: int, t
         ways.append((least - 1, "a smaller embedding_dim"))
     listed = [f"a budget of {format_bytes(least)} ({least} bytes) or more", *(text for _, text in sorted(ways))]
     out = "; ".join(f"{i}. {text}" for i, text in enumerate(listed, 1))
-    kind = "training" if frame.costs.train else "serving"
+    kind = "training" if context.costs.train else "serving"
     return (
-        f"{len(schema)} features need at least {format_bytes(least)} for {kind} with what may be chosen; "
+        f"{len(schema)} features need at least {format_bytes(least)} for {kind} with the methods and limits given; "
         f"{format_bytes(total)} available. Ways out: {out}"
     )
 
 
-# -- what it comes to -----------------------------------------------------------------------------------------------
+# -- the plan chosen --------------------------------------------------------------------------------------------
 
 
-def _configs(schema: Schema, menus: Sequence[Menu], found: Found, total: int) -> dict[str, MethodConfig]:
-    """Configurations of the options chosen; bytes left over go to the pool, or to what can still grow."""
+def _configs(
+    schema: Schema, features: Sequence[FeatureOptions], found: PlanSolution, total: int
+) -> dict[str, MethodConfig]:
+    """Configurations of the options chosen; bytes left over enlarge shared tables or other options."""
     configs: dict[str, MethodConfig] = {}
     members = [i for i, name in enumerate(found.names) if name == JOIN]
-    left, pool = total, found.cell.pool
+    left, group = total, found.split.group
     growing = []
     for i, name in enumerate(found.names):
         if name == JOIN:
             continue
-        option = menus[i].options[name]
+        option = features[i].options[name]
         config, cost = option.config, option.cost
         if config is None:
             config, cost = option.grown(option.cost)
         configs[schema.features[i].name] = config
         left -= cost
         growing.append((i, option, cost))
-    if pool is not None and members:
-        own = {i: int(cost) for i, cost in zip(pool.members, pool.own, strict=True)}
+    if group is not None and members:
+        own = {i: int(cost) for i, cost in zip(group.members, group.own, strict=True)}
         left -= sum(own[i] for i in members)
-        together = configs_of(pool, menus, members, min(pool.most, left // pool.unit))
+        together = configs_of(group, features, members, min(group.most, left // group.unit))
         if together is None:
-            raise RuntimeError(f"method {pool.name!r} cannot be sized to {left} bytes for {len(members)} features")
+            raise RuntimeError(f"method {group.name!r} cannot be sized to {left} bytes for {len(members)} features")
         return {**configs, **together}
     for i, option, cost in sorted(growing, key=lambda g: -g[1].loss)[:16]:
         config, grown = option.grown(cost + left)
@@ -354,7 +373,12 @@ def _configs(schema: Schema, menus: Sequence[Menu], found: Found, total: int) ->
 
 
 def _reasons(
-    schema: Schema, plan: Plan, menus: Sequence[Menu], losses: Mapping[str, float], frame: Frame, known: set[str]
+    schema: Schema,
+    plan: Plan,
+    features: Sequence[FeatureOptions],
+    losses: Mapping[str, float],
+    context: PlanningContext,
+    known: set[str],
 ) -> dict[str, str]:
     programs = {s.name: plan[s.name].program(s) for s in schema}
     readers: dict[str, int] = {}
@@ -362,17 +386,22 @@ def _reasons(
         for table in program.tables:
             readers[table.name] = readers.get(table.name, 0) + table.shared
     out = {}
-    for menu in menus:
-        spec, terms = menu.spec, menu.terms
+    for feature in features:
+        spec, terms = feature.spec, feature.terms
         program = programs[spec.name]
-        company = max((readers[t.name] for t in program.tables if t.shared), default=0)
-        cost = frame.costs.own(plan[spec.name], program, spec)
         plain = Table("weight", spec.num_embeddings, spec.embedding_dim, Initializer.plain(spec))
-        whole = frame.costs.table(plain)
-        value = float(terms.value.sum()) * menu.weight
-        lost = losses[spec.name] / value if value else 0.0
-        parts = factors(program, terms)
-        out[spec.name] = reason(
-            spec, terms, plan[spec.name], program, parts, cost, whole, lost, frame.limits, company, spec.name in known
+        value = float(terms.value.sum()) * feature.weight
+        choice = FeatureChoice(
+            spec=spec,
+            terms=terms,
+            config=plan[spec.name],
+            program=program,
+            spans=column_spans(program, terms),
+            own_bytes=context.costs.own(plan[spec.name], program, spec),
+            dense_bytes=context.costs.table(plain),
+            loss=losses[spec.name] / value if value else 0.0,
+            readers=max((readers[t.name] for t in program.tables if t.shared), default=0),
+            counted=spec.name in known,
         )
+        out[spec.name] = explain(choice, context.limits)
     return out

@@ -1,4 +1,4 @@
-"""What the loss model says of a whole plan."""
+"""Estimated losses of a whole plan."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from collections.abc import Mapping
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import Floats, FrequencyCurve
-from recsys_embed.planning.price import Terms, crowd, factors, price
+from recsys_embed.planning.loss_estimate import CurveTerms, column_spans, estimate_loss, load_of_others
 
 
 def plan_losses(
     schema: Schema,
     plan: Plan,
-    terms: Mapping[str, Terms],
+    terms: Mapping[str, CurveTerms],
     importance: Mapping[str, float] | None = None,
     by_method: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Loss of every feature under ``plan``, with the members of shared tables that it really has.
+    """Loss of every feature under ``plan``, with shared tables loaded by exactly the features that share them.
 
     Args:
         terms: of every feature's frequency curve.
         importance: factors by feature, 1 where none is given.
         by_method: factors by method, likewise.
     """
-    parts = {s.name: factors(plan[s.name].program(s), terms[s.name]) for s in schema}
-    everybody: dict[str, Floats] = {}
-    for name, found in parts.items():
+    spans = {s.name: column_spans(plan[s.name].program(s), terms[s.name]) for s in schema}
+    total_load: dict[str, Floats] = {}
+    for name, found in spans.items():
         for f in found:
             if f.table is not None:
-                everybody[f.table] = everybody.get(f.table, 0.0) + f.reads * terms[name].load
+                total_load[f.table] = total_load.get(f.table, 0.0) + f.reads * terms[name].load
     losses = {}
     for spec in schema:
         own = plan[spec.name].planning_loss(spec, terms[spec.name].curve)
         if own is not None:
             loss = float(own)
         else:
-            beside = {t: crowd(terms[spec.name], load) for t, load in everybody.items()}
-            loss = float(price(terms[spec.name], [parts[spec.name]], spec.embedding_dim, beside)[0])
+            beside = {t: load_of_others(terms[spec.name], load) for t, load in total_load.items()}
+            loss = float(estimate_loss(terms[spec.name], [spans[spec.name]], spec.embedding_dim, beside)[0])
         loss *= (by_method or {}).get(plan[spec.name].method, 1.0)
         losses[spec.name] = loss * (importance or {}).get(spec.name, 1.0)
     return losses
 
 
-def terms_of(schema: Schema, curves: Mapping[str, FrequencyCurve]) -> dict[str, Terms]:
-    """Terms by feature; features with the same curve share them."""
-    made: dict[tuple[int, int], Terms] = {}
+def curve_terms(schema: Schema, curves: Mapping[str, FrequencyCurve]) -> dict[str, CurveTerms]:
+    """CurveTerms by feature; features with the same curve share them."""
+    made: dict[tuple[int, int], CurveTerms] = {}
     for spec in schema:
         curve = curves[spec.name]
         key = (id(curve), spec.num_embeddings)
         if key not in made:
-            made[key] = Terms(_fitting(spec, curve))
+            made[key] = CurveTerms(_fitting(spec, curve))
     return {s.name: made[id(curves[s.name]), s.num_embeddings] for s in schema}
 
 

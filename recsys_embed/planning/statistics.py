@@ -1,6 +1,6 @@
-"""How often ids occur, from whatever knows it: counts, curves, a data folder, its ``stats.json``, a data set.
+"""Id frequencies from every supported source: counts, curves, a data folder, its ``stats.json``, a data set.
 
-Planners, reports and compression read statistics here alone, so that each takes them in every form.
+Planners, reports and compression all read statistics through this module, so each accepts every source.
 """
 
 from __future__ import annotations
@@ -9,44 +9,33 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import TypeGuard, cast
 
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError, DataError, raise_faults
-from recsys_embed.features import Schema
 from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.typing import JSON, CountedData, Counts, FrequencySource, JSONMapping, Statistics
 
 
-class CountedData(Protocol):
-    """What statistics need of a data set; see :class:`recsys_embed.data.DataSource`."""
-
-    @property
-    def stats(self) -> Mapping[str, Any] | None: ...
-
-    def schema(self, embedding_dim: int) -> Schema: ...
-
-    def counts(self, feature: str) -> Tensor | None: ...
-
-
-def is_counted(source: Any) -> TypeGuard[CountedData]:
+def is_counted(source: object) -> TypeGuard[CountedData]:
     """Whether ``source`` is a data set that counts ids."""
     return callable(getattr(source, "counts", None)) and callable(getattr(source, "schema", None))
 
 
-def is_stats_json(source: Any) -> TypeGuard[Mapping[str, Any]]:
+def is_stats_json(source: object) -> TypeGuard[JSONMapping]:
     """Whether it is the content of a data folder's ``stats.json``."""
     return isinstance(source, Mapping) and isinstance(source.get("fields"), Mapping) and "splits" in source
 
 
 class CountsByFeature(Mapping[str, Tensor]):
-    """Counts per id of a data set's features, read as they are asked for; features of raw ids are left out.
+    """Counts per id of a data set's features, read on access; features with raw ids are left out.
 
     Raises:
-        ConfigError: no data set that counts ids.
+        ConfigError: not a data set that counts ids.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: object) -> None:
         if not is_counted(data):
             raise ConfigError(f"expected counts by feature, or an opened data set; got {type(data).__name__}")
         self._data = data
@@ -69,18 +58,18 @@ class CountsByFeature(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
-    """What a source says of one feature.
+class FeatureStatistics:
+    """Statistics of one feature.
 
     Args:
-        given: counts per id, ``(ids, counts)``, a :class:`FrequencyCurve` or what has one as ``curve``; None: nothing
-            but ``coarse``.
+        given: counts per id, ``(ids, counts)``, a :class:`FrequencyCurve` or an object with one as ``curve``; None
+            where only ``coarse`` is known.
         coarse: the curve of summary statistics.
         seen_once: values that occur once, where known.
         unseen: per split, the share of its occurrences whose value training did not know.
     """
 
-    given: Any = None
+    given: FrequencySource | None = None
     coarse: FrequencyCurve | None = None
     seen_once: int | None = None
     unseen: Mapping[str, float] | None = None
@@ -93,11 +82,11 @@ class Known:
         if isinstance(found, FrequencyCurve):
             return found
         counts = found[1] if isinstance(found, tuple) and len(found) == 2 else found
-        return FrequencyCurve.from_counts(counts)
+        return FrequencyCurve.from_counts(cast("Counts", counts))
 
 
-def read_statistics(source: Any) -> Iterator[tuple[str, Known]]:
-    """What ``source`` says of each feature; a data set's counts are read one feature after the other.
+def read_statistics(source: Statistics) -> Iterator[tuple[str, FeatureStatistics]]:
+    """Statistics of each feature in ``source``; a data set's counts are read one feature at a time.
 
     Args:
         source: a mapping of features to counts per id, ``(ids, counts)`` or curves; the content of a data folder's
@@ -115,7 +104,7 @@ def read_statistics(source: Any) -> Iterator[tuple[str, Known]]:
         yield from _of_stats(source).items()
     elif isinstance(source, Mapping):
         for name, value in source.items():
-            yield name, Known(value)
+            yield name, FeatureStatistics(value)
     else:
         raise ConfigError(
             "`stats` must be a mapping of feature names to counts, the content of a stats.json, an opened data set or "
@@ -123,8 +112,8 @@ def read_statistics(source: Any) -> Iterator[tuple[str, Known]]:
         )
 
 
-def curves_from(stats: Any) -> dict[str, FrequencyCurve]:
-    """Curves by feature, from whatever knows them; see :func:`read_statistics`.
+def curves_from(stats: Statistics) -> dict[str, FrequencyCurve]:
+    """Frequency curves by feature; for the sources see :func:`read_statistics`.
 
     Raises:
         ConfigError: no statistics, or a feature's counts are none.
@@ -143,7 +132,7 @@ def curves_from(stats: Any) -> dict[str, FrequencyCurve]:
     return curves
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> JSON:
     path = path / "stats.json" if path.is_dir() else path
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
@@ -155,30 +144,30 @@ def _read(path: Path) -> Any:
     return stats
 
 
-def _of_stats(stats: Mapping[str, Any]) -> dict[str, Known]:
+def _of_stats(stats: JSONMapping) -> dict[str, FeatureStatistics]:
     rows = stats["splits"].get("train", next(iter(stats["splits"].values()), {})).get("rows", 0)
     found = {}
     for name, field in stats["fields"].items():
         once = field.get("seen_once")
         unseen = {split: float(rate) for split, rate in field.get("oov_rate", {}).items()}
         coarse = _curve_of_field(field, float(rows))
-        found[name] = Known(coarse=coarse, seen_once=None if once is None else int(once), unseen=unseen)
+        found[name] = FeatureStatistics(coarse=coarse, seen_once=None if once is None else int(once), unseen=unseen)
     return found
 
 
-def _of_data(data: CountedData) -> Iterator[tuple[str, Known]]:
+def _of_data(data: CountedData) -> Iterator[tuple[str, FeatureStatistics]]:
     """Exact counts, and what the data's statistics say besides."""
     stats = getattr(data, "stats", None)
     coarse = _of_stats(stats) if is_stats_json(stats) else {}
     for spec in data.schema(1):
-        counts, rest = data.counts(spec.name), coarse.get(spec.name, Known())
+        counts, rest = data.counts(spec.name), coarse.get(spec.name, FeatureStatistics())
         if counts is not None:
-            yield spec.name, Known(counts, rest.coarse, rest.seen_once, rest.unseen)
+            yield spec.name, FeatureStatistics(counts, rest.coarse, rest.seen_once, rest.unseen)
         elif rest.coarse is not None:
             yield spec.name, rest
 
 
-def _curve_of_field(field: Mapping[str, Any], rows: float) -> FrequencyCurve:
+def _curve_of_field(field: JSONMapping, rows: float) -> FrequencyCurve:
     """The curve of table ids: values too rare to be kept share one id."""
     distinct = max(1, int(field["distinct"]))
     size, kept = int(field["num_embeddings"]), field.get("kept")

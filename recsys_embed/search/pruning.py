@@ -1,4 +1,4 @@
-"""Which parts of merged tables to keep under a budget: whole columns of blocks, or single elements."""
+"""Pruning of merged tables under a budget: by whole columns of blocks, or by single elements."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.footprint import format_bytes
-from recsys_embed.core.id_sets import Index, set_text
+from recsys_embed.core.id_sets import IdSet, set_text
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.registry import get_method
 from recsys_embed.search.extract import chunks
-from recsys_embed.search.largest_elements import Ranking
+from recsys_embed.search.largest_elements import LargestElements
 
 Chosen = dict[str, tuple[MethodConfig, dict[str, str]]]
 
@@ -88,7 +88,7 @@ class FieldBlocks:
         """That configuration and its sets of ids."""
         config, sets = self.config(columns, pruned), {}
         if self.order is not None:
-            for index in cast("tuple[Index, ...]", config.program(self.spec).indexes):
+            for index in cast("tuple[IdSet, ...]", config.program(self.spec).indexes):
                 ids = self.order[index.start : index.start + index.count]
                 sets[index.name] = set_text(ids, self.spec.num_ids)
         return config, sets
@@ -157,7 +157,7 @@ def keep_elements(
 
     With a ``sparsity`` the number kept is the nearest integer to its share, whatever ties there are.
     """
-    ranking, cls = Ranking(tables), get_method("pep").config_cls
+    ranking, cls = LargestElements(tables), get_method("pep").config_cls
     if budget is None:
         return ranking.mask(round((1 - sparsity) * ranking.total))
 

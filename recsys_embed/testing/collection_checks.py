@@ -9,7 +9,7 @@ from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import SGD, Adam
 from recsys_embed.plan import Plan
-from recsys_embed.planning.limits import Costs
+from recsys_embed.planning.costs import Costs
 from recsys_embed.registry import MethodInfo
 from recsys_embed.report.memory import memory_report
 from recsys_embed.testing.helpers import ROWS, WIDTH, example, poisoned_memory

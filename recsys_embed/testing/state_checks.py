@@ -35,11 +35,11 @@ def same_seed_same_bits(method: MethodInfo) -> None:
     assert not torch.equal(first.materialize(), other.materialize()), "another seed must give other weights"
 
 
-def starts_with_the_law_of_a_plain_table(method: MethodInfo) -> None:
+def starts_with_the_distribution_of_a_plain_table(method: MethodInfo) -> None:
     for init, std in (("normal:1", 1.0), ("uniform:0.3", 0.3 / 3**0.5)):
         tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in range(4)]
         values = torch.stack(tables).double()
-        values = values[values != 0]  # what a method has pruned follows no law
+        values = values[values != 0]  # what a method has pruned follows no distribution
         assert abs(values.mean()) < 0.2 * std, f"init {init}: mean {values.mean():.4f}, expected about 0"
         assert 0.75 * std < values.std() < 1.25 * std, f"init {init}: std {values.std():.4f}, expected about {std:.4f}"
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
+from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, param
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.strict_json import read_object
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
@@ -36,8 +36,8 @@ class TrainConfig(Settings):
         ratio: compression: the embedding part may take the bytes of ``full`` divided by this.
         budget: bytes of the embedding part, e.g. ``"4MiB"``; exclusive with ``ratio``.
         embedding_dim: width of the vectors.
-        embedding_init: law of a plain table's initial weights, see :class:`recsys_embed.FeatureSpec`. Near zero by
-            default: an id too rare to be learned then adds nothing, where a larger law would make it noise.
+        embedding_init: initial distribution of a plain table, see :class:`recsys_embed.FeatureSpec`. Near zero by
+            default: an id too rare to be learned then adds nothing, where a wider one would make it noise.
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.
         standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
@@ -85,10 +85,10 @@ class TrainConfig(Settings):
     noun: ClassVar[str] = "training setting"
 
     model: str = "deepfm"
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: JSON = field(default_factory=dict)
     method: str = "full"
-    method_args: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] | None = None
+    method_args: JSON = field(default_factory=dict)
+    plan: JSON | None = None
     ratio: float | None = param(None, low=1)
     budget: str | int | None = None
     embedding_dim: int = param(16, low=1)
@@ -104,7 +104,7 @@ class TrainConfig(Settings):
     embedding_weight_decay: float = param(0.0, low=0)
     embedding_optimizer: str = "adam"
     embedding_learning_rate: float | None = param(None, above=0)
-    embedding_optimizer_args: dict[str, Any] = field(default_factory=dict)
+    embedding_optimizer_args: JSON = field(default_factory=dict)
     schedule: ScheduleName = "constant"
     warmup_steps: int = param(0, low=0)
     final_factor: float = param(0.0, low=0, high=1)
@@ -135,7 +135,7 @@ class TrainConfig(Settings):
             faults.append(f"`method` {PLANNED!r} needs a `ratio` or `budget` to plan for, or a `plan`")
         return faults
 
-    def non_defaults(self) -> dict[str, Any]:
+    def non_defaults(self) -> JSON:
         """Settings that differ from their defaults."""
         out = {}
         for f in fields(self):
@@ -145,18 +145,11 @@ class TrainConfig(Settings):
         return out
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> JSON:
     """Read a TOML or JSON file of settings into plain values.
 
     Raises:
         ConfigError: not a file of that form; names file, line and column.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = strict_json(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as e:
-        raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'toml'}: {e}") from e
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a table of settings; got {type(data).__name__}")
-    return data
+    return read_object(path, toml=path.suffix != ".json")

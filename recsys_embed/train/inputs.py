@@ -23,7 +23,7 @@ def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) 
 
 
 def schema_of(data: DataSource, config: TrainConfig) -> Schema:
-    """The data's features at the width and with the initial law and the unseen ids' policy of ``config``."""
+    """The data's features at the width and with the initial distribution and the unseen ids' policy of ``config``."""
     schema: Schema = data.schema(config.embedding_dim)
     return schema.with_init(config.embedding_init).with_unseen(config.unseen)
 

@@ -27,6 +27,7 @@ from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
 from recsys_embed.train.stop_request import Interrupted, StopRequest
+from recsys_embed.typing import JSON
 from recsys_embed.utils.files import drop_leftovers
 
 __all__ = ["BEST", "CHECKPOINT", "BatchSource", "DivergedError", "TrainResult", "Trainer", "evaluate"]
@@ -64,7 +65,7 @@ class Trainer(Resumable):
         device: torch.device | str | None = None,
         show_progress: bool | None = None,
         label: str = "train",
-        identity: dict[str, Any] | None = None,
+        identity: JSON | None = None,
     ) -> None:
         self.model, self.data, self.config, self.folder = model, data, config, folder
         self.identity = {**config.to_dict(), **(identity or {})}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.train.metrics import Metrics
+from recsys_embed.typing import JSON
 
 
 class DivergedError(RecsysEmbedError, ArithmeticError):
@@ -28,5 +28,5 @@ class TrainResult:
     seconds: float
     history: list[dict[str, float]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         return asdict(self)

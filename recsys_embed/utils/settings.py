@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get
 
 import numpy as np
 
-from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.typing import JSON, JSONMapping, Option
 
 T = TypeVar("T")
 
 
 def param(
-    default: Any,
+    default: Option,
     doc: str = "",
     *,
     low: float | None = None,
@@ -27,7 +28,7 @@ def param(
     above: float | None = None,
     below: float | None = None,
     empty: bool = False,
-) -> Any:
+) -> Option:
     """A field of a settings class; its annotation and these bounds say what it may hold.
 
     Args:
@@ -261,15 +262,23 @@ def key_faults(
     return strange, [f"`{name}` is missing{missing}" for name in required if name not in data]
 
 
-def refuse_unknown(cls: type, data: Any, kind: str, missing: str = "", where: str | None = None) -> None:
+def refuse_unknown(
+    cls: type,
+    data: Any,
+    kind: str,
+    missing: str = "",
+    where: str | None = None,
+    error: type[RecsysEmbedError] = ConfigError,
+) -> None:
     """Raise one error for all unknown and absent keys of ``data``, see :func:`key_faults`.
 
     Raises:
         UnknownNameError: keys are unknown and none is absent.
-        ConfigError: keys are absent.
+        ConfigError: ``data`` is no mapping.
+        error: keys are absent.
     """
     strange, absent = key_faults(cls, data, kind, missing, where)
-    raise_faults(strange + absent, where or cls.__name__, ConfigError if absent else UnknownNameError)
+    raise_faults(strange + absent, where or cls.__name__, error if absent else UnknownNameError)
 
 
 def build(cls: type[T], data: Any, kind: str, missing: str = "", where: str | None = None) -> T:
@@ -304,17 +313,17 @@ class Settings:
         return []
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest one."""
         return build(cls, data, cls.noun)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Option) -> Self:
         """A copy with some settings changed, checked again; unknown keys are errors."""
         strange, _ = key_faults(type(self), changes, self.noun)
         raise_faults(strange, self.where(), UnknownNameError)
         return replace(self, **changes)  # type: ignore[type-var]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready."""
         values = asdict(self)  # type: ignore[call-overload]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

@@ -1,9 +1,13 @@
-"""JSON as people and strangers write it: what would be read in two ways is an error."""
+"""JSON and TOML as people and strangers write them: what would be read in two ways is an error."""
 
 from __future__ import annotations
 
 import json
+import tomllib
+from pathlib import Path
 from typing import Any
+
+from recsys_embed.errors import ConfigError
 
 
 def strict_json(text: str | bytes) -> Any:
@@ -20,6 +24,23 @@ def strict_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
+
+
+def read_object(path: Path, *, toml: bool = False) -> dict[str, Any]:
+    """The object in a JSON file, or the table in a TOML file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ConfigError: it is not of that form, with line and column, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if toml else strict_json(text)
+    except ValueError as e:
+        raise ConfigError(f"{path} is not valid {'TOML' if toml else 'JSON'}: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold an object; got {type(data).__name__}")
+    return data
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_from_a_trained_state_to_a_compressed_one(place: Path, capsys: pytest.Ca
     compress_(again, plan, init="fresh")
     again.load_state_dict(torch.load("small.pt"))
     for key, value in by_hand.state_dict().items():
-        if not key.endswith("_extra_state"):  # names the law of initial weights too
+        if not key.endswith("_extra_state"):  # names the initial distribution too
             assert torch.equal(value, again.state_dict()[key]), key
 
 

@@ -97,7 +97,7 @@ def test_shared_rows_start_as_wide_as_the_tables_together() -> None:
 
 
 def test_changes_are_made_together_or_not_at_all() -> None:
-    from recsys_embed.compress.exchange import Change, apply
+    from recsys_embed.compress.exchange import ReversibleChange, apply_all
 
     done: list[str] = []
 
@@ -105,10 +105,10 @@ def test_changes_are_made_together_or_not_at_all() -> None:
         done.append("half")
         raise KeyboardInterrupt
 
-    first = Change(lambda: done.append("first"), lambda: done.append("undo first"))
-    second = Change(fails, lambda: done.append("undo half"))
+    first = ReversibleChange(lambda: done.append("first"), lambda: done.append("undo first"))
+    second = ReversibleChange(fails, lambda: done.append("undo half"))
     with pytest.raises(KeyboardInterrupt):
-        apply([first, second, first])
+        apply_all([first, second, first])
     assert done == ["first", "half", "undo half", "undo first"]
 
 

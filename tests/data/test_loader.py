@@ -185,7 +185,7 @@ class TestDamage:
             ({"version": 99}, "expected version 1; got 99"),
             ({"format": "other"}, "expected format"),
             ({"id_mod": "raw"}, "unknown key .*'id_mod'; did you mean 'id_mode'"),
-            ({"labels": None, "_drop": "labels"}, "key 'labels' is missing"),
+            ({"labels": None, "_drop": "labels"}, "`labels` is missing"),
         ],
     )
     def test_schema_of_another_kind(self, copy: Path, change: dict[str, object], says: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from recsys_embed.data import CriteoOptions, convert_criteo, make_synthetic, open_dataset
 from recsys_embed.errors import ConfigError
-from recsys_embed.sharding.trainer import shares
+from recsys_embed.sharding.trainer import batch_sizes
 from recsys_embed.train import run_training
 from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import TrainConfig
@@ -146,8 +146,8 @@ def test_metrics_are_those_of_one_process(workers: Workers) -> None:
 def test_shares_of_a_batch() -> None:
     for size in (4, 5, 100, 4097):
         for world in (1, 2, 3, 4):
-            assert sum(shares(size, world)) == size
-            assert max(shares(size, world)) - min(shares(size, world)) <= 1
+            assert sum(batch_sizes(size, world)) == size
+            assert max(batch_sizes(size, world)) - min(batch_sizes(size, world)) <= 1
 
 
 def torchrun(

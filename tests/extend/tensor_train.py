@@ -59,8 +59,8 @@ class TensorTrainConfig(MethodConfig):
             MixedRadixDigit(div=rows[2], mod=rows[1]),
             MixedRadixDigit(mod=rows[2]),
         )
-        law, scale = spec.init_law()
-        std = scale / 3**0.5 if law == "uniform" else scale
+        distribution, scale = spec.initial_distribution()
+        std = scale / 3**0.5 if distribution == "uniform" else scale
         # An element is a sum of r * r products of three: each core has the cube root of what its variance leaves.
         spread = Initializer("normal", (std / r) ** (1 / 3))
         tables = tuple(Table(f"core{i}", n, w, spread) for i, (n, w) in enumerate(zip(rows, widths, strict=True)))

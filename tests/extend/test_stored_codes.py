@@ -15,7 +15,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, registry
 from recsys_embed.core.codes import Codes, CodesIndex
-from recsys_embed.core.index import BaseIndex, IndexArray, IndexArrays
+from recsys_embed.core.index import Index, IndexArray, IndexArrays
 from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Initializer, LookupProgram, RowLookup, Table, Transform
 from recsys_embed.embedding import CompressedEmbedding
@@ -68,7 +68,7 @@ class CodedEmbedding(CompressedEmbedding):
 
 
 @dataclass(frozen=True)
-class PlacesIndex(BaseIndex):
+class PlacesIndex(Index):
     """A row for each id, in 2 bytes."""
 
     name: str

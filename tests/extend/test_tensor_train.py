@@ -79,7 +79,7 @@ def test_each_core_is_a_table_that_can_be_sharded() -> None:
 
     whole = EmbeddingCollection(SCHEMA, PLAN, seed=2)
     sharded = ShardableCollection(SCHEMA, PLAN, rse.SGD(lr=0.1), seed=2)
-    assert {"train.core0", "train.core1", "train.core2", "plain.weight"} <= set(sharded.slabs)
+    assert {"train.core0", "train.core1", "train.core2", "plain.weight"} <= set(sharded.physical_tables)
     assert torch.equal(sharded(IDS), whole(IDS))
     bags = IDS.t().reshape(-1), torch.arange(0, 10)
     torch.testing.assert_close(sharded(*bags), whole(*bags))

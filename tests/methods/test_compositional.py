@@ -269,8 +269,8 @@ def test_outputs_start_with_mean_and_std_of_a_plain_table(partition: str, k: int
         for s in range(8)
     ]
     values = torch.stack(tables).double()
-    law, scale = make_spec(n, d, init).init_law()
-    std = scale if law == "normal" else scale / math.sqrt(3)
+    distribution, scale = make_spec(n, d, init).initial_distribution()
+    std = scale if distribution == "normal" else scale / math.sqrt(3)
     # Rows repeat in tables of 8 rows, and networks share weights: the spread of an estimate is about 5 %.
     assert abs(values.std() / std - 1) < 0.08
     assert abs(values.mean()) < 0.08 * std
@@ -278,15 +278,16 @@ def test_outputs_start_with_mean_and_std_of_a_plain_table(partition: str, k: int
 
 def test_products_start_with_the_variance_of_a_plain_table_exactly() -> None:
     for n in (10, 1000):
-        laws = [t.init for t in CompositionalConfig(num_collisions=3).program(make_spec(n, 4, "normal:2")).tables]
-        assert (laws[0].law, laws[1].law) == ("normal", "uniform")
-        second = laws[0].scale ** 2 * (laws[1].loc ** 2 + laws[1].scale ** 2 / 3)
+        program = CompositionalConfig(num_collisions=3).program(make_spec(n, 4, "normal:2"))
+        initializers = [t.init for t in program.tables]
+        assert (initializers[0].distribution, initializers[1].distribution) == ("normal", "uniform")
+        second = initializers[0].scale ** 2 * (initializers[1].loc ** 2 + initializers[1].scale ** 2 / 3)
         assert math.isclose(second, 4.0)
-        assert laws[1].loc == 1.0
-        assert math.isclose(laws[1].scale, n**-0.5)
+        assert initializers[1].loc == 1.0
+        assert math.isclose(initializers[1].scale, n**-0.5)
 
 
-def test_initial_laws_of_other_codes() -> None:
+def test_initializers_of_other_codes() -> None:
     spec = make_spec(10_000, 16)
     for table in CompositionalConfig(num_collisions=50, initializer="dlrm_bug").program(spec).tables:
         values = table.init.fill_(torch.empty(1000, 16), seed=1)
@@ -294,7 +295,8 @@ def test_initial_laws_of_other_codes() -> None:
         assert 0.999 < values.max() <= 1.0
         assert abs(values.mean() - 0.505) < 0.01
     tables = CompositionalConfig(num_collisions=50, initializer="xavier").program(spec).tables
-    assert [(t.init.law, t.init.scale) for t in tables] == [("normal", math.sqrt(2 / (t.rows + 16))) for t in tables]
+    scales = [math.sqrt(2 / (t.rows + 16)) for t in tables]
+    assert [(t.init.distribution, t.init.scale) for t in tables] == [("normal", scale) for scale in scales]
 
 
 # -- sizes ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""lowdim: the factorisation, its optimum and its initial law."""
+"""lowdim: the factorisation, its optimum and its initial distribution."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_every_block_starts_with_the_variance_of_a_plain_table(widths: Any, bloc
         assert abs(float(values[:, start:stop].std()) * (3 * 300) ** 0.5 - 1) < 0.06
 
 
-def test_the_authors_law() -> None:
+def test_the_authors_initializer() -> None:
     """Rows and matrix of a table are Xavier's; blocks give outputs the variance that tables of their size would."""
     emb = MixeddimEmbedding(2000, 16, dims=(4,), initializer="xavier")
     for table, bound in ((emb.weight, (6 / 2004) ** 0.5), (emb.projection, (6 / 20) ** 0.5)):

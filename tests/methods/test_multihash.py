@@ -87,7 +87,7 @@ def test_outputs_start_with_the_variance_of_a_plain_table(options: dict[str, Any
         assert float(deviation.min()) > 0.75 * std, f"{init}: {deviation}"
 
 
-def test_named_laws() -> None:
+def test_named_initializers() -> None:
     """Of the released codes: Svenstrup et al.'s Keras layer, the library cce, thinc."""
     big = {"num_buckets": 400, "num_weights": 5000}
     keras = build(preset="svenstrup", **big)

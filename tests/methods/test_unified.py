@@ -155,7 +155,7 @@ def test_faults_are_named() -> None:
         rse.EmbeddingCollection(SCHEMA, mixed)
 
 
-def test_rows_of_a_shared_table_start_with_the_papers_law() -> None:
+def test_rows_of_a_shared_table_start_with_the_papers_distribution() -> None:
     collection = rse.EmbeddingCollection(SCHEMA, rse.Plan.uniform(SCHEMA, "unified", num_buckets=5000))
     table = collection.table("unified")
     assert table.abs().max() <= 0.05

@@ -19,10 +19,12 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, list_me
 from recsys_embed import optim as optimizers
 from recsys_embed.compress import compress_
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
-from recsys_embed.planning import FrequencyCurve, plan_for_budget, plan_losses, terms_of
-from recsys_embed.planning.limits import Costs, Limits, candidates
-from recsys_embed.planning.menus import MenuMaker
-from recsys_embed.planning.options import Frame
+from recsys_embed.planning import FrequencyCurve, curve_terms, plan_for_budget, plan_losses
+from recsys_embed.planning.candidates import candidate_methods
+from recsys_embed.planning.costs import Costs
+from recsys_embed.planning.enumerator import OptionEnumerator
+from recsys_embed.planning.limits import Limits
+from recsys_embed.planning.options import PlanningContext
 from recsys_embed.registry import get_method
 
 NAMES = [m.name for m in list_methods()]
@@ -178,13 +180,13 @@ def test_small_choices_are_solved_exactly(schema: Schema, part: float) -> None:
     methods = {"full": None, "lowdim": {"dim": 2}}
     stats = ranked(schema)
     plan = planned(schema, budget, methods=methods, stats=stats, full_below=0)
-    frame = Frame(candidates(methods), Costs(None, False), Limits(full_below=0))
-    terms = terms_of(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
-    menus = [MenuMaker(frame).menu(s, terms[s.name], 1.0, True) for s in schema]
+    context = PlanningContext(candidate_methods(methods), Costs(None, False), Limits(full_below=0))
+    terms = curve_terms(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
+    features = [OptionEnumerator(context).enumerate(s, terms[s.name], 1.0, True) for s in schema]
     best = min(
         (
             sum(o.loss for o in picked)
-            for picked in itertools.product(*(m.options for m in menus))
+            for picked in itertools.product(*(m.options for m in features))
             if sum(o.cost for o in picked) <= budget
         ),
         default=None,
@@ -208,7 +210,7 @@ def criteo(dim: int = 16) -> Schema:
 @pytest.mark.parametrize("ratio", [4, 10, 50])
 def test_a_mixed_plan_is_predicted_to_lose_no_more_than_any_single_method(ratio: int) -> None:
     schema, stats = criteo(), ranked(criteo())
-    terms = terms_of(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
+    terms = curve_terms(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
     budget = whole(schema) // ratio
     plan = plan_for_budget(schema, budget, stats=stats)
     assert plan.notes is not None
@@ -217,7 +219,7 @@ def test_a_mixed_plan_is_predicted_to_lose_no_more_than_any_single_method(ratio:
     for method in NAMES:
         single = planned_uniform(schema, method, budget)
         if single is not None:
-            # A pool is priced cautiously, as though every feature that may join did.
+            # Losses of a group are upper bounds: they are computed as if every feature that may join had joined.
             assert mixed <= 1.03 * sum(plan_losses(schema, single, terms).values())
     assert plan.notes.bytes > 0.97 * budget
     assert plan.notes.predicted_loss - plan.notes.least_loss < 0.02 * plan.notes.predicted_loss
@@ -350,7 +352,7 @@ def test_ids_not_numbered_by_frequency_are_found_by_an_index() -> None:
     assert plan.footprint(schema).index > 0
     plan = plan_for_budget(schema, "200KiB", methods=["freqcut"], stats=ranked(schema))
     assert plan["C1"].order == "ids"  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="it goes by frequencies, which no statistics tell"):
+    with pytest.raises(ConfigError, match="it needs id frequencies, and no statistics were given"):
         plan_for_budget(schema, "200KiB", methods=["freqcut"])
     plan = plan_for_budget(schema, "200KiB", methods={"freqcut": {"order": "ids"}})
     assert plan["C1"].method == "freqcut"
@@ -437,7 +439,7 @@ def test_wrong_arguments_say_what_is_wrong(options: dict[str, Any], message: str
     with pytest.raises(ConfigError, match=r"a Schema or a torch\.nn\.Module"):
         plan_for_budget([], "1MiB")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError):
-        candidates(["nothing"])
+        candidate_methods(["nothing"])
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.report.memory import memory_report
-from recsys_embed.report.memory.tensors import read_safetensors
+from recsys_embed.report.memory.file_tensors import read_safetensors
 
 METHODS = rse.list_methods()
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -219,7 +219,7 @@ def test_damage_and_absence_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must hold an object"):
         memory_report(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         memory_report(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"features": 3}')
     with pytest.raises(ConfigError, match="neither a plan nor a schema"):

@@ -54,11 +54,11 @@ def test_files(tmp_path: Path) -> None:
     assert settings == {"epochs": 2, "model_args": {"hidden": [8]}}
     assert compare == {"models": ["fm"]}
     path.write_text("epochs = = 2")
-    with pytest.raises(ConfigError, match=r"a\.toml is not valid toml"):
+    with pytest.raises(ConfigError, match=r"a\.toml is not valid TOML"):
         read_settings(path)
     other = tmp_path / "a.json"
     other.write_text("[1]")
-    with pytest.raises(ConfigError, match="table of settings"):
+    with pytest.raises(ConfigError, match="must hold an object"):
         read_settings(other)
 
 
@@ -112,5 +112,5 @@ def test_a_seed_beyond_64_bits_is_refused() -> None:
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"a = 1 # \xff")
-    with pytest.raises(ConfigError, match=r"c\.toml is not valid toml"):
+    with pytest.raises(ConfigError, match=r"c\.toml is not valid TOML"):
         read_settings(tmp_path / "c.toml")

@@ -10,14 +10,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from recsys_embed.core.codes import Codes, CodesIndex
-from recsys_embed.core.id_sets import Index
+from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import (
     Hash,
     Initializer,
     LookupProgram,
-    Member,
     MixedRadixDigit,
     Murmur,
+    RankInSet,
     RowLookup,
     Table,
     Transform,
@@ -26,7 +26,7 @@ from recsys_embed.core.program import (
 from recsys_embed.kernels import reference
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton import status
-from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if status.interpreted() else "cuda"
@@ -43,8 +43,8 @@ def transforms(rows: int, name: str, absent: bool = True) -> st.SearchStrategy[T
     heads = st.builds(Hash, seeds, st.just(rows - 4), head=st.just(4), head_absent=st.just(absent))
     murmurs = st.builds(Murmur, st.integers(0, 2**32 - 1), st.integers(0, 3), st.just(rows))
     forms = st.sampled_from(["range", "bitmap", "sorted"])
-    index = st.builds(Index, st.just(name), st.just(IDS), st.sampled_from([0, 7]), st.just(rows - 2), forms)
-    members = st.builds(Member, index, rest=st.sampled_from([0, 2] if absent else [2]), salt=seeds)
+    index = st.builds(IdSet, st.just(name), st.just(IDS), st.sampled_from([0, 7]), st.just(rows - 2), forms)
+    members = st.builds(RankInSet, index, rest=st.sampled_from([0, 2] if absent else [2]), salt=seeds)
     packed = st.builds(CodesIndex, st.just(name), st.just(IDS), st.just(2), st.just(rows), seeds)
     codes = st.builds(Codes, packed, st.sampled_from([0, 1]))
     return st.one_of(digits, hashes, heads, murmurs, members, codes)
@@ -82,7 +82,7 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
     ids = ids.to(DEVICE)
     if optional:
         ids[0] = -1
-    lookup = DeferredLookup.single("f", program, index, optional)
+    lookup = LazyLookup.single("f", program, index, optional)
     (got,) = lookup(ids.unsqueeze(1), tables, sparse=sparse)
     named = dict(zip((t.name for t in program.tables), oracle, strict=True))
     wanted = reference.lookup(program, named, ids.clamp_min(0), index)
@@ -107,8 +107,8 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
         Hash(5, 3, head=4),
         Hash(5, 3, head=4, head_absent=True),
         *(Murmur(2**32 - 1, word, 7) for word in range(4)),
-        *(Member(Index("i", IDS, 6, 7, form)) for form in ("range", "bitmap", "sorted")),
-        *(Member(Index("i", IDS, 6, 5, form), rest=2, salt=-3) for form in ("range", "bitmap", "sorted")),
+        *(RankInSet(IdSet("i", IDS, 6, 7, form)) for form in ("range", "bitmap", "sorted")),
+        *(RankInSet(IdSet("i", IDS, 6, 5, form), rest=2, salt=-3) for form in ("range", "bitmap", "sorted")),
         Codes(CodesIndex("i", IDS, 3, 7, salt=4), 2),
     ],
     ids=repr,
@@ -125,7 +125,7 @@ def test_every_transform_in_a_product(transform: Transform) -> None:
 def test_codes_of_every_width_beside_sets_of_ids(bits: int) -> None:
     tables = (Table("a", 2**bits, 2, NONE), Table("b", 9, 2, NONE))
     codes = CodesIndex("codes", IDS, 3, 2**bits, salt=bits)
-    sets = [Member(Index(f"set_{form}", IDS, 3, 9, form)) for form in ("bitmap", "sorted")]  # type: ignore[arg-type]
+    sets = [RankInSet(IdSet(f"set_{form}", IDS, 3, 9, form)) for form in ("bitmap", "sorted")]  # type: ignore[arg-type]
     row_lookups = [*(RowLookup("a", Codes(codes, j)) for j in range(3)), *(RowLookup("b", s) for s in sets)]
     assert_agrees(LookupProgram(tables, tuple(row_lookups)), torch.arange(IDS))
 

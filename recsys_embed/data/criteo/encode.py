@@ -42,8 +42,8 @@ class FieldResult:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The parts with the split of each of their rows."""
+class PartRows:
+    """The rows of all parts, with the split of each."""
 
     parts: Sequence[Part]
     options: CriteoOptions
@@ -84,7 +84,7 @@ def encode_fields(
     progress: Callable[[str, float, float, int], None],
 ) -> list[FieldResult]:
     """Number all fields, one after another; what an earlier run finished is kept."""
-    rows = Rows(parts, options, options.split.file_codes(files))
+    rows = PartRows(parts, options, options.split.file_codes(files))
     names = field_names(options)
     results = []
     with ThreadPoolExecutor(worker_count(options)) as pool:
@@ -100,7 +100,7 @@ def encode_fields(
 
 
 def _one_field(
-    work: Path, name: str, rows: Rows, options: CriteoOptions, donor: Manifest | None, pool: ThreadPoolExecutor
+    work: Path, name: str, rows: PartRows, options: CriteoOptions, donor: Manifest | None, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
     raw = options.ids == "raw"
     limit = (options.max_memory - _FIXED) // _DISTINCT_COST
@@ -116,7 +116,7 @@ def _one_field(
         missing_id = RAW_MISSING[options.id_bits]
         size = max(1, min(stats["distinct"], 2**31 - 1))
         theirs = None if donor is None else next(f for f in donor.features if f.name == name)
-        feature = theirs or Feature(name, size, missing_id, estimated=counts.level > 0)
+        feature = theirs or Feature(name, size, missing_id, counts.level > 0, vocab=None, vocab_sha256=None)
         return {"feature": asdict(feature), "stats": stats}
     if counts.level and donor is None:
         need = _FIXED + (len(counts.values) << counts.level) * _DISTINCT_COST * 5 // 4
@@ -144,7 +144,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _write_ids(path: Path, name: str, rows: Rows, vocab: Vocabulary, pool: ThreadPoolExecutor) -> None:
+def _write_ids(path: Path, name: str, rows: PartRows, vocab: Vocabulary, pool: ThreadPoolExecutor) -> None:
     def encode(part: Part) -> NDArray[np.int32]:
         return vocab.encode(*read_field(part, name))
 

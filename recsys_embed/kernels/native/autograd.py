@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,19 +27,38 @@ class NativeStep(NamedTuple):
 
     Args:
         anchor: requires grad, so that autograd runs the backward.
-        settle: brings the rows of ids up to date before they are read.
+        catch_up: applies the steps that the rows of ids missed, before they are read.
         update: gets the outputs' gradients in backward.
         states: tensors of the optimizer's state, storage after storage.
         owner: handle of who steps, for compiled models.
-        lazy: rows have to be settled.
+        lazy: rows may have missed steps.
     """
 
     anchor: Tensor
-    settle: Callable[[NativeLookup, Ids], None]
+    catch_up: Callable[[NativeLookup, Ids], None]
     update: Updater
     states: list[Tensor]
     owner: int
     lazy: bool
+
+
+class _Context(Protocol):
+    """What a lookup keeps for its backward."""
+
+    lookup: NativeLookup
+    updater: Updater | None
+    sparse: bool
+    kept: Tensor | None
+    tables: tuple[Tensor, ...]
+    batch: int
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Lookup(Function):
@@ -47,7 +66,7 @@ class _Lookup(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         anchor: Tensor | None,
         lookup: NativeLookup,
         pool: OutputPool,
@@ -67,7 +86,7 @@ class _Lookup(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
         gradients = [g.contiguous() for g in grads]
@@ -121,14 +140,14 @@ def look_up(
     if mask is None and not learns:
         return _outputs(lookup, pool, ids, tables)
     if step is not None:
-        step.settle(lookup, ids)
+        step.catch_up(lookup, ids)
     masking = None
     if mask is not None:
         beside = learns or (torch.is_grad_enabled() and mask.learns)
         masking = mask, pool.take((ids.batch, *lookup.shapes[0])) if beside else None
     if learns:
         anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-        out = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
+        out: Sequence[Tensor] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
     else:
         out = _outputs(lookup, pool, ids, tables, mask=masking)
     if masking is None or masking[1] is None:

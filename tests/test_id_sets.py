@@ -9,22 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_embed.core.id_sets import Index, positions
-from recsys_embed.core.program import Member
+from recsys_embed.core.id_sets import IdSet, positions
+from recsys_embed.core.program import RankInSet
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels.indexes import IndexStore
 
 
 @st.composite
-def _index(draw: st.DrawFn, form: str) -> tuple[Index, torch.Tensor]:
+def _index(draw: st.DrawFn, form: str) -> tuple[IdSet, torch.Tensor]:
     size = draw(st.integers(1, 300))
     start = draw(st.integers(0, size - 1))
     count = draw(st.integers(1, size - start))
     counts = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
-    return Index("hot", size, start, count, form), torch.tensor(counts)  # type: ignore[arg-type]
+    return IdSet("hot", size, start, count, form), torch.tensor(counts)  # type: ignore[arg-type]
 
 
-def _oracle(index: Index, counts: list[int]) -> list[int]:
+def _oracle(index: IdSet, counts: list[int]) -> list[int]:
     """Members in order of ids: those of the wanted ranks by falling count, ties to the smaller id."""
     by_rank = sorted(range(index.size), key=lambda i: (-counts[i], i))
     return sorted(by_rank[index.start : index.start + index.count])
@@ -48,15 +48,15 @@ def test_positions_are_places_in_the_sorted_members(form: str, data: st.DataObje
 
 @pytest.mark.parametrize("form", ["range", "bitmap", "sorted"])
 def test_without_counts_ids_are_ranks(form: str) -> None:
-    index = Index("hot", 200, 3, 70, form)  # type: ignore[arg-type]
+    index = IdSet("hot", 200, 3, 70, form)  # type: ignore[arg-type]
     store = IndexStore([[index]])
-    rows = Member(index).rows(torch.arange(200), 0, store.arrays)
+    rows = RankInSet(index).rows(torch.arange(200), 0, store.arrays)
     assert rows.tolist() == [-1] * 3 + list(range(70)) + [-1] * 127
     assert store.nbytes == index.nbytes
 
 
 def test_others_hash_behind_the_members() -> None:
-    rows = Member(Index("hot", 1000, 0, 10), rest=5).rows(torch.arange(1000))
+    rows = RankInSet(IdSet("hot", 1000, 0, 10), rest=5).rows(torch.arange(1000))
     assert rows[:10].tolist() == list(range(10))
     assert set(rows[10:].tolist()) == set(range(10, 15))
 
@@ -64,12 +64,12 @@ def test_others_hash_behind_the_members() -> None:
 @pytest.mark.parametrize("size", [63, 64, 65, 10**6])
 @pytest.mark.parametrize("share", [0.001, 0.3, 1.0])
 def test_the_smaller_form_is_chosen(size: int, share: float) -> None:
-    index = Index.smallest("hot", size, 0, max(1, int(size * share)))
+    index = IdSet.smallest("hot", size, 0, max(1, int(size * share)))
     assert index.nbytes == min(4 * index.count, -(-size // 64) * 12) == IndexStore([[index]]).nbytes
 
 
 def test_a_module_from_the_meta_device_comes_back_as_ranks() -> None:
-    index = Index("hot", 100, 0, 40, "bitmap")
+    index = IdSet("hot", 100, 0, 40, "bitmap")
     with torch.device("meta"):
         store = IndexStore([[index]])
     assert store.to_empty(device="cpu").value(0, "hot").tolist() == list(range(40))
@@ -77,7 +77,7 @@ def test_a_module_from_the_meta_device_comes_back_as_ranks() -> None:
 
 @pytest.mark.parametrize("form", ["bitmap", "sorted"])
 def test_damaged_arrays_are_refused(form: str) -> None:
-    store = IndexStore([[Index("hot", 100, 0, 40, form)]])  # type: ignore[arg-type]
+    store = IndexStore([[IdSet("hot", 100, 0, 40, form)]])  # type: ignore[arg-type]
     good = copy.deepcopy(store.state_dict())
     for name, tensor in good.items():
         for place in range(tensor.numel()):
@@ -92,4 +92,4 @@ def test_damaged_arrays_are_refused(form: str) -> None:
 @pytest.mark.parametrize("counts", [torch.ones(99), torch.full((100,), -1.0), torch.full((100,), float("nan"))])
 def test_wrong_counts_are_refused(counts: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match="counts"):
-        IndexStore([[Index("hot", 100, 0, 4, "sorted")]]).assign_(0, counts)
+        IndexStore([[IdSet("hot", 100, 0, 4, "sorted")]]).assign_(0, counts)

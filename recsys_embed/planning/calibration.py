@@ -1,4 +1,4 @@
-"""Losses held against measured runs: what each method's prediction has to be multiplied by."""
+"""Calibration from measured runs: a factor per method that scales its predicted loss."""
 
 from __future__ import annotations
 
@@ -6,47 +6,47 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from recsys_embed.errors import ConfigError, DataError, RecsysEmbedError
 from recsys_embed.features import Schema
 from recsys_embed.plan import Plan
+from recsys_embed.planning.loss_estimate import AUC_PER_LOSS, CurveTerms
 from recsys_embed.planning.predict import plan_losses
-from recsys_embed.planning.price import AUC_PER_LOSS, Terms
 from recsys_embed.registry import list_methods
+from recsys_embed.typing import JSON, EvidenceSource, JSONMapping
 
 LEAST, MOST = 0.1, 10.0
-"""Runs on little data are noisy, and a factor near 0 would make a method free."""
+"""Bounds of the factors: runs on little data are noisy, and a factor near 0 would make a method free."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What measured runs say.
+class Calibration:
+    """Loss scales fitted to measured runs.
 
     Args:
-        factors: by method, measured over predicted loss, as a part of that of all methods together.
-        auc_per_loss: AUC that a predicted loss of 1 cost in these runs.
-        runs: how many (model, size) pairs each method was measured at.
+        scales: by method, its ratio of measured to predicted loss over that of all methods together.
+        auc_per_loss: AUC lost per unit of predicted loss in these runs.
+        runs: number of measured (model, size) pairs per method.
     """
 
-    factors: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
     auc_per_loss: float = AUC_PER_LOSS
     runs: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_rows(source: Any) -> list[dict[str, Any]]:
+def read_comparison(source: EvidenceSource) -> list[JSON]:
     """Rows of a comparison.
 
     Args:
         source: the folder of ``recsys-embed compare``, a JSON file with ``rows``, or the rows.
 
     Raises:
-        DataError: there are none.
+        DataError: the source holds no such rows.
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
         files = [path] if path.is_file() else sorted((path / "rows").glob("*.json"))
-        rows: list[dict[str, Any]] = []
+        rows: list[JSONMapping] = []
         for file in files:
             try:
                 data = json.loads(file.read_text(encoding="utf-8"))
@@ -61,14 +61,14 @@ def read_rows(source: Any) -> list[dict[str, Any]]:
     return [dict(r) for r in rows]
 
 
-def fit_evidence(rows: Sequence[Mapping[str, Any]], schema: Schema, terms: Mapping[str, Terms]) -> Evidence:
+def calibrate(rows: Sequence[JSONMapping], schema: Schema, terms: Mapping[str, CurveTerms]) -> Calibration:
     """Factors by least squares through the origin: measured fall of test AUC against predicted loss.
 
-    Each run counts at its compression, whatever its features were called; runs of one model are held against ``full``
+    Each run counts at its compression ratio; the names of its features do not matter. A run is compared with ``full``
     of the same model and seed.
 
     Raises:
-        ConfigError: no row of a compressed method has a row of ``full`` to be held against.
+        ConfigError: no row of a compressed method has a row of ``full`` to be compared with.
     """
     full = {(r["model"], r["seed"]): _auc(r) for r in rows if r["method"] == "full" and r["status"] == "ok"}
     falls: dict[tuple[str, str, float], list[float]] = {}
@@ -97,16 +97,16 @@ def fit_evidence(rows: Sequence[Mapping[str, Any]], schema: Schema, terms: Mappi
             "the evidence does not show what compression costs: it needs rows of 'full' and of compressed methods of "
             f"the same model and seed that lose AUC; got {len(rows)} rows with {len(everything)} such pairs"
         )
-    factors = {m: min(MOST, max(LEAST, _slope(found) / slope)) for m, found in points.items()}
-    return Evidence(factors, slope, {m: len(found) for m, found in points.items()})
+    scales = {m: min(MOST, max(LEAST, _slope(found) / slope)) for m, found in points.items()}
+    return Calibration(scales, slope, {m: len(found) for m, found in points.items()})
 
 
-def _auc(row: Mapping[str, Any]) -> float | None:
+def _auc(row: JSONMapping) -> float | None:
     test = row.get("test") or row.get("valid") or {}
     return test.get("auc")
 
 
-def _loss(schema: Schema, terms: Mapping[str, Terms], method: str, budget: int) -> float | None:
+def _loss(schema: Schema, terms: Mapping[str, CurveTerms], method: str, budget: int) -> float | None:
     try:
         plan = Plan.uniform(schema, method, budget=max(1, budget))
     except RecsysEmbedError:

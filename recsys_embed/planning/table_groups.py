@@ -1,8 +1,8 @@
-"""Tables that several features share: what joining one loses, as a function of its rows and of who else may join.
+"""Groups of features that can share tables: each member's loss, given the rows of the tables and the possible members.
 
-A pool is not separable: a member's loss grows with the others in the table. It becomes so when everybody is priced as
-if all features that MAY join had done so. The planner goes through nested sets of features that may, largest first, so
-the price is right for one of them and errs to the cautious side for the others.
+The loss of a group is not separable: a member's loss grows with the ids of the other members. An upper bound is
+separable: compute every loss as if all features that MAY join had joined. The planner tries nested sets of possible
+members, so the bound is exact for the set that joins in full and too high for its subsets.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Table
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import MAX_ROWS
+from recsys_embed.planning.candidates import Candidate
+from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.curves import Floats
 from recsys_embed.planning.knapsack import Ints
-from recsys_embed.planning.limits import Candidate, Costs
-from recsys_embed.planning.options import Frame, Joinable, Menu, Sized, tiny_penalty
-from recsys_embed.planning.price import BETWEEN, width_scale
+from recsys_embed.planning.loss_estimate import BETWEEN, width_scale
+from recsys_embed.planning.options import FeatureOptions, PlanningContext, SharedTableOption, SizedMethod, tiny_penalty
 from recsys_embed.registry import get_method
 
 _AT_ONCE = 1 << 21
@@ -29,7 +30,7 @@ _AT_ONCE = 1 << 21
 
 
 @dataclass(eq=False)
-class Pool:
+class TableGroup:
     """Features that can share the tables of one method.
 
     Attributes:
@@ -77,8 +78,8 @@ class Pool:
 
     def _losses(self, rows: Floats, allowed: int) -> Floats:
         load = self._load[:allowed]
-        everybody = (self._reads[:allowed, None] * load).sum(0) / len(self.tables)
-        met = load + BETWEEN * np.maximum(everybody - load, 0.0)
+        total_load = (self._reads[:allowed, None] * load).sum(0) / len(self.tables)
+        met = load + BETWEEN * np.maximum(total_load - load, 0.0)
         exponent = (met / -self._scale[:allowed, None])[:, :, None] / rows
         lost = self._kernel[:allowed] @ np.exp(exponent, out=exponent)
         # In place from here: with a thousand members these are the planner's largest arrays.
@@ -95,57 +96,68 @@ class Pool:
         return out * self._factor[:allowed, None] + self._penalty[:allowed, None]
 
 
-def pools_of(menus: Sequence[Menu], frame: Frame, taken: set[str]) -> list[Pool]:
-    """The pools that features can join, one per candidate method whose tables are shared.
+def table_groups(features: Sequence[FeatureOptions], context: PlanningContext, taken: set[str]) -> list[TableGroup]:
+    """The groups of features that can share tables, one per candidate method whose tables are shared.
 
     Args:
-        taken: names of shared tables that pinned configurations fix; no pool may use them.
+        taken: names of shared tables that pinned configurations fix; no other group may use them.
     """
-    pools = []
-    for candidate in frame.candidates:
-        found = [(i, j.sized) for i, m in enumerate(menus) for j in m.pools if j.candidate is candidate]
-        groups: dict[Any, list[tuple[int, Sized]]] = {}
+    groups = []
+    for candidate in context.candidates:
+        found = [(i, j.smallest) for i, m in enumerate(features) for j in m.shared if j.candidate is candidate]
+        by_shape: dict[Any, list[tuple[int, SizedMethod]]] = {}
         for i, sized in found:
             shape = tuple((t.name, t.width, t.init) for t in sized.program.tables if t.shared)
-            groups.setdefault((shape, frame.kinds.get(menus[i].spec.name)), []).append((i, sized))
-        if not groups:
+            by_shape.setdefault((shape, context.kinds.get(features[i].spec.name)), []).append((i, sized))
+        if not by_shape:
             continue
-        # Features that would shape the table otherwise cannot share it; the group with most to store gets it.
-        members = max(groups.values(), key=lambda g: sum(_size(menus[i]) for i, _ in g))
+        # Members must agree on the shape of the table. Where features disagree, the largest set of them gets the table.
+        members = max(by_shape.values(), key=lambda g: sum(_size(features[i]) for i, _ in g))
         if not taken & {t.name for t in members[0][1].program.tables if t.shared}:
-            pools.append(_pool(candidate, menus, members, frame))
-    return pools
+            groups.append(_table_group(candidate, features, members, context))
+    return groups
 
 
-def _size(menu: Menu) -> int:
-    return menu.spec.num_embeddings * menu.spec.embedding_dim
+def _size(feature: FeatureOptions) -> int:
+    return feature.spec.num_embeddings * feature.spec.embedding_dim
 
 
-def _pool(candidate: Candidate, menus: Sequence[Menu], members: list[tuple[int, Sized]], frame: Frame) -> Pool:
-    # Who can do nothing else comes first, then whoever has most to store.
-    members = sorted(members, key=lambda m: (len(menus[m[0]].options) > 0, -_size(menus[m[0]]), menus[m[0]].spec.name))
-    bins = max(len(menus[i].terms.value) for i, _ in members)
-    rows = [_member(menus[i], s, bins, frame, candidate.name) for i, s in members]
+def _table_group(
+    candidate: Candidate,
+    features: Sequence[FeatureOptions],
+    members: list[tuple[int, SizedMethod]],
+    context: PlanningContext,
+) -> TableGroup:
+    # Features without another option come first, then those with the largest dense tables.
+    members = sorted(
+        members, key=lambda m: (len(features[m[0]].options) > 0, -_size(features[m[0]]), features[m[0]].spec.name)
+    )
+    bins = max(len(features[i].terms.value) for i, _ in members)
+    rows = [_member(features[i], s, bins, context, candidate.name) for i, s in members]
     columns = [np.array([r[j] for r in rows]) for j in range(len(rows[0]))]
     biggest = max((s for _, s in members), key=lambda s: max(t.rows for t in s.program.tables if t.shared))
     tables = tuple(t for t in biggest.program.tables if t.shared)
-    unit = sum(frame.costs.table(Table(t.name, 1, t.width, t.init, shared=True)) for t in tables)
+    unit = sum(context.costs.table(Table(t.name, 1, t.width, t.init, shared=True)) for t in tables)
     width = sum(t.width for t in tables)
-    most = min(MAX_ROWS, max(1, sum(_size(menus[i]) for i, _ in members) // width))
+    most = min(MAX_ROWS, max(1, sum(_size(features[i]) for i, _ in members) // width))
     least = max(t.rows for t in tables)
-    must = sum(not menus[i].options for i, _ in members)
+    must = sum(not features[i].options for i, _ in members)
     own = np.array([s.cost for _, s in members], np.int64)
-    tiny = [tiny_penalty(menus[i], frame) > 0 for i, _ in members]
-    return Pool(candidate, tables, [i for i, _ in members], must, unit, least, max(least, most), own, tiny, *columns)
+    tiny = [tiny_penalty(features[i], context) > 0 for i, _ in members]
+    return TableGroup(
+        candidate, tables, [i for i, _ in members], must, unit, least, max(least, most), own, tiny, *columns
+    )
 
 
-def _member(menu: Menu, sized: Sized, bins: int, frame: Frame, method: str) -> tuple[Floats | float, ...]:
-    """Arrays of one member, in the order of the fields of :class:`Pool`."""
-    terms, dim = menu.terms, menu.spec.embedding_dim
+def _member(
+    feature: FeatureOptions, sized: SizedMethod, bins: int, context: PlanningContext, method: str
+) -> tuple[Floats | float, ...]:
+    """Arrays of one member, in the order of the fields of :class:`TableGroup`."""
+    terms, dim = feature.terms, feature.spec.embedding_dim
     tau = width_scale(dim)
-    shared = [f for f in sized.parts if f.table is not None]
+    shared = [f for f in sized.spans if f.table is not None]
     base = np.ones(len(terms.value))
-    for f in sized.parts:
+    for f in sized.spans:
         if f.table is None:
             kept = terms.kept(np.array([float(f.rows)]), f.shared[None])[0] ** f.power
             base = base * (1 - (1 - np.exp(-f.width / tau)) * (f.private + f.shared * kept))
@@ -163,29 +175,31 @@ def _member(menu: Menu, sized: Sized, bins: int, frame: Frame, method: str) -> t
         sum(f.power for f in shared) / len(shared),
         float(len(shared)),
         np.exp(-dim / tau),
-        menu.weight * frame.factors.get(method, 1.0),
-        tiny_penalty(menu, frame),
+        feature.weight * context.loss_scales.get(method, 1.0),
+        tiny_penalty(feature, context),
     )
 
 
-def _of(pools: Sequence[Joinable], candidate: Candidate) -> Joinable:
-    return next(j for j in pools if j.candidate is candidate)
+def _of(groups: Sequence[SharedTableOption], candidate: Candidate) -> SharedTableOption:
+    return next(j for j in groups if j.candidate is candidate)
 
 
-def configs_of(pool: Pool, menus: Sequence[Menu], members: Sequence[int], rows: int) -> dict[str, MethodConfig] | None:
+def configs_of(
+    group: TableGroup, features: Sequence[FeatureOptions], members: Sequence[int], rows: int
+) -> dict[str, MethodConfig] | None:
     """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None if it cannot be.
 
     The method's own :meth:`recsys_embed.core.method_config.MethodConfig.plan` makes them agree on the tables.
     """
-    specs = [menus[i].spec for i in members]
+    specs = [features[i].spec for i in members]
     plain = get_method("full").config_cls.from_params({})
     serve = Costs(None, False)
-    small = [_of(menus[i].pools, pool.candidate).sized for i in members]
-    heads = sum(serve.own(s.config, s.program, menus[i].spec) for i, s in zip(members, small, strict=True))
-    budget = heads + sum(serve.table(t) // t.rows for t in pool.tables) * rows
+    small = [_of(features[i].shared, group.candidate).smallest for i in members]
+    heads = sum(serve.own(s.config, s.program, features[i].spec) for i, s in zip(members, small, strict=True))
+    budget = heads + sum(serve.table(t) // t.rows for t in group.tables) * rows
     try:
-        configs = pool.candidate.info.config_cls.plan(
-            specs, budget, plain, full_below=0, **(pool.candidate.params or {})
+        configs = group.candidate.info.config_cls.plan(
+            specs, budget, plain, full_below=0, **(group.candidate.params or {})
         )
     except RecsysEmbedError:
         return None

@@ -10,11 +10,11 @@ import pytest
 
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import ConfigError, DataError
-from recsys_embed.planning import FrequencyCurve, plan_for_budget, plan_losses, terms_of
-from recsys_embed.planning.evidence import LEAST, MOST, fit_evidence, read_rows
+from recsys_embed.planning import FrequencyCurve, curve_terms, plan_for_budget, plan_losses
+from recsys_embed.planning.calibration import LEAST, MOST, calibrate, read_comparison
 
 SCHEMA = Schema([FeatureSpec(f"C{i}", 2000 * (i + 1), 16) for i in range(4)])
-TERMS = terms_of(SCHEMA, {s.name: FrequencyCurve.zipf(s.num_embeddings) for s in SCHEMA})
+TERMS = curve_terms(SCHEMA, {s.name: FrequencyCurve.zipf(s.num_embeddings) for s in SCHEMA})
 WHOLE = Plan.full(SCHEMA).footprint(SCHEMA).serve
 
 
@@ -39,20 +39,20 @@ def rows_with(factors: dict[str, float], scale: float = 0.002) -> list[dict[str,
 
 
 def test_factors_come_back_from_rows_made_with_them() -> None:
-    found = fit_evidence(rows_with({"hash": 1.0, "lowdim": 3.0, "unified": 0.5}), SCHEMA, TERMS)
-    assert found.factors["lowdim"] / found.factors["hash"] == pytest.approx(3.0)
-    assert found.factors["unified"] / found.factors["hash"] == pytest.approx(0.5)
+    found = calibrate(rows_with({"hash": 1.0, "lowdim": 3.0, "unified": 0.5}), SCHEMA, TERMS)
+    assert found.scales["lowdim"] / found.scales["hash"] == pytest.approx(3.0)
+    assert found.scales["unified"] / found.scales["hash"] == pytest.approx(0.5)
     assert found.runs == {"hash": 2, "lowdim": 2, "unified": 2}
-    alone = fit_evidence(rows_with({"hash": 1.0}), SCHEMA, TERMS)
-    assert alone.factors == {"hash": pytest.approx(1.0)}
+    alone = calibrate(rows_with({"hash": 1.0}), SCHEMA, TERMS)
+    assert alone.scales == {"hash": pytest.approx(1.0)}
     assert alone.auc_per_loss == pytest.approx(0.002)
 
 
 def test_methods_that_seem_to_gain_keep_a_price_and_the_hopeless_one_a_limit() -> None:
-    found = fit_evidence(rows_with({"hash": 1.0, "unified": -5.0, "lowdim": 0.01}), SCHEMA, TERMS)
-    assert found.factors["unified"] == LEAST
-    found = fit_evidence(rows_with({"hash": 1.0, "unified": 1e4}), SCHEMA, TERMS)
-    assert found.factors["unified"] <= MOST
+    found = calibrate(rows_with({"hash": 1.0, "unified": -5.0, "lowdim": 0.01}), SCHEMA, TERMS)
+    assert found.scales["unified"] == LEAST
+    found = calibrate(rows_with({"hash": 1.0, "unified": 1e4}), SCHEMA, TERMS)
+    assert found.scales["unified"] <= MOST
 
 
 def test_rows_that_say_nothing_are_left_out() -> None:
@@ -63,7 +63,7 @@ def test_rows_that_say_nothing_are_left_out() -> None:
         {**row("lowdim", 20, 0.1), "status": "infeasible"},
         {**row("unified", 20, 0.1), "test": None},
     ]
-    assert fit_evidence(rows + odd, SCHEMA, TERMS) == fit_evidence(rows, SCHEMA, TERMS)
+    assert calibrate(rows + odd, SCHEMA, TERMS) == calibrate(rows, SCHEMA, TERMS)
 
 
 def test_the_planner_follows_the_evidence_and_says_what_was_measured(tmp_path: Path) -> None:
@@ -90,11 +90,11 @@ def test_the_planner_follows_the_evidence_and_says_what_was_measured(tmp_path: P
 def test_what_is_no_evidence_is_refused(tmp_path: Path) -> None:
     for source in (tmp_path, [], [{"method": "hash"}], 5, tmp_path / "absent.json"):
         with pytest.raises(DataError, match="no rows of a comparison"):
-            read_rows(source)
+            read_comparison(source)
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(DataError, match=r"broken\.json: cannot be read"):
-        read_rows(broken)
+        read_comparison(broken)
     for rows in ([row("hash", 4, 0.1)], [row("full", 1, 0.0)], rows_with({"hash": -1.0})):
         with pytest.raises(ConfigError, match="does not show what compression costs"):
-            fit_evidence(rows, SCHEMA, TERMS)
+            calibrate(rows, SCHEMA, TERMS)

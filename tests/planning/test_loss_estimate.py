@@ -19,15 +19,15 @@ from torch import Tensor
 from recsys_embed import FeatureSpec, Plan, Schema, get_method, list_methods
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table, Transform
 from recsys_embed.errors import RecsysEmbedError
-from recsys_embed.planning import FrequencyCurve, curves_from, plan_losses, terms_of
-from recsys_embed.planning.price import BETWEEN, Terms, crowd, factors, price
+from recsys_embed.planning import FrequencyCurve, curve_terms, curves_from, plan_losses
+from recsys_embed.planning.loss_estimate import BETWEEN, CurveTerms, column_spans, estimate_loss, load_of_others
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [m.name for m in list_methods()]
 
 
-def loss_of(program: LookupProgram, terms: Terms, dim: int = 16) -> float:
-    return float(price(terms, [factors(program, terms)], dim)[0])
+def loss_of(program: LookupProgram, terms: CurveTerms, dim: int = 16) -> float:
+    return float(estimate_loss(terms, [column_spans(program, terms)], dim)[0])
 
 
 def table_of(rows: int, transform: Transform, width: int = 16, n: int = 1000) -> LookupProgram:
@@ -41,7 +41,7 @@ def test_a_hash_keeps_what_simulated_buckets_keep(rows: int, exponent: float) ->
     n = 600
     share = np.arange(1, n + 1) ** -exponent
     share /= share.sum()
-    terms = Terms(FrequencyCurve.from_counts(np.round(share * 1e9)))
+    terms = CurveTerms(FrequencyCurve.from_counts(np.round(share * 1e9)))
     rng, kept = np.random.default_rng(0), np.zeros(n)
     draws = 400
     for _ in range(draws):
@@ -54,10 +54,13 @@ def test_a_hash_keeps_what_simulated_buckets_keep(rows: int, exponent: float) ->
 
 def test_shared_tables_are_charged_for_other_features_by_their_share_of_harm() -> None:
     n, rows = 400, 200
-    terms = Terms(FrequencyCurve.zipf(n, 1.0, total=1e9))
+    terms = CurveTerms(FrequencyCurve.zipf(n, 1.0, total=1e9))
     table = Table("pool", rows, 16, Initializer("uniform", 0.1), shared=True)
-    parts = factors(LookupProgram((table,), (RowLookup("pool", Hash(1, rows)),)), terms)
-    losses = [price(terms, [parts], 16, {"pool": crowd(terms, members * terms.load)})[0] for members in (1, 2, 10)]
+    parts = column_spans(LookupProgram((table,), (RowLookup("pool", Hash(1, rows)),)), terms)
+    losses = [
+        estimate_loss(terms, [parts], 16, {"pool": load_of_others(terms, members * terms.load)})[0]
+        for members in (1, 2, 10)
+    ]
     assert losses[0] == pytest.approx(loss_of(table_of(rows, Hash(1, rows), n=n), terms))
     assert losses[0] < losses[1] < losses[2]
     # A strange id is a part of an own one, so ten features do less harm than as many rows fewer.
@@ -66,7 +69,7 @@ def test_shared_tables_are_charged_for_other_features_by_their_share_of_harm() -
 
 
 def test_ids_without_a_row_lose_all_and_ids_of_their_own_nothing() -> None:
-    terms = Terms(FrequencyCurve.from_counts([60, 30, 10]))
+    terms = CurveTerms(FrequencyCurve.from_counts([60, 30, 10]))
     everything = float(terms.value.sum())
     assert loss_of(table_of(3, MixedRadixDigit()), terms) == pytest.approx(0.0, abs=1e-12)
     absent = LookupProgram(
@@ -94,7 +97,7 @@ class Odd(Transform):
 
 
 def test_unknown_transforms_count_as_hashes_unless_there_is_a_row_per_id() -> None:
-    terms = Terms(FrequencyCurve.zipf(1000))
+    terms = CurveTerms(FrequencyCurve.zipf(1000))
     assert loss_of(table_of(100, Odd(100)), terms) == loss_of(table_of(100, Hash(5, 100)), terms)
     assert loss_of(table_of(1000, Odd(1000)), terms) == pytest.approx(0.0, abs=1e-12)
 
@@ -112,7 +115,7 @@ def test_every_method_loses_something_between_nothing_and_all_and_less_at_larger
     method: str, n: int, dim: int, exponent: float
 ) -> None:
     spec = FeatureSpec("C1", n, dim)
-    terms = Terms(FrequencyCurve.zipf(n, exponent, total=50 * n))
+    terms = CurveTerms(FrequencyCurve.zipf(n, exponent, total=50 * n))
     losses = [loss_of(c.program(spec), terms, dim) for c in configs(method, spec)]
     everything = float(terms.value.sum())
     assert all(0 <= loss <= everything + 1e-9 for loss in losses)
@@ -124,14 +127,14 @@ def test_every_method_loses_something_between_nothing_and_all_and_less_at_larger
 
 
 def test_rare_ids_weigh_less_than_their_share_of_lookups() -> None:
-    often, rarely = (Terms(FrequencyCurve.zipf(1000, 0.0, total=t)) for t in (1e9, 1e4))
+    often, rarely = (CurveTerms(FrequencyCurve.zipf(1000, 0.0, total=t)) for t in (1e9, 1e4))
     assert often.value.sum() > 0.99
     assert rarely.value.sum() < 0.1
 
 
 def test_rows_that_add_up_or_multiply_hinder_each_other() -> None:
     spec = FeatureSpec("C1", 10_000, 16)
-    terms = Terms(FrequencyCurve.zipf(10_000))
+    terms = CurveTerms(FrequencyCurve.zipf(10_000))
     made = {
         method: get_method(method).config_cls.from_params(params).program(spec)
         for method, params in (
@@ -145,7 +148,7 @@ def test_rows_that_add_up_or_multiply_hinder_each_other() -> None:
 
 
 def test_chunks_side_by_side_save_an_id_that_lost_one_of_them() -> None:
-    terms = Terms(FrequencyCurve.zipf(10_000))
+    terms = CurveTerms(FrequencyCurve.zipf(10_000))
     losses = []
     for chunks in (1, 2, 4):
         rows, width = 500 * chunks, 16 // chunks
@@ -157,7 +160,7 @@ def test_chunks_side_by_side_save_an_id_that_lost_one_of_them() -> None:
 
 def test_a_scalar_of_its_own_gives_an_id_something() -> None:
     spec = FeatureSpec("C1", 10_000, 16)
-    terms = Terms(FrequencyCurve.zipf(10_000))
+    terms = CurveTerms(FrequencyCurve.zipf(10_000))
     shared = loss_of(get_method("hash").config_cls.from_params({"num_buckets": 50}).program(spec), terms)
     config_cls = get_method("memcom").config_cls
     scaled, shifted = (
@@ -192,7 +195,7 @@ def test_predictions_stand_in_the_order_of_measured_losses() -> None:
     for r in rows:
         if r["status"] == "ok":
             aucs.setdefault((r["model"], r["method"], r["size"]), []).append(r["test"]["auc"])
-    terms = terms_of(schema, curves)
+    terms = curve_terms(schema, curves)
     whole = Plan.full(schema).footprint(schema).serve
     measured, predicted = [], []
     for method in NAMES:
@@ -215,7 +218,7 @@ def test_predictions_stand_in_the_order_of_measured_losses() -> None:
 
 def test_losses_of_a_plan_add_up_feature_by_feature() -> None:
     schema = Schema([FeatureSpec(f"C{i}", 500 * (i + 1), 16) for i in range(4)])
-    terms = terms_of(schema, {s.name: FrequencyCurve.zipf(s.num_embeddings) for s in schema})
+    terms = curve_terms(schema, {s.name: FrequencyCurve.zipf(s.num_embeddings) for s in schema})
     for method in NAMES:
         try:
             plan = Plan.uniform(schema, method, budget="100KiB", **({} if method == "full" else {"full_below": 0}))

@@ -1,4 +1,4 @@
-"""From the tables to replace to a changed model: what speaks against it, and the exchange itself."""
+"""Replaces all chosen tables of a model: checks everything first, then exchanges the modules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from recsys_embed.compress import match
-from recsys_embed.compress.build import Job, Start, build, components, shared_faults, try_out
-from recsys_embed.compress.exchange import Exchange, apply, live_optimizers
-from recsys_embed.compress.initializer import law_of
-from recsys_embed.compress.module_state import dress, extra_faults
+from recsys_embed.compress.build import InitMode, TableReplacement, build, check_on_meta, shared_faults, sharing_groups
+from recsys_embed.compress.exchange import ModuleExchange, apply_all, live_optimizers
+from recsys_embed.compress.initializer import initializer_for
+from recsys_embed.compress.module_state import extra_faults, transfer_module_state
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 
@@ -22,45 +22,55 @@ Adapter = Callable[[nn.Module, CompressedEmbedding], nn.Module]
 Subclasses = Collection[type] | Mapping[type, Adapter | None]
 
 
-class Replacement:
-    """Everything between a list of jobs and a changed model."""
+class ModelReplacement:
+    """All replacements in one model, with its optimizers and adapters."""
 
     def __init__(
-        self, model: nn.Module, jobs: Sequence[Job], optimizers: Sequence[Any], adapters: Mapping[type, Adapter | None]
+        self,
+        model: nn.Module,
+        replacements: Sequence[TableReplacement],
+        optimizers: Sequence[Any],
+        adapters: Mapping[type, Adapter | None],
     ) -> None:
-        self.model, self.jobs, self.optimizers, self.adapters = model, jobs, optimizers, adapters
-        self.groups: list[list[Job]] = []
+        self.model, self.replacements, self.optimizers, self.adapters = model, replacements, optimizers, adapters
+        self.groups: list[list[TableReplacement]] = []
 
     def faults(self) -> list[str]:
-        """What speaks against the exchange; builds the trials of the jobs on the way."""
-        faults = list(match.wrapper_faults(self.model)) if self.jobs else []
+        """Faults that forbid the exchange; also builds each replacement on the meta device."""
+        faults = list(match.wrapper_faults(self.model)) if self.replacements else []
         for o in self.optimizers:
             if not isinstance(o, Optimizer):
                 faults.append(f"`optimizer` must be torch optimizers; got {type(o).__name__}")
         if torch.is_inference_mode_enabled():
             faults.append("parameters made in torch.inference_mode() cannot be trained; leave it first")
         sound = True
-        for job in self.jobs:
-            wrong = [f for m in job.modules for f in match.module_faults(job.table, m, self._loses_forward(m))]
+        for replacement in self.replacements:
+            wrong = [
+                f
+                for m in replacement.modules
+                for f in match.module_faults(replacement.table, m, self._loses_forward(m))
+            ]
             if not wrong:
-                job.law = law_of(job.modules[:1])
-                wrong = try_out(job)
+                replacement.initializer = initializer_for(replacement.modules[:1])
+                wrong = check_on_meta(replacement)
             if not wrong:
-                new = job.trial or nn.Embedding(1, 1, device="meta")
-                wrong = [f for m in job.modules for f in extra_faults(m, new, f"table {job.table.name!r}")]
+                new = replacement.trial or nn.Embedding(1, 1, device="meta")
+                wrong = [
+                    f for m in replacement.modules for f in extra_faults(m, new, f"table {replacement.table.name!r}")
+                ]
             sound &= not wrong
             faults += wrong
         if sound:
-            self.groups = components(self.jobs)
+            self.groups = sharing_groups(self.replacements)
             for group in self.groups:
                 faults += shared_faults(group)
                 if len(group) > 1:
-                    law = law_of([job.modules[0] for job in group])
-                    for job in group:
-                        job.law, job.trial = law, None
-                        faults += try_out(job)
-            exchange = self._exchange(lambda job, old: job.trial or nn.Embedding(1, 1, device="meta"))
-            exchange.beside(self.model)
+                    initializer = initializer_for([replacement.modules[0] for replacement in group])
+                    for replacement in group:
+                        replacement.initializer, replacement.trial = initializer, None
+                        faults += check_on_meta(replacement)
+            exchange = self._exchange(lambda replacement, old: replacement.trial or nn.Embedding(1, 1, device="meta"))
+            exchange.in_containers(self.model)
             faults += exchange.faults
             for o in self.optimizers:
                 if isinstance(o, Optimizer) and not exchange.held_by(o):
@@ -74,39 +84,43 @@ class Replacement:
             return False
         return cls.forward is not base.forward and self.adapters[cls] is None
 
-    def _exchange(self, new_of: Callable[[Job, nn.Module], nn.Module]) -> Exchange:
-        """What replaces what, given the new module of each old one."""
-        pairs = [(job, old, new_of(job, old)) for job in self.jobs for old in job.modules]
+    def _exchange(self, new_of: Callable[[TableReplacement, nn.Module], nn.Module]) -> ModuleExchange:
+        """The exchange, given the new module of each old one."""
+        pairs = [
+            (replacement, old, new_of(replacement, old))
+            for replacement in self.replacements
+            for old in replacement.modules
+        ]
         modules = {id(old): new for _, old, new in pairs}
         kept = _parameters_after(self.model, modules)
         parameters: dict[int, list[nn.Parameter]] = {}
-        names: dict[int, str] = {id(old): f"table {job.table.name}" for job, old, _ in pairs}
-        for job, old, new in pairs:
+        names: dict[int, str] = {id(old): f"table {replacement.table.name}" for replacement, old, _ in pairs}
+        for replacement, old, new in pairs:
             gone = [p for p in old.parameters() if id(p) not in kept]
             for i, p in enumerate(gone):
-                # All new parameters stand where the first old one stood.
+                # All new parameters take the position of the first old one.
                 parameters.setdefault(id(p), list(new.parameters()) if i == 0 else [])
-                names[id(p)] = job.table.name
-        return Exchange(modules, parameters, names)
+                names[id(p)] = replacement.table.name
+        return ModuleExchange(modules, parameters, names)
 
-    def run(self, start: Start) -> None:
+    def run(self, start: InitMode) -> None:
         """Build the new modules and put them in place; all or nothing."""
         for group in self.groups:
             build(group, start)
         placed: dict[int, nn.Module] = {}
-        for job in self.jobs:
-            for old, new in job.built.items():
+        for replacement in self.replacements:
+            for old, new in replacement.built.items():
                 adapter = self.adapters.get(type(old))
-                dress(old, new)
-                placed[id(old)] = new if adapter is None else _adapted(adapter, old, new, job.table.name)
-        exchange = self._exchange(lambda job, old: placed[id(old)])
-        changes = exchange.tree(self.model) + exchange.beside(self.model)
+                transfer_module_state(old, new)
+                placed[id(old)] = new if adapter is None else _adapted(adapter, old, new, replacement.table.name)
+        exchange = self._exchange(lambda replacement, old: placed[id(old)])
+        changes = exchange.in_modules(self.model) + exchange.in_containers(self.model)
         for o in self.optimizers:
-            changes += exchange.optimizer(o)
+            changes += exchange.in_optimizer(o)
         # Before anything changes, so that warnings turned into errors leave the model as it was.
         for sentence in live_optimizers(self.model, exchange, self.optimizers):
             warnings.warn(sentence, stacklevel=4)
-        apply(changes)
+        apply_all(changes)
 
 
 def _adapted(adapter: Adapter, old: nn.Module, new: nn.Module, name: str) -> nn.Module:

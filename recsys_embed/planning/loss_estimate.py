@@ -1,11 +1,11 @@
-"""What a lookup program loses of a feature's signal: arithmetic on the feature's frequency curve.
+"""Estimated loss of a lookup program: how much of a feature's signal it loses, from the feature's frequency curve.
 
 This is a model, not a measurement; its constants were fitted to test AUCs of DeepFM and DCNv2 on a Criteo sample
-(``benchmarks/results/criteo_sample.json``) and :mod:`recsys_embed.planning.evidence` refits it to runs of your own.
+(``benchmarks/results/criteo_sample.json``) and :mod:`recsys_embed.planning.calibration` refits it to runs of your own.
 
 **Loss of a feature.** ``sum over ids of  p * s * lost``: p is the id's share of the feature's lookups; ``s = c / (c +
 100)`` is how much of what the id could tell is learned from the c lookups that were counted, so that rare ids weigh
-little; ``lost`` in [0, 1] is what the program takes away. Missing rows (-1) lose all.
+little; ``lost`` in [0, 1] is the part of it that the program destroys. Missing rows (-1) lose all of it.
 
 **Sharing rows.** Let a row be shared by ids whose vectors are independent. The row that fits them best is their mean
 weighted by frequency, which keeps ``p / (p + O)`` of an id's signal, O being the frequency of the others in its row.
@@ -17,8 +17,8 @@ apart (Coleman et al., NeurIPS 2023, section 3.4), and so do other chunks of the
 **Several rows per id.** Rows that add up or multiply have to undo each other's changes: what one hash over as many rows
 would keep is raised to :data:`SUM_POWER` or :data:`MUL_POWER`.
 
-A run of consecutive elements that starts anywhere is overlapped in parts, so it is priced in :data:`RUN_PIECES` pieces
-side by side.
+A run of consecutive elements that starts anywhere is overlapped in parts, so its loss is computed in :data:`RUN_PIECES`
+pieces side by side.
 
 **Width.** A vector of width w keeps ``1 - exp(-w / tau)`` of a wide one's signal, ``tau = 1.7 sqrt(D / 16)`` with D the
 full width: the first columns carry most. Chunks side by side each take their share away from what the others left, so
@@ -27,9 +27,9 @@ an id keeps most of its signal as long as one of its chunks is its own. A learne
 Two ids of one feature are treated as equally similar whatever they mean, training noise and regularisation (small
 tables sometimes generalise better) are left out, and features count alike unless ``importance`` says otherwise.
 
-A method whose lookup is more than a program (``config.computes``) is priced by the program it declares, which is
-conservative: what its network adds is not counted. It may say better itself, by a method
-``planning_loss(spec, curve)`` of its configuration, in the unit above.
+A method whose lookup is more than a program (``config.computes``) is rated by the program it declares, which is
+conservative: its network is not counted. A configuration can return a better estimate from
+``planning_loss(spec, curve)``, in the unit above.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from recsys_embed.core.program import LookupProgram, Table, Transform
 from recsys_embed.planning.curves import Floats, FrequencyCurve
 
 HALF_KNOWN = 100.0
-"""Lookups after which half of what an id can tell is learned."""
+"""Lookups after which half of an id's signal is learned."""
 BETWEEN = 0.25
 """Harm of an id of another feature in the same row, against one of the same feature."""
 SUM_POWER = 1.4
@@ -52,7 +52,7 @@ AUC_PER_LOSS = 0.0022
 """AUC that a loss of 1 (all of one feature's signal) costs, on the sample above."""
 
 RUN_PIECES = 4
-"""Parts that a run of elements is priced in."""
+"""Number of pieces of a run of elements."""
 ROUNDING = 1e-12
 _STEP = 0.5
 _U = np.exp(np.arange(np.log(1e-4), np.log(4e13), _STEP))
@@ -63,13 +63,13 @@ def width_scale(dim: int) -> float:
     return float(1.7 * np.sqrt(dim / 16))
 
 
-class Terms:
-    """What a curve contributes to every price; ``B`` bins, ``U`` quadrature points.
+class CurveTerms:
+    """Terms of the loss that depend on the frequency curve alone; ``B`` bins, ``U`` quadrature points.
 
     Attributes:
         value: [B] learned signal of a bin: its share of the lookups, shrunk where ids are seen rarely.
         kernel: [B, U] weights of the quadrature.
-        taken: [B, U] what the bin's ids add to G(u).
+        taken: [B, U] the bin's contribution to G(u).
     """
 
     def __init__(self, curve: FrequencyCurve) -> None:
@@ -97,22 +97,22 @@ class Terms:
         """What ids keep of their signal that share ``rows`` [Q] with the parts ``shared`` [Q, B] of the bins: [Q, B].
 
         Args:
-            others: [Q, U] or 0, load of ids that harm less, already weighed.
+            others: [Q, U] or 0, load of ids of other features, already weighted.
         """
         load = shared @ self.taken + others
         out: Floats = np.exp(-load / rows[:, None]) @ self.kernel.T
         return out
 
 
-class Factor(NamedTuple):
-    """Columns of the output that an id has to itself or shares.
+class ColumnSpan(NamedTuple):
+    """A span of output columns, and which ids share the rows behind it.
 
     Args:
         private: [B] part of each bin whose ids have rows of their own.
         shared: [B] part whose ids share rows; the rest has none.
         rows: how many rows are shared.
         width: columns.
-        power: of what sharing keeps, see the module.
+        power: exponent on the signal that sharing keeps, see the module.
         table: name of the table where features share it, else None.
         reads: rows of that table that an id reads for these columns.
     """
@@ -126,7 +126,7 @@ class Factor(NamedTuple):
     reads: float = 1.0
 
 
-def sharing(transform: Transform, table: Table, terms: Terms) -> tuple[Floats, Floats, float]:
+def sharing(transform: Transform, table: Table, terms: CurveTerms) -> tuple[Floats, Floats, float]:
     """Private part [B], sharing part [B] and number of shared rows of a transform into ``table``."""
     found = transform.sharing(terms.n, table.rows)
     if found.private[0] <= 0 and found.private[1] >= terms.n:
@@ -134,17 +134,17 @@ def sharing(transform: Transform, table: Table, terms: Terms) -> tuple[Floats, F
     own, none = (terms.zeros if start >= stop else terms.members(start, stop - start) for start, stop in found[:2])
     if not found.rows:
         return own, terms.zeros, 1
-    # What is equal is one object, by which prices find what they have in common.
+    # Equal arrays are one object, so that estimate_loss computes each distinct case once.
     alone = own is terms.zeros and none is terms.zeros
     return own, terms.ones if alone else np.maximum(terms.ones - own - none, 0.0), found.rows
 
 
-def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
-    """The parts of a program's output, each with who shares it."""
+def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
+    """The column spans of a program's output, each with the ids that share its rows."""
     program = program.of_one_id
     tables = {t.name: t for t in program.tables}
-    groups: dict[tuple[int, int], list[tuple[str, Factor]]] = {}
-    found: list[Factor] = []
+    groups: dict[tuple[int, int], list[tuple[str, ColumnSpan]]] = {}
+    found: list[ColumnSpan] = []
     power = MUL_POWER if program.combine == "mul" else SUM_POWER
     spans = program.spans
     for row_lookup, span in zip(program.row_lookups, spans, strict=True):
@@ -155,43 +155,43 @@ def factors(program: LookupProgram, terms: Terms) -> list[Factor]:
         if row_lookup.run > 1 and spans.count(span) == 1:
             found += _pieces(own, rest, rows, row_lookup.run, name)
         elif width > 1 and table.width == 1 and row_lookup.run == 1:
-            found.append(Factor(own, rest, rows, 1, 1.0, name))
+            found.append(ColumnSpan(own, rest, rows, 1, 1.0, name))
         else:
             group = groups.setdefault(span, [])
-            group.append((table.name, Factor(own, rest, rows, width, 1.0, name)))
+            group.append((table.name, ColumnSpan(own, rest, rows, width, 1.0, name)))
         if row_lookup.weight is not None:
             pool = tables[row_lookup.weight.table]
             own, rest, rows = sharing(row_lookup.weight.transform, pool, terms)
-            found.append(Factor(own, rest, rows, 1, 1.0, pool.name if pool.shared else None))
+            found.append(ColumnSpan(own, rest, rows, 1, 1.0, pool.name if pool.shared else None))
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))
     return found
 
 
-def _pieces(own: Floats, rest: Floats, rows: float, run: int, name: str | None) -> list[Factor]:
-    """A run of elements that starts anywhere: others overlap some of it, so its pieces are spoiled one by one."""
+def _pieces(own: Floats, rest: Floats, rows: float, run: int, name: str | None) -> list[ColumnSpan]:
+    """A run of elements that starts anywhere: other runs overlap parts of it, so each piece collides separately."""
     count = min(RUN_PIECES, run)
     # A piece is met by every run that starts within its length and a run before it.
-    return [Factor(own, rest, rows / (run + run / count), run / count, 1.0, name, 1 / count)] * count
+    return [ColumnSpan(own, rest, rows / (run + run / count), run / count, 1.0, name, 1 / count)] * count
 
 
-def _together(members: Sequence[tuple[str, Factor]], power: float) -> Factor:
-    """One factor for rows that add up or multiply: an id's own row is enough, and shared rows help each other."""
+def _together(members: Sequence[tuple[str, ColumnSpan]], power: float) -> ColumnSpan:
+    """One column span for rows that add up or multiply: an id's own row is enough, and shared rows help each other."""
     own = np.maximum.reduce([m.private for _, m in members])
     rest = np.minimum(np.maximum.reduce([m.shared for _, m in members]), 1 - own)
     sharers = [(table, m) for table, m in members if m.shared.any()]
     rows = sum({table: m.rows for table, m in sharers}.values()) or 1
     name = next((m.table for _, m in sharers if m.table), None)
-    return Factor(own, rest, rows, members[0][1].width, power if len(sharers) > 1 else 1.0, name)
+    return ColumnSpan(own, rest, rows, members[0][1].width, power if len(sharers) > 1 else 1.0, name)
 
 
-def price(
-    terms: Terms, programs: Sequence[Sequence[Factor]], dim: int, others: Mapping[str, Floats] | None = None
+def estimate_loss(
+    terms: CurveTerms, programs: Sequence[Sequence[ColumnSpan]], dim: int, others: Mapping[str, Floats] | None = None
 ) -> Floats:
-    """Loss of each program (given by its factors) for a feature of width ``dim``: float64 [programs].
+    """Loss of each program (given by its column spans) for a feature of width ``dim``: float64 [programs].
 
     Args:
-        others: by shared table, [U] weighed load of what else lies in it, see :func:`crowd`.
+        others: by shared table, [U] weighted load of the other features in it, see :func:`load_of_others`.
     """
     if not programs:
         return np.zeros(0)
@@ -200,7 +200,7 @@ def price(
     tau = width_scale(dim)
     queries: dict[tuple[float, int, str | None], int] = {}
     where: list[int] = []
-    asked: list[Factor] = []
+    asked: list[ColumnSpan] = []
     for f in flat:
         key = (f.rows, id(f.shared), f.table)
         if key not in queries:
@@ -219,17 +219,17 @@ def price(
     lost = np.multiply.reduceat(1 - keep * carried[:, None], places, axis=0)
     floor = np.exp(-dim / tau)
     lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)
-    # Differences of rounding are no reason to prefer one way of losing nothing to another.
+    # Rounding errors must not order programs that lose nothing.
     lost[lost < ROUNDING] = 0.0
     out: Floats = lost @ terms.value
     return out
 
 
-def crowd(terms: Terms, everybody: Floats) -> Floats:
-    """Load [U] that a feature's ids meet in a shared table besides their own kind, weighed by :data:`BETWEEN`.
+def load_of_others(terms: CurveTerms, total_load: Floats) -> Floats:
+    """Load [U] of the other features in a shared table, weighted by :data:`BETWEEN`.
 
     Args:
-        everybody: [U] load of all features in the table, each times the rows of it that an id reads.
+        total_load: [U] load of all features in the table, each times the rows of it that an id reads.
     """
-    out: Floats = BETWEEN * np.maximum(everybody - terms.load, 0.0)
+    out: Floats = BETWEEN * np.maximum(total_load - terms.load, 0.0)
     return out

@@ -1,4 +1,4 @@
-"""What the tables of a model ask of a plan beyond what their features say."""
+"""Constraints that the tables of a model put on a plan, beyond their feature specifications."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from recsys_embed.core.footprint import format_bytes
 from recsys_embed.discover import FoundTable, find_tables
 
 
-class Needs(NamedTuple):
-    """What a plan must keep to, so that :func:`recsys_embed.compress_` can follow it.
+class ModelConstraints(NamedTuple):
+    """What a plan must respect, so that :func:`recsys_embed.compress_` can apply it.
 
     Args:
-        options: by table, the option of torch's that its method must support.
-        kinds: by table, what it must have in common with those it shares a table with: device, dtype, training.
+        options: by table, the torch option that its method must support.
+        kinds: by table, what tables that share storage must agree on: device, dtype, whether they are trained.
         left_out: tables that cannot be replaced, with their bytes and why, in words.
-        itemsizes: bytes per number of each table that can.
+        itemsizes: bytes per element of each table that can be replaced.
     """
 
     options: Mapping[str, str]
@@ -27,18 +27,18 @@ class Needs(NamedTuple):
     itemsizes: Mapping[str, int]
 
 
-def needs_of(model: nn.Module) -> Needs:
-    """Needs of all tables of ``model``, by name.
+def constraints_of(model: nn.Module) -> ModelConstraints:
+    """Constraints of all tables of ``model``, by name.
 
     >>> model = nn.ModuleDict({"user": nn.Embedding(50, 8, max_norm=1.0), "item": nn.Embedding(20, 8)})
-    >>> needs_of(model).options
+    >>> constraints_of(model).options
     {'user': 'max_norm'}
     """
     found = find_tables(model)
     options = {t.name: option for t in found if (option := _option(t))}
     kinds = {t.name: _kind(t) for t in found}
     left_out = tuple(f"{t.name} ({_size(t)}): {t.obstacle}" for t in found if t.obstacle)
-    return Needs(options, kinds, left_out, {t.name: t.dtype.itemsize for t in found if not t.obstacle})
+    return ModelConstraints(options, kinds, left_out, {t.name: t.dtype.itemsize for t in found if not t.obstacle})
 
 
 def _option(table: FoundTable) -> str | None:

@@ -1,0 +1,75 @@
+"""The methods a planner may choose from, with their options."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec
+from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.registry import MethodInfo, get_method, list_methods
+from recsys_embed.typing import JSONMapping, Methods
+
+
+def method_faults(where: str, names: Iterable[Any]) -> list[str]:
+    """A fault for each name that no method has."""
+    known = [m.name for m in list_methods()]
+    return [str(unknown_name(f"method in `{where}`", str(n), known)) for n in names if n not in known]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A candidate method, to be tried at many sizes.
+
+    Args:
+        info: the method.
+        params: its options; None means the method's defaults.
+    """
+
+    info: MethodInfo
+    params: JSONMapping | None = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    def variants(self, spec: FeatureSpec, curve: FrequencyCurve) -> list[Candidate]:
+        """The method with each set of options worth trying, see :meth:`MethodConfig.planning_variants`."""
+        if self.params is not None:
+            return [self]
+        return [Candidate(self.info, dict(params)) for params in self.info.config_cls.planning_variants(spec, curve)]
+
+
+def candidate_methods(methods: Methods | None) -> list[Candidate]:
+    """The methods to consider, in the order of registration.
+
+    Args:
+        methods: None for all registered methods that are ``plannable``; names; or names
+            with options, ``{"multihash": {"num_hashes": 3}}``.
+
+    Raises:
+        UnknownNameError: no such method.
+        ConfigError: nothing to choose from.
+    """
+    known = [m.name for m in list_methods()]
+    if methods is None:
+        methods = [m.name for m in list_methods() if m.config_cls.plannable]
+    if isinstance(methods, str):
+        methods = [methods]
+    if not isinstance(methods, Collection):
+        raise ConfigError(f"`methods` must be names, or names with options; got {methods!r:.80}")
+    if not methods:
+        raise ConfigError("`methods` must name at least one method; got none")
+    raise_faults(method_faults("methods", methods), "plan_for_budget", UnknownNameError)
+    found = []
+    for name in known:
+        if name not in methods:
+            continue
+        given = methods[name] if isinstance(methods, Mapping) else None
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(f"options of a method in `methods` must be a mapping; got {given!r:.80} ({name!r})")
+        info = get_method(name)
+        found.append(Candidate(info, info.config_cls.current_options(given) if given else None))
+    return found

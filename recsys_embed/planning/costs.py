@@ -1,0 +1,56 @@
+"""Bytes of tables, features and plans, as a budget counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.program import LookupProgram, Table
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.optim import FusedOptimizer
+from recsys_embed.plan import Plan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes as a budget counts them, by the arithmetic of :meth:`recsys_embed.Plan.footprint`.
+
+    Args:
+        optimizer: fused optimizer of the tables; None where a torch optimizer steps dense gradients.
+        train: count the optimizer's state, and a dense gradient for every parameter it does not update: projections,
+            networks, or everything.
+        itemsize: bytes per number.
+    """
+
+    optimizer: FusedOptimizer | None
+    train: bool
+    itemsize: int = 4
+
+    def table(self, table: Table) -> int:
+        """Bytes of one physical table."""
+        weights = self.itemsize * table.rows * table.width
+        if not self.train:
+            return weights
+        if self.optimizer is None or table.dense:
+            return 2 * weights
+        return weights + self.optimizer.state_bytes(table.rows, table.width)
+
+    def own(self, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
+        """Bytes of a feature's tables and index buffers, without tables that it shares."""
+        if config.computes:
+            parts = config.footprint(spec, self.itemsize)
+            return parts.serve + (parts.weights if self.train else 0)
+        index = sum(i.nbytes for i in program.indexes)
+        return index + sum(self.table(t) for t in program.tables if not t.shared)
+
+    def plan(self, plan: Plan, schema: Schema) -> int:
+        """Bytes of all features together, shared tables once."""
+        parts = plan.footprint(schema, self.optimizer if self.train else None, self.itemsize)
+        if not self.train:
+            return parts.serve
+        if self.optimizer is None:
+            return parts.train + parts.weights
+        gathered = plan.gathered(schema)
+        computed = sum(plan[s.name].footprint(s, self.itemsize).weights for s in schema if s.name not in gathered)
+        dense = sum(self.itemsize * t.rows * t.width for t in plan.tables(schema).values() if t.dense)
+        return parts.train + computed + dense
