@@ -130,6 +130,11 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "data.encode": {"Rows": "data.criteo.encode.PartRows"},
+    "data.parse": {"Block": "data.criteo.parse.ParsedBlock"},
+    "shipping.container": {"Entry": "exports.file_format.TensorInfo"},
+    "shipping.manifest": {"Manifest": "exports.manifest.ExportManifest"},
+    "shipping.pack": {"Error": "exports.pack.RoundingError"},
     "search.ranking": {"Ranking": "search.largest_elements.LargestElements"},
     "search.study_trial": {
         "Trainings": "search.studies.trial.TrainingFolders",
