@@ -130,6 +130,20 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "data.encode": {"Rows": "data.criteo.encode.PartRows"},
+    "data.parse": {"Block": "data.criteo.parse.ParsedBlock"},
+    "shipping.container": {"Entry": "exports.file_format.TensorInfo"},
+    "shipping.manifest": {"Manifest": "exports.manifest.ExportManifest"},
+    "shipping.pack": {"Error": "exports.pack.RoundingError"},
+    "search.ranking": {"Ranking": "search.largest_elements.LargestElements"},
+    "search.study_trial": {
+        "Trainings": "search.studies.trial.TrainingFolders",
+        "Untested": "search.studies.trial.WithoutTestSplit",
+        "Watched": "search.studies.trial.ReportingTrainer",
+    },
+    "sharding.entries": {"Entry": "sharding.checkpoint_tensors.CheckpointTensor"},
+    "sharding.layout": {"Slab": "sharding.physical_tables.PhysicalTable"},
+    "sharding.rows": {"RowReader": "sharding.row_reader.TorchRecRowReader"},
     "kernels.pace": {"Pace": "kernels.deferred_steps.StepLog"},
     "kernels.triton.deferred": {"DeferredLookup": "kernels.triton.lazy_lookup.LazyLookup"},
     "stepping": {"SteppedTables": "collection.fused_tables.FusedTables"},

@@ -307,7 +307,12 @@ class FusedTables(nn.Module):
             CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
         """
         parts = saved if isinstance(saved, Mapping) else {}
-        kinds: dict[str, Any] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "rule": str,
+            "lr": (int, float),
+            "steps": Mapping,
+            "state": Mapping,
+        }
         wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
         if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
             raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")

@@ -1,4 +1,4 @@
-"""Candidates of a frozen supernet, evaluated together: the data is read and looked up once for all of them."""
+"""Joint evaluation of candidates on a frozen supernet: data is read and embeddings are looked up once for all."""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ def run_search(
             cost=sum(seconds.values()) / search.plain_seconds(),
         )
         if path is not None:
-            settled = planned(bare, plan, budget).to_dict()
-            save_checkpoint(path / "model.pt", {**settled, "data": identity["data"]}, model=model.state_dict())
+            final_config = planned(bare, plan, budget).to_dict()
+            save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=model.state_dict())
             store.put("report", outcome.to_dict())
             store.put(CURVES, curves_of(search))
             store.text("report.md", page(search, outcome))
