@@ -31,7 +31,7 @@ from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
-from recsys_embed.typing import IdValues, Option
+from recsys_embed.typing import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
@@ -85,7 +85,7 @@ class CompressedEmbedding(nn.Module):
         mode: Mode | None = None,
         include_last_offset: bool = False,
         config: MethodConfig | None = None,
-        budget: int | str | None = None,
+        budget: Budget | None = None,
         name: str = "embedding",
         init: str = "normal:1",
         unseen: UnseenPolicy | None = None,
