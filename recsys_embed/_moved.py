@@ -170,7 +170,7 @@ RENAMED = {
     },
     "members": {"Index": "core.id_sets.IdSet"},
     "report.memory_arrays": {
-        "Array": "report.memory.arrays.StoredArray",
+        "Array": "report.memory.arrays.ArrayStorage",
         "Entry": "report.memory.arrays.TableStorage",
     },
     "report.memory_collisions": {

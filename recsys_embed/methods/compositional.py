@@ -81,7 +81,9 @@ class CompositionalConfig(MethodConfig):
     moduli: tuple[int, ...] | None = param(None, "rows of each table, instead of `num_collisions`")
     affine: bool = param(False, "first map x to (a*x + b) % p, a bijection for a prime p >= n")
     threshold: int = param(0, "features of at most this many ids keep a plain table", low=0)
-    bag: Literal["per_id", "pooled"] = param("per_id", "'pooled' pools each table and combines then, as DLRM does")
+    bag: Literal["per_id", "pooled"] = param(
+        "per_id", "'pooled' pools bags per table before tables combine, as in DLRM"
+    )
     initializer: Literal["plain", "dlrm_bug", "xavier"] = param(
         "plain", "'plain' starts with the plain table's mean and std"
     )

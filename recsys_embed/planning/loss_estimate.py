@@ -25,7 +25,7 @@ full width: the first columns carry most. Chunks side by side each take their sh
 an id keeps most of its signal as long as one of its chunks is its own. A learned scalar per id is a chunk of width 1.
 
 Two ids of one feature are treated as equally similar whatever they mean, training noise and regularisation (small
-tables sometimes generalise better) are left out, and features count alike unless ``importance`` says otherwise.
+tables sometimes generalise better) are left out, and features have equal weight unless ``importance`` is given.
 
 A method whose lookup is more than a program (``config.computes``) is rated by the program it declares, which is
 conservative: its network is not counted. A configuration can return a better estimate from

@@ -184,7 +184,7 @@ def _of(groups: Sequence[SharedTableOption], candidate: Candidate) -> SharedTabl
     return next(j for j in groups if j.candidate is candidate)
 
 
-def configs_of(
+def group_configs(
     group: TableGroup, features: Sequence[FeatureOptions], members: Sequence[int], rows: int
 ) -> dict[str, MethodConfig] | None:
     """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None if it cannot be.
