@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FormerFactory = Annotated[str | None, typer.Option("--model", hidden=True)]
 
 
 def model_factory(factory: str | None, former: str | None) -> str | None:
-    """What ``--model-factory`` says, or ``--model``, as the option was called before, with a warning.
+    """The value of ``--model-factory``, or of its former name ``--model``, which warns.
 
     Raises:
         ConfigError: both are given.

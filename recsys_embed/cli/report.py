@@ -1,4 +1,4 @@
-"""``recsys-embed report``: where the bytes of embedding tables are, and what they could be."""
+"""``recsys-embed report``: bytes of embedding tables by cause, and what other methods would take."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _load(text: str, meta: bool) -> Any:
 
 
 def _schema(path: Path | None, dataset: Any, embedding_dim: int) -> Any:
-    """The features a plan is for: of a file, or of the data."""
+    """The features of a plan: from a schema file, or from the data."""
     if path is not None:
         from recsys_embed.features import Schema
         from recsys_embed.utils.strict_json import read_object

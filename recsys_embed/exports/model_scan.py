@@ -138,7 +138,8 @@ class _Scanner:
                 keys = sorted((k for k, p in module.places.items() if p.storage == name), key=_offset_in(module))
                 self._storage(module, name, [(prefix + k, module.tables[k].rows) for k in keys], path)
             for name, own in module.bundle.own.items():
-                self._tables(own, f"{prefix}bundle.own.{name}")
+                if isinstance(own, CompressedEmbedding):  # the tables of heads stay as they are
+                    self._tables(own, f"{prefix}bundle.own.{name}")
         elif isinstance(module, CompressedEmbedding):
             for t in module.program.tables:
                 if not t.dense:

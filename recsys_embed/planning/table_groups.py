@@ -187,7 +187,7 @@ def _of(groups: Sequence[SharedTableOption], candidate: Candidate) -> SharedTabl
 def group_configs(
     group: TableGroup, features: Sequence[FeatureOptions], members: Sequence[int], rows: int
 ) -> dict[str, MethodConfig] | None:
-    """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None where they do not fit.
+    """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None if impossible.
 
     The method's own :meth:`recsys_embed.core.method_config.MethodConfig.plan` makes them agree on the tables.
     """

@@ -1,4 +1,4 @@
-"""What a run leaves to read: JSON lines, TensorBoard events, and a progress bar where a person watches."""
+"""Logs of a run: JSON lines, TensorBoard events, and a progress bar on terminals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunLog:
                     self._board.add_scalar(f"{event}/{key}", value, step)
 
     def flush(self) -> int:
-        """Hand lines to the system; returns the length of the file so far."""
+        """Flush lines to the file; returns its length so far."""
         if self._file is None:
             return 0
         self._file.flush()
