@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -277,6 +277,9 @@ class EmbeddingCollection(FusedTables):
             return bundle.pooled(bags, self._gather)
         step, gather = self._step_of(stepping, bundle.fused_bags[fused[0]])
         return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse, gather)
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _step_of(self, stepping: bool, fused: FusedBundle) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
