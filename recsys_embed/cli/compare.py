@@ -64,7 +64,7 @@ def compare(
 ) -> int:
     """Train methods with the same settings and bytes, and print AUC, logloss, bytes and speed of each.
 
-    OUT gets results.json, table.md, pareto.png and a file per row; a comparison that was stopped goes on where it was.
+    OUT gets results.json, table.md, pareto.png and a file per row; a comparison that was stopped resumes there.
     """
     settings, varied = split_settings(config)
     if demo:

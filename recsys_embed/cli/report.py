@@ -37,7 +37,8 @@ def report(
         str | None, typer.Option("--optimizer", help=f"Of the tables: {', '.join(list_rules())}, ...")
     ] = None,
     dense_optimizer: Annotated[
-        str | None, typer.Option("--dense-optimizer", help="Of everything else; the same where it is torch's.")
+        str | None,
+        typer.Option("--dense-optimizer", help="Of all other parameters; default: the same, if torch has it."),
     ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="Of deployed weights: fp32, fp16, bf16, int8, int4.")

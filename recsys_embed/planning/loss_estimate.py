@@ -160,9 +160,9 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
             group = groups.setdefault(span, [])
             group.append((table.name, ColumnSpan(own, rest, rows, width, 1.0, name)))
         if row_lookup.weight is not None:
-            pool = tables[row_lookup.weight.table]
-            own, rest, rows = sharing(row_lookup.weight.transform, pool, terms)
-            found.append(ColumnSpan(own, rest, rows, 1, 1.0, pool.name if pool.shared else None))
+            weights = tables[row_lookup.weight.table]
+            own, rest, rows = sharing(row_lookup.weight.transform, weights, terms)
+            found.append(ColumnSpan(own, rest, rows, 1, 1.0, weights.name if weights.shared else None))
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))
     return found

@@ -23,7 +23,7 @@ class RunLog:
         folder: run folder; None writes nothing.
         tensorboard: also write TensorBoard events.
         keep_bytes: length at which the JSON lines are cut before going on: what a resumed run's checkpoint saw.
-        step: step a resumed run goes on from; later TensorBoard events are hidden.
+        step: step from which a run resumes; later TensorBoard events are hidden.
     """
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = False, keep_bytes: int = 0, step: int = 0) -> None:
