@@ -45,7 +45,7 @@ class Supernet(nn.Module):
         # What candidates do to vectors in place of the layer, see `replay`.
         self.stand_in: Callable[[Tensor], Tensor] | None = None
         # A layer that kernels know goes to the lookup, and others get what comes out of it.
-        self._fused = hasattr(layer, "stage")
+        self._fused = hasattr(layer, "mask_parameters")
         vectors.register_forward_pre_hook(self._hand_in, with_kwargs=True)
         vectors.register_forward_hook(self._tap)
 

@@ -1,4 +1,4 @@
-"""A bundle's features as fused kernels run them: one call whose outputs stand in schema order already."""
+"""A bundle's features as batched kernels run them: one call whose outputs stand in schema order already."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import ops
 from recsys_embed.kernels.native.autograd import NativeStep, look_up
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.kernels.unseen_ids import Unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds
 
 
 @dataclass(frozen=True)
-class FusedFeatures:
-    """What fused kernels run, and what they need to know of the bundle.
+class BatchedFeatures:
+    """What batched kernels run, and what they need to know of the bundle.
 
     Args:
         schema: all features of the bundle.
@@ -50,7 +50,7 @@ class FusedFeatures:
     places: Sequence[Mapping[str, Place]]
     index: IndexStore
     storages: Mapping[str, tuple[int, int]]
-    unseen: Unseen
+    unseen: UnseenIds
     heads: HeadTables
     vectors: Sequence[int]
     output_dim: int | None
@@ -97,7 +97,7 @@ class _SomeIndexes:
         return self._store.places(self._numbers[program])
 
 
-class FusedBundle:
+class BatchedLookup:
     """On the CPU.
 
     Args:
@@ -111,7 +111,7 @@ class FusedBundle:
         ordered: they stand there already.
     """
 
-    def __init__(self, features: FusedFeatures, rest: Sequence[int], name: str) -> None:
+    def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
         self._unseen, self._heads = features.unseen, features.heads
         self.parts = features.outputs()
@@ -163,7 +163,7 @@ class FusedBundle:
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
-        mask: Stage | None = None,
+        mask: MaskParameters | None = None,
         resolved: bool = False,
     ) -> list[Tensor]:
         """Vectors of ``ids [B, F]``: one tensor ``[B, columns]``, or as the whole output is, per entry of ``parts``.
@@ -224,7 +224,7 @@ class FusedBundle:
         return self._unseen(ids.long()) if self._unseen.replaces or self._unseen.counting else ids
 
     def _outputs(
-        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
             return ops.look_up(self.lookup, ids, tables, step)
@@ -235,7 +235,7 @@ class FusedBundle:
             raise
 
 
-class TritonBundle(FusedBundle):
+class TritonBatchedLookup(BatchedLookup):
     """On GPUs."""
 
     _takes_masks = False
@@ -253,9 +253,9 @@ class TritonBundle(FusedBundle):
         return self._unseen.resolve(ids.long(), count=self._unseen.counting, check=False)
 
     def _outputs(
-        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> tuple[Tensor, ...]:
         return self._look_up(ids, tables, step=step, sparse=sparse)
 
 
-BUNDLES: Mapping[str, type[FusedBundle]] = {"native": FusedBundle, "triton": TritonBundle}
+BATCHED_LOOKUPS: Mapping[str, type[BatchedLookup]] = {"native": BatchedLookup, "triton": TritonBatchedLookup}
