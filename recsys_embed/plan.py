@@ -19,7 +19,7 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
-from recsys_embed.typing import JSON, JSONMapping, Option
+from recsys_embed.typing import JSON, Budget, JSONMapping, Option
 from recsys_embed.utils.files import atomic_write, write_text
 from recsys_embed.utils.settings import check_settings, refuse_unknown
 from recsys_embed.utils.strict_json import read_object
@@ -208,7 +208,7 @@ class Plan:
         return cls.uniform(schema, "full")
 
     @classmethod
-    def uniform(cls, schema: Schema, method: str, budget: int | str | None = None, **params: Option) -> Plan:
+    def uniform(cls, schema: Schema, method: str, budget: Budget | None = None, **params: Option) -> Plan:
         """One method for all features.
 
         Args:

@@ -38,9 +38,6 @@ Option: TypeAlias = Any
 Budget: TypeAlias = int | str
 """Bytes, or text such as ``"64MiB"``."""
 
-Device: TypeAlias = torch.device | str | None
-"""A device of torch; None: the default of whatever takes it."""
-
 
 class SupportsArray(Protocol):
     """What numpy makes an array of without being told how: arrays, tensors, columns of data frames."""

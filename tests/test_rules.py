@@ -124,7 +124,7 @@ def test_searches_that_need_adam_refuse_what_extends_it() -> None:
         config = TrainConfig(embedding_optimizer="other_adam", embedding_weight_decay=0.1)
         search = OptembedSearch.__new__(OptembedSearch)
         search.config, search.settings = config, OptembedSettings()
-        with pytest.raises(ConfigError, match=r"rows die by weight decay.*got OtherAdam"):
+        with pytest.raises(ConfigError, match=r"rows are pruned because weight decay.*got OtherAdam"):
             search.check()
     finally:
         del registry._RULES["other_adam"]

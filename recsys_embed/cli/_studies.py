@@ -32,20 +32,20 @@ def methods(
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/search/methods-MODEL-sSEED.")] = None,
     model: opt.Model = None,
     budgets: Annotated[
-        str | None, typer.Option("--budgets", "--budget", help="Shares of the plain tables or bytes, e.g. 5%,1MiB.")
+        str | None, typer.Option("--budgets", "--budget", help="Shares of the full tables or bytes, e.g. 5%,1MiB.")
     ] = None,
     chosen: Annotated[
         str | None, typer.Option("--methods", help="Keys, comma-separated; default: all that a budget sizes.")
     ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="Of the whole study, by all workers.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study, over all workers.")] = None,
     sampler: Annotated[
         str | None, typer.Option("--sampler", help="nsgaii, tpe, random, ... or evolution (OptEmbed's).")
     ] = None,
     objectives: Annotated[
         str | None, typer.Option("--objectives", help="auc, or auc,bytes, or auc,bytes,latency.")
     ] = None,
-    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of a training.")] = None,
-    check: Annotated[int, typer.Option("--check-proxy", help="So many trials are trained in full after all.")] = 6,
+    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of the steps.")] = None,
+    check: Annotated[int, typer.Option("--check-proxy", help="Train this many trials in full, as a check.")] = 6,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +67,7 @@ def methods(
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
     _require_optuna()
-    from recsys_embed.search.studies.urls import file_of, shown
+    from recsys_embed.search.studies.urls import file_of, without_password
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -88,7 +88,7 @@ def methods(
     say_few_steps(study.data, study.config)
     if warm is not None:
         queued, outside = study.warm_from(warm)
-        print(f"from {shown(warm)}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
+        print(f"from {without_password(warm)}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
     try:
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
@@ -111,17 +111,17 @@ def _make_study(asked: dict[str, Any], folder: Path) -> Any:
     Raises:
         ConfigError: the folder's study has another storage.
     """
-    from recsys_embed.search.studies.urls import shown
+    from recsys_embed.search.studies.urls import without_password
 
     folder.mkdir(parents=True, exist_ok=True)
     known = read_asked(folder)
-    kept = {**asked, "storage": asked["storage"] and shown(asked["storage"])}
-    if known is not None and (known["storage"] and shown(known["storage"])) != kept["storage"]:
+    kept = {**asked, "storage": asked["storage"] and without_password(asked["storage"])}
+    if known is not None and (known["storage"] and without_password(known["storage"])) != kept["storage"]:
         raise ConfigError(
             f"{folder} holds the results of a study in another storage, see {folder / STUDY}: give that "
             "--storage (none: the folder's own study.db), or another --out"
         )
-    study = open_study(asked, folder, there=known is not None)
+    study = open_study(asked, folder, must_exist=known is not None)
     write_json(folder / STUDY, kept)
     return study
 
@@ -165,8 +165,8 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
-    """The study of these settings; ``there`` if it must exist already."""
+def open_study(asked: dict[str, Any], folder: Path, *, must_exist: bool) -> Any:
+    """The study of these settings; ``must_exist`` if it must exist already."""
     from recsys_embed.data import open_dataset
 
     _require_optuna()
@@ -179,7 +179,7 @@ def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
         StudySettings.from_dict(asked["study"]),
         asked["storage"] or str(folder / "study.db"),
         device=None if asked["device"] == "cpu" else asked["device"],
-        there=there,
+        must_exist=must_exist,
         folder=folder,
     )
 
@@ -187,7 +187,7 @@ def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
 def _join(asked: dict[str, Any], folder: Path, quiet: bool) -> None:
     """Main function of an additional worker process."""
     try:
-        open_study(asked, folder, there=True).work(None if quiet else say)
+        open_study(asked, folder, must_exist=True).work(None if quiet else say)
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
     except RecsysEmbedError as e:
@@ -289,10 +289,14 @@ def table(results: dict[str, Any]) -> str:
 def pick(
     run: Annotated[Path, typer.Argument(help="Folder of 'recsys-embed search methods'.")],
     trial: Annotated[int | None, typer.Option("--trial", help="Number of the trial to take.")] = None,
-    under: Annotated[str | None, typer.Option("--under", help="Or the best that takes at most so much: 1MiB.")] = None,
+    under: Annotated[
+        str | None, typer.Option("--under", help="Or the best trial of at most this size, e.g. 1MiB.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder of the training; default RUN/trial-N.")] = None,
     file: Annotated[Path | None, typer.Option("--export", help="Also write the model to serve: m.safetensors.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="Of that file: fp32, fp16, bf16, int8, int4.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Precision of that file: fp32, fp16, bf16, int8, int4.")
+    ] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train one trial of a study in full, test it, and export it."""
@@ -309,7 +313,7 @@ def pick(
         raise ConfigError(
             f"{run} holds no study: {run / STUDY} does not exist; make one with 'recsys-embed search methods'"
         )
-    study = open_study(asked, run, there=True)
+    study = open_study(asked, run, must_exist=True)
     with study.guarded():
         rows = rows_of(study)
     if under is not None:
@@ -323,7 +327,7 @@ def pick(
     folder = out or run / f"trial-{row['trial']}"
     try:
         done = run_training(
-            study.settled(row["params"]), open_dataset(Path(asked["data"])), folder=folder, resume=True,
+            study.training_config(row["params"]), open_dataset(Path(asked["data"])), folder=folder, resume=True,
             device=study.device, label=f"trial {row['trial']}",
         )  # fmt: skip
     except Interrupted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -97,6 +97,20 @@ class _SomeIndexes:
         return self._store.places(self._numbers[program])
 
 
+class _Arguments(NamedTuple):
+    """What batched lookups are made of, see :class:`NativeLookup`."""
+
+    programs: list[LookupProgram]
+    places: list[Mapping[str, Place]]
+    index: IndexStore
+    storages: Mapping[str, tuple[int, int]]
+    slots: list[Slot]
+    widths: list[int]
+    columns: list[int]
+    limits: list[int]
+    optional: list[bool]
+
+
 class BatchedLookup:
     """On the CPU.
 
@@ -136,13 +150,12 @@ class BatchedLookup:
         # Whether the kernels write all vectors, of one width, where they stay; a mask's ids are as they are given.
         whole = self.parts == [tuple(range(len(features.schema)))] and not any(self._headed) and dim is not None
         self.masks = self._takes_masks and whole and set(features.vectors) == {1} and not self._unseen.replaces
-        limits = self._unseen.integers_of("limits")
+        limits = cast("list[int]", self._unseen.integers_of("limits"))
         some = len(features.numbers) < len(features.index.indexes)
-        self._build(
-            features.names,
+        arguments = _Arguments(
             list(features.programs),
             list(features.places),
-            _SomeIndexes(features.index, features.numbers) if some else features.index,
+            cast("IndexStore", _SomeIndexes(features.index, features.numbers)) if some else features.index,
             features.storages,
             [slots[i] for i in features.positions],
             widths,
@@ -150,11 +163,12 @@ class BatchedLookup:
             [limits[i] for i in features.positions],
             [self._unseen.zeros[i] for i in features.positions],
         )
+        self._build(features.names, arguments)
 
     _takes_masks = True
 
-    def _build(self, names: Sequence[str], *arguments: Any) -> None:
-        self.lookup = NativeLookup(*(*arguments, self._shapes))
+    def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
+        self.lookup = NativeLookup(*arguments, self._shapes)
         self._pool = OutputPool()
 
     def single(
@@ -240,7 +254,7 @@ class TritonBatchedLookup(BatchedLookup):
 
     _takes_masks = False
 
-    def _build(self, names: Sequence[str], *arguments: Any) -> None:
+    def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
         self._look_up = LazyLookup(names, *arguments)
 
     def pools(self, bags: Bags) -> bool:

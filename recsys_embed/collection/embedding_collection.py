@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -279,6 +279,9 @@ class EmbeddingCollection(FusedTables):
             return bundle.pooled(bags, self._gather)
         step, gather = self._step_of(stepping, bundle.batched_bags[batched[0]])
         return bundle.pooled_batched(batched[0], bags, batched[1], step, self.sparse, gather)
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _step_of(self, stepping: bool, batched: BatchedLookup) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.native import lookup as native
@@ -307,7 +307,12 @@ class FusedTables(nn.Module):
             CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
         """
         parts = saved if isinstance(saved, Mapping) else {}
-        kinds: dict[str, Any] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "rule": str,
+            "lr": (int, float),
+            "steps": Mapping,
+            "state": Mapping,
+        }
         wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
         if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
             raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
@@ -315,12 +320,20 @@ class FusedTables(nn.Module):
             raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
         wanted = {f"{name}_{key}" for name, key in self._states()}
         state = saved["state"]
-        wrong = sorted(wanted ^ state.keys())
-        wrong += [
-            k for k in sorted(wanted & state.keys()) if getattr(state[k], "shape", None) != getattr(self, k).shape
-        ]
-        if wrong or saved["steps"].keys() != self._step_logs.keys():
-            raise CheckpointError(f"optimizer state does not fit the tables; missing or of another shape: {wrong}")
+        wrong = [f"{k} is missing" for k in sorted(wanted - state.keys())]
+        wrong += [f"{k} belongs to no table" for k in sorted(state.keys() - wanted)]
+        for k in sorted(wanted & state.keys()):
+            have, shape = getattr(self, k).shape, getattr(state[k], "shape", None)
+            if shape != have:
+                wrong.append(f"{k} has shape {None if shape is None else tuple(shape)}, not {tuple(have)}")
+        if saved["steps"].keys() != self._step_logs.keys():
+            wrong.append(f"it counts steps of {sorted(saved['steps'])}, not of {sorted(self._step_logs)}")
+        raise_faults(
+            wrong,
+            "an optimizer state that does not fit the tables; where an earlier version saved it, which kept tables "
+            "behind networks or pooled combinations apart, load the weights alone and start the optimizer anew",
+            CheckpointError,
+        )
         for key in wanted:
             getattr(self, key).copy_(state[key])
         self._lr, self._step_logs = float(saved["lr"]), {name: StepLog(saved["steps"][name]) for name in self.storages}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection.bags import Bags
 from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatures, BatchedLookup
-from recsys_embed.collection.head_tables import HeadTables
+from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
@@ -55,7 +55,7 @@ class LookupBundle(Constants):
         super().__init__()
         self.schema = schema
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        options: TensorOptions = {"device": like.device, "dtype": like.dtype}
         # Modules of features that compute, and the tables of heads that belong to one feature.
         self.own = nn.ModuleDict()
         self.programs = plan.gathered(schema)
@@ -66,8 +66,15 @@ class LookupBundle(Constants):
                 gathers.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
-            given = {"config": config, "name": spec.name, "init": spec.init, "unseen": spec.unseen, **options}
-            self.own[_own(spec.name)] = cls(spec.num_embeddings, spec.embedding_dim, **given)
+            self.own[_own(spec.name)] = cls(
+                spec.num_embeddings,
+                spec.embedding_dim,
+                config=config,
+                name=spec.name,
+                init=spec.init,
+                unseen=spec.unseen,
+                **options,
+            )
         specs = [schema.features[i] for i in gathers]
         programs = list(self.programs.values())
         where = [

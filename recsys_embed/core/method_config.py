@@ -12,7 +12,7 @@ from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.typing import JSON, JSONMapping, Option
+from recsys_embed.typing import JSON, Budget, JSONMapping, Option
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
 
@@ -131,7 +131,7 @@ class MethodConfig(ABC):
         return ({},)
 
     @classmethod
-    def for_budget(cls, spec: FeatureSpec, budget: int | str, *, itemsize: int = 4, **params: Option) -> Self:
+    def for_budget(cls, spec: FeatureSpec, budget: Budget, *, itemsize: int = 4, **params: Option) -> Self:
         """The largest configuration whose deployed bytes, at ``itemsize`` bytes per element, fit ``budget``.
 
         Raises:

@@ -92,7 +92,7 @@ class Dataset(RowSource):
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     @cached_property
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> JSON:
         """Content of ``stats.json``."""
         return read_stats(self.path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
-from recsys_embed.typing import IdValues, Option
+from recsys_embed.typing import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
@@ -84,7 +84,7 @@ class CompressedEmbedding(nn.Module):
         mode: Mode | None = None,
         include_last_offset: bool = False,
         config: MethodConfig | None = None,
-        budget: int | str | None = None,
+        budget: Budget | None = None,
         name: str = "embedding",
         init: str = "normal:1",
         unseen: Unseen | None = None,
@@ -337,8 +337,7 @@ class CompressedEmbedding(nn.Module):
                 the method does not hash.
         """
         # The parameter's name is torch's, which callers may spell out.
-        given = given_ids(input, self.spec, self.config.accepts_raw, self._policy)
-        ids = check_id_dtype(given, self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self._policy), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
@@ -361,6 +360,9 @@ class CompressedEmbedding(nn.Module):
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _bags(self, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         if ids.dim() == 2:
@@ -434,8 +436,9 @@ class CompressedEmbedding(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
         if self.served is not None:
-            rest = Footprint(sum(p.nbytes for p in self.parameters()), self.kernel.index.nbytes)
-            return self.served.footprint() + rest
+            return self.served.footprint() + Footprint(
+                sum(p.nbytes for p in self.parameters()), self.kernel.index.nbytes
+            )
         return self.config.footprint(self.spec, next(self.parameters()).element_size())
 
     # -- tables shared with other modules -------------------------------------------------------------------------
@@ -478,8 +481,7 @@ class CompressedEmbedding(nn.Module):
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
-        errors = args[-1]
-        before = len(errors)
+        errors, before = args[-1], len(args[-1])
         held = dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
-from recsys_embed.exports.graph_check import GraphCheck, check_graph, quiet, serving
+from recsys_embed.exports.graph_check import GraphCheck, check_graph, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
 from recsys_embed.typing import DynamicShapes
 from recsys_embed.utils.optional import require
@@ -32,7 +32,7 @@ __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export
 
 @dataclass(frozen=True)
 class GraphFile:
-    """What was written, and how far its numbers are from the model's.
+    """A written graph and its largest difference from the model.
 
     Attributes:
         files: the graph, then the file of its tables where they stand apart.
@@ -46,7 +46,7 @@ class GraphFile:
 
 
 def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> ExportedProgram:
-    """The model in eval mode as a program in which the batch varies and nothing stands that no output needs."""
+    """The model in eval mode as an exported program with a dynamic batch size and without dead code."""
     short = [tuple(t.shape) for t in tensors(inputs) if dynamic_shapes is None and t.dim() and t.shape[0] < 2]
     if short:
         raise ConfigError(
@@ -56,7 +56,7 @@ def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> E
     if dynamic_shapes is None:
         vary = {0: Dim.DYNAMIC}
         dynamic_shapes = pytree.tree_map(lambda t: vary if isinstance(t, Tensor) and t.dim() else None, inputs)
-    with serving(model), quiet():
+    with serving(model), without_exporter_warnings():
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)
     _prune(program)
     for node in program.graph.nodes:
@@ -125,7 +125,7 @@ def to_torch_export(
     program.example_inputs = None  # torch would pickle them into the file
 
     def write(file: Path) -> list[Path]:
-        with quiet():
+        with without_exporter_warnings():
             torch.export.save(program, file)
         return [file]
 
@@ -174,7 +174,7 @@ def to_onnx(
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         require(library, extra="onnx", purpose=onnx_file.PURPOSE)
     example = example_inputs(model, inputs)
-    with quiet():
+    with without_exporter_warnings():
         graph = onnx_file.translate(_trace(model, example, dynamic_shapes))
 
     def write(file: Path) -> list[Path]:

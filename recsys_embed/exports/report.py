@@ -1,4 +1,4 @@
-"""What an export wrote: bytes and errors, per table and in total."""
+"""Report of an export: bytes and errors, per table and in total."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`recsys_embed.export` wrote.
+    """Result of :func:`recsys_embed.export`.
 
     Args:
         path: the file.

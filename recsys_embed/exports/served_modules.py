@@ -1,4 +1,4 @@
-"""From what a file says of an embedding to a module that serves it; only registered names are ever built."""
+"""Build serving modules from a file's manifest; only registered classes are built."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModuleItem:
 
 @contextmanager
 def refusals(what: str) -> Any:
-    """Whatever goes wrong while something is built from a file becomes a CheckpointError that says what was built."""
+    """Convert any error while ``what`` is built from a file into a CheckpointError that names it."""
     try:
         yield
     except CheckpointError:
@@ -123,7 +123,7 @@ def build_model(build: Mapping[str, Any], collections: Mapping[str, ModuleItem],
 
 
 def revive(module: nn.Module, device: torch.device) -> None:
-    """Bring back on ``device`` what is in no file: integers that follow from configuration, counters, empty buffers."""
+    """Recreate on ``device`` the tensors that files do not hold: derived constants, counters, empty buffers."""
     for part in module.modules():
         if isinstance(part, Constants):
             for name, values in list(part._integers.items()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,18 @@ class Updater(Protocol):
     def __call__(self, rows: Tensor, grad: Tensor) -> None: ...
 
 
+class _Context(Protocol):
+    """What a gather keeps for its backward."""
+
+    partial: bool
+    updater: Updater
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class FusedGather(Function):
     """``weight[rows]`` whose backward hands the gradient to ``updater`` instead of returning it.
 
@@ -28,13 +40,13 @@ class FusedGather(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
+    def forward(ctx: _Context, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.partial, ctx.updater = partial, updater
         return weight.index_select(0, rows.clamp_min(0) if partial else rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[None, ...]:
         (rows,) = ctx.saved_tensors
         if ctx.partial:
             present = rows >= 0

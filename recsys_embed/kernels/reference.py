@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class ReferenceLookup(nn.Module):
         self,
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
-        keys: Sequence[Any] | None = None,
+        keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()

@@ -6,10 +6,10 @@ tensor over (feature, row lookup), so no loop runs over features. All groups rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.places import Gather, Place, absent_ids
+from recsys_embed.typing import Signature
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class _Read:
     """
 
     storage: str
-    kind: tuple[Any, ...]
+    kind: Signature
     params: str
     may_be_absent: bool
     num_rows: int = 1
@@ -50,8 +51,14 @@ class _RowLookupSet:
     width: int | None
 
 
-def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Any, ...]) -> tuple[Any, ...]:
-    row_lookups = tuple(
+def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    rest = (program.spans, program.combine, program.head_form, program.vectors, program.padding, key)
+    return (tuple(_kinds(program, places)), *rest)
+
+
+def _kinds(program: LookupProgram, places: Mapping[str, Place]) -> list[Signature]:
+    """Row lookups of equal kind run as one."""
+    return [
         (
             places[p.table].storage,
             p.transform.signature(),
@@ -63,8 +70,7 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[A
             p.weight and (places[p.weight.table].storage, p.weight.transform.signature()),
         )
         for p in program.row_lookups
-    )
-    return (row_lookups, program.spans, program.combine, program.head_form, program.vectors, program.padding, key)
+    ]
 
 
 class Group(Constants):
@@ -90,8 +96,8 @@ class Group(Constants):
         self.features = tuple(features)
         self.template = programs[0]
         self.optional = optional
-        by_kind: dict[tuple[Any, ...], list[int]] = {}
-        for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
+        by_kind: dict[Signature, list[int]] = {}
+        for slot, signature in enumerate(_kinds(programs[0], places[0])):
             by_kind.setdefault(signature, []).append(slot)
         self.sets = [self._row_lookup_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
         counts = {s.read.num_rows for s in self.sets}
@@ -231,12 +237,12 @@ class VectorisedLookup(nn.Module):
         self,
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
-        keys: Sequence[Any] | None = None,
+        keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.optional = tuple(optional or [False] * len(programs))
-        members: dict[tuple[Any, ...], list[int]] = {}
+        members: dict[tuple[Hashable, ...], list[int]] = {}
         for i, program in enumerate(programs):
             key = (keys[i] if keys else None, self.optional[i])
             members.setdefault(_signature(program, places[i], key), []).append(i)

@@ -1,4 +1,4 @@
-"""Click-through-rate models over embedding collections; every model takes any plan its widths allow."""
+"""Click-through-rate models over embedding collections; every model accepts any plan with suitable widths."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def list_models() -> list[str]:
 
 
 def vector_models() -> list[str]:
-    """Keys of the models that own vectors, whose storage there is to choose.
+    """Keys of the models that have embedding vectors, which a plan can compress.
 
     >>> "lr" in vector_models(), "fm" in vector_models()
     (False, True)

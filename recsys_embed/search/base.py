@@ -1,4 +1,4 @@
-"""What all searches have in common: the data they work on, their stages, and the retraining of what they find."""
+"""Base class of the searches: data, stages, and retraining of the plan."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ _TIMED_STEPS = 20
 
 @dataclass
 class Search(ABC):
-    """One search: plain tables in, a plan out. Subclasses say how.
+    """Base class of a search, which turns full tables into a plan; subclasses define :meth:`search`.
 
     Args:
         config: training settings of the search and of the retraining; method ``full``, without a budget.
         data: opened data set.
         settings: of the search.
-        folder: where it keeps what it has done.
-        budget: bytes of the embedding part that the plan must keep to; None: whatever the search comes to.
+        folder: run folder, for results of stages.
+        budget: most bytes of the embedding part; None: no limit.
         device: e.g. ``"cuda"``; None: CPU.
         show_progress: see :class:`Trainer`.
 
@@ -86,16 +86,16 @@ class Search(ABC):
     method: ClassVar[str]
     """Key of the search, and of the method that stores what it finds."""
     summary: ClassVar[str]
-    """What it does, in a line, for the command line."""
+    """One line of help for the command line."""
     settings_cls: ClassVar[type]
     """Class of its settings, with ``from_dict``."""
     stages: ClassVar[tuple[str, ...]] = ("supernet", "evolution", "retrain")
     redo: ClassVar[tuple[str, ...] | None] = None
-    """What is done again for another budget, tried before there is a plan; None: everything is."""
+    """Stages to repeat if the budget changes before there is a plan; None: a run folder accepts one budget only."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise for what cannot come to anything, before any work is done."""
+        """Raise for settings and data that cannot produce a result, before any work is done."""
 
     @abstractmethod
     def search(self) -> Plan:
@@ -145,7 +145,7 @@ class Search(ABC):
     # -- parts of every search ------------------------------------------------------------------------------------
 
     def plain_model(self) -> CTRModel:
-        """The untrained model over plain tables; what its weights are is noted, so that a retraining can check."""
+        """The untrained model over full tables; stores hashes of its weights, which a retraining checks."""
         model = self._untrained()
         if self.folder.get("initial") is None:
             self.folder.put("initial", initial_hashes(model))
@@ -165,7 +165,7 @@ class Search(ABC):
         data: BatchSource | None = None,
         **options: Option,
     ) -> T:
-        """A trainer that goes on where the stage was stopped; on ``data`` where that is not the search's own."""
+        """A trainer that resumes a stage from its checkpoint; ``data`` replaces the search's own data."""
         folder = self.folder.inside(stage)
         going_on = folder is not None and (folder / CHECKPOINT).exists()
         number = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
@@ -176,21 +176,21 @@ class Search(ABC):
         )  # fmt: skip
 
     def run_stage(self, stage: str, trainer: Trainer) -> TrainResult:
-        """Train to the end; what was done before takes no time again."""
+        """Train to the end, from the checkpoint if there is one, and store the result."""
         with self.folder.clock(stage):
             result = trainer.run()
         self.folder.put(f"{stage}_result", plain(result.to_dict()))
         return result
 
     def _time_left(self, stage: str) -> str:
-        """A guess for all that is left, from stages that are over."""
+        """Estimated time left, from the finished stages."""
         spent = self.folder.seconds
         longest = max((spent.get(s, 0.0) for s in self.stages[: self.stages.index(stage)]), default=0.0)
         left = (len(self.stages) - self.stages.index(stage)) * longest
         return f" (about {max(1, round(left / 60))} min left in all)" if longest else ""
 
     def progress(self, stage: str, done: int, total: int, text: str) -> None:
-        """Show how far a stage is."""
+        """Show the progress of a stage."""
         bar = self.__dict__.get("_bar")
         if bar is None:
             label = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
@@ -202,7 +202,7 @@ class Search(ABC):
             del self.__dict__["_bar"]
 
     def plain_seconds(self) -> float:
-        """Seconds of a plain training with these settings, from a few of its steps."""
+        """Estimated seconds of training the model over full tables, from a few timed steps."""
         known = self.folder.get("probe")
         if known is None:
             model = self._untrained()

@@ -1,4 +1,4 @@
-"""DNIS end to end: a warm start, alternating steps, the merged table pruned, what is left trained on."""
+"""DNIS end to end: warm start, bilevel search, pruning of the merged tables, retraining."""
 
 from __future__ import annotations
 

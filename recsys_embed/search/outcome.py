@@ -1,4 +1,4 @@
-"""What a search comes to."""
+"""The result of a search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SearchOutcome:
     Args:
         plan: of the vectors.
         model: the retrained model.
-        result: what the retraining measured.
+        result: metrics of the retraining.
         footprint: bytes of the embedding part.
         full_bytes: bytes of the plain tables.
         seconds: by stage.

@@ -20,9 +20,9 @@ from recsys_embed.train.loop import Trainer
 
 
 class Supernet(nn.Module):
-    """A click model over plain tables, with a layer between the collection of vectors and all that reads them.
+    """A CTR model over full tables with a search layer between its collection and its network.
 
-    Trains, saves and evaluates as the model does; its state holds the layer's too. The model's own code does not know.
+    It trains, saves and evaluates like the model, which needs no changes; its state dict includes the layer's.
 
     Args:
         model: built with a full plan of one width.
@@ -42,9 +42,9 @@ class Supernet(nn.Module):
                 f"{vectors.output_dim}"
             )
         self.model, self.layer = model, layer
-        # What candidates do to vectors in place of the layer, see `replay`.
+        # Applied to the vectors in place of the layer while candidates are evaluated, see `replay`.
         self.stand_in: Callable[[Tensor], Tensor] | None = None
-        # A layer that kernels know goes to the lookup, and others get what comes out of it.
+        # A layer that kernels support is fused into the lookup; others run on its output.
         self._fused = hasattr(layer, "mask_parameters")
         vectors.register_forward_pre_hook(self._hand_in, with_kwargs=True)
         vectors.register_forward_hook(self._tap)
@@ -136,12 +136,12 @@ class Supernet(nn.Module):
 
 
 def as_model(net: Supernet) -> CTRModel:
-    """The supernet as what a trainer takes: it offers all that one uses of a model."""
+    """The supernet typed as a model, because it has all members that a trainer uses."""
     return cast("CTRModel", net)
 
 
 class OptembedTrainer(Trainer):
-    """Trains a supernet with an :class:`OptembedLayer`: thresholds by plain SGD, all else as ever.
+    """Trains a supernet with an :class:`OptembedLayer`: thresholds by plain SGD, all else as :class:`Trainer` does.
 
     Args:
         net: the supernet.
@@ -171,7 +171,7 @@ class OptembedTrainer(Trainer):
         cast("OptembedLayer", self.net.layer).step(self.threshold_lr, self.pull)
 
     def _validate(self, stop: Any) -> None:
-        # What a row's norm is compared with must not depend on when the row was last read.
+        # Deferred updates are applied first: a row's norm must not depend on when the row was last read.
         self.net.catch_up_()
         super()._validate(stop)
 

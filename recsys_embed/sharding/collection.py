@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +189,9 @@ class ShardableCollection(Constants):
             each = torch.arange(ids.numel() + 1, device=ids.device)
             return self._pooled(Bags(ids.long().t().reshape(-1), each, None, len(ids)))
         return self._pooled(to_bags(self.schema, self._given(ids), offsets, per_sample_weights))
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _given(self, ids: Ids) -> Ids:
         if not isinstance(ids, Mapping):

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.typing import JSON, JSONMapping, Option
 
@@ -169,7 +171,7 @@ def rules(cls: type) -> tuple[Rule, ...]:
 def wrong_settings(settings: Any) -> dict[str, str]:
     """What is wrong with the fields of a dataclass, each by itself: a sentence by the field's name.
 
-    Lists become tuples and integers of numpy Python's, where a field takes those.
+    Lists and ranges become tuples and scalars of numpy Python's, where a field takes those.
     """
     faults: dict[str, str] = {}
     cls: type = type(settings)
@@ -220,8 +222,10 @@ def fault(name: str, wanted: str, got: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return tuple(_plain(v) for v in value)
+    if isinstance(value, np.generic):
+        return value.item()
     return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
 
 

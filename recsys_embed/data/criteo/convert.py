@@ -37,7 +37,7 @@ class ConvertReport:
     notices: tuple[str, ...] = ()
 
 
-def _quiet(stage: str, done: float, total: float, rows: int) -> None:
+def _no_progress(stage: str, done: float, total: float, rows: int) -> None:
     """No progress display."""
 
 
@@ -47,7 +47,7 @@ def convert_criteo(
     options: CriteoOptions | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress = _quiet,
+    progress: Progress = _no_progress,
     extra: JSON | None = None,
 ) -> ConvertReport:
     """Convert Criteo's tab-separated text (label, 13 integers, 26 hex categories) into a data folder.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,12 +42,31 @@ class NativeStep(NamedTuple):
     lazy: bool
 
 
+class _Context(Protocol):
+    """What a lookup keeps for its backward."""
+
+    lookup: NativeLookup
+    updater: Updater | None
+    sparse: bool
+    kept: Tensor | None
+    tables: tuple[Tensor, ...]
+    batch: int
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class _Lookup(Function):
     """``anchor`` requires grad where no table does: it makes autograd run the backward and receives no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         anchor: Tensor | None,
         lookup: NativeLookup,
         pool: OutputPool,
@@ -67,7 +86,7 @@ class _Lookup(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
         gradients = [g.contiguous() for g in grads]
@@ -128,7 +147,7 @@ def look_up(
         masking = mask, pool.take((ids.batch, *lookup.shapes[0])) if beside else None
     if learns:
         anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-        out = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
+        out: Sequence[Tensor] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
     else:
         out = _outputs(lookup, pool, ids, tables, mask=masking)
     if masking is None or masking[1] is None:

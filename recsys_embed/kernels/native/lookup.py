@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ class _Encoded(NamedTuple):
     curve: array[float]
 
 
+Updates: TypeAlias = "ctypes.Array[Update]"
+"""What is done to each storage."""
+
+
 @lru_cache(maxsize=64)
 def _encoded(optimizer: FusedOptimizer) -> _Encoded:
     number = loaded().rules.index(str(rule_name(optimizer)))
@@ -95,7 +99,7 @@ def _updates(
     tables: Sequence[Tensor],
     states: Sequence[Mapping[str, Tensor]],
     step_logs: Sequence[StepLog],
-) -> Any:
+) -> Updates:
     """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
     updates, encoded = (Update * len(tables))(), _encoded(optimizer)
     for update, table, state, log in zip(updates, tables, states, step_logs, strict=True):
@@ -398,7 +402,7 @@ class NativeLookup:
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
-        updates: Any,
+        updates: Updates,
     ) -> None:
         call = self._call(ids, tables, gradients, kept)
         if not checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 0)):

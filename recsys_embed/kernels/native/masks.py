@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -133,13 +133,28 @@ class Masking(Protocol):
         """``vectors [B, F, D]`` of ``ids`` masked, by the kernels where they can."""
 
 
+class _Context(Protocol):
+    """What a mask keeps for its backward."""
+
+    mask: MaskParameters
+    pool: OutputPool
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class _Masked(Function):
     """``done``: the masked vectors, where a lookup has made them already; no tensor of its own, for outputs that are
     inputs count as views."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         vectors: Tensor,
         thresholds: Tensor | None,
         rest: Tensor | None,
@@ -160,7 +175,7 @@ class _Masked(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
         wanted = ctx.needs_input_grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +54,7 @@ def _transform(transform: Transform, index: IndexStore, program: int) -> dict[st
     return {**fields, "kind": KINDS.index(kind), "array": index.slot(program, name), "at": index.at(program, name)}
 
 
-def _fill(record: Any, fields: Mapping[str, Any]) -> None:
+def _fill(record: np.void, fields: Mapping[str, int | float | bool]) -> None:
     for name, value in fields.items():
         record[name] = value
 
@@ -91,7 +90,7 @@ def encode(
     columns: Sequence[int],
     limits: Sequence[int],
     optional: Sequence[bool],
-) -> tuple[NDArray[Any], NDArray[Any], int]:
+) -> tuple[NDArray[np.void], NDArray[np.void], int]:
     """Records of features and row lookups, and how many numbers per sample backward needs of what forward read.
 
     Args:

@@ -11,7 +11,7 @@ from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.registry import MethodInfo, get_method, list_methods
-from recsys_embed.report.memory.arrays import PRECISIONS, StoredArray, TableStorage, UpdateKind, stored_bytes
+from recsys_embed.report.memory.arrays import PRECISIONS, ArrayStorage, TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.plan import arrays_of
 from recsys_embed.report.memory.state_size import OptimizerStateSize
 
@@ -71,14 +71,14 @@ def alternatives(
     return out
 
 
-def plain_bytes(storages: Sequence[TableStorage], precision: Precision = "fp32") -> int:
+def dense_bytes(storages: Sequence[TableStorage], precision: Precision = "fp32") -> int:
     """Bytes of the dense tables of the same features."""
     return sum(stored_bytes(a, precision) for e in storages if e.spec is not None for a in _plain(_shape(e)).arrays)
 
 
 @dataclass(frozen=True)
 class _SizedTable:
-    arrays: tuple[StoredArray, ...]
+    arrays: tuple[ArrayStorage, ...]
     missed: bool = False
     unfit: bool = False
 

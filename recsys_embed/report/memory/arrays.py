@@ -20,7 +20,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
-class StoredArray:
+class ArrayStorage:
     """One stored array ``[rows, width]``.
 
     Args:
@@ -57,13 +57,13 @@ class StoredArray:
         return self.elements * self.itemsize if self.packed is None else self.packed
 
 
-def stored_bytes(array: StoredArray, precision: Precision | None) -> int:
+def stored_bytes(array: ArrayStorage, precision: Precision | None) -> int:
     """Bytes of an array in a file of that precision; None: as held now.
 
     Tables are laid out as the export lays them out (:mod:`recsys_embed.kernels.precision`): quantised rows carry an
     fp16 scale and bias, and matrices that every lookup reads whole keep 16 bits per element.
 
-    >>> [stored_bytes(StoredArray("weight", 100, 16), p) for p in (None, "fp16", "int8", "int4")]
+    >>> [stored_bytes(ArrayStorage("weight", 100, 16), p) for p in (None, "fp16", "int8", "int4")]
     [6400, 3200, 2000, 1200]
     """
     if precision is None or array.role == "index":
@@ -104,7 +104,7 @@ class TableStorage:
     method: str
     ids: int
     width: int
-    arrays: tuple[StoredArray, ...]
+    arrays: tuple[ArrayStorage, ...]
     update: UpdateKind = "dense"
     fused: FusedOptimizer | None = None
     spec: FeatureSpec | None = None
@@ -118,7 +118,7 @@ class TableStorage:
     pools_bags: bool = False
     lookup_keys: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
-    def arrays_of(self, role: ArrayRole) -> Iterator[StoredArray]:
+    def arrays_of(self, role: ArrayRole) -> Iterator[ArrayStorage]:
         """The arrays with this role."""
         return (a for a in self.arrays if a.role == role)
 
@@ -131,7 +131,7 @@ class TableStorage:
         """Bytes of ``.grad`` after one backward in which the table is read ``lookups`` times."""
         return sum(self._gradient_of(a, lookups) for a in self.arrays if a.role != "index" and a.trained)
 
-    def _gradient_of(self, array: StoredArray, lookups: int) -> int:
+    def _gradient_of(self, array: ArrayStorage, lookups: int) -> int:
         if array.role == "table" and self.update == "fused":
             return 0
         if array.role == "table" and self.update == "sparse":
@@ -176,10 +176,10 @@ def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     return numbers, 0 if side_by_side and not changed and program.head is None else floats
 
 
-def index_arrays(program: LookupProgram) -> tuple[StoredArray, ...]:
+def index_arrays(program: LookupProgram) -> tuple[ArrayStorage, ...]:
     """The index buffers of a program as arrays."""
     return tuple(
-        StoredArray(f"{index.name}.{a.name}", a.length, 1, a.dtype.itemsize, "index", trained=False)
+        ArrayStorage(f"{index.name}.{a.name}", a.length, 1, a.dtype.itemsize, "index", trained=False)
         for index in program.indexes
         for a in index.arrays
     )

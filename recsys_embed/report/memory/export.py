@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.report.memory.arrays import ArrayRole, StoredArray, TableStorage
+from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage
 from recsys_embed.report.memory.plan import ModelStorage, spec_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class _Group:
     method: str = "shared"
     spec: FeatureSpec | None = None
     config: dict[str, Any] | None = None
-    arrays: list[StoredArray] = field(default_factory=list)
+    arrays: list[ArrayStorage] = field(default_factory=list)
 
 
 def export_storage(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> ModelStorage:
@@ -55,8 +55,8 @@ def _read_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, FileTensor
         kept = [n for n in (f"{name}.rows{end}" for end in _INDEX) if n in tensors]
         taken |= {name, *kept}
         width = item["width"] if item["columns"] is None else len(item["columns"])
-        table = StoredArray(name, item["count"], width, 4, trained=False, packed=_size(tensors[name]))
-        arrays = [table, *(StoredArray(n, _size(tensors[n]), 1, 1, "index", trained=False) for n in kept)]
+        table = ArrayStorage(name, item["count"], width, 4, trained=False, packed=_size(tensors[name]))
+        arrays = [table, *(ArrayStorage(n, _size(tensors[n]), 1, 1, "index", trained=False) for n in kept)]
         reader = name.rpartition(".")[0]
         # A table that several features read is listed on its own.
         group = groups[reader] if reader in groups else groups.setdefault(name, _Group(name))
@@ -67,7 +67,7 @@ def _read_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, FileTensor
             continue
         owner = max((p for p, _ in prefixes if name.startswith(f"{p}." if p else "")), key=len, default=None)
         role: ArrayRole = "dense" if tensor.dtype.is_floating_point else "index"
-        array = StoredArray(name, 1, prod(tensor.shape), tensor.dtype.itemsize, role, trained=False)
+        array = ArrayStorage(name, 1, prod(tensor.shape), tensor.dtype.itemsize, role, trained=False)
         if owner is None:
             rest.append(array)
         else:

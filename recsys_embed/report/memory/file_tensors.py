@@ -93,7 +93,7 @@ def _state_of(payload: Any) -> Mapping[str, Any] | None:
     return found if size(found) or (found is payload and not payload) else None
 
 
-def read_manifest(path: Path, text: Any) -> dict[str, Any]:
+def parse_manifest(path: Path, text: Any) -> dict[str, Any]:
     """The manifest of an export, from the text in its metadata; CheckpointError where it cannot be used."""
     try:
         manifest = json.loads(text)

@@ -19,11 +19,11 @@ from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict
-from recsys_embed.report.memory.arrays import ArrayRole, StoredArray, TableStorage
+from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage
 from recsys_embed.report.memory.collisions import row_keys
 from recsys_embed.report.memory.export import KEY as EXPORT
 from recsys_embed.report.memory.export import export_storage
-from recsys_embed.report.memory.file_tensors import FileTensor, read_manifest, read_safetensors, read_torch
+from recsys_embed.report.memory.file_tensors import FileTensor, parse_manifest, read_safetensors, read_torch
 from recsys_embed.report.memory.plan import ModelStorage, plan_storage, spec_of
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.utils.files import file_form
@@ -122,7 +122,7 @@ def _weights(
         tensors, metadata = read_safetensors(path)
         config: dict[str, Any] = {}
         if EXPORT in metadata:
-            manifest = read_manifest(path, metadata[EXPORT])
+            manifest = parse_manifest(path, metadata[EXPORT])
             return LoadedSource(export_storage(path, manifest, {t.name: t for t in tensors}), None, dense_optimizer)
     else:
         tensors, config = read_torch(path)
@@ -154,11 +154,11 @@ def _weights_storage(
         taken |= {prefix + name for name in inside}
         storages += own.tables
         held = sum(prod(t.shape) * t.dtype.itemsize for n, t in inside.items() if not n.endswith(STATE))
-        said = sum(a.nbytes for e in own.tables for a in e.arrays)
-        if held != said:
+        expected = sum(a.nbytes for e in own.tables for a in e.arrays)
+        if held != expected:
             where = prefix.rstrip(".") or "the file"
-            notes.append(f"{where} holds {held:,} bytes of weights where its configuration says {said:,}")
-    rest: list[StoredArray] = []
+            notes.append(f"{where} holds {held:,} bytes of weights, but its configuration gives {expected:,}")
+    rest: list[ArrayStorage] = []
     seen: set[Hashable] = set()
     guessed = 0
     for t in tensors:
@@ -174,7 +174,7 @@ def _weights_storage(
             floating = t.dtype.is_floating_point
             role: ArrayRole = "dense" if floating else "index"
             rest.append(
-                StoredArray(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating, flat=len(t.shape) < 2)
+                ArrayStorage(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating, flat=len(t.shape) < 2)
             )
     if guessed and patterns is None:
         notes.append(
@@ -201,7 +201,7 @@ def _plain(t: FileTensor) -> TableStorage:
         method="full",
         ids=rows,
         width=width,
-        arrays=(StoredArray("weight", rows, width, t.dtype.itemsize, "table", 1, t.key),),
+        arrays=(ArrayStorage("weight", rows, width, t.dtype.itemsize, "table", 1, t.key),),
         spec=spec_of(path, rows, width),
         paths=(path,),
     )

@@ -19,7 +19,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
-from recsys_embed.report.memory.arrays import ArrayRole, StoredArray, TableStorage, UpdateKind, index_arrays, reads_of
+from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
 from recsys_embed.report.memory.collisions import row_keys
 from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, spec_of, storage_of
 
@@ -60,7 +60,7 @@ def _storage_of_plain(table: FoundTable) -> TableStorage:
     for name, p in own:
         rows, width = (p.shape[0], p.shape[1]) if p.dim() == 2 else (1, p.numel())
         role: ArrayRole = "table" if whole else "dense"
-        arrays.append(StoredArray(name, rows, width, p.element_size(), role, int(whole), id(p), p.requires_grad))
+        arrays.append(ArrayStorage(name, rows, width, p.element_size(), role, int(whole), id(p), p.requires_grad))
     trained = any(p.requires_grad for _, p in own)
     update: UpdateKind = "sparse" if module.sparse else "dense"
     return TableStorage(
@@ -77,7 +77,7 @@ def _storage_of_plain(table: FoundTable) -> TableStorage:
     )
 
 
-def _own_arrays(module: CompressedEmbedding) -> list[StoredArray]:
+def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
     """A drop-in's stored arrays, from its parameters and persistent buffers."""
     tables = {t.name: t for t in module.program.tables}
     arrays = []
@@ -88,7 +88,7 @@ def _own_arrays(module: CompressedEmbedding) -> list[StoredArray]:
         reads = 0 if dense else reads_of(module.program, name)
         role: ArrayRole = "dense" if dense else "table"
         arrays.append(
-            StoredArray(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
+            ArrayStorage(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
         )
     if module.served is not None:
         for name in tables:
@@ -99,17 +99,17 @@ def _own_arrays(module: CompressedEmbedding) -> list[StoredArray]:
                 arrays += [replace(a, parameter=(id(stored), a.role)) for a in held]
     for name, b in _persistent(module):
         if not name.startswith("served."):
-            arrays.append(StoredArray(name, b.numel(), 1, b.element_size(), "index", trained=False))
+            arrays.append(ArrayStorage(name, b.numel(), 1, b.element_size(), "index", trained=False))
     return arrays
 
 
-def _served(name: str, stored: Stored, offset: int, reads: int) -> list[StoredArray]:
+def _served(name: str, stored: Stored, offset: int, reads: int) -> list[ArrayStorage]:
     """A table of a loaded export, which starts at row ``offset`` of its storage."""
     start = 0
     for part in stored.parts:
         if start == offset:
-            table = StoredArray(name, part.count, part.layout.width, 4, "table", reads, None, False, part.nbytes)
-            kept = StoredArray(f"{name}.kept", part.index_bytes, 1, 1, "index", trained=False)
+            table = ArrayStorage(name, part.count, part.layout.width, 4, "table", reads, None, False, part.nbytes)
+            kept = ArrayStorage(f"{name}.kept", part.index_bytes, 1, 1, "index", trained=False)
             return [table, kept] if kept.nbytes else [table]
         start += part.rows
     raise ConfigError(f"an export stores no table at row {offset} for {name!r}")
@@ -193,7 +193,7 @@ def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[Fo
 
 def _held(
     collection: EmbeddingCollection, spec: FeatureSpec, table: Table, program: LookupProgram
-) -> list[StoredArray]:
+) -> list[ArrayStorage]:
     """Arrays that a collection stores for one table of a feature."""
     if table.dense:
         values = collection.bundle.heads.parameter(spec.name, table.name)
@@ -215,7 +215,7 @@ def _key(tensor: Tensor) -> Any:
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
 
 
-def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[StoredArray], list[str]]:
+def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[ArrayStorage], list[str]]:
     """Parameters and buffers outside the tables, each once; names of those without a shape."""
     rest, lazy, seen = [], [], set(counted)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -230,5 +230,5 @@ def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[StoredArray], list[
         parameter = isinstance(t, nn.Parameter)
         role: ArrayRole = "dense" if parameter else "index"
         trained = parameter and t.requires_grad
-        rest.append(StoredArray(name, rows, width, t.element_size(), role, 0, id(t), trained, flat=t.dim() < 2))
+        rest.append(ArrayStorage(name, rows, width, t.element_size(), role, 0, id(t), trained, flat=t.dim() < 2))
     return rest, lazy

@@ -14,7 +14,7 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.report.memory.arrays import (
     ArrayRole,
-    StoredArray,
+    ArrayStorage,
     TableStorage,
     UpdateKind,
     index_arrays,
@@ -29,7 +29,7 @@ class ModelStorage:
     """Everything a source stores: its tables, and the arrays of the rest of the model."""
 
     tables: tuple[TableStorage, ...]
-    rest: tuple[StoredArray, ...] = ()
+    rest: tuple[ArrayStorage, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -60,12 +60,12 @@ def plan_storage(
 
 def arrays_of(
     spec: FeatureSpec, config: MethodConfig, program: LookupProgram, itemsize: int = 4, *, private: bool = False
-) -> tuple[StoredArray, ...]:
+) -> tuple[ArrayStorage, ...]:
     """Arrays that a configuration stores for a feature; ``private`` omits shared tables."""
     arrays = [array_of(t, program, itemsize, None, True) for t in program.tables if not (private and t.shared)]
     networks = config.footprint(spec).weights - 4 * sum(t.rows * t.width for t in program.tables)
     if networks:
-        arrays.append(StoredArray("network", 1, networks // 4, itemsize, "dense"))
+        arrays.append(ArrayStorage("network", 1, networks // 4, itemsize, "dense"))
     return (*arrays, *index_arrays(program))
 
 
@@ -74,10 +74,10 @@ class SharedArrays:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.arrays: dict[str, list[StoredArray]] = {}
+        self.arrays: dict[str, list[ArrayStorage]] = {}
         self.readers: dict[str, list[str]] = {}
 
-    def put(self, reader: str, name: str, arrays: Sequence[StoredArray]) -> None:
+    def put(self, reader: str, name: str, arrays: Sequence[ArrayStorage]) -> None:
         """Add a reader of the arrays shared as ``name``."""
         reads = self.arrays[name][0].reads if name in self.arrays else 0
         self.arrays[name] = [replace(a, reads=a.reads + reads) if a.role == "table" else a for a in arrays]
@@ -98,10 +98,10 @@ class SharedArrays:
         ]
 
 
-def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> StoredArray:
+def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> ArrayStorage:
     """One table of a program, stored in ``parameter`` (None: not yet built)."""
     role: ArrayRole = "dense" if table.dense else "table"
-    return StoredArray(
+    return ArrayStorage(
         table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained
     )
 
@@ -112,7 +112,7 @@ def storage_of(
     spec: FeatureSpec,
     config: MethodConfig,
     program: LookupProgram,
-    arrays: Sequence[StoredArray],
+    arrays: Sequence[ArrayStorage],
     at: str = "",
 ) -> TableStorage:
     """Storage of a feature's table; ``arrays`` are its own, ``at`` is the prefix of names of shared ones."""

@@ -15,7 +15,7 @@ from recsys_embed.kernels.precision import Precision, check_precision
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.planning.statistics import is_stats_json
-from recsys_embed.report.memory.arrays import StoredArray, TableStorage, UpdateKind, stored_bytes
+from recsys_embed.report.memory.arrays import ArrayStorage, TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.collisions import Collisions, expected_collisions, measured_collisions
 from recsys_embed.report.memory.modules import module_storage
 from recsys_embed.report.memory.plan import ModelStorage, plan_storage
@@ -57,7 +57,7 @@ def memory_report(
             a data folder (plain tables of width ``embedding_dim``).
         optimizer: ``"adam"``, ``"rowwise_adagrad"``, ...; a fused optimizer; or a torch optimizer (class or instance).
             Names mean torch's where tables have a ``.grad`` and this library's fused ones for plans and schemas.
-            Tables that a collection updates itself keep its optimizer. None: what the source says, else not counted.
+            Tables that a collection updates itself keep its optimizer. None: that of the source, else not counted.
         dense_optimizer: of everything else; None: ``optimizer`` where it is torch's, else not counted.
         precision: of the deployed weights; None: as held now.
         batch_size: samples per step, for gradients and lookups.
@@ -158,7 +158,7 @@ def assemble(
     """The report of a source, from what it stores."""
     notes, counted = list(storage.notes), set()
 
-    def state_bytes(array: StoredArray, state_size: OptimizerStateSize | None, update: UpdateKind) -> int:
+    def state_bytes(array: ArrayStorage, state_size: OptimizerStateSize | None, update: UpdateKind) -> int:
         if state_size is None:
             return 0
         size, fixed = state_size.state_bytes(array, update)

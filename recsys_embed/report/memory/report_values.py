@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import unknown_name
 from recsys_embed.kernels.precision import Precision
-from recsys_embed.report.memory.alternatives import Alternative, alternatives, plain_bytes
+from recsys_embed.report.memory.alternatives import Alternative, alternatives, dense_bytes
 from recsys_embed.report.memory.arrays import PRECISIONS, TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.collisions import Collisions
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
@@ -267,7 +267,7 @@ class MemoryReport:
     @cached_property
     def plain(self) -> int:
         """Bytes of the same tables as dense float32 tables."""
-        return plain_bytes([t.storage for t in self.tables])
+        return dense_bytes([t.storage for t in self.tables])
 
     # -- output ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, rule_name
-from recsys_embed.report.memory.arrays import StoredArray, UpdateKind
+from recsys_embed.report.memory.arrays import ArrayStorage, UpdateKind
 from recsys_embed.typing import OptimizerSpec
 
 _TORCH: dict[str, type[torch.optim.Optimizer]] = {
@@ -45,11 +45,11 @@ class OptimizerStateSize:
     options: tuple[tuple[str, Any], ...] = ()
     held: frozenset[Hashable] | None = None
 
-    def steps(self, array: StoredArray) -> bool:
+    def steps(self, array: ArrayStorage) -> bool:
         """Whether the optimizer holds the array."""
         return array.trained and (self.held is None or array.parameter in self.held)
 
-    def state_bytes(self, array: StoredArray, update: UpdateKind) -> tuple[int, int]:
+    def state_bytes(self, array: ArrayStorage, update: UpdateKind) -> tuple[int, int]:
         """Bytes of state of an array, and bytes per parameter whatever its size (a step counter)."""
         if not self.steps(array) or update == "frozen":
             return 0, 0
@@ -116,7 +116,7 @@ def state_size_of(
         UnknownNameError: no such name.
 
     >>> state_size = state_size_of("adam", prefer_fused=False)
-    >>> state_size.name, state_size.state_bytes(StoredArray("weight", 1000, 16), "dense")
+    >>> state_size.name, state_size.state_bytes(ArrayStorage("weight", 1000, 16), "dense")
     ('torch.optim.Adam', (128000, 4))
     """
     if optimizer is None or isinstance(optimizer, OptimizerStateSize):
