@@ -436,9 +436,8 @@ class CompressedEmbedding(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
         if self.served is not None:
-            return self.served.footprint() + Footprint(
-                sum(p.nbytes for p in self.parameters()), self.kernel.index.nbytes
-            )
+            own = sum(p.nbytes for p in self.parameters())
+            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes)
         return self.config.footprint(self.spec, next(self.parameters()).element_size())
 
     # -- tables shared with other modules -------------------------------------------------------------------------
@@ -481,8 +480,7 @@ class CompressedEmbedding(nn.Module):
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
-        errors, before = args[-1], len(args[-1])
-        held = dict(self._parameters)
+        errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)
         if len(errors) > before and prefix + "_extra_state" not in state_dict:
