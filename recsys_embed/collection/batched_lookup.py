@@ -1,4 +1,4 @@
-"""A bundle's features as batched kernels run them: one call whose outputs stand in schema order already."""
+"""One kernel call for all features of a bundle that the kernels support, with its outputs in schema order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from recsys_embed.kernels.unseen_ids import UnseenIds
 
 @dataclass(frozen=True)
 class BatchedFeatures:
-    """What batched kernels run, and what they need to know of the bundle.
+    """The features that one call runs, and what it needs from the bundle.
 
     Args:
         schema: all features of the bundle.
@@ -60,8 +60,11 @@ class BatchedFeatures:
         return [self.schema.names[i] for i in self.positions]
 
     def outputs(self) -> list[tuple[int, ...]]:
-        """Positions that share an output: those without a head; and those whose heads, with what these are applied to,
-        are of one form, so that one call runs them."""
+        """Positions of the features that share an output.
+
+        Features without a head share one. Features whose heads have one form, and are applied to columns of one width,
+        share another, since one call of the head runs them all.
+        """
         found: dict[Hashable, list[int]] = {None: []}
         for i, program in zip(self.positions, self.programs, strict=True):
             found.setdefault(self._form(i, program), []).append(i)
@@ -76,7 +79,7 @@ class BatchedFeatures:
 
 
 class _SomeIndexes:
-    """The indexes of some programs of a store, numbered anew."""
+    """A view of an index store that holds some of its programs, renumbered from 0."""
 
     def __init__(self, store: IndexStore, numbers: Sequence[int]) -> None:
         self._store, self._numbers = store, tuple(numbers)
@@ -112,7 +115,7 @@ class _Arguments(NamedTuple):
 
 
 class BatchedLookup:
-    """On the CPU.
+    """One call of the native kernels on the CPU.
 
     Args:
         features: what is run.
@@ -141,13 +144,13 @@ class BatchedLookup:
                 slots[i] = Slot(output, column, features.schema.features[i].pooling == "mean")
                 column += programs[i].combined_width
             widths.append(column)
-        # Vectors that need nothing more stand as the whole output has them.
+        # Outputs without a head take the shape of the whole output, so that no copy follows.
         dim = features.output_dim
         self._shapes = [
             (width,) if dim is None or headed else (width // dim, dim)
             for headed, width in zip(self._headed, widths, strict=True)
         ]
-        # Whether the kernels write all vectors, of one width, where they stay; a mask's ids are as they are given.
+        # A mask runs inside the call if it writes every vector in its final place, and no policy replaces ids.
         whole = self.parts == [tuple(range(len(features.schema)))] and not any(self._headed) and dim is not None
         self.masks = self._takes_masks and whole and set(features.vectors) == {1} and not self._unseen.replaces
         limits = cast("list[int]", self._unseen.integers_of("limits"))
@@ -190,7 +193,7 @@ class BatchedLookup:
             IdRangeError: names the first feature at fault.
         """
         ids = ids if resolved else self._resolved(ids)
-        return self._behind_heads(self._outputs(ids, tables, step, sparse, mask), ids)
+        return self._apply_heads(self._outputs(ids, tables, step, sparse, mask), ids)
 
     def pools(self, bags: Bags) -> bool:
         """Whether :meth:`pooled` takes the bags: their weights are constants."""
@@ -218,9 +221,9 @@ class BatchedLookup:
         except IdRangeError:
             check()
             raise
-        return self._behind_heads(outputs, None)
+        return self._apply_heads(outputs, None)
 
-    def _behind_heads(self, outputs: Sequence[Tensor], ids: Tensor | None) -> list[Tensor]:
+    def _apply_heads(self, outputs: Sequence[Tensor], ids: Tensor | None) -> list[Tensor]:
         out = list(outputs)
         if not self._any_headed:
             return out
@@ -250,7 +253,7 @@ class BatchedLookup:
 
 
 class TritonBatchedLookup(BatchedLookup):
-    """On GPUs."""
+    """One call of the Triton kernels on a GPU."""
 
     _takes_masks = False
 

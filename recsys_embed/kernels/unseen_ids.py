@@ -1,4 +1,4 @@
-"""What becomes of ids a feature has never seen, for all features at once and before any lookup reads them."""
+"""Policies for unseen ids: applied to the ids of all features at once, before any lookup reads them."""
 
 from __future__ import annotations
 
