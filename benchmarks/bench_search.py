@@ -62,7 +62,7 @@ class MagnitudeSearch(Search):
         net = Supernet(self.plain_model(), torch.nn.Identity())
         net.stand_in = lambda out: out
         self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm"))
-        net.settle_()
+        net.catch_up_()
         return net
 
     @property

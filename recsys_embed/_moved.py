@@ -43,7 +43,7 @@ MOVED = {
     "data.synthetic": "data.criteo.synthetic",
     "data.transform": "data.criteo.transform",
     "fit": "embedding.fit",
-    "fusion": "collection.fused_bundle",
+    "fusion": "collection.batched_lookup",
     "hashing": "core.hashing",
     "kernels.checks": "kernels.id_checks",
     "kernels.fused": "kernels.fused_gather",
@@ -56,6 +56,7 @@ MOVED = {
     "kernels.pace": "kernels.deferred_steps",
     "kernels.records": "kernels.native.records",
     "kernels.stored": "kernels.stored_tables",
+    "kernels.triton.deferred": "kernels.triton.lazy_lookup",
     "kernels.unseen": "kernels.unseen_ids",
     "members": "core.id_sets",
     "memory": "core.footprint",
@@ -72,15 +73,15 @@ MOVED = {
     "report.memory_collisions": "report.memory.collisions",
     "report.memory_export": "report.memory.export",
     "report.memory_files": "report.memory.files",
-    "report.memory_optimizer": "report.memory.optimizer",
+    "report.memory_optimizer": "report.memory.state_size",
     "report.memory_page": "report.memory.page",
     "report.memory_plan": "report.memory.plan",
-    "report.memory_sources": "report.memory.sources",
+    "report.memory_sources": "report.memory.modules",
     "report.memory_stats": "report.memory.stats",
-    "report.memory_tensors": "report.memory.tensors",
+    "report.memory_tensors": "report.memory.file_tensors",
     "report.memory_text": "report.memory.text",
-    "report.memory_values": "report.memory.values",
-    "report.memory_whatif": "report.memory.whatif",
+    "report.memory_values": "report.memory.report_values",
+    "report.memory_whatif": "report.memory.alternatives",
     "search.blocks": "search.frequency_blocks",
     "search.ranking": "search.largest_elements",
     "search.study": "search.studies.study",
@@ -129,6 +130,26 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "fusion": {"FusedBundle": "collection.batched_lookup.BatchedLookup"},
+    "kernels.masks": {"Stage": "kernels.native.masks.MaskParameters"},
+    "kernels.unseen": {"Unseen": "kernels.unseen_ids.UnseenIds"},
+    "data.encode": {"Rows": "data.criteo.encode.PartRows"},
+    "data.parse": {"Block": "data.criteo.parse.ParsedBlock"},
+    "shipping.container": {"Entry": "exports.file_format.TensorInfo"},
+    "shipping.manifest": {"Manifest": "exports.manifest.ExportManifest"},
+    "shipping.pack": {"Error": "exports.pack.RoundingError"},
+    "search.ranking": {"Ranking": "search.largest_elements.LargestElements"},
+    "search.study_trial": {
+        "Trainings": "search.studies.trial.TrainingFolders",
+        "Untested": "search.studies.trial.WithoutTestSplit",
+        "Watched": "search.studies.trial.ReportingTrainer",
+    },
+    "sharding.entries": {"Entry": "sharding.checkpoint_tensors.CheckpointTensor"},
+    "sharding.layout": {"Slab": "sharding.physical_tables.PhysicalTable"},
+    "sharding.rows": {"RowReader": "sharding.row_reader.TorchRecRowReader"},
+    "kernels.pace": {"Pace": "kernels.deferred_steps.StepLog"},
+    "kernels.triton.deferred": {"DeferredLookup": "kernels.triton.lazy_lookup.LazyLookup"},
+    "stepping": {"SteppedTables": "collection.fused_tables.FusedTables"},
     "compress.dress": {"dress": "compress.module_state.transfer_module_state"},
     "compress.law": {"law_of": "compress.initializer.initializer_for", "spread": "compress.initializer.element_std"},
     "compress.replacement": {"Replacement": "compress.model_replacement.ModelReplacement"},
@@ -151,6 +172,27 @@ RENAMED = {
         "price": "planning.loss_estimate.estimate_loss",
     },
     "members": {"Index": "core.id_sets.IdSet"},
+    "report.memory_arrays": {
+        "Array": "report.memory.arrays.ArrayStorage",
+        "Entry": "report.memory.arrays.TableStorage",
+    },
+    "report.memory_collisions": {
+        "expect": "report.memory.collisions.expected_collisions",
+        "measure": "report.memory.collisions.measured_collisions",
+    },
+    "report.memory_optimizer": {
+        "StateLaw": "report.memory.state_size.OptimizerStateSize",
+        "make_law": "report.memory.state_size.state_size_of",
+    },
+    "report.memory_plan": {
+        "Parts": "report.memory.plan.ModelStorage",
+        "parts_of_plan": "report.memory.plan.plan_storage",
+    },
+    "report.memory_sources": {"parts_of_module": "report.memory.modules.module_storage"},
+    "report.memory_values": {
+        "Rest": "report.memory.report_values.RestOfModel",
+        "Settings": "report.memory.report_values.ReportSettings",
+    },
     "program": {
         "Digit": "core.transforms.MixedRadixDigit",
         "Init": "core.program.Initializer",
@@ -172,7 +214,8 @@ class OldNames(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         today = f"{ROOT}.{MOVED[name.removeprefix(f'{ROOT}.')]}"
-        warnings.warn(f"{name} is now {today}; the old name goes with version 0.3", DeprecationWarning, stacklevel=2)
+        text = f"{name} is now {today}; the earlier name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         # The import system returns what stands here once a loader is done: the one module, under both names.
         sys.modules[name] = found = import_module(today)
         for earlier, place in RENAMED.get(name.removeprefix(f"{ROOT}."), {}).items():

@@ -1,7 +1,8 @@
 """Everything that an extension is written with: methods, transforms, update rules, models, searches and data sources.
 
 These names are stable: one that changes is accepted under its earlier name, with a DeprecationWarning, for one version.
-What other modules hold besides may change without notice. Importing needs torch and numpy only.
+What other modules hold besides may change without notice. Importing needs torch and numpy only. Types of arguments that
+many functions share (ids, statistics, budgets) are in :mod:`recsys_embed.typing`.
 
 **A method** is a frozen dataclass derived from :class:`MethodConfig`, whose options are declared with :func:`param` and
 which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :class:`RowLookup`; a subclass of

@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
+from recsys_embed.typing import JSON
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
 
@@ -205,12 +206,12 @@ class Schema:
         """
         return Schema([replace(f, unseen=unseen) for f in self.features])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready; ``unseen`` is left out where it is None, so that texts from before it read and compare alike."""
         return {"features": [spec_to_dict(f) for f in self.features]}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Schema:
+    def from_dict(cls, data: JSON) -> Schema:
         """Inverse of :meth:`to_dict`; unknown keys are errors."""
         items = data.get("features") if isinstance(data, dict) else None
         if not isinstance(items, list):
@@ -225,7 +226,7 @@ class Schema:
         return cls(features)
 
 
-def spec_to_dict(spec: FeatureSpec) -> dict[str, Any]:
+def spec_to_dict(spec: FeatureSpec) -> JSON:
     """The arguments of a FeatureSpec, JSON-ready; ``unseen`` only where it is not None."""
     values = asdict(spec)
     if spec.unseen is None:

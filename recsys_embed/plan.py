@@ -19,6 +19,7 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
+from recsys_embed.typing import JSON, Budget, JSONMapping, Option
 from recsys_embed.utils.files import atomic_write, write_text
 from recsys_embed.utils.settings import check_settings, refuse_unknown
 from recsys_embed.utils.strict_json import read_object
@@ -79,7 +80,7 @@ class PlanNotes:
         refuse_unknown(cls, {"measured": (), **data}, "key of a plan's notes", where="notes of a plan")
         return cls(**data)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready; what came later only where it says something, so that texts from before it compare alike."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {k: v for k, v in values.items() if k not in _LATER or getattr(self, k) != _LATER[k]}
@@ -207,7 +208,7 @@ class Plan:
         return cls.uniform(schema, "full")
 
     @classmethod
-    def uniform(cls, schema: Schema, method: str, budget: int | str | None = None, **params: Any) -> Plan:
+    def uniform(cls, schema: Schema, method: str, budget: Budget | None = None, **params: Option) -> Plan:
         """One method for all features.
 
         Args:
@@ -283,7 +284,7 @@ class Plan:
                 total += self[spec.name].footprint(spec, itemsize)
         return total
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         notes = {} if self.notes is None else {"notes": self.notes.to_dict()}
         features = {
             name: {**c.to_dict(), **({REASON: self.reasons[name]} if name in self.reasons else {})}
@@ -298,7 +299,7 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], folder: Path | None = None) -> Plan:
+    def from_dict(cls, data: JSONMapping, folder: Path | None = None) -> Plan:
         """Inverse of :meth:`to_dict`.
 
         Args:

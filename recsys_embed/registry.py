@@ -9,6 +9,7 @@ from recsys_embed.core.method_config import MethodConfig, accept_former_names
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.method_checks import faults_of, infer_declarations
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.typing import Option
 from recsys_embed.utils.plugins import METHODS, load_plugins, unknown_plugin_name
 
 
@@ -113,7 +114,7 @@ def with_current_names(data: Any) -> Any:
     return now
 
 
-def make_embedding(method: str, num_embeddings: int, embedding_dim: int, **options: Any) -> CompressedEmbedding:
+def make_embedding(method: str, num_embeddings: int, embedding_dim: int, **options: Option) -> CompressedEmbedding:
     """A drop-in module of the named method; ``options`` as its class takes them (``budget=``, ``mode=``, ...).
 
     >>> import torch, recsys_embed as rse

@@ -82,7 +82,7 @@ def test_bits_do_not_depend_on_when_rows_make_up_for_it(rule: FusedOptimizer, ba
     eager = copy.deepcopy(lazy)
     for step in range(10):
         train(lazy, range(step, step + 1), lrs=rate)
-        train(eager.settle_(), range(step, step + 1), lrs=rate)
+        train(eager.catch_up_(), range(step, step + 1), lrs=rate)
     for name, value in lazy.state_dict().items():
         assert torch.equal(value, eager.state_dict()[name]), name
     for name, value in lazy.optimizer_state_dict()["state"].items():
@@ -154,8 +154,8 @@ def test_threads_may_train_and_evaluate_at_once(backend: str) -> None:
     for t in threads:
         t.join()
     assert not faults
-    assert {pace.step for pace in coll._all_paces} == {120}
-    assert bool(coll.settle_().width16.isfinite().all())
+    assert {log.step for log in coll._all_step_logs} == {120}
+    assert bool(coll.catch_up_().width16.isfinite().all())
     assert coll.width16.abs().max() < 1
 
 

@@ -66,3 +66,29 @@ def test_a_drop_in_loads_and_draws_the_weights_it_drew() -> None:
         assert torch.equal(values, saved["state"][name]), f"{name}: another draw than before"
     emb.load_state_dict(saved["state"])
     torch.testing.assert_close(emb(torch.arange(80).view(20, 4)).detach(), saved["vectors"])
+
+
+@pytest.mark.parametrize("options", [{"combine": "path"}, {"bag": "pooled"}], ids=str)
+def test_features_that_such_methods_store_plainly_load(options: dict[str, str]) -> None:
+    """Features below a threshold have a plain table and no head; their module held it all the same."""
+    schema = Schema([FeatureSpec("a", 30, 8), FeatureSpec("small", 20, 8), FeatureSpec("large", 60, 8)])
+    config = Plan.uniform(schema, "compositional", num_collisions=4, threshold=25, **options)
+    coll = EmbeddingCollection(schema, Plan({**config.configs, "a": Plan.full(schema)["a"]}), seed=3)
+    state = coll.state_dict()
+    for key in coll.places.keys() - {"a.weight"}:
+        feature, _, table = key.partition(".")
+        state[f"bundle.own.feature_{feature}.{table}"] = coll.table(key).detach().clone()
+    state["width8"] = coll.table("a.weight").detach().clone()
+    again = EmbeddingCollection(schema, coll.plan, seed=9)
+    again.load_state_dict(state)
+    ids = torch.tensor([[3, 19, 59], [29, 0, 7]])
+    assert torch.equal(again(ids), coll(ids))
+
+
+@pytest.mark.parametrize("rule", [rse.SGD(lr=0.1), rse.Adam(lr=0.1)], ids=repr)
+def test_an_optimizer_state_of_tables_held_apart_is_refused_in_words(rule: Any) -> None:
+    schema = Schema([FeatureSpec("a", 60, 8)])
+    coll = EmbeddingCollection(schema, Plan.uniform(schema, "compositional", num_collisions=4, bag="pooled"), rule)
+    saved = {**coll.optimizer_state_dict(), "steps": {}, "state": {}}
+    with pytest.raises(rse.errors.CheckpointError, match="load the weights alone and start the optimizer anew"):
+        coll.load_optimizer_state_dict(saved)

@@ -13,7 +13,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
-from recsys_embed.kernels.deferred_steps import Pace
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad, list_rules, make_rule, sum_duplicates
 
@@ -55,10 +55,10 @@ def fresh_state(rule: FusedOptimizer, weight: Tensor) -> dict[str, Tensor]:
 def run_fused(rule: FusedOptimizer, lrs: list[float] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     weight = start()
     state = fresh_state(rule, weight)
-    pace = Pace()
+    log = StepLog()
     for step, (rows, grad) in enumerate(batches(), start=1):
-        pace.advance(rule, (lrs or [rule.lr] * 9)[step - 1])
-        apply_update(rule, weight, state, rows, grad, pace)
+        log.advance(rule, (lrs or [rule.lr] * 9)[step - 1])
+        apply_update(rule, weight, state, rows, grad, log)
     return weight, state
 
 
@@ -128,9 +128,9 @@ def test_other_precisions_follow_float32(rule: FusedOptimizer, dtype: torch.dtyp
     for kind in (torch.float32, dtype):
         weight = start().to(dtype).to(kind)
         state = fresh_state(rule, weight)
-        pace = Pace()
-        pace.advance(rule, rule.lr)
-        apply_update(rule, weight, state, rows, grad.to(dtype).to(kind), pace)
+        log = StepLog()
+        log.advance(rule, rule.lr)
+        apply_update(rule, weight, state, rows, grad.to(dtype).to(kind), log)
         assert weight.dtype == kind
         assert all(s.dtype == (torch.int32 if rule.tensors[k] == "step" else torch.float32) for k, s in state.items())
         results.append(weight)
@@ -319,3 +319,28 @@ def test_state_bytes_are_those_held() -> None:
         assert sum(rule.state_bytes(ROWS, WIDTH) for _ in range(1)) == 4 * sum(
             ROWS * WIDTH if kind == "element" else ROWS for kind in rule.tensors.values()
         )
+
+
+def test_earlier_names_of_what_a_rule_overrides_still_work() -> None:
+    with pytest.warns(DeprecationWarning, match="is now called") as told:
+
+        class Halved(SGD):
+            fades = False
+
+            def pace(self, lr: float, step: int) -> tuple[float, float]:
+                size, eps = super().pace(lr, step)
+                return size / 2, eps
+
+    assert [str(w.message).partition(";")[0] for w in told] == [
+        "attribute of Halved 'fades' is now called 'decays_without_gradient'",
+        "method of Halved 'pace' is now called 'size_and_epsilon'",
+    ]
+    assert Halved.decays_without_gradient is False
+    assert Halved(rows="all").lazy is False
+    with pytest.warns(DeprecationWarning, match="size_and_epsilon"):
+        assert Halved().size_and_epsilon(0.5, 1) == (0.25, 0.0)
+    with pytest.warns(DeprecationWarning, match="use 'decays_without_gradient'"):
+        assert Adam().fades is True
+    assert Adam().pace(0.5, 3) == Adam().size_and_epsilon(0.5, 3)
+    with pytest.warns(DeprecationWarning, match="use 'catch_up_'"):
+        EmbeddingCollection(Schema([FeatureSpec("a", 3, 2)]), optimizer=Adam()).settle_()

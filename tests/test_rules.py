@@ -107,14 +107,14 @@ def test_torchrec_updates_by_a_rule_it_has_and_by_no_other(name: str) -> None:
     layout = pytest.importorskip("recsys_embed.sharding.physical_tables", exc_type=ImportError)
     rule = make_rule(name)
     tables = Plan.full(SCHEMA).tables(SCHEMA)
-    slab = layout.slabs_for(tables, rule)["C1.weight"]
+    physical = layout.physical_tables_for(tables, rule)["C1.weight"]
     for device in ("cpu", "cuda"):
         if update.fuses(rule, device):
-            assert issubclass(update.in_backward(rule, slab)[0], torch.optim.Optimizer)
+            assert issubclass(update.in_backward(rule, physical)[0], torch.optim.Optimizer)
         other = variant(type(rule))()
         assert not update.fuses(other, device)
         with pytest.raises(ConfigError, match=f"TorchRec has no optimizer .* what Other{type(rule).__name__}"):
-            update.in_backward(other, slab)
+            update.in_backward(other, physical)
 
 
 def test_searches_that_need_adam_refuse_what_extends_it() -> None:
@@ -124,7 +124,7 @@ def test_searches_that_need_adam_refuse_what_extends_it() -> None:
         config = TrainConfig(embedding_optimizer="other_adam", embedding_weight_decay=0.1)
         search = OptembedSearch.__new__(OptembedSearch)
         search.config, search.settings = config, OptembedSettings()
-        with pytest.raises(ConfigError, match=r"rows die by weight decay.*got OtherAdam"):
+        with pytest.raises(ConfigError, match=r"rows are pruned because weight decay.*got OtherAdam"):
             search.check()
     finally:
         del registry._RULES["other_adam"]
@@ -136,13 +136,13 @@ def test_tables_that_torchrec_replicates_step_as_those_of_a_collection(name: str
     layout = pytest.importorskip("recsys_embed.sharding.physical_tables", exc_type=ImportError)
     rule = make_rule(name, lr=0.1)
     coll = EmbeddingCollection(SCHEMA, None, rule, backend="torch")
-    slab = layout.slabs_for(coll.tables, rule)["C1.weight"]
-    stored = torch.nn.Parameter(slab.pack(coll.table("C1.weight").detach().clone()))
-    optimizer = updates.TableOptimizer([("C1", slab, stored)], rule)
+    physical = layout.physical_tables_for(coll.tables, rule)["C1.weight"]
+    stored = torch.nn.Parameter(physical.pack(coll.table("C1.weight").detach().clone()))
+    optimizer = updates.TableOptimizer([("C1", physical, stored)], rule)
     for step in range(6):
         ids = torch.randint(0, 40, (30, 2), generator=torch.Generator().manual_seed(step))
         grad = torch.randn(30, 2, 8, generator=torch.Generator().manual_seed(step))
         coll(ids).view(30, 2, 8).backward(grad)
-        stored.grad = slab.pack(torch.zeros(50, 8).index_add_(0, ids[:, 0], grad[:, 0]))
+        stored.grad = physical.pack(torch.zeros(50, 8).index_add_(0, ids[:, 0], grad[:, 0]))
         optimizer.step()
-    torch.testing.assert_close(slab.unpack(stored.detach()), coll.table("C1.weight").detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(physical.unpack(stored.detach()), coll.table("C1.weight").detach(), rtol=1e-5, atol=1e-6)

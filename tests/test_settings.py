@@ -113,8 +113,15 @@ def _raw(**values: Any) -> Example:
     return one
 
 
-def test_lists_and_numbers_of_numpy_become_plain() -> None:
+def test_lists_ranges_and_scalars_of_numpy_become_plain() -> None:
     one = Example(count=np.int64(3), sizes=[np.int32(5), 6])  # type: ignore[arg-type]
     assert (one.sizes, type(one.count), hash(one.sizes)) == ((5, 6), int, hash((5, 6)))
+    two = Example(rate=np.float32(0.25), flag=np.bool_(True), limit=3, sizes=range(1, 4), extra=[np.float16(1.5)])  # type: ignore[arg-type]
+    assert (two.rate, type(two.rate), two.flag, two.sizes, two.extra) == (0.25, float, True, (1, 2, 3), (1.5,))
+    assert set(wrong_settings(_raw(count=np.float32(1), rate=np.bool_(True), flag=np.int64(1)))) == {
+        "count",
+        "rate",
+        "flag",
+    }
     read = Example.from_dict({"share": Fraction(0), "extra": [1, 2.5], "pair": [0, 0.5]})
     assert Example.from_dict({**read.to_dict()}) == read

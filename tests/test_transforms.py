@@ -25,7 +25,7 @@ from recsys_embed.core.program import (
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.loss_estimate import CurveTerms, column_spans, estimate_loss
 from recsys_embed.planning.options import goes_by_frequency
-from recsys_embed.report.memory.collisions import expect
+from recsys_embed.report.memory.collisions import expected_collisions
 
 IDS = 60
 TRANSFORMS = [
@@ -36,8 +36,8 @@ TRANSFORMS = [
     MixedRadixDigit(div=9, mod=100),
     MixedRadixDigit(mod=7, affine=(5, 3, 61)),
     Hash(3, 20),
-    Hash(3, 20, head=10),
-    Hash(3, 20, offset=-10, head=10, head_absent=True),
+    Hash(3, 20, num_frequent=10),
+    Hash(3, 20, offset=-10, num_frequent=10, frequent_absent=True),
     Murmur(1, 2, 13),
     RankInSet(IdSet("hot", IDS, 5, 20)),
     RankInSet(IdSet("hot", IDS, 0, 20), rest=8, salt=4),
@@ -81,7 +81,7 @@ def test_sharing_is_how_ids_share_rows(transform: Transform) -> None:
     if owners is not None:
         assert [rows[i] for i in owners.tolist()] == list(range(len(owners)))
         assert set(owners.tolist()) == private
-    assert transform.by_frequency == (transform.needs is not None or "head=10" in str(transform))
+    assert transform.by_frequency == (transform.needs is not None or "num_frequent=10" in str(transform))
 
 
 @pytest.mark.parametrize("rows", [IDS, 20])
@@ -90,5 +90,20 @@ def test_a_transform_of_ones_own_is_priced_and_counted_as_what_it_is_most_like(r
     terms = CurveTerms(FrequencyCurve.zipf(IDS, 1.0, 10_000))
     own, known = (estimate_loss(terms, [column_spans(program(t, rows), terms)], 4) for t in (Reversed(rows), like))
     assert own == known
-    assert expect(program(Reversed(rows), rows), IDS) == expect(program(like, rows), IDS)
+    assert expected_collisions(program(Reversed(rows), rows), IDS) == expected_collisions(program(like, rows), IDS)
     assert not goes_by_frequency(program(Reversed(rows), rows))
+
+
+@pytest.mark.filterwarnings("ignore:.*is now called:DeprecationWarning")
+def test_fields_under_their_earlier_names() -> None:
+    hashed: Any = Hash(3, 20, head=10, head_absent=True)  # type: ignore[call-arg]
+    assert hashed == Hash(3, 20, num_frequent=10, frequent_absent=True)
+    assert (hashed.head, hashed.head_absent) == (10, True)
+    read: Any = RowLookup("w", hashed, run=2)  # type: ignore[call-arg]
+    assert read.run == read.num_rows == 2
+    init: Any = Initializer(law="normal", scale=2.0)  # type: ignore[call-arg]
+    assert init.law == "normal"
+    with pytest.warns(DeprecationWarning, match="use 'num_frequent'"):
+        assert hashed.head == 10
+    with pytest.raises(TypeError, match="`head` is the earlier name of `num_frequent`; give one"):
+        Hash(3, 20, head=10, num_frequent=10)  # type: ignore[call-arg]

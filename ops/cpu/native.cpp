@@ -116,16 +116,16 @@ struct Variant {
   const char* name;
   bool (*look_up)(const Call&, i64, i64);
   int (*backward)(const Call&, const Update*, bool, Scratch&);
-  void (*settle_all)(const Update&, float*, i64, i64);
+  void (*catch_up_all)(const Update&, float*, i64, i64);
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::settle_all, plain::mask, plain::mask_backward},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_all, plain::mask, plain::mask_backward},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::settle_all, avx2::mask, avx2::mask_backward},
-    {"avx512", avx512::look_up, avx512::backward, avx512::settle_all, avx512::mask, avx512::mask_backward},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_all, avx2::mask, avx2::mask_backward},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_all, avx512::mask, avx512::mask_backward},
 #endif
 };
 
@@ -195,22 +195,22 @@ RSE_API int rse_forward(const Call* c) try {
   return NO_MEMORY;
 }
 
-// One step of all storages; or, with `settle`, the steps that the rows of the batch missed, which forward does not make.
-RSE_API int rse_backward(const Call* c, const Update* updates, int settle) try {
+// One step of all storages; with `catch_up`, the steps that rows of the batch missed, which forward does not apply.
+RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try {
   std::unique_lock<std::mutex> lock(scratch_lock, std::try_to_lock);
   if (!lock.owns_lock()) {  // another thread is in a backward of its own
     Scratch own;
-    return active->backward(*c, updates, settle, own);
+    return active->backward(*c, updates, catch_up, own);
   }
   shared_scratch.reset();
-  return active->backward(*c, updates, settle, shared_scratch);
+  return active->backward(*c, updates, catch_up, shared_scratch);
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
 }
 
 // All steps that rows of a storage [update->rows, width] missed.
-RSE_API int rse_settle(const Update* update, float* table, i64 width, i64 threads) try {
-  active->settle_all(*update, table, width, threads);
+RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 threads) try {
+  active->catch_up_all(*update, table, width, threads);
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;

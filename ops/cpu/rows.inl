@@ -12,7 +12,7 @@ struct Base {
 };
 
 struct Source {
-  i64 storage, run, base, rows;  // run > 1: consecutive elements of the table [base, base + rows)
+  i64 storage, num_rows, base, rows;  // num_rows > 1: consecutive elements of the table [base, base + rows)
   i64 tag;                       // of its gradients among the bases
   i64 count;                     // ids
   const i32* of;                 // [count] row, -1 for none
@@ -192,9 +192,9 @@ static void update_few(const Update& u, float* table, i64 w, const Bases& bases,
     if (touched[row]) update_row<W>(u, table, reads.base + row, at++, sums.data() + row * width, w);
 }
 
-// Sorted entries [from, to): brings each row up to date.
+// Sorted entries [from, to): applies the steps that each row missed.
 template <int W>
-static void settle_sorted(const Update& u, float* table, i64 w, const Bases&, const u64* entries, i64 from, i64 to, i64) {
+static void catch_up_sorted(const Update& u, float* table, i64 w, const Bases&, const u64* entries, i64 from, i64 to, i64) {
   const i64 width = width_of<W>(w), ahead = 32;
   auto new_row = [&](i64 i) { return i == from || row_of(entries[i]) != row_of(entries[i - 1]); };
   for (i64 i = from; i < to; i++) {
@@ -205,23 +205,23 @@ static void settle_sorted(const Update& u, float* table, i64 w, const Bases&, co
 
 // Rows [from, to) of a storage.
 template <int W>
-static void settle_range(const Update& u, float* table, i64 w, i64 from, i64 to) {
+static void catch_up_range(const Update& u, float* table, i64 w, i64 from, i64 to) {
   for (i64 row = from; row < to; row++) catch_up<W>(u, table, row, u.step, w);
 }
 
 using Visit = void (*)(const Update&, float*, i64, const Bases&, const u64*, i64, i64, i64);
 
-// What to do with the rows of a table: update them, or bring them up to date.
+// What to do with the rows of a table: update them, or apply the steps they missed.
 struct Visits {
-  Visit update, settle;
+  Visit update, catch_up;
   void (*update_few)(const Update&, float*, i64, const Bases&, const TableReads&, std::vector<float>&);
-  void (*settle_all)(const Update&, float*, i64, i64, i64);
+  void (*catch_up_all)(const Update&, float*, i64, i64, i64);
 };
 
 template <int W>
 static Visits visits_of(bool pairs) {
-  if (pairs) return {update_sorted<W, true>, settle_sorted<W>, update_few<W, true>, settle_range<W>};
-  return {update_sorted<W, false>, settle_sorted<W>, update_few<W, false>, settle_range<W>};
+  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_range<W>};
+  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_range<W>};
 }
 
 static Visits choose_visits(i64 width, bool pairs = false) {
@@ -238,13 +238,13 @@ static Visits choose_visits(i64 width, bool pairs = false) {
 }
 
 // All rows of a storage.
-static void settle_all(const Update& u, float* table, i64 width, i64 threads) {
-  const auto settle = choose_visits(width).settle_all;
+static void catch_up_all(const Update& u, float* table, i64 width, i64 threads) {
+  const auto catch_up = choose_visits(width).catch_up_all;
   const i64 piece = 4096;
   i64 next = 0;
   parallel(threads, [&](i64, i64) {
     for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < u.rows;)
-      settle(u, table, width, from, std::min(from + piece, u.rows));
+      catch_up(u, table, width, from, std::min(from + piece, u.rows));
   });
 }
 
@@ -276,7 +276,7 @@ static void visit_table(const Update& u, const TableReads& reads, float* table, 
 
 // Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
 static void visit_rows(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u,
-                       float* table, i64 width, bool settle, Scratch& scratch) {
+                       float* table, i64 width, bool catch_up, Scratch& scratch) {
   bool pairs = false;
   for (const Source& s : sources) pairs |= bases.all[s.tag].other != nullptr;
   const Visits visits = choose_visits(width, pairs);
@@ -293,7 +293,7 @@ static void visit_rows(const Call& c, const std::vector<Source>& sources, const 
     for (u64*& entries : t.entries)
       entries = static_cast<u64*>(scratch.take(count_lookups(t.sources) * sizeof(u64)));
     if (c.threads > 1 && count_lookups(t.sources) * c.threads * 2 > all)
-      visit_table(u, t, table, width, bases, c.threads, settle ? visits.settle : visits.update);
+      visit_table(u, t, table, width, bases, c.threads, catch_up ? visits.catch_up : visits.update);
     else narrow.push_back(&t);
   }
   auto work = [](const TableReads* a, const TableReads* b) {
@@ -306,8 +306,8 @@ static void visit_rows(const Call& c, const std::vector<Source>& sources, const 
     for (u64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < narrow.size();) {
       const TableReads& t = *narrow[i];
       const bool few = t.rows * 2 <= count_lookups(t.sources) && t.rows * width <= 65536;
-      if (few && !settle) visits.update_few(u, table, width, bases, t, sums);
-      else visit_table(u, t, table, width, bases, 1, settle ? visits.settle : visits.update);
+      if (few && !catch_up) visits.update_few(u, table, width, bases, t, sums);
+      else visit_table(u, t, table, width, bases, 1, catch_up ? visits.catch_up : visits.update);
     }
   });
 }

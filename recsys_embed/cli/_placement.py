@@ -1,4 +1,4 @@
-"""``plan --world-size``: what goes where on a cluster, for the compressed plan beside plain tables."""
+"""``plan --world-size``: placement on a cluster, of the compressed plan and of full tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from recsys_embed.core.footprint import format_bytes
 from recsys_embed.features import Schema
 from recsys_embed.optim import make_rule
 from recsys_embed.plan import Plan
-from recsys_embed.sharding.placement import Cluster, Placement, largest_budget, place
+from recsys_embed.sharding.placement import Cluster, Placement, place
 
 RANKS_SHOWN, TABLES_SHOWN = 16, 40
 
 
 @dataclass(frozen=True)
-class Places:
-    """Both placements on one cluster."""
+class Placements:
+    """Placements of the compressed plan and of full tables on one cluster."""
 
     cluster: Cluster
     optimizer: str | None
@@ -38,23 +38,13 @@ class Places:
         }
 
 
-def cluster(world_size: int, hosts: int, hbm: str, batch_size: int) -> Cluster:
-    """The machines that the options describe."""
-    return Cluster(world_size, hosts, hbm, batch_size)
-
-
-def budget(machines: Cluster) -> str:
-    """Bytes to plan for where none are given."""
-    return str(largest_budget(machines))
-
-
-def places(features: Schema, plan: Plan, machines: Cluster, optimizer: str | None) -> Places:
-    """Where TorchRec's planner puts the tables of ``plan``, and plain tables."""
-    # Tables without a fused rule would all be replicated; no state beside them is what SGD has.
+def place_both(features: Schema, plan: Plan, machines: Cluster, optimizer: str | None) -> Placements:
+    """Placements by TorchRec's planner of the tables of ``plan`` and of full tables."""
+    # Tables without a fused optimizer would all be replicated; SGD has no state either.
     rule = make_rule(optimizer or "sgd")
-    # Raw ids have no plain table; the one of their estimated number is what a plan is held against.
+    # Raw ids have no full table; the plan is compared with one of their estimated number.
     plain = Schema([replace(spec, ids="index", unseen=None) for spec in features])
-    return Places(
+    return Placements(
         machines,
         optimizer,
         place(features, plan, machines, optimizer=rule),
@@ -62,20 +52,20 @@ def places(features: Schema, plan: Plan, machines: Cluster, optimizer: str | Non
     )
 
 
-def show(found: Places) -> None:
+def show(found: Placements) -> None:
     """Print both placements side by side, then the tables of the compressed one."""
     c = found.cluster
     print(
-        f"\n{c.world_size} devices of {format_bytes(int(c.hbm))} on {c.hosts} hosts, {c.reserved:.0%} of each left to "
-        f"the rest; {c.batch_size:,} samples per device and step; state of {found.optimizer or 'no optimizer'} included"
+        f"\n{c.world_size} devices of {format_bytes(int(c.hbm))} on {c.hosts} hosts, {c.reserved:.0%} of each "
+        f"reserved; {c.batch_size:,} samples per device and step; state of {found.optimizer or 'no optimizer'} included"
     )
-    for line in _columns([("", "compressed", "plain tables"), *_rows(found.compressed, found.full, c)]):
+    for line in _columns([("", "compressed", "full tables"), *_rows(found.compressed, found.full, c)]):
         print(line)
-    for name, one in (("the compressed plan", found.compressed), ("plain tables", found.full)):
+    for name, one in (("the compressed plan", found.compressed), ("full tables", found.full)):
         if not one.fits:
             print(f"{name}: {one.why}")
     if found.compressed.fits:
-        print("where the compressed tables go:")
+        print("placement of the compressed tables:")
         shown = found.compressed.tables[:TABLES_SHOWN]
         for line in _columns([(t.table, format_bytes(t.bytes), t.kind, ranks(t.ranks, c.world_size)) for t in shown]):
             print(f"  {line}")
@@ -98,7 +88,7 @@ def _rows(one: Placement, other: Placement, c: Cluster) -> list[tuple[str, ...]]
         line("sent per rank and step: ids", lambda p: format_bytes(int(p.sent["ids"]))),
         line("  vectors forward", lambda p: format_bytes(int(p.sent["vectors"]))),
         line("  gradients backward", lambda p: format_bytes(int(p.sent["gradients"]))),
-        line("step, tables' part (TorchRec's estimate)", lambda p: f"{p.step_ms:.2f} ms"),
+        line("embedding part of a step (TorchRec's estimate)", lambda p: f"{p.step_ms:.2f} ms"),
     ]
     if c.world_size <= RANKS_SHOWN:
         rows += [line(f"rank {r}", lambda p, r=r: format_bytes(p.weights[r])) for r in range(c.world_size)]
@@ -108,7 +98,7 @@ def _rows(one: Placement, other: Placement, c: Cluster) -> list[tuple[str, ...]]
 
 
 def ranks(held: tuple[int, ...], world: int) -> str:
-    """Ranks in few words.
+    """Ranks as a short text.
 
     >>> ranks((0, 1, 2, 3), 4), ranks((0,), 4), ranks((1, 2, 3), 4), ranks((0, 2), 4)
     ('all ranks', 'rank 0', 'ranks 1 to 3', 'ranks 0, 2')
@@ -123,7 +113,7 @@ def ranks(held: tuple[int, ...], world: int) -> str:
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines, the first column to the left and others to the right."""
+    """Rows as aligned lines: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows]  # fmt: skip

@@ -1,4 +1,4 @@
-"""``recsys-embed search methods`` and ``pick``: a study over methods, sizes and widths, and what to take of it."""
+"""``recsys-embed search methods`` and ``pick``: a study over methods, sizes and widths, and training of one trial."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def methods(
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/search/methods-MODEL-sSEED.")] = None,
     model: opt.Model = None,
     budgets: Annotated[
-        str | None, typer.Option("--budgets", "--budget", help="Shares of the plain tables or bytes, e.g. 5%,1MiB.")
+        str | None, typer.Option("--budgets", "--budget", help="Shares of the full tables or bytes, e.g. 5%,1MiB.")
     ] = None,
     chosen: Annotated[
         str | None, typer.Option("--methods", help="Keys, comma-separated; default: all that a budget sizes.")
     ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="Of the whole study, by all workers.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study, over all workers.")] = None,
     sampler: Annotated[
         str | None, typer.Option("--sampler", help="nsgaii, tpe, random, ... or evolution (OptEmbed's).")
     ] = None,
     objectives: Annotated[
         str | None, typer.Option("--objectives", help="auc, or auc,bytes, or auc,bytes,latency.")
     ] = None,
-    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of a training.")] = None,
-    check: Annotated[int, typer.Option("--check-proxy", help="So many trials are trained in full after all.")] = 6,
+    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of the steps.")] = None,
+    check: Annotated[int, typer.Option("--check-proxy", help="Train this many trials in full, as a check.")] = 6,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +67,7 @@ def methods(
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
     _require_optuna()
-    from recsys_embed.search.studies.urls import file_of, shown
+    from recsys_embed.search.studies.urls import file_of, without_password
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -81,29 +81,14 @@ def methods(
     where = str(place) if place and "://" not in str(storage) else storage
     if place == (folder / "study.db").absolute():  # what lies in the folder moves with it
         where = None
-    asked = {
-        "data": str(data.absolute()),
-        "train": train.to_dict(),
-        "study": own,
-        "storage": where,
-        "device": device,
-    }
+    asked = {"data": str(data.absolute()), "train": train.to_dict(), "study": own, "storage": where, "device": device}
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1; got {workers}")
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_asked(folder)
-    kept = {**asked, "storage": where and shown(where)}
-    if known is not None and (known["storage"] and shown(known["storage"])) != kept["storage"]:
-        raise ConfigError(
-            f"{folder} holds the results of a study that is kept elsewhere, as {folder / STUDY} says: give that "
-            "--storage (none: the folder's own study.db), or another --out"
-        )
-    study = open_study(asked, folder, there=known is not None)
-    write_json(folder / STUDY, kept)
+    study = _make_study(asked, folder)
     say_few_steps(study.data, study.config)
     if warm is not None:
         queued, outside = study.warm_from(warm)
-        print(f"from {shown(warm)}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
+        print(f"from {without_password(warm)}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
     try:
         _work(study, asked, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
@@ -117,23 +102,47 @@ def methods(
         print(json.dumps(results, indent=2))
     elif results["front"]:
         print(f"{table(results)}\nfiles in {folder}: front.md, results.json, front.png")
-    if not results["front"]:
-        reasons = Counter(r["reason"].partition(" (")[0] for r in results["trials"] if r["reason"])
-        print(
-            f"recsys-embed: no trial of {len(results['trials'])} is complete, so there is no front. Most often: "
-            f"{reasons.most_common(1)[0][0] if reasons else 'they failed'}. Ways out: 1. larger --budgets; 2. other "
-            "--methods; 3. more --trials",
-            file=sys.stderr,
+    return 0 if results["front"] else _fail_without_front(results)
+
+
+def _make_study(asked: dict[str, Any], folder: Path) -> Any:
+    """Create the study in a folder, or open the one that it holds, and record what was asked for.
+
+    Raises:
+        ConfigError: the folder's study has another storage.
+    """
+    from recsys_embed.search.studies.urls import without_password
+
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_asked(folder)
+    kept = {**asked, "storage": asked["storage"] and without_password(asked["storage"])}
+    if known is not None and (known["storage"] and without_password(known["storage"])) != kept["storage"]:
+        raise ConfigError(
+            f"{folder} holds the results of a study in another storage, see {folder / STUDY}: give that "
+            "--storage (none: the folder's own study.db), or another --out"
         )
-        return 1
-    return 0
+    study = open_study(asked, folder, must_exist=known is not None)
+    write_json(folder / STUDY, kept)
+    return study
+
+
+def _fail_without_front(results: dict[str, Any]) -> int:
+    """Explain why a study has no complete trial; returns the exit status."""
+    reasons = Counter(r["reason"].partition(" (")[0] for r in results["trials"] if r["reason"])
+    print(
+        f"recsys-embed: no trial of {len(results['trials'])} is complete, so there is no front. Most often: "
+        f"{reasons.most_common(1)[0][0] if reasons else 'they failed'}. Ways out: 1. larger --budgets; 2. other "
+        "--methods; 3. more --trials",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def read_asked(folder: Path) -> dict[str, Any] | None:
-    """What a study in a folder was asked for; None where there is none.
+    """The settings of the study in a folder; None if it holds none.
 
     Raises:
-        ConfigError: the file that says it is damaged.
+        ConfigError: the settings file is damaged.
     """
     path = folder / STUDY
     if not path.exists():
@@ -144,20 +153,20 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
         found = None
     if not isinstance(found, dict) or not {"data", "train", "study", "storage", "device"} <= set(found):
         raise ConfigError(
-            f"{path} is damaged; remove it and run the same 'recsys-embed search methods' again, which trains nothing "
-            "twice"
+            f"{path} is damaged; remove it and run the same 'recsys-embed search methods' again: finished trials are "
+            "not trained again"
         )
     return found
 
 
 def _require_optuna() -> None:
-    """Optuna, which then tells only of what goes wrong."""
+    """Import Optuna and restrict its log to warnings."""
     optuna: Any = require("optuna", extra="search", purpose="a study")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
-    """The study that a command or a worker was asked for; ``there`` if it was made before."""
+def open_study(asked: dict[str, Any], folder: Path, *, must_exist: bool) -> Any:
+    """The study of these settings; ``must_exist`` if it must exist already."""
     from recsys_embed.data import open_dataset
 
     _require_optuna()
@@ -170,15 +179,15 @@ def open_study(asked: dict[str, Any], folder: Path, *, there: bool) -> Any:
         StudySettings.from_dict(asked["study"]),
         asked["storage"] or str(folder / "study.db"),
         device=None if asked["device"] == "cpu" else asked["device"],
-        there=there,
+        must_exist=must_exist,
         folder=folder,
     )
 
 
 def _join(asked: dict[str, Any], folder: Path, quiet: bool) -> None:
-    """What a further worker process does."""
+    """Main function of an additional worker process."""
     try:
-        open_study(asked, folder, there=True).work(None if quiet else say)
+        open_study(asked, folder, must_exist=True).work(None if quiet else say)
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
     except RecsysEmbedError as e:
@@ -194,7 +203,7 @@ def _work(study: Any, asked: dict[str, Any], folder: Path, workers: int, *, quie
         study.work(None if quiet else say)
         for process in others:
             process.join()
-        # What a worker that died had begun is done here.
+        # Finish the trials of workers that died.
         study.work(None if quiet else say)
     except BaseException:
         for process in others:
@@ -204,7 +213,7 @@ def _work(study: Any, asked: dict[str, Any], folder: Path, workers: int, *, quie
 
 
 def say(trial: Any, number: int, total: int) -> None:
-    """One line per trial."""
+    """Print one line per trial."""
     if trial.values is None:
         text = trial.user_attrs.get("reason", "failed")
     else:
@@ -256,10 +265,10 @@ def write_results(study: Any, folder: Path, checked: dict[str, Any] | None) -> d
 
 
 def table(results: dict[str, Any]) -> str:
-    """The front, what mattered and how far short trainings can be trusted, as Markdown."""
+    """The Pareto front, parameter importances and the rank correlation of short with full training, as Markdown."""
     timed = any("latency" in r for r in results["front"])
     lines = [
-        f"| trial | validation AUC | bytes | of plain |{' lookup ms |' if timed else ''} plan |",
+        f"| trial | validation AUC | bytes | of full |{' lookup ms |' if timed else ''} plan |",
         f"| ---: | ---: | ---: | ---: |{' ---: |' if timed else ''} --- |",
     ]
     for r in results["front"]:
@@ -269,10 +278,10 @@ def table(results: dict[str, Any]) -> str:
     lines += ["", f"{states.count('complete')} trials complete, {states.count('pruned')} stopped or refused."]
     if results["importance"]:
         parts = sorted(results["importance"].items(), key=lambda kv: -kv[1])
-        lines.append("What decides about AUC: " + ", ".join(f"{k} {v:.0%}" for k, v in parts if v >= 0.005) + ".")
+        lines.append("Importance for AUC: " + ", ".join(f"{k} {v:.0%}" for k, v in parts if v >= 0.005) + ".")
     if results["proxy"] is not None:
         value = results["proxy"]["spearman"]
-        said = "undefined (all alike)" if value is None else f"{value:.2f}"
+        said = "undefined (all values equal)" if value is None else f"{value:.2f}"
         lines.append(f"Rank correlation of short with full training: {said}, {len(results['proxy']['trials'])} trials.")
     return "\n".join(lines)
 
@@ -280,13 +289,17 @@ def table(results: dict[str, Any]) -> str:
 def pick(
     run: Annotated[Path, typer.Argument(help="Folder of 'recsys-embed search methods'.")],
     trial: Annotated[int | None, typer.Option("--trial", help="Number of the trial to take.")] = None,
-    under: Annotated[str | None, typer.Option("--under", help="Or the best that takes at most so much: 1MiB.")] = None,
+    under: Annotated[
+        str | None, typer.Option("--under", help="Or the best trial of at most this size, e.g. 1MiB.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder of the training; default RUN/trial-N.")] = None,
     file: Annotated[Path | None, typer.Option("--export", help="Also write the model to serve: m.safetensors.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="Of that file: fp32, fp16, bf16, int8, int4.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Precision of that file: fp32, fp16, bf16, int8, int4.")
+    ] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Train a point of a study in full, test it, and export it."""
+    """Train one trial of a study in full, test it, and export it."""
     from recsys_embed.data import open_dataset
     from recsys_embed.exports import export
     from recsys_embed.search.studies.results import best_under, rows_of
@@ -300,7 +313,7 @@ def pick(
         raise ConfigError(
             f"{run} holds no study: {run / STUDY} does not exist; make one with 'recsys-embed search methods'"
         )
-    study = open_study(asked, run, there=True)
+    study = open_study(asked, run, must_exist=True)
     with study.guarded():
         rows = rows_of(study)
     if under is not None:
@@ -314,7 +327,7 @@ def pick(
     folder = out or run / f"trial-{row['trial']}"
     try:
         done = run_training(
-            study.settled(row["params"]), open_dataset(Path(asked["data"])), folder=folder, resume=True,
+            study.training_config(row["params"]), open_dataset(Path(asked["data"])), folder=folder, resume=True,
             device=study.device, label=f"trial {row['trial']}",
         )  # fmt: skip
     except Interrupted:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,27 +22,24 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
 from recsys_embed.utils.strict_json import read_object, strict_json
 
+if TYPE_CHECKING:
+    from recsys_embed.sharding.placement import Cluster
+
 WIDTH = 160
 
 
 def plan(
     budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", help="Bytes of all embedding tables together, e.g. 64MiB; else what --world-size holds."
-        ),
+        str | None, typer.Option("--budget", help="Bytes of all tables, e.g. 64MiB; default: what --world-size holds.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Data folder: its features and how often ids occur.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Data folder: its features and id frequencies.")] = None,
     schema: Annotated[
-        Path | None, typer.Option("--schema", help="Features instead: a file, as Schema.to_dict.")
+        Path | None, typer.Option("--schema", help="Or the features as a JSON file of Schema.to_dict.")
     ] = None,
     factory: opt.ModelFactory = None,
     model: opt.FormerFactory = None,
     stats: Annotated[
-        Path | None,
-        typer.Option("--stats", help="Data folder that says how often the ids of --schema or --model-factory occur."),
+        Path | None, typer.Option("--stats", help="Data folder: id frequencies for --schema or --model-factory.")
     ] = None,
     embedding_dim: Annotated[
         int, typer.Option("--embedding-dim", "--dim", help="Width of the vectors (with --data).")
@@ -68,21 +65,21 @@ def plan(
         list[str] | None, typer.Option("--forbid", help="FEATURE=METHOD,METHOD, or METHOD for all features.")
     ] = None,
     full_below: Annotated[
-        int, typer.Option("--full-below", help="Tables of fewer ids stay plain where bytes allow.")
+        int, typer.Option("--full-below", help="Features of fewer ids keep full tables where the budget allows.")
     ] = 200,
-    min_width: Annotated[int, typer.Option("--min-width", help="Least numbers stored of an id's vector.")] = 1,
-    width_multiple: Annotated[int, typer.Option("--width-multiple", help="Divides the width of stored rows.")] = 1,
+    min_width: Annotated[int, typer.Option("--min-width", help="Least width of stored rows.")] = 1,
+    width_multiple: Annotated[int, typer.Option("--width-multiple", help="Widths of stored rows are multiples.")] = 1,
     equal_widths: Annotated[
         bool, typer.Option("--equal-widths", help="The model needs vectors of one width (FM, DLRM, ...).")
     ] = False,
     max_rows: Annotated[int | None, typer.Option("--max-rows-per-id", help="Most rows a lookup gathers.")] = None,
-    max_bytes: Annotated[int | None, typer.Option("--max-bytes-per-id", help="Most bytes these hold.")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes-per-id", help="Most bytes a lookup gathers.")] = None,
     evidence: Annotated[
         Path | None, typer.Option("--evidence", help="Folder of 'recsys-embed compare', to fit losses to.")
     ] = None,
     world_size: Annotated[
         int | None,
-        typer.Option("--world-size", help="Say what goes where on so many devices; no --budget fills them."),
+        typer.Option("--world-size", help="Show the placement on this many devices; no --budget: fill them."),
     ] = None,
     hosts: Annotated[int, typer.Option("--hosts", help="Machines that hold these devices.")] = 1,
     hbm: Annotated[str, typer.Option("--hbm", help="Memory of a device.")] = "80GiB",
@@ -90,26 +87,17 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the plan: JSON to read, edit and train with.")
     ] = None,
-    diff: Annotated[Path | None, typer.Option("--diff", help="Also say what changes against this plan.")] = None,
+    diff: Annotated[Path | None, typer.Option("--diff", help="Also show the changes against this plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> int:
-    """Choose a method and a size for every table, within a byte budget, and say why."""
+    """Choose a method and a size for every table, within a byte budget, and explain each choice."""
     from recsys_embed.utils.files import write_text
 
     model = opt.model_factory(factory, model)
     features, source, known = _features(data, schema, model, stats, embedding_dim)
-    cluster = None
-    if world_size is not None:
-        from recsys_embed.cli import _placement
-
-        cluster = _placement.cluster(world_size, hosts, hbm, batch_size)
-        if budget is None:
-            # All that the devices hold, state included.
-            budget, target = _placement.budget(cluster), "train"
-    elif (hosts, hbm, batch_size) != (1, "80GiB", 4096):
-        raise ConfigError("--hosts, --hbm and --batch-size go with --world-size")
-    if budget is None:
-        raise ConfigError("give --budget, or --world-size with --hbm for as much as these devices hold")
+    cluster = _cluster(world_size, hosts, hbm, batch_size)
+    budget, target = _planned_bytes(budget, target, cluster)
+    rule = None if optimizer == "none" else optimizer
     limits: dict[str, Any] = {
         "pin": _pins(pin or []),
         "forbid": _forbidden(forbid or []),
@@ -125,37 +113,64 @@ def plan(
         budget,
         target,
         None if methods is None else names(methods),
-        None if optimizer == "none" else optimizer,
+        rule,
         known,
         evidence=evidence,
         itemsize=itemsize,
         **limits,
     )
-    changes = None if diff is None else describe_changes(Plan.load(diff), made, features)
+    changes = () if diff is None else describe_changes(Plan.load(diff), made, features)
     if out is not None:
         write_text(out, made.to_json() + "\n")
-    where = None
-    if cluster is not None:
-        where = _placement.places(features, made, cluster, None if optimizer == "none" else optimizer)
-    if as_json:
-        print(
-            made.to_json() if where is None else json.dumps({**made.to_dict(), "placement": where.to_dict()}, indent=2)
-        )
-    else:
-        _show(features, made)
-        if where is not None:
-            _placement.show(where)
-    for line in changes or ():
-        print(line, file=sys.stderr if as_json else sys.stdout)
+    _print_plan(features, made, cluster, rule, as_json)
+    print(*changes, sep="\n", end="\n" if changes else "", file=sys.stderr if as_json else sys.stdout)
     if out is not None:
         print(f"written: {out}", file=sys.stderr)
     return 0
 
 
+def _planned_bytes(budget: str | None, target: str, cluster: Cluster | None) -> tuple[str, str]:
+    """The budget and what it covers: as given, else all that the cluster's devices hold, optimizer state included."""
+    if budget is not None:
+        return budget, target
+    if cluster is None:
+        raise ConfigError("give --budget, or --world-size with --hbm for as much as these devices hold")
+    from recsys_embed.sharding.placement import largest_budget
+
+    return str(largest_budget(cluster)), "train"
+
+
+def _cluster(world_size: int | None, hosts: int, hbm: str, batch_size: int) -> Cluster | None:
+    """The machines that the options describe; None without ``--world-size``."""
+    if world_size is None:
+        if (hosts, hbm, batch_size) != (1, "80GiB", 4096):
+            raise ConfigError("--hosts, --hbm and --batch-size go with --world-size")
+        return None
+    from recsys_embed.sharding.placement import Cluster
+
+    return Cluster(world_size, hosts, hbm, batch_size)
+
+
+def _print_plan(features: Schema, made: Plan, cluster: Cluster | None, rule: str | None, as_json: bool) -> None:
+    """Print the plan and, for a cluster, the placement of its tables."""
+    placements = None
+    if cluster is not None:
+        from recsys_embed.cli import _placement
+
+        placements = _placement.place_both(features, made, cluster, rule)
+    if as_json:
+        extra = {} if placements is None else {"placement": placements.to_dict()}
+        print(json.dumps({**made.to_dict(), **extra}, indent=2) if extra else made.to_json())
+        return
+    _show(features, made)
+    if placements is not None:
+        _placement.show(placements)
+
+
 def _features(
     data: Path | None, schema: Path | None, model: str | None, stats: Path | None, embedding_dim: int
 ) -> tuple[Schema, Any, Any]:
-    """The features, what they are features of, and who knows how often their ids occur."""
+    """The features, the schema or model to plan for, and the source of id frequencies."""
     if sum(source is not None for source in (data, schema, model)) != 1:
         raise ConfigError("give one of --data, --schema and --model-factory")
     if data is not None:
@@ -204,7 +219,7 @@ def _forbidden(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _show(features: Schema, made: Plan) -> None:
-    """Print the plan as a table and what it comes to."""
+    """Print the plan as a table, then a summary."""
     from rich.console import Console
     from rich.table import Table
 

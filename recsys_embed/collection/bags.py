@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.kernels.id_checks import check_id_dtype, check_offsets
+from recsys_embed.typing import FeatureIds, Ids, JaggedIds
 
 
 class Bags(NamedTuple):
@@ -30,7 +31,7 @@ class Bags(NamedTuple):
         return self.offsets.diff()
 
 
-def _one(feature: Any, where: str) -> tuple[Tensor, Tensor]:
+def _one(feature: FeatureIds, where: str) -> tuple[Tensor, Tensor]:
     """Values and offsets of one feature given as ``(values, offsets)`` or as ids ``[B, L]`` or ``[B]``."""
     if isinstance(feature, Tensor):
         if feature.dim() not in (1, 2):
@@ -41,8 +42,8 @@ def _one(feature: Any, where: str) -> tuple[Tensor, Tensor]:
         raise ConfigError(
             f"a feature is a tensor or (values, offsets); got {type(feature).__name__} (feature {where!r})"
         )
-    check_id_dtype(feature[0], where)
-    return feature[0], check_offsets(feature[1], feature[0].numel(), f"feature {where!r}", closed=True)
+    values = check_id_dtype(feature[0], where)
+    return values, check_offsets(feature[1], values.numel(), f"feature {where!r}", closed=True)
 
 
 def _check_present(schema: Schema, names: Container[str]) -> None:
@@ -51,7 +52,7 @@ def _check_present(schema: Schema, names: Container[str]) -> None:
         raise ConfigError(f"ids of {len(missing)} features are missing: {', '.join(missing[:8])}")
 
 
-def _of_jagged(schema: Schema, ids: Any) -> Bags:
+def _of_jagged(schema: Schema, ids: JaggedIds) -> Bags:
     """Bags of a KeyedJaggedTensor, whose features are brought to the schema's order all at once."""
     keys = list(ids.keys())
     _check_present(schema, keys)
@@ -76,7 +77,7 @@ def _of_jagged(schema: Schema, ids: Any) -> Bags:
     return Bags(values.long(), offsets, weights, batch)
 
 
-def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | None) -> Bags:
+def to_bags(schema: Schema, ids: Ids, offsets: Tensor | None, weights: Tensor | None) -> Bags:
     """Bring any accepted form to :class:`Bags`; see :meth:`EmbeddingCollection.forward`.
 
     Raises:
@@ -90,7 +91,7 @@ def to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | 
     return bags
 
 
-def _to_bags(schema: Schema, ids: Any, offsets: Tensor | None, weights: Tensor | None) -> Bags:
+def _to_bags(schema: Schema, ids: Ids, offsets: Tensor | None, weights: Tensor | None) -> Bags:
     count = len(schema)
     if isinstance(ids, Tensor):
         check_id_dtype(ids, "")

@@ -23,9 +23,10 @@ def take_in_tables_of_modules(
     places: Mapping[str, Place],
     tables: Mapping[str, Table],
 ) -> None:
-    """Put the tables of features with a head, where a state holds them apart, between the others of their width.
+    """Put the tables of features, where a state holds them apart, between the others of their width.
 
-    Methods whose head was code of their own module kept ``bundle.own.feature_X.part0`` there.
+    Methods whose head was code of their own module kept ``bundle.own.feature_X.part0`` there; also the ``weight`` of
+    features that they store as plain tables, and which have no head.
 
     Raises:
         CheckpointError: the state's storages do not hold the other tables of the plan.
@@ -33,7 +34,7 @@ def take_in_tables_of_modules(
     apart: dict[str, Tensor] = {}
     for name, program in plan.gathered(schema).items():
         spec, own = schema[name], f"{prefix}bundle.own.feature_{name}."
-        for table in () if program.head is None else program.tables:
+        for table in program.tables:
             if not table.dense and own + table.name in state:
                 apart[table_key(spec, table)] = state.pop(own + table.name)
                 state.pop(own + "_extra_state", None)

@@ -1,18 +1,18 @@
-"""All features of a model behind one call per step: a schema and a plan become one fused lookup."""
+"""All features of a model behind one call per step: a schema and a plan become one batched lookup."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
 from recsys_embed.collection.bags import to_bags
+from recsys_embed.collection.batched_lookup import BatchedLookup
 from recsys_embed.collection.earlier_states import take_in_tables_of_modules
-from recsys_embed.collection.fused_bundle import FusedBundle
-from recsys_embed.collection.fused_tables import OneStep, SteppedTables
+from recsys_embed.collection.fused_tables import FusedTables, OneStep
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
@@ -36,9 +36,10 @@ from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
+from recsys_embed.typing import JSON, Ids
 
 
-class EmbeddingCollection(SteppedTables):
+class EmbeddingCollection(FusedTables):
     """The embeddings of all features, stored together and looked up in one call.
 
     Args:
@@ -126,7 +127,7 @@ class EmbeddingCollection(SteppedTables):
 
         After an export it is decoded, a copy.
         """
-        self.settle_()
+        self.catch_up_()
         storage, offset = self.places[key]
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
@@ -188,7 +189,7 @@ class EmbeddingCollection(SteppedTables):
             return vectors
         weight = getattr(self, storage)
         if self._stepping:
-            self._settle_rows(storage, rows)
+            self._catch_up_rows(storage, rows)
             update = partial(self._update, storage, once=once)
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
             return out
@@ -199,8 +200,8 @@ class EmbeddingCollection(SteppedTables):
         """The attribute ``bundle``, which torch finds last of all, ten times slower."""
         return self._modules["bundle"]  # type: ignore[return-value]
 
-    def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
-        """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
+    def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
+        """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (torch.compiler.is_compiling() and (self.sparse or self._bundle.torch_gathers)):
             return None
         served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
@@ -215,7 +216,7 @@ class EmbeddingCollection(SteppedTables):
 
     def forward(
         self,
-        ids: Any,
+        ids: Ids,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
@@ -241,7 +242,7 @@ class EmbeddingCollection(SteppedTables):
         """
         stepping = self._stepping
         if not stepping:
-            self._settle_before_reading()
+            self._catch_up_before_reading()
         bundle = self._bundle
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
             check_id_dtype(ids, "")
@@ -251,35 +252,40 @@ class EmbeddingCollection(SteppedTables):
                 raise ConfigError(
                     f"`mask` is for one vector per feature, all of one width; got {bundle.widths} columns"
                 )
-            fused = self._fused_tables(bundle.fused, ids)
-            stage = None if mask is None else mask.stage(ids)
+            batched = self._batched_tables(bundle.batched, ids)
+            masking = None if mask is None else mask.mask_parameters(ids)
             inside = (
-                fused is not None
-                and stage is not None
-                and bundle.fused[fused[0]].masks
+                batched is not None
+                and masking is not None
+                and bundle.batched[batched[0]].masks
                 and bundle.output_dim is not None
                 and bundle.output_dim is not None
-                and stage.fits(ids, (*ids.shape, bundle.output_dim))
+                and masking.fits(ids, (*ids.shape, bundle.output_dim))
             )
-            if fused is None:
+            if batched is None:
                 out: Tensor = bundle.single(ids.long(), self._gather)
             else:
-                step, gather = self._step_of(stepping, bundle.fused[fused[0]])
-                out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, gather, stage if inside else None)
-            return out if mask is None or stage is None or inside else mask.through(stage, out, ids)
+                step, gather = self._step_of(stepping, bundle.batched[batched[0]])
+                out = bundle.single_batched(
+                    batched[0], ids, batched[1], step, self.sparse, gather, masking if inside else None
+                )
+            return out if mask is None or masking is None or inside else mask.through(masking, out, ids)
         if mask is not None:
             raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
         given = bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
-        fused = self._fused_tables(bundle.fused_bags, bags.values)
-        if fused is None or not bundle.fused_bags[fused[0]].pools(bags):
+        batched = self._batched_tables(bundle.batched_bags, bags.values)
+        if batched is None or not bundle.batched_bags[batched[0]].pools(bags):
             return bundle.pooled(bags, self._gather)
-        step, gather = self._step_of(stepping, bundle.fused_bags[fused[0]])
-        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse, gather)
+        step, gather = self._step_of(stepping, bundle.batched_bags[batched[0]])
+        return bundle.pooled_batched(batched[0], bags, batched[1], step, self.sparse, gather)
 
-    def _step_of(self, stepping: bool, fused: FusedBundle) -> tuple[NativeStep | None, Gather]:
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
+
+    def _step_of(self, stepping: bool, batched: BatchedLookup) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
-        if not stepping or not fused.rest:
+        if not stepping or not batched.rest:
             return self._native_step if stepping else None, self._gather
         once = OneStep()
         step = self._native_step._replace(update=partial(self._update_native, once=once))
@@ -296,7 +302,7 @@ class EmbeddingCollection(SteppedTables):
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
         return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]
         # The order of the features fixes where their rows stand in a storage.
         order = list(self.schema.names)
@@ -325,7 +331,7 @@ class EmbeddingCollection(SteppedTables):
 
 
 def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | None) -> None:
-    """Say which features fused kernels leave to torch.
+    """Say which features batched kernels leave to torch.
 
     Raises:
         BackendError: the kernels were asked for by name.
@@ -338,9 +344,9 @@ def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | Non
         faults.append(f"feature {name!r} maps its ids by {', '.join(lacking)}, which it does not know")
         if named is None:
             dispatch.say_once(
-                f"feature {name!r} runs on torch: fused kernels do not know {', '.join(lacking)}; features that "
-                "share no table with it stay fused"
+                f"feature {name!r} runs on torch: batched kernels do not know {', '.join(lacking)}; features that "
+                "share no table with it stay batched"
             )
     if named is not None:
-        way_out = "'auto' runs these on torch and the others fused, 'torch' runs all"
+        way_out = "'auto' runs these on torch and the others batched, 'torch' runs all"
         raise_faults(faults, f"backend {named!r}; {way_out}", BackendError)

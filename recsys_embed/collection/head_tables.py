@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,17 @@ from recsys_embed.kernels.constants import Constants
 from recsys_embed.plan import table_key
 
 
+class TensorOptions(TypedDict):
+    """Where a tensor lies and what its numbers are."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 class DenseTables(nn.Module):
     """Tables of one feature's head, by their names."""
 
-    def __init__(self, tables: Mapping[str, tuple[int, ...]], **options: Any) -> None:
+    def __init__(self, tables: Mapping[str, tuple[int, ...]], **options: Unpack[TensorOptions]) -> None:
         super().__init__()
         for name, shape in tables.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
@@ -57,7 +64,7 @@ class HeadTables(Constants):
         stacked: nn.ParameterDict,
         own: nn.ModuleDict,
         own_name: Callable[[str], str],
-        options: Mapping[str, Any],
+        options: TensorOptions,
     ) -> None:
         super().__init__()
         self.schema, self.programs, self._optional = schema, dict(programs), tuple(optional)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.collection.bags import Bags
-from recsys_embed.collection.fused_bundle import BUNDLES, FusedBundle, FusedFeatures
-from recsys_embed.collection.head_tables import HeadTables
+from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatures, BatchedLookup
+from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
@@ -19,14 +19,15 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
 from recsys_embed.kernels.native.autograd import NativeStep
-from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.kernels.places import Gather, Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
-from recsys_embed.kernels.unseen_ids import Unseen, with_unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds, with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
+from recsys_embed.typing import FeatureIds
 
 
 def _own(name: str) -> str:
@@ -54,7 +55,7 @@ class LookupBundle(Constants):
         super().__init__()
         self.schema = schema
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        options: TensorOptions = {"device": like.device, "dtype": like.dtype}
         # Modules of features that compute, and the tables of heads that belong to one feature.
         self.own = nn.ModuleDict()
         self.programs = plan.gathered(schema)
@@ -65,15 +66,22 @@ class LookupBundle(Constants):
                 gathers.append(i)
                 continue
             cls = get_method(config.method).embedding_cls
-            given = {"config": config, "name": spec.name, "init": spec.init, "unseen": spec.unseen, **options}
-            self.own[_own(spec.name)] = cls(spec.num_embeddings, spec.embedding_dim, **given)
+            self.own[_own(spec.name)] = cls(
+                spec.num_embeddings,
+                spec.embedding_dim,
+                config=config,
+                name=spec.name,
+                init=spec.init,
+                unseen=spec.unseen,
+                **options,
+            )
         specs = [schema.features[i] for i in gathers]
         programs = list(self.programs.values())
         where = [
             {t.name: places[table_key(s, t)] for t in p.tables if not t.dense}
             for s, p in zip(specs, programs, strict=True)
         ]
-        # Features that fused kernels leave to torch: always, and for bags.
+        # Features that batched kernels leave to torch: always, and for bags.
         lacking = features_for_torch(specs, programs, where, bags=False) if kernels else set()
         unpooled = features_for_torch(specs, programs, where, bags=True) if kernels else set()
         keys = [
@@ -82,7 +90,7 @@ class LookupBundle(Constants):
         ]
         with torch.device(like.device):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
-            self.unseen = Unseen(schema.features, self.hashes)
+            self.unseen = UnseenIds(schema.features, self.hashes)
             zeros = self.unseen.zeros
             self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, [zeros[i] for i in gathers])
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
@@ -103,29 +111,29 @@ class LookupBundle(Constants):
         self.output_dim = widths.pop() if len(widths) == 1 else None
         self.ordered = self._add_order("order", self.parts, like.device)
         # By name of kernels, for single ids and for bags; where a kernel runs nothing, none.
-        self.fused: dict[str, FusedBundle] = {}
-        self.fused_bags: dict[str, FusedBundle] = {}
-        for left, found, end in ((lacking, self.fused, ""), (unpooled, self.fused_bags, "_bags")):
+        self.batched: dict[str, BatchedLookup] = {}
+        self.batched_bags: dict[str, BatchedLookup] = {}
+        for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
             run = [j for j in range(len(specs)) if j not in left]
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or gathers.index(part[0]) in left]
             for name in kernels if run else ():
-                if end and rest == (self.fused[name].rest if name in self.fused else None):
-                    found[name] = self.fused[name]
+                if end and rest == (self.batched[name].rest if name in self.batched else None):
+                    found[name] = self.batched[name]
                     continue
-                features = FusedFeatures(
+                features = BatchedFeatures(
                     schema, run, [gathers[j] for j in run], [programs[j] for j in run], [where[j] for j in run],
                     self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
                 )  # fmt: skip
-                found[name] = BUNDLES[name](features, rest, f"{name}{end}")
-                found[name].ordered = self._add_order(found[name].order, self._fused_parts(found[name]), like.device)
+                found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
+                found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
 
     @property
     def torch_gathers(self) -> bool:
-        """Whether some features' rows are gathered by torch beside fused kernels."""
-        return any(p < self.grouped for fused in self.fused.values() for p in fused.rest)
+        """Whether some features' rows are gathered by torch beside batched kernels."""
+        return any(p < self.grouped for batched in self.batched.values() for p in batched.rest)
 
-    def _fused_parts(self, fused: FusedBundle) -> list[tuple[int, ...]]:
-        return [*fused.parts, *(self.parts[p] for p in fused.rest)]
+    def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
+        return [*batched.parts, *(self.parts[p] for p in batched.rest)]
 
     def _module(self, name: str) -> CompressedEmbedding:
         return cast("CompressedEmbedding", self.own[_own(name)])
@@ -171,7 +179,7 @@ class LookupBundle(Constants):
             if isinstance(module, CompressedEmbedding):
                 module.reset_parameters(seed)
 
-    def given(self, ids: Mapping[str, Any]) -> dict[str, Any]:
+    def given(self, ids: Mapping[str, FeatureIds]) -> dict[str, FeatureIds]:
         """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
         out = dict(ids)
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
@@ -205,7 +213,7 @@ class LookupBundle(Constants):
             out.append(self.vectors_of(self.parts[p][0], column[:, 0]).flatten(1))
         return out
 
-    def single_fused(
+    def single_batched(
         self,
         kernels: str,
         ids: Tensor,
@@ -213,35 +221,35 @@ class LookupBundle(Constants):
         step: NativeStep | None,
         sparse: bool,
         gather: Gather,
-        mask: Stage | None = None,
+        mask: MaskParameters | None = None,
     ) -> Tensor:
-        """As :meth:`single`, by one of the kernels in ``fused``; what these leave to torch by ``gather``.
+        """As :meth:`single`, by one of the kernels in ``batched``; what these leave to torch by ``gather``.
 
         Args:
             tables: float32 per storage, on the CPU.
             step, sparse: see :func:`look_up`.
             mask: of all vectors, where the kernels take one.
         """
-        fused = self.fused[kernels]
-        if not fused.rest:
-            parts = fused.single(ids, tables, step, sparse, mask)
+        batched = self.batched[kernels]
+        if not batched.rest:
+            parts = batched.single(ids, tables, step, sparse, mask)
         else:
             ids = self.unseen(ids.long())
-            parts = fused.single(ids, tables, step, sparse, mask, resolved=True)
-            parts += self._singles(ids, fused.rest, gather)
-        return self._assemble(parts, fused.ordered, fused.order)
+            parts = batched.single(ids, tables, step, sparse, mask, resolved=True)
+            parts += self._singles(ids, batched.rest, gather)
+        return self._assemble(parts, batched.ordered, batched.order)
 
-    def pooled_fused(
+    def pooled_batched(
         self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather
     ) -> Tensor:
-        """As :meth:`pooled`, by one of the kernels in ``fused_bags`` that take the bags."""
-        fused = self.fused_bags[kernels]
+        """As :meth:`pooled`, by one of the kernels in ``batched_bags`` that take the bags."""
+        batched = self.batched_bags[kernels]
         known = self.unseen.replaces or self.unseen.counting
         bags = self.resolved(bags) if known else bags
-        parts = fused.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
-        if fused.rest:
-            parts += self._pooled(bags, None, fused.rest, gather, check=not known)
-        return self._assemble(parts, fused.ordered, fused.order)
+        parts = batched.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
+        if batched.rest:
+            parts += self._pooled(bags, None, batched.rest, gather, check=not known)
+        return self._assemble(parts, batched.ordered, batched.order)
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
@@ -264,7 +272,7 @@ class LookupBundle(Constants):
             check: the ids may be out of range.
         """
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
-        picks = []
+        picks: list[tuple[Tensor | slice | None, Tensor]] = []
         for p in parts:
             if len(self.parts[p]) == 1 and feature is None:
                 picks.append(self._pick_one(self.parts[p][0], bags))
@@ -327,7 +335,7 @@ class LookupBundle(Constants):
         at = (local >= 0).nonzero().squeeze(1)
         return at, local[at]
 
-    def _pick_one(self, feature: int, bags: Bags) -> tuple[Any, Tensor]:
+    def _pick_one(self, feature: int, bags: Bags) -> tuple[slice, Tensor]:
         """As :meth:`_pick`, of one feature, whose ids stand together."""
         first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
         return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)

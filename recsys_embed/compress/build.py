@@ -142,7 +142,7 @@ def sharing_groups(replacements: Sequence[TableReplacement]) -> list[list[TableR
 
 
 def shared_faults(group: Sequence[TableReplacement]) -> list[str]:
-    """Why the tables of a group cannot share what the plan says."""
+    """Faults: why the tables of a group cannot share tables as planned."""
     faults: list[str] = []
     first: dict[str, tuple[Any, Any, str]] = {}
     for replacement in group:
@@ -166,7 +166,7 @@ def shared_faults(group: Sequence[TableReplacement]) -> list[str]:
     return faults
 
 
-def build(group: Sequence[TableReplacement], start: InitMode) -> None:
+def build_group(group: Sequence[TableReplacement], start: InitMode) -> None:
     """Build the modules of a sharing group; ``"dense"`` also fits them to the trained tables."""
     shared = {t.name: t for replacement in group for t in replacement.shared()}
     table = group[0].table
@@ -193,10 +193,10 @@ def build(group: Sequence[TableReplacement], start: InitMode) -> None:
         for other in replacement.modules[1:]:
             replacement.built[other] = drop_in_over(replacement, other, new)
     if start == "dense" and made:
-        fit(group, made)
+        fit_group(group, made)
 
 
-def fit(group: Sequence[TableReplacement], made: Sequence[CompressedEmbedding]) -> None:
+def fit_group(group: Sequence[TableReplacement], made: Sequence[CompressedEmbedding]) -> None:
     """Fit the new modules of a group to the trained tables, and measure the relative errors."""
     with torch.enable_grad():
         weights = [dense_weight(replacement.modules[0]) for replacement in group]

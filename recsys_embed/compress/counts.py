@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from recsys_embed.discover import find_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.planning.statistics import CountsByFeature
+from recsys_embed.typing import CountedData, Counts
 
 
-def table_counts(model: nn.Module, source: Any) -> dict[str, Tensor]:
+def table_counts(model: nn.Module, source: Mapping[str, Counts] | CountedData) -> dict[str, Tensor]:
     """Counts per table of ``model``, by table name: for ``counts`` of :func:`compress_`, ``stats`` of a planner.
 
     A table belongs to the feature that its name or the last part of a path of it equals, e.g.

@@ -12,7 +12,7 @@ from recsys_embed.compress import match
 from recsys_embed.compress.build import InitMode, TableReplacement
 from recsys_embed.compress.model_replacement import ModelReplacement, Subclasses
 from recsys_embed.compress.report import CompressReport
-from recsys_embed.compress.summary import summarise
+from recsys_embed.compress.summary import compression_report
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults
@@ -106,7 +106,7 @@ def compress_(
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
         exchange.run(init)
-    return summarise(tables, replacements, configs, dry_run)
+    return compression_report(tables, replacements, configs, dry_run)
 
 
 def materialize_(
@@ -147,7 +147,7 @@ def materialize_(
         faults.append("there is no compressed table to turn back")
     raise_faults(faults, f"materialize_({type(model).__name__})")
     exchange.run("fresh")
-    return summarise(tables, replacements, {}, False)
+    return compression_report(tables, replacements, {}, False)
 
 
 def _optimizers(given: Any) -> list[Any]:

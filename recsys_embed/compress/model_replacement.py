@@ -11,7 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from recsys_embed.compress import match
-from recsys_embed.compress.build import InitMode, TableReplacement, build, check_on_meta, shared_faults, sharing_groups
+from recsys_embed.compress.build import (
+    InitMode,
+    TableReplacement,
+    build_group,
+    check_on_meta,
+    shared_faults,
+    sharing_groups,
+)
 from recsys_embed.compress.exchange import ModuleExchange, apply_all, live_optimizers
 from recsys_embed.compress.initializer import initializer_for
 from recsys_embed.compress.module_state import extra_faults, transfer_module_state
@@ -106,7 +113,7 @@ class ModelReplacement:
     def run(self, start: InitMode) -> None:
         """Build the new modules and put them in place; all or nothing."""
         for group in self.groups:
-            build(group, start)
+            build_group(group, start)
         placed: dict[int, nn.Module] = {}
         for replacement in self.replacements:
             for old, new in replacement.built.items():

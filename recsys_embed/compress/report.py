@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.discover import TableKind
+from recsys_embed.typing import JSON
 
 Action = Literal["replaced", "kept", "skipped"]
 REPORT_VERSION = 1
@@ -95,7 +96,7 @@ class CompressReport:
         """The line of a table, by its name or a dotted path of it."""
         return next(t for t in self.tables if name == t.name or name in t.paths)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready."""
         return {
             "version": REPORT_VERSION,

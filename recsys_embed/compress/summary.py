@@ -15,7 +15,7 @@ from recsys_embed.discover import FoundTable
 from recsys_embed.embedding import CompressedEmbedding
 
 
-def summarise(
+def compression_report(
     tables: Sequence[FoundTable],
     replacements: Sequence[TableReplacement],
     configs: Mapping[str, MethodConfig],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from recsys_embed.core.index import Index, IndexArray, IndexArrays
 from recsys_embed.core.transforms import Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS
+from recsys_embed.typing import Parameter, Signature
 
 _WORD = 32
 _MASK = (1 << _WORD) - 1
@@ -49,7 +49,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 1)).to(torch.int32)
 
 
-def unpack(words: Tensor, places: Tensor, bits: Any, at: Any = 0) -> Tensor:
+def unpack(words: Tensor, places: Tensor, bits: Parameter, at: Parameter = 0) -> Tensor:
     """Numbers at ``places`` (int64, any shape) of those that :func:`pack` put into words from ``at`` on: int64.
 
     >>> unpack(pack(torch.tensor([1, 2, 3]), 4), torch.tensor([2, 0]), 4).tolist()
@@ -142,7 +142,7 @@ class Codes(Transform):
     index: CodesIndex
     column: int = 0
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (Codes,)
 
     def parameters(self) -> tuple[int, ...]:
@@ -150,7 +150,11 @@ class Codes(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         if arrays is None:
             raise RuntimeError("a lookup of codes was run without their arrays")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
+from recsys_embed.typing import IdValues
 
 _U64 = 1 << 64
 
@@ -151,7 +152,7 @@ for _text in (b"0123456789abcdef", b"0123456789ABCDEF"):
     _DIGITS[list(_text)] = np.arange(16)
 
 
-def string_ids(values: Any, *, id_bits: Literal[32, 64] = 32, hexadecimal: bool = False) -> Tensor:
+def string_ids(values: IdValues, *, id_bits: Literal[32, 64] = 32, hexadecimal: bool = False) -> Tensor:
     """64-bit ids of strings, the same on every machine and in every version: what hashing methods make of strings.
 
     - A string of exactly 8 or 16 hexadecimal digits, in either case, is the number it spells. So are Criteo's values

@@ -12,7 +12,7 @@ import binascii
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from recsys_embed.core import index as base
 from recsys_embed.core.index import IndexArray, IndexArrays
 from recsys_embed.errors import ConfigError
+from recsys_embed.typing import Parameter
 
 Form = Literal["range", "bitmap", "sorted"]
 
@@ -193,7 +194,9 @@ def popcount(x: Tensor) -> Tensor:
     return ((x * 0x0101010101010101) >> 56) & 0x7F
 
 
-def positions(form: Form, ids: Tensor, params: tuple[Any, Any, Any], at: Any, arrays: IndexArrays | None) -> Tensor:
+def positions(
+    form: Form, ids: Tensor, params: tuple[Parameter, Parameter, Parameter], at: Parameter, arrays: IndexArrays | None
+) -> Tensor:
     """Place of each id among the members in order of ids: int64 of the shape of ``ids``; -1 for others.
 
     Args:

@@ -12,6 +12,7 @@ from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
+from recsys_embed.typing import JSON, Budget, JSONMapping, Option
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
 
@@ -50,7 +51,7 @@ class MethodConfig(ABC):
     width_option: ClassVar[str | None] = None
     plannable: ClassVar[bool] = True
     renamed_options: ClassVar[Mapping[str, str]] = {}
-    renamed_values: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
+    renamed_values: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
 
     seed: int = param(0, "salts hashes and initial weights")
 
@@ -101,13 +102,13 @@ class MethodConfig(ABC):
         return self.program(spec).footprint(itemsize)
 
     @classmethod
-    def max_size(cls, spec: FeatureSpec, **params: Any) -> int:
+    def max_size(cls, spec: FeatureSpec, **params: Option) -> int:
         """Largest useful value of the size that :meth:`sized` takes."""
         return spec.num_ids
 
     @classmethod
     @abstractmethod
-    def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
+    def sized(cls, spec: FeatureSpec, size: int, **params: Option) -> Self:
         """The configuration of a size in ``[1, max_size]``; bytes do not shrink as the size grows."""
 
     def planning_loss(self, spec: FeatureSpec, curve: FrequencyCurve) -> float | None:
@@ -121,7 +122,7 @@ class MethodConfig(ABC):
         return None
 
     @classmethod
-    def planning_variants(cls, spec: FeatureSpec, curve: FrequencyCurve) -> Sequence[Mapping[str, Any]]:
+    def planning_variants(cls, spec: FeatureSpec, curve: FrequencyCurve) -> Sequence[JSONMapping]:
         """Sets of options that the planner tries for ``spec``, each at all sizes; by default the defaults alone.
 
         Args:
@@ -130,7 +131,7 @@ class MethodConfig(ABC):
         return ({},)
 
     @classmethod
-    def for_budget(cls, spec: FeatureSpec, budget: int | str, *, itemsize: int = 4, **params: Any) -> Self:
+    def for_budget(cls, spec: FeatureSpec, budget: Budget, *, itemsize: int = 4, **params: Option) -> Self:
         """The largest configuration whose deployed bytes, at ``itemsize`` bytes per element, fit ``budget``.
 
         Raises:
@@ -156,7 +157,7 @@ class MethodConfig(ABC):
 
     @classmethod
     def plan(
-        cls, specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, *, full_below: int = 200, **params: Any
+        cls, specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, *, full_below: int = 200, **params: Option
     ) -> dict[str, MethodConfig]:
         """One configuration per feature such that all together deploy in ``budget`` bytes.
 
@@ -217,7 +218,7 @@ class MethodConfig(ABC):
         return f"; 3. a method without a cost per id: {' or '.join(others)}"
 
     @classmethod
-    def uses_former_names(cls, options: Mapping[str, Any]) -> bool:
+    def uses_former_names(cls, options: JSONMapping) -> bool:
         """Whether an option or one of their values has changed its name since; planning asks ten thousands of times."""
         if cls.renamed_options and not cls.renamed_options.keys().isdisjoint(options):
             return True
@@ -226,7 +227,7 @@ class MethodConfig(ABC):
         return any(isinstance(options.get(n), str) and options[n] in v for n, v in cls.renamed_values.items())
 
     @classmethod
-    def current_options(cls, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    def current_options(cls, options: JSONMapping, *, warn: bool = True) -> JSON:
         """``options`` under their present names and values, see ``renamed_options``; others stay as they are.
 
         Args:
@@ -268,12 +269,12 @@ class MethodConfig(ABC):
         # Pickled before an option got its present name.
         self.__dict__.update(self.current_options(state, warn=False))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready: the method key and every field."""
         return {"method": self.method, **asdict(self)}
 
     @classmethod
-    def from_params(cls, params: dict[str, Any]) -> Self:
+    def from_params(cls, params: JSON) -> Self:
         """Build from keyword arguments; unknown keys are errors that name the nearest field."""
         given = cls.current_options(params) if cls.uses_former_names(params) else params
         return build(cls, given, f"option of {cls.__name__}", "; give it, or a byte `budget` to size it")

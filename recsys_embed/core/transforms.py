@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import IdSet, positions
 from recsys_embed.core.index import Index, IndexArrays
+from recsys_embed.typing import Parameter, Signature
+from recsys_embed.utils.deprecated import renamed_fields
 
 
 class Sharing(NamedTuple):
@@ -47,7 +49,7 @@ class Transform(ABC):
             cls.encoded = Transform.encoded  # type: ignore[method-assign]
 
     @abstractmethod
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         """Hashable; transforms with equal signatures differ in their parameters only and run as one."""
 
     @abstractmethod
@@ -57,7 +59,11 @@ class Transform(ABC):
     @staticmethod
     @abstractmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``.
 
@@ -122,7 +128,7 @@ class MixedRadixDigit(Transform):
     mod: int = 0
     affine: tuple[int, int, int] | None = None
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (MixedRadixDigit, self.affine is not None, self.div != 1, self.mod != 0)
 
     def parameters(self) -> tuple[int, ...]:
@@ -130,7 +136,11 @@ class MixedRadixDigit(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         _, has_affine, has_div, has_mod = signature
         div, mod, a, b, p = params
@@ -159,53 +169,58 @@ class MixedRadixDigit(Transform):
         return torch.arange(ids) if self == MixedRadixDigit() else None
 
 
+@renamed_fields(head="num_frequent", head_absent="frequent_absent")
 @dataclass(frozen=True)
 class Hash(Transform):
-    """``head + offset + stride * h(x)`` with h uniform in [0, size); ids in [0, head) map to themselves.
+    """``num_frequent + offset + stride * h(x)``, h uniform in [0, size); ids in [0, num_frequent) map to themselves.
 
-    With ``head_absent`` the ids in [0, head) have no row at all.
+    With ``frequent_absent`` the ids in [0, num_frequent) have no row at all.
     """
 
     salt: int
     size: int
     stride: int = 1
     offset: int = 0
-    head: int = 0
-    head_absent: bool = False
+    num_frequent: int = 0
+    frequent_absent: bool = False
 
-    def signature(self) -> tuple[Any, ...]:
-        return (Hash, self.head > 0, self.head_absent)
+    def signature(self) -> Signature:
+        return (Hash, self.num_frequent > 0, self.frequent_absent)
 
     def parameters(self) -> tuple[int, ...]:
-        return (self.salt, self.size, self.stride, self.head + self.offset, self.head)
+        return (self.salt, self.size, self.stride, self.num_frequent + self.offset, self.num_frequent)
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
-        _, has_head, absent = signature
-        salt, size, stride, offset, head = params
+        _, has_frequent, absent = signature
+        salt, size, stride, offset, num_frequent = params
         rows = hashing.hash_rows(ids, salt, size) * stride + offset
-        if has_head:
-            private = (ids >= 0) & (ids < head)
+        if has_frequent:
+            private = (ids >= 0) & (ids < num_frequent)
             rows = torch.where(private, -1 if absent else ids, rows)
         return rows
 
     @property
     def may_be_absent(self) -> bool:
-        return self.head > 0 and self.head_absent
+        return self.num_frequent > 0 and self.frequent_absent
 
     @property
     def by_frequency(self) -> bool:
-        return self.head > 0
+        return self.num_frequent > 0
 
     def encoded(self) -> tuple[str, dict[str, int]]:
-        fields = dict(zip(("salt", "size", "stride", "offset", "head"), self.parameters(), strict=True))
-        return "hash", {**fields, "absent": self.head_absent}
+        fields = dict(zip(("salt", "size", "stride", "offset", "num_frequent"), self.parameters(), strict=True))
+        return "hash", {**fields, "absent": self.frequent_absent}
 
     def sharing(self, ids: int, rows: int) -> Sharing:
-        head, none = (0, self.head), (0, 0)
-        private, absent = (none, head) if self.head_absent else (head, none)
+        frequent, none = (0, self.num_frequent), (0, 0)
+        private, absent = (none, frequent) if self.frequent_absent else (frequent, none)
         return Sharing(private, absent, self.size, ("hash", self.salt, self.size))
 
 
@@ -217,7 +232,7 @@ class Murmur(Transform):
     word: int
     size: int
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (Murmur, self.word)
 
     def parameters(self) -> tuple[int, ...]:
@@ -225,7 +240,11 @@ class Murmur(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         return hashing.murmur3_words(ids, params[0])[..., signature[1]] % params[1]
 
@@ -244,7 +263,7 @@ class RankInSet(Transform):
     rest: int = 0
     salt: int = 0
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Signature:
         return (RankInSet, self.index.form, self.rest > 0)
 
     def parameters(self) -> tuple[int, ...]:
@@ -252,7 +271,11 @@ class RankInSet(Transform):
 
     @staticmethod
     def map(
-        signature: tuple[Any, ...], ids: Tensor, params: Sequence[Any], at: Any = 0, arrays: IndexArrays | None = None
+        signature: Signature,
+        ids: Tensor,
+        params: Sequence[Parameter],
+        at: Parameter = 0,
+        arrays: IndexArrays | None = None,
     ) -> Tensor:
         _, form, has_rest = signature
         start, count, size, rest, salt = params

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and one writer per folder."""
+"""Atomic writes of files, and a lock that allows one writer per folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StorageError(RecsysEmbedError, OSError):
 
 
 def storage_error(path: Path, error: BaseException) -> StorageError:
-    """What to do about a failed write."""
+    """A StorageError for a failed write, with advice."""
     why = getattr(error, "strerror", None) or str(error)
     hint = "free some space or choose another folder, then run the same command again: it continues where it stopped"
     return StorageError(f"{path}: cannot be written ({why}); {hint}")
@@ -75,12 +75,12 @@ def file_hash(path: Path) -> str:
 
 
 class FolderHeldError(StorageError):
-    """Another process is writing the folder; says which."""
+    """Another process holds the lock of the folder; the message names it."""
 
 
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for one process; the lock ends with the process, however it ends.
+    """Lock a folder for this process; the lock ends with the process, also if it is killed.
 
     Args:
         folder: made if need be; whoever holds it may remove it.

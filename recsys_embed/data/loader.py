@@ -22,6 +22,7 @@ from recsys_embed.data.stats import read_stats
 from recsys_embed.data.vocab import OOV_ID, Vocabulary
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, IdKind, Schema
+from recsys_embed.typing import JSON
 
 CHUNK_ROWS = 1 << 16
 """Rows read from Parquet at once when streaming: one row group."""
@@ -80,7 +81,7 @@ class Dataset(RowSource):
         return tuple(f.name for f in self.manifest.features)
 
     @property
-    def truth(self) -> dict[str, Any] | None:
+    def truth(self) -> JSON | None:
         """For synthetic data, what the planted model attains (``attainable`` holds AUC and logloss); else None."""
         return self.manifest.extra.get("truth")
 
@@ -91,7 +92,7 @@ class Dataset(RowSource):
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     @cached_property
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> JSON:
         """Content of ``stats.json``."""
         return read_stats(self.path)
 

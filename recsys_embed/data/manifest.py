@@ -1,4 +1,4 @@
-"""``schema.json``: what a data folder holds. Versioned; unknown keys and damage are named."""
+"""The manifest of a data folder (``schema.json``): versioned; unknown keys and damage are reported."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what ids mean here: equal fingerprints encode a row alike."""
+        """Hash of the encoding: folders with equal fingerprints encode a row to the same ids."""
         text = json.dumps([[asdict(f) for f in self.features], self.id_mode, self.transform], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

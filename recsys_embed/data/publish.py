@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recsys_embed.data.folder import SCHEMA_FILE, STATS_FILE, WORK_DIR, storage_error, write_file, write_json
 from recsys_embed.data.manifest import Manifest
-from recsys_embed.data.shards import Built
+from recsys_embed.data.shards import BuiltDataset
 from recsys_embed.errors import DataError
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -19,8 +19,8 @@ def data_files(manifest: Manifest) -> list[str]:
     return shards + [f.vocab for f in manifest.features if f.vocab]
 
 
-def publish(out: Path, built: Built) -> None:
-    """Make ``built`` the content of ``out``.
+def publish(out: Path, built: BuiltDataset) -> None:
+    """Replace the content of ``out`` by ``built``.
 
     A data set that was there goes first. A crash in between leaves files that the next run moves or finds in place.
     """

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.criteo.encode import FieldResult, Rows, field_names, read_field
+from recsys_embed.data.criteo.encode import FieldResult, PartRows, field_names, read_field
 from recsys_embed.data.criteo.ingest import worker_count
 from recsys_embed.data.criteo.layout import INT_NAMES
 from recsys_embed.data.criteo.options import CriteoOptions
@@ -28,7 +28,7 @@ ROW_GROUP = 65536
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltDataset:
     """A finished data set in the work folder, ready to be published."""
 
     work: Path
@@ -38,8 +38,8 @@ class Built:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What one part contributed to one split."""
+class _SplitShard:
+    """The shard that one part contributed to one split."""
 
     split: str
     shard: Shard
@@ -56,16 +56,16 @@ def write_shards(
     fields: Sequence[FieldResult],
     record: dict[str, Any],
     progress: Callable[[str, float, float, int], None],
-) -> Built:
+) -> BuiltDataset:
     """Write all shards that are missing; returns the manifest and statistics of the whole set.
 
     Raises:
         RuntimeError: rows went missing on the way (cannot happen; it is checked all the same).
     """
-    rows = Rows(parts, options, options.split.file_codes(files))
-    pieces: list[_Piece] = []
+    rows = PartRows(parts, options, options.split.file_codes(files))
+    pieces: list[_SplitShard] = []
     done = 0
-    ahead: deque[tuple[Part, Future[list[_Piece]]]] = deque()
+    ahead: deque[tuple[Part, Future[list[_SplitShard]]]] = deque()
     with ThreadPoolExecutor(worker_count(options)) as pool:
 
         def finish() -> None:
@@ -107,16 +107,16 @@ def write_shards(
     )
     bad_files = tuple(p.path.with_suffix(".bad.jsonl") for p in parts if p.info.bad)
     faults = [f"{files[p.info.file]}: {p.info.fault}" for p in parts if p.info.fault]
-    return Built(work, manifest, _stats(pieces, fields, splits, faults, bad), bad_files)
+    return BuiltDataset(work, manifest, _stats(pieces, fields, splits, faults, bad), bad_files)
 
 
 def _part_shards(
     work: Path, part: Part, first: int, codes: NDArray[np.int8], options: CriteoOptions, fields: Sequence[FieldResult]
-) -> list[_Piece]:
+) -> list[_SplitShard]:
     done = work / "shards" / f"{part.info.index:06d}.json"
     if done.exists():
         saved = json.loads(done.read_text())
-        return [_Piece(**{**piece, "shard": Shard(**piece["shard"])}) for piece in saved]
+        return [_SplitShard(**{**piece, "shard": Shard(**piece["shard"])}) for piece in saved]
     frame = _frame(part, first, options, fields)
     present = np.unique(codes)
     pieces = []
@@ -130,7 +130,7 @@ def _part_shards(
         missing = {f.feature.name: _count_missing(some[f.feature.name], f.feature) for f in fields}
         oov = {f.feature.name: int((some[f.feature.name] == 0).sum()) for f in fields if f.ids}
         positives = int(some["label"].sum()) if part.info.labels else None
-        pieces.append(_Piece(name, shard, positives, missing, oov))
+        pieces.append(_SplitShard(name, shard, positives, missing, oov))
     write_json(done, [asdict(piece) for piece in pieces], durable=False)
     return pieces
 
@@ -166,7 +166,7 @@ def _frame(part: Part, first: int, options: CriteoOptions, fields: Sequence[Fiel
 
 
 def _stats(
-    pieces: list[_Piece],
+    pieces: list[_SplitShard],
     fields: Sequence[FieldResult],
     splits: dict[str, Split],
     faults: list[str],

@@ -1,4 +1,4 @@
-"""What a data folder's ``stats.json`` says: read, and as rows of a table."""
+"""Statistics of a data folder (``stats.json``), and their table."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import FeatureSpec
+from recsys_embed.typing import Budget
 
 if TYPE_CHECKING:
     from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
@@ -20,7 +21,7 @@ def choose_config(
     cls: type[CompressedEmbedding],
     spec: FeatureSpec,
     config: MethodConfig | None,
-    budget: int | str | None,
+    budget: Budget | None,
     options: dict[str, Any],
     itemsize: int,
 ) -> MethodConfig:

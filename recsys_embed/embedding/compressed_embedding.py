@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.shared_tables import PlainView, SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.features import FeatureSpec, spec_to_dict
-from recsys_embed.features import Unseen as UnseenPolicy
+from recsys_embed.features import FeatureSpec, Unseen, spec_to_dict
 from recsys_embed.kernels.fused_gather import read_rows
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
@@ -28,9 +27,10 @@ from recsys_embed.kernels.places import Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
-from recsys_embed.kernels.triton.deferred import DeferredLookup
-from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
+from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
+from recsys_embed.typing import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
@@ -84,14 +84,14 @@ class CompressedEmbedding(nn.Module):
         mode: Mode | None = None,
         include_last_offset: bool = False,
         config: MethodConfig | None = None,
-        budget: int | str | None = None,
+        budget: Budget | None = None,
         name: str = "embedding",
         init: str = "normal:1",
-        unseen: UnseenPolicy | None = None,
+        unseen: Unseen | None = None,
         shared: SharedTables | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **params: Any,
+        **params: Option,
     ) -> None:
         super().__init__()
         pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
@@ -130,12 +130,12 @@ class CompressedEmbedding(nn.Module):
             self.register_parameter(table.name, nn.Parameter(empty))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
-            self.unseen = Unseen([self.spec], [self.config.accepts_raw])
+            self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._native: SingleLookup | None = None
         if supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
-            self._triton = DeferredLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
+            self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
@@ -284,12 +284,12 @@ class CompressedEmbedding(nn.Module):
         return out.masked_fill(((ids if given is None else given) == self.padding_idx).unsqueeze(-1), 0.0)
 
     @property
-    def _policy(self) -> Unseen:
+    def _policy(self) -> UnseenIds:
         """The attribute ``unseen``, which torch finds last of all, ten times slower."""
         return self._modules["unseen"]  # type: ignore[return-value]
 
     def _resolve(self, ids: Tensor) -> Tensor:
-        """What the policy makes of ``ids``, counted: see :class:`Unseen`."""
+        """What the policy makes of ``ids``, counted: see :class:`UnseenIds`."""
         policy = self._policy
         padding = None if self.padding_idx is None or not policy.counting else ids == self.padding_idx
         resolved: Tensor = policy(ids, None, padding)
@@ -318,7 +318,9 @@ class CompressedEmbedding(nn.Module):
         self.unseen.counting = counting
         return self
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
         """Look up ids.
 
         Args:
@@ -335,8 +337,7 @@ class CompressedEmbedding(nn.Module):
                 the method does not hash.
         """
         # The parameter's name is torch's, which callers may spell out.
-        ids = given_ids(input, self.spec, self.config.accepts_raw, self._policy)
-        check_id_dtype(ids, self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self._policy), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
@@ -348,17 +349,20 @@ class CompressedEmbedding(nn.Module):
                 f"`per_sample_weights` must have the shape of `ids`, {tuple(ids.shape)}; "
                 f"got {tuple(per_sample_weights.shape)}"
             )
-        given, offsets = self._bags(ids, offsets)
-        flat = self._resolve(given)
+        values, offsets = self._bags(ids, offsets)
+        flat = self._resolve(values)
         vectors = self.before_pool_resolved(flat)
         skipped = absent_ids(flat) if self._policy.zeros[0] else None
         if self.padding_idx is not None:
-            padding = given == self.padding_idx
+            padding = values == self.padding_idx
             skipped = padding if skipped is None else skipped | padding
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _bags(self, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         if ids.dim() == 2:
@@ -393,7 +397,7 @@ class CompressedEmbedding(nn.Module):
         return out
 
     @classmethod
-    def from_dense(cls, weight: Tensor, *, counts: Tensor | None = None, **options: Any) -> Self:
+    def from_dense(cls, weight: Tensor, *, counts: Tensor | None = None, **options: Option) -> Self:
         """A module whose tables approximate a trained ``weight [num_embeddings, embedding_dim]`` in least squares.
 
         Args:
@@ -432,8 +436,8 @@ class CompressedEmbedding(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
         if self.served is not None:
-            rest = Footprint(sum(p.nbytes for p in self.parameters()), self.kernel.index.nbytes)
-            return self.served.footprint() + rest
+            own = sum(p.nbytes for p in self.parameters())
+            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes)
         return self.config.footprint(self.spec, next(self.parameters()).element_size())
 
     # -- tables shared with other modules -------------------------------------------------------------------------
@@ -476,9 +480,7 @@ class CompressedEmbedding(nn.Module):
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
-        errors = args[-1]
-        before = len(errors)
-        held = dict(self._parameters)
+        errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)
         if len(errors) > before and prefix + "_extra_state" not in state_dict:

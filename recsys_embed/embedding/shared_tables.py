@@ -67,7 +67,7 @@ class SharedTables:
         self.values = {name: after if held is before else held for name, held in self.values.items()}
         return after
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_moved": {}}  # a copy starts anew, and weak references cannot be written
 
 

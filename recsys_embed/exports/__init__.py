@@ -1,4 +1,4 @@
-"""Ship a model: one small file, and a module that serves it with torch and numpy alone."""
+"""Export a model to one small file, and load it as a module that needs torch and numpy only."""
 
 from __future__ import annotations
 

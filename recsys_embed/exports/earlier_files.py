@@ -1,4 +1,4 @@
-"""Exports of earlier versions, where tables that a collection now holds with others were in modules of their own."""
+"""Exports of earlier versions, in which some tables that a collection now holds were in separate modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recsys_embed.plan import Plan, table_key
 
 
 def with_tables_of_modules(storages: Sequence[StorageItem], modules: Sequence[ModuleItem]) -> tuple[StorageItem, ...]:
-    """The storages as collections read them now.
+    """The storages as collections of today read them.
 
     Raises:
         CheckpointError: tables that belong together are not all there, or stored in different ways.

@@ -1,10 +1,10 @@
-"""The file: safetensors, read and written with the standard library and torch alone.
+"""The file format, safetensors, read and written with the standard library and torch alone.
 
-Eight bytes of header length, a JSON header padded with blanks, tensors end to end. The header's metadata hold the
-manifest and a digest of every byte of the header, in which its own 64 characters count as zeros; the manifest holds a
-digest of every tensor. So the one digest stands for the whole file, and any changed byte is found.
+Eight bytes of header length, a JSON header padded with blanks, then the tensors without gaps. The metadata hold
+the manifest and a digest of the header, computed with zeros in place of the digest's own 64 characters; the manifest
+holds a digest of every tensor. The header's digest therefore covers the file, and any changed byte is detected.
 
-What a reader is given may be made to harm: nothing is allocated by sizes a header claims, only by those the file has.
+Files may be malicious: nothing is allocated by sizes that a header claims, only by the size that the file has.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _NORESERVE = 0x4000  # MAP_NORESERVE of Linux: private pages that are never writ
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of the file: name of its type, shape, and its bytes counted from the end of the header."""
+class TensorInfo:
+    """A tensor of the file: name of its dtype, shape, and its byte range, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,17 +58,17 @@ class Entry:
     stop: int
 
 
-def lay_out(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, Entry]:
-    """Places of tensors end to end: wide types first, so that each is aligned; otherwise in the given order."""
+def lay_out(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, TensorInfo]:
+    """Offsets of tensors without gaps: wide dtypes first, so that each is aligned, otherwise in the given order."""
     entries, end = {}, 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
         size = prod(shape) * dtype.itemsize
-        entries[name] = Entry(NAMES[dtype], tuple(shape), end, end + size)
+        entries[name] = TensorInfo(NAMES[dtype], tuple(shape), end, end + size)
         end += size
     return entries
 
 
-def header_bytes(manifest: Mapping[str, Any], entries: Mapping[str, Entry], size: int = 0) -> bytes:
+def header_bytes(manifest: Mapping[str, Any], entries: Mapping[str, TensorInfo], size: int = 0) -> bytes:
     """Length and header, padded to ``size`` bytes in all, or to what alignment needs.
 
     Raises:
@@ -165,12 +165,12 @@ class ExportFile:
             raise self._damaged(f"header: expected digest {found[:16]!r}..., its content has {wanted[:16]!r}...")
         return parse_json(text, "header", self.path)
 
-    def _entries(self, header: Any, room: int) -> tuple[dict[str, Entry], str]:
+    def _entries(self, header: Any, room: int) -> tuple[dict[str, TensorInfo], str]:
         metadata = header.pop("__metadata__") if isinstance(header, dict) else None
         manifest = metadata.get("recsys_embed") if isinstance(metadata, dict) else None
         if not isinstance(manifest, str):
             raise self._damaged("its header holds no manifest")
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorInfo] = {}
         for name, item in header.items():
             try:
                 (start, stop), shape = item["data_offsets"], item["shape"]
@@ -179,7 +179,7 @@ class ExportFile:
                 numbers = [start, stop, *shape]
                 if any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
                     raise ValueError
-                entry = Entry(item["dtype"], tuple(shape), start, stop)
+                entry = TensorInfo(item["dtype"], tuple(shape), start, stop)
                 itemsize = DTYPES[entry.dtype].itemsize
             except (KeyError, TypeError, ValueError) as e:
                 raise self._damaged(f"tensor {name!r} is described by {str(item)[:80]}") from e
@@ -240,7 +240,7 @@ class ExportFile:
 
 
 def _foreign(text: bytes) -> bool:
-    """Whether a header is one of safetensors that says nothing of this library."""
+    """Whether a header is of a safetensors file that this library did not write."""
     if text.startswith(_START) or b'"recsys_embed"' in text:
         return False
     try:
@@ -253,7 +253,7 @@ def _foreign(text: bytes) -> bool:
 
 
 def _map(fd: int, size: int) -> mmap.mmap:
-    """The whole file, private to this process: torch refuses memory it must not write to."""
+    """The file mapped privately (copy on write), because torch does not accept read-only memory."""
     if sys.platform.startswith("linux"):
         flags = mmap.MAP_PRIVATE | _NORESERVE
         return mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)

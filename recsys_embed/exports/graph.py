@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 
 from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
-from recsys_embed.exports.graph_check import GraphCheck, check_graph, quiet, serving
+from recsys_embed.exports.graph_check import GraphCheck, check_graph, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
+from recsys_embed.typing import DynamicShapes
 from recsys_embed.utils.optional import require
 
 __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export"]
@@ -31,7 +32,7 @@ __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export
 
 @dataclass(frozen=True)
 class GraphFile:
-    """What was written, and how far its numbers are from the model's.
+    """A written graph and its largest difference from the model.
 
     Attributes:
         files: the graph, then the file of its tables where they stand apart.
@@ -44,8 +45,8 @@ class GraphFile:
     check: GraphCheck | None
 
 
-def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
-    """The model in eval mode as a program in which the batch varies and nothing stands that no output needs."""
+def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> ExportedProgram:
+    """The model in eval mode as an exported program with a dynamic batch size and without dead code."""
     short = [tuple(t.shape) for t in tensors(inputs) if dynamic_shapes is None and t.dim() and t.shape[0] < 2]
     if short:
         raise ConfigError(
@@ -55,7 +56,7 @@ def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedPro
     if dynamic_shapes is None:
         vary = {0: Dim.DYNAMIC}
         dynamic_shapes = pytree.tree_map(lambda t: vary if isinstance(t, Tensor) and t.dim() else None, inputs)
-    with serving(model), quiet():
+    with serving(model), without_exporter_warnings():
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)
     _prune(program)
     for node in program.graph.nodes:
@@ -83,7 +84,7 @@ def to_torch_export(
     path: str | os.PathLike[str],
     inputs: Inputs | Tensor | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes = None,
     check: bool = True,
     tolerance: float | None = None,
 ) -> GraphFile:
@@ -124,7 +125,7 @@ def to_torch_export(
     program.example_inputs = None  # torch would pickle them into the file
 
     def write(file: Path) -> list[Path]:
-        with quiet():
+        with without_exporter_warnings():
             torch.export.save(program, file)
         return [file]
 
@@ -139,7 +140,7 @@ def to_onnx(
     path: str | os.PathLike[str],
     inputs: Inputs | Tensor | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes = None,
     external_data: bool | None = None,
     check: bool = True,
     tolerance: float | None = None,
@@ -173,7 +174,7 @@ def to_onnx(
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         require(library, extra="onnx", purpose=onnx_file.PURPOSE)
     example = example_inputs(model, inputs)
-    with quiet():
+    with without_exporter_warnings():
         graph = onnx_file.translate(_trace(model, example, dynamic_shapes))
 
     def write(file: Path) -> list[Path]:

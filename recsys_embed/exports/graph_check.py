@@ -1,4 +1,4 @@
-"""Run a written graph beside the model it came from."""
+"""Compare a written graph with the model that it came from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recsys_embed.errors import ExportError
 from recsys_embed.exports.graph_inputs import Inputs, batches, example_inputs, tensors
-from recsys_embed.kernels.unseen_ids import Unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds
 from recsys_embed.utils.optional import require
 
 # Largest difference that other orders of summation explain, relative to the largest output (at least 1).
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, to
 
 
 class GraphCheck(NamedTuple):
-    """A graph's outputs beside those of the model: largest absolute difference, and the batch sizes compared."""
+    """Comparison of a graph with its model: largest absolute difference of outputs, and the batch sizes compared."""
 
     max_difference: float
     batches: tuple[int, ...]
@@ -30,9 +30,9 @@ class GraphCheck(NamedTuple):
 
 @contextmanager
 def serving(model: nn.Module) -> Iterator[None]:
-    """Inside, every part of ``model`` is in eval mode and counts no unseen ids; afterwards each is as it was."""
+    """Put every module of ``model`` in eval mode without counts of unseen ids, and restore their state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    counters = [(module, module.counting) for module in model.modules() if isinstance(module, Unseen)]
+    counters = [(module, module.counting) for module in model.modules() if isinstance(module, UnseenIds)]
     model.eval()
     for counter, _ in counters:
         counter.counting = False
@@ -47,8 +47,8 @@ def serving(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, the exporters' own deprecations stay silent: a caller can change nothing about them."""
+def without_exporter_warnings() -> Iterator[None]:
+    """Suppress deprecation warnings from inside torch's exporters, which callers cannot act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         yield
@@ -88,7 +88,7 @@ def check_graph(
 
 
 def _torch_runner(path: Path) -> Callable[[Inputs], list[Tensor]]:
-    with quiet():
+    with without_exporter_warnings():
         module = torch.export.load(path).module()
 
     def run(inputs: Inputs) -> list[Tensor]:
@@ -111,7 +111,7 @@ def _onnx_runner(path: Path) -> Callable[[Inputs], list[Tensor]]:
 
 
 def _compare(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float | None, where: str) -> float:
-    """Largest absolute difference, or an error that says what differs."""
+    """The largest absolute difference; raises if the structure of outputs differs."""
     kinds = [[(tuple(t.shape), t.dtype) for t in side] for side in (got, wanted)]
     if kinds[0] != kinds[1]:
         raise ExportError(f"the graph's outputs must be {kinds[1]} as the model's; got {kinds[0]} ({where})")

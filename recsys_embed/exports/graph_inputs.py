@@ -1,4 +1,4 @@
-"""Arguments to trace a module with and to compare its graph on."""
+"""Example inputs, to trace a module and to compare its graph with it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _ids(count: int, limit: int, size: int, rng: torch.Generator) -> Tensor:
 
 
 def example_inputs(model: nn.Module, given: Any) -> Inputs:
-    """The arguments as a tuple, made up where none are given.
+    """The example inputs as a tuple; generated if none are given.
 
     Raises:
         ConfigError: none given for a module of somebody else's, or nothing in them is a tensor.
@@ -113,7 +113,7 @@ def example_inputs(model: nn.Module, given: Any) -> Inputs:
 
 
 def batches(model: nn.Module, inputs: Inputs, made_up: bool, vary: bool) -> Iterator[Inputs]:
-    """Arguments to compare a graph on: made up in several batch sizes, else those given, cut and repeated.
+    """Inputs to compare a graph on, in several batch sizes: generated, or the given ones truncated and repeated.
 
     Args:
         made_up: the module is the library's own and takes what :func:`random_inputs` returns.
@@ -133,7 +133,7 @@ def batches(model: nn.Module, inputs: Inputs, made_up: bool, vary: bool) -> Iter
 
 
 def _may_be_offsets(t: Tensor) -> bool:
-    """Whether a tensor looks like the starts of bags, which mean nothing when repeated."""
+    """Whether a tensor looks like offsets of bags, which cannot be repeated."""
     whole = t.dim() == 1 and not t.is_floating_point() and t.dtype is not torch.bool
     return whole and int(t[0]) == 0 and bool((t.diff() >= 0).all())
 

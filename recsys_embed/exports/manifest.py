@@ -1,4 +1,4 @@
-"""What an exported file says of itself: a versioned JSON object, checked against the tensors before any is read.
+"""The manifest of an exported file: a versioned JSON object, checked against the tensors before any is read.
 
 ``version`` changes when a reader of the one before could not understand the file. Nothing in it names code: methods
 and models stand by their registered keys, everything else is numbers and arguments.
@@ -38,7 +38,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class TableItem:
-    """A table of the file: what of it is kept, the width and dtype of its vectors."""
+    """A table of the file: the part of it that is stored, and the width and dtype of its vectors."""
 
     name: str
     part: Part
@@ -46,7 +46,7 @@ class TableItem:
     dtype: torch.dtype
 
     def arrays(self) -> dict[str, tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Tensors that know the kept rows: by the last part of their name, that name, dtype and shape."""
+        """Index tensors of the kept rows: name, dtype and shape, by the last part of the name."""
         kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if self.part.form == "bitmap":
             size = (words_of(self.part.rows),)
@@ -58,7 +58,7 @@ class TableItem:
 
 @dataclass(frozen=True)
 class StorageItem:
-    """Tables that stand end to end, and who reads them: path of an embedding, and the name it has for them."""
+    """Tables stored one after another, and their readers: path of an embedding, and its name for them."""
 
     tables: tuple[TableItem, ...]
     targets: tuple[tuple[str, str], ...]
@@ -66,14 +66,14 @@ class StorageItem:
 
 @dataclass(frozen=True)
 class DenseItem:
-    """A tensor of the state dict that is no table: its name in the file, and the dtype it is to have."""
+    """A tensor of the state dict that is not a table: its name in the file, and its dtype once loaded."""
 
     tensor: str
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ExportManifest:
     """A checked manifest.
 
     Args:
@@ -99,7 +99,7 @@ def item_to_dict(item: ModuleItem) -> dict[str, Any]:
 
 
 def table_to_dict(part: Part, width: int, dtype: torch.dtype, errors: Sequence[float]) -> dict[str, Any]:
-    """JSON values of a table; ``errors`` as :meth:`Error.close` gives them."""
+    """JSON values of a table; ``errors`` as :meth:`RoundingError.close` gives them."""
     return {
         "rows": part.rows,
         "width": width,
@@ -115,7 +115,7 @@ def table_to_dict(part: Part, width: int, dtype: torch.dtype, errors: Sequence[f
 
 
 class _Checker:
-    """Takes values out of JSON; whatever is not as it has to be ends in one kind of error."""
+    """Reads typed values from JSON; every violation raises a CheckpointError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,7 +151,7 @@ class _Checker:
         return value
 
 
-def read_manifest(file: ExportFile) -> Manifest:
+def read_manifest(file: ExportFile) -> ExportManifest:
     """The manifest of an opened file, consistent with its tensors.
 
     Raises:
@@ -181,7 +181,7 @@ def read_manifest(file: ExportFile) -> Manifest:
     modules = tuple(_module(c, i, item) for i, item in enumerate(raw["modules"]))
     c.choice(raw["model"], "kind", ("embedding", "model", "state"), "model")
     _check_tensors(c, file, tables, dense, raw["sha256"])
-    return Manifest(raw["model"], modules, storages, dense, raw["sha256"], raw)
+    return ExportManifest(raw["model"], modules, storages, dense, raw["sha256"], raw)
 
 
 def _table(c: _Checker, name: str, item: Any) -> TableItem:
@@ -255,7 +255,7 @@ def _check_tensors(
     dense: Mapping[str, DenseItem],
     digests: Mapping[str, Any],
 ) -> None:
-    """Every tensor of the file is spoken of, and is what it is said to be."""
+    """Check that the manifest names every tensor of the file, with its dtype and shape."""
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for t in tables.values():
         layout = t.part.layout

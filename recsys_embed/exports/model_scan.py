@@ -1,4 +1,4 @@
-"""What a model holds, as an export sees it: embeddings with their tables, and the rest of its state."""
+"""Contents of a model for an export: embeddings with their tables, and the rest of its state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Source = Tensor | Stored
 
 @dataclass
 class Storage:
-    """Tables that lookups read as one, wherever they are read.
+    """Tables that are stacked in one tensor, and the modules that read it.
 
     Args:
         source: the rows of all of them.
@@ -60,7 +60,7 @@ class Storage:
 
 
 @dataclass
-class Found:
+class ModelContents:
     """Embeddings, their storages, and every other tensor of the state dict by its key.
 
     ``owned`` are the keys of ``rest`` that belong to embeddings; ``notes`` say what was left as it is, and why.
@@ -73,8 +73,8 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def scan(model: nn.Module) -> Found:
-    """Take stock of a model; nothing is copied.
+def scan(model: nn.Module) -> ModelContents:
+    """Collect the contents of a model, without copies.
 
     Raises:
         ConfigError: something in it cannot be exported; all of it is named.
@@ -86,7 +86,7 @@ def scan(model: nn.Module) -> Found:
 
 class _Scanner:
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.found = model, Found()
+        self.model, self.found = model, ModelContents()
         self.state = model.state_dict(keep_vars=True)
         self.faults: list[str] = []
         self.storages: dict[int, Storage] = {}
@@ -138,7 +138,8 @@ class _Scanner:
                 keys = sorted((k for k, p in module.places.items() if p.storage == name), key=_offset_in(module))
                 self._storage(module, name, [(prefix + k, module.tables[k].rows) for k in keys], path)
             for name, own in module.bundle.own.items():
-                self._tables(own, f"{prefix}bundle.own.{name}")
+                if isinstance(own, CompressedEmbedding):  # the tables of heads stay as they are
+                    self._tables(own, f"{prefix}bundle.own.{name}")
         elif isinstance(module, CompressedEmbedding):
             for t in module.program.tables:
                 if not t.dense:
@@ -187,7 +188,7 @@ def _class_faults(module: CompressedEmbedding | EmbeddingCollection) -> Iterator
 
 
 def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: ModuleItem) -> Iterator[str]:
-    """Tensors that somebody added to a module, or took away."""
+    """Faults: tensors that were added to a module or removed from it."""
     inner, built = ("served.", "shared."), build_module(item)
     ours = {k: tuple(v.shape) for k, v in _tensors(module).items() if not k.startswith(inner) and ".served." not in k}
     theirs = {k: tuple(v.shape) for k, v in _tensors(built).items()}
@@ -206,7 +207,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _source(module: Any, name: str) -> Source:
-    """What an embedding reads under a name: a parameter, or what it serves."""
+    """The tensor that an embedding reads under a name: a parameter or a stored table."""
     served = getattr(module, "served", None)
     if served is not None and name in served:
         return cast("Stored", served[name])
@@ -229,7 +230,7 @@ def _item(module: CompressedEmbedding | EmbeddingCollection, paths: tuple[str, .
 
 
 def _plain_item(module: Any, name: str, paths: tuple[str, ...]) -> ModuleItem:
-    """A torch module as what serves in its place: the method ``full``."""
+    """The item of a torch module, which the method ``full`` replaces."""
     bag = isinstance(module, nn.EmbeddingBag)
     mode = module.mode if bag else None
     build = {
@@ -251,8 +252,8 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(floats, torch.float32)
 
 
-def _unique_names(found: Found) -> None:
-    """Tensor names that an odd model makes equal are told apart by a number."""
+def _unique_names(found: ModelContents) -> None:
+    """Append a number to tensor names that are equal."""
     taken = set(found.rest)
     for storage in found.storages:
         for i, (name, rows) in enumerate(storage.tables):

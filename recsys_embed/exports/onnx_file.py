@@ -1,4 +1,4 @@
-"""From a torch.export program to an ONNX file: assertions kept, paths dropped, large tensors in a file beside it."""
+"""Conversion of a torch.export program to an ONNX file: keeps assertions, drops paths, and writes external data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ASSERTIONS = (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.de
 
 
 def refuse_bad_ids(program: ExportedProgram) -> None:
-    """Replace the assertions of ``program`` in place by reads that fail where an assertion would.
+    """Replace assertions in ``program``, in place, by reads that fail for the same inputs.
 
     ONNX has no assertion and its exporter drops those of torch, after which an id beyond its feature's range would
     read a row of another feature. Element 1 of a tensor of one element stands for a failed assertion: onnxruntime's CPU
@@ -110,7 +110,7 @@ def translate(program: ExportedProgram) -> Any:
     axes = {str(d.value): f"{v.name}_{i}" for v in model.graph.inputs for i, d in _symbolic(v)}
     graph.rename_axes({old: "batch" if len(axes) == 1 else new for old, new in axes.items()})
     _drop_notes(model)
-    _quicken(model)
+    _rewrite_slow_operations(model)
     return graph
 
 
@@ -169,8 +169,8 @@ _PAIRS = {"Add", "Sub", "Mul", "Div", "Mod", "BitShift", "BitwiseAnd", "BitwiseO
 _PAIRS |= {"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "Max", "Min"}
 
 
-def _quicken(model: Any) -> None:
-    """Rewrite, in place, what onnxruntime's CPU kernels are slow at.
+def _rewrite_slow_operations(model: Any) -> None:
+    """Rewrite, in place, operations that are slow in onnxruntime's CPU kernels.
 
     A scalar meets a tensor whose last dimension is 1 element by element, 14 times slower than as ``[1, 1]``; a split
     into one part is a copy.

@@ -1,4 +1,4 @@
-"""From a trained table to its stored rows, chunk by chunk: first a look at what is there, then the rows themselves."""
+"""Encoding of a trained table, in chunks: one pass finds unused rows and columns, a second encodes the others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Read = Callable[[int, int], Tensor]
 
 
 @dataclass
-class Error:
-    """What a precision costs: largest and root-mean-square error of an element, and the elements' own root mean square.
+class RoundingError:
+    """Accumulates rounding errors: largest and root-mean-square error, and the elements' own root mean square.
 
-    >>> error = Error()
+    >>> error = RoundingError()
     >>> error.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))
     >>> error.close(2)
     (1.0, 0.707107, 3.53557)
@@ -32,7 +32,7 @@ class Error:
     values: float = 0.0
 
     def add(self, wanted: Tensor, got: Tensor) -> None:
-        """Account for some elements."""
+        """Add the errors of some elements."""
         self.values += float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) ** 2
         if got is not wanted and got.numel():
             work = torch.promote_types(wanted.dtype, torch.float32)
@@ -44,23 +44,27 @@ class Error:
     def close(self, elements: int) -> tuple[float, float, float]:
         """Largest, root mean square and the values' root mean square over ``elements``, to six digits, rounded up."""
         count = max(elements, 1)
-        return _up(self.largest), _up((self.squares / count) ** 0.5), _up((self.values / count) ** 0.5)
+        return (
+            _round_up(self.largest),
+            _round_up((self.squares / count) ** 0.5),
+            _round_up((self.values / count) ** 0.5),
+        )
 
 
-def _up(number: float) -> float:
-    """To six digits, and not below: an error that is stated is a bound."""
+def _round_up(number: float) -> float:
+    """Round up to six digits, because a stated error is an upper bound."""
     rounded = float(f"{number:.6g}")
     return rounded if rounded >= number else float(f"{number * (1 + 1e-5):.6g}")
 
 
 @dataclass
 class Packed:
-    """What is kept of one table and how.
+    """A table with the rows and columns to keep and their encoding.
 
     Args:
         name: of the table.
         width: of the table.
-        part: the way chosen among ``ways``: everything, the used rows, the used rows and columns.
+        part: the one chosen of ``candidates``: everything, the used rows, the used rows and columns.
         read: rows ``[start, stop)`` of the table, on the CPU.
         used: mask of the rows that are not zero, or of one row where all are.
     """
@@ -70,8 +74,8 @@ class Packed:
     part: Part
     read: Read
     used: Tensor
-    ways: tuple[Part, Part, Part]
-    error: Error = field(default_factory=Error)
+    candidates: tuple[Part, Part, Part]
+    error: RoundingError = field(default_factory=RoundingError)
 
     @property
     def kept(self) -> Tensor | None:
@@ -79,7 +83,7 @@ class Packed:
         return None if self.part.form == "all" else self.used
 
     def arrays(self) -> dict[str, Tensor]:
-        """The arrays that know the kept rows, by the last part of their name."""
+        """Index arrays of the kept rows, by the last part of their name."""
         if self.kept is None or self.part.form in ("all", "range"):
             return {}
         if self.part.form == "sorted":
@@ -88,7 +92,7 @@ class Packed:
         return {"words": words, "ranks": ranks_of(words)}
 
     def stored(self, search: Search) -> Iterator[Tensor]:
-        """Stored rows, a chunk at a time; the error of each is added up."""
+        """Encoded rows in chunks; accumulates their errors."""
         layout = self.part.layout
         columns = None if self.part.columns is None else torch.tensor(self.part.columns)
         for values in self._kept_rows(layout.block):
@@ -99,7 +103,7 @@ class Packed:
             yield stored
 
     def _kept_rows(self, block: int) -> Iterator[Tensor]:
-        """Kept rows in chunks of whole blocks; only the last may end within one."""
+        """Kept rows in chunks of full blocks; only the last chunk may end with a partial block."""
         pending: Tensor | None = None
         for start, stop in chunks(self.part.rows, self.width):
             values = self.read(start, stop)
@@ -115,7 +119,7 @@ class Packed:
 
 
 def chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are looked at together."""
+    """Ranges of rows that are processed together."""
     size = max(1, _ELEMENTS // max(width, 1))
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -135,12 +139,12 @@ def pack_bits(mask: Tensor) -> Tensor:
     return words
 
 
-def survey(
+def inspect_table(
     name: str, read: Read, rows: int, width: int, dtype: torch.dtype, precision: str, prune: bool
 ) -> tuple[Packed, list[str]]:
-    """What of a table has to be kept; and what keeps it from being stored at that precision, in words.
+    """Find the rows and columns of a table that are not zero, and the faults that rule out this precision.
 
-    Rows and columns of zeros are dropped where that saves more than knowing the others costs.
+    Rows and columns of zeros are dropped where that saves more bytes than the index of the others takes.
 
     Args:
         read: rows ``[start, stop)`` of the table, on the CPU.
@@ -150,7 +154,7 @@ def survey(
     broken, first, largest = 0, 0, 0.0
     for start, stop in chunks(rows, width):
         values = read(start, stop)
-        # NaN and infinity survive both maxima, so two passes tell all that has to be known.
+        # NaN and infinity propagate through both maxima, so these suffice to detect them.
         sizes = values.abs()
         highest = sizes.amax(1)
         wrong = ~torch.isfinite(highest)
@@ -175,12 +179,16 @@ def survey(
     if not columns.any():
         columns[0] = True
     layout = Layout.of(width, precision, dtype, rows)
-    ways = _ways(layout, dtype, used, columns) if prune and not faults else (Part(rows, layout, "all", 0, rows),) * 3
-    return Packed(name, width, ways[0], read, used, ways), faults
+    candidates = (
+        _candidate_parts(layout, dtype, used, columns)
+        if prune and not faults
+        else (Part(rows, layout, "all", 0, rows),) * 3
+    )
+    return Packed(name, width, candidates[0], read, used, candidates), faults
 
 
-def _ways(layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor) -> tuple[Part, Part, Part]:
-    """The whole table, and the cheapest without its zero rows, and without its zero columns as well."""
+def _candidate_parts(layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor) -> tuple[Part, Part, Part]:
+    """The full table, the smallest form without zero rows, and the smallest without zero rows and columns."""
     rows, count = len(used), int(used.sum())
     whole = Part(rows, layout, "all", 0, rows)
     first = int(used.nonzero()[0])
@@ -201,20 +209,20 @@ def _ways(layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor) -> 
     return whole, min(fewer, key=_cost), min(narrower, key=_cost)
 
 
-def settle(tables: list[Packed]) -> None:
-    """Choose for all tables of a storage: rows and columns are dropped where that saves 1 % of it, and 1 KiB.
+def choose_parts(tables: list[Packed]) -> None:
+    """Choose one form for all tables of a storage: rows and columns are dropped if that saves 1 % of it, and 1 KiB.
 
-    Whole rows are read faster than rows that have to be found, and these faster than rows in pieces.
+    Reading full tables is faster than reading through an index, which is faster than reading scattered columns.
     """
-    whole, fewer, narrower = (sum(_cost(t.ways[i]) for t in tables) for i in range(3))
+    whole, fewer, narrower = (sum(_cost(t.candidates[i]) for t in tables) for i in range(3))
     worth = max(1024, whole // 100)
     chosen = 1 if whole - fewer >= worth else 0
     if (fewer if chosen else whole) - narrower >= worth:
         chosen = 2
     for table in tables:
-        table.part = table.ways[chosen]
+        table.part = table.candidates[chosen]
 
 
 def _cost(part: Part) -> int:
-    """Bytes, those of a list of columns included."""
+    """Bytes, including those of the list of columns."""
     return part.nbytes + part.index_bytes + (0 if part.columns is None else 8 * len(part.columns))

@@ -1,4 +1,4 @@
-"""Turn an exported file into a module that serves it; nothing in the file is ever run."""
+"""Load an exported file as a module that serves it; no code in the file is executed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
-from recsys_embed.exports.manifest import Manifest, StorageItem, TableItem, read_manifest
+from recsys_embed.exports.manifest import ExportManifest, StorageItem, TableItem, read_manifest
 from recsys_embed.exports.served_modules import (
     ModuleItem,
     build_model,
@@ -28,6 +28,7 @@ from recsys_embed.exports.served_modules import (
 )
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
+from recsys_embed.typing import JSONMapping
 
 Backend = Literal["auto", "torch", "fbgemm"]
 _CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ def load(
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Every refusal names the file."""
+    """Prepend the file's name to every CheckpointError."""
     try:
         yield
     except CheckpointError as e:
@@ -110,7 +111,7 @@ def _loaded(loader: _Loader, into: nn.Module | None) -> nn.Module:
     return loader.fill(into)
 
 
-def verify(path: str | Path) -> Mapping[str, Any]:
+def verify(path: str | Path) -> JSONMapping:
     """Check an exported file as ``load`` does, every byte of it, and return its manifest.
 
     Raises:
@@ -129,7 +130,7 @@ def verify(path: str | Path) -> Mapping[str, Any]:
 
 
 class _Loader:
-    def __init__(self, file: ExportFile, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, file: ExportFile, manifest: ExportManifest, backend: Backend) -> None:
         self.file, self.manifest, self.backend = file, manifest, backend
         self.tables: dict[str, dict[str, nn.Parameter | Stored]] = {}
         self.read: set[str] = set()  # paths of embeddings that have been found to read them
@@ -203,7 +204,7 @@ class _Loader:
         return root
 
     def modules(self) -> dict[int, nn.Module]:
-        """Every embedding module, by its place in the manifest."""
+        """Every embedding module, by its index in the manifest."""
         out = {}
         for i, item in enumerate(self.manifest.modules):
             prefix = f"{item.paths[0]}." if item.paths[0] else ""
@@ -309,7 +310,7 @@ class _Loader:
 
 
 def _tie(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Make parameters one again that were one before others were assigned in their places."""
+    """Tie parameters again that were tied before new ones were assigned."""
     first: dict[int, str] = {}
     for key, tensor in before.items():
         known = first.setdefault(id(tensor), key)
@@ -349,7 +350,7 @@ def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str,
 def _place_faults(
     path: str, item: ModuleItem, module: nn.Module | None, tables: Mapping[str, nn.Parameter | Stored]
 ) -> list[str]:
-    """What keeps an embedding of the file from taking the place of ``module``."""
+    """Faults because of which an embedding of the file cannot replace ``module``."""
     if module is None:
         return [f"the model has no module {path!r}, where the file has an embedding"]
     if item.kind == "collection":

@@ -1,12 +1,12 @@
-"""What an export wrote: bytes and errors, per table and in total."""
+"""Report of an export: bytes and errors, per table and in total."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from recsys_embed.core.footprint import format_bytes
+from recsys_embed.typing import JSON
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`recsys_embed.export` wrote.
+    """Result of :func:`recsys_embed.export`.
 
     Args:
         path: the file.
@@ -89,7 +89,7 @@ class ExportReport:
         """Largest difference of any element of the embeddings from the source."""
         return max((t.max_error for t in self.tables), default=0.0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON values."""
         values = asdict(self)
         values["path"], values["tables"], values["notes"] = (

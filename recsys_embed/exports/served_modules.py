@@ -1,4 +1,4 @@
-"""From what a file says of an embedding to a module that serves it; only registered names are ever built."""
+"""Build serving modules from a file's manifest; only registered classes are built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema, spec_to_dict
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.stored_tables import Stored, StoredTables
-from recsys_embed.kernels.unseen_ids import Unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds
 from recsys_embed.models import ModelSpec, get_model
 from recsys_embed.models.base import CTRModel, make_params
 from recsys_embed.plan import Plan
@@ -38,7 +38,7 @@ class ModuleItem:
 
 @contextmanager
 def refusals(what: str) -> Any:
-    """Whatever goes wrong while something is built from a file becomes a CheckpointError that says what was built."""
+    """Convert any error while ``what`` is built from a file into a CheckpointError that names it."""
     try:
         yield
     except CheckpointError:
@@ -123,13 +123,13 @@ def build_model(build: Mapping[str, Any], collections: Mapping[str, ModuleItem],
 
 
 def revive(module: nn.Module, device: torch.device) -> None:
-    """Bring back on ``device`` what is in no file: integers that follow from configuration, counters, empty buffers."""
+    """Recreate on ``device`` the tensors that files do not hold: derived constants, counters, empty buffers."""
     for part in module.modules():
         if isinstance(part, Constants):
             for name, values in list(part._integers.items()):
                 part.add_constant(name, values, device)
         for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta and (buffer.numel() == 0 or isinstance(part, Unseen)):
+            if buffer.is_meta and (buffer.numel() == 0 or isinstance(part, UnseenIds)):
                 # Not zeros_like: asked of a meta tensor, it loads all of torch's symbolic shapes.
                 setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 

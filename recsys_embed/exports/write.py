@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from recsys_embed import __version__
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
-from recsys_embed.exports.file_format import NAMES, Entry, header_bytes, lay_out
+from recsys_embed.exports.file_format import NAMES, TensorInfo, header_bytes, lay_out
 from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
-from recsys_embed.exports.model_scan import Found, Storage, scan
-from recsys_embed.exports.pack import Error, Packed, settle, survey
+from recsys_embed.exports.model_scan import ModelContents, Storage, scan
+from recsys_embed.exports.pack import Packed, RoundingError, choose_parts, inspect_table
 from recsys_embed.exports.read import load
 from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
 from recsys_embed.exports.served_modules import build_model
@@ -27,7 +27,7 @@ from recsys_embed.utils.files import replacing
 
 
 def unwritten(path: Path, error: OSError) -> CheckpointError:
-    """What became of an export that could not be written."""
+    """The error for an export that could not be written."""
     reason = error.strerror or str(error)
     return CheckpointError(f"{path} could not be written: {reason}; what was there before is untouched")
 
@@ -38,7 +38,7 @@ _KINDS = {dtype: name for name, dtype in FLOATS.items()}
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter of an embedding that every lookup reads whole."""
+    """A dense parameter of an embedding, which every lookup reads completely."""
 
     key: str
     value: Tensor
@@ -107,7 +107,7 @@ def export(
         return _Writer(model, found, kind, precision, search, prune).write(path, evaluate, metric)
 
 
-def _model_kind(model: nn.Module, found: Found) -> dict[str, Any]:
+def _model_kind(model: nn.Module, found: ModelContents) -> dict[str, Any]:
     """What ``load`` has to build: an embedding, a model of the library, or nothing (the caller's own model)."""
     if any("" in item.paths for item in found.modules):
         return {"kind": "embedding"}
@@ -131,28 +131,28 @@ def _model_kind(model: nn.Module, found: Found) -> dict[str, Any]:
 
 class _Writer:
     def __init__(
-        self, model: nn.Module, found: Found, kind: dict[str, Any], precision: str, search: Search, prune: bool
+        self, model: nn.Module, found: ModelContents, kind: dict[str, Any], precision: str, search: Search, prune: bool
     ) -> None:
         self.model, self.found, self.kind = model, found, kind
         self.precision, self.search = precision, search
-        self.packed = self._survey(prune)
+        self.packed = self._inspect_tables(prune)
         self.matrices = {m.key: m for m in self._matrices()}
-        self.errors = {key: Error() for key in self.matrices}
+        self.errors = {key: RoundingError() for key in self.matrices}
         self.digests: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
 
-    def _survey(self, prune: bool) -> list[tuple[Storage, list[Packed]]]:
+    def _inspect_tables(self, prune: bool) -> list[tuple[Storage, list[Packed]]]:
         out, faults = [], []
         for storage in self.found.storages:
             tables, start = [], 0
             for name, rows in storage.tables:
                 read = _reader(storage, start)
-                packed, wrong = survey(name, read, rows, storage.width, storage.dtype, self.precision, prune)
+                packed, wrong = inspect_table(name, read, rows, storage.width, storage.dtype, self.precision, prune)
                 tables.append(packed)
                 faults += wrong
                 start += rows
             if not faults:
-                settle(tables)
+                choose_parts(tables)
             out.append((storage, tables))
         parameters = {key for key, _ in self.model.named_parameters(remove_duplicate=False)}
         for key, value in self.found.rest.items():
@@ -229,7 +229,7 @@ class _Writer:
         return self._report(Path(path), total, size, entries, measured)
 
     def _measure(self, file: Path, evaluate: Callable[[nn.Module], float], name: str) -> Metric:
-        """The source's measure, and that of the file as it will be loaded."""
+        """The metric of the source, and that of the file once loaded."""
         into = None
         if self.kind["kind"] == "state":
             # Tables are replaced anyway, so the copy need not have its own.
@@ -238,8 +238,8 @@ class _Writer:
         before = float(evaluate(self.model))
         return Metric(name, before, float(evaluate(load(file, into=into))))
 
-    def _manifest(self, entries: Mapping[str, Entry], metric: Metric | None) -> dict[str, Any]:
-        """The manifest as far as it is known; unknown numbers stand as the longest there are."""
+    def _manifest(self, entries: Mapping[str, TensorInfo], metric: Metric | None) -> dict[str, Any]:
+        """The manifest; unknown numbers are placeholders of maximal length, so that the header keeps its size."""
         done = bool(self.digests)
         tables = {}
         for storage, packs in self.packed:
@@ -271,7 +271,7 @@ class _Writer:
     # -- report -----------------------------------------------------------------------------------------------------
 
     def _report(
-        self, path: Path, total: int, header: int, entries: Mapping[str, Entry], metric: Metric | None
+        self, path: Path, total: int, header: int, entries: Mapping[str, TensorInfo], metric: Metric | None
     ) -> ExportReport:
         outcomes = []
         for storage, packs in self.packed:
@@ -319,7 +319,7 @@ def _array(table: Packed, end: str) -> Callable[[], Iterator[Tensor]]:
     return lambda: iter([table.arrays()[end]])
 
 
-def _write_tensor(file: IO[bytes], name: str, entry: Entry, make: Callable[[], Iterator[Tensor]]) -> str:
+def _write_tensor(file: IO[bytes], name: str, entry: TensorInfo, make: Callable[[], Iterator[Tensor]]) -> str:
     """Append a tensor and return its digest."""
     digest, written = hashlib.sha256(), 0
     for piece in make():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Integers: TypeAlias = Sequence["int | Integers"]
+"""Nested lists of integers."""
 
 
 class Constants(nn.Module):
@@ -17,9 +20,9 @@ class Constants(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._integers: dict[str, Any] = {}
+        self._integers: dict[str, Integers] = {}
 
-    def add_constant(self, name: str, values: Any, device: torch.device | None = None) -> None:
+    def add_constant(self, name: str, values: Integers, device: torch.device | None = None) -> None:
         """Register nested lists of integers as the tensor ``self.<name>``, on torch's default device unless given."""
         self._integers[name] = values
         self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
@@ -28,7 +31,7 @@ class Constants(nn.Module):
         value: Tensor = getattr(self, name)
         return value
 
-    def integers_of(self, name: str) -> Any:
+    def integers_of(self, name: str) -> Integers:
         """The nested lists that a constant was made of."""
         return self._integers[name]
 

@@ -1,4 +1,4 @@
-"""Steps of a table's optimizer, and bringing rows that did not take part in them up to date."""
+"""Deferred optimizer steps: a log of the steps of a table, and the replay of those that a row missed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from recsys_embed.optim import FusedOptimizer
 
-# Rows that are brought up to date at a time where that takes copies of them.
+# Rows that catch up at a time: the replay works on copies of them.
 _CHUNK = 1 << 18
 
 
-class Pace:
-    """Learning rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which some row may have missed."""
+class StepLog:
+    """Learning rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which some rows may have missed."""
 
     def __init__(self, step: int = 0) -> None:
         self.first = step
@@ -27,15 +27,15 @@ class Pace:
         return self.first + len(self.rates)
 
     def advance(self, optimizer: FusedOptimizer, lr: float) -> None:
-        """One more step; those before it are kept only for optimizers that move all rows."""
+        """Log one more step; earlier ones are kept only if rows may have missed them."""
         if not optimizer.lazy:
-            self.settled()
-        size, epsilon = optimizer.pace(lr, self.step + 1)
+            self.clear()
+        size, epsilon = optimizer.size_and_epsilon(lr, self.step + 1)
         for values, value in ((self.rates, lr), (self.sizes, size), (self.epsilons, epsilon)):
             values.append(value)
 
-    def settled(self) -> None:
-        """All rows are up to date."""
+    def clear(self) -> None:
+        """Forget the steps: no row has missed any."""
         self.first = self.step
         for values in (self.rates, self.sizes, self.epsilons):
             del values[:]
@@ -46,10 +46,10 @@ def catch_up(
     weight: Tensor,
     state: Mapping[str, Tensor],
     rows: Tensor | None,
-    pace: Pace,
+    log: StepLog,
     step: int,
 ) -> None:
-    """Take the steps up to ``step`` that rows missed, in place; their gradient was the weight decay alone.
+    """Apply the steps up to ``step`` that rows missed, in place; their gradient was the weight decay alone.
 
     Args:
         weight: ``[rows, width]``.
@@ -60,20 +60,20 @@ def catch_up(
         rows = (state["last"].squeeze(1) < step).nonzero().squeeze(1)
     for chunk in rows.split(_CHUNK):
         last, order = state["last"][chunk, 0].sort()
-        behind = int(torch.searchsorted(last, step, out_int32=True))
-        if behind == 0:
+        missed = int(torch.searchsorted(last, step, out_int32=True))
+        if missed == 0:
             continue
-        picked, last = chunk[order[:behind]], last[:behind]
+        picked, last = chunk[order[:missed]], last[:missed]
         work = torch.promote_types(weight.dtype, torch.float32)
         w = weight.index_select(0, picked).to(work)
         own = {name: state[name].index_select(0, picked).to(work) for name in optimizer.state}
         first = int(last[0])
-        # Row i takes part from step last[i] + 1 on, so that those of each step stand in front.
+        # Rows are sorted by their last step, and row i joins at step last[i] + 1: the rows of each step are a prefix.
         counts = torch.searchsorted(last, torch.arange(first + 1, step + 1, dtype=last.dtype, device=last.device))
         for t, count in enumerate(counts.tolist(), first + 1):
             part = {name: values[:count] for name, values in own.items()}
             moved = optimizer.update(
-                w[:count], w[:count] * optimizer.weight_decay, part, pace.rates[t - pace.first - 1], t
+                w[:count], w[:count] * optimizer.weight_decay, part, log.rates[t - log.first - 1], t
             )
             w[:count] = moved
             for name, values in own.items():

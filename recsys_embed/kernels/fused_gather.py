@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from recsys_embed.kernels.deferred_steps import Pace, catch_up
+from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, sum_duplicates
 
@@ -20,6 +20,18 @@ class Updater(Protocol):
     def __call__(self, rows: Tensor, grad: Tensor) -> None: ...
 
 
+class _Context(Protocol):
+    """What a gather keeps for its backward."""
+
+    partial: bool
+    updater: Updater
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class FusedGather(Function):
     """``weight[rows]`` whose backward hands the gradient to ``updater`` instead of returning it.
 
@@ -28,13 +40,13 @@ class FusedGather(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
+    def forward(ctx: _Context, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.partial, ctx.updater = partial, updater
         return weight.index_select(0, rows.clamp_min(0) if partial else rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[None, ...]:
         (rows,) = ctx.saved_tensors
         if ctx.partial:
             present = rows >= 0
@@ -61,7 +73,7 @@ def apply_update(
     state: dict[str, Tensor],
     rows: Tensor,
     grad: Tensor,
-    pace: Pace,
+    log: StepLog,
     kernels: bool = False,
 ) -> None:
     """One exact step in place on the rows of ``weight`` and ``state`` that occur in ``rows``.
@@ -71,7 +83,7 @@ def apply_update(
         state: per name of ``optimizer.tensors`` ``[rows, 1]`` or ``[rows, width]``; float32, steps int32.
         rows: int64 ``[n]``, duplicates allowed.
         grad: ``[n, width]``.
-        pace: advanced to this step.
+        log: advanced to this step.
         kernels: may be those of the GPU; else torch's operations.
     """
     if rows.numel() == 0:
@@ -80,20 +92,20 @@ def apply_update(
         from recsys_embed.kernels.triton.rows import update_rows
 
         if optimizer.lazy:
-            catch_up(optimizer, weight, state, rows.unique(), pace, pace.step - 1)
-        update_rows(optimizer, weight, state, rows, grad, pace)
+            catch_up(optimizer, weight, state, rows.unique(), log, log.step - 1)
+        update_rows(optimizer, weight, state, rows, grad, log)
         return
     # Half-precision weights are updated in float32, so that small sums and state survive.
     work = torch.promote_types(weight.dtype, torch.float32)
     touched, sums = sum_duplicates(rows, grad.to(work))
     if optimizer.lazy:
-        catch_up(optimizer, weight, state, touched, pace, pace.step - 1)
-        state["last"][touched] = pace.step
+        catch_up(optimizer, weight, state, touched, log, log.step - 1)
+        state["last"][touched] = log.step
     picked = {name: state[name].index_select(0, touched) for name in state if name != "last"}
     picked = {name: values.to(work) if values.is_floating_point() else values for name, values in picked.items()}
     before = weight.index_select(0, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
-    weight[touched] = optimizer.update(before, sums, picked, pace.rates[-1], pace.step).to(weight.dtype)
+    weight[touched] = optimizer.update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
     for name, values in picked.items():
         state[name][touched] = values.to(state[name].dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,21 +12,29 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.typing import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
 
 
-def check_id_dtype(ids: Tensor, where: str) -> None:
-    """Raise unless ``ids`` are a tensor of int32 or int64; ``where`` is the feature, empty for all of a collection."""
+def check_id_dtype(ids: object, where: str) -> Tensor:
+    """``ids``, where they are a tensor of int32 or int64.
+
+    Args:
+        where: the feature, empty for all of a collection.
+
+    Raises:
+        ConfigError: they are anything else.
+    """
     if isinstance(ids, Tensor) and ids.dtype in _ID_TYPES:
-        return
+        return ids
     at = f"feature {where!r}" if where else "a collection's features"
     if not isinstance(ids, Tensor):
         raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
     raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
 
 
-def given_ids(values: Any, spec: FeatureSpec, hashes: bool, near: Constants) -> Any:
+def given_ids(values: IdValues, spec: FeatureSpec, hashes: bool, near: Constants) -> IdValues:
     """Ids of one feature as users give them: for a method that hashes, also strings and numpy arrays, as a tensor.
 
     What is neither comes back as it is, for :func:`check_id_dtype` to name.
@@ -54,7 +61,7 @@ def given_ids(values: Any, spec: FeatureSpec, hashes: bool, near: Constants) -> 
     return hashing.string_ids(values).to(next(near.buffers()).device) if hashes and known else values
 
 
-def _has_texts(values: Any) -> bool:
+def _has_texts(values: object) -> bool:
     if isinstance(values, (list, tuple)):
         return any(_has_texts(v) for v in values)
     if isinstance(values, np.ndarray):
@@ -62,7 +69,7 @@ def _has_texts(values: Any) -> bool:
     return isinstance(values, (str, bytes))
 
 
-def check_offsets(offsets: Tensor, count: int, where: str, closed: bool = False) -> Tensor:
+def check_offsets(offsets: object, count: int, where: str, closed: bool = False) -> Tensor:
     """``offsets`` as int64, or an error unless they rise from 0 to at most the number of ids, ``count``.
 
     Values are read on the CPU only: elsewhere that would wait for the device.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def _row_lookup(
     table = program.table(row_lookup.table)
     first = indexes.rows(row_lookup.transform, ids)
     pieces = []
-    for step in range(row_lookup.run):
+    for step in range(row_lookup.num_rows):
         rows = torch.where(first < 0, first, (first + step) % table.rows)
         piece = _read(gather, places[row_lookup.table], rows) * row_lookup.scale
         if row_lookup.sign is not None:
@@ -117,7 +117,7 @@ class ReferenceLookup(nn.Module):
         self,
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
-        keys: Sequence[Any] | None = None,
+        keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()

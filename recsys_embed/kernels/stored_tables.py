@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,24 +57,27 @@ class Part:
         return {"all": 0, "range": 0, "bitmap": 12 * words_of(self.rows), "sorted": 4 * self.count}[self.form]
 
 
-class _Integers(NamedTuple):
+N = TypeVar("N", int, Tensor)
+
+
+class _Integers(NamedTuple, Generic[N]):
     """What a lookup needs to know of each row's part."""
 
-    start: Any
-    count: Any
-    size: Any  # rows of the table where they have a bitmap, else 0
-    word: Any  # where its bitmap begins
-    value: Any  # where its sorted rows begin
-    form: Any
-    base: Any  # first element
-    stored: Any  # first stored row
-    width: Any
-    block: Any
-    items: Any
-    number: Any
+    start: N
+    count: N  # type: ignore[assignment]
+    size: N  # rows of the table where they have a bitmap, else 0
+    word: N  # where its bitmap begins
+    value: N  # where its sorted rows begin
+    form: N
+    base: N  # first element
+    stored: N  # first stored row
+    width: N
+    block: N
+    items: N
+    number: N
 
 
-def _integers(parts: Sequence[Part]) -> Iterator[_Integers]:
+def _integers(parts: Sequence[Part]) -> Iterator[_Integers[int]]:
     base = stored = word = value = 0
     for i, p in enumerate(parts):
         size = p.rows if p.form == "bitmap" else 0
@@ -172,7 +175,8 @@ class Stored(Constants):
         """Stored rows ``[rows, items]`` where these are what the native kernels read, else None."""
         if not self._auto or self._uniform is None or self._pruned or self._kind.kind == "fp64":
             return None
-        buffers: Any = self._buffers  # as attributes torch finds them last of all, ten times slower
+        # As attributes torch finds them last of all, ten times slower.
+        buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
         return buffers["data"] if buffers["like"].dtype is torch.float32 else None
 
     @property
@@ -218,7 +222,7 @@ class Stored(Constants):
             return reader(self.data, rows)
         return layout.decode(self.data.index_select(0, rows))
 
-    def _place(self, rows: Tensor) -> tuple[Tensor, _Integers]:
+    def _place(self, rows: Tensor) -> tuple[Tensor, _Integers[Tensor]]:
         """Place of each row among the kept rows of its part, -1 where it is not kept; and the part's integers."""
         integers, local = self.constant("integers"), rows
         if len(self.parts) == 1:
@@ -239,7 +243,7 @@ class Stored(Constants):
                 place = torch.where(n.form == code, found, place)
         return place, n
 
-    def _scattered(self, pos: Tensor, n: _Integers) -> Tensor:
+    def _scattered(self, pos: Tensor, n: _Integers[Tensor]) -> Tensor:
         """Vectors of kept rows ``pos [n]`` where parts differ in width or several rows share a stored one."""
         lane = self.constant("lane")
         last = len(self.data) - 1  # a narrower part's lanes may point beyond its row; what they read is dropped

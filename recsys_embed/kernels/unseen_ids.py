@@ -67,7 +67,7 @@ def with_unseen_row(spec: FeatureSpec, weight: Tensor, counts: Tensor | None) ->
     return torch.cat([weight, mean.to(weight.dtype)]), torch.cat([share, share.new_ones(1)])
 
 
-class Unseen(Constants):
+class UnseenIds(Constants):
     """The policies of many features as tensors over features, and device counters of unseen ids.
 
     Counting is on where some feature's policy is ``"hash"``, ``"oov"`` or ``"zero"``. Counters are no part of the
@@ -165,7 +165,7 @@ class Unseen(Constants):
             check_feature_ids(ids, self.constant("limits"), self.names, feature)
         elif self.actions[0] == "raise":
             # One feature needs no bound per id.
-            check_id_range(ids, self._integers["sizes"][0], self.names[0])
+            check_id_range(ids, self._integers["sizes"][0], self.names[0])  # type: ignore[arg-type]  # it is a flat list
 
     # -- counting -------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,10 @@ tensor over (feature, row lookup), so no loop runs over features. All groups rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.places import Gather, Place, absent_ids
+from recsys_embed.typing import Signature
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class _Read:
     """
 
     storage: str
-    kind: tuple[Any, ...]
+    kind: Signature
     params: str
     may_be_absent: bool
-    run: int = 1
+    num_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,26 @@ class _RowLookupSet:
     width: int | None
 
 
-def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Any, ...]) -> tuple[Any, ...]:
-    row_lookups = tuple(
+def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    rest = (program.spans, program.combine, program.head_form, program.vectors, program.padding, key)
+    return (tuple(_kinds(program, places)), *rest)
+
+
+def _kinds(program: LookupProgram, places: Mapping[str, Place]) -> list[Signature]:
+    """Row lookups of equal kind run as one."""
+    return [
         (
             places[p.table].storage,
             p.transform.signature(),
             p.transform.may_be_absent,
             p.scale,
             p.sign is None,
-            p.run,
+            p.num_rows,
             p.width,
             p.weight and (places[p.weight.table].storage, p.weight.transform.signature()),
         )
         for p in program.row_lookups
-    )
-    return (row_lookups, program.spans, program.combine, program.head_form, program.vectors, program.padding, key)
+    ]
 
 
 class Group(Constants):
@@ -90,13 +96,13 @@ class Group(Constants):
         self.features = tuple(features)
         self.template = programs[0]
         self.optional = optional
-        by_kind: dict[tuple[Any, ...], list[int]] = {}
-        for slot, signature in enumerate(_signature(programs[0], places[0], ())[0]):
+        by_kind: dict[Signature, list[int]] = {}
+        for slot, signature in enumerate(_kinds(programs[0], places[0])):
             by_kind.setdefault(signature, []).append(slot)
         self.sets = [self._row_lookup_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
-        runs = {s.read.run for s in self.sets}
-        for run in runs - {1}:
-            self.add_constant(f"run{run}", list(range(run)))
+        counts = {s.read.num_rows for s in self.sets}
+        for count in counts - {1}:
+            self.add_constant(f"run{count}", list(range(count)))
 
     def _read(
         self,
@@ -105,7 +111,7 @@ class Group(Constants):
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         index: IndexStore,
-        run: int = 1,
+        num_rows: int = 1,
     ) -> _Read:
         """Register the integers of ``chosen[feature][row lookup] = (table, transform)``."""
 
@@ -115,7 +121,7 @@ class Group(Constants):
 
         self.add_constant(name, [[integers(f, table, t) for table, t in row] for f, row in enumerate(chosen)])
         table, transform = chosen[0][0]
-        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, run)
+        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, num_rows)
 
     def _row_lookup_set(
         self,
@@ -127,14 +133,14 @@ class Group(Constants):
         chosen: list[list[RowLookup]] = [[p.row_lookups[s] for s in slots] for p in programs]
         first, tag = chosen[0][0], f"{slots[0]}"
         picks = [[(p.table, p.transform) for p in row] for row in chosen]
-        read = self._read(f"rows{tag}", picks, programs, places, index, first.run)
+        read = self._read(f"rows{tag}", picks, programs, places, index, first.num_rows)
         weight, signs = None, None
         if first.weight is not None:
             picks = [[(p.weight.table, p.weight.transform) for p in row if p.weight] for row in chosen]
             weight = self._read(f"weight{tag}", picks, programs, places, index)
         if first.sign is not None:
             signs = f"sign{tag}"
-            self.add_constant(signs, [[p.sign for p in row] for row in chosen])
+            self.add_constant(signs, [[p.sign or 0 for p in row] for row in chosen])
         return _RowLookupSet(slots, read, weight, signs, first.scale, first.width)
 
     @property
@@ -145,7 +151,7 @@ class Group(Constants):
     def rows(
         self, ids: Tensor, local: Tensor | None, arrays: IndexArrays, absent: Tensor | None = None
     ) -> list[tuple[str, Tensor]]:
-        """Rows to gather, per set and its weights: (storage, int64 ``[..., row lookups]`` or ``[..., lookups, run]``).
+        """Rows to gather, per set and its weights: (storage, int64 ``[..., lookups]`` or ``[..., lookups, num_rows]``).
 
         -1 stays -1.
 
@@ -164,9 +170,9 @@ class Group(Constants):
             if absent is not None:
                 rows = torch.where(absent.unsqueeze(-1), -1, rows)
             partial = read.may_be_absent or absent is not None
-            if read.run > 1:
+            if read.num_rows > 1:
                 size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
-                ahead = (rows + self.constant(f"run{read.run}")) % size
+                ahead = (rows + self.constant(f"run{read.num_rows}")) % size
                 rows = torch.where(rows < 0, rows, ahead) if partial else ahead
             out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if partial else rows + offset))
         return out
@@ -175,8 +181,8 @@ class Group(Constants):
         """-1 or +1 per read, to multiply with its values."""
         salts = self.constant(s.signs or "")
         salts, x = salts if local is None else salts[local], ids.unsqueeze(-1)
-        if s.read.run > 1:
-            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"run{s.read.run}")), x.unsqueeze(-1)
+        if s.read.num_rows > 1:
+            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"run{s.read.num_rows}")), x.unsqueeze(-1)
         return hashing.hash_signs(x, salts).unsqueeze(-1)
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -195,7 +201,7 @@ class Group(Constants):
                 value = value * s.scale
             if s.signs is not None:
                 value = value * self._signs(s, ids, local).to(value.dtype)
-            if s.read.run > 1:
+            if s.read.num_rows > 1:
                 value, row = value.flatten(-2), row[..., 0]
             if s.weight is not None:
                 value = value * values[index]
@@ -231,12 +237,12 @@ class VectorisedLookup(nn.Module):
         self,
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
-        keys: Sequence[Any] | None = None,
+        keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.optional = tuple(optional or [False] * len(programs))
-        members: dict[tuple[Any, ...], list[int]] = {}
+        members: dict[tuple[Hashable, ...], list[int]] = {}
         for i, program in enumerate(programs):
             key = (keys[i] if keys else None, self.optional[i])
             members.setdefault(_signature(program, places[i], key), []).append(i)

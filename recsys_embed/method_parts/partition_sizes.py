@@ -1,4 +1,4 @@
-"""Number theory of partitions: primes, coprime runs, balanced radices, and the sizes of tables that cover n ids."""
+"""Number theory of partitions: primes, coprime integers, balanced radices, and moduli whose product covers n ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 
 def is_prime(n: int) -> bool:
-    """Whether ``n`` is prime, by Miller and Rabin with bases that leave no doubt below 3.3e24."""
+    """Whether ``n`` is prime, by the Miller-Rabin test, deterministic below 3.3e24."""
     if n < 2 or any(n % p == 0 for p in _BASES):
         return n in _BASES
     twos = ((n - 1) & (1 - n)).bit_length() - 1
@@ -75,16 +75,18 @@ def _root(value: int, degree: int) -> int:
     return next(r for r in range(guess + 1, -1, -1) if r**degree <= value)
 
 
-def cover(size: int, collisions: int, tables: int, coprime: bool) -> tuple[int, ...]:
+def covering_moduli(size: int, collisions: int, tables: int, coprime: bool) -> tuple[int, ...]:
     """Moduli with a product of at least ``size``: the first about ``size / collisions``, the others about equal.
 
-    >>> cover(1000, 4, 2, coprime=False), cover(1000, 4, 2, coprime=True), cover(1000, 100, 3, coprime=False)
-    ((250, 4), (251, 4), (10, 10, 10))
+    >>> covering_moduli(1000, 4, 2, coprime=False), covering_moduli(1000, 4, 2, coprime=True)
+    ((250, 4), (251, 4))
+    >>> covering_moduli(1000, 100, 3, coprime=False)
+    (10, 10, 10)
     """
     degree, first = tables - 1, -(-size // collisions)
     root = _root(collisions, degree)
     if coprime:
-        # A run spreads over some integers, so one that starts a little below the root may already do.
+        # Coprime integers are not consecutive, so a run that starts a little below the root may be large enough.
         runs = (coprime_run(start, degree) for start in count(max(1, root - 4 * degree)))
     else:
         runs = (balanced(total, degree) for total in count(degree * root))
@@ -92,8 +94,8 @@ def cover(size: int, collisions: int, tables: int, coprime: bool) -> tuple[int, 
     return (next_coprime(first, others) if coprime else first, *others)
 
 
-class Pairs(Sequence[tuple[int, int]]):
-    """``(ceil(size / m), m)`` for each m of ``second``, kept as one array: there are sqrt(size) of them."""
+class ModuliPairs(Sequence[tuple[int, int]]):
+    """``(ceil(size / m), m)`` for each m of ``second``, stored as one array, since there are about sqrt(size) pairs."""
 
     def __init__(self, size: int, second: NDArray[np.integer[Any]]) -> None:
         self._size, self._second = size, second.astype(np.int32)
@@ -105,27 +107,28 @@ class Pairs(Sequence[tuple[int, int]]):
     def __getitem__(self, at: int) -> tuple[int, int]: ...
 
     @overload
-    def __getitem__(self, at: slice) -> Pairs: ...
+    def __getitem__(self, at: slice) -> ModuliPairs: ...
 
-    def __getitem__(self, at: int | slice) -> tuple[int, int] | Pairs:
+    def __getitem__(self, at: int | slice) -> tuple[int, int] | ModuliPairs:
         if isinstance(at, slice):
-            return Pairs(self._size, self._second[at])
+            return ModuliPairs(self._size, self._second[at])
         m = int(self._second[at])
         return -(-self._size // m), m
 
 
-def _pairs(size: int, costs: tuple[int, ...], below: int) -> Pairs:
-    """:func:`ladder` of two moduli without a condition on their factors, in whole arrays."""
-    # Beyond this the second table alone costs more than the cheapest pair.
+def _pairs(size: int, costs: tuple[int, ...], below: int) -> ModuliPairs:
+    """:func:`moduli_by_cost` for two moduli that need not be coprime, vectorised."""
+    # Beyond this the second table alone costs more than the cheapest pair, which balances both tables (AM-GM:
+    # n / m * a + m * b >= 2 sqrt(n a b)).
     most = 2 * isqrt(size * costs[0] // costs[1] + 1) + costs[0] // costs[1] + 3
     second = np.arange(1, min(most, below // costs[1] + 1) + 1, dtype=np.int64)
     total = -(-size // second) * costs[0] + second * costs[1]
     least = np.minimum.accumulate(np.concatenate([[below], total]))
-    return Pairs(size, second[total < least[:-1]][::-1])
+    return ModuliPairs(size, second[total < least[:-1]][::-1])
 
 
 @lru_cache(maxsize=512)
-def ladder(size: int, costs: tuple[int, ...], coprime: bool, below: int) -> Sequence[tuple[int, ...]]:
+def moduli_by_cost(size: int, costs: tuple[int, ...], coprime: bool, below: int) -> Sequence[tuple[int, ...]]:
     """Moduli that cover ``size`` at strictly rising cost, cheapest first; all cost less than ``below``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Parts of programs whose ids lack columns: what fills a gap, and whose columns are alike."""
+"""Lookup programs of pruned tables: columns that some ids lack are zeros or shared."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigi
 _GAP = Table("gap", 1, 1, Initializer("constant"))
 
 
-def segments(patterns: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
-    """Neighbouring columns of one pattern: (pattern, first column, number of columns).
+def column_runs(patterns: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
+    """Runs of neighbouring columns with equal patterns: (pattern, first column, number of columns).
 
-    >>> list(segments("aab"))
+    >>> list(column_runs("aab"))
     [('a', 0, 2), ('b', 2, 1)]
     """
     at = 0
@@ -24,11 +24,11 @@ def segments(patterns: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
         at += count
 
 
-class Columns:
-    """Tables and row lookups of a program that grows column by column from the left.
+class ColumnBuilder:
+    """Builds the tables and row lookups of a program, column by column from the left.
 
     Args:
-        width: of the output; columns that nothing fills are zeros.
+        width: of the output; columns that are not filled are zeros.
     """
 
     def __init__(self, width: int) -> None:
@@ -37,18 +37,18 @@ class Columns:
         self._row_lookups: list[RowLookup] = []
 
     def add(self, table: Table, row_lookup: RowLookup) -> None:
-        """One more table and who reads it."""
+        """Add a table and its row lookup."""
         self._tables[table.name] = table
         self._row_lookups.append(row_lookup)
 
     def share(self, column: int, count: int) -> None:
-        """Columns that all ids read from one row, beside whatever rows they own."""
-        # Zeros, so that a shared row does not move the initial vectors of those with rows of their own.
+        """Add one row that all ids read in these columns, besides rows of their own."""
+        # Starts at zero, so that ids with rows of their own keep their initial vectors.
         table = Table(f"shared_{column}", 1, count, Initializer("constant"))
         self.add(table, RowLookup(table.name, MixedRadixDigit(mod=1), column=column))
 
     def skip(self, column: int, count: int) -> None:
-        """Columns of zeros in front of others; the number they are multiples of is never learned."""
+        """Add columns of zeros before other columns; their one table is scaled by 0 and so never learned."""
         self.add(_GAP, RowLookup(_GAP.name, MixedRadixDigit(mod=1), column=column, scale=0.0, width=count))
 
     def program(self) -> LookupProgram:

@@ -1,4 +1,4 @@
-"""What plans of methods with one store for many features have in common."""
+"""Plans of methods that store many features in one table: which features keep tables of their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.features import FeatureSpec
 
 
-def private_tables(
+def keep_small_tables(
     specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, full_below: int
 ) -> tuple[dict[str, MethodConfig], int, list[FeatureSpec]]:
-    """Features that keep a plain table of their own, the bytes these take, and the features left.
+    """Split features into those that keep a dense table (with its bytes) and those left to share.
 
-    Those of fewer than ``full_below`` ids do, smallest first, while they take at most half of ``budget``.
+    Features with fewer than ``full_below`` ids keep one, smallest first, while these take at most half of ``budget``.
+
+    Returns:
+        Configurations and total bytes of the dense tables, and the remaining features.
     """
     chosen: dict[str, MethodConfig] = {}
     spent = 0

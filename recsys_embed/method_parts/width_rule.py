@@ -1,4 +1,4 @@
-"""Widths by popularity: Ginart's rule (arXiv 1909.11810) over the tables of a plan and the blocks of a table."""
+"""Widths by popularity: the power law of Ginart et al. (arXiv 1909.11810), for tables of a plan and blocks of ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rounding = Literal["integer", "power_of_two", "multiple_of_4"]
 
 
 def block_faults(spec: FeatureSpec, blocks: Sequence[int]) -> list[str]:
-    """What keeps ``blocks``, all but the last, from being counts of the ids of ``spec``."""
+    """Faults of ``blocks``, the numbers of ids of ``spec`` in every block but the last."""
     n = spec.num_ids
     if all(type(count) is int and count >= 1 for count in blocks) and sum(blocks) < n:
         return []
@@ -34,7 +34,7 @@ class WidthRule:
 
     Args:
         rows: ids of each block, most frequent first.
-        queries: how many of a block's rows one sample asks for, on average.
+        queries: average number of lookups of each block per sample.
         most: largest width.
         rounding: of the widths; ``"power_of_two"`` is ``2 ** round(log2(width))``, as in the authors' code.
 
@@ -57,7 +57,7 @@ class WidthRule:
         rounding: Rounding = "integer",
         most: int | None = None,
     ) -> Self:
-        """The rule of one feature, whose ``queries`` per sample the blocks serve by their ``shares``.
+        """The rule of one feature with ``queries`` lookups per sample, split among blocks by ``shares``.
 
         Raises:
             ConfigError: an argument is wrong; all faults at once.
@@ -79,13 +79,13 @@ class WidthRule:
         return cls((*front, spec.num_ids - sum(front)), asked, min(width, most or width), rounding)
 
     @property
-    def front(self) -> float:
-        """``rows / queries`` of the first block, whose width is 1 at a scale of this to the power of alpha."""
+    def first_ratio(self) -> float:
+        """``rows / queries`` of the first block, of width 1 at a scale of this ratio to the power of alpha."""
         return self.rows[0] / self.queries[0]
 
     @property
     def popularity(self) -> tuple[float, float]:
-        """Least and largest ``rows / queries`` of the blocks: of the most popular one, and of the least."""
+        """Least and largest ``rows / queries`` of the blocks: of the most and the least popular one."""
         ratios = [n / k for n, k in zip(self.rows, self.queries, strict=True)]
         return min(ratios), max(ratios)
 
@@ -94,7 +94,7 @@ class WidthRule:
         out: list[int] = []
         for n, k in zip(self.rows, self.queries, strict=True):
             width = max(1.0, scale * (n / k) ** -alpha)
-            # The full width is always in reach, whatever it is a multiple of; powers of ratios lose the last digits.
+            # The full width is always allowed, whatever the rounding; the tolerance absorbs rounding errors of powers.
             rounded = self.most if width >= self.most * (1 - 1e-9) else self._round(width)
             out.append(min(self.most, rounded, *out[-1:]))
         return out
@@ -107,7 +107,7 @@ class WidthRule:
         return math.floor(width + 0.5)
 
     def blocks(self, alpha: float, scale: float) -> dict[str, Any]:
-        """Options ``dims`` and ``blocks``; neighbours of one width are one block."""
+        """Options ``dims`` and ``blocks``; neighbouring blocks of equal width are merged."""
         dims: list[int] = []
         rows: list[int] = []
         for n, width in zip(self.rows, self.widths(alpha, scale), strict=True):
@@ -119,12 +119,12 @@ class WidthRule:
         return {"dims": tuple(dims), "blocks": tuple(rows[:-1]) or None}
 
 
-class Growth:
-    """The rule's way from the fewest bytes (0) to the most (1) for several tables, on which no width ever falls.
+class WidthGrowth:
+    """A path of parameters of the rule from the fewest bytes (x = 0) to the most (x = 1), along which no width shrinks.
 
     Args:
         rules: of the tables.
-        alpha: the scale grows; with None alpha falls from 1 to 0, and the most popular block keeps the largest width.
+        alpha: fixed, while the scale grows; None: alpha falls from 1 to 0 at the full width of the most popular block.
     """
 
     def __init__(self, rules: Sequence[WidthRule], alpha: float | None) -> None:
@@ -134,7 +134,7 @@ class Growth:
         self.last = max((rule.popularity[1] for rule in rules), default=1.0)
 
     def at(self, x: float) -> tuple[float, float]:
-        """Alpha and scale of a point."""
+        """Alpha and scale at ``x``."""
         if self.alpha is None:
             return 1 - x, self.most * self.first ** (1 - x)
         return self.alpha, x * self.most * self.last**self.alpha

@@ -1,4 +1,4 @@
-"""The methods, one file each; registering one here puts it into every list, test, table and command."""
+"""The methods, one file each. A method registered here appears in every list, test, table and command."""
 
 from recsys_embed.methods.adaptive import AdaptiveEmbedding
 from recsys_embed.methods.compositional import CompositionalEmbedding

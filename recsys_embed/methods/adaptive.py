@@ -1,4 +1,4 @@
-"""adaptive: the most frequent ids own rows, all others share hashed ones (AdaptEmb, as in DeepRec)."""
+"""adaptive: the most frequent ids own rows, all others share hashed rows (AdaptEmb, as in DeepRec)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class AdaptiveConfig(MethodConfig):
 
     ``order="ids"`` takes ids to be numbered by falling frequency, so that the frequent ones are ``[0, num_frequent)``
     and nothing more is stored. ``order="counts"`` stores the set of frequent ids (a bitmap or a sorted array, whichever
-    is smaller, part of the footprint) and needs ``assign_(counts)`` before training; until then it is that of
+    is smaller, part of the footprint) and needs ``assign_(counts)`` before training; until then it behaves like
     ``"ids"``. Papers store a remap of 4 bytes per id and do not count it.
 
-    Pitfall: with ``order="ids"`` over ids numbered otherwise, arbitrary ids own the rows, and frequent ones collide.
+    Pitfall: with ``order="ids"`` and ids that are not numbered by frequency, arbitrary ids own the rows and frequent
+    ones collide.
 
     When sizing by a budget, ``frequent_share`` of the rows (default: half) are for frequent ids.
 
@@ -97,7 +98,7 @@ class AdaptiveConfig(MethodConfig):
 
 
 class AdaptiveEmbedding(CompressedEmbedding):
-    """Drop-in over one table in which frequent ids own rows and the others share hashed ones.
+    """Drop-in over one table in which frequent ids own rows and the others share hashed rows.
 
     >>> import torch
     >>> emb = AdaptiveEmbedding(1_000_000, 16, num_frequent=10_000, num_buckets=40_000, order="counts")

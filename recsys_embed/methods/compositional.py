@@ -1,11 +1,11 @@
 """compositional: complementary partitions (Shi, Mudigere, Naumov and Yang, KDD 2020, arXiv 1909.02107).
 
 Every partition of the ids has a small table with one row per class. No two ids share their classes in all partitions,
-so every id keeps a vector of its own (for ``sum`` and ``mul``: but for coincidences of values) from about
+so every id keeps a vector of its own (for ``sum`` and ``mul``: unless values coincide) from about
 k * n**(1/k) rows.
 
 Where this differs from the authors' DLRM code: the quotient is exact integer division (theirs goes through floats,
-wrong above 2**24); factors combine per id and are pooled then (``bag="pooled"`` is theirs); and products start like a
+wrong above 2**24); rows combine per id before bags are pooled (``bag="pooled"`` is theirs); and products start like a
 plain table (``initializer="dlrm_bug"`` is theirs, whose call sets the lower bound of the uniform distribution and not
 its width).
 The affine map is ours: it breaks the tie between the order of ids and their classes.
@@ -30,7 +30,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.method_parts.partition_sizes import cover, ladder, next_prime
+from recsys_embed.method_parts.partition_sizes import covering_moduli, moduli_by_cost, next_prime
 
 _MLP = ("hidden_weight", "hidden_bias", "out_weight", "out_bias")
 
@@ -52,7 +52,7 @@ def class_maps(
 
 @dataclass(frozen=True, kw_only=True)
 class CompositionalConfig(MethodConfig):
-    """Tables ``part0``, ``part1``, ..., one per partition; a plain table where that would not take less.
+    """Tables ``part0``, ``part1``, ..., one per partition; a dense table where that would not be smaller.
 
     With ``num_collisions`` c the first table has ceil(n / c) rows and the others cover c: c rows for the second of
     two. Classes of an id x, with moduli m_0, m_1, ...:
@@ -81,7 +81,9 @@ class CompositionalConfig(MethodConfig):
     moduli: tuple[int, ...] | None = param(None, "rows of each table, instead of `num_collisions`")
     affine: bool = param(False, "first map x to (a*x + b) % p, a bijection for a prime p >= n")
     threshold: int = param(0, "features of at most this many ids keep a plain table", low=0)
-    bag: Literal["per_id", "pooled"] = param("per_id", "'pooled' pools each table and combines then, as DLRM does")
+    bag: Literal["per_id", "pooled"] = param(
+        "per_id", "'pooled' pools bags per table before tables combine, as in DLRM"
+    )
     initializer: Literal["plain", "dlrm_bug", "xavier"] = param(
         "plain", "'plain' starts with the plain table's mean and std"
     )
@@ -92,7 +94,7 @@ class CompositionalConfig(MethodConfig):
             object.__setattr__(self, "moduli", tuple(self.moduli))
         super().__post_init__()
 
-    # -- what is wrong ----------------------------------------------------------------------------------------------
+    # -- faults ----------------------------------------------------------------------------------------------------
 
     @property
     def _tables(self) -> int:
@@ -102,7 +104,7 @@ class CompositionalConfig(MethodConfig):
         return len(self.moduli) if self.moduli else 2
 
     def _faults(self, spec: FeatureSpec) -> list[str]:
-        """Options that contradict each other, whatever the size of the tables."""
+        """Faults: options that contradict each other, whatever the size of the tables."""
         k, faults = self._tables, []
         if self.partition == "quotient_remainder" and k != 2:
             faults.append(f"`num_partitions` must be 2 for partition 'quotient_remainder'; got {k}; use 'generalized'")
@@ -146,7 +148,7 @@ class CompositionalConfig(MethodConfig):
     # -- the tables -------------------------------------------------------------------------------------------------
 
     def _range(self, spec: FeatureSpec) -> int:
-        """Number of values that the partitions split: the ids, or what the affine map makes of them."""
+        """Number of values that are partitioned: ids, or values of the affine map."""
         return next_prime(spec.num_ids) if self.affine else spec.num_ids
 
     def _widths(self, spec: FeatureSpec) -> list[int]:
@@ -160,7 +162,7 @@ class CompositionalConfig(MethodConfig):
 
     def _networks(self, spec: FeatureSpec, moduli: tuple[int, ...]) -> list[list[Table]]:
         """Tables of the network of each further partition; networks keep the variance of their input."""
-        # A rectified input has half the mean square of what was rectified (He et al. 2015).
+        # ReLU halves the mean square of its input (He et al. 2015).
         bounds = (sqrt(3 / spec.embedding_dim), 0.0, sqrt(6 / self.hidden), 0.0)
         inits = [Initializer("uniform", bound) if bound else Initializer("constant") for bound in bounds]
         shapes = self._mlp_shapes(spec)
@@ -173,7 +175,7 @@ class CompositionalConfig(MethodConfig):
         ]
 
     def _costs(self, spec: FeatureSpec) -> tuple[int, ...]:
-        """Elements that a class of each partition takes."""
+        """Elements stored per class of each partition."""
         widths = self._widths(spec)
         network = sum(prod(shape) for shape in self._mlp_shapes(spec))
         return (widths[0], *(network if self.combine == "path" else w for w in widths[1:]))
@@ -189,7 +191,7 @@ class CompositionalConfig(MethodConfig):
         if n <= self.threshold:
             return None
         coprime = self.partition == "chinese_remainder"
-        moduli = self.moduli or cover(self._range(spec), self.num_collisions or 1, self._tables, coprime)
+        moduli = self.moduli or covering_moduli(self._range(spec), self.num_collisions or 1, self._tables, coprime)
         elements = sum(m * c for m, c in zip(moduli, self._costs(spec), strict=True))
         return moduli if elements < n * spec.embedding_dim else None
 
@@ -251,7 +253,7 @@ class CompositionalConfig(MethodConfig):
 
     @property
     def pools_first(self) -> bool:
-        """Whether bags pool every table before they combine, and that makes a difference."""
+        """Whether bags are pooled per table before tables combine, where the order matters."""
         return self.bag == "pooled" and self.combine in ("mul", "sum")
 
     # -- sizes ------------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ class CompositionalConfig(MethodConfig):
         if spec.num_ids <= config.threshold:
             return ()
         coprime, plain = config.partition == "chinese_remainder", spec.num_ids * spec.embedding_dim
-        return ladder(config._range(spec), config._costs(spec), coprime, plain)
+        return moduli_by_cost(config._range(spec), config._costs(spec), coprime, plain)
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Any) -> int:

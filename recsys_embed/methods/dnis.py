@@ -1,4 +1,4 @@
-"""dnis: blocks of ids by frequency, each with columns of its own (DNIS and AutoSrh)."""
+"""dnis: blocks of ids by frequency, each with its own subset of columns (DNIS and AutoSrh)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from recsys_embed.core.program import (
 )
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.method_parts.pruned_columns import Columns, segments
+from recsys_embed.method_parts.pruned_columns import ColumnBuilder, column_runs
 from recsys_embed.method_parts.width_rule import block_faults
 
 
 @dataclass(frozen=True, kw_only=True)
 class DnisConfig(MethodConfig):
-    """What DNIS (Cheng, Shen, Huang, arXiv 2006.04466) leaves of a feature: per block of ids, some of the columns.
+    """A feature pruned by DNIS (Cheng, Shen, Huang, arXiv 2006.04466): each block of ids keeps some of the columns.
 
     ``blocks`` holds the ids of every block but the last, most frequent first, see ``mixeddim``; ``columns`` one number
     per block, whose bit k says that column k is kept. The search (``recsys-embed search dnis``) finds both; any set of
@@ -59,9 +59,9 @@ class DnisConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        out = Columns(spec.embedding_dim)
+        out = ColumnBuilder(spec.embedding_dim)
         patterns = [tuple(bool(c >> k & 1) for c in self.columns) for k in range(spec.embedding_dim)]
-        found = list(segments(patterns))
+        found = list(column_runs(patterns))
         if self.pruned == "zero" and len(found) > 1 and not any(found[-1][0]):
             found.pop()
         for alive, column, count in found:
@@ -69,12 +69,12 @@ class DnisConfig(MethodConfig):
                 out.share(column, count)
             elif not any(alive):
                 out.skip(column, count)
-            for has, first, number in segments(alive):
+            for has, first, number in column_runs(alive):
                 if has:
                     self._add(out, spec, (first, first + number), column, count)
         return out.program()
 
-    def _add(self, out: Columns, spec: FeatureSpec, blocks: tuple[int, int], column: int, count: int) -> None:
+    def _add(self, out: ColumnBuilder, spec: FeatureSpec, blocks: tuple[int, int], column: int, count: int) -> None:
         """The table of some neighbouring blocks in some neighbouring columns."""
         edges = [0, *self._edges, spec.num_ids]
         start, stop = edges[blocks[0]], edges[blocks[1]]

@@ -1,4 +1,4 @@
-"""freqcut: frequent ids own rows, all rarer ids share a single one; the baseline any other method has to beat."""
+"""freqcut: frequent ids own rows, all rarer ids share one row; a baseline that other methods should beat."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from recsys_embed.features import MAX_ROWS, FeatureSpec
 class FreqcutConfig(MethodConfig):
     """``num_frequent`` rows for as many of the most frequent ids, and one row for all others.
 
-    This is what a smaller vocabulary with an out-of-vocabulary id would be, so it costs the information which rare id
-    it was, and nothing else. ``order`` says how the kept ids are known, as for ``adaptive``: ``"ids"`` are numbered by
-    falling frequency (nothing is stored), or ``assign_(counts)`` before training tells (a bitmap or a sorted array).
+    This equals a smaller vocabulary with an out-of-vocabulary id: it loses only the distinction between rare ids.
+    ``order`` determines the kept ids, as for ``adaptive``: with ``"ids"``, ids are numbered by falling frequency and
+    nothing is stored; with ``"counts"``, ``assign_(counts)`` before training stores them (a bitmap or sorted array).
 
     >>> FreqcutConfig(num_frequent=499).footprint(FeatureSpec("C1", 10_000, 16)).serve
     32000

@@ -1,4 +1,4 @@
-"""full: the plain table, as torch has it; the baseline every method is held against."""
+"""full: the dense table, as in torch; the baseline that every method is compared with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen_ids import with_unseen_row
+from recsys_embed.typing import IdValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,16 @@ class FullEmbedding(CompressedEmbedding):
             with torch.no_grad():
                 self.table("weight")[self.padding_idx] = 0.0
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
         policy = self._policy
         hashes = policy.actions[0] == "hash"
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
-            # Torch has no row for no id, and takes an unseen id that hashes to the padding's row for padding.
+            # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
             return super().forward(input, offsets, per_sample_weights)
-        ids = given_ids(input, self.spec, False, policy)
-        check_id_dtype(ids, self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, False, policy), self.spec.name)
         ids = self._resolve(ids.long() if policy.replaces else ids)
         options: dict[str, Any] = {
             "padding_idx": self.padding_idx,
@@ -84,7 +86,7 @@ class FullEmbedding(CompressedEmbedding):
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
             return F.embedding(ids, weight, **options)
         if offsets is not None:
-            # Torch reads beyond the ids where offsets fall.
+            # Torch reads out of bounds where offsets decrease.
             check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}")
         return F.embedding_bag(
             ids,

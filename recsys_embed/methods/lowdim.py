@@ -1,4 +1,4 @@
-"""lowdim: a narrow plain table and a matrix that widens it; the strong dumb baseline (a low-rank factorisation)."""
+"""lowdim: a narrow table times a matrix (low-rank factorisation); a simple, strong baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""memcom: ids share hashed rows, each id scaling them by a number of its own (MEmCom, arXiv 2203.10135)."""
+"""memcom: ids share hashed rows, and each id scales its row by a learned scalar (MEmCom, arXiv 2203.10135)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 
-# Elements of the matrices that a fit holds at once.
+# Largest number of elements of the matrices that a fit holds at once.
 _AT_ONCE = 1 << 22
 
 
@@ -24,13 +24,13 @@ _AT_ONCE = 1 << 22
 class MemcomConfig(MethodConfig):
     """``e(i) = U[i mod num_buckets] * v_i``, with ``bias`` also ``+ w_i``, the same for every column.
 
-    The scalars start at v = 1 and w = 0, so that training starts from plain hashing and ids of one row grow apart
+    The scalars start at v = 1 and w = 0, so that training starts from plain hashing and ids of one row diverge
     (Pansare et al., MLSys 2022).
 
     Pitfalls: one or two scalars PER ID are stored, which bounds the compression at ``embedding_dim`` (half of it with
     ``bias``); for tables of very many ids these outweigh the rows. With ids numbered by falling frequency, ``"mod"``
-    gives each of the ``num_buckets`` most frequent ids another row, which is what the method wants; where numbers mean
-    something else (periodic, grouped), ids collide in that pattern, and ``hash="splitmix64"`` does not.
+    gives the ``num_buckets`` most frequent ids distinct rows, as the method intends. Where ids have another structure
+    (periodic, grouped), they collide in that pattern; ``hash="splitmix64"`` avoids this.
 
     >>> MemcomConfig(num_buckets=500).footprint(FeatureSpec("C1", 10_000, 16)).serve  # 4 * (500 * 16 + 10_000)
     72000
@@ -106,7 +106,7 @@ class MemcomEmbedding(CompressedEmbedding):
                 lean.index_add_(0, place, importance[ids] * along)
             # The direction is known up to its sign; scalars start at 1, so most of them stay positive.
             fitted = vectors * (energy / mass).sqrt().unsqueeze(1) * torch.where(lean < 0, -1.0, 1.0).unsqueeze(1)
-            # Rows that no counted id reads have nothing to learn and keep their own.
+            # Rows that no counted id reads keep their values.
             row = torch.where((energy > 0).unsqueeze(1), fitted, rows[first:last].double())
             rows[first:last] = row.to(rows.dtype)
             square = row.square().sum(1)
@@ -121,7 +121,7 @@ class MemcomEmbedding(CompressedEmbedding):
         return any(table.name == "bias" for table in self.program.tables)
 
     def _target(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """What multiples of the shared rows are to approximate: float64 ``[n, embedding_dim]``."""
+        """The target that multiples of the shared rows approximate: float64 ``[n, embedding_dim]``."""
         target = weight[ids].double()
         return target - target.mean(1, keepdim=True) if self._biased else target
 

@@ -1,4 +1,4 @@
-"""mixeddim: rows as wide as they are popular, widened by a matrix (Ginart et al. 2019, arXiv 1909.11810)."""
+"""mixeddim: row widths grow with popularity, projected to one width (Ginart et al. 2019, arXiv 1909.11810)."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
-from recsys_embed.method_parts.width_rule import Growth, Rounding, WidthRule, alpha_fault, block_faults
+from recsys_embed.method_parts.width_rule import Rounding, WidthGrowth, WidthRule, alpha_fault, block_faults
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixeddimConfig(MethodConfig):
     """Blocks of ids in order of frequency; rows of block b are ``dims[b]`` wide, falling, and projected where narrower.
 
-    With one block this is a narrow table and a matrix without bias, which tables as wide as the output do without.
-    With more, the blocks' columns stand side by side under one matrix; those of a first block as wide as the output
-    pass it by. Bags of a collection are pooled before the matrix applies.
+    With one block this is a narrow table and a matrix without bias; a table as wide as the output has no matrix. With
+    more blocks, one matrix projects the concatenated columns of all blocks, except a first block as wide as the output.
+    Bags of a collection are pooled before the matrix applies.
 
     ``blocks`` holds the number of ids of every block but the last, which takes the rest; :meth:`equal_traffic` finds
     them. ``order="ids"`` takes ids to be numbered by falling frequency; ``"counts"`` stores the sets of ids (part of
     the footprint) and needs ``assign_(counts)`` before training, see ``adaptive``.
 
-    **Widths by popularity.** A table or block of n rows, of which a sample asks for k, gets the width
-    ``scale * (n / k) ** -alpha``, between 1 and ``embedding_dim``. A budget fixes the scale, for one feature with
-    ``blocks=`` as for many in a plan (see :meth:`plan`, also for a budget that fixes alpha). ``alpha=0`` gives all the
-    same width; around 0.3 is the paper's advice.
+    **Widths by popularity.** A table or block of n rows, of which a sample reads k, gets the width
+    ``scale * (n / k) ** -alpha``, between 1 and ``embedding_dim``. A budget determines the scale, for one feature
+    with ``blocks=`` and for many in a plan (see :meth:`plan`, which can also solve for alpha). ``alpha=0`` gives equal
+    widths; the paper recommends about 0.3.
 
-    **Initial rows** (``initializer``): ``"plain"`` gives outputs a plain table's variance, ``"xavier"`` is the authors'
-    (Glorot and Bengio 2010 for rows and matrix), which makes those of large tables very small.
+    **Initial rows** (``initializer``): ``"plain"`` gives outputs a plain table's variance, ``"xavier"`` is the
+    authors' (Glorot and Bengio 2010, for rows and matrix), which makes rows of large tables very small.
 
     Pitfalls: at least one element per id is stored. Rounding to powers of two wastes a budget: the steps are large.
 
@@ -94,7 +94,7 @@ class MixeddimConfig(MethodConfig):
         return LookupProgram(tuple(tables), tuple(row_lookups), head=Projection("projection") if narrow else None)
 
     def _initializer(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Initializer:
-        """Initializer of a block; the matrix has that of the widest projected block, narrower ones make up for it."""
+        """Initializer of a block; scaled so that narrower blocks have the variance of the widest projected one."""
         whole = spec.embedding_dim
         if self.initializer == "xavier":
             gain = (widest + whole) / (dim + whole) if dim < whole else 1.0
@@ -103,7 +103,7 @@ class MixeddimConfig(MethodConfig):
 
     @staticmethod
     def equal_traffic(counts: Tensor, num_blocks: int) -> tuple[int, ...]:
-        """Ids of each block but the last, such that each of ``num_blocks`` blocks is asked for about equally often.
+        """Ids of each block but the last, such that ``num_blocks`` blocks get about equal numbers of lookups.
 
         Where a few ids take most of the traffic there may be fewer blocks.
 
@@ -118,7 +118,7 @@ class MixeddimConfig(MethodConfig):
             raise ConfigError(f"`num_blocks` must be at least 2, and some count not 0; got {num_blocks}")
         traffic = counts.to(torch.float64).sort(descending=True).values.cumsum(0)
         marks = traffic[-1] * torch.arange(1, num_blocks, dtype=torch.float64, device=traffic.device) / num_blocks
-        # An id that reaches over a mark belongs to the block before it.
+        # An id whose lookups straddle a mark belongs to the block before it.
         edges = sorted({int(e) for e in torch.searchsorted(traffic, marks) + 1 if int(e) < len(counts)})
         return tuple(b - a for a, b in zip([0, *edges], edges, strict=False))
 
@@ -150,8 +150,10 @@ class MixeddimConfig(MethodConfig):
         raise_faults(alpha_fault(alpha), f"widths by popularity, feature {spec.name!r}")
         # The last widths save less than the matrix takes; a single block grows with each but the full one.
         wider = range(size, rule.most + 1) if blocks else {size, rule.most}
-        configs = (cls.from_params({**params, **rule.blocks(alpha, d * rule.front**alpha)}) for d in sorted(wider))
-        # Widths by the rule suit the feature, and planning tries many: no need to check them here.
+        configs = (
+            cls.from_params({**params, **rule.blocks(alpha, d * rule.first_ratio**alpha)}) for d in sorted(wider)
+        )
+        # Widths from the rule are valid, and planning tries many, so they are not checked here.
         return min(reversed(list(configs)), key=lambda config: config.build_program(spec).footprint().serve)
 
     @classmethod
@@ -207,7 +209,7 @@ class MixeddimConfig(MethodConfig):
         used = 0
         for keep in (full_below, 0):
             ruled = [s for s in specs if s.num_embeddings >= keep]
-            growth = Growth([rules[s.name] for s in ruled], alpha)
+            growth = WidthGrowth([rules[s.name] for s in ruled], alpha)
             chosen = {s.name: (whole[s.name], plain) for s in specs}
             chosen |= {s.name: option(s, growth.at(0.0)) for s in ruled}
             used = sum(need for need, _ in chosen.values())
@@ -255,7 +257,7 @@ def _rules(
 
 
 class MixeddimEmbedding(CompressedEmbedding):
-    """Drop-in over rows as wide as their ids are frequent, and a matrix that widens them.
+    """Drop-in over rows whose width depends on frequency, and a projection.
 
     >>> import torch
     >>> emb = MixeddimEmbedding(1_000_000, 16, dims=(16, 4, 1), blocks=(1000, 50_000))
@@ -282,7 +284,7 @@ class MixeddimEmbedding(CompressedEmbedding):
                 known = importance if importance[ids].any() else torch.ones_like(importance)
                 axes = principal_axes(weight, known, table.shape[1], (part for _, part in parts))
                 matrix = self.table("projection")
-                # Columns of a first block that passes the matrix by have no rows in it.
+                # A first block that is not projected has no rows in the matrix.
                 first = row_lookup.column - (self.program.combined_width - matrix.shape[0])
                 matrix[first : first + table.shape[1]] = axes.T.to(matrix.dtype)
             for at, part in parts:

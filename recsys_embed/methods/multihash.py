@@ -1,4 +1,4 @@
-"""multihash: each id reads several hashed rows, so that two ids rarely share all of them; optionally weighs them."""
+"""multihash: each id reads several hashed rows, so two ids rarely share all of them; optionally with weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MultihashConfig(MethodConfig):
-    """``num_hashes`` rows of a table of ``num_buckets`` rows, combined (all k agree for two ids with odds M^-k).
+    """``num_hashes`` rows of a table of ``num_buckets`` rows, combined (two ids share all k with probability M^-k).
 
     **Importance weights** make it hash embeddings (Svenstrup et al., NeurIPS 2017, arXiv 1709.03933): row j counts
     ``w_j(x)``, a learned scalar from a second hashed table. With u, u_j hashes of the id into [0, num_weights):
     ``"original"`` reads ``w_j = P[u, j]``, ``"indep"`` ``P[u_j, j]``, ``"flat"`` any element of P. The paper's option
-    of handing the weights on comes in two forms: ``append_weights="inside"`` keeps the width, with a pool of
+    to output the weights comes in two forms: ``append_weights="inside"`` keeps the width, with a pool of
     ``embedding_dim - num_hashes`` and outputs ``[sum_j w_j E_j ; w / sqrt(embedding_dim)]`` (the library cce);
     ``"outside"`` is the paper's ``[sum_j w_j E_j ; w]``, so the output is ``num_hashes`` WIDER than ``embedding_dim``.
 
@@ -170,7 +170,7 @@ class MultihashConfig(MethodConfig):
         return faults
 
     def _inits(self, spec: FeatureSpec) -> tuple[Initializer, Initializer]:
-        """Laws of rows and weights."""
+        """Initializers of rows and weights."""
         width, k = spec.embedding_dim, self.num_hashes
         gain = {"sum": k**-0.5, "mean": k**0.5, "concat": 1.0}[self.combine]
         if self.initializer == "svenstrup":
@@ -190,8 +190,8 @@ class MultihashConfig(MethodConfig):
             return Murmur(self.seed, j, self.num_buckets)
         salt = hashing.salt(self.seed, spec.name, "row", j)
         if self.combine == "concat":
-            return Hash(salt, self.num_buckets, head=self.num_frequent)
-        # A frequent id is one row of the first table, which it alone has; the other row lookups pass it by.
+            return Hash(salt, self.num_buckets, num_frequent=self.num_frequent)
+        # A frequent id reads its own row of the first table, and none in the other row lookups.
         alone = self.num_frequent > 0 and j > 0
         offset = -self.num_frequent if self.separate and alone else 0
         return Hash(salt, self.num_buckets, 1, offset, self.num_frequent, alone)

@@ -1,4 +1,4 @@
-"""optembed: the rows and the width that a search keeps, as a narrow table and a set of ids (OptEmbed)."""
+"""optembed: the rows and the width that an OptEmbed search keeps, as a narrow table and an id set."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from recsys_embed.core.program import (
 )
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_DIM, MAX_ROWS, FeatureSpec
-from recsys_embed.method_parts.pruned_columns import Columns
+from recsys_embed.method_parts.pruned_columns import ColumnBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptembedConfig(MethodConfig):
-    """What OptEmbed (Lyu et al., CIKM 2022, arXiv 2208.04482) leaves of a feature: ``num_kept`` rows of width ``dim``.
+    """A feature pruned by OptEmbed (Lyu et al., CIKM 2022, arXiv 2208.04482): ``num_kept`` rows of width ``dim``.
 
     The search (:mod:`recsys_embed.search`, ``recsys-embed search optembed``) finds which rows; the plan that it writes
     names them (``order="counts"``). A configuration alone keeps the most frequent ids, see ``freqcut``. Columns
@@ -56,7 +56,7 @@ class OptembedConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        columns, dim = Columns(spec.embedding_dim), self.dim or spec.embedding_dim
+        columns, dim = ColumnBuilder(spec.embedding_dim), self.dim or spec.embedding_dim
         rest = int(self.pruned == "oov" and self.num_kept < spec.num_ids)
         if not self.num_kept + rest:
             columns.skip(0, spec.embedding_dim)

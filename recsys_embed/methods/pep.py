@@ -1,4 +1,4 @@
-"""pep: single elements kept or pruned, each column by its own set of ids (PEP)."""
+"""pep: unstructured pruning; every column has its own set of ids that keep an element (PEP)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from recsys_embed.core.program import (
 )
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
-from recsys_embed.method_parts.pruned_columns import Columns, segments
+from recsys_embed.method_parts.pruned_columns import ColumnBuilder, column_runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class PepConfig(MethodConfig):
-    """What PEP (Liu et al., ICLR 2021, arXiv 2101.07577) leaves of a feature: ``num_kept[k]`` elements of column k.
+    """A feature pruned by PEP (Liu et al., ICLR 2021, arXiv 2101.07577): ``num_kept[k]`` elements of column k.
 
     The search (``recsys-embed search pep``) finds a set of ids for every column, and the plan that it writes names them
     (``order="sets"``). Then every column is a table of its own, one element wide: 4 bytes per element, and 12 per
@@ -60,13 +60,13 @@ class PepConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        out, n = Columns(spec.embedding_dim), spec.num_ids
+        out, n = ColumnBuilder(spec.embedding_dim), spec.num_ids
         some = [IdSet("", n, 0, count) for count in self.num_kept if 0 < count < n]
         forms = {form: sum(IdSet("", n, 0, i.count, form).nbytes for i in some) for form in ("bitmap", "sorted")}
-        # One form for the whole feature: row lookups of one kind run as one operation.
+        # One form of id set for the whole feature: row lookups of one kind run as one operation.
         form: Any = "range" if self.order == "ids" else min(forms, key=lambda f: forms[f])
         apart = self.order == "sets"
-        found = list(segments([(c, k if apart and 0 < c < n else 0) for k, c in enumerate(self.num_kept)]))
+        found = list(column_runs([(c, k if apart and 0 < c < n else 0) for k, c in enumerate(self.num_kept)]))
         if self.pruned == "zero" and len(found) > 1 and not found[-1][0][0]:
             found.pop()
         for (elements, _), column, count in found:

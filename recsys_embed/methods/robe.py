@@ -1,4 +1,4 @@
-"""robe: ids read blocks of one flat array at hashed places, for all features together (ROBE-Z, arXiv 2108.02191)."""
+"""robe: ids read blocks of one flat array at hashed offsets, shared by all features (ROBE-Z, arXiv 2108.02191)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recsys_embed.core.method_config import MethodConfig, param
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.method_parts.shared_plan import private_tables
+from recsys_embed.method_parts.shared_plan import keep_small_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class RobeConfig(MethodConfig):
     """A flat array of ``num_elements`` for every feature that names it (Desai, Chou, Shrivastava, MLSys 2022).
 
     A vector is cut into blocks of Z = ``block_size`` elements, the last one shorter where Z does not divide the width.
-    Each block lies at a place of the array hashed from the id, salted with the feature's name and the block's number,
-    so a feature keeps its places when others come and go. Blocks overlap freely. Z = 1 is HashedNets (Chen et al.,
+    The offset of each block is a hash of the id, salted with the feature's name and the block's number, so a feature
+    keeps its offsets when others are added or removed. Blocks overlap freely. Z = 1 is HashedNets (Chen et al.,
     ICML 2015); with Z = ``embedding_dim``, the default, a vector is one contiguous read. Elements of one block never
     collide with one another, so larger blocks collide less within a vector.
 
-    Blocks wrap around the end of the array, as in the paper, so that all elements are used alike; with ``wrap=False``
+    Blocks wrap around the end of the array, as in the paper, so that all elements are used equally; with ``wrap=False``
     they start in [0, num_elements - Z], as in the authors' code. Hashes are splitmix64 where the paper's are linear
     modulo a prime, and independent per feature where the authors' differ by an offset.
 
@@ -73,7 +73,7 @@ class RobeConfig(MethodConfig):
                 Hash(salt("block", number), starts),
                 column=column,
                 sign=salt("sign", number) if self.sign else None,
-                run=min(block, width - column),
+                num_rows=min(block, width - column),
             )
             for number, column in enumerate(range(0, width, block))
         )
@@ -91,20 +91,20 @@ class RobeConfig(MethodConfig):
 
     @classmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
-        """An array of ``size - 1`` elements more than a block has."""
+        """An array ``size - 1`` elements longer than a block."""
         return cls.from_params({**params, "num_elements": cls._longest(spec, params) + size - 1})
 
     @classmethod
     def plan(
         cls, specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, *, full_below: int = 200, **params: Any
     ) -> dict[str, MethodConfig]:
-        """One array that takes what the budget leaves.
+        """One array of the bytes that the budget leaves.
 
         Args:
             full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
                 at most half the budget.
         """
-        chosen, spent, shared = private_tables(specs, budget, plain, full_below)
+        chosen, spent, shared = keep_small_tables(specs, budget, plain, full_below)
         if not shared:
             return chosen
         least = max(cls._longest(s, params) for s in shared)
@@ -116,7 +116,7 @@ class RobeConfig(MethodConfig):
 
 
 class RobeEmbedding(CompressedEmbedding):
-    """Drop-in for one feature: blocks of a flat array at hashed places; takes any int64 id.
+    """Drop-in for one feature: blocks of a flat array at hashed offsets; takes any int64 id.
 
     >>> import torch
     >>> emb = RobeEmbedding(1_000_000, 16, num_elements=200_000, block_size=8)

@@ -13,7 +13,7 @@ from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLooku
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.method_parts.shared_plan import private_tables
+from recsys_embed.method_parts.shared_plan import keep_small_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class UnifiedConfig(MethodConfig):
     """One table of ``num_buckets`` x ``dim`` for every feature that names it (Coleman et al., NeurIPS 2023, 3.1).
 
     Each id reads ``num_hashes`` rows, found by independent hashes salted with the feature's name and the number, so a
-    feature keeps its rows when others come and go. Rows of different features collide freely: with a learned linear
-    layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
+    feature keeps its rows when others are added or removed. Rows of different features collide freely: with a learned
+    linear layer above, such collisions are mostly harmless (section 3.4), unlike those within one feature.
 
     Two properties follow: features that are SUMMED before the first layer should not share a table, and the rows of a
     table shared by features of unlike cardinality start with the paper's U(±0.05) unless the features' own initializer
@@ -51,7 +51,7 @@ class UnifiedConfig(MethodConfig):
     table: str = param("unified", "name of the shared table; features that name another do not share")
 
     def _shape(self, spec: FeatureSpec) -> tuple[int, int]:
-        """RowLookups per id and row width for ``spec``."""
+        """Row lookups per id and row width for ``spec``."""
         d, summed = spec.embedding_dim, self.combine == "sum"
         if self.num_hashes is not None:
             row_lookups = self.num_hashes
@@ -121,7 +121,7 @@ class UnifiedConfig(MethodConfig):
         num_hashes: int | Mapping[str, int] | None = None,
         **params: Any,
     ) -> dict[str, MethodConfig]:
-        """One shared table that takes what the budget leaves.
+        """One shared table of the bytes that the budget leaves.
 
         Args:
             full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
@@ -132,7 +132,7 @@ class UnifiedConfig(MethodConfig):
         for name in num_hashes if isinstance(num_hashes, Mapping) else ():
             if name not in {s.name for s in specs}:
                 raise unknown_name("feature in `num_hashes`", name, [s.name for s in specs])
-        chosen, spent, shared = private_tables(specs, budget, plain, full_below)
+        chosen, spent, shared = keep_small_tables(specs, budget, plain, full_below)
         if not shared:
             return chosen
         chunks = 0

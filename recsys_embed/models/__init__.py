@@ -1,12 +1,12 @@
-"""Click-through-rate models over embedding collections; every model takes any plan its widths allow."""
+"""Click-through-rate models over embedding collections; every model accepts any plan with suitable widths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 import torch
+from torch import nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError
@@ -22,7 +22,9 @@ from recsys_embed.models.fm import FM
 from recsys_embed.models.ipnn import IPNN
 from recsys_embed.models.lr import LR
 from recsys_embed.models.widedeep import WideDeep
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.typing import Option
 from recsys_embed.utils import plugins
 from recsys_embed.utils.plugins import load_plugins, unknown_plugin_name
 
@@ -58,7 +60,7 @@ def list_models() -> list[str]:
 
 
 def vector_models() -> list[str]:
-    """Keys of the models that own vectors, whose storage there is to choose.
+    """Keys of the models that have embedding vectors, which a plan can compress.
 
     >>> "lr" in vector_models(), "fm" in vector_models()
     (False, True)
@@ -91,12 +93,12 @@ def build_model(
     linear_plan: Plan | None = None,
     *,
     num_dense: int | None = None,
-    optimizer: Any = None,
+    optimizer: FusedOptimizer | None = None,
     seed: int = 0,
     backend: str = "auto",
     device: torch.device | str | None = None,
-    collection: Callable[..., Any] = EmbeddingCollection,
-    **hparams: Any,
+    collection: Callable[..., nn.Module] = EmbeddingCollection,
+    **hparams: Option,
 ) -> CTRModel:
     """Build a model whose tables follow ``plan``.
 

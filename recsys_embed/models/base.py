@@ -1,10 +1,10 @@
-"""The part every CTR model shares: its embedding collections, numeric field vectors and byte count."""
+"""Base of all CTR models: embedding collections, numeric field vectors and byte counts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,48 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
+from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, build, check_settings, param
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 NUMERIC_INIT_STD = 0.05
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is built from, whatever its architecture.
+    """Arguments that every model is built from, whatever its architecture.
 
     Args:
         schema: the categorical features, in the order of the columns of ``ids``.
-        plan: how each feature's vectors are stored.
-        linear_plan: how the first-order weights (width 1) are stored; models without them refuse it.
+        plan: storage of each feature's vectors.
+        linear_plan: storage of first-order weights (width 1); models without them refuse it.
         num_dense: number of numeric columns of ``dense``; may be 0.
         optimizer: fused optimizer of the tables, or None for ordinary gradients.
-        seed: seeds tables and dense layers; same seed, same bits.
+        seed: of tables and dense layers; equal seeds give bitwise equal models.
         backend: kernel backend of the collections.
         device: where tables live.
-        collection: makes a collection of what :class:`EmbeddingCollection` takes, in its place.
+        collection: called in place of :class:`EmbeddingCollection`, with its arguments.
     """
 
     schema: Schema
     plan: Plan | None
     linear_plan: Plan | None = None
     num_dense: int = field(default_factory=former_default)
-    optimizer: Any = None
+    optimizer: FusedOptimizer | None = None
     seed: int = 0
     backend: str = "auto"
     device: torch.device | str | None = None
-    collection: Callable[..., Any] = EmbeddingCollection
+    collection: Callable[..., nn.Module] = EmbeddingCollection
 
 
 class CTRModel(nn.Module):
     """Base of the models: ``model(dense [B, num_dense] float32, ids [B, F] int64) -> logits [B] float32``.
 
-    A subclass names its ``key``, its frozen dataclass of hyperparameters ``params_cls``, what it needs of the
+    A subclass names its ``key``, its frozen dataclass of hyperparameters ``params_cls``, its requirements on
     embeddings, and implements ``logits``. It sees collections only, never methods.
 
     Attributes:
@@ -68,7 +73,7 @@ class CTRModel(nn.Module):
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
 
-    params: Any = None
+    params: DataclassInstance | None = None
     embedding: EmbeddingCollection | None
     linear: EmbeddingCollection | None
 
@@ -100,16 +105,19 @@ class CTRModel(nn.Module):
             self.numeric = nn.Parameter(torch.randn(spec.num_dense, self.numeric_dim) * NUMERIC_INIT_STD)
 
     def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
-        """Logits ``[B]`` from standardised numeric values; what a model is."""
+        """Logits ``[B]`` from standardised numeric values; every model defines this."""
         raise TypeError(f"{type(self).__name__} does not define logits(dense, ids)")
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
-        """Logits ``[B]`` of ``dense [B, num_dense]`` as the data holds it and ``ids [B, F]``."""
+        """Logits ``[B]`` of ``dense [B, num_dense]`` with raw numeric values, and ``ids [B, F]``."""
         mean, std = self.get_buffer("numeric_mean"), self.get_buffer("numeric_std")
         return self.logits((dense - mean) / std, ids)
 
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
+
     def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Bring numeric columns to mean 0 and standard deviation 1 inside the model, so that serving feeds raw values.
+        """Standardise numeric columns (mean 0, standard deviation 1) inside the model, so serving takes raw values.
 
         Args:
             mean: ``[num_dense]`` of the training rows.
@@ -119,12 +127,12 @@ class CTRModel(nn.Module):
         self.get_buffer("numeric_std").copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def _collection(self, schema: Schema, plan: Plan, spec: ModelSpec) -> EmbeddingCollection:
-        # Restores the global generator, so dense layers start alike whatever a plan draws.
+        # Dense layers start alike whatever a plan draws, and the global generator is restored.
         with torch.random.fork_rng(devices=[]):
-            made: EmbeddingCollection = spec.collection(
+            made = spec.collection(
                 schema, plan, optimizer=spec.optimizer, seed=spec.seed, backend=spec.backend, device=spec.device
             )
-        return made
+        return cast("EmbeddingCollection", made)  # or one that is called as it is
 
     def _numeric_dim(self, schema: Schema) -> int:
         """Width of a numeric field's vector: that of the categories, or their mean where they differ."""
@@ -177,7 +185,7 @@ class CTRModel(nn.Module):
         return {k: v for k, v in found.items() if v is not None}
 
     def trainable(self) -> list[nn.Parameter]:
-        """What an ordinary optimizer must step: dense layers, plus tables where no fused optimizer holds them."""
+        """Parameters for a torch optimizer: dense layers, and tables without a fused optimizer."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def footprint(self) -> Footprint:
@@ -207,11 +215,11 @@ def register(cls: type[M]) -> type[M]:
     return cls
 
 
-def make_params(cls: type[CTRModel], hparams: dict[str, Any]) -> Any:
+def make_params(cls: type[CTRModel], hparams: JSON) -> DataclassInstance:
     """Hyperparameters of ``cls`` from keywords; lists become tuples, unknown keys and wrong values are errors."""
     where = f"model {cls.key!r}"
     try:
-        params: Any = build(cls.params_cls, hparams, f"hyperparameter of {where}", where=where)
+        params: DataclassInstance = build(cls.params_cls, hparams, f"hyperparameter of {where}", where=where)
     except ConfigError as e:
         raise type(e)(str(e).replace(f"({cls.params_cls.__name__})", f"({where})")) from None
     check_settings(params, where)

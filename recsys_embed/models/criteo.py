@@ -1,4 +1,4 @@
-"""Criteo's number of numeric columns, which models meant before their makers had to say how many there are."""
+"""The earlier default of ``num_dense``: the number of Criteo's numeric columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NUM_DENSE = 13
 
 
 def former_default() -> int:
-    """What a model built without ``num_dense`` gets for one more version."""
+    """The value of ``num_dense`` where it is not given; deprecated."""
     warnings.warn(
         f"a model built without `num_dense` has Criteo's {NUM_DENSE} numeric columns; say how many the data has, as "
         "num_dense=data.num_dense: the default goes away",

@@ -22,7 +22,7 @@ class DLRMParams(MLPParams):
 
 @register
 class DLRM(CTRModel):
-    """Numeric columns become one vector; its pairs with every category's vector, and theirs, feed the top MLP."""
+    """A bottom MLP maps numeric columns to one vector; dot products of all pairs of vectors feed the top MLP."""
 
     key = "dlrm"
     params_cls = DLRMParams

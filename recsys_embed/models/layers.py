@@ -40,7 +40,7 @@ class MLP(nn.Sequential):
 
 
 def hidden_tail(size: int, dropout: float, batch_norm: bool) -> list[nn.Module]:
-    """What follows the Linear of a hidden layer."""
+    """The layers after the Linear of a hidden layer."""
     tail: list[nn.Module] = [nn.BatchNorm1d(size)] if batch_norm else []
     tail.append(nn.ReLU(inplace=True))
     if dropout:

@@ -25,7 +25,7 @@ class Adagrad(FusedOptimizer):
     initial_accumulator_value: float = 0.0
 
     state: ClassVar[Mapping[str, str]] = {"sum": "element"}
-    fades: ClassVar[bool] = False
+    decays_without_gradient: ClassVar[bool] = False
 
     def initial(self, name: str) -> float:
         return self.initial_accumulator_value
@@ -47,7 +47,7 @@ class RowwiseAdagrad(FusedOptimizer):
     eps: float = 1e-8
 
     state: ClassVar[Mapping[str, str]] = {"sum": "row"}
-    fades: ClassVar[bool] = False
+    decays_without_gradient: ClassVar[bool] = False
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         state["sum"] = state["sum"] + grad.square().mean(-1, keepdim=True)

@@ -65,7 +65,7 @@ class Adam(FusedOptimizer):
         beta1, beta2 = self.betas
         return math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
-    def pace(self, lr: float, step: int) -> tuple[float, float]:
+    def size_and_epsilon(self, lr: float, step: int) -> tuple[float, float]:
         if self.bias_correction == "row":
             return lr, self.eps
         # SparseAdam adds epsilon to the biased denominator, Adam to the corrected one.
@@ -76,7 +76,7 @@ class Adam(FusedOptimizer):
         beta1, beta2 = self.betas
         state["exp_avg"] = state["exp_avg"].lerp(grad, 1 - beta1)
         state["exp_avg_sq"] = state["exp_avg_sq"].lerp(grad.square(), 1 - beta2)
-        size, eps = self.pace(lr, step)
+        size, eps = self.size_and_epsilon(lr, step)
         direction = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(eps)
         if self.bias_correction == "row":
             state["count"] = state["count"] + 1

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import check_settings
 
 
@@ -26,9 +27,9 @@ class FusedOptimizer(ABC):
     Args:
         lr: learning rate, > 0 (0 freezes the tables).
         weight_decay: L2 penalty, ``weight_decay * w`` added to the gradient of every row that moves.
-        rows: which rows a step moves: ``"touched"``, those of the batch; or ``"all"``, so that weights are those of the
-            dense optimizer of torch (rows that are never read decay and moments fade). The others wait: a row makes
-            up for the steps it missed when it is next read, and all do before they are evaluated or saved.
+        rows: which rows a step updates: ``"touched"``, those of the batch; or ``"all"``, for the weights of torch's
+            dense optimizer (rows that are never read decay, and so do moments). Steps of rows outside the batch are
+            deferred: a row catches up when it is next read, and all do before they are evaluated or saved.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -42,8 +43,8 @@ class FusedOptimizer(ABC):
     bounds: ClassVar[Mapping[str, float]] = {"low": 0}
     # Name and kind of each state tensor: "row" is one float per row, "element" one per weight, "step" a count per row.
     state: ClassVar[Mapping[str, str]] = {}
-    # Whether a row moves on without a gradient, by what it remembers.
-    fades: ClassVar[bool] = True
+    # Whether a row changes in a step without gradient and weight decay, by its state.
+    decays_without_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(self, type(self).__name__, type(self).conflicts)
@@ -68,8 +69,8 @@ class FusedOptimizer(ABC):
 
     @property
     def lazy(self) -> bool:
-        """Whether rows outside a batch move, and make up for it when they are next read."""
-        return self.rows == "all" and (self.weight_decay > 0 or self.fades)
+        """Whether steps change rows outside the batch, for which they are deferred until the row is next read."""
+        return self.rows == "all" and (self.weight_decay > 0 or self.decays_without_gradient)
 
     def initial(self, name: str) -> float:
         """Value every element of state ``name`` starts with, unless :meth:`reset_state_` says otherwise."""
@@ -89,9 +90,32 @@ class FusedOptimizer(ABC):
         """Bytes of float32 state for a table of ``rows`` x ``width``."""
         return 4 * sum(rows * width if kind == "element" else rows for kind in self.tensors.values())
 
-    def pace(self, lr: float, step: int) -> tuple[float, float]:
-        """What a step's direction is multiplied by, and the epsilon of its denominator."""
+    def size_and_epsilon(self, lr: float, step: int) -> tuple[float, float]:
+        """Step size, the factor of a step's direction, and epsilon, which is added to its denominator."""
         return lr, getattr(self, "eps", 0.0)
+
+    @property
+    def fades(self) -> bool:
+        """The earlier name of ``decays_without_gradient``."""
+        warn_renamed("attribute of update rules", "fades", "decays_without_gradient")
+        return self.decays_without_gradient
+
+    def pace(self, lr: float, step: int) -> tuple[float, float]:
+        """The earlier name of :meth:`size_and_epsilon`."""
+        warn_renamed("method of update rules", "pace", "size_and_epsilon")
+        return FusedOptimizer.size_and_epsilon(self, lr, step)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = cls.__dict__
+        if "fades" in own:
+            warn_renamed(f"attribute of {cls.__name__}", "fades", "decays_without_gradient")
+            cls.decays_without_gradient = own["fades"]
+        if "pace" in own:
+            warn_renamed(f"method of {cls.__name__}", "pace", "size_and_epsilon")
+            cls.size_and_epsilon = own["pace"]  # type: ignore[method-assign]
+        elif "size_and_epsilon" in own:
+            cls.pace = own["size_and_epsilon"]  # type: ignore[method-assign]
 
     @abstractmethod
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:

@@ -44,7 +44,7 @@ class FTRL(FusedOptimizer):
     l2: float = 0.0
 
     state: ClassVar[Mapping[str, str]] = {"sum": "element", "z": "element"}
-    fades: ClassVar[bool] = False
+    decays_without_gradient: ClassVar[bool] = False
 
     @property
     def constants(self) -> tuple[float, ...]:

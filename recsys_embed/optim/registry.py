@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.base import FusedOptimizer
+from recsys_embed.typing import Option
 from recsys_embed.utils.plugins import RULES, load_plugins, unknown_plugin_name
 
 _RULES: dict[str, type[FusedOptimizer]] = {}
@@ -58,7 +59,7 @@ def list_rules() -> list[str]:
     return sorted(_RULES)
 
 
-def make_rule(name: str, /, **options: Any) -> FusedOptimizer:
+def make_rule(name: str, /, **options: Option) -> FusedOptimizer:
     """The rule of that name.
 
     Args:

@@ -20,7 +20,7 @@ class SGD(FusedOptimizer):
     0
     """
 
-    fades: ClassVar[bool] = False
+    decays_without_gradient: ClassVar[bool] = False
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         return weight.sub(grad, alpha=lr)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from recsys_embed.errors import ConfigError, DataError, RecsysEmbedError
 from recsys_embed.features import Schema
@@ -14,6 +13,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.loss_estimate import AUC_PER_LOSS, CurveTerms
 from recsys_embed.planning.predict import plan_losses
 from recsys_embed.registry import list_methods
+from recsys_embed.typing import JSON, EvidenceSource, JSONMapping
 
 LEAST, MOST = 0.1, 10.0
 """Bounds of the factors: runs on little data are noisy, and a factor near 0 would make a method free."""
@@ -34,7 +34,7 @@ class Calibration:
     runs: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_comparison(source: Any) -> list[dict[str, Any]]:
+def read_comparison(source: EvidenceSource) -> list[JSON]:
     """Rows of a comparison.
 
     Args:
@@ -46,7 +46,7 @@ def read_comparison(source: Any) -> list[dict[str, Any]]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         files = [path] if path.is_file() else sorted((path / "rows").glob("*.json"))
-        rows: list[dict[str, Any]] = []
+        rows: list[JSONMapping] = []
         for file in files:
             try:
                 data = json.loads(file.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def read_comparison(source: Any) -> list[dict[str, Any]]:
     return [dict(r) for r in rows]
 
 
-def calibrate(rows: Sequence[Mapping[str, Any]], schema: Schema, terms: Mapping[str, CurveTerms]) -> Calibration:
+def calibrate(rows: Sequence[JSONMapping], schema: Schema, terms: Mapping[str, CurveTerms]) -> Calibration:
     """Factors by least squares through the origin: measured fall of test AUC against predicted loss.
 
     Each run counts at its compression ratio; the names of its features do not matter. A run is compared with ``full``
@@ -94,14 +94,14 @@ def calibrate(rows: Sequence[Mapping[str, Any]], schema: Schema, terms: Mapping[
     slope = _slope(everything)
     if not everything or slope <= 0:
         raise ConfigError(
-            "the evidence does not show what compression costs: it needs rows of 'full' and of compressed methods of "
+            "`evidence` does not show what compression costs: it needs rows of 'full' and of compressed methods of "
             f"the same model and seed that lose AUC; got {len(rows)} rows with {len(everything)} such pairs"
         )
     scales = {m: min(MOST, max(LEAST, _slope(found) / slope)) for m, found in points.items()}
     return Calibration(scales, slope, {m: len(found) for m, found in points.items()})
 
 
-def _auc(row: Mapping[str, Any]) -> float | None:
+def _auc(row: JSONMapping) -> float | None:
     test = row.get("test") or row.get("valid") or {}
     return test.get("auc")
 

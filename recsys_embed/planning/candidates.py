@@ -10,10 +10,11 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.registry import MethodInfo, get_method, list_methods
+from recsys_embed.typing import JSONMapping, Methods
 
 
 def method_faults(where: str, names: Iterable[Any]) -> list[str]:
-    """A fault for each name that no method has."""
+    """Faults: one for each name that is not a method."""
     known = [m.name for m in list_methods()]
     return [str(unknown_name(f"method in `{where}`", str(n), known)) for n in names if n not in known]
 
@@ -28,7 +29,7 @@ class Candidate:
     """
 
     info: MethodInfo
-    params: Mapping[str, Any] | None = None
+    params: JSONMapping | None = None
 
     @property
     def name(self) -> str:
@@ -41,7 +42,7 @@ class Candidate:
         return [Candidate(self.info, dict(params)) for params in self.info.config_cls.planning_variants(spec, curve)]
 
 
-def candidate_methods(methods: Any) -> list[Candidate]:
+def candidate_methods(methods: Methods | None) -> list[Candidate]:
     """The methods to consider, in the order of registration.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.typing import Counts
 
 Floats = NDArray[np.float64]
 
@@ -66,7 +67,7 @@ class FrequencyCurve:
     # -- constructors ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_counts(cls, counts: Any) -> FrequencyCurve:
+    def from_counts(cls, counts: Counts) -> FrequencyCurve:
         """Curve of counts per id (array, tensor or list, any order).
 
         Raises:
@@ -108,7 +109,7 @@ class FrequencyCurve:
     @classmethod
     def from_coverage(
         cls,
-        coverage: Mapping[Any, float],
+        coverage: Mapping[int, float] | Mapping[str, float],
         distinct: int,
         seen_once: int = 0,
         total: float | None = None,

@@ -106,13 +106,13 @@ def explain(choice: FeatureChoice, limits: Limits) -> str:
         ratio = f", {dense / cost:.3g}x smaller than a plain table" if cost < dense else ""
         texts.append(format_bytes(cost) + ratio)
     texts.append(
-        f"predicted to lose {share_text(choice.loss)} of what the ids tell" if choice.loss > 5e-5 else "nothing lost"
+        f"predicted to lose {share_text(choice.loss)} of the ids' signal" if choice.loss > 5e-5 else "nothing lost"
     )
     return "; ".join(texts)
 
 
 def _coverage(choice: FeatureChoice) -> str:
-    """The share of the lookups that the most frequent twentieth of the ids takes."""
+    """Share of lookups of the most frequent twentieth of the ids, as text."""
     curve = choice.terms.curve
     if curve.n < 20 or not curve.mass.any():
         return ""
@@ -122,7 +122,7 @@ def _coverage(choice: FeatureChoice) -> str:
 
 
 def _storage(choice: FeatureChoice) -> str:
-    """How ids find their vectors, derived from the program alone."""
+    """How ids share rows, from the program alone."""
     curve, program, spans, readers = choice.terms.curve, choice.program, choice.spans, choice.readers
     own = max(float((f.private * curve.ids).sum()) for f in spans)
     lookups = max(float((f.private * curve.mass).sum()) for f in spans)
@@ -149,7 +149,7 @@ def _storage(choice: FeatureChoice) -> str:
 
 
 def counted(n: int, what: str) -> str:
-    """A number and what it counts.
+    """A number with its noun, in the plural where needed.
 
     >>> counted(1, "id"), counted(2500, "id")
     ('1 id', '2,500 ids')
@@ -158,7 +158,7 @@ def counted(n: int, what: str) -> str:
 
 
 def share_text(share: float) -> str:
-    """A share in words that do not claim more digits than matter.
+    """A share as a percentage, rounded to the digits that matter.
 
     >>> share_text(0.934), share_text(0.00031), share_text(0.9996)
     ('93 %', '0.031 %', '99.96 %')

@@ -192,7 +192,7 @@ def solve(
 
 def _solution(classes: Sequence[Choices], options: Ints, bound: float, exact: bool) -> Solution:
     picked = [int(i) for i in options]
-    # Sums in one order whoever solved it, so that equal choices have equal losses.
+    # Summed in one order for all solvers, so that equal choices have equal losses.
     loss = float(sum(float(c.losses[i]) for c, i in zip(classes, picked, strict=True)))
     cost = sum(int(c.costs[i]) for c, i in zip(classes, picked, strict=True))
     return Solution(tuple(picked), cost, loss, bound, exact)

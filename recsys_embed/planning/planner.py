@@ -1,4 +1,4 @@
-"""From a byte budget to a plan."""
+"""The planner: from a byte budget to a plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_
 from recsys_embed.planning.predict import curve_terms, plan_losses
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.statistics import curves_from
-from recsys_embed.planning.table_groups import TableGroup, configs_of, table_groups
+from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
+from recsys_embed.typing import Budget, EvidenceSource, Methods, ModelOrSchema, Option, Statistics, UpdateRule
 
 MANY = 200
 """With more features than this, the grid of sizes is coarser."""
@@ -37,17 +38,17 @@ EVALUATIONS = 24_000
 
 
 def plan_for_budget(
-    model_or_schema: Schema | nn.Module,
-    budget: int | str,
+    model_or_schema: ModelOrSchema,
+    budget: Budget,
     target: str = "serve",
-    methods: Any = None,
-    optimizer: str | FusedOptimizer | None = "rowwise_adagrad",
-    stats: Any = None,
+    methods: Methods | None = None,
+    optimizer: UpdateRule | None = "rowwise_adagrad",
+    stats: Statistics | None = None,
     *,
-    evidence: Any = None,
+    evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
-    **limits: Any,
+    **limits: Option,
 ) -> Plan:
     """Choose a method and a size for every table, so that all of them together fit a byte budget and lose least.
 
@@ -78,7 +79,7 @@ def plan_for_budget(
         A plan with a reason per feature, and notes on its budget, its bytes and how close to optimal it is.
 
     Raises:
-        BudgetError: the budget cannot be met; says what is required and the ways out.
+        BudgetError: the budget cannot be met; the message gives the least budget and the ways out.
         ConfigError: arguments are wrong or leave a feature without a method; all faults at once.
 
     >>> from recsys_embed import FeatureSpec
@@ -90,15 +91,17 @@ def plan_for_budget(
     given = _schema(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
     schema = Schema(sorted(given, key=lambda s: s.name))
-    wanted = (
+    constraints = (
         constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
     )
-    total, fused, context = _context(schema, budget, target, methods, optimizer, _itemsize(itemsize, wanted), limits)
+    total, fused, context = _context(
+        schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits
+    )
     curves, source, known = _curves(schema, stats)
     weights = _importance(schema, importance)
     terms = curve_terms(schema, curves)
     calibration = Calibration() if evidence is None else calibrate(read_comparison(evidence), schema, terms)
-    context = replace(context, loss_scales=calibration.scales, options=wanted.options, kinds=wanted.kinds)
+    context = replace(context, loss_scales=calibration.scales, options=constraints.options, kinds=constraints.kinds)
     context = replace(context, **_detail(schema, context.candidates))
     maker = OptionEnumerator(context)
     features = [maker.enumerate(s, terms[s.name], weights[s.name], s.name in known) for s in schema]
@@ -126,7 +129,7 @@ def plan_for_budget(
         exact=found.exact,
         statistics=source,
         measured=tuple(sorted(calibration.scales)),
-        left_out=wanted.left_out,
+        left_out=constraints.left_out,
         itemsize=context.costs.itemsize,
     )
     return Plan(plan.configs, _reasons(schema, plan, features, losses, context, known), notes)
@@ -135,7 +138,7 @@ def plan_for_budget(
 # -- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _schema(model_or_schema: Any) -> Schema:
+def _schema(model_or_schema: ModelOrSchema) -> Schema:
     if isinstance(model_or_schema, Schema):
         return model_or_schema
     if isinstance(model_or_schema, nn.Module):
@@ -143,12 +146,12 @@ def _schema(model_or_schema: Any) -> Schema:
     raise ConfigError(f"expected a Schema or a torch.nn.Module; got {type(model_or_schema).__name__}")
 
 
-def _itemsize(given: Any, wanted: ModelConstraints) -> Any:
-    """Bytes per number: as given, else those of all tables; where these differ, the first table of each size."""
-    if given is not None or not wanted.itemsizes:
+def _itemsize(given: Any, constraints: ModelConstraints) -> Any:
+    """Bytes per element: as given, else those of the tables; where these differ, the first table of each size."""
+    if given is not None or not constraints.itemsizes:
         return 4 if given is None else given
     first: dict[int, str] = {}
-    for name, size in wanted.itemsizes.items():
+    for name, size in constraints.itemsizes.items():
         first.setdefault(size, name)
     return first if len(first) > 1 else next(iter(first))
 
@@ -156,7 +159,7 @@ def _itemsize(given: Any, wanted: ModelConstraints) -> Any:
 def _context(
     schema: Schema, budget: Any, target: Any, methods: Any, optimizer: Any, itemsize: Any, options: Mapping[str, Any]
 ) -> tuple[int, FusedOptimizer | None, PlanningContext]:
-    """Budget, optimizer and context; all faults at once."""
+    """Budget, optimizer and planning context, from checked arguments; all faults at once."""
     faults: list[str] = []
 
     def attempt(make: Any, default: Any) -> Any:
@@ -186,13 +189,13 @@ def _context(
 
 
 def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
-    """A pinned method is considered, for the features it is pinned to, though it may not be among ``methods``."""
+    """Candidates with pinned methods added: a pinned method need not be among ``methods``."""
     names = {c.name for c in chosen}
     extra = [p for p in limits.pin.values() if isinstance(p, str) and p not in names]
     return chosen + candidate_methods(extra) if extra else chosen
 
 
-def _optimizer(optimizer: Any) -> FusedOptimizer | None:
+def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:
     if optimizer is None or isinstance(optimizer, FusedOptimizer):
         return optimizer
     if not isinstance(optimizer, str):
@@ -200,8 +203,8 @@ def _optimizer(optimizer: Any) -> FusedOptimizer | None:
     return make_rule(optimizer)
 
 
-def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
-    """Curves of all features, where they are from in words, and the features whose curve was counted."""
+def _curves(schema: Schema, stats: Statistics | None) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
+    """Curves of all features, a description of their source, and the features whose curve was counted."""
     given, names = {} if stats is None else curves_from(stats), schema.names
     faults = [
         str(unknown_name("feature in the statistics", n, names)) for n in sorted(set(given) - set(names), key=str)
@@ -211,7 +214,7 @@ def _curves(schema: Schema, stats: Any) -> tuple[dict[str, FrequencyCurve], str,
         if curve is not None and spec.ids == "index" and curve.n > spec.num_embeddings:
             faults.append(f"statistics of {curve.n} ids for {spec.num_embeddings} embeddings (feature {spec.name!r})")
     raise_faults(faults, "plan_for_budget, `stats`")
-    # A sample looks up one id of every feature, so all features have as many lookups as the largest wanted.
+    # A sample looks up one id of every feature, so all features have as many lookups as the largest needs.
     lookups = LOOKUPS_PER_ID * max(s.num_embeddings for s in schema)
     made: dict[int, FrequencyCurve] = {}
     curves = {}
@@ -359,7 +362,7 @@ def _configs(
     if group is not None and members:
         own = {i: int(cost) for i, cost in zip(group.members, group.own, strict=True)}
         left -= sum(own[i] for i in members)
-        together = configs_of(group, features, members, min(group.most, left // group.unit))
+        together = group_configs(group, features, members, min(group.most, left // group.unit))
         if together is None:
             raise RuntimeError(f"method {group.name!r} cannot be sized to {left} bytes for {len(members)} features")
         return {**configs, **together}

@@ -57,7 +57,7 @@ class PlanSolution:
         names: option of each feature: a position in its options, or :data:`JOIN`.
         loss: its objective: the sum of losses.
         bound: no combination of the same options loses less.
-        exact: it is proved to be the best.
+        exact: whether it is proved optimal.
     """
 
     split: BudgetSplit
@@ -99,7 +99,7 @@ class PlanSolver:
     # -- sizes and splits -----------------------------------------------------------------------------------------
 
     def least(self) -> int:
-        """Bytes that the smallest plan takes."""
+        """Bytes of the smallest plan."""
         return min(self._least_of(group, n) for group, n in self._families())
 
     def _families(self) -> list[tuple[TableGroup | None, int]]:
@@ -212,7 +212,7 @@ class PlanSolver:
 
 
 def _joined(choices: Choices, at: Ints, cost: int, loss: float) -> tuple[Choices, Ints]:
-    """A class with the option to join, and its hull."""
+    """The options of a feature with the option to join added, and their hull."""
     if len(choices.costs) and choices.costs[0] < cost:
         both = reduce_options(np.append(choices.costs, cost), np.append(choices.losses, loss))
         names = np.append(choices.names, JOIN)[both.names]

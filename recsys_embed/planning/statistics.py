@@ -9,32 +9,21 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import TypeGuard, cast
 
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError, DataError, raise_faults
-from recsys_embed.features import Schema
 from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.typing import JSON, CountedData, Counts, FrequencySource, JSONMapping, Statistics
 
 
-class CountedData(Protocol):
-    """What statistics need of a data set; see :class:`recsys_embed.data.DataSource`."""
-
-    @property
-    def stats(self) -> Mapping[str, Any] | None: ...
-
-    def schema(self, embedding_dim: int) -> Schema: ...
-
-    def counts(self, feature: str) -> Tensor | None: ...
-
-
-def is_counted(source: Any) -> TypeGuard[CountedData]:
+def is_counted(source: object) -> TypeGuard[CountedData]:
     """Whether ``source`` is a data set that counts ids."""
     return callable(getattr(source, "counts", None)) and callable(getattr(source, "schema", None))
 
 
-def is_stats_json(source: Any) -> TypeGuard[Mapping[str, Any]]:
+def is_stats_json(source: object) -> TypeGuard[JSONMapping]:
     """Whether it is the content of a data folder's ``stats.json``."""
     return isinstance(source, Mapping) and isinstance(source.get("fields"), Mapping) and "splits" in source
 
@@ -46,7 +35,7 @@ class CountsByFeature(Mapping[str, Tensor]):
         ConfigError: not a data set that counts ids.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: object) -> None:
         if not is_counted(data):
             raise ConfigError(f"expected counts by feature, or an opened data set; got {type(data).__name__}")
         self._data = data
@@ -80,7 +69,7 @@ class FeatureStatistics:
         unseen: per split, the share of its occurrences whose value training did not know.
     """
 
-    given: Any = None
+    given: FrequencySource | None = None
     coarse: FrequencyCurve | None = None
     seen_once: int | None = None
     unseen: Mapping[str, float] | None = None
@@ -93,10 +82,10 @@ class FeatureStatistics:
         if isinstance(found, FrequencyCurve):
             return found
         counts = found[1] if isinstance(found, tuple) and len(found) == 2 else found
-        return FrequencyCurve.from_counts(counts)
+        return FrequencyCurve.from_counts(cast("Counts", counts))
 
 
-def read_statistics(source: Any) -> Iterator[tuple[str, FeatureStatistics]]:
+def read_statistics(source: Statistics) -> Iterator[tuple[str, FeatureStatistics]]:
     """Statistics of each feature in ``source``; a data set's counts are read one feature at a time.
 
     Args:
@@ -123,7 +112,7 @@ def read_statistics(source: Any) -> Iterator[tuple[str, FeatureStatistics]]:
         )
 
 
-def curves_from(stats: Any) -> dict[str, FrequencyCurve]:
+def curves_from(stats: Statistics) -> dict[str, FrequencyCurve]:
     """Frequency curves by feature; for the sources see :func:`read_statistics`.
 
     Raises:
@@ -143,7 +132,7 @@ def curves_from(stats: Any) -> dict[str, FrequencyCurve]:
     return curves
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> JSON:
     path = path / "stats.json" if path.is_dir() else path
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +144,7 @@ def _read(path: Path) -> Any:
     return stats
 
 
-def _of_stats(stats: Mapping[str, Any]) -> dict[str, FeatureStatistics]:
+def _of_stats(stats: JSONMapping) -> dict[str, FeatureStatistics]:
     rows = stats["splits"].get("train", next(iter(stats["splits"].values()), {})).get("rows", 0)
     found = {}
     for name, field in stats["fields"].items():
@@ -178,7 +167,7 @@ def _of_data(data: CountedData) -> Iterator[tuple[str, FeatureStatistics]]:
             yield spec.name, rest
 
 
-def _curve_of_field(field: Mapping[str, Any], rows: float) -> FrequencyCurve:
+def _curve_of_field(field: JSONMapping, rows: float) -> FrequencyCurve:
     """The curve of table ids: values too rare to be kept share one id."""
     distinct = max(1, int(field["distinct"]))
     size, kept = int(field["num_embeddings"]), field.get("kept")

@@ -11,10 +11,10 @@ from recsys_embed.utils.optional import require
 
 
 def pareto_front(points: Sequence[tuple[float, float]], slack: float = 0.01) -> list[int]:
-    """Indices of points ``(bytes, auc)`` that no other beats, by rising bytes.
+    """Indices of points ``(bytes, auc)`` on the Pareto front, by rising bytes.
 
-    A point is beaten by one of higher AUC and at most ``1 + slack`` times its bytes: sizes that aim at one budget
-    differ by a row or two, which is no reason to prefer the worse.
+    A point is dominated by one with higher AUC and at most ``1 + slack`` times its bytes: sizes for one budget
+    differ by a row or two, which must not decide.
 
     >>> pareto_front([(10, 0.7), (5, 0.6), (20, 0.65), (4.99, 0.5)])
     [1, 0]

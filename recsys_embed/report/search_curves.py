@@ -11,7 +11,7 @@ from recsys_embed.utils.optional import require
 
 
 def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Draw what a search left in its ``curves.json`` and save it; None where there is nothing to draw.
+    """Plot the ``curves.json`` of a search and save the figure; None where it has no curves.
 
     Args:
         curves: by stage, a list of validations with ``step`` and ``auc``; for ``evolution``, ``scores`` of all

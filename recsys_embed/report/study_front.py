@@ -1,4 +1,4 @@
-"""Picture of a study: every trial, and the front that none beats."""
+"""Plot of a study: every trial, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from recsys_embed.utils.optional import require
 
 
 def front_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Complete trials that no other beats in AUC at its bytes (and latency, where measured), by rising bytes.
+    """Complete trials on the Pareto front of AUC and bytes (and latency, where measured), by rising bytes.
 
     >>> front_of([{"state": "complete", "auc": 0.6, "bytes": 9}, {"state": "complete", "auc": 0.7, "bytes": 5}])
     [{'state': 'complete', 'auc': 0.7, 'bytes': 5}]
     """
     done = [r for r in rows if r["state"] == "complete"]
-    # By their costs: the same plan may have been tried twice.
+    # Keyed by costs: the same plan may have been tried twice.
     costs = {(r["bytes"], -r["auc"], r.get("latency", 0.0)): r for r in reversed(done)}
     beaten = {c for c in costs if any(o != c and all(a <= b for a, b in zip(o, c, strict=True)) for o in costs)}
     return [costs[c] for c in sorted(costs) if c not in beaten]
@@ -41,7 +41,7 @@ def plot_front(rows: Sequence[Mapping[str, Any]], path: str | Path, budgets: Map
     plt = require("matplotlib.pyplot", extra="train", purpose="the picture of a study")
     ticker = require("matplotlib.ticker", extra="train", purpose="the picture of a study")
     figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    # The largest group of fields holds nearly all bytes, so its method is the one to tell trials apart by.
+    # The largest group of fields holds nearly all bytes, so trials are coloured by its method.
     last = [k for k in done[0]["params"] if k.endswith(".method")][-1]
     methods = sorted({r["params"][last] for r in done})
     for i, method in enumerate(methods):

@@ -1,12 +1,15 @@
-"""Searches for what cannot be guessed: which rows to keep, and how wide each field must be.
+"""Embedding searches: which rows to keep and which width each field needs (OptEmbed, DNIS, PEP), and evolution.
 
 >>> from recsys_embed.search import OptembedLayer  # between a lookup and a network, in any model
 """
 
+import warnings
+from typing import Any
+
 from recsys_embed.search.base import Search
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.evaluate import CandidateEvaluator
-from recsys_embed.search.evolution import Evolution, Space, evolve
+from recsys_embed.search.evolution import Evolution, WidthSpace, evolve
 from recsys_embed.search.layers import DnisLayer, OptembedLayer
 from recsys_embed.search.optembed import OptembedSearch
 from recsys_embed.search.outcome import SearchOutcome
@@ -29,11 +32,18 @@ __all__ = [
     "PepSettings",
     "Search",
     "SearchOutcome",
-    "Space",
     "Supernet",
+    "WidthSpace",
     "evolve",
     "get_search",
     "list_searches",
     "register_search",
     "run_search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Space":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.Space is now WidthSpace", DeprecationWarning, stacklevel=2)
+    return WidthSpace

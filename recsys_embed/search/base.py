@@ -1,18 +1,18 @@
-"""What all searches have in common: the data they work on, their stages, and the retraining of what they find."""
+"""Base class of the searches: data, stages, and retraining of the plan."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.data.data_source import BatchSource, DataSource
 from recsys_embed.features import Schema
@@ -20,7 +20,7 @@ from recsys_embed.models import CTRModel, get_model
 from recsys_embed.plan import Plan
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.frequency_blocks import id_counts
-from recsys_embed.search.retrain import build_retrained, dense_weights, initial_hashes, planned
+from recsys_embed.search.retrain import StartWeights, build_retrained, dense_weights, initial_hashes, planned
 from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.build import model_from_config, standardise
 from recsys_embed.train.config import TrainConfig
@@ -31,20 +31,24 @@ from recsys_embed.train.plans import linear_share
 from recsys_embed.train.result import TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.run_log import progress_bar
+from recsys_embed.typing import Option
+from recsys_embed.utils.settings import Settings
 
-_ROW_LOOKUP_STEPS = 20
+T = TypeVar("T", bound=Trainer)
+
+_TIMED_STEPS = 20
 
 
 @dataclass
 class Search(ABC):
-    """One search: plain tables in, a plan out. Subclasses say how.
+    """Base class of a search, which turns full tables into a plan; subclasses define :meth:`search`.
 
     Args:
         config: training settings of the search and of the retraining; method ``full``, without a budget.
         data: opened data set.
         settings: of the search.
-        folder: where it keeps what it has done.
-        budget: bytes of the embedding part that the plan must keep to; None: whatever the search comes to.
+        folder: run folder, for results of stages.
+        budget: most bytes of the embedding part; None: no limit.
         device: e.g. ``"cuda"``; None: CPU.
         show_progress: see :class:`Trainer`.
 
@@ -57,6 +61,7 @@ class Search(ABC):
     ... class HeadSettings(Settings):
     ...     share: float = 0.5
     >>> class HeadSearch(Search):  # what is to be beaten: the most frequent ids
+    ...     settings: HeadSettings
     ...     method, stages = "head", ("retrain",)
     ...
     ...     def check(self) -> None:
@@ -72,7 +77,7 @@ class Search(ABC):
 
     config: TrainConfig
     data: DataSource
-    settings: Any
+    settings: Settings
     folder: SearchFolder
     budget: int | None = None
     device: torch.device | str | None = None
@@ -81,28 +86,28 @@ class Search(ABC):
     method: ClassVar[str]
     """Key of the search, and of the method that stores what it finds."""
     summary: ClassVar[str]
-    """What it does, in a line, for the command line."""
+    """One line of help for the command line."""
     settings_cls: ClassVar[type]
     """Class of its settings, with ``from_dict``."""
     stages: ClassVar[tuple[str, ...]] = ("supernet", "evolution", "retrain")
     redo: ClassVar[tuple[str, ...] | None] = None
-    """What is done again for another budget, tried before there is a plan; None: everything is."""
+    """Stages to repeat if the budget changes before there is a plan; None: a run folder accepts one budget only."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise for what cannot come to anything, before any work is done."""
+        """Raise for settings and data that cannot produce a result, before any work is done."""
 
     @abstractmethod
     def search(self) -> Plan:
         """The plan of the vectors."""
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """Arguments of :func:`build_retrained` that say what the retraining starts from; the initial weights here."""
         return {"hashes": self.folder.get("initial")}
 
-    def trained_weights(self, net: Supernet, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    def trained_weights(self, net: Supernet, tables: Mapping[str, Tensor]) -> StartWeights:
         """Arguments of :func:`build_retrained` that go on with a trained supernet's network and first-order weights."""
-        found: dict[str, Any] = {"tables": tables, "dense": dense_weights(net.model)}
+        found: StartWeights = {"tables": tables, "dense": dense_weights(net.model)}
         if net.model.linear is not None:
             first = {s.name: net.model.linear.table(f"{s.name}.weight").detach() for s in self.schema}
             found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.schema, self.counts, strict=True)}
@@ -140,7 +145,7 @@ class Search(ABC):
     # -- parts of every search ------------------------------------------------------------------------------------
 
     def plain_model(self) -> CTRModel:
-        """The untrained model over plain tables; what its weights are is noted, so that a retraining can check."""
+        """The untrained model over full tables; stores hashes of its weights, which a retraining checks."""
         model = self._untrained()
         if self.folder.get("initial") is None:
             self.folder.put("initial", initial_hashes(model))
@@ -152,15 +157,15 @@ class Search(ABC):
 
     def trainer(
         self,
-        cls: Any,
-        model: Any,
+        cls: Callable[..., T],
+        model: nn.Module,
         stage: str,
         config: TrainConfig | None = None,
         *,
         data: BatchSource | None = None,
-        **options: Any,
-    ) -> Any:
-        """A trainer that goes on where the stage was stopped; on ``data`` where that is not the search's own."""
+        **options: Option,
+    ) -> T:
+        """A trainer that resumes a stage from its checkpoint; ``data`` replaces the search's own data."""
         folder = self.folder.inside(stage)
         going_on = folder is not None and (folder / CHECKPOINT).exists()
         number = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
@@ -171,21 +176,21 @@ class Search(ABC):
         )  # fmt: skip
 
     def run_stage(self, stage: str, trainer: Trainer) -> TrainResult:
-        """Train to the end; what was done before takes no time again."""
+        """Train to the end, from the checkpoint if there is one, and store the result."""
         with self.folder.clock(stage):
             result = trainer.run()
         self.folder.put(f"{stage}_result", plain(result.to_dict()))
         return result
 
     def _time_left(self, stage: str) -> str:
-        """A guess for all that is left, from stages that are over."""
+        """Estimated time left, from the finished stages."""
         spent = self.folder.seconds
         longest = max((spent.get(s, 0.0) for s in self.stages[: self.stages.index(stage)]), default=0.0)
         left = (len(self.stages) - self.stages.index(stage)) * longest
         return f" (about {max(1, round(left / 60))} min left in all)" if longest else ""
 
     def progress(self, stage: str, done: int, total: int, text: str) -> None:
-        """Show how far a stage is."""
+        """Show the progress of a stage."""
         bar = self.__dict__.get("_bar")
         if bar is None:
             label = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}{self._time_left(stage)}"
@@ -197,14 +202,14 @@ class Search(ABC):
             del self.__dict__["_bar"]
 
     def plain_seconds(self) -> float:
-        """Seconds of a plain training with these settings, from a few of its steps."""
-        known = self.folder.get("row_lookup")
+        """Estimated seconds of training the model over full tables, from a few timed steps."""
+        known = self.folder.get("probe")
         if known is None:
             model = self._untrained()
             trainer = Trainer(model, self.data, self.config, device=self.device, show_progress=False)
             times = []
             with torch.random.fork_rng(devices=[]):
-                for batch in islice(iter(trainer._epoch(0, 0)), _ROW_LOOKUP_STEPS + 3):
+                for batch in islice(iter(trainer._epoch(0, 0)), _TIMED_STEPS + 3):
                     trainer._clock = time.perf_counter()
                     trainer._step(batch)
                     times.append(time.perf_counter() - trainer._clock)
@@ -214,7 +219,7 @@ class Search(ABC):
                 trainer.evaluate("valid")
                 validations = (time.perf_counter() - begin) * -(-trainer.total_steps // self._validation_steps(trainer))
             known = {"seconds": statistics.median(times[3:] or times) * trainer.total_steps + validations}
-            self.folder.put("row_lookup", known)
+            self.folder.put("probe", known)
         return float(known["seconds"])
 
     def _validation_steps(self, trainer: Trainer) -> int:

@@ -1,4 +1,4 @@
-"""Alternating steps of DNIS: embeddings on a training batch, the selection on a batch that those have not seen."""
+"""Bilevel training of DNIS: the embeddings step on training batches, the selection on batches of another split."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class BilevelTrainer(Trainer):
             self.net.train()
 
     def _second(self, train: Batch, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:
-        """What the selection does to the loss on unseen rows through the embeddings' next step (DARTS, eq. 8)."""
+        """Second-order term: gradient of the loss on unseen rows through the embeddings' next step (DARTS, eq. 8)."""
         norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
         if not float(norm) > 0:
             return torch.zeros_like(self.layer.alpha)

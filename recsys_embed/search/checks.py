@@ -1,4 +1,4 @@
-"""Data on which candidates can be told apart, checked before any work is done."""
+"""Checks, before any work is done, that the data is sufficient to compare candidates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
 
 LEAST_OF_A_CLASS = 50
-"""Rows of the rarer class below which what is measured on them is mostly chance."""
+"""Fewest rows of the rarer class for which a metric is more than noise."""
 
 
 def need_validation(data: DataSource) -> None:

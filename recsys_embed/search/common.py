@@ -1,4 +1,4 @@
-"""Names that were here."""
+"""Deprecated: aliases for names that moved to other modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DNIS end to end: a warm start, alternating steps, the merged table pruned, what is left trained on."""
+"""DNIS end to end: warm start, bilevel search, pruning of the merged tables, retraining."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from recsys_embed.search.frequency_blocks import block_maps, block_sizes, order_
 from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
 from recsys_embed.search.registry import register_search
+from recsys_embed.search.retrain import StartWeights
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.loop import Trainer
@@ -144,7 +145,7 @@ class DnisSearch(Search):
             importance = importance * share.unsqueeze(1).sqrt()
         return FieldBlocks(spec, sizes, members, order, importance)
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """The initial weights, or the merged tables beside the network as it was trained."""
         if self.settings.retrain_from == "init":
             return super().start_weights()

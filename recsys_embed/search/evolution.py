@@ -1,7 +1,7 @@
-"""Evolution over the widths of fields, as OptEmbed does it, on scores that anyone may supply.
+"""OptEmbed's evolution over the widths of fields, for any score function.
 
-Every generation is a function of the seed, its number and all scores before it, so a search that was stopped goes on
-as if it had not been.
+Every generation is a function of the seed, its number and all earlier scores, so a resumed search gives the result of
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Evolution(Settings):
     Raises:
         ConfigError: an option is out of range; all faults at once.
 
-    >>> options, space = Evolution(generations=2, population=4, mutations=3, crossovers=0), Space(fields=3, most=8)
+    >>> options, space = Evolution(generations=2, population=4, mutations=3, crossovers=0), WidthSpace(fields=3, most=8)
     >>> len(evolve(options, space, lambda many: [float(sum(c)) for c in many]))
     7
     """
@@ -78,20 +78,20 @@ def _child(parents: Sequence[Candidate], rng: random.Random) -> Candidate:
 
 
 @dataclass(frozen=True)
-class Space:
-    """Widths that candidates may have.
+class WidthSpace:
+    """The widths that candidates may have, and their cost in bytes.
 
     Args:
         fields: number of fields.
         most: largest width.
         costs: bytes of one column of each field.
-        fixed: bytes whatever the widths.
+        fixed: bytes that do not depend on the widths.
         limit: bytes a candidate may take; None: any.
 
     Raises:
         BudgetError: even width 1 everywhere takes more than ``limit``.
 
-    >>> space = Space(fields=2, most=8, costs=(40, 400), limit=2000)
+    >>> space = WidthSpace(fields=2, most=8, costs=(40, 400), limit=2000)
     >>> space.bytes((8, 4)), space.bytes(space.fit((8, 8), random.Random(0))) <= 2000
     (1920, True)
     """
@@ -112,11 +112,11 @@ class Space:
             )
 
     def bytes(self, candidate: Candidate) -> int:
-        """What a candidate takes."""
+        """Bytes of a candidate."""
         return self.fixed + sum(c * w for c, w in zip(self.costs, candidate, strict=False))
 
     def fit(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        """The candidate, narrowed column by column at random fields until it keeps to the limit."""
+        """The candidate, narrowed by single columns of random fields until it is within the limit."""
         if self.limit is None or self.bytes(candidate) <= self.limit:
             return candidate
         widths, size = list(candidate), self.bytes(candidate)
@@ -135,14 +135,14 @@ class Space:
 
 
 def ranked(scores: Mapping[Candidate, float]) -> list[Candidate]:
-    """Candidates by falling score; ties go to the one that was scored first, and what has no score comes last."""
+    """Candidates by descending score; ties in the order of scoring, NaN last."""
     return sorted(scores, key=lambda c: -scores[c] if scores[c] == scores[c] else float("inf"))
 
 
 def next_generation(
-    options: Evolution, space: Space, seed: int, generation: int, scores: Mapping[Candidate, float]
+    options: Evolution, space: WidthSpace, seed: int, generation: int, scores: Mapping[Candidate, float]
 ) -> list[Candidate]:
-    """Candidates of a generation (0 is the first), none of them scored before as far as chance finds new ones.
+    """Candidates of a generation (0 is the first); new ones, unless 20 random tries find none.
 
     Args:
         options: of the evolution.
@@ -176,7 +176,7 @@ def next_generation(
 
 def evolve(
     options: Evolution,
-    space: Space,
+    space: WidthSpace,
     score: Score,
     *,
     seed: int = 0,
@@ -191,11 +191,11 @@ def evolve(
         space: of widths.
         score: the scores of some candidates, higher is better.
         seed: of all draws.
-        scores: known already, of a search that goes on.
-        generation: the first to score, of a search that goes on.
+        scores: known scores, to resume a search.
+        generation: the first generation to score, to resume a search.
         on_generation: called after each generation with its number and all scores.
 
-    >>> space = Space(fields=3, most=8)
+    >>> space = WidthSpace(fields=3, most=8)
     >>> found = evolve(Evolution(generations=20), space, lambda many: [-float(abs(sum(c) - 7)) for c in many])
     >>> sum(ranked(found)[0])
     7

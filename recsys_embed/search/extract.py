@@ -1,4 +1,4 @@
-"""From what a search decided to an ordinary plan, and from plain tables to the rows and columns that the plan keeps."""
+"""Turn the result of a search into a plan, and copy the rows and columns that the plan keeps from full tables."""
 
 from __future__ import annotations
 

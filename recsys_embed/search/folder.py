@@ -1,4 +1,4 @@
-"""The run folder of a search: what it belongs to, which stages are done, and how long they took."""
+"""The run folder of a search: its identity, the results of finished stages, and their times."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SEARCH = "search.json"
 
 
 class SearchFolder:
-    """Files of one search; without a path it keeps what it is given in memory.
+    """Files of one search; without a path it keeps results in memory.
 
-    A stage that is done leaves its result as one file, written at once or not at all, so a search killed at any moment
-    goes on with the stage it was in.
+    A finished stage leaves its result as one file, written atomically, so a search that was killed resumes with the
+    stage it was in.
 
     Args:
         path: of the folder, made if need be; None keeps nothing.

@@ -12,7 +12,7 @@ from recsys_embed.data.data_source import BatchSource, DataSource
 from recsys_embed.features import Schema
 
 _RANKED = 0.98
-"""Ids are taken to be numbered by falling frequency where heads by number get this much of what heads by count get."""
+"""Ids count as numbered by falling frequency if this fraction of the ideal coverage is reached, see `is_ranked`."""
 
 
 def id_counts(data: DataSource, schema: Schema) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The largest elements of tables, found by counting the digits of floats: nothing of the tables' size is sorted."""
+"""The largest elements of tables by radix selection on the bits of floats, without sorting anything of their size."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of a float32 without its sign, whose bits as an integer rise with its value: first and number of each digit's bits.
+# Non-negative float32 values are ordered as their bits are as integers. Shift and width in bits of each radix digit.
 _DIGITS = ((20, 11), (10, 10), (0, 10))
 _PART = 1 << 21
-"""Elements of which copies are made at a time."""
+"""Elements that are copied at a time."""
 
 
-class Ranking:
-    """Elements of tables by falling absolute value; those that are equal by table, row and column.
+class LargestElements:
+    """The elements of tables in order of descending absolute value; ties in order of table, row and column.
 
-    Besides the tables it takes memory for a histogram of every column alone.
+    It needs memory for a histogram per column, besides the tables.
 
     Args:
         tables: float32, or narrower, ``[rows, D]`` each, of one width.
 
-    >>> ranking = Ranking([torch.tensor([[3.0, -1.0]]), torch.tensor([[0.0, 2.0], [-3.0, 1.0]])])
+    >>> ranking = LargestElements([torch.tensor([[3.0, -1.0]]), torch.tensor([[0.0, 2.0], [-3.0, 1.0]])])
     >>> ranking.mask(2)
     [tensor([[ True, False]]), tensor([[False, False],
             [ True, False]])]

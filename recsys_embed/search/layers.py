@@ -1,7 +1,7 @@
-"""What a search learns beside the weights: modules between a lookup and a network, for any model with embeddings.
+"""Search layers: learned masks and scales between the lookup and the network, for any model with embeddings.
 
-Each takes the vectors of all fields ``[B, F, D]``, as a collection or several ``nn.Embedding`` give them, and hands
-them on masked or scaled.
+Each takes the vectors of all fields ``[B, F, D]``, from a collection or several ``nn.Embedding``, and returns them
+masked or scaled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
-from recsys_embed.kernels.native.masks import Stage, mask_vectors
+from recsys_embed.kernels.native.masks import MaskParameters, mask_vectors
 from recsys_embed.optim import Adam
 
 Rows = Literal["field", "row", "none"]
@@ -24,7 +24,7 @@ Granularity = Literal["global", "dimension", "field", "field_dimension", "featur
 
 
 def long_tailed(u: Tensor) -> Tensor:
-    """Estimated derivative of the unit step at ``u`` (Dynamic Sparse Training, arXiv 2005.06870): it reaches far.
+    """Long-tailed surrogate derivative of the unit step at ``u`` (Dynamic Sparse Training, arXiv 2005.06870).
 
     >>> long_tailed(torch.tensor([0.0, -0.2, 0.4, 1.0, 1.1]))
     tensor([2.0000, 1.2000, 0.4000, 0.4000, 0.0000])
@@ -58,8 +58,8 @@ class OptembedLayer(nn.Module):
     and field keeps a prefix of its columns, of a width drawn uniformly from 1 to D at every step; in evaluation all
     columns, or those of ``widths``. A pruned row still gets the gradient of the step's estimator, so it may come back.
 
-    What makes rows die is weight decay on **all** rows at every step (dense Adam with L2): the pull on thresholds is
-    far too weak alone. A sparse or lazy optimizer without such decay never prunes.
+    Rows are pruned because weight decay shrinks **all** rows at every step (dense Adam with L2); the regulariser of
+    the thresholds alone is far too weak. A sparse or lazy optimizer without such decay never prunes.
 
     Args:
         fields: F.
@@ -135,8 +135,8 @@ class OptembedLayer(nn.Module):
         keep = self.keep(vectors, self.threshold_of(ids)).unsqueeze(-1)
         if self.oov is None:
             return keep * kept
-        spare = self.oov if columns is None else self.oov * columns
-        return keep * kept + (1 - keep) * spare
+        fallback = self.oov if columns is None else self.oov * columns
+        return keep * kept + (1 - keep) * fallback
 
     def columns(self, widths: Tensor) -> Tensor:
         """Prefix masks ``[..., D]`` of ``widths [...]``.
@@ -155,23 +155,23 @@ class OptembedLayer(nn.Module):
             vectors: ``[B, F, D]``.
             ids: int64 ``[B, F]``, for thresholds per row.
         """
-        stage = self.stage(vectors[..., 0] if ids is None else ids)
-        return self.through(stage, vectors, ids)
+        parameters = self.mask_parameters(vectors[..., 0] if ids is None else ids)
+        return self.through(parameters, vectors, ids)
 
-    def stage(self, ids: Tensor) -> Stage:
-        """What this call does to the vectors of ``ids [B, F]``; in training widths are drawn."""
+    def mask_parameters(self, ids: Tensor) -> MaskParameters:
+        """The mask of this call for the vectors of ``ids [B, F]``; in training its widths are drawn."""
         widths = self.widths
         if self.training and self.dims:
             widths = torch.randint(1, self.width + 1, ids.shape, device=ids.device)
         starts = self.get_buffer("starts") if self.rows == "row" else None
-        return Stage(self.width, starts, self.thresholds, self.norm, widths, self.oov)
+        return MaskParameters(self.width, starts, self.thresholds, self.norm, widths, self.oov)
 
-    def through(self, stage: Stage, vectors: Tensor, ids: Tensor | None) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids [B, F]`` after the stage."""
-        found = None if ids is None else mask_vectors(stage, ids, vectors)
+    def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor | None) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids [B, F]`` masked."""
+        found = None if ids is None else mask_vectors(parameters, ids, vectors)
         if found is not None:
             return found
-        return self.prune(vectors, ids, None if stage.widths is None else self.columns(stage.widths))
+        return self.prune(vectors, ids, None if parameters.widths is None else self.columns(parameters.widths))
 
     @torch.no_grad()
     def step(self, lr: float, pull: float) -> None:
@@ -184,7 +184,7 @@ class OptembedLayer(nn.Module):
 
 
 class DnisLayer(nn.Module):
-    """Soft selection: every block of ids scales every column by its own number in [0, 1] (DNIS, AutoSrh).
+    """Soft selection: a learned scale in [0, 1] per block of ids and column (DNIS, AutoSrh).
 
     Args:
         blocks: of each field, the block of each id: int64 ``[ids]``; blocks are numbered through all fields.
@@ -201,7 +201,7 @@ class DnisLayer(nn.Module):
         joined = torch.cat([b.long() for b in blocks])
         count = int(joined.max()) + 1
         self.alpha = nn.Parameter(torch.ones(count, width))
-        # One byte per id where it holds all numbers; the map is no part of any state: counts decide it.
+        # One byte per id where possible. The map is not in the state dict, because it follows from the counts.
         self.register_buffer("block", joined.to(torch.uint8 if count <= 256 else torch.int32), persistent=False)
         self.register_buffer("starts", torch.tensor([0, *accumulate(len(b) for b in blocks)]), persistent=False)
         self.sizes = [len(b) for b in blocks]
@@ -213,15 +213,15 @@ class DnisLayer(nn.Module):
 
     def forward(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """``vectors [B, F, D]`` of ``ids [B, F]``, scaled."""
-        return self.through(self.stage(ids), vectors, ids)
+        return self.through(self.mask_parameters(ids), vectors, ids)
 
-    def stage(self, ids: Tensor) -> Stage:
-        """What this call does to the vectors of ``ids [B, F]``."""
-        return Stage(self.width, self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
+    def mask_parameters(self, ids: Tensor) -> MaskParameters:
+        """The scales of this call for the vectors of ``ids [B, F]``."""
+        return MaskParameters(self.width, self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
 
-    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids`` after the stage."""
-        found = mask_vectors(stage, ids, vectors)
+    def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids`` masked."""
+        found = mask_vectors(parameters, ids, vectors)
         if found is not None:
             return found
         block = self.get_buffer("block")[ids + self.get_buffer("starts")[:-1]].long()
@@ -262,8 +262,8 @@ def soft_threshold(vectors: Tensor, thresholds: Tensor) -> Tensor:
 class PepLayer(nn.Module):
     """Learned soft thresholds on the elements of vectors (PEP).
 
-    The sigmoid of a raw threshold is subtracted from absolute values. Raw thresholds begin so low that nothing is felt,
-    and rise by their L2 penalty alone until they meet the weights; an optimizer without that penalty never prunes.
+    The sigmoid of a raw threshold is subtracted from absolute values. Raw thresholds start so low that they prune
+    nothing, and rise by their L2 penalty alone until they reach the weights; without that penalty nothing is pruned.
 
     Args:
         schema: the fields.

@@ -1,4 +1,4 @@
-"""OptEmbed end to end: train a supernet, evolve widths on it, keep what they say, train that."""
+"""OptEmbed end to end: train a supernet, evolve the widths on it, extract a plan, retrain."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from recsys_embed.plan import Plan
 from recsys_embed.search.base import Search
 from recsys_embed.search.checks import need_validation
 from recsys_embed.search.evaluate import CandidateEvaluator
-from recsys_embed.search.evolution import Candidate, Space, evolve, ranked
+from recsys_embed.search.evolution import Candidate, WidthSpace, evolve, ranked
 from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.registry import register_search
+from recsys_embed.search.retrain import StartWeights
 from recsys_embed.search.settings import OptembedSettings
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.build import make_optimizer
@@ -54,7 +55,7 @@ class OptembedSearch(Search):
     redo = ("evolution",)
 
     def check(self) -> None:
-        """Refuse what would silently prune nothing."""
+        """Refuse settings that would prune nothing."""
         c, rule = self.config, make_optimizer(self.config)
         # Adam alone divides a decay by its own size. Under SGD it stays a tiny share of a weight, and Adagrad divides
         # by all gradients that a row ever had.
@@ -64,7 +65,7 @@ class OptembedSearch(Search):
         if self.settings.rows != "none" and not dies:
             got = f"'dense_adam' with {c.embedding_weight_decay:g}" if rule is None else repr(rule)
             raise ConfigError(
-                "rows die by weight decay, which has to take all of them a step of Adam nearer to 0 at every step; "
+                "rows are pruned because weight decay shrinks all of them by a step of Adam at every step; "
                 "expected `embedding_optimizer` 'adam' or 'dense_adam' and `embedding_weight_decay` above 0, without "
                 f"other `rows` in `embedding_optimizer_args`; got {got}. Set these, or search dimensions only (rows "
                 "'none')"
@@ -79,7 +80,7 @@ class OptembedSearch(Search):
         widths = self._evolve(net, space) if self.settings.dims else (space.most,) * space.fields
         return self._extract(kept, widths)
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """The initial weights, or those of the supernet."""
         if self.settings.retrain_from == "init":
             return {**super().start_weights(), "shared": self._oov(self._layer())}
@@ -113,12 +114,12 @@ class OptembedSearch(Search):
         trainer = self.trainer(OptembedTrainer, net, "supernet",
                                threshold_lr=self.settings.threshold_lr, pull=self.settings.pull)  # fmt: skip
         self.run_stage("supernet", trainer)
-        net.settle_()
+        net.catch_up_()
         return net
 
     # -- evolution ------------------------------------------------------------------------------------------------
 
-    def _space(self, kept: Sequence[Tensor]) -> Space:
+    def _space(self, kept: Sequence[Tensor]) -> WidthSpace:
         """Widths, and what they cost where the rows ``kept`` are."""
         costs, fixed, oov = [], 0, "oov" if self.settings.oov else "zero"
         for spec, rows in zip(self.schema, kept, strict=True):
@@ -126,7 +127,7 @@ class OptembedSearch(Search):
             footprint = config.footprint(spec)
             costs.append(footprint.weights)
             fixed += footprint.index
-        return Space(len(self.schema), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
+        return WidthSpace(len(self.schema), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
 
     def _rows(self) -> int | None:
         """Validation rows on which candidates are compared."""
@@ -143,13 +144,13 @@ class OptembedSearch(Search):
         """What candidates that are being compared have come to; gone once the evolution is over."""
         return self.folder.inside("evolution.pt")
 
-    def _evolve(self, net: Supernet, space: Space) -> Candidate:
+    def _evolve(self, net: Supernet, space: WidthSpace) -> Candidate:
         best = (self.folder.get("evolution") or {}).get("best") or self._fittest(net, space)
         if self._logits is not None:
             self._logits.unlink(missing_ok=True)
         return tuple(best)
 
-    def _fittest(self, net: Supernet, space: Space) -> Candidate:
+    def _fittest(self, net: Supernet, space: WidthSpace) -> Candidate:
         rows, s = self._rows(), self.settings
         whole = plain_bytes(self.schema)
         saved = self.folder.get("evolution") or {"generation": 0, "ends": [], "scores": []}

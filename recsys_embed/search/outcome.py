@@ -1,15 +1,15 @@
-"""What a search comes to."""
+"""The result of a search."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.models import CTRModel
 from recsys_embed.plan import Plan
 from recsys_embed.train.json_values import footprint_dict, plain
 from recsys_embed.train.result import TrainResult
+from recsys_embed.typing import JSON
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SearchOutcome:
     Args:
         plan: of the vectors.
         model: the retrained model.
-        result: what the retraining measured.
+        result: metrics of the retraining.
         footprint: bytes of the embedding part.
         full_bytes: bytes of the plain tables.
         seconds: by stage.
@@ -43,7 +43,7 @@ class SearchOutcome:
     seconds: dict[str, float]
     cost: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready; the model left out."""
         return {
             **plain(self.result.to_dict()),

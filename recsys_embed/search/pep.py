@@ -1,4 +1,4 @@
-"""PEP end to end: train under rising thresholds, note what is left at each budget, train that from the start."""
+"""PEP end to end: train with rising soft thresholds, snapshot the kept elements at each budget, retrain them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from recsys_embed.search.extract import chunks, make_plan, plain_bytes
 from recsys_embed.search.layers import PepLayer, soft_threshold
 from recsys_embed.search.pruning import choose_elements
 from recsys_embed.search.registry import register_search
+from recsys_embed.search.retrain import StartWeights
 from recsys_embed.search.settings import PepSettings
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import Trainer
 
 _BETWEEN = 0.25
-"""Raw thresholds rise by at most so much from one count of what is left to the next, if every step is counted."""
+"""Largest rise of the raw thresholds between two counts of the kept elements (counts at every step permitting)."""
 _FELT = 1e-2
-"""A sigmoid of this is felt by weights of the size that tables have."""
+"""A threshold (sigmoid) of this size starts to prune weights of the usual size."""
 
 
 class PepTrainer(Trainer):
@@ -241,7 +242,7 @@ class PepSearch(Search):
             )
         return Plan.from_dict(found)
 
-    def start_weights(self) -> dict[str, Any]:
+    def start_weights(self) -> StartWeights:
         """The true initial weights, or the thresholded tables beside the network as it was trained."""
         if self.settings.retrain_from == "init":
             return super().start_weights()

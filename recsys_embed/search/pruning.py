@@ -1,4 +1,4 @@
-"""Which parts of merged tables to keep under a budget: whole columns of blocks, or single elements."""
+"""Pruning of merged tables under a budget: by whole columns of blocks, or by single elements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.registry import get_method
 from recsys_embed.search.extract import chunks
-from recsys_embed.search.largest_elements import Ranking
+from recsys_embed.search.largest_elements import LargestElements
 
 Chosen = dict[str, tuple[MethodConfig, dict[str, str]]]
 
@@ -157,7 +157,7 @@ def keep_elements(
 
     With a ``sparsity`` the number kept is the nearest integer to its share, whatever ties there are.
     """
-    ranking, cls = Ranking(tables), get_method("pep").config_cls
+    ranking, cls = LargestElements(tables), get_method("pep").config_cls
     if budget is None:
         return ranking.mask(round((1 - sparsity) * ranking.total))
 

@@ -1,4 +1,4 @@
-"""The searches the library knows: one key names a search in run folders, plans and the command line."""
+"""Registry of searches: one key names a search in run folders, plans and the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished search says to people: one page of text, and curves as numbers."""
+"""Report of a finished search: a Markdown page and metric curves."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Training what a search has found, from the weights the search began with or from those it ended with."""
+"""Build the model to retrain: from the initial weights of the search, or from those that it trained."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import PLANNED, TrainConfig
 
 Start = Literal["init", "supernet"]
+
+
+class StartWeights(TypedDict, total=False):
+    """What a retraining starts from, see :func:`build_retrained`."""
+
+    hashes: Mapping[str, str] | None
+    tables: Mapping[str, Tensor] | None
+    shared: Mapping[str, Tensor] | None
+    dense: Mapping[str, Tensor] | None
+    linear: Mapping[str, tuple[Tensor, Tensor]] | None
 
 
 def planned(config: TrainConfig, plan: Plan, budget: int | None = None) -> TrainConfig:
@@ -125,7 +135,7 @@ def share_rows(collection: EmbeddingCollection, tables: Mapping[str, tuple[Tenso
             raise ConfigError(f"first-order weights of {name!r} are not of one row per id; retrain from 'init'")
         key = table_key(spec, program.table(row_lookup.table))
         rows = row_lookup.transform.rows(torch.arange(spec.num_ids))
-        # Ids that never occur weigh next to nothing, and decide where none other does.
+        # Ids that never occur get a tiny weight, which matters only for rows that no other id shares.
         share = counts.float().clamp_min(1e-6).unsqueeze(1)
         sums[key].index_add_(0, rows, values.cpu() * share)
         mass[key].index_add_(0, rows, share)

@@ -20,9 +20,9 @@ from recsys_embed.train.loop import Trainer
 
 
 class Supernet(nn.Module):
-    """A click model over plain tables, with a layer between the collection of vectors and all that reads them.
+    """A CTR model over full tables with a search layer between its collection and its network.
 
-    Trains, saves and evaluates as the model does; its state holds the layer's too. The model's own code does not know.
+    It trains, saves and evaluates like the model, which needs no changes; its state dict includes the layer's.
 
     Args:
         model: built with a full plan of one width.
@@ -42,10 +42,10 @@ class Supernet(nn.Module):
                 f"{vectors.output_dim}"
             )
         self.model, self.layer = model, layer
-        # What candidates do to vectors in place of the layer, see `replay`.
+        # Applied to the vectors in place of the layer while candidates are evaluated, see `replay`.
         self.stand_in: Callable[[Tensor], Tensor] | None = None
-        # A layer that kernels know goes to the lookup, and others get what comes out of it.
-        self._fused = hasattr(layer, "stage")
+        # A layer that kernels support is fused into the lookup; others run on its output.
+        self._fused = hasattr(layer, "mask_parameters")
         vectors.register_forward_pre_hook(self._hand_in, with_kwargs=True)
         vectors.register_forward_hook(self._tap)
 
@@ -99,18 +99,18 @@ class Supernet(nn.Module):
         """The plain table of a feature: ``[ids, D]``, a view."""
         return self.vectors.table(f"{name}.weight")
 
-    def settle_(self) -> None:
+    def catch_up_(self) -> None:
         """Bring all rows to the present step, where the optimizer makes up for missed steps when it next reads them."""
         for collection in self.collections().values():
-            settle = getattr(collection, "settle_", None)
-            if settle is not None:
-                settle()
+            catch_up = getattr(collection, "catch_up_", None)
+            if catch_up is not None:
+                catch_up()
 
     @contextmanager
     def network_evaluated(self) -> Iterator[None]:
-        """Inside, all but the collections is in evaluation mode; these settle the rows that they look up, no others.
+        """Inside, all but the collections is in evaluation mode; these catch up the rows that they look up, no others.
 
-        In evaluation mode they would settle whole tables. They step where something is differentiated towards them.
+        In evaluation mode they would catch up whole tables. They step where something is differentiated towards them.
         """
         tables = {id(m) for c in self.collections().values() for m in c.modules()}
         training = [m for m in self.modules() if m.training and id(m) not in tables]
@@ -136,12 +136,12 @@ class Supernet(nn.Module):
 
 
 def as_model(net: Supernet) -> CTRModel:
-    """The supernet as what a trainer takes: it offers all that one uses of a model."""
+    """The supernet typed as a model, because it has all members that a trainer uses."""
     return cast("CTRModel", net)
 
 
 class OptembedTrainer(Trainer):
-    """Trains a supernet with an :class:`OptembedLayer`: thresholds by plain SGD, all else as ever.
+    """Trains a supernet with an :class:`OptembedLayer`: thresholds by plain SGD, all else as :class:`Trainer` does.
 
     Args:
         net: the supernet.
@@ -171,8 +171,8 @@ class OptembedTrainer(Trainer):
         cast("OptembedLayer", self.net.layer).step(self.threshold_lr, self.pull)
 
     def _validate(self, stop: Any) -> None:
-        # What a row's norm is compared with must not depend on when the row was last read.
-        self.net.settle_()
+        # Deferred updates are applied first: a row's norm must not depend on when the row was last read.
+        self.net.catch_up_()
         super()._validate(stop)
 
 

@@ -1,4 +1,4 @@
-"""Compressed embeddings under TorchRec: any plan as modules that its DistributedModelParallel shards by itself.
+"""Compressed embeddings under TorchRec: any plan as modules that its DistributedModelParallel can shard.
 
 Importing this package imports TorchRec; ``import recsys_embed`` does not.
 """

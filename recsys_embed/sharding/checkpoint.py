@@ -1,7 +1,7 @@
 """Checkpoints of sharded models by torch.distributed.checkpoint: saved by N processes, read by any other number.
 
-A folder holds one subfolder per save and the file ``latest``, which names the newest complete one and is replaced in
-one step; what is being written when a process dies is never named by it.
+A folder holds one subfolder per save and the file ``latest``, which names the newest complete subfolder. ``latest`` is
+replaced atomically, so it never names a save that a crash interrupted.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
 from recsys_embed.sharding.checkpoint_tensors import (
-    Entry,
+    CheckpointTensor,
     collections_in,
     counts_steps,
-    slabs_of,
-    state_entries,
-    weight_entries,
+    physical_tables_of,
+    state_tensors,
+    weight_tensors,
 )
 from recsys_embed.sharding.optimizers import Optimizers
+from recsys_embed.typing import JSON
 from recsys_embed.utils.files import write_json, write_text
 
 LATEST = "latest"
@@ -46,9 +47,9 @@ def save(
     model: nn.Module,
     optimizers: Optimizers | None = None,
     *,
-    extra: dict[str, Any] | None = None,
+    extra: JSON | None = None,
     beside: Mapping[str, Tensor] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> Path:
     """Save a sharded model, with the optimizers' state where given; every process of ``group`` calls it.
 
@@ -65,10 +66,10 @@ def save(
     Returns:
         The subfolder of this save.
     """
-    entries = [*weight_entries(model), *(state_entries(optimizers) if optimizers is not None else ())]
-    entries += [Entry(f"beside/{name}", values) for name, values in (beside or {}).items()]
+    tensors = [*weight_tensors(model), *(state_tensors(optimizers) if optimizers is not None else ())]
+    tensors += [CheckpointTensor(f"beside/{name}", values) for name, values in (beside or {}).items()]
     meta = describe(model, 0 if optimizers is None else optimizers.steps, optimizers is not None)
-    return write(folder, entries, {**meta, "extra": extra or {}}, group)
+    return write(folder, tensors, {**meta, "extra": extra or {}}, group)
 
 
 def load(
@@ -77,13 +78,14 @@ def load(
     optimizers: Optimizers | None = None,
     *,
     beside: Mapping[str, Tensor] | None = None,
-    group: Any = None,
-) -> dict[str, Any]:
+    group: ProcessGroup | None = None,
+) -> JSON:
     """Read the newest complete checkpoint into a sharded model, however many processes wrote it; all call it.
 
     Args:
         folder, model, optimizers, group: as :func:`save` takes them.
-        beside: filled from the checkpoint, but for what it does not hold in that shape.
+        beside: tensors to fill from the checkpoint; those that it does not hold in this shape and dtype stay as they
+            are.
 
     Returns:
         ``extra`` of the save.
@@ -93,20 +95,20 @@ def load(
     """
     at, meta = find(folder)
     check(at, meta, model, optimizers is not None)
-    entries = list(weight_entries(model))
+    tensors = list(weight_tensors(model))
     if optimizers is not None:
         _make_dense_state(at, optimizers)
-        entries += state_entries(optimizers)
+        tensors += state_tensors(optimizers)
     saved = tensors_in(at) if beside else {}
     wanted = {f"beside/{name}": values for name, values in (beside or {}).items()}
-    entries += [Entry(k, v) for k, v in wanted.items() if saved.get(k) == (v.shape, v.dtype)]
-    read(at, entries, group)
+    tensors += [CheckpointTensor(k, v) for k, v in wanted.items() if saved.get(k) == (v.shape, v.dtype)]
+    read(at, tensors, group)
     if optimizers is not None:
         _set_steps(optimizers, meta["steps"])
     return dict(meta["extra"])
 
 
-def describe(model: nn.Module, steps: int, trained: bool) -> dict[str, Any]:
+def describe(model: nn.Module, steps: int, trained: bool) -> JSON:
     """What a checkpoint must agree on with the model that reads it."""
     colls = {
         path: {
@@ -114,16 +116,16 @@ def describe(model: nn.Module, steps: int, trained: bool) -> dict[str, Any]:
             "plan": Plan(coll.plan.configs).to_dict(),
             # A resumed run may follow another learning rate.
             "rule": repr(coll.optimizer and replace(coll.optimizer, lr=0.0)),
-            "per_row": {key: slab.per_row for key, slab in sorted(slabs_of(coll).items())},
+            "per_row": {key: physical.per_row for key, physical in sorted(physical_tables_of(coll).items())},
         }
         for path, coll in collections_in(model).items()
     }
-    # As JSON reads it back, so that both compare.
+    # A round trip through JSON, so that it compares equal to what was saved.
     collections = json.loads(json.dumps(colls))
     return {"format": FORMAT, "version": VERSION, "collections": collections, "steps": steps, "trained": trained}
 
 
-def check(at: Path, meta: dict[str, Any], model: nn.Module, trained: bool) -> None:
+def check(at: Path, meta: JSON, model: nn.Module, trained: bool) -> None:
     """Raise unless a checkpoint is of such a model."""
     wanted = describe(model, 0, trained)["collections"]
     saved = with_current_names(meta["collections"])
@@ -142,7 +144,7 @@ def check(at: Path, meta: dict[str, Any], model: nn.Module, trained: bool) -> No
         raise CheckpointError(f"checkpoint {at} holds weights only, no optimizer state; load it without `optimizers`")
 
 
-def find(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+def find(folder: str | Path) -> tuple[Path, JSON]:
     """The newest complete checkpoint of a folder and its description."""
     folder = Path(folder)
     try:
@@ -158,9 +160,14 @@ def find(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def write(
-    folder: str | Path, entries: Iterable[Entry], meta: dict[str, Any], group: Any = None, *, alone: bool = False
+    folder: str | Path,
+    tensors: Iterable[CheckpointTensor],
+    meta: JSON,
+    group: ProcessGroup | None = None,
+    *,
+    alone: bool = False,
 ) -> Path:
-    """Write entries and their description; this process ``alone``, or together with those of ``group``."""
+    """Write tensors and their description; this process ``alone``, or together with those of ``group``."""
     folder = Path(folder)
     first = alone or dist.get_rank(group) == 0
     held = torch.zeros(1, dtype=torch.int64)
@@ -170,7 +177,7 @@ def write(
         held.fill_(max(taken, default=0) + 1)
     held = held if alone else _from_first(held, group)
     at = folder / f"{int(held):08d}"
-    state = {e.name: e.value for e in entries}
+    state = {e.name: e.value for e in tensors}
     with _silent(alone):
         dcp.save(state, checkpoint_id=at, process_group=group, no_dist=alone)
     if first:
@@ -184,23 +191,25 @@ def write(
     return at
 
 
-def read(at: Path, entries: Iterable[Entry], group: Any = None, *, alone: bool = False) -> None:
-    """Read a checkpoint into entries, and these into their places.
+def read(
+    at: Path, tensors: Iterable[CheckpointTensor], group: ProcessGroup | None = None, *, alone: bool = False
+) -> None:
+    """Read a checkpoint into tensors, and these into their places.
 
     Raises:
-        CheckpointError: damaged, or an entry is missing or of another shape.
+        CheckpointError: damaged, or an item is missing or of another shape.
     """
-    found = list(entries)
+    found = list(tensors)
     with _reading(at), _silent(alone):
         dcp.load({e.name: e.value for e in found}, checkpoint_id=at, process_group=group, no_dist=alone)
-    for entry in found:
-        if entry.put is not None:
-            entry.put()
+    for item in found:
+        if item.put is not None:
+            item.put()
 
 
 @contextmanager
 def _reading(at: Path) -> Iterator[None]:
-    """Inside, what torch makes of a damaged checkpoint becomes a CheckpointError that says the cause alone."""
+    """Convert what torch raises for a damaged checkpoint into a CheckpointError that states the cause."""
     try:
         yield
     except dcp.api.CheckpointException as e:
@@ -211,13 +220,13 @@ def _reading(at: Path) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
 def _silent(alone: bool) -> Iterator[None]:
-    """Without torch's warning that it works alone, where that is what was asked for."""
+    """Suppress torch's warning about the missing process group when ``alone`` asks for that."""
     with warnings.catch_warnings():
         if alone:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -232,7 +241,7 @@ def tensors_in(at: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _make_dense_state(at: Path, optimizers: Optimizers) -> None:
-    """Dense optimizers make their state at the first step; a checkpoint's tensors need it before."""
+    """Allocate the dense optimizer's state, which is otherwise created at the first step, for loading into it."""
     if optimizers.dense is None:
         return
     saved = tensors_in(at)
@@ -254,7 +263,7 @@ def _set_steps(optimizers: Optimizers, steps: int) -> None:
         optimizers.fused.set_optimizer_step(steps)
 
 
-def _from_first(values: Tensor, group: Any) -> Tensor:
+def _from_first(values: Tensor, group: ProcessGroup | None) -> Tensor:
     values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     dist.broadcast(values, 0 if group is None else dist.get_global_rank(group, 0), group=group)
     return values.cpu()

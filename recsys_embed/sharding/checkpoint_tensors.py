@@ -1,7 +1,7 @@
-"""Everything a training run holds under names and shapes that do not depend on how it is sharded.
+"""The tensors of a training run as checkpoints name them: names and shapes do not depend on the sharding.
 
-Tables come as TorchRec stores them, whole in shape whatever part lies here; so a checkpoint written by any number of
-processes, or by one without TorchRec's wrappers, reads back into any other.
+Tables have TorchRec's physical shape and their global size, also where this process holds a shard only. A checkpoint
+therefore loads into any number of processes, and into a model without TorchRec's wrappers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.fused_updates import TableOptimizer
 from recsys_embed.sharding.optimizers import Optimizers, table_named
-from recsys_embed.sharding.physical_tables import Slab, slabs_for, table_of
+from recsys_embed.sharding.physical_tables import PhysicalTable, physical_tables_for, table_of
 
 Collection = ShardableCollection | EmbeddingCollection
 
 
-class Entry(NamedTuple):
-    """A tensor or ShardedTensor; ``put`` takes what was read into a copy back to its place."""
+class CheckpointTensor(NamedTuple):
+    """A named Tensor or ShardedTensor. If ``value`` is a copy, ``put`` writes it back to the original after a load."""
 
     name: str
     value: Any
@@ -40,13 +40,17 @@ def collections_in(model: nn.Module) -> dict[str, Collection]:
     return {path: m for path, m in inner.named_modules() if isinstance(m, kinds)}
 
 
-def slabs_of(coll: Collection) -> dict[str, Slab]:
+def physical_tables_of(coll: Collection) -> dict[str, PhysicalTable]:
     """Layout of a collection's tables in checkpoints."""
-    return coll.slabs if isinstance(coll, ShardableCollection) else slabs_for(coll.tables, coll.optimizer)
+    return (
+        coll.physical_tables
+        if isinstance(coll, ShardableCollection)
+        else physical_tables_for(coll.tables, coll.optimizer)
+    )
 
 
-def weight_entries(model: nn.Module) -> Iterator[Entry]:
-    """Weights, index buffers and other lasting buffers."""
+def weight_tensors(model: nn.Module) -> Iterator[CheckpointTensor]:
+    """Weights, index arrays and other persistent buffers."""
     inner = model.module if isinstance(model, DistributedModelParallel) else model
     found = collections_in(model)
     for path, coll in found.items():
@@ -55,15 +59,15 @@ def weight_entries(model: nn.Module) -> Iterator[Entry]:
         for bundle in bundles:
             yield from _beside_tables(path, bundle)
     for name, values in _state_without(inner, tuple(found)):
-        yield Entry(f"model/{name}", values)
+        yield CheckpointTensor(f"model/{name}", values)
 
 
 def _state_without(module: nn.Module, paths: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Entries of the state dict of everything but the modules at ``paths``."""
+    """Items of the model's state dict, without the modules at ``paths``."""
     if prefix.rstrip(".") in paths:
         return
     if isinstance(module, ShardedModule):
-        # Another module that TorchRec has sharded: what it calls its state is whole in shape.
+        # Another module that TorchRec sharded: its state dict holds ShardedTensors of global shape.
         yield from module.state_dict(prefix=prefix).items()
         return
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
@@ -74,33 +78,33 @@ def _state_without(module: nn.Module, paths: tuple[str, ...], prefix: str = "") 
         yield from _state_without(child, paths, f"{prefix}{name}.")
 
 
-def _tables(path: str, coll: Collection) -> Iterator[Entry]:
+def _tables(path: str, coll: Collection) -> Iterator[CheckpointTensor]:
     if isinstance(coll, ShardableCollection):
         for held in coll.holders():
             for name, values in held.state_dict().items():
-                yield Entry(f"{path}/{table_of(name.split('.')[-2])}", values)
+                yield CheckpointTensor(f"{path}/{table_of(name.split('.')[-2])}", values)
         return
-    for key, slab in slabs_of(coll).items():
+    for key, physical in physical_tables_of(coll).items():
         table = coll.table(key)
-        stored = slab.pack(table.detach())
-        yield Entry(f"{path}/{key}", stored, _copier(table, slab, stored))
+        stored = physical.pack(table.detach())
+        yield CheckpointTensor(f"{path}/{key}", stored, _copier(table, physical, stored))
 
 
-def _copier(table: Tensor, slab: Slab, stored: Tensor) -> Callable[[], None]:
+def _copier(table: Tensor, physical: PhysicalTable, stored: Tensor) -> Callable[[], None]:
     def put() -> None:
         with torch.no_grad():
-            table.copy_(slab.unpack(stored))
+            table.copy_(physical.unpack(stored))
 
     return put
 
 
-def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[Entry]:
+def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[CheckpointTensor]:
     for key, matrix in bundle.heads.tables(stacked_only=True).items():
-        yield Entry(f"{path}/{key}", matrix.detach())
+        yield CheckpointTensor(f"{path}/{key}", matrix.detach())
     for name, module in bundle.own.items():
         for key, values in module.state_dict().items():
             if not key.endswith("_extra_state"):
-                yield Entry(f"{path}/{name}:{key}", values)
+                yield CheckpointTensor(f"{path}/{name}:{key}", values)
     store = bundle.kernel.index
     for program, feature in enumerate(bundle.programs):
         for name in store.indexes[program]:
@@ -109,89 +113,96 @@ def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[Entry]:
             def put(program: int = program, name: str = name, held: Tensor = held) -> None:
                 store.assign_(program, {name: held})
 
-            yield Entry(f"{path}/{feature}:index:{name}", held, put)
+            yield CheckpointTensor(f"{path}/{feature}:index:{name}", held, put)
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
 
-def state_as_stored(rule: FusedOptimizer, slab: Slab, kind: str, values: Tensor) -> Tensor:
+def state_as_stored(rule: FusedOptimizer, physical: PhysicalTable, kind: str, values: Tensor) -> Tensor:
     """State ``[rows, width or 1]`` of a table's rows as fbgemm lays it out: ``[stored rows, stored width]`` or flat."""
-    if kind == "element" or slab.per_row > 1:
-        return slab.pack(values)
+    if kind == "element" or physical.per_row > 1:
+        return physical.pack(values)
     flat = values.reshape(-1).clone()
-    return flat * _share(rule, slab) if kind == "row" else flat
+    return flat * _share(rule, physical) if kind == "row" else flat
 
 
-def state_by_row(rule: FusedOptimizer, slab: Slab, kind: str, stored: Tensor) -> Tensor:
+def state_by_row(rule: FusedOptimizer, physical: PhysicalTable, kind: str, stored: Tensor) -> Tensor:
     """Inverse of :func:`state_as_stored`: ``[rows, width or 1]``."""
-    if kind == "element" or slab.per_row > 1:
-        return slab.unpack(stored)
-    flat = stored.view(-1, 1)[: slab.rows]
-    return flat / _share(rule, slab) if kind == "row" else flat
+    if kind == "element" or physical.per_row > 1:
+        return physical.unpack(stored)
+    flat = stored.view(-1, 1)[: physical.rows]
+    return flat / _share(rule, physical) if kind == "row" else flat
 
 
-def _share(rule: FusedOptimizer, slab: Slab) -> float:
+def _share(rule: FusedOptimizer, physical: PhysicalTable) -> float:
     """fbgemm's means over a row count the padding, see :func:`recsys_embed.sharding.fused_updates.in_backward`."""
-    return slab.width / slab.shape[1] if type(rule) is RowwiseAdagrad else 1.0
+    return physical.width / physical.shape[1] if type(rule) is RowwiseAdagrad else 1.0
 
 
-def state_entries(optimizers: Optimizers) -> Iterator[Entry]:
+def state_tensors(optimizers: Optimizers) -> Iterator[CheckpointTensor]:
     """State of all optimizers of a sharded model, but for step counts, which are no tensors."""
     owners = collections_in(optimizers.sharded)
     fused = optimizers.fused.state_dict()["state"]
     for name, states in fused.items():
         try:
-            path, slab = table_named(name, owners)
+            path, physical = table_named(name, owners)
         except KeyError:
-            yield from (Entry(f"fused/{name}:{key}", values) for key, values in states.items())
+            yield from (CheckpointTensor(f"fused/{name}:{key}", values) for key, values in states.items())
             continue
         rule = owners[path].optimizer
         names = list(rule.state) if isinstance(rule, FusedOptimizer) else []
         for key, values in states.items():
             # fbgemm numbers its moments; the rules name theirs in the same order.
             place = int(key.rsplit("momentum", 1)[1]) - 1
-            yield Entry(f"{path}/{slab.key}:{names[place]}", values)
+            yield CheckpointTensor(f"{path}/{physical.key}:{names[place]}", values)
     for optimizer in optimizers.tables:
         yield from _dense_tables(optimizer, owners)
     if optimizers.dense is not None:
         for name, parameter in zip(optimizers.dense_names, optimizers.dense_parameters, strict=True):
             for key, values in optimizers.dense.state[parameter].items():
-                yield Entry(f"dense/{name}:{key}", torch.as_tensor(values))
+                yield CheckpointTensor(f"dense/{name}:{key}", torch.as_tensor(values))
 
 
-def _dense_tables(optimizer: TableOptimizer, owners: dict[str, Collection]) -> Iterator[Entry]:
+def _dense_tables(optimizer: TableOptimizer, owners: dict[str, Collection]) -> Iterator[CheckpointTensor]:
     rule = optimizer.rule
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            path, slab = table_named(optimizer.names[id(parameter)], owners)
+            path, physical = table_named(optimizer.names[id(parameter)], owners)
             state = optimizer.state_of(parameter)
             for name, kind in rule.tensors.items():
-                stored = state_as_stored(rule, slab, kind, state[name])
+                stored = state_as_stored(rule, physical, kind, state[name])
 
-                def put(state: dict[str, Any] = state, name: str = name, stored: Tensor = stored, slab: Slab = slab,
-                        kind: str = kind) -> None:  # fmt: skip
-                    values = state_by_row(rule, slab, kind, stored)
+                def put(
+                    state: dict[str, Any] = state,
+                    name: str = name,
+                    stored: Tensor = stored,
+                    physical: PhysicalTable = physical,
+                    kind: str = kind,
+                ) -> None:
+                    values = state_by_row(rule, physical, kind, stored)
                     state[name][: len(values)].copy_(values)
 
-                yield Entry(f"{path}/{slab.key}:{name}", stored, put)
+                yield CheckpointTensor(f"{path}/{physical.key}:{name}", stored, put)
 
 
-def plain_state_entries(path: str, coll: EmbeddingCollection, saved: dict[str, Any]) -> Iterator[Entry]:
-    """The same of an unsharded collection's ``saved = coll.optimizer_state_dict()``, whose tensors are written to."""
+def unsharded_state_tensors(path: str, coll: EmbeddingCollection, saved: dict[str, Any]) -> Iterator[CheckpointTensor]:
+    """The same for an unsharded collection; loading writes into ``saved``, its ``optimizer_state_dict()``."""
     rule = coll.optimizer
-    for key, slab in slabs_of(coll).items():
+    for key, physical in physical_tables_of(coll).items():
         storage, offset = coll.places[key]
         for name, kind in rule.tensors.items() if rule is not None else ():
-            rows = saved["state"][f"{storage}_{name}"][offset : offset + slab.rows]
-            stored = state_as_stored(rule, slab, kind, rows)  # type: ignore[arg-type]
+            rows = saved["state"][f"{storage}_{name}"][offset : offset + physical.rows]
+            stored = state_as_stored(rule, physical, kind, rows)  # type: ignore[arg-type]
 
-            def put(rows: Tensor = rows, stored: Tensor = stored, slab: Slab = slab, kind: str = kind) -> None:
-                rows.copy_(state_by_row(rule, slab, kind, stored))  # type: ignore[arg-type]
+            def put(
+                rows: Tensor = rows, stored: Tensor = stored, physical: PhysicalTable = physical, kind: str = kind
+            ) -> None:
+                rows.copy_(state_by_row(rule, physical, kind, stored))  # type: ignore[arg-type]
 
-            yield Entry(f"{path}/{key}:{name}", stored, put)
+            yield CheckpointTensor(f"{path}/{key}:{name}", stored, put)
 
 
 def counts_steps(rule: FusedOptimizer | None) -> bool:
-    """Whether an update may depend on how many came before."""
+    """Whether an update may depend on the number of steps so far."""
     return rule is not None and (rule.lazy or type(rule) not in (SGD, Adagrad, RowwiseAdagrad))

@@ -1,9 +1,9 @@
-"""An embedding collection whose tables TorchRec holds, so that DistributedModelParallel shards them by itself."""
+"""An embedding collection whose tables TorchRec holds, so that DistributedModelParallel can shard them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +20,30 @@ from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan, table_key
-from recsys_embed.sharding.physical_tables import Slab, slabs_for, table_of
+from recsys_embed.sharding.physical_tables import PhysicalTable, physical_tables_for, table_of
 from recsys_embed.sharding.pooled import PooledFeatures
-from recsys_embed.sharding.pooling_split import Pooling, divide
-from recsys_embed.sharding.row_reader import RowReader
-from recsys_embed.sharding.shards import Shard, fill, shards_of
+from recsys_embed.sharding.pooling_split import Pooling, split_by_pooling
+from recsys_embed.sharding.row_reader import TorchRecRowReader
+from recsys_embed.sharding.shards import LocalShard, fill, shards_of
+from recsys_embed.typing import Ids
 
 
 class ShardableCollection(Constants):
-    """What :class:`recsys_embed.EmbeddingCollection` computes, with tables that TorchRec can shard.
+    """Computes what :class:`recsys_embed.EmbeddingCollection` does, with tables that TorchRec can shard.
 
-    Index transform, TorchRec's EmbeddingBagCollection or EmbeddingCollection over the plan's physical tables, combine.
-    Features whose vectors are sums of rows are pooled where the tables lie; all others are looked up id by id,
-    combined, then pooled. Methods that compute, projections and other dense parameters are data-parallel.
+    Transforms run first, then TorchRec's EmbeddingBagCollection or EmbeddingCollection reads the physical tables, then
+    rows are combined and heads applied. Features whose vectors are sums of rows are pooled on the ranks that hold the
+    tables; all others are looked up id by id, combined, then pooled. Methods that compute, projections and other dense
+    parameters are data-parallel.
 
     Args:
         schema: the features, in the order of the id columns.
         plan: a method configuration per feature; plain tables when None.
-        optimizer: what :func:`recsys_embed.sharding.shard` has update the tables inside backward; until then, and with
-            None, they have ordinary gradients.
-        pool: ``"tables"`` as said above. ``"ids"`` looks up every feature id by id: bags have the same bits under any
-            sharding, as they are pooled in one place, and rows that a batch reads often travel once. On gloo it is also
-            what trains on batches of another size on every process; TorchRec's own pooling needs NCCL for that.
+        optimizer: updates the tables inside backward once :func:`recsys_embed.sharding.shard` was called. Before that,
+            and with None, tables have ordinary gradients.
+        pool: ``"tables"`` pools as described above. ``"ids"`` looks up every feature id by id: bags are bit-identical
+            under any sharding, because one rank pools each of them, and a row that a batch reads repeatedly is sent
+            once. With gloo, only ``"ids"`` allows batch sizes to differ between processes; with NCCL both do.
         weighted: ids bring weights; every feature must pool by sum.
         seed: of the initial weights, which are those of an EmbeddingCollection of that seed.
         device: of the tables; ``"meta"`` allocates none until they are sharded.
@@ -77,21 +79,21 @@ class ShardableCollection(Constants):
         if weighted and any(s.pooling != "sum" for s in schema):
             raise ConfigError("`weighted` needs pooling 'sum' for every feature")
         self.tables = self.plan.tables(schema)
-        self.slabs = slabs_for(self.tables, optimizer)
+        self.physical_tables = physical_tables_for(self.tables, optimizer)
         self.weighted = weighted
         device = torch.device("cpu" if device is None else device)
         like = torch.empty(0, device="cpu" if device.type == "meta" else device)
-        pooled, by_id = divide(schema, self.plan, pool)
+        pooled, by_id = split_by_pooling(schema, self.plan, pool)
         self.readers = nn.ModuleDict()
         self.by_bag: PooledFeatures | None = None
         self.by_id: LookupBundle | None = None
-        with torch.random.fork_rng(devices=[]):  # TorchRec draws weights that are drawn again below
+        with torch.random.fork_rng(devices=[]):  # TorchRec initialises weights; reset_parameters draws ours
             if by_id:
                 self.by_id = self._add_by_id(self._part(by_id), device, like)
             if pooled:
                 part = self._part(pooled)
-                slabs = {k: self.slabs[k] for k in self._keys(part)}
-                self.by_bag = PooledFeatures(part, self.plan, slabs, weighted, device, like)
+                physical_tables = {k: self.physical_tables[k] for k in self._keys(part)}
+                self.by_bag = PooledFeatures(part, self.plan, physical_tables, weighted, device, like)
         self._lay_out(pooled, by_id)
         self.reset_parameters()
 
@@ -108,12 +110,12 @@ class ShardableCollection(Constants):
         keys = self._keys(part)
         shapes, places = stack_tables({k: self.tables[k] for k in keys})
         for storage in shapes:
-            held = [self.slabs[k] for k in keys if places[k].storage == storage]
-            self.readers[storage] = RowReader(held, device)
+            held = [self.physical_tables[k] for k in keys if places[k].storage == storage]
+            self.readers[storage] = TorchRecRowReader(held, device)
         return LookupBundle(part, self.plan, places, shapes, like, "torch")
 
     def _lay_out(self, pooled: list[str], by_id: list[str]) -> None:
-        """Where the parts' features stand in the schema, and their columns in the output."""
+        """Set the order of the parts' features in the schema and of their columns in the output."""
         bundles = [part.bundle if isinstance(part, PooledFeatures) else part for part in (self.by_bag, self.by_id)]
         sizes = {
             s.name: (width, vectors)
@@ -149,7 +151,7 @@ class ShardableCollection(Constants):
             keys = {t.name: table_key(self.schema[name], t) for t in program.tables}
             for row_lookup in program.row_lookups:
                 weight = 0 if row_lookup.weight is None else int(keys[row_lookup.weight.table] == key)
-                found[name] = found.get(name, 0) + row_lookup.run * int(keys[row_lookup.table] == key) + weight
+                found[name] = found.get(name, 0) + row_lookup.num_rows * int(keys[row_lookup.table] == key) + weight
         return {name: n for name, n in found.items() if n}
 
     @property
@@ -169,7 +171,7 @@ class ShardableCollection(Constants):
         vectors: Tensor = self.readers[storage](rows)
         return vectors
 
-    def forward(self, ids: Any, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Ids, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Vectors of all features; ``ids`` in any form that :meth:`recsys_embed.EmbeddingCollection.forward` takes.
 
         Returns:
@@ -188,7 +190,10 @@ class ShardableCollection(Constants):
             return self._pooled(Bags(ids.long().t().reshape(-1), each, None, len(ids)))
         return self._pooled(to_bags(self.schema, self._given(ids), offsets, per_sample_weights))
 
-    def _given(self, ids: Any) -> Any:
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
+
+    def _given(self, ids: Ids) -> Ids:
         if not isinstance(ids, Mapping):
             return ids
         out = dict(ids)
@@ -219,24 +224,24 @@ class ShardableCollection(Constants):
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def shards(self) -> Iterator[Shard]:
-        """What this process holds of every physical table: all of it before sharding."""
+    def shards(self) -> Iterator[LocalShard]:
+        """The shards that this process holds; before sharding, the full physical tables."""
         for held in self.holders():
-            yield from shards_of(held, self.slabs)
+            yield from shards_of(held, self.physical_tables)
 
     def holders(self) -> list[nn.Module]:
         """TorchRec's collections, sharded or not, that hold the physical tables."""
         found: list[Any] = [reader.ec for reader in self.readers.values()]
         return found if self.by_bag is None else [*found, self.by_bag.ebc]
 
-    def stored(self) -> Iterator[tuple[Slab, nn.Parameter]]:
+    def stored(self) -> Iterator[tuple[PhysicalTable, nn.Parameter]]:
         """Every physical table before sharding."""
         for held in self.holders():
             for name, parameter in held.named_parameters():
-                yield self.slabs[table_of(name.split(".")[-2])], parameter
+                yield self.physical_tables[table_of(name.split(".")[-2])], parameter
 
     def reset_parameters(self) -> None:
-        """Draw initial weights: those of an EmbeddingCollection of this seed, whatever part of them lies here."""
+        """Draw the initial weights that an EmbeddingCollection of this seed has, for the shards of this process."""
         dense: dict[str, Tensor] = {}
         for bundle in self.bundles():
             dense |= bundle.dense_tables()

@@ -1,4 +1,4 @@
-"""Rows of tables with ordinary gradients on CPUs, where fbgemm has only the pooled kernel."""
+"""Unpooled lookups of tables with ordinary gradients on CPUs, for which fbgemm has a pooled kernel only."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 
 def read_dense_rows(model: nn.Module) -> None:
-    """Have every unpooled lookup of dense tables on a CPU read rows with torch.
+    """Replace every unpooled lookup of tables with ordinary gradients on a CPU by torch's.
 
-    fbgemm's operator takes ``PoolingMode.NONE`` there and pools all the same.
+    fbgemm's operator accepts ``PoolingMode.NONE`` there but pools nevertheless.
     """
     for collection in model.modules():
         # Lookups are no registered children of the collection that runs them.

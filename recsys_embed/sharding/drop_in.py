@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,23 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.pooling_split import Pooling
+from recsys_embed.typing import Option
+
+
+class HasConfigs(Protocol):
+    """What TorchRec's collections say of their tables."""
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]: ...
+
+
+Features: TypeAlias = HasConfigs | Sequence[EmbeddingBagConfig]
+"""A collection of TorchRec, or its list of configurations."""
 
 
 class CompressedEBC(nn.Module):
-    """Bags of ids by feature name to vectors by feature name, stored by any plan.
+    """A drop-in for TorchRec's EmbeddingBagCollection whose features are stored by any plan.
 
-    TorchRec's models take it in place of an EmbeddingBagCollection, and its DistributedModelParallel shards the
-    collections of physical tables inside.
+    TorchRec's models accept it, and DistributedModelParallel shards the collections of physical tables inside.
 
     Args:
         schema: the features with their pooling.
@@ -54,12 +65,14 @@ class CompressedEBC(nn.Module):
         )
 
     @classmethod
-    def like(cls, ebc: Any, plan: Plan | None = None, optimizer: FusedOptimizer | None = None, **options: Any) -> Any:
-        """One with the features of TorchRec's ``ebc``, a collection or its list of configurations."""
+    def like(
+        cls, ebc: Features, plan: Plan | None = None, optimizer: FusedOptimizer | None = None, **options: Option
+    ) -> Self:
+        """A CompressedEBC with the features of ``ebc``, TorchRec's collection or its list of configurations."""
         return cls(schema_of(ebc), plan, optimizer, **options)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """A configuration per feature, of the plain table that it stands for: what models size their layers by."""
+        """A configuration per feature, of the full table that it replaces; models size their layers by it."""
         widths = zip(self.collection.schema, self.collection.widths, strict=True)
         return [
             EmbeddingBagConfig(
@@ -86,13 +99,14 @@ class CompressedEBC(nn.Module):
         return KeyedTensor(list(self.collection.schema.names), self.collection.widths, out.flatten(1))
 
 
-def schema_of(ebc: Any) -> Schema:
-    """The features of TorchRec's ``ebc``, a collection or its list of configurations.
+def schema_of(ebc: Features) -> Schema:
+    """The features of ``ebc``, TorchRec's collection or its list of configurations.
 
-    Features that read one table there are features of their own here, each with a table of that size in a plain plan.
+    Features that share a table there are separate features here, each with a table of that size in a plan of full
+    tables.
 
     Raises:
-        ConfigError: a feature that several tables serve, which has no one vector; a table of other numbers than fp32.
+        ConfigError: several tables serve one feature, or a table is not fp32.
     """
     configs = ebc.embedding_bag_configs() if hasattr(ebc, "embedding_bag_configs") else ebc
     specs: dict[str, FeatureSpec] = {}
@@ -100,13 +114,13 @@ def schema_of(ebc: Any) -> Schema:
     for config in configs:
         if config.data_type is not DataType.FP32:
             faults.append(
-                f"tables must be of fp32, as they train here; got {config.data_type.name} (table {config.name!r})"
+                f"tables must be fp32, because they are trained; got {config.data_type.name} (table {config.name!r})"
             )
         for name in config.feature_names:
             if name in specs:
                 faults.append(f"feature {name!r} is served by several tables; give each a feature of its own")
                 continue
-            pooling: Any = "mean" if config.pooling is PoolingType.MEAN else "sum"
+            pooling: Literal["mean", "sum"] = "mean" if config.pooling is PoolingType.MEAN else "sum"
             specs[name] = FeatureSpec(name, config.num_embeddings, config.embedding_dim, pooling=pooling)
     raise_faults(faults, "schema_of")
     return Schema(list(specs.values()))

@@ -1,4 +1,4 @@
-"""Who updates which parameter: fbgemm inside backward where it knows the rule, an optimizer from here elsewhere."""
+"""Table updates: inside backward where fbgemm implements the rule, by :class:`TableOptimizer` elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import SGD, Adagrad, Adam, FusedOptimizer, RowwiseAdagrad
-from recsys_embed.sharding.physical_tables import Slab
+from recsys_embed.sharding.physical_tables import PhysicalTable
 
 InBackward = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 _PLAIN = ("lr", "eps", "initial_accumulator_value", "betas")
@@ -27,15 +27,15 @@ def fuses(rule: FusedOptimizer, device_type: str) -> bool:
     >>> fuses(RowwiseAdagrad(), "cpu"), fuses(Adam(), "cpu"), fuses(Adam(), "cuda"), fuses(SGD(weight_decay=0.1), "cpu")
     (True, False, True, False)
     """
-    # A subclass may update otherwise than its base does.
+    # By exact type: a subclass may override the update.
     if type(rule) not in _IN_BACKWARD or (type(rule) is Adam and device_type != "cuda"):
         return False
     options = [f.name for f in fields(rule) if f.name not in _PLAIN]
     return all(getattr(rule, name) == getattr(type(rule)(), name) for name in options)
 
 
-def in_backward(rule: FusedOptimizer, slab: Slab) -> InBackward:
-    """TorchRec's optimizer and arguments that do to the stored table what ``rule`` does to the table.
+def in_backward(rule: FusedOptimizer, physical: PhysicalTable) -> InBackward:
+    """TorchRec's optimizer, and its arguments, that update the physical table as ``rule`` updates the table.
 
     Raises:
         ConfigError: TorchRec has no such rule; see :func:`fuses`.
@@ -45,31 +45,31 @@ def in_backward(rule: FusedOptimizer, slab: Slab) -> InBackward:
             f"TorchRec has no optimizer that does inside backward what {rule!r} does; it has "
             f"{', '.join(cls.__name__ for cls in _IN_BACKWARD)}"
         )
-    return _IN_BACKWARD[type(rule)](rule, slab)
+    return _IN_BACKWARD[type(rule)](rule, physical)
 
 
-def _sgd(rule: SGD, slab: Slab) -> InBackward:
+def _sgd(rule: SGD, physical: PhysicalTable) -> InBackward:
     return torch.optim.SGD, {"lr": rule.lr}
 
 
-def _adam(rule: Adam, slab: Slab) -> InBackward:
+def _adam(rule: Adam, physical: PhysicalTable) -> InBackward:
     return torch.optim.Adam, {"lr": rule.lr, "betas": rule.betas, "eps": rule.eps}
 
 
-def _adagrad(rule: Adagrad, slab: Slab) -> InBackward:
+def _adagrad(rule: Adagrad, physical: PhysicalTable) -> InBackward:
     start = {"initial_accumulator_value": rule.initial_accumulator_value}
     return torch.optim.Adagrad, {"lr": rule.lr, "eps": rule.eps} | (start if start["initial_accumulator_value"] else {})
 
 
-def _rowwise_adagrad(rule: RowwiseAdagrad, slab: Slab) -> InBackward:
-    if slab.per_row > 1:
+def _rowwise_adagrad(rule: RowwiseAdagrad, physical: PhysicalTable) -> InBackward:
+    if physical.per_row > 1:
         return torch.optim.Adagrad, {"lr": rule.lr, "eps": rule.eps}
     # fbgemm's mean of squares runs over the padding too.
-    shrink = math.sqrt(slab.width / slab.shape[1])
+    shrink = math.sqrt(physical.width / physical.shape[1])
     return RowWiseAdagrad, {"lr": rule.lr * shrink, "eps": rule.eps * shrink}
 
 
-_IN_BACKWARD: Mapping[type[FusedOptimizer], Callable[[Any, Slab], InBackward]] = {
+_IN_BACKWARD: Mapping[type[FusedOptimizer], Callable[[Any, PhysicalTable], InBackward]] = {
     SGD: _sgd,
     Adagrad: _adagrad,
     RowwiseAdagrad: _rowwise_adagrad,
@@ -77,15 +77,15 @@ _IN_BACKWARD: Mapping[type[FusedOptimizer], Callable[[Any, Slab], InBackward]] =
 }
 
 
-def fuse(parameters: Iterable[tuple[Slab, nn.Parameter]], rule: FusedOptimizer) -> None:
-    """Have TorchRec update ``parameters``, stored tables, inside backward."""
-    for slab, parameter in parameters:
-        kind, options = in_backward(rule, slab)
+def fuse(parameters: Iterable[tuple[PhysicalTable, nn.Parameter]], rule: FusedOptimizer) -> None:
+    """Let TorchRec update ``parameters``, physical tables, inside backward."""
+    for physical, parameter in parameters:
+        kind, options = in_backward(rule, physical)
         apply_in_backward(kind, [parameter], options)
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """Steps tables that have dense gradients by the very rule that fused tables follow: rows read, each once.
+    """Updates tables that have dense gradients by the rule of fused tables: only rows that were read, each once.
 
     These are the tables TorchRec replicates, which it does not update inside backward, and those whose rule fbgemm
     does not know on the device.
@@ -95,10 +95,10 @@ class TableOptimizer(torch.optim.Optimizer):
         rule: the update.
     """
 
-    def __init__(self, tables: Iterable[tuple[str, Slab, nn.Parameter]], rule: FusedOptimizer) -> None:
+    def __init__(self, tables: Iterable[tuple[str, PhysicalTable, nn.Parameter]], rule: FusedOptimizer) -> None:
         held = list(tables)
         self.rule = rule
-        self.slabs = {id(parameter): slab for _, slab, parameter in held}
+        self.physical_tables = {id(parameter): physical for _, physical, parameter in held}
         self.names = {id(parameter): name for name, _, parameter in held}
         super().__init__([parameter for *_, parameter in held], {"lr": rule.lr})
 
@@ -106,7 +106,7 @@ class TableOptimizer(torch.optim.Optimizer):
         """State of one table, made at first use: ``step``, and tensors ``[rows, 1]`` or ``[rows, width]``."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            weight = self._rows(parameter.detach(), self.slabs[id(parameter)])
+            weight = self._rows(parameter.detach(), self.physical_tables[id(parameter)])
             rows, width = weight.shape
             state["step"] = 0
             for name, kind in self.rule.tensors.items():
@@ -117,8 +117,8 @@ class TableOptimizer(torch.optim.Optimizer):
         return state
 
     @staticmethod
-    def _rows(stored: Tensor, slab: Slab) -> Tensor:
-        return stored.view(-1, slab.shape[1] // slab.per_row)[:, : slab.width]
+    def _rows(stored: Tensor, physical: PhysicalTable) -> Tensor:
+        return stored.view(-1, physical.shape[1] // physical.per_row)[:, : physical.width]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -131,8 +131,8 @@ class TableOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: nn.Parameter, lr: float) -> None:
-        slab, state = self.slabs[id(parameter)], self.state_of(parameter)
-        weight, grad = self._rows(parameter, slab), self._rows(parameter.grad, slab)  # type: ignore[arg-type]
+        physical, state = self.physical_tables[id(parameter)], self.state_of(parameter)
+        weight, grad = self._rows(parameter, physical), self._rows(parameter.grad, physical)  # type: ignore[arg-type]
         state["step"] += 1
         if self.rule.lazy:
             touched = torch.arange(len(weight), device=weight.device)
@@ -148,5 +148,5 @@ class TableOptimizer(torch.optim.Optimizer):
 
 
 def left_to_step(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name that nothing updates inside backward."""
+    """Parameters by name that are not updated inside backward."""
     return dict(in_backward_optimizer_filter(model.named_parameters()))

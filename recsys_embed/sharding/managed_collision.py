@@ -1,7 +1,7 @@
-"""Managed collision: ids without bound share a bounded table, the frequent ones with a row each, and rows change hands.
+"""Managed collision: unbounded ids in a bounded table, in which frequent ids own rows and rows are evicted.
 
-TorchRec's MCH decides which ids own rows (Zero Collision Hashing). When a row passes from an old id to a new one, its
-weights are drawn anew and its optimizer state starts over, in one process and in many.
+TorchRec's MCH (managed collision handling) decides which ids own rows. When a row is reassigned to another id, its
+weights are drawn anew and its optimizer state is reset, sharded or not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.sharding.fused_updates import fuse
-from recsys_embed.sharding.physical_tables import LANES, Slab, torchrec_name
+from recsys_embed.sharding.physical_tables import ROW_ALIGNMENT, PhysicalTable, torchrec_name
 from recsys_embed.sharding.sharders import BagSharder
 
 Policy = Literal["lfu", "lru", "distance_lfu"]
@@ -41,37 +41,41 @@ _RANGE = 1 << 62
 MOST_RANKS = 512
 
 
-def spread(ids: Tensor, size: int = _RANGE) -> Tensor:
-    """Ids of any distribution spread evenly over ``[0, 2**62)``: every rank owns a range of what comes out.
+def hash_to_range(ids: Tensor, size: int = _RANGE) -> Tensor:
+    """Hash ids uniformly into ``[0, 2**62)``, of which every rank owns a range.
 
-    >>> spread(torch.tensor([1, 2, -3])).min().item() >= 0
+    >>> hash_to_range(torch.tensor([1, 2, -3])).min().item() >= 0
     True
     """
     return (hashing.splitmix64(ids, 0) >> 2) & (_RANGE - 1)
 
 
 class _Managed(ManagedCollisionEmbeddingBagCollection):
-    """TorchRec's, but rows that change hands are reset, and before they are looked up."""
+    """TorchRec's module, but reassigned rows are reset before the lookup."""
 
     def __init__(self, ebc: EmbeddingBagCollection, mcc: ManagedCollisionCollection, owner: ManagedEBC) -> None:
         super().__init__(ebc, mcc)
         self.initializers, self.seed = owner.initializers, owner.seed
-        self.watched: list[torch.optim.Optimizer] = owner.watched
+        self.watched_optimizers: list[torch.optim.Optimizer] = owner.watched_optimizers
 
     def forward(self, features: KeyedJaggedTensor, mutate_miss_lengths: bool = True) -> Any:
         remapped = self._managed_collision_collection(features, mutate_miss_lengths)
         for table, rows in self._managed_collision_collection.evict().items():
             if rows is not None and len(rows):
                 parameter = self._embedding_module.embedding_bags[table].weight
-                seed = hashing.salt(self.seed, table, str(_times(self, table)))
-                renew(parameter, rows, self.initializers[table], seed)
-                for optimizer in [*getattr(parameter, "_in_backward_optimizers", []), *self.watched]:
-                    forget(optimizer, parameter, rows)
+                redraw_rows(
+                    parameter,
+                    rows,
+                    self.initializers[table],
+                    hashing.salt(self.seed, table, str(_exchange_count(self, table))),
+                )
+                for optimizer in [*getattr(parameter, "_in_backward_optimizers", []), *self.watched_optimizers]:
+                    reset_state(optimizer, parameter, rows)
         return self._embedding_module(remapped), None
 
 
 class _ShardedManaged(ShardedManagedCollisionEmbeddingBagCollection):
-    """The same, sharded: fbgemm's own reset covers one optimizer and no CPU."""
+    """The same, sharded; fbgemm's own reset supports one optimizer only, and no CPU."""
 
     initializers: Mapping[str, Initializer]
     seed: int
@@ -82,8 +86,8 @@ class _ShardedManaged(ShardedManagedCollisionEmbeddingBagCollection):
                 continue
             kernel, index = self._table_to_tbe_and_index[table]
             weight = self._embedding_module.embedding_bags.get_parameter(f"{table}.weight")
-            place = f"{self._env.rank}/{_times(self, table)}"
-            renew(weight, rows, self.initializers[table], hashing.salt(self.seed, table, place))
+            place = f"{self._env.rank}/{_exchange_count(self, table)}"
+            redraw_rows(weight, rows, self.initializers[table], hashing.salt(self.seed, table, place))
             with torch.no_grad():
                 for state in kernel.split_optimizer_states()[int(index)]:
                     state.view(weight.shape[0], -1)[rows] = 0.0
@@ -120,19 +124,19 @@ class ManagedSharder(ManagedCollisionEmbeddingBagCollectionSharder):
 
 
 class ManagedEBC(nn.Module):
-    """Bags of ids of any value to vectors: each feature keeps rows for its most frequent ids alone.
+    """Embedding bags of unbounded int64 ids: each feature keeps rows for its most frequent ids only.
 
-    While training, TorchRec's MCH counts ids and, every ``interval`` steps, gives rows to ids that became frequent,
-    taking them from ids that no longer are. Ids without a row share the last one. In ``eval()`` nothing changes hands.
+    During training, TorchRec's MCH counts ids; every ``interval`` steps it assigns rows to ids that became frequent and
+    evicts ids that no longer are. Ids without a row share the last one. In ``eval()`` the assignment does not change.
     In one process it runs as it is; :func:`recsys_embed.sharding.shard` shards it by rows.
 
     Args:
-        schema: the features; ``num_embeddings`` is the number of rows each keeps, and any int64 may come as an id. So
-            many processes may share the rows as divide their number and 512.
-        optimizer: updates rows inside backward once sharded, and is what :meth:`optimize` makes in one process.
+        schema: the features; ``num_embeddings`` is the number of rows of each, and ids are any int64. The number of
+            processes must divide ``num_embeddings`` and 512.
+        optimizer: updates rows inside backward, once sharded or after :meth:`optimize` in one process.
         policy: which ids keep rows: ``"lfu"``, ``"lru"`` or ``"distance_lfu"``.
-        interval: steps between two exchanges.
-        seed: of the initial rows, and of those drawn anew.
+        interval: steps between two evictions.
+        seed: of the initial rows and of reassigned rows.
 
     Raises:
         ConfigError: names every feature or argument that does not fit.
@@ -156,9 +160,9 @@ class ManagedEBC(nn.Module):
     ) -> None:
         super().__init__()
         faults = [
-            f"`embedding_dim` must be a multiple of {LANES}; got {s.embedding_dim} (feature {s.name!r})"
+            f"`embedding_dim` must be a multiple of {ROW_ALIGNMENT}; got {s.embedding_dim} (feature {s.name!r})"
             for s in schema
-            if s.embedding_dim % LANES
+            if s.embedding_dim % ROW_ALIGNMENT
         ]
         faults += [
             f"pooling must be 'sum' or 'mean'; got 'max' (feature {s.name!r})" for s in schema if s.pooling == "max"
@@ -171,7 +175,7 @@ class ManagedEBC(nn.Module):
         raise_faults(faults, "ManagedEBC")
         self.schema, self.optimizer, self.seed = schema, optimizer, seed
         self.initializers = {torchrec_name(s.name): Initializer.plain(s) for s in schema}
-        self.watched: list[torch.optim.Optimizer] = []
+        self.watched_optimizers: list[torch.optim.Optimizer] = []
         device = torch.device(device)
         configs = [
             EmbeddingBagConfig(
@@ -190,7 +194,7 @@ class ManagedEBC(nn.Module):
                 eviction_policy=_POLICIES[policy](),
                 eviction_interval=interval,
                 input_hash_size=_RANGE,
-                input_hash_func=spread,
+                input_hash_func=hash_to_range,
                 buckets=gcd(c.num_embeddings, MOST_RANKS),
             )
             for c in configs
@@ -199,23 +203,24 @@ class ManagedEBC(nn.Module):
             ebc = EmbeddingBagCollection(tables=configs, device=device)
         self.managed = _Managed(ebc, ManagedCollisionCollection(modules, configs), self)
         with torch.no_grad():
-            for name, init in self.initializers.items():
-                init.fill_(ebc.embedding_bags[name].weight, hashing.salt(seed, "init", name))
+            for name, initializer in self.initializers.items():
+                initializer.fill_(ebc.embedding_bags[name].weight, hashing.salt(seed, "init", name))
 
-    def stored(self) -> list[tuple[Slab, nn.Parameter]]:
+    def stored(self) -> list[tuple[PhysicalTable, nn.Parameter]]:
         """Layout and parameter of every table, before sharding."""
         bags = self.managed._embedding_module.embedding_bags
         return [
-            (Slab(s.name, s.num_embeddings, s.embedding_dim), bags[torchrec_name(s.name)].weight) for s in self.schema
+            (PhysicalTable(s.name, s.num_embeddings, s.embedding_dim), bags[torchrec_name(s.name)].weight)
+            for s in self.schema
         ]
 
     def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Have ``optimizer``, of one process, forget the state of rows that change hands; returns it."""
-        self.watched.append(optimizer)
+        """In one process: reset the state that ``optimizer`` keeps of reassigned rows; returns ``optimizer``."""
+        self.watched_optimizers.append(optimizer)
         return optimizer
 
     def optimize(self) -> None:
-        """In one process: have the tables updated inside backward by ``optimizer``, as they are once sharded."""
+        """In one process: update the tables inside backward by ``optimizer``, as a sharded module does."""
         if self.optimizer is None:
             raise ConfigError("ManagedEBC was built without `optimizer`")
         fuse(self.stored(), self.optimizer)
@@ -238,15 +243,15 @@ class ManagedEBC(nn.Module):
 
 
 @torch.no_grad()
-def renew(weight: Tensor, rows: Tensor, init: Initializer, seed: int) -> None:
+def redraw_rows(weight: Tensor, rows: Tensor, initializer: Initializer, seed: int) -> None:
     """Draw the rows of a table anew."""
     fresh = torch.empty(len(rows), weight.shape[1])
-    weight.data[rows] = init.fill_(fresh, seed).to(weight)
+    weight.data[rows] = initializer.fill_(fresh, seed).to(weight)
 
 
 @torch.no_grad()
-def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Set the state that an optimizer keeps of rows of a table to what it starts with."""
+def reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Reset the optimizer state of some rows of a table to its initial value."""
     for group in optimizer.param_groups:
         if not any(p is parameter for p in group["params"]):
             continue
@@ -256,8 +261,8 @@ def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) ->
                 values[rows] = start if name == "sum" else 0
 
 
-def _times(module: Any, table: str) -> int:
-    """How often rows of a table have changed hands here, this time included."""
+def _exchange_count(module: Any, table: str) -> int:
+    """How often rows of a table were reassigned in this process, this time included."""
     counts = module.__dict__.setdefault("_exchanges", {})
     counts[table] = counts.get(table, 0) + 1
     return int(counts[table])

@@ -1,4 +1,4 @@
-"""Physical tables as TorchRec stores them: names it accepts, and widths its kernels can run."""
+"""Tables as TorchRec stores them: names that it accepts and row widths that fbgemm's kernels support."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from recsys_embed.core.program import Table
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 
-LANES = 4
-"""fbgemm's kernels read rows of a multiple of so many numbers."""
+ROW_ALIGNMENT = 4
+"""fbgemm's kernels need a row width that is a multiple of this many numbers."""
 
 
 def torchrec_name(key: str) -> str:
-    """A table's name in TorchRec, where names become attributes of modules and so hold no dot.
+    """A table's name in TorchRec. It becomes an attribute of a module, so it must not contain a dot.
 
     >>> torchrec_name("C1.weight"), torchrec_name("50%.x")
     ('C1%2Eweight', '50%25%2Ex')
@@ -29,14 +29,16 @@ def table_of(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Slab:
-    """How a table ``[rows, width]`` lies in one of TorchRec's.
+class PhysicalTable:
+    """How TorchRec stores a table ``[rows, width]``.
 
-    Rows whose width is no multiple of four are padded with zeros that nothing reads, so that their gradients and
-    state stay zero; or ``per_row`` of them share a row, where the optimizer treats every number by itself.
+    Rows whose width is not a multiple of four are padded with zeros. Nothing reads the padding, so its gradients and
+    optimizer state stay zero. Where the optimizer is elementwise, ``per_row`` narrow rows are packed into one instead.
 
-    >>> Slab("C1.scale", rows=10, width=1, per_row=4).shape, Slab("C1.weight", rows=10, width=6, per_row=1).shape
-    ((3, 4), (10, 8))
+    >>> PhysicalTable("C1.scale", rows=10, width=1, per_row=4).shape
+    (3, 4)
+    >>> PhysicalTable("C1.weight", rows=10, width=6, per_row=1).shape
+    (10, 8)
     """
 
     key: str
@@ -51,7 +53,7 @@ class Slab:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and width in TorchRec."""
-        return -(-self.rows // self.per_row), -(-self.width * self.per_row // LANES) * LANES
+        return -(-self.rows // self.per_row), -(-self.width * self.per_row // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
     def pack(self, weight: Tensor) -> Tensor:
         """Rows ``[n, width]`` that begin with a whole stored row, as stored: ``[ceil(n / per_row), stored width]``."""
@@ -67,22 +69,22 @@ class Slab:
         return stored.reshape(-1, self.shape[1] // self.per_row)[: self.rows, : self.width]
 
 
-def slabs_for(tables: Mapping[str, Table], optimizer: FusedOptimizer | None) -> dict[str, Slab]:
-    """A layout per table that is read by row, in which training by ``optimizer`` does what it does unpacked."""
+def physical_tables_for(tables: Mapping[str, Table], optimizer: FusedOptimizer | None) -> dict[str, PhysicalTable]:
+    """The physical table of every table that is read by row; packing never changes what ``optimizer`` computes."""
     alone = optimizer is None or type(optimizer) in (SGD, Adagrad)
-    slabs = {}
+    physical_tables = {}
     for key, table in tables.items():
         if table.dense:
             continue
-        # A row of one number has the row-wise rule's state to itself, which then is that of Adagrad.
+        # For rows of one number, row-wise Adagrad is elementwise Adagrad, so packing is exact.
         apart = alone or (type(optimizer) is RowwiseAdagrad and table.width == 1)
-        fits = LANES % table.width == 0 and apart
-        slabs[key] = Slab(key, table.rows, table.width, LANES // table.width if fits else 1)
-    return slabs
+        fits = ROW_ALIGNMENT % table.width == 0 and apart
+        physical_tables[key] = PhysicalTable(key, table.rows, table.width, ROW_ALIGNMENT // table.width if fits else 1)
+    return physical_tables
 
 
-def pick(values: Tensor, slots: Tensor, per_row: int, width: int) -> Tensor:
-    """Of stored rows ``values [n, stored width]`` the one of ``per_row`` tables' rows that ``slots [n]`` names."""
+def select_rows(values: Tensor, slots: Tensor, per_row: int, width: int) -> Tensor:
+    """Unpack one row each: of ``values [n, stored width]``, each ``per_row`` packed rows, the one at ``slots [n]``."""
     if per_row == 1:
         return values[:, :width]
     parts = values.view(len(values), per_row, values.shape[1] // per_row)

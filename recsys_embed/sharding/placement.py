@@ -1,4 +1,4 @@
-"""What fits where: TorchRec's planner asked, from a CPU, about a cluster that may not exist yet."""
+"""Placement of a plan's tables on a cluster by TorchRec's planner; it runs on a CPU and needs no such cluster."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from recsys_embed.sharding.physical_tables import table_of
 from recsys_embed.sharding.pooling_split import Pooling
 from recsys_embed.sharding.shard import RESERVED
 from recsys_embed.sharding.sharders import Kind, constraints_for, sharders
-from recsys_embed.sharding.torchrec_warnings import quiet
+from recsys_embed.sharding.torchrec_warnings import only_errors_of_torchrec
 
 ID_BYTES, NUMBER_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines a plan is made for.
+    """The machines to place tables on.
 
     Args:
         world_size: devices in all.
         hosts: machines that hold equally many of them.
         hbm: bytes of memory per device, or text such as ``"80GiB"``.
         batch_size: samples per device and step.
-        reserved: share of the memory that is left to layers, activations and the allocator.
+        reserved: fraction of the memory that is reserved for layers, activations and the allocator.
         device: ``"cuda"`` or ``"cpu"``.
         intra, inter: bytes per second between devices of a host and of two hosts; TorchRec's figures if None.
         memory: bytes per second that a device reads of its memory; TorchRec's figure if None.
@@ -86,18 +86,18 @@ class Cluster:
 
     @property
     def usable(self) -> int:
-        """Bytes per device that tables and what goes with them may take."""
+        """Bytes per device for tables, their optimizer state and TorchRec's buffers."""
         return int(int(self.hbm) * (1 - self.reserved))
 
     def topology(self) -> Topology:
-        """As TorchRec sees it."""
+        """The cluster as TorchRec's planner takes it."""
         local = self.world_size // self.hosts
         given = {
             "intra_host_bw": self.intra,
             "inter_host_bw": self.inter,
             "hbm_mem_bw" if self.device == "cuda" else "ddr_mem_bw": self.memory,
         }
-        # TorchRec counts in milliseconds.
+        # TorchRec's unit is bytes per millisecond.
         hardware = HardwareConfig(**{k: v / 1000 for k, v in given.items() if v is not None})
         memory = "hbm_cap_bytes" if self.device == "cuda" else "ddr_cap_bytes"
         trainer = TrainerConfig(world_size=self.world_size, local_world_size=local, **{memory: int(self.hbm)})
@@ -106,7 +106,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class TablePlace:
-    """One table's place: ``kind`` of sharding and the ranks that hold a part of it."""
+    """Placement of one table: its ``kind`` of sharding and the ranks that hold shards of it."""
 
     table: str
     kind: str
@@ -116,16 +116,16 @@ class TablePlace:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the tables of a plan go, and what a step costs by TorchRec's own estimates.
+    """The placement of a plan's tables, and the cost of a step by TorchRec's estimates.
 
     Attributes:
         fits: whether TorchRec found a place for everything.
-        why: its reason if not, and the ways out.
-        tables: every table's place, largest first.
+        why: if not, the reason and the ways out.
+        tables: the placement of every table, largest first.
         weights: bytes of tables and optimizer state of each rank.
         memory: bytes of each rank with what TorchRec adds for inputs, outputs and gradients.
         sent: expected bytes that a rank sends per step: ids, vectors forward, gradients backward.
-        step_ms: longest rank's estimate for the tables' part of a step.
+        step_ms: estimated time of the embedding part of a step, on the slowest rank.
         total: bytes of one copy of all tables and their state.
     """
 
@@ -148,7 +148,7 @@ class Placement:
             "weights_per_rank": list(self.weights),
             "memory_per_rank": list(self.memory),
             "sent_per_step": self.sent,
-            # JSON has no word for a number that is none.
+            # NaN is not valid JSON.
             "step_ms": self.step_ms if self.fits else None,
             "tables": tables,
         }
@@ -164,13 +164,13 @@ def place(
     lengths: Mapping[str, float] | None = None,
     pool: Pooling = "tables",
 ) -> Placement:
-    """Ask TorchRec's planner where the tables of ``plan`` go; nothing is allocated and no process started.
+    """Place the tables of ``plan`` by TorchRec's planner; this allocates no table and starts no process.
 
     Args:
-        schema: the features; those with raw ids stand for plain tables of their estimated size where ``plan`` is None.
-        plan: None: plain tables.
+        schema: the features; where ``plan`` is None, one with raw ids gets a full table of its estimated size.
+        plan: a method configuration per feature; full tables if None.
         cluster: the machines.
-        optimizer: whose state lies beside the tables; RowwiseAdagrad if None.
+        optimizer: the tables' optimizer, whose state counts; RowwiseAdagrad if None.
         kinds: see :func:`recsys_embed.sharding.shard`.
         lengths: mean number of ids per sample by feature; 1 by default.
         pool: see :class:`ShardableCollection`.
@@ -185,7 +185,7 @@ def place(
     coll = ShardableCollection(schema, plan, rule, pool=pool, device="meta")
     constraints = constraints_for([coll], kinds, cluster.world_size, cluster.device, lengths)
     if fuses(rule, cluster.device):
-        # TorchRec reads off the parameters which optimizer's state it has to count.
+        # TorchRec finds the optimizer, whose state it counts, on the parameters.
         fuse(coll.stored(), rule)
     topology = cluster.topology()
     planner = EmbeddingShardingPlanner(
@@ -196,14 +196,16 @@ def place(
         proposer=[GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()],
         debug=False,
     )
-    state = {key: rule.state_bytes(slab.rows, slab.width) for key, slab in coll.slabs.items()}
-    stored = {key: NUMBER_BYTES * slab.shape[0] * slab.shape[1] for key, slab in coll.slabs.items()}
+    state = {key: rule.state_bytes(physical.rows, physical.width) for key, physical in coll.physical_tables.items()}
+    stored = {
+        key: NUMBER_BYTES * physical.shape[0] * physical.shape[1] for key, physical in coll.physical_tables.items()
+    }
     total = sum(stored.values()) + sum(state.values())
     try:
-        with quiet():
+        with only_errors_of_torchrec():
             planner.plan(torch.nn.ModuleDict({"embedding": coll}), sharders())
     except PlannerError as e:
-        return Placement(False, _why(cluster, stored, state, e), (), (), (), {}, float("nan"), total)
+        return Placement(False, _explain_misfit(cluster, stored, state, e), (), (), (), {}, float("nan"), total)
     options: list[ShardingOption] = planner._best_plan or []
     return _read(options, cluster, stored, state, total)
 
@@ -220,13 +222,13 @@ def _read(
         numbers = sum(shard.size[0] * shard.size[1] for shard in option.shards)
         for shard in option.shards:
             rank = int(shard.rank or 0)
-            # Replicas are whole; parts have their part of the state.
+            # A replica holds the full state, a shard its fraction.
             share = shard.size[0] * shard.size[1] / numbers
             copies = world if option.sharding_type == "data_parallel" else 1
             weights[rank] += (stored[key] + state[key]) * share * copies
             memory[rank] += shard.storage.hbm if cluster.device == "cuda" else shard.storage.ddr
             times[rank] += shard.perf.total if shard.perf is not None else 0.0
-        for part, amount in _sent(option, world, cluster.batch_size).items():
+        for part, amount in _bytes_sent(option, world, cluster.batch_size).items():
             sent[part] += amount
         ranks = tuple(sorted({int(s.rank or 0) for s in option.shards}))
         tables.append(TablePlace(key, option.sharding_type, stored[key] + state[key], ranks))
@@ -235,32 +237,32 @@ def _read(
     return Placement(True, "", tuple(tables), rounded[0], rounded[1], sent, max(times, default=0.0), total)
 
 
-def _sent(option: ShardingOption, world: int, batch: int) -> dict[str, float]:
-    """Expected bytes a rank sends per step for a table; each keeps one part in ``world`` of what it would send."""
+def _bytes_sent(option: ShardingOption, world: int, batch: int) -> dict[str, float]:
+    """Expected bytes that a rank sends per step for a table; ``1 / world`` of the traffic stays on the rank."""
     away = (world - 1) / world
     ids = sum(option.input_lengths) * batch
     width = option.tensor.shape[1]
     if option.sharding_type == "data_parallel":
-        # A ring sends every gradient twice round.
+        # A ring all-reduce sends every gradient twice.
         return {"ids": 0.0, "vectors": 0.0, "gradients": 2 * away * NUMBER_BYTES * option.tensor.numel()}
     bags = len(option.input_lengths) * batch
     rows = bags if option.is_pooled else ids
     # Partial sums of row-wise bags come from every rank.
-    spread = world if option.sharding_type == "row_wise" and option.is_pooled else 1
+    sources = world if option.sharding_type == "row_wise" and option.is_pooled else 1
     columns = len(option.shards) if option.sharding_type == "column_wise" else 1
-    vectors = rows * width * NUMBER_BYTES * away * spread
+    vectors = rows * width * NUMBER_BYTES * away * sources
     return {"ids": ids * ID_BYTES * away * columns, "vectors": vectors, "gradients": vectors}
 
 
-def _why(cluster: Cluster, stored: dict[str, int], state: dict[str, int], error: PlannerError) -> str:
-    """Why tables do not fit, and what would."""
+def _explain_misfit(cluster: Cluster, stored: dict[str, int], state: dict[str, int], error: PlannerError) -> str:
+    """Why the tables do not fit, and what would fit."""
     total = sum(stored.values()) + sum(state.values())
     room = cluster.world_size * cluster.usable
     largest = max(stored, key=lambda key: stored[key] + state[key])
     say = (
         f"all tables and their state take {format_bytes(total)}; {cluster.world_size} devices of "
         f"{format_bytes(int(cluster.hbm))} have room for {format_bytes(room)} "
-        f"({cluster.reserved:.0%} of each is left to the rest). The largest table is {largest!r}, "
+        f"({cluster.reserved:.0%} of each is reserved). The largest table is {largest!r}, "
         f"{format_bytes(stored[largest] + state[largest])}"
     )
     if total > room:
@@ -273,13 +275,13 @@ def _why(cluster: Cluster, stored: dict[str, int], state: dict[str, int], error:
         )
     reason = " ".join(str(error).split())[:300]
     return (
-        f"{say}, which is not too much in all, but TorchRec found no way to divide it: {reason}. Ways out: 1. leave "
+        f"{say}, which is not too much in all, but TorchRec found no way to shard it: {reason}. Ways out: 1. leave "
         "the kinds of sharding to the planner; 2. a smaller batch; 3. more devices"
     )
 
 
 def largest_budget(cluster: Cluster, margin: float = 0.8) -> int:
-    """Bytes of tables and their state to plan for on a cluster: its room, less a margin for parts of uneven size.
+    """Bytes of tables and their state to plan for on a cluster: its memory, less a margin for shards of uneven size.
 
     >>> largest_budget(Cluster(2, hbm="10GiB"), margin=0.5) == Cluster(2, hbm="10GiB").usable
     True

@@ -1,4 +1,4 @@
-"""Features whose bags are pooled where their tables lie: index transform, EmbeddingBagCollection, combine."""
+"""Features whose bags TorchRec pools on the ranks that hold the tables: transform, EmbeddingBagCollection, combine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
-from recsys_embed.sharding.physical_tables import Slab
+from recsys_embed.sharding.physical_tables import PhysicalTable
 
 
 class PooledFeatures(nn.Module):
@@ -25,7 +25,7 @@ class PooledFeatures(nn.Module):
     Args:
         schema: the features; their programs pass :func:`pools_in_tables`.
         plan: of at least these features.
-        slabs: layout of their tables, one row of a table per stored row.
+        physical_tables: layout of their tables, one row of a table per stored row.
         weighted: ids bring weights.
         device: of the tables; ``"meta"`` allocates nothing until they are sharded.
         like: dtype and device of everything else.
@@ -35,21 +35,21 @@ class PooledFeatures(nn.Module):
         self,
         schema: Schema,
         plan: Plan,
-        slabs: Mapping[str, Slab],
+        physical_tables: Mapping[str, PhysicalTable],
         weighted: bool,
         device: torch.device | str,
         like: Tensor,
     ) -> None:
         super().__init__()
-        self.schema, self.slabs = schema, dict(slabs)
-        # Every table starts at row 0, so features whose programs look alike map their ids in one operation.
-        places = {key: Place(f"width{slab.width}", 0) for key, slab in slabs.items()}
+        self.schema, self.physical_tables = schema, dict(physical_tables)
+        # Every table starts at row 0, so features with equal programs transform their ids in one operation.
+        places = {key: Place(f"width{physical.width}", 0) for key, physical in physical_tables.items()}
         self.bundle = LookupBundle(schema, plan, places, {}, like, "torch")
         self._groups = cast("VectorisedLookup", self.bundle.kernel).groups
         self.keys: list[str] = []
-        tables: dict[str, list[str]] = {key: [] for key in slabs}
-        # Per table, whose ids each of TorchRec's features of it are.
-        self.features_of: dict[str, list[str]] = {key: [] for key in slabs}
+        tables: dict[str, list[str]] = {key: [] for key in physical_tables}
+        # Per table: the feature that each of TorchRec's features of it belongs to.
+        self.features_of: dict[str, list[str]] = {key: [] for key in physical_tables}
         for group in self._groups:
             for number, kind in enumerate(group.sets):
                 for j, slot in enumerate(kind.slots):
@@ -63,9 +63,12 @@ class PooledFeatures(nn.Module):
                         self.features_of[table].append(spec.name)
         configs = [
             EmbeddingBagConfig(
-                name=slab.name, num_embeddings=slab.shape[0], embedding_dim=slab.shape[1], feature_names=tables[key]
+                name=physical.name,
+                num_embeddings=physical.shape[0],
+                embedding_dim=physical.shape[1],
+                feature_names=tables[key],
             )
-            for key, slab in slabs.items()
+            for key, physical in physical_tables.items()
         ]
         self.ebc = EmbeddingBagCollection(tables=configs, is_weighted=weighted, device=torch.device(device))
 
@@ -102,8 +105,8 @@ class PooledFeatures(nn.Module):
 
     def _combine(self, found: KeyedTensor, lengths: Tensor, batch: int) -> Tensor:
         bundle, at, out = self.bundle, 0, []
-        # By name: the order of a sharded collection's output is that of its shards. One split, since the gradient of
-        # every slice by itself would be as wide as all of them.
+        # By name, because a sharded collection orders its output by shard. One split for all, because the gradient of
+        # a single slice would be a tensor of the full width.
         parts = dict(zip(found.keys(), found.values().split(found.length_per_key(), 1), strict=True))
         for g, (part, group) in enumerate(zip(bundle.parts, self._groups, strict=True)):
             pieces, rows = [], []
@@ -129,7 +132,7 @@ class PooledFeatures(nn.Module):
 
 
 def _without_absent(rows: Tensor, lengths: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bags without the ids that have no row."""
+    """Remove ids without a row from bags."""
     kept = rows >= 0
     before = F.pad(kept.long().cumsum(0), (1, 0))
     ends = F.pad(lengths.cumsum(0), (1, 0))

@@ -1,4 +1,4 @@
-"""A training job's processes: how they meet, what they agree on, and how all stop when one does."""
+"""The processes of a training job: process group, collectives, and a common end when one of them fails."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others: the first one alone counts metrics and writes files."""
-TIME_TO_SAY = 10.0
+TIMEOUT = timedelta(minutes=30)
+"""Timeout of collectives; long, because rank 0 computes metrics and writes files while the others wait."""
+REPORT_SECONDS = 10.0
 _inside: list[bool] = []
 _FIRST_FAULT = "recsys_embed/first_fault"
 
@@ -30,7 +30,7 @@ class LostProcessError(RecsysEmbedError, RuntimeError):
 
 
 def local_device(device: torch.device | str) -> torch.device:
-    """This process's device of a kind: ``cuda`` is the one of its local rank."""
+    """This process's device: ``cuda`` means the GPU of its local rank."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -41,31 +41,31 @@ def local_device(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def job(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started form a group; a fault ends all of them with one message.
+    """A process group of the processes that torchrun started; an error ends all of them with one message.
 
-    The process whose fault came first raises it; where one vanished without a word, the first to miss it raises
-    LostProcessError. The others leave silently with status 3, and torchrun ends what is left.
+    The process that failed first raises its error. If a process was killed, the first that notices raises
+    LostProcessError. The others exit silently with status 3, and torchrun ends the rest.
     """
     if _inside:
-        # A trial of a search, whose own job says what becomes of a fault.
+        # A trial of a search: the outer job handles errors.
         yield
         return
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(f"{name} is not set; start with: torchrun --nproc-per-node N -m recsys_embed train ...")
-    # TorchRec asks torch at its first step whether it is being traced, and torch warns of its own answer.
+    # TorchRec's first step calls torch's check for tracing, which logs a warning.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     started = not dist.is_initialized()
     if started:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     _inside.append(True)
     try:
         yield
     except KeyboardInterrupt:
         raise
     except BaseException as e:
-        lost = _is_loss(e)
-        if not _first_to_say():
+        lost = _is_lost_peer(e)
+        if not _first_to_report():
             _leave(3)
         if lost:
             raise LostProcessError(
@@ -76,12 +76,12 @@ def job(device: torch.device) -> Iterator[None]:
     finally:
         _inside.pop()
         if started and dist.is_initialized():
-            # Nothing is waited for: a group that lost a member would wait for ever.
+            # No barrier: a group that lost a member would wait for ever.
             dist.destroy_process_group()
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Whether ``error`` is what communication raises when a peer has gone."""
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` is what a collective raises when a peer is gone."""
     if isinstance(error, RecsysEmbedError):
         return False
     text = str(error)
@@ -89,8 +89,8 @@ def _is_loss(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, dist.DistError)) and any(sign in text for sign in signs)
 
 
-def _first_to_say() -> bool:
-    """Whether no other process has said why the job stops; torchrun's store outlives its workers."""
+def _first_to_report() -> bool:
+    """Whether no other process has reported an error yet; torchrun's store outlives its workers."""
     try:
         store = dist.distributed_c10d._get_default_store()
         return int(store.add(_FIRST_FAULT, 1)) == 1
@@ -99,14 +99,14 @@ def _first_to_say() -> bool:
 
 
 def _leave(status: int) -> None:
-    """End without a word, once the process that has one had time for it: torchrun ends all when the first one ends."""
-    time.sleep(TIME_TO_SAY)
-    # At once: threads of collectives that never finish would keep the interpreter.
+    """Exit silently, after the reporting process had time for its message: torchrun ends all when the first exits."""
+    time.sleep(REPORT_SECONDS)
+    # os._exit, because threads of pending collectives would keep the interpreter alive.
     os._exit(status)
 
 
-def share(value: Any, device: torch.device) -> Any:
-    """The first process's ``value``, of JSON kinds, in all of them."""
+def broadcast_json(value: Any, device: torch.device) -> Any:
+    """Broadcast a JSON ``value`` from rank 0 to all processes."""
     first = dist.get_rank() == 0
     text = json.dumps(value).encode() if first else b""
     size = torch.tensor([len(text)], device=device)
@@ -118,8 +118,8 @@ def share(value: Any, device: torch.device) -> Any:
     return json.loads(bytes(data.cpu().tolist()))
 
 
-def gathered(values: Tensor, device: torch.device) -> list[Tensor] | None:
-    """Tensors ``[n]``, of any n, of all processes in the first one, on the CPU; None in the others."""
+def gather_to_first(values: Tensor, device: torch.device) -> list[Tensor] | None:
+    """Gather tensors ``[n]``, n of each process's own, on rank 0 (on the CPU); None on the other ranks."""
     world, first = dist.get_world_size(), dist.get_rank() == 0
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(values)], device=device))
@@ -134,8 +134,8 @@ def gathered(values: Tensor, device: torch.device) -> list[Tensor] | None:
 
 
 def global_metrics(mine: BinaryMetrics, device: torch.device) -> Metrics:
-    """Metrics over the samples of all processes, the same in each: exact, as if one had seen them all."""
-    parts = [gathered(values, device) for values in mine.tensors()]
+    """Exact metrics over the samples of all processes, equal in all of them."""
+    parts = [gather_to_first(values, device) for values in mine.tensors()]
     found = torch.zeros(5, dtype=torch.float64)
     if dist.get_rank() == 0:
         whole = BinaryMetrics()

@@ -1,4 +1,4 @@
-"""Rows of many tables of one width, wherever TorchRec put them."""
+"""Row reads from tables of one width that TorchRec holds, sharded or not."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from torch import Tensor
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.sharding.physical_tables import Slab, pick
+from recsys_embed.sharding.physical_tables import PhysicalTable, select_rows
 
 
-class RowReader(Constants):
-    """Reads rows of tables laid end to end, of which TorchRec's collection ``ec`` holds each by itself.
+class TorchRecRowReader(Constants):
+    """Reads rows through TorchRec's EmbeddingCollection ``ec``; row numbers count over all tables, end to end.
 
-    A row that occurs several times is fetched once, so neither frequent ids nor long bags cost traffic; its gradient
-    is summed before it travels back.
+    Row numbers are deduplicated before the exchange between processes: a row that occurs several times is sent once,
+    and its gradients are summed before they are sent back.
 
     Args:
-        slabs: the tables, of one width and layout, in the order of their rows.
+        physical_tables: the tables, of one width and layout, in the order of their rows.
         device: ``"meta"`` allocates nothing until the collection is sharded.
     """
 
-    def __init__(self, slabs: Sequence[Slab], device: torch.device | str | None = None) -> None:
+    def __init__(self, physical_tables: Sequence[PhysicalTable], device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.slabs = tuple(slabs)
-        self.per_row, self.width = slabs[0].per_row, slabs[0].width
-        self.names = [slab.name for slab in slabs]
+        self.physical_tables = tuple(physical_tables)
+        self.per_row, self.width = physical_tables[0].per_row, physical_tables[0].width
+        self.names = [physical.name for physical in physical_tables]
         configs = [
             EmbeddingConfig(
-                name=slab.name, num_embeddings=slab.shape[0], embedding_dim=slab.shape[1], feature_names=[slab.name]
+                name=physical.name,
+                num_embeddings=physical.shape[0],
+                embedding_dim=physical.shape[1],
+                feature_names=[physical.name],
             )
-            for slab in slabs
+            for physical in physical_tables
         ]
         self.ec = EmbeddingCollection(tables=configs, device=torch.device(device or "cpu"))
-        self.add_constant("starts", [0, *accumulate(slab.rows for slab in slabs)])
+        self.add_constant("starts", [0, *accumulate(physical.rows for physical in physical_tables)])
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows ``[n, width]`` of int64 ``rows [n]``, counted over all tables; zeros for -1."""
@@ -51,7 +54,7 @@ class RowReader(Constants):
         )
         found = self.ec(jagged)
         values = torch.cat([found[name].values() for name in self.names])
-        values = pick(values, local % self.per_row, self.per_row, self.width)
+        values = select_rows(values, local % self.per_row, self.per_row, self.width)
         if absent:
             values = torch.cat([values.new_zeros(1, self.width), values])
         return values.index_select(0, inverse)

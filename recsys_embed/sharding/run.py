@@ -1,4 +1,4 @@
-"""One training run on the processes that torchrun started, with the configuration file of a run on one."""
+"""A training run on the processes that torchrun started; it takes the configuration of a single-process run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from recsys_embed.data.folder import lock
 from recsys_embed.data.stream import moments_of
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, build_model
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.checkpoint import save
 from recsys_embed.sharding.collection import ShardableCollection
-from recsys_embed.sharding.process_group import job, local_device, share
+from recsys_embed.sharding.process_group import broadcast_json, job, local_device
 from recsys_embed.sharding.shard import shard
 from recsys_embed.sharding.sharders import Kind, collections_of
 from recsys_embed.sharding.single_machine import to_single
 from recsys_embed.sharding.trainer import ShardedTrainer
 from recsys_embed.train.build import make_optimizer, model_from_config
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.driver import Run, RunOutcome, goes_on
+from recsys_embed.train.driver import Run, RunOutcome, should_resume
 from recsys_embed.train.environment import check_device
 from recsys_embed.train.inputs import check_data
 from recsys_embed.train.plans import plans_for
@@ -35,7 +36,7 @@ from recsys_embed.train.result import TrainResult
 
 MODEL = "model"
 SINGLE_LIMIT = 16 << 30
-"""Bytes of weights up to which the first process also writes ``model.pt``, for which it holds all of them."""
+"""Most bytes of weights for which rank 0 also writes ``model.pt``, because it must hold all of them in memory."""
 
 
 def run_sharded(
@@ -88,7 +89,7 @@ def run_sharded(
 
 
 class ShardedRun(Run):
-    """A run whose tables are divided over processes and whose batches are, too."""
+    """A run whose tables are sharded over processes, and whose batches are split between them."""
 
     device: torch.device
     kinds: Kind | str | None = None
@@ -103,18 +104,20 @@ class ShardedRun(Run):
         """This process's rows."""
         return self.data.portion(dist.get_rank(), dist.get_world_size())
 
-    def settled(self) -> TrainConfig:
-        """The first process plans for all, as a planner that runs against a clock may come to other plans elsewhere."""
-        found = share(super().settled().to_dict() if self.writes else None, self.device)
+    def resolved_config(self) -> TrainConfig:
+        """Rank 0 plans for all: the planner has a time limit, so other processes might find another plan."""
+        found = broadcast_json(super().resolved_config().to_dict() if self.writes else None, self.device)
         return TrainConfig.from_dict(found)
 
-    def goes_on(self) -> bool:
-        """As the first process sees the folder."""
-        found: bool = share(goes_on(self.folder, self.resume, torchrun=True) if self.writes else None, self.device)
+    def should_resume(self) -> bool:
+        """Whether to resume, as rank 0 finds the folder."""
+        found: bool = broadcast_json(
+            should_resume(self.folder, self.resume, torchrun=True) if self.writes else None, self.device
+        )
         return found
 
     def build(self) -> CTRModel:
-        """The model, its tables without bytes."""
+        """The model, its tables on the meta device."""
         return shardable_model(self.config, self.schema, self.data.num_dense)
 
     def footprint(self, model: CTRModel) -> Footprint:
@@ -122,17 +125,17 @@ class ShardedRun(Run):
         return bytes_of(model)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Those of all rows, of which every process reads its own."""
+        """Moments over the rows of all processes; each reads its own."""
         sums = self.portion.numeric_sums().to(self.device)
         dist.all_reduce(sums)
         return moments_of(sums.cpu())
 
     def placed(self, model: CTRModel) -> Any:
-        """The model, its tables divided over the processes."""
+        """The model, its tables sharded over the processes."""
         return shard(model, cast(Any, self.kinds), device=self.device)
 
     def facts(self, trained: Any) -> dict[str, Any]:
-        """The processes, and where the tables are."""
+        """The number of processes and the placement of the tables."""
         return {"world_size": dist.get_world_size(), "sharding": placement(trained)}
 
     def train(self, trained: Any, going_on: bool) -> TrainResult:
@@ -149,7 +152,7 @@ class ShardedRun(Run):
         ).run()
 
     def save(self, folder: Path, trained: Any, footprint: Footprint) -> None:
-        """Write a folder that all processes fill, and the model as one file where that fits."""
+        """Write a sharded checkpoint of the model, and one file of it where that fits into memory."""
         save(folder / MODEL, trained, extra={"config": self.config.to_dict(), **self.identity})
         if self.writes and footprint.weights <= SINGLE_LIMIT:
             single = model_from_config(self.config, self.schema, self.data.num_dense)
@@ -164,7 +167,7 @@ class ShardedRun(Run):
 
 
 def shardable_model(config: TrainConfig, schema: Schema, num_dense: int) -> CTRModel:
-    """The model of :func:`recsys_embed.train.run.model_from_config`, its tables without bytes until they are sharded.
+    """The model of :func:`recsys_embed.train.run.model_from_config`, its tables on the meta device until sharding.
 
     >>> import recsys_embed as rse
     >>> model = shardable_model(TrainConfig("dcnv2"), rse.Schema([rse.FeatureSpec("C1", 10, 16)]), num_dense=3)
@@ -172,8 +175,10 @@ def shardable_model(config: TrainConfig, schema: Schema, num_dense: int) -> CTRM
     ('ShardableCollection', ['meta'])
     """
 
-    def collection(part: Schema, plan: Plan, *, optimizer: Any, seed: int, **_: Any) -> ShardableCollection:
-        # Every feature has one id per sample, of which the frequent ones travel once when looked up by id.
+    def collection(
+        part: Schema, plan: Plan, *, optimizer: FusedOptimizer | None, seed: int, **_: object
+    ) -> ShardableCollection:
+        # Every feature has one id per sample; looked up by id, a row that a batch reads repeatedly is sent once.
         return ShardableCollection(part, plan, optimizer, pool="ids", seed=seed, device="meta")
 
     plans = plans_for(schema, config)
@@ -191,7 +196,7 @@ def shardable_model(config: TrainConfig, schema: Schema, num_dense: int) -> CTRM
 
 
 def bytes_of(model: CTRModel) -> Footprint:
-    """Bytes of the embedding part, one copy of each table: Adam keeps two moments of what has ordinary gradients."""
+    """Bytes of the embedding part, one copy of each table; parameters with ordinary gradients have Adam's moments."""
     total = model.footprint()
     for coll in collections_of(model):
         whole = coll.optimizer is None
@@ -202,7 +207,7 @@ def bytes_of(model: CTRModel) -> Footprint:
 
 
 def placement(sharded: Any) -> dict[str, dict[str, Any]]:
-    """How TorchRec placed every table: kind of sharding and ranks, by module path and table."""
+    """TorchRec's placement of every table, by module path and table: sharding type, compute kernel and ranks."""
     return {
         path: {
             table: {"kind": str(p.sharding_type), "kernel": str(p.compute_kernel), "ranks": list(p.ranks or [])}

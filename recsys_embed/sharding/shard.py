@@ -1,4 +1,4 @@
-"""From a model with shardable collections to TorchRec's DistributedModelParallel, nothing left to chance."""
+"""Shard a model: from shardable collections to TorchRec's DistributedModelParallel, with deterministic weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import os
 from collections.abc import Mapping
 from math import gcd
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -24,10 +24,10 @@ from recsys_embed.sharding.fused_updates import fuse, fuses
 from recsys_embed.sharding.managed_collision import MOST_RANKS, ManagedEBC, ManagedSharder
 from recsys_embed.sharding.sharders import Kind, collections_of, constraints_for, sharders
 from recsys_embed.sharding.shards import copy_in, shards_of
-from recsys_embed.sharding.torchrec_warnings import quiet
+from recsys_embed.sharding.torchrec_warnings import only_errors_of_torchrec
 
 RESERVED = 0.15
-"""Share of a device's memory that plans leave to layers, activations and the allocator, as TorchRec's own do."""
+"""Fraction of a device's memory reserved for layers, activations and the allocator; TorchRec's own default."""
 
 
 def shard(
@@ -37,20 +37,20 @@ def shard(
     device: torch.device | str = "cpu",
     plan: ShardingPlan | None = None,
     topology: Topology | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> DistributedModelParallel:
     """Shard a model's :class:`ShardableCollection` tables over the processes of ``group``.
 
-    Tables keep the weights they have, and get their initial ones where they are on the meta device, whatever TorchRec
-    does to them on the way. Their optimizers run inside backward where fbgemm has them.
+    Tables keep their weights; tables on the meta device get their initial weights. Optimizers run inside backward
+    where fbgemm implements them.
 
     Args:
         model: holds shardable collections, among any other modules; the same on every rank.
         kinds: ``"table_wise"``, ``"row_wise"``, ``"column_wise"`` or ``"data_parallel"`` for all tables, or by table
-            or feature; the rest, and None, is left to TorchRec's planner.
+            or feature; TorchRec's planner decides for all others.
         device: of this rank.
         plan: of TorchRec, instead of planning here.
-        topology: what the planner reckons with; by default of ``group`` and TorchRec's own figures.
+        topology: the machines as the planner sees them; by default those of ``group`` with TorchRec's bandwidths.
         group: process group; the default one if None.
 
     Raises:
@@ -81,9 +81,9 @@ def shard(
     for one in managed:
         constraints |= managed_constraints(one, device.type, world)
     held = [weights_of(coll) for coll in colls]
-    laid = [[(slab, parameter.detach()) for slab, parameter in one.stored()] for one in managed]
+    laid = [[(physical, parameter.detach()) for physical, parameter in one.stored()] for one in managed]
     able = [*sharders(), ManagedSharder()]
-    with quiet():
+    with only_errors_of_torchrec():
         if plan is None:
             planner = EmbeddingShardingPlanner(
                 topology=topology or topology_of(world, device.type),
@@ -104,17 +104,17 @@ def shard(
         if weights is None:
             coll.reset_parameters()
         else:
-            # TorchRec draws new weights where tables come from and go to CPUs.
+            # TorchRec initialises tables anew when it shards them from CPU to CPU.
             copy_in(coll.shards(), weights)
     for one, tables in zip(managed, laid, strict=True):
-        slabs = {slab.key: slab for slab, _ in tables}
-        found = shards_of(one.managed._embedding_module, slabs)
-        copy_in(found, {slab.key: values for slab, values in tables})
+        physical_tables = {physical.key: physical for physical, _ in tables}
+        found = shards_of(one.managed._embedding_module, physical_tables)
+        copy_in(found, {physical.key: values for physical, values in tables})
     return sharded
 
 
 def managed_constraints(module: ManagedEBC, device_type: str, world_size: int) -> dict[str, ParameterConstraints]:
-    """Tables whose rows change hands are sharded by rows, each rank with its range of ids.
+    """Tables with managed collision are sharded row-wise; each rank owns a range of hashed ids.
 
     Raises:
         ConfigError: no optimizer that runs inside backward on such a device, or rows that do not divide.
@@ -135,17 +135,17 @@ def managed_constraints(module: ManagedEBC, device_type: str, world_size: int) -
         )
     fuse(module.stored(), module.optimizer)
     only = {"sharding_types": ["row_wise"], "compute_kernels": ["fused"]}
-    return {slab.name: ParameterConstraints(**only) for slab, _ in module.stored()}
+    return {physical.name: ParameterConstraints(**only) for physical, _ in module.stored()}
 
 
 def weights_of(coll: ShardableCollection) -> dict[str, Tensor] | None:
     """Stored tables by key as they are before sharding; None on the meta device."""
-    found = {slab.key: parameter.detach() for slab, parameter in coll.stored()}
+    found = {physical.key: parameter.detach() for physical, parameter in coll.stored()}
     return None if any(values.is_meta for values in found.values()) else found
 
 
 def topology_of(world_size: int, device_type: str) -> Topology:
-    """TorchRec's view of the machines of a running job, with the memory that its devices report."""
+    """TorchRec's topology of the running job, with the memory that its devices report."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     memory = (
         torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if device_type == "cuda" else None

@@ -1,4 +1,4 @@
-"""The parts of physical tables that lie in this process, as views of what TorchRec allocated."""
+"""The shards of physical tables that this process holds, as views of TorchRec's memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from recsys_embed.core import hashing
 from recsys_embed.core.program import Table
-from recsys_embed.sharding.physical_tables import Slab, table_of
+from recsys_embed.sharding.physical_tables import PhysicalTable, table_of
 
 
-class Shard(NamedTuple):
-    """``tensor`` holds rows and columns of a stored table from ``(row, column)`` on."""
+class LocalShard(NamedTuple):
+    """A shard on this process: ``tensor`` is the block of a physical table that starts at ``(row, column)``."""
 
-    slab: Slab
+    physical: PhysicalTable
     tensor: Tensor
     row: int
     column: int
 
     def take(self, stored: Tensor, first: int = 0) -> None:
-        """Copy in what overlaps with rows ``stored [n, stored width]`` of the table from ``first`` on."""
+        """Copy the overlap with ``stored [n, stored width]``, rows of the physical table that start at ``first``."""
         low, high = max(self.row, first), min(self.row + len(self.tensor), first + len(stored))
         if low < high:
             columns = slice(self.column, self.column + self.tensor.shape[1])
@@ -42,43 +42,43 @@ def parts_of(values: object) -> Iterator[tuple[Tensor, int, int]]:
         raise TypeError(f"a table of a state dict is a tensor or a ShardedTensor; got {type(values).__name__}")
 
 
-def shards_of(module: nn.Module, slabs: Mapping[str, Slab]) -> Iterator[Shard]:
+def shards_of(module: nn.Module, physical_tables: Mapping[str, PhysicalTable]) -> Iterator[LocalShard]:
     """Shards that one of TorchRec's collections, sharded or not, holds here."""
     for name, values in module.state_dict().items():
-        slab = slabs[table_of(name.split(".")[-2])]
+        physical = physical_tables[table_of(name.split(".")[-2])]
         for tensor, row, column in parts_of(values):
-            yield Shard(slab, tensor.detach(), row, column)
+            yield LocalShard(physical, tensor.detach(), row, column)
 
 
 @torch.no_grad()
-def copy_in(shards: Iterable[Shard], stored: Mapping[str, Tensor]) -> None:
+def copy_in(shards: Iterable[LocalShard], stored: Mapping[str, Tensor]) -> None:
     """Copy into shards their parts of the stored tables ``[stored rows, stored width]`` by key."""
     for shard in shards:
-        shard.take(stored[shard.slab.key])
+        shard.take(stored[shard.physical.key])
 
 
 @torch.no_grad()
-def fill(shards: Iterable[Shard], tables: Mapping[str, Table], seed: int) -> None:
-    """Draw initial weights into shards, piece by piece: no process ever holds a whole table."""
-    by_key: dict[str, list[Shard]] = {}
+def fill(shards: Iterable[LocalShard], tables: Mapping[str, Table], seed: int) -> None:
+    """Draw initial weights into shards in chunks, so that no process ever holds a full table."""
+    by_key: dict[str, list[LocalShard]] = {}
     for shard in shards:
         if not shard.tensor.is_meta:
-            by_key.setdefault(shard.slab.key, []).append(shard)
+            by_key.setdefault(shard.physical.key, []).append(shard)
     for key, held in by_key.items():
-        table, slab = tables[key], held[0].slab
+        table, physical = tables[key], held[0].physical
         for shard in held:
             shard.tensor.zero_()
-        last = max(shard.row + len(shard.tensor) for shard in held) * slab.per_row
+        last = max(shard.row + len(shard.tensor) for shard in held) * physical.per_row
         total, drawn, first = table.rows * table.width, 0, 0
-        # Whole stored rows at a time; what does not fill one waits for the next piece.
-        unit, rest = slab.per_row * slab.width, torch.empty(0)
+        # Only full physical rows are copied; the remainder waits for the next chunk.
+        unit, rest = physical.per_row * physical.width, torch.empty(0)
         for draw in table.init.stream(total, hashing.salt(seed, "init", key)):
             drawn += len(draw)
             rest = torch.cat([rest, draw])
             whole = len(rest) if drawn == total else len(rest) - len(rest) % unit
-            rows, rest = rest[:whole].view(-1, slab.width), rest[whole:]
+            rows, rest = rest[:whole].view(-1, physical.width), rest[whole:]
             for shard in held:
-                shard.take(slab.pack(rows), first // slab.per_row)
+                shard.take(physical.pack(rows), first // physical.per_row)
             first += len(rows)
             if first >= last:
                 break

@@ -1,26 +1,26 @@
-"""Between checkpoints of many processes and models of one machine."""
+"""Conversion between distributed checkpoints and models of a single process."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.sharding.checkpoint import check, describe, find, read, write
-from recsys_embed.sharding.checkpoint_tensors import collections_in, plain_state_entries, weight_entries
+from recsys_embed.sharding.checkpoint_tensors import collections_in, unsharded_state_tensors, weight_tensors
+from recsys_embed.typing import JSON
 
 
-def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> dict[str, Any]:
-    """Read a distributed checkpoint into a model of this machine, without a process group.
+def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> JSON:
+    """Load a distributed checkpoint into an unsharded model, without a process group.
 
-    Afterwards it trains on, is saved or exported like any other.
+    The model can then be trained, saved and exported like any other.
 
     Args:
         folder: of :func:`recsys_embed.sharding.save`.
-        model: as the one that was sharded, with ``EmbeddingCollection`` where that one had shardable collections.
-        states: also the state of the collections' fused optimizers.
+        model: the model that was sharded, with ``EmbeddingCollection`` in place of its shardable collections.
+        states: also load the state of the collections' fused optimizers.
 
     Returns:
         ``extra`` of the save.
@@ -32,28 +32,28 @@ def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> d
     plain = _plain(model) if states else {}
     check(at, meta, model, bool(plain))
     held = {path: coll.optimizer_state_dict() for path, coll in plain.items()}
-    entries = list(weight_entries(model))
+    tensors = list(weight_tensors(model))
     for path, coll in plain.items():
-        entries += plain_state_entries(path, coll, held[path])
-    read(at, entries, alone=True)
+        tensors += unsharded_state_tensors(path, coll, held[path])
+    read(at, tensors, alone=True)
     for path, coll in plain.items():
         held[path]["steps"] = dict.fromkeys(held[path]["steps"], meta["steps"])
         coll.load_optimizer_state_dict(held[path])
     return dict(meta["extra"])
 
 
-def from_single(folder: str | Path, model: nn.Module, *, extra: dict[str, Any] | None = None) -> Path:
-    """Write a model of this machine, with the state of its fused optimizers, as a distributed checkpoint.
+def from_single(folder: str | Path, model: nn.Module, *, extra: JSON | None = None) -> Path:
+    """Write an unsharded model, with the state of its fused optimizers, as a distributed checkpoint.
 
-    The dense optimizer's state is not part of it: :func:`recsys_embed.sharding.load` starts that anew.
+    The dense optimizer's state is not saved: after :func:`recsys_embed.sharding.load` it starts from its initial value.
     """
     plain = _plain(model)
     held = {path: coll.optimizer_state_dict() for path, coll in plain.items()}
-    entries = list(weight_entries(model))
+    tensors = list(weight_tensors(model))
     for path, coll in plain.items():
-        entries += plain_state_entries(path, coll, held[path])
+        tensors += unsharded_state_tensors(path, coll, held[path])
     steps = max((n for saved in held.values() for n in saved["steps"].values()), default=0)
-    return write(folder, entries, {**describe(model, steps, bool(plain)), "extra": extra or {}}, alone=True)
+    return write(folder, tensors, {**describe(model, steps, bool(plain)), "extra": extra or {}}, alone=True)
 
 
 def _plain(model: nn.Module) -> dict[str, EmbeddingCollection]:

@@ -1,7 +1,7 @@
-"""Searches whose trials train on several processes: one of them talks to the study, all of them train.
+"""Studies whose trials train on several processes: rank 0 talks to the study, all ranks train.
 
-Any number of workers may share one study, as Optuna's storages allow; each is a process, or a group that torchrun
-started. Within a group the first process alone asks for parameters and reports results, so the study sees one worker.
+Optuna's storages let any number of workers share one study. A worker is a process or a torchrun group; within a
+group, rank 0 alone asks for parameters and reports results, so the study sees one worker.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from recsys_embed.errors import BudgetError, ConfigError
-from recsys_embed.sharding.process_group import job, local_device, share
+from recsys_embed.sharding.process_group import broadcast_json, job, local_device
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.result import DivergedError
 
 SHARED = (BudgetError, ConfigError, DivergedError)
-"""Faults that all processes meet in a trial, so that a search may go on to the next one."""
+"""Errors that all processes raise alike in a trial, so that the study can continue with the next trial."""
 T = TypeVar("T")
 Train = Callable[[TrainConfig], T]
 
@@ -38,17 +38,17 @@ def search_together(lead: Callable[[Train[T]], None], train: Train[T], *, device
     place = local_device(device)
 
     def run(config: TrainConfig) -> T:
-        share({"trial": config.to_dict()}, place)
+        broadcast_json({"trial": config.to_dict()}, place)
         return train(config)
 
     with job(place):
         if dist.get_rank() == 0:
-            # Where a fault ends the search, the others learn of it by losing this process.
+            # If an error ends the study, the others notice because they lose this process.
             lead(run)
-            share({"trial": None}, place)
+            broadcast_json({"trial": None}, place)
             return
-        while (told := share(None, place)["trial"]) is not None:
+        while (told := broadcast_json(None, place)["trial"]) is not None:
             try:
                 train(TrainConfig.from_dict(told))
             except SHARED:
-                continue  # the first process met it too, and told the study
+                continue  # rank 0 raised it too and reported it to the study

@@ -1,4 +1,4 @@
-"""TorchRec without the warnings that its users cannot act on."""
+"""Suppression of TorchRec's warnings that users cannot act on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class _OnlyErrors(logging.Filter):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, TorchRec's planner and wrappers neither log below errors nor warn of what torch will change one day."""
+def only_errors_of_torchrec() -> Iterator[None]:
+    """Suppress log records below ERROR and deprecation warnings of TorchRec's planner and wrappers."""
     only_errors = _OnlyErrors()
     handlers = [*logging.getLogger().handlers, *([logging.lastResort] if logging.lastResort else [])]
     names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "torchrec"]

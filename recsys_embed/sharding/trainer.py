@@ -22,7 +22,7 @@ from recsys_embed.data.data_source import BatchStream, DataSource
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.registry import with_current_names
 from recsys_embed.sharding.checkpoint import find, load, save
-from recsys_embed.sharding.checkpoint_tensors import Entry, weight_entries
+from recsys_embed.sharding.checkpoint_tensors import CheckpointTensor, weight_tensors
 from recsys_embed.sharding.optimizers import Optimizers, collection_paths, table_named
 from recsys_embed.sharding.process_group import global_metrics
 from recsys_embed.train.config import TrainConfig
@@ -35,11 +35,11 @@ from recsys_embed.train.stop_request import StopRequest
 
 BEST = "best"
 AGREE_EVERY = 32
-"""Batches of an evaluation between two times at which processes agree on whether to stop."""
+"""Evaluation batches between two checks whether any process was asked to stop."""
 
 
-class Steps:
-    """Batches of a portion, then empty ones until the largest portion has ended, so that all take every step."""
+class PaddedBatches:
+    """Batches of this rank's portion, padded with empty ones to the largest portion: all ranks run the same steps."""
 
     def __init__(self, batches: BatchStream, steps: int, empty: Batch) -> None:
         self.batches, self.steps, self.empty = batches, steps, empty
@@ -56,10 +56,10 @@ class Steps:
             yield self.empty
 
 
-def shares(batch_size: int, world: int) -> list[int]:
-    """Each process's part of a batch.
+def batch_sizes(batch_size: int, world: int) -> list[int]:
+    """Batch size of each process.
 
-    >>> shares(10, 4)
+    >>> batch_sizes(10, 4)
     [2, 3, 2, 3]
     """
     return [batch_size * (r + 1) // world - batch_size * r // world for r in range(world)]
@@ -91,10 +91,10 @@ class ShardedTrainer(Trainer):
     ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.home = home
-        self.rows_of_all = {split: _of_all(data.rows(split), device) for split in sorted(data.splits)}
+        self.rows_by_rank = {split: _gather_numbers(data.rows(split), device) for split in sorted(data.splits)}
         self.empty = Batch.empty(data.num_dense, len(data.schema(1))).to(device)
         self.stop: StopRequest | None = None
-        self.kept: list[tuple[Entry, list[Tensor]]] = []
+        self.best_tensors: list[tuple[CheckpointTensor, list[Tensor]]] = []
         if config.batch_size < self.world:
             raise ConfigError(f"`batch_size` must be at least {self.world}, the number of processes")
         first = self.rank == 0
@@ -148,10 +148,10 @@ class ShardedTrainer(Trainer):
 
     # -- data -----------------------------------------------------------------------------------------------------
 
-    def _epoch(self, epoch: int, start: int) -> Steps:
+    def _epoch(self, epoch: int, start: int) -> PaddedBatches:
         c = self.config
-        sizes = shares(c.batch_size, self.world)
-        steps = max(-(-n // size) for n, size in zip(self.rows_of_all["train"], sizes, strict=True))
+        sizes = batch_sizes(c.batch_size, self.world)
+        steps = max(-(-n // size) for n, size in zip(self.rows_by_rank["train"], sizes, strict=True))
         batches = self.data.batches(
             "train",
             sizes[self.rank],
@@ -161,14 +161,14 @@ class ShardedTrainer(Trainer):
             device=self.device,
             start_batch=start,
         )
-        return Steps(batches, max(0, steps - start), self.empty)
+        return PaddedBatches(batches, max(0, steps - start), self.empty)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _train(self, stop: StopRequest) -> None:
         self.stop = stop
         if self._resumed_rng is None:
-            # Processes see other samples, so their dropout draws other numbers.
+            # Processes see different samples, so each needs its own random numbers for dropout.
             torch.manual_seed(hashing.salt(self.config.seed, "process", str(self.rank)) >> 1)
         super()._train(stop)
 
@@ -177,8 +177,8 @@ class ShardedTrainer(Trainer):
         self._set_rates(self.schedule.factor(state.step))
         logits = self.model(batch.dense, batch.ids)
         loss = F.binary_cross_entropy_with_logits(logits, batch.label, reduction="sum")
-        wishes = float(self.stop is not None and self.stop.requested)
-        totals = torch.tensor([float(loss.detach()), batch.label.numel(), wishes], dtype=torch.float64)
+        votes = float(self.stop is not None and self.stop.requested)
+        totals = torch.tensor([float(loss.detach()), batch.label.numel(), votes], dtype=torch.float64)
         totals = totals.to(self.device)
         dist.all_reduce(totals)
         total, count, stopping = totals.tolist()
@@ -189,7 +189,7 @@ class ShardedTrainer(Trainer):
                 f"({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), add "
                 "`warmup_steps`, or set `clip_norm`; the last checkpoint is from before this step"
             )
-        # Gradients are averaged over processes, which divides by their number.
+        # DistributedModelParallel averages gradients over processes; `world` turns that into a sum.
         (loss * (self.world / count)).backward()
         self._apply_gradients()
         if stopping and self.stop is not None:
@@ -204,13 +204,13 @@ class ShardedTrainer(Trainer):
     def evaluate(self, split: str, stop: StopRequest | None = None) -> Metrics | None:
         """Metrics over the whole split, the same in all processes; None when one of them was asked to stop."""
         size = -(-self.config.eval_batch_size // self.world)
-        steps = max(-(-n // size) for n in self.rows_of_all[split])
+        steps = max(-(-n // size) for n in self.rows_by_rank[split])
         batches = self.data.batches(split, size, shuffle=False, device=self.device)
         was_training = self.model.training
         self.model.eval()
         sums = BinaryMetrics()
         try:
-            for number, batch in enumerate(Steps(batches, steps, self.empty)):
+            for number, batch in enumerate(PaddedBatches(batches, steps, self.empty)):
                 if number % AGREE_EVERY == 0 and self._agree(stop):
                     return None
                 sums.update(self.model(batch.dense, batch.ids), batch.label)
@@ -220,11 +220,11 @@ class ShardedTrainer(Trainer):
 
     def _agree(self, stop: StopRequest | None) -> bool:
         """Whether any process was asked to stop; then all are."""
-        wishes = torch.tensor([float(stop is not None and stop.requested)], device=self.device)
-        dist.all_reduce(wishes)
-        if stop is not None and bool(wishes > 0):
+        votes = torch.tensor([float(stop is not None and stop.requested)], device=self.device)
+        dist.all_reduce(votes)
+        if stop is not None and bool(votes > 0):
             stop.requested = True
-        return bool(wishes > 0)
+        return bool(votes > 0)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -232,25 +232,25 @@ class ShardedTrainer(Trainer):
         if self.home is not None:
             save(self.home / BEST, self.model, extra={"identity": self.identity})
             return
-        self.kept = [(entry, _copies(entry.value)) for entry in weight_entries(self.model)]
+        self.best_tensors = [(item, _copies(item.value)) for item in weight_tensors(self.model)]
 
     def _load_best(self) -> None:
         if self.home is not None:
             load(self.home / BEST, self.model)
             return
-        for entry, copies in self.kept:
-            for held, copy in zip(_locals(entry.value), copies, strict=True):
+        for item, copies in self.best_tensors:
+            for held, copy in zip(_local_tensors(item.value), copies, strict=True):
                 held.copy_(copy)
 
     def _checkpoint_due(self) -> bool:
-        # Clocks differ between processes, steps do not.
+        # By steps, not by time: clocks differ between processes.
         return self._due(self.config.checkpoint_every)
 
     def _checkpoint(self) -> None:
         if self.home is None:
             return
         self.state.log_bytes = self.log.flush()
-        # As text: the best AUC so far may be minus infinity, which JSON proper has no word for.
+        # As text: the best AUC so far may be minus infinity, which is not valid JSON.
         run = json.dumps({"state": self.state.to_dict(), "schedule": self.schedule.state_dict()})
         extra = {"identity": self.identity, "run": run}
         save(self.home / CHECKPOINTS, self.model, self.optimizers, extra=extra, beside=self._random())
@@ -275,24 +275,24 @@ class ShardedTrainer(Trainer):
         self._resumed_rng = {name.rsplit("/", 1)[1]: values for name, values in random.items()}
 
     def _random(self) -> dict[str, Tensor]:
-        """States of this process's random generators; another number of processes draws anew."""
+        """States of this process's random generators, for a resume with the same number of processes."""
         states = {f"random/{self.rank}/{self.world}/cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states[f"random/{self.rank}/{self.world}/cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
 
-def _of_all(number: int, device: torch.device) -> list[int]:
-    """A number of each process, in all of them."""
+def _gather_numbers(number: int, device: torch.device) -> list[int]:
+    """All-gather one integer per process."""
     found = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     found[dist.get_rank()] = number
     dist.all_reduce(found)
     return found.tolist()
 
 
-def _locals(value: Any) -> list[Tensor]:
+def _local_tensors(value: Any) -> list[Tensor]:
     return [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
 
 
 def _copies(value: Any) -> list[Tensor]:
-    return [held.detach().clone() for held in _locals(value)]
+    return [held.detach().clone() for held in _local_tensors(value)]

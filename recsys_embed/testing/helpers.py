@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 from recsys_embed.registry import MethodInfo
+from recsys_embed.typing import Option
 
 ROWS, WIDTH = 403, 8
 IDS = torch.tensor([[0, 402, 7], [7, 31, 400]])
@@ -45,7 +46,7 @@ def refused(error: type[Exception], *words: str) -> Iterator[None]:
         raise AssertionError(f"the error must name {', '.join(absent)}; got {text}")
 
 
-def example(method: MethodInfo, rows: int = ROWS, width: int = WIDTH, **options: Any) -> CompressedEmbedding:
+def example(method: MethodInfo, rows: int = ROWS, width: int = WIDTH, **options: Option) -> CompressedEmbedding:
     """A module of the method at half the bytes of a plain table, or as near as the method allows."""
     spec = FeatureSpec("embedding", rows, width, unseen=options.get("unseen"))
     itemsize = (options.get("dtype") or torch.get_default_dtype()).itemsize

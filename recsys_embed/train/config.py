@@ -1,14 +1,15 @@
-"""Training settings: one frozen dataclass, TOML or JSON for people, unknown keys refused with the nearest name."""
+"""Training settings: a frozen dataclass, read from TOML or JSON; unknown keys raise and name the nearest key."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from recsys_embed.errors import unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
+from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.strict_json import read_object
 
@@ -84,10 +85,10 @@ class TrainConfig(Settings):
     noun: ClassVar[str] = "training setting"
 
     model: str = "deepfm"
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: JSON = field(default_factory=dict)
     method: str = "full"
-    method_args: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] | None = None
+    method_args: JSON = field(default_factory=dict)
+    plan: JSON | None = None
     ratio: float | None = param(None, low=1)
     budget: str | int | None = None
     embedding_dim: int = param(16, low=1)
@@ -103,7 +104,7 @@ class TrainConfig(Settings):
     embedding_weight_decay: float = param(0.0, low=0)
     embedding_optimizer: str = "adam"
     embedding_learning_rate: float | None = param(None, above=0)
-    embedding_optimizer_args: dict[str, Any] = field(default_factory=dict)
+    embedding_optimizer_args: JSON = field(default_factory=dict)
     schedule: ScheduleName = "constant"
     warmup_steps: int = param(0, low=0)
     final_factor: float = param(0.0, low=0, high=1)
@@ -134,7 +135,7 @@ class TrainConfig(Settings):
             faults.append(f"`method` {PLANNED!r} needs a `ratio` or `budget` to plan for, or a `plan`")
         return faults
 
-    def non_defaults(self) -> dict[str, Any]:
+    def non_defaults(self) -> JSON:
         """Settings that differ from their defaults."""
         out = {}
         for f in fields(self):
@@ -144,7 +145,7 @@ class TrainConfig(Settings):
         return out
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> JSON:
     """Read a TOML or JSON file of settings into plain values.
 
     Raises:

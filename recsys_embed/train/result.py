@@ -1,12 +1,12 @@
-"""What a training comes to: its measurements, or the fault that ended it."""
+"""Result of a training run: its metrics, or the error that ended it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.train.metrics import Metrics
+from recsys_embed.typing import JSON
 
 
 class DivergedError(RecsysEmbedError, ArithmeticError):
@@ -15,7 +15,7 @@ class DivergedError(RecsysEmbedError, ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run measured.
+    """Metrics of a run.
 
     ``samples_per_s`` covers loading, forward, backward and updates, not validation.
     """
@@ -28,5 +28,5 @@ class TrainResult:
     seconds: float
     history: list[dict[str, float]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         return asdict(self)

@@ -11,13 +11,16 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, raise_faults, unknown_name
+from recsys_embed.typing import JSON, JSONMapping, Option
 
 T = TypeVar("T")
 
 
 def param(
-    default: Any,
+    default: Option,
     doc: str = "",
     *,
     low: float | None = None,
@@ -25,7 +28,7 @@ def param(
     above: float | None = None,
     below: float | None = None,
     empty: bool = False,
-) -> Any:
+) -> Option:
     """A field of a settings class; its annotation and these bounds say what it may hold.
 
     Args:
@@ -168,7 +171,7 @@ def rules(cls: type) -> tuple[Rule, ...]:
 def wrong_settings(settings: Any) -> dict[str, str]:
     """What is wrong with the fields of a dataclass, each by itself: a sentence by the field's name.
 
-    Lists become tuples and integers of numpy Python's, where a field takes those.
+    Lists and ranges become tuples and scalars of numpy Python's, where a field takes those.
     """
     faults: dict[str, str] = {}
     cls: type = type(settings)
@@ -219,8 +222,10 @@ def fault(name: str, wanted: str, got: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return tuple(_plain(v) for v in value)
+    if isinstance(value, np.generic):
+        return value.item()
     return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
 
 
@@ -308,17 +313,17 @@ class Settings:
         return []
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest one."""
         return build(cls, data, cls.noun)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Option) -> Self:
         """A copy with some settings changed, checked again; unknown keys are errors."""
         strange, _ = key_faults(type(self), changes, self.noun)
         raise_faults(strange, self.where(), UnknownNameError)
         return replace(self, **changes)  # type: ignore[type-var]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """JSON-ready."""
         values = asdict(self)  # type: ignore[call-overload]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

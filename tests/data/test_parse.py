@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from recsys_embed.data.criteo.explain import BadRow, GoodRow, read_line
 from recsys_embed.data.criteo.layout import MAX_LINE_BYTES, LineLayout
-from recsys_embed.data.criteo.parse import BLANK_INT, Block, parse_block
+from recsys_embed.data.criteo.parse import BLANK_INT, ParsedBlock, parse_block
 
 ints = st.one_of(st.none(), st.integers(-(2**63) + 1, 2**63 - 1), st.integers(-100, 10**8 + 1))
 GOOD = line(random_rows(1, 0)[0])
 
 
-def as_rows(block: Block) -> list[GoodRow]:
+def as_rows(block: ParsedBlock) -> list[GoodRow]:
     out = []
     for k in range(block.rows):
         label = None if block.labels is None else int(block.labels[k])

@@ -94,8 +94,8 @@ def kinds_for(collection: ShardableCollection, kind: str | None, world: int) -> 
     turns = ["table_wise", "row_wise", "data_parallel"]
     if not isinstance(collection.optimizer, rse.RowwiseAdagrad):
         turns.append("column_wise")
-    chosen = {key: turns[i % len(turns)] for i, key in enumerate(collection.slabs)}
-    small = {k for k, slab in collection.slabs.items() if not splits_by_row(slab, world)}
+    chosen = {key: turns[i % len(turns)] for i, key in enumerate(collection.physical_tables)}
+    small = {k for k, physical in collection.physical_tables.items() if not splits_by_row(physical, world)}
     return {k: "table_wise" if k in small and kind == "row_wise" else kind for k, kind in chosen.items()}
 
 
@@ -164,7 +164,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter here by name; shards of a table are told apart by where they begin."""
     found = {n: p.detach().clone() for n, p in model.named_parameters() if p.numel()}
     for coll in [m for m in model.modules() if isinstance(m, ShardableCollection)]:
-        found |= {f"{s.slab.key} {s.row} {s.column}": s.tensor.clone() for s in coll.shards() if s.tensor.numel()}
+        found |= {f"{s.physical.key} {s.row} {s.column}": s.tensor.clone() for s in coll.shards() if s.tensor.numel()}
     return found
 
 

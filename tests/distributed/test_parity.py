@@ -130,4 +130,4 @@ def test_features_that_share_a_table_go_one_way(workers: Workers) -> None:
     options: dict[str, Any] = {"form": "jagged", "pooling": ("sum", "max")}
     check(workers.run("parity", 2, method="unified", kind="row_wise", rule="adagrad", **options), bits=False)
     coll = ShardableCollection(schema_for(pooling=("sum", "max")), plan_for(schema_for(), "unified"))
-    assert sorted(s.slab.key for s in coll.shards()) == sorted(coll.slabs)
+    assert sorted(s.physical.key for s in coll.shards()) == sorted(coll.physical_tables)

@@ -89,7 +89,7 @@ def test_the_command_prints_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert "4 devices of 300.00 MiB on 2 hosts" in text
     assert [line.split() for line in text.splitlines() if line.startswith("fits")] == [["fits", "yes", "no"]]
-    assert "plain tables: all tables and their state take 1.23 GiB; 4 devices" in text
+    assert "full tables: all tables and their state take 1.23 GiB; 4 devices" in text
     assert main([*common, "--budget", "60MiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["placement"]
     assert found["compressed"]["fits"]

@@ -40,7 +40,7 @@ def test_plain_tables_are_those_of_torchrec() -> None:
     ours = CompressedEBC.like(ebc)
     tables = {"f0": "a", "f1": "a", "f2": "b"}
     for shard_ in ours.collection.shards():
-        shard_.take(ebc.state_dict()[f"embedding_bags.{tables[shard_.slab.key.split('.')[0]]}.weight"])
+        shard_.take(ebc.state_dict()[f"embedding_bags.{tables[shard_.physical.key.split('.')[0]]}.weight"])
     lengths = torch.tensor([2, 0, 1, 1, 3, 2, 0, 1, 1])
     ids = KeyedJaggedTensor(["f2", "f0", "f1"], torch.arange(11), lengths=lengths)
     found, wanted = ours(ids), ebc(ids)

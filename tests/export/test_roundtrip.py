@@ -522,3 +522,19 @@ def test_the_report_says_what_was_written(theirs: Theirs, tmp_path: Path) -> Non
         assert manifest["tables"][table.name]["max_error"] == table.max_error
         served = load(tmp_path / "m", into=Theirs())
         assert served is not None
+
+
+@pytest.mark.parametrize("options", [{"combine": "path", "hidden": 3}, {"bag": "pooled"}], ids=str)
+def test_collections_with_heads_come_back(options: dict[str, Any], tmp_path: Path) -> None:
+    """Networks per class belong to a feature; they stay as they are while the tables are stored anew."""
+    plan = {**Plan.full(SCHEMA).configs, **Plan.uniform(SCHEMA, "compositional", num_collisions=4, **options).configs}
+    plan["C1"] = Plan.full(SCHEMA)["C1"]
+    coll = rse.EmbeddingCollection(SCHEMA, Plan(plan))
+    ids = torch.tensor([[3, 899, 6, 299], [39, 0, 1, 5]])
+    export(coll, tmp_path / "model", "fp32")
+    assert torch.equal(load(tmp_path / "model")(ids), coll(ids))
+    export(coll, tmp_path / "small", "int8")
+    served = load(tmp_path / "small")
+    torch.testing.assert_close(served(ids), coll(ids), atol=0.1, rtol=0)
+    export(served, tmp_path / "again", "int8")
+    assert torch.equal(load(tmp_path / "again")(ids), served(ids))

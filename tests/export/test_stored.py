@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recsys_embed.core.id_sets import bitmap
 from recsys_embed.core.index import IndexArrays
-from recsys_embed.exports.pack import Packed, chunks, pack_bits, settle, survey
+from recsys_embed.exports.pack import Packed, choose_parts, chunks, inspect_table, pack_bits
 from recsys_embed.kernels.precision import Layout
 from recsys_embed.kernels.stored_tables import Part, Stored
 
@@ -39,10 +39,10 @@ def table(rows: int, width: int, pattern: str, seed: int = 0) -> Tensor:
 def pack(tables: list[Tensor], kind: str, prune: bool = True) -> list[Packed]:
     packs = []
     for i, t in enumerate(tables):
-        packed, faults = survey(f"t{i}", lambda a, b, t=t: t[a:b], *t.shape, t.dtype, kind, prune)
+        packed, faults = inspect_table(f"t{i}", lambda a, b, t=t: t[a:b], *t.shape, t.dtype, kind, prune)
         assert faults == []
         packs.append(packed)
-    settle(packs)
+    choose_parts(packs)
     return packs
 
 
@@ -180,11 +180,11 @@ def test_weights_that_cannot_be_kept_are_named() -> None:
     rows[7, 2] = float("nan")
     rows[9, 1] = float("inf")
     for kind in KINDS:
-        _, faults = survey("C1.weight", lambda a, b: rows[a:b], 100, 4, rows.dtype, kind, True)
+        _, faults = inspect_table("C1.weight", lambda a, b: rows[a:b], 100, 4, rows.dtype, kind, True)
         assert faults == ["table 'C1.weight' holds NaN or infinite values in 2 rows, the first of them row 7"]
     large = torch.full((10, 4), -1e6)
     for kind in KINDS:
-        _, faults = survey("t", lambda a, b: large[a:b], 10, 4, rows.dtype, kind, True)
+        _, faults = inspect_table("t", lambda a, b: large[a:b], 10, 4, rows.dtype, kind, True)
         assert ("holds values up to 1e+06" in "".join(faults)) == (kind in ("fp16", "int8", "int4"))
 
 

@@ -49,7 +49,7 @@ def test_its_cores_are_stepped_inside_backward(rule: rse.SGD | rse.Adam, backend
     ours = EmbeddingCollection(SCHEMA, PLAN, rule, backend=backend)
     assert not any(p.requires_grad for p in ours.parameters()), "cores are tables that the optimizer holds"
     if ours.backend == "native":
-        assert ours.bundle.fused["native"].rest == [], "the kernels read all cores"
+        assert ours.bundle.batched["native"].rest == [], "the kernels read all cores"
     oracle = EmbeddingCollection(SCHEMA, PLAN, backend="reference", dtype=torch.float64)
     steps = [torch.optim.SGD, torch.optim.Adam][isinstance(rule, rse.Adam)](oracle.parameters(), lr=rule.lr)
     bags = IDS.t().reshape(-1), torch.tensor([0, 2, 3, 3, 5, 6, 6, 8, 9, 9, 9, 9, 9])[:10]
@@ -79,7 +79,7 @@ def test_each_core_is_a_table_that_can_be_sharded() -> None:
 
     whole = EmbeddingCollection(SCHEMA, PLAN, seed=2)
     sharded = ShardableCollection(SCHEMA, PLAN, rse.SGD(lr=0.1), seed=2)
-    assert {"train.core0", "train.core1", "train.core2", "plain.weight"} <= set(sharded.slabs)
+    assert {"train.core0", "train.core1", "train.core2", "plain.weight"} <= set(sharded.physical_tables)
     assert torch.equal(sharded(IDS), whole(IDS))
     bags = IDS.t().reshape(-1), torch.arange(0, 10)
     torch.testing.assert_close(sharded(*bags), whole(*bags))

@@ -66,7 +66,7 @@ def _check_threads(program: Program, native: EmbeddingCollection) -> None:
         out = call(again)
         if out.requires_grad:
             (out * direction(direction_seed(program, number), out.shape)).sum().backward()
-        again.settle_()
+        again.catch_up_()
     for (name, a), (_, b) in zip(native.state_dict().items(), again.state_dict().items(), strict=True):
         same(f"threads: {name.rstrip('0123456789')}", b, a)
 

@@ -100,7 +100,7 @@ def test_inductor_leaves_tables_where_they_are() -> None:
 @pytest.mark.parametrize("method", FEW)
 def test_operators_pass_torchs_checks(method: str) -> None:
     coll = EmbeddingCollection(SCHEMA, plan_of(method), rse.Adam(lr=0.1, rows="all"), backend="native")
-    lookup = coll.bundle.fused["native"].lookup
+    lookup = coll.bundle.batched["native"].lookup
     step, ids = coll._native_step, ids_of(0)
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
@@ -112,11 +112,11 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     check(native_ops._gradients, (ids, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
     check(native_ops._step, (ids, tables, states, grads, kept, lookup.handle, step.owner), test_utils="test_schema")
-    check(native_ops._settle, (ids, tables, states, lookup.handle, step.owner))
+    check(native_ops._catch_up, (ids, tables, states, lookup.handle, step.owner))
 
 
 @pytest.mark.filterwarnings("ignore")  # of what the compiler cannot trace
-def test_compiled_lookups_do_not_read_rows_that_are_behind() -> None:
+def test_compiled_lookups_do_not_read_rows_that_missed_steps() -> None:
     coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend="native")
     coll(ids_of(0)).sum().backward()
     with torch.no_grad():

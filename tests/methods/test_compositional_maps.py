@@ -14,7 +14,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed.core.program import MixedRadixDigit
-from recsys_embed.method_parts.partition_sizes import balanced, coprime_run, cover, is_prime, next_prime
+from recsys_embed.method_parts.partition_sizes import balanced, coprime_run, covering_moduli, is_prime, next_prime
 from recsys_embed.methods.compositional import CompositionalConfig, class_maps
 from tests.methods.complementary import PARTITIONS, SHAPES, classes_by_definition, make_spec
 
@@ -45,7 +45,7 @@ def test_no_two_ids_share_all_classes(partition: Any, k: int, n: int, affine: bo
     size = next_prime(n) if affine else n
     coefficients = (1 + 5 % (size - 1), 3 % size, size) if affine else None
     for collisions in sorted({1, min(2, n), min(4, n), math.isqrt(n), n}):
-        moduli = cover(size, collisions, k, partition == "chinese_remainder")
+        moduli = covering_moduli(size, collisions, k, partition == "chinese_remainder")
         rows = _rows(class_maps(partition, moduli, coefficients), torch.arange(n))
         assert rows.min() >= 0
         assert (rows < torch.tensor(moduli)).all(), "a class is a row of its table"
@@ -59,7 +59,7 @@ def test_classes_identify_the_id_for_any_number_of_partitions(data: st.DataObjec
     partition = data.draw(st.sampled_from(PARTITIONS))
     k = 2 if partition == "quotient_remainder" else data.draw(st.integers(2, 8))
     n = data.draw(st.one_of(st.integers(1, 5000), st.integers(1, 2**40 + 4)))
-    moduli = cover(n, data.draw(st.integers(1, min(n, 10**6))), k, partition == "chinese_remainder")
+    moduli = covering_moduli(n, data.draw(st.integers(1, min(n, 10**6))), k, partition == "chinese_remainder")
     assert math.prod(moduli) >= n
     ids = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
     rows = _rows(class_maps(partition, moduli), torch.tensor(ids)).tolist()
@@ -71,7 +71,7 @@ def test_classes_identify_the_id_for_any_number_of_partitions(data: st.DataObjec
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_large_ids_are_exact(partition: Any, x: int) -> None:
     for collisions in (3, 1000, 2**20 + 7):
-        moduli = cover(x + 1, collisions, 2, partition == "chinese_remainder")
+        moduli = covering_moduli(x + 1, collisions, 2, partition == "chinese_remainder")
         neighbours = torch.tensor([x - 1, x])
         rows = _rows(class_maps(partition, moduli), neighbours).tolist()
         assert [_inverse(partition, moduli, r) for r in rows] == [x - 1, x]
@@ -153,8 +153,8 @@ def test_runs_are_coprime_and_radices_balanced(start: int, length: int) -> None:
 @given(st.integers(1, 10**9), st.data())
 def test_first_table_holds_one_row_per_collision_group(n: int, data: st.DataObject) -> None:
     c = data.draw(st.integers(1, n))
-    assert cover(n, c, 2, coprime=False) == (-(-n // c), c)
-    first, *others = cover(n, c, 4, coprime=False)
+    assert covering_moduli(n, c, 2, coprime=False) == (-(-n // c), c)
+    first, *others = covering_moduli(n, c, 4, coprime=False)
     assert first == -(-n // c)
     assert math.prod(others) >= c
     assert math.prod(m - (m == max(others)) for m in others) < c or max(others) == 1, "no radix is larger than needed"

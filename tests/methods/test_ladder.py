@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed.method_parts.partition_sizes import ladder
+from recsys_embed.method_parts.partition_sizes import moduli_by_cost
 
 
 def defined(size: int, costs: tuple[int, int], below: int) -> list[tuple[int, int]]:
@@ -22,13 +22,13 @@ def defined(size: int, costs: tuple[int, int], below: int) -> list[tuple[int, in
 
 @given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 400), st.integers(1, 60_000))
 def test_pairs_are_those_of_the_definition(size: int, first: int, second: int, below: int) -> None:
-    rungs = ladder(size, (first, second), False, below)
+    rungs = moduli_by_cost(size, (first, second), False, below)
     assert list(rungs) == defined(size, (first, second), below)
     assert len(rungs) == len(list(rungs))
 
 
 def test_huge_tables_take_an_array() -> None:
-    rungs = ladder(2_000_000_011, (16, 16), False, 2_000_000_011 * 16)
+    rungs = moduli_by_cost(2_000_000_011, (16, 16), False, 2_000_000_011 * 16)
     costs = [sum(pair) for pair in (rungs[0], rungs[len(rungs) // 2], rungs[len(rungs) - 1])]
     assert costs == sorted(costs)
     assert all(type(m) is int for m in rungs[0])

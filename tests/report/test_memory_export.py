@@ -64,7 +64,7 @@ def test_file_is_within_a_hundredth(info: rse.MethodInfo, precision: Precision, 
     file = memory_report(tmp_path / "a.safetensors")
     assert file.total("serve") == memory_report(module, precision=precision).total("serve")
     (table,) = file.tables
-    assert (table.method, table.entry.ids, table.entry.width) == (info.name, 30_000, 16)
+    assert (table.method, table.storage.ids, table.storage.width) == (info.name, 30_000, 16)
 
 
 def test_models_with_other_layers(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_models_with_other_layers(tmp_path: Path) -> None:
     report, file = memory_report(model, precision="int8"), memory_report(tmp_path / "a.safetensors")
     assert report.total("serve") == file.total("serve") == written.embedding_bytes
     assert report.rest.serve == file.rest.serve == written.dense_bytes
-    assert {t.method for t in file.tables if t.entry.kind != "shared"} == {"lowdim", "full"}
+    assert {t.method for t in file.tables if t.storage.kind != "shared"} == {"lowdim", "full"}
 
 
 def test_drop_ins_of_one_name_stay_apart_after_loading(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_pruned_columns_are_gone(tmp_path: Path) -> None:
     export(module, tmp_path / "a.safetensors", "fp32")
     for report in (memory_report(tmp_path / "a.safetensors"), memory_report(load(tmp_path / "a.safetensors"))):
         assert report.total("serve") == 4000 * 5 * 4
-        (table,) = report.tables[0].entry.of("table")
-        assert (table.rows, table.width, report.tables[0].entry.width) == (4000, 5, 16)
+        (table,) = report.tables[0].storage.arrays_of("table")
+        assert (table.rows, table.width, report.tables[0].storage.width) == (4000, 5, 16)
 
 
 @pytest.mark.parametrize("change", ["version", "tables", "modules", "text"])

@@ -15,7 +15,7 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.report.memory import memory_report
-from recsys_embed.report.memory.tensors import read_safetensors
+from recsys_embed.report.memory.file_tensors import read_safetensors
 
 METHODS = rse.list_methods()
 save_file = pytest.importorskip("safetensors.torch").save_file

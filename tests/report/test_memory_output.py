@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.core.footprint import format_bytes
+from recsys_embed.report.memory.alternatives import alternatives
 from recsys_embed.report.memory.page import COLUMNS, RATIOS, WhatIf, _script_json
 from recsys_embed.report.memory.report import MemoryReport, memory_report
-from recsys_embed.report.memory.whatif import alternatives
 
 EVIL = '</script><b onmouseover="x">\'&amp; |`*_\u2028'
 
@@ -264,7 +264,7 @@ def test_fused_state_of_an_alternative_is_that_of_its_tables() -> None:
 
 
 def test_only_the_largest_shapes_are_sized() -> None:
-    entries = [t.entry for t in memory_report(Schema([FeatureSpec(f"f{i}", 300 + i, 8) for i in range(90)])).tables]
-    (found,) = alternatives(entries, 10.0, None, "dense", methods=["hash"])
+    storages = [t.storage for t in memory_report(Schema([FeatureSpec(f"f{i}", 300 + i, 8) for i in range(90)])).tables]
+    (found,) = alternatives(storages, 10.0, None, "dense", methods=["hash"])
     plain = [n for n, size in found.per_table.items() if size == 32 * (300 + int(n[1:]))]
     assert sorted(plain, key=lambda n: int(n[1:])) == [f"f{i}" for i in range(30)]

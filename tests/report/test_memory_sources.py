@@ -23,14 +23,14 @@ def test_plain_tables_of_a_tree() -> None:
         }
     )
     report = memory_report(model)
-    assert [(t.name, t.method, t.entry.kind) for t in report.tables] == [
+    assert [(t.name, t.method, t.storage.kind) for t in report.tables] == [
         ("a", "full", "embedding"),
         ("deep/0", "full", "embedding_bag"),
     ]
     assert report.total("serve") == 100 * 8 * 4 + 50 * 4 * 4
     assert report.rest.weights == (8 * 3 + 3) * 4
     assert report.share == pytest.approx(4000 / 4108)
-    assert report["a"].entry.paths == ("a",)
+    assert report["a"].storage.paths == ("a",)
     with pytest.raises(UnknownNameError, match="did you mean 'deep/0'"):
         report["deep/1"]
 
@@ -47,7 +47,7 @@ def test_tied_weights_count_once() -> None:
 
     report = memory_report(Tied(), optimizer="adam")
     (table,) = report.tables
-    assert table.entry.paths == ("emb", "again")
+    assert table.storage.paths == ("emb", "again")
     assert report.total("serve", "model") == report.total("serve") == 32_000
     assert report.total("train", "model") == 4 * 32_000 + 4
     assert any("head.weight" in n for n in report.notes)
@@ -89,7 +89,7 @@ def test_torchrec_tables() -> None:
     tables = [config(name=f"t{i}", embedding_dim=8, num_embeddings=100 * i, feature_names=[f"f{i}"]) for i in (1, 2)]
     model = nn.ModuleDict({"sparse": torchrec.EmbeddingBagCollection(tables=tables), "over": nn.Linear(16, 1)})
     report = memory_report(model, optimizer="adam")
-    assert [t.entry.kind for t in report.tables] == ["torchrec_ebc"] * 2
+    assert [t.storage.kind for t in report.tables] == ["torchrec_ebc"] * 2
     assert report.total("serve") == 300 * 8 * 4
     assert report.total("train") == 4 * 300 * 8 * 4 + 2 * 4
     assert report.rest.weights == 17 * 4
@@ -103,8 +103,8 @@ def test_drop_ins_that_share_a_table() -> None:
     report = memory_report(model, batch_size=10)
     assert report.total("serve") == sum(p.nbytes for p in model.parameters()) == 1600
     shared = report["unified"]
-    assert (shared.entry.kind, shared.entry.members, shared.serve) == ("shared", ("a", "b"), 1600)
-    assert report["a"].entry.shared == ("unified",)
+    assert (shared.storage.kind, shared.storage.read_by, shared.serve) == ("shared", ("a", "b"), 1600)
+    assert report["a"].storage.shared == ("unified",)
     assert report["a"].serve == 0
 
 
@@ -113,7 +113,7 @@ def test_shared_arrays_of_a_plan_count_once() -> None:
     plan = Plan.uniform(schema, "unified", budget="64KiB")
     report = memory_report(plan, schema=schema)
     assert report.total("serve") == plan.footprint(schema).serve
-    assert report["unified"].entry.members == schema.names
+    assert report["unified"].storage.read_by == schema.names
     assert all(report[n].serve == 0 for n in schema.names)
 
 
@@ -198,7 +198,7 @@ def test_lookup_is_near_what_a_forward_allocates(info: rse.MethodInfo) -> None:
     with torch.no_grad(), Outputs() as outputs:
         module(ids)
     # Hashing makes several integers on the way to each row number, which are gone before rows are read.
-    numbers = 40 * ids.nbytes * max(1, memory_report(module).tables[0].entry.row_reads)
+    numbers = 40 * ids.nbytes * max(1, memory_report(module).tables[0].storage.row_reads)
     said = memory_report(module, batch_size=2000).tables[0].lookup
     made = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs.made}.values())
     assert said - ids.nbytes <= made <= 3 * said + numbers

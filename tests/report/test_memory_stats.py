@@ -15,7 +15,7 @@ from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import ConfigError
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.report.memory import memory_report
-from recsys_embed.report.memory.collisions import expect, measure, row_keys
+from recsys_embed.report.memory.collisions import expected_collisions, measured_collisions, row_keys
 from recsys_embed.report.memory.stats import FieldStats, read_stats_of
 
 METHODS = rse.list_methods()
@@ -56,8 +56,8 @@ def test_keys_are_equal_exactly_where_vectors_are(info: rse.MethodInfo) -> None:
 def test_expected_is_the_mean_of_measured(info: rse.MethodInfo) -> None:
     stats = FieldStats.of_counts("C1", zipf_counts())
     seeds = range(1 if info.name == "full" else 6)
-    found = [measure(row_keys(program_of(info.name, seed)), stats) for seed in seeds]
-    said = expect(program_of(info.name), IDS, stats)
+    found = [measured_collisions(row_keys(program_of(info.name, seed)), stats) for seed in seeds]
+    said = expected_collisions(program_of(info.name), IDS, stats)
     assert said.ids == pytest.approx(np.mean([c.ids for c in found]), abs=0.02)
     assert said.traffic is not None
     assert said.mixed == pytest.approx(np.mean([c.mixed for c in found]), abs=0.03)
@@ -91,16 +91,18 @@ def test_expected_rates_of_options(method: str, options: dict[str, Any]) -> None
     config_cls = rse.get_method(method).config_cls
     stats = FieldStats.of_counts("C1", zipf_counts())
     programs = [config_cls.from_params({**options, "seed": seed}).program(spec) for seed in range(5)]
-    found = [measure(row_keys(p), stats) for p in programs]
-    assert expect(programs[0], IDS, stats).ids == pytest.approx(np.mean([c.ids for c in found]), abs=0.03)
+    found = [measured_collisions(row_keys(p), stats) for p in programs]
+    assert expected_collisions(programs[0], IDS, stats).ids == pytest.approx(np.mean([c.ids for c in found]), abs=0.03)
     # Of a digit the formula knows how many ids fall together, not which: there, frequent ids with rare ones.
     near = 0.08 if options.get("hash") == "mod" else 0.03
-    assert expect(programs[0], IDS, stats).mixed == pytest.approx(np.mean([c.mixed for c in found]), abs=near)
+    assert expected_collisions(programs[0], IDS, stats).mixed == pytest.approx(
+        np.mean([c.mixed for c in found]), abs=near
+    )
 
 
 def test_ids_that_own_a_row_are_no_neighbours() -> None:
     config = rse.get_method("adaptive").config_cls.from_params({"num_frequent": 3900, "num_buckets": 90})
-    said = expect(config.program(FeatureSpec("C1", IDS, 16)), IDS).ids
+    said = expected_collisions(config.program(FeatureSpec("C1", IDS, 16)), IDS).ids
     assert said == pytest.approx((1 - (1 - 1 / 90) ** 99) * 100 / IDS)
 
 
@@ -110,7 +112,7 @@ def test_measured_by_brute_force() -> None:
     rows = program.row_lookups[0].transform.rows(torch.arange(6)).tolist()
     seen = [i for i in range(6) if counts[i] > 0]
     shared = [i for i in seen if any(rows[i] == rows[j] for j in seen if j != i)]
-    found = measure(row_keys(program), FieldStats.of_counts("C1", counts))
+    found = measured_collisions(row_keys(program), FieldStats.of_counts("C1", counts))
     assert found.ids == pytest.approx(len(shared) / len(seen))
     assert found.traffic == pytest.approx(float(sum(counts[i] for i in shared) / counts.sum()))
     others = [sum(counts[j] for j in seen if j != i and rows[j] == rows[i]) for i in range(6)]

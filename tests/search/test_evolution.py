@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_embed.errors import BudgetError, ConfigError
-from recsys_embed.search import Evolution, Space, evolve
+from recsys_embed.search import Evolution, WidthSpace, evolve
 from recsys_embed.search.evolution import crossover, mutate, next_generation, ranked
 
-SPACE = Space(fields=6, most=16)
+SPACE = WidthSpace(fields=6, most=16)
 
 
 def peak(many):
@@ -95,7 +95,7 @@ def test_parents_are_the_best_so_many_of_all_so_far():
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 500), min_size=1, max_size=12), st.integers(0, 99))
 def test_every_candidate_keeps_to_the_limit(extra, costs, seed):
     least = sum(costs) + 7
-    space = Space(len(costs), 16, tuple(costs), fixed=7, limit=least + extra % (15 * sum(costs) + 1))
+    space = WidthSpace(len(costs), 16, tuple(costs), fixed=7, limit=least + extra % (15 * sum(costs) + 1))
     rng = random.Random(seed)
     for _ in range(20):
         candidate = space.draw(rng)
@@ -107,16 +107,16 @@ def test_every_candidate_keeps_to_the_limit(extra, costs, seed):
 
 
 def test_a_column_counts_from_1():
-    space = Space(2, 8, costs=(40, 400), fixed=12)
+    space = WidthSpace(2, 8, costs=(40, 400), fixed=12)
     assert space.bytes((1, 1)) == 452
     assert space.bytes((8, 2)) == 12 + 320 + 800
     with pytest.raises(BudgetError, match=r"smallest subnet.*452 bytes; 451 are available.*Ways out"):
-        Space(2, 8, costs=(40, 400), fixed=12, limit=451)
+        WidthSpace(2, 8, costs=(40, 400), fixed=12, limit=451)
 
 
 def test_one_field_and_one_width_are_searched_too():
-    assert len(evolve(Evolution(), Space(1, 3), lambda many: [float(c[0]) for c in many])) == 3
-    assert evolve(Evolution(), Space(4, 1), lambda many: [1.0] * len(many)) == {(1, 1, 1, 1): 1.0}
+    assert len(evolve(Evolution(), WidthSpace(1, 3), lambda many: [float(c[0]) for c in many])) == 3
+    assert evolve(Evolution(), WidthSpace(4, 1), lambda many: [1.0] * len(many)) == {(1, 1, 1, 1): 1.0}
 
 
 def test_faults_are_named_together():

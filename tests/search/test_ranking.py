@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.search import largest_elements as ranking
-from recsys_embed.search.largest_elements import Ranking
+from recsys_embed.search.largest_elements import LargestElements
 from recsys_embed.search.pruning import keep_elements
 
 # Neighbours in each digit, values that differ by sign alone, and what lies at the ends of the floats.
@@ -47,7 +47,7 @@ def by_sorting(found: list[Tensor], count: int) -> list[Tensor]:
 @given(found=some_tables(), shares=st.lists(st.floats(0, 1), min_size=1, max_size=3), part=st.sampled_from([1, 8, 99]))
 def test_the_largest_are_those_of_a_stable_sort(found: list[Tensor], shares: list[float], part: int) -> None:
     with patch.object(ranking, "_PART", part):
-        ranked = Ranking(found)
+        ranked = LargestElements(found)
         assert ranked.total == sum(t.numel() for t in found)
         for count in [0, ranked.total, *(round(s * ranked.total) for s in shares)]:
             wanted = by_sorting(found, count)

@@ -215,7 +215,7 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
     def search(kind, settings, data=None, **changes):
         run_search(kind, CONFIG.replace(**changes), data or ToyData(), settings, folder=tmp_path / "x")
 
-    with pytest.raises(ConfigError, match="rows die by weight decay"):
+    with pytest.raises(ConfigError, match="rows are pruned because weight decay"):
         search(OptembedSearch, OptembedSettings(), embedding_weight_decay=0.0)
     with pytest.raises(ConfigError, match="no split 'valid'; convert it with --valid"):
         search(DnisSearch, DnisSettings(), ToyData(valid=False))

@@ -15,11 +15,11 @@ import pytest
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import ConfigError, MissingDependencyError
 from recsys_embed.search.studies.open_study import NAME
-from recsys_embed.search.studies.queue import fill, owner, put_back, requeue_lost, take
+from recsys_embed.search.studies.queue import fill, owner, requeue, requeue_lost, take
 from recsys_embed.search.studies.settings import StudySettings
 from recsys_embed.search.studies.storage import open_storage
 from recsys_embed.search.studies.study import MethodStudy
-from recsys_embed.search.studies.urls import PASSWORD, shown
+from recsys_embed.search.studies.urls import PASSWORD, without_password
 from tests.search.planted import Planted, planted_config
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -109,7 +109,7 @@ def test_a_number_given_to_another_process_is_no_sign_of_life(tmp_path):
     (again,) = study.trials
     assert (again.state.name, again.user_attrs["from"], again.user_attrs["owner"]) == ("WAITING", "planner", owner())
     study.tell(take(study, storage), 1.0)
-    assert not put_back(storage, trial._trial_id), "what is over stays so"
+    assert not requeue(storage, trial._trial_id), "what is over stays so"
 
 
 def test_workers_that_fill_a_study_at_once_queue_no_more_than_it_is_to_have(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_url_that_is_wrong_is_named_without_its_password(url, message):
     with pytest.raises(StorageError, match=message) as e:
         open_storage(url)
     assert "secret" not in str(e.value)
-    assert "secret" not in shown(url)
+    assert "secret" not in without_password(url)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_folder_may_have_any_name_and_tables_of_another_optuna_are_refused(tmp
 def test_what_was_there_and_is_gone_is_not_made_anew(tmp_path):
     for name in ("s.db", "s.journal"):
         with pytest.raises(StorageError, match="does not exist: it was moved or removed"):
-            open_storage(str(tmp_path / name), there=True)
+            open_storage(str(tmp_path / name), must_exist=True)
     assert not list(tmp_path.iterdir())
     with pytest.raises(StorageError, match=r"a URL of sqlite:///, postgresql:// or mysql://"):
         open_storage("redis://localhost")
@@ -318,7 +318,7 @@ def test_a_worker_that_was_taken_for_lost_leaves_the_trial_to_others(tmp_path, m
     def sleep(config, watch):
         if not lost:
             lost.append(study.study.trials[0])
-            assert put_back(study.storage, lost[0]._trial_id)
+            assert requeue(study.storage, lost[0]._trial_id)
             study.study.tell(take(study.study, study.storage), [0.5, 1.0])
             watch(1, 0.5)
         return train(config, watch)

@@ -20,13 +20,13 @@ from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, DataError, UnknownNameError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
-from recsys_embed.search.evolution import Evolution, Space, evolve
+from recsys_embed.search.evolution import Evolution, WidthSpace, evolve
 from recsys_embed.search.studies.queue import requeue_lost, take
 from recsys_embed.search.studies.results import best_under, check_proxy, importance, rows_of, spearman
 from recsys_embed.search.studies.samplers import EvolutionSampler, make_sampler
 from recsys_embed.search.studies.settings import StudySettings
 from recsys_embed.search.studies.space import LEAST_SHARE, StudySpace, read_budget, study_methods
-from recsys_embed.search.studies.storage import faults_of, open_storage
+from recsys_embed.search.studies.storage import open_storage, storage_errors
 from recsys_embed.search.studies.study import MethodStudy
 from recsys_embed.train import Interrupted
 from tests.search.planted import Planted, planted_config
@@ -154,13 +154,13 @@ def test_a_trial_worse_than_the_median_of_cheaper_ones_is_stopped(data, tmp_path
     for auc in (0.6, 0.7, 0.8, 0.9):
         trial = take(study.study, study.storage)
         trial.set_user_attr("bytes", 100)
-        study._judge(trial, 1, auc, 100)
+        study._report_or_prune(trial, 1, auc, 100)
         study.study.tell(trial, [auc, 100.0])
     trial = take(study.study, study.storage)
-    study._judge(trial, 1, 0.1, 99)
-    study._judge(trial, 1, 0.76, 100)
+    study._report_or_prune(trial, 1, 0.1, 99)
+    study._report_or_prune(trial, 1, 0.76, 100)
     with pytest.raises(Exception, match=r"AUC 0.7400 is below 0.7500, the median of 4 trials"):
-        study._judge(trial, 1, 0.74, 100)
+        study._report_or_prune(trial, 1, 0.74, 100)
 
 
 def test_short_trainings_are_held_against_full_ones(data, tmp_path):
@@ -277,7 +277,7 @@ def test_a_storage_that_vanishes_or_is_locked_says_so(data, tmp_path):
     open_storage(f"sqlite:///{path}")
     holder = sqlite3.connect(path)
     holder.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(StorageError, match="another process holds it"), faults_of(url):
+    with pytest.raises(StorageError, match="another process holds it"), storage_errors(url):
         optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 0.1}})
     holder.close()
 
@@ -288,7 +288,7 @@ def test_evolution_as_a_sampler_tries_what_evolve_tries():
     def score(many):
         return [-float(sum((w - 2 * f) ** 2 for f, w in enumerate(c))) for c in many]
 
-    found = evolve(options, Space(4, 9), score, seed=3)
+    found = evolve(options, WidthSpace(4, 9), score, seed=3)
     space = {f"w{i}": IntDistribution(1, 9) for i in range(4)}
     study = optuna.create_study(sampler=EvolutionSampler(space, options, seed=3), direction="maximize")
     study.optimize(lambda t: score([tuple(t.suggest_int(n, 1, 9) for n in space)])[0], len(found))

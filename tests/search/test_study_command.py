@@ -31,7 +31,7 @@ def search(data: str, out: Path, *more: str) -> int:
 def test_latency_is_measured_shown_and_decides_about_the_front(data, tmp_path, capsys):
     assert search(data, tmp_path, "--trials", "3", "--objectives", "auc,bytes,latency") == 0
     shown = capsys.readouterr().out
-    assert "| trial | validation AUC | bytes | of plain | lookup ms | plan |" in shown
+    assert "| trial | validation AUC | bytes | of full | lookup ms | plan |" in shown
     found = json.loads((tmp_path / "results.json").read_text())
     times = [t["latency"] for t in found["trials"] if t["state"] == "complete"]
     assert times
@@ -63,7 +63,7 @@ def test_a_folder_moves_with_its_study_and_keeps_to_it(data, tmp_path, capsys, m
     assert main(["search", "pick", "b", "--trial", "7"]) == 2
     assert "no finished trial 7; it has 0" in capsys.readouterr().err
     assert search(data, Path("b"), "--storage", "other.db") == 2
-    assert "kept elsewhere" in capsys.readouterr().err
+    assert "a study in another storage" in capsys.readouterr().err
     (tmp_path / "b" / "study.db").unlink()
     for again in (lambda: main(["search", "pick", "b", "--trial", "0"]), lambda: search(data, Path("b"))):
         assert again() == 2

@@ -16,11 +16,11 @@ import pytest
 
 from recsys_embed.data.folder import FolderHeldError, StorageError, lock
 from recsys_embed.errors import CheckpointError
-from recsys_embed.search.studies.open_study import TRAININGS
-from recsys_embed.search.studies.queue import put_back
+from recsys_embed.search.studies.open_study import TRAINING_FOLDERS
+from recsys_embed.search.studies.queue import requeue
 from recsys_embed.search.studies.settings import StudySettings
 from recsys_embed.search.studies.study import MethodStudy
-from recsys_embed.search.studies.trial import Trainings, key_of
+from recsys_embed.search.studies.trial import TrainingFolders, key_of
 from recsys_embed.train import Interrupted, Trainer
 from recsys_embed.train.checkpoint import load_checkpoint
 from tests.search.planted import Planted, planted_config
@@ -131,7 +131,7 @@ def test_a_stopped_trial_goes_on_and_a_damaged_one_is_named(tmp_path: Path, monk
         m.setattr(Trainer, "_step", interrupted)
         with pytest.raises(Interrupted):
             open_study(tmp_path).work()
-    (kept,) = (tmp_path / TRAININGS).glob("*/checkpoint.pt")
+    (kept,) = (tmp_path / TRAINING_FOLDERS).glob("*/checkpoint.pt")
     assert load_checkpoint(kept)["state"]["step"] == 5
     whole = kept.read_bytes()
     kept.write_bytes(whole[:1000])
@@ -148,7 +148,7 @@ def test_a_validation_nobody_heard_of_is_judged_when_the_trial_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"objectives": ["auc"], "trials": 2}
-    whole, judge, heard = open_study(tmp_path / "whole", **changes), MethodStudy._judge, []
+    whole, judge, heard = open_study(tmp_path / "whole", **changes), MethodStudy._report_or_prune, []
     assert whole.work() == 2
 
     def die(self: MethodStudy, trial: optuna.Trial, step: int, *rest: float) -> None:
@@ -158,7 +158,7 @@ def test_a_validation_nobody_heard_of_is_judged_when_the_trial_goes_on(
         judge(self, trial, step, *rest)
 
     with monkeypatch.context() as m:
-        m.setattr(MethodStudy, "_judge", die)
+        m.setattr(MethodStudy, "_report_or_prune", die)
         with pytest.raises(KeyboardInterrupt):
             open_study(tmp_path / "parts", **changes).work()
     assert heard == [2, 4]
@@ -172,21 +172,21 @@ def test_a_validation_nobody_heard_of_is_judged_when_the_trial_goes_on(
 
 def test_two_processes_never_share_a_trainings_folder(tmp_path: Path) -> None:
     study = open_study(tmp_path)
-    config = study.settled(study.study.trials[0].system_attrs["fixed_params"], full=False)
-    with study.trainings.place(key_of(config)) as folder:
+    config = study.training_config(study.study.trials[0].system_attrs["fixed_params"], full=False)
+    with study.training_folders.place(key_of(config)) as folder:
         before = sorted(p.name for p in folder.iterdir())
         other = study.train(config)[1]
-        study.trainings.forget(key_of(config))
+        study.training_folders.forget(key_of(config))
         study.sweep()
         assert sorted(p.name for p in folder.iterdir()) == before, "what another process holds is left alone"
     assert study.train(config)[1].valid == other.valid
     assert (folder / "checkpoint.pt").exists()
     study.sweep()
-    assert not (tmp_path / TRAININGS).exists()
+    assert not (tmp_path / TRAINING_FOLDERS).exists()
 
 
 def test_a_lock_that_its_holder_removed_is_none(tmp_path: Path) -> None:
-    kept, taken = Trainings(tmp_path), threading.Event()
+    kept, taken = TrainingFolders(tmp_path), threading.Event()
 
     def wait() -> None:
         with lock(tmp_path / "a", wait=True):
@@ -231,7 +231,7 @@ def test_a_trial_queued_again_while_its_worker_slept_is_over_when_it_ends(tmp_pa
 
     def asleep(self: MethodStudy, trial: optuna.Trial, params: dict) -> list[float]:
         values = objectives(self, trial, params)
-        assert put_back(self.storage, trial._trial_id)  # as a worker of another machine does
+        assert requeue(self.storage, trial._trial_id)  # as a worker of another machine does
         return values
 
     monkeypatch.setattr(MethodStudy, "_objectives", asleep)
@@ -241,7 +241,7 @@ def test_a_trial_queued_again_while_its_worker_slept_is_over_when_it_ends(tmp_pa
 
 def test_whoever_goes_on_before_the_last_validation_hears_all_before_it(tmp_path: Path, monkeypatch) -> None:
     study = open_study(tmp_path, validations=4, prune=True)
-    config = study.settled(study.study.trials[0].system_attrs["fixed_params"], full=False)
+    config = study.training_config(study.study.trials[0].system_attrs["fixed_params"], full=False)
     heard: list[int] = []
     study.train(config.replace(seed=1), lambda step, auc: heard.append(step))
     validate = Trainer._validate

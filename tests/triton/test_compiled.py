@@ -11,12 +11,12 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.collection.fused_bundle import TritonBundle
+from recsys_embed.collection.batched_lookup import TritonBatchedLookup
 from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import Initializer, LookupProgram, RankInSet, RowLookup, Table
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.triton.deferred import DeferredLookup
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.plan import table_key
 
 pytestmark = pytest.mark.compiled
@@ -89,7 +89,7 @@ def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: A
         {t.name: coll.places[table_key(spec, t)] for t in program.tables if not t.dense}
         for spec, program in zip(SCHEMA, coll.bundle.programs.values(), strict=True)
     ]
-    fused = TritonBundle(coll.bundle, places, {name: tuple(getattr(coll, name).shape) for name in coll.storages})
+    fused = TritonBatchedLookup(coll.bundle, places, {name: tuple(getattr(coll, name).shape) for name in coll.storages})
     ids = torch.zeros(50, 2, dtype=torch.int64)
     tables = [getattr(coll, name) for name in coll.storages]
     outputs = fused._look_up(ids, tables, step=coll._native_step if optimizer else None)
@@ -153,7 +153,7 @@ def test_every_form_of_index_compiles(launches: Launches) -> None:
     sets = [RankInSet(IdSet(form, 1000, 3, 90, form), rest=5) for form in ("range", "bitmap", "sorted")]  # type: ignore[arg-type]
     codes = Codes(CodesIndex("codes", 1000, 2, 100), 1)
     program = LookupProgram(tables, tuple(RowLookup("a", t) for t in (*sets, codes)))
-    lookup = DeferredLookup.single("f", program, IndexStore([program.indexes]), False)
+    lookup = LazyLookup.single("f", program, IndexStore([program.indexes]), False)
     lookup(torch.zeros(50, 1, dtype=torch.int64), [torch.zeros(100, 16)])
     assert wide(launches["forward"], "ld") == 4 * per_thread(2048, torch.float32, 4)
 

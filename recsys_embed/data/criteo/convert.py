@@ -22,6 +22,7 @@ from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.text_blocks import find_files
 from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.typing import JSON
 from recsys_embed.utils.files import final_name
 
 
@@ -36,7 +37,7 @@ class ConvertReport:
     notices: tuple[str, ...] = ()
 
 
-def _quiet(stage: str, done: float, total: float, rows: int) -> None:
+def _no_progress(stage: str, done: float, total: float, rows: int) -> None:
     """No progress display."""
 
 
@@ -46,8 +47,8 @@ def convert_criteo(
     options: CriteoOptions | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress = _quiet,
-    extra: dict[str, Any] | None = None,
+    progress: Progress = _no_progress,
+    extra: JSON | None = None,
 ) -> ConvertReport:
     """Convert Criteo's tab-separated text (label, 13 integers, 26 hex categories) into a data folder.
 

@@ -42,8 +42,8 @@ class FieldResult:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The parts with the split of each of their rows."""
+class PartRows:
+    """The rows of all parts, with the split of each."""
 
     parts: Sequence[Part]
     options: CriteoOptions
@@ -84,7 +84,7 @@ def encode_fields(
     progress: Callable[[str, float, float, int], None],
 ) -> list[FieldResult]:
     """Number all fields, one after another; what an earlier run finished is kept."""
-    rows = Rows(parts, options, options.split.file_codes(files))
+    rows = PartRows(parts, options, options.split.file_codes(files))
     names = field_names(options)
     results = []
     with ThreadPoolExecutor(worker_count(options)) as pool:
@@ -100,7 +100,7 @@ def encode_fields(
 
 
 def _one_field(
-    work: Path, name: str, rows: Rows, options: CriteoOptions, donor: Manifest | None, pool: ThreadPoolExecutor
+    work: Path, name: str, rows: PartRows, options: CriteoOptions, donor: Manifest | None, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
     raw = options.ids == "raw"
     limit = (options.max_memory - _FIXED) // _DISTINCT_COST
@@ -144,7 +144,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _write_ids(path: Path, name: str, rows: Rows, vocab: Vocabulary, pool: ThreadPoolExecutor) -> None:
+def _write_ids(path: Path, name: str, rows: PartRows, vocab: Vocabulary, pool: ThreadPoolExecutor) -> None:
     def encode(part: Part) -> NDArray[np.int32]:
         return vocab.encode(*read_field(part, name))
 

@@ -1,4 +1,4 @@
-"""First step of a conversion: text files to parts of typed columns, with bad rows set aside or reported."""
+"""First step of a conversion: text files to parts of typed columns; bad rows are quarantined or reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from recsys_embed.data.criteo.explain import BadRow
 from recsys_embed.data.criteo.layout import LineLayout
 from recsys_embed.data.criteo.options import PROCESS, SEPARATORS, CriteoOptions, different
-from recsys_embed.data.criteo.parse import Block, parse_block
+from recsys_embed.data.criteo.parse import ParsedBlock, parse_block
 from recsys_embed.data.criteo.parts import Part, PartInfo
 from recsys_embed.data.folder import boot_id, write_bytes, write_json
 from recsys_embed.data.text_blocks import BLOCK_BYTES, TextBlock, detect, read_blocks
@@ -27,7 +27,7 @@ _PER_PART = 7
 
 
 def input_record(path: Path) -> dict[str, Any]:
-    """What identifies an input file between runs."""
+    """Identity of an input file between runs."""
     stat = path.stat()
     return {"file": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
@@ -132,8 +132,8 @@ class Ingest:
                     return
                 start, line = last.stop, last.next_line
         blocks = read_blocks(self.files[i], header=self.headers[i], start=start, first_line=line)
-        ahead: deque[tuple[TextBlock, Future[Block]]] = deque()
-        group: list[tuple[TextBlock, Block]] = []
+        ahead: deque[tuple[TextBlock, Future[ParsedBlock]]] = deque()
+        group: list[tuple[TextBlock, ParsedBlock]] = []
         size = part_blocks(self.options)
         depth = worker_count(self.options)
         exhausted = False
@@ -157,7 +157,7 @@ class Ingest:
         """The block without its bytes, which are parsed."""
         return TextBlock(text.start, text.stop, text.first_line, b"", text.bad, text.position, text.fault)
 
-    def _store(self, index: int, file: int, group: list[tuple[TextBlock, Block]], last: bool) -> Part:
+    def _store(self, index: int, file: int, group: list[tuple[TextBlock, ParsedBlock]], last: bool) -> Part:
         name = str(self.files[file])
         bad: list[BadRow] = [row for text, block in group for row in (*text.bad, *block.bad)]
         fault = next((text.fault for text, _ in group if text.fault), None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from recsys_embed.data.criteo.transform import Dense
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.text_blocks import Tri
+from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, param
 
 IdMode = Literal["vocab", "raw"]
@@ -65,7 +66,7 @@ class CriteoOptions(Settings):
         return "the options of `data criteo`"
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JSON:
         """The settings that decide what is written (memory and threads do not), as JSON values."""
         rule = self.split
         return {
@@ -89,7 +90,7 @@ class CriteoOptions(Settings):
         }
 
 
-def different(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+def different(a: JSON, b: JSON, prefix: str = "") -> list[str]:
     """Settings in which two records differ, as ``name: old -> new``.
 
     >>> different({"ids": "raw", "s": {"seed": 1}}, {"ids": "raw", "s": {"seed": 2}})

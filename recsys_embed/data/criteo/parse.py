@@ -59,7 +59,7 @@ _scratch = _Scratch()
 
 
 @dataclass
-class Block:
+class ParsedBlock:
     """Typed columns of the good rows of one block, in file order; ``lines == rows + len(bad)``.
 
     Args:
@@ -83,7 +83,7 @@ class Block:
         return int(self.ints.shape[1])
 
 
-def parse_block(text: bytes, layout: LineLayout, *, first_line: int = 1) -> Block:
+def parse_block(text: bytes, layout: LineLayout, *, first_line: int = 1) -> ParsedBlock:
     """Parse whole lines, each ending in a newline (LF or CR LF).
 
     Args:
@@ -114,13 +114,13 @@ def parse_block(text: bytes, layout: LineLayout, *, first_line: int = 1) -> Bloc
     block, suspect = _decode(padded, marks.reshape(-1, width), line_start[whole], layout)
     block.lines = lines
     if block.rows != lines or suspect.any():
-        _mend(text, block, whole, suspect, line_start, line_stop, layout, first_line)
+        _reparse_flagged(text, block, whole, suspect, line_start, line_stop, layout, first_line)
     return block
 
 
 def _decode(
     padded: NDArray[np.uint8], marks: NDArray[np.int64], start: NDArray[np.int64], layout: LineLayout
-) -> tuple[Block, Flags]:
+) -> tuple[ParsedBlock, Flags]:
     """Decode rows that have the right number of fields; flag those with a field the fast path cannot read.
 
     Args:
@@ -129,7 +129,7 @@ def _decode(
         start: int64 [n], where each row begins.
     """
     n = len(marks)
-    block = Block(
+    block = ParsedBlock(
         labels=np.zeros(n, np.int8) if layout.labels else None,
         ints=np.empty((NUM_INTS, n), np.int64),
         cats=np.empty((NUM_CATS, n), np.uint64 if layout.id_bits == 64 else np.uint32),
@@ -150,7 +150,7 @@ def _decode_slice(
     stops: NDArray[np.int64],
     start: NDArray[np.int64],
     layout: LineLayout,
-    block: Block,
+    block: ParsedBlock,
     rows: slice,
     suspect: Flags,
 ) -> None:
@@ -197,14 +197,16 @@ def _number(
     decode: Callable[[Words], tuple[Words, Flags]],
     unit: np.uint64,
 ) -> tuple[Words, Flags]:
-    """Values of digit strings of up to 16 digits that end before ``stop``, and which of them cannot be read."""
+    """Decode digit strings of up to 16 digits that end before ``stop``; also flags those that cannot be decoded."""
     x = words[stop]
     if length.min(initial=8) < 8:
+        # A field of n < 8 digits is the last n bytes of its word; the bytes before it become '0' digits.
         short = np.minimum(length, 8)
         x &= _TAIL[short]
         x |= _HEAD30[short]
     value, bad = decode(x)
     if length.max(initial=0) > 8:
+        # More than 8 digits: the eight bytes before are the high part, which counts `unit` (10**8 or 16**8).
         long = np.flatnonzero(length > 8)
         rest = np.minimum(length[long] - 8, 8)
         head, head_bad = decode(words[stop[long] - 8] & _TAIL[rest] | _HEAD30[rest])
@@ -214,9 +216,13 @@ def _number(
 
 
 def _decimal(x: Words) -> tuple[Words, Flags]:
-    """Eight ASCII digits per word, first digit in the lowest byte."""
-    x ^= _X30
+    """Decode eight ASCII digits per word, the first digit in the lowest byte (SWAR: all bytes of a word at once)."""
+    x ^= _X30  # '0'..'9' is 0x30..0x39, so digits become 0..9
+    # byte > 9 exactly if byte + 0x76 >= 0x80, as 0x76 = 0x80 - 10. Bytes of 0x80 and more are caught by `| x`; only
+    # they can carry into the next byte, and their word is flagged already.
     bad = (((x + _X76) | x) & _X80) != 0
+    # Join neighbours, first digit lowest: byte 0 of 10 x + (x >> 8) is 10 d0 + d1 <= 99, so nothing carries. Then the
+    # same for pairs in lanes of 16 bits (factor 100) and for fours in lanes of 32 (factor 10000).
     x = (x * U64(10) + (x >> U64(8))) & _LANE16
     x = (x * U64(100) + (x >> U64(16))) & _LANE32
     x = (x * U64(10000) + (x >> U64(32))) & _LOW32
@@ -224,23 +230,25 @@ def _decimal(x: Words) -> tuple[Words, Flags]:
 
 
 def _hexadecimal(x: Words) -> tuple[Words, Flags]:
-    """Eight ASCII hex digits per word. Valid if writing the decoded digits again gives the same letters."""
-    letter = (x >> U64(6)) & _X01
-    nibble = (x & _X0F) + letter * U64(9)
+    """Decode eight ASCII hex digits per word; a word is valid if encoding its nibbles gives its characters again."""
+    letter = (x >> U64(6)) & _X01  # bit 6 is set in 'A'..'F' (0x41..) and 'a'..'f' (0x61..), not in '0'..'9' (0x30..)
+    nibble = (x & _X0F) + letter * U64(9)  # 'a' & 15 = 1, so letters give 10..15
+    # Encode: 0x30 + nibble, plus 0x27 where nibble >= 10 (then nibble + 6 has bit 4), as 'a' = 0x30 + 10 + 0x27.
     again = nibble + _X30 + ((nibble + _X06) >> U64(4) & _X01) * U64(0x27)
-    x |= letter << U64(5)
-    x ^= again
-    x |= nibble & _XF0
+    x |= letter << U64(5)  # letters to lower case
+    x ^= again  # zero in every byte that is a hex digit
+    x |= nibble & _XF0  # letters beyond 'f' encode to themselves, with a nibble above 15
     bad = x != 0
+    # Join neighbours, most significant digit lowest: n0 << 4 | n1, then bytes to 16 and 32 bits in the same way.
     x = (nibble << U64(4) | nibble >> U64(8)) & _LANE16
     x = (x << U64(8) | x >> U64(16)) & _LANE32
     x = (x << U64(16) | x >> U64(32)) & _LOW32
     return x, bad
 
 
-def _mend(
+def _reparse_flagged(
     text: bytes,
-    block: Block,
+    block: ParsedBlock,
     whole: Flags,
     suspect: Flags,
     line_start: NDArray[np.int64],
@@ -248,7 +256,7 @@ def _mend(
     layout: LineLayout,
     first_line: int,
 ) -> None:
-    """Read the flagged lines slowly: fill in those that are fine after all, drop and record the others."""
+    """Parse flagged lines by the slow parser: store the valid ones, drop and record the others."""
     slot = np.cumsum(whole) - 1
     doubtful = ~whole
     doubtful[np.flatnonzero(whole)[suspect]] = True

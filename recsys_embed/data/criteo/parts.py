@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.data.criteo.layout import NUM_CATS, NUM_INTS
-from recsys_embed.data.criteo.parse import BLANK_INT, Block
+from recsys_embed.data.criteo.parse import BLANK_INT, ParsedBlock
 from recsys_embed.data.folder import write_file
 
 _SMALL_BLANK = np.iinfo(np.int32).min
@@ -80,7 +80,7 @@ class Part:
         return values, np.unpackbits(bits, count=self.info.rows).astype(bool)
 
     @staticmethod
-    def write(path: Path, blocks: list[Block]) -> tuple[str, str]:
+    def write(path: Path, blocks: list[ParsedBlock]) -> tuple[str, str]:
         """Store blocks one after another; returns the types of integer and category columns."""
         narrow = [_narrow(b.ints) for b in blocks]
         fits = [n for n in narrow if n is not None]

@@ -1,4 +1,4 @@
-"""A click model with a known answer: per-id effects, low-rank interactions, numeric effects, fields that say nothing.
+"""The click model of synthetic data: per-id effects, low-rank interactions, numeric effects, uninformative fields.
 
 Every number is a function of (seed, field, id) or (seed, column, row), so any piece can be made on its own and a row
 does not depend on how many others are made.

@@ -1,4 +1,4 @@
-"""Synthetic data in Criteo's own file format, with the answer known: text, the truth beside it, and a data folder."""
+"""Synthetic data in Criteo's file format with a known click model: text, true probabilities, and a data folder."""
 
 from __future__ import annotations
 

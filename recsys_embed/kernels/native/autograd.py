@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.native.masks import Stage, masked
+from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import Place
@@ -27,19 +27,38 @@ class NativeStep(NamedTuple):
 
     Args:
         anchor: requires grad, so that autograd runs the backward.
-        settle: brings the rows of ids up to date before they are read.
+        catch_up: applies the steps that the rows of ids missed, before they are read.
         update: gets the outputs' gradients in backward.
         states: tensors of the optimizer's state, storage after storage.
         owner: handle of who steps, for compiled models.
-        lazy: rows have to be settled.
+        lazy: rows may have missed steps.
     """
 
     anchor: Tensor
-    settle: Callable[[NativeLookup, Ids], None]
+    catch_up: Callable[[NativeLookup, Ids], None]
     update: Updater
     states: list[Tensor]
     owner: int
     lazy: bool
+
+
+class _Context(Protocol):
+    """What a lookup keeps for its backward."""
+
+    lookup: NativeLookup
+    updater: Updater | None
+    sparse: bool
+    kept: Tensor | None
+    tables: tuple[Tensor, ...]
+    batch: int
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Lookup(Function):
@@ -47,14 +66,14 @@ class _Lookup(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         anchor: Tensor | None,
         lookup: NativeLookup,
         pool: OutputPool,
         ids: Ids,
         updater: Updater | None,
         sparse: bool,
-        mask: tuple[Stage, Tensor | None] | None,
+        mask: tuple[MaskParameters, Tensor | None] | None,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
@@ -67,7 +86,7 @@ class _Lookup(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
         gradients = [g.contiguous() for g in grads]
@@ -83,14 +102,14 @@ def _outputs(
     ids: Ids,
     tables: Sequence[Tensor],
     kept: Tensor | None = None,
-    mask: tuple[Stage, Tensor | None] | None = None,
+    mask: tuple[MaskParameters, Tensor | None] | None = None,
 ) -> list[Tensor]:
     """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
     outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     record = None
     if mask is not None:
-        stage, done = mask
-        record = stage.record(ids.values, outputs[0], outputs[0] if done is None else done)
+        parameters, done = mask
+        record = parameters.record(ids.values, outputs[0], outputs[0] if done is None else done)
     if not lookup.forward(ids, tables, outputs, kept, record):
         raise IdRangeError("an id lies outside the range its feature declares, or has no parameters in the mask")
     return outputs
@@ -104,7 +123,7 @@ def look_up(
     *,
     step: NativeStep | None = None,
     sparse: bool = False,
-    mask: Stage | None = None,
+    mask: MaskParameters | None = None,
 ) -> Sequence[Tensor]:
     """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, *shape]``.
 
@@ -121,14 +140,14 @@ def look_up(
     if mask is None and not learns:
         return _outputs(lookup, pool, ids, tables)
     if step is not None:
-        step.settle(lookup, ids)
+        step.catch_up(lookup, ids)
     masking = None
     if mask is not None:
         beside = learns or (torch.is_grad_enabled() and mask.learns)
         masking = mask, pool.take((ids.batch, *lookup.shapes[0])) if beside else None
     if learns:
         anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-        out = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
+        out: Sequence[Tensor] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
     else:
         out = _outputs(lookup, pool, ids, tables, mask=masking)
     if masking is None or masking[1] is None:

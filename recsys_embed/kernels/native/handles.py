@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import Any
 from weakref import WeakValueDictionary
 
-KNOWN: WeakValueDictionary[int, Any] = WeakValueDictionary()
+KNOWN: WeakValueDictionary[int, object] = WeakValueDictionary()
 _NUMBERS = count()
 
 
-def handle_of(thing: Any) -> int:
+def handle_of(thing: object) -> int:
     """A number under which :data:`KNOWN` has ``thing`` for as long as it lives."""
     number = next(_NUMBERS)
     KNOWN[number] = thing

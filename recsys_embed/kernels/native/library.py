@@ -38,7 +38,7 @@ class Mask(ctypes.Structure):
         ("norm", c_int64),
         ("widths", c_void_p),
         ("widths_stride", c_int64),
-        ("spare", c_void_p),
+        ("fallback", c_void_p),
         ("scales", c_void_p),
         ("blocks", c_void_p),
         ("blocks_are_8", c_int64),
@@ -173,9 +173,9 @@ def library() -> Library | str:
         return f"RECSYS_EMBED_CPU={wanted}, which this processor or this build does not have"
     handle.rse_forward.argtypes = [c_void_p]
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
-    handle.rse_settle.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
-    handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_settle.restype = c_int
+    handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 

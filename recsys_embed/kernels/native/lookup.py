@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BackendError, ConfigError
-from recsys_embed.kernels.deferred_steps import Pace
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
@@ -79,6 +79,10 @@ class _Encoded(NamedTuple):
     curve: array[float]
 
 
+Updates: TypeAlias = "ctypes.Array[Update]"
+"""What is done to each storage."""
+
+
 @lru_cache(maxsize=64)
 def _encoded(optimizer: FusedOptimizer) -> _Encoded:
     number = loaded().rules.index(str(rule_name(optimizer)))
@@ -91,14 +95,17 @@ def _encoded(optimizer: FusedOptimizer) -> _Encoded:
 
 
 def _updates(
-    optimizer: FusedOptimizer, tables: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], paces: Sequence[Pace]
-) -> Any:
+    optimizer: FusedOptimizer,
+    tables: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    step_logs: Sequence[StepLog],
+) -> Updates:
     """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
     updates, encoded = (Update * len(tables))(), _encoded(optimizer)
-    for update, table, state, pace in zip(updates, tables, states, paces, strict=True):
+    for update, table, state, log in zip(updates, tables, states, step_logs, strict=True):
         update.rule, update.rows, update.decay = encoded.rule, table.shape[0], optimizer.weight_decay
-        update.sizes, update.epsilons = pace.sizes.buffer_info()[0], pace.epsilons.buffer_info()[0]
-        update.first, update.step = pace.first, pace.step
+        update.sizes, update.epsilons = log.sizes.buffer_info()[0], log.epsilons.buffer_info()[0]
+        update.first, update.step = log.first, log.step
         pointers = update.rule.state
         for i, name in enumerate(encoded.states):
             pointers[i] = state[name].data_ptr()
@@ -121,11 +128,11 @@ def checked(outcome: int) -> bool:
     raise MemoryError("no memory for the gradients of a step")
 
 
-def settle(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], pace: Pace) -> None:
-    """Bring all rows of a storage up to date, in place."""
-    updates = _updates(optimizer, [table], [state], [pace])
+def catch_up(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog) -> None:
+    """Apply the steps that rows of a storage missed, in place."""
+    updates = _updates(optimizer, [table], [state], [log])
     threads = torch.get_num_threads()
-    checked(loaded().handle.rse_settle(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
+    checked(loaded().handle.rse_catch_up(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
     increment_version([table, *state.values()])
 
 
@@ -322,7 +329,7 @@ class NativeLookup:
         kept: Tensor | None,
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
-        paces: Sequence[Pace],
+        step_logs: Sequence[StepLog],
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
@@ -330,23 +337,23 @@ class NativeLookup:
             gradients: of the outputs.
             kept: by forward, None where ``kept_width`` is 0.
             states: per storage, the tensors of the optimizer's state by name.
-            paces: per storage, advanced to this step.
+            step_logs: per storage, advanced to this step.
         """
-        updates = _updates(optimizer, tables, states, paces)
+        updates = _updates(optimizer, tables, states, step_logs)
         self._backward(ids, tables, gradients, kept, updates)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
 
-    def settle(
+    def catch_up(
         self,
         ids: Ids,
         tables: Sequence[Tensor],
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
-        paces: Sequence[Pace],
+        step_logs: Sequence[StepLog],
     ) -> None:
-        """Bring the rows that ``ids`` read up to date, in place; ids out of range are left for forward to refuse."""
+        """Apply the steps missed by rows that ``ids`` read, in place; forward refuses ids out of range."""
         call = self._call(ids, tables, (), None)
-        updates = _updates(optimizer, tables, states, paces)
+        updates = _updates(optimizer, tables, states, step_logs)
         checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 1))
 
     def gradients(
@@ -384,7 +391,7 @@ class NativeLookup:
         out = [[0] * len(self._features) for _ in self.storages]
         for i, feature in enumerate(self._features):
             for row_lookup in self._row_lookups[feature["first"] : feature["first"] + feature["row_lookups"]]:
-                out[row_lookup["storage"]][i] += int(row_lookup["run"])
+                out[row_lookup["storage"]][i] += int(row_lookup["num_rows"])
                 if row_lookup["weight_storage"] >= 0:
                     out[row_lookup["weight_storage"]][i] += 1
         return out
@@ -395,7 +402,7 @@ class NativeLookup:
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
-        updates: Any,
+        updates: Updates,
     ) -> None:
         call = self._call(ids, tables, gradients, kept)
         if not checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 0)):

@@ -5,7 +5,7 @@ Operators take tensors and numbers, so the records of a lookup, and the module w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -35,15 +35,15 @@ class Stepper(Protocol):
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
-    def settle_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
-        """Bring the rows that ids read up to date, in place."""
+    def catch_up_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
+        """Apply the steps missed by rows that ids read, in place."""
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
 def _look_up(
     ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
 ) -> list[Tensor]:
-    found: NativeLookup = KNOWN[lookup]
+    found = cast("NativeLookup", KNOWN[lookup])
     out = _empty(ids, tables, lookup)
     kept = out[-1] if found.kept_width else None
     if not found.forward(Ids.matrix(ids), tables, out[:-1], kept):
@@ -60,7 +60,7 @@ def _(
 
 def _empty(ids: Tensor, tables: list[Tensor], lookup: int) -> list[Tensor]:
     """Memory for the outputs of a lookup, and for what it keeps for backward."""
-    found: NativeLookup = KNOWN[lookup]
+    found = cast("NativeLookup", KNOWN[lookup])
     like = tables[0].detach()
     return [like.new_empty(ids.shape[0], width) for width in (*found.widths, found.kept_width)]
 
@@ -79,23 +79,41 @@ def _(ids: Tensor, tables: list[Tensor], grads: list[Tensor], kept: Tensor, look
 def _step(
     ids: Tensor, tables: list[Tensor], states: list[Tensor], grads: list[Tensor], kept: Tensor, lookup: int, owner: int
 ) -> None:
-    stepper: Stepper = KNOWN[owner]
-    stepper.step_native(KNOWN[lookup], Ids.matrix(ids), tables, states, grads, kept)
+    stepper = cast("Stepper", KNOWN[owner])
+    stepper.step_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states, grads, kept)
 
 
-@custom_op("recsys_embed::settle", mutates_args=("tables", "states"))
-def _settle(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> None:
-    stepper: Stepper = KNOWN[owner]
-    stepper.settle_native(KNOWN[lookup], Ids.matrix(ids), tables, states)
+@custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
+def _catch_up(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> None:
+    stepper = cast("Stepper", KNOWN[owner])
+    stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+_Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, int, int]
+"""Arguments of ``_look_up``."""
+
+
+class _Context(Protocol):
+    """What a lookup keeps for its backward; ``tables`` and ``states`` say how many there are."""
+
+    lookup: int
+    owner: int
+    tables: int
+    states: int
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
     ids, tables, states, _, ctx.lookup, ctx.owner = inputs
     ctx.tables, ctx.states = len(tables), len(states)
     ctx.save_for_backward(ids, output[-1], *tables, *states)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
     ids, kept, *rest = ctx.saved_tensors
     tables, states = rest[: ctx.tables], rest[ctx.tables :]
     given = [g.contiguous() for g in grads[:-1]]
@@ -118,5 +136,5 @@ def look_up(lookup: NativeLookup, ids: Tensor, tables: list[Tensor], step: Nativ
     if step is None:
         return _look_up(ids, tables, [], None, lookup.handle, NOBODY)[:-1]
     if step.lazy:
-        _settle(ids, tables, step.states, lookup.handle, step.owner)
+        _catch_up(ids, tables, step.states, lookup.handle, step.owner)
     return _look_up(ids, tables, step.states, step.anchor, lookup.handle, step.owner)[:-1]

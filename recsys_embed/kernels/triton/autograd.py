@@ -66,7 +66,7 @@ def look_up(
         IdRangeError: an id of this lookup, or of one before whose check has come in, is out of range.
     """
     if step is not None:
-        step.settle(lookup, ids)
+        step.catch_up(lookup, ids)
     elif not (torch.is_grad_enabled() and any(t.requires_grad for t in tables)):
         return lookup.forward(ids, tables, keep=False)[0]
     anchor, updater = (None, None) if step is None else (step.anchor, step.update)

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
-from recsys_embed.kernels.deferred_steps import Pace, catch_up
+from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import Place
@@ -96,7 +96,7 @@ class TritonLookup:
         column = self.tables.column
         used = column("row_lookups", "weight_storage") >= 0
         kinds = {*column("row_lookups", "of_kind").tolist(), *column("row_lookups", "weight_of_kind")[used].tolist()}
-        runs = (column("row_lookups", "run") > 1) | (column("row_lookups", "repeat") != 0)
+        runs = (column("row_lookups", "num_rows") > 1) | (column("row_lookups", "repeat") != 0)
         counts = column("jobs", "row_lookups")
         aligned = [column("jobs", name) for name in ("out", "stride", "column", "span")]
         aligned.append(column("row_lookups", "width")[~runs])
@@ -239,7 +239,7 @@ class TritonLookup:
         kept: Kept,
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
-        paces: Sequence[Pace],
+        step_logs: Sequence[StepLog],
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
@@ -247,7 +247,7 @@ class TritonLookup:
             gradients: of the outputs, contiguous.
             kept: by forward.
             states: per storage, the tensors of the optimizer's state by name.
-            paces: per storage, advanced to this step.
+            step_logs: per storage, advanced to this step.
         """
         self.raise_faults(ids.device)
         if ids.shape[0] == 0:
@@ -256,23 +256,23 @@ class TritonLookup:
         with on_device(ids):
             source = self._source(ids, gradients, kept)
             for number, reads in self._reads:
-                target = Target.step(optimizer, tables[number], states[number], paces[number], number)
+                target = Target.step(optimizer, tables[number], states[number], step_logs[number], number)
                 reads.run(kept.found, source, target, all_sorted)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
 
-    def settle(
+    def catch_up(
         self,
         ids: Tensor,
         tables: Sequence[Tensor],
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
-        paces: Sequence[Pace],
+        step_logs: Sequence[StepLog],
     ) -> None:
-        """Bring the rows that ``ids`` read up to date, in place, with torch's operations."""
+        """Apply the steps missed by rows that ``ids`` read, in place, with torch's operations."""
         _, kept = self._run(ids, tables, keep=True)
         for number, reads in self._reads:
-            rows, pace = reads.all_rows(kept.found), paces[number]
-            catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), pace, pace.step)
+            rows, log = reads.all_rows(kept.found), step_logs[number]
+            catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), log, log.step)
 
     def gradients(
         self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept, sparse: bool

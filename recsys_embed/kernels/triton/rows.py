@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from recsys_embed.kernels.deferred_steps import Pace
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.triton.fields import JOB, READ, ROW_LOOKUP, SORTED, Tables
 from recsys_embed.kernels.triton.lookup import on_device
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target
@@ -20,7 +20,7 @@ from recsys_embed.optim import FusedOptimizer
 @lru_cache(maxsize=64)
 def _reads(width: int) -> StorageReads:
     """One read, whose gradients ``[n, width]`` stand in order."""
-    read = {"storage": 0, "base": 0, "rows": 0, "own": 0, "at": 0, "stride": width, "column": 0, "run": 1}
+    read = {"storage": 0, "base": 0, "rows": 0, "own": 0, "at": 0, "stride": width, "column": 0, "num_rows": 1}
     reads = np.array([[{**read, "path": SORTED, "buffer": -1}[name] for name in READ]], np.int64)
     none = np.zeros((0, 0), np.int64)
     one, nothing = np.ones(1, np.float32), np.zeros(0, np.float32)
@@ -28,16 +28,16 @@ def _reads(width: int) -> StorageReads:
 
 
 def update_rows(
-    optimizer: FusedOptimizer, weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, grad: Tensor, pace: Pace
+    optimizer: FusedOptimizer, weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, grad: Tensor, log: StepLog
 ) -> None:
     """One exact step in place; see :func:`recsys_embed.kernels.fused_gather.apply_update`, whose arguments these are.
 
-    All rows are up to date. The same bits in every run.
+    No row has missed steps. The same bits in every run.
     """
     reads = _reads(weight.shape[1])
     grad = grad.contiguous()
     source = reads.all_sources(Source(rows, rows, grad, grad))
     with on_device(weight):
-        target = Target.step(optimizer, weight, state, pace, 0)
+        target = Target.step(optimizer, weight, state, log, 0)
         reads.sort_and_sum(rows.to(torch.int32), len(rows), source, 0, target)
     increment_version([weight, *state.values()])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import BackendError
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.triton import rules, segments, small
 from recsys_embed.kernels.triton.fields import READ, SMALL, Tables
 from recsys_embed.optim import FusedOptimizer, rule_name
@@ -29,17 +30,17 @@ class Target(NamedTuple):
 
     @classmethod
     def step(
-        cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], pace: Any, number: int
+        cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], log: StepLog, number: int
     ) -> Target:
         """A step of the optimizer; ``number`` of the storage keeps the draws of two apart."""
         kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
         kept = tuple(state[name] for name in kinds)
-        size, eps, decay = float(pace.sizes[-1]), float(pace.epsilons[-1]), float(optimizer.weight_decay)
+        size, eps, decay = float(log.sizes[-1]), float(log.epsilons[-1]), float(optimizer.weight_decay)
         tensors = rules.Tensors(weights, kept, state.get("last", weights), weights)
         numbers = rules.Numbers(size, eps, decay, optimizer.constants)
         constants = {"COUNTS": "step" in kinds.values(), "LAST": "last" in state, "DECAY": decay != 0}
         rule = rules.RULES.index(str(rule_name(optimizer)))
-        return cls((tensors, numbers, number, pace.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
+        return cls((tensors, numbers, number, log.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:
@@ -78,7 +79,7 @@ class StorageReads:
         self._scales = tables.read_scales[first:last]
         column = {name: self._reads[:, i] for i, name in enumerate(READ)}
         self.small = first + int((column["path"] != SMALL).sum())
-        self._runs = column["run"]
+        self._runs = column["num_rows"]
         # Runs begin at any column of their outputs.
         vector = math.gcd(8, width, *(int(v) for n in ("at", "stride", "column") for v in column[n]))
         self._constants = {"COLS": _columns(width), "VECTOR": vector}

@@ -1,4 +1,4 @@
-"""Where the bytes of embedding tables are, and what they could be."""
+"""Memory reports: bytes of embedding tables by cause, and alternatives."""
 
 from recsys_embed.report.memory.report import memory_report
 

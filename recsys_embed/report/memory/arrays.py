@@ -1,4 +1,4 @@
-"""What is stored for each table of a model: arrays, and the bytes that follow from them by arithmetic."""
+"""Stored arrays of each table of a model, and the bytes that follow from them by arithmetic."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.precision import Layout, Precision, matrix_bytes
 from recsys_embed.optim import FusedOptimizer
 
-Role = Literal["table", "dense", "index"]
-Update = Literal["dense", "sparse", "fused", "frozen"]
+ArrayRole = Literal["table", "dense", "index"]
+UpdateKind = Literal["dense", "sparse", "fused", "frozen"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
-class Array:
+class ArrayStorage:
     """One stored array ``[rows, width]``.
 
     Args:
@@ -28,20 +28,20 @@ class Array:
         rows: rows.
         width: elements per row.
         itemsize: bytes per element as held now.
-        role: ``"table"`` is read by row, ``"dense"`` takes part in every lookup (projections, networks), ``"index"``
-            holds integers (remaps, pointers, codes).
+        role: ``"table"`` is read by row, ``"dense"`` is read whole by every lookup (projections, networks), ``"index"``
+            holds integers (id sets, codes).
         reads: rows that one id reads.
         parameter: identity of the parameter that holds it; tables stacked in one storage have the same.
-        trained: gets gradients.
-        packed: bytes it takes where its rows are kept in fewer than ``width * itemsize`` each.
-        flat: a vector ``[width]``, which some optimizers treat unlike a matrix of one row.
+        trained: whether it gets gradients.
+        packed: its bytes, where quantised rows take fewer than ``width * itemsize`` each.
+        flat: whether it is a vector ``[width]``; some optimizers treat it unlike a matrix of one row.
     """
 
     name: str
     rows: int
     width: int
     itemsize: int = 4
-    role: Role = "table"
+    role: ArrayRole = "table"
     reads: int = 0
     parameter: Hashable = None
     trained: bool = True
@@ -57,13 +57,13 @@ class Array:
         return self.elements * self.itemsize if self.packed is None else self.packed
 
 
-def stored_bytes(array: Array, precision: Precision | None) -> int:
+def stored_bytes(array: ArrayStorage, precision: Precision | None) -> int:
     """Bytes of an array in a file of that precision; None: as held now.
 
     Tables are laid out as the export lays them out (:mod:`recsys_embed.kernels.precision`): quantised rows carry an
-    fp16 scale and bias, and matrices that every lookup reads whole keep 16 bits.
+    fp16 scale and bias, and matrices that every lookup reads whole keep 16 bits per element.
 
-    >>> [stored_bytes(Array("weight", 100, 16), p) for p in (None, "fp16", "int8", "int4")]
+    >>> [stored_bytes(ArrayStorage("weight", 100, 16), p) for p in (None, "fp16", "int8", "int4")]
     [6400, 3200, 2000, 1200]
     """
     if precision is None or array.role == "index":
@@ -75,28 +75,28 @@ def stored_bytes(array: Array, precision: Precision | None) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One table of a model, or one array that several tables share.
+class TableStorage:
+    """What is stored for one table of a model, or one array that several tables share.
 
     Args:
         name: unique in the report.
-        kind: what holds it: a kind of :class:`recsys_embed.discover.FoundTable`, ``"plan"``, ``"file"``, ``"shared"``.
+        kind: of its holder: a kind of :class:`recsys_embed.discover.FoundTable`, ``"plan"``, ``"file"``, ``"shared"``.
         method: key of the method; ``"full"`` for plain tables.
         ids: number of ids.
-        width: floats of one id's output.
-        arrays: what is stored for it alone.
+        width: elements of one id's output vector.
+        arrays: stored for it alone.
         update: how gradients reach the tables.
         fused: the optimizer that updates them inside backward, where there is one.
         spec: the feature, where it is known as one.
         config: the method's configuration as JSON values.
         program: the lookup, where there is one.
         paths: dotted names of the modules that read it.
-        shared: names of shared arrays that it reads besides.
-        members: for a shared array, the tables that read it.
+        shared: names of shared arrays that it also reads.
+        read_by: for a shared array, the tables that read it.
         row_reads: row numbers that one id's lookup computes.
         gathered: floats that one id's lookup reads before they combine; 0 where they are the output.
-        pools: whether the module pools bags without holding a vector per id.
-        hashed: computes the rows an id reads as a key (see ``memory_collisions``); None where only the program says.
+        pools_bags: whether the module pools bags without holding a vector per id.
+        lookup_keys: maps ids to keys, equal where two ids read the same rows (see :mod:`.collisions`); None if unknown.
     """
 
     name: str
@@ -104,34 +104,34 @@ class Entry:
     method: str
     ids: int
     width: int
-    arrays: tuple[Array, ...]
-    update: Update = "dense"
+    arrays: tuple[ArrayStorage, ...]
+    update: UpdateKind = "dense"
     fused: FusedOptimizer | None = None
     spec: FeatureSpec | None = None
     config: dict[str, Any] | None = None
     program: LookupProgram | None = None
     paths: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    members: tuple[str, ...] = ()
+    read_by: tuple[str, ...] = ()
     row_reads: int = 0
     gathered: int = 0
-    pools: bool = False
-    hashed: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    pools_bags: bool = False
+    lookup_keys: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
-    def of(self, role: Role) -> Iterator[Array]:
-        """Arrays of a role."""
+    def arrays_of(self, role: ArrayRole) -> Iterator[ArrayStorage]:
+        """The arrays with this role."""
         return (a for a in self.arrays if a.role == role)
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element of what is stored; 4 where nothing is."""
+        """Bytes per element of the stored tables; 4 where nothing is stored."""
         return next((a.itemsize for a in self.arrays if a.role != "index"), 4)
 
     def gradient(self, lookups: int) -> int:
         """Bytes of ``.grad`` after one backward in which the table is read ``lookups`` times."""
         return sum(self._gradient_of(a, lookups) for a in self.arrays if a.role != "index" and a.trained)
 
-    def _gradient_of(self, array: Array, lookups: int) -> int:
+    def _gradient_of(self, array: ArrayStorage, lookups: int) -> int:
         if array.role == "table" and self.update == "fused":
             return 0
         if array.role == "table" and self.update == "sparse":
@@ -144,7 +144,7 @@ class Entry:
 
         With a fused update these include the sums and new values of the touched rows, at most one per row read.
         """
-        vectors = (0 if self.pools else lookups) + (samples if self.pools or lookups != samples else 0)
+        vectors = (0 if self.pools_bags else lookups) + (samples if self.pools_bags or lookups != samples else 0)
         if self.kind == "shared":
             vectors = 0
         values = self.itemsize * (lookups * self.gathered + vectors * self.width)
@@ -152,7 +152,7 @@ class Entry:
         if training:
             total += values
             if self.update == "fused" and self.fused is not None:
-                for a in self.of("table"):
+                for a in self.arrays_of("table"):
                     touched = min(a.rows, lookups * a.reads)
                     total += 2 * 4 * touched * a.width + self.fused.state_bytes(touched, a.width)
         return total
@@ -160,14 +160,14 @@ class Entry:
 
 def reads_of(program: LookupProgram, table: str) -> int:
     """Rows of ``table`` that one id reads."""
-    own = sum(p.run for p in program.row_lookups if p.table == table)
+    own = sum(p.num_rows for p in program.row_lookups if p.table == table)
     return own + sum(1 for p in program.row_lookups if p.weight is not None and p.weight.table == table)
 
 
 def lookup_shape(program: LookupProgram) -> tuple[int, int]:
-    """Row numbers computed and floats gathered per id; rows that stand side by side are the output itself."""
-    numbers = sum(p.run + (p.weight is not None) for p in program.row_lookups)
-    floats = sum(p.run * program.table(p.table).width + (p.weight is not None) for p in program.row_lookups)
+    """Row numbers computed and floats gathered per id; 0 floats where the gathered rows are the output itself."""
+    numbers = sum(p.num_rows + (p.weight is not None) for p in program.row_lookups)
+    floats = sum(p.num_rows * program.table(p.table).width + (p.weight is not None) for p in program.row_lookups)
     side_by_side = (
         len(set(program.spans)) == len(program.row_lookups) and len({p.table for p in program.row_lookups}) == 1
     )
@@ -176,10 +176,10 @@ def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     return numbers, 0 if side_by_side and not changed and program.head is None else floats
 
 
-def index_arrays(program: LookupProgram) -> tuple[Array, ...]:
+def index_arrays(program: LookupProgram) -> tuple[ArrayStorage, ...]:
     """The index buffers of a program as arrays."""
     return tuple(
-        Array(f"{index.name}.{a.name}", a.length, 1, a.dtype.itemsize, "index", trained=False)
+        ArrayStorage(f"{index.name}.{a.name}", a.length, 1, a.dtype.itemsize, "index", trained=False)
         for index in program.indexes
         for a in index.arrays
     )

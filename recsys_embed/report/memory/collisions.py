@@ -1,4 +1,4 @@
-"""Ids that share a vector: expected from a method's lookup, and measured by hashing the ids."""
+"""Collisions (ids that share a vector): expected from a lookup program, and measured by hashing ids."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _ALMOST_ONE = 1 - 1e-12
 
 
 def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int = 0) -> Callable[[Tensor], Tensor]:
-    """A function from int64 ids ``[n]`` to keys ``[n]``, equal where two ids have the same vector whatever is stored.
+    """A function from int64 ids ``[n]`` to keys ``[n]``, equal for ids that have equal vectors in all tables.
 
-    The keys are 64 mixed bits of all rows, signs and weights that an id reads, in any order where they add up.
+    The keys are 64 mixed bits of all rows, signs and weights that an id reads, independent of order where rows add up.
 
     Args:
         program: the lookup.
-        store: arrays of its indexes; by default those of ids numbered by falling frequency.
-        place: which of the store's programs it is.
+        store: arrays of its indexes; by default for ids numbered by falling frequency.
+        place: position of the program in the store.
     """
 
     program = program.of_one_id
@@ -48,9 +48,9 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
             for transform in row_lookup.transforms:
                 rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
                 code = hashing.splitmix64(code + rows, 1)
-            for step in range(0 if row_lookup.sign is None else min(row_lookup.run, _SIGNS_OF_A_RUN)):
+            for step in range(0 if row_lookup.sign is None else min(row_lookup.num_rows, _SIGNS_OF_A_RUN)):
                 salt: Any = row_lookup.sign
-                if row_lookup.run > 1:
+                if row_lookup.num_rows > 1:
                     salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
                 code = hashing.splitmix64(code + hashing.hash_signs(ids, salt), 2)
             read.setdefault(span, []).append(code)
@@ -68,13 +68,13 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
 
 @dataclass(frozen=True)
 class Collisions:
-    """What sharing vectors does to ids.
+    """Shares of ids and lookups that collide.
 
     Args:
-        ids: share of ids whose vector is that of another id too.
-        traffic: share of lookups that read such a vector.
-        mixed: how much of the lookups of its vector are of other ids, on average over lookups: near 0 where frequent
-            ids share with rare ones alone, near 1 where every id is one of many.
+        ids: share of ids whose vector is also that of another id.
+        traffic: share of lookups that read a shared vector.
+        mixed: share of a vector's lookups that other ids make, averaged over lookups: near 0 where frequent ids share
+            only with rare ones, near 1 where every vector is shared by many ids.
     """
 
     ids: float
@@ -82,8 +82,8 @@ class Collisions:
     mixed: float | None
 
 
-def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
-    """Collisions among the ids that occur, each hashed; exact."""
+def measured_collisions(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
+    """Exact collisions among the ids that occur, by hashing each."""
     if stats.ids is None or stats.counts is None:
         raise ConfigError(f"collisions are measured on counts per id, which {stats.name!r} does not have")
     found = torch.cat([keys(part).cpu() for part in stats.ids.split(_CHUNK)])
@@ -95,21 +95,21 @@ def measure(keys: Callable[[Tensor], Tensor], stats: FieldStats) -> Collisions:
     return Collisions(float(shares.double().mean()), traffic, max(0.0, 1.0 - own))
 
 
-def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) -> Collisions:
-    """Collisions that the program's transforms give on average over their salts.
+def expected_collisions(program: LookupProgram, ids: int, stats: FieldStats | None = None) -> Collisions:
+    """Expected collisions of a program, averaged over the salts of its hashes.
 
-    Ids that own a row (a head, members of an index) collide with none. Of the n others, each shares all its hashed
-    rows with one of the rest with probability ``1 - (1 - 1/cells)**(n - 1)``, ``cells`` being the number of
-    combinations of rows and signs in any order; ids that already differ in a digit do not count.
+    Ids that own a row (frequent ids, ids in an id set) do not collide. Each of the n others shares all its hashed rows
+    with at least one of the rest with probability ``1 - (1 - 1/cells)**(n - 1)``, ``cells`` being the number of
+    combinations of rows and signs in any order; ids that differ in a mixed-radix digit cannot collide.
 
     Args:
         program: the lookup.
         ids: number of ids, taken as ranks of frequency.
-        stats: counts only the ids that occur, and gives the share of occurrences.
+        stats: restricts the count to ids that occur, and adds the share of lookups.
 
     >>> from recsys_embed import FeatureSpec, get_method
     >>> config = get_method("hash").config_cls(num_buckets=1000)
-    >>> round(expect(config.program(FeatureSpec("C1", 1001, 16)), 1001).ids, 3)
+    >>> round(expected_collisions(config.program(FeatureSpec("C1", 1001, 16)), 1001).ids, 3)
     0.632
     """
     n = ids if stats is None else max(1, min(ids, stats.distinct))
@@ -126,7 +126,7 @@ def expect(program: LookupProgram, ids: int, stats: FieldStats | None = None) ->
 
 
 def _mixed(stats: FieldStats, heads: Sequence[tuple[int, int]], rate: float, cells: float) -> float:
-    """Share of others among the lookups of a vector, on average over lookups and over the hashes."""
+    """Expected share of other ids among the lookups of a vector, averaged over lookups and salts."""
     size, mass = stats.curve.ids, stats.curve.mass
     ends = np.cumsum(size)
     private = np.zeros(len(size))
@@ -136,29 +136,32 @@ def _mixed(stats: FieldStats, heads: Sequence[tuple[int, int]], rate: float, cel
     live = (open_share > 0) & (mass > 0)
     if rate <= 0 or not live.any():
         return 0.0
-    # With others X beside an id of share c in its cell, c / (c + X) = E[exp(-u X / c)] for exponential u; and the
-    # expectation of exp(-s X) is a product over the others, each of which is in the cell with chance 1 / cells.
+    # An id with share c of the lookups whose cell has other lookups X keeps c / (c + X) of its vector. Laplace
+    # transform: c / (c + X) = integral over u > 0 of exp(-u) exp(-s X) with s = u / c. X is a sum over independent ids
+    # of share m, each in the cell with probability 1 / cells, so E[exp(-s X)] is the product over ids of
+    # (1 - (1 - exp(-s m)) / cells). Its logarithm is summed below per bin of ``n`` ids of share ``m``, less the id
+    # itself; the integral over u is the trapezoid rule in log u (hence the factor u).
     count, each = (size * open_share)[live], (mass / size)[live]
     u = np.geomspace(1e-9, 40.0, _STEPS)
     s = u / each[:, None]
     absent = np.zeros_like(s)
     for m, n in zip(each, count, strict=True):
         absent += n * np.log1p(-np.minimum(-np.expm1(-s * m) / cells, _ALMOST_ONE))
-    absent -= np.log1p(-np.minimum(-np.expm1(-s * each[:, None]) / cells, _ALMOST_ONE))  # itself is no other
+    absent -= np.log1p(-np.minimum(-np.expm1(-s * each[:, None]) / cells, _ALMOST_ONE))
     inside = u * np.exp(-u + np.minimum(absent, 0.0))
     own = ((inside[:, 1:] + inside[:, :-1]) / 2 * np.diff(np.log(u))).sum(1)
     return float((count * each * (1.0 - np.minimum(own, 1.0))).sum())
 
 
 def _sharing(program: LookupProgram, n: int) -> list[Sharing]:
-    """What each transform says of n ids."""
+    """How the rows of each transform are shared among n ids."""
     reads = [(p.transform, p.table) for p in program.row_lookups]
     reads += [(p.weight.transform, p.weight.table) for p in program.row_lookups if p.weight is not None]
     return [transform.sharing(n, program.table(table).rows) for transform, table in reads]
 
 
 def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """Disjoint spans of [0, n) that cover the same."""
+    """Disjoint spans of [0, n) with the same union."""
     out: list[tuple[int, int]] = []
     for start, stop in sorted((min(a, n), min(b, n)) for a, b in spans):
         if out and start <= out[-1][1]:
@@ -169,9 +172,9 @@ def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
 
 
 def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
-    """Combinations of hashed rows and signs, as equally likely as the hash makes them."""
+    """Number of equally likely combinations of hashed rows and signs."""
     sizes = {s.key: s.rows for s in sharing if s.rows and not s.even}
-    signs = math.prod(2.0 ** min(p.run, _SIGNS_OF_A_RUN) for p in program.row_lookups if p.sign is not None)
+    signs = math.prod(2.0 ** min(p.num_rows, _SIGNS_OF_A_RUN) for p in program.row_lookups if p.sign is not None)
     alike = Counter(
         (p.table, span) for p, span in zip(program.row_lookups, program.spans, strict=True) if p.weight is None
     )
@@ -180,7 +183,7 @@ def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
 
 
 def _rate(program: LookupProgram, sharing: Sequence[Sharing], n: int, others: int) -> tuple[float, float]:
-    """Probability that an id without a row of its own reads what another such id reads; and the number of cells."""
+    """Probability that an id without a row of its own collides with another such id; and the number of cells."""
     cells = _cells(program, sharing)
     even = {s.key: s.rows for s in sharing if s.rows and s.even}
     if not even:
@@ -188,7 +191,7 @@ def _rate(program: LookupProgram, sharing: Sequence[Sharing], n: int, others: in
     classes = math.prod(even.values())
     if classes >= n:
         return 0.0, cells * classes
-    # Balanced classes: some of them hold one id more than the others.
+    # Ids with equal digits form classes of n // classes or n // classes + 1 ids; only ids of one class collide.
     small, larger = divmod(n, classes)
     in_larger = larger * (small + 1) / n
     rate = in_larger * _birthday(cells, small) + (1 - in_larger) * _birthday(cells, small - 1)

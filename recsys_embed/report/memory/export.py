@@ -1,4 +1,4 @@
-"""Tables of a file that ``export`` wrote, from the manifest in its metadata."""
+"""Stored tables of an exported file, from the manifest in its metadata."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.report.memory.arrays import Array, Entry, Role
-from recsys_embed.report.memory.plan import Parts, spec_of
+from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage
+from recsys_embed.report.memory.plan import ModelStorage, spec_of
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory.tensors import Stored
+    from recsys_embed.report.memory.file_tensors import FileTensor
 
 KEY = "recsys_embed"
-"""Under which a safetensors file's metadata holds the manifest."""
+"""Key of the manifest in the metadata of a safetensors file."""
 _INDEX = (".words", ".ranks", ".values")
 
 
@@ -29,22 +29,22 @@ class _Group:
     method: str = "shared"
     spec: FeatureSpec | None = None
     config: dict[str, Any] | None = None
-    arrays: list[Array] = field(default_factory=list)
+    arrays: list[ArrayStorage] = field(default_factory=list)
 
 
-def parts_of_export(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Parts:
-    """What the file holds: rows as they are stored, the arrays that know which are kept, and everything else.
+def export_storage(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> ModelStorage:
+    """Storage of an exported file: tables with rows as stored, index arrays of kept rows, and all other tensors.
 
     Raises:
         CheckpointError: the manifest does not fit the tensors.
     """
     try:
-        return _parts(manifest, tensors)
+        return _read_manifest(manifest, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise CheckpointError(f"{path} is damaged: its manifest does not fit its tensors ({e!r})") from e
 
 
-def _parts(manifest: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Parts:
+def _read_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> ModelStorage:
     groups: dict[str, _Group] = {}
     prefixes = []
     for module in manifest["modules"]:
@@ -55,10 +55,10 @@ def _parts(manifest: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Parts:
         kept = [n for n in (f"{name}.rows{end}" for end in _INDEX) if n in tensors]
         taken |= {name, *kept}
         width = item["width"] if item["columns"] is None else len(item["columns"])
-        table = Array(name, item["count"], width, 4, trained=False, packed=_size(tensors[name]))
-        arrays = [table, *(Array(n, _size(tensors[n]), 1, 1, "index", trained=False) for n in kept)]
+        table = ArrayStorage(name, item["count"], width, 4, trained=False, packed=_size(tensors[name]))
+        arrays = [table, *(ArrayStorage(n, _size(tensors[n]), 1, 1, "index", trained=False) for n in kept)]
         reader = name.rpartition(".")[0]
-        # What several features read belongs to none of them.
+        # A table that several features read is listed on its own.
         group = groups[reader] if reader in groups else groups.setdefault(name, _Group(name))
         group.arrays += arrays
     rest = []
@@ -66,18 +66,18 @@ def _parts(manifest: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Parts:
         if name in taken:
             continue
         owner = max((p for p, _ in prefixes if name.startswith(f"{p}." if p else "")), key=len, default=None)
-        role: Role = "dense" if tensor.dtype.is_floating_point else "index"
-        array = Array(name, 1, prod(tensor.shape), tensor.dtype.itemsize, role, trained=False)
+        role: ArrayRole = "dense" if tensor.dtype.is_floating_point else "index"
+        array = ArrayStorage(name, 1, prod(tensor.shape), tensor.dtype.itemsize, role, trained=False)
         if owner is None:
             rest.append(array)
         else:
-            # Projections are stacked over features, index arrays stand end to end: they belong to the module.
+            # Projections are stacked over features and index arrays are concatenated, so they count for the module.
             single = next((g for p, g in prefixes if p == owner and g is not None), None)
             label = (owner or "embedding") + " (projections, index arrays)"
             (single or groups.setdefault(label, _Group(label))).arrays.append(array)
     note = f"exported at {manifest['precision']} by recsys-embed {manifest['written_by'].get('recsys-embed')}"
-    entries = [_entry(g) for g in groups.values() if g.arrays or g.spec is not None]
-    return Parts(tuple(entries), tuple(rest), (note,))
+    storages = [_storage_of_group(g) for g in groups.values() if g.arrays or g.spec is not None]
+    return ModelStorage(tuple(storages), tuple(rest), (note,))
 
 
 def _features(module: Mapping[str, Any], path: str, groups: dict[str, _Group]) -> _Group | None:
@@ -96,14 +96,14 @@ def _features(module: Mapping[str, Any], path: str, groups: dict[str, _Group]) -
     return group
 
 
-def _size(tensor: Stored) -> int:
+def _size(tensor: FileTensor) -> int:
     return prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _entry(group: _Group) -> Entry:
+def _storage_of_group(group: _Group) -> TableStorage:
     spec = group.spec
     largest = max(group.arrays, key=lambda a: a.nbytes, default=None)
-    return Entry(
+    return TableStorage(
         name=group.name.replace(".", "/"),
         kind="shared" if group.method == "shared" else "export",
         method=group.method,

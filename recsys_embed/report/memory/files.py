@@ -1,4 +1,4 @@
-"""Tables of what lies on disk: run folders, checkpoints, state dicts, safetensors, plans, schemas and data folders."""
+"""Stored tables of files and folders: runs, checkpoints, state dicts, safetensors, plans, schemas, data folders."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict
-from recsys_embed.report.memory.arrays import Array, Entry, Role
+from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage
 from recsys_embed.report.memory.collisions import row_keys
 from recsys_embed.report.memory.export import KEY as EXPORT
-from recsys_embed.report.memory.export import parts_of_export
-from recsys_embed.report.memory.optimizer import StateLaw, make_law
-from recsys_embed.report.memory.plan import Parts, parts_of_plan, spec_of
-from recsys_embed.report.memory.tensors import Stored, read_manifest, read_safetensors, read_torch
+from recsys_embed.report.memory.export import export_storage
+from recsys_embed.report.memory.file_tensors import FileTensor, parse_manifest, read_safetensors, read_torch
+from recsys_embed.report.memory.plan import ModelStorage, plan_storage, spec_of
+from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.utils.files import file_form
 from recsys_embed.utils.strict_json import read_object
 
 STATE = "_extra_state"
 RUN_FILES = ("model.pt", "checkpoint.pt")
 GUESSES = ("*emb*", "*lookup*", "*table*")
-"""Patterns of the names, in lower case, by which a state dict's two-dimensional tensors are taken for tables."""
+"""Patterns (lower case) of names of two-dimensional tensors in a state dict that are taken for tables."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """What a path holds, and the settings that it brings along."""
+class LoadedSource:
+    """The tables of a path, and the settings that were stored with them."""
 
-    parts: Parts
-    optimizer: StateLaw | None = None
+    storage: ModelStorage
+    optimizer: OptimizerStateSize | None = None
     dense_optimizer: Any = None
     stats: Any = None
 
 
-def parts_of_path(
+def read_source(
     path: Path,
     optimizer: Any,
     dense_optimizer: Any,
     schema: Schema | None,
     embedding_dim: int,
     tables: Sequence[str] | None,
-) -> Read:
-    """Whatever of the kinds above lies at ``path``.
+) -> LoadedSource:
+    """Read a file or folder of any kind above.
 
     Raises:
-        ConfigError: nothing there, or none of these kinds.
-        CheckpointError: damaged.
+        ConfigError: the path does not exist, or is of another kind.
+        CheckpointError: a file is damaged.
     """
     if os.path.isdir(path):
         return _folder(path, optimizer, dense_optimizer, embedding_dim, tables)
@@ -65,12 +65,14 @@ def parts_of_path(
         raise ConfigError(f"there is nothing at {path}; expected a run folder, a data folder or a file of weights")
     form = file_form(path)
     if form == "json":
-        law = make_law(optimizer, prefer_fused=True)
-        return Read(_json(path, schema, law.fused if law else None), law, dense_optimizer)
+        state_size = state_size_of(optimizer, prefer_fused=True)
+        return LoadedSource(_json(path, schema, state_size.fused if state_size else None), state_size, dense_optimizer)
     return _weights(path, form, optimizer, dense_optimizer, tables)
 
 
-def _folder(path: Path, optimizer: Any, dense_optimizer: Any, embedding_dim: int, tables: Sequence[str] | None) -> Read:
+def _folder(
+    path: Path, optimizer: Any, dense_optimizer: Any, embedding_dim: int, tables: Sequence[str] | None
+) -> LoadedSource:
     for name in RUN_FILES:
         if (path / name).is_file():
             return _weights(path / name, file_form(path / name), optimizer, dense_optimizer, tables)
@@ -78,19 +80,19 @@ def _folder(path: Path, optimizer: Any, dense_optimizer: Any, embedding_dim: int
         from recsys_embed.data import open_dataset
 
         data = open_dataset(path)
-        schema, law = data.schema(embedding_dim), make_law(optimizer, prefer_fused=True)
+        schema, state_size = data.schema(embedding_dim), state_size_of(optimizer, prefer_fused=True)
         raw = any(f.ids == "raw" for f in schema)
-        # Raw ids have no plain table; that of as many ids is what a person compares with.
+        # Raw ids have no dense table; the reference is the table of as many indices.
         if raw:
             schema = Schema([replace(f, ids="index") for f in schema])
-        parts = parts_of_plan(schema, Plan.full(schema), law.fused if law else None, kind="data")
+        storage = plan_storage(schema, Plan.full(schema), state_size.fused if state_size else None, kind="data")
         note = f"plain tables of width {embedding_dim} for the features of the data"
         note += ", whose raw ids were counted" if raw else ""
-        return Read(replace(parts, notes=(note,)), law, dense_optimizer, data)
+        return LoadedSource(replace(storage, notes=(note,)), state_size, dense_optimizer, data)
     raise ConfigError(f"{path} is no run folder (no {' or '.join(RUN_FILES)}) and no data folder (no schema.json)")
 
 
-def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Parts:
+def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> ModelStorage:
     """A plan or a schema."""
     try:
         data = read_object(path)
@@ -98,7 +100,7 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Pa
         raise ConfigError(f"{path} cannot be read: {e.strerror or e}") from e
     if isinstance(data.get("features"), list) and "format" not in data:
         own = Schema.from_dict(data)
-        return parts_of_plan(own, Plan.full(own), fused)
+        return plan_storage(own, Plan.full(own), fused)
     if isinstance(data.get("features"), Mapping):
         if schema is None:
             raise ConfigError(f"{path} is a plan, which needs the features it is for: give a schema or a data folder")
@@ -106,34 +108,38 @@ def _json(path: Path, schema: Schema | None, fused: FusedOptimizer | None) -> Pa
             plan = Plan.from_dict(data, path.parent)
         except ConfigError as e:
             raise type(e)(f"{path}: {e}") from e
-        return parts_of_plan(schema, plan, fused)
+        return plan_storage(schema, plan, fused)
     raise ConfigError(f"{path} holds neither a plan nor a schema; a data folder's schema.json is read by its folder")
 
 
 # -- weights -------------------------------------------------------------------------------------------------------
 
 
-def _weights(path: Path, form: str, optimizer: Any, dense_optimizer: Any, patterns: Sequence[str] | None) -> Read:
+def _weights(
+    path: Path, form: str, optimizer: Any, dense_optimizer: Any, patterns: Sequence[str] | None
+) -> LoadedSource:
     if form == "safetensors":
         tensors, metadata = read_safetensors(path)
         config: dict[str, Any] = {}
         if EXPORT in metadata:
-            manifest = read_manifest(path, metadata[EXPORT])
-            return Read(parts_of_export(path, manifest, {t.name: t for t in tensors}), None, dense_optimizer)
+            manifest = parse_manifest(path, metadata[EXPORT])
+            return LoadedSource(export_storage(path, manifest, {t.name: t for t in tensors}), None, dense_optimizer)
     else:
         tensors, config = read_torch(path)
     if optimizer is None and isinstance(config.get("embedding_optimizer"), str):
         optimizer = config["embedding_optimizer"]
         dense_optimizer = "adam" if dense_optimizer is None else dense_optimizer
-    law = make_law(optimizer, prefer_fused=True)
-    return Read(_parts(path, tensors, law.fused if law else None, patterns), law, dense_optimizer)
+    state_size = state_size_of(optimizer, prefer_fused=True)
+    return LoadedSource(
+        _weights_storage(path, tensors, state_size.fused if state_size else None, patterns), state_size, dense_optimizer
+    )
 
 
-def _parts(
-    path: Path, tensors: Sequence[Stored], fused: FusedOptimizer | None, patterns: Sequence[str] | None
-) -> Parts:
-    """This library's modules by the configuration stored with them, tables of others by their names."""
-    entries: list[Entry] = []
+def _weights_storage(
+    path: Path, tensors: Sequence[FileTensor], fused: FusedOptimizer | None, patterns: Sequence[str] | None
+) -> ModelStorage:
+    """Tables of this library's modules, from their stored configuration; other tables, from names of tensors."""
+    storages: list[TableStorage] = []
     notes: list[str] = []
     taken: set[str] = set()
     for stored in tensors:
@@ -141,18 +147,18 @@ def _parts(
         if stored.name == prefix or stored.dtype != torch.uint8:
             continue
         inside = {t.name.removeprefix(prefix): t for t in tensors if t.name.startswith(prefix) and t.name not in taken}
-        # Modules within a collection carry a configuration of their own, which the collection's contains.
+        # Modules inside a collection have a configuration of their own, which is part of the collection's.
         own = _of_state(path, stored, inside, prefix, fused)
         if own is None:
             continue
         taken |= {prefix + name for name in inside}
-        entries += own.entries
+        storages += own.tables
         held = sum(prod(t.shape) * t.dtype.itemsize for n, t in inside.items() if not n.endswith(STATE))
-        said = sum(a.nbytes for e in own.entries for a in e.arrays)
-        if held != said:
+        expected = sum(a.nbytes for e in own.tables for a in e.arrays)
+        if held != expected:
             where = prefix.rstrip(".") or "the file"
-            notes.append(f"{where} holds {held:,} bytes of weights where its configuration says {said:,}")
-    rest: list[Array] = []
+            notes.append(f"{where} holds {held:,} bytes of weights, but its configuration gives {expected:,}")
+    rest: list[ArrayStorage] = []
     seen: set[Hashable] = set()
     guessed = 0
     for t in tensors:
@@ -161,21 +167,23 @@ def _parts(
         seen.add(t.key)
         matrix = len(t.shape) == 2 and t.dtype.is_floating_point
         if matrix and (_is_table(t.name, patterns) or (patterns is None and len(tensors) == 1)):
-            entries.append(_plain(t))
+            storages.append(_plain(t))
             guessed += 1
         else:
             rows, width = (t.shape[0], prod(t.shape[1:])) if len(t.shape) >= 2 else (1, prod(t.shape))
             floating = t.dtype.is_floating_point
-            role: Role = "dense" if floating else "index"
-            rest.append(Array(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating, flat=len(t.shape) < 2))
+            role: ArrayRole = "dense" if floating else "index"
+            rest.append(
+                ArrayStorage(t.name, rows, width, t.dtype.itemsize, role, 0, t.key, floating, flat=len(t.shape) < 2)
+            )
     if guessed and patterns is None:
         notes.append(
             f"{guessed} tensors were taken for tables by their names ({', '.join(GUESSES)}); name others with "
             "tables=[...] (--tables)"
         )
-    if not entries:
+    if not storages:
         notes.append("no tensor looks like an embedding table by its name; name them with tables=[...] (--tables)")
-    return Parts(tuple(entries), tuple(rest), tuple(notes))
+    return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
 
 
 def _is_table(name: str, patterns: Sequence[str] | None) -> bool:
@@ -184,25 +192,25 @@ def _is_table(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name.lower(), p) for p in GUESSES)
 
 
-def _plain(t: Stored) -> Entry:
+def _plain(t: FileTensor) -> TableStorage:
     path = t.name.removesuffix("weight").rstrip(".") or "embedding"
     rows, width = t.shape
-    return Entry(
+    return TableStorage(
         name=path.replace(".", "/"),
         kind="file",
         method="full",
         ids=rows,
         width=width,
-        arrays=(Array("weight", rows, width, t.dtype.itemsize, "table", 1, t.key),),
+        arrays=(ArrayStorage("weight", rows, width, t.dtype.itemsize, "table", 1, t.key),),
         spec=spec_of(path, rows, width),
         paths=(path,),
     )
 
 
 def _of_state(
-    path: Path, stored: Stored, inside: Mapping[str, Stored], prefix: str, fused: FusedOptimizer | None
-) -> Parts | None:
-    """The tables of a module that stored its configuration; None where it is of somebody else or of an outer one."""
+    path: Path, stored: FileTensor, inside: Mapping[str, FileTensor], prefix: str, fused: FusedOptimizer | None
+) -> ModelStorage | None:
+    """Tables of a module that stored its configuration; None for other libraries' state and parts of a module."""
     try:
         identity = json.loads(bytes(stored.read().numpy()))
     except (ValueError, RuntimeError):
@@ -227,19 +235,19 @@ def _of_state(
     except (ConfigError, TypeError, KeyError) as e:
         raise CheckpointError(f"{path}: the configuration stored as {stored.name} cannot be used: {e}") from e
     itemsize = next((t.dtype.itemsize for t in inside.values() if t.dtype.is_floating_point), 4)
-    parts = parts_of_plan(schema, plan, fused, kind="file", at=at, itemsize=itemsize)
-    entries = _with_indexes(parts.entries, plan, schema, inside, index, at)
+    storage = plan_storage(schema, plan, fused, kind="file", at=at, itemsize=itemsize)
+    storages = _with_indexes(storage.tables, plan, schema, inside, index, at)
     if index == "kernel.index.":
-        # A drop-in shares its arrays with nobody.
-        (entry,) = (e for e in entries if e.kind != "shared")
-        arrays = [a for e in entries for a in e.arrays]
-        entries = [replace(entry, name=at or "embedding", arrays=tuple(arrays), shared=(), paths=(prefix.rstrip("."),))]
-    return Parts(tuple(entries))
+        # A drop-in shares no arrays in a file.
+        (only,) = (e for e in storages if e.kind != "shared")
+        arrays = [a for e in storages for a in e.arrays]
+        storages = [replace(only, name=at or "embedding", arrays=tuple(arrays), shared=(), paths=(prefix.rstrip("."),))]
+    return ModelStorage(tuple(storages))
 
 
 def _with_indexes(
-    entries: Sequence[Entry], plan: Plan, schema: Schema, inside: Mapping[str, Stored], index: str, at: str
-) -> list[Entry]:
+    storages: Sequence[TableStorage], plan: Plan, schema: Schema, inside: Mapping[str, FileTensor], index: str, at: str
+) -> list[TableStorage]:
     """Entries whose lookups read the file's own index buffers."""
     programs = plan.gathered(schema)
     store = IndexStore([p.indexes for p in programs.values()])
@@ -248,6 +256,6 @@ def _with_indexes(
             buffer.copy_(inside[f"{index}{name}"].read())
     places = {f"{at}{name}": i for i, name in enumerate(programs)}
     return [
-        replace(e, hashed=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e
-        for e in entries
+        replace(e, lookup_keys=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e
+        for e in storages
     ]

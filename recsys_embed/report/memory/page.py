@@ -14,7 +14,7 @@ from recsys_embed.report.memory import text as memory_text
 from recsys_embed.utils.optional import require
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory.values import MemoryReport, TableReport
+    from recsys_embed.report.memory.report_values import MemoryReport, TableReport
 
 BARS = 24
 CURVES = 6
@@ -76,7 +76,7 @@ def _text(value: Any) -> str:
 
 def _cards(report: MemoryReport) -> list[dict[str, str]]:
     settings, tables = report.settings, report.tables
-    count = sum(t.entry.kind != "shared" for t in tables)
+    count = sum(t.storage.kind != "shared" for t in tables)
     cards = [
         ("serving", report.total("serve"), f"weights {settings.precision or 'as held'} and index buffers"),
         ("training", report.total("train"), "weights, index buffers, optimizer state, gradients"),
@@ -228,7 +228,7 @@ class WhatIf:
 def _curves(report: MemoryReport) -> dict[str, Any] | None:
     """Share of lookups covered by the top rows, as lines in a box of 100 x 100; k grows by its logarithm."""
     found = {t.stats.field.name: t for t in reversed(report.tables) if t.stats is not None}
-    tables = sorted(found.values(), key=lambda t: -t.entry.ids * t.entry.width)
+    tables = sorted(found.values(), key=lambda t: -t.storage.ids * t.storage.width)
     if not tables:
         return None
     largest = max(t.stats.field.distinct for t in tables if t.stats is not None)

@@ -1,4 +1,4 @@
-"""Tables of plans, as entries of a memory report; and what these have in common with tables of modules."""
+"""Stored tables of plans, and helpers that stored tables of modules use as well."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
-from recsys_embed.report.memory.arrays import Array, Entry, Role, Update, index_arrays, lookup_shape, reads_of
+from recsys_embed.report.memory.arrays import (
+    ArrayRole,
+    ArrayStorage,
+    TableStorage,
+    UpdateKind,
+    index_arrays,
+    lookup_shape,
+    reads_of,
+)
 from recsys_embed.report.memory.collisions import row_keys
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a source is made of: its tables, and the arrays of the rest of the model."""
+class ModelStorage:
+    """Everything a source stores: its tables, and the arrays of the rest of the model."""
 
-    entries: tuple[Entry, ...]
-    rest: tuple[Array, ...] = ()
+    tables: tuple[TableStorage, ...]
+    rest: tuple[ArrayStorage, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def parts_of_plan(
+def plan_storage(
     schema: Schema, plan: Plan, fused: FusedOptimizer | None, kind: str = "plan", at: str = "", itemsize: int = 4
-) -> Parts:
-    """Tables of a plan; ``at`` is put before their names."""
+) -> ModelStorage:
+    """Stored tables of a plan; ``at`` is the prefix of their names."""
     plan.check(schema)
     plan.tables(schema)  # tables that features share must agree
-    entries, shared = [], SharedArrays(kind)
+    storages, shared = [], SharedArrays(kind)
     for spec in schema:
         config = plan[spec.name]
         program = config.program(spec)
@@ -39,11 +47,11 @@ def parts_of_plan(
         for table in program.tables:
             if table.shared:
                 shared.put(spec.name, table.name, [array_of(table, program, itemsize, None, True)])
-        entries.append(entry_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
-    update: Update = "dense" if fused is None else "fused"
+        storages.append(storage_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
+    update: UpdateKind = "dense" if fused is None else "fused"
     computing = {f"{at}{n}" for n in set(schema.names) - plan.gathered(schema).keys()}
-    found = [*entries, *shared.entries(at)]
-    return Parts(
+    found = [*storages, *shared.storages(at)]
+    return ModelStorage(
         tuple(
             replace(e, update="dense") if e.name in computing else replace(e, update=update, fused=fused) for e in found
         )
@@ -52,12 +60,12 @@ def parts_of_plan(
 
 def arrays_of(
     spec: FeatureSpec, config: MethodConfig, program: LookupProgram, itemsize: int = 4, *, private: bool = False
-) -> tuple[Array, ...]:
-    """What a configuration stores for a feature; ``private`` leaves out what features share."""
+) -> tuple[ArrayStorage, ...]:
+    """Arrays that a configuration stores for a feature; ``private`` omits shared tables."""
     arrays = [array_of(t, program, itemsize, None, True) for t in program.tables if not (private and t.shared)]
     networks = config.footprint(spec).weights - 4 * sum(t.rows * t.width for t in program.tables)
     if networks:
-        arrays.append(Array("network", 1, networks // 4, itemsize, "dense"))
+        arrays.append(ArrayStorage("network", 1, networks // 4, itemsize, "dense"))
     return (*arrays, *index_arrays(program))
 
 
@@ -66,48 +74,50 @@ class SharedArrays:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.arrays: dict[str, list[Array]] = {}
+        self.arrays: dict[str, list[ArrayStorage]] = {}
         self.readers: dict[str, list[str]] = {}
 
-    def put(self, reader: str, name: str, arrays: Sequence[Array]) -> None:
-        """``reader`` reads these arrays, which it and others know by ``name``."""
+    def put(self, reader: str, name: str, arrays: Sequence[ArrayStorage]) -> None:
+        """Add a reader of the arrays shared as ``name``."""
         reads = self.arrays[name][0].reads if name in self.arrays else 0
         self.arrays[name] = [replace(a, reads=a.reads + reads) if a.role == "table" else a for a in arrays]
         self.readers.setdefault(name, []).append(reader)
 
-    def entries(self, at: str) -> list[Entry]:
+    def storages(self, at: str) -> list[TableStorage]:
         return [
-            Entry(
+            TableStorage(
                 name=f"{at}{name}",
                 kind="shared",
                 method="shared",
                 ids=0,
                 width=arrays[0].width,
                 arrays=tuple(arrays),
-                members=tuple(dict.fromkeys(f"{at}{reader}" for reader in self.readers[name])),
+                read_by=tuple(dict.fromkeys(f"{at}{reader}" for reader in self.readers[name])),
             )
             for name, arrays in self.arrays.items()
         ]
 
 
-def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> Array:
-    """One table of a program, held by ``parameter`` (None: by nothing yet)."""
-    role: Role = "dense" if table.dense else "table"
-    return Array(table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained)
+def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> ArrayStorage:
+    """One table of a program, stored in ``parameter`` (None: not yet built)."""
+    role: ArrayRole = "dense" if table.dense else "table"
+    return ArrayStorage(
+        table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained
+    )
 
 
-def entry_of(
+def storage_of(
     name: str,
     kind: str,
     spec: FeatureSpec,
     config: MethodConfig,
     program: LookupProgram,
-    arrays: Sequence[Array],
+    arrays: Sequence[ArrayStorage],
     at: str = "",
-) -> Entry:
-    """A feature's table; ``arrays`` are what is stored for it alone, ``at`` stands before names of shared ones."""
+) -> TableStorage:
+    """Storage of a feature's table; ``arrays`` are its own, ``at`` is the prefix of names of shared ones."""
     numbers, gathered = lookup_shape(program)
-    return Entry(
+    return TableStorage(
         name=name,
         kind=kind,
         method=config.method,
@@ -120,8 +130,8 @@ def entry_of(
         shared=tuple(f"{at}{t.name}" for t in program.tables if t.shared),
         row_reads=numbers,
         gathered=gathered,
-        # Index buffers hold frequency ranks until assigned, so a plan's are those of ids in order of frequency.
-        hashed=None if config.computes else row_keys(program),
+        # Until assigned, id sets hold the most frequent ids, assuming that ids are numbered by falling frequency.
+        lookup_keys=None if config.computes else row_keys(program),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a model's embeddings are, serving and training, and what they could be: the memory report."""
+"""The memory report: bytes of embedding tables when serving and training, by cause, and alternatives."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from recsys_embed.kernels.precision import Precision, check_precision
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.planning.statistics import is_stats_json
-from recsys_embed.report.memory.arrays import Array, Entry, Update, stored_bytes
-from recsys_embed.report.memory.collisions import Collisions, expect, measure
-from recsys_embed.report.memory.optimizer import StateLaw, make_law
-from recsys_embed.report.memory.plan import Parts, parts_of_plan
-from recsys_embed.report.memory.sources import parts_of_module
-from recsys_embed.report.memory.stats import FieldStats, read_stats_of
-from recsys_embed.report.memory.values import (
+from recsys_embed.report.memory.arrays import ArrayStorage, TableStorage, UpdateKind, stored_bytes
+from recsys_embed.report.memory.collisions import Collisions, expected_collisions, measured_collisions
+from recsys_embed.report.memory.modules import module_storage
+from recsys_embed.report.memory.plan import ModelStorage, plan_storage
+from recsys_embed.report.memory.report_values import (
     DEFAULT_BATCH,
     DEFAULT_RATIO,
     MemoryReport,
-    Rest,
-    Settings,
+    ReportSettings,
+    RestOfModel,
     TableReport,
     TableStats,
 )
+from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
+from recsys_embed.report.memory.stats import FieldStats, read_stats_of
+from recsys_embed.typing import OptimizerSpec, Statistics
 
 __all__ = ["MemoryReport", "TableReport", "memory_report"]
 
 
 def memory_report(
-    source: Any,
+    source: nn.Module | Plan | Schema | Path | str,
     *,
     schema: Schema | None = None,
-    optimizer: Any = None,
-    dense_optimizer: Any = None,
+    optimizer: OptimizerSpec | None = None,
+    dense_optimizer: OptimizerSpec | None = None,
     precision: Precision | None = None,
     batch_size: int = DEFAULT_BATCH,
     ids_per_sample: float | Mapping[str, float] = 1.0,
-    stats: Any = None,
+    stats: Statistics | None = None,
     embedding_dim: int = 16,
     tables: Sequence[str] | None = None,
     ratio: float = DEFAULT_RATIO,
@@ -56,7 +57,7 @@ def memory_report(
             a data folder (plain tables of width ``embedding_dim``).
         optimizer: ``"adam"``, ``"rowwise_adagrad"``, ...; a fused optimizer; or a torch optimizer (class or instance).
             Names mean torch's where tables have a ``.grad`` and this library's fused ones for plans and schemas.
-            Tables that a collection updates itself keep its optimizer. None: what the source says, else not counted.
+            Tables that a collection updates itself keep its optimizer. None: that of the source, else not counted.
         dense_optimizer: of everything else; None: ``optimizer`` where it is torch's, else not counted.
         precision: of the deployed weights; None: as held now.
         batch_size: samples per step, for gradients and lookups.
@@ -80,33 +81,33 @@ def memory_report(
         check_precision(precision)
     raise_faults(_faults(schema, batch_size, ids_per_sample, embedding_dim, ratio), "memory_report")
     if isinstance(source, nn.Module):
-        law = make_law(optimizer, prefer_fused=False)
-        parts, name = parts_of_module(source), type(source).__name__
+        state_size = state_size_of(optimizer, prefer_fused=False)
+        storage, name = module_storage(source), type(source).__name__
     elif isinstance(source, Plan | Schema):
-        law = make_law(optimizer, prefer_fused=True)
-        parts, name = _parts_of_plan(source, schema, law), "plan" if isinstance(source, Plan) else "schema"
+        state_size = state_size_of(optimizer, prefer_fused=True)
+        storage, name = _planned_storage(source, schema, state_size), "plan" if isinstance(source, Plan) else "schema"
     elif isinstance(source, str | Path):
-        from recsys_embed.report.memory.files import parts_of_path
+        from recsys_embed.report.memory.files import read_source
 
-        read = parts_of_path(Path(source), optimizer, dense_optimizer, schema, embedding_dim, tables)
-        parts, law, name = read.parts, read.optimizer, str(source)
-        dense_optimizer = read.dense_optimizer
-        stats = read.stats if stats is None else stats
+        loaded = read_source(Path(source), optimizer, dense_optimizer, schema, embedding_dim, tables)
+        storage, state_size, name = loaded.storage, loaded.optimizer, str(source)
+        dense_optimizer = loaded.dense_optimizer
+        stats = loaded.stats if stats is None else stats
     else:
         raise ConfigError(
             "`source` must be an nn.Module, a Plan (with schema=), a Schema, or the path of a run folder, checkpoint, "
             f"state dict or data folder; got {type(source).__name__}"
         )
-    dense = make_law(dense_optimizer, prefer_fused=False)
-    if dense is None and law is not None and law.fused is None:
-        dense = law
-    raise_faults(_unknown(parts, stats, ids_per_sample), "memory_report")
-    settings = Settings(law, dense, precision, batch_size, ids_per_sample, float(ratio))
-    return assemble(name, parts, settings, {} if stats is None else read_stats_of(stats))
+    dense = state_size_of(dense_optimizer, prefer_fused=False)
+    if dense is None and state_size is not None and state_size.fused is None:
+        dense = state_size
+    raise_faults(_unknown(storage, stats, ids_per_sample), "memory_report")
+    settings = ReportSettings(state_size, dense, precision, batch_size, ids_per_sample, float(ratio))
+    return assemble(name, storage, settings, {} if stats is None else read_stats_of(stats))
 
 
 def _faults(schema: Any, batch_size: Any, ids_per_sample: Any, embedding_dim: Any, ratio: Any) -> list[str]:
-    """What is wrong with the arguments, whether the source needs them or not."""
+    """Faults of the arguments, whether or not the source uses them."""
     faults = []
     numbers = ids_per_sample.values() if isinstance(ids_per_sample, Mapping) else [ids_per_sample]
     if schema is not None and not isinstance(schema, Schema):
@@ -122,15 +123,15 @@ def _faults(schema: Any, batch_size: Any, ids_per_sample: Any, embedding_dim: An
     return faults
 
 
-def _known(parts: Parts) -> set[str]:
-    """Names that settings may have for tables: whole, or without the path of their collection."""
-    return {name for e in parts.entries for name in (e.name, e.name.rpartition("/")[2])}
+def _known(storage: ModelStorage) -> set[str]:
+    """Names that settings may use for tables: in full, or without the path of their collection."""
+    return {name for e in storage.tables for name in (e.name, e.name.rpartition("/")[2])}
 
 
-def _unknown(parts: Parts, stats: Any, ids_per_sample: Any) -> list[str]:
-    """Faults: names a caller wrote that fit no table. A data set may well have features that a model has not."""
+def _unknown(storage: ModelStorage, stats: Any, ids_per_sample: Any) -> list[str]:
+    """Faults: names given that match no table. A data set may have features that the model has not."""
     written = {"ids_per_sample": ids_per_sample, "stats": None if is_stats_json(stats) else stats}
-    known = _known(parts)
+    known = _known(storage)
     return [
         str(unknown_name(f"table in `{key}`", str(name), known))
         for key, given in written.items()
@@ -140,23 +141,27 @@ def _unknown(parts: Parts, stats: Any, ids_per_sample: Any) -> list[str]:
     ]
 
 
-def _parts_of_plan(source: Plan | Schema, schema: Schema | None, law: StateLaw | None) -> Parts:
-    fused: FusedOptimizer | None = None if law is None else law.fused
+def _planned_storage(
+    source: Plan | Schema, schema: Schema | None, state_size: OptimizerStateSize | None
+) -> ModelStorage:
+    fused: FusedOptimizer | None = None if state_size is None else state_size.fused
     if isinstance(source, Schema):
-        return parts_of_plan(source, Plan.full(source), fused)
+        return plan_storage(source, Plan.full(source), fused)
     if not isinstance(schema, Schema):
         raise ConfigError("a report on a plan needs the features it is for: memory_report(plan, schema=schema)")
-    return parts_of_plan(schema, source, fused)
+    return plan_storage(schema, source, fused)
 
 
-def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, FieldStats]) -> MemoryReport:
-    """The report of the parts of a source."""
-    notes, counted = list(parts.notes), set()
+def assemble(
+    source: str, storage: ModelStorage, settings: ReportSettings, stats: Mapping[str, FieldStats]
+) -> MemoryReport:
+    """The report of a source, from what it stores."""
+    notes, counted = list(storage.notes), set()
 
-    def state(array: Array, law: StateLaw | None, update: Update) -> int:
-        if law is None:
+    def state_bytes(array: ArrayStorage, state_size: OptimizerStateSize | None, update: UpdateKind) -> int:
+        if state_size is None:
             return 0
-        size, fixed = law.state_bytes(array, update)
+        size, fixed = state_size.state_bytes(array, update)
         if fixed and array.parameter is not None:
             # A parameter keeps one step counter, however many tables are stacked in it.
             fixed = 0 if array.parameter in counted else fixed
@@ -164,9 +169,9 @@ def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, 
         return size + fixed
 
     reports = []
-    for e in parts.entries:
-        # What a collection updates inside backward keeps its rule, whatever else trains the model.
-        own = StateLaw("fused", fused=e.fused) if e.fused is not None else settings.optimizer
+    for e in storage.tables:
+        # Tables that a collection updates inside backward keep its rule, whatever optimizer trains the model.
+        own = OptimizerStateSize("fused", fused=e.fused) if e.fused is not None else settings.optimizer
         if own is not None and own.fused is not None and e.update in ("dense", "sparse"):
             e = replace(e, update="fused", fused=own.fused)
         lookups = settings.lookups(e.name)
@@ -174,12 +179,14 @@ def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, 
         learned = [a for a in e.arrays if a.role != "index"]
         reports.append(
             TableReport(
-                entry=e,
+                storage=e,
                 weights=sum(a.nbytes for a in learned),
                 stored=sum(stored_bytes(a, settings.precision) for a in learned),
-                index=sum(a.nbytes for a in e.of("index")),
+                index=sum(a.nbytes for a in e.arrays_of("index")),
                 optimizer=sum(
-                    state(a, settings.dense_optimizer if a.role == "dense" and e.update == "fused" else own, e.update)
+                    state_bytes(
+                        a, settings.dense_optimizer if a.role == "dense" and e.update == "fused" else own, e.update
+                    )
                     for a in learned
                 ),
                 gradient=e.gradient(lookups),
@@ -188,41 +195,41 @@ def assemble(source: str, parts: Parts, settings: Settings, stats: Mapping[str, 
                 stats=None if found is None or e.kind == "shared" else _stats_of(e, found),
             )
         )
-    rest = [a for a in parts.rest if a.role == "dense"]
-    dense = Rest(
+    rest = [a for a in storage.rest if a.role == "dense"]
+    dense = RestOfModel(
         weights=sum(a.nbytes for a in rest),
-        buffers=sum(a.nbytes for a in parts.rest if a.role == "index"),
-        optimizer=sum(state(a, settings.dense_optimizer, "dense") for a in rest),
+        buffers=sum(a.nbytes for a in storage.rest if a.role == "index"),
+        optimizer=sum(state_bytes(a, settings.dense_optimizer, "dense") for a in rest),
         gradient=sum(a.nbytes for a in rest if a.trained),
     )
-    unused = sorted(set(stats) - _known(parts))
+    unused = sorted(set(stats) - _known(storage))
     if unused:
         notes.append(f"statistics of {len(unused)} features match no table: {', '.join(unused[:6])}")
     notes += _optimizer_notes(reports, dense, settings)
     return MemoryReport(source, tuple(reports), dense, settings, tuple(notes))
 
 
-def _optimizer_notes(tables: Sequence[TableReport], rest: Rest, settings: Settings) -> list[str]:
+def _optimizer_notes(tables: Sequence[TableReport], rest: RestOfModel, settings: ReportSettings) -> list[str]:
     notes = []
-    if settings.optimizer is None and any(t.entry.fused is None and t.entry.update != "frozen" for t in tables):
+    if settings.optimizer is None and any(t.storage.fused is None and t.storage.update != "frozen" for t in tables):
         notes.append("no optimizer was named, so its state is not counted")
-    dense = rest.gradient or any(a.role == "dense" and a.trained for t in tables for a in t.entry.arrays)
-    fused = any(t.entry.update == "fused" for t in tables)
+    dense = rest.gradient or any(a.role == "dense" and a.trained for t in tables for a in t.storage.arrays)
+    fused = any(t.storage.update == "fused" for t in tables)
     if settings.dense_optimizer is None and dense and (fused or settings.optimizer is not None):
         notes.append("state of what the fused optimizer does not update is not counted: name a dense optimizer")
     return notes
 
 
-def _stats_of(entry: Entry, stats: FieldStats) -> TableStats:
-    if entry.program is None:
-        # A plain table gives every id a row of its own.
+def _stats_of(storage: TableStorage, stats: FieldStats) -> TableStats:
+    if storage.program is None:
+        # In a dense table every id has a row of its own.
         none = Collisions(0.0, 0.0, 0.0)
         return TableStats(stats, none, None if stats.ids is None else none)
-    if entry.hashed is None:
+    if storage.lookup_keys is None:
         return TableStats(stats, None, None)
     measured = None
     if stats.ids is not None and (
-        entry.spec is None or entry.spec.ids == "raw" or int(stats.ids.max()) < entry.spec.num_embeddings
+        storage.spec is None or storage.spec.ids == "raw" or int(stats.ids.max()) < storage.spec.num_embeddings
     ):
-        measured = measure(entry.hashed, stats)
-    return TableStats(stats, expect(entry.program, entry.ids, stats), measured)
+        measured = measured_collisions(storage.lookup_keys, stats)
+    return TableStats(stats, expected_collisions(storage.program, storage.ids, stats), measured)

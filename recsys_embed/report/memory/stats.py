@@ -1,11 +1,11 @@
-"""How often the ids of a table occur: coverage by its top rows, and ids never seen."""
+"""Frequency statistics of a table: coverage by its most frequent ids, and unseen ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.statistics import FeatureStatistics, read_statistics
+from recsys_embed.typing import Counts, Statistics
 
 TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 
 
 @dataclass(frozen=True, eq=False)
 class FieldStats:
-    """How often the ids of one feature occur.
+    """Frequency statistics of one feature.
 
     Args:
         name: of the feature.
@@ -42,8 +43,8 @@ class FieldStats:
     def of_counts(
         cls,
         name: str,
-        counts: Any,
-        ids: Any = None,
+        counts: Counts,
+        ids: Counts | None = None,
         curve: FrequencyCurve | None = None,
         seen_once: int | None = None,
         unseen: Mapping[str, float] | None = None,
@@ -92,8 +93,8 @@ class FieldStats:
         return tuple((k, self.share(k)) for k in ks)
 
 
-def read_stats_of(source: Any) -> dict[str, FieldStats]:
-    """Statistics per feature, from whatever a caller has.
+def read_stats_of(source: Statistics) -> dict[str, FieldStats]:
+    """Statistics per feature, from every supported source.
 
     Args:
         source: mapping of feature name to counts ``[n]``, ``(ids, counts)``, :class:`FrequencyCurve` or
@@ -101,7 +102,7 @@ def read_stats_of(source: Any) -> dict[str, FieldStats]:
             counts are exact.
 
     Raises:
-        ConfigError: of another kind.
+        ConfigError: the source is of another kind.
         DataError: the folder cannot be read.
     """
     if isinstance(source, str | Path):
@@ -117,7 +118,8 @@ def _of_known(name: str, known: FeatureStatistics) -> FieldStats:
         return given
     if given is None or isinstance(given, FrequencyCurve):
         return FieldStats(name, known.curve(), once, unseen)
-    ids, counts = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
-    if known.coarse is not None and not counts.any():
+    pair = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
+    ids, counts = cast("tuple[Counts | None, Counts]", pair)
+    if known.coarse is not None and not cast("Tensor", counts).any():  # a data set: its counts are tensors
         return FieldStats(name, known.coarse, once, unseen)
     return FieldStats.of_counts(name, counts, ids, seen_once=once, unseen=unseen)

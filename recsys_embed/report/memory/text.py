@@ -10,7 +10,7 @@ from recsys_embed.core.footprint import format_bytes
 from recsys_embed.kernels.precision import Precision
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory.values import MemoryReport, TableReport
+    from recsys_embed.report.memory.report_values import MemoryReport, TableReport
 
 SHOWN: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 """Precisions of the tables of texts; bf16 takes what fp16 takes."""
@@ -64,7 +64,7 @@ def _escape(text: str) -> str:
 
 def headline(report: MemoryReport) -> str:
     """The report in one sentence."""
-    count = sum(t.entry.kind != "shared" for t in report.tables)
+    count = sum(t.storage.kind != "shared" for t in report.tables)
     text = f"{report.source}: {count} embedding table{'' if count == 1 else 's'}, "
     text += f"{format_bytes(report.total('serve'))} to serve, {format_bytes(report.total('train'))} to train"
     if report.rest.serve:
@@ -114,21 +114,21 @@ def _tables(report: MemoryReport, limit: int | None) -> Grid:
     rows = []
     for i, t in enumerate(shown):
         sizes = (format_bytes(values[i]) for _, values, _ in columns)
-        count = t.entry.ids or sum(a.rows for a in t.entry.of("table"))
-        rows.append((t.name, method(t), _count(count), str(t.entry.width), *sizes, percent(t.serve / whole)))
+        count = t.storage.ids or sum(a.rows for a in t.storage.arrays_of("table"))
+        rows.append((t.name, method(t), _count(count), str(t.storage.width), *sizes, percent(t.serve / whole)))
     if others:
         sizes = (format_bytes(rest) for _, _, rest in columns)
         share = percent(sum(t.serve for t in others) / whole)
-        ids = _count(sum(t.entry.ids for t in others))
+        ids = _count(sum(t.storage.ids for t in others))
         rows.append((f"{len(others)} smaller ones", "", ids, "", *sizes, share))
     return Grid(header, tuple(rows), 2)
 
 
 def method(table: TableReport) -> str:
-    """What a table is stored by, in a few words."""
-    e = table.entry
+    """The method of a table, as the report shows it."""
+    e = table.storage
     if e.kind == "shared":
-        return f"shared by {len(e.members)}"
+        return f"shared by {len(e.read_by)}"
     return f"{e.method} (shared)" if e.shared and not e.arrays else e.method
 
 
@@ -157,9 +157,9 @@ def _causes(report: MemoryReport) -> Grid:
 
 
 def _optimizers(report: MemoryReport) -> str:
-    fused = {type(t.entry.fused).__name__ for t in report.tables if t.entry.fused is not None}
-    law = report.settings.optimizer
-    names = sorted(f"{n}, fused" for n in fused) or ([law.name] if law else [])
+    fused = {type(t.storage.fused).__name__ for t in report.tables if t.storage.fused is not None}
+    state_size = report.settings.optimizer
+    names = sorted(f"{n}, fused" for n in fused) or ([state_size.name] if state_size else [])
     return "; ".join(names) or "no optimizer named"
 
 

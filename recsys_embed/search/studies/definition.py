@@ -1,4 +1,4 @@
-"""What a study is of: its data, budgets and parameters, and what a point of its space comes to."""
+"""Definition of a study: its data, budgets and search space, and the training configuration of a point in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from recsys_embed.train.plans import linear_share, plans_for
 
 
 class StudyDefinition:
-    """What decides every trial of a study, whoever works on it.
+    """Everything that determines the trials of a study.
 
     Args:
         config: settings of every training; method ``full``, no budget.
@@ -61,14 +61,14 @@ class StudyDefinition:
 
     @cached_property
     def steps(self) -> int:
-        """Of a full training."""
+        """Steps of a full training run."""
         c = self.full_config
-        row_lookup = self.data.batches("train", c.batch_size, shuffle=False)
-        return min(c.steps or 1 << 62, len(row_lookup) * c.epochs)
+        batches = self.data.batches("train", c.batch_size, shuffle=False)
+        return min(c.steps or 1 << 62, len(batches) * c.epochs)
 
     @cached_property
     def config(self) -> TrainConfig:
-        """Settings of a trial."""
+        """Training settings of a trial, without its plan."""
         s, c = self.settings, self.full_config
         if s.proxy == 1 and not s.prune:
             return c
@@ -78,7 +78,7 @@ class StudyDefinition:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Of all parameters, in one order."""
+        """Distributions of all parameters, in a fixed order."""
         found: dict[str, BaseDistribution] = {"budget": CategoricalDistribution(list(self.space.budgets))}
         for group in self.space.fields:
             found[f"{group}.method"] = CategoricalDistribution(list(self.space.methods))
@@ -88,7 +88,7 @@ class StudyDefinition:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two runs must agree on to share a study."""
+        """Everything that runs must have in common to share a study."""
         settings = {k: v for k, v in self.settings.to_dict().items() if k in ("objectives", "proxy", "validations")}
         return {
             "space": self.space.to_dict(),
@@ -113,11 +113,11 @@ class StudyDefinition:
                 continue
             yield self.space.point_of(found, text)
 
-    def settled(self, params: Mapping[str, Any], *, full: bool = True) -> TrainConfig:
-        """Training settings of a point: those of a full training, or of a trial.
+    def training_config(self, params: Mapping[str, Any], *, full: bool = True) -> TrainConfig:
+        """Training settings of a point, for a full training or for a trial.
 
         Raises:
-            BudgetError: the point does not keep to its budget.
+            BudgetError: the point's plan exceeds its budget.
         """
         budget = self.budgets[params["budget"]]
         config = planned(self.full_config if full else self.config, self.space.plan(params), budget)

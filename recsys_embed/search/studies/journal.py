@@ -1,4 +1,4 @@
-"""A study in a file of lines: what a kill or a full disk left of one is mended, what is none is named."""
+"""Optuna's journal file with repair: truncated last lines are removed, other damage is reported with its line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from recsys_embed.data.folder import StorageError
 _TAIL = 1 << 16
 
 
-class WholeLines(JournalFileSymlinkLock):
-    """Whoever gets it finds a journal of whole lines: what a full disk or a kill left of one is cut off.
+class RepairingLock(JournalFileSymlinkLock):
+    """A lock that, once acquired, removes a truncated last line that a kill or a full disk left in the journal.
 
-    Optuna would append to it, and the line made of two would be the end of the study.
+    Optuna would append to the truncated line, and the joined line would make the study unreadable.
     """
 
     def __init__(self, path: str) -> None:
@@ -41,10 +41,10 @@ class WholeLines(JournalFileSymlinkLock):
         return held
 
 
-class Journal(JournalFileBackend):
-    """A journal that says which of its lines is none."""
+class CheckedJournal(JournalFileBackend):
+    """A journal that reports the number of a damaged line."""
 
-    def __init__(self, path: str, lock: WholeLines) -> None:
+    def __init__(self, path: str, lock: RepairingLock) -> None:
         super().__init__(path, lock)
         self._path = path
 
@@ -54,10 +54,10 @@ class Journal(JournalFileBackend):
             for record in super().read_logs(log_number_from):
                 number += 1
                 if not isinstance(record, dict) or "op_code" not in record:
-                    raise ValueError(f"no record of a study: {record!s:.40}")
+                    raise ValueError(f"not a record of a study: {record!s:.40}")
                 yield record
         except ValueError as e:
             raise StorageError(
-                f"the study's storage {self._path} is damaged or no journal of a study: near line {number} ({e}); put "
-                "back a copy, remove the lines that are no JSON of a record, or name another storage"
+                f"the study's storage {self._path} is damaged or not a journal of a study: near line {number} ({e}); "
+                "put back a copy, remove the lines that are not a JSON record, or name another storage"
             ) from e

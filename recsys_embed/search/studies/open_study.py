@@ -1,4 +1,4 @@
-"""A study in its storage: made or found there, with what is queued."""
+"""Create a study in its storage, or open the one that it holds, and fill its queue."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from recsys_embed.search.folder import differences
 from recsys_embed.search.studies.definition import StudyDefinition
 from recsys_embed.search.studies.queue import fill
 from recsys_embed.search.studies.settings import OBJECTIVES, StudySettings
-from recsys_embed.search.studies.storage import faults_of, open_storage
-from recsys_embed.search.studies.trial import Trainings
-from recsys_embed.search.studies.urls import shown
+from recsys_embed.search.studies.storage import open_storage, storage_errors
+from recsys_embed.search.studies.trial import TrainingFolders
+from recsys_embed.search.studies.urls import without_password
 from recsys_embed.train.config import TrainConfig
 
 NAME = "methods"
-TRAININGS = "trainings"
+TRAINING_FOLDERS = "trainings"
 _IDENTITY, _READY, KEY = "identity", "ready", "training"
 _MAKING = 300
-"""Tenths of a second after which whoever began to make a study is taken for lost."""
+"""Tenths of a second to wait for another process that is creating the study."""
 
 
 class OpenStudy(StudyDefinition):
@@ -44,31 +44,31 @@ class OpenStudy(StudyDefinition):
         storage: str,
         *,
         device: torch.device | str | None = None,
-        there: bool = False,
+        must_exist: bool = False,
         folder: Path | None = None,
     ) -> None:
         super().__init__(config, data, settings)
-        self.where, self.device, self.folder = shown(storage), device, folder
-        self.trainings = Trainings(None if folder is None else folder / TRAININGS)
-        self._row_lookup(self._sampler())
-        self.storage = open_storage(storage, there=there)
+        self.where, self.device, self.folder = without_password(storage), device, folder
+        self.training_folders = TrainingFolders(None if folder is None else folder / TRAINING_FOLDERS)
+        self._check_sampler(self._sampler())
+        self.storage = open_storage(storage, must_exist=must_exist)
         with self.guarded():
-            self.study = self._open(there)
+            self.study = self._open(must_exist)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Say what is wrong when the storage is."""
-        with faults_of(self.where):
+        """Convert errors of the storage into StorageError."""
+        with storage_errors(self.where):
             yield
 
     # -- the study ------------------------------------------------------------------------------------------------
 
-    def _open(self, there: bool) -> optuna.Study:
+    def _open(self, must_exist: bool) -> optuna.Study:
         s = self.settings
         sampler = self._sampler()
-        # What can fail comes before there is a study, so that none is left half made.
+        # Everything that can fail comes before the study is created, so that no half-made study remains.
         known = NAME in optuna.get_all_study_names(self.storage)
-        if there and not known:
+        if must_exist and not known:
             raise StorageError(f"{self.where} no longer holds the study that was begun in it; put it back")
         points = list(self._planner_points()) if s.warm and not known else []
         try:
@@ -77,7 +77,7 @@ class OpenStudy(StudyDefinition):
             )
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(study_name=NAME, storage=self.storage, sampler=sampler)
-            for _ in range(_MAKING):  # another process is making it, or was killed over it
+            for _ in range(_MAKING):  # another process is creating it, or was killed while it did
                 if _READY in study.user_attrs:
                     break
                 time.sleep(0.1)
@@ -97,8 +97,8 @@ class OpenStudy(StudyDefinition):
             self._make(study, points)
         return study
 
-    def _row_lookup(self, sampler: optuna.samplers.BaseSampler) -> None:
-        """Let a sampler draw for nothing: some take one objective, or no continuous parameters, and say so late."""
+    def _check_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
+        """Draw two trials from a throw-away study: some samplers reject several objectives or floats only then."""
         objectives = self.settings.objectives
         study = optuna.create_study(sampler=sampler, directions=[OBJECTIVES[o] for o in objectives])
         try:
@@ -113,7 +113,7 @@ class OpenStudy(StudyDefinition):
             ) from e
 
     def _make(self, study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
-        """What a new study gets, or one whose maker was killed lacks."""
+        """Initialise a new study, or complete one whose creator was killed."""
         s = self.settings
         if _IDENTITY not in study.user_attrs:
             study.set_user_attr(_IDENTITY, self.identity)
@@ -130,15 +130,17 @@ class OpenStudy(StudyDefinition):
         fill(study, self.storage, self.settings.trials)
 
     def warm_from(self, storage: str) -> tuple[int, int]:
-        """Queue the best trials of an earlier study, ahead of what is still to be drawn.
+        """Queue the best trials of an earlier study, ahead of the trials that the sampler draws.
 
         Returns:
-            how many were queued, and how many are no points of this space.
+            how many were queued, and how many are outside this study's space.
         """
-        with faults_of(storage):
-            found = open_storage(storage, there=True)
+        with storage_errors(storage):
+            found = open_storage(storage, must_exist=True)
             if NAME not in optuna.get_all_study_names(found):
-                raise StorageError(f"{shown(storage)} holds no study of methods to start from; name the storage of one")
+                raise StorageError(
+                    f"{without_password(storage)} holds no study of methods to start from; name the storage of one"
+                )
             earlier = optuna.load_study(study_name=NAME, storage=found).best_trials
         fitting = [t.params for t in earlier if self.space.holds(t.params)]
         with self.guarded():

@@ -1,4 +1,9 @@
-"""The queue of a study: trials that are waiting, who took one, and whether whoever did still lives."""
+"""The queue of a study: pending trials, their workers, and the liveness of these.
+
+Optuna's own heartbeat and retry need a relational storage, create a new trial number for each retry and count retries
+as further trials. Here journals work too, and a lost trial is requeued under its own number with its parameters, so a
+study that is resumed equals one that was never interrupted.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,16 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 LEASE = 600.0
-"""Seconds after which a trial of another machine that has not reported is taken for lost."""
+"""Seconds without a heartbeat after which a trial on another machine counts as lost."""
 
 
 def owner() -> str:
-    """This process, for others to see whether it lives: machine, number, and when it began."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_began(os.getpid())}"
+    """Identity of this process, by which others check that it is alive: host, process id and start time."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_start_ticks(os.getpid())}"
 
 
-def _began(pid: int) -> str:
-    """Ticks at which a process began, since numbers are given again, and a container's first always is; or nothing."""
+def _start_ticks(pid: int) -> str:
+    """Start time of a process in clock ticks, since process ids are reused; empty where it is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -29,9 +34,9 @@ def _began(pid: int) -> str:
 
 
 def fill(study: optuna.Study, storage: Any, trials: int) -> None:
-    """Queue as many trials as a study is to have; those that failed are not counted.
+    """Queue trials until the study has ``trials`` of them, not counting failed ones.
 
-    Several workers may do so at once: each takes back those of its own that come after as many others.
+    Several workers may call this at once: each withdraws its own surplus trials.
     """
 
     def counted() -> list[FrozenTrial]:
@@ -41,41 +46,41 @@ def fill(study: optuna.Study, storage: Any, trials: int) -> None:
     empty = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": {}})
     mine = {storage.create_new_trial(study._study_id, empty) for _ in range(trials - len(counted()))}
     for trial in counted()[trials:]:
-        if trial._trial_id in mine and retake(storage, trial._trial_id):
+        if trial._trial_id in mine and try_take(storage, trial._trial_id):
             storage.set_trial_user_attr(trial._trial_id, "reason", "one too many: workers began at once")
             storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def requeue_lost(study: optuna.Study, storage: Any) -> int:
-    """Queue again the trials whose workers are gone, and return how many.
+    """Requeue the trials of dead workers, and return their number.
 
-    Of several workers one at a time is to do so: a trial that one has put back another may have taken already.
+    Only one worker at a time may call this: another worker may already run a trial that was requeued before.
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return sum(put_back(storage, trial._trial_id) for trial in running if not _alive(trial))
+    return sum(requeue(storage, trial._trial_id) for trial in running if not _worker_is_alive(trial))
 
 
-def put_back(storage: Any, trial_id: int) -> bool:
-    """Queue a trial again under its number and with its point, ahead of what comes after it; False: it is over.
+def requeue(storage: Any, trial_id: int) -> bool:
+    """Requeue a trial under its own number and with its parameters; False if it is finished.
 
-    So a study that goes on draws, trains and compares what it would have if nothing had happened.
+    A resumed study therefore samples, trains and compares exactly as one that was never interrupted.
     """
     try:
-        _sign(storage, trial_id)
+        _record_worker(storage, trial_id)
         storage.set_trial_state_values(trial_id, TrialState.WAITING)
     except (RuntimeError, ValueError):
         return False
     return True
 
 
-def _sign(storage: Any, trial_id: int) -> None:
-    """Say who has a trial, and that it lives."""
+def _record_worker(storage: Any, trial_id: int) -> None:
+    """Record the worker of a trial and the time of its heartbeat."""
     storage.set_trial_user_attr(trial_id, "owner", owner())
-    # Before Optuna 5 the time at which a trial began is in its worker's time zone, which others do not know.
+    # Before Optuna 5 a trial's start time is in the worker's time zone, which other workers do not know.
     storage.set_trial_user_attr(trial_id, "seen", time.time())
 
 
-def _alive(trial: FrozenTrial) -> bool:
+def _worker_is_alive(trial: FrozenTrial) -> bool:
     name, _, rest = str(trial.user_attrs.get("owner", "")).partition(":")
     pid, _, began = rest.partition(":")
     if name == socket.gethostname() and pid.isdigit():
@@ -85,25 +90,25 @@ def _alive(trial: FrozenTrial) -> bool:
             return False
         except PermissionError:
             pass
-        return not began or _began(int(pid)) in ("", began)
+        return not began or _start_ticks(int(pid)) in ("", began)
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     return time.time() - float(trial.user_attrs.get("seen", started)) < LEASE
 
 
 def take(study: optuna.Study, storage: Any) -> optuna.Trial | None:
-    """The next queued trial, for this worker alone; None where none is left.
+    """Take the next queued trial for this worker; None if the queue is empty.
 
-    All trials of a study are queued when it is made, so that workers share out what is there and never make one more.
+    All trials of a study are queued when it is created, so several workers never run more trials than asked for.
     """
     for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)), key=lambda t: t.number):
-        if retake(storage, trial._trial_id):
-            _sign(storage, trial._trial_id)
+        if try_take(storage, trial._trial_id):
+            _record_worker(storage, trial._trial_id)
             return optuna.Trial(study, trial._trial_id)
     return None
 
 
-def retake(storage: Any, trial_id: int) -> bool:
-    """Take a trial if it is queued; False: a worker has it, or it is over."""
+def try_take(storage: Any, trial_id: int) -> bool:
+    """Take a trial if it is queued; False if another worker runs it or it is finished."""
     try:
         return bool(storage.set_trial_state_values(trial_id, TrialState.RUNNING))
     except (RuntimeError, ValueError):  # over

@@ -1,4 +1,4 @@
-"""What a study has found: its trials as rows, what mattered, and whether short trainings rank like full ones."""
+"""Results of a study: trials as rows, parameter importances, and rank correlation of short and full training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows_of(study: MethodStudy) -> list[dict[str, Any]]:
 
 
 def importance(study: MethodStudy) -> dict[str, float]:
-    """How much each parameter decides about the validation AUC, by PED-ANOVA; empty while too few trials are complete.
+    """Importance of each parameter for validation AUC, by PED-ANOVA; empty while too few trials are complete.
 
     The values of all parameters add up to 1.
     """
@@ -101,11 +101,11 @@ def check_proxy(
     for row in chosen:
         key = str(row["trial"])
         if key not in known:
-            config = study.settled(row["params"])
+            config = study.training_config(row["params"])
             known[key] = auc_of(study.train(config)[1])
             with study.guarded():
                 study.study.set_user_attr(_FULL, known)
-            study.trainings.forget(key_of(config))
+            study.training_folders.forget(key_of(config))
         if say is not None:
             say(row["trial"], row["auc"], known[key])
     short, full = [r["auc"] for r in chosen], [known[str(r["trial"])] for r in chosen]

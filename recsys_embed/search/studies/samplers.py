@@ -13,12 +13,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from recsys_embed.errors import ConfigError, unknown_name
-from recsys_embed.search.evolution import Candidate, Evolution, Space, next_generation
+from recsys_embed.search.evolution import Candidate, Evolution, WidthSpace, next_generation
 
 FLOAT_LEVELS = 16
 """Values that the evolution gives a continuous parameter."""
 _GENERATION = "evolution:"
-Space_ = Mapping[str, BaseDistribution]
+Distributions = Mapping[str, BaseDistribution]
 
 
 def sampler_names() -> dict[str, str]:
@@ -32,9 +32,9 @@ def sampler_names() -> dict[str, str]:
 
 
 def make_sampler(
-    name: str, space: Space_, seed: int, trials: int, args: Mapping[str, Any] | None = None
+    name: str, space: Distributions, seed: int, trials: int, args: Mapping[str, Any] | None = None
 ) -> optuna.samplers.BaseSampler:
-    """A sampler whose draws for a trial depend on the seed, the trial's number and the trials before, and nothing else.
+    """A sampler whose draws depend only on the seed, the trial's number and earlier trials.
 
     Args:
         name: ``evolution`` or one of Optuna's, e.g. ``tpe``, ``nsgaii``, ``random``; ``NSGA-II`` means the same.
@@ -70,7 +70,7 @@ def make_sampler(
         return made
 
     build(seed)
-    # A quasi-random sequence is one sequence: its place in it is the number of trials, and its seed must stay.
+    # A quasi-random sequence needs one seed; Optuna derives the position in it from the number of trials.
     return build(seed) if key == "qmc" else SeededPerTrial(build, seed)
 
 
@@ -79,9 +79,9 @@ def _population(trials: int) -> int:
 
 
 class SeededPerTrial(optuna.samplers.BaseSampler):
-    """Another sampler, made anew for each trial with a seed of its own.
+    """Wraps a sampler, which is rebuilt for each trial with a seed of its own.
 
-    So a study that was stopped draws what it would have drawn, and several workers never draw alike.
+    A resumed study therefore draws what an uninterrupted one would, and workers never draw the same points.
 
     Args:
         build: a sampler from a seed.
@@ -133,12 +133,12 @@ class EvolutionSampler(optuna.samplers.BaseSampler):
     {'w': 5}
     """
 
-    def __init__(self, space: Space_, options: Evolution | None = None, *, seed: int = 0) -> None:
+    def __init__(self, space: Distributions, options: Evolution | None = None, *, seed: int = 0) -> None:
         self._dists = dict(space)
         self._options = options or Evolution()
         self._seed = seed
         self._levels = {name: _levels(name, d) for name, d in self._dists.items()}
-        self._space = Space(len(self._dists), max(map(len, self._levels.values())))
+        self._space = WidthSpace(len(self._dists), max(map(len, self._levels.values())))
         self._random = optuna.samplers.RandomSampler(seed=seed)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

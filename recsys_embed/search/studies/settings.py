@@ -20,7 +20,7 @@ class StudySettings(Settings):
     """Settings of a study.
 
     Args:
-        trials: of the whole study, whoever trains them.
+        trials: of the study, over all workers.
         budgets: texts, ``"5%"`` of the plain tables or ``"4MiB"``.
         methods: keys to choose from; empty: all that a budget sizes.
         groups: of fields, at most, by number of ids.

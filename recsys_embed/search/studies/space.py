@@ -1,7 +1,7 @@
-"""What a study may choose: a budget, and for each group of fields a method, a width and a share of the bytes.
+"""The search space of a study: a budget, and for each group of fields a method, a width and a share of the bytes.
 
-Fields are grouped by how many ids they have, since that is what methods differ in. Whatever is chosen, each method
-sizes itself into the bytes it gets (:meth:`MethodConfig.plan`), so nearly every point of the space keeps to its budget.
+Fields are grouped by their number of ids, on which the choice of method depends most. Each method sizes itself into
+its bytes (:meth:`MethodConfig.plan`), so nearly every point of the space is within its budget.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method, list_methods
 
 LEAST_SHARE = 0.1
-"""A group gets at least this part of what another gets for equally large plain tables."""
+"""Smallest value of a group's share parameter, relative to a group with share 1."""
 
 
 def takes_width(method: str) -> bool:
-    """Whether a method's rows may be narrower than its vectors, apart from how many there are.
+    """Whether a method has an option for the width of its rows.
 
     >>> takes_width("optembed"), takes_width("hash"), takes_width("lowdim")
     (True, False, False)
@@ -126,7 +126,7 @@ class StudySpace:
         return ("budget", *(f"{g}.{part}" for g in self.fields for part in ("method", "width", "share")))
 
     def to_dict(self) -> dict[str, Any]:
-        """What makes two spaces one, JSON-ready."""
+        """The space as JSON; equal spaces have equal dictionaries."""
         return {
             "budgets": dict(self.budgets),
             "methods": list(self.methods),

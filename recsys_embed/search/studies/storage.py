@@ -1,4 +1,4 @@
-"""Where a study's trials are kept, and what its faults mean."""
+"""Storages of studies, and translation of their errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sqlalchemy.exc import DBAPIError
 
 from recsys_embed.data.folder import StorageError
 from recsys_embed.errors import MissingDependencyError
-from recsys_embed.search.studies.journal import Journal, WholeLines
-from recsys_embed.search.studies.urls import PASSWORD, file_of, shown, told
+from recsys_embed.search.studies.journal import CheckedJournal, RepairingLock
+from recsys_embed.search.studies.urls import PASSWORD, file_of, has_password, without_password
 
 _JOURNAL = (".journal", ".log")
 _TRIES = 50
@@ -25,23 +25,23 @@ _DRIVERS = {
     "mysql": {"pymysql": "pymysql", "MySQLdb": "mysqlclient"},
 }
 _DRIVERS["mariadb"] = _DRIVERS["mysql"]
-"""Modules of drivers, and what installs them."""
+"""Driver modules and the packages that install them."""
 
 
-def open_storage(where: str, *, there: bool = False) -> Any:
+def open_storage(where: str, *, must_exist: bool = False) -> Any:
     """Storage of a URL (``sqlite:///``, ``postgresql://``, ``mysql://``), or of a file: a journal if its name ends so.
 
     Args:
         where: the storage; a server's password may stand in the environment variable :data:`PASSWORD` instead.
-        there: it is one that was made before: a file that is gone is an error, and none takes its place.
+        must_exist: it is one that was made before: a file that is gone is an error, and none takes its place.
 
     Raises:
         StorageError: it cannot be reached, is locked, has vanished or is no storage.
         MissingDependencyError: a database needs a driver that is not installed.
     """
     file = file_of(where)
-    with faults_of(where):
-        if there and _gone(where):
+    with storage_errors(where):
+        if must_exist and _is_missing(where):
             raise StorageError(
                 f"the study's storage {file} does not exist: it was moved or removed; put it back, or name another"
             )
@@ -49,7 +49,7 @@ def open_storage(where: str, *, there: bool = False) -> Any:
             return _server(where)
         file.parent.mkdir(parents=True, exist_ok=True)
         if "://" not in where and file.suffix in _JOURNAL:
-            return optuna.storages.JournalStorage(Journal(str(file), WholeLines(str(file))))
+            return optuna.storages.JournalStorage(CheckedJournal(str(file), RepairingLock(str(file))))
         # Rendered, since a "?" or "%" of a folder's name means something in a URL.
         url = where if "://" in where else URL.create("sqlite", database=str(file)).render_as_string()
         storage = _database(url, {} if "timeout=" in url else {"connect_args": {"timeout": 60}})
@@ -67,17 +67,17 @@ def _server(where: str) -> Any:
     drivers = _DRIVERS.get(backend, {})
     if backend in ("mysql", "mariadb") and not url.database:
         raise StorageError(
-            f"the study's storage {shown(where)} names no database; a URL with one is {backend}://USER@HOST/DATABASE"
+            f"the study's storage {without_password(where)} names no database; a URL with one is {backend}://USER@HOST/DATABASE"
         )
     if not driver:
-        # Which one a URL without a driver means differs from version to version of SQLAlchemy: the one there is.
+        # SQLAlchemy's default driver depends on its version; take one that is installed.
         for module in drivers:
             with suppress(ImportError):
                 import_module(module)
                 url = url.set(drivername=f"{backend}+{module.lower()}")
                 break
     options: dict[str, Any] = {"pool_pre_ping": True}
-    if password and drivers and not told(url):
+    if password and drivers and not has_password(url):
         options["connect_args"] = {"password": password}
     try:
         return _database(url.render_as_string(hide_password=False), options)
@@ -93,8 +93,8 @@ def _server(where: str) -> Any:
         raise
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as e:
         raise StorageError(  # each driver has its own way to refuse an option
-            f"the study's storage {shown(where)} cannot be opened ({type(e).__name__}: {e}); see its URL: what stands "
-            "behind ? are options of the driver"
+            f"the study's storage {without_password(where)} cannot be opened ({type(e).__name__}: {e}); check its "
+            "URL: what follows the ? are options of the driver"
         ) from e
 
 
@@ -105,7 +105,7 @@ def _database(url: str, engine: dict[str, Any]) -> Any:
             # Optuna fills in what stands in braces.
             return optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=engine)
         except RuntimeError as e:  # tables of another version of Optuna; a library that a driver lacks
-            raise StorageError(f"the study's storage {shown(url)} cannot be used: {e}") from e
+            raise StorageError(f"the study's storage {without_password(url)} cannot be used: {e}") from e
         except (DBAPIError, optuna.exceptions.StorageInternalError) as e:
             # Workers that start at once make the same tables.
             tries += 1
@@ -115,13 +115,13 @@ def _database(url: str, engine: dict[str, Any]) -> Any:
             time.sleep(0.1)
 
 
-def _gone(where: str) -> bool:
+def _is_missing(where: str) -> bool:
     file = file_of(where)
     return file is not None and not file.exists()
 
 
 @contextmanager
-def faults_of(where: str) -> Iterator[None]:
+def storage_errors(where: str) -> Iterator[None]:
     """Say in one sentence what is wrong with a storage."""
     try:
         yield
@@ -145,10 +145,10 @@ def faults_of(where: str) -> Iterator[None]:
                 f"see its user and database, and give the password in the URL or as {PASSWORD}: no file of a study "
                 "keeps it; then run the same command again"
             )
-        elif file_of(where) is not None and ("no such table" in text or "No such file" in text or _gone(where)):
+        elif file_of(where) is not None and ("no such table" in text or "No such file" in text or _is_missing(where)):
             hint = "it has vanished or was replaced while in use; put it back, then run the same command again"
         elif "is full" in text or "No space" in text:
-            hint = "free some space, then run the same command again: it goes on where it stopped"
+            hint = "free some space, then run the same command again: it resumes where it stopped"
         else:
             hint = "see that it can be reached and written, then run the same command again"
-        raise StorageError(f"the study's storage {shown(where)} failed ({text}); {hint}") from e
+        raise StorageError(f"the study's storage {without_password(where)} failed ({text}); {hint}") from e

@@ -1,4 +1,4 @@
-"""Studies: Optuna searches over method, size and width, each trial a training that is judged without the test rows."""
+"""Studies: Optuna searches over method, size and width. A trial is a training run without the test split."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from recsys_embed.data.folder import lock
 from recsys_embed.errors import BudgetError, CheckpointError, ConfigError
 from recsys_embed.models import CTRModel
 from recsys_embed.search.studies.open_study import KEY, OpenStudy
-from recsys_embed.search.studies.queue import put_back, requeue_lost, retake, take
-from recsys_embed.search.studies.trial import Hopeless, Watched, key_of
+from recsys_embed.search.studies.queue import requeue, requeue_lost, take, try_take
+from recsys_embed.search.studies.trial import ReportingTrainer, key_of
 from recsys_embed.train.build import model_from_config, standardise
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.inputs import fingerprint
@@ -27,7 +27,7 @@ from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.stop_request import Interrupted
 
 LEAST_PEERS = 4
-"""Trials of at most as many bytes that must have come as far before one is stopped by comparison with them."""
+"""Fewest trials of at most as many bytes that pruning compares a trial with."""
 _BEAT = 60.0
 
 
@@ -40,12 +40,12 @@ class MethodStudy(OpenStudy):
         settings: of the study.
         storage: URL or file, see :func:`recsys_embed.search.studies.storage.open_storage`.
         device: e.g. ``"cuda"``; None: CPU.
-        there: the study was made before; a storage that is gone is then an error.
-        folder: of this study alone, for checkpoints of trials that are not over, so that one whose process was killed
-            goes on as any training does; None: it begins anew. All processes of a machine are to name the same.
+        must_exist: the study must exist already; a missing storage is then an error.
+        folder: of this study alone, for checkpoints of running trials: a trial whose process was killed resumes from
+            them; None: it restarts. All processes of a machine must name the same folder.
 
     Raises:
-        ConfigError: settings or data that come to nothing.
+        ConfigError: settings or data that cannot produce a result.
         BudgetError: a budget below the smallest plan.
         CheckpointError: the storage holds a study of another space or other data.
         StorageError: the storage cannot be used.
@@ -83,38 +83,38 @@ class MethodStudy(OpenStudy):
         except BudgetError as e:
             state = TrialState.PRUNED
             trial.set_user_attr("reason", f"not trained: {e}")
-        except Hopeless as e:
+        except optuna.TrialPruned as e:
             state = TrialState.PRUNED
             trial.set_user_attr("reason", str(e))
         except DivergedError as e:
             state = TrialState.PRUNED
             trial.set_user_attr("reason", f"diverged: {e}")
         except (Interrupted, KeyboardInterrupt, CheckpointError):
-            put_back(self.storage, trial._trial_id)
+            requeue(self.storage, trial._trial_id)
             raise
         except optuna.exceptions.UpdateFinishedTrialError:
-            return  # silent for so long that others took it for lost: it is theirs now
+            return  # no heartbeat for too long: another worker requeued the trial
         except (optuna.exceptions.OptunaError, OSError):
-            raise  # of the storage: nobody shows life for the trial, so it is queued again
+            raise  # the storage failed: without a heartbeat the trial is requeued
         except Exception as e:
-            # What fails again each time is not queued again.
+            # A trial that would fail again is not requeued.
             trial.set_user_attr("reason", f"{type(e).__name__}: {e}")
             self._tell(trial, None, TrialState.FAIL)
             raise
         self._tell(trial, values, state)
 
     def _tell(self, trial: optuna.Trial, values: list[float] | None, state: TrialState) -> None:
-        # One that others took for lost, as this process slept, may be queued again: it is over all the same.
-        retake(self.storage, trial._trial_id)
+        # Another worker may have requeued the trial while this process slept; it is finished nevertheless.
+        try_take(self.storage, trial._trial_id)
         self.study.tell(trial, values, state=state, skip_if_finished=True)
-        # Not before it is told: a process killed in between has no training to do again.
-        self.trainings.forget(trial.user_attrs.get(KEY))
+        # After the result is stored, so that a kill in between loses no training.
+        self.training_folders.forget(trial.user_attrs.get(KEY))
 
     def sweep(self) -> None:
-        """Remove checkpoints that no trial goes on from: of processes that were killed when all but done."""
+        """Remove checkpoints of finished trials, which processes left that were killed just before their end."""
         with self.guarded():
             going = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        self.trainings.sweep({str(t.user_attrs.get(KEY)) for t in going})
+        self.training_folders.sweep({str(t.user_attrs.get(KEY)) for t in going})
 
     @contextmanager
     def _beating(self, trial: optuna.Trial) -> Iterator[None]:
@@ -138,7 +138,7 @@ class MethodStudy(OpenStudy):
     # -- a trial --------------------------------------------------------------------------------------------------
 
     def _objectives(self, trial: optuna.Trial, params: Mapping[str, Any]) -> list[float]:
-        config = self.settled(params, full=False)
+        config = self.training_config(params, full=False)
         size = self.bytes(config)
         trial.set_user_attr("bytes", size)
         # Other parameters may mean the same plan, as a width does to methods that take none, and samplers come back.
@@ -148,29 +148,29 @@ class MethodStudy(OpenStudy):
                 trial.set_user_attr("reason", f"not trained again: the plan is that of trial {twin.number}")
                 return list(twin.values)
         trial.set_user_attr(KEY, key)
-        model, result = self.train(config, lambda step, auc: self._judge(trial, step, auc, size))
+        model, result = self.train(config, lambda step, auc: self._report_or_prune(trial, step, auc, size))
         found = {"auc": auc_of(result), "bytes": float(size)}
         if "latency" in self.settings.objectives:
             found["latency"] = self._latency(model)
         return [found[o] for o in self.settings.objectives]
 
     def train(
-        self, config: TrainConfig, watch: Callable[[int, float], None] = lambda step, auc: None
+        self, config: TrainConfig, on_validation: Callable[[int, float], None] = lambda step, auc: None
     ) -> tuple[CTRModel, TrainResult]:
-        """Train and validate, never test; a training that was killed goes on."""
+        """Train and validate, never test; a killed training resumes from its checkpoint."""
         model = model_from_config(config, self.schema, self.data.num_dense, self.device)
         standardise(model, config, self.data)
-        with self.trainings.place(key_of(config)) as folder:
-            trainer = Watched(
+        with self.training_folders.place(key_of(config)) as folder:
+            trainer = ReportingTrainer(
                 model, self.data, config, folder=folder, resume=folder is not None and (folder / CHECKPOINT).exists(),
                 device=self.device, show_progress=False, identity={"data": fingerprint(self.schema, self.data)},
             )  # fmt: skip
-            trainer.watch = watch
+            trainer.on_validation = on_validation
             return model, trainer.run()
 
-    def _judge(self, trial: optuna.Trial, step: int, auc: float, size: int) -> None:
+    def _report_or_prune(self, trial: optuna.Trial, step: int, auc: float, size: int) -> None:
         curve = dict(trial.user_attrs.get("curve", {}))
-        if str(step) not in curve:  # as it is where a killed worker said so
+        if str(step) not in curve:  # a killed worker may have reported it
             if len(self.settings.objectives) == 1:  # Optuna keeps intermediate values of single objectives only
                 trial.report(auc, step)
             trial.set_user_attr("curve", curve | {str(step): auc})
@@ -182,7 +182,7 @@ class MethodStudy(OpenStudy):
             if str(step) in t.user_attrs.get("curve", {}) and t.user_attrs["bytes"] <= size
         ]
         if len(peers) >= LEAST_PEERS and auc < statistics.median(peers):
-            raise Hopeless(
+            raise optuna.TrialPruned(
                 f"stopped at step {step}: AUC {auc:.4f} is below {statistics.median(peers):.4f}, the median of "
                 f"{len(peers)} trials of at most as many bytes"
             )

@@ -1,4 +1,4 @@
-"""What a trial of a study trains on, who watches it, and where it goes on if its process is killed."""
+"""A trial's data without the test split, its trainer that reports to the study, and its checkpoint folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from recsys_embed.train.loop import Trainer
 
 def without_test(data: DataSource) -> DataSource:
     """The data set without its test split."""
-    return cast("DataSource", Untested(data))
+    return cast("DataSource", WithoutTestSplit(data))
 
 
-class Untested:
-    """A data set that names no test split, so that no trainer of a study ends with a test."""
+class WithoutTestSplit:
+    """A data set without its test split, so that no trainer of a study evaluates on it."""
 
     def __init__(self, data: DataSource) -> None:
         self._data = data
@@ -42,33 +42,29 @@ class Untested:
         return self._data.batches(split, *args, **options)
 
 
-class Hopeless(Exception):
-    """Others do better with as few bytes."""
+class ReportingTrainer(Trainer):
+    """A trainer that calls ``on_validation(step, auc)`` after each validation but the last; it may raise to stop.
 
-
-class Watched(Trainer):
-    """A trainer that tells each validation but the last to ``watch(step, auc)``, which may end it.
-
-    One that goes on from a checkpoint tells those before it too, as whoever watches now may not have heard of them.
+    A resumed trainer also reports the validations before its checkpoint, which a killed worker may not have reported.
     """
 
-    watch: Callable[[int, float], None]
+    on_validation: Callable[[int, float], None]
 
     def _train(self, stop: Any) -> None:
         over = self._finished() and not self.state.pending_validation
         for known in self.state.history[: -1 if over else None]:
-            self.watch(int(known["step"]), float(known["auc"]))
+            self.on_validation(int(known["step"]), float(known["auc"]))
         super()._train(stop)
 
     def _validate(self, stop: Any) -> None:
         before = len(self.state.history)
         super()._validate(stop)
         if len(self.state.history) > before and not self._finished():
-            self.watch(self.state.step, float(self.state.history[-1]["auc"]))
+            self.on_validation(self.state.step, float(self.state.history[-1]["auc"]))
 
 
 def key_of(config: TrainConfig) -> str:
-    """Short name of a training: its settings decide all it comes to.
+    """Short key of a training run: a hash of its settings, which determine its result.
 
     >>> key_of(TrainConfig()) == key_of(TrainConfig(seed=0)) != key_of(TrainConfig(seed=1))
     True
@@ -76,15 +72,15 @@ def key_of(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Trainings:
-    """Folders with the checkpoints of trainings that are not over, each named for what it trains.
+class TrainingFolders:
+    """Folders with the checkpoints of unfinished training runs, named by :func:`key_of`.
 
     Args:
-        folder: where they are; None: nothing is kept.
+        folder: parent of these folders; None: keep no checkpoints.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     kept = Trainings(Path(folder))
+    ...     kept = TrainingFolders(Path(folder))
     ...     with kept.place("a") as mine, kept.place("a") as theirs:
     ...         print(mine.name, theirs)
     ...     kept.forget("a")
@@ -98,9 +94,9 @@ class Trainings:
 
     @contextmanager
     def place(self, key: str) -> Iterator[Path | None]:
-        """The folder of a training, for this process alone.
+        """The folder of a training run, locked for this process.
 
-        None where another process is at the same training: this one then keeps nothing, and begins at the beginning.
+        None if another process holds it: this process then trains from the start and keeps no checkpoints.
         """
         folder = None if self._folder is None else self._folder / key
         with ExitStack() as stack:
@@ -112,18 +108,18 @@ class Trainings:
             yield folder
 
     def forget(self, key: str | None) -> None:
-        """Remove the folder of a training that is over, unless another process is at work in it."""
+        """Remove the folder of a finished training run, unless another process holds it."""
         if self._folder is None or key is None or not (self._folder / key).exists():
             return
         with suppress(FolderHeldError), lock(self._folder / key):
-            # The lock goes last, so that whoever takes a new one finds nothing but what is its own.
+            # The lock file is removed last: the next process to lock the folder then finds it empty.
             for path in sorted((self._folder / key).iterdir(), key=lambda path: path.name == LOCK_FILE):
                 path.unlink()
             with suppress(OSError):  # another process has begun in it
                 (self._folder / key).rmdir()
 
     def sweep(self, going: Collection[str]) -> None:
-        """Remove the folders of all trainings but those that are ``going`` on."""
+        """Remove all folders but those of the training runs in ``going``."""
         if self._folder is None or not self._folder.exists():
             return
         for folder in self._folder.iterdir():

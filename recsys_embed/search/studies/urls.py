@@ -1,4 +1,4 @@
-"""URLs of studies' storages: which of them are files, and how they are shown without a password."""
+"""URLs of studies' storages: which of them are files, and their form without the password."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def file_of(where: str) -> Path | None:
     except (ArgumentError, ValueError) as e:
         raise StorageError(
             "a study's storage is a file, or a URL of sqlite:///, postgresql:// or mysql:// such as "
-            f"postgresql://USER@HOST:5432/DATABASE; got {shown(where)!r}. A password is written with %40 for @ and %2F "
-            f"for /, or given as {PASSWORD}"
+            f"postgresql://USER@HOST:5432/DATABASE; got {without_password(where)!r}. A password is written with %40 "
+            f"for @ and %2F for /, or given as {PASSWORD}"
         ) from e
     held = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)).absolute() if held else None
 
 
-def shown(where: str) -> str:
-    """A storage as it may be printed and kept: a URL without its password.
+def without_password(where: str) -> str:
+    """A storage's URL without its password, which may be printed and stored.
 
-    >>> shown("postgresql://me:secret@host/db"), shown("mysql://host/db?user=me&passwd=secret"), shown("s.db")
-    ('postgresql://me@host/db', 'mysql://host/db?user=me', 's.db')
+    >>> without_password("postgresql://me:secret@host/db"), without_password("s.db")
+    ('postgresql://me@host/db', 's.db')
+    >>> without_password("mysql://host/db?user=me&passwd=secret")
+    'mysql://host/db?user=me'
     """
     if "://" not in where:
         return where
@@ -60,6 +62,6 @@ def shown(where: str) -> str:
     return url.difference_update_query(_SECRETS)._replace(password=None).render_as_string()
 
 
-def told(url: URL) -> bool:
+def has_password(url: URL) -> bool:
     """Whether a URL holds a password."""
     return url.password is not None or not set(_SECRETS).isdisjoint(url.query)

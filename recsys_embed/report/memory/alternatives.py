@@ -1,4 +1,4 @@
-"""What the tables of a report would cost with another method, size or precision. Arithmetic; nothing is built."""
+"""Bytes of the tables of a report with another method, size or precision, by arithmetic; nothing is built."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.registry import MethodInfo, get_method, list_methods
-from recsys_embed.report.memory.arrays import PRECISIONS, Array, Entry, Update, stored_bytes
-from recsys_embed.report.memory.optimizer import StateLaw
+from recsys_embed.report.memory.arrays import PRECISIONS, ArrayStorage, TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.plan import arrays_of
+from recsys_embed.report.memory.state_size import OptimizerStateSize
 
 KEEP_BELOW = 200
-"""Tables of fewer rows stay plain, as plans do it: there is nothing to gain."""
+"""Tables with fewer rows stay dense, as in plans: compression gains nothing there."""
 _SHAPES = 60
-"""Distinct shapes that are sized, largest first; the others, which hold few of the bytes, count as plain."""
+"""Number of distinct shapes that are sized, largest first; the others hold few bytes and count as dense."""
 _TOLERANCE = 0.005
 
 
@@ -28,12 +28,12 @@ class Alternative:
 
     Args:
         method: its key.
-        ratio: every table was given the bytes of its plain form divided by this.
+        ratio: the budget of every table is the bytes of its dense form divided by this.
         elements: stored numbers.
         serve: deployed bytes by precision, index buffers included.
         train: bytes of float32 weights, index buffers, optimizer state and gradients.
-        missed: tables for which even the method's smallest form takes more than that; they are counted with it.
-        unfit: tables it cannot store (raw ids, widths it does not divide); counted as plain.
+        missed: number of tables whose smallest form exceeds this budget; they count with that form.
+        unfit: number of tables the method cannot store (raw ids, widths it does not divide); they count as dense.
         per_table: deployed float32 bytes by table.
     """
 
@@ -51,10 +51,14 @@ class Alternative:
 
 
 def alternatives(
-    entries: Sequence[Entry], ratio: float, law: StateLaw | None, update: Update, methods: Sequence[str] | None = None
+    storages: Sequence[TableStorage],
+    ratio: float,
+    state_size: OptimizerStateSize | None,
+    update: UpdateKind,
+    methods: Sequence[str] | None = None,
 ) -> list[Alternative]:
-    """The cost of every registered method at a compression of ``ratio``; one table's bytes may miss it by 0.5 %."""
-    tables = [e for e in entries if e.spec is not None]
+    """The cost of every registered method at a compression of ``ratio``; within 0.5 % per table."""
+    tables = [e for e in storages if e.spec is not None]
     shapes: dict[FeatureSpec, int] = {}
     for e in tables:
         shapes[_shape(e)] = max(shapes.get(_shape(e), 0), e.ids * e.width)
@@ -62,42 +66,42 @@ def alternatives(
     out = []
     for info in list_methods():
         if methods is None or info.name in methods:
-            sized = {s: _sized(info, s, ratio) if s in large else _plain(s) for s in shapes}
-            out.append(_sum(info.name, ratio, [(e.name, sized[_shape(e)]) for e in tables], law, update))
+            sized = {s: _sized_table(info, s, ratio) if s in large else _plain(s) for s in shapes}
+            out.append(_sum(info.name, ratio, [(e.name, sized[_shape(e)]) for e in tables], state_size, update))
     return out
 
 
-def plain_bytes(entries: Sequence[Entry], precision: Precision = "fp32") -> int:
-    """Bytes of the plain tables of these entries."""
-    return sum(stored_bytes(a, precision) for e in entries if e.spec is not None for a in _plain(_shape(e)).arrays)
+def dense_bytes(storages: Sequence[TableStorage], precision: Precision = "fp32") -> int:
+    """Bytes of the dense tables of the same features."""
+    return sum(stored_bytes(a, precision) for e in storages if e.spec is not None for a in _plain(_shape(e)).arrays)
 
 
 @dataclass(frozen=True)
-class _Sized:
-    arrays: tuple[Array, ...]
+class _SizedTable:
+    arrays: tuple[ArrayStorage, ...]
     missed: bool = False
     unfit: bool = False
 
 
-def _shape(entry: Entry) -> FeatureSpec:
-    """What decides the bytes of a feature: names only salt hashes."""
-    spec = entry.spec
+def _shape(storage: TableStorage) -> FeatureSpec:
+    """The specification without its name, which affects salts of hashes but no bytes."""
+    spec = storage.spec
     if spec is None:
-        raise TypeError(f"{entry.name} is no feature")
+        raise TypeError(f"{storage.name} is no feature")
     return replace(spec, name="x")
 
 
 @lru_cache(maxsize=10_000)
-def _plain(spec: FeatureSpec) -> _Sized:
-    """The plain table; of raw ids, that of as many indices."""
+def _plain(spec: FeatureSpec) -> _SizedTable:
+    """The dense table; for raw ids, that of as many indices."""
     config = get_method("full").config_cls.from_params({})
     spec = replace(spec, ids="index")
-    return _Sized(arrays_of(spec, config, config.program(spec)))
+    return _SizedTable(arrays_of(spec, config, config.program(spec)))
 
 
 @lru_cache(maxsize=50_000)
-def _sized(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _Sized:
-    """The method's largest form within the plain table's bytes over ``ratio``."""
+def _sized_table(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _SizedTable:
+    """The method at its largest size within the dense table's bytes divided by ``ratio``."""
     plain = _plain(spec)
     if spec.ids == "index" and spec.num_embeddings < KEEP_BELOW:
         return plain
@@ -112,7 +116,7 @@ def _sized(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _Sized:
         missed = least > available
         if not missed and most <= available:
             low = high
-        # Bytes grow with the size, for most methods in proportion; halving in turn bounds the number of steps.
+        # Bytes grow with the size, mostly linearly: interpolation search, with bisection in turn to bound its steps.
         halve = False
         while not missed and high - low > 1 and available - least > _TOLERANCE * available:
             guess = low + int((high - low) * (available - least) / max(1, most - least))
@@ -123,13 +127,17 @@ def _sized(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _Sized:
             else:
                 high, most = middle, cost
         config = cls.sized(spec, low)
-        return _Sized(arrays_of(spec, config, config.program(spec)), missed)
+        return _SizedTable(arrays_of(spec, config, config.program(spec)), missed)
     except RecsysEmbedError:
         return replace(plain, unfit=True)
 
 
 def _sum(
-    method: str, ratio: float, tables: Sequence[tuple[str, _Sized]], law: StateLaw | None, update: Update
+    method: str,
+    ratio: float,
+    tables: Sequence[tuple[str, _SizedTable]],
+    state_size: OptimizerStateSize | None,
+    update: UpdateKind,
 ) -> Alternative:
     serve = dict.fromkeys(PRECISIONS, 0)
     elements = train = 0
@@ -140,7 +148,7 @@ def _sum(
             serve[precision] += sum(stored_bytes(a, precision) for a in sized.arrays)
         for a in sized.arrays:
             elements += 0 if a.role == "index" else a.elements
-            train += a.nbytes + (sum(law.state_bytes(a, update)) if law is not None else 0)
+            train += a.nbytes + (sum(state_size.state_bytes(a, update)) if state_size is not None else 0)
             train += a.nbytes if a.role != "index" and (update == "dense" or a.role == "dense") else 0
     missed, unfit = sum(s.missed for _, s in tables), sum(s.unfit for _, s in tables)
     return Alternative(method, ratio, elements, {str(k): v for k, v in serve.items()}, train, missed, unfit, per_table)

@@ -1,4 +1,4 @@
-"""Lookups that are made where they first run, so that what holds them travels to machines without triton."""
+"""A lookup that is built at its first call, so that a module that holds it can be pickled without triton."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from recsys_embed.kernels.triton.lookup import TritonLookup
 
 
-class DeferredLookup:
-    """A :class:`TritonLookup` of the same arguments, of which copies and pickles hold the arguments alone."""
+class LazyLookup:
+    """Builds a :class:`TritonLookup` of its arguments at the first call; pickles hold the arguments alone."""
 
     def __init__(self, *arguments: Any) -> None:
         self._arguments = arguments
@@ -40,7 +40,7 @@ class DeferredLookup:
         return cls([name], [program], [places], index, shapes, [Slot(0, 0)], [width], [0], [-1], [optional])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DeferredLookup, self._arguments
+        return LazyLookup, self._arguments
 
     @property
     def lookup(self) -> TritonLookup:

@@ -1,4 +1,4 @@
-"""The memory report as a value: bytes per table and in total, and every form in which it is written."""
+"""The memory report as a value: bytes per table and in total, with writers for text, Markdown, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import unknown_name
 from recsys_embed.kernels.precision import Precision
-from recsys_embed.report.memory.arrays import PRECISIONS, Entry, Update, stored_bytes
+from recsys_embed.report.memory.alternatives import Alternative, alternatives, dense_bytes
+from recsys_embed.report.memory.arrays import PRECISIONS, TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.collisions import Collisions
-from recsys_embed.report.memory.optimizer import StateLaw, make_law
+from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.report.memory.stats import FieldStats
-from recsys_embed.report.memory.whatif import Alternative, alternatives, plain_bytes
+from recsys_embed.utils.deprecated import warn_renamed
 
 When = Literal["serve", "train", "peak"]
 VERSION = 1
@@ -26,12 +27,12 @@ DEFAULT_RATIO = 10.0
 
 @dataclass(frozen=True, eq=False)
 class TableStats:
-    """What frequencies say about one table.
+    """Frequency statistics of one table.
 
     Args:
-        field: its statistics.
+        field: statistics of its feature.
         expected: collisions on average over the method's salts; None where the method computes its lookup.
-        measured: collisions of the very ids, hashed; None without counts per id.
+        measured: collisions measured by hashing the ids; None without counts per id.
     """
 
     field: FieldStats
@@ -55,18 +56,18 @@ class TableReport:
     """Bytes of one table, or of one array that several tables share.
 
     Args:
-        entry: what is stored and how it is read.
+        storage: its arrays and how they are read.
         weights: learned values as held now.
         stored: learned values in a file of the report's precision.
-        index: remap, pointer and code buffers.
-        optimizer: state.
+        index: index arrays (id sets, codes).
+        optimizer: its state.
         gradient: ``.grad`` after one backward of a batch.
         lookup: row numbers, rows read and vectors of one batch while serving.
         activations: the same while training, with their gradients.
-        stats: what frequencies say; None without statistics.
+        stats: frequency statistics, or None.
     """
 
-    entry: Entry
+    storage: TableStorage
     weights: int
     stored: int
     index: int
@@ -78,11 +79,17 @@ class TableReport:
 
     @property
     def name(self) -> str:
-        return self.entry.name
+        return self.storage.name
+
+    @property
+    def entry(self) -> TableStorage:
+        """The earlier name of ``storage``; deprecated."""
+        warn_renamed("attribute of TableReport", "entry", "storage")
+        return self.storage
 
     @property
     def method(self) -> str:
-        return self.entry.method
+        return self.storage.method
 
     @property
     def serve(self) -> int:
@@ -99,7 +106,7 @@ class TableReport:
         return Footprint(self.weights, self.index, self.optimizer, self.gradient)
 
     def to_dict(self) -> dict[str, Any]:
-        e = self.entry
+        e = self.storage
         return {
             "name": e.name,
             "kind": e.kind,
@@ -110,7 +117,7 @@ class TableReport:
             "width": e.width,
             "update": e.update,
             "reads": list(e.shared),
-            "read_by": list(e.members),
+            "read_by": list(e.read_by),
             "arrays": [
                 {"name": a.name, "role": a.role, "rows": a.rows, "width": a.width, "bytes": a.nbytes} for a in e.arrays
             ],
@@ -130,8 +137,8 @@ class TableReport:
 
 
 @dataclass(frozen=True)
-class Rest:
-    """Bytes of everything in the model that is no table: dense layers and buffers."""
+class RestOfModel:
+    """Bytes of everything in the model but its tables: dense layers and buffers."""
 
     weights: int = 0
     buffers: int = 0
@@ -149,11 +156,11 @@ class Rest:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a report was computed for; see :func:`memory_report`."""
+class ReportSettings:
+    """Settings that a report was computed with; see :func:`memory_report`."""
 
-    optimizer: StateLaw | None = None
-    dense_optimizer: StateLaw | None = None
+    optimizer: OptimizerStateSize | None = None
+    dense_optimizer: OptimizerStateSize | None = None
     precision: Precision | None = None
     batch_size: int = DEFAULT_BATCH
     ids_per_sample: float | Mapping[str, float] = 1.0
@@ -185,17 +192,17 @@ class MemoryReport:
     ``print(report)`` shows a table; ``to_markdown``, ``to_json`` and ``to_html`` write the same.
 
     Args:
-        source: what was reported on, in words.
-        tables: one entry per table, and one per array that tables share.
+        source: a description of what was reported on.
+        tables: one report per table, and one per array that tables share.
         rest: everything else in the model; all 0 for plans and schemas.
-        settings: what it was computed for.
-        notes: what a reader has to know.
+        settings: that it was computed with.
+        notes: sentences that a reader has to know.
     """
 
     source: str
     tables: tuple[TableReport, ...]
-    rest: Rest
-    settings: Settings
+    rest: RestOfModel
+    settings: ReportSettings
     notes: tuple[str, ...] = ()
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -234,33 +241,33 @@ class MemoryReport:
 
     def stored(self, precision: Precision) -> int:
         """Deployed bytes of all tables as they are, in another precision."""
-        return sum(stored_bytes(a, precision) for t in self.tables for a in t.entry.arrays)
+        return sum(stored_bytes(a, precision) for t in self.tables for a in t.storage.arrays)
 
     def alternatives(self, ratio: float | None = None) -> list[Alternative]:
-        """What every method would cost with the tables of this report at a compression of ``ratio``."""
+        """Bytes of every method for the tables of this report, at a compression of ``ratio``."""
         ratio = self.settings.ratio if ratio is None else ratio
         if ratio not in self._cache:
-            entries = [t.entry for t in self.tables]
-            fused = next((e.fused for e in entries if e.fused is not None), None)
-            law = self.settings.optimizer
+            storages = [t.storage for t in self.tables]
+            fused = next((e.fused for e in storages if e.fused is not None), None)
+            state_size = self.settings.optimizer
             if self.update == "fused" and fused is not None:
-                law = make_law(fused, prefer_fused=True)
-            self._cache[ratio] = alternatives(entries, ratio, law, self.update)
+                state_size = state_size_of(fused, prefer_fused=True)
+            self._cache[ratio] = alternatives(storages, ratio, state_size, self.update)
         found: list[Alternative] = self._cache[ratio]
         return found
 
     @property
-    def update(self) -> Update:
-        """How gradients reach most of the bytes."""
-        size: dict[Update, int] = {}
+    def update(self) -> UpdateKind:
+        """The kind of update of most of the bytes."""
+        size: dict[UpdateKind, int] = {}
         for t in self.tables:
-            size[t.entry.update] = size.get(t.entry.update, 0) + t.weights
+            size[t.storage.update] = size.get(t.storage.update, 0) + t.weights
         return max(size, key=lambda u: size[u], default="dense")
 
     @cached_property
     def plain(self) -> int:
-        """Bytes the same tables take as plain float32."""
-        return plain_bytes([t.entry for t in self.tables])
+        """Bytes of the same tables as dense float32 tables."""
+        return dense_bytes([t.storage for t in self.tables])
 
     # -- output ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Tables of modules, as entries of a memory report. Nothing is built and meta tensors do."""
+"""Stored tables of modules; nothing is built, and meta tensors are enough."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
-from recsys_embed.report.memory.arrays import Array, Entry, Role, Update, index_arrays, reads_of
+from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
 from recsys_embed.report.memory.collisions import row_keys
-from recsys_embed.report.memory.plan import Parts, SharedArrays, array_of, entry_of, spec_of
+from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, spec_of, storage_of
 
 
-def parts_of_module(model: nn.Module) -> Parts:
-    """Tables and the rest of any module tree."""
-    entries: list[Entry] = []
-    drop_ins: list[Entry] = []
+def module_storage(model: nn.Module) -> ModelStorage:
+    """Everything a module tree stores."""
+    storages: list[TableStorage] = []
+    drop_ins: list[TableStorage] = []
     seen: set[int] = set()
     tables = find_tables(model)
     for table in tables:
@@ -35,12 +35,12 @@ def parts_of_module(model: nn.Module) -> Parts:
             if id(table.module) not in seen:
                 seen.add(id(table.module))
                 mine = [t for t in tables if t.module is table.module]
-                entries += _entries_of_collection(cast("EmbeddingCollection", table.module), mine)
+                storages += _storages_of_collection(cast("EmbeddingCollection", table.module), mine)
         elif table.kind == "compressed":
-            drop_ins.append(_entry_of_drop_in(cast("CompressedEmbedding", table.module), table))
+            drop_ins.append(_storage_of_drop_in(cast("CompressedEmbedding", table.module), table))
         else:
-            entries.append(_entry_of_plain(table))
-    entries += _unshared(drop_ins)
+            storages.append(_storage_of_plain(table))
+    storages += _unshared(drop_ins)
     counted = {_key(t) for table in tables for m in table.modules for t in _tensors(m)}
     rest, lazy = _rest(model, counted)
     notes = [f"{len(lazy)} parameters have no shape yet and are not counted: {', '.join(lazy[:4])}"] if lazy else []
@@ -49,21 +49,21 @@ def parts_of_module(model: nn.Module) -> Parts:
             notes.append(f"{table.name} is also {', '.join(table.tied)}: one tensor, counted once, as a table")
     if not tables:
         notes.append("no embedding table was found in the model")
-    return Parts(tuple(entries), tuple(rest), tuple(notes))
+    return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
 
 
-def _entry_of_plain(table: FoundTable) -> Entry:
+def _storage_of_plain(table: FoundTable) -> TableStorage:
     module: Any = table.modules[0]
     own = list(module.named_parameters())
     whole = module._parameters.get("weight") is not None
     arrays = []
     for name, p in own:
         rows, width = (p.shape[0], p.shape[1]) if p.dim() == 2 else (1, p.numel())
-        role: Role = "table" if whole else "dense"
-        arrays.append(Array(name, rows, width, p.element_size(), role, int(whole), id(p), p.requires_grad))
+        role: ArrayRole = "table" if whole else "dense"
+        arrays.append(ArrayStorage(name, rows, width, p.element_size(), role, int(whole), id(p), p.requires_grad))
     trained = any(p.requires_grad for _, p in own)
-    update: Update = "sparse" if module.sparse else "dense"
-    return Entry(
+    update: UpdateKind = "sparse" if module.sparse else "dense"
+    return TableStorage(
         name=table.name,
         kind=table.kind,
         method="full",
@@ -73,11 +73,11 @@ def _entry_of_plain(table: FoundTable) -> Entry:
         update=update if trained else "frozen",
         spec=spec_of(table.name, table.rows, table.width),
         paths=table.paths,
-        pools=table.pooling is not None,
+        pools_bags=table.pooling is not None,
     )
 
 
-def _own_arrays(module: CompressedEmbedding) -> list[Array]:
+def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
     """A drop-in's stored arrays, from its parameters and persistent buffers."""
     tables = {t.name: t for t in module.program.tables}
     arrays = []
@@ -86,40 +86,42 @@ def _own_arrays(module: CompressedEmbedding) -> list[Array]:
         dense = table is None or table.dense
         rows, width = (p.shape[0], p.numel() // p.shape[0]) if p.dim() >= 2 else (1, p.numel())
         reads = 0 if dense else reads_of(module.program, name)
-        role: Role = "dense" if dense else "table"
-        arrays.append(Array(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2))
+        role: ArrayRole = "dense" if dense else "table"
+        arrays.append(
+            ArrayStorage(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
+        )
     if module.served is not None:
         for name in tables:
             if name in module.served:
                 stored = module.served[name]
-                # Drop-ins that shared a table serve one between them.
+                # Drop-ins that share a table serve one copy of it.
                 held = _served(name, stored, 0, reads_of(module.program, name))
                 arrays += [replace(a, parameter=(id(stored), a.role)) for a in held]
     for name, b in _persistent(module):
         if not name.startswith("served."):
-            arrays.append(Array(name, b.numel(), 1, b.element_size(), "index", trained=False))
+            arrays.append(ArrayStorage(name, b.numel(), 1, b.element_size(), "index", trained=False))
     return arrays
 
 
-def _served(name: str, stored: Stored, offset: int, reads: int) -> list[Array]:
-    """A table that a loaded export keeps, which begins at row ``offset`` of what is stored."""
+def _served(name: str, stored: Stored, offset: int, reads: int) -> list[ArrayStorage]:
+    """A table of a loaded export, which starts at row ``offset`` of its storage."""
     start = 0
     for part in stored.parts:
         if start == offset:
-            table = Array(name, part.count, part.layout.width, 4, "table", reads, None, False, part.nbytes)
-            kept = Array(f"{name}.kept", part.index_bytes, 1, 1, "index", trained=False)
+            table = ArrayStorage(name, part.count, part.layout.width, 4, "table", reads, None, False, part.nbytes)
+            kept = ArrayStorage(f"{name}.kept", part.index_bytes, 1, 1, "index", trained=False)
             return [table, kept] if kept.nbytes else [table]
         start += part.rows
     raise ConfigError(f"an export stores no table at row {offset} for {name!r}")
 
 
-def _unshared(entries: Sequence[Entry]) -> list[Entry]:
-    """Drop-ins, and apart from them the arrays that several of them hold."""
-    holders = Counter(a.parameter for e in entries for a in e.arrays if a.parameter is not None)
+def _unshared(storages: Sequence[TableStorage]) -> list[TableStorage]:
+    """Storage of drop-ins, with arrays that several of them hold listed separately."""
+    holders = Counter(a.parameter for e in storages for a in e.arrays if a.parameter is not None)
     shared, names = SharedArrays("compressed"), {}
-    taken = {e.name for e in entries}
+    taken = {e.name for e in storages}
     out, updates = [], {}
-    for e in entries:
+    for e in storages:
         mine = []
         for a in e.arrays:
             if holders[a.parameter] < 2:
@@ -133,7 +135,7 @@ def _unshared(entries: Sequence[Entry]) -> list[Entry]:
             updates[names[a.parameter]] = e.update
         own = tuple(a for a in e.arrays if holders[a.parameter] < 2)
         out.append(replace(e, arrays=own, shared=tuple(mine)))
-    return out + [replace(e, update=updates[e.name]) for e in shared.entries("")]
+    return out + [replace(e, update=updates[e.name]) for e in shared.storages("")]
 
 
 def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -144,36 +146,36 @@ def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
                 yield (f"{path}.{name}" if path else name), b
 
 
-def _entry_of_drop_in(module: CompressedEmbedding, table: FoundTable) -> Entry:
-    update: Update = "sparse" if module.sparse else "dense"
-    entry = entry_of(table.name, table.kind, module.spec, module.config, module.program, _own_arrays(module))
-    hashed = None if module.config.computes else row_keys(module.program, module.kernel.index)
+def _storage_of_drop_in(module: CompressedEmbedding, table: FoundTable) -> TableStorage:
+    update: UpdateKind = "sparse" if module.sparse else "dense"
+    storage = storage_of(table.name, table.kind, module.spec, module.config, module.program, _own_arrays(module))
+    lookup_keys = None if module.config.computes else row_keys(module.program, module.kernel.index)
     plain = module.config.method == "full"
     return replace(
-        entry,
+        storage,
         update=update if any(p.requires_grad for p in module.parameters()) else "frozen",
         paths=table.paths,
         shared=(),
-        hashed=hashed,
-        pools=plain and module.mode is not None,
-        row_reads=0 if plain else entry.row_reads,
+        lookup_keys=lookup_keys,
+        pools_bags=plain and module.mode is not None,
+        row_reads=0 if plain else storage.row_reads,
     )
 
 
-def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[FoundTable]) -> list[Entry]:
+def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[FoundTable]) -> list[TableStorage]:
     names = {t.table: t for t in tables}
     # The name of a feature's table is the collection's path and the feature's name.
     at = tables[0].name.removesuffix(str(tables[0].table).replace(".", "/"))
     plan, fused, bundle = collection.plan, collection.optimizer, collection.bundle
     frozen = fused is None and not any(p.requires_grad for p in collection.parameters())
-    update: Update = "fused" if fused else "frozen" if frozen else "sparse" if collection.sparse else "dense"
-    shared, entries = SharedArrays("collection"), []
+    update: UpdateKind = "fused" if fused else "frozen" if frozen else "sparse" if collection.sparse else "dense"
+    shared, storages = SharedArrays("collection"), []
     for spec in collection.schema:
         config, found = plan[spec.name], names[spec.name]
         if spec.name not in bundle.programs:
             module = bundle._module(spec.name)
-            entry = entry_of(found.name, found.kind, spec, config, module.program, _own_arrays(module))
-            entries.append(replace(entry, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
+            storage = storage_of(found.name, found.kind, spec, config, module.program, _own_arrays(module))
+            storages.append(replace(storage, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
             continue
         program, arrays = bundle.programs[spec.name], []
         for table in program.tables:
@@ -183,14 +185,16 @@ def _entries_of_collection(collection: EmbeddingCollection, tables: Sequence[Fou
             else:
                 arrays += held
         place = list(bundle.programs).index(spec.name)
-        entry = entry_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
-        hashed = row_keys(program, bundle.kernel.index, place)
-        entries.append(replace(entry, update=update, fused=fused, paths=found.paths, hashed=hashed))
-    return entries + [replace(e, update=update, fused=fused) for e in shared.entries(at)]
+        storage = storage_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
+        lookup_keys = row_keys(program, bundle.kernel.index, place)
+        storages.append(replace(storage, update=update, fused=fused, paths=found.paths, lookup_keys=lookup_keys))
+    return storages + [replace(e, update=update, fused=fused) for e in shared.storages(at)]
 
 
-def _held(collection: EmbeddingCollection, spec: FeatureSpec, table: Table, program: LookupProgram) -> list[Array]:
-    """What a collection stores of one table of a feature."""
+def _held(
+    collection: EmbeddingCollection, spec: FeatureSpec, table: Table, program: LookupProgram
+) -> list[ArrayStorage]:
+    """Arrays that a collection stores for one table of a feature."""
     if table.dense:
         values = collection.bundle.heads.parameter(spec.name, table.name)
         return [array_of(table, program, values.element_size(), id(values), values.requires_grad)]
@@ -207,11 +211,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _key(tensor: Tensor) -> Any:
-    """Equal for parameters over the same memory; works without memory, on the meta device."""
+    """Equal for parameters over the same memory; works on the meta device, too."""
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
 
 
-def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[Array], list[str]]:
+def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[ArrayStorage], list[str]]:
     """Parameters and buffers outside the tables, each once; names of those without a shape."""
     rest, lazy, seen = [], [], set(counted)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -224,7 +228,7 @@ def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[Array], list[str]]:
         # Matrices keep their shape, on which the state of some optimizers depends.
         rows, width = (t.shape[0], t.numel() // max(1, t.shape[0])) if t.dim() >= 2 else (1, t.numel())
         parameter = isinstance(t, nn.Parameter)
-        role: Role = "dense" if parameter else "index"
+        role: ArrayRole = "dense" if parameter else "index"
         trained = parameter and t.requires_grad
-        rest.append(Array(name, rows, width, t.element_size(), role, 0, id(t), trained, flat=t.dim() < 2))
+        rest.append(ArrayStorage(name, rows, width, t.element_size(), role, 0, id(t), trained, flat=t.dim() < 2))
     return rest, lazy

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state, of this library's fused optimizers and of any optimizer of torch."""
+"""Size of optimizer state, for this library's fused optimizers and any torch optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule, rule_name
-from recsys_embed.report.memory.arrays import Array, Update
+from recsys_embed.report.memory.arrays import ArrayStorage, UpdateKind
+from recsys_embed.typing import OptimizerSpec
 
 _TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -27,11 +28,11 @@ _TORCH: dict[str, type[torch.optim.Optimizer]] = {
 
 
 @dataclass(frozen=True)
-class StateLaw:
-    """How many bytes an optimizer keeps for an array.
+class OptimizerStateSize:
+    """Computes the bytes of state that an optimizer keeps for an array.
 
     Args:
-        name: what the report calls it.
+        name: of the optimizer, as the report shows it.
         fused: the rule, where tables are updated inside backward.
         cls: torch's class, where parameters have a ``.grad``.
         options: its settings, hashable.
@@ -44,18 +45,18 @@ class StateLaw:
     options: tuple[tuple[str, Any], ...] = ()
     held: frozenset[Hashable] | None = None
 
-    def steps(self, array: Array) -> bool:
+    def steps(self, array: ArrayStorage) -> bool:
         """Whether the optimizer holds the array."""
         return array.trained and (self.held is None or array.parameter in self.held)
 
-    def state_bytes(self, array: Array, update: Update) -> tuple[int, int]:
+    def state_bytes(self, array: ArrayStorage, update: UpdateKind) -> tuple[int, int]:
         """Bytes of state of an array, and bytes per parameter whatever its size (a step counter)."""
         if not self.steps(array) or update == "frozen":
             return 0, 0
         if self.fused is not None:
             return self.fused.state_bytes(array.rows, array.width) if array.role == "table" else 0, 0
         if self.cls is None or (self.cls is torch.optim.SparseAdam and array.role == "dense"):
-            return 0, 0  # what has dense gradients SparseAdam cannot step
+            return 0, 0  # SparseAdam cannot step dense gradients
         cls = torch.optim.SparseAdam if self.cls is torch.optim.Adam and update == "sparse" else self.cls
         options = self.options if cls is self.cls else ()
         sparse = update == "sparse" or cls is torch.optim.SparseAdam
@@ -66,7 +67,7 @@ class StateLaw:
 
 @lru_cache(maxsize=64)
 def _measured(cls: Any, options: Any, itemsize: int, sparse: bool, flat: bool) -> tuple[int, int, int, int]:
-    """Bytes per element, per row, per column and per parameter of an optimizer, seen on a parameter of 5 x 3.
+    """Bytes of state per element, row, column and parameter, measured by one step on a parameter of shape 5 x 3.
 
     A ``flat`` parameter is a vector of 15.
     """
@@ -100,40 +101,44 @@ def _measured(cls: Any, options: Any, itemsize: int, sparse: bool, flat: bool) -
     return element, row, column, fixed
 
 
-def make_law(optimizer: Any, *, prefer_fused: bool) -> StateLaw | None:
-    """The law of what a caller named.
+def state_size_of(
+    optimizer: OptimizerSpec | OptimizerStateSize | None, *, prefer_fused: bool
+) -> OptimizerStateSize | None:
+    """The state size of an optimizer, given in any form.
 
     Args:
         optimizer: None; a name; a fused optimizer; a torch optimizer, its class, or one of its instances (which counts
             for the parameters it holds).
-        prefer_fused: names that both this library and torch have mean this library's.
+        prefer_fused: whether a name that both this library and torch have means this library's.
 
     Raises:
         ConfigError: of another kind.
         UnknownNameError: no such name.
 
-    >>> law = make_law("adam", prefer_fused=False)
-    >>> law.name, law.state_bytes(Array("weight", 1000, 16), "dense")
+    >>> state_size = state_size_of("adam", prefer_fused=False)
+    >>> state_size.name, state_size.state_bytes(ArrayStorage("weight", 1000, 16), "dense")
     ('torch.optim.Adam', (128000, 4))
     """
-    if optimizer is None or isinstance(optimizer, StateLaw):
+    if optimizer is None or isinstance(optimizer, OptimizerStateSize):
         return optimizer
     if isinstance(optimizer, str):
         rules = list_rules()
         if optimizer in rules and (prefer_fused or optimizer not in _TORCH):
-            return StateLaw(optimizer, fused=make_rule(optimizer))
+            return OptimizerStateSize(optimizer, fused=make_rule(optimizer))
         if optimizer not in _TORCH:
             raise unknown_name("optimizer", optimizer, {*rules, *_TORCH})
         optimizer = _TORCH[optimizer]
     if isinstance(optimizer, FusedOptimizer):
-        return StateLaw(rule_name(optimizer) or type(optimizer).__name__, fused=optimizer)
+        return OptimizerStateSize(rule_name(optimizer) or type(optimizer).__name__, fused=optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         held = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
         known = _accepted(type(optimizer))
         options = {k: v for k, v in optimizer.defaults.items() if k in known and _hashable(v)}
-        return StateLaw(_name(type(optimizer)), cls=type(optimizer), options=tuple(options.items()), held=held)
+        return OptimizerStateSize(
+            _name(type(optimizer)), cls=type(optimizer), options=tuple(options.items()), held=held
+        )
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
-        return StateLaw(_name(optimizer), cls=optimizer)
+        return OptimizerStateSize(_name(optimizer), cls=optimizer)
     raise ConfigError(
         "`optimizer` must be a name such as 'adam' or 'rowwise_adagrad', a fused optimizer of this library, a "
         f"torch optimizer or its class; got {type(optimizer).__name__}"

@@ -38,8 +38,8 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a file: equal ``key`` means the same bytes; ``read`` gives its values."""
+class FileTensor:
+    """One tensor of a file; tensors with equal ``key`` are the same bytes, and ``read`` loads the values."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def read_torch(path: Path) -> tuple[list[Stored], dict[str, Any]]:
+def read_torch(path: Path) -> tuple[list[FileTensor], dict[str, Any]]:
     """Tensors of a file of ``torch.save``, and the settings of a training run; nothing in it is executed."""
     payload: Any = None
     for mmap in (True, False):  # files of the format before zip cannot be mapped
@@ -73,9 +73,9 @@ def read_torch(path: Path) -> tuple[list[Stored], dict[str, Any]]:
     if state is None:
         raise CheckpointError(f"{path} holds no state dict: expected names with tensors, got {type(payload).__name__}")
 
-    def stored(name: str, t: Tensor) -> Stored:
+    def stored(name: str, t: Tensor) -> FileTensor:
         key = (t.untyped_storage()._cdata, t.storage_offset(), t.numel())
-        return Stored(name, tuple(t.shape), t.dtype, key, lambda: t)
+        return FileTensor(name, tuple(t.shape), t.dtype, key, lambda: t)
 
     return [stored(str(name), t) for name, t in state.items() if isinstance(t, Tensor)], config
 
@@ -93,7 +93,7 @@ def _state_of(payload: Any) -> Mapping[str, Any] | None:
     return found if size(found) or (found is payload and not payload) else None
 
 
-def read_manifest(path: Path, text: Any) -> dict[str, Any]:
+def parse_manifest(path: Path, text: Any) -> dict[str, Any]:
     """The manifest of an export, from the text in its metadata; CheckpointError where it cannot be used."""
     try:
         manifest = json.loads(text)
@@ -105,7 +105,7 @@ def read_manifest(path: Path, text: Any) -> dict[str, Any]:
     return manifest
 
 
-def read_safetensors(path: Path) -> tuple[list[Stored], Mapping[str, Any]]:
+def read_safetensors(path: Path) -> tuple[list[FileTensor], Mapping[str, Any]]:
     """Tensors and metadata of a file, from its header as https://github.com/huggingface/safetensors describes it."""
     size = path.stat().st_size
     try:
@@ -127,7 +127,7 @@ def read_safetensors(path: Path) -> tuple[list[Stored], Mapping[str, Any]]:
             if last - first != prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name!r} of shape {shape} has {last - first} bytes")
             found.append(
-                Stored(name, shape, dtype, (first, last), _reader(path, start + first, last - first, dtype, shape))
+                FileTensor(name, shape, dtype, (first, last), _reader(path, start + first, last - first, dtype, shape))
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {e}") from e

@@ -1,4 +1,4 @@
-"""Searches read rows that are behind without a sweep over whole tables at every step."""
+"""Searches read rows that missed steps without a sweep over whole tables at every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from recsys_embed.collection.fused_tables import SteppedTables
+from recsys_embed.collection.fused_tables import FusedTables
 from recsys_embed.search import CandidateEvaluator, DnisSettings, OptembedSearch, OptembedSettings
 from recsys_embed.search.bilevel import BilevelTrainer
 from recsys_embed.search.dnis import DnisSearch
@@ -21,17 +21,17 @@ CONFIG = toy_config(embedding_weight_decay=1e-2, embedding_init="normal:0.1")
 
 @contextmanager
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Tables that are brought up to date as a whole."""
+    """Tables of which all rows catch up."""
     found: list[str] = []
-    settle = SteppedTables.settle_
+    catch_up = FusedTables.catch_up_
 
-    def counted(self: SteppedTables) -> SteppedTables:
-        if self._behind:
+    def counted(self: FusedTables) -> FusedTables:
+        if self._has_missed_steps:
             found.extend(self.storages)
-        return settle(self)
+        return catch_up(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SteppedTables, "settle_", counted)
+        patch.setattr(FusedTables, "catch_up_", counted)
         yield found
 
 

@@ -1,10 +1,10 @@
-"""A bundle's features as fused kernels run them: one call whose outputs stand in schema order already."""
+"""A bundle's features as batched kernels run them: one call whose outputs stand in schema order already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,17 +18,17 @@ from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import ops
 from recsys_embed.kernels.native.autograd import NativeStep, look_up
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import Place
-from recsys_embed.kernels.triton.deferred import DeferredLookup
-from recsys_embed.kernels.unseen_ids import Unseen
+from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
+from recsys_embed.kernels.unseen_ids import UnseenIds
 
 
 @dataclass(frozen=True)
-class FusedFeatures:
-    """What fused kernels run, and what they need to know of the bundle.
+class BatchedFeatures:
+    """What batched kernels run, and what they need to know of the bundle.
 
     Args:
         schema: all features of the bundle.
@@ -50,7 +50,7 @@ class FusedFeatures:
     places: Sequence[Mapping[str, Place]]
     index: IndexStore
     storages: Mapping[str, tuple[int, int]]
-    unseen: Unseen
+    unseen: UnseenIds
     heads: HeadTables
     vectors: Sequence[int]
     output_dim: int | None
@@ -97,7 +97,21 @@ class _SomeIndexes:
         return self._store.places(self._numbers[program])
 
 
-class FusedBundle:
+class _Arguments(NamedTuple):
+    """What batched lookups are made of, see :class:`NativeLookup`."""
+
+    programs: list[LookupProgram]
+    places: list[Mapping[str, Place]]
+    index: IndexStore
+    storages: Mapping[str, tuple[int, int]]
+    slots: list[Slot]
+    widths: list[int]
+    columns: list[int]
+    limits: list[int]
+    optional: list[bool]
+
+
+class BatchedLookup:
     """On the CPU.
 
     Args:
@@ -111,7 +125,7 @@ class FusedBundle:
         ordered: they stand there already.
     """
 
-    def __init__(self, features: FusedFeatures, rest: Sequence[int], name: str) -> None:
+    def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
         self._unseen, self._heads = features.unseen, features.heads
         self.parts = features.outputs()
@@ -136,13 +150,12 @@ class FusedBundle:
         # Whether the kernels write all vectors, of one width, where they stay; a mask's ids are as they are given.
         whole = self.parts == [tuple(range(len(features.schema)))] and not any(self._headed) and dim is not None
         self.masks = self._takes_masks and whole and set(features.vectors) == {1} and not self._unseen.replaces
-        limits = self._unseen.integers_of("limits")
+        limits = cast("list[int]", self._unseen.integers_of("limits"))
         some = len(features.numbers) < len(features.index.indexes)
-        self._build(
-            features.names,
+        arguments = _Arguments(
             list(features.programs),
             list(features.places),
-            _SomeIndexes(features.index, features.numbers) if some else features.index,
+            cast("IndexStore", _SomeIndexes(features.index, features.numbers)) if some else features.index,
             features.storages,
             [slots[i] for i in features.positions],
             widths,
@@ -150,11 +163,12 @@ class FusedBundle:
             [limits[i] for i in features.positions],
             [self._unseen.zeros[i] for i in features.positions],
         )
+        self._build(features.names, arguments)
 
     _takes_masks = True
 
-    def _build(self, names: Sequence[str], *arguments: Any) -> None:
-        self.lookup: Any = NativeLookup(*(*arguments, self._shapes))
+    def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
+        self.lookup = NativeLookup(*arguments, self._shapes)
         self._pool = OutputPool()
 
     def single(
@@ -163,7 +177,7 @@ class FusedBundle:
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
-        mask: Stage | None = None,
+        mask: MaskParameters | None = None,
         resolved: bool = False,
     ) -> list[Tensor]:
         """Vectors of ``ids [B, F]``: one tensor ``[B, columns]``, or as the whole output is, per entry of ``parts``.
@@ -190,7 +204,7 @@ class FusedBundle:
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
-        check: Callable[[], Any] = lambda: None,
+        check: Callable[[], object] = lambda: None,
     ) -> list[Tensor]:
         """Pooled vectors of resolved bags of all features, as :meth:`single` has those of ids.
 
@@ -224,7 +238,7 @@ class FusedBundle:
         return self._unseen(ids.long()) if self._unseen.replaces or self._unseen.counting else ids
 
     def _outputs(
-        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
             return ops.look_up(self.lookup, ids, tables, step)
@@ -235,13 +249,13 @@ class FusedBundle:
             raise
 
 
-class TritonBundle(FusedBundle):
+class TritonBatchedLookup(BatchedLookup):
     """On GPUs."""
 
     _takes_masks = False
 
-    def _build(self, names: Sequence[str], *arguments: Any) -> None:
-        self._look_up = DeferredLookup(names, *arguments)
+    def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
+        self._look_up = LazyLookup(names, *arguments)
 
     def pools(self, bags: Bags) -> bool:
         return False
@@ -253,9 +267,9 @@ class TritonBundle(FusedBundle):
         return self._unseen.resolve(ids.long(), count=self._unseen.counting, check=False)
 
     def _outputs(
-        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> tuple[Tensor, ...]:
         return self._look_up(ids, tables, step=step, sparse=sparse)
 
 
-BUNDLES: Mapping[str, type[FusedBundle]] = {"native": FusedBundle, "triton": TritonBundle}
+BATCHED_LOOKUPS: Mapping[str, type[BatchedLookup]] = {"native": BatchedLookup, "triton": TritonBatchedLookup}
