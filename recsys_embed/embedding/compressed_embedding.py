@@ -17,8 +17,7 @@ from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.shared_tables import PlainView, SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.features import FeatureSpec, spec_to_dict
-from recsys_embed.features import Unseen as UnseenPolicy
+from recsys_embed.features import FeatureSpec, Unseen, spec_to_dict
 from recsys_embed.kernels.fused_gather import read_rows
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
@@ -29,7 +28,7 @@ from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
+from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.typing import Budget, IdValues, Option
 
@@ -88,7 +87,7 @@ class CompressedEmbedding(nn.Module):
         budget: Budget | None = None,
         name: str = "embedding",
         init: str = "normal:1",
-        unseen: UnseenPolicy | None = None,
+        unseen: Unseen | None = None,
         shared: SharedTables | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -131,7 +130,7 @@ class CompressedEmbedding(nn.Module):
             self.register_parameter(table.name, nn.Parameter(empty))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
-            self.unseen = Unseen([self.spec], [self.config.accepts_raw])
+            self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._native: SingleLookup | None = None
         if supported(self.program):
@@ -285,12 +284,12 @@ class CompressedEmbedding(nn.Module):
         return out.masked_fill(((ids if given is None else given) == self.padding_idx).unsqueeze(-1), 0.0)
 
     @property
-    def _policy(self) -> Unseen:
+    def _policy(self) -> UnseenIds:
         """The attribute ``unseen``, which torch finds last of all, ten times slower."""
         return self._modules["unseen"]  # type: ignore[return-value]
 
     def _resolve(self, ids: Tensor) -> Tensor:
-        """What the policy makes of ``ids``, counted: see :class:`Unseen`."""
+        """What the policy makes of ``ids``, counted: see :class:`UnseenIds`."""
         policy = self._policy
         padding = None if self.padding_idx is None or not policy.counting else ids == self.padding_idx
         resolved: Tensor = policy(ids, None, padding)

@@ -78,7 +78,7 @@ class Limits:
         if self.needs_equal_widths and (program.width != spec.embedding_dim or program.vectors != 1):
             return f"its output is {program.width} wide, not {spec.embedding_dim}"
         tables = {t.name: t for t in program.tables}
-        widths = [p.run * tables[p.table].width for p in program.row_lookups]
+        widths = [p.num_rows * tables[p.table].width for p in program.row_lookups]
         rows = [w for w, p in zip(widths, program.row_lookups, strict=True) if p.width is None]
         odd = [w for w in rows if w % self.width_multiple]
         if odd:

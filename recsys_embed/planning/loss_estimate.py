@@ -152,9 +152,9 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         name = table.name if table.shared else None
         own, rest, rows = sharing(row_lookup.transform, table, terms)
         width = span[1] - span[0]
-        if row_lookup.run > 1 and spans.count(span) == 1:
-            found += _pieces(own, rest, rows, row_lookup.run, name)
-        elif width > 1 and table.width == 1 and row_lookup.run == 1:
+        if row_lookup.num_rows > 1 and spans.count(span) == 1:
+            found += _pieces(own, rest, rows, row_lookup.num_rows, name)
+        elif width > 1 and table.width == 1 and row_lookup.num_rows == 1:
             found.append(ColumnSpan(own, rest, rows, 1, 1.0, name))
         else:
             group = groups.setdefault(span, [])

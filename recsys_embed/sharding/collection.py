@@ -151,7 +151,7 @@ class ShardableCollection(Constants):
             keys = {t.name: table_key(self.schema[name], t) for t in program.tables}
             for row_lookup in program.row_lookups:
                 weight = 0 if row_lookup.weight is None else int(keys[row_lookup.weight.table] == key)
-                found[name] = found.get(name, 0) + row_lookup.run * int(keys[row_lookup.table] == key) + weight
+                found[name] = found.get(name, 0) + row_lookup.num_rows * int(keys[row_lookup.table] == key) + weight
         return {name: n for name, n in found.items() if n}
 
     @property
