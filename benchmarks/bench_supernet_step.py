@@ -21,7 +21,7 @@ from benchmarks.measure import interleaved, report
 from recsys_embed import EmbeddingCollection, RowwiseAdagrad
 from recsys_embed.data.batch import Batch, InMemoryDataset
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import OptembedTrainer, Supernet
 from recsys_embed.train.build import model_from_config
@@ -48,13 +48,13 @@ class Outside:
     def __init__(self, layer: OptembedLayer) -> None:
         self.layer = layer
 
-    def stage(self, ids: Tensor) -> Stage:
+    def mask_parameters(self, ids: Tensor) -> MaskParameters:
         # Of another precision, which the kernels do not take.
-        stage = self.layer.stage(ids)
-        return replace(stage, thresholds=stage.thresholds.double())
+        parameters = self.layer.mask_parameters(ids)
+        return replace(parameters, thresholds=parameters.thresholds.double())
 
-    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
-        return self.layer.prune(vectors, ids, self.layer.columns(stage.widths))
+    def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor) -> Tensor:
+        return self.layer.prune(vectors, ids, self.layer.columns(parameters.widths))
 
 
 def masks(schema: Schema, ids: Tensor) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ MOVED = {
     "data.synthetic": "data.criteo.synthetic",
     "data.transform": "data.criteo.transform",
     "fit": "embedding.fit",
-    "fusion": "collection.fused_bundle",
+    "fusion": "collection.batched_lookup",
     "hashing": "core.hashing",
     "kernels.checks": "kernels.id_checks",
     "kernels.fused": "kernels.fused_gather",
@@ -131,6 +131,9 @@ MOVED = {
 
 # Names that such a module had, and where each stands today.
 RENAMED = {
+    "fusion": {"FusedBundle": "collection.batched_lookup.BatchedLookup"},
+    "kernels.masks": {"Stage": "kernels.native.masks.MaskParameters"},
+    "kernels.unseen": {"Unseen": "kernels.unseen_ids.UnseenIds"},
     "data.encode": {"Rows": "data.criteo.encode.PartRows"},
     "data.parse": {"Block": "data.criteo.parse.ParsedBlock"},
     "shipping.container": {"Entry": "exports.file_format.TensorInfo"},

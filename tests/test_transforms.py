@@ -36,8 +36,8 @@ TRANSFORMS = [
     MixedRadixDigit(div=9, mod=100),
     MixedRadixDigit(mod=7, affine=(5, 3, 61)),
     Hash(3, 20),
-    Hash(3, 20, head=10),
-    Hash(3, 20, offset=-10, head=10, head_absent=True),
+    Hash(3, 20, num_frequent=10),
+    Hash(3, 20, offset=-10, num_frequent=10, frequent_absent=True),
     Murmur(1, 2, 13),
     RankInSet(IdSet("hot", IDS, 5, 20)),
     RankInSet(IdSet("hot", IDS, 0, 20), rest=8, salt=4),
@@ -81,7 +81,7 @@ def test_sharing_is_how_ids_share_rows(transform: Transform) -> None:
     if owners is not None:
         assert [rows[i] for i in owners.tolist()] == list(range(len(owners)))
         assert set(owners.tolist()) == private
-    assert transform.by_frequency == (transform.needs is not None or "head=10" in str(transform))
+    assert transform.by_frequency == (transform.needs is not None or "num_frequent=10" in str(transform))
 
 
 @pytest.mark.parametrize("rows", [IDS, 20])
@@ -92,3 +92,18 @@ def test_a_transform_of_ones_own_is_priced_and_counted_as_what_it_is_most_like(r
     assert own == known
     assert expected_collisions(program(Reversed(rows), rows), IDS) == expected_collisions(program(like, rows), IDS)
     assert not goes_by_frequency(program(Reversed(rows), rows))
+
+
+@pytest.mark.filterwarnings("ignore:.*is now called:DeprecationWarning")
+def test_fields_under_their_earlier_names() -> None:
+    hashed: Any = Hash(3, 20, head=10, head_absent=True)  # type: ignore[call-arg]
+    assert hashed == Hash(3, 20, num_frequent=10, frequent_absent=True)
+    assert (hashed.head, hashed.head_absent) == (10, True)
+    read: Any = RowLookup("w", hashed, run=2)  # type: ignore[call-arg]
+    assert read.run == read.num_rows == 2
+    init: Any = Initializer(law="normal", scale=2.0)  # type: ignore[call-arg]
+    assert init.law == "normal"
+    with pytest.warns(DeprecationWarning, match="use 'num_frequent'"):
+        assert hashed.head == 10
+    with pytest.raises(TypeError, match="`head` is the earlier name of `num_frequent`; give one"):
+        Hash(3, 20, head=10, num_frequent=10)  # type: ignore[call-arg]

@@ -40,7 +40,7 @@ class BagWalk {
 // Whether vectors are rows of one table as they are, which bags then add up without a copy in between.
 static bool is_bare(const Call& c, const Feature& f) {
   const RowLookup& p = c.row_lookups[f.first];
-  return kind_of(c, p.storage) == FP32 && f.row_lookups == 1 && p.run == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
+  return kind_of(c, p.storage) == FP32 && f.row_lookups == 1 && p.num_rows == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
 }
 
 // out[bag] += vector * factor for n ids from `at` on; rows given: vectors are rows of a table, -1 for none.

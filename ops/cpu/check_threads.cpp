@@ -39,7 +39,7 @@ Transform hashed(i64 salt) {
 
 RowLookup row_lookup(i64 storage, i64 width, i64 column, i64 span, i64 join, i64 salt) {
   RowLookup p{};
-  p.storage = storage, p.rows = ROWS, p.width = width, p.column = column, p.span = span, p.run = 1, p.join = join;
+  p.storage = storage, p.rows = ROWS, p.width = width, p.column = column, p.span = span, p.num_rows = 1, p.join = join;
   p.weight_storage = -1, p.scale = 1, p.rows_of = hashed(salt);
   return p;
 }
@@ -50,7 +50,7 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
                                row_lookup(0, WIDTH, 0, WIDTH, MUL, 3), row_lookup(1, 1, 0, WIDTH, STORE, 4)};
   row_lookups[1].product = row_lookups[2].product = 1;
   row_lookups[2].kept = WIDTH, row_lookups[3].kept = 2 * WIDTH;
-  row_lookups[3].run = WIDTH, row_lookups[3].has_sign = 1, row_lookups[3].sign = 7;
+  row_lookups[3].num_rows = WIDTH, row_lookups[3].has_sign = 1, row_lookups[3].sign = 7;
   std::vector<Feature> features(FEATURES);
   for (i64 f = 0; f < FEATURES; f++) {
     features[f].ids = f, features[f].limit = -1, features[f].column = f * WIDTH, features[f].width = WIDTH;
@@ -143,7 +143,7 @@ std::vector<float> masked(i64 threads, i64 norm, bool by_id, bool scaled) {
   m.batch = BATCH, m.fields = FEATURES, m.width = WIDTH, m.norm = norm, m.vectors = found, m.out = {out.data(), found.stride};
   m.ids = ids.data(), m.sample_stride = 1, m.feature_stride = BATCH, m.starts = by_id || scaled ? starts : nullptr;
   if (scaled) m.scales = rest.data(), m.blocks = blocks.data(), m.blocks_are_8 = 1, m.block_count = 7;
-  else m.thresholds = thresholds.data(), m.spare = rest.data(), m.widths = widths.data(), m.widths_stride = FEATURES;
+  else m.thresholds = thresholds.data(), m.fallback = rest.data(), m.widths = widths.data(), m.widths_stride = FEATURES;
   float* storages[1] = {table.data()};
   const i64 storage_widths[1] = {WIDTH};
   Call c{};

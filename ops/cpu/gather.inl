@@ -5,11 +5,11 @@ static inline float sign_of(i64 id, i64 salt) { return i64(splitmix(u64(id) ^ u6
 static inline i64 step_salt(i64 salt, i64 step) { return i64(u64(salt) + u64(step) * 0x9E3779B97F4A7C15ull); }
 
 // What each row of a row lookup is multiplied by. Runs carry their signs themselves.
-static bool has_factor(const RowLookup& p) { return p.scale != 1.0 || (p.has_sign && p.run == 1) || p.weight_storage >= 0; }
+static bool has_factor(const RowLookup& p) { return p.scale != 1.0 || (p.has_sign && p.num_rows == 1) || p.weight_storage >= 0; }
 
 static void factors(const RowLookup& p, const i64* ids, const float* weights, i64 n, float* out) {
   for (i64 i = 0; i < n; i++) out[i] = float(p.scale);
-  if (p.has_sign && p.run == 1)
+  if (p.has_sign && p.num_rows == 1)
     for (i64 i = 0; i < n; i++) out[i] *= sign_of(ids[i], p.sign);
   if (weights)
     for (i64 i = 0; i < n; i++) out[i] *= weights[i];

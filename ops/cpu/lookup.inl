@@ -21,16 +21,16 @@ static void gather_runs(const Call& c, const RowLookup& p, i64 join, const i64* 
   for (i64 i = 0; i < n; i++) {
     float* __restrict o = out + i * stride;
     if (rows[i] < 0) {
-      for (i64 k = 0; k < p.run; k++) join_into(o[k], p.product, join);
+      for (i64 k = 0; k < p.num_rows; k++) join_into(o[k], p.product, join);
       continue;
     }
-    const i64 first = rows[i] - p.base, straight = std::min(p.run, p.rows - first);
-    if (!factor && !p.has_sign && straight == p.run) {
-      for (i64 k = 0; k < p.run; k++) join_into(o[k], table[first + k], join);
+    const i64 first = rows[i] - p.base, straight = std::min(p.num_rows, p.rows - first);
+    if (!factor && !p.has_sign && straight == p.num_rows) {
+      for (i64 k = 0; k < p.num_rows; k++) join_into(o[k], table[first + k], join);
       continue;
     }
     const float f = factor ? factor[i] : 1.f;
-    for (i64 k = 0; k < p.run; k++) {
+    for (i64 k = 0; k < p.num_rows; k++) {
       float v = table[k < straight ? first + k : first + k - p.rows] * f;
       if (p.has_sign) v *= sign_of(ids[i], step_salt(p.sign, k));
       join_into(o[k], v, join);
@@ -65,8 +65,8 @@ class Reader {
     bool fits = true;
     for (i64 j = 0; j < f.row_lookups; j++) {
       const RowLookup& p = c_.row_lookups[f.first + j];
-      if (p.run == 1) add_item(f, at, j, 1, output, column + p.kept, false);
-      fits &= p.run == 1 && p.weight_storage < 0;
+      if (p.num_rows == 1) add_item(f, at, j, 1, output, column + p.kept, false);
+      fits &= p.num_rows == 1 && p.weight_storage < 0;
     }
     if (!fits) odd_.push_back({&f, at, output, column, false, true});
   }
@@ -106,7 +106,7 @@ class Reader {
   };
 
   bool fits_slots(const RowLookup& p) const {
-    if (p.run != 1) return false;
+    if (p.num_rows != 1) return false;
     if (kind_of(c_, p.storage) == FP32) return p.span == p.width || p.width == 1;
     return decodes_blocks(p.width) && p.span == p.width;
   }
@@ -149,7 +149,7 @@ class Reader {
     float memory[CHUNK], weights[CHUNK];
     const float* factor = has_factor(p) ? memory : nullptr;
     if (factor) factors(p, at.ids, weights_of(c_, p, at.rows_of(j) + at.size, n, weights), n, memory);
-    if (p.run > 1 && kind_of(c_, p.storage) == FP32) gather_runs(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
+    if (p.num_rows > 1 && kind_of(c_, p.storage) == FP32) gather_runs(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
     else gather_decoded(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
   }
 
@@ -170,10 +170,10 @@ class Reader {
     for (i64 j = 0; j < k.feature->row_lookups; j++) {
       RowLookup p = c_.row_lookups[k.feature->first + j];
       p.has_sign = 0;
-      if (p.run > 1) gather_runs(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
+      if (p.num_rows > 1) gather_runs(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
       float weights[CHUNK];
       if (weights_of(c_, p, k.at.rows_of(j) + k.at.size, n, weights))
-        for (i64 i = 0; i < n; i++) out[i * stride + p.kept + p.run * p.width] = weights[i];
+        for (i64 i = 0; i < n; i++) out[i * stride + p.kept + p.num_rows * p.width] = weights[i];
     }
   }
 
@@ -194,7 +194,7 @@ static std::vector<Matrix> kept_of(const Call& c) {
     i64 width = 0;
     for (i64 j = 0; !feature.plain && j < feature.row_lookups; j++) {
       const RowLookup& p = c.row_lookups[feature.first + j];
-      width += p.run * p.width + (p.weight_storage >= 0);
+      width += p.num_rows * p.width + (p.weight_storage >= 0);
     }
     found[f] = {next - (feature.plain ? 0 : c.row_lookups[feature.first].kept), width};
     next += width * count_ids(c, feature);

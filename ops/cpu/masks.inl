@@ -12,7 +12,7 @@ struct Spot {
   i64 at;             // of the id among the ids of all fields, where parameters go by id; -1: out of range
   i64 kept;           // columns
   float threshold;
-  const float* spare; // stands for a pruned row; null: zeros
+  const float* fallback; // stands for a pruned row; null: zeros
   i64 block;
 };
 
@@ -27,7 +27,7 @@ static inline Spot spot_of(const Mask& m, i64 b, i64 f) {
   }
   if (m.widths) spot.kept = std::min(std::max<i64>(m.widths[b * m.widths_stride + f], 0), m.width);
   if (m.thresholds) spot.threshold = m.thresholds[m.starts ? spot.at : f];
-  if (m.spare) spot.spare = m.spare + f * m.width;
+  if (m.fallback) spot.fallback = m.fallback + f * m.width;
   if (!m.scales) return spot;
   spot.block = m.blocks_are_8 ? i64(static_cast<const uint8_t*>(m.blocks)[spot.at]) : i64(static_cast<const i32*>(m.blocks)[spot.at]);
   if (spot.block < 0 || spot.block >= m.block_count) spot.at = -1;
@@ -87,7 +87,7 @@ static bool mask_rows(const Mask& m, i64 from, i64 n, const Matrix& vectors, con
         continue;
       }
       // A norm that is no number keeps its row, so that the loss shows it.
-      if (m.thresholds && norm_of<W>(x, width, m.norm) <= spot.threshold) x = spot.spare;
+      if (m.thresholds && norm_of<W>(x, width, m.norm) <= spot.threshold) x = spot.fallback;
       if (x) multiply_rows<W>(x, prefixes.of(spot.kept), y, width);
       else std::memset(y, 0, width * sizeof(float));
     }
@@ -97,7 +97,7 @@ static bool mask_rows(const Mask& m, i64 from, i64 n, const Matrix& vectors, con
 
 // Gradients of a mask's parameters from a part of the samples; the parts are summed in their order, whoever made them.
 struct MaskSums {
-  std::vector<float> thresholds, rest;  // of fields; of `spare` or `scales`
+  std::vector<float> thresholds, rest;  // of fields; of `fallback` or `scales`
 };
 
 // Gradients of vectors and parameters from samples [from, to). Those of thresholds by id are left in `slopes`. False
@@ -130,7 +130,7 @@ static bool mask_gradients(const Mask& m, i64 from, i64 to, MaskSums& sums) {
         if (slope != 0.f)
           slope *= row_sum<W>(width, [&](auto lanes, i64 k) {
             auto change = lanes.load(x + k);
-            if (spot.spare) change -= lanes.load(spot.spare + k);
+            if (spot.fallback) change -= lanes.load(spot.fallback + k);
             return lanes.load(g + k) * lanes.load(cut + k) * change;
           });
         if (m.slopes) m.slopes[b * m.fields + f] = -slope;

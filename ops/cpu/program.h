@@ -15,10 +15,10 @@ enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
 // In place of a rule: gradients are handed out.
 constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2;
 
-// One read per id: `run` rows of `width` from the row on, at `column` of the feature's part of an output.
+// One read per id: `num_rows` rows of `width` from the row on, at `column` of the feature's part of an output.
 struct RowLookup {
   i64 storage, base, rows, width;                  // table: rows [base, base + rows) of a storage
-  i64 column, span, run, join, product;            // span: columns it fills; join: with what other row lookups left there
+  i64 column, span, num_rows, join, product;          // span: columns it fills; join: with what other row lookups left there
   i64 has_sign, sign;
   i64 weight_storage, weight_base, weight_rows;    // learned scalar per id; storage -1: none
   i64 kept;                                        // column among what is kept for backward: row, then weight
@@ -43,7 +43,7 @@ struct Matrix {
 };
 
 // What is done to vectors [batch, fields, width] before they are handed out: columns beyond a width become zeros and rows
-// whose norm is at most a threshold give way to `spare`; or, with `scales`, each id's block has a factor per column.
+// whose norm is at most a threshold give way to `fallback`; or, with `scales`, each id's block has a factor per column.
 struct Mask {
   i64 batch, fields, width;
   const void* ids;                                 // [batch, fields], for parameters by id
@@ -53,14 +53,14 @@ struct Mask {
   i64 norm;                                        // 1 or 2
   const i64* widths;                               // columns that are kept; null: all
   i64 widths_stride;                               // from sample to sample; 0: those of the fields
-  const float* spare;                              // [fields, width]; null: zeros
+  const float* fallback;                              // [fields, width]; null: zeros
   const float* scales;                             // [block_count, width]; null: nothing is scaled
   const void* blocks;                              // of each id of all fields
   i64 blocks_are_8, block_count;
   Matrix vectors, out;                             // may be the same
   Matrix gradient, of_vectors;                     // backward: of `out`; null where not wanted
   float* of_thresholds;                            // added to
-  float* of_rest;                                  // of `spare` or `scales`, added to; null where not wanted
+  float* of_rest;                                  // of `fallback` or `scales`, added to; null where not wanted
   float* slopes;                                   // [batch, fields] for thresholds by id, else null
 };
 

@@ -12,7 +12,7 @@ struct Base {
 };
 
 struct Source {
-  i64 storage, run, base, rows;  // run > 1: consecutive elements of the table [base, base + rows)
+  i64 storage, num_rows, base, rows;  // num_rows > 1: consecutive elements of the table [base, base + rows)
   i64 tag;                       // of its gradients among the bases
   i64 count;                     // ids
   const i32* of;                 // [count] row, -1 for none

@@ -72,7 +72,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
   buckets.fill(c.threads, lookups, scratch, [&](i64 from, i64 to, auto&& put) {
     each_lookup(sources, from, to, [&](const Source& s, i64 b) {
       if (s.of[b] < 0) return;
-      i64 at = s.of[b], left = s.run, offset = s.place(b) * bases.all[s.tag].stride;
+      i64 at = s.of[b], left = s.num_rows, offset = s.place(b) * bases.all[s.tag].stride;
       while (left) {
         const i64 end = std::min(s.base + s.rows, (at >> shift << shift) + range), length = std::min(left, end - at);
         put(at >> shift, Piece{u32(at), u32(offset), uint16_t(length), uint16_t(s.tag)});

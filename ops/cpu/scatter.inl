@@ -17,13 +17,13 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
   for (i64 j = 0; j < f.row_lookups; j++)
     factors(c.row_lookups[f.first + j], at.ids, nullptr, n, memory.data() + j * n);
   auto kept = [&](const RowLookup& p, i64 i) { return saved.data + (first + i) * saved.stride + p.kept; };
-  auto weight = [&](const RowLookup& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.run * p.width]; };
+  auto weight = [&](const RowLookup& p, i64 i) { return p.weight_storage < 0 ? 1.f : kept(p, i)[p.num_rows * p.width]; };
   auto signs = [&](const RowLookup& p, i64 i) {
-    for (i64 k = 0; p.run > 1 && p.has_sign && k < p.span; k++) here[k] *= sign_of(at.ids[i], step_salt(p.sign, k));
+    for (i64 k = 0; p.num_rows > 1 && p.has_sign && k < p.span; k++) here[k] *= sign_of(at.ids[i], step_salt(p.sign, k));
   };
   for (i64 j = 0; j < f.row_lookups; j++) {
     const RowLookup& p = c.row_lookups[f.first + j];
-    const i64 read = p.run * p.width;
+    const i64 read = p.num_rows * p.width;
     for (i64 i = 0; i < n; i++) {
       if (at.rows_of(j)[i] < 0) {
         if (p.weight_storage >= 0) own[2 * j + 1].data[(first + i) * own[2 * j + 1].stride] = 0.f;
@@ -37,7 +37,7 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
       for (i64 q = 0; p.product && q < f.row_lookups; q++) {
         const RowLookup& other = c.row_lookups[f.first + q];
         if (q == j || other.column != p.column || at.rows_of(q)[i] < 0) continue;
-        multiply(here, kept(other, i), other.run * other.width, p.span, memory[q * n + i] * weight(other, i));
+        multiply(here, kept(other, i), other.num_rows * other.width, p.span, memory[q * n + i] * weight(other, i));
         signs(other, i);
       }
       if (p.weight_storage >= 0) {
@@ -60,7 +60,7 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
 static bool is_pair(const Call& c, const Feature& f) {
   if (f.plain || f.row_lookups != 2 || c.offsets) return false;
   const RowLookup *a = c.row_lookups + f.first, *b = a + 1;
-  auto bare = [&](const RowLookup& p) { return p.run == 1 && p.span == p.width && p.product && !has_factor(p); };
+  auto bare = [&](const RowLookup& p) { return p.num_rows == 1 && p.span == p.width && p.product && !has_factor(p); };
   return bare(*a) && bare(*b) && a->column == b->column && a->width == b->width;
 }
 
@@ -93,7 +93,7 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   auto width_of = [&](const Feature& f) {
     i64 width = f.plain && c.offsets && !is_shared(c, f) ? f.width : 0;
     for (i64 j = f.first; !f.plain && !is_pair(c, f) && j < f.first + f.row_lookups; j++)
-      width += c.row_lookups[j].run * c.row_lookups[j].width + (c.row_lookups[j].weight_storage >= 0);
+      width += c.row_lookups[j].num_rows * c.row_lookups[j].width + (c.row_lookups[j].weight_storage >= 0);
     return width;
   };
   i64 elements = 0;
@@ -127,10 +127,10 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
         const RowLookup& partner = c.row_lookups[j == f.first ? j + 1 : f.first];
         base.other = moved(c.kept.data, partner.kept), base.other_stride = c.kept.stride;
       } else if (!f.plain || reads.ids[k].data) {
-        reads.own[2 * j] = f.plain ? reads.ids[k] : matrix(p.run * p.width);
+        reads.own[2 * j] = f.plain ? reads.ids[k] : matrix(p.num_rows * p.width);
         base = {reads.own[2 * j].data + (f.plain ? p.column : 0), stride, f.plain ? float(p.scale) : 1.f, nullptr, 0};
       }
-      reads.sources[p.storage].push_back({p.storage, p.run, p.base, p.rows, tag_of(base), count, reads.rows[2 * j], reads.bags[k]});
+      reads.sources[p.storage].push_back({p.storage, p.num_rows, p.base, p.rows, tag_of(base), count, reads.rows[2 * j], reads.bags[k]});
       if (p.weight_storage < 0) continue;
       reads.own[2 * j + 1] = matrix(1);
       reads.rows[2 * j + 1] = rows();
@@ -201,7 +201,7 @@ static int backward(const Call& c, const Update* updates, bool catch_up, Scratch
     const std::vector<Source>& sources = reads.sources[s];
     if (sources.empty()) continue;
     bool runs = false;
-    for (const Source& source : sources) runs |= source.run > 1;
+    for (const Source& source : sources) runs |= source.num_rows > 1;
     const i64 width = c.storage_widths[s];
     if (runs && catch_up) catch_up_all(updates[s], c.storages[s], width, c.threads);
     else if (runs) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);

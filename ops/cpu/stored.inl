@@ -142,9 +142,9 @@ static void (*choose_decoder(i64 kind))(const Group&, const Found&, i64, const M
 // A row lookup's values of n ids, whatever its storage holds.
 static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                            i64 n, float* out, i64 stride) {
-  const i64 kind = kind_of(c, p.storage), read = p.run * p.width;
+  const i64 kind = kind_of(c, p.storage), read = p.num_rows * p.width;
   // Asked for together: decoding one row is too much work for the processor to look ahead to the next.
-  const i64 bytes = row_bytes(c, p.storage) * p.run;
+  const i64 bytes = row_bytes(c, p.storage) * p.num_rows;
   for (i64 i = 0; i < n; i++)
     if (rows[i] >= 0) {
       const unsigned char* row = stored_row(c, p.storage, rows[i]);
@@ -159,14 +159,14 @@ static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i6
       continue;
     }
     // Runs go on at the table's start; their rows are single elements side by side.
-    const i64 straight = p.run > 1 ? std::min(p.run, p.base + p.rows - rows[i]) : read;
+    const i64 straight = p.num_rows > 1 ? std::min(p.num_rows, p.base + p.rows - rows[i]) : read;
     decode_row(kind, stored_row(c, p.storage, rows[i]), straight, memory.data());
     if (straight < read) decode_row(kind, stored_row(c, p.storage, p.base), read - straight, memory.data() + straight);
-    if (read != p.span || (p.run > 1 && p.has_sign)) {
+    if (read != p.span || (p.num_rows > 1 && p.has_sign)) {
       const float f = factor ? factor[i] : 1.f;
       for (i64 k = 0; k < p.span; k++) {
         float v = memory[read == p.span ? k : 0] * f;
-        if (p.run > 1 && p.has_sign) v *= sign_of(ids[i], step_salt(p.sign, k));
+        if (p.num_rows > 1 && p.has_sign) v *= sign_of(ids[i], step_salt(p.sign, k));
         join_into(o[k], v, join);
       }
       continue;

@@ -53,11 +53,11 @@ static void digits(const Transform& t, const i64* x, i64 n, i64* rows) {
 
 static void hashes(const Transform& t, const i64* x, i64 n, i64* rows) {
   const u64 salt = t.salt, size = t.size;
-  const i64 stride = t.stride, offset = t.offset, head = t.head, own = t.absent ? 0 : -1;
+  const i64 stride = t.stride, offset = t.offset, frequent = t.num_frequent, own = t.absent ? 0 : -1;
   for (i64 i = 0; i < n; i++) rows[i] = reduce_range(splitmix(u64(x[i]) ^ salt), size) * stride + offset;
-  if (head)
+  if (frequent)
     for (i64 i = 0; i < n; i++)
-      if (u64(x[i]) < u64(head)) rows[i] = own ? x[i] : -1;
+      if (u64(x[i]) < u64(frequent)) rows[i] = own ? x[i] : -1;
 }
 
 static inline u64 fmix(u64 h) {

@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Data = Annotated[Path, typer.Option("--data", help="Folder made by 'recsys-embed
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
 
-# Of what is trained.
+# Options of training.
 Model = Annotated[str | None, typer.Option("--model", help=f"Key: {', '.join(list_models())}.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Embedding bytes, e.g. 4MiB.")]
-Ratio = Annotated[float | None, typer.Option("--ratio", help="Or: the bytes of plain tables divided by this.")]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="Or: the bytes of full tables divided by this.")]
 EmbeddingDim = Annotated[int | None, typer.Option("--embedding-dim", help="Width of the vectors.")]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training rows.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Stop after so many batches.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Stop after this many batches.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows per step.")]
-LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Peak rate.")]
-Patience = Annotated[int | None, typer.Option("--patience", help="Stop after so many validations without gain.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of weights, order and all that is drawn.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Patience = Annotated[int | None, typer.Option("--patience", help="Stop after this many validations without gain.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of weights, data order and all random draws.")]
 Assign = Annotated[
     list[str] | None, typer.Option("--set", help="Any other setting: key=value, e.g. model_args.dropout=0.1.")
 ]
@@ -33,7 +33,7 @@ SearchAssign = Annotated[
     list[str] | None, typer.Option("--set", help="Any other setting: key=value; search.KEY=value for the search's.")
 ]
 
-# Somebody's model.
+# Options for a model of the user.
 ModelFactory = Annotated[
     str | None,
     typer.Option("--model-factory", help="A model: package.module:function, called without arguments."),
@@ -42,7 +42,7 @@ FormerFactory = Annotated[str | None, typer.Option("--model", hidden=True)]
 
 
 def model_factory(factory: str | None, former: str | None) -> str | None:
-    """What ``--model-factory`` says, or ``--model``, as the option was called before, with a warning.
+    """The value of ``--model-factory``, or of its former name ``--model``, which warns.
 
     Raises:
         ConfigError: both are given.

@@ -1,4 +1,4 @@
-"""How commands read training settings: a file, then options, then ``--set key=value``."""
+"""Training settings of commands: from a file, overridden by options, then by ``--set key=value``."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ FEW_STEPS = 200
 
 
 def say_few_steps(data: DataSource, config: TrainConfig) -> None:
-    """Warn where a run is too short to learn much, as with settings for large data on a small sample."""
+    """Warn if a run has too few steps to learn much, e.g. with settings for large data on a small sample."""
     steps = -(-data.splits["train"] // config.batch_size) * config.epochs
     steps = steps if config.steps is None else min(steps, config.steps)
     if steps < FEW_STEPS:

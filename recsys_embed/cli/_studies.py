@@ -17,7 +17,6 @@ from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
-from recsys_embed.utils.optional import require
 from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
@@ -32,20 +31,20 @@ def methods(
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/search/methods-MODEL-sSEED.")] = None,
     model: opt.Model = None,
     budgets: Annotated[
-        str | None, typer.Option("--budgets", "--budget", help="Shares of the plain tables or bytes, e.g. 5%,1MiB.")
+        str | None, typer.Option("--budgets", "--budget", help="Shares of the full tables or bytes, e.g. 5%,1MiB.")
     ] = None,
     chosen: Annotated[
         str | None, typer.Option("--methods", help="Keys, comma-separated; default: all that a budget sizes.")
     ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="Of the whole study, by all workers.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study, over all workers.")] = None,
     sampler: Annotated[
         str | None, typer.Option("--sampler", help="nsgaii, tpe, random, ... or evolution (OptEmbed's).")
     ] = None,
     objectives: Annotated[
         str | None, typer.Option("--objectives", help="auc, or auc,bytes, or auc,bytes,latency.")
     ] = None,
-    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of a training.")] = None,
-    check: Annotated[int, typer.Option("--check-proxy", help="So many trials are trained in full after all.")] = 6,
+    proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of the steps.")] = None,
+    check: Annotated[int, typer.Option("--check-proxy", help="Train this many trials in full, as a check.")] = 6,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -66,8 +65,10 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
-    _require_optuna()
+    from recsys_embed.search.studies.optuna_library import require_optuna
     from recsys_embed.search.studies.urls import file_of, without_password
+
+    require_optuna()
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -159,17 +160,12 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _require_optuna() -> None:
-    """Import Optuna and restrict its log to warnings."""
-    optuna: Any = require("optuna", extra="search", purpose="a study")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
 def open_study(asked: dict[str, Any], folder: Path, *, must_exist: bool) -> Any:
     """The study of these settings; ``must_exist`` if it must exist already."""
     from recsys_embed.data import open_dataset
+    from recsys_embed.search.studies.optuna_library import require_optuna
 
-    _require_optuna()
+    require_optuna()
     from recsys_embed.search.studies.settings import StudySettings
     from recsys_embed.search.studies.study import MethodStudy
 
@@ -289,10 +285,14 @@ def table(results: dict[str, Any]) -> str:
 def pick(
     run: Annotated[Path, typer.Argument(help="Folder of 'recsys-embed search methods'.")],
     trial: Annotated[int | None, typer.Option("--trial", help="Number of the trial to take.")] = None,
-    under: Annotated[str | None, typer.Option("--under", help="Or the best that takes at most so much: 1MiB.")] = None,
+    under: Annotated[
+        str | None, typer.Option("--under", help="Or the best trial of at most this size, e.g. 1MiB.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder of the training; default RUN/trial-N.")] = None,
     file: Annotated[Path | None, typer.Option("--export", help="Also write the model to serve: m.safetensors.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="Of that file: fp32, fp16, bf16, int8, int4.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Precision of that file: fp32, fp16, bf16, int8, int4.")
+    ] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train one trial of a study in full, test it, and export it."""

@@ -1,4 +1,4 @@
-"""A model of somebody else, named on the command line as ``package.module:function``."""
+"""Models given on the command line as ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _missing(name: str) -> bool:
-    """Whether there is no module of that name; its parents, which exist, are imported to find out."""
+    """Whether no module of that name exists; imports its parents, which must exist."""
     parent, _, _ = name.rpartition(".")
     if name in sys.modules:
         return False
@@ -35,7 +35,7 @@ def _import(name: str, text: str) -> Any:
     importlib.invalidate_caches()
     parts = name.split(".")
     try:
-        # Part by part, so that a module that is not there is told from one that fails while it is imported.
+        # Part by part, to distinguish a missing module from one whose import fails.
         for part in (".".join(parts[: i + 1]) for i in range(len(parts))):
             if _missing(part):
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""``recsys-embed compare``: several methods at the same bytes, one table. The main job."""
+"""``recsys-embed compare``: train several methods at the same bytes and print one table."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def compare(
     device: opt.Device = "cpu",
     as_json: opt.Json = False,
 ) -> int:
-    """Train methods alike at the same bytes and print AUC, logloss, bytes and speed of each.
+    """Train methods with the same settings and bytes, and print AUC, logloss, bytes and speed of each.
 
-    OUT gets results.json, table.md, pareto.png and a file per row; a comparison that was stopped goes on where it was.
+    OUT gets results.json, table.md, pareto.png and a file per row; a comparison that was stopped resumes there.
     """
     settings, varied = split_settings(config)
     if demo:
@@ -140,7 +140,7 @@ def open_source(data: Path | None, source: str | None, demo: bool, out: Path, *,
 
 
 def say_row(number: int, total: int, row: dict[str, Any]) -> None:
-    """One line per finished row."""
+    """Print one line per finished row."""
     name = " ".join(p for p in (row["model"], row["method"], row["size"], f"seed {row['seed']}") if p)
     if row["status"] != "ok":
         text = f"{row['status']}: {' '.join(row['reason'].split())[:120]}"
@@ -170,7 +170,7 @@ def write_results(
 
 
 def show(summaries: list[Summary], results: dict[str, Any], out: Path) -> None:
-    """The table, the reasons for rows without results, and where the files are."""
+    """Print the table, the reasons for rows without results, and the paths of the files."""
     from rich.console import Console
 
     seeds = results["comparison"]["seeds"]

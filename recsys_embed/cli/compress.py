@@ -1,4 +1,4 @@
-"""``recsys-embed compress``: the tables of somebody's model, replaced as a plan says, from a trained state."""
+"""``recsys-embed compress``: replace the embedding tables of any model by a plan, from its trained state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compress(
     ] = None,
     as_json: opt.Json = False,
 ) -> int:
-    """Replace the embedding tables of a model as a plan says, fitted to its trained ones, and write its new state.
+    """Replace the embedding tables of a model by those of a plan, fitted to the trained ones, and write the new state.
 
     To go on in Python: build the model, compress_(model, plan, init="fresh"), load_state_dict(torch.load(OUT)).
     """

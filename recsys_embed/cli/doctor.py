@@ -1,4 +1,4 @@
-"""``recsys-embed doctor``: what is installed, whether it fits together, which backends run and why."""
+"""``recsys-embed doctor``: installed versions and their compatibility, and available backends."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """Lay the facts out as text, one per line.
+    """The facts as text, one per line.
 
     >>> print(render(examine()).splitlines()[0])
     recsys-embed ...

@@ -39,7 +39,7 @@ def export(
     ] = None,
     as_json: opt.Json = False,
 ) -> int:
-    """Write what serving needs into one file: pruned, quantised, without optimizer state; and say what it costs."""
+    """Export a model to one file, pruned, quantised and without optimizer state, and report its error."""
     from recsys_embed.exports import export as write
     from recsys_embed.exports import load
 
@@ -70,7 +70,7 @@ def export(
 
 
 def _auc(folder: Path, split: str) -> Callable[[Any], float]:
-    """What measures a model's AUC on a split of a data folder."""
+    """A function that measures a model's AUC on a split of a data folder."""
     from recsys_embed.data import open_dataset
     from recsys_embed.train import evaluate
 

@@ -1,4 +1,4 @@
-"""``recsys-embed report``: where the bytes of embedding tables are, and what they could be."""
+"""``recsys-embed report``: bytes of embedding tables by cause, and what other methods would take."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def report(
         str | None, typer.Option("--optimizer", help=f"Of the tables: {', '.join(list_rules())}, ...")
     ] = None,
     dense_optimizer: Annotated[
-        str | None, typer.Option("--dense-optimizer", help="Of everything else; the same where it is torch's.")
+        str | None,
+        typer.Option("--dense-optimizer", help="Of all other parameters; default: the same, if torch has it."),
     ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="Of deployed weights: fp32, fp16, bf16, int8, int4.")
@@ -106,7 +107,7 @@ def _load(text: str, meta: bool) -> Any:
 
 
 def _schema(path: Path | None, dataset: Any, embedding_dim: int) -> Any:
-    """The features a plan is for: of a file, or of the data."""
+    """The features of a plan: from a schema file, or from the data."""
     if path is not None:
         from recsys_embed.features import Schema
         from recsys_embed.utils.strict_json import read_object

@@ -1,4 +1,4 @@
-"""``recsys-embed search``: what cannot be guessed, found out end to end: search, extract, retrain, test."""
+"""``recsys-embed search``: search rows and widths end to end: search, extract, retrain, test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recsys_embed.train import Interrupted
 
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3
-"""L2 penalty of the tables where none is given: what lets rows die."""
+"""Default L2 penalty of the tables, without which no rows are pruned."""
 
 search_app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +38,7 @@ _Model = Annotated[str | None, typer.Option("--model", help=f"{', '.join(vector_
 
 
 def _add(kind: type[Search]) -> None:
-    """A command per search; all of them take the same options."""
+    """Add the command of a search; all searches have the same options."""
 
     @search_app.command(kind.method, help=kind.summary)
     def command(
@@ -110,7 +110,7 @@ def _search(
 
 
 def render(outcome: SearchOutcome, folder: Path) -> str:
-    """The lines that a person reads."""
+    """The result as text."""
     lines = []
     for split, m in (("valid", outcome.result.valid), ("test", outcome.result.test)):
         if m is not None:

@@ -62,7 +62,7 @@ def train(
     """
     from recsys_embed.data import open_dataset
 
-    # A group of one counts too: it goes on with what more of them began.
+    # A torchrun group of one process counts too: it can resume a run of several processes.
     together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if shard is not None and not together:
         raise ConfigError("--shard goes with several processes: torchrun --nproc-per-node N -m recsys_embed train ...")
@@ -117,7 +117,7 @@ def summarise(outcome: RunOutcome) -> dict[str, Any]:
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:
-    """The lines that a person reads."""
+    """The result as text."""
     lines = []
     for split in ("valid", "test"):
         if (m := summary[split]) is not None:

@@ -1,4 +1,4 @@
-"""All features of a model behind one call per step."""
+"""Collections: one lookup call for all features of a model."""
 
 from recsys_embed.collection.embedding_collection import EmbeddingCollection
 

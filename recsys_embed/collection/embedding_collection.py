@@ -1,17 +1,17 @@
-"""All features of a model behind one call per step: a schema and a plan become one fused lookup."""
+"""All features of a model behind one call per step: a schema and a plan become one batched lookup."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
 from recsys_embed.collection.bags import to_bags
+from recsys_embed.collection.batched_lookup import BatchedLookup
 from recsys_embed.collection.earlier_states import take_in_tables_of_modules
-from recsys_embed.collection.fused_bundle import FusedBundle
 from recsys_embed.collection.fused_tables import FusedTables, OneStep
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.collection.torch_features import unknown_transforms
@@ -200,8 +200,8 @@ class EmbeddingCollection(FusedTables):
         """The attribute ``bundle``, which torch finds last of all, ten times slower."""
         return self._modules["bundle"]  # type: ignore[return-value]
 
-    def _fused_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
-        """Which of some fused kernels can run on ``ids`` and on the storages, and these; None where none can."""
+    def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
+        """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (torch.compiler.is_compiling() and (self.sparse or self._bundle.torch_gathers)):
             return None
         served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
@@ -252,35 +252,40 @@ class EmbeddingCollection(FusedTables):
                 raise ConfigError(
                     f"`mask` is for one vector per feature, all of one width; got {bundle.widths} columns"
                 )
-            fused = self._fused_tables(bundle.fused, ids)
-            stage = None if mask is None else mask.stage(ids)
+            batched = self._batched_tables(bundle.batched, ids)
+            masking = None if mask is None else mask.mask_parameters(ids)
             inside = (
-                fused is not None
-                and stage is not None
-                and bundle.fused[fused[0]].masks
+                batched is not None
+                and masking is not None
+                and bundle.batched[batched[0]].masks
                 and bundle.output_dim is not None
                 and bundle.output_dim is not None
-                and stage.fits(ids, (*ids.shape, bundle.output_dim))
+                and masking.fits(ids, (*ids.shape, bundle.output_dim))
             )
-            if fused is None:
+            if batched is None:
                 out: Tensor = bundle.single(ids.long(), self._gather)
             else:
-                step, gather = self._step_of(stepping, bundle.fused[fused[0]])
-                out = bundle.single_fused(fused[0], ids, fused[1], step, self.sparse, gather, stage if inside else None)
-            return out if mask is None or stage is None or inside else mask.through(stage, out, ids)
+                step, gather = self._step_of(stepping, bundle.batched[batched[0]])
+                out = bundle.single_batched(
+                    batched[0], ids, batched[1], step, self.sparse, gather, masking if inside else None
+                )
+            return out if mask is None or masking is None or inside else mask.through(masking, out, ids)
         if mask is not None:
             raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
         given = bundle.given(ids) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
-        fused = self._fused_tables(bundle.fused_bags, bags.values)
-        if fused is None or not bundle.fused_bags[fused[0]].pools(bags):
+        batched = self._batched_tables(bundle.batched_bags, bags.values)
+        if batched is None or not bundle.batched_bags[batched[0]].pools(bags):
             return bundle.pooled(bags, self._gather)
-        step, gather = self._step_of(stepping, bundle.fused_bags[fused[0]])
-        return bundle.pooled_fused(fused[0], bags, fused[1], step, self.sparse, gather)
+        step, gather = self._step_of(stepping, bundle.batched_bags[batched[0]])
+        return bundle.pooled_batched(batched[0], bags, batched[1], step, self.sparse, gather)
 
-    def _step_of(self, stepping: bool, fused: FusedBundle) -> tuple[NativeStep | None, Gather]:
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
+
+    def _step_of(self, stepping: bool, batched: BatchedLookup) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
-        if not stepping or not fused.rest:
+        if not stepping or not batched.rest:
             return self._native_step if stepping else None, self._gather
         once = OneStep()
         step = self._native_step._replace(update=partial(self._update_native, once=once))
@@ -326,7 +331,7 @@ class EmbeddingCollection(FusedTables):
 
 
 def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | None) -> None:
-    """Say which features fused kernels leave to torch.
+    """Say which features batched kernels leave to torch.
 
     Raises:
         BackendError: the kernels were asked for by name.
@@ -339,9 +344,9 @@ def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | Non
         faults.append(f"feature {name!r} maps its ids by {', '.join(lacking)}, which it does not know")
         if named is None:
             dispatch.say_once(
-                f"feature {name!r} runs on torch: fused kernels do not know {', '.join(lacking)}; features that "
-                "share no table with it stay fused"
+                f"feature {name!r} runs on torch: batched kernels do not know {', '.join(lacking)}; features that "
+                "share no table with it stay batched"
             )
     if named is not None:
-        way_out = "'auto' runs these on torch and the others fused, 'torch' runs all"
+        way_out = "'auto' runs these on torch and the others batched, 'torch' runs all"
         raise_faults(faults, f"backend {named!r}; {way_out}", BackendError)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.collection.bags import Bags
-from recsys_embed.collection.fused_bundle import BUNDLES, FusedBundle, FusedFeatures
+from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatures, BatchedLookup
 from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
@@ -19,11 +19,11 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
 from recsys_embed.kernels.native.autograd import NativeStep
-from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.kernels.places import Gather, Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.reference import ReferenceLookup
-from recsys_embed.kernels.unseen_ids import Unseen, with_unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds, with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
@@ -81,7 +81,7 @@ class LookupBundle(Constants):
             {t.name: places[table_key(s, t)] for t in p.tables if not t.dense}
             for s, p in zip(specs, programs, strict=True)
         ]
-        # Features that fused kernels leave to torch: always, and for bags.
+        # Features that batched kernels leave to torch: always, and for bags.
         lacking = features_for_torch(specs, programs, where, bags=False) if kernels else set()
         unpooled = features_for_torch(specs, programs, where, bags=True) if kernels else set()
         keys = [
@@ -90,7 +90,7 @@ class LookupBundle(Constants):
         ]
         with torch.device(like.device):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
-            self.unseen = Unseen(schema.features, self.hashes)
+            self.unseen = UnseenIds(schema.features, self.hashes)
             zeros = self.unseen.zeros
             self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, [zeros[i] for i in gathers])
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
@@ -111,29 +111,29 @@ class LookupBundle(Constants):
         self.output_dim = widths.pop() if len(widths) == 1 else None
         self.ordered = self._add_order("order", self.parts, like.device)
         # By name of kernels, for single ids and for bags; where a kernel runs nothing, none.
-        self.fused: dict[str, FusedBundle] = {}
-        self.fused_bags: dict[str, FusedBundle] = {}
-        for left, found, end in ((lacking, self.fused, ""), (unpooled, self.fused_bags, "_bags")):
+        self.batched: dict[str, BatchedLookup] = {}
+        self.batched_bags: dict[str, BatchedLookup] = {}
+        for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
             run = [j for j in range(len(specs)) if j not in left]
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or gathers.index(part[0]) in left]
             for name in kernels if run else ():
-                if end and rest == (self.fused[name].rest if name in self.fused else None):
-                    found[name] = self.fused[name]
+                if end and rest == (self.batched[name].rest if name in self.batched else None):
+                    found[name] = self.batched[name]
                     continue
-                features = FusedFeatures(
+                features = BatchedFeatures(
                     schema, run, [gathers[j] for j in run], [programs[j] for j in run], [where[j] for j in run],
                     self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
                 )  # fmt: skip
-                found[name] = BUNDLES[name](features, rest, f"{name}{end}")
-                found[name].ordered = self._add_order(found[name].order, self._fused_parts(found[name]), like.device)
+                found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
+                found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
 
     @property
     def torch_gathers(self) -> bool:
-        """Whether some features' rows are gathered by torch beside fused kernels."""
-        return any(p < self.grouped for fused in self.fused.values() for p in fused.rest)
+        """Whether some features' rows are gathered by torch beside batched kernels."""
+        return any(p < self.grouped for batched in self.batched.values() for p in batched.rest)
 
-    def _fused_parts(self, fused: FusedBundle) -> list[tuple[int, ...]]:
-        return [*fused.parts, *(self.parts[p] for p in fused.rest)]
+    def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
+        return [*batched.parts, *(self.parts[p] for p in batched.rest)]
 
     def _module(self, name: str) -> CompressedEmbedding:
         return cast("CompressedEmbedding", self.own[_own(name)])
@@ -213,7 +213,7 @@ class LookupBundle(Constants):
             out.append(self.vectors_of(self.parts[p][0], column[:, 0]).flatten(1))
         return out
 
-    def single_fused(
+    def single_batched(
         self,
         kernels: str,
         ids: Tensor,
@@ -221,35 +221,35 @@ class LookupBundle(Constants):
         step: NativeStep | None,
         sparse: bool,
         gather: Gather,
-        mask: Stage | None = None,
+        mask: MaskParameters | None = None,
     ) -> Tensor:
-        """As :meth:`single`, by one of the kernels in ``fused``; what these leave to torch by ``gather``.
+        """As :meth:`single`, by one of the kernels in ``batched``; what these leave to torch by ``gather``.
 
         Args:
             tables: float32 per storage, on the CPU.
             step, sparse: see :func:`look_up`.
             mask: of all vectors, where the kernels take one.
         """
-        fused = self.fused[kernels]
-        if not fused.rest:
-            parts = fused.single(ids, tables, step, sparse, mask)
+        batched = self.batched[kernels]
+        if not batched.rest:
+            parts = batched.single(ids, tables, step, sparse, mask)
         else:
             ids = self.unseen(ids.long())
-            parts = fused.single(ids, tables, step, sparse, mask, resolved=True)
-            parts += self._singles(ids, fused.rest, gather)
-        return self._assemble(parts, fused.ordered, fused.order)
+            parts = batched.single(ids, tables, step, sparse, mask, resolved=True)
+            parts += self._singles(ids, batched.rest, gather)
+        return self._assemble(parts, batched.ordered, batched.order)
 
-    def pooled_fused(
+    def pooled_batched(
         self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather
     ) -> Tensor:
-        """As :meth:`pooled`, by one of the kernels in ``fused_bags`` that take the bags."""
-        fused = self.fused_bags[kernels]
+        """As :meth:`pooled`, by one of the kernels in ``batched_bags`` that take the bags."""
+        batched = self.batched_bags[kernels]
         known = self.unseen.replaces or self.unseen.counting
         bags = self.resolved(bags) if known else bags
-        parts = fused.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
-        if fused.rest:
-            parts += self._pooled(bags, None, fused.rest, gather, check=not known)
-        return self._assemble(parts, fused.ordered, fused.order)
+        parts = batched.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
+        if batched.rest:
+            parts += self._pooled(bags, None, batched.rest, gather, check=not known)
+        return self._assemble(parts, batched.ordered, batched.order)
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""

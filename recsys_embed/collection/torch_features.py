@@ -1,4 +1,4 @@
-"""Which features fused kernels leave to torch, and why."""
+"""Which features batched kernels leave to torch, and why."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.utils.deprecated import warn_renamed
+from recsys_embed.utils.deprecated import renamed_fields, warn_renamed
 
 __all__ = [
     "Codes",
@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
 _PIECE = 1 << 24
 
 
+@renamed_fields(law="distribution")
 @dataclass(frozen=True)
 class Initializer:
     """Initial distribution of a table: ``loc`` + U(±scale), ``loc`` + N(0, scale**2), or the constant ``loc``."""
@@ -63,12 +64,6 @@ class Initializer:
     distribution: Literal["uniform", "normal", "constant"]
     scale: float = 0.0
     loc: float = 0.0
-
-    @property
-    def law(self) -> str:
-        """The earlier name of ``distribution``."""
-        warn_renamed("field of Initializer", "law", "distribution")
-        return self.distribution
 
     @classmethod
     def plain(cls, spec: FeatureSpec, factor: float = 1.0) -> Initializer:
@@ -132,6 +127,7 @@ class Weight:
     transform: Transform
 
 
+@renamed_fields(run="num_rows")
 @dataclass(frozen=True)
 class RowLookup:
     """One row read per id: it joins the output columns from ``column`` on.
@@ -139,8 +135,8 @@ class RowLookup:
     The row is multiplied by ``scale``, by a sign hashed with ``sign`` and by the learned ``weight``, where given.
 
     Args:
-        run: this many consecutive rows are read and stand side by side; after the table's last row comes its first.
-            Each element of a run has a sign of its own.
+        num_rows: consecutive rows that are read and stand side by side; after the table's last row comes its first.
+            Each element of them has a sign of its own.
         width: columns it fills, where these are more than it reads: a table of width 1 repeats over them.
     """
 
@@ -150,7 +146,7 @@ class RowLookup:
     scale: float = 1.0
     sign: int | None = None
     weight: Weight | None = None
-    run: int = 1
+    num_rows: int = 1
     width: int | None = None
 
     @property
@@ -205,7 +201,7 @@ class LookupProgram:
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Output column range of each row lookup."""
         widths = {t.name: t.width for t in self.tables}
-        return tuple((p.column, p.column + (p.width or p.run * widths[p.table])) for p in self.row_lookups)
+        return tuple((p.column, p.column + (p.width or p.num_rows * widths[p.table])) for p in self.row_lookups)
 
     @property
     def combined_width(self) -> int:
@@ -270,9 +266,11 @@ class LookupProgram:
         if [start for start, _ in spans] != edges[:-1]:
             faults.append(f"row_lookup columns must tile the output without gap or partial overlap; got {spans}")
         for p in self.row_lookups:
-            if p.run < 1 or p.run > self.table(p.table).rows:
-                faults.append(f"`run` must be in [1, {self.table(p.table).rows}], table {p.table!r}; got {p.run}")
-            if p.width is not None and (p.run, self.table(p.table).width) != (1, 1):
+            if p.num_rows < 1 or p.num_rows > self.table(p.table).rows:
+                faults.append(
+                    f"`num_rows` must be in [1, {self.table(p.table).rows}], table {p.table!r}; got {p.num_rows}"
+                )
+            if p.width is not None and (p.num_rows, self.table(p.table).width) != (1, 1):
                 faults.append(f"only single elements repeat over columns; table {p.table!r} has wider rows")
         faults += [fault for index in self.indexes for fault in index.faults()]
         if self.padding < 0 or (self.padding and self.head is not None):

@@ -19,6 +19,7 @@ from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import IdSet, positions
 from recsys_embed.core.index import Index, IndexArrays
 from recsys_embed.typing import Parameter, Signature
+from recsys_embed.utils.deprecated import renamed_fields
 
 
 class Sharing(NamedTuple):
@@ -168,25 +169,26 @@ class MixedRadixDigit(Transform):
         return torch.arange(ids) if self == MixedRadixDigit() else None
 
 
+@renamed_fields(head="num_frequent", head_absent="frequent_absent")
 @dataclass(frozen=True)
 class Hash(Transform):
-    """``head + offset + stride * h(x)`` with h uniform in [0, size); ids in [0, head) map to themselves.
+    """``num_frequent + offset + stride * h(x)``, h uniform in [0, size); ids in [0, num_frequent) map to themselves.
 
-    With ``head_absent`` the ids in [0, head) have no row at all.
+    With ``frequent_absent`` the ids in [0, num_frequent) have no row at all.
     """
 
     salt: int
     size: int
     stride: int = 1
     offset: int = 0
-    head: int = 0
-    head_absent: bool = False
+    num_frequent: int = 0
+    frequent_absent: bool = False
 
     def signature(self) -> Signature:
-        return (Hash, self.head > 0, self.head_absent)
+        return (Hash, self.num_frequent > 0, self.frequent_absent)
 
     def parameters(self) -> tuple[int, ...]:
-        return (self.salt, self.size, self.stride, self.head + self.offset, self.head)
+        return (self.salt, self.size, self.stride, self.num_frequent + self.offset, self.num_frequent)
 
     @staticmethod
     def map(
@@ -196,29 +198,29 @@ class Hash(Transform):
         at: Parameter = 0,
         arrays: IndexArrays | None = None,
     ) -> Tensor:
-        _, has_head, absent = signature
-        salt, size, stride, offset, head = params
+        _, has_frequent, absent = signature
+        salt, size, stride, offset, num_frequent = params
         rows = hashing.hash_rows(ids, salt, size) * stride + offset
-        if has_head:
-            private = (ids >= 0) & (ids < head)
+        if has_frequent:
+            private = (ids >= 0) & (ids < num_frequent)
             rows = torch.where(private, -1 if absent else ids, rows)
         return rows
 
     @property
     def may_be_absent(self) -> bool:
-        return self.head > 0 and self.head_absent
+        return self.num_frequent > 0 and self.frequent_absent
 
     @property
     def by_frequency(self) -> bool:
-        return self.head > 0
+        return self.num_frequent > 0
 
     def encoded(self) -> tuple[str, dict[str, int]]:
-        fields = dict(zip(("salt", "size", "stride", "offset", "head"), self.parameters(), strict=True))
-        return "hash", {**fields, "absent": self.head_absent}
+        fields = dict(zip(("salt", "size", "stride", "offset", "num_frequent"), self.parameters(), strict=True))
+        return "hash", {**fields, "absent": self.frequent_absent}
 
     def sharing(self, ids: int, rows: int) -> Sharing:
-        head, none = (0, self.head), (0, 0)
-        private, absent = (none, head) if self.head_absent else (head, none)
+        frequent, none = (0, self.num_frequent), (0, 0)
+        private, absent = (none, frequent) if self.frequent_absent else (frequent, none)
         return Sharing(private, absent, self.size, ("hash", self.salt, self.size))
 
 

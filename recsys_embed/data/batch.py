@@ -1,4 +1,4 @@
-"""Batches of named parts from rows in memory, cut and moved by a background thread."""
+"""Batches of named tensors from rows in memory, prepared and moved to the device by a background thread."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Batches:
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device | None = None, depth: int = PREFETCH) -> Iterator[Batch]:
-    """Draw from ``batches`` in a thread, ``depth`` ahead; on CUDA copy from pinned memory without waiting."""
+    """Prefetch ``depth`` batches in a thread; on CUDA, copy asynchronously from pinned memory."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
     cuda = device is not None and device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Reading one plain, gzip or zstandard file from front to back, noticing an archive that ends too early."""
+"""Sequential reading of a plain, gzip or zstandard file, with detection of truncated archives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recsys_embed.utils.optional import require
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _INPUT = {"gzip": 256 << 10, "zstd": 32 << 10}
-"""Compressed bytes fed at once. Small for zstd, whose decoder has no limit on what one call may return."""
+"""Compressed bytes per call; few for zstd, whose decoder does not bound the output of a call."""
 
 
 class _Decoder(Protocol):

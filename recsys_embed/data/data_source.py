@@ -1,4 +1,4 @@
-"""What training, searches, sharding and reports need of a data set: the interface, without a library behind it."""
+"""The interface of data sets that training, searches, sharding and reports use; it imports no data library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BatchStream(Protocol):
 
 
 class BatchSource(Protocol):
-    """What a :class:`recsys_embed.train.Trainer` needs of a data set."""
+    """The members of a data set that a :class:`recsys_embed.train.Trainer` uses."""
 
     @property
     def splits(self) -> Collection[str]:
@@ -48,7 +48,7 @@ class BatchSource(Protocol):
         """Batches of one epoch.
 
         The order depends on ``seed`` and ``epoch`` alone, and ``start_batch`` leaves out the batches before it, so that
-        a run that was stopped goes on with the very batches it had not seen.
+        a resumed run gets exactly the batches that it had not seen.
         """
         ...
 
@@ -79,7 +79,7 @@ class DataSource(BatchSource, Protocol):
 
     @property
     def stats(self) -> JSONMapping | None:
-        """What is known of the features, as a data folder's ``stats.json`` says it; None: nothing but counts."""
+        """Statistics of the features, in the form of a data folder's ``stats.json``; None if there are only counts."""
         ...
 
     def schema(self, embedding_dim: int) -> Schema:
@@ -103,7 +103,7 @@ class DataSource(BatchSource, Protocol):
         ...
 
     def held_out(self, share: float) -> DataSource:
-        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``."""
+        """This data set, the last ``share`` of its training rows moved from ``train`` to the split ``held_out``."""
         ...
 
     def portion(self, rank: int, world: int) -> DataSource:
@@ -116,7 +116,7 @@ TRAINING = ("splits", "num_dense", "digest", "schema", "batches")
 
 
 def need_members(data: Any, purpose: str, members: Sequence[str] = TRAINING) -> None:
-    """Refuse what lacks members of a :class:`DataSource`.
+    """Refuse data that lacks members of a :class:`DataSource`.
 
     Args:
         data: what was given as a data set.

@@ -1,4 +1,4 @@
-"""How often each value of a field occurs, within a bounded amount of memory."""
+"""Counts of the values of a field, in bounded memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FieldCounts:
 
 
 class FieldCounter:
-    """Adds up a field chunk by chunk.
+    """Counts a field's values, chunk by chunk.
 
     Args:
         max_rows: values held before they are merged into the counts.

@@ -1,4 +1,4 @@
-"""The former name of a process's rows; :meth:`recsys_embed.data.RowSource.portion` gives them now."""
+"""Deprecated: the class of a process's rows; :meth:`recsys_embed.data.RowSource.portion` returns them now."""
 
 from __future__ import annotations
 

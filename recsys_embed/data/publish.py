@@ -20,7 +20,7 @@ def data_files(manifest: Manifest) -> list[str]:
 
 
 def publish(out: Path, built: BuiltDataset) -> None:
-    """Make ``built`` the content of ``out``.
+    """Replace the content of ``out`` by ``built``.
 
     A data set that was there goes first. A crash in between leaves files that the next run moves or finds in place.
     """

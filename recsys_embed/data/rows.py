@@ -1,4 +1,4 @@
-"""Data sets of numbered rows: batches from memory or streamed, and views of runs of their rows."""
+"""Data sets of numbered rows: batches from memory or streamed, and views of consecutive rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BUFFER_ROWS = 1 << 20
 CHUNK_ROWS = 1 << 16
 """Rows read at once when streaming."""
 TOLERANCE = 0.01
-"""A portion may differ by this share from an equal one so that it ends with a chunk."""
+"""A portion's size may differ from an equal share by this fraction, so that it can end at a chunk's end."""
 
 
 class RowSource(ABC):
-    """A :class:`~recsys_embed.data.DataSource` whose rows are read by number; what else one needs follows from them.
+    """A :class:`~recsys_embed.data.DataSource` whose rows are read by number; it derives the other members from them.
 
     A subclass says ``splits``, ``num_dense``, ``digest``, ``schema`` and ``read``.
 
@@ -82,11 +82,11 @@ class RowSource(ABC):
 
     @property
     def stats(self) -> JSONMapping | None:
-        """What is known of the features, as a data folder's ``stats.json`` says it."""
+        """Statistics of the features, in the form of a data folder's ``stats.json``."""
         return None
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
-        """First row and the one after the last of what is best read at once, in file order."""
+        """Ranges of rows ``(first, stop)`` that are read most efficiently in one call, in file order."""
         total = self.rows(split)
         return [(at, min(at + CHUNK_ROWS, total)) for at in range(0, total, CHUNK_ROWS)]
 
@@ -204,7 +204,7 @@ class RowSource(ABC):
         return moments_of(self.numeric_sums(split))
 
     def numeric_sums(self, split: str = "train") -> Tensor:
-        """What :func:`moments_of` needs; sums of parts of a split add up: float64 ``[1 + 2 * num_dense]``."""
+        """Sums for :func:`moments_of`, additive over portions of a split: float64 ``[1 + 2 * num_dense]``."""
         sums = torch.zeros(1 + 2 * self.num_dense).double()
         for batch in self.batches(split, CHUNK_ROWS, shuffle=False):
             dense = batch.dense.double()
@@ -214,7 +214,7 @@ class RowSource(ABC):
     # -- views ----------------------------------------------------------------------------------------------------
 
     def held_out(self, share: float) -> Rows:
-        """This data set, ``share`` of whose training rows, the last, are the split ``held_out`` and not ``train``.
+        """This data set with the last ``share`` of its training rows as the split ``held_out``, removed from ``train``.
 
         Raises:
             ConfigError: a share outside (0, 1), or rows held out of what holds some out already.
@@ -244,7 +244,7 @@ class RowSource(ABC):
 
 
 def portion_ends(data: RowSource, split: str, world: int) -> list[int]:
-    """Where portions begin and end: rows of the split, ``[world + 1]``, the same in every process."""
+    """Boundaries of the portions, as row numbers ``[world + 1]``; the same in every process."""
     total = data.rows(split)
     chunks = [0, *accumulate(stop - start for start, stop in data.chunks(split))]
     slack = TOLERANCE * total / world
@@ -258,7 +258,7 @@ def portion_ends(data: RowSource, split: str, world: int) -> list[int]:
 
 
 class Rows(RowSource):
-    """Runs of consecutive rows of another data set as splits of their own; views may be made of views.
+    """A view of another data set whose splits are ranges of its rows; views of views are possible.
 
     What describes features (``schema``, ``stats``, ``counts``, vocabularies) is that of the whole.
 
@@ -320,7 +320,7 @@ class Rows(RowSource):
         return self.whole.read(source, low + start, low + stop)
 
     def load(self, split: str) -> InMemoryDataset:
-        """A whole split in memory; shared with the whole data set where all of that is used, or held anyway."""
+        """A full split in memory; shared with the underlying data set if that holds it or the view covers all of it."""
         source, start, stop = self._run(split)
         used = sum(last - first for name, first, last in self.runs.values() if name == source)
         shared = source in self.whole._loaded or (used >= self.whole.rows(source) and self.whole.fits(source))

@@ -39,7 +39,7 @@ def fraction(text: str | float, name: str) -> Fraction:
 
 @dataclass(frozen=True)
 class SplitRule(Settings):
-    """How rows are divided; shares are of all good rows.
+    """How rows are assigned to splits; shares are of all valid rows.
 
     Args:
         kind: ``"order"``: the last rows in file order test, those before them validate (a split by time);

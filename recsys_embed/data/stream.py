@@ -10,7 +10,7 @@ from torch import Tensor
 from recsys_embed.data.batch import Batch, InMemoryDataset, permutation
 
 Chunk = tuple[int, int]
-"""First row and the one after the last."""
+"""A range of rows: first row, and the one after the last."""
 
 
 def windows(chunks: Sequence[Chunk], buffer_rows: int, order: tuple[int, int] | None) -> list[list[Chunk]]:

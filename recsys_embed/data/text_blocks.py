@@ -1,4 +1,4 @@
-"""Input files as blocks of whole lines, each file read once from front to back."""
+"""Input files as blocks of complete lines; each file is read once, sequentially."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recsys_embed.data.criteo.layout import MAX_LINE_BYTES, LineLayout
 from recsys_embed.errors import DataError, raise_faults
 
 BLOCK_BYTES = 4 << 20
-"""Text parsed at once: its working arrays, about eight times as large, then stay near the cache."""
+"""Bytes of text that are parsed at once; small, so that the working arrays (eight times as large) stay in the cache."""
 Tri = Literal["auto", "yes", "no"]
 
 

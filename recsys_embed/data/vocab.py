@@ -1,4 +1,4 @@
-"""Vocabularies: values of a field to row numbers, most frequent first, with id 0 for everything unknown."""
+"""Vocabularies: map the values of a field to ids, most frequent first; unknown values get id 0."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class IdTable:
         lead = (scrambled >> keys.dtype.type(shift)).astype(np.int64)
         sizes = np.bincount(lead, minlength=1 << bits)
         start = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        # A pad entry lets a row lookup run past the last key; it can only match the largest key, stored just before it.
+        # A pad entry lets probing run past the last key; it can only match the largest key, stored just before it.
         top = np.array([np.iinfo(keys.dtype).max], keys.dtype)
         return cls(np.append(scrambled, top), np.append(ids[order], np.int32(OOV_ID)), start, shift, int(sizes.max()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.shared_tables import PlainView, SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.features import FeatureSpec, spec_to_dict
-from recsys_embed.features import Unseen as UnseenPolicy
+from recsys_embed.features import FeatureSpec, Unseen, spec_to_dict
 from recsys_embed.kernels.fused_gather import read_rows
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
@@ -29,7 +28,7 @@ from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.kernels.unseen_ids import Unseen, UnseenCount, with_unseen, with_unseen_row
+from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.typing import Budget, IdValues, Option
 
@@ -88,7 +87,7 @@ class CompressedEmbedding(nn.Module):
         budget: Budget | None = None,
         name: str = "embedding",
         init: str = "normal:1",
-        unseen: UnseenPolicy | None = None,
+        unseen: Unseen | None = None,
         shared: SharedTables | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -131,7 +130,7 @@ class CompressedEmbedding(nn.Module):
             self.register_parameter(table.name, nn.Parameter(empty))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
-            self.unseen = Unseen([self.spec], [self.config.accepts_raw])
+            self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._native: SingleLookup | None = None
         if supported(self.program):
@@ -285,12 +284,12 @@ class CompressedEmbedding(nn.Module):
         return out.masked_fill(((ids if given is None else given) == self.padding_idx).unsqueeze(-1), 0.0)
 
     @property
-    def _policy(self) -> Unseen:
+    def _policy(self) -> UnseenIds:
         """The attribute ``unseen``, which torch finds last of all, ten times slower."""
         return self._modules["unseen"]  # type: ignore[return-value]
 
     def _resolve(self, ids: Tensor) -> Tensor:
-        """What the policy makes of ``ids``, counted: see :class:`Unseen`."""
+        """What the policy makes of ``ids``, counted: see :class:`UnseenIds`."""
         policy = self._policy
         padding = None if self.padding_idx is None or not policy.counting else ids == self.padding_idx
         resolved: Tensor = policy(ids, None, padding)
@@ -338,8 +337,7 @@ class CompressedEmbedding(nn.Module):
                 the method does not hash.
         """
         # The parameter's name is torch's, which callers may spell out.
-        given = given_ids(input, self.spec, self.config.accepts_raw, self._policy)
-        ids = check_id_dtype(given, self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self._policy), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
@@ -362,6 +360,9 @@ class CompressedEmbedding(nn.Module):
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _bags(self, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         if ids.dim() == 2:
@@ -435,8 +436,8 @@ class CompressedEmbedding(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
         if self.served is not None:
-            rest = Footprint(sum(p.nbytes for p in self.parameters()), self.kernel.index.nbytes)
-            return self.served.footprint() + rest
+            own = sum(p.nbytes for p in self.parameters())
+            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes)
         return self.config.footprint(self.spec, next(self.parameters()).element_size())
 
     # -- tables shared with other modules -------------------------------------------------------------------------
@@ -479,9 +480,7 @@ class CompressedEmbedding(nn.Module):
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
             _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
-        errors = args[-1]
-        before = len(errors)
-        held = dict(self._parameters)
+        errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)
         if len(errors) > before and prefix + "_extra_state" not in state_dict:

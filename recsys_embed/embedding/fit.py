@@ -26,7 +26,12 @@ def _outputs(module: CompressedEmbedding, values: dict[str, Tensor], ids: Tensor
 def _solve_table(
     module: CompressedEmbedding, name: str, target: Tensor, row_weight: Tensor, steps: int, tolerance: float
 ) -> None:
-    """Minimise the weighted squared error over one table, from its present values."""
+    """Minimise the weighted squared error over one table, from its present values.
+
+    With the other tables fixed the output is ``A t + base``, so the minimum solves ``A' W A t = A' W (target - base)``,
+    ``W`` being ``row_weight``. ``A`` is never formed: the module's forward applies it, and its backward applies ``A'``.
+    This is conjugate gradients on the residual of the outputs (CGLS), preconditioned by a diagonal.
+    """
     table = module.table(name)
     ids = torch.arange(target.shape[0], device=target.device)
     # Half precision has neither the range nor the digits for sums over all ids.
@@ -38,22 +43,25 @@ def _solve_table(
         return (residual.square() * row_weight).sum(dtype=torch.float64)
 
     def adjoint(residual: Tensor) -> Tensor:
+        """``A' W`` times a residual of the outputs: the negative gradient, but for a factor of two."""
         (grad,) = torch.autograd.grad(out, start, residual * row_weight, retain_graph=True)
         return grad.to_dense() if grad.is_sparse else grad
 
     with torch.no_grad():
+        # What the other tables add to the output; subtracting it makes the forward linear instead of affine.
         base = _outputs(module, {**fixed, name: torch.zeros_like(start)}, ids)
 
         def normal(change: Tensor) -> Tensor:
             """The normal matrix times ``change``."""
             return adjoint(_outputs(module, {**fixed, name: change}, ids) - base)
 
-        # Rows are read with weights that differ by orders of magnitude, so steps are scaled by the size of the normal
-        # matrix's rows, estimated with random signs: exact where no two elements share an output (one hash).
+        # The preconditioner. Rows are read with weights that differ by orders of magnitude, so each element is scaled
+        # by the norm of its row of the normal matrix N. Random signs s estimate it, since the mean of (N s)**2 is that
+        # row's squared norm; the estimate is exact where no two elements share an output (one hash).
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, start.shape, generator=generator).to(start) * 2 - 1 for _ in range(4)]
         scale = torch.stack([normal(s).square() for s in signs]).mean(0).sqrt()
-        scale.masked_fill_(scale == 0, 1.0)
+        scale.masked_fill_(scale == 0, 1.0)  # rows that no id reads
         residual = target - out.detach()
         gradient = adjoint(residual)
         direction = gradient / scale
@@ -63,12 +71,13 @@ def _solve_table(
             if norm <= tolerance * first or norm == 0:
                 break
             moved = _outputs(module, {**fixed, name: direction}, ids) - base
-            curvature = error(moved)
+            curvature = error(moved)  # direction' N direction
             if curvature <= 0:
                 break
             step = norm / curvature
             reached = residual - moved * float(step)
-            # Every exact step lowers the error; one that does not is made of rounding, and those that follow diverge.
+            # In exact arithmetic every step lowers the error. One that does not is rounding error, and later steps
+            # would diverge.
             if not error(reached) < error(residual):
                 break
             start.add_(direction, alpha=float(step))
@@ -76,6 +85,7 @@ def _solve_table(
             gradient = adjoint(residual)
             scaled = gradient / scale
             previous, norm = norm, (gradient * scaled).sum()
+            # The next direction is conjugate to all earlier ones: no step undoes what those have gained.
             direction.mul_(float(norm / previous)).add_(scaled)
         table.copy_(start)
 

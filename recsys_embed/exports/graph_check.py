@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recsys_embed.errors import ExportError
 from recsys_embed.exports.graph_inputs import Inputs, batches, example_inputs, tensors
-from recsys_embed.kernels.unseen_ids import Unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds
 from recsys_embed.utils.optional import require
 
 # Largest difference that other orders of summation explain, relative to the largest output (at least 1).
@@ -32,7 +32,7 @@ class GraphCheck(NamedTuple):
 def serving(model: nn.Module) -> Iterator[None]:
     """Put every module of ``model`` in eval mode without counts of unseen ids, and restore their state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    counters = [(module, module.counting) for module in model.modules() if isinstance(module, Unseen)]
+    counters = [(module, module.counting) for module in model.modules() if isinstance(module, UnseenIds)]
     model.eval()
     for counter, _ in counters:
         counter.counting = False

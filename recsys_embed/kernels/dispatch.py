@@ -21,9 +21,9 @@ Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Chosen = Literal["reference", "torch", "native", "triton"]
 
 
-# By name of fused kernels: whether they can run and hold an optimizer's rule.
+# By name of batched kernels: whether they can run and hold an optimizer's rule.
 KNOWS: Mapping[str, Callable[[FusedOptimizer | None], bool]] = {"native": native.knows, "triton": status.knows}
-# By name of fused kernels: whether they may read these tensors.
+# By name of batched kernels: whether they may read these tensors.
 RUNS_ON: Mapping[str, Callable[[Tensor, Sequence[Tensor]], bool]] = {
     "native": native.runs_on,
     "triton": status.runs_on,
@@ -121,7 +121,7 @@ def say_once(line: str) -> None:
 
 
 def kernels(backend: str, optimizer: FusedOptimizer | None = None) -> tuple[str, ...]:
-    """Names of the fused kernels that lookups of a backend may run on, whichever device their tables move to."""
+    """Names of the batched kernels that lookups of a backend may run on, whichever device their tables move to."""
     # In the interpreter nothing but tests should run.
     names = ["native", "triton"] if not status.interpreted() else ["native"]
     return tuple(

@@ -13,7 +13,14 @@ KINDS = ("digit", "hash", "murmur", "range", "bitmap", "sorted", "identity", "co
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "one of Kind": ("kind",),
     "DIGIT: ((a x + b) % p) / div % mod; mod 0 keeps the quotient": ("div", "mod", "affine", "a", "b", "p"),
-    "HASH: ids below head keep themselves, or have no row": ("salt", "size", "stride", "offset", "head", "absent"),
+    "HASH: ids below num_frequent keep themselves, or have no row": (
+        "salt",
+        "size",
+        "stride",
+        "offset",
+        "num_frequent",
+        "absent",
+    ),
     "MURMUR, with salt as its seed": ("word",),
     "RANGE, BITMAP, SORTED; others hash into `rest` rows behind the members": ("start", "count", "rest"),
     "CODES: number x * stride + offset of `bits` bits": ("bits",),

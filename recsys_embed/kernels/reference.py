@@ -43,7 +43,7 @@ def _row_lookup(
     table = program.table(row_lookup.table)
     first = indexes.rows(row_lookup.transform, ids)
     pieces = []
-    for step in range(row_lookup.run):
+    for step in range(row_lookup.num_rows):
         rows = torch.where(first < 0, first, (first + step) % table.rows)
         piece = _read(gather, places[row_lookup.table], rows) * row_lookup.scale
         if row_lookup.sign is not None:

@@ -1,4 +1,4 @@
-"""What becomes of ids a feature has never seen, for all features at once and before any lookup reads them."""
+"""Policies for unseen ids: applied to the ids of all features at once, before any lookup reads them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def with_unseen_row(spec: FeatureSpec, weight: Tensor, counts: Tensor | None) ->
     return torch.cat([weight, mean.to(weight.dtype)]), torch.cat([share, share.new_ones(1)])
 
 
-class Unseen(Constants):
+class UnseenIds(Constants):
     """The policies of many features as tensors over features, and device counters of unseen ids.
 
     Counting is on where some feature's policy is ``"hash"``, ``"oov"`` or ``"zero"``. Counters are no part of the

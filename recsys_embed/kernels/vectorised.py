@@ -36,7 +36,7 @@ class _Read:
     kind: Signature
     params: str
     may_be_absent: bool
-    run: int = 1
+    num_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _kinds(program: LookupProgram, places: Mapping[str, Place]) -> list[Signatur
             p.transform.may_be_absent,
             p.scale,
             p.sign is None,
-            p.run,
+            p.num_rows,
             p.width,
             p.weight and (places[p.weight.table].storage, p.weight.transform.signature()),
         )
@@ -100,9 +100,9 @@ class Group(Constants):
         for slot, signature in enumerate(_kinds(programs[0], places[0])):
             by_kind.setdefault(signature, []).append(slot)
         self.sets = [self._row_lookup_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
-        runs = {s.read.run for s in self.sets}
-        for run in runs - {1}:
-            self.add_constant(f"run{run}", list(range(run)))
+        counts = {s.read.num_rows for s in self.sets}
+        for count in counts - {1}:
+            self.add_constant(f"run{count}", list(range(count)))
 
     def _read(
         self,
@@ -111,7 +111,7 @@ class Group(Constants):
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         index: IndexStore,
-        run: int = 1,
+        num_rows: int = 1,
     ) -> _Read:
         """Register the integers of ``chosen[feature][row lookup] = (table, transform)``."""
 
@@ -121,7 +121,7 @@ class Group(Constants):
 
         self.add_constant(name, [[integers(f, table, t) for table, t in row] for f, row in enumerate(chosen)])
         table, transform = chosen[0][0]
-        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, run)
+        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, num_rows)
 
     def _row_lookup_set(
         self,
@@ -133,7 +133,7 @@ class Group(Constants):
         chosen: list[list[RowLookup]] = [[p.row_lookups[s] for s in slots] for p in programs]
         first, tag = chosen[0][0], f"{slots[0]}"
         picks = [[(p.table, p.transform) for p in row] for row in chosen]
-        read = self._read(f"rows{tag}", picks, programs, places, index, first.run)
+        read = self._read(f"rows{tag}", picks, programs, places, index, first.num_rows)
         weight, signs = None, None
         if first.weight is not None:
             picks = [[(p.weight.table, p.weight.transform) for p in row if p.weight] for row in chosen]
@@ -151,7 +151,7 @@ class Group(Constants):
     def rows(
         self, ids: Tensor, local: Tensor | None, arrays: IndexArrays, absent: Tensor | None = None
     ) -> list[tuple[str, Tensor]]:
-        """Rows to gather, per set and its weights: (storage, int64 ``[..., row lookups]`` or ``[..., lookups, run]``).
+        """Rows to gather, per set and its weights: (storage, int64 ``[..., lookups]`` or ``[..., lookups, num_rows]``).
 
         -1 stays -1.
 
@@ -170,9 +170,9 @@ class Group(Constants):
             if absent is not None:
                 rows = torch.where(absent.unsqueeze(-1), -1, rows)
             partial = read.may_be_absent or absent is not None
-            if read.run > 1:
+            if read.num_rows > 1:
                 size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
-                ahead = (rows + self.constant(f"run{read.run}")) % size
+                ahead = (rows + self.constant(f"run{read.num_rows}")) % size
                 rows = torch.where(rows < 0, rows, ahead) if partial else ahead
             out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if partial else rows + offset))
         return out
@@ -181,8 +181,8 @@ class Group(Constants):
         """-1 or +1 per read, to multiply with its values."""
         salts = self.constant(s.signs or "")
         salts, x = salts if local is None else salts[local], ids.unsqueeze(-1)
-        if s.read.run > 1:
-            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"run{s.read.run}")), x.unsqueeze(-1)
+        if s.read.num_rows > 1:
+            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"run{s.read.num_rows}")), x.unsqueeze(-1)
         return hashing.hash_signs(x, salts).unsqueeze(-1)
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -201,7 +201,7 @@ class Group(Constants):
                 value = value * s.scale
             if s.signs is not None:
                 value = value * self._signs(s, ids, local).to(value.dtype)
-            if s.read.run > 1:
+            if s.read.num_rows > 1:
                 value, row = value.flatten(-2), row[..., 0]
             if s.weight is not None:
                 value = value * values[index]

@@ -190,7 +190,7 @@ class MultihashConfig(MethodConfig):
             return Murmur(self.seed, j, self.num_buckets)
         salt = hashing.salt(self.seed, spec.name, "row", j)
         if self.combine == "concat":
-            return Hash(salt, self.num_buckets, head=self.num_frequent)
+            return Hash(salt, self.num_buckets, num_frequent=self.num_frequent)
         # A frequent id reads its own row of the first table, and none in the other row lookups.
         alone = self.num_frequent > 0 and j > 0
         offset = -self.num_frequent if self.separate and alone else 0

@@ -73,7 +73,7 @@ class RobeConfig(MethodConfig):
                 Hash(salt("block", number), starts),
                 column=column,
                 sign=salt("sign", number) if self.sign else None,
-                run=min(block, width - column),
+                num_rows=min(block, width - column),
             )
             for number, column in enumerate(range(0, width, block))
         )

@@ -113,6 +113,9 @@ class CTRModel(nn.Module):
         mean, std = self.get_buffer("numeric_mean"), self.get_buffer("numeric_std")
         return self.logits((dense - mean) / std, ids)
 
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
+
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Standardise numeric columns (mean 0, standard deviation 1) inside the model, so serving takes raw values.
 

@@ -94,7 +94,7 @@ def calibrate(rows: Sequence[JSONMapping], schema: Schema, terms: Mapping[str, C
     slope = _slope(everything)
     if not everything or slope <= 0:
         raise ConfigError(
-            "the evidence does not show what compression costs: it needs rows of 'full' and of compressed methods of "
+            "`evidence` does not show what compression costs: it needs rows of 'full' and of compressed methods of "
             f"the same model and seed that lose AUC; got {len(rows)} rows with {len(everything)} such pairs"
         )
     scales = {m: min(MOST, max(LEAST, _slope(found) / slope)) for m, found in points.items()}

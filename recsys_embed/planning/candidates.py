@@ -14,7 +14,7 @@ from recsys_embed.typing import JSONMapping, Methods
 
 
 def method_faults(where: str, names: Iterable[Any]) -> list[str]:
-    """A fault for each name that no method has."""
+    """Faults: one for each name that is not a method."""
     known = [m.name for m in list_methods()]
     return [str(unknown_name(f"method in `{where}`", str(n), known)) for n in names if n not in known]
 

@@ -1,4 +1,4 @@
-"""What a user rules out, and what bytes cost: the context in which options are looked for."""
+"""Limits of a plan besides its budget: pinned and forbidden methods, widths, rows and bytes read per id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recsys_embed.typing import JSONMapping
 from recsys_embed.utils.settings import param, refuse_unknown, wrong_settings
 
 EVERY = "*"
-"""In `pin` and `forbid`: all features."""
+"""Stands for all features in `pin` and `forbid`."""
 
 Pin = str | MethodConfig
 
@@ -78,7 +78,7 @@ class Limits:
         if self.needs_equal_widths and (program.width != spec.embedding_dim or program.vectors != 1):
             return f"its output is {program.width} wide, not {spec.embedding_dim}"
         tables = {t.name: t for t in program.tables}
-        widths = [p.run * tables[p.table].width for p in program.row_lookups]
+        widths = [p.num_rows * tables[p.table].width for p in program.row_lookups]
         rows = [w for w, p in zip(widths, program.row_lookups, strict=True) if p.width is None]
         odd = [w for w in rows if w % self.width_multiple]
         if odd:
@@ -98,8 +98,8 @@ class Limits:
 
 
 def named_limits(options: JSONMapping) -> Limits:
-    """Limits from keyword arguments as people write them: texts instead of tuples, mappings instead of configurations,
-    methods forbidden for all features without ``"*"``.
+    """Limits from keyword arguments, which may be abbreviated: a string for a tuple, a mapping for a configuration,
+    and methods without ``"*"`` for those forbidden for all features.
 
     >>> named_limits({"forbid": {"*": "hash"}}).forbid
     {'*': ('hash',)}

@@ -152,17 +152,17 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         name = table.name if table.shared else None
         own, rest, rows = sharing(row_lookup.transform, table, terms)
         width = span[1] - span[0]
-        if row_lookup.run > 1 and spans.count(span) == 1:
-            found += _pieces(own, rest, rows, row_lookup.run, name)
-        elif width > 1 and table.width == 1 and row_lookup.run == 1:
+        if row_lookup.num_rows > 1 and spans.count(span) == 1:
+            found += _pieces(own, rest, rows, row_lookup.num_rows, name)
+        elif width > 1 and table.width == 1 and row_lookup.num_rows == 1:
             found.append(ColumnSpan(own, rest, rows, 1, 1.0, name))
         else:
             group = groups.setdefault(span, [])
             group.append((table.name, ColumnSpan(own, rest, rows, width, 1.0, name)))
         if row_lookup.weight is not None:
-            pool = tables[row_lookup.weight.table]
-            own, rest, rows = sharing(row_lookup.weight.transform, pool, terms)
-            found.append(ColumnSpan(own, rest, rows, 1, 1.0, pool.name if pool.shared else None))
+            weights = tables[row_lookup.weight.table]
+            own, rest, rows = sharing(row_lookup.weight.transform, weights, terms)
+            found.append(ColumnSpan(own, rest, rows, 1, 1.0, weights.name if weights.shared else None))
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))
     return found

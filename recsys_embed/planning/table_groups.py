@@ -82,7 +82,7 @@ class TableGroup:
         met = load + BETWEEN * np.maximum(total_load - load, 0.0)
         exponent = (met / -self._scale[:allowed, None])[:, :, None] / rows
         lost = self._kernel[:allowed] @ np.exp(exponent, out=exponent)
-        # In place from here: with a thousand members these are the planner's largest arrays.
+        # In place from here: with a thousand members these are the largest arrays of the planner.
         lost **= self._power[:allowed, None, None]
         lost *= -self._carried[:allowed, None, None]
         lost += 1.0
@@ -187,7 +187,7 @@ def _of(groups: Sequence[SharedTableOption], candidate: Candidate) -> SharedTabl
 def group_configs(
     group: TableGroup, features: Sequence[FeatureOptions], members: Sequence[int], rows: int
 ) -> dict[str, MethodConfig] | None:
-    """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None if it cannot be.
+    """Configurations that put ``members`` into one set of tables of at most ``rows`` rows, or None if impossible.
 
     The method's own :meth:`recsys_embed.core.method_config.MethodConfig.plan` makes them agree on the tables.
     """

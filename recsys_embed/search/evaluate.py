@@ -17,7 +17,7 @@ from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import Supernet, batch_norms
-from recsys_embed.train.checkpoint import Cadence, load_checkpoint, save_checkpoint
+from recsys_embed.train.checkpoint import CheckpointTimer, load_checkpoint, save_checkpoint
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.stop_request import Interrupted, StopRequest
 
@@ -92,7 +92,7 @@ class CandidateEvaluator:
         self.recalibrate, self.batch_size, self.seed, self.device, self.stop = (
             recalibrate, batch_size, seed, device, stop
         )  # fmt: skip
-        self.keep, self._cadence = keep, Cadence()
+        self.keep, self._cadence = keep, CheckpointTimer()
         self.layer = cast("OptembedLayer", net.layer)
         self.norms = batch_norms(net)
 

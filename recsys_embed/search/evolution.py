@@ -191,8 +191,8 @@ def evolve(
         space: of widths.
         score: the scores of some candidates, higher is better.
         seed: of all draws.
-        scores: known already, of a search that goes on.
-        generation: the first to score, of a search that goes on.
+        scores: known scores, to resume a search.
+        generation: the first generation to score, to resume a search.
         on_generation: called after each generation with its number and all scores.
 
     >>> space = WidthSpace(fields=3, most=8)

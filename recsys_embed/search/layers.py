@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
-from recsys_embed.kernels.native.masks import Stage, mask_vectors
+from recsys_embed.kernels.native.masks import MaskParameters, mask_vectors
 from recsys_embed.optim import Adam
 
 Rows = Literal["field", "row", "none"]
@@ -135,8 +135,8 @@ class OptembedLayer(nn.Module):
         keep = self.keep(vectors, self.threshold_of(ids)).unsqueeze(-1)
         if self.oov is None:
             return keep * kept
-        spare = self.oov if columns is None else self.oov * columns
-        return keep * kept + (1 - keep) * spare
+        fallback = self.oov if columns is None else self.oov * columns
+        return keep * kept + (1 - keep) * fallback
 
     def columns(self, widths: Tensor) -> Tensor:
         """Prefix masks ``[..., D]`` of ``widths [...]``.
@@ -155,23 +155,23 @@ class OptembedLayer(nn.Module):
             vectors: ``[B, F, D]``.
             ids: int64 ``[B, F]``, for thresholds per row.
         """
-        stage = self.stage(vectors[..., 0] if ids is None else ids)
-        return self.through(stage, vectors, ids)
+        parameters = self.mask_parameters(vectors[..., 0] if ids is None else ids)
+        return self.through(parameters, vectors, ids)
 
-    def stage(self, ids: Tensor) -> Stage:
+    def mask_parameters(self, ids: Tensor) -> MaskParameters:
         """The mask of this call for the vectors of ``ids [B, F]``; in training its widths are drawn."""
         widths = self.widths
         if self.training and self.dims:
             widths = torch.randint(1, self.width + 1, ids.shape, device=ids.device)
         starts = self.get_buffer("starts") if self.rows == "row" else None
-        return Stage(self.width, starts, self.thresholds, self.norm, widths, self.oov)
+        return MaskParameters(self.width, starts, self.thresholds, self.norm, widths, self.oov)
 
-    def through(self, stage: Stage, vectors: Tensor, ids: Tensor | None) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids [B, F]`` after the stage."""
-        found = None if ids is None else mask_vectors(stage, ids, vectors)
+    def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor | None) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids [B, F]`` masked."""
+        found = None if ids is None else mask_vectors(parameters, ids, vectors)
         if found is not None:
             return found
-        return self.prune(vectors, ids, None if stage.widths is None else self.columns(stage.widths))
+        return self.prune(vectors, ids, None if parameters.widths is None else self.columns(parameters.widths))
 
     @torch.no_grad()
     def step(self, lr: float, pull: float) -> None:
@@ -213,15 +213,15 @@ class DnisLayer(nn.Module):
 
     def forward(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """``vectors [B, F, D]`` of ``ids [B, F]``, scaled."""
-        return self.through(self.stage(ids), vectors, ids)
+        return self.through(self.mask_parameters(ids), vectors, ids)
 
-    def stage(self, ids: Tensor) -> Stage:
+    def mask_parameters(self, ids: Tensor) -> MaskParameters:
         """The scales of this call for the vectors of ``ids [B, F]``."""
-        return Stage(self.width, self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
+        return MaskParameters(self.width, self.get_buffer("starts"), scales=self.alpha, blocks=self.get_buffer("block"))
 
-    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids`` after the stage."""
-        found = mask_vectors(stage, ids, vectors)
+    def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids`` masked."""
+        found = mask_vectors(parameters, ids, vectors)
         if found is not None:
             return found
         block = self.get_buffer("block")[ids + self.get_buffer("starts")[:-1]].long()

@@ -44,12 +44,12 @@ def run_search(
     device: torch.device | str | None = None,
     show_progress: bool | None = None,
 ) -> SearchOutcome:
-    """Search, extract, retrain and test; a search that was stopped at any point goes on where it was.
+    """Search, extract, retrain and test; a search that was stopped at any point resumes there.
 
-    One whose process is killed goes on from its last checkpoint, written as a :class:`Trainer` writes them in every
+    A killed search resumes from its last checkpoint, written as a :class:`Trainer` writes them in every
     stage, and comes to the same bits; the evolution counts a candidate on a batch of rows as a step.
 
-    Where a budget turns out too small, the same folder takes another and goes on from what OptEmbed or DNIS trained.
+    If a budget is too small, the same folder accepts another, and reuses what OptEmbed or DNIS trained.
 
     Args:
         kind: which search.

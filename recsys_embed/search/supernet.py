@@ -45,7 +45,7 @@ class Supernet(nn.Module):
         # Applied to the vectors in place of the layer while candidates are evaluated, see `replay`.
         self.stand_in: Callable[[Tensor], Tensor] | None = None
         # A layer that kernels support is fused into the lookup; others run on its output.
-        self._fused = hasattr(layer, "stage")
+        self._fused = hasattr(layer, "mask_parameters")
         vectors.register_forward_pre_hook(self._hand_in, with_kwargs=True)
         vectors.register_forward_hook(self._tap)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +151,7 @@ class ShardableCollection(Constants):
             keys = {t.name: table_key(self.schema[name], t) for t in program.tables}
             for row_lookup in program.row_lookups:
                 weight = 0 if row_lookup.weight is None else int(keys[row_lookup.weight.table] == key)
-                found[name] = found.get(name, 0) + row_lookup.run * int(keys[row_lookup.table] == key) + weight
+                found[name] = found.get(name, 0) + row_lookup.num_rows * int(keys[row_lookup.table] == key) + weight
         return {name: n for name, n in found.items() if n}
 
     @property
@@ -189,6 +189,9 @@ class ShardableCollection(Constants):
             each = torch.arange(ids.numel() + 1, device=ids.device)
             return self._pooled(Bags(ids.long().t().reshape(-1), each, None, len(ids)))
         return self._pooled(to_bags(self.schema, self._given(ids), offsets, per_sample_weights))
+
+    if TYPE_CHECKING:  # torch types a module's call as anything
+        __call__ = forward
 
     def _given(self, ids: Ids) -> Ids:
         if not isinstance(ids, Mapping):

@@ -22,7 +22,7 @@ def pools_in_tables(spec: FeatureSpec, program: LookupProgram) -> bool:
     if program.head is not None and program.head.pools == "ids":
         return False
     if spec.pooling == "max" or any(
-        p.sign is not None or p.weight or p.run > 1 or p.width for p in program.row_lookups
+        p.sign is not None or p.weight or p.num_rows > 1 or p.width for p in program.row_lookups
     ):
         return False
     apart = len(set(program.spans)) == len(program.spans)

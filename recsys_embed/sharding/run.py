@@ -28,7 +28,7 @@ from recsys_embed.sharding.single_machine import to_single
 from recsys_embed.sharding.trainer import ShardedTrainer
 from recsys_embed.train.build import make_optimizer, model_from_config
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.driver import Run, RunOutcome, goes_on
+from recsys_embed.train.driver import Run, RunOutcome, should_resume
 from recsys_embed.train.environment import check_device
 from recsys_embed.train.inputs import check_data
 from recsys_embed.train.plans import plans_for
@@ -104,15 +104,15 @@ class ShardedRun(Run):
         """This process's rows."""
         return self.data.portion(dist.get_rank(), dist.get_world_size())
 
-    def settled(self) -> TrainConfig:
+    def resolved_config(self) -> TrainConfig:
         """Rank 0 plans for all: the planner has a time limit, so other processes might find another plan."""
-        found = broadcast_json(super().settled().to_dict() if self.writes else None, self.device)
+        found = broadcast_json(super().resolved_config().to_dict() if self.writes else None, self.device)
         return TrainConfig.from_dict(found)
 
-    def goes_on(self) -> bool:
+    def should_resume(self) -> bool:
         """Whether to resume, as rank 0 finds the folder."""
         found: bool = broadcast_json(
-            goes_on(self.folder, self.resume, torchrun=True) if self.writes else None, self.device
+            should_resume(self.folder, self.resume, torchrun=True) if self.writes else None, self.device
         )
         return found
 

@@ -1,4 +1,4 @@
-"""From a run's settings to its model and the optimizer of its tables."""
+"""Build the model of a run and the optimizer of its tables from its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: one file with everything a run needs to go on bit for bit, and the settings it belongs to."""
+"""Checkpoints: one file with everything that a bit-exact resumption needs, and the settings that it belongs to."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from recsys_embed.utils.files import atomic_write
 
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1
-# Between checkpoints that no settings ask for: at least so long, and so many times what writing one takes. So these
-# take about a twentieth of the time at most, and do not wear a disk out where they take next to none.
+# Automatic checkpoints are at least this many seconds apart, and this many times the time to write one. They therefore
+# take at most about a twentieth of the training time, and do not wear the disk where writing is quick.
 CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 1.0, 20.0
 # What a disk is taken to write in a second before anything was written: 200 MB take 0.7 s on a virtual machine's.
 _GUESS = 300e6
 
 
-class Cadence:
+class CheckpointTimer:
     """When the next checkpoint is due, by the clock.
 
     Args:
         size: bytes of the first, to guess how long it will take.
 
-    >>> Cadence().due()
+    >>> CheckpointTimer().due()
     False
     """
 
@@ -40,12 +40,12 @@ class Cadence:
         self._written, self._took = time.perf_counter(), size / _GUESS
 
     def due(self) -> bool:
-        """Whether enough time has passed."""
+        """Whether a checkpoint is due."""
         return time.perf_counter() - self._written > max(CHECKPOINT_SECONDS, CHECKPOINT_TIMES * self._took)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around what writes one."""
+        """Measure the time to write a checkpoint."""
         begin = time.perf_counter()
         yield
         self._written = time.perf_counter()

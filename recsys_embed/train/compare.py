@@ -1,4 +1,4 @@
-"""Train every combination of model, method, size and seed alike, keep each as a file, and summarise over seeds."""
+"""Train every combination of model, method, size and seed with the same settings, and summarise over seeds."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Case:
 
 
 def all_methods() -> tuple[str, ...]:
-    """Keys of every registered method that a budget alone sizes; what others keep is for a search to say."""
+    """Keys of every registered method that a budget alone can size; other methods need a search."""
     return tuple(m.name for m in list_methods() if m.config_cls.plannable)
 
 
@@ -187,7 +187,7 @@ def run_comparison(
             row = _train_row(case, data, folder, device=device, label=label, show_progress=show_progress)
             write_json(_row_path(folder, case), row)
             left, spent, trained = left - 1, spent + time.perf_counter() - start, trained + 1
-        # Only now, since a process killed before its row was written goes on from there.
+        # Only after the row is written: a process that was killed before resumes from these checkpoints.
         shutil.rmtree(folder / ROWS / case.key, ignore_errors=True)
         rows.append(row)
         if on_row is not None:
@@ -248,7 +248,7 @@ def _train_row(
     try:
         plans_for(schema, config, data)
     except UnknownNameError:
-        raise  # a misspelt option is a fault of the request, not of the size
+        raise  # a misspelt option is an error of the request, not of the size
     except (BudgetError, ConfigError) as e:
         return {**row, "status": "infeasible", "reason": str(e)}
     try:

@@ -1,4 +1,4 @@
-"""Training settings: one frozen dataclass, TOML or JSON for people, unknown keys refused with the nearest name."""
+"""Training settings: a frozen dataclass, read from TOML or JSON; unknown keys raise and name the nearest key."""
 
 from __future__ import annotations
 

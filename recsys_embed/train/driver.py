@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished run: what it measured and what its embeddings take."""
+    """A finished run: its metrics and the bytes of its embeddings."""
 
     result: TrainResult
     footprint: Footprint
@@ -40,7 +40,7 @@ class RunOutcome:
 
 
 class Run:
-    """One training run on one device; a run on several processes overrides what it does otherwise.
+    """One training run on one device; a run on several processes overrides the steps that differ.
 
     Args:
         config: settings.
@@ -73,8 +73,8 @@ class Run:
 
     def run(self) -> RunOutcome:
         """Train to the end."""
-        self.config = self.settled()
-        going_on = self.goes_on()
+        self.config = self.resolved_config()
+        going_on = self.should_resume()
         model = self.build()
         footprint = self.footprint(model)
         if self.config.standardise and self.data.num_dense:
@@ -94,13 +94,13 @@ class Run:
 
     # -- what a run on several processes does otherwise -----------------------------------------------------------
 
-    def settled(self) -> TrainConfig:
-        """Settings with the plan that a planner came to."""
+    def resolved_config(self) -> TrainConfig:
+        """The settings, with the planner's plan in place of method ``"planned"``."""
         return resolve(self.schema, self.config, self.data)
 
-    def goes_on(self) -> bool:
-        """Whether the folder holds a run to go on with."""
-        return goes_on(self.folder, self.resume)
+    def should_resume(self) -> bool:
+        """Whether the folder holds a run to resume."""
+        return should_resume(self.folder, self.resume)
 
     def build(self) -> CTRModel:
         """The model, untrained."""
@@ -115,11 +115,11 @@ class Run:
         return self.data.numeric_moments()
 
     def placed(self, model: CTRModel) -> Any:
-        """The model where it is trained."""
+        """The model on its training devices."""
         return model
 
     def facts(self, trained: Any) -> dict[str, Any]:
-        """What else ``run.json`` says."""
+        """Further items of ``run.json``."""
         return {}
 
     def train(self, trained: Any, going_on: bool) -> TrainResult:
@@ -141,8 +141,8 @@ class Run:
         save_checkpoint(folder / "model.pt", identity, model=trained.state_dict())
 
 
-def goes_on(folder: Path | None, resume: bool, *, torchrun: bool = False) -> bool:
-    """Whether ``folder`` holds a run to go on with.
+def should_resume(folder: Path | None, resume: bool, *, torchrun: bool = False) -> bool:
+    """Whether ``folder`` holds a run to resume.
 
     Raises:
         ConfigError: it holds one and ``resume`` is False, or one whose checkpoints the other command reads.

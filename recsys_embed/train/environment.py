@@ -1,4 +1,4 @@
-"""What a result depends on besides settings and data: versions, commit, command line and device."""
+"""The environment of a result: versions, commit, command line and device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recsys_embed.utils.versions import installed_versions
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and command line: what else a result depends on."""
+    """Versions, commit and command line."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(

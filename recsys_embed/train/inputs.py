@@ -1,4 +1,4 @@
-"""What a run reads of its data: features as the settings ask for them, and a hash of both."""
+"""Inputs of a run: the data's schema for its settings, and a fingerprint of schema and rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recsys_embed.train.config import TrainConfig
 
 
 def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) -> None:
-    """Refuse what lacks members of a data set that a run with these settings uses.
+    """Refuse data that lacks members of :class:`DataSource` that a run with these settings needs.
 
     Raises:
         ConfigError: names them.

@@ -1,4 +1,4 @@
-"""Results as JSON has them."""
+"""Conversion of results to JSON values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: any CTR model, any data set, one device; it can be stopped anywhere and goes on bit for bit."""
+"""The training loop for any CTR model and data set on one device; a stopped run resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recsys_embed.data.batch import Batch
 from recsys_embed.data.data_source import BatchSource, BatchStream
 from recsys_embed.errors import DataError
 from recsys_embed.models.base import CTRModel
-from recsys_embed.train.checkpoint import Cadence, set_rng_state
+from recsys_embed.train.checkpoint import CheckpointTimer, set_rng_state
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.evaluation import evaluate
 from recsys_embed.train.metrics import Metrics
@@ -140,7 +140,7 @@ class Trainer(Resumable):
 
     def _train(self, stop: StopRequest) -> None:
         state = self.state
-        self._cadence = Cadence(sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers())))
+        self._cadence = CheckpointTimer(sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers())))
         self.model.train()
         bar = progress_bar(self.total_steps, self.label, state.step, self.show_progress)
         with contextlib.closing(bar):
@@ -178,7 +178,7 @@ class Trainer(Resumable):
         return self.folder is not None and self._cadence.due()
 
     def _advance(self) -> bool:
-        """Move the position past the batch just trained and note a due validation; True at the end of an epoch."""
+        """Advance the position by one batch and mark a due validation; True at the end of an epoch."""
         state = self.state
         epoch_ends = state.batch >= self.steps_per_epoch
         if epoch_ends:
@@ -251,7 +251,7 @@ class Trainer(Resumable):
         values = {"auc": metrics.auc, "logloss": metrics.logloss, "calibration": metrics.calibration}
         best = state.note_validation(values, self.config.patience, self.config.min_delta)
         self.log.write("valid", state.step, epoch=state.epoch, **values)
-        # The last weights of a run need no copy: nothing overwrites them.
+        # No copy at the end of a run, because nothing overwrites the last weights.
         if best and self.config.keep_best and not self._finished():
             self._keep_best()
         self._checkpoint()

@@ -49,7 +49,7 @@ def exact_auc(scores: NDArray[np.float32], labels: NDArray[np.bool_]) -> float:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What an evaluation measured; ``calibration`` is mean prediction over mean label."""
+    """Metrics of an evaluation; ``calibration`` is mean prediction over mean label."""
 
     auc: float
     logloss: float

@@ -1,4 +1,4 @@
-"""Which plans a run's settings come to: a budget divided over vectors and first-order weights."""
+"""Plans of a run: its budget is split between vectors and first-order weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recsys_embed.planning.planner import plan_for_budget
 from recsys_embed.train.config import PLANNED, TrainConfig
 
 LINEAR_METHOD = "unified"
-"""Of first-order weights under a budget."""
+"""Method of the first-order weights under a budget."""
 
 
 @dataclass(frozen=True)

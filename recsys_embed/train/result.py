@@ -1,4 +1,4 @@
-"""What a training comes to: its measurements, or the fault that ended it."""
+"""Result of a training run: its metrics, or the error that ended it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class DivergedError(RecsysEmbedError, ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run measured.
+    """Metrics of a run.
 
     ``samples_per_s`` covers loading, forward, backward and updates, not validation.
     """

@@ -1,4 +1,4 @@
-"""A training as files: checkpoints it goes on from bit for bit, and its best weights."""
+"""Files of a training run: checkpoints for bit-exact resumption, and the best weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.models.base import CTRModel
-from recsys_embed.train.checkpoint import Cadence, load_checkpoint, load_weights, rng_state, save_checkpoint
+from recsys_embed.train.checkpoint import CheckpointTimer, load_checkpoint, load_weights, rng_state, save_checkpoint
 from recsys_embed.train.run_log import RunLog
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
@@ -21,7 +21,7 @@ BEST = "best.pt"
 
 
 class Resumable:
-    """What a trainer keeps: the base of :class:`recsys_embed.train.Trainer`, which sets these attributes."""
+    """Checkpointing part of :class:`recsys_embed.train.Trainer`, which sets these attributes."""
 
     model: CTRModel
     folder: Path | None
@@ -33,7 +33,7 @@ class Resumable:
     state: RunState
     log: RunLog
     best_weights: dict[str, Any] | None
-    _cadence: Cadence
+    _cadence: CheckpointTimer
     _resumed_rng: dict[str, Tensor] | None
 
     def _keep_best(self) -> None:

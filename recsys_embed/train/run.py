@@ -85,12 +85,15 @@ _HOME = {
     "schema_of": "inputs",
     "trained_footprint": "build",
 }
+_RENAMED = {"goes_on": "should_resume"}
 
 
 def __getattr__(name: str) -> Any:
-    """Names that were here."""
+    """Deprecated: aliases for names that moved to other modules."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = f"recsys_embed.train.{_HOME[name]}"
-    warnings.warn(f"{name} is no longer in {__name__}; import it from {home}", DeprecationWarning, stacklevel=2)
-    return getattr(import_module(home), name)
+    today = _RENAMED.get(name, name)
+    where = home if today == name else f"{home} as {today}"
+    warnings.warn(f"{name} is no longer in {__name__}; import it from {where}", DeprecationWarning, stacklevel=2)
+    return getattr(import_module(home), today)

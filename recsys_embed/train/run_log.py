@@ -1,4 +1,4 @@
-"""What a run leaves to read: JSON lines, TensorBoard events, and a progress bar where a person watches."""
+"""Logs of a run: JSON lines, TensorBoard events, and a progress bar on terminals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunLog:
         folder: run folder; None writes nothing.
         tensorboard: also write TensorBoard events.
         keep_bytes: length at which the JSON lines are cut before going on: what a resumed run's checkpoint saw.
-        step: step a resumed run goes on from; later TensorBoard events are hidden.
+        step: step from which a run resumes; later TensorBoard events are hidden.
     """
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = False, keep_bytes: int = 0, step: int = 0) -> None:
@@ -53,7 +53,7 @@ class RunLog:
                     self._board.add_scalar(f"{event}/{key}", value, step)
 
     def flush(self) -> int:
-        """Hand lines to the system; returns the length of the file so far."""
+        """Flush lines to the file; returns its length so far."""
         if self._file is None:
             return 0
         self._file.flush()

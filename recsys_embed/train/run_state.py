@@ -1,4 +1,4 @@
-"""Where a run stands: its position in the data, its validations and its early stopping."""
+"""State of a run: position in the data, validation history and early stopping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """Plain values that, with the tensors of a checkpoint, decide how a run goes on.
+    """The values that, with the tensors of a checkpoint, determine how a run continues.
 
     ``pending_validation`` is set when a validation is due and cleared when it is done, so that a run stopped between
     the two validates first when it resumes.

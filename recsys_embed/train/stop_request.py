@@ -1,4 +1,4 @@
-"""Ctrl-C and termination as requests: the loop ends at the next step with a checkpoint instead of in the middle."""
+"""SIGINT and SIGTERM as stop requests: the loop ends after the current step and writes a checkpoint."""
 
 from __future__ import annotations
 

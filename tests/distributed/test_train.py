@@ -20,7 +20,7 @@ from recsys_embed.sharding.trainer import batch_sizes
 from recsys_embed.train import run_training
 from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.driver import goes_on
+from recsys_embed.train.driver import should_resume
 from recsys_embed.train.evaluation import evaluate
 from recsys_embed.train.inputs import schema_of
 from recsys_embed.train.metrics import BinaryMetrics
@@ -94,18 +94,18 @@ def test_files_of_a_run_are_those_of_one_process(workers: Workers, data: Path, t
 
 def test_a_folder_belongs_to_the_command_that_began_it(tmp_path: Path) -> None:
     """Either command would start from the beginning, over what the other has written."""
-    assert not goes_on(None, False, torchrun=True)
+    assert not should_resume(None, False, torchrun=True)
     for name, torchrun in (("checkpoint.pt", False), ("checkpoints/latest", True)):
         folder = tmp_path / str(torchrun)
         (folder / name).parent.mkdir(parents=True)
-        assert not goes_on(folder, False, torchrun=torchrun)
+        assert not should_resume(folder, False, torchrun=torchrun)
         (folder / name).touch()
-        assert goes_on(folder, True, torchrun=torchrun)
+        assert should_resume(folder, True, torchrun=torchrun)
         for either in (False, True):
             with pytest.raises(ConfigError, match="already holds a run"):
-                goes_on(folder, False, torchrun=either)
+                should_resume(folder, False, torchrun=either)
         with pytest.raises(ConfigError, match=f"holds a run {'under' if torchrun else 'without'} torchrun"):
-            goes_on(folder, True, torchrun=not torchrun)
+            should_resume(folder, True, torchrun=not torchrun)
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(workers: Workers, data: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_float64(kind: str, rows: int, width: 
     if not training and "blocks" not in kind:
         layer.widths = torch.tensor([width, 1, (width + 1) // 2])
     vectors, ids, upstream = batch_of(rows, width, seed)
-    assert masks.mask_vectors(layer.stage(ids), ids, vectors) is not None, "the kernels are what is tested"
+    assert masks.mask_vectors(layer.mask_parameters(ids), ids, vectors) is not None, "the kernels are what is tested"
     got = ran(layer, vectors, ids, upstream)
     wanted = ran(layer.double(), vectors.double(), ids, upstream.double())
     assert len(got) == len(wanted)
@@ -115,14 +115,14 @@ class Apart:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
-    def stage(self, ids: Tensor) -> Any:
-        stage: masks.Stage = self.layer.stage(ids)
-        object.__setattr__(stage, "fits", lambda ids, shape: False)
-        return stage
+    def mask_parameters(self, ids: Tensor) -> Any:
+        parameters: masks.MaskParameters = self.layer.mask_parameters(ids)
+        object.__setattr__(parameters, "fits", lambda ids, shape: False)
+        return parameters
 
-    def through(self, stage: Any, vectors: Tensor, ids: Tensor) -> Tensor:
-        object.__delattr__(stage, "fits")
-        out: Tensor = self.layer.through(stage, vectors, ids)
+    def through(self, parameters: Any, vectors: Tensor, ids: Tensor) -> Tensor:
+        object.__delattr__(parameters, "fits")
+        out: Tensor = self.layer.through(parameters, vectors, ids)
         return out
 
 
@@ -205,8 +205,8 @@ DISAGREEING = {
     "one threshold": lambda: replaced("field", "thresholds", (1,)),
     "thresholds of fewer fields": lambda: replaced("field", "thresholds", (2,)),
     "thresholds of fewer ids": lambda: replaced("row", "thresholds", (20,)),
-    "spare vectors of fewer columns": lambda: replaced("field oov", "oov", (3, 2)),
-    "spare vectors of fewer fields": lambda: replaced("field oov", "oov", (1, 8)),
+    "fallback vectors of fewer columns": lambda: replaced("field oov", "oov", (3, 2)),
+    "fallback vectors of fewer fields": lambda: replaced("field oov", "oov", (1, 8)),
     "a layer of more columns": lambda: layer_of("dims only", 16),
     "a layer of fewer fields": lambda: OptembedLayer(2, 8, oov=True),
 }
@@ -216,7 +216,7 @@ DISAGREEING = {
 def test_parameters_that_do_not_fit_are_left_to_torch(case: str) -> None:
     layer = DISAGREEING[case]()
     vectors, ids, _ = batch_of(50, 8)
-    assert masks.mask_vectors(layer.stage(ids), ids, vectors) is None
+    assert masks.mask_vectors(layer.mask_parameters(ids), ids, vectors) is None
     try:
         wanted = layer.double()(vectors.double(), ids).float()
     except (RuntimeError, IndexError) as error:
@@ -232,9 +232,9 @@ def test_parameters_that_do_not_fit_are_left_to_torch(case: str) -> None:
 def test_vectors_of_other_shapes_than_ids_are_left_to_torch(kind: str) -> None:
     layer, (vectors, ids, _) = layer_of(kind, 8), batch_of(50, 8)
     layer.eval()
-    stage = layer.stage(ids)
+    parameters = layer.mask_parameters(ids)
     for shape in ((50, 3, 4), (50, 3, 16), (50, 2, 8), (50, 24), (5, 3, 8), (500, 3, 8)):
-        assert masks.mask_vectors(stage, ids, torch.ones(shape)) is None
+        assert masks.mask_vectors(parameters, ids, torch.ones(shape)) is None
     alone = torch.cat([layer(v.unsqueeze(0), i.unsqueeze(0)) for v, i in zip(vectors, ids, strict=True)])
     assert torch.equal(layer(vectors, ids), alone)
     assert torch.equal(layer(vectors, ids[:1]), layer(vectors, ids[:1].expand(50, 3)))

@@ -93,7 +93,7 @@ def test_features_of_many_widths_train_together(method: str) -> None:
 def test_weights_of_absent_rows_have_no_gradient() -> None:
     program = LookupProgram(
         (Table("w", 10, 4, Initializer("normal", 1.0)), Table("s", 20, 1, Initializer("constant", 0, 1.0))),
-        (RowLookup("w", Hash(1, 7, head=3, head_absent=True), weight=Weight("s", MixedRadixDigit())),),
+        (RowLookup("w", Hash(1, 7, num_frequent=3, frequent_absent=True), weight=Weight("s", MixedRadixDigit())),),
     )
     lookup = SingleLookup(program, IndexStore([program.indexes]), False)
     rows, weights = torch.randn(10, 4, requires_grad=True), torch.randn(20, 1, requires_grad=True)
@@ -522,7 +522,7 @@ def test_exports_are_served_as_torch_decodes_them(method: Any, precision: Any, t
 def test_every_half_is_decoded_exactly(dtype: torch.dtype, variant: str) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 16)
     coll = EmbeddingCollection(Schema([FeatureSpec("C1", len(every), 16)]), backend="native")
-    lookup, out = coll.bundle.fused["native"].lookup, torch.empty(len(every), 16)
+    lookup, out = coll.bundle.batched["native"].lookup, torch.empty(len(every), 16)
     assert lookup.forward(native.Ids.matrix(torch.arange(len(every)).unsqueeze(1)), [every], [out])
     assert torch.equal(out.nan_to_num(7.0), every.float().nan_to_num(7.0))
     assert torch.equal(out.isnan(), every.isnan())

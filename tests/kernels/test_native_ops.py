@@ -100,7 +100,7 @@ def test_inductor_leaves_tables_where_they_are() -> None:
 @pytest.mark.parametrize("method", FEW)
 def test_operators_pass_torchs_checks(method: str) -> None:
     coll = EmbeddingCollection(SCHEMA, plan_of(method), rse.Adam(lr=0.1, rows="all"), backend="native")
-    lookup = coll.bundle.fused["native"].lookup
+    lookup = coll.bundle.batched["native"].lookup
     step, ids = coll._native_step, ids_of(0)
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]

@@ -1,4 +1,4 @@
-"""Features that fused kernels do not know run on torch alone; the others stay fused, and both make one step."""
+"""Features that batched kernels do not know run on torch alone; the others stay fused, and both make one step."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_one_foreign_transform_leaves_the_others_fused(rule: Any, caplog: pytest
     assert "feature 'b' runs on torch" in line
     assert "Backwards" in line
     assert ours.backend == "native"
-    fused = ours.bundle.fused["native"]
+    fused = ours.bundle.batched["native"]
     assert [ours.bundle.parts[p] for p in fused.rest] == [(1,)]
     assert sorted(i for part in fused.parts for i in part) == [0, 2]
     oracle = EmbeddingCollection(SCHEMA, PLAN, rule, backend="torch")
@@ -132,7 +132,7 @@ def test_features_of_one_table_are_stepped_together() -> None:
     registry.register(ForwardsEmbedding, paper="none")
     plan = Plan({"a": ForwardsConfig(together=True), "b": BackwardsConfig(together=True), "c": Plan.full(schema)["c"]})
     colls = [EmbeddingCollection(schema, plan, rse.Adam(lr=0.1), backend=b) for b in ("auto", "torch")]
-    assert [i for part in colls[0].bundle.fused["native"].parts for i in part] == [2]
+    assert [i for part in colls[0].bundle.batched["native"].parts for i in part] == [2]
     for coll in colls:
         for _ in range(2):
             coll(torch.tensor([[3, 16, 1], [4, 4, 2]])).square().sum().backward()
@@ -143,7 +143,7 @@ def test_features_of_one_table_are_stepped_together() -> None:
 def test_bags_pooled_by_maxima_leave_the_others_fused() -> None:
     schema = Schema([replace(s, pooling=p) for s, p in zip(SCHEMA, ("max", "sum", "mean"), strict=True)])
     colls = [EmbeddingCollection(schema, None, rse.Adam(lr=0.1), backend=b) for b in ("native", "torch")]
-    assert [i for part in colls[0].bundle.fused_bags["native"].parts for i in part] == [1, 2]
+    assert [i for part in colls[0].bundle.batched_bags["native"].parts for i in part] == [1, 2]
     bags = torch.tensor([1, 2, 29, 3, 19, 0, 24, 24, 1]), torch.tensor([0, 2, 3, 5, 6, 8, 9])
     for coll in colls:
         for _ in range(2):

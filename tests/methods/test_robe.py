@@ -87,9 +87,10 @@ def test_one_block_is_one_contiguous_read() -> None:
     for options in ({}, {"block_size": 6}, {"block_size": 600}):
         config = rse.RobeConfig(num_elements=37, **options)
         (row_lookup,) = config.program(rse.FeatureSpec("C1", 1000, 6)).row_lookups
-        assert (row_lookup.run, row_lookup.column) == (6, 0)
+        assert (row_lookup.num_rows, row_lookup.column) == (6, 0)
     runs = [
-        p.run for p in rse.RobeConfig(num_elements=37, block_size=4).program(rse.FeatureSpec("C1", 9, 10)).row_lookups
+        p.num_rows
+        for p in rse.RobeConfig(num_elements=37, block_size=4).program(rse.FeatureSpec("C1", 9, 10)).row_lookups
     ]
     assert runs == [4, 4, 2], "the last block holds what is left of the width"
 

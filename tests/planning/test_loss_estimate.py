@@ -74,7 +74,7 @@ def test_ids_without_a_row_lose_all_and_ids_of_their_own_nothing() -> None:
     assert loss_of(table_of(3, MixedRadixDigit()), terms) == pytest.approx(0.0, abs=1e-12)
     absent = LookupProgram(
         (Table("weight", 10, 16, Initializer("constant")),),
-        (RowLookup("weight", Hash(1, 10, head=3, head_absent=True)),),
+        (RowLookup("weight", Hash(1, 10, num_frequent=3, frequent_absent=True)),),
     )
     assert loss_of(absent, terms) == pytest.approx(everything)
 

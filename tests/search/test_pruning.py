@@ -78,6 +78,15 @@ def test_a_target_sparsity_is_hit_and_the_largest_elements_stay(sparsity: float,
         )
 
 
+@pytest.mark.parametrize("columns", range(5))
+def test_columns_that_meet_a_share_or_a_budget_exactly_are_kept(columns: int) -> None:
+    field = FieldBlocks(FeatureSpec("a", 8, 4), [8], [torch.arange(8)], None, torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    config = field.config(torch.arange(4).unsqueeze(0) < columns, "zero")
+    budget = config.footprint(field.spec).serve
+    for limit in ({"budget": None, "sparsity": 1 - columns / 4}, {"budget": budget, "sparsity": 0.0}):
+        assert keep_columns([field], "zero", **limit)["a"][0] == config
+
+
 @pytest.mark.parametrize("kind", ["rows", "blocks", "elements"])
 @pytest.mark.parametrize("pruned", ["zero", "oov"])
 @pytest.mark.parametrize("share", [0.6, 0.15])

@@ -158,7 +158,7 @@ def test_writing_takes_a_twentieth_and_a_kill_costs_little_more_than_a_second_or
     with pytest.MonkeyPatch.context() as m:
         clock = Clock()
         m.setattr(checkpoint, "time", clock)
-        cadence, written, wrote, took = checkpoint.Cadence(), 0.0, 0.0, 0.0
+        cadence, written, wrote, took = checkpoint.CheckpointTimer(), 0.0, 0.0, 0.0
         for step, write in times:
             clock.now += step
             if cadence.due():
@@ -172,7 +172,7 @@ def test_writing_takes_a_twentieth_and_a_kill_costs_little_more_than_a_second_or
 def test_the_first_checkpoint_of_large_tables_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(checkpoint, "time", clock)
-    small, large = checkpoint.Cadence(1000), checkpoint.Cadence(1_500_000_000)
+    small, large = checkpoint.CheckpointTimer(1000), checkpoint.CheckpointTimer(1_500_000_000)
     clock.now = 1.1
     assert small.due()
     clock.now = 99.0
@@ -186,12 +186,12 @@ def test_a_trainer_guesses_the_first_checkpoint_from_all_it_will_hold(
 ) -> None:
     sizes: list[int] = []
 
-    class Told(checkpoint.Cadence):
+    class Told(checkpoint.CheckpointTimer):
         def __init__(self, size: int = 0) -> None:
             sizes.append(size)
             super().__init__(size)
 
-    monkeypatch.setattr(loop, "Cadence", Told)
+    monkeypatch.setattr(loop, "CheckpointTimer", Told)
     run_training(toy_config(), ToyData(), folder=tmp_path / "run")
     written = (tmp_path / "run" / "checkpoint.pt").stat().st_size
     assert 0.3 * written < sizes[0] < 1.2 * written

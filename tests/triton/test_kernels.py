@@ -158,7 +158,7 @@ def test_a_fault_that_comes_in_late_stops_the_step(monkeypatch: pytest.MonkeyPat
     """As on a GPU, where a lookup is still running when its call returns."""
     schema = Schema([FeatureSpec("a", 10, 4)])
     coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE)
-    lookup = coll.bundle.fused["triton"]._look_up.lookup
+    lookup = coll.bundle.batched["triton"]._look_up.lookup
     before = coll.width4.clone()
     with monkeypatch.context() as late:
         late.setattr(lookup, "raise_faults", lambda device: None)
@@ -173,7 +173,7 @@ def test_an_id_out_of_range_reads_no_row_that_its_digits_have(monkeypatch: pytes
     schema = Schema([FeatureSpec("a", 1000, 4)])
     plan = Plan.uniform(schema, "compositional", budget=2000, full_below=1, combine="sum")
     coll = EmbeddingCollection(schema, plan, backend="triton", device=DEVICE)
-    monkeypatch.setattr(coll.bundle.fused["triton"]._look_up.lookup, "raise_faults", lambda device: None)
+    monkeypatch.setattr(coll.bundle.batched["triton"]._look_up.lookup, "raise_faults", lambda device: None)
     assert not coll(torch.tensor([[1001]], device=DEVICE)).any()
 
 

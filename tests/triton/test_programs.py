@@ -39,8 +39,8 @@ def transforms(rows: int, name: str, absent: bool = True) -> st.SearchStrategy[T
     affine = st.sampled_from([None, (5, 3, 41)])
     seeds = st.integers(-(2**63), 2**63 - 1)
     digits = st.builds(MixedRadixDigit, div=st.sampled_from([1, 3]), mod=st.just(rows), affine=affine)
-    hashes = st.builds(Hash, seeds, st.just(rows - 3), offset=st.sampled_from([0, 1]), head=st.just(0))
-    heads = st.builds(Hash, seeds, st.just(rows - 4), head=st.just(4), head_absent=st.just(absent))
+    hashes = st.builds(Hash, seeds, st.just(rows - 3), offset=st.sampled_from([0, 1]), num_frequent=st.just(0))
+    heads = st.builds(Hash, seeds, st.just(rows - 4), num_frequent=st.just(4), frequent_absent=st.just(absent))
     murmurs = st.builds(Murmur, st.integers(0, 2**32 - 1), st.integers(0, 3), st.just(rows))
     forms = st.sampled_from(["range", "bitmap", "sorted"])
     index = st.builds(IdSet, st.just(name), st.just(IDS), st.sampled_from([0, 7]), st.just(rows - 2), forms)
@@ -104,8 +104,8 @@ def assert_agrees(program: LookupProgram, ids: torch.Tensor, sparse: bool = Fals
         MixedRadixDigit(mod=7),
         MixedRadixDigit(3, 7, (5, 3, 41)),
         Hash(-9, 3, stride=2, offset=1),
-        Hash(5, 3, head=4),
-        Hash(5, 3, head=4, head_absent=True),
+        Hash(5, 3, num_frequent=4),
+        Hash(5, 3, num_frequent=4, frequent_absent=True),
         *(Murmur(2**32 - 1, word, 7) for word in range(4)),
         *(RankInSet(IdSet("i", IDS, 6, 7, form)) for form in ("range", "bitmap", "sorted")),
         *(RankInSet(IdSet("i", IDS, 6, 5, form), rest=2, salt=-3) for form in ("range", "bitmap", "sorted")),

@@ -14,7 +14,7 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.native.masks import Stage, masked
+from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import Place
@@ -73,7 +73,7 @@ class _Lookup(Function):
         ids: Ids,
         updater: Updater | None,
         sparse: bool,
-        mask: tuple[Stage, Tensor | None] | None,
+        mask: tuple[MaskParameters, Tensor | None] | None,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
@@ -102,14 +102,14 @@ def _outputs(
     ids: Ids,
     tables: Sequence[Tensor],
     kept: Tensor | None = None,
-    mask: tuple[Stage, Tensor | None] | None = None,
+    mask: tuple[MaskParameters, Tensor | None] | None = None,
 ) -> list[Tensor]:
     """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
     outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     record = None
     if mask is not None:
-        stage, done = mask
-        record = stage.record(ids.values, outputs[0], outputs[0] if done is None else done)
+        parameters, done = mask
+        record = parameters.record(ids.values, outputs[0], outputs[0] if done is None else done)
     if not lookup.forward(ids, tables, outputs, kept, record):
         raise IdRangeError("an id lies outside the range its feature declares, or has no parameters in the mask")
     return outputs
@@ -123,7 +123,7 @@ def look_up(
     *,
     step: NativeStep | None = None,
     sparse: bool = False,
-    mask: Stage | None = None,
+    mask: MaskParameters | None = None,
 ) -> Sequence[Tensor]:
     """Vectors of ids, or of bags: per output of the lookup, float32 ``[B, *shape]``.
 

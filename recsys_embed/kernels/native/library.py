@@ -38,7 +38,7 @@ class Mask(ctypes.Structure):
         ("norm", c_int64),
         ("widths", c_void_p),
         ("widths_stride", c_int64),
-        ("spare", c_void_p),
+        ("fallback", c_void_p),
         ("scales", c_void_p),
         ("blocks", c_void_p),
         ("blocks_are_8", c_int64),

@@ -391,7 +391,7 @@ class NativeLookup:
         out = [[0] * len(self._features) for _ in self.storages]
         for i, feature in enumerate(self._features):
             for row_lookup in self._row_lookups[feature["first"] : feature["first"] + feature["row_lookups"]]:
-                out[row_lookup["storage"]][i] += int(row_lookup["run"])
+                out[row_lookup["storage"]][i] += int(row_lookup["num_rows"])
                 if row_lookup["weight_storage"] >= 0:
                     out[row_lookup["weight_storage"]][i] += 1
         return out

@@ -22,10 +22,10 @@ from recsys_embed.kernels.native.output_pool import OutputPool
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What is done to vectors ``[B, F, D]``: with ``scales`` a factor per block and column, else rows are pruned.
+class MaskParameters:
+    """Parameters of a mask of vectors ``[B, F, D]``: with ``scales`` a factor per block and column, else pruning.
 
-    A row whose norm is at most its threshold becomes ``spare``; of what is left, columns beyond a width become zeros.
+    ``fallback`` replaces a row whose norm is at most its threshold; columns of others are zeros from a width on.
 
     Args:
         width: D.
@@ -33,7 +33,7 @@ class Stage:
         thresholds: float32 ``[F]``, or by id ``[ids]``; None: no row is pruned.
         norm: 1 or 2.
         widths: int64 ``[B, F]`` or ``[F]``, columns kept; None: all.
-        spare: float32 ``[F, D]``; None: zeros.
+        fallback: float32 ``[F, D]``, what stands in for a pruned row; None: zeros.
         scales: float32 ``[blocks, D]``.
         blocks: uint8 or int32 ``[ids]``.
     """
@@ -43,14 +43,14 @@ class Stage:
     thresholds: Tensor | None = None
     norm: int = 1
     widths: Tensor | None = None
-    spare: Tensor | None = None
+    fallback: Tensor | None = None
     scales: Tensor | None = None
     blocks: Tensor | None = None
 
     @property
     def learned(self) -> tuple[Tensor | None, Tensor | None]:
-        """What has gradients: thresholds, and ``spare`` or ``scales``."""
-        return self.thresholds, self.spare if self.scales is None else self.scales
+        """What has gradients: thresholds, and ``fallback`` or ``scales``."""
+        return self.thresholds, self.fallback if self.scales is None else self.scales
 
     @property
     def learns(self) -> bool:
@@ -78,11 +78,17 @@ class Stage:
             if self.starts.shape != (fields + 1,) or self.starts.dtype != torch.int64:
                 return False
             number = int(self.starts[-1])
-        thresholds, widths, spare, scales, blocks = self.thresholds, self.widths, self.spare, self.scales, self.blocks
+        thresholds, widths, fallback, scales, blocks = (
+            self.thresholds,
+            self.widths,
+            self.fallback,
+            self.scales,
+            self.blocks,
+        )
         return (
             (thresholds is None or thresholds.shape == (number,))
             and (widths is None or (widths.dtype == torch.int64 and widths.shape in (ids, (fields,))))
-            and (spare is None or spare.shape == (fields, self.width))
+            and (fallback is None or fallback.shape == (fields, self.width))
             and (scales is None or (scales.dim() == 2 and scales.shape[1] == self.width))
             and (blocks is None or (blocks.dtype in (torch.uint8, torch.int32) and blocks.shape == (number,)))
         )
@@ -109,7 +115,7 @@ class Stage:
             mask.scales, mask.block_count = self.scales.data_ptr(), self.scales.shape[0]
             mask.blocks, mask.blocks_are_8 = self.blocks.data_ptr(), self.blocks.dtype == torch.uint8
         elif rest is not None:
-            mask.spare = rest.data_ptr()
+            mask.fallback = rest.data_ptr()
         return mask
 
 
@@ -120,17 +126,17 @@ _POOL = OutputPool()
 class Masking(Protocol):
     """A layer that vectors ``[B, F, D]`` pass through, as kernels take it where they can."""
 
-    def stage(self, ids: Tensor) -> Stage:
-        """What the layer does to the vectors of ``ids [B, F]`` this time."""
+    def mask_parameters(self, ids: Tensor) -> MaskParameters:
+        """The mask of the vectors of ``ids [B, F]`` in this call."""
 
-    def through(self, stage: Stage, vectors: Tensor, ids: Tensor) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids`` after the stage, by whoever can."""
+    def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor) -> Tensor:
+        """``vectors [B, F, D]`` of ``ids`` masked, by the kernels where they can."""
 
 
 class _Context(Protocol):
     """What a mask keeps for its backward."""
 
-    stage: Stage
+    mask: MaskParameters
     pool: OutputPool
 
     @property
@@ -152,17 +158,17 @@ class _Masked(Function):
         vectors: Tensor,
         thresholds: Tensor | None,
         rest: Tensor | None,
-        stage: Stage,
+        parameters: MaskParameters,
         ids: Tensor,
         done: tuple[Tensor | None],
         pool: OutputPool,
     ) -> Tensor:
-        ctx.stage, ctx.pool = stage, pool
-        ctx.save_for_backward(vectors, ids, thresholds, rest, stage.widths, stage.blocks)
+        ctx.mask, ctx.pool = parameters, pool
+        ctx.save_for_backward(vectors, ids, thresholds, rest, parameters.widths, parameters.blocks)
         if done[0] is not None:
             return done[0]
         out = pool.take(vectors.shape)
-        record = stage.record(ids, vectors, out)
+        record = parameters.record(ids, vectors, out)
         if not checked(loaded().handle.rse_mask(ctypes.addressof(record), torch.get_num_threads())):
             raise IdRangeError("an id lies outside the ids that the mask's parameters are for")
         return out
@@ -173,7 +179,7 @@ class _Masked(Function):
         vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
         wanted = ctx.needs_input_grad
-        record = ctx.stage.record(ids, vectors, vectors)
+        record = ctx.mask.record(ids, vectors, vectors)
         record.gradient = _matrix(grad)
         moved = ctx.pool.take(vectors.shape) if wanted[0] else None
         of_thresholds = torch.zeros_like(thresholds) if wanted[1] else None
@@ -183,7 +189,7 @@ class _Masked(Function):
             record.of_vectors = _matrix(moved)
         if of_thresholds is not None:
             record.of_thresholds = of_thresholds.data_ptr()
-            if ctx.stage.starts is not None:
+            if ctx.mask.starts is not None:
                 slopes = grad.new_empty(ids.shape)
                 record.slopes = slopes.data_ptr()
         if of_rest is not None:
@@ -197,8 +203,10 @@ def _matrix(tensor: Tensor) -> Matrix:
     return Matrix(tensor.data_ptr(), tensor.stride(0))
 
 
-def masked(stage: Stage, ids: Tensor, vectors: Tensor, pool: OutputPool, done: Tensor | None = None) -> Tensor:
-    """``vectors [B, F, D]`` of ``ids [B, F]`` masked, differentiable in them and in the parameters of the stage.
+def masked(
+    parameters: MaskParameters, ids: Tensor, vectors: Tensor, pool: OutputPool, done: Tensor | None = None
+) -> Tensor:
+    """``vectors [B, F, D]`` of ``ids [B, F]`` masked, differentiable in them and in the parameters of the mask.
 
     Args:
         pool: gives memory.
@@ -207,12 +215,12 @@ def masked(stage: Stage, ids: Tensor, vectors: Tensor, pool: OutputPool, done: T
     Raises:
         IdRangeError: an id has no parameters.
     """
-    out: Tensor = _Masked.apply(vectors, *stage.learned, stage, ids, (done,), pool)
+    out: Tensor = _Masked.apply(vectors, *parameters.learned, parameters, ids, (done,), pool)
     return out
 
 
-def mask_vectors(stage: Stage, ids: Tensor, vectors: Tensor) -> Tensor | None:
+def mask_vectors(parameters: MaskParameters, ids: Tensor, vectors: Tensor) -> Tensor | None:
     """``vectors [B, F, D]`` masked by the kernels; None where these cannot read them."""
-    if not stage.fits(ids, vectors.shape) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
+    if not parameters.fits(ids, vectors.shape) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
         return None
-    return masked(stage, ids, vectors.contiguous(), _POOL)
+    return masked(parameters, ids, vectors.contiguous(), _POOL)

@@ -21,7 +21,7 @@ def _fields(names: str) -> list[tuple[str, str]]:
 TRANSFORM = np.dtype(_fields(" ".join(NAMES)))
 ROW_LOOKUP = np.dtype(
     [
-        *_fields("storage base rows width column span run join product has_sign sign"),
+        *_fields("storage base rows width column span num_rows join product has_sign sign"),
         *_fields("weight_storage weight_base weight_rows kept"),
         ("scale", "f8"),
         ("of", TRANSFORM),
@@ -124,7 +124,11 @@ def encode(
             record, (start, stop) = row_lookups[at], program.spans[slot]
             record["storage"], record["base"], record["rows"] = table(row_lookup.table)
             fields = {"width": program.table(row_lookup.table).width, "column": start, "span": stop - start}
-            fields |= {"run": row_lookup.run, "join": _join(program, slot), "product": program.combine == "mul"}
+            fields |= {
+                "num_rows": row_lookup.num_rows,
+                "join": _join(program, slot),
+                "product": program.combine == "mul",
+            }
             _fill(record, fields | {"has_sign": row_lookup.sign is not None, "sign": row_lookup.sign or 0})
             record["scale"], record["weight_storage"] = row_lookup.scale, -1
             _fill(record["of"], _transform(row_lookup.transform, index, i))
@@ -133,6 +137,6 @@ def encode(
                 _fill(record["weight_of"], _transform(row_lookup.weight.transform, index, i))
             if not features[i]["plain"]:
                 record["kept"] = kept
-                kept += row_lookup.run * program.table(row_lookup.table).width + (row_lookup.weight is not None)
+                kept += row_lookup.num_rows * program.table(row_lookup.table).width + (row_lookup.weight is not None)
             at += 1
     return features, row_lookups, kept

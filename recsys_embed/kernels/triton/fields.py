@@ -32,10 +32,10 @@ JOB = (
 # Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not. Steps are the
 # halvings that search `count` members.
 MAP = (*(TRANSFORM.names or ()), "div_inverse", "mod_inverse", "p_inverse", "size_inverse", "steps")
-PLACE = ("storage", "base", "rows", "width", "run", "repeat", "has_sign", "sign", "kept", "own", "read")
+PLACE = ("storage", "base", "rows", "width", "num_rows", "repeat", "has_sign", "sign", "kept", "own", "read")
 WEIGHT = ("weight_storage", "weight_base", "weight_rows", "weight_kept", "weight_own", "weight_read")
 ROW_LOOKUP = (*PLACE, *WEIGHT, *(f"of_{name}" for name in MAP), *(f"weight_of_{name}" for name in MAP))
-READ = ("storage", "base", "rows", "own", "at", "stride", "column", "run", "path", "buffer")
+READ = ("storage", "base", "rows", "own", "at", "stride", "column", "num_rows", "path", "buffer")
 SORTED, SMALL = 0, 1
 _SMALL_BYTES = 1 << 17
 _INVERTED = {"div_inverse": "div", "mod_inverse": "mod", "p_inverse": "p", "size_inverse": "size"}
@@ -125,9 +125,9 @@ class _Layout:
             self.jobs.append({**job, **place, "product": 0, "first": 0, "row_lookups": 0})
 
     def _add_row_lookup(self, job: Mapping[str, int], p: Any) -> None:
-        width, elements = int(p["width"]), int(p["run"] * p["width"])
+        width, elements = int(p["width"]), int(p["num_rows"] * p["width"])
         table = {"storage": int(p["storage"]), "base": int(p["base"]), "rows": int(p["rows"])}
-        row_lookup = {**table, "width": width, "run": int(p["run"]), "repeat": int(p["span"] != elements)}
+        row_lookup = {**table, "width": width, "num_rows": int(p["num_rows"]), "repeat": int(p["span"] != elements)}
         row_lookup |= {"has_sign": int(p["has_sign"]), "sign": int(p["sign"]), "kept": self.kept, "own": self.own}
         row_lookup |= {name: int(p[name]) for name in ("weight_storage", "weight_base", "weight_rows")}
         row_lookup |= _map(p["of"], "of_") | _map(p["weight_of"], "weight_of_")
@@ -136,7 +136,7 @@ class _Layout:
         else:
             gradient = {"own": 1, "at": self.own, "stride": elements, "column": 0}
             self.kept, self.own = self.kept + elements, self.own + elements
-        read = {**table, **gradient, "run": int(p["run"]), "width": width, "of": (row_lookup, "read")}
+        read = {**table, **gradient, "num_rows": int(p["num_rows"]), "width": width, "of": (row_lookup, "read")}
         self.reads.append({**read, "scale": float(p["scale"]) if job["plain"] else 1.0})
         self.row_lookups.append(row_lookup)
         self.scales.append(float(p["scale"]))
@@ -149,13 +149,13 @@ class _Layout:
             row_lookup["weight_kept"], row_lookup["weight_own"] = self.kept, self.own
             table = {name: row_lookup["weight_" + name] for name in ("storage", "base", "rows")}
             gradient = {"own": 1, "at": self.own, "stride": 1, "column": 0, "scale": 1.0}
-            self.reads.append({**table, **gradient, "run": 1, "width": 1, "of": (row_lookup, "weight_read")})
+            self.reads.append({**table, **gradient, "num_rows": 1, "width": 1, "of": (row_lookup, "weight_read")})
             self.kept, self.own = self.kept + 1, self.own + 1
 
     def order_reads(self) -> None:
         """Number the reads storage after storage, first those whose rows get sorted, so that these are a slice."""
         # Small or not is a matter of tables, not of reads, since a row must be updated once.
-        runs = {(read["storage"], read["base"]) for read in self.reads if read["run"] > 1}
+        runs = {(read["storage"], read["base"]) for read in self.reads if read["num_rows"] > 1}
         for read in self.reads:
             small = 4 * read["rows"] * read["width"] <= _SMALL_BYTES or (read["storage"], read["base"]) in runs
             read["path"] = SMALL if small else SORTED

@@ -29,7 +29,7 @@ SALT = tl.constexpr(MAP.index("salt"))
 SIZE = tl.constexpr(MAP.index("size"))
 STRIDE = tl.constexpr(MAP.index("stride"))
 OFFSET = tl.constexpr(MAP.index("offset"))
-HEAD = tl.constexpr(MAP.index("head"))
+NUM_FREQUENT = tl.constexpr(MAP.index("num_frequent"))
 ABSENT = tl.constexpr(MAP.index("absent"))
 WORD = tl.constexpr(MAP.index("word"))
 START = tl.constexpr(MAP.index("start"))
@@ -130,10 +130,10 @@ def _digit(x, at):
 
 @triton.jit
 def _hash(x, at):
-    head, absent = tl.load(at + HEAD), tl.load(at + ABSENT)
+    num_frequent, absent = tl.load(at + NUM_FREQUENT), tl.load(at + ABSENT)
     rows = hashed(x, tl.load(at + SALT), tl.load(at + SIZE)) * tl.load(at + STRIDE) + tl.load(at + OFFSET)
     private = tl.where(absent != 0, tl.full(x.shape, -1, tl.int64), x)
-    return tl.where((x >= 0) & (x < head), private, rows)
+    return tl.where((x >= 0) & (x < num_frequent), private, rows)
 
 
 @triton.jit

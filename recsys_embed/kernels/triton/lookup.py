@@ -96,7 +96,7 @@ class TritonLookup:
         column = self.tables.column
         used = column("row_lookups", "weight_storage") >= 0
         kinds = {*column("row_lookups", "of_kind").tolist(), *column("row_lookups", "weight_of_kind")[used].tolist()}
-        runs = (column("row_lookups", "run") > 1) | (column("row_lookups", "repeat") != 0)
+        runs = (column("row_lookups", "num_rows") > 1) | (column("row_lookups", "repeat") != 0)
         counts = column("jobs", "row_lookups")
         aligned = [column("jobs", name) for name in ("out", "stride", "column", "span")]
         aligned.append(column("row_lookups", "width")[~runs])

@@ -25,7 +25,7 @@ STORAGE = tl.constexpr(ROW_LOOKUP.index("storage"))
 BASE = tl.constexpr(ROW_LOOKUP.index("base"))
 ROWS = tl.constexpr(ROW_LOOKUP.index("rows"))
 WIDTH = tl.constexpr(ROW_LOOKUP.index("width"))
-RUN = tl.constexpr(ROW_LOOKUP.index("run"))
+NUM_ROWS = tl.constexpr(ROW_LOOKUP.index("num_rows"))
 REPEAT = tl.constexpr(ROW_LOOKUP.index("repeat"))
 HAS_SIGN = tl.constexpr(ROW_LOOKUP.index("has_sign"))
 SIGN = tl.constexpr(ROW_LOOKUP.index("sign"))
@@ -61,7 +61,7 @@ def find_weight(x, row_lookup, index, live, KINDS: tl.constexpr):
 @triton.jit
 def straight(row_lookup):
     """Whether each row is read as it is: no run of several rows, no element that repeats."""
-    return (tl.load(row_lookup + RUN) == 1) & (tl.load(row_lookup + REPEAT) == 0)
+    return (tl.load(row_lookup + NUM_ROWS) == 1) & (tl.load(row_lookup + REPEAT) == 0)
 
 
 @triton.jit

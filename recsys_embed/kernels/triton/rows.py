@@ -20,7 +20,7 @@ from recsys_embed.optim import FusedOptimizer
 @lru_cache(maxsize=64)
 def _reads(width: int) -> StorageReads:
     """One read, whose gradients ``[n, width]`` stand in order."""
-    read = {"storage": 0, "base": 0, "rows": 0, "own": 0, "at": 0, "stride": width, "column": 0, "run": 1}
+    read = {"storage": 0, "base": 0, "rows": 0, "own": 0, "at": 0, "stride": width, "column": 0, "num_rows": 1}
     reads = np.array([[{**read, "path": SORTED, "buffer": -1}[name] for name in READ]], np.int64)
     none = np.zeros((0, 0), np.int64)
     one, nothing = np.ones(1, np.float32), np.zeros(0, np.float32)

@@ -3,6 +3,10 @@
 Sorted reads are cut into *pieces* where the row changes and at every multiple of CHUNK. A piece that is a whole run
 ends in the optimizer's step; the others leave a partial sum per chunk, and a second kernel adds those up. No two
 programs touch one row, there are no atomics on values and sums have a fixed order: the same bits in every run.
+
+For example, with CHUNK = 4 the sorted rows ``2 2 5 5 | 5 5 5 5 | 5 7 8 8`` make the pieces ``22``, ``55``, ``5555``,
+``5``, ``7`` and ``88``. Rows 2, 7 and 8 are whole pieces and are updated at once. Row 5 leaves its sum of the first
+chunk in ``tails`` and those of the other two in ``heads``; the second kernel adds the three.
 """
 
 import triton
@@ -28,6 +32,7 @@ def cut(keys, starts, ends, number, count, TILE: tl.constexpr, CHUNK: tl.constex
     live = i < count
     key = tl.load(keys + i, mask=live, other=-1)
     before = tl.load(keys + i - 1, mask=live & (i > 0), other=-1)
+    # Bounding pieces by chunks bounds the loop of the program that sums one, however often a row is read.
     opens = live & (key >= 0) & ((key != before) | (i % CHUNK == 0))
     after = tl.load(keys + i + 1, mask=i + 1 < count, other=-1)
     closes = live & (key >= 0) & ((key != after) | ((i + 1) % CHUNK == 0))
@@ -45,6 +50,7 @@ def _gradients(position, live, batch, reads, scales, outer, own, cols, first_rea
     number = first_read + position // batch
     sample = (position % batch).to(tl.int64)
     read = reads + number * READ_SIZE
+    # Dividing by VECTOR and multiplying again changes nothing; it tells the compiler that loads are aligned.
     at = tl.load(read + AT, mask=live, other=0) // VECTOR * VECTOR * batch
     at += sample * (tl.load(read + STRIDE, mask=live, other=0) // VECTOR * VECTOR)
     at += tl.load(read + COLUMN, mask=live, other=0) // VECTOR * VECTOR
@@ -79,6 +85,7 @@ def sum_pieces(
     start = tl.load(starts + piece, mask=live, other=0)
     end = tl.load(ends + piece, mask=live, other=0)
     row = tl.load(keys + start, mask=live, other=-1)
+    # Whether the row continues in the next chunk, and whether it began in an earlier one.
     goes_on = tl.load(keys + end, mask=live & (end < count), other=-1) == row
     began = tl.load(keys + start - 1, mask=live & (start > 0), other=-1) == row
     cols = tl.arange(0, COLS)
@@ -92,6 +99,7 @@ def sum_pieces(
                            WIDTH, VECTOR, OUTER, INNER)  # fmt: skip
     whole = live & ~goes_on & ~began
     apply(row, grad, whole, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)
+    # At most one piece of a chunk began earlier and at most one goes on, so each has one place per chunk.
     place = (start // CHUNK).to(tl.int64)[:, None] * WIDTH + cols[None, :]
     inside = (cols < WIDTH)[None, :]
     tl.store(heads + place, grad, mask=(live & began)[:, None] & inside)
@@ -115,6 +123,7 @@ def join_pieces(
         return
     if tl.load(keys + border) != row:
         return
+    # A row that fills this chunk and began before it belongs to the program of the chunk where it began.
     if chunk > 0:
         if tl.load(keys + chunk * CHUNK - 1) == row:
             return

@@ -18,7 +18,7 @@ OWN = tl.constexpr(READ.index("own"))
 AT = tl.constexpr(READ.index("at"))
 STRIDE = tl.constexpr(READ.index("stride"))
 COLUMN = tl.constexpr(READ.index("column"))
-RUN = tl.constexpr(READ.index("run"))
+NUM_ROWS = tl.constexpr(READ.index("num_rows"))
 BUFFER = tl.constexpr(READ.index("buffer"))
 
 
@@ -34,8 +34,8 @@ def accumulate(
     sample = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(found + number.to(tl.int64) * batch + sample, mask=sample < batch, other=-1).to(tl.int64)
     cols = tl.arange(0, COLS)
-    run = tl.load(read + RUN)
-    mask = (row >= 0)[:, None] & (cols < run * WIDTH)[None, :]
+    num_rows = tl.load(read + NUM_ROWS)
+    mask = (row >= 0)[:, None] & (cols < num_rows * WIDTH)[None, :]
     at = (tl.load(read + AT) // VECTOR * VECTOR) * batch + sample * (tl.load(read + STRIDE) // VECTOR * VECTOR)
     at += tl.load(read + COLUMN) // VECTOR * VECTOR
     place = at[:, None] + cols[None, :]

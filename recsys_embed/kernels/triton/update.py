@@ -79,7 +79,7 @@ class StorageReads:
         self._scales = tables.read_scales[first:last]
         column = {name: self._reads[:, i] for i, name in enumerate(READ)}
         self.small = first + int((column["path"] != SMALL).sum())
-        self._runs = column["run"]
+        self._runs = column["num_rows"]
         # Runs begin at any column of their outputs.
         vector = math.gcd(8, width, *(int(v) for n in ("at", "stride", "column") for v in column[n]))
         self._constants = {"COLS": _columns(width), "VECTOR": vector}

@@ -160,14 +160,14 @@ class TableStorage:
 
 def reads_of(program: LookupProgram, table: str) -> int:
     """Rows of ``table`` that one id reads."""
-    own = sum(p.run for p in program.row_lookups if p.table == table)
+    own = sum(p.num_rows for p in program.row_lookups if p.table == table)
     return own + sum(1 for p in program.row_lookups if p.weight is not None and p.weight.table == table)
 
 
 def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     """Row numbers computed and floats gathered per id; 0 floats where the gathered rows are the output itself."""
-    numbers = sum(p.run + (p.weight is not None) for p in program.row_lookups)
-    floats = sum(p.run * program.table(p.table).width + (p.weight is not None) for p in program.row_lookups)
+    numbers = sum(p.num_rows + (p.weight is not None) for p in program.row_lookups)
+    floats = sum(p.num_rows * program.table(p.table).width + (p.weight is not None) for p in program.row_lookups)
     side_by_side = (
         len(set(program.spans)) == len(program.row_lookups) and len({p.table for p in program.row_lookups}) == 1
     )

@@ -48,9 +48,9 @@ def row_keys(program: LookupProgram, store: IndexStore | None = None, place: int
             for transform in row_lookup.transforms:
                 rows = transform.rows(ids, at.get(transform.reads or "", 0), arrays.arrays)
                 code = hashing.splitmix64(code + rows, 1)
-            for step in range(0 if row_lookup.sign is None else min(row_lookup.run, _SIGNS_OF_A_RUN)):
+            for step in range(0 if row_lookup.sign is None else min(row_lookup.num_rows, _SIGNS_OF_A_RUN)):
                 salt: Any = row_lookup.sign
-                if row_lookup.run > 1:
+                if row_lookup.num_rows > 1:
                     salt = hashing.sequence(salt, torch.tensor(step, device=ids.device))
                 code = hashing.splitmix64(code + hashing.hash_signs(ids, salt), 2)
             read.setdefault(span, []).append(code)
@@ -174,7 +174,7 @@ def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
 def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
     """Number of equally likely combinations of hashed rows and signs."""
     sizes = {s.key: s.rows for s in sharing if s.rows and not s.even}
-    signs = math.prod(2.0 ** min(p.run, _SIGNS_OF_A_RUN) for p in program.row_lookups if p.sign is not None)
+    signs = math.prod(2.0 ** min(p.num_rows, _SIGNS_OF_A_RUN) for p in program.row_lookups if p.sign is not None)
     alike = Counter(
         (p.table, span) for p, span in zip(program.row_lookups, program.spans, strict=True) if p.weight is None
     )

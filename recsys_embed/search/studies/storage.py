@@ -148,7 +148,7 @@ def storage_errors(where: str) -> Iterator[None]:
         elif file_of(where) is not None and ("no such table" in text or "No such file" in text or _is_missing(where)):
             hint = "it has vanished or was replaced while in use; put it back, then run the same command again"
         elif "is full" in text or "No space" in text:
-            hint = "free some space, then run the same command again: it goes on where it stopped"
+            hint = "free some space, then run the same command again: it resumes where it stopped"
         else:
             hint = "see that it can be reached and written, then run the same command again"
         raise StorageError(f"the study's storage {without_password(where)} failed ({text}); {hint}") from e

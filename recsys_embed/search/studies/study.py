@@ -111,7 +111,7 @@ class MethodStudy(OpenStudy):
         self.training_folders.forget(trial.user_attrs.get(KEY))
 
     def sweep(self) -> None:
-        """Remove checkpoints that no trial goes on from: of processes that were killed when all but done."""
+        """Remove checkpoints of finished trials, which processes left that were killed just before their end."""
         with self.guarded():
             going = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
         self.training_folders.sweep({str(t.user_attrs.get(KEY)) for t in going})

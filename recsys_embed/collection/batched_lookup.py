@@ -1,4 +1,4 @@
-"""A bundle's features as fused kernels run them: one call whose outputs stand in schema order already."""
+"""One kernel call for all features of a bundle that the kernels support, with its outputs in schema order."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import ops
 from recsys_embed.kernels.native.autograd import NativeStep, look_up
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.native.masks import Stage
+from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.kernels.unseen_ids import Unseen
+from recsys_embed.kernels.unseen_ids import UnseenIds
 
 
 @dataclass(frozen=True)
-class FusedFeatures:
-    """What fused kernels run, and what they need to know of the bundle.
+class BatchedFeatures:
+    """The features that one call runs, and what it needs from the bundle.
 
     Args:
         schema: all features of the bundle.
@@ -50,7 +50,7 @@ class FusedFeatures:
     places: Sequence[Mapping[str, Place]]
     index: IndexStore
     storages: Mapping[str, tuple[int, int]]
-    unseen: Unseen
+    unseen: UnseenIds
     heads: HeadTables
     vectors: Sequence[int]
     output_dim: int | None
@@ -60,8 +60,11 @@ class FusedFeatures:
         return [self.schema.names[i] for i in self.positions]
 
     def outputs(self) -> list[tuple[int, ...]]:
-        """Positions that share an output: those without a head; and those whose heads, with what these are applied to,
-        are of one form, so that one call runs them."""
+        """Positions of the features that share an output.
+
+        Features without a head share one. Features whose heads have one form, and are applied to columns of one width,
+        share another, since one call of the head runs them all.
+        """
         found: dict[Hashable, list[int]] = {None: []}
         for i, program in zip(self.positions, self.programs, strict=True):
             found.setdefault(self._form(i, program), []).append(i)
@@ -76,7 +79,7 @@ class FusedFeatures:
 
 
 class _SomeIndexes:
-    """The indexes of some programs of a store, numbered anew."""
+    """A view of an index store that holds some of its programs, renumbered from 0."""
 
     def __init__(self, store: IndexStore, numbers: Sequence[int]) -> None:
         self._store, self._numbers = store, tuple(numbers)
@@ -98,7 +101,7 @@ class _SomeIndexes:
 
 
 class _Arguments(NamedTuple):
-    """What fused lookups are made of, see :class:`NativeLookup`."""
+    """What batched lookups are made of, see :class:`NativeLookup`."""
 
     programs: list[LookupProgram]
     places: list[Mapping[str, Place]]
@@ -111,8 +114,8 @@ class _Arguments(NamedTuple):
     optional: list[bool]
 
 
-class FusedBundle:
-    """On the CPU.
+class BatchedLookup:
+    """One call of the native kernels on the CPU.
 
     Args:
         features: what is run.
@@ -125,7 +128,7 @@ class FusedBundle:
         ordered: they stand there already.
     """
 
-    def __init__(self, features: FusedFeatures, rest: Sequence[int], name: str) -> None:
+    def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
         self._unseen, self._heads = features.unseen, features.heads
         self.parts = features.outputs()
@@ -141,13 +144,13 @@ class FusedBundle:
                 slots[i] = Slot(output, column, features.schema.features[i].pooling == "mean")
                 column += programs[i].combined_width
             widths.append(column)
-        # Vectors that need nothing more stand as the whole output has them.
+        # Outputs without a head take the shape of the whole output, so that no copy follows.
         dim = features.output_dim
         self._shapes = [
             (width,) if dim is None or headed else (width // dim, dim)
             for headed, width in zip(self._headed, widths, strict=True)
         ]
-        # Whether the kernels write all vectors, of one width, where they stay; a mask's ids are as they are given.
+        # A mask runs inside the call if it writes every vector in its final place, and no policy replaces ids.
         whole = self.parts == [tuple(range(len(features.schema)))] and not any(self._headed) and dim is not None
         self.masks = self._takes_masks and whole and set(features.vectors) == {1} and not self._unseen.replaces
         limits = cast("list[int]", self._unseen.integers_of("limits"))
@@ -177,7 +180,7 @@ class FusedBundle:
         tables: list[Tensor],
         step: NativeStep | None,
         sparse: bool,
-        mask: Stage | None = None,
+        mask: MaskParameters | None = None,
         resolved: bool = False,
     ) -> list[Tensor]:
         """Vectors of ``ids [B, F]``: one tensor ``[B, columns]``, or as the whole output is, per entry of ``parts``.
@@ -190,7 +193,7 @@ class FusedBundle:
             IdRangeError: names the first feature at fault.
         """
         ids = ids if resolved else self._resolved(ids)
-        return self._behind_heads(self._outputs(ids, tables, step, sparse, mask), ids)
+        return self._apply_heads(self._outputs(ids, tables, step, sparse, mask), ids)
 
     def pools(self, bags: Bags) -> bool:
         """Whether :meth:`pooled` takes the bags: their weights are constants."""
@@ -218,9 +221,9 @@ class FusedBundle:
         except IdRangeError:
             check()
             raise
-        return self._behind_heads(outputs, None)
+        return self._apply_heads(outputs, None)
 
-    def _behind_heads(self, outputs: Sequence[Tensor], ids: Tensor | None) -> list[Tensor]:
+    def _apply_heads(self, outputs: Sequence[Tensor], ids: Tensor | None) -> list[Tensor]:
         out = list(outputs)
         if not self._any_headed:
             return out
@@ -238,7 +241,7 @@ class FusedBundle:
         return self._unseen(ids.long()) if self._unseen.replaces or self._unseen.counting else ids
 
     def _outputs(
-        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
             return ops.look_up(self.lookup, ids, tables, step)
@@ -249,8 +252,8 @@ class FusedBundle:
             raise
 
 
-class TritonBundle(FusedBundle):
-    """On GPUs."""
+class TritonBatchedLookup(BatchedLookup):
+    """One call of the Triton kernels on a GPU."""
 
     _takes_masks = False
 
@@ -267,9 +270,9 @@ class TritonBundle(FusedBundle):
         return self._unseen.resolve(ids.long(), count=self._unseen.counting, check=False)
 
     def _outputs(
-        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: Stage | None
+        self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> tuple[Tensor, ...]:
         return self._look_up(ids, tables, step=step, sparse=sparse)
 
 
-BUNDLES: Mapping[str, type[FusedBundle]] = {"native": FusedBundle, "triton": TritonBundle}
+BATCHED_LOOKUPS: Mapping[str, type[BatchedLookup]] = {"native": BatchedLookup, "triton": TritonBatchedLookup}
