@@ -123,6 +123,7 @@ MOVED = {
     "shipping.serve": "exports.served_modules",
     "shipping.write": "exports.write",
     "stepping": "collection.fused_tables",
+    "train.files": "utils.files",
     "train.logs": "train.run_log",
     "train.state": "train.run_state",
     "train.stop": "train.stop_request",

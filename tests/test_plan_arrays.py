@@ -113,7 +113,10 @@ def test_files_of_other_bytes_are_refused(saved: Path, change: str) -> None:
         {"dtype": "int64", "shape": [-1]},
         {"dtype": "int64", "shape": [True]},
         {"dtype": "float32", "shape": [1]},
+        {"dtype": ["int64"], "shape": [1]},
         {"dtype": "int64", "shape": [1], "bits": 17},
+        {"dtype": "uint8", "shape": [1], "bits": 9},
+        {"dtype": "int16", "shape": [1], "bits": 16},
         {"dtype": "int64", "shape": [1], "more": 1},
         {"dtype": "int64"},
         [],
@@ -126,6 +129,19 @@ def test_descriptions_that_do_not_fit_take_no_memory(saved: Path, array: Any) ->
     saved.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=r"an array of a plan has|bytes where the plan says"):
         Plan.load(saved)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000, "nowhere/codes"])
+def test_names_that_no_file_has_are_refused(saved: Path, name: str) -> None:
+    data = json.loads(saved.read_text())
+    data["arrays"]["file"] = name
+    with pytest.raises(ConfigError, match=r"the arrays of the plan, cannot be read: \S"):
+        Plan.from_dict(data, saved.parent)
+
+
+def test_two_arrays_of_one_name_in_the_file_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'a/b/codes' names two arrays"):
+        PlanArrays.of({"a/b": {"codes": torch.tensor([1])}, "a": {"b/codes": torch.tensor([2])}})
 
 
 def test_plans_without_arrays_are_written_as_ever(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
-from recsys_embed.utils.optional import require
 from recsys_embed.utils.strict_json import strict_json
 
 EXIT_INTERRUPTED = 130
@@ -66,8 +65,10 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Optuna study: which method, how large and how wide, for each group of fields, within hard byte budgets."""
-    _require_optuna()
+    from recsys_embed.search.studies.optuna_library import require_optuna
     from recsys_embed.search.studies.urls import file_of, without_password
+
+    require_optuna()
 
     given, own, rest = search_settings(config, assign or [])
     listed = {"budgets": budgets, "methods": chosen, "objectives": objectives}
@@ -159,17 +160,12 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _require_optuna() -> None:
-    """Import Optuna and restrict its log to warnings."""
-    optuna: Any = require("optuna", extra="search", purpose="a study")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
 def open_study(asked: dict[str, Any], folder: Path, *, must_exist: bool) -> Any:
     """The study of these settings; ``must_exist`` if it must exist already."""
     from recsys_embed.data import open_dataset
+    from recsys_embed.search.studies.optuna_library import require_optuna
 
-    _require_optuna()
+    require_optuna()
     from recsys_embed.search.studies.settings import StudySettings
     from recsys_embed.search.studies.study import MethodStudy
 

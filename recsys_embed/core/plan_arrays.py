@@ -61,11 +61,14 @@ class StoredArray:
         given = dict(data) if isinstance(data, Mapping) else {}
         dtype, shape, bits = given.pop("dtype", None), given.pop("shape", None), given.pop("bits", None)
         sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-        packed = bits is None or (type(bits) is int and 1 <= bits <= _MOST_BITS)
-        if given or dtype not in DTYPES or not sizes or not packed:
+        known = isinstance(dtype, str) and dtype in DTYPES
+        # More bits than the type has would be cut off.
+        most = min(_MOST_BITS, int(torch.iinfo(DTYPES[dtype]).max).bit_length()) if known else _MOST_BITS
+        packed = bits is None or (type(bits) is int and 1 <= bits <= most)
+        if given or not known or not sizes or not packed:
             raise ConfigError(
                 f"an array of a plan has a `dtype` ({', '.join(DTYPES)}), a `shape` and, where it is packed, `bits` "
-                f"from 1 to {_MOST_BITS}; got {data!r:.120}"
+                f"from 1 to {most}; got {data!r:.120}"
             )
         return cls(str(dtype), tuple(shape or ()), bits)
 
@@ -146,6 +149,10 @@ class PlanArrays:
             for index, t in row.items()
             if not isinstance(t, Tensor) or t.dtype not in _NAMES
         ]
+        names = [f"{feature}/{index}" for feature, row in values.items() for index in row]
+        faults += [
+            f"{n!r} names two arrays; rename a feature" for n in sorted({n for n in names if names.count(n) > 1})
+        ]
         raise_faults(faults, "arrays of a plan")
         layout = {feature: {i: StoredArray.of(t) for i, t in row.items()} for feature, row in values.items()}
         found = cls(layout, "", {feature: dict(row) for feature, row in values.items()})
@@ -216,8 +223,9 @@ class PlanArrays:
         """
         try:
             size = path.stat().st_size
-        except OSError as e:
-            raise ConfigError(f"{path}, the arrays of the plan, cannot be read: {e.strerror}") from e
+        except (OSError, ValueError) as e:  # of a name that no file can have, the latter
+            why = e.strerror if isinstance(e, OSError) else e
+            raise ConfigError(f"{str(path)!r:.200}, the arrays of the plan, cannot be read: {why}") from e
         if size != self.nbytes:
             raise ConfigError(f"{path} is damaged or of another plan: {size} bytes where the plan says {self.nbytes}")
         with path.open("rb") as file:

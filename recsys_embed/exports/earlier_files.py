@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from recsys_embed.errors import CheckpointError
 from recsys_embed.exports.manifest import StorageItem
-from recsys_embed.exports.served_modules import ModuleItem
+from recsys_embed.exports.served_modules import ModuleItem, refusals
 from recsys_embed.features import Schema
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.plan import Plan, table_key
@@ -16,13 +16,15 @@ def with_tables_of_modules(storages: Sequence[StorageItem], modules: Sequence[Mo
     """The storages as collections of today read them.
 
     Raises:
-        CheckpointError: tables that belong together are not all there, or stored in different ways.
+        CheckpointError: tables that belong together are not all there, or stored in different ways; or a schema
+            or plan that is none.
     """
     found = list(storages)
     for item in modules:
         if item.kind == "collection":
-            for merged, parts in _merged(found, item):
-                found = [s for s in found if s not in parts] + [merged]
+            with refusals(f"the collection at {item.paths[0]!r}"):
+                for merged, parts in _merged(found, item):
+                    found = [s for s in found if s not in parts] + [merged]
     return tuple(found)
 
 
