@@ -1,4 +1,4 @@
-"""What is wrong with a method's classes, found out when the method is registered and not when it is first planned."""
+"""Checks of a method's classes when it is registered, so that faults do not show up in the first plan."""
 
 from __future__ import annotations
 

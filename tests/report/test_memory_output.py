@@ -18,8 +18,10 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.report.memory.alternatives import alternatives
+from recsys_embed.report.memory.arrays import ArrayStorage
 from recsys_embed.report.memory.page import COLUMNS, RATIOS, WhatIf, _script_json
 from recsys_embed.report.memory.report import MemoryReport, memory_report
+from recsys_embed.report.memory.state_size import OptimizerStateSize
 
 EVIL = '</script><b onmouseover="x">\'&amp; |`*_\u2028'
 
@@ -239,6 +241,21 @@ def test_alternatives_are_what_a_plan_of_those_sizes_takes(info: rse.MethodInfo,
     assert found.per_table == {"C1": found.serve["fp32"]}
     dense = found.train - 3 * found.serve["fp32"]
     assert abs(dense) <= 0.02 * found.train  # two moments per number; a little less where a part is an index
+
+
+def test_the_least_table_that_is_sized_and_the_least_bytes_that_a_method_takes() -> None:
+    for rows, kept in ((199, True), (200, False)):
+        (found,) = [
+            a for a in memory_report(Schema([FeatureSpec("a", rows, 8)])).alternatives(200) if a.method == "hash"
+        ]
+        assert (found.serve["fp32"] == rows * 32) == kept
+        assert found.missed == 0, "one row of 32 bytes is what is available"
+
+
+def test_what_is_frozen_has_no_optimizer_state() -> None:
+    size, table = OptimizerStateSize("adam", fused=rse.Adam(lr=0.1)), ArrayStorage("weight", 10, 4, 4, "table")
+    assert size.state_bytes(table, "fused")[0] == rse.Adam(lr=0.1).state_bytes(10, 4) > 0
+    assert size.state_bytes(table, "frozen") == (0, 0)
 
 
 def test_small_tables_stay_plain_and_unfit_ones_are_counted() -> None:
