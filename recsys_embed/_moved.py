@@ -1,4 +1,4 @@
-"""Modules that version 0.1 kept under other names: importing one of those warns, and gives the module of today."""
+"""Earlier module names of version 0.1: importing one warns and returns the module of today."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model looks up: one FeatureSpec per categorical feature, a Schema for all of them."""
+"""Feature specifications: a FeatureSpec per categorical feature, and a Schema of all features."""
 
 from __future__ import annotations
 

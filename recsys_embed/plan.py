@@ -1,4 +1,4 @@
-"""Which method, at which size, for which feature: a value that people can read and machines can check."""
+"""Plans: the method and size of every feature, as a readable and checkable value."""
 
 from __future__ import annotations
 

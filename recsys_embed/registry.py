@@ -1,4 +1,4 @@
-"""The methods the library knows: one key names a method in files, classes, configs, tests and the command line."""
+"""The registry of methods: one key names a method in files, classes, configs, tests and the command line."""
 
 from __future__ import annotations
 

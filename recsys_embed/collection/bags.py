@@ -1,4 +1,4 @@
-"""The forms in which multi-valued features arrive, brought to one: values feature after feature, with offsets."""
+"""Converts every input form of multi-valued features to one: values, feature after feature, with offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States of earlier versions, where tables that a collection now holds with the others were in modules of their own."""
+"""Loads states of earlier versions, where some tables were held by modules of their own."""
 
 from __future__ import annotations
 

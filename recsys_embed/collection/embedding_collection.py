@@ -1,4 +1,4 @@
-"""All features of a model behind one call per step: a schema and a plan become one batched lookup."""
+"""EmbeddingCollection: one batched lookup for all features of a model, from a schema and a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heads of a bundle's features, run for several features at once, and the tables that they multiply by."""
+"""The heads of a bundle's features, applied to several features at once, and the matrices they multiply by."""
 
 from __future__ import annotations
 

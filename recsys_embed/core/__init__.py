@@ -1,1 +1,1 @@
-"""What the rest is built on: lookup programs, method configurations, hashes, bytes."""
+"""The base layer: lookup programs, method configurations, hashes and footprints."""

@@ -1,4 +1,4 @@
-"""Configuration inside a state dict, as JSON bytes, so that weights refuse to load where they do not belong."""
+"""The configuration inside a state dict, as JSON bytes: weights load only into a module of equal configuration."""
 
 from __future__ import annotations
 

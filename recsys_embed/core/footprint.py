@@ -1,4 +1,4 @@
-"""Bytes as arithmetic: budgets, and what a set of tables costs to serve and to train."""
+"""Footprints computed without allocating: byte budgets, and the bytes to serve and to train a set of tables."""
 
 from __future__ import annotations
 

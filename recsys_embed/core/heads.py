@@ -1,4 +1,4 @@
-"""Heads: what becomes of a feature's gathered columns once kernels and shards have read and combined its rows.
+"""Heads: operations on a feature's gathered columns, after kernels or shards have read and combined its rows.
 
 A head is data, as transforms are: frozen, with one definition in torch that every backend, the drop-in modules,
 sharding and exports call. Kernels see the gather alone, so a method with a head has fused optimizers, native lookups

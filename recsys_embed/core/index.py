@@ -1,4 +1,4 @@
-"""Indexes: what a module stores beside its tables so that a lookup knows which row an id reads.
+"""Indexes: arrays that a module stores beside its tables, from which a lookup finds the row of an id.
 
 An index says which typed arrays it needs, what they hold at first and after an assignment, and how damage shows. Arrays
 of one name of all features stand end to end in one buffer, so that lookups of any number of features read a fixed

@@ -1,6 +1,6 @@
 """A method described as data: which tables it stores and how an id becomes a vector.
 
-ids -> transform indices -> gather rows -> combine per id -> head -> (pool over the bag, by whoever runs it).
+ids -> transform indices -> gather rows -> combine per id -> head -> pool over the bag (done by the caller).
 The transforms are in :mod:`recsys_embed.core.transforms`.
 """
 
@@ -163,10 +163,10 @@ class LookupProgram:
         tables: what is stored.
         row_lookups: which row each id reads; row lookups with equal columns combine, disjoint columns concatenate.
         combine: ``"sum"`` or ``"mul"`` of the row lookups that share columns, per id and before pooling.
-        head: what becomes of the combined columns: a :class:`~recsys_embed.core.heads.Head`; None leaves them.
+        head: operation on the combined columns: a :class:`~recsys_embed.core.heads.Head`; None leaves them.
         projection: the older name of ``head=Projection(...)``, which it makes with a DeprecationWarning.
         vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
-        padding: columns of zeros behind the combined ones, for features that are narrower than their neighbours.
+        padding: columns of zeros after the combined ones, for features that are narrower than their neighbours.
     """
 
     tables: tuple[Table, ...]

@@ -33,7 +33,7 @@ from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.typing import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
-# A state may move between policies that store the same rows: what becomes of unseen ids is for who serves to say.
+# States load across unseen-id policies that store the same rows: the policy may differ at serving time.
 STORED_UNSEEN = {"unseen": lambda policy: policy == "oov"}
 
 # Attributes that a module has once its tables are made.
@@ -55,7 +55,7 @@ class CompressedEmbedding(nn.Module):
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
         init: initial distribution of a plain table, see :class:`FeatureSpec`; ``"normal:1"`` is ``nn.Embedding``'s.
         unseen: what ids outside ``[0, num_embeddings)`` become, see :class:`FeatureSpec`: ``"hash"``, ``"oov"``,
-            ``"zero"``, ``"raise"``, or ``None`` for what the method does by nature.
+            ``"zero"``, ``"raise"``, or ``None`` for the method's default.
         shared: holds the tables of these names for several drop-ins; others are this module's own.
 
     Raises:
@@ -158,7 +158,7 @@ class CompressedEmbedding(nn.Module):
         with torch.no_grad():
             for table in self.program.tables:
                 if table.name in self._given:
-                    continue  # under construction: whoever shares the table has drawn it
+                    continue  # shared: the module that was built first has initialised it
                 key = table.name if table.shared else f"{self.spec.name}.{table.name}"
                 table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
 

@@ -1,4 +1,4 @@
-"""What drop-ins need inside somebody else's model: tables that several of them read, and a plain table to look at."""
+"""Drop-ins inside other models: tables that several of them share, and a read-only dense view of one."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "register_po
 class PlainView(Tensor):
     """The plain table that a compressed module stands for: to be read, with gradients, but not written.
 
-    The values are computed, so that whoever writes them writes into the air; that raises instead. Results of
+    The values are computed: writes to them would be lost, so they raise. Results of
     operations are ordinary tensors.
     """
 

@@ -1,4 +1,4 @@
-"""What is called of FBGEMM when an export is served: its reader of quantised rows."""
+"""Serving an export with FBGEMM: its reader of quantised rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lookups of every backend have in common: where tables lie, how rows are asked for, which ids are none."""
+"""Vocabulary of every backend: the place of a table in a storage, the gather function, and absent ids."""
 
 from __future__ import annotations
 

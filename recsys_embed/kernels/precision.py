@@ -1,4 +1,4 @@
-"""How rows are kept at a precision: the bytes of a row, and the way there and back.
+"""Row formats by precision: bytes of a row, encoding and decoding.
 
 Integer rows have the layout of FBGEMM's n-bit inference tables, so that its kernels can read the very bytes: an fp16
 scale and an fp16 bias at the head of the row, then the codes (two to a byte for int4, the even column in the low half);

@@ -1,6 +1,6 @@
 """Tables as they are served: rows at a precision, without pruned rows and columns, read where they lie in a file.
 
-A lookup needs rows as float vectors and nothing else, so what stands behind its gather may be quantised, memory-mapped
+A lookup needs rows as float vectors and nothing else, so the tables it gathers from may be quantised, memory-mapped
 or full of gaps; only the rows that are read are ever decoded.
 """
 
@@ -82,7 +82,7 @@ def _integers(parts: Sequence[Part]) -> Iterator[_Integers[int]]:
     for i, p in enumerate(parts):
         size = p.rows if p.form == "bitmap" else 0
         rest = (p.layout.width, p.layout.block, p.layout.items, i)
-        # A part without such an array must not point behind the last one.
+        # A part without such an array must not point past the last one.
         at = (word if p.form == "bitmap" else 0, value if p.form == "sorted" else 0)
         yield _Integers(p.start, p.count, size, *at, _FORMS.index(p.form), base, stored, *rest)
         stored += p.layout.stored_rows(p.count)

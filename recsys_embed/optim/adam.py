@@ -61,7 +61,7 @@ class Adam(FusedOptimizer):
         return array("d", map(self.correction, range(1, last + 1)))
 
     def correction(self, step: int) -> float:
-        """Factor that makes up for moments which start at zero."""
+        """Factor that corrects the bias of moments which start at zero."""
         beta1, beta2 = self.betas
         return math.sqrt(1 - beta2**step) / (1 - beta1**step)
 

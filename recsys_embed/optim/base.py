@@ -1,4 +1,4 @@
-"""What every update rule is: its settings, the state it keeps and one step of it."""
+"""Base class of update rules: settings, state and one step."""
 
 from __future__ import annotations
 

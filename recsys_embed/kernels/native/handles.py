@@ -1,4 +1,4 @@
-"""Numbers for objects that operators of torch need: these take tensors and numbers only."""
+"""Integer handles for Python objects: torch operators take tensors and numbers only."""
 
 from __future__ import annotations
 

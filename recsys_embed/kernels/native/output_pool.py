@@ -1,4 +1,4 @@
-"""Outputs whose memory is used again once nobody holds them: new pages cost several times what fills them."""
+"""A pool that reuses the memory of outputs once they are released: new pages cost several times the writes to them."""
 
 from __future__ import annotations
 

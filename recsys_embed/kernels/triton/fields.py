@@ -142,7 +142,7 @@ class _Layout:
         self.scales.append(float(p["scale"]))
 
     def add_weights(self) -> None:
-        """Reads of learned weights, behind all rows, which so keep their alignment."""
+        """Add the reads of learned weights after those of all rows, so that rows stay aligned."""
         for row_lookup in self.row_lookups:
             if row_lookup["weight_storage"] < 0:
                 continue

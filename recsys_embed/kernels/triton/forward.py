@@ -84,7 +84,7 @@ def forward(
         jobs, row_lookups, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
         storages: addresses of the tables.
         index: addresses of the arrays of all indexes.
-        out: outputs one behind the other, each ``[batch, stride]``.
+        out: outputs one after the other, each ``[batch, stride]``.
         found: int32 ``[reads, batch]`` rows of each read, where SAVE.
         kept: rows as they are read, where KEEP.
         faults: int64 ``[features, 2]``: an id out of range writes 1 and itself.

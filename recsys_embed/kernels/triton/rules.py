@@ -1,4 +1,4 @@
-"""What becomes of the summed gradients of rows: one optimizer step, or a gradient handed out."""
+"""Consumers of the summed gradients of rows: an optimizer step, or a gradient that is returned."""
 
 from typing import Any, NamedTuple
 
