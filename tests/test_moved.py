@@ -39,6 +39,8 @@ import recsys_embed as rse
 from recsys_embed.exports import read
 from recsys_embed.core.program import LookupProgram
 from recsys_embed import members
+from recsys_embed.program import *
+assert Probe is program.RowLookup and Table is program.Table
 assert members.Index.smallest('a', 9, 0, 3).count == 3 and program.Member is program.RankInSet
 assert program.Probe is program.RowLookup and program.Digit(mod=3).mod == 3
 assert rse.shipping.read is read and program.LookupProgram is LookupProgram and export is rse.export
