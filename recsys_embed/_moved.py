@@ -222,9 +222,10 @@ class OldNames(MetaPathFinder, Loader):
         for earlier, place in RENAMED.get(name.removeprefix(f"{ROOT}."), {}).items():
             home, _, attribute = place.rpartition(".")
             setattr(found, earlier, getattr(import_module(f"{ROOT}.{home}"), attribute))
-        if hasattr(found, "__all__"):
+        held = vars(found)
+        if "__all__" in held:
             # Such modules had no list of names, so that * gave all of them.
-            found.__all__ = list(dict.fromkeys([*found.__all__, *vars(found).get("_EARLIER", ())]))
+            held["__all__"] = list(dict.fromkeys([*held["__all__"], *held.get("_EARLIER", ())]))
 
 
 def install() -> None:
