@@ -89,7 +89,7 @@ class MethodConfig(ABC):
         where = f"{type(self).__name__}, feature {spec.name!r}"
         raise_faults(self.check(spec), where)
         program = self.build_program(spec)
-        raise_faults(program.faults(), where)
+        raise_faults(program.faults() or program.reach_faults(spec.num_ids), where)
         return program
 
     @property
