@@ -62,6 +62,7 @@ def test_all_faults_of_a_method_are_named_when_it_is_registered() -> None:
         order: Literal["ids", "freq"] = param("ids", "order")
         init: str = param("plain", "taken by the constructor")
         schema: str = param("", "taken by Plan.uniform")
+        size: int = param(1, "taken by `sized`")
         check: int = param(0, "hides a method")  # type: ignore[assignment]
 
         def planing_loss(self, spec: FeatureSpec, curve: Any) -> float:
@@ -82,6 +83,7 @@ def test_all_faults_of_a_method_are_named_when_it_is_registered() -> None:
         "`renamed_options` of Faulty must lead from former options to present ones; got 'lines': 'row'",
         "option `init` of Faulty is hidden by the argument of that name",
         "option `schema` of Faulty is hidden by the argument of that name",
+        "option `size` of Faulty is hidden by the argument of that name by which methods are sized",
         "option `check` of Faulty hides what MethodConfig has under that name",
         "Faulty defines `planing_loss`; did you mean `planning_loss`?",
         "`planning_variants` of Faulty must be a class method",
@@ -108,6 +110,15 @@ def test_classes_that_cannot_work_are_refused() -> None:
             registry.register(wrong, paper="none")
     registry.register(embedding_of(FoldConfig), paper="none")
     assert rse.make_embedding("fold", 10, 4, rows=3)(torch.tensor([4])).shape == (1, 4)
+
+
+def test_what_is_no_program_is_refused_by_name() -> None:
+    class Empty(FoldConfig):
+        def build_program(self, spec: FeatureSpec) -> Any:
+            return None
+
+    with pytest.raises(ConfigError, match=r"`build_program` must return a LookupProgram; got None \(Empty, feature"):
+        Empty(rows=3).program(SPEC)
 
 
 def test_methods_of_the_version_before_work_and_warn() -> None:

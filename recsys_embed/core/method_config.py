@@ -89,6 +89,8 @@ class MethodConfig(ABC):
         where = f"{type(self).__name__}, feature {spec.name!r}"
         raise_faults(self.check(spec), where)
         program = self.build_program(spec)
+        if not isinstance(program, LookupProgram):
+            raise ConfigError(f"`build_program` must return a LookupProgram; got {program!r:.80} ({where})")
         raise_faults(program.faults() or program.reach_faults(spec.num_ids), where)
         return program
 

@@ -19,6 +19,8 @@ DECLARED = tuple(n for n in {*vars(MethodConfig), "method"} if not n.startswith(
 _CLASS_METHODS = ("sized", "max_size", "plan", "for_budget", "planning_variants", "from_params")
 _METHODS = ("build_program", "check", "footprint", "planning_loss")
 _SPECIAL = ("schema", "method")  # arguments of Plan.uniform, which takes options by keyword too
+# Arguments of a configuration's own class methods, which take options by keyword beside them.
+_OF_SIZING = frozenset({"spec", "specs", "size", "budget", "plain", "itemsize", "full_below"})
 
 
 def faults_of(embedding_cls: Any) -> list[str]:
@@ -120,6 +122,8 @@ def _hidden(cls: type[MethodConfig], embedding_cls: type[CompressedEmbedding]) -
     taken = {p.name for s in signatures for p in s.parameters.values() if p.kind is not p.VAR_KEYWORD}
     for name in sorted(keywords_of(cls) & {*taken, *_SPECIAL}):
         yield f"option `{name}` of {cls.__name__} is hidden by the argument of that name of {embedding_cls.__name__}"
+    for name in sorted({f.name for f in fields(cls)} & _OF_SIZING):
+        yield f"option `{name}` of {cls.__name__} is hidden by the argument of that name by which methods are sized"
     for name in sorted({f.name for f in fields(cls)} & set(DECLARED)):
         yield f"option `{name}` of {cls.__name__} hides what MethodConfig has under that name"
 

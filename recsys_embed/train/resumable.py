@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import RecsysEmbedError
+from recsys_embed.errors import CheckpointError, RecsysEmbedError
 from recsys_embed.models.base import CTRModel
 from recsys_embed.train.checkpoint import CheckpointTimer, load_checkpoint, load_weights, rng_state, save_checkpoint
 from recsys_embed.train.run_log import RunLog
@@ -71,7 +71,13 @@ class Resumable:
         path = self.folder / CHECKPOINT
         saved = load_checkpoint(path, self.identity)
         load_weights(self.model, saved["model"], path)
-        self.optimizer.load_state_dict(saved["dense_optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["dense_optimizer"])
+        except ValueError as e:
+            raise CheckpointError(
+                f"the optimizer's state in {path} is of other parameters than this version trains by it: {e}. Go on "
+                "with the version that began the run, or train anew in another folder"
+            ) from e
         for key, coll in self._fused_collections():
             coll.load_optimizer_state_dict(saved["embedding_optimizer"][key])
         self.schedule.load_state_dict(saved["schedule"])

@@ -265,3 +265,8 @@ def test_files_are_told_by_their_content(name: str, tmp_path: Path) -> None:
         wanted = memory_report(tmp_path / "usual" / usual)
         (tmp_path / "usual" / usual).replace(tmp_path / name)
         assert memory_report(tmp_path / name).total("serve") == wanted.total("serve") > 0
+
+
+def test_tables_are_known_by_name_whatever_its_case(tmp_path: Path) -> None:
+    torch.save({"Users.EMBEDDING.weight": torch.zeros(300, 8), "Top.weight": torch.zeros(4, 4)}, tmp_path / "a.pt")
+    assert [t.name for t in memory_report(tmp_path / "a.pt").tables] == ["Users/EMBEDDING"]

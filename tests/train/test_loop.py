@@ -363,6 +363,17 @@ def test_other_settings_or_data_are_refused_and_named(tmp_path: Path) -> None:
         run_training(toy_config(), other, folder=tmp_path, resume=True)
 
 
+def test_a_state_of_other_dense_parameters_is_refused_in_words(tmp_path: Path) -> None:
+    """Earlier versions trained tables behind networks per class as dense parameters."""
+    with pytest.raises(Interrupted):
+        run_training(toy_config(), SignallingData(20), folder=tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    saved["dense_optimizer"]["param_groups"][0]["params"].append(999)
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="other parameters than this version trains"):
+        run_training(toy_config(), ToyData(), folder=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
 def test_a_damaged_checkpoint_is_an_error_not_a_crash(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
