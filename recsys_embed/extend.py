@@ -25,6 +25,12 @@ which describes its lookup as a :class:`LookupProgram` of :class:`Table` and :cl
 ...     def sized(cls, spec, size, **params):
 ...         return cls.from_params({**params, "num_rows": size})
 >>> class FoldEmbedding(CompressedEmbedding):
+...     '''Ids fold onto rows by their remainder.
+...
+...     >>> FoldEmbedding(1000, 16, num_rows=10).output_dim
+...     16
+...     '''
+...
 ...     config_cls = FoldConfig
 >>> FoldEmbedding(1000, 16, budget="4KiB").footprint().serve  # `register` makes it known by its key
 4096

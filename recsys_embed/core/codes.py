@@ -176,5 +176,8 @@ class Codes(Transform):
         fields = {"size": index.size, "stride": index.columns, "offset": self.column, "bits": index.bits}
         return "codes", fields
 
+    def reach(self, ids: int) -> int | None:
+        return self.index.rows
+
     def sharing(self, ids: int, rows: int) -> Sharing:
         return Sharing(rows=self.index.rows, key=("codes", self.index.name, self.column))

@@ -91,7 +91,7 @@ class MethodConfig(ABC):
         program = self.build_program(spec)
         if not isinstance(program, LookupProgram):
             raise ConfigError(f"`build_program` must return a LookupProgram; got {program!r:.80} ({where})")
-        raise_faults(program.faults(), where)
+        raise_faults(program.faults() or program.reach_faults(spec.num_ids), where)
         return program
 
     @property

@@ -236,6 +236,18 @@ class LookupProgram:
         weights = itemsize * sum(t.rows * t.width for t in self.tables)
         return Footprint(weights=weights, index=sum(index.nbytes for index in self.indexes))
 
+    def reach_faults(self, ids: int) -> list[str]:
+        """Tables with fewer rows than ids in ``[0, ids)`` reach, in words; lookups check what this cannot tell."""
+        rows, faults = {t.name: t.rows for t in self.tables}, []
+        read = [(p.table, p.transform) for p in self.row_lookups]
+        read += [(p.weight.table, p.weight.transform) for p in self.row_lookups if p.weight]
+        for name, transform in read:
+            reach = transform.reach(ids)
+            if reach is not None and reach > rows[name]:
+                kind = type(transform).__name__
+                faults.append(f"table {name!r} has {rows[name]} rows, and {kind} needs at least {reach}")
+        return faults
+
     def faults(self) -> list[str]:
         """Everything wrong with the description itself, in words."""
         faults = []

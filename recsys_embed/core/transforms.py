@@ -47,6 +47,8 @@ class Transform(ABC):
         # The kernels do not know what a subclass does otherwise than the class that they know.
         if "map" in cls.__dict__ and "encoded" not in cls.__dict__:
             cls.encoded = Transform.encoded  # type: ignore[method-assign]
+        if "map" in cls.__dict__ and "reach" not in cls.__dict__:
+            cls.reach = Transform.reach  # type: ignore[method-assign]
 
     @abstractmethod
     def signature(self) -> Signature:
@@ -95,6 +97,10 @@ class Transform(ABC):
 
     def encoded(self) -> tuple[str, dict[str, int]] | None:
         """Kind and fields of the transform in :mod:`recsys_embed.kernels.kinds`; None where no kernel knows it."""
+        return None
+
+    def reach(self, ids: int) -> int | None:
+        """Rows that the table needs for ids in ``[0, ids)``; None if unknown, and then every lookup is checked."""
         return None
 
     def sharing(self, ids: int, rows: int) -> Sharing:
@@ -158,6 +164,10 @@ class MixedRadixDigit(Transform):
         fields = {"div": self.div, "mod": self.mod, "affine": self.affine is not None, "a": a, "b": b, "p": p}
         return "digit", fields
 
+    def reach(self, ids: int) -> int | None:
+        quotients = -(-(self.affine[2] if self.affine else ids) // self.div)
+        return min(self.mod or quotients, quotients)
+
     def sharing(self, ids: int, rows: int) -> Sharing:
         quotients = -(-ids // self.div)
         reached = min(self.mod or quotients, quotients)
@@ -218,6 +228,9 @@ class Hash(Transform):
         fields = dict(zip(("salt", "size", "stride", "offset", "num_frequent"), self.parameters(), strict=True))
         return "hash", {**fields, "absent": self.frequent_absent}
 
+    def reach(self, ids: int) -> int | None:
+        return (self.size - 1) * self.stride + self.num_frequent + self.offset + 1
+
     def sharing(self, ids: int, rows: int) -> Sharing:
         frequent, none = (0, self.num_frequent), (0, 0)
         private, absent = (none, frequent) if self.frequent_absent else (frequent, none)
@@ -250,6 +263,9 @@ class Murmur(Transform):
 
     def encoded(self) -> tuple[str, dict[str, int]]:
         return "murmur", {"salt": self.seed, "size": self.size, "word": self.word}
+
+    def reach(self, ids: int) -> int | None:
+        return self.size
 
     def sharing(self, ids: int, rows: int) -> Sharing:
         return Sharing(rows=self.size, key=("murmur", self.seed, self.word))
@@ -296,6 +312,9 @@ class RankInSet(Transform):
         index = self.index
         fields = {"start": index.start, "count": index.count, "size": index.size, "rest": self.rest, "salt": self.salt}
         return index.form, fields
+
+    def reach(self, ids: int) -> int | None:
+        return self.index.count + self.rest
 
     def sharing(self, ids: int, rows: int) -> Sharing:
         private = (self.index.start, self.index.start + self.index.count)

@@ -1,6 +1,6 @@
 """Transforms as records of 64-bit fields: the one table of their kinds and fields that all kernels go by.
 
-Kernels in Triton read it where they are defined; for those in C++ ``python -m recsys_embed.kernels.kinds`` writes it to
+Kernels in Triton read it where they are defined; for those in C++ ``python recsys_embed/kernels/kinds.py`` writes it to
 ``ops/cpu/transforms.h``, and a compiled library of another table is refused when it is loaded.
 """
 

@@ -12,7 +12,7 @@ from recsys_embed.core import hashing
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.places import Gather, Place
+from recsys_embed.kernels.places import Gather, Place, check_rows
 
 
 class Indexes(NamedTuple):
@@ -42,6 +42,7 @@ def _row_lookup(
 ) -> Tensor:
     table = program.table(row_lookup.table)
     first = indexes.rows(row_lookup.transform, ids)
+    check_rows(first, table.rows, type(row_lookup.transform).__name__)
     pieces = []
     for step in range(row_lookup.num_rows):
         rows = torch.where(first < 0, first, (first + step) % table.rows)
@@ -52,7 +53,9 @@ def _row_lookup(
         pieces.append(piece)
     value = torch.cat(pieces, -1)
     if row_lookup.weight is not None:
-        value = value * _read(gather, places[row_lookup.weight.table], indexes.rows(row_lookup.weight.transform, ids))
+        factors = indexes.rows(row_lookup.weight.transform, ids)
+        check_rows(factors, program.table(row_lookup.weight.table).rows, type(row_lookup.weight.transform).__name__)
+        value = value * _read(gather, places[row_lookup.weight.table], factors)
     if row_lookup.width is not None:
         value = value.repeat(1, row_lookup.width)
     empty = 0.0 if program.combine == "sum" else 1.0

@@ -20,7 +20,7 @@ from recsys_embed.core.index import IndexArrays
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.places import Gather, Place, absent_ids
+from recsys_embed.kernels.places import Gather, Place, absent_ids, check_rows
 from recsys_embed.typing import Signature
 
 
@@ -37,6 +37,7 @@ class _Read:
     params: str
     may_be_absent: bool
     num_rows: int = 1
+    reach_is_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Group(Constants):
 
         self.add_constant(name, [[integers(f, table, t) for table, t in row] for f, row in enumerate(chosen)])
         table, transform = chosen[0][0]
-        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, num_rows)
+        known = all(t.reach(1) is not None for row in chosen for _, t in row)
+        return _Read(places[0][table].storage, transform.signature(), name, transform.may_be_absent, num_rows, known)
 
     def _row_lookup_set(
         self,
@@ -167,6 +169,8 @@ class Group(Constants):
             stacked = self.constant(read.params)
             *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
             rows = read.kind[0].map(read.kind, x, params, at, arrays)
+            if not read.reach_is_known:
+                check_rows(rows, size, read.kind[0].__name__)
             if absent is not None:
                 rows = torch.where(absent.unsqueeze(-1), -1, rows)
             partial = read.may_be_absent or absent is not None

@@ -39,6 +39,9 @@ def register_rule(name: str) -> Callable[[Rule], Rule]:
             raise ConfigError(f"a rule is a subclass of recsys_embed.optim.FusedOptimizer; got {cls!r:.80}")
         if name in ("none", "dense_adam"):
             raise ConfigError(f"{name!r} means that no rule steps the tables; choose another name for {cls.__name__}")
+        odd = {k: v for k, v in cls.state.items() if v not in ("row", "element", "step")}
+        if odd:
+            raise ConfigError(f"state of {cls.__name__} is kept per 'row', 'element' or 'step'; got {odd}")
         known = _RULES.get(name)
         # A module that is loaded anew brings its own class again.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
