@@ -9,6 +9,7 @@ from typing import Any as _Any
 
 from recsys_embed import _moved
 from recsys_embed import methods as _methods  # noqa: F401  (importing registers them)
+from recsys_embed._version import __version__ as __version__
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.hashing import string_ids
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from recsys_embed.report.memory import memory_report
 
 _moved.install()
-
-__version__ = "0.1.0"
 
 # Public names that load at first use, and the modules that hold them.
 _LAZY = {

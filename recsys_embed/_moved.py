@@ -191,6 +191,7 @@ RENAMED = {
     },
     "report.memory_sources": {"parts_of_module": "report.memory.modules.module_storage"},
     "report.memory_values": {
+        "MemoryReport": "report.memory.report_output.MemoryReport",
         "Rest": "report.memory.report_values.RestOfModel",
         "Settings": "report.memory.report_values.ReportSettings",
     },

@@ -12,9 +12,9 @@ from torch import nn
 
 from recsys_embed.discover import find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
-from recsys_embed.typing import JSON
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
+from recsys_embed.utils.types import JSON
 
 Pooling = Literal["sum", "mean", "max"]
 IdKind = Literal["index", "raw"]

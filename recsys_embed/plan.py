@@ -19,10 +19,10 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
-from recsys_embed.typing import JSON, Budget, JSONMapping, Option
 from recsys_embed.utils.files import atomic_write, write_text
 from recsys_embed.utils.settings import check_settings, refuse_unknown
 from recsys_embed.utils.strict_json import read_object
+from recsys_embed.utils.types import JSON, Budget, JSONMapping, Option
 
 PLAN_VERSION = 1
 REASON = "reason"

@@ -9,8 +9,8 @@ from recsys_embed.core.method_config import MethodConfig, accept_former_names
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.method_checks import faults_of, infer_declarations
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.typing import Option
 from recsys_embed.utils.plugins import METHODS, load_plugins, unknown_plugin_name
+from recsys_embed.utils.types import Option
 
 
 class MethodInfo(NamedTuple):

@@ -8,14 +8,29 @@ Importing needs torch and numpy only; nothing here is looked at when a function 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from recsys_embed.utils.types import (
+    JSON,
+    Budget,
+    Counts,
+    DynamicShapes,
+    FeatureIds,
+    Ids,
+    IdValue,
+    IdValues,
+    JaggedIds,
+    JSONMapping,
+    Option,
+    Parameter,
+    Signature,
+    SupportsArray,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,60 +39,33 @@ if TYPE_CHECKING:
     from recsys_embed.optim import FusedOptimizer
     from recsys_embed.planning.curves import FrequencyCurve
 
-# -- plain values ---------------------------------------------------------------------------------------------------
-
-JSON: TypeAlias = dict[str, Any]
-"""A JSON object, made for the caller; its values are whatever JSON holds."""
-
-JSONMapping: TypeAlias = Mapping[str, Any]
-"""A JSON object that is only read."""
-
-Option: TypeAlias = Any
-"""A value of ``**options``: its type stands where the option is declared, and is checked there when it is given."""
-
-Budget: TypeAlias = int | str
-"""Bytes, or text such as ``"64MiB"``."""
-
-
-class SupportsArray(Protocol):
-    """What numpy makes an array of without being told how: arrays, tensors, columns of data frames."""
-
-    def __array__(self) -> NDArray[Any]: ...
-
-
-# -- ids ------------------------------------------------------------------------------------------------------------
-
-IdValue: TypeAlias = str | bytes | int | float | np.integer | None
-"""One id as data holds it: text, an integer, or None or NaN where the field is empty."""
-
-IdValues: TypeAlias = "Tensor | SupportsArray | IdValue | Sequence[IdValues]"
-"""Ids as data holds them: one, (nested) sequences of equal length, an array, or a tensor of integers."""
-
-FeatureIds: TypeAlias = "IdValues | tuple[IdValues, Tensor]"
-"""Ids of one feature, ``[B]`` or ``[B, L]``, or its bags as ``(values, offsets)``."""
-
-
-class JaggedIds(Protocol):
-    """What is read of a KeyedJaggedTensor, so that torchrec need not be installed."""
-
-    def keys(self) -> list[str]: ...
-
-    def values(self) -> Tensor: ...
-
-    def offsets(self) -> Tensor: ...
-
-    def weights_or_none(self) -> Tensor | None: ...
-
-    def variable_stride_per_key(self) -> bool: ...
-
-
-Ids: TypeAlias = Tensor | Mapping[str, FeatureIds] | JaggedIds
-"""Ids of all features: ``[B, F]``, ``[n]`` beside offsets, by feature, or a KeyedJaggedTensor."""
+__all__ = [
+    "JSON",
+    "Budget",
+    "CountedData",
+    "Counts",
+    "DynamicShapes",
+    "EvidenceSource",
+    "FeatureIds",
+    "FrequencySource",
+    "HasCurve",
+    "IdValue",
+    "IdValues",
+    "Ids",
+    "JSONMapping",
+    "JaggedIds",
+    "Methods",
+    "ModelOrSchema",
+    "OptimizerSpec",
+    "Option",
+    "Parameter",
+    "Signature",
+    "Statistics",
+    "SupportsArray",
+    "UpdateRule",
+]
 
 # -- how often ids occur --------------------------------------------------------------------------------------------
-
-Counts: TypeAlias = SupportsArray | Sequence[float]
-"""How often each id of one feature occurs: ``[num_embeddings]``, a tensor, an array or a list."""
 
 
 class HasCurve(Protocol):
@@ -120,16 +108,3 @@ Methods: TypeAlias = str | Collection[str] | Mapping[str, JSONMapping | None]
 
 EvidenceSource: TypeAlias = Iterable[JSONMapping] | Path | str
 """Rows of a comparison, or the folder or file that holds them."""
-
-# -- graphs ---------------------------------------------------------------------------------------------------------
-
-DynamicShapes: TypeAlias = dict[str, Any] | tuple[Any, ...] | list[Any] | None
-"""Dimensions that vary, nested as the inputs of the model are: what ``torch.export.export`` takes under this name."""
-
-# -- transforms -----------------------------------------------------------------------------------------------------
-
-Signature: TypeAlias = tuple[Any, ...]
-"""What fixes the arithmetic of a transform, hashable; those of equal signatures run as one."""
-
-Parameter: TypeAlias = int | Tensor
-"""An integer of one transform, or those of several as a tensor that broadcasts with the ids."""

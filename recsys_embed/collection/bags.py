@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.kernels.id_checks import check_id_dtype, check_offsets
-from recsys_embed.typing import FeatureIds, Ids, JaggedIds
+from recsys_embed.utils.types import FeatureIds, Ids, JaggedIds
 
 
 class Bags(NamedTuple):

@@ -36,7 +36,7 @@ from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
-from recsys_embed.typing import JSON, Ids
+from recsys_embed.utils.types import JSON, Ids
 
 
 class EmbeddingCollection(FusedTables):

@@ -19,8 +19,8 @@ from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
-from recsys_embed.typing import JSON
 from recsys_embed.utils.deprecated import warn_renamed
+from recsys_embed.utils.types import JSON
 
 
 class _Lock:

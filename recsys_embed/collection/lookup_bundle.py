@@ -27,7 +27,7 @@ from recsys_embed.kernels.unseen_ids import UnseenIds, with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
-from recsys_embed.typing import FeatureIds
+from recsys_embed.utils.types import FeatureIds
 
 
 def _own(name: str) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from recsys_embed.discover import find_tables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.planning.statistics import CountsByFeature
-from recsys_embed.typing import CountedData, Counts
+from recsys_embed.typing import CountedData
+from recsys_embed.utils.types import Counts
 
 
 def table_counts(model: nn.Module, source: Mapping[str, Counts] | CountedData) -> dict[str, Tensor]:

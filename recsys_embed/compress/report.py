@@ -9,7 +9,7 @@ from typing import Literal
 
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.discover import TableKind
-from recsys_embed.typing import JSON
+from recsys_embed.utils.types import JSON
 
 Action = Literal["replaced", "kept", "skipped"]
 REPORT_VERSION = 1

@@ -17,7 +17,7 @@ from recsys_embed.core.index import Index, IndexArray, IndexArrays
 from recsys_embed.core.transforms import Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.typing import Parameter, Signature
+from recsys_embed.utils.types import Parameter, Signature
 
 _WORD = 32
 _MASK = (1 << _WORD) - 1

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
-from recsys_embed.typing import IdValues
+from recsys_embed.utils.types import IdValues
 
 _U64 = 1 << 64
 

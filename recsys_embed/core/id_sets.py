@@ -21,7 +21,7 @@ from torch import Tensor
 from recsys_embed.core import index as base
 from recsys_embed.core.index import IndexArray, IndexArrays
 from recsys_embed.errors import ConfigError
-from recsys_embed.typing import Parameter
+from recsys_embed.utils.types import Parameter
 
 Form = Literal["range", "bitmap", "sorted"]
 

@@ -12,9 +12,9 @@ from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
-from recsys_embed.typing import JSON, Budget, JSONMapping, Option
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
+from recsys_embed.utils.types import JSON, Budget, JSONMapping, Option
 
 if TYPE_CHECKING:
     from recsys_embed.planning.curves import FrequencyCurve

@@ -18,8 +18,8 @@ from torch import Tensor
 from recsys_embed.core import hashing
 from recsys_embed.core.id_sets import IdSet, positions
 from recsys_embed.core.index import Index, IndexArrays
-from recsys_embed.typing import Parameter, Signature
 from recsys_embed.utils.deprecated import renamed_fields
+from recsys_embed.utils.types import Parameter, Signature
 
 
 class Sharing(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.data.batch import Batch
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.typing import JSONMapping
+from recsys_embed.utils.types import JSONMapping
 
 HELD_OUT = "held_out"
 """The split of training rows that are held out."""

@@ -22,7 +22,7 @@ from recsys_embed.data.stats import read_stats
 from recsys_embed.data.vocab import OOV_ID, Vocabulary
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, IdKind, Schema
-from recsys_embed.typing import JSON
+from recsys_embed.utils.types import JSON
 
 CHUNK_ROWS = 1 << 16
 """Rows read from Parquet at once when streaming: one row group."""

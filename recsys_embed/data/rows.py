@@ -18,7 +18,7 @@ from recsys_embed.data.data_source import HELD_OUT
 from recsys_embed.data.stream import moments_of, stream, windows
 from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Schema
-from recsys_embed.typing import JSONMapping
+from recsys_embed.utils.types import JSONMapping
 
 IN_MEMORY_LIMIT = 4 << 30
 BUFFER_ROWS = 1 << 20

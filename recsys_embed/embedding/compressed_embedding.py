@@ -30,7 +30,7 @@ from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
 from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
-from recsys_embed.typing import Budget, IdValues, Option
+from recsys_embed.utils.types import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # States load across unseen-id policies that store the same rows: the policy may differ at serving time.
@@ -97,7 +97,9 @@ class CompressedEmbedding(nn.Module):
         pooling: Mode = "sum" if mode is None or mode not in get_args(Mode) else mode
         self.spec = FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init=init, unseen=unseen)
         itemsize = torch.empty(0, dtype=dtype, device="meta").element_size()
-        self.config = choose_config(CompressedEmbedding, type(self), self.spec, config, budget, params, itemsize)
+        self.config = choose_config(
+            CompressedEmbedding, type(self).__name__, self.config_cls, self.spec, config, budget, params, itemsize
+        )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
         self.max_norm, self.norm_type, self.scale_grad_by_freq = max_norm, norm_type, scale_grad_by_freq

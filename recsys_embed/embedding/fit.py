@@ -7,25 +7,40 @@ forward and backward as the matrix; sweeping over the tables is alternating leas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.core.program import LookupProgram
 
 
-def _outputs(module: CompressedEmbedding, values: dict[str, Tensor], ids: Tensor) -> Tensor:
+class Fittable(Protocol):
+    """What fitting needs of a module, which is a :class:`recsys_embed.embedding.CompressedEmbedding`."""
+
+    padding_idx: int | None
+    program: LookupProgram
+
+    @property
+    def mode(self) -> str | None: ...
+
+    @property
+    def output_dim(self) -> int: ...
+
+    def table(self, name: str) -> Tensor: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def _outputs(module: Fittable, values: dict[str, Tensor], ids: Tensor) -> Tensor:
     # A pooling module sees each id as a bag of one.
-    out: Tensor = torch.func.functional_call(module, values, (ids if module.mode is None else ids.unsqueeze(1),))
+    given = ids if module.mode is None else ids.unsqueeze(1)
+    out: Tensor = torch.func.functional_call(cast("nn.Module", module), values, (given,))
     return out
 
 
-def _solve_table(
-    module: CompressedEmbedding, name: str, target: Tensor, row_weight: Tensor, steps: int, tolerance: float
-) -> None:
+def _solve_table(module: Fittable, name: str, target: Tensor, row_weight: Tensor, steps: int, tolerance: float) -> None:
     """Minimise the weighted squared error over one table, from its present values.
 
     With the other tables fixed the output is ``A t + base``, so the minimum solves ``A' W A t = A' W (target - base)``,
@@ -91,7 +106,7 @@ def _solve_table(
 
 
 def fit_tables(
-    module: CompressedEmbedding,
+    module: Fittable,
     weight: Tensor,
     counts: Tensor | None = None,
     sweeps: int = 5,
@@ -118,7 +133,7 @@ def fit_tables(
             _solve_table(module, name, weight, row_weight, steps, tolerance=1e-10)
 
 
-def importance_of(module: CompressedEmbedding, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+def importance_of(module: Fittable, weight: Tensor, counts: Tensor | None = None) -> Tensor:
     """How much the squared error of each row of ``weight`` counts: float64 ``[len(weight)]``, 0 for padding."""
     importance = torch.ones(len(weight)) if counts is None else counts.detach()
     importance = importance.to(weight.device, torch.float64)

@@ -24,8 +24,8 @@ from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
 from recsys_embed.exports.graph_check import GraphCheck, check_graph, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
-from recsys_embed.typing import DynamicShapes
 from recsys_embed.utils.optional import require
+from recsys_embed.utils.types import DynamicShapes
 
 __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export"]
 

@@ -28,7 +28,7 @@ from recsys_embed.exports.served_modules import (
 )
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
-from recsys_embed.typing import JSONMapping
+from recsys_embed.utils.types import JSONMapping
 
 Backend = Literal["auto", "torch", "fbgemm"]
 _CPU = torch.device("cpu")

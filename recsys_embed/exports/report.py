@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from recsys_embed.core.footprint import format_bytes
-from recsys_embed.typing import JSON
+from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
-from recsys_embed import __version__
+from recsys_embed._version import __version__
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.exports.file_format import NAMES, TensorInfo, header_bytes, lay_out
 from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict

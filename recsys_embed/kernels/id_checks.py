@@ -12,7 +12,7 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.typing import IdValues
+from recsys_embed.utils.types import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
 

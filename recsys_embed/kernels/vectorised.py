@@ -21,7 +21,7 @@ from recsys_embed.core.program import LookupProgram, RowLookup, Transform
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.places import Gather, Place, absent_ids, check_rows
-from recsys_embed.typing import Signature
+from recsys_embed.utils.types import Signature
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen_ids import with_unseen_row
-from recsys_embed.typing import IdValues
+from recsys_embed.utils.types import IdValues
 
 
 @dataclass(frozen=True, kw_only=True)

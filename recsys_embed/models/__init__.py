@@ -24,9 +24,9 @@ from recsys_embed.models.lr import LR
 from recsys_embed.models.widedeep import WideDeep
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
-from recsys_embed.typing import Option
 from recsys_embed.utils import plugins
 from recsys_embed.utils.plugins import load_plugins, unknown_plugin_name
+from recsys_embed.utils.types import Option
 
 __all__ = [
     "DCN",

@@ -16,8 +16,8 @@ from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
-from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, build, check_settings, param
+from recsys_embed.utils.types import JSON
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.base import FusedOptimizer
-from recsys_embed.typing import Option
 from recsys_embed.utils.plugins import RULES, load_plugins, unknown_plugin_name
+from recsys_embed.utils.types import Option
 
 _RULES: dict[str, type[FusedOptimizer]] = {}
 Rule = TypeVar("Rule", bound=type[FusedOptimizer])

@@ -13,7 +13,8 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.loss_estimate import AUC_PER_LOSS, CurveTerms
 from recsys_embed.planning.predict import plan_losses
 from recsys_embed.registry import list_methods
-from recsys_embed.typing import JSON, EvidenceSource, JSONMapping
+from recsys_embed.typing import EvidenceSource
+from recsys_embed.utils.types import JSON, JSONMapping
 
 LEAST, MOST = 0.1, 10.0
 """Bounds of the factors: runs on little data are noisy, and a factor near 0 would make a method free."""

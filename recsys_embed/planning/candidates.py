@@ -10,7 +10,8 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.registry import MethodInfo, get_method, list_methods
-from recsys_embed.typing import JSONMapping, Methods
+from recsys_embed.typing import Methods
+from recsys_embed.utils.types import JSONMapping
 
 
 def method_faults(where: str, names: Iterable[Any]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.typing import Counts
+from recsys_embed.utils.types import Counts
 
 Floats = NDArray[np.float64]
 

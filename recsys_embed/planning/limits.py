@@ -14,8 +14,8 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.planning.candidates import method_faults
 from recsys_embed.planning.loss_estimate import ColumnSpan
 from recsys_embed.registry import config_from_dict
-from recsys_embed.typing import JSONMapping
 from recsys_embed.utils.settings import param, refuse_unknown, wrong_settings
+from recsys_embed.utils.types import JSONMapping
 
 EVERY = "*"
 """Stands for all features in `pin` and `forbid`."""

@@ -29,7 +29,8 @@ from recsys_embed.planning.predict import curve_terms, plan_losses
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.statistics import curves_from
 from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
-from recsys_embed.typing import Budget, EvidenceSource, Methods, ModelOrSchema, Option, Statistics, UpdateRule
+from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
+from recsys_embed.utils.types import Budget, Option
 
 MANY = 200
 """With more features than this, the grid of sizes is coarser."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.planning.curves import FrequencyCurve
-from recsys_embed.typing import JSON, CountedData, Counts, FrequencySource, JSONMapping, Statistics
+from recsys_embed.typing import CountedData, FrequencySource, Statistics
+from recsys_embed.utils.types import JSON, Counts, JSONMapping
 
 
 def is_counted(source: object) -> TypeGuard[CountedData]:

@@ -31,8 +31,8 @@ from recsys_embed.train.plans import linear_share
 from recsys_embed.train.result import TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.run_log import progress_bar
-from recsys_embed.typing import Option
 from recsys_embed.utils.settings import Settings
+from recsys_embed.utils.types import Option
 
 T = TypeVar("T", bound=Trainer)
 

@@ -9,7 +9,7 @@ from recsys_embed.models import CTRModel
 from recsys_embed.plan import Plan
 from recsys_embed.train.json_values import footprint_dict, plain
 from recsys_embed.train.result import TrainResult
-from recsys_embed.typing import JSON
+from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)

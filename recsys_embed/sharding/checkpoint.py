@@ -33,8 +33,8 @@ from recsys_embed.sharding.checkpoint_tensors import (
     weight_tensors,
 )
 from recsys_embed.sharding.optimizers import Optimizers
-from recsys_embed.typing import JSON
 from recsys_embed.utils.files import write_json, write_text
+from recsys_embed.utils.types import JSON
 
 LATEST = "latest"
 META = "run.json"

@@ -25,7 +25,7 @@ from recsys_embed.sharding.pooled import PooledFeatures
 from recsys_embed.sharding.pooling_split import Pooling, split_by_pooling
 from recsys_embed.sharding.row_reader import TorchRecRowReader
 from recsys_embed.sharding.shards import LocalShard, fill, shards_of
-from recsys_embed.typing import Ids
+from recsys_embed.utils.types import Ids
 
 
 class ShardableCollection(Constants):

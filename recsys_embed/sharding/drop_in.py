@@ -16,7 +16,7 @@ from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.pooling_split import Pooling
-from recsys_embed.typing import Option
+from recsys_embed.utils.types import Option
 
 
 class HasConfigs(Protocol):

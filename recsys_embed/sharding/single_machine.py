@@ -9,7 +9,7 @@ from torch import nn
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.sharding.checkpoint import check, describe, find, read, write
 from recsys_embed.sharding.checkpoint_tensors import collections_in, unsharded_state_tensors, weight_tensors
-from recsys_embed.typing import JSON
+from recsys_embed.utils.types import JSON
 
 
 def to_single(folder: str | Path, model: nn.Module, *, states: bool = True) -> JSON:

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import FeatureSpec
 from recsys_embed.registry import MethodInfo
-from recsys_embed.typing import Option
+from recsys_embed.utils.types import Option
 
 ROWS, WIDTH = 403, 8
 IDS = torch.tensor([[0, 402, 7], [7, 31, 400]])

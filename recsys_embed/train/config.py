@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 from recsys_embed.errors import unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
-from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.strict_json import read_object
+from recsys_embed.utils.types import JSON
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""

@@ -27,8 +27,8 @@ from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
 from recsys_embed.train.stop_request import Interrupted, StopRequest
-from recsys_embed.typing import JSON
 from recsys_embed.utils.files import drop_leftovers
+from recsys_embed.utils.types import JSON
 
 __all__ = ["BEST", "CHECKPOINT", "BatchSource", "DivergedError", "TrainResult", "Trainer", "evaluate"]
 

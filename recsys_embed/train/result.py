@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.train.metrics import Metrics
-from recsys_embed.typing import JSON
+from recsys_embed.utils.types import JSON
 
 
 class DivergedError(RecsysEmbedError, ArithmeticError):

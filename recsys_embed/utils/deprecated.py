@@ -68,8 +68,8 @@ def renamed_fields(**names: str) -> Callable[[C], C]:
     return decorated
 
 
-def _reader(owner: str, earlier: str, name: str) -> Callable[[Any], Any]:
-    def read(self: Any) -> Any:
+def _reader(owner: str, earlier: str, name: str) -> Callable[[object], object]:
+    def read(self: object) -> object:
         warn_renamed(f"attribute of {owner}", earlier, name)
         return getattr(self, name)
 

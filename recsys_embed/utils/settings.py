@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get
 import numpy as np
 
 from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, raise_faults, unknown_name
-from recsys_embed.typing import JSON, JSONMapping, Option
+from recsys_embed.utils.types import JSON, JSONMapping, Option
 
 T = TypeVar("T")
 

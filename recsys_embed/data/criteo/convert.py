@@ -22,8 +22,8 @@ from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.text_blocks import find_files
 from recsys_embed.errors import ConfigError, DataError
-from recsys_embed.typing import JSON
 from recsys_embed.utils.files import final_name
+from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from recsys_embed.data.criteo.transform import Dense
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.text_blocks import Tri
-from recsys_embed.typing import JSON
 from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.types import JSON
 
 IdMode = Literal["vocab", "raw"]
 OnBadRow = Literal["fail", "quarantine"]

@@ -14,7 +14,7 @@ from recsys_embed.report.memory import text as memory_text
 from recsys_embed.utils.optional import require
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory.report_values import MemoryReport, TableReport
+    from recsys_embed.report.memory.report_values import ReportValues, TableReport
 
 BARS = 24
 CURVES = 6
@@ -24,7 +24,7 @@ CAUSES = ("weights", "index", "optimizer", "gradient")
 COLUMNS = (*memory_text.SHOWN, "train")
 
 
-def render_page(report: MemoryReport) -> str:
+def render_page(report: ReportValues) -> str:
     """The page's text."""
     jinja2 = require("jinja2", extra="train", purpose="the HTML page")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -38,7 +38,7 @@ def _template() -> str:
     return files("recsys_embed.report.memory").joinpath("page.html").read_text(encoding="utf-8")
 
 
-def context(report: MemoryReport) -> dict[str, Any]:
+def context(report: ReportValues) -> dict[str, Any]:
     """Everything the template shows, as texts and percentages."""
     settings = report.settings
     grids = memory_text.grids(report, None)
@@ -74,7 +74,7 @@ def _text(value: Any) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _cards(report: MemoryReport) -> list[dict[str, str]]:
+def _cards(report: ReportValues) -> list[dict[str, str]]:
     settings, tables = report.settings, report.tables
     count = sum(t.storage.kind != "shared" for t in tables)
     cards = [
@@ -102,12 +102,12 @@ def _parts(table: TableReport, training: bool) -> dict[str, int]:
     return parts
 
 
-def _occurring(report: MemoryReport, *, training: bool) -> list[str]:
+def _occurring(report: ReportValues, *, training: bool) -> list[str]:
     """Causes that take any bytes."""
     return [c for c in CAUSES if any(_parts(t, training).get(c, 0) for t in report.tables)]
 
 
-def _bars(report: MemoryReport, *, training: bool) -> list[dict[str, Any]]:
+def _bars(report: ReportValues, *, training: bool) -> list[dict[str, Any]]:
     """One bar per table, largest first; the smallest together."""
     items = [(t.name, memory_text.method(t), _parts(t, training)) for t in report.tables]
     items.sort(key=lambda item: -sum(item[2].values()))
@@ -137,7 +137,7 @@ def _segments(parts: dict[str, int], top: int) -> list[dict[str, Any]]:
     ]
 
 
-def _stacks(report: MemoryReport) -> list[dict[str, Any]]:
+def _stacks(report: ReportValues) -> list[dict[str, Any]]:
     """Serving and training as one bar each, on one scale."""
     rows = [("serving", False), ("training", True)]
     sums = [(name, {c: sum(_parts(t, flag).get(c, 0) for t in report.tables) for c in CAUSES}) for name, flag in rows]
@@ -173,7 +173,7 @@ class WhatIf:
     start: int
 
     @classmethod
-    def of(cls, report: MemoryReport) -> WhatIf:
+    def of(cls, report: ReportValues) -> WhatIf:
         """Points at every compression of :data:`RATIOS`."""
         methods: dict[str, list[dict[str, Any]]] = {}
         elements = max(1, report.plain // 4)
@@ -225,7 +225,7 @@ class WhatIf:
 # -- curves --------------------------------------------------------------------------------------------------------
 
 
-def _curves(report: MemoryReport) -> dict[str, Any] | None:
+def _curves(report: ReportValues) -> dict[str, Any] | None:
     """Share of lookups covered by the top rows, as lines in a box of 100 x 100; k grows by its logarithm."""
     found = {t.stats.field.name: t for t in reversed(report.tables) if t.stats is not None}
     tables = sorted(found.values(), key=lambda t: -t.storage.ids * t.storage.width)

@@ -19,10 +19,10 @@ from recsys_embed.report.memory.arrays import ArrayStorage, TableStorage, Update
 from recsys_embed.report.memory.collisions import Collisions, expected_collisions, measured_collisions
 from recsys_embed.report.memory.modules import module_storage
 from recsys_embed.report.memory.plan import ModelStorage, plan_storage
+from recsys_embed.report.memory.report_output import MemoryReport
 from recsys_embed.report.memory.report_values import (
     DEFAULT_BATCH,
     DEFAULT_RATIO,
-    MemoryReport,
     ReportSettings,
     RestOfModel,
     TableReport,

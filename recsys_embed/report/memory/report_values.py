@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import unknown_name
 from recsys_embed.kernels.precision import Precision
 from recsys_embed.report.memory.alternatives import Alternative, alternatives, dense_bytes
-from recsys_embed.report.memory.arrays import PRECISIONS, TableStorage, UpdateKind, stored_bytes
+from recsys_embed.report.memory.arrays import TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.collisions import Collisions
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.report.memory.stats import FieldStats
 from recsys_embed.utils.deprecated import warn_renamed
 
 When = Literal["serve", "train", "peak"]
-VERSION = 1
 DEFAULT_BATCH = 4096
 DEFAULT_RATIO = 10.0
 
@@ -186,10 +183,8 @@ class ReportSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class MemoryReport:
-    """Bytes of a model's embedding tables by cause, per table and in total.
-
-    ``print(report)`` shows a table; ``to_markdown``, ``to_json`` and ``to_html`` write the same.
+class ReportValues:
+    """Bytes of a model's embedding tables by cause, per table and in total; :class:`MemoryReport` shows them.
 
     Args:
         source: a description of what was reported on.
@@ -268,78 +263,3 @@ class MemoryReport:
     def plain(self) -> int:
         """Bytes of the same tables as dense float32 tables."""
         return dense_bytes([t.storage for t in self.tables])
-
-    # -- output ---------------------------------------------------------------------------------------------------
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-    def to_text(self, limit: int | None = 30, width: int = 100) -> str:
-        """Tables for a terminal.
-
-        Args:
-            limit: tables listed, largest first; the others are summed in a line. None lists all.
-            width: columns at most.
-        """
-        from recsys_embed.report.memory.text import render_text
-
-        return render_text(self, limit, width)
-
-    def to_markdown(self, limit: int | None = None) -> str:
-        """The same as Markdown."""
-        from recsys_embed.report.memory.text import render_markdown
-
-        return render_markdown(self, limit)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; ``version`` names this form."""
-        from recsys_embed import __version__
-
-        serve, whole = self.total("serve"), self.total("serve", "model")
-        return {
-            "kind": "recsys_embed.memory_report",
-            "version": VERSION,
-            "made_by": f"recsys-embed {__version__}",
-            "source": self.source,
-            "settings": self.settings.to_dict(),
-            "tables": [{**t.to_dict(), "share": t.serve / whole if whole else 0.0} for t in self.tables],
-            "rest": {**vars(self.rest), "serve": self.rest.serve, "train": self.rest.train},
-            "totals": {
-                "serve": serve,
-                "train": self.total("train"),
-                "peak": self.total("peak"),
-                **vars(self.footprint),
-                "stored": sum(t.stored for t in self.tables),
-                "lookup": sum(t.lookup for t in self.tables),
-                "activations": sum(t.activations for t in self.tables),
-                "plain": self.plain,
-                "model_serve": whole,
-                "model_train": self.total("train", "model"),
-                "share": self.share,
-            },
-            "precisions": {p: self.stored(p) for p in PRECISIONS},
-            "alternatives": [a.to_dict() for a in self.alternatives()],
-            "notes": list(self.notes),
-        }
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text, also written to ``path`` where one is given (whole or not at all)."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        if path is not None:
-            _write(path, text + "\n")
-        return text
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """One page with charts that needs no network, also written to ``path`` where one is given."""
-        from recsys_embed.report.memory.page import render_page
-
-        text = render_page(self)
-        if path is not None:
-            _write(path, text)
-        return text
-
-
-def _write(path: str | Path, text: str) -> None:
-    from recsys_embed.utils.files import write_text
-
-    write_text(path, text)

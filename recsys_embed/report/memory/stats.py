@@ -14,7 +14,8 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.planning.statistics import FeatureStatistics, read_statistics
-from recsys_embed.typing import Counts, Statistics
+from recsys_embed.typing import Statistics
+from recsys_embed.utils.types import Counts
 
 TOPS = (1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 

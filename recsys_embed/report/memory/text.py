@@ -10,7 +10,7 @@ from recsys_embed.core.footprint import format_bytes
 from recsys_embed.kernels.precision import Precision
 
 if TYPE_CHECKING:
-    from recsys_embed.report.memory.report_values import MemoryReport, TableReport
+    from recsys_embed.report.memory.report_values import ReportValues, TableReport
 
 SHOWN: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 """Precisions of the tables of texts; bf16 takes what fp16 takes."""
@@ -32,7 +32,7 @@ class Grid:
     title: str = ""
 
 
-def render_text(report: MemoryReport, limit: int | None, width: int) -> str:
+def render_text(report: ReportValues, limit: int | None, width: int) -> str:
     """Every grid of the report in at most ``width`` columns, and its notes."""
     lines = [headline(report), ""]
     for grid in grids(report, limit):
@@ -43,7 +43,7 @@ def render_text(report: MemoryReport, limit: int | None, width: int) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def render_markdown(report: MemoryReport, limit: int | None) -> str:
+def render_markdown(report: ReportValues, limit: int | None) -> str:
     """Every grid of the report as a Markdown table."""
     lines = ["# Memory report", "", _escape(headline(report)), ""]
     for grid in grids(report, limit):
@@ -62,7 +62,7 @@ def _escape(text: str) -> str:
     return " ".join(out.split())
 
 
-def headline(report: MemoryReport) -> str:
+def headline(report: ReportValues) -> str:
     """The report in one sentence."""
     count = sum(t.storage.kind != "shared" for t in report.tables)
     text = f"{report.source}: {count} embedding table{'' if count == 1 else 's'}, "
@@ -83,7 +83,7 @@ def percent(share: float | None) -> str:
     return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
-def grids(report: MemoryReport, limit: int | None) -> list[Grid]:
+def grids(report: ReportValues, limit: int | None) -> list[Grid]:
     """The tables of the report, as texts."""
     found = [_tables(report, limit), _causes(report)]
     if report.plain:
@@ -101,7 +101,7 @@ def _largest(tables: Sequence[TableReport], limit: int | None) -> tuple[list[Tab
     return [t for i, t in enumerate(tables) if i in chosen], [t for i, t in enumerate(tables) if i not in chosen]
 
 
-def _tables(report: MemoryReport, limit: int | None) -> Grid:
+def _tables(report: ReportValues, limit: int | None) -> Grid:
     shown, others = _largest(report.tables, limit)
     whole = report.total("serve", "model") or 1
     columns = [("weights", [t.stored for t in shown], sum(t.stored for t in others))]
@@ -136,7 +136,7 @@ def _count(n: int) -> str:
     return "" if n == 0 else f"{n:,}" if n < 1e9 else f"{n / 1e9:.2f}e9"
 
 
-def _causes(report: MemoryReport) -> Grid:
+def _causes(report: ReportValues) -> Grid:
     """Bytes by cause, serving and training side by side."""
     tables, rest, total = report.tables, report.rest, report.footprint
     settings = report.settings
@@ -156,14 +156,14 @@ def _causes(report: MemoryReport) -> Grid:
     return Grid(("bytes of", "serving", "training", ""), texts, 1, "By cause")
 
 
-def _optimizers(report: MemoryReport) -> str:
+def _optimizers(report: ReportValues) -> str:
     fused = {type(t.storage.fused).__name__ for t in report.tables if t.storage.fused is not None}
     state_size = report.settings.optimizer
     names = sorted(f"{n}, fused" for n in fused) or ([state_size.name] if state_size else [])
     return "; ".join(names) or "no optimizer named"
 
 
-def _alternatives(report: MemoryReport) -> Grid:
+def _alternatives(report: ReportValues) -> Grid:
     own = ("as it is", *(format_bytes(report.stored(p)) for p in SHOWN), format_bytes(report.total("train")))
     rows: list[tuple[str, ...]] = [own]
     for a in report.alternatives():
@@ -180,7 +180,7 @@ def _alternatives(report: MemoryReport) -> Grid:
     return Grid(("method", *SHOWN, "training"), tuple(rows), 1, title)
 
 
-def _statistics(report: MemoryReport, limit: int | None) -> Grid:
+def _statistics(report: ReportValues, limit: int | None) -> Grid:
     shown, _ = _largest([t for t in report.tables if t.stats is not None], limit)
     found = [(t, t.stats) for t in shown if t.stats is not None]
     splits = list(dict.fromkeys(s for _, stats in found for s in stats.field.unseen if s != "train"))
