@@ -212,7 +212,7 @@ def runs_tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Conten
     """
     width = case.dim
     programs = [like.plan[s.name].program(s) for s in like.schema]
-    shared = [j for j, p in enumerate(programs) if p.row_lookups[0].run > 1]
+    shared = [j for j, p in enumerate(programs) if p.row_lookups[0].num_rows > 1]
     private = [j for j in range(len(programs)) if j not in shared]
     hashes = [programs[j].row_lookups[0].transform for j in shared]
     size = programs[shared[0]].tables[0].rows

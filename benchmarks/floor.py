@@ -50,8 +50,8 @@ def reads(coll: EmbeddingCollection, ids: Tensor) -> list[tuple[str, Tensor, int
     for group, request in zip(bundle.kernel.groups, bundle.kernel._requests(columns, None)[2], strict=True):
         for read, (storage, rows) in zip(group.reads, request, strict=True):
             width, count = _shapes(coll)[storage][1], _shapes(coll)[storage][0]
-            first = (rows[..., 0] if read.run > 1 else rows).clamp_max(count - read.run)
-            found.append((storage, first.contiguous().view(-1), read.run * width))
+            first = (rows[..., 0] if read.num_rows > 1 else rows).clamp_max(count - read.num_rows)
+            found.append((storage, first.contiguous().view(-1), read.num_rows * width))
     return found
 
 

@@ -158,7 +158,7 @@ static inline __attribute__((always_inline)) void each_block(const Rule& r, floa
   float* first = R::elements > 0 ? r.state[0] + place : nullptr;
   float* second = R::elements > 1 ? r.state[1] + place : nullptr;
   blocks<W>(width, [&](auto lanes, i64 k) {
-    auto x = lanes.load(weight + k), a = x, b = x;
+    typename decltype(lanes)::V x = lanes.load(weight + k), a = x, b = x;
     if constexpr (R::elements > 0) a = lanes.load(first + k);
     if constexpr (R::elements > 1) b = lanes.load(second + k);
     fn(lanes, k, x, a, b);
@@ -196,7 +196,7 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
       }
     } else {
       if (decay == 0 && rule.rests(u.rule, place, width)) return;
-      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64, auto& x, auto& a, auto& b) {
+      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
         for (i64 t = from; t <= to; t++) rule.run(lanes, x * decay, x, a, b, size_of(u, t), epsilon_of(u, t));
       });
     }
@@ -228,7 +228,7 @@ static inline void update_row(const Update& u, float* table, i64 row, i64 at, fl
       scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
     } else {
       const float sized = rule.sized(u, row, size);
-      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, auto& x, auto& a, auto& b) {
+      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
         rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
       });
     }

@@ -400,7 +400,7 @@ def owners_and_rows(ebc: ManagedEBC) -> dict[str, tuple[Tensor, Tensor, list[Ten
             states = [s.view(len(weight), -1) for s in kernel.split_optimizer_states()[int(index)]]
         else:
             held = bags[table].weight
-            optimizers = [*getattr(held, "_in_backward_optimizers", []), *ebc.watched]
+            optimizers = [*getattr(held, "_in_backward_optimizers", []), *ebc.watched_optimizers]
             states = [v for o in optimizers for v in o.state[held].values() if isinstance(v, Tensor) and v.dim()]
         found[table] = (owner, weight.clone(), [s.reshape(len(weight), -1).clone() for s in states])
     return found

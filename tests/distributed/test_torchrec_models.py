@@ -56,7 +56,7 @@ def test_what_cannot_be_said_is_an_error() -> None:
     with pytest.raises(ConfigError, match="'f0' is served by several tables"):
         CompressedEBC.like(twice)
     half = EmbeddingBagConfig(name="h", num_embeddings=9, embedding_dim=8, feature_names=["h"], data_type=DataType.FP16)
-    with pytest.raises(ConfigError, match=r"must be of fp32.*got FP16 \(table 'h'\)"):
+    with pytest.raises(ConfigError, match=r"must be fp32.*got FP16 \(table 'h'\)"):
         CompressedEBC.like([half])
     schema = rse.Schema([rse.FeatureSpec("C1", 10, 4)])
     with pytest.raises(ConfigError, match="`pool` must be 'tables' or 'ids'; got 'bags'"):

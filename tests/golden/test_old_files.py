@@ -296,7 +296,7 @@ def test_study_goes_on(unpacked: Path, tmp_path: Path) -> None:
     asked = json.loads((folder / "study.json").read_text())
     settings = StudySettings.from_dict({**asked["study"], "trials": asked["study"]["trials"] + 1})
     config, storage = TrainConfig.from_dict(asked["train"]), str(folder / asked["storage"])
-    study = MethodStudy(config, open_dataset(unpacked / "data"), settings, storage, there=True, folder=folder)
+    study = MethodStudy(config, open_dataset(unpacked / "data"), settings, storage, must_exist=True, folder=folder)
     study.work(None)
     rows, then = rows_of(study), json.loads((FILES / "study.rows.json").read_text())
     assert len(rows) == len(then) + 1

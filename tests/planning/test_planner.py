@@ -298,7 +298,7 @@ def test_narrow_rows_and_many_reads_can_be_ruled_out() -> None:
 
     def widths(plan: Plan) -> set[int]:
         programs = [plan[s.name].program(s) for s in schema]
-        return {p.run * q.table(p.table).width for q in programs for p in q.row_lookups}
+        return {p.num_rows * q.table(p.table).width for q in programs for p in q.row_lookups}
 
     budget = whole(schema) // 3
     assert min(widths(plan_for_budget(schema, budget, stats=stats, methods=["lowdim", "full"]))) < 8

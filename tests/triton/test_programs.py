@@ -60,7 +60,7 @@ def programs(draw: Any) -> LookupProgram:
         name = draw(st.sampled_from(["a", "b", "e"]))
         shape: dict[str, Any] = {}
         if name == "e":
-            shape = {"width": width} if draw(st.booleans()) else {"run": width}
+            shape = {"width": width} if draw(st.booleans()) else {"num_rows": width}
         weight = Weight("s", draw(transforms(9, f"w{j}", absent=False))) if draw(st.booleans()) else None
         sign = draw(st.sampled_from([None, 5]))
         column = width * draw(st.integers(0, 1)) if row_lookups else 0
