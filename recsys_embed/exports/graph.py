@@ -24,6 +24,7 @@ from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
 from recsys_embed.exports.graph_check import GraphCheck, check_graph, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
+from recsys_embed.utils.files import move_into_place
 from recsys_embed.utils.optional import require
 from recsys_embed.utils.types import DynamicShapes
 
@@ -204,11 +205,7 @@ def _publish(
             files = write(Path(folder) / target.name)
             if compare:
                 checked = compare(files[0])
-            for file in files:
-                with open(file, "rb+") as f:
-                    os.fsync(f.fileno())
-            for file in reversed(files):
-                os.replace(file, target.parent / file.name)
+            move_into_place(files, target.parent)
         files = [target.parent / file.name for file in files]
         for stale in target.parent.glob(f"{glob.escape(target.name)}.*.data"):
             if stale not in files and onnx_file.DATA_NAME.fullmatch(stale.name.removeprefix(target.name)):

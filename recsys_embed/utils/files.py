@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -122,6 +122,20 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def move_into_place(files: Sequence[Path], folder: Path) -> None:
+    """Flush finished files to disk and rename them into ``folder``, on the same file system, the first one last.
+
+    Raises:
+        OSError: one could not be; those before it are in place.
+    """
+    for file in files:
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+    for file in reversed(files):
+        os.replace(file, folder / file.name)
+    _sync_folder(folder)
 
 
 def drop_leftovers(folder: Path, name: str | None = None, *, age: float = 0.0) -> None:
