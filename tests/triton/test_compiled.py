@@ -11,7 +11,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.collection.batched_lookup import TritonBatchedLookup
+from recsys_embed.collection.batched_lookup import BatchedFeatures, TritonBatchedLookup
 from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import Initializer, LookupProgram, RankInSet, RowLookup, Table
@@ -89,10 +89,16 @@ def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: A
         {t.name: coll.places[table_key(spec, t)] for t in program.tables if not t.dense}
         for spec, program in zip(SCHEMA, coll.bundle.programs.values(), strict=True)
     ]
-    fused = TritonBatchedLookup(coll.bundle, places, {name: tuple(getattr(coll, name).shape) for name in coll.storages})
+    bundle, numbers = coll.bundle, range(len(SCHEMA))
+    storages = {name: tuple(getattr(coll, name).shape) for name in coll.storages}
+    features = BatchedFeatures(
+        SCHEMA, numbers, numbers, list(bundle.programs.values()), places, bundle.kernel.index, storages, bundle.unseen,
+        bundle.heads, bundle.vectors, bundle.output_dim,
+    )  # fmt: skip
+    batched = TritonBatchedLookup(features, [], "triton")
     ids = torch.zeros(50, 2, dtype=torch.int64)
     tables = [getattr(coll, name) for name in coll.storages]
-    outputs = fused._look_up(ids, tables, step=coll._native_step if optimizer else None)
+    outputs = batched._look_up(ids, tables, step=coll._native_step if optimizer else None)
     torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
 
 
