@@ -13,7 +13,7 @@ enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
 // How a storage keeps its rows. Integers: scale and bias in fp16, then codes, x = code * scale + bias; two INT4 to a byte.
 enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
 // In place of a rule: gradients are handed out.
-constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2;
+constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2, NO_UPDATE = -3;
 
 // One read per id: `num_rows` rows of `width` from the row on, at `column` of the feature's part of an output.
 struct RowLookup {
@@ -89,7 +89,7 @@ struct Call {
 
 // An optimizer's rule, and the state it keeps of one storage.
 struct Rule {
-  i64 number;                                      // place among the rules of rules.inl; or DENSE_, SPARSE_GRADIENT
+  i64 number;                                      // place among the rules of rules.inl; or one of those above
   i64 elements;                                    // leading states with one number per weight; the others have one per row
   double constants[8];                             // as its Python class lists them
   float* state[4];                                 // in the order of its Python class; integers where it counts steps

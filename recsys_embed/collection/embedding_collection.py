@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor
 
+from recsys_embed.collection.backward_steps import LookupRecord
 from recsys_embed.collection.bags import to_bags
 from recsys_embed.collection.batched_lookup import BatchedLookup
 from recsys_embed.collection.earlier_states import take_in_tables_of_modules
-from recsys_embed.collection.fused_tables import FusedTables, OneStep
+from recsys_embed.collection.fused_tables import FusedTables
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
@@ -132,6 +133,8 @@ class EmbeddingCollection(FusedTables):
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
         weight: Tensor = getattr(self, storage)
+        # Changes of a table that a fused optimizer steps are no part of a graph.
+        weight = weight if self.optimizer is None else weight.detach()
         return weight[offset : offset + self.tables[key].rows]
 
     def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Self:
@@ -183,17 +186,32 @@ class EmbeddingCollection(FusedTables):
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
-    def _gather(self, storage: str, rows: Tensor, partial_rows: bool, once: OneStep | None = None) -> Tensor:
+    def _gather(
+        self, storage: str, rows: Tensor, partial_rows: bool, record: LookupRecord | None = None, stepping: bool = False
+    ) -> Tensor:
         if self.served is not None and storage in self.served:
             vectors: Tensor = self.served[storage](rows, partial_rows)
             return vectors
-        weight = getattr(self, storage)
-        if self._stepping:
+        weight = self._weight(storage)
+        if stepping and weight.requires_grad:
             self._catch_up_rows(storage, rows)
-            update = partial(self._update, storage, once=once)
-            out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
+            compiled = torch.compiler.is_compiling()
+            if not self._in_backward and compiled:
+                return self._compiled_gather(weight, rows, partial_rows)
+            update = partial(self._update, storage, record) if self._in_backward else None
+            out: Tensor = FusedGather.apply(weight, rows, partial_rows, update)
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
+
+    def _compiled_gather(self, weight: Tensor, rows: Tensor, partial_rows: bool) -> Tensor:
+        """Torch's compiler knows no gradients by row; a dense one is as good where rows without gradient rest."""
+        rule = self.optimizer
+        if rule is not None and rule.rows != "all" and (rule.decays_without_gradient or rule.weight_decay):
+            raise ConfigError(
+                f"compiled lookups by torch's operations have dense gradients, by which {rule} would move every row at "
+                "step(); leave the collection out of torch.compile, or give the rule rows='all'"
+            )
+        return read_rows(weight, rows, partial_rows, False)
 
     @property
     def _bundle(self) -> LookupBundle:
@@ -209,6 +227,8 @@ class EmbeddingCollection(FusedTables):
             stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
         tables = self._weights()
+        if self._constant:
+            tables = [t.detach() for t in tables]
         for name in kernels:
             if dispatch.RUNS_ON[name](ids, tables):
                 return name, tables
@@ -262,10 +282,10 @@ class EmbeddingCollection(FusedTables):
                 and bundle.output_dim is not None
                 and masking.fits(ids, (*ids.shape, bundle.output_dim))
             )
+            step, gather = self._step_of(None if batched is None else bundle.batched[batched[0]], stepping)
             if batched is None:
-                out: Tensor = bundle.single(ids.long(), self._gather)
+                out: Tensor = bundle.single(ids.long(), gather)
             else:
-                step, gather = self._step_of(bundle.batched[batched[0]]) if stepping else (None, self._gather)
                 out = bundle.single_batched(
                     batched[0], ids, batched[1], step, self.sparse, gather, masking if inside else None
                 )
@@ -276,20 +296,20 @@ class EmbeddingCollection(FusedTables):
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         batched = self._batched_tables(bundle.batched_bags, bags.values)
         if batched is None or not bundle.batched_bags[batched[0]].pools(bags):
-            return bundle.pooled(bags, self._gather)
-        step, gather = self._step_of(bundle.batched_bags[batched[0]]) if stepping else (None, self._gather)
+            return bundle.pooled(bags, self._step_of(None, stepping)[1])
+        step, gather = self._step_of(bundle.batched_bags[batched[0]], stepping)
         return bundle.pooled_batched(batched[0], bags, batched[1], step, self.sparse, gather)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
 
-    def _step_of(self, batched: BatchedLookup) -> tuple[NativeStep | None, Gather]:
+    def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
-        if not batched.rest:
-            return self._native_step, self._gather
-        once = OneStep()
-        step = self._native_step._replace(update=partial(self._update_native, once=once))
-        return step, partial(self._gather, once=once)
+        if not stepping:
+            return None, self._gather
+        record = self._record(deferred=batched is not None and bool(batched.rest))
+        gather = partial(self._gather, record=record, stepping=True)
+        return None if batched is None else self._native_step(record), gather
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
+from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, refuse_replicas, watch
+from recsys_embed.collection.optimizer_state import (
+    ELSEWHERE,
+    check_state,
+    forget_state,
+    state_entries,
+    take_state,
+    without_state,
+)
+from recsys_embed.collection.replicas import Replicas
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.native import lookup as native
@@ -18,9 +31,13 @@ from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
-from recsys_embed.optim import FusedOptimizer, is_rate
+from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, is_rate, rows_of
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.types import JSON
+
+
+def _nobody() -> None:
+    """No optimizer of torch steps the tables."""
 
 
 class _Lock:
@@ -39,30 +56,20 @@ class _Lock:
         return _Lock, ()
 
 
-class OneStep:
-    """Counts one step of a table that several parts of a lookup update in one backward: the first advances it."""
-
-    def __init__(self) -> None:
-        self._runs: dict[tuple[str, str], int] = {}
-        self._steps: dict[str, int] = {}
-
-    def begins(self, storage: str, who: str) -> bool:
-        """Whether ``who`` is the first part to update ``storage`` in this backward."""
-        run = self._runs[storage, who] = self._runs.get((storage, who), 0) + 1
-        if run <= self._steps.get(storage, 0):
-            return False
-        self._steps[storage] = run
-        return True
-
-
 class FusedTables(nn.Module):
     """Storages ``[rows, width]`` as parameters, each with the state of a fused optimizer, or None.
+
+    The optimizer steps in backward until :func:`recsys_embed.optim.fused_optimizer` makes a torch optimizer of it, whose
+    ``step()`` then does; backward leaves a :class:`recsys_embed.optim.RowGradient` in ``.grad`` of each storage.
 
     Args:
         shapes: of each storage by name.
         optimizer: None leaves ordinary gradients.
         backend: ``"native"`` or another.
     """
+
+    # Of state dicts: from 2 on they hold the state of an optimizer that steps in backward.
+    _version = 2
 
     def __init__(
         self,
@@ -76,7 +83,7 @@ class FusedTables(nn.Module):
         self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
         for name, (rows, width) in shapes.items():
             weight = allocate(rows, width, device, dtype)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
+            self.register_parameter(name, nn.Parameter(weight))
             for key, kind in optimizer.tensors.items() if optimizer else ():
                 number = torch.int32 if kind == "step" else torch.float32
                 state = allocate(rows, width if kind == "element" else 1, device, number)
@@ -86,18 +93,34 @@ class FusedTables(nn.Module):
         self._step_logs = {name: StepLog() for name in self.storages}
         # Several threads may train at once, and kernels read rows that another thread's step would change.
         self._lock = _Lock()
-        # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
-        self._anchor = torch.zeros(0, requires_grad=True)
+        self._in_backward, self._expects_state = True, False
+        self._own_parameters()
+        self._start_watching()
+
+    def _own_parameters(self) -> None:
+        """Remember which tensors are this module's, for others may stand in their place while it runs."""
+        self.__dict__["_owned"] = tuple(self._parameters.get(name) for name in self.storages)
+
+    def _start_watching(self) -> None:
         self._handle = handle_of(self)
+        self._backward_steps, self._replicas = BackwardSteps(self._apply_collected), Replicas(self)
+        self._collected: dict[str, Tensor] = {}
+        self._stepper: Callable[[], object] = _nobody
+        self.told = False
+
+    def __getstate__(self) -> JSON:
+        left = ("_backward_steps", "_replicas", "_collected", "_stepper", "_handle", "told")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
-        self._handle = handle_of(self)
+        self._start_watching()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
-        kept = {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
+        kept = self._all_states()
         super()._apply(fn, recurse)
+        self._own_parameters()
         for name, before in kept.items():
             moved = getattr(self, name)
             if moved.dtype != before.dtype:
@@ -109,8 +132,15 @@ class FusedTables(nn.Module):
         held = self._parameters  # as attributes torch finds them last of all, ten times slower
         return [held[name] if name in held else getattr(self, name) for name in self.storages]  # type: ignore[misc]
 
+    def _weight(self, storage: str) -> Tensor:
+        weight: Tensor = getattr(self, storage)
+        return weight.detach() if self._constant else weight
+
     def _states(self) -> list[tuple[str, str]]:
         return [(name, key) for name in self.storages for key in self._keys]
+
+    def _all_states(self) -> dict[str, Tensor]:
+        return {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
 
     def _state(self, storage: str) -> dict[str, Tensor]:
         return {key: getattr(self, f"{storage}_{key}") for key in self._keys}
@@ -120,31 +150,131 @@ class FusedTables(nn.Module):
         for name, key in self._states():
             if self.optimizer is not None:
                 state, weight = getattr(self, f"{name}_{key}"), getattr(self, name)
+                if state.device != weight.device:
+                    # Weights were assigned to a module built on the meta device.
+                    state = torch.empty_like(state, device=weight.device)
+                    setattr(self, f"{name}_{key}", state)
                 self.optimizer.reset_state_(key, state, weight.detach())
         self._step_logs = {name: StepLog() for name in self.storages}
+        self._expects_state = False
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
     @property
     def _stepping(self) -> bool:
-        """Whether a backward of what is looked up now steps the optimizer."""
-        return self.optimizer is not None and self.training and torch.is_grad_enabled()
-
-    @torch.no_grad()
-    def _update(self, storage: str, rows: Tensor, grad: Tensor, once: OneStep | None = None) -> None:
-        if self.optimizer is None:
-            return
-        with self._lock:
-            if once is None or once.begins(storage, "torch"):
-                self._step_logs[storage].advance(self.optimizer, self._lr)
-            weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
-            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._step_logs[storage], kernels)
+        """Whether a backward of what is looked up now steps the optimizer, or leaves gradients for its ``step()``."""
+        if self.optimizer is None or not torch.is_grad_enabled() or not (self.training or not self._in_backward):
+            return False
+        tables = self._weights()
+        if not any(t.requires_grad for t in tables):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        if not all(map(operator.is_, tables, self.__dict__["_owned"])):
+            # Others' tensors get ordinary gradients, as `torch.func.functional_call` expects.
+            if any(isinstance(t, nn.Parameter) for t in tables):
+                raise ConfigError(
+                    "the tables of this collection are not its own parameters (FSDP, or functional_call with parameters of "
+                    "another model), so that its fused optimizer cannot step them; leave the collection out (FSDP: "
+                    "ignored_params=set(collection.parameters()), and fused_optimizer(model, process_group=...)), or "
+                    "build it with optimizer=None"
+                )
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        if self._in_backward:
+            refuse_replicas()
+        else:
+            self._replicas.prepare()
+        return True
 
     @property
-    def _native_step(self) -> NativeStep:
+    def _constant(self) -> bool:
+        """Whether lookups take the tables for constants: in ``eval()``, where the optimizer steps in backward."""
+        return self.optimizer is not None and self._in_backward and not self.training and torch.is_grad_enabled()
+
+    def _record(self, deferred: bool) -> LookupRecord | None:
+        """Of a lookup whose backward steps the optimizer."""
+        if not self._in_backward or torch.compiler.is_compiling():
+            return None
+        watch(self)
+        if self._expects_state:
+            self._expects_state = False
+            warnings.warn(
+                "the weights were saved with a torch optimizer that has the state of the tables in a state dict of its own, "
+                "and they now step in backward with a new state; make it by recsys_embed.optim.fused_optimizer(model, ...) "
+                "and load its state dict, or call load_optimizer_state_dict",
+                stacklevel=4,
+            )
+        return self._backward_steps.begin(deferred)
+
+    def take_backwards(self) -> int:
+        """Backwards that stepped the optimizer since this was last asked."""
+        count, self._backward_steps.backwards = self._backward_steps.backwards, 0
+        return count
+
+    def _check_owned(self, tables: Sequence[Tensor]) -> None:
+        """Refuse a backward whose tables are no longer those of the lookup."""
+        if not all(map(operator.is_, tables, self._weights())):
+            raise ConfigError(
+                "the tables have been replaced between a lookup and its backward (load_state_dict(assign=True), or a new "
+                "Parameter); look up again"
+            )
+
+    @torch.no_grad()
+    def _update(self, storage: str, record: LookupRecord | None, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """What a gather by torch's operations does in backward."""
+        if self.optimizer is None:
+            return
+        if record is None:
+            self._backward_steps.stepped_by_compiled_code()
+        else:
+            if weight is not self._parameters[storage]:
+                self._check_owned([weight])
+            if self._backward_steps.collects(record, [storage]):
+                self._collect({storage: RowGradient(rows, grad, weight.shape[0])})
+                return
+        with self._lock:
+            self._step_logs[storage].advance(self.optimizer, self._lr)
+            kernels = self.backend in ("native", "triton")
+            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._step_logs[storage], kernels)
+
+    def _collect(self, gradients: Mapping[str, Tensor | None]) -> None:
+        with self._lock:
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    before = self._collected.get(name)
+                    self._collected[name] = gradient if before is None else before + gradient
+
+    @torch.no_grad()
+    def _apply_collected(self) -> None:
+        """Step the optimizer by the gradients of all lookups of a backward."""
+        with self._lock:
+            collected, self._collected = self._collected, {}
+            for name in self.storages:
+                if name in collected:
+                    self._step_rows(name, collected[name])
+
+    def _step_rows(self, storage: str, gradient: Tensor) -> None:
+        """One step of a storage by its gradient, in place."""
+        rule, weight, state = self.optimizer, self._parameters[storage], self._state(storage)
+        if rule is None or weight is None:
+            return
+        log = self._step_logs[storage]
+        log.advance(rule, self._lr)
+        rows, values = rows_of(gradient)
+        native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
+        if native_rows and native.knows(rule):
+            native.update_rows(rule, weight, state, rows, values, log)
+        else:
+            apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
+
+    def _native_step(self, record: LookupRecord | None) -> NativeStep:
+        """What kernels do for a lookup, before it and in its backward."""
         states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
         lazy = self.optimizer is not None and self.optimizer.lazy
-        return NativeStep(self._anchor, self._catch_up_native, self._update_native, states, self._handle, lazy)
+        update = None if record is None else partial(self._update_native, record)
+        return NativeStep(self._catch_up_native, update, states, self._handle, lazy)
 
     @property
     def _all_step_logs(self) -> list[StepLog]:
@@ -153,14 +283,42 @@ class FusedTables(nn.Module):
     @torch.no_grad()
     def _update_native(
         self,
+        record: LookupRecord,
         lookup: NativeLookup,
         ids: Ids,
+        tables: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
-        once: OneStep | None = None,
     ) -> None:
-        tables, states = self._weights(), self._native_step.states
-        self.step_native(lookup, ids, tables, states, grads, kept, once)
+        """What a lookup by kernels does in backward."""
+        self._check_owned(tables)
+        trained = [name for name, t in zip(self.storages, tables, strict=True) if t.requires_grad]
+        if self._backward_steps.collects(record, trained):
+            wanted = [t.requires_grad for t in tables]
+            found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
+            self._collect(dict(zip(self.storages, found, strict=True)))
+        else:
+            states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
+            self._step_native(lookup, ids, tables, states, grads, kept, trained)
+
+    def _step_native(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        states: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Tensor | None,
+        trained: Sequence[str],
+    ) -> None:
+        if self.optimizer is None:
+            return
+        with self._lock:
+            for name in trained:
+                self._step_logs[name].advance(self.optimizer, self._lr)
+            frozen = [i for i, name in enumerate(self.storages) if name not in trained]
+            logs, by_storage = self._all_step_logs, self._by_storage(states)
+            lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
 
     @torch.no_grad()
     def step_native(
@@ -171,15 +329,18 @@ class FusedTables(nn.Module):
         states: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
-        once: OneStep | None = None,
     ) -> None:
-        """One step on ``tables`` and the flat list of their ``states``, in place."""
-        if self.optimizer is not None:
-            with self._lock:
-                for name, log in zip(self.storages, self._all_step_logs, strict=True):
-                    if once is None or once.begins(name, "fused"):
-                        log.advance(self.optimizer, self._lr)
-                lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_step_logs)
+        """What a compiled lookup does in backward, given the tables and the flat list of their ``states``."""
+        own = self._weights()
+        trained = [name for name, t in zip(self.storages, own, strict=True) if t.requires_grad]
+        if self._in_backward:
+            self._backward_steps.stepped_by_compiled_code()
+            self._step_native(lookup, ids, tables, states, grads, kept, trained)
+            return
+        wanted = [t.requires_grad for t in own]
+        for t, gradient in zip(own, lookup.gradients(ids, tables, grads, kept, "rows", wanted), strict=True):
+            if gradient is not None:
+                t.grad = gradient if t.grad is None else t.grad + gradient
 
     def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         count = len(self._keys)
@@ -196,7 +357,8 @@ class FusedTables(nn.Module):
     def _catch_up_native(self, lookup: NativeLookup, ids: Ids) -> None:
         """Apply the steps missed by the rows that ids read."""
         if self._has_missed_steps:
-            self.catch_up_native(lookup, ids, self._weights(), self._native_step.states)
+            states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
+            self.catch_up_native(lookup, ids, self._weights(), states)
 
     @torch.no_grad()
     def catch_up_native(
@@ -264,11 +426,47 @@ class FusedTables(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.catch_up_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.optimizer is not None and not without_state():
+            # A torch optimizer has the state in a dict of its own.
+            state = self._all_states() if self._in_backward else {}
+            state = {k: t if keep_vars else t.detach() for k, t in state.items()}
+            steps = {name: log.step if self._in_backward else ELSEWHERE for name, log in self._step_logs.items()}
+            destination.update({prefix + k: v for k, v in state_entries(state, steps).items()})
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
         # Missed steps belong to the weights that are replaced, not to those that are loaded.
         self.catch_up_()
-        super()._load_from_state_dict(*args)
+        weights = any(prefix + name in state_dict for name in self.storages)
+        saved = None
+        if self.optimizer is None:
+            forget_state(state_dict, prefix, self.storages)
+        elif weights:
+            # An optimizer of torch brings the state in a dict of its own.
+            lacking = missing if self._in_backward else []
+            version = metadata.get("version") if self._in_backward else 2
+            saved = take_state(state_dict, prefix, self._all_states(), self.storages, version, lacking)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        self._own_parameters()
+        if self.optimizer is not None and weights:
+            self._load_state(saved)
+
+    def _load_state(self, saved: tuple[dict[str, Tensor], dict[str, int]] | None) -> None:
+        """Take over the state of a state dict, or start anew: what there is belongs to other weights."""
+        state, steps = saved if saved is not None else ({}, {})
+        if not steps or ELSEWHERE in steps.values():
+            self._reset_steps()
+            self._expects_state = self._in_backward and ELSEWHERE in steps.values()
+            return
+        with torch.no_grad():
+            for name, value in state.items():
+                have = getattr(self, name)
+                if have.is_meta and not value.is_meta:
+                    setattr(self, name, value.detach().to(have.dtype, copy=True))
+                else:
+                    have.copy_(value)
+        self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
 
     # -- the optimizer, as users see it ---------------------------------------------------------------------------
 
@@ -283,6 +481,8 @@ class FusedTables(nn.Module):
             raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
         if not is_rate(value):
             raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
+        if not self._in_backward:
+            raise ConfigError("an optimizer of torch steps this collection: set `lr` in its param_groups")
         self._lr = float(value)
 
     @property
@@ -297,7 +497,7 @@ class FusedTables(nn.Module):
             "rule": self._rule,
             "lr": self._lr,
             "steps": {name: log.step for name, log in self._step_logs.items()},
-            "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
+            "state": {key: state.detach() for key, state in self._all_states().items()},
         }
 
     def load_optimizer_state_dict(self, saved: JSON) -> None:
@@ -306,34 +506,59 @@ class FusedTables(nn.Module):
         Raises:
             CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
         """
-        parts = saved if isinstance(saved, Mapping) else {}
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "rule": str,
-            "lr": (int, float),
-            "steps": Mapping,
-            "state": Mapping,
-        }
-        wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
-        if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
-            raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
-        if saved["rule"] != self._rule:
-            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
-        wanted = {f"{name}_{key}" for name, key in self._states()}
-        state = saved["state"]
-        wrong = [f"{k} is missing" for k in sorted(wanted - state.keys())]
-        wrong += [f"{k} belongs to no table" for k in sorted(state.keys() - wanted)]
-        for k in sorted(wanted & state.keys()):
-            have, shape = getattr(self, k).shape, getattr(state[k], "shape", None)
-            if shape != have:
-                wrong.append(f"{k} has shape {None if shape is None else tuple(shape)}, not {tuple(have)}")
-        if saved["steps"].keys() != self._step_logs.keys():
-            wrong.append(f"it counts steps of {sorted(saved['steps'])}, not of {sorted(self._step_logs)}")
-        raise_faults(
-            wrong,
-            "an optimizer state that does not fit the tables; where an earlier version saved it, which kept tables "
-            "behind networks or pooled combinations apart, load the weights alone and start the optimizer anew",
-            CheckpointError,
-        )
-        for key in wanted:
-            getattr(self, key).copy_(state[key])
+        have = self._all_states()
+        check_state(saved, self._rule, have, self.storages)
+        for key, state in have.items():
+            state.copy_(saved["state"][key])
+        self._expects_state = False
         self._lr, self._step_logs = float(saved["lr"]), {name: StepLog(saved["steps"][name]) for name in self.storages}
+
+    def make_optimizer(self, dense: torch.optim.Optimizer | None = None) -> FusedTableOptimizer:
+        """A torch optimizer of this collection alone, see :func:`recsys_embed.optim.fused_optimizer`.
+
+        >>> from recsys_embed import EmbeddingCollection, FeatureSpec, RowwiseAdagrad, Schema
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=RowwiseAdagrad(lr=0.1))
+        >>> optimizer = coll.make_optimizer()
+        >>> coll(torch.tensor([[3]])).sum().backward()
+        >>> coll.width4.grad.rows
+        tensor([3])
+        >>> optimizer.step()
+        """
+        return fused_optimizer(self, dense)
+
+    # -- as the torch optimizer sees it ---------------------------------------------------------------------------
+
+    def step_at(self, owner: Callable[[], object], process_group: Any = None) -> None:
+        """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
+        self._in_backward, self._expects_state, self._stepper = False, False, owner
+        self._replicas.use(process_group)
+
+    def is_stepped_by(self, optimizer: object) -> bool:
+        """Whether the optimizer is the last one made of these tables."""
+        return self._stepper() is optimizer
+
+    @torch.no_grad()
+    def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None:
+        """One step by the gradients in ``.grad``.
+
+        Raises:
+            ConfigError: the rule needs other state than the one the tables were made with.
+        """
+        if self.optimizer is not None and rule != self.optimizer:
+            if rule.tensors != self.optimizer.tensors:
+                raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
+            # Deferred steps are those of the rule before.
+            self.catch_up_()
+            self.optimizer = rule
+        self._lr = lr
+        with self._lock:
+            for name in self.storages:
+                weight = self._parameters[name]
+                if weight is not None and weight.grad is not None:
+                    self._step_rows(name, weight.grad)
+
+    def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Steps of each storage so far; sets them where given, together with states that have no missed steps."""
+        if steps is not None:
+            self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
+        return {name: log.step for name, log in self._step_logs.items()}

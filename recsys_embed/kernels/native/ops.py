@@ -40,9 +40,7 @@ class Stepper(Protocol):
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
-def _look_up(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
-) -> list[Tensor]:
+def _look_up(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> list[Tensor]:
     found = cast("NativeLookup", KNOWN[lookup])
     out = _empty(ids, tables, lookup)
     kept = out[-1] if found.kept_width else None
@@ -52,9 +50,7 @@ def _look_up(
 
 
 @_look_up.register_fake
-def _(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
-) -> list[Tensor]:
+def _(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> list[Tensor]:
     return _empty(ids, tables, lookup)
 
 
@@ -67,7 +63,8 @@ def _empty(ids: Tensor, tables: list[Tensor], lookup: int) -> list[Tensor]:
 
 @custom_op("recsys_embed::look_up_gradients", mutates_args=())
 def _gradients(ids: Tensor, tables: list[Tensor], grads: list[Tensor], kept: Tensor, lookup: int) -> list[Tensor]:
-    return cast("NativeLookup", KNOWN[lookup]).gradients(Ids.matrix(ids), tables, grads, kept, sparse=False)
+    found = cast("NativeLookup", KNOWN[lookup]).gradients(Ids.matrix(ids), tables, grads, kept, "dense")
+    return cast("list[Tensor]", found)
 
 
 @_gradients.register_fake
@@ -89,7 +86,7 @@ def _catch_up(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: i
     stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states)
 
 
-_Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, int, int]
+_Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], int, int]
 """Arguments of ``_look_up``."""
 
 
@@ -108,7 +105,7 @@ class _Context(Protocol):
 
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
-    ids, tables, states, _, ctx.lookup, ctx.owner = inputs
+    ids, tables, states, ctx.lookup, ctx.owner = inputs
     ctx.tables, ctx.states = len(tables), len(states)
     ctx.save_for_backward(ids, output[-1], *tables, *states)
 
@@ -119,10 +116,10 @@ def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor]
     given = [g.contiguous() for g in grads[:-1]]
     none: list[None] = [None] * len(states)
     if ctx.owner == NOBODY:
-        return None, _gradients(ids, tables, given, kept, ctx.lookup), none, None, None, None
+        return None, _gradients(ids, tables, given, kept, ctx.lookup), none, None, None
     with torch.no_grad():
         _step(ids, tables, states, given, kept, ctx.lookup, ctx.owner)
-    return None, [None] * len(tables), none, None, None, None
+    return None, [None] * len(tables), none, None, None
 
 
 _look_up.register_autograd(_backward, setup_context=_save)
@@ -134,7 +131,7 @@ def look_up(lookup: NativeLookup, ids: Tensor, tables: list[Tensor], step: Nativ
     Gradients of tables are dense.
     """
     if step is None:
-        return _look_up(ids, tables, [], None, lookup.handle, NOBODY)[:-1]
+        return _look_up(ids, tables, [], lookup.handle, NOBODY)[:-1]
     if step.lazy:
         _catch_up(ids, tables, step.states, lookup.handle, step.owner)
-    return _look_up(ids, tables, step.states, step.anchor, lookup.handle, step.owner)[:-1]
+    return _look_up(ids, tables, step.states, lookup.handle, step.owner)[:-1]

@@ -1,0 +1,203 @@
+"""What a step in backward cannot do: several lookups and backwards per step, scaled losses, replicas. Found, or refused."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+from weakref import WeakSet, ref
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from recsys_embed.errors import ConfigError
+
+_WAY_OUT = (
+    "make the update at step() instead: optimizer = recsys_embed.optim.fused_optimizer(model, dense_optimizer), then "
+    "optimizer.step()"
+)
+
+
+class LookupRecord:
+    """One lookup with gradients, alive until its backward can no longer run."""
+
+    __slots__ = ("__weakref__", "deferred", "done", "taken", "thread")
+
+    def __init__(self, taken: int, thread: int, deferred: bool) -> None:
+        self.taken, self.thread, self.deferred = taken, thread, deferred
+        self.done: set[str] = set()
+
+
+class BackwardSteps:
+    """The lookups of some tables whose optimizer steps in backward.
+
+    Where one backward runs through a single lookup, that lookup steps the optimizer at once. Where it runs through
+    several, their gradients are summed and the step follows when the backward ends, as torch's optimizers have it. A
+    lookup whose tables have been stepped since it read them is refused.
+
+    Args:
+        apply: steps the optimizer by the gradients that were collected.
+    """
+
+    def __init__(self, apply: Callable[[], None]) -> None:
+        self._apply = apply
+        self._open: WeakSet[LookupRecord] = WeakSet()
+        # Steps so far, by thread: threads that train at once step independently.
+        self._taken: dict[int, int] = {}
+        # The backward that collects, and the last that stepped, by torch's numbers.
+        self._collecting = self._stepped_in = -1
+        self.backwards = 0
+
+    def begin(self, deferred: bool) -> LookupRecord:
+        """A lookup begins.
+
+        Args:
+            deferred: several parts of its backward update one storage, so that their gradients are collected.
+        """
+        if self._stepped_in >= 0 and torch._C._current_graph_task_id() == self._stepped_in:
+            raise ConfigError(
+                "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
+                f"one of several lookups) would read the new rows; {_WAY_OUT}"
+            )
+        thread = threading.get_ident()
+        record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
+        self._open.add(record)
+        return record
+
+    def collects(self, record: LookupRecord, storages: Collection[str]) -> bool:
+        """Whether the gradients of some storages are to be collected, rather than be stepped at once.
+
+        Raises:
+            ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
+        """
+        if record.done.intersection(storages) or (
+            not record.done and record.taken != self._taken.get(record.thread, 0)
+        ):
+            what = "backward ran twice through one lookup" if record.done else "another backward came between"
+            raise ConfigError(
+                f"these tables step in backward, and they have been stepped since this lookup read them ({what}); sum the "
+                f"losses and call backward once, or {_WAY_OUT}"
+            )
+        task = torch._C._current_graph_task_id()
+        if not record.done and not record.deferred:
+            record.deferred = self._collecting == task or any(
+                other is not record and not other.done and (other.thread, other.taken) == (record.thread, record.taken)
+                for other in list(self._open)
+            )
+        first = not record.done
+        record.done.update(storages)
+        if record.deferred:
+            if self._collecting != task:
+                self._collecting = task
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(record.thread))  # type: ignore[attr-defined]
+            return True
+        if first:
+            self._count(record.thread)
+        return False
+
+    def is_new(self) -> bool:
+        """Whether the running backward has collected nothing yet: what an earlier one left behind, it failed."""
+        return self._collecting != torch._C._current_graph_task_id()
+
+    def stepped_by_compiled_code(self) -> None:
+        """Compiled lookups keep no record; two of them in one backward are refused here."""
+        task = torch._C._current_graph_task_id()
+        if task >= 0 and task == self._stepped_in:
+            raise ConfigError(
+                f"a compiled model looked up the same tables twice in one backward, which steps them twice; {_WAY_OUT}"
+            )
+        self._count(threading.get_ident())
+
+    def _end(self, thread: int) -> None:
+        self._apply()
+        self._count(thread)
+        self._collecting = -1
+
+    def _count(self, thread: int) -> None:
+        self._taken[thread] = self._taken.get(thread, 0) + 1
+        self._stepped_in = torch._C._current_graph_task_id()
+        self.backwards += 1
+
+
+def refuse_replicas() -> None:
+    """Refuse lookups inside DistributedDataParallel, whose replicas would step by their own gradients and drift apart.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if active_replica() is not None:
+        raise ConfigError(
+            "these tables step in backward, which DistributedDataParallel does not see: each replica would step by its "
+            f"own gradients; {_WAY_OUT}"
+        )
+
+
+def active_replica() -> Any:
+    """The DistributedDataParallel whose forward is running, of more than one process; or None."""
+    module = sys.modules.get("torch.nn.parallel.distributed")
+    found = None if module is None else module.DistributedDataParallel._active_ddp_module
+    return found if found is not None and found.process_group.size() > 1 else None
+
+
+# -- optimizers of torch ---------------------------------------------------------------------------------------------
+
+_TABLES: WeakSet[Any] = WeakSet()
+# Optimizers that have stepped, and whether a gradient scaler called them.
+_KNOWN: dict[int, tuple[ref[Optimizer], bool]] = {}
+_hook: list[object] = []
+
+
+def watch(tables: Any) -> None:
+    """From now on, steps of torch's optimizers tell when the tables' steps are not theirs.
+
+    Args:
+        tables: a :class:`recsys_embed.collection.fused_tables.FusedTables`.
+    """
+    if not _hook:
+        _hook.append(register_optimizer_step_pre_hook(_before_step))
+    _TABLES.add(tables)
+
+
+def _scaled(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler that scales called the optimizer; looked for at its first step."""
+    known = _KNOWN.get(id(optimizer))
+    if known is None or known[0]() is not optimizer:
+        frame, found = sys._getframe(2), False
+        while frame is not None and not found:  # type: ignore[redundant-expr]
+            owner = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
+            found = isinstance(owner, GradScaler) and owner.is_enabled()
+            frame = frame.f_back  # type: ignore[assignment]
+        known = _KNOWN[id(optimizer)] = ref(optimizer, lambda _, key=id(optimizer): _KNOWN.pop(key, None)), found  # type: ignore[misc]
+    return known[1]
+
+
+def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
+    new = id(optimizer) not in _KNOWN
+    scaled = _scaled(optimizer)
+    for tables in list(_TABLES):
+        backwards = tables.take_backwards()
+        if not backwards:
+            continue
+        if scaled:
+            raise ConfigError(
+                f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {_WAY_OUT}"
+            )
+        if backwards == 1:
+            continue
+        held = {id(p) for p in tables.parameters()}
+        related = any(id(p) in held for group in optimizer.param_groups for p in group["params"])
+        message = (
+            f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its tables, which "
+            f"step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"
+        )
+        if related:
+            raise ConfigError(message)
+        # An optimizer of another model begins at any time.
+        if not new and not tables.told:
+            tables.told = True
+            warnings.warn(message, stacklevel=4)
