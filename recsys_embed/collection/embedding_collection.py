@@ -19,7 +19,7 @@ from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
+from recsys_embed.embedding.module_tables import STORED_UNSEEN
 from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
