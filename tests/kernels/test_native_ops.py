@@ -105,13 +105,15 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(ids, tables, [], None, lookup.handle, native_ops.NOBODY)
+        *outputs, kept = native_ops._look_up(ids, tables, [], None, None, lookup.handle, native_ops.NOBODY)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    check(native_ops._look_up, (ids, trained, [], None, lookup.handle, native_ops.NOBODY))
+    check(native_ops._look_up, (ids, trained, [], None, None, lookup.handle, native_ops.NOBODY))
     check(native_ops._gradients, (ids, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
-    check(native_ops._step, (ids, tables, states, grads, kept, lookup.handle, step.owner), test_utils="test_schema")
+    check(
+        native_ops._step, (ids, tables, states, grads, kept, None, lookup.handle, step.owner), test_utils="test_schema"
+    )
     check(native_ops._catch_up, (ids, tables, states, lookup.handle, step.owner))
 
 
