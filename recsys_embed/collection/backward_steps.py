@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakSet, ref
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -40,16 +42,17 @@ class BackwardSteps:
     lookup whose tables have been stepped since it read them is refused.
 
     Args:
-        apply: steps the optimizer by the gradients that were collected.
+        apply: steps the optimizer by the gradients of storages.
     """
 
-    def __init__(self, apply: Callable[[], None]) -> None:
+    def __init__(self, apply: Callable[[Mapping[str, Tensor]], None]) -> None:
         self._apply = apply
         self._open: WeakSet[LookupRecord] = WeakSet()
         # Steps so far, by thread: threads that train at once step independently.
         self._taken: dict[int, int] = {}
-        # The backward that collects, and the last that stepped, by torch's numbers.
-        self._collecting = self._stepped_in = -1
+        # Gradients by storage of each backward that collects them, which torch numbers; and its thread.
+        self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        self._stepped_in = -1
         self.backwards = 0
 
     def begin(self, deferred: bool) -> LookupRecord:
@@ -68,40 +71,43 @@ class BackwardSteps:
         self._open.add(record)
         return record
 
-    def collects(self, record: LookupRecord, storages: Collection[str]) -> bool:
-        """Whether the gradients of some storages are to be collected, rather than be stepped at once.
+    def collects(self, record: LookupRecord, parts: Collection[str]) -> bool:
+        """Whether the gradients of some parts of a lookup are to be collected, rather than be stepped at once.
 
         Raises:
             ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
         """
-        if record.done.intersection(storages) or (
-            not record.done and record.taken != self._taken.get(record.thread, 0)
-        ):
-            what = "backward ran twice through one lookup" if record.done else "another backward came between"
+        stale = not record.done and record.taken != self._taken.get(record.thread, 0)
+        if stale or record.done.intersection(parts):
+            what = "another backward came between" if stale else "backward ran twice through one lookup"
             raise ConfigError(
                 f"these tables step in backward, and they have been stepped since this lookup read them ({what}); sum the "
                 f"losses and call backward once, or {_WAY_OUT}"
             )
-        task = torch._C._current_graph_task_id()
-        if not record.done and not record.deferred:
-            record.deferred = self._collecting == task or any(
+        first = not record.done
+        if first and not record.deferred:
+            record.deferred = torch._C._current_graph_task_id() in self._collected or any(
                 other is not record and not other.done and (other.thread, other.taken) == (record.thread, record.taken)
                 for other in list(self._open)
             )
-        first = not record.done
-        record.done.update(storages)
-        if record.deferred:
-            if self._collecting != task:
-                self._collecting = task
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(record.thread))  # type: ignore[attr-defined]
-            return True
-        if first:
+        record.done.update(parts)
+        if first and not record.deferred:
             self._count(record.thread)
-        return False
+        return record.deferred
 
-    def is_new(self) -> bool:
-        """Whether the running backward has collected nothing yet: what an earlier one left behind, it failed."""
-        return self._collecting != torch._C._current_graph_task_id()
+    def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Add to the gradients by which the running backward steps the optimizer when it ends."""
+        task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        if task not in self._collected:
+            # What an earlier backward of this thread left behind, it failed.
+            for other in [t for t, (of, _) in self._collected.items() if of == thread]:
+                del self._collected[other]
+            self._collected[task] = thread, {}
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))  # type: ignore[attr-defined]
+        found = self._collected[task][1]
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                found[name] = found[name] + gradient if name in found else gradient
 
     def stepped_by_compiled_code(self) -> None:
         """Compiled lookups keep no record; two of them in one backward are refused here."""
@@ -112,10 +118,10 @@ class BackwardSteps:
             )
         self._count(threading.get_ident())
 
-    def _end(self, thread: int) -> None:
-        self._apply()
+    def _end(self, task: int) -> None:
+        thread, gradients = self._collected.pop(task)
+        self._apply(gradients)
         self._count(thread)
-        self._collecting = -1
 
     def _count(self, thread: int) -> None:
         self._taken[thread] = self._taken.get(thread, 0) + 1

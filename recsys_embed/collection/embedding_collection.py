@@ -20,7 +20,7 @@ from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
+from recsys_embed.embedding.module_tables import STORED_UNSEEN
 from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
@@ -194,24 +194,13 @@ class EmbeddingCollection(FusedTables):
             return vectors
         weight = self._weight(storage)
         if stepping and weight.requires_grad:
+            if torch.compiler.is_compiling():
+                return self._compiled_gather(storage, rows, partial_rows)
             self._catch_up_rows(storage, rows)
-            compiled = torch.compiler.is_compiling()
-            if not self._in_backward and compiled:
-                return self._compiled_gather(weight, rows, partial_rows)
-            update = partial(self._update, storage, record) if self._in_backward else None
+            update = None if record is None else partial(self._update, storage, record)
             out: Tensor = FusedGather.apply(weight, rows, partial_rows, update)
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
-
-    def _compiled_gather(self, weight: Tensor, rows: Tensor, partial_rows: bool) -> Tensor:
-        """Torch's compiler knows no gradients by row; a dense one is as good where rows without gradient rest."""
-        rule = self.optimizer
-        if rule is not None and rule.rows != "all" and (rule.decays_without_gradient or rule.weight_decay):
-            raise ConfigError(
-                f"compiled lookups by torch's operations have dense gradients, by which {rule} would move every row at "
-                "step(); leave the collection out of torch.compile, or give the rule rows='all'"
-            )
-        return read_rows(weight, rows, partial_rows, False)
 
     @property
     def _bundle(self) -> LookupBundle:
@@ -220,7 +209,7 @@ class EmbeddingCollection(FusedTables):
 
     def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not kernels or (torch.compiler.is_compiling() and (self.sparse or self._bundle.torch_gathers)):
+        if not kernels or (torch.compiler.is_compiling() and self.sparse):
             return None
         served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
         if served is not None:
@@ -307,9 +296,10 @@ class EmbeddingCollection(FusedTables):
         """What kernels, and the torch operations beside them, do in backward: one step together."""
         if not stepping:
             return None, self._gather
-        record = self._record(deferred=batched is not None and bool(batched.rest))
+        mixed = batched is not None and bool(batched.rest)
+        record = self._record(deferred=mixed)
         gather = partial(self._gather, record=record, stepping=True)
-        return None if batched is None else self._native_step(record), gather
+        return None if batched is None else self._native_step(record, collects=mixed), gather
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from recsys_embed.collection.replicas import Replicas
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.fused_gather import apply_update
+from recsys_embed.kernels.gather_ops import gather
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
@@ -104,12 +105,11 @@ class FusedTables(nn.Module):
     def _start_watching(self) -> None:
         self._handle = handle_of(self)
         self._backward_steps, self._replicas = BackwardSteps(self._apply_collected), Replicas(self)
-        self._collected: dict[str, Tensor] = {}
         self._stepper: Callable[[], object] = _nobody
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_collected", "_stepper", "_handle", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "told")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
@@ -169,7 +169,7 @@ class FusedTables(nn.Module):
         if not any(t.requires_grad for t in tables):
             return False
         if torch.compiler.is_compiling():
-            return True
+            return not torch.compiler.is_exporting()
         if not all(map(operator.is_, tables, self.__dict__["_owned"])):
             # Others' tensors get ordinary gradients, as `torch.func.functional_call` expects.
             if any(isinstance(t, nn.Parameter) for t in tables):
@@ -201,9 +201,9 @@ class FusedTables(nn.Module):
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
-                "the weights were saved with a torch optimizer that has the state of the tables in a state dict of its own, "
-                "and they now step in backward with a new state; make it by recsys_embed.optim.fused_optimizer(model, ...) "
-                "and load its state dict, or call load_optimizer_state_dict",
+                "the weights were loaded from a state dict without the state of the fused optimizer, which starts anew: a "
+                "torch optimizer (recsys_embed.optim.fused_optimizer) or an earlier version has saved it apart; load it into "
+                "that optimizer, or by load_optimizer_state_dict",
                 stacklevel=4,
             )
         return self._backward_steps.begin(deferred)
@@ -222,35 +222,47 @@ class FusedTables(nn.Module):
             )
 
     @torch.no_grad()
-    def _update(self, storage: str, record: LookupRecord | None, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, storage: str, record: LookupRecord, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
         """What a gather by torch's operations does in backward."""
         if self.optimizer is None:
             return
-        if record is None:
-            self._backward_steps.stepped_by_compiled_code()
-        else:
-            if weight is not self._parameters[storage]:
-                self._check_owned([weight])
-            if self._backward_steps.collects(record, [storage]):
-                self._collect({storage: RowGradient(rows, grad, weight.shape[0])})
-                return
+        if weight is not self._parameters[storage]:
+            self._check_owned([weight])
+        if self._backward_steps.collects(record, [f"gather of {storage}"]):
+            self._backward_steps.collect({storage: RowGradient(rows, grad, weight.shape[0])})
+            return
         with self._lock:
-            self._step_logs[storage].advance(self.optimizer, self._lr)
-            kernels = self.backend in ("native", "triton")
-            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._step_logs[storage], kernels)
-
-    def _collect(self, gradients: Mapping[str, Tensor | None]) -> None:
-        with self._lock:
-            for name, gradient in gradients.items():
-                if gradient is not None:
-                    before = self._collected.get(name)
-                    self._collected[name] = gradient if before is None else before + gradient
+            log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
+            log.advance(self.optimizer, self._lr)
+            apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
 
     @torch.no_grad()
-    def _apply_collected(self) -> None:
+    def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
+        """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
+        self._leave({storage: RowGradient(rows, grad, table.shape[0])})
+
+    def _leave(self, gradients: Mapping[str, Tensor | None]) -> None:
+        if self._in_backward:
+            self._backward_steps.collect(gradients)
+            return
+        for name, gradient in gradients.items():
+            weight = self._parameters[name]
+            if gradient is not None and weight is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+    def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
+        """Apply the steps missed by rows of ``table``, in place; -1 is no row."""
+        self._replay(storage, rows, table, dict(zip(self._keys, states, strict=True)))
+
+    def _compiled_gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
+        states = list(self._state(storage).values())
+        lazy = self.optimizer is not None and self.optimizer.lazy
+        return gather(rows, getattr(self, storage), states, partial_rows, storage, self._handle, lazy)
+
+    @torch.no_grad()
+    def _apply_collected(self, collected: Mapping[str, Tensor]) -> None:
         """Step the optimizer by the gradients of all lookups of a backward."""
         with self._lock:
-            collected, self._collected = self._collected, {}
             for name in self.storages:
                 if name in collected:
                     self._step_rows(name, collected[name])
@@ -269,12 +281,12 @@ class FusedTables(nn.Module):
         else:
             apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
 
-    def _native_step(self, record: LookupRecord | None) -> NativeStep:
+    def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
         """What kernels do for a lookup, before it and in its backward."""
         states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
         lazy = self.optimizer is not None and self.optimizer.lazy
         update = None if record is None else partial(self._update_native, record)
-        return NativeStep(self._catch_up_native, update, states, self._handle, lazy)
+        return NativeStep(self._catch_up_native, update, states, self._handle, lazy, collects)
 
     @property
     def _all_step_logs(self) -> list[StepLog]:
@@ -296,7 +308,7 @@ class FusedTables(nn.Module):
         if self._backward_steps.collects(record, trained):
             wanted = [t.requires_grad for t in tables]
             found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
-            self._collect(dict(zip(self.storages, found, strict=True)))
+            self._backward_steps.collect(dict(zip(self.storages, found, strict=True)))
         else:
             states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
             self._step_native(lookup, ids, tables, states, grads, kept, trained)
@@ -329,18 +341,17 @@ class FusedTables(nn.Module):
         states: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
+        collects: bool,
     ) -> None:
         """What a compiled lookup does in backward, given the tables and the flat list of their ``states``."""
-        own = self._weights()
-        trained = [name for name, t in zip(self.storages, own, strict=True) if t.requires_grad]
-        if self._in_backward:
+        wanted = [t.requires_grad for t in self._weights()]
+        if self._in_backward and not collects:
             self._backward_steps.stepped_by_compiled_code()
+            trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]
             self._step_native(lookup, ids, tables, states, grads, kept, trained)
             return
-        wanted = [t.requires_grad for t in own]
-        for t, gradient in zip(own, lookup.gradients(ids, tables, grads, kept, "rows", wanted), strict=True):
-            if gradient is not None:
-                t.grad = gradient if t.grad is None else t.grad + gradient
+        found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
+        self._leave(dict(zip(self.storages, found, strict=True)))
 
     def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         count = len(self._keys)
@@ -372,11 +383,14 @@ class FusedTables(nn.Module):
     @torch.no_grad()
     def _catch_up_rows(self, storage: str, rows: Tensor | None = None) -> None:
         """Apply missed steps to rows of a storage with torch's operations; -1 is no row, by default all rows."""
+        self._replay(storage, rows, getattr(self, storage), self._state(storage))
+
+    def _replay(self, storage: str, rows: Tensor | None, table: Tensor, state: dict[str, Tensor]) -> None:
         if self._has_missed_steps and self.optimizer is not None:
             rows = None if rows is None else rows[rows >= 0].unique()
             with self._lock:
                 log = self._step_logs[storage]
-                catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, log, log.step)
+                catch_up(self.optimizer, table, state, rows, log, log.step)
 
     @torch.no_grad()
     def catch_up_(self) -> Self:
@@ -426,7 +440,12 @@ class FusedTables(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.catch_up_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.optimizer is not None and not without_state():
+        if self.optimizer is None:
+            return
+        if without_state():
+            # As earlier versions did, which saved the state apart.
+            getattr(destination, "_metadata", {}).get(prefix[:-1], {}).pop("version", None)
+        else:
             # A torch optimizer has the state in a dict of its own.
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ from recsys_embed.utils.types import JSON
 STEPS = "steps"
 """Ends the key of a storage's number of steps in a state dict."""
 ELSEWHERE = -1
-"""Number of steps of tables whose state a torch optimizer saves."""
+"""Number of steps of tables whose state is saved in another dict."""
 _weights_alone: ContextVar[bool] = ContextVar("weights_alone", default=False)
 
 
@@ -61,7 +60,7 @@ def take_state(
 ) -> tuple[dict[str, Tensor], dict[str, int]] | None:
     """Optimizer state in a state dict, whose entries are dropped from it; None where it is not whole.
 
-    Steps of ``ELSEWHERE`` say that a torch optimizer has the state in a dict of its own; then there are no tensors.
+    Steps of ``ELSEWHERE`` say that the state is in a dict of its own; then there are no tensors.
 
     Args:
         wanted: the tensors of the state by name.
@@ -93,13 +92,9 @@ def take_state(
     if without_state():
         return None
     if version is None or version < 2:
-        warnings.warn(
-            f"the state dict holds no state of the fused optimizer of {prefix.rstrip('.') or 'the collection'}, which starts "
-            "anew; pass its own to load_optimizer_state_dict",
-            stacklevel=2,
-        )
-    else:
-        missing.extend(lacking)
+        # Earlier versions saved it apart.
+        return {}, dict.fromkeys(storages, ELSEWHERE)
+    missing.extend(lacking)
     return None
 
 

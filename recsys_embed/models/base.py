@@ -186,7 +186,7 @@ class CTRModel(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters for a torch optimizer: dense layers, and tables without a fused optimizer."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return unfused_parameters(self)
 
     def footprint(self) -> Footprint:
         """Bytes of all embedding parts together (dense layers are not counted)."""

@@ -58,5 +58,5 @@ def standardise(model: CTRModel, config: TrainConfig, data: DataSource) -> CTRMo
 
 def trained_footprint(model: CTRModel) -> Footprint:
     """Bytes of the embedding part in a run: the trainer's Adam keeps two moments of what no fused optimizer holds."""
-    ordinary = {p for c in model.collections().values() for p in c.parameters() if p.requires_grad}
+    ordinary = {p for c in model.collections().values() for p in unfused_parameters(c)}
     return model.footprint() + Footprint(optimizer=2 * sum(p.nbytes for p in ordinary))

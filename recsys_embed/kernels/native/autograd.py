@@ -32,6 +32,7 @@ class NativeStep(NamedTuple):
         states: tensors of the optimizer's state, storage after storage.
         owner: handle of who steps, for compiled models.
         lazy: rows may have missed steps.
+        collects: in compiled models, gradients wait for those of other parts of this backward.
     """
 
     catch_up: Callable[[NativeLookup, Ids], None]
@@ -39,6 +40,7 @@ class NativeStep(NamedTuple):
     states: list[Tensor]
     owner: int
     lazy: bool
+    collects: bool = False
 
 
 class _Context(Protocol):
