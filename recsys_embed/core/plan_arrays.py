@@ -60,7 +60,9 @@ class StoredArray:
         """
         given = dict(data) if isinstance(data, Mapping) else {}
         dtype, shape, bits = given.pop("dtype", None), given.pop("shape", None), given.pop("bits", None)
-        sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+        # Of many dimensions the product takes long, and one without elements may have any others.
+        sizes = isinstance(shape, list) and len(shape) <= 16 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+        sizes = sizes and prod(max(n, 1) for n in shape or ()) < 1 << 48
         known = isinstance(dtype, str) and dtype in DTYPES
         # More bits than the type has would be cut off.
         most = min(_MOST_BITS, int(torch.iinfo(DTYPES[dtype]).max).bit_length()) if known else _MOST_BITS
@@ -97,9 +99,11 @@ class StoredArray:
         """Inverse of :meth:`encode`."""
         if self.bits is None:
             return stored.view(self.shape)
-        places = torch.arange(prod(self.shape)).split(_CHUNK)
-        values = [unpack(stored, part, self.bits).to(DTYPES[self.dtype]) for part in places]
-        return torch.cat(values).view(self.shape)
+        out = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype])
+        for start in range(0, len(out), _CHUNK):
+            places = torch.arange(start, min(start + _CHUNK, len(out)))
+            out[start : start + len(places)] = unpack(stored, places, self.bits)
+        return out.view(self.shape)
 
 
 Layout = Mapping[str, Mapping[str, StoredArray]]

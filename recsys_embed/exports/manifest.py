@@ -236,7 +236,10 @@ def _module(c: _Checker, i: int, item: Any) -> ModuleItem:
     build = {k: v for k, v in item.items() if k not in ("kind", "paths", "dtype")}
     if kind == "collection":
         c.get(build, "schema", dict, where)
-        c.get(build, "plan", dict, where)
+        plan = c.get(build, "plan", dict, where)
+        # What indexes hold is among the tensors, so a plan that says it again would only cost time and memory.
+        if not plan.keys() <= {"version", "features"}:
+            raise c.fail(where, f"`plan` must hold `version` and `features`; got {str(sorted(plan))[:80]}")
         return ModuleItem(kind, paths, build, dtype)
     c.get(build, "spec", dict, where)
     c.get(build, "config", dict, where)
