@@ -86,6 +86,24 @@ def test_inductor_takes_the_same_steps_on_tables_of_half_precision() -> None:
     same_bits(None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all"), "inductor", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("rule", [None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all")], ids=["none", "all"])
+def test_bags_are_compiled_whole(rule: FusedOptimizer | None) -> None:
+    schema = Schema([FeatureSpec("a", 30, 8), FeatureSpec("b", 20, 8, pooling="mean"), FeatureSpec("c", 9, 8)])
+    plain = EmbeddingCollection(schema, None, rule, backend="torch")
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=True)
+    empty = torch.tensor([], dtype=torch.int64), torch.zeros(7, dtype=torch.int64)
+    bags = torch.tensor([1, 2, 8, 3, 1, 0, 4, 4, 1]), torch.tensor([0, 2, 3, 5, 6, 8, 9])
+    for values, offsets in (bags, empty, bags):
+        got, wanted = compiled(values, offsets), plain(values, offsets)
+        assert torch.equal(got, wanted)
+        got.sin().sum().backward()
+        wanted.sin().sum().backward()
+    assert torch.equal(other.state_dict()["width8"], plain.state_dict()["width8"])
+    if rule is None:
+        assert torch.equal(other.width8.grad, plain.width8.grad)
+
+
 def test_operators_pass_torchs_checks() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.Adam(lr=0.1, rows="all"), backend="torch")
     coll(ids_of(0, 20)).sum().backward()

@@ -117,16 +117,17 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     check(native_ops._catch_up, (ids, tables, states, lookup.handle, step.owner))
 
 
-@pytest.mark.filterwarnings("ignore")  # of what the compiler cannot trace
-def test_compiled_lookups_do_not_read_rows_that_missed_steps() -> None:
-    coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend="native")
-    coll(ids_of(0)).sum().backward()
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_compiled_lookups_without_gradients_apply_missed_steps(backend: str) -> None:
+    coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend=backend)
+    for step in range(3):
+        coll(ids_of(step)).sum().backward()
+    plain = copy.deepcopy(coll)
     with torch.no_grad():
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
-            torch.compile(coll, fullgraph=True, backend="aot_eager")(ids_of(1))
-        torch._dynamo.reset()
-        found = torch.compile(coll, backend="aot_eager")(ids_of(1))
-        assert torch.equal(found, coll(ids_of(1)))
+        found = torch.compile(coll, fullgraph=True, backend="aot_eager")(ids_of(9))
+        assert torch.equal(found, plain(ids_of(9)))
+    assert torch.equal(coll.width8, plain.width8)
+    assert not coll._has_missed_steps
 
 
 def test_copies_step_themselves() -> None:
