@@ -50,6 +50,7 @@ UNTYPED = {
 HOT = (
     *(f"collection/{p.name}" for p in (PACKAGE / "collection").glob("*.py") if p.name != "earlier_states.py"),
     "embedding/compressed_embedding.py",
+    "embedding/module_tables.py",
     "embedding/shared_tables.py",
     "kernels/fused_gather.py",
     "kernels/id_checks.py",
