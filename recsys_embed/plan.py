@@ -20,7 +20,7 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
 from recsys_embed.utils.files import atomic_write, write_text
-from recsys_embed.utils.settings import check_settings, refuse_unknown
+from recsys_embed.utils.settings import build, check_settings
 from recsys_embed.utils.strict_json import read_object
 from recsys_embed.utils.types import JSON, Budget, JSONMapping, Option
 
@@ -75,10 +75,7 @@ class PlanNotes:
     @classmethod
     def from_dict(cls, data: Any) -> PlanNotes:
         """Inverse of :meth:`to_dict`; unknown and missing keys are errors, all at once."""
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
-        refuse_unknown(cls, {"measured": (), **data}, "key of a plan's notes", where="notes of a plan")
-        return cls(**data)
+        return build(cls, data, "key of a plan's notes", where="notes of a plan")
 
     def to_dict(self) -> JSON:
         """JSON-ready; what came later only where it says something, so that texts from before it compare alike."""

@@ -127,11 +127,6 @@ class LookupBundle(Constants):
                 found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
                 found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
 
-    @property
-    def torch_gathers(self) -> bool:
-        """Whether some features' rows are gathered by torch beside batched kernels."""
-        return any(p < self.grouped for batched in self.batched.values() for p in batched.rest)
-
     def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
         return [*batched.parts, *(self.parts[p] for p in batched.rest)]
 

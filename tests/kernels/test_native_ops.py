@@ -105,26 +105,29 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(ids, tables, [], None, lookup.handle, native_ops.NOBODY)
+        *outputs, kept = native_ops._look_up(ids, tables, [], None, None, lookup.handle, native_ops.NOBODY)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    check(native_ops._look_up, (ids, trained, [], None, lookup.handle, native_ops.NOBODY))
+    check(native_ops._look_up, (ids, trained, [], None, None, lookup.handle, native_ops.NOBODY))
     check(native_ops._gradients, (ids, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
-    check(native_ops._step, (ids, tables, states, grads, kept, lookup.handle, step.owner), test_utils="test_schema")
+    check(
+        native_ops._step, (ids, tables, states, grads, kept, None, lookup.handle, step.owner), test_utils="test_schema"
+    )
     check(native_ops._catch_up, (ids, tables, states, lookup.handle, step.owner))
 
 
-@pytest.mark.filterwarnings("ignore")  # of what the compiler cannot trace
-def test_compiled_lookups_do_not_read_rows_that_missed_steps() -> None:
-    coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend="native")
-    coll(ids_of(0)).sum().backward()
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_compiled_lookups_without_gradients_apply_missed_steps(backend: str) -> None:
+    coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend=backend)
+    for step in range(3):
+        coll(ids_of(step)).sum().backward()
+    plain = copy.deepcopy(coll)
     with torch.no_grad():
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
-            torch.compile(coll, fullgraph=True, backend="aot_eager")(ids_of(1))
-        torch._dynamo.reset()
-        found = torch.compile(coll, backend="aot_eager")(ids_of(1))
-        assert torch.equal(found, coll(ids_of(1)))
+        found = torch.compile(coll, fullgraph=True, backend="aot_eager")(ids_of(9))
+        assert torch.equal(found, plain(ids_of(9)))
+    assert torch.equal(coll.width8, plain.width8)
+    assert not coll._has_missed_steps
 
 
 def test_copies_step_themselves() -> None:

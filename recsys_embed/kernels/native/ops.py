@@ -32,6 +32,7 @@ class Stepper(Protocol):
         states: list[Tensor],
         grads: list[Tensor],
         kept: Tensor,
+        begun: Tensor | None,
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
@@ -41,7 +42,13 @@ class Stepper(Protocol):
 
 @custom_op("recsys_embed::look_up", mutates_args=())
 def _look_up(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
+    ids: Tensor,
+    tables: list[Tensor],
+    states: list[Tensor],
+    anchor: Tensor | None,
+    begun: Tensor | None,
+    lookup: int,
+    owner: int,
 ) -> list[Tensor]:
     found = cast("NativeLookup", KNOWN[lookup])
     out = _empty(ids, tables, lookup)
@@ -53,7 +60,13 @@ def _look_up(
 
 @_look_up.register_fake
 def _(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
+    ids: Tensor,
+    tables: list[Tensor],
+    states: list[Tensor],
+    anchor: Tensor | None,
+    begun: Tensor | None,
+    lookup: int,
+    owner: int,
 ) -> list[Tensor]:
     return _empty(ids, tables, lookup)
 
@@ -75,12 +88,19 @@ def _(ids: Tensor, tables: list[Tensor], grads: list[Tensor], kept: Tensor, look
     return [torch.empty_like(t) for t in tables]
 
 
-@custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states"))
+@custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states", "begun"))
 def _step(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], grads: list[Tensor], kept: Tensor, lookup: int, owner: int
+    ids: Tensor,
+    tables: list[Tensor],
+    states: list[Tensor],
+    grads: list[Tensor],
+    kept: Tensor,
+    begun: Tensor | None,
+    lookup: int,
+    owner: int,
 ) -> None:
     stepper = cast("Stepper", KNOWN[owner])
-    stepper.step_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states, grads, kept)
+    stepper.step_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states, grads, kept, begun)
 
 
 @custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
@@ -89,17 +109,16 @@ def _catch_up(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: i
     stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states)
 
 
-_Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, int, int]
+_Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None, int, int]
 """Arguments of ``_look_up``."""
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward; ``tables`` and ``states`` say how many there are."""
+    """What a lookup keeps for its backward; ``held`` is what an optimizer updates."""
 
     lookup: int
     owner: int
-    tables: int
-    states: int
+    held: tuple[list[Tensor], list[Tensor], Tensor | None]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -108,21 +127,25 @@ class _Context(Protocol):
 
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
-    ids, tables, states, _, ctx.lookup, ctx.owner = inputs
-    ctx.tables, ctx.states = len(tables), len(states)
-    ctx.save_for_backward(ids, output[-1], *tables, *states)
+    ids, tables, states, _, begun, ctx.lookup, ctx.owner = inputs
+    if ctx.owner == NOBODY:
+        ctx.held = [], [], None
+        ctx.save_for_backward(ids, output[-1], *tables)
+        return
+    # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
+    ctx.held = tables, states, begun
+    ctx.save_for_backward(ids, output[-1])
 
 
 def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
-    ids, kept, *rest = ctx.saved_tensors
-    tables, states = rest[: ctx.tables], rest[ctx.tables :]
+    ids, kept, *saved = ctx.saved_tensors
     given = [g.contiguous() for g in grads[:-1]]
-    none: list[None] = [None] * len(states)
     if ctx.owner == NOBODY:
-        return None, _gradients(ids, tables, given, kept, ctx.lookup), none, None, None, None
+        return None, _gradients(ids, saved, given, kept, ctx.lookup), [], None, None, None, None
+    tables, states, begun = ctx.held
     with torch.no_grad():
-        _step(ids, tables, states, given, kept, ctx.lookup, ctx.owner)
-    return None, [None] * len(tables), none, None, None, None
+        _step(ids, tables, states, given, kept, begun, ctx.lookup, ctx.owner)
+    return None, [None] * len(tables), [None] * len(states), None, None, None, None
 
 
 _look_up.register_autograd(_backward, setup_context=_save)
@@ -134,7 +157,7 @@ def look_up(lookup: NativeLookup, ids: Tensor, tables: list[Tensor], step: Nativ
     Gradients of tables are dense.
     """
     if step is None:
-        return _look_up(ids, tables, [], None, lookup.handle, NOBODY)[:-1]
+        return _look_up(ids, tables, [], None, None, lookup.handle, NOBODY)[:-1]
     if step.lazy:
         _catch_up(ids, tables, step.states, lookup.handle, step.owner)
-    return _look_up(ids, tables, step.states, step.anchor, lookup.handle, step.owner)[:-1]
+    return _look_up(ids, tables, step.states, step.anchor, step.begun, lookup.handle, step.owner)[:-1]
