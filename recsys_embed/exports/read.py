@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
 from recsys_embed.core.id_sets import popcount, ranks_of, words_of
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.embedding import CompressedEmbedding
@@ -21,6 +22,7 @@ from recsys_embed.exports.served_modules import (
     ModuleItem,
     build_model,
     build_module,
+    parameter_name,
     put_tables,
     refusals,
     revive,
@@ -243,7 +245,8 @@ class _Loader:
                         f"{where}: {name!r} has {rows} x {width} elements; the file {have[0]} x {have[1]}"
                     )
             put_tables(module, given)
-            filled |= {f"{inner}.{name}" if inner else name for name in given}
+            names = [parameter_name(module, name) for name in given]
+            filled |= {f"{inner}.{name}" if inner else name for name in names}
         prefix = len(path) + 1 if path else 0
         state = {key[prefix:]: self._dense(key) for key in keys}
         with refusals(where):
@@ -293,6 +296,7 @@ class _Loader:
                 faults.append(f"{key!r} is {ours} in the model, {dtype} {list(shape)} in the file")
         raise_faults(sorted(faults), f"load of {self.file.path}", CheckpointError)
         modules = {i: m for i, m in self.modules().items() if not _stays(items[i], here, self.tables)}
+        references = self._references(model, here, modules)
         for i, item in enumerate(items):
             for path in item.paths:
                 if i in modules:
@@ -306,7 +310,48 @@ class _Loader:
             model.load_state_dict(state, strict=False, assign=assign)
         if assign:
             _tie(model, {k: held[k] for k in given})
+        apply_all(references)
         return model
+
+    def _references(
+        self, model: nn.Module, here: Mapping[str, nn.Module], modules: Mapping[int, nn.Module]
+    ) -> list[ReversibleChange]:
+        """Changes to attributes, lists and dictionaries of ``model`` that hold embeddings or their weights as well.
+
+        Raises:
+            CheckpointError: names those that cannot be changed and would go on reading the old tables.
+        """
+        replaced: dict[int, nn.Module] = {}
+        parameters: dict[int, list[nn.Parameter]] = {}
+        names: dict[int, str] = {}
+        for i, item in enumerate(self.manifest.modules):
+            for path in item.paths:
+                old = here[path]
+                if i in modules:
+                    replaced[id(old)] = modules[i]
+                    fresh = list(modules[i].parameters())
+                else:
+                    fresh = [v for v in self.tables[path].values() if isinstance(v, nn.Parameter)]
+                for at, parameter in enumerate(old.parameters()):
+                    parameters[id(parameter)] = fresh if at == 0 else []
+                    names[id(parameter)] = path
+                names[id(old)] = path
+        exchange = _ServedExchange(replaced, parameters, names)
+        changes = exchange.in_containers(model)
+        raise_faults(exchange.faults, f"load of {self.file.path}", CheckpointError)
+        return changes
+
+
+class _ServedExchange(ModuleExchange):
+    """An exchange that refuses references to weights which are no parameters once loaded, as quantised rows are not."""
+
+    def _rewrite(
+        self, value: Any, where: str, changes: list[ReversibleChange], seen: set[int], depth: int
+    ) -> list[Any]:
+        if self.parameters.get(id(value)) == []:
+            self._refuse(where, value, "whose rows are stored as no parameter in the file")
+            return [value]
+        return super()._rewrite(value, where, changes, seen, depth)
 
 
 def _tie(model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.kinds import KINDS, NAMES
 from recsys_embed.kernels.places import Place
@@ -46,10 +47,17 @@ def _transform(transform: Transform, index: IndexStore, program: int) -> dict[st
 
     Raises:
         TypeError: the kernels do not know the transform.
+        ConfigError: fields that no transform has.
     """
     kind, fields = transform.encoded() or (None, {})
     if kind not in KINDS:
         raise TypeError(f"no kernel for transform {type(transform).__name__}")
+    wrong = {f: v for f, v in fields.items() if f not in NAMES or not -(2**63) <= int(v) < 2**63}
+    if wrong:
+        raise ConfigError(
+            f"`encoded` of {type(transform).__name__} must name fields of recsys_embed.kernels.kinds.FIELDS "
+            f"({', '.join(NAMES)}) with 64-bit integers; got {wrong}"
+        )
     name = transform.reads
     return {**fields, "kind": KINDS.index(kind), "array": index.slot(program, name), "at": index.at(program, name)}
 
