@@ -270,7 +270,8 @@ class LookupBundle(Constants):
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
         picks: list[tuple[Tensor | slice | None, Tensor]] = []
         for p in parts:
-            if len(self.parts[p]) == 1 and feature is None:
+            # A slice needs its bounds as numbers, which compiled models do not know.
+            if len(self.parts[p]) == 1 and feature is None and not torch.compiler.is_compiling():
                 picks.append(self._pick_one(self.parts[p][0], bags))
                 continue
             feature = self._feature_of(bags) if feature is None else feature

@@ -25,6 +25,7 @@ from recsys_embed.exports.served_modules import (
     build_module,
     count_row_lookups,
     name_backends,
+    parameter_name,
     put_tables,
     refusals,
     revive,
@@ -271,7 +272,8 @@ class _Loader:
                         f"{where}: {name!r} has {rows} x {width} elements; the file {have[0]} x {have[1]}"
                     )
             put_tables(module, given)
-            filled |= {f"{inner}.{name}" if inner else name for name in given}
+            names = [parameter_name(module, name) for name in given]
+            filled |= {f"{inner}.{name}" if inner else name for name in names}
         prefix = len(path) + 1 if path else 0
         state = {key[prefix:]: self._dense(key) for key in keys}
         with refusals(where):

@@ -86,10 +86,9 @@ def build_module(item: ModuleItem, backend: str = "auto") -> CompressedEmbedding
         )
         if module.spec != spec:
             raise CheckpointError(f"the embedding at {item.paths[0]!r} is of {spec}, which no module can be")
-        module.stands_in = build["stands_in"]
         if backend == "torch":
             module._native = None
-        return module
+        return module.stand_in() if build["stands_in"] else module
 
 
 _OPTIONS = {*inspect.signature(CompressedEmbedding).parameters} - {"num_embeddings", "embedding_dim"}
@@ -199,13 +198,14 @@ def put_tables(module: nn.Module, tables: Mapping[str, nn.Parameter | Stored]) -
     """Replace the row tables of one embedding module, by the names it reads them under."""
     served = {}
     for name, values in tables.items():
+        key = parameter_name(module, name)
         if isinstance(values, Stored):
-            del module._parameters[name]
+            del module._parameters[key]
             served[name] = values
         else:
             # Modules that shared a table in the source share one here.
             shared = isinstance(values, nn.Parameter)
-            module._parameters[name] = values if shared else nn.Parameter(values, requires_grad=False)
+            module._parameters[key] = values if shared else nn.Parameter(values, requires_grad=False)
     if served:
         cast("Any", module).served = StoredTables(served)
 
@@ -219,6 +219,11 @@ def name_backends(root: nn.Module) -> None:
                 module.backend = "fbgemm" if any(t.read_by_fbgemm for t in tables) else "torch"
 
 
+def parameter_name(module: nn.Module, table: str) -> str:
+    """The name of the parameter that stores a row table of an embedding module."""
+    return module.parameter_name(table) if isinstance(module, CompressedEmbedding) else table
+
+
 def row_tables(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Rows and width of each storage that one embedding module reads, by name; not those of modules within it."""
     if isinstance(module, EmbeddingCollection):
@@ -229,8 +234,7 @@ def row_tables(module: nn.Module) -> dict[str, tuple[int, int]]:
         names = ["weight"]
     else:
         return {}
-    # Not by attribute: `weight` of a module that stands in for a plain one is computed.
-    held = {name: cast("Tensor", module._parameters[name]) for name in names}
+    held = {name: cast("Tensor", module._parameters[parameter_name(module, name)]) for name in names}
     return {name: (values.shape[0], values.shape[1]) for name, values in held.items()}
 
 
