@@ -9,7 +9,7 @@ from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, build_model
-from recsys_embed.optim import FusedOptimizer, make_rule
+from recsys_embed.optim import FusedOptimizer, make_rule, unfused_parameters
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.plans import plans_for
 
