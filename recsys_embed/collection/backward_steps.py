@@ -1,4 +1,4 @@
-"""What a step in backward cannot do: several lookups and backwards per step, scaled losses, replicas. Found, or refused."""
+"""Steps in backward: several lookups of one backward are one step; scaled losses, replicas and the like are refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import FrameType
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -81,8 +82,8 @@ class BackwardSteps:
         if stale or record.done.intersection(parts):
             what = "another backward came between" if stale else "backward ran twice through one lookup"
             raise ConfigError(
-                f"these tables step in backward, and they have been stepped since this lookup read them ({what}); sum the "
-                f"losses and call backward once, or {_WAY_OUT}"
+                "these tables step in backward, and they have been stepped since this lookup read them "
+                f"({what}); sum the losses and call backward once, or {_WAY_OUT}"
             )
         first = not record.done
         if first and not record.deferred:
@@ -98,12 +99,15 @@ class BackwardSteps:
     def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add to the gradients by which the running backward steps the optimizer when it ends."""
         task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        if task < 0:  # an operator that is called outside a backward
+            self._apply({name: g for name, g in gradients.items() if g is not None})
+            return
         if task not in self._collected:
             # What an earlier backward of this thread left behind, it failed.
             for other in [t for t, (of, _) in self._collected.items() if of == thread]:
                 del self._collected[other]
             self._collected[task] = thread, {}
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         found = self._collected[task][1]
         for name, gradient in gradients.items():
             if gradient is not None:
@@ -170,14 +174,16 @@ def watch(tables: Any) -> None:
 
 def _scaled(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler that scales called the optimizer; looked for at its first step."""
-    known = _KNOWN.get(id(optimizer))
+    key = id(optimizer)
+    known = _KNOWN.get(key)
     if known is None or known[0]() is not optimizer:
-        frame, found = sys._getframe(2), False
-        while frame is not None and not found:  # type: ignore[redundant-expr]
+        frame: FrameType | None = sys._getframe(2)
+        found = False
+        while frame is not None and not found:
             owner = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
             found = isinstance(owner, GradScaler) and owner.is_enabled()
-            frame = frame.f_back  # type: ignore[assignment]
-        known = _KNOWN[id(optimizer)] = ref(optimizer, lambda _, key=id(optimizer): _KNOWN.pop(key, None)), found  # type: ignore[misc]
+            frame = frame.f_back
+        known = _KNOWN[key] = ref(optimizer, lambda _: _KNOWN.pop(key, None)), found
     return known[1]
 
 
@@ -198,8 +204,8 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         held = {id(p) for p in tables.parameters()}
         related = any(id(p) in held for group in optimizer.param_groups for p in group["params"])
         message = (
-            f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its tables, which "
-            f"step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"
+            f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its "
+            f"tables, which step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"
         )
         if related:
             raise ConfigError(message)

@@ -87,7 +87,7 @@ class Replicas:
     def _after_gradient(self, _: Tensor) -> None:
         if self._averages and not self._waiting:
             self._waiting = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._exchange)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._exchange)
 
     @torch.no_grad()
     def _exchange(self) -> None:

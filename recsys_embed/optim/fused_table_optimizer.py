@@ -1,4 +1,4 @@
-"""A torch optimizer of tables with fused update rules: gradients accumulate by row, and kernels apply them at ``step()``."""
+"""A torch optimizer of tables with fused rules: gradients accumulate by row, and kernels apply them at ``step()``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.optim.base import FusedOptimizer, is_rate
 
 _OWN = "fused"
@@ -61,16 +61,17 @@ def fused_optimizer(
 ) -> FusedTableOptimizer:
     """A torch optimizer of all tables of ``model`` that have a fused update rule, and of the rest of the model.
 
-    From then on ``backward`` leaves each table a :class:`RowGradient` in ``.grad``, and ``step()`` applies it by the same
-    kernels, with the same bits, as a step in backward. So gradient accumulation, several lookups and losses, clipping,
-    gradient scalers, learning-rate schedulers, freezing and DistributedDataParallel work as with torch's optimizers.
+    From then on ``backward`` leaves each table a :class:`RowGradient` in ``.grad``, and ``step()`` applies it by the
+    same kernels, with the same bits, as a step in backward. So gradient accumulation, several lookups and losses,
+    clipping, gradient scalers, learning-rate schedulers, freezing and DistributedDataParallel work as with torch's
+    optimizers.
 
     Args:
         model: any module that holds an :class:`recsys_embed.EmbeddingCollection` with ``optimizer=``.
-        dense: steps the other parameters; its param groups and its state become part of this optimizer. Fused tables among
-            its parameters are taken out of it.
-        process_group: of replicas whose gradients are averaged without DistributedDataParallel, e.g. under FSDP with the
-            tables in ``ignored_params``; by default those of the DistributedDataParallel around the lookup, if any.
+        dense: steps the other parameters; its param groups and its state become part of this optimizer. Fused tables
+            among its parameters are taken out of it.
+        process_group: of replicas whose gradients are averaged without DistributedDataParallel, e.g. under FSDP with
+            the tables in ``ignored_params``; by default those of the DistributedDataParallel around the lookup.
 
     Raises:
         ConfigError: no module of the model has a fused optimizer.
@@ -96,8 +97,8 @@ def _settings(rule: FusedOptimizer) -> dict[str, Any]:
 class FusedTableOptimizer(Optimizer):
     """See :func:`fused_optimizer`, which makes it.
 
-    A param group holds the tables of all modules with one rule. Its ``lr``, ``weight_decay`` and other settings of the rule
-    may change at any time.
+    A param group holds the tables of all modules with one rule. Its ``lr``, ``weight_decay`` and other settings of the
+    rule may change at any time.
     """
 
     def __init__(self, model: nn.Module, dense: Optimizer | None = None, process_group: Any = None) -> None:
@@ -154,7 +155,7 @@ class FusedTableOptimizer(Optimizer):
             self.param_groups.insert(len(self.param_groups) - len(self._fused_groups), self.dense.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the tables and of the dense optimizer by the gradients in ``.grad``.
 
         Raises:
@@ -189,7 +190,7 @@ class FusedTableOptimizer(Optimizer):
 
     def _fill_state(self) -> None:
         """Point ``state`` at the tensors of the tables and of the dense optimizer."""
-        state: dict[Tensor, Any] = defaultdict(dict)
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
         state.update(self.dense.state if self.dense is not None else {})
         for module in self._modules.values():
             module.catch_up_()
@@ -201,7 +202,7 @@ class FusedTableOptimizer(Optimizer):
         self.state = state
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: the state of every table, its tensors ``[rows, width]`` or ``[rows, 1]``, and the param groups."""
+        """As torch's: each table's tensors ``[rows, width]`` or ``[rows, 1]`` and its steps, and the param groups."""
         self._fill_state()
         return super().state_dict()
 
@@ -220,20 +221,14 @@ class FusedTableOptimizer(Optimizer):
         wrong = []
         for path, module in self._modules.items():
             for name, parameter in zip(module.storages, _tables_of(module), strict=True):
-                have, state = self.state[parameter], given.get(id(parameter), {})
-                # A table that was never read has no state in torch's optimizers.
+                found = given.get(id(parameter), {})
                 wrong += [
-                    f"{path or 'the collection'}: {name} lacks {key!r} of shape {list(have[key].shape)}"
-                    for key in have
-                    if getattr(
-                        torch.as_tensor(state.get(key, "")) if key == "step" and key in state else state.get(key),
-                        "shape",
-                        None,
-                    )
-                    != have[key].shape
+                    f"{name} of {path or 'the collection'} lacks {key!r} of shape {list(have.shape)}"
+                    for key, have in self.state[parameter].items()
+                    if key not in found or torch.as_tensor(found[key]).shape != have.shape
                 ]
-        if wrong and len(numbers) == len(order):
-            raise CheckpointError("a state dict that does not fit the fused tables: " + "; ".join(wrong))
+        if len(numbers) == len(order):
+            raise_faults(wrong, "an optimizer's state dict that does not fit the tables", CheckpointError)
         own = {id(p): dict(s) for p, s in self.state.items()}
         super().load_state_dict(state_dict)
         loaded, self.state = self.state, defaultdict(dict)
@@ -267,4 +262,4 @@ def keep_from_replicas(model: nn.Module, tables: Mapping[str, SteppedTables]) ->
         }
         if names:
             ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-            module._ddp_params_and_buffers_to_ignore = sorted(ignored | names)  # type: ignore[assignment]
+            module._ddp_params_and_buffers_to_ignore = sorted(ignored | names)

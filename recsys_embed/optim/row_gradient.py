@@ -1,4 +1,4 @@
-"""Gradients of tables that are zero outside the rows of a batch: a tensor of the table's shape that stores those rows."""
+"""Gradients of tables that are zero outside the rows of a batch: tensors like the table that store those rows alone."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class RowGradient(Tensor):
     """A table's gradient ``[num_rows, width]`` that is zero outside some of the rows.
 
     It is what a backward leaves in ``.grad`` of a table whose fused optimizer steps at ``step()``, see
-    :func:`recsys_embed.optim.fused_optimizer`. Norms, clipping, scaling, the check of a gradient scaler, sums and copies
-    read the stored rows alone. Any other operation of torch gets the dense gradient, in as much memory as the table.
+    :func:`recsys_embed.optim.fused_optimizer`. Norms, clipping, scaling, the check of a gradient scaler, sums and
+    copies read the stored rows alone. Any other operation of torch gets the dense gradient, in as much memory as the
+    table.
 
     Args:
         rows: int64 ``[n]``; a row that occurs several times has the sum of its values.
@@ -51,7 +52,7 @@ class RowGradient(Tensor):
         cls, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
     ) -> RowGradient:
         size, stride = (num_rows, values.shape[1]), (values.shape[1], 1)
-        return Tensor._make_wrapper_subclass(cls, size, stride, dtype=values.dtype, device=values.device)  # type: ignore[attr-defined,no-any-return]
+        return Tensor._make_wrapper_subclass(cls, size, stride, dtype=values.dtype, device=values.device)
 
     def __init__(
         self, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
@@ -64,7 +65,7 @@ class RowGradient(Tensor):
         return self._content.rows
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         """``[n, width]``, of :attr:`rows`."""
         return self._content.values
 
@@ -110,7 +111,7 @@ class RowGradient(Tensor):
         """The dense gradient as lists."""
         return self.to_dense().tolist()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"RowGradient(shape={list(self.shape)}, rows={self.rows}, values={self.values})"
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., RowGradient], tuple[Tensor, Tensor, int]]:
@@ -120,7 +121,7 @@ class RowGradient(Tensor):
         return self.clone()  # type: ignore[return-value]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -319,8 +320,8 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     """Any operation on dense copies of the gradients; what it changed in place is stored again."""
     if func.namespace == "c10d":
         raise ConfigError(
-            f"torch.distributed ({func}) cannot exchange the rows of a table's gradient, which differ from rank to rank; "
-            "wrap the model in DistributedDataParallel, or pass fused_optimizer(model, process_group=...)"
+            f"torch.distributed ({func}) cannot exchange the rows of a table's gradient, which differ from rank to "
+            "rank; wrap the model in DistributedDataParallel, or pass fused_optimizer(model, process_group=...)"
         )
     dense: dict[int, Tensor] = {}
     arguments = func._schema.arguments
