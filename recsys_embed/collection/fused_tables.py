@@ -6,7 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
 from recsys_embed.utils.types import JSON
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _nobody() -> None:
@@ -105,8 +108,8 @@ class FusedTables(TablesWithState):
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
-                "the weights were loaded from a state dict without the state of the fused optimizer, which starts anew: "
-                "a torch optimizer (recsys_embed.optim.fused_optimizer) or an earlier version has saved it apart; load "
+                "the weights were loaded from a state dict without the state of the fused optimizer, which starts "
+                "anew: a torch optimizer (recsys_embed.optim.fused_optimizer) or an earlier version has saved it apart; load "
                 "it into that optimizer, or by load_optimizer_state_dict",
                 stacklevel=4,
             )
@@ -268,7 +271,7 @@ class FusedTables(TablesWithState):
 
     # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
-    def step_at(self, owner: Callable[[], object], process_group: Any = None) -> None:
+    def step_at(self, owner: Callable[[], object], process_group: ProcessGroup | None = None) -> None:
         """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
         self._in_backward, self._expects_state, self._stepper = False, False, owner
         self._replicas.use(process_group)

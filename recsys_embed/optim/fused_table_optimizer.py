@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from weakref import ref
 
 import torch
@@ -14,6 +14,10 @@ from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.optim.base import FusedOptimizer, is_rate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 _OWN = "fused"
 """Key of param groups of fused tables: the paths of their modules."""
@@ -26,7 +30,7 @@ class SteppedTables(Protocol):
     optimizer: FusedOptimizer | None
     storages: tuple[str, ...]
 
-    def step_at(self, owner: Callable[[], object], process_group: Any = None) -> None: ...
+    def step_at(self, owner: Callable[[], object], process_group: ProcessGroup | None = None) -> None: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
     def catch_up_(self) -> object: ...
@@ -57,7 +61,7 @@ def unfused_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def fused_optimizer(
-    model: nn.Module, dense: Optimizer | None = None, *, process_group: Any = None
+    model: nn.Module, dense: Optimizer | None = None, *, process_group: ProcessGroup | None = None
 ) -> FusedTableOptimizer:
     """A torch optimizer of all tables of ``model`` that have a fused update rule, and of the rest of the model.
 
@@ -101,7 +105,9 @@ class FusedTableOptimizer(Optimizer):
     rule may change at any time.
     """
 
-    def __init__(self, model: nn.Module, dense: Optimizer | None = None, process_group: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, dense: Optimizer | None = None, process_group: ProcessGroup | None = None
+    ) -> None:
         tables = fused_tables(model)
         if not tables:
             raise ConfigError(
