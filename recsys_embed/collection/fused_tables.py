@@ -109,8 +109,8 @@ class FusedTables(TablesWithState):
             self._expects_state = False
             warnings.warn(
                 "the weights were loaded from a state dict without the state of the fused optimizer, which starts "
-                "anew: a torch optimizer (recsys_embed.optim.fused_optimizer) or an earlier version has saved it apart; load "
-                "it into that optimizer, or by load_optimizer_state_dict",
+                "anew: a torch optimizer (recsys_embed.optim.fused_optimizer) or an earlier version has saved it "
+                "apart; load it into that optimizer, or by load_optimizer_state_dict",
                 stacklevel=4,
             )
         return self._backward_steps.begin(deferred)
