@@ -1,6 +1,6 @@
-"""The native kernels as operators of torch, opaque to its compiler: what compiled models call.
+"""The native kernels as custom torch operators, which compiled models call.
 
-Operators take tensors and numbers, so the records of a lookup, and the module whose optimizer steps, go by a handle.
+Operators only take tensors and numbers, so a lookup and the module that owns the optimizer are passed as handles.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 if TYPE_CHECKING:
     from recsys_embed.kernels.native.autograd import NativeStep
 
-NOBODY = -1
+NO_OWNER = -1
 
 
 class Stepper(Protocol):
-    """Who owns the optimizer of some tables."""
+    """The owner of the optimizer of some tables."""
 
     def step_native(
         self,
@@ -37,7 +37,7 @@ class Stepper(Protocol):
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
     def catch_up_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
-        """Apply the steps missed by rows that ids read, in place."""
+        """Apply the deferred steps of rows that ids read, in place."""
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
@@ -72,7 +72,7 @@ def _(
 
 
 def _empty(ids: Tensor, tables: list[Tensor], lookup: int) -> list[Tensor]:
-    """Memory for the outputs of a lookup, and for what it keeps for backward."""
+    """Memory for the outputs of a lookup, and for the values it saves for backward."""
     found = cast("NativeLookup", KNOWN[lookup])
     like = tables[0].detach()
     return [like.new_empty(ids.shape[0], width) for width in (*found.widths, found.kept_width)]
@@ -114,7 +114,7 @@ _Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Te
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward; ``held`` is what an optimizer updates."""
+    """What a lookup saves for backward; ``held`` are the tensors that an optimizer updates."""
 
     lookup: int
     owner: int
@@ -128,11 +128,11 @@ class _Context(Protocol):
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
     ids, tables, states, _, begun, ctx.lookup, ctx.owner = inputs
-    if ctx.owner == NOBODY:
+    if ctx.owner == NO_OWNER:
         ctx.held = [], [], None
         ctx.save_for_backward(ids, output[-1], *tables)
         return
-    # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
+    # Not save_for_backward: tensors that another part of the same backward has updated in place would be an error.
     ctx.held = tables, states, begun
     ctx.save_for_backward(ids, output[-1])
 
@@ -140,7 +140,7 @@ def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
 def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
     ids, kept, *saved = ctx.saved_tensors
     given = [g.contiguous() for g in grads[:-1]]
-    if ctx.owner == NOBODY:
+    if ctx.owner == NO_OWNER:
         return None, _gradients(ids, saved, given, kept, ctx.lookup), [], None, None, None, None
     tables, states, begun = ctx.held
     with torch.no_grad():
@@ -157,7 +157,7 @@ def look_up(lookup: NativeLookup, ids: Tensor, tables: list[Tensor], step: Nativ
     Gradients of tables are dense.
     """
     if step is None:
-        return _look_up(ids, tables, [], None, None, lookup.handle, NOBODY)[:-1]
+        return _look_up(ids, tables, [], None, None, lookup.handle, NO_OWNER)[:-1]
     if step.lazy:
         _catch_up(ids, tables, step.states, lookup.handle, step.owner)
     return _look_up(ids, tables, step.states, step.anchor, step.begun, lookup.handle, step.owner)[:-1]
