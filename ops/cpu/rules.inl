@@ -89,7 +89,9 @@ struct Adam : ElementRule {
   }
   template <class L>
   inline void run(L lanes, typename L::V g, typename L::V& weight, typename L::V& mean, typename L::V& square, float size, float eps) const {
-    mean += (g - mean) * rest1, square += (g * g - square) * rest2;
+    mean += (g - mean) * rest1;
+    // A mean of squares that overflowed stays infinite, as torch's does: its weight rests. The difference would be NaN.
+    square = square < lanes.all(INFINITY) ? square + (g * g - square) * rest2 : square;
     weight -= mean / (lanes.root(square) + eps) * size;
   }
 };
@@ -124,7 +126,8 @@ struct RowwiseRmsprop {
       : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
   inline Factors factors(const Rule& r, i64 row, i64 step, float square, float size, float eps) const {
     float& mean = r.state[0][row];
-    mean += (square - mean) * rest;
+    // One that overflowed stays infinite: the difference would be NaN.
+    if (mean < INFINITY) mean += (square - mean) * rest;
     float gap = 1;
     if (r.state[1]) {
       i32& seen = reinterpret_cast<i32*>(r.state[1])[row];
