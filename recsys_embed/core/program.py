@@ -6,11 +6,11 @@ The transforms are in :mod:`recsys_embed.core.transforms`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import InitVar, dataclass, replace
+from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.utils.deprecated import renamed_fields, warn_renamed
+from recsys_embed.utils.deprecated import renamed_fields, warn_deprecated
 
 __all__ = [
     "Codes",
@@ -41,17 +41,6 @@ __all__ = [
 ]  # fmt: skip
 
 Combine = Literal["sum", "mul"]
-
-# Classes by the names they had, which authors of methods may still import.
-_EARLIER = {"Digit": "MixedRadixDigit", "Init": "Initializer", "Member": "RankInSet", "Probe": "RowLookup"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EARLIER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_renamed("class", name, _EARLIER[name])
-    return globals()[_EARLIER[name]]
-
 
 _PIECE = 1 << 24
 
@@ -180,16 +169,19 @@ class LookupProgram:
     def __post_init__(self, projection: str | None) -> None:
         # Copies by `replace` bring both.
         if isinstance(projection, str) and self.head is None:
-            warnings.warn(
+            warn_deprecated(
                 "LookupProgram(projection=NAME) is now LookupProgram(head=Projection(NAME)), with Projection of "
-                "recsys_embed.core.heads",
-                DeprecationWarning,
-                stacklevel=3,
+                "recsys_embed.core.heads"
             )
             object.__setattr__(self, "head", Projection(projection))
 
     def table(self, name: str) -> Table:
-        return next(t for t in self.tables if t.name == name)
+        return self._named[name]
+
+    # Kept once computed, because kernels ask once per row lookup, of which there may be one per column.
+    @cached_property
+    def _named(self) -> dict[str, Table]:
+        return {t.name: t for t in reversed(self.tables)}
 
     @property
     def indexes(self) -> tuple[Index, ...]:
@@ -197,7 +189,7 @@ class LookupProgram:
         found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 
-    @property
+    @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Output column range of each row lookup."""
         widths = {t.name: t.width for t in self.tables}

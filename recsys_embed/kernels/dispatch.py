@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, cast, get_args
@@ -16,6 +15,7 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer
+from recsys_embed.utils.deprecated import warn_deprecated
 
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Chosen = Literal["reference", "torch", "native", "triton"]
@@ -70,12 +70,10 @@ def named(backend: str) -> str:
     """
     if backend != "fbgemm":
         return backend
-    warnings.warn(
+    warn_deprecated(
         "backend 'fbgemm' no longer looks up or trains tables, which took it 1.1 to 6.3 times as long as 'native'; the "
         "backend that 'auto' picks runs instead, with the same weights and optimizer state. Write backend='auto'. To "
-        "read a quantised export with FBGEMM, use load(path, backend='fbgemm')",
-        DeprecationWarning,
-        stacklevel=3,
+        "read a quantised export with FBGEMM, use load(path, backend='fbgemm')"
     )
     return "auto"
 

@@ -31,9 +31,12 @@ def pool_vectors(
     """
     order = torch.arange(vectors.shape[0], device=vectors.device)
     weights = None if weights is None else weights.to(vectors.dtype)
-    # The empty case is autograd's; an exported program must not ask for a size that its input decides.
-    if skipped is not None or (not torch.compiler.is_exporting() and vectors.shape[0] == 0):
-        vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])  # stays in the graph
+    if skipped is not None:
+        vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])
+    elif not torch.compiler.is_exporting() and (torch.compiler.is_compiling() or vectors.shape[0] == 0):
+        # The empty case is autograd's. Programs must not ask for a size that their input decides, so those that are
+        # compiled take it always.
+        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])  # stays in the graph
     if skipped is None or (weights is not None and mode != "sum"):
         return F.embedding_bag(
             order, vectors, offsets, mode=mode, per_sample_weights=weights, include_last_offset=include_last_offset

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
-from recsys_embed.data.data_source import TRAINING, DataSource, need_members
+from recsys_embed.data.data_source import TRAINING, BatchSource, DataSource, need_members
+from recsys_embed.data.rows import RowSource
 from recsys_embed.features import Schema
 from recsys_embed.train.config import TrainConfig
 
@@ -20,6 +21,18 @@ def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) 
     need_members(data, purpose, members)
     if config.standardise and data.num_dense:
         need_members(data, purpose, (*members, "numeric_moments"))
+
+
+def check_rows(data: BatchSource) -> bool:
+    """Refuse rows that cannot be trained on, see :meth:`RowSource.check_values`; whether every row was looked at.
+
+    Raises:
+        DataError: names split, row and what is wrong.
+    """
+    if not isinstance(data, RowSource):
+        return False
+    data.check_values()
+    return data.fits("train")
 
 
 def schema_of(data: DataSource, config: TrainConfig) -> Schema:

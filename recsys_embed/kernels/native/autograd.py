@@ -32,6 +32,7 @@ class NativeStep(NamedTuple):
         states: tensors of the optimizer's state, storage after storage.
         owner: handle of who steps, for compiled models.
         lazy: rows may have missed steps.
+        begun: in compiled models, which storages another part of this backward has stepped; None where there is none.
     """
 
     anchor: Tensor
@@ -40,6 +41,7 @@ class NativeStep(NamedTuple):
     states: list[Tensor]
     owner: int
     lazy: bool
+    begun: Tensor | None = None
 
 
 class _Context(Protocol):
