@@ -72,11 +72,11 @@ def supported(program: LookupProgram) -> bool:
     return all((t.encoded() or ("",))[0] in KINDS for p in program.row_lookups for t in p.transforms)
 
 
-def _join(program: LookupProgram, slot: int) -> int:
-    """What the row lookup does with what row lookups before it left in its columns."""
-    if program.spans[slot] not in program.spans[:slot]:
-        return STORE
-    return ADD if program.combine == "sum" else MUL
+def _joins(program: LookupProgram) -> list[int]:
+    """What each row lookup does with what row lookups before it left in its columns."""
+    first: dict[tuple[int, int], int] = {}
+    again = ADD if program.combine == "sum" else MUL
+    return [STORE if first.setdefault(span, slot) == slot else again for slot, span in enumerate(program.spans)]
 
 
 def _plain(program: LookupProgram) -> bool:
@@ -128,13 +128,14 @@ def encode(
             """Storage, first row and number of rows of a table."""
             return number[place[name].storage], place[name].offset, program.table(name).rows
 
+        joins = _joins(program)
         for slot, row_lookup in enumerate(program.row_lookups):
             record, (start, stop) = row_lookups[at], program.spans[slot]
             record["storage"], record["base"], record["rows"] = table(row_lookup.table)
             fields = {"width": program.table(row_lookup.table).width, "column": start, "span": stop - start}
             fields |= {
                 "num_rows": row_lookup.num_rows,
-                "join": _join(program, slot),
+                "join": joins[slot],
                 "product": program.combine == "mul",
             }
             _fill(record, fields | {"has_sign": row_lookup.sign is not None, "sign": row_lookup.sign or 0})
