@@ -183,7 +183,8 @@ def _tensor_key(tensor: Tensor) -> Any:
 
 
 def _weight_key(module: nn.Module) -> Any:
-    weight = module._parameters.get("weight")
+    named = getattr(module, "parameter_name", None)
+    weight = module._parameters.get("weight" if named is None else named("weight"))
     return id(module) if weight is None else _tensor_key(weight)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -134,7 +135,7 @@ class Schema:
                 seen.add(spec.name)
         raise_faults(faults, "Schema")
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(f.name for f in self.features)
 
@@ -151,10 +152,14 @@ class Schema:
         return iter(self.features)
 
     def __getitem__(self, name: str) -> FeatureSpec:
-        for spec in self.features:
-            if spec.name == name:
-                return spec
-        raise unknown_name("feature", name, self.names)
+        try:
+            return self._named[name]
+        except (KeyError, TypeError):
+            raise unknown_name("feature", str(name), self.names) from None
+
+    @cached_property
+    def _named(self) -> dict[str, FeatureSpec]:
+        return {f.name: f for f in self.features}
 
     def with_dim(self, embedding_dim: int) -> Schema:
         """The same features at another width, e.g. 1 for the first-order weights of a linear part."""

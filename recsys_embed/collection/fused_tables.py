@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.fused_gather import apply_update
-from recsys_embed.kernels.gather_ops import gather
+from recsys_embed.kernels.gather_ops import catch_up_all, gather
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
@@ -293,16 +293,21 @@ class FusedTables(nn.Module):
         >>> bool((coll.catch_up_().width4[5] != before).all())
         True
         """
+        if self._has_missed_steps:
+            self.catch_up_all(self._weights(), self._native_step.states)
+        return self
+
+    @torch.no_grad()
+    def catch_up_all(self, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
         if self._has_missed_steps and self.optimizer is not None:
             with self._lock:
-                for name, log in self._step_logs.items():
-                    table = getattr(self, name)
+                for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
                     if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                        native.catch_up(self.optimizer, table, self._state(name), log)
+                        native.catch_up(self.optimizer, table, state, log)
                     else:
-                        self._catch_up_rows(name)
+                        catch_up(self.optimizer, table, state, None, log, log.step)
                     log.clear()
-        return self
 
     def settle_(self) -> Self:
         """The earlier name of :meth:`catch_up_`."""
@@ -314,9 +319,12 @@ class FusedTables(nn.Module):
             return
         if not torch.compiler.is_compiling():
             self.catch_up_()
+        elif torch.compiler.is_exporting() and self.training:
+            # An exported program knows no optimizer; eval() has applied all steps.
+            raise ConfigError("exported lookups need eval() where the optimizer has rows='all'")
         elif self.training:
-            # A compiled graph does not know which rows missed steps; eval() has applied them all.
-            raise ConfigError("compiled lookups without gradients need eval() where the optimizer has rows='all'")
+            with torch.no_grad():
+                catch_up_all(self._weights(), self._native_step.states, self._handle)
 
     def train(self, mode: bool = True) -> Self:
         if not mode:

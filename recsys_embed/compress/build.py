@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.compress.joint_fit import fit_jointly, relative_error
-from recsys_embed.core.id_sets import members_of
+from recsys_embed.core.id_sets import members_of_texts
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Table
 from recsys_embed.discover import FoundTable
@@ -184,10 +184,10 @@ def build_group(group: Sequence[TableReplacement], start: InitMode) -> None:
         if replacement.counts is not None:
             new.assign_(replacement.counts)
         if replacement.index_contents:
-            ids = new.spec.num_ids
-            new.assign_(
-                {i: members_of(v, ids) if isinstance(v, str) else v for i, v in replacement.index_contents.items()}
-            )
+            contents = replacement.index_contents
+            texts = {i: v for i, v in contents.items() if isinstance(v, str)}
+            arrays = {i: v for i, v in contents.items() if not isinstance(v, str)}
+            new.assign_({**arrays, **members_of_texts(texts, new.program.indexes, new.spec.num_ids)})
         replacement.built[first] = new
         made.append(new)
         for other in replacement.modules[1:]:

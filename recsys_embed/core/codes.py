@@ -6,7 +6,7 @@ lowest bits first, so that a code spans at most two words; a word of zeros follo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,16 +123,19 @@ class CodesIndex(Index):
         return self._unpacked(self._own(WORDS, at, arrays)).view(self.size, self.columns)
 
     def damage(self, held: Mapping[str, Tensor]) -> str | None:
-        values = self._unpacked(held[WORDS])
-        if int(values.max()) < self.rows:
+        if all(int(part.max()) < self.rows for part in self._parts(held[WORDS])):
             return None
         return f"index {self.name!r} is damaged: its codes must be in [0, {self.rows})"
 
     def _unpacked(self, words: Tensor) -> Tensor:
+        return torch.cat(list(self._parts(words)))
+
+    def _parts(self, words: Tensor) -> Iterator[Tensor]:
+        """The codes, in pieces."""
         count = self.size * self.columns
-        starts = range(0, count, _CHUNK)
-        parts = [torch.arange(s, min(s + _CHUNK, count), device=words.device) for s in starts]
-        return torch.cat([unpack(words, places, self.bits) for places in parts])
+        for start in range(0, count, _CHUNK):
+            places = torch.arange(start, min(start + _CHUNK, count), device=words.device)
+            yield unpack(words, places, self.bits)
 
 
 @dataclass(frozen=True)

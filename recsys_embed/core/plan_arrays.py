@@ -25,6 +25,7 @@ DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IN_FILE = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64"}
 _MOST_BITS = 16
+_MOST_DIMS = 16
 _CHUNK = 1 << 20
 
 
@@ -46,6 +47,9 @@ class StoredArray(Settings):
     def conflicts(self) -> list[str]:
         if self.dtype not in DTYPES:
             return [fault("dtype", f"one of {', '.join(DTYPES)}", self.dtype)]
+        # Of many dimensions the product takes long, and one of length 0 would hide the others.
+        if len(self.shape) > _MOST_DIMS or prod(max(n, 1) for n in self.shape) >= 1 << 48:
+            return [fault("shape", f"at most {_MOST_DIMS} lengths whose product is below 2**48", self.shape)]
         wrong = self.bits is not None and self.bits > self.most_bits
         return [fault("bits", f"at most {self.most_bits} of {self.dtype}", self.bits)] if wrong else []
 
@@ -90,9 +94,11 @@ class StoredArray(Settings):
         """Inverse of :meth:`encode`."""
         if self.bits is None:
             return stored.view(self.shape)
-        places = torch.arange(prod(self.shape)).split(_CHUNK)
-        values = [unpack(stored, part, self.bits).to(DTYPES[self.dtype]) for part in places]
-        return torch.cat(values).view(self.shape)
+        out = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype])
+        for start in range(0, len(out), _CHUNK):
+            places = torch.arange(start, min(start + _CHUNK, len(out)))
+            out[start : start + len(places)] = unpack(stored, places, self.bits)
+        return out.view(self.shape)
 
 
 Layout = Mapping[str, Mapping[str, StoredArray]]

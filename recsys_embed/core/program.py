@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import InitVar, dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -184,7 +185,12 @@ class LookupProgram:
             object.__setattr__(self, "head", Projection(projection))
 
     def table(self, name: str) -> Table:
-        return next(t for t in self.tables if t.name == name)
+        return self._named[name]
+
+    # Kept once computed, because kernels ask once per row lookup, of which there may be one per column.
+    @cached_property
+    def _named(self) -> dict[str, Table]:
+        return {t.name: t for t in reversed(self.tables)}
 
     @property
     def indexes(self) -> tuple[Index, ...]:
@@ -192,7 +198,7 @@ class LookupProgram:
         found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 
-    @property
+    @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Output column range of each row lookup."""
         widths = {t.name: t.width for t in self.tables}

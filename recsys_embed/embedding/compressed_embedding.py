@@ -32,7 +32,7 @@ from recsys_embed.utils.types import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # Attributes that a module has once its tables are made.
-_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given")
+_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given", "stored_weight")
 
 
 class CompressedEmbedding(ModuleTables):
@@ -112,7 +112,9 @@ class CompressedEmbedding(ModuleTables):
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
-        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name in _LATER]
+        taken = [
+            t.name for t in self.program.tables if (t.name != "weight" and hasattr(self, t.name)) or t.name in _LATER
+        ]
         raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
         self.shared = shared
         # What a loaded export reads in place of its tables.

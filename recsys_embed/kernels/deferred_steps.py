@@ -72,7 +72,7 @@ def catch_up(
         counts = torch.searchsorted(last, torch.arange(first + 1, step + 1, dtype=last.dtype, device=last.device))
         for t, count in enumerate(counts.tolist(), first + 1):
             part = {name: values[:count] for name, values in own.items()}
-            moved = optimizer.update(
+            moved = optimizer.checked_update(
                 w[:count], w[:count] * optimizer.weight_decay, part, log.rates[t - log.first - 1], t
             )
             w[:count] = moved

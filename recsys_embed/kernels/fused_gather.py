@@ -106,6 +106,6 @@ def apply_update(
     before = weight.index_select(0, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
-    weight[touched] = optimizer.update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
+    weight[touched] = optimizer.checked_update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
     for name, values in picked.items():
         state[name][touched] = values.to(state[name].dtype)

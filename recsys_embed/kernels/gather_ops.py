@@ -26,6 +26,9 @@ class RowStepper(Protocol):
     def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: list[Tensor]) -> None:
         """Apply the deferred steps of rows of ``table``, in place."""
 
+    def catch_up_all(self, tables: list[Tensor], states: list[Tensor]) -> None:
+        """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
+
 
 @custom_op("recsys_embed::gather", mutates_args=())
 def _gather(
@@ -75,6 +78,12 @@ def _step(
 @custom_op("recsys_embed::catch_up_rows", mutates_args=("table", "states"))
 def _catch_up(rows: Tensor, table: Tensor, states: list[Tensor], storage: str, owner: int) -> None:
     cast("RowStepper", KNOWN[owner]).catch_up_rows(storage, rows, table, states)
+
+
+@custom_op("recsys_embed::catch_up_all", mutates_args=("tables", "states"))
+def catch_up_all(tables: list[Tensor], states: list[Tensor], owner: int) -> None:
+    """Apply all deferred steps of the tables of an owner, in place."""
+    cast("RowStepper", KNOWN[owner]).catch_up_all(tables, states)
 
 
 _Inputs: TypeAlias = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, bool, str, int]

@@ -134,7 +134,8 @@ def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature
     Raises:
         IdRangeError: names the first feature at fault and its smallest and largest id.
     """
-    if ids.numel() == 0 or ids.device.type == "meta":
+    # The number of ids may be unknown to a compiled model.
+    if ids.device.type == "meta" or (not torch.compiler.is_compiling() and ids.numel() == 0):
         return
     bound = limits if feature is None else limits[feature]
     bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)

@@ -8,9 +8,35 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.core.index import Index, IndexArrays
+from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
+
+
+def _check_arrays(index: Index) -> None:
+    """Refuse an index whose arrays could not stand side by side in buffers."""
+    faults = []
+    if len({a.length for a in index.arrays}) > 1:
+        found = ", ".join(f"{a.name} {a.length}" for a in index.arrays)
+        faults.append(f"all `arrays` must have one length, as they begin at one place; got {found}: pad the shorter")
+    for a in index.arrays:
+        if a.dtype not in INDEX_DTYPES:
+            known = ", ".join(str(d).removeprefix("torch.") for d in INDEX_DTYPES)
+            faults.append(f"array {a.name!r} must be one of {known}; got {a.dtype}")
+    raise_faults(faults, f"index {index.name!r}, {type(index).__name__}")
+
+
+def _content_faults(index: Index, arrays: Mapping[str, Tensor]) -> list[str]:
+    """Why ``arrays`` are not those that the index declares; numbers that its types cannot hold would wrap around."""
+    faults = []
+    for a in index.arrays:
+        got = arrays.get(a.name)
+        if not isinstance(got, Tensor) or got.shape != (a.length,):
+            found = list(got.shape) if isinstance(got, Tensor) else type(got).__name__
+            faults.append(f"array {a.name!r} must be a tensor [{a.length}]; got {found}")
+        elif got.dtype != a.dtype and not torch.equal(got.to(a.dtype).to(got.dtype), got):
+            faults.append(f"array {a.name!r} holds {got.dtype} numbers that {a.dtype} cannot")
+    return faults
 
 
 class IndexStore(nn.Module):
@@ -28,6 +54,7 @@ class IndexStore(nn.Module):
         for row in self.indexes:
             self._places.append({})
             for index in row.values():
+                _check_arrays(index)
                 kind = tuple((a.name, a.dtype) for a in index.arrays)
                 self._places[-1][index.name] = lengths.get(kind, 0)
                 lengths[kind] = lengths.get(kind, 0) + index.arrays[0].length
@@ -135,6 +162,7 @@ class IndexStore(nn.Module):
         if self.device.type == "meta":
             return
         at = self._places[program][index.name]
+        raise_faults(_content_faults(index, arrays), f"index {index.name!r}, {type(index).__name__}")
         for a in index.arrays:
             cast("Tensor", self._buffers[a.name])[at : at + a.length] = arrays[a.name].to(self.device)
 

@@ -31,9 +31,12 @@ def pool_vectors(
     """
     order = torch.arange(vectors.shape[0], device=vectors.device)
     weights = None if weights is None else weights.to(vectors.dtype)
-    # Only eager mode checks for emptiness: an exported program must not branch on an input's size.
-    if skipped is not None or (not torch.compiler.is_exporting() and vectors.shape[0] == 0):
-        vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])  # keeps autograd's graph
+    if skipped is not None:
+        vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])
+    elif not torch.compiler.is_exporting() and (torch.compiler.is_compiling() or vectors.shape[0] == 0):
+        # An empty input must stay connected to the graph. Programs must not branch on an input's size, so compiled
+        # ones always append a row.
+        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
     if skipped is None or (weights is not None and mode != "sum"):
         return F.embedding_bag(
             order, vectors, offsets, mode=mode, per_sample_weights=weights, include_last_offset=include_last_offset

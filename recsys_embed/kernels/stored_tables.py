@@ -23,6 +23,7 @@ from recsys_embed.kernels.precision import HEAD, Layout
 RowForm = Literal["all", "range", "bitmap", "sorted"]
 _FORMS: tuple[RowForm, ...] = get_args(RowForm)
 _CHUNK = 1 << 16
+_COLUMNS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Part:
     def index_bytes(self) -> int:
         """Bytes of the arrays that say which rows are stored."""
         return {"all": 0, "range": 0, "bitmap": 12 * words_of(self.rows), "sorted": 4 * self.count}[self.form]
+
+
+def too_many_columns(parts: Sequence[Part]) -> bool:
+    """Whether lists of kept columns, as long as the longest for every part, outweigh the rows that are stored."""
+    if all(p.columns is None for p in parts):
+        return False
+    return len(parts) * max(p.layout.width for p in parts) > _COLUMNS + 8 * sum(p.nbytes for p in parts)
 
 
 N = TypeVar("N", int, Tensor)
@@ -168,6 +176,11 @@ class Stored(Constants):
     @property
     def device(self) -> torch.device:
         return self.like.device
+
+    @property
+    def read_by_fbgemm(self) -> bool:
+        """Whether FBGEMM decodes rows on the CPU."""
+        return self._reader is not None
 
     @property
     def direct(self) -> Tensor | None:

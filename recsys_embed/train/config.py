@@ -62,7 +62,7 @@ class TrainConfig(Settings):
         clip_norm: largest L2 norm of all dense gradients together; None: no clipping.
         eval_every: validate every so many steps as well as after each epoch; None: after each epoch only.
         patience: stop after this many validations without gain; None: never.
-        min_delta: gain of validation AUC that counts.
+        min_delta: gain of validation AUC that counts (fall of the logloss, where the rows are of one class).
         keep_best: end with the weights of the best validation.
         checkpoint_every: steps between checkpoints besides those after each validation; None: a second, or twenty times
             what writing one takes (in one process; several write those after validations only).

@@ -204,12 +204,19 @@ def check_settings(settings: Any, where: str, conflicts: Callable[[Any], list[st
         raise_faults([*wrong.values(), *(conflicts(settings) if conflicts else ())], where)
         return
     together: list[str] = []
-    stand_in = {f.name: f.metadata.get("low", MISSING) if f.default is MISSING else f.default for f in fields(settings)}
+    lows = {f.name: f.metadata.get("low") for f in fields(settings)}
+    plain: type = type(settings)
+    stand_in = {name: _stand_in(right, lows[name], kind) for name, right, kind in rules(plain)}
     if not any(stand_in[name] is MISSING for name in wrong):
         usable = object.__new__(type(settings))
         usable.__dict__.update({**settings.__dict__, **{name: stand_in[name] for name in wrong}})
         together = [text for text in conflicts(usable) if not any(f"`{name}`" in text for name in wrong)]
     raise_faults([*wrong.values(), *together], where)
+
+
+def _stand_in(right: Any, low: Any, kind: _Kind) -> Any:
+    """A value that a field may hold: its default, its lower bound, or a list of these; MISSING where none is known."""
+    return next((value for value in (right, low, (low,), ()) if value is not MISSING and kind.allows(value)), MISSING)
 
 
 def fault(name: str, wanted: str, got: Any) -> str:
@@ -218,7 +225,8 @@ def fault(name: str, wanted: str, got: Any) -> str:
     >>> fault("lr", "a finite number >= 0", -1)
     '`lr` must be a finite number >= 0; got -1'
     """
-    return f"`{name}` must be {wanted}; got {got!r:.200}"
+    cure = "; give its to_dict()" if hasattr(got, "to_dict") and "values by name" in wanted else ""
+    return f"`{name}` must be {wanted}; got {got!r:.200}{cure}"
 
 
 def _plain(value: Any) -> Any:

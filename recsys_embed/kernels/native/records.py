@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.kinds import KINDS, NAMES
 from recsys_embed.kernels.places import Place
@@ -46,10 +47,17 @@ def _transform(transform: Transform, index: IndexStore, program: int) -> dict[st
 
     Raises:
         TypeError: the kernels do not know the transform.
+        ConfigError: fields that no transform has.
     """
     kind, fields = transform.encoded() or (None, {})
     if kind not in KINDS:
         raise TypeError(f"no kernel for transform {type(transform).__name__}")
+    wrong = {f: v for f, v in fields.items() if f not in NAMES or not -(2**63) <= int(v) < 2**63}
+    if wrong:
+        raise ConfigError(
+            f"`encoded` of {type(transform).__name__} must name fields of recsys_embed.kernels.kinds.FIELDS "
+            f"({', '.join(NAMES)}) with 64-bit integers; got {wrong}"
+        )
     name = transform.reads
     return {**fields, "kind": KINDS.index(kind), "array": index.slot(program, name), "at": index.at(program, name)}
 
@@ -64,11 +72,11 @@ def supported(program: LookupProgram) -> bool:
     return all((t.encoded() or ("",))[0] in KINDS for p in program.row_lookups for t in p.transforms)
 
 
-def _join(program: LookupProgram, slot: int) -> int:
-    """How a row lookup combines with those before it in the same columns."""
-    if program.spans[slot] not in program.spans[:slot]:
-        return STORE
-    return ADD if program.combine == "sum" else MUL
+def _joins(program: LookupProgram) -> list[int]:
+    """How each row lookup combines with those before it in the same columns."""
+    first: dict[tuple[int, int], int] = {}
+    again = ADD if program.combine == "sum" else MUL
+    return [STORE if first.setdefault(span, slot) == slot else again for slot, span in enumerate(program.spans)]
 
 
 def _plain(program: LookupProgram) -> bool:
@@ -120,13 +128,14 @@ def encode(
             """Storage, first row and number of rows of a table."""
             return number[place[name].storage], place[name].offset, program.table(name).rows
 
+        joins = _joins(program)
         for slot, row_lookup in enumerate(program.row_lookups):
             record, (start, stop) = row_lookups[at], program.spans[slot]
             record["storage"], record["base"], record["rows"] = table(row_lookup.table)
             fields = {"width": program.table(row_lookup.table).width, "column": start, "span": stop - start}
             fields |= {
                 "num_rows": row_lookup.num_rows,
-                "join": _join(program, slot),
+                "join": joins[slot],
                 "product": program.combine == "mul",
             }
             _fill(record, fields | {"has_sign": row_lookup.sign is not None, "sign": row_lookup.sign or 0})
