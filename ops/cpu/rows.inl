@@ -146,7 +146,7 @@ static void update_sorted(const Update& u, float* table, i64 w, const Bases& bas
   constexpr i64 block = 64;
   const i64 width = width_of<W>(w), ahead = 32;
   Row<W * block> memory(width * block);
-  i64 rows[block];
+  Summed rows[block];
   const Base* const all = bases.all.data();
   const u64 low = (u64(1) << PLACE_BITS) - 1, places = (u64(1) << bases.bits) - 1;
   const i64 bits = bases.bits;
@@ -156,15 +156,16 @@ static void update_sorted(const Update& u, float* table, i64 w, const Bases& bas
   for (i64 i = from; i < to;) {
     i64 count = 0;
     for (float* sum = memory.data(); i < to && count < block; sum += width) {
-      const i64 row = rows[count++] = row_of(entries[i]);
+      const i64 row = row_of(entries[i]);
+      rows[count++] = {row, sum};
       prefetch_state(u, table, row, width);
       for (bool first = true; i < to && row_of(entries[i]) == row; i++, first = false) {
         fetch(std::min(i + ahead, to - 1));
         add_gradient<W, PAIR>(base(entries[i]), i64(entries[i] & places), sum, first, w);
       }
     }
-    float* sum = memory.data();
-    for (i64 k = 0; k < count; k++, sum += width) update_row<W>(u, table, rows[k], at++, sum, w);
+    update_rows<W>(u, table, rows, count, at, w);
+    at += count;
   }
 }
 
@@ -188,8 +189,13 @@ static void update_few(const Update& u, float* table, i64 w, const Bases& bases,
   i64 known = 0;
   for (unsigned char t : touched) known += t;
   i64 at = u.rule.number == SPARSE_GRADIENT ? claim(u, known) : 0;
-  for (i64 row = 0; row < reads.rows; row++)
-    if (touched[row]) update_row<W>(u, table, reads.base + row, at++, sums.data() + row * width, w);
+  constexpr i64 block = 64;
+  Summed rows[block];
+  for (i64 first = 0, count = 0; first < reads.rows; first += block, at += count, count = 0) {
+    for (i64 row = first; row < std::min(first + block, reads.rows); row++)
+      if (touched[row]) rows[count++] = {reads.base + row, sums.data() + row * width};
+    update_rows<W>(u, table, rows, count, at, w);
+  }
 }
 
 // Sorted entries [from, to): applies the steps that each row missed.

@@ -89,7 +89,9 @@ struct Adam : ElementRule {
   }
   template <class L>
   inline void run(L lanes, typename L::V g, typename L::V& weight, typename L::V& mean, typename L::V& square, float size, float eps) const {
-    mean += (g - mean) * rest1, square += (g * g - square) * rest2;
+    mean += (g - mean) * rest1;
+    // A mean of squares that overflowed stays infinite, as torch's does: its weight rests. The difference would be NaN.
+    square = square < lanes.all(INFINITY) ? square + (g * g - square) * rest2 : square;
     weight -= mean / (lanes.root(square) + eps) * size;
   }
 };
@@ -124,7 +126,8 @@ struct RowwiseRmsprop {
       : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
   inline Factors factors(const Rule& r, i64 row, i64 step, float square, float size, float eps) const {
     float& mean = r.state[0][row];
-    mean += (square - mean) * rest;
+    // One that overflowed stays infinite: the difference would be NaN.
+    if (mean < INFINITY) mean += (square - mean) * rest;
     float gap = 1;
     if (r.state[1]) {
       i32& seen = reinterpret_cast<i32*>(r.state[1])[row];
@@ -203,34 +206,49 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
   });
 }
 
-// One step of the rule on a row whose summed gradient is g; `at` is the row's place in a sparse gradient.
+// A row and the sum of its gradients.
+struct Summed {
+  i64 row;
+  float* gradient;
+};
+
+// Gradients as they are, in place of a step; `at` is the place of the first row in a sparse gradient.
 template <int W>
-static inline void update_row(const Update& u, float* table, i64 row, i64 at, float* g, i64 w) {
-  const i64 width = width_of<W>(w), place = row * width;
-  float* weight = table + place;
-  if (u.rule.number < 0) {
-    const bool sparse = u.rule.number == SPARSE_GRADIENT;
-    if (sparse) u.touched[at] = row;
-    float* to = u.gradient + (sparse ? at * width : place);
-    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(g + k)); });
-    return;
+static void hand_out(const Update& u, const Summed* rows, i64 count, i64 at, i64 w) {
+  const i64 width = width_of<W>(w);
+  const bool sparse = u.rule.number == SPARSE_GRADIENT;
+  for (i64 i = 0; i < count; i++) {
+    if (sparse) u.touched[at + i] = rows[i].row;
+    float* to = u.gradient + (sparse ? at + i : rows[i].row) * width;
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(rows[i].gradient + k)); });
   }
-  if (u.last) {
-    catch_up<W>(u, table, row, u.step - 1, w);
-    u.last[row] = i32(u.step);
-  }
-  if (u.decay != 0)
-    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * float(u.decay)); });
-  const float size = size_of(u, u.step), eps = epsilon_of(u, u.step);
+}
+
+// One step of the rule on each row. The rule is chosen once for all of them: of narrow rows, choosing is half the work.
+template <int W>
+static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
+  if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
+  const i64 width = width_of<W>(w);
+  const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
     using R = std::decay_t<decltype(rule)>;
-    if constexpr (R::by_row) {
-      scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
-    } else {
-      const float sized = rule.sized(u, row, size);
-      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
-        rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
-      });
+    for (i64 i = 0; i < count; i++) {
+      const i64 row = rows[i].row, place = row * width;
+      float *weight = table + place, *g = rows[i].gradient;
+      if (u.last) {
+        catch_up<W>(u, table, row, u.step - 1, w);
+        u.last[row] = i32(u.step);
+      }
+      if (decay != 0)
+        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * decay); });
+      if constexpr (R::by_row) {
+        scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
+      } else {
+        const float sized = rule.sized(u, row, size);
+        each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
+          rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
+        });
+      }
     }
   });
 }

@@ -101,10 +101,13 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
     if (u.rule.number == SPARSE_GRADIENT)
       for (u64 word : memory.touched) known += bits_set(word);
     i64 place = u.rule.number == SPARSE_GRADIENT ? claim(u, known) : 0;
-    for (i64 word = 0; word < range / 64; word++)
+    for (i64 word = 0, count = 0; word < range / 64; word++, place += count, count = 0) {
+      Summed rows[64];
       for (u64 bits = memory.touched[word]; bits; bits &= bits - 1) {
         const i64 k = word * 64 + __builtin_ctzll(bits);
-        update_row<1>(u, table, first + k, place++, memory.sum.data() + k, 1);
+        rows[count++] = {first + k, memory.sum.data() + k};
       }
+      update_rows<1>(u, table, rows, count, place, 1);
+    }
   });
 }

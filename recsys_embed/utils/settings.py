@@ -225,7 +225,7 @@ def fault(name: str, wanted: str, got: Any) -> str:
     >>> fault("lr", "a finite number >= 0", -1)
     '`lr` must be a finite number >= 0; got -1'
     """
-    cure = "; give its to_dict()" if hasattr(got, "to_dict") and "table of settings" in wanted else ""
+    cure = "; give its to_dict()" if hasattr(got, "to_dict") and "values by name" in wanted else ""
     return f"`{name}` must be {wanted}; got {got!r:.200}{cure}"
 
 

@@ -91,7 +91,8 @@ def _adam(grad, row, at, live, mask, tensors, numbers, COUNTS: tl.constexpr):
     mean = tl.load(tensors.state[0] + at, mask=mask, other=0.0)
     square = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
     mean += (grad - mean) * numbers.constants[0]
-    square += (grad * grad - square) * numbers.constants[1]
+    # A mean of squares that overflowed stays infinite: the difference would be NaN.
+    square = tl.where(square < float("inf"), square + (grad * grad - square) * numbers.constants[1], square)
     tl.store(tensors.state[0] + at, mean, mask=mask)
     tl.store(tensors.state[1] + at, square, mask=mask)
     direction = mean / (tl.sqrt_rn(square) + numbers.eps)
@@ -141,7 +142,7 @@ def _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDT
     """New weights ``[n, columns]`` of row-wise RMSprop; its state moves."""
     rest, alpha, least = numbers.constants
     mean = tl.load(tensors.state[0] + row, mask=live, other=0.0)
-    mean += (_mean_square(grad, mask, WIDTH) - mean) * rest
+    mean = tl.where(mean < float("inf"), mean + (_mean_square(grad, mask, WIDTH) - mean) * rest, mean)
     tl.store(tensors.state[0] + row, mean, mask=live)
     gap = tl.zeros_like(mean) + 1.0
     if COUNTS:
