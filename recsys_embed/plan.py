@@ -207,7 +207,7 @@ class Plan:
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
-        """Plain tables everywhere."""
+        """Full tables everywhere."""
         return cls.uniform(schema, "full")
 
     @classmethod

@@ -44,7 +44,7 @@ class NativeStep(NamedTuple):
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward."""
+    """What a lookup saves for backward."""
 
     lookup: NativeLookup
     updater: Updater | None
@@ -105,7 +105,7 @@ def _outputs(
     kept: Tensor | None = None,
     mask: tuple[MaskParameters, Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
+    """``mask``: of the first output, and where the masked vectors go; None: in place."""
     outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     record = None
     if mask is not None:
@@ -135,7 +135,7 @@ def look_up(
         mask: of the vectors of the first output, which are those of all features; ids are no bags.
 
     Raises:
-        IdRangeError: some id has no row; the caller knows which.
+        IdRangeError: an id has no row; the caller finds out which.
     """
     if step is not None:
         step.catch_up(lookup, ids)
@@ -158,12 +158,12 @@ def look_up(
 
 
 class SingleLookup:
-    """One program over tables of its own, as a drop-in runs it.
+    """A lookup of one program in its own tables, as drop-in modules use it.
 
     Args:
-        program: the kernels know its transforms.
+        program: with transforms that the kernels know.
         index: of the program.
-        optional: the id -1 is none.
+        optional: an id of -1 means no id.
     """
 
     def __init__(self, program: LookupProgram, index: IndexStore, optional: bool) -> None:

@@ -1,6 +1,6 @@
-"""The native kernels as operators of torch, opaque to its compiler: what compiled models call.
+"""The native kernels as custom torch operators, which compiled models call.
 
-Operators take tensors and numbers, so the records of a lookup, and the module whose optimizer steps, go by a handle.
+Operators only take tensors and numbers, so a lookup and the module that owns the optimizer are passed as handles.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 if TYPE_CHECKING:
     from recsys_embed.kernels.native.autograd import NativeStep
 
-NOBODY = -1
+NO_OWNER = -1
 
 
 class Stepper(Protocol):
-    """Who owns the optimizer of some tables."""
+    """The owner of the optimizer of some tables."""
 
     def step_native(
         self,
@@ -37,7 +37,7 @@ class Stepper(Protocol):
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
     def catch_up_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
-        """Apply the steps missed by rows that ids read, in place."""
+        """Apply the deferred steps of rows that ids read, in place."""
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
@@ -73,13 +73,13 @@ def _(
 ) -> list[Tensor]:
     found, like = cast("NativeLookup", KNOWN[lookup]), tables[0].detach()
     rows, width = batch, found.kept_width
-    if bags:  # what is kept goes by the lengths of the bags
+    if bags:  # the size of saved values depends on the lengths of bags
         rows, width = (cast("int", torch.library.get_ctx().new_dynamic_size()), 1) if width else (0, 1)
     return [*(like.new_empty(batch, w) for w in found.widths), like.new_empty(rows, width)]
 
 
 def _ids(ids: Tensor, bags: list[Tensor], batch: int) -> Ids:
-    """Ids ``[B, F]``, or bags by offsets and, where they have some, weights."""
+    """Ids ``[B, F]``, or bags with offsets and optional weights."""
     if not bags:
         return Ids.matrix(ids)
     return Ids(ids, bags[0], bags[1] if len(bags) > 1 else None, batch)
@@ -144,7 +144,7 @@ _Inputs: TypeAlias = tuple[Tensor, list[Tensor], int, list[Tensor], list[Tensor]
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward; ``held`` is what an optimizer updates, ``bags`` how many tensors."""
+    """Saved for backward; ``held``: tensors that an optimizer updates, ``bags``: number of tensors of bags."""
 
     batch: int
     lookup: int
@@ -176,7 +176,7 @@ def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor]
     bags, saved = saved[: ctx.bags], saved[ctx.bags :]
     none: list[None] = [None] * ctx.bags
     given = [g.contiguous() for g in grads[:-1]]
-    if ctx.owner == NOBODY:
+    if ctx.owner == NO_OWNER:
         found = _gradients(ids, bags, ctx.batch, saved, given, kept, ctx.lookup)
         return None, none, None, found, [], None, None, None
     tables, states = ctx.held

@@ -62,7 +62,7 @@ def look_up(
         sparse: gradients of other tables are sparse.
 
     Raises:
-        IdRangeError: an id of this lookup, or of one before whose check has come in, is out of range.
+        IdRangeError: an id is out of range, in this lookup or in an earlier one whose check has finished.
     """
     if step is not None:
         step.catch_up(lookup, ids)
