@@ -218,12 +218,20 @@ static void catch_up_range(const Update& u, float* table, i64 w, i64 from, i64 t
 // Steps of listed rows, which are distinct: the gradient of rows[i] is values + i * width.
 template <int W>
 static void update_listed(const Update& u, float* table, i64 w, const i64* rows, const float* values, i64 from, i64 to) {
-  const i64 width = width_of<W>(w), ahead = 32;
-  Row<W> memory(width);
-  for (i64 i = from; i < to; i++) {
-    if (i + ahead < to) prefetch_state(u, table, rows[i + ahead], width);
-    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(memory.data() + k, lanes.load(values + i * width + k)); });
-    update_row<W>(u, table, rows[i], i, memory.data(), w);
+  constexpr i64 block = 64;
+  const i64 width = width_of<W>(w);
+  Row<W * block> memory(width * block);
+  Summed found[block];
+  for (i64 i = from; i < std::min(from + block, to); i++) prefetch_state(u, table, rows[i], width);
+  for (i64 i = from; i < to; i += block) {
+    const i64 count = std::min(block, to - i);
+    for (i64 k = 0; k < count; k++) {
+      float* g = memory.data() + k * width;
+      found[k] = {rows[i + k], g};
+      blocks<W>(width, [&](auto lanes, i64 e) { lanes.store(g + e, lanes.load(values + (i + k) * width + e)); });
+      if (i + k + block < to) prefetch_state(u, table, rows[i + k + block], width);
+    }
+    update_rows<W>(u, table, found, count, i, w);
   }
 }
 

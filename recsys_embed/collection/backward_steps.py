@@ -5,19 +5,23 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recsys_embed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
 
 _WAY_OUT = (
     "make the update at step() instead: optimizer = recsys_embed.optim.fused_optimizer(model, dense_optimizer), then "
@@ -146,27 +150,35 @@ def refuse_replicas() -> None:
         )
 
 
-def active_replica() -> Any:
+def active_replica() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward is running, of more than one process; or None."""
     module = sys.modules.get("torch.nn.parallel.distributed")
-    found = None if module is None else module.DistributedDataParallel._active_ddp_module
+    found: DistributedDataParallel | None = (
+        None if module is None else module.DistributedDataParallel._active_ddp_module
+    )
     return found if found is not None and found.process_group.size() > 1 else None
 
 
 # -- optimizers of torch ---------------------------------------------------------------------------------------------
 
-_TABLES: WeakSet[Any] = WeakSet()
+
+class WatchedTables(Protocol):
+    """Tables whose optimizer steps in backward."""
+
+    told: bool
+
+    def take_backwards(self) -> int: ...
+    def parameters(self) -> Iterator[Parameter]: ...
+
+
+_TABLES: WeakSet[WatchedTables] = WeakSet()
 # Optimizers that have stepped, and whether a gradient scaler called them.
 _KNOWN: dict[int, tuple[ref[Optimizer], bool]] = {}
 _hook: list[object] = []
 
 
-def watch(tables: Any) -> None:
-    """From now on, steps of torch's optimizers tell when the tables' steps are not theirs.
-
-    Args:
-        tables: a :class:`recsys_embed.collection.fused_tables.FusedTables`.
-    """
+def watch(tables: WatchedTables) -> None:
+    """From now on, steps of torch's optimizers tell when the tables' steps are not theirs."""
     if not _hook:
         _hook.append(register_optimizer_step_pre_hook(_before_step))
     _TABLES.add(tables)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def without_state() -> bool:
     return _weights_alone.get()
 
 
-def forget_state(state_dict: dict[str, Any], prefix: str, storages: tuple[str, ...]) -> None:
+def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str, ...]) -> None:
     """Drop the entries of optimizer state, which tables without a fused optimizer do not have."""
     starts = tuple(f"{prefix}{storage}_" for storage in storages)
     for key in [k for k in state_dict if k.startswith(starts) and "." not in k[len(prefix) :]]:
@@ -51,7 +50,7 @@ def forget_state(state_dict: dict[str, Any], prefix: str, storages: tuple[str, .
 
 
 def take_state(
-    state_dict: dict[str, Any],
+    state_dict: dict[str, object],
     prefix: str,
     wanted: Mapping[str, Tensor],
     storages: tuple[str, ...],

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection.backward_steps import active_replica
 from recsys_embed.optim import RowGradient
-from recsys_embed.optim.fused_table_optimizer import keep_from_replicas
+from recsys_embed.optim.fused_table_optimizer import SteppedTables, keep_from_replicas
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 
-class _Tables(Protocol):
+class _Tables(SteppedTables, Protocol):
     storages: tuple[str, ...]
     _parameters: dict[str, nn.Parameter | None]
     _buffers: dict[str, Tensor | None]
@@ -29,11 +30,11 @@ class Replicas:
         tables: those of one module.
     """
 
-    def __init__(self, tables: Any) -> None:
+    def __init__(self, tables: _Tables) -> None:
         self._tables = tables
         self._group: ProcessGroup | None = None
         self._given: ProcessGroup | None = None
-        self._replica: Any = None
+        self._replica: DistributedDataParallel | None = None
         self._averages = False
         self._waiting = False
 
@@ -61,20 +62,23 @@ class Replicas:
 
         self._group = group
         first = distributed.get_global_rank(group, 0)
-        held = [self._tables._parameters[name] for name in self._tables.storages]
+        held: list[Tensor | None] = [self._tables._parameters[name] for name in self._tables.storages]
         held += [b for name, b in self._tables._buffers.items() if name.startswith(self._tables.storages)]
         with torch.no_grad():
             for tensor in held:
-                distributed.broadcast(tensor.detach(), first, group)
+                if tensor is not None:
+                    distributed.broadcast(tensor.detach(), first, group)
         for name in self._tables.storages:
-            self._tables._parameters[name].register_post_accumulate_grad_hook(self._after_gradient)
+            weight = self._tables._parameters[name]
+            if weight is not None:
+                weight.register_post_accumulate_grad_hook(self._after_gradient)
 
-    def _leave(self, replica: Any) -> None:
+    def _leave(self, replica: DistributedDataParallel) -> None:
         """Take the tables out of DistributedDataParallel's buckets, where it was made before the optimizer."""
         own = {id(self._tables._parameters[name]) for name in self._tables.storages}
         if not any(id(p) in own for p in replica._module_parameters):
             return
-        tables = {n: m for n, m in replica.module.named_modules() if m is self._tables}
+        tables = {n: self._tables for n, m in replica.module.named_modules() if m is self._tables}
         keep_from_replicas(replica.module, tables)
         replica.parameters_to_ignore |= set(replica.module._ddp_params_and_buffers_to_ignore)
         replica._module_parameters = [

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.optim.base import FusedOptimizer, is_rate
+from recsys_embed.utils.types import JSON
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -142,7 +143,7 @@ class FusedTableOptimizer(Optimizer):
             module.step_at(ref(self), process_group)
         keep_from_replicas(model, tables)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: JSON) -> None:
         """Add parameters of the dense optimizer.
 
         Raises:
@@ -161,13 +162,13 @@ class FusedTableOptimizer(Optimizer):
             self.param_groups.insert(len(self.param_groups) - len(self._fused_groups), self.dense.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float | None:  # type: ignore[override]
         """One step of the tables and of the dense optimizer by the gradients in ``.grad``.
 
         Raises:
             ConfigError: another optimizer was made of the tables since, or a setting is out of range.
         """
-        loss = None
+        loss: Tensor | float | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -207,12 +208,12 @@ class FusedTableOptimizer(Optimizer):
                 state[parameter].update({key: buffers[f"{name}_{key}"] for key in tensors})
         self.state = state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JSON:
         """As torch's: each table's tensors ``[rows, width]`` or ``[rows, 1]`` and its steps, and the param groups."""
         self._fill_state()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: JSON) -> None:
         """Inverse of :meth:`state_dict`.
 
         Raises:

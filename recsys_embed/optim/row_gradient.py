@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,13 +104,13 @@ class RowGradient(Tensor):
         out._content = self._content
         return out
 
-    def numpy(self, *, force: bool = False) -> Any:
+    def numpy(self, *, force: bool = False) -> np.ndarray:
         """The dense gradient as an array."""
         return self.to_dense().numpy(force=force)
 
-    def tolist(self) -> Any:
+    def tolist(self) -> list[list[float]]:
         """The dense gradient as lists."""
-        return self.to_dense().tolist()
+        return cast("list[list[float]]", self.to_dense().tolist())
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"RowGradient(shape={list(self.shape)}, rows={self.rows}, values={self.values})"

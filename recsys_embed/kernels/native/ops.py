@@ -162,7 +162,7 @@ class _Context(Protocol):
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
     ids, bags, ctx.batch, tables, states, ctx.collects, ctx.lookup, ctx.owner = inputs
     ctx.bags = len(bags)
-    if ctx.owner == NOBODY:
+    if ctx.owner == NO_OWNER:
         ctx.held = [], []
         ctx.save_for_backward(ids, output[-1], *bags, *tables)
         return
@@ -196,7 +196,7 @@ def look_up(lookup: NativeLookup, ids: Ids, tables: list[Tensor], step: NativeSt
     bags = [t for t in (ids.offsets, ids.weights) if t is not None]
     given = ids.values, bags, ids.batch
     if step is None:
-        return _look_up(*given, tables, [], False, lookup.handle, NOBODY)[:-1]
+        return _look_up(*given, tables, [], False, lookup.handle, NO_OWNER)[:-1]
     if step.lazy:
         _catch_up(*given, tables, step.states, lookup.handle, step.owner)
     return _look_up(*given, tables, step.states, step.collects, lookup.handle, step.owner)[:-1]
