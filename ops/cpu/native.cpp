@@ -14,6 +14,10 @@
 #include <type_traits>
 #include <vector>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 namespace {
 
 constexpr i64 CHUNK = 256;  // ids that one pass of a transform takes at most
@@ -26,6 +30,9 @@ struct Runtime {
   int (*thread)();
   int (*team)();
 } runtime = {nullptr, nullptr, nullptr};
+
+// A forked child has none of its parent's threads, and OpenMP waits for them for ever.
+void run_alone() { runtime.parallel = nullptr; }
 
 // fn(thread, threads of the team).
 template <class F>
@@ -182,6 +189,10 @@ RSE_API void rse_set_runtime(void* parallel_entry, void* thread, void* team) {
   runtime.parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel_entry);
   runtime.thread = reinterpret_cast<int (*)()>(thread);
   runtime.team = reinterpret_cast<int (*)()>(team);
+#if !defined(_WIN32)
+  static const int watched = pthread_atfork(nullptr, nullptr, run_alone);
+  if (watched != 0) run_alone();
+#endif
 }
 
 RSE_API int rse_forward(const Call* c) try {

@@ -224,11 +224,11 @@ class Stored(Constants):
 
     def _place(self, rows: Tensor) -> tuple[Tensor, _Integers[Tensor]]:
         """Place of each row among the kept rows of its part, -1 where it is not kept; and the part's integers."""
-        integers, local = self.constant("integers"), rows
+        integers, local = self.constant("integers", rows), rows
         if len(self.parts) == 1:
             n = _Integers(*integers[0].unbind(-1))
         else:
-            starts = self.constant("starts")
+            starts = self.constant("starts", rows)
             part = torch.bucketize(rows, starts[1:-1], right=True)
             n, local = _Integers(*integers[part].unbind(-1)), rows - starts[part]
         if not self._pruned:
@@ -245,7 +245,7 @@ class Stored(Constants):
 
     def _scattered(self, pos: Tensor, n: _Integers[Tensor]) -> Tensor:
         """Vectors of kept rows ``pos [n]`` where parts differ in width or several rows share a stored one."""
-        lane = self.constant("lane")
+        lane = self.constant("lane", pos)
         last = len(self.data) - 1  # a narrower part's lanes may point beyond its row; what they read is dropped
         row = (n.base + torch.div(pos, n.block, rounding_mode="floor") * n.items).unsqueeze(1)
         element = ((pos % n.block) * n.width).unsqueeze(1) + lane[: self._widest]
@@ -261,7 +261,7 @@ class Stored(Constants):
             values = codes.float() * head[:, :1] + head[:, 1:]
         if self._whole:
             return values
-        where = self.constant("columns")[n.number].expand(pos.shape[0], -1)
+        where = self.constant("columns", pos)[n.number].expand(pos.shape[0], -1)
         return values.new_zeros(pos.shape[0], self.width + 1).scatter(1, where, values)[:, : self.width]
 
     def dense(self, start: int = 0, count: int | None = None) -> Tensor:

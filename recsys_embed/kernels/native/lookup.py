@@ -211,7 +211,7 @@ class NativeLookup:
             threads=1,
         )
         # Behind it: pointers to storages and index arrays, a Matrix per output; kinds of storages, bytes of their rows.
-        self._array_count = len(list(index.buffers()))
+        self._array_count = len(index.arrays.held)
         behind = [0] * (count + self._array_count) + [n for width in widths for n in (0, width)] + [0] * (2 * count)
         # As numbers, which are copied and set several times as fast as a structure's fields.
         self._record = array("q", bytes(call)) + array("q", behind)
