@@ -72,6 +72,14 @@ def plan(
     equal_widths: Annotated[
         bool, typer.Option("--equal-widths", help="The model needs vectors of one width (FM, DLRM, ...).")
     ] = False,
+    network: Annotated[
+        bool | None,
+        typer.Option(
+            "--network/--no-network",
+            help="Whether a network reads every vector beside many others, so that ids may share rows; by default "
+            "found out from the model's layers or, of a schema, true from eight features on.",
+        ),
+    ] = None,
     max_rows: Annotated[int | None, typer.Option("--max-rows-per-id", help="Most rows a lookup gathers.")] = None,
     max_bytes: Annotated[int | None, typer.Option("--max-bytes-per-id", help="Most bytes a lookup gathers.")] = None,
     evidence: Annotated[
@@ -117,6 +125,7 @@ def plan(
         known,
         evidence=evidence,
         itemsize=itemsize,
+        network=network,
         **limits,
     )
     changes = () if diff is None else describe_changes(Plan.load(diff), made, features)
@@ -261,7 +270,8 @@ def _summary(features: Schema, made: Plan) -> str:
     lines = [
         f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; plain tables would take "
         f"{format_bytes(plain)} to serve, {plain / max(serve, 1):.1f}x as much",
-        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options",
+        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options"
+        + ("; a guess, since nothing was counted" if notes.statistics.startswith("a guess") else ""),
         f"frequencies: {notes.statistics}",
     ]
     if notes.left_out:

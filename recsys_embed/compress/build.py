@@ -183,7 +183,8 @@ def build_group(group: Sequence[TableReplacement], start: InitMode) -> None:
         new = make_drop_in(replacement, first, replacement.table.device, holder)
         if replacement.counts is not None:
             new.assign_(replacement.counts)
-        if replacement.index_contents:
+        # Of a method that goes by frequency alone, the plan holds what earlier counts said.
+        if replacement.index_contents and (replacement.counts is None or not replacement.config.plannable):
             ids = new.spec.num_ids
             new.assign_(
                 {i: members_of(v, ids) if isinstance(v, str) else v for i, v in replacement.index_contents.items()}

@@ -71,7 +71,11 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
         return Plans(given, linear, full_bytes)
     if config.method == PLANNED and budget is not None:
         stats = data if hasattr(data, "counts") else None
-        options = {"needs_equal_widths": cls.needs_equal_widths, **config.method_args}
+        options = {
+            "needs_equal_widths": cls.needs_equal_widths,
+            "network": None if cls.uses_network else False,
+            **config.method_args,
+        }
         return Plans(plan_for_budget(vectors, budget, stats=stats, **options), linear, full_bytes)
     return Plans(Plan.uniform(vectors, config.method, budget=budget, **config.method_args), linear, full_bytes)
 
