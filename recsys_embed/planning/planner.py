@@ -75,10 +75,9 @@ def plan_for_budget(
         importance: factors of the losses by feature; 1 by default.
         itemsize: bytes per stored number; by default those of the model's tables, or 4 for a schema. It must be
             given where the tables of a model differ in it.
-        network: whether a network reads a feature's vector beside many others and so can tell ids of one row apart:
-            True or False, or these by feature. By default found out from the layers of the model or, of a schema,
-            assumed from eight features on; see :mod:`recsys_embed.planning.network_context`. Features without one
-            get narrow rows rather than shared ones.
+        network: whether a network reads a feature's vector beside many others and so can tell ids of one row apart, for
+            all or by feature; else ids get narrow rows rather than shared ones. By default found out, see
+            :mod:`recsys_embed.planning.network_context`.
         limits: ``pin``, ``forbid``, ``full_below``, ``min_width``, ``width_multiple``, ``needs_equal_widths``,
             ``max_rows_per_id`` and ``max_bytes_per_id``: see :class:`recsys_embed.planning.Limits`.
 
@@ -101,9 +100,7 @@ def plan_for_budget(
     constraints = (
         constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
     )
-    total, fused, context = _context(
-        schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits
-    )
+    total, context = _context(schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits)
     frequencies = Frequencies.of(schema, stats)
     weights = _importance(schema, importance)
     around = network_context(model_or_schema, schema, network)
@@ -116,37 +113,18 @@ def plan_for_budget(
         kinds=constraints.kinds,
         one_width=around.one_width,
         sharing_penalty=float(len(around.alone)),
+        **_detail(schema, context.candidates),
     )
-    context = replace(context, **_detail(schema, context.candidates))
     maker = OptionEnumerator(context)
     features = [maker.enumerate(s, terms[s.name], weights[s.name], frequencies.unordered.get(s.name)) for s in schema]
     pinned, spent = _pinned_tables(schema, features, context)
     groups = table_groups(features, context, {t.name for t in pinned})
     _check_possible(features, groups)
-    solver = PlanSolver(features, groups, tiny_bytes(features, context))
-    least = solver.least() + spent
-    found = solver.best(total - spent) if total >= least else None
-    if found is None:
-        raise BudgetError(_ways_out(schema, features, context, least, total))
+    found = _solution(schema, features, groups, context, total, spent)
     configs = _configs(schema, features, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given})
-    reached = context.costs.plan(plan, schema)
-    if reached > total:
-        raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")
     losses = plan_losses(schema, plan, terms, weights, calibration.scales)
-    notes = PlanNotes(
-        budget=total,
-        bytes=reached,
-        target=target,
-        optimizer=None if fused is None else type(fused).__name__,
-        predicted_loss=found.loss,
-        least_loss=found.bound,
-        exact=found.exact,
-        statistics=frequencies.source,
-        measured=tuple(sorted(calibration.scales)),
-        left_out=constraints.left_out,
-        itemsize=context.costs.itemsize,
-    )
+    notes = _notes(schema, plan, context, found, total, frequencies.source, constraints.left_out)
     reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
     return with_frequent_ids(Plan(plan.configs, reasons, notes), schema, stats)
 
@@ -174,8 +152,8 @@ def _itemsize(given: Any, constraints: ModelConstraints) -> Any:
 
 def _context(
     schema: Schema, budget: Any, target: Any, methods: Any, optimizer: Any, itemsize: Any, options: Mapping[str, Any]
-) -> tuple[int, FusedOptimizer | None, PlanningContext]:
-    """Budget, optimizer and planning context, from checked arguments; all faults at once."""
+) -> tuple[int, PlanningContext]:
+    """Budget and planning context, from checked arguments; all faults at once."""
     faults: list[str] = []
 
     def attempt(make: Any, default: Any) -> Any:
@@ -201,7 +179,7 @@ def _context(
     elif not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
         faults.append(f"`itemsize` must be an integer >= 1; got {itemsize!r}")
     raise_faults(faults, "plan_for_budget")
-    return total, fused, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
+    return total, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
 
 
 def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
@@ -332,6 +310,23 @@ def _ways_out(
 # -- the plan chosen --------------------------------------------------------------------------------------------
 
 
+def _solution(
+    schema: Schema,
+    features: Sequence[FeatureOptions],
+    groups: Sequence[TableGroup],
+    context: PlanningContext,
+    total: int,
+    spent: int,
+) -> PlanSolution:
+    """The best solution within ``total`` bytes, ``spent`` of which pinned tables take."""
+    solver = PlanSolver(features, groups, tiny_bytes(features, context))
+    least = solver.least() + spent
+    found = solver.best(total - spent) if total >= least else None
+    if found is None:
+        raise BudgetError(_ways_out(schema, features, context, least, total))
+    return found
+
+
 def _configs(
     schema: Schema, features: Sequence[FeatureOptions], found: PlanSolution, total: int
 ) -> dict[str, MethodConfig]:
@@ -363,6 +358,34 @@ def _configs(
             configs[schema.features[i].name] = config
             left -= grown - cost
     return configs
+
+
+def _notes(
+    schema: Schema,
+    plan: Plan,
+    context: PlanningContext,
+    found: PlanSolution,
+    total: int,
+    source: str,
+    left_out: tuple[str, ...],
+) -> PlanNotes:
+    costs = context.costs
+    reached = costs.plan(plan, schema)
+    if reached > total:
+        raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")
+    return PlanNotes(
+        budget=total,
+        bytes=reached,
+        target="train" if costs.train else "serve",
+        optimizer=None if costs.optimizer is None else type(costs.optimizer).__name__,
+        predicted_loss=found.loss,
+        least_loss=found.bound,
+        exact=found.exact,
+        statistics=source,
+        measured=tuple(sorted(context.loss_scales)),
+        left_out=left_out,
+        itemsize=costs.itemsize,
+    )
 
 
 def _reasons(
