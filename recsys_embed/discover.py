@@ -55,7 +55,7 @@ class FoundTable:
 
     @property
     def weight(self) -> Tensor | None:
-        """The plain table ``[rows, width]``; None for the kinds of this library, which store something else."""
+        """The full table ``[rows, width]``; None for the kinds of this library, which store something else."""
         if self.kind in ("compressed", "collection"):
             return None
         weight: Tensor = self.modules[0].weight  # type: ignore[assignment]
@@ -183,7 +183,8 @@ def _tensor_key(tensor: Tensor) -> Any:
 
 
 def _weight_key(module: nn.Module) -> Any:
-    weight = module._parameters.get("weight")
+    named = getattr(module, "parameter_name", None)
+    weight = module._parameters.get("weight" if named is None else named("weight"))
     return id(module) if weight is None else _tensor_key(weight)
 
 

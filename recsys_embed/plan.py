@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
-from recsys_embed.core.id_sets import members_of
+from recsys_embed.core.id_sets import members_of_texts
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.plan_arrays import PlanArrays
 from recsys_embed.core.program import LookupProgram, Table
@@ -20,11 +20,12 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
 from recsys_embed.utils.files import atomic_write, write_text
-from recsys_embed.utils.settings import check_settings, refuse_unknown
+from recsys_embed.utils.settings import build, check_settings
 from recsys_embed.utils.strict_json import read_object
 from recsys_embed.utils.types import JSON, Budget, JSONMapping, Option
 
 PLAN_VERSION = 1
+MAX_ROW_LOOKUPS = 1 << 16
 REASON = "reason"
 SETS = "sets"
 ARRAYS = "arrays"
@@ -76,10 +77,7 @@ class PlanNotes:
     @classmethod
     def from_dict(cls, data: Any) -> PlanNotes:
         """Inverse of :meth:`to_dict`; unknown and missing keys are errors, all at once."""
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
-        refuse_unknown(cls, {"measured": (), **data}, "key of a plan's notes", where="notes of a plan")
-        return cls(**data)
+        return build(cls, data, "key of a plan's notes", where="notes of a plan")
 
     def to_dict(self) -> JSON:
         """JSON-ready; what came later only where it says something, so that texts from before it compare alike."""
@@ -144,8 +142,13 @@ class Plan:
         return len(self.configs)
 
     def members(self, spec: FeatureSpec) -> dict[str, Tensor]:
-        """Ids of each index of a feature that a search has filled: int64, ascending."""
-        return {index: members_of(text, spec.num_ids) for index, text in self.sets.get(spec.name, {}).items()}
+        """Ids of each index of a feature that a search has filled: int64, ascending.
+
+        Raises:
+            ConfigError: a text that is no set, or not of as many ids as the index of this name holds.
+        """
+        texts = self.sets.get(spec.name)
+        return members_of_texts(texts, self[spec.name].program(spec).indexes, spec.num_ids) if texts else {}
 
     def with_arrays(self, arrays: Mapping[str, Mapping[str, Tensor]]) -> Plan:
         """The same plan with integer tensors by feature and index, as ``assign_`` takes them.
@@ -204,7 +207,7 @@ class Plan:
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
-        """Plain tables everywhere."""
+        """Full tables everywhere."""
         return cls.uniform(schema, "full")
 
     @classmethod
@@ -244,8 +247,24 @@ class Plan:
         """Lookup programs of the features whose rows are gathered from tables, by name.
 
         The others compute their vectors (``config.computes``), each by a module of its own.
+
+        Raises:
+            ConfigError: together they read more than ``MAX_ROW_LOOKUPS`` rows for one id of each feature.
         """
-        return {s.name: self[s.name].program(s) for s in schema if not self[s.name].computes}
+        programs: dict[str, LookupProgram] = {}
+        read = 0
+        for spec in schema:
+            if self[spec.name].computes:
+                continue
+            programs[spec.name] = self[spec.name].program(spec)
+            read += len(programs[spec.name].row_lookups)
+            if read > MAX_ROW_LOOKUPS:
+                raise ConfigError(
+                    f"a plan may read at most {MAX_ROW_LOOKUPS} rows for one id of each feature; up to {spec.name!r}, "
+                    f"which takes {len(programs[spec.name].row_lookups)}, this one reads {read}: use longer blocks, or "
+                    "fewer hash functions"
+                )
+        return programs
 
     def tables(self, schema: Schema) -> dict[str, Table]:
         """Every physical table that rows are gathered from, or that a head multiplies by, once, by its key.

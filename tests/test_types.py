@@ -41,6 +41,8 @@ UNTYPED = {
     "_save_to_state_dict": "torch's hook",
     "__reduce__": "pickle's protocol",
     "__getattr__": "Python's protocol",
+    "__setattr__": "Python's protocol: any value",
+    "__torch_dispatch__": "torch's protocol: any operation with any arguments",
     "__torch_function__": "torch's protocol: any function with any arguments",
     "__setstate__": "pickle's protocol",
     "_guarded": "results of any function",
@@ -50,6 +52,7 @@ UNTYPED = {
 HOT = (
     *(f"collection/{p.name}" for p in (PACKAGE / "collection").glob("*.py") if p.name != "earlier_states.py"),
     "embedding/compressed_embedding.py",
+    "embedding/module_tables.py",
     "embedding/shared_tables.py",
     "kernels/fused_gather.py",
     "kernels/id_checks.py",

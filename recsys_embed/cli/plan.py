@@ -267,7 +267,7 @@ def _summary(features: Schema, made: Plan) -> str:
         "proved best" if notes.exact else f"at most {100 * gap / max(notes.predicted_loss, 1e-12):.2g} % above the best"
     )
     lines = [
-        f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; plain tables would take "
+        f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; full tables would take "
         f"{format_bytes(plain)} to serve, {plain / max(serve, 1):.1f}x as much",
         f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options"
         + ("; a guess, since nothing was counted" if notes.statistics.startswith("a guess") else ""),

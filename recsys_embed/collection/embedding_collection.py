@@ -19,7 +19,7 @@ from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
+from recsys_embed.embedding.module_tables import STORED_UNSEEN
 from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
@@ -189,6 +189,8 @@ class EmbeddingCollection(FusedTables):
             return vectors
         weight = getattr(self, storage)
         if self._stepping:
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                return self._compiled_gather(storage, rows, partial_rows)
             self._catch_up_rows(storage, rows)
             update = partial(self._update, storage, once=once)
             out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
@@ -202,7 +204,7 @@ class EmbeddingCollection(FusedTables):
 
     def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not kernels or (torch.compiler.is_compiling() and (self.sparse or self._bundle.torch_gathers)):
+        if not kernels or (torch.compiler.is_compiling() and self.sparse):
             return None
         served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
         if served is not None:
@@ -287,6 +289,9 @@ class EmbeddingCollection(FusedTables):
         """What kernels, and the torch operations beside them, do in backward: one step together."""
         if not batched.rest:
             return self._native_step, self._gather
+        if torch.compiler.is_compiling():
+            begun = torch.zeros(len(self.storages), dtype=torch.int64)
+            return self._native_step._replace(begun=begun), partial(self._compiled_gather, begun=begun)
         once = OneStep()
         step = self._native_step._replace(update=partial(self._update_native, once=once))
         return step, partial(self._gather, once=once)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.fused_gather import apply_update
+from recsys_embed.kernels.gather_ops import catch_up_all, gather
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
@@ -53,6 +54,23 @@ class OneStep:
             return False
         self._steps[storage] = run
         return True
+
+
+class _CompiledStep(OneStep):
+    """As :class:`OneStep`, in a compiled model, which takes a new tensor ``begun`` to every backward.
+
+    Args:
+        begun: int64, per storage 1 once a part has updated it, else 0.
+    """
+
+    def __init__(self, begun: Tensor, storages: Sequence[str]) -> None:
+        self._begun, self._storages = begun, storages
+
+    def begins(self, storage: str, who: str) -> bool:
+        at = self._storages.index(storage)
+        first = not self._begun[at]
+        self._begun[at] = 1
+        return first
 
 
 class FusedTables(nn.Module):
@@ -132,13 +150,41 @@ class FusedTables(nn.Module):
 
     @torch.no_grad()
     def _update(self, storage: str, rows: Tensor, grad: Tensor, once: OneStep | None = None) -> None:
+        self._step_rows(storage, rows, grad, getattr(self, storage), self._state(storage), once)
+
+    def _step_rows(
+        self,
+        storage: str,
+        rows: Tensor,
+        grad: Tensor,
+        table: Tensor,
+        state: dict[str, Tensor],
+        once: OneStep | None = None,
+    ) -> None:
         if self.optimizer is None:
             return
         with self._lock:
             if once is None or once.begins(storage, "torch"):
                 self._step_logs[storage].advance(self.optimizer, self._lr)
-            weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
-            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._step_logs[storage], kernels)
+            kernels = self.backend in ("native", "triton")
+            apply_update(self.optimizer, table, state, rows, grad, self._step_logs[storage], kernels)
+
+    def step_rows(
+        self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor], begun: Tensor | None
+    ) -> None:
+        """One step on the rows of ``table`` and of the list of its ``states``, in place."""
+        once = None if begun is None else _CompiledStep(begun, self.storages)
+        self._step_rows(storage, rows, grad, table, dict(zip(self._keys, states, strict=True)), once)
+
+    def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
+        """Apply the steps missed by rows of ``table``, in place; -1 is no row."""
+        self._replay(storage, rows, table, dict(zip(self._keys, states, strict=True)))
+
+    def _compiled_gather(self, storage: str, rows: Tensor, partial_rows: bool, begun: Tensor | None = None) -> Tensor:
+        states = list(self._state(storage).values())
+        lazy = self.optimizer is not None and self.optimizer.lazy
+        table = getattr(self, storage)
+        return gather(rows, table, states, self._anchor, begun, partial_rows, storage, self._handle, lazy)
 
     @property
     def _native_step(self) -> NativeStep:
@@ -160,7 +206,7 @@ class FusedTables(nn.Module):
         once: OneStep | None = None,
     ) -> None:
         tables, states = self._weights(), self._native_step.states
-        self.step_native(lookup, ids, tables, states, grads, kept, once)
+        self._step_native(lookup, ids, tables, states, grads, kept, once)
 
     @torch.no_grad()
     def step_native(
@@ -171,9 +217,22 @@ class FusedTables(nn.Module):
         states: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
-        once: OneStep | None = None,
+        begun: Tensor | None = None,
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
+        once = None if begun is None else _CompiledStep(begun, self.storages)
+        self._step_native(lookup, ids, tables, states, grads, kept, once)
+
+    def _step_native(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        states: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Tensor | None,
+        once: OneStep | None,
+    ) -> None:
         if self.optimizer is not None:
             with self._lock:
                 for name, log in zip(self.storages, self._all_step_logs, strict=True):
@@ -210,11 +269,14 @@ class FusedTables(nn.Module):
     @torch.no_grad()
     def _catch_up_rows(self, storage: str, rows: Tensor | None = None) -> None:
         """Apply missed steps to rows of a storage with torch's operations; -1 is no row, by default all rows."""
+        self._replay(storage, rows, getattr(self, storage), self._state(storage))
+
+    def _replay(self, storage: str, rows: Tensor | None, table: Tensor, state: dict[str, Tensor]) -> None:
         if self._has_missed_steps and self.optimizer is not None:
             rows = None if rows is None else rows[rows >= 0].unique()
             with self._lock:
                 log = self._step_logs[storage]
-                catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, log, log.step)
+                catch_up(self.optimizer, table, state, rows, log, log.step)
 
     @torch.no_grad()
     def catch_up_(self) -> Self:
@@ -231,16 +293,21 @@ class FusedTables(nn.Module):
         >>> bool((coll.catch_up_().width4[5] != before).all())
         True
         """
+        if self._has_missed_steps:
+            self.catch_up_all(self._weights(), self._native_step.states)
+        return self
+
+    @torch.no_grad()
+    def catch_up_all(self, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
         if self._has_missed_steps and self.optimizer is not None:
             with self._lock:
-                for name, log in self._step_logs.items():
-                    table = getattr(self, name)
+                for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
                     if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                        native.catch_up(self.optimizer, table, self._state(name), log)
+                        native.catch_up(self.optimizer, table, state, log)
                     else:
-                        self._catch_up_rows(name)
+                        catch_up(self.optimizer, table, state, None, log, log.step)
                     log.clear()
-        return self
 
     def settle_(self) -> Self:
         """The earlier name of :meth:`catch_up_`."""
@@ -252,9 +319,12 @@ class FusedTables(nn.Module):
             return
         if not torch.compiler.is_compiling():
             self.catch_up_()
+        elif torch.compiler.is_exporting() and self.training:
+            # An exported program knows no optimizer; eval() has applied all steps.
+            raise ConfigError("exported lookups need eval() where the optimizer has rows='all'")
         elif self.training:
-            # A compiled graph does not know which rows missed steps; eval() has applied them all.
-            raise ConfigError("compiled lookups without gradients need eval() where the optimizer has rows='all'")
+            with torch.no_grad():
+                catch_up_all(self._weights(), self._native_step.states, self._handle)
 
     def train(self, mode: bool = True) -> Self:
         if not mode:

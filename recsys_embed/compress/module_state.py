@@ -22,7 +22,7 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _TORCH_OWN = frozenset(vars(nn.Module()))
-_OURS = ("stands_in",)
+_OURS = ("stands_in", "_renamed")
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -34,7 +34,8 @@ def _bare(module: nn.Module) -> nn.Module:
             "unseen": module.spec.unseen,
             "device": "meta",
         }
-        return type(module)(module.num_embeddings, module.embedding_dim, **own, **call_options(module))
+        bare = type(module)(module.num_embeddings, module.embedding_dim, **own, **call_options(module))
+        return bare.stand_in() if module.stands_in else bare
     return (nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag)(1, 1, device="meta")
 
 
@@ -75,5 +76,4 @@ def transfer_module_state(old: nn.Module, new: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
     new.train(old.training)
     if isinstance(new, CompressedEmbedding):
-        # A full table with the same rows is its own dense table.
-        new.stands_in = new.config.method != "full" or new.spec.num_ids != new.num_embeddings
+        new.stand_in()

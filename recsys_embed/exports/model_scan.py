@@ -153,7 +153,8 @@ class _Scanner:
         storage.targets.append((path, name))
         if getattr(module, "max_norm", None) is not None:
             storage.renorm = (float(module.max_norm), float(module.norm_type))
-        self.skipped.add(f"{path}.{name}" if path else name)
+        key = module.parameter_name(name) if isinstance(module, CompressedEmbedding) else name
+        self.skipped.add(f"{path}.{key}" if path else key)
 
     def _rest(self) -> None:
         for key, value in self.state.items():

@@ -81,7 +81,7 @@ class Resumable:
         for key, coll in self._fused_collections():
             coll.load_optimizer_state_dict(saved["embedding_optimizer"][key])
         self.schedule.load_state_dict(saved["schedule"])
-        self.state = RunState(**saved["state"])
+        self.state = RunState.from_dict(saved["state"])
         self._resumed_rng = saved["rng"]
 
     def _fused_collections(self) -> list[tuple[str, Any]]:

@@ -82,11 +82,11 @@ def _folder(
         data = open_dataset(path)
         schema, state_size = data.schema(embedding_dim), state_size_of(optimizer, prefer_fused=True)
         raw = any(f.ids == "raw" for f in schema)
-        # Raw ids have no dense table; the reference is the table of as many indices.
+        # Raw ids have no full table; the reference is the table of as many indices.
         if raw:
             schema = Schema([replace(f, ids="index") for f in schema])
         storage = plan_storage(schema, Plan.full(schema), state_size.fused if state_size else None, kind="data")
-        note = f"plain tables of width {embedding_dim} for the features of the data"
+        note = f"full tables of width {embedding_dim} for the features of the data"
         note += ", whose raw ids were counted" if raw else ""
         return LoadedSource(replace(storage, notes=(note,)), state_size, dense_optimizer, data)
     raise ConfigError(f"{path} is no run folder (no {' or '.join(RUN_FILES)}) and no data folder (no schema.json)")

@@ -78,8 +78,10 @@ def _storage_of_plain(table: FoundTable) -> TableStorage:
 def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
     """A drop-in's stored arrays, from its parameters and persistent buffers."""
     tables = {t.name: t for t in module.program.tables}
+    table_of = {module.parameter_name(name): name for name in tables}
     arrays = []
-    for name, p in module.named_parameters():
+    for key, p in module.named_parameters():
+        name = table_of.get(key, key)
         table = tables.get(name)
         dense = table is None or table.dense
         rows, width = (p.shape[0], p.numel() // p.shape[0]) if p.dim() >= 2 else (1, p.numel())
