@@ -101,10 +101,10 @@ class StoredArray(Settings):
         return out.view(self.shape)
 
 
-Layout = Mapping[str, Mapping[str, StoredArray]]
+ArrayFormats = Mapping[str, Mapping[str, StoredArray]]
 
 
-def _header(layout: Layout) -> bytes:
+def _header(layout: ArrayFormats) -> bytes:
     """Header of the file; its length is a multiple of 8."""
     at, items = 0, {}
     for feature, arrays in layout.items():
@@ -143,7 +143,7 @@ class PlanArrays:
         file: from which they were read.
     """
 
-    layout: Layout
+    layout: ArrayFormats
     sha256: str
     values: Mapping[str, Mapping[str, Tensor]] | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, compare=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from recsys_embed.search.evolution import Evolution
-from recsys_embed.search.layers import Granularity, Rows
+from recsys_embed.search.layers import Granularity, RowThresholds
 from recsys_embed.search.retrain import Start
 from recsys_embed.utils.settings import Settings, param
 
@@ -35,7 +35,7 @@ class OptembedSettings(Settings):
         ConfigError: a setting is out of range; all faults at once.
     """
 
-    rows: Rows = "field"
+    rows: RowThresholds = "field"
     dims: bool = True
     norm: Literal[1, 2] = 1
     oov: bool = False
