@@ -46,7 +46,8 @@ class PlanNotes:
         bytes: bytes it takes.
         target: what these bytes cover, ``"serve"`` or ``"train"``.
         optimizer: fused optimizer whose state ``"train"`` counts; None for ordinary gradients.
-        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`.
+        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`: losses, and penalties for what a plan
+            resorts to only where bytes do not suffice.
         least_loss: no plan it could have made loses less.
         exact: the plan is proved to be the best of those.
         statistics: where frequencies came from.
@@ -95,9 +96,8 @@ class Plan:
         configs: by feature name.
         reasons: by feature name, in words, why a planner chose it.
         notes: what the planner aimed at and came to.
-        sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.core.id_sets.set_text`;
-            features without any own rows by frequency.
-
+        sets: by feature and index, ids that a search chose to own rows, or that a planner counted as frequent, as
+            :func:`recsys_embed.core.id_sets.set_text`; features without any own rows by frequency.
         arrays: what other indexes hold, as the codes of a learned clustering; :meth:`save` writes them into a file
             beside the plan's text.
 
@@ -207,7 +207,7 @@ class Plan:
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
-        """Plain tables everywhere."""
+        """Full tables everywhere."""
         return cls.uniform(schema, "full")
 
     @classmethod

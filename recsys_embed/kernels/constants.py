@@ -1,4 +1,4 @@
-"""Integers that a module derives from its configuration and reads as tensors."""
+"""Integer tensors that a module derives from its configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Integers: TypeAlias = Sequence["int | Integers"]
 
 
 class Constants(nn.Module):
-    """Holds named int64 tensors outside the state dict, rebuilt from Python integers wherever the module moves.
+    """Holds named int64 tensors that are not in the state dict, rebuilt from Python integers when the module moves.
 
-    A module that passes through the meta device loses what buffers hold; these come back by themselves.
+    A module that passes through the meta device loses the contents of its buffers; these tensors are restored.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Constants(nn.Module):
         return value
 
     def integers_of(self, name: str) -> Integers:
-        """The nested lists that a constant was made of."""
+        """The nested lists of integers of a constant."""
         return self._integers[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -123,10 +123,10 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(*given, tables, [], None, None, lookup.handle, native_ops.NOBODY)
+        *outputs, kept = native_ops._look_up(*given, tables, [], None, None, lookup.handle, native_ops.NO_OWNER)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    check(native_ops._look_up, (*given, trained, [], None, None, lookup.handle, native_ops.NOBODY))
+    check(native_ops._look_up, (*given, trained, [], None, None, lookup.handle, native_ops.NO_OWNER))
     check(native_ops._gradients, (*given, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
     check(
