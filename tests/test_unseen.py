@@ -146,7 +146,7 @@ def test_drop_ins_follow_the_definition(
         got = module(*arguments)
         vectors = [vector(module, f) for f in found]
         if mode is None:
-            # The plain table stores its padding row, as torch does; no padding row has a gradient.
+            # The full table stores its padding row, as torch does; no padding row has a gradient.
             keeps = 1.0 if method.name == "full" else 0.0
             rows = [v.detach() * keeps if i == padding else v for i, v in zip(ids, vectors, strict=True)]
             wanted = torch.stack(rows) if rows else got.detach()

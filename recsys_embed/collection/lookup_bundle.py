@@ -96,13 +96,14 @@ class LookupBundle(Constants):
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
         self.parts = [tuple(gathers[j] for j in g.features) for g in self.kernel.groups]
         self.grouped = len(self.parts)
-        self.parts += [(i,) for i in range(len(schema)) if i not in set(gathers)]
+        place = {i: j for j, i in enumerate(gathers)}
+        self.parts += [(i,) for i in range(len(schema)) if i not in place]
         self.projections = nn.ParameterDict()
         self.heads = HeadTables(schema, self.programs, zeros, self.projections, self.own, _own, options)
         for g, part in enumerate(self.parts[: self.grouped]):
             self.heads.add(f"part{g}", part)
-        own = {n: self._module(n).program for n in schema.names if n not in self.programs}
-        self.vectors = [{**self.programs, **own}[n].vectors for n in schema.names]
+        every = [self.programs[n] if n in self.programs else self._module(n).program for n in schema.names]
+        self.vectors = [program.vectors for program in every]
         self.widths = [
             self.programs[n].width if n in self.programs else self._module(n).output_dim for n in schema.names
         ]
@@ -115,7 +116,7 @@ class LookupBundle(Constants):
         self.batched_bags: dict[str, BatchedLookup] = {}
         for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
             run = [j for j in range(len(specs)) if j not in left]
-            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or gathers.index(part[0]) in left]
+            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] in left]
             for name in kernels if run else ():
                 if end and rest == (self.batched[name].rest if name in self.batched else None):
                     found[name] = self.batched[name]
@@ -151,15 +152,15 @@ class LookupBundle(Constants):
 
     def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> None:
         """Fill the index buffers of the named features; see :meth:`EmbeddingCollection.assign_`."""
-        unknown = [
-            str(unknown_name("feature", name, self.schema.names)) for name in counts if name not in self.schema.names
-        ]
+        known = set(self.schema.names)
+        unknown = [str(unknown_name("feature", name, known)) for name in counts if name not in known]
         raise_faults(unknown, "assign_", UnknownNameError)
+        place = {name: number for number, name in enumerate(self.programs)}
         for name, values in counts.items():
             if name in self.programs:
                 sets = isinstance(values, Mapping)
                 stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
-                self.kernel.index.assign_(list(self.programs).index(name), stored)
+                self.kernel.index.assign_(place[name], stored)
             else:
                 self._module(name).assign_(values)
 
@@ -264,7 +265,8 @@ class LookupBundle(Constants):
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
         picks: list[tuple[Tensor | slice | None, Tensor]] = []
         for p in parts:
-            if len(self.parts[p]) == 1 and feature is None:
+            # A slice needs its bounds as numbers, which compiled models do not know.
+            if len(self.parts[p]) == 1 and feature is None and not torch.compiler.is_compiling():
                 picks.append(self._pick_one(self.parts[p][0], bags))
                 continue
             feature = self._feature_of(bags) if feature is None else feature

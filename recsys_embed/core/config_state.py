@@ -1,4 +1,4 @@
-"""The configuration inside a state dict, as JSON bytes: weights load only into a module of equal configuration."""
+"""The configuration in a state dict, as JSON bytes, so that weights only load into a module of equal configuration."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def check(
     views: Mapping[str, Callable[[Any], Any]] | None = None,
     upgrade: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Raise where a packed configuration differs from ``config``.
+    """Raise if a packed configuration differs from ``config``.
 
     Args:
-        saved: what :func:`pack` made.
-        config: of the module that is to take the state over.
-        where: names that module.
+        saved: result of :func:`pack`.
+        config: of the module that loads the state.
+        where: name of that module, for the message.
         ignore: leaf keys that may differ.
-        views: per leaf key, the view of it that must agree, where not all of it must.
-        upgrade: makes of a saved configuration what this version would have saved.
+        views: per leaf key, a function of the value; only its result has to agree.
+        upgrade: converts a configuration saved by an earlier version to the present form.
 
     Raises:
         CheckpointError: names every key that differs, with both values.

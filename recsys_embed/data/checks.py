@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import DataError, raise_faults
+from recsys_embed.errors import ConfigError, DataError, raise_faults
 
 _PIECE = 1 << 20
 """Rows looked at together, so that no mask of a whole split is held."""
@@ -29,12 +29,8 @@ def shape_faults(batch: Any, num_dense: int, num_features: int, rows: int | None
     ['`dense` must have 4 columns (`num_dense`); got 3', '`ids` must be int32 or int64; got torch.float32']
     """
     names = {"dense": num_dense, "ids": num_features, "label": None}
-    lacking = [name for name in names if not hasattr(batch, name)]
-    if lacking:
-        return [
-            f"expected a recsys_embed.data.Batch(dense, ids, label); got {type(batch).__name__}, "
-            f"which lacks {', '.join(lacking)}"
-        ]
+    if absent := _absent(batch):
+        return [absent]
     faults, lengths = [], {}
     for name, columns in names.items():
         part = getattr(batch, name)
@@ -65,6 +61,26 @@ def shape_faults(batch: Any, num_dense: int, num_features: int, rows: int | None
     elif rows is not None and lengths and (got := next(iter(lengths.values()))) != rows:
         faults.append(f"expected {rows} rows; got {got}. `splits` and what `read` gives must agree")
     return faults
+
+
+def _absent(batch: Any) -> str:
+    lacking = [name for name in ("dense", "ids", "label") if not hasattr(batch, name)]
+    if not lacking:
+        return ""
+    return (
+        f"expected a recsys_embed.data.Batch(dense, ids, label); got {type(batch).__name__}, "
+        f"which lacks {', '.join(lacking)}"
+    )
+
+
+def need_parts(batch: Any, where: str) -> None:
+    """Refuse what is no batch at all, e.g. a tuple.
+
+    Raises:
+        ConfigError: says what is expected.
+    """
+    if absent := _absent(batch):
+        raise ConfigError(f"{absent} (batches of {where})")
 
 
 def _cure(part: Any) -> str:

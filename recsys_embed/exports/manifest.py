@@ -250,6 +250,9 @@ def _module(i: int, item: Any) -> ModuleItem:
     kind = _Module.read(item, f"manifest, module {i}").kind
     values = (_Collection if kind == "collection" else _Embedding).read(item, f"manifest, module {i}")
     build = {k: v for k, v in item.items() if k not in ("kind", "paths", "dtype")}
+    if isinstance(values, _Collection) and not values.plan.keys() <= {"version", "features"}:
+        # What indexes hold is among the tensors, so a plan that says it again would only cost time and memory.
+        raise_faults([fault("plan", "`version` and `features`", sorted(values.plan))], values.where())
     return ModuleItem(kind, values.paths, build, DTYPES[values.dtype])
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
-from recsys_embed.core.id_sets import popcount, ranks_of, words_of
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import CheckpointError, raise_faults, unknown_name
+from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.exports.manifest import ExportManifest, StorageItem, TableItem, read_manifest
@@ -22,17 +23,22 @@ from recsys_embed.exports.served_modules import (
     ModuleItem,
     build_model,
     build_module,
+    count_row_lookups,
+    name_backends,
     parameter_name,
     put_tables,
     refusals,
     revive,
     row_tables,
 )
-from recsys_embed.kernels.stored_tables import Stored
+from recsys_embed.kernels import fbgemm
+from recsys_embed.kernels.stored_tables import Stored, too_many_columns
 from recsys_embed.methods.full import FullConfig
+from recsys_embed.plan import MAX_ROW_LOOKUPS
 from recsys_embed.utils.types import JSONMapping
 
 Backend = Literal["auto", "torch", "fbgemm"]
+_PLACES = 64 << 20  # bytes of FBGEMM's table of remapped indices that any file may take
 _CPU = torch.device("cpu")
 
 
@@ -63,7 +69,7 @@ def load(
             quantised rows where it is installed. ``"torch"``: the same numbers, slower. ``"fbgemm"``: its inference
             tables for all precisions but bf16, with its table of remapped indices, 4 bytes per row, for tables with
             pruned rows; rows narrower than 8 that share scales, and those of tables with pruned columns, are decoded by
-            torch.
+            torch. The ``backend`` of a loaded collection is the one that reads its rows.
 
     Returns:
         The module; ``into`` where it was given.
@@ -71,6 +77,8 @@ def load(
     Raises:
         CheckpointError: absent, damaged (says what: tensor, expected, got), of another version, or ``into`` is missing
             or does not fit (all faults at once).
+        BackendError: FBGEMM is asked for and can read no table of the file.
+        MissingDependencyError: FBGEMM is asked for and cannot be imported.
     """
     file = ExportFile(path, mmap)
     manifest = read_manifest(file)
@@ -80,6 +88,7 @@ def load(
         raise unknown_name("backend", str(backend), get_args(Backend))
     with _naming(file.path):
         root = _loaded(_Loader(file, manifest, backend), into)
+        name_backends(root)
     if device is None and into is not None:
         device = next((p.device for p in into.parameters() if not p.is_meta and p.device.type != "cpu"), None)
     if device is not None:
@@ -134,14 +143,28 @@ def verify(path: str | Path) -> JSONMapping:
 class _Loader:
     def __init__(self, file: ExportFile, manifest: ExportManifest, backend: Backend) -> None:
         self.file, self.manifest, self.backend = file, manifest, backend
+        # Asked for by name, torch and FBGEMM read rows in place of the compiled kernels.
+        self.kernels = "auto" if backend == "auto" else "torch"
         self.tables: dict[str, dict[str, nn.Parameter | Stored]] = {}
         self.read: set[str] = set()  # paths of embeddings that have been found to read them
+        row_lookups = 0
+        for item in manifest.modules:
+            row_lookups += count_row_lookups(item)
+            # Those of one module are bounded by the plan; a file of many modules has the text to describe them.
+            if row_lookups > MAX_ROW_LOOKUPS + file.header_size // 16:
+                raise self._unfit(f"its embeddings read more than {row_lookups} rows for one id of each feature")
         for storage in with_tables_of_modules(manifest.storages, manifest.modules):
             values = self._storage(storage)
             for path, name in storage.targets:
                 if name in self.tables.setdefault(path, {}):
                     raise self._unfit(f"{name!r} at {path!r} is to be filled twice")
                 self.tables[path][name] = values
+        stored = [v for row in self.tables.values() for v in row.values() if isinstance(v, Stored)]
+        if backend == "fbgemm" and self.tables and not any(v.read_by_fbgemm for v in stored):
+            raise BackendError(
+                f"backend 'fbgemm' can read no table of {file.path}: it reads whole rows of fp32, fp16, int8 and int4 "
+                "that do not share scales; use backend 'auto', or export with another precision"
+            )
 
     def _unfit(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path} is damaged: its manifest contradicts itself: {why}")
@@ -151,12 +174,21 @@ class _Loader:
     def _storage(self, storage: StorageItem) -> nn.Parameter | Stored:
         first, parts = storage.tables[0], [t.part for t in storage.tables]
         names = [t.name for t in storage.tables]
+        if too_many_columns(parts):
+            raise self._unfit(f"the columns kept of {len(parts)} tables with {first.name!r} take more than their rows")
         # Tables that earlier versions stored apart do not stand end to end.
         together = storage in self.manifest.storages
         data = self.file.run(names) if together else torch.cat([self.file.run([n]) for n in names])
-        if all(p.form == "all" and p.columns is None for p in parts) and data.dtype == first.dtype:
+        whole = all(p.form == "all" and p.columns is None for p in parts)
+        if whole and data.dtype == first.dtype and not (self.backend == "fbgemm" and fbgemm.usable(parts[0].layout)):
             # Nothing to decode: the very parameter that the source reads.
             return nn.Parameter(data.view(-1, first.width), requires_grad=False)
+        rows = sum(p.rows for p in parts)
+        if self.backend == "fbgemm" and 4 * rows > _PLACES + 64 * data.nbytes and any(p.form != "all" for p in parts):
+            raise BackendError(
+                f"backend 'fbgemm' takes {format_bytes(4 * rows)} to say where {rows} rows of {first.name!r} are, of "
+                f"which {format_bytes(data.nbytes)} are stored; use backend 'auto'"
+            )
         arrays: dict[str, list[Tensor]] = {"words": [], "ranks": [], "values": []}
         for table in storage.tables:
             for end, values in self._index(table).items():
@@ -171,14 +203,9 @@ class _Loader:
         found = {end: self.file.tensor(name) for end, (name, _, _) in table.arrays().items()}
         good = True
         if table.part.form == "bitmap":
-            words, size = found["words"], table.part.rows
-            rest = words_of(size) * 64 - size
-            beyond = int(words[-1]) >> (64 - rest) if rest else 0
-            whole = int(popcount(words).sum()) == table.part.count
-            good = whole and beyond == 0 and bool((ranks_of(words) == found["ranks"]).all())
+            good = is_bitmap(found["words"], found["ranks"], table.part.rows, table.part.count)
         elif table.part.form == "sorted":
-            values = found["values"]
-            good = bool((values.diff() > 0).all()) and int(values[0]) >= 0 and int(values[-1]) < table.part.rows
+            good = rises_within(found["values"], table.part.rows)
         if not good:
             raise CheckpointError(
                 f"{self.file.path} is damaged: tensors '{table.name}.rows.*' do not tell {table.part.count} of "
@@ -200,7 +227,7 @@ class _Loader:
             return module
         collections = {item.paths[0]: item for item in manifest.modules if item.kind == "collection"}
         sizes = {key: self.file.entries[item.tensor].shape for key, item in manifest.dense.items()}
-        root: nn.Module = build_model(manifest.model, collections, sizes)
+        root: nn.Module = build_model(manifest.model, collections, sizes, self.kernels)
         self._finish(root, ("",), manifest.dense.keys())
         self._check_read()
         return root
@@ -220,7 +247,7 @@ class _Loader:
             raise self._unfit(f"it fills tables at {unread[:5]}, where it has no embedding")
 
     def _module(self, item: ModuleItem, keys: Iterable[str]) -> nn.Module:
-        module = build_module(item)
+        module = build_module(item, self.kernels)
         self._finish(module, item.paths, keys)
         return module
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.embedding import CompressedEmbedding
@@ -24,6 +29,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict, get_method
 
 _META = torch.device("meta")
+_MOST_PARAMETERS = 1000  # and modules, of a model whose file has no tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,12 @@ def refusals(what: str) -> Any:
         raise CheckpointError(f"{what} cannot be built: {type(e).__name__}: {reason:.300}") from e
 
 
-def build_module(item: ModuleItem) -> CompressedEmbedding | EmbeddingCollection:
+def build_module(item: ModuleItem, backend: str = "auto") -> CompressedEmbedding | EmbeddingCollection:
     """The module without memory: all its tensors are on the meta device.
+
+    Args:
+        item: its description.
+        backend: ``"torch"`` leaves the compiled kernels out.
 
     Raises:
         CheckpointError: unknown names, arguments out of range.
@@ -58,7 +68,7 @@ def build_module(item: ModuleItem) -> CompressedEmbedding | EmbeddingCollection:
     with refusals(f"the {item.kind} at {item.paths[0]!r}"):
         if item.kind == "collection":
             schema, plan = Schema.from_dict(build["schema"]), Plan.from_dict(build["plan"])
-            return EmbeddingCollection(schema, plan, device=_META, dtype=item.dtype)
+            return EmbeddingCollection(schema, plan, device=_META, dtype=item.dtype, backend=backend)
         (spec,) = Schema.from_dict({"features": [build["spec"]]})
         config = config_from_dict(build["config"])
         # What the module's constructor takes of a feature's specification.
@@ -76,19 +86,28 @@ def build_module(item: ModuleItem) -> CompressedEmbedding | EmbeddingCollection:
         )
         if module.spec != spec:
             raise CheckpointError(f"the embedding at {item.paths[0]!r} is of {spec}, which no module can be")
+        if backend == "torch":
+            module._native = None
         return module.stand_in() if build["stands_in"] else module
 
 
 _OPTIONS = {*inspect.signature(CompressedEmbedding).parameters} - {"num_embeddings", "embedding_dim"}
 
 
-def build_model(build: Mapping[str, Any], collections: Mapping[str, ModuleItem], sizes: Mapping[str, Any]) -> CTRModel:
+def build_model(
+    build: Mapping[str, Any],
+    collections: Mapping[str, ModuleItem],
+    sizes: Mapping[str, Any],
+    backend: str = "auto",
+) -> CTRModel:
     """One of the library's models; its tables are on the meta device, its dense layers in memory.
 
     Args:
         build: ``key``, ``num_dense`` and ``params``.
         collections: its collections by attribute name.
-        sizes: shape of every dense tensor by its key; nothing is allocated unless the model has these.
+        sizes: shape of every dense tensor by its key; nothing is allocated unless the model has these and, beside its
+            collections, no others.
+        backend: ``"torch"`` leaves the compiled kernels out.
     """
 
     def parts(name: str) -> tuple[Schema, Plan] | None:
@@ -104,21 +123,63 @@ def build_model(build: Mapping[str, Any], collections: Mapping[str, ModuleItem],
         if schema is None:
             raise ConfigError("it has no collection")
         second = linear[1] if vectors is not None and linear is not None else None
+        if not isinstance(build["params"], dict):
+            raise ConfigError(f"`params` must be an object; got {type(build['params']).__name__}")
         params = make_params(cls, build["params"])
-        spec = ModelSpec(schema, plan, second, build["num_dense"], device=_META)
+        spec = ModelSpec(schema, plan, second, build["num_dense"], backend=backend, device=_META)
         with torch.random.fork_rng(devices=[]):
             return cls(spec, params)  # type: ignore[call-arg]
 
     with refusals(f"model {build.get('key')!r}"):
-        with _META:
+        features = sum(len(item.build["schema"]["features"]) for item in collections.values())
+        with _META, _parameters_at_most(_MOST_PARAMETERS + 16 * (len(sizes) + features)):
             tried = make()
-        found = {k: tuple(v.shape) for k, v in tried.state_dict(keep_vars=True).items() if k in sizes}
+        state = tried.state_dict(keep_vars=True)
+        apart = tuple(f"{name}." for name in collections)
+        found = {k: tuple(v.shape) for k, v in state.items() if k in sizes or not k.startswith(apart)}
         if found != {k: tuple(shape) for k, shape in sizes.items()}:
-            odd = sorted(k for k in sizes if found.get(k) != tuple(sizes[k]))
+            odd = sorted(k for k in {*found, *sizes} if found.get(k) != tuple(sizes.get(k, ())))
             raise ConfigError(f"its tensors are of other shapes than those it is to be filled with: {odd[:5]}")
         model = make()
         model.params = make_params(get_model(build["key"]), build["params"])
         return model
+
+
+def count_row_lookups(item: ModuleItem) -> int:
+    """Rows that a module reads for one id of each feature, which is what building it takes time and memory for."""
+    with refusals(f"the {item.kind} at {item.paths[0]!r}"):
+        if item.kind == "collection":
+            programs = Plan.from_dict(item.build["plan"]).gathered(Schema.from_dict(item.build["schema"]))
+            return sum(len(program.row_lookups) for program in programs.values())
+        (spec,) = Schema.from_dict({"features": [item.build["spec"]]})
+        config = config_from_dict(item.build["config"])
+        return 0 if config.computes else len(config.program(spec).row_lookups)
+
+
+@contextmanager
+def _parameters_at_most(limit: int) -> Iterator[None]:
+    """Stop building a model that registers more parameters, or modules, than what fills it can have.
+
+    Raises:
+        ConfigError: it does.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def registered(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ConfigError(f"its parameters describe more layers than the file has tensors for ({limit} and more)")
+
+    hooks = (
+        register_module_parameter_registration_hook(registered),
+        register_module_module_registration_hook(registered),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def revive(module: nn.Module, device: torch.device) -> None:
@@ -146,6 +207,15 @@ def put_tables(module: nn.Module, tables: Mapping[str, nn.Parameter | Stored]) -
             module._parameters[key] = values if shared else nn.Parameter(values, requires_grad=False)
     if served:
         cast("Any", module).served = StoredTables(served)
+
+
+def name_backends(root: nn.Module) -> None:
+    """Set the ``backend`` of loaded collections to what reads their rows."""
+    for module in root.modules():
+        if isinstance(module, EmbeddingCollection) and module.served is not None:
+            tables = [t for t in module.served.modules() if isinstance(t, Stored)]
+            if any(t.direct is None for t in tables):
+                module.backend = "fbgemm" if any(t.read_by_fbgemm for t in tables) else "torch"
 
 
 def parameter_name(module: nn.Module, table: str) -> str:

@@ -1,4 +1,4 @@
-"""Integers that a module derives from its configuration and reads as tensors."""
+"""Integer tensors that a module derives from its configuration."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Integers: TypeAlias = Sequence["int | Integers"]
 
 
 class Constants(nn.Module):
-    """Holds named int64 tensors, rebuilt from Python integers wherever the module moves.
+    """Holds named int64 tensors that are not in the state dict, rebuilt from Python integers when the module moves.
 
-    They are no buffers: what goes over the buffers of a model (averages of weights, offloading, the meta device) would
-    change integers that only the configuration can tell.
+    They are no buffers: averaging buffers, offloading or the meta device would change integers that the configuration
+    determines.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Constants(nn.Module):
         return value
 
     def integers_of(self, name: str) -> Integers:
-        """The nested lists that a constant was made of."""
+        """The nested lists of integers of a constant."""
         return self._integers[name]
 
     def revive(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Gathers whose backward updates the table: no gradient tensor, no optimizer step of its own."""
+"""Gathers whose backward updates the table, without a gradient tensor or a separate optimizer step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Updater(Protocol):
 
 
 class _Context(Protocol):
-    """What a gather keeps for its backward."""
+    """What a gather saves for backward."""
 
     partial: bool
     updater: Updater
@@ -33,9 +33,9 @@ class _Context(Protocol):
 
 
 class FusedGather(Function):
-    """``weight[rows]`` whose backward hands the gradient to ``updater`` instead of returning it.
+    """``weight[rows]`` whose backward passes the gradient to ``updater`` instead of returning it.
 
-    With ``partial``, rows of -1 read anything and update nothing.
+    With ``partial``, rows may be -1: they give undefined vectors and update nothing.
     ``anchor`` is any tensor that requires grad: it makes autograd run the backward and receives no gradient.
     """
 
@@ -56,9 +56,9 @@ class FusedGather(Function):
 
 
 def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:
-    """``weight[rows]`` for int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows of -1 read anything.
+    """``weight[rows]`` of int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows may be -1.
 
-    Sparse gradients leave such rows out: a sparse optimizer moves every row that its gradient names.
+    Sparse gradients leave these rows out, because a sparse optimizer updates every row in its gradient.
     """
     if not partial or not sparse:
         return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
@@ -84,7 +84,7 @@ def apply_update(
         rows: int64 ``[n]``, duplicates allowed.
         grad: ``[n, width]``.
         log: advanced to this step.
-        kernels: may be those of the GPU; else torch's operations.
+        kernels: whether the GPU kernels may be used; else torch's operations.
     """
     if rows.numel() == 0:
         return

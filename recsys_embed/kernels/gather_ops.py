@@ -1,7 +1,7 @@
-"""Gathers whose backward updates the table, as operators of torch, for compiled models.
+"""Gathers whose backward updates the table, as custom torch operators for compiled models.
 
-A compiler does not trace what an optimizer keeps besides tensors: counts of steps, a lock, deferred steps. So the
-gather, the update in backward and the catching up are operators, which run uncompiled and name their owner by handle.
+The compiler cannot trace the optimizer's Python state: step counts, a lock, deferred steps. So the gather, the update
+in backward and the deferred steps are operators, which run uncompiled and refer to their owner by handle.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from recsys_embed.kernels.native.handles import KNOWN
 
 
 class RowStepper(Protocol):
-    """Who owns the optimizer of some storages."""
+    """The owner of the optimizer of some storages."""
 
     def step_rows(
         self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: list[Tensor], begun: Tensor | None
     ) -> None:
-        """One step on the rows of ``table`` and of the list of its ``states``, in place."""
+        """One step on rows of ``table`` and of its ``states``, in place."""
 
     def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: list[Tensor]) -> None:
-        """Apply the steps missed by rows of ``table``, in place."""
+        """Apply the deferred steps of rows of ``table``, in place."""
 
     def catch_up_all(self, tables: list[Tensor], states: list[Tensor]) -> None:
         """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
@@ -91,7 +91,7 @@ _Inputs: TypeAlias = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, 
 
 
 class _Context(Protocol):
-    """What a gather keeps for its backward."""
+    """What a gather saves for backward."""
 
     held: tuple[Tensor, list[Tensor], Tensor | None]
     where: tuple[bool, str, int]
@@ -104,7 +104,7 @@ class _Context(Protocol):
 
 def _save(ctx: _Context, inputs: _Inputs, output: Tensor) -> None:
     rows, table, states, _, begun, *where = inputs
-    # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
+    # Not save_for_backward: tensors that another part of the same backward has updated in place would be an error.
     ctx.held, ctx.where = (table, states, begun), cast("tuple[bool, str, int]", tuple(where))
     ctx.save_for_backward(rows)
 
@@ -130,12 +130,12 @@ def gather(
     owner: int,
     lazy: bool,
 ) -> Tensor:
-    """``table[rows]`` as :class:`recsys_embed.kernels.fused_gather.FusedGather` has it, for compiled models.
+    """As :class:`recsys_embed.kernels.fused_gather.FusedGather`, for compiled models: ``table[rows]``.
 
     Args:
         begun: see :class:`recsys_embed.collection.fused_tables.OneStep`.
         owner: handle of the :class:`RowStepper`.
-        lazy: rows may have missed steps.
+        lazy: rows may have deferred steps.
     """
     if lazy:
         _catch_up(rows, table, states, storage, owner)

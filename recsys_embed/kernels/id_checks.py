@@ -18,10 +18,10 @@ _ID_TYPES = (torch.int64, torch.int32)
 
 
 def check_id_dtype(ids: object, where: str) -> Tensor:
-    """``ids``, where they are a tensor of int32 or int64.
+    """``ids``, checked to be a tensor of int32 or int64.
 
     Args:
-        where: the feature, empty for all of a collection.
+        where: name of the feature; empty for a whole collection.
 
     Raises:
         ConfigError: they are anything else.
@@ -37,10 +37,10 @@ def check_id_dtype(ids: object, where: str) -> Tensor:
 def given_ids(values: IdValues, spec: FeatureSpec, hashes: bool, near: nn.Module) -> IdValues:
     """Ids of one feature as users give them: for a method that hashes, also strings and numpy arrays, as a tensor.
 
-    What is neither comes back as it is, for :func:`check_id_dtype` to name.
+    Other types are returned unchanged, and :func:`check_id_dtype` reports them.
 
     Args:
-        near: the module whose tables are read, on the device that the tensor is to be on.
+        near: the module whose tables are read, on the device of the result.
 
     Raises:
         ConfigError: strings for a feature whose ids are indices.
@@ -75,16 +75,16 @@ def _has_texts(values: object) -> bool:
 
 
 def check_offsets(offsets: object, count: int, where: str, closed: bool = False) -> Tensor:
-    """``offsets`` as int64, or an error unless they rise from 0 to at most the number of ids, ``count``.
+    """``offsets`` as int64, checked to start at 0, never decrease, and end at ``count`` or below.
 
-    Values are read on the CPU only: elsewhere that would wait for the device.
+    Values are checked on the CPU only: on a GPU the check would wait for the device.
 
     Args:
         offsets: int32 or int64, 1-D.
         closed: the last offset must be ``count``; without, it may be less, as in torch.
 
     Raises:
-        ConfigError: of another type or shape, falling, or beyond the ids.
+        ConfigError: of another type or shape, decreasing, or beyond the ids.
     """
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int64, torch.int32):
         got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
@@ -104,14 +104,14 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
 
 
 def bag_mode(mode: str, offsets: Tensor) -> str:
-    """The mode to pool with: without a single bag all give ``[0, D]``, but torch's ``max`` ends the process."""
+    """The mode to pool with: ``"sum"`` if there is no bag, because torch's ``max`` then crashes the process."""
     return mode if offsets.numel() else "sum"
 
 
 def check_id_range(ids: Tensor, size: int, where: str) -> None:
     """Raise unless all ids lie in ``[0, size)``.
 
-    On a GPU, and while tracing, the check is an asynchronous assertion: it costs no synchronisation.
+    On a GPU, and while tracing, the check is an asynchronous assertion, which does not synchronise.
 
     Raises:
         IdRangeError: names the smallest and largest id.
@@ -130,7 +130,7 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
 
 
 def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature: Tensor | None = None) -> None:
-    """Raise unless every id lies below the limit of its feature; a limit of -1 lets any id pass.
+    """Raise unless every id is below the limit of its feature; a limit of -1 allows any id.
 
     Args:
         ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id.
@@ -139,7 +139,8 @@ def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature
     Raises:
         IdRangeError: names the first feature at fault and its smallest and largest id.
     """
-    if ids.numel() == 0 or ids.device.type == "meta":
+    # The number of ids may be unknown to a compiled model.
+    if ids.device.type == "meta" or (not torch.compiler.is_compiling() and ids.numel() == 0):
         return
     bound = limits if feature is None else limits[feature]
     bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)

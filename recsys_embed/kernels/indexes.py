@@ -1,4 +1,4 @@
-"""The index arrays of many programs, end to end, as buffers that a lookup reads."""
+"""Index arrays of many programs, concatenated into the buffers that lookups read."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def _content_faults(index: Index, arrays: Mapping[str, Tensor]) -> list[str]:
 
 
 class IndexStore(nn.Module):
-    """Arrays of all indexes of a module; without any, it holds nothing.
+    """Arrays of all indexes of a module.
 
-    State dicts have them as they have buffers, but they are none: integers that say which row an id reads must come
-    through averages of weights and buffers bit for bit.
+    State dicts contain them as if they were buffers. They are not, since averaging buffers would change integers that
+    say which row an id reads.
 
     Args:
-        indexes: per program. Each starts as if ids were numbered by falling frequency.
+        indexes: per program. At first each is filled as if ids were numbered by descending frequency.
     """
 
     def __init__(self, indexes: Sequence[Sequence[Index]]) -> None:
@@ -64,7 +64,7 @@ class IndexStore(nn.Module):
                 self._places[-1][index.name] = lengths.get(kind, 0)
                 lengths[kind] = lengths.get(kind, 0) + index.arrays[0].length
         self._longest = max((i.searched for row in self.indexes for i in row.values()), default=0)
-        # The arrays of one kind of index stand side by side, so that kernels find all from the first.
+        # Arrays of one kind of index get consecutive numbers, so that kernels only need the first.
         self._slots: dict[str, int] = {}
         self._held: dict[str, Tensor] = {}
         for kind, length in lengths.items():
@@ -81,7 +81,7 @@ class IndexStore(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the arrays; the CPU where there are none."""
+        """Device of the arrays; the CPU if there are none."""
         return next((a.device for a in self._held.values()), torch.device("cpu"))
 
     def slot(self, program: int, name: str | None) -> int:
@@ -93,15 +93,15 @@ class IndexStore(nn.Module):
         return sum(a.nbytes for a in self._held.values())
 
     def places(self, program: int) -> Mapping[str, int]:
-        """Where each index of a program begins in the arrays of its form."""
+        """Offset of each index of a program in the arrays of its form."""
         return self._places[program]
 
     def at(self, program: int, name: str | None) -> int:
-        """Where one index begins; 0 for None."""
+        """Offset of one index; 0 for None."""
         return 0 if name is None else self._places[program][name]
 
     def reset(self) -> None:
-        """Ids are numbered by falling frequency."""
+        """Fill all indexes as if ids were numbered by descending frequency."""
         for program, row in enumerate(self.indexes):
             for index in row.values():
                 if self.device.type != "meta":
@@ -109,11 +109,11 @@ class IndexStore(nn.Module):
 
     @torch.no_grad()
     def assign_(self, program: int, counts: Tensor | Mapping[str, Tensor]) -> None:
-        """Fill the indexes of a program from ``counts [size]``; ties go to the smaller id.
+        """Fill the indexes of a program from ``counts [size]``; of equal counts the smaller id ranks first.
 
         Args:
             program: its position.
-            counts: or, by name of the index, what it is to hold: the distinct ids of a set, the codes of all ids.
+            counts: or the values of each index by its name: distinct ids for a set, codes of all ids for codes.
 
         Raises:
             ConfigError: counts of another shape, or not all finite numbers >= 0; values that do not
@@ -151,15 +151,15 @@ class IndexStore(nn.Module):
             self._write(program, known[name], arrays)
 
     def value(self, program: int, name: str) -> Tensor:
-        """What an index holds, as ``assign_`` takes it: of a set its ids, ascending, int64 ``[count]``."""
+        """Values of an index as ``assign_`` takes them; those of a set are its ids, ascending, int64 ``[count]``."""
         return self.indexes[program][name].value(self._places[program][name], self.arrays)
 
     def rows(self, program: int, transform: Transform, ids: Tensor) -> Tensor:
-        """Rows of ids that a program's transform gives, see :meth:`Transform.rows`."""
+        """Rows of ids by a transform of a program, see :meth:`Transform.rows`."""
         return transform.rows(ids, self.at(program, transform.reads), self.arrays)
 
     def owners(self, program: int, transform: Transform, ids: int) -> Tensor | None:
-        """Ids that have a row of a program's transform to themselves, see :meth:`Transform.owners`."""
+        """Ids that share their row with no other id, see :meth:`Transform.owners`."""
         return transform.owners(ids, self.at(program, transform.reads), self.arrays)
 
     def _write(self, program: int, index: Index, arrays: Mapping[str, Tensor]) -> None:
@@ -223,7 +223,7 @@ class IndexStore(nn.Module):
             destination.update({prefix + name: destination[prefix + name].clone() for name in self._held})
 
     def _damage(self, saved: Mapping[str, Any]) -> list[str]:
-        """What keeps saved arrays from being those of the indexes: rows beyond the tables would be read."""
+        """Faults of saved arrays; loading them would make lookups read beyond the tables."""
         faults = []
         for program, row in enumerate(self.indexes):
             for index in row.values():

@@ -1,4 +1,4 @@
-"""full: the dense table, as in torch; the baseline that every method is compared with."""
+"""full: the full table, as in torch; the baseline that every method is compared with."""
 
 from __future__ import annotations
 

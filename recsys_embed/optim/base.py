@@ -22,6 +22,18 @@ def is_rate(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
+def moved_mean(mean: Tensor, square: Tensor, rest: float) -> Tensor:
+    """A running mean of squares after one more; where it overflowed it stays infinite, so that its weights rest.
+
+    The squares of float32 gradients overflow from about 1.8e19 on. Their difference from an infinite mean would be NaN.
+
+    >>> import torch
+    >>> moved_mean(torch.tensor([1.0, torch.inf]), torch.tensor([3.0, 3.0]), 0.25)
+    tensor([1.5000,    inf])
+    """
+    return mean.lerp(square, rest).where(mean < math.inf, mean)
+
+
 @dataclass(frozen=True)
 class FusedOptimizer(ABC):
     """One update rule. Subclasses are frozen data; state lives with the tables.

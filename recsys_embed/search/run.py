@@ -82,7 +82,7 @@ def run_search(
     True
     """
     if config.method != "full" or config.plan is not None:
-        raise ConfigError(f"a search starts from plain tables; drop `method` and `plan`; got {config.method!r}")
+        raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
     check_rows(data)
     path = None if folder is None else Path(folder)
@@ -121,7 +121,7 @@ def run_search(
             footprint=trained_footprint(model),
             full_bytes=plans_for(schema, bare).full_bytes,
             seconds=seconds,
-            cost=sum(seconds.values()) / search.plain_seconds(),
+            cost=sum(seconds.values()) / search.full_training_seconds(),
         )
         if path is not None:
             final_config = planned(bare, plan, budget).to_dict()

@@ -38,7 +38,7 @@ class ShardableCollection(Constants):
 
     Args:
         schema: the features, in the order of the id columns.
-        plan: a method configuration per feature; plain tables when None.
+        plan: a method configuration per feature; full tables when None.
         optimizer: updates the tables inside backward once :func:`recsys_embed.sharding.shard` was called. Before that,
             and with None, tables have ordinary gradients.
         pool: ``"tables"`` pools as described above. ``"ids"`` looks up every feature id by id: bags are bit-identical

@@ -39,7 +39,7 @@ def same_seed_same_bits(method: MethodInfo) -> None:
     assert not torch.equal(first.materialize(), other.materialize()), "another seed must give other weights"
 
 
-def starts_with_the_distribution_of_a_plain_table(method: MethodInfo) -> None:
+def starts_with_the_distribution_of_a_full_table(method: MethodInfo) -> None:
     for init, std in (("normal:1", 1.0), ("uniform:0.3", 0.3 / 3**0.5)):
         tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in range(4)]
         values = torch.stack(tables).double()
@@ -56,7 +56,7 @@ def state_round_trips_and_refuses_others(method: MethodInfo) -> None:
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(copied(example_ids(module)), module(example_ids(module)))
     if method.name == "full":
-        return  # a plain table means the same under every seed
+        return  # a full table means the same under every seed
     with refused(CheckpointError, "seed"):
         example(method, seed=1).load_state_dict(module.state_dict())
 
@@ -87,7 +87,7 @@ def budgets_are_kept(method: MethodInfo) -> None:
         size, met = config.footprint(spec).serve, met + 1
         assert last <= size <= budget, f"budget {budget}: sized {size} after {last}"
         last = size
-    assert met, "no budget up to the plain table's bytes can be met"
+    assert met, "no budget up to the full table's bytes can be met"
     half = max(5000 * 16 * 4 // 2, method.config_cls.sized(spec, 1).footprint(spec).serve)
     fitted = method.config_cls.for_budget(spec, half)
     for dtype in (torch.float64, torch.bfloat16):

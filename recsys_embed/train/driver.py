@@ -18,7 +18,7 @@ from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import environment
 from recsys_embed.train.inputs import check_rows, fingerprint, schema_of
-from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.json_values import footprint_dict, json_ready
 from recsys_embed.train.loop import Trainer
 from recsys_embed.train.plans import plans_for, resolve
 from recsys_embed.train.result import TrainResult
@@ -90,7 +90,7 @@ class Run:
             if self.save_model:
                 self.save(self.folder, trained, footprint)
             if self.writes:
-                write_json(self.folder / "result.json", plain(result.to_dict()))
+                write_json(self.folder / "result.json", json_ready(result.to_dict()))
         return RunOutcome(result, footprint, plans_for(self.schema, self.config).full_bytes, model)
 
     # -- what a run on several processes does otherwise -----------------------------------------------------------

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.data.batch import Batch
+from recsys_embed.data.checks import need_parts
 from recsys_embed.data.data_source import BatchSource, BatchStream
-from recsys_embed.errors import DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models.base import CTRModel
 from recsys_embed.train.batch_norm import LastRowJoined, leaves_one_row, need_two_rows, normalises_batches
 from recsys_embed.train.checkpoint import CheckpointTimer, set_rng_state
@@ -34,6 +35,15 @@ from recsys_embed.utils.files import drop_leftovers
 from recsys_embed.utils.types import JSON
 
 __all__ = ["BEST", "CHECKPOINT", "BatchSource", "DivergedError", "TrainResult", "Trainer", "evaluate"]
+
+
+def _length(batches: object, data: BatchSource) -> int:
+    if not isinstance(batches, Sized):
+        raise ConfigError(
+            f"`batches` of {type(data).__name__} must return an iterable with len(), the number of batches of the "
+            f"epoch; got {type(batches).__name__}"
+        )
+    return len(batches)
 
 
 class Trainer(Resumable):
@@ -82,7 +92,7 @@ class Trainer(Resumable):
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
-        self.steps_per_epoch = len(self._epoch(0, 0))
+        self.steps_per_epoch = _length(self._epoch(0, 0), data)
         if self.steps_per_epoch == 0:
             raise DataError("no training samples: the split 'train' is empty")
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -206,6 +216,8 @@ class Trainer(Resumable):
             batch = next(batches, None)
             if batch is None:
                 return
+            if self.state.batch == 0:
+                need_parts(batch, type(self.data).__name__)
             yield batch
 
     def _step(self, batch: Batch) -> float:

@@ -43,7 +43,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     cls = get_model(config.model)
     vectors = schema if cls.uses_vectors else schema.with_dim(1)
     narrow = schema.with_dim(1) if cls.uses_vectors and cls.uses_linear else None
-    # Arithmetic, not a plan: with raw ids no plain table can be built, yet it is what sizes are measured against.
+    # Arithmetic, not a plan: with raw ids no full table can be built, yet it is what sizes are measured against.
     full_bytes = sum(4 * f.num_embeddings * f.embedding_dim for s in (vectors, narrow) if s is not None for f in s)
     budget = None
     if config.budget is not None:
@@ -71,7 +71,11 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
         return Plans(given, linear, full_bytes)
     if config.method == PLANNED and budget is not None:
         stats = data if hasattr(data, "counts") else None
-        options = {"needs_equal_widths": cls.needs_equal_widths, **config.method_args}
+        options = {
+            "needs_equal_widths": cls.needs_equal_widths,
+            "network": None if cls.uses_network else False,
+            **config.method_args,
+        }
         return Plans(plan_for_budget(vectors, budget, stats=stats, **options), linear, full_bytes)
     return Plans(Plan.uniform(vectors, config.method, budget=budget, **config.method_args), linear, full_bytes)
 

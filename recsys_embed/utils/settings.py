@@ -50,7 +50,7 @@ class _Kind(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-class Rule(NamedTuple):
+class FieldRule(NamedTuple):
     """What a field of a settings class may hold; ``right`` is a value known to be allowed, its default as a rule."""
 
     name: str
@@ -145,18 +145,18 @@ def _tuple_kind(args: tuple[Any, ...], bounds: Mapping[str, Any]) -> _Kind:
     return _Kind(one, f"lists of {'' if length is None else f'{length} '}{item.many}", allows)
 
 
-def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> Rule:
+def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> FieldRule:
     kinds = [a for a in get_args(hint) if a is not NoneType]
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
         some = _kind(Union[tuple(kinds)], bounds)  # noqa: UP007 - of a tuple
         kind = _Kind(f"{some.one}, or None", f"{some.many}, or None", lambda v: v is None or some.allows(v))
     else:
         kind = _kind(hint, bounds)
-    return Rule(name, MISSING, kind)
+    return FieldRule(name, MISSING, kind)
 
 
 @cache
-def rules(cls: type) -> tuple[Rule, ...]:
+def rules(cls: type) -> tuple[FieldRule, ...]:
     """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
     hints, found = get_type_hints(cls), []
     for f in fields(cls):
@@ -204,12 +204,19 @@ def check_settings(settings: Any, where: str, conflicts: Callable[[Any], list[st
         raise_faults([*wrong.values(), *(conflicts(settings) if conflicts else ())], where)
         return
     together: list[str] = []
-    stand_in = {f.name: f.metadata.get("low", MISSING) if f.default is MISSING else f.default for f in fields(settings)}
+    lows = {f.name: f.metadata.get("low") for f in fields(settings)}
+    plain: type = type(settings)
+    stand_in = {name: _stand_in(right, lows[name], kind) for name, right, kind in rules(plain)}
     if not any(stand_in[name] is MISSING for name in wrong):
         usable = object.__new__(type(settings))
         usable.__dict__.update({**settings.__dict__, **{name: stand_in[name] for name in wrong}})
         together = [text for text in conflicts(usable) if not any(f"`{name}`" in text for name in wrong)]
     raise_faults([*wrong.values(), *together], where)
+
+
+def _stand_in(right: Any, low: Any, kind: _Kind) -> Any:
+    """A value that a field may hold: its default, its lower bound, or a list of these; MISSING where none is known."""
+    return next((value for value in (right, low, (low,), ()) if value is not MISSING and kind.allows(value)), MISSING)
 
 
 def fault(name: str, wanted: str, got: Any) -> str:
@@ -218,7 +225,7 @@ def fault(name: str, wanted: str, got: Any) -> str:
     >>> fault("lr", "a finite number >= 0", -1)
     '`lr` must be a finite number >= 0; got -1'
     """
-    cure = "; give its to_dict()" if hasattr(got, "to_dict") and "table of settings" in wanted else ""
+    cure = "; give its to_dict()" if hasattr(got, "to_dict") and "values by name" in wanted else ""
     return f"`{name}` must be {wanted}; got {got!r:.200}{cure}"
 
 

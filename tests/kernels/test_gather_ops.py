@@ -12,10 +12,13 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.kernels import gather_ops
+from recsys_embed.kernels.dispatch import available_backends
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 
 # One feature whose ids may be none, so that rows are partial.
 SCHEMA = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 900, 8, unseen="zero"), FeatureSpec("C3", 3, 8)])
+
+BACKENDS = [b.name for b in available_backends() if b.available and b.name in ("torch", "native")]
 
 
 def ids_of(step: int, batch: int) -> Tensor:
@@ -86,10 +89,11 @@ def test_inductor_takes_the_same_steps_on_tables_of_half_precision() -> None:
     same_bits(None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all"), "inductor", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", [None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all")], ids=["none", "all"])
-def test_bags_are_compiled_whole(rule: FusedOptimizer | None) -> None:
+def test_bags_are_compiled_whole(rule: FusedOptimizer | None, backend: str) -> None:
     schema = Schema([FeatureSpec("a", 30, 8), FeatureSpec("b", 20, 8, pooling="mean"), FeatureSpec("c", 9, 8)])
-    plain = EmbeddingCollection(schema, None, rule, backend="torch")
+    plain = EmbeddingCollection(schema, None, rule, backend=backend)
     other = copy.deepcopy(plain)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=True)
     empty = torch.tensor([], dtype=torch.int64), torch.zeros(7, dtype=torch.int64)

@@ -84,6 +84,23 @@ def test_compiled_collections_have_the_same_gradients(method: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rule", [None, RULES[2]], ids=["none", "all"])
+def test_compiled_weighted_bags_that_keep_values_for_backward_have_the_same_bits(rule: FusedOptimizer | None) -> None:
+    plain = EmbeddingCollection(SCHEMA, plan_of("memcom"), rule, backend="native")
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([2, 1, 0, 1, 2, 2], [1, 0, 3, 0, 0, 2], [0] * 6):
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        values, weights = torch.arange(sum(lengths)) % 3, torch.linspace(0.5, 2, sum(lengths))
+        got, wanted = compiled(values, offsets, weights), plain(values, offsets, weights)
+        assert torch.equal(got, wanted)
+        got.sin().sum().backward()
+        wanted.sin().sum().backward()
+    for a, b in zip(other.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert rule is not None or torch.equal(a.grad, b.grad)
+
+
 def test_inductor_leaves_tables_where_they_are() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.Adagrad(lr=0.1), backend="native")
     model = torch.nn.Sequential(coll, torch.nn.Flatten(), torch.nn.Linear(24, 1))
@@ -102,19 +119,22 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     coll = EmbeddingCollection(SCHEMA, plan_of(method), rse.Adam(lr=0.1, rows="all"), backend="native")
     lookup = coll.bundle.batched["native"].lookup
     step, ids = coll._native_step, ids_of(0)
+    given = ids, [], len(ids)
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(ids, tables, [], None, None, lookup.handle, native_ops.NOBODY)
+        *outputs, kept = native_ops._look_up(*given, tables, [], None, None, lookup.handle, native_ops.NO_OWNER)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    check(native_ops._look_up, (ids, trained, [], None, None, lookup.handle, native_ops.NOBODY))
-    check(native_ops._gradients, (ids, tables, grads, kept, lookup.handle))
+    check(native_ops._look_up, (*given, trained, [], None, None, lookup.handle, native_ops.NO_OWNER))
+    check(native_ops._gradients, (*given, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
     check(
-        native_ops._step, (ids, tables, states, grads, kept, None, lookup.handle, step.owner), test_utils="test_schema"
+        native_ops._step,
+        (*given, tables, states, grads, kept, None, lookup.handle, step.owner),
+        test_utils="test_schema",
     )
-    check(native_ops._catch_up, (ids, tables, states, lookup.handle, step.owner))
+    check(native_ops._catch_up, (*given, tables, states, lookup.handle, step.owner))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

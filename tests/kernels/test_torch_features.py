@@ -44,7 +44,7 @@ class Backwards(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardsConfig(MethodConfig):
-    """A plain table in another order."""
+    """A full table in another order."""
 
     method: ClassVar[str] = "backwards"
     together: bool = param(False, "one table for all features")
@@ -114,9 +114,10 @@ def test_compiled_models_run_both_to_the_same_bits(rule: Any) -> None:
     assert plain.backend == "native"
     other = copy.deepcopy(plain)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    ids = torch.tensor([[3, 5, 7], [29, 19, 24], [3, 0, 0]])
-    for _ in range(3):
-        got, wanted = compiled(ids), plain(ids)
+    ids = (torch.tensor([[3, 5, 7], [29, 19, 24], [3, 0, 0]]),)
+    bags = torch.tensor([1, 2, 29, 3, 19, 0, 24, 24, 1]), torch.tensor([0, 2, 3, 5, 6, 8, 9])
+    for given in (ids, ids, bags):
+        got, wanted = compiled(*given), plain(*given)
         assert torch.equal(got, wanted)
         got.sin().sum().backward()
         wanted.sin().sum().backward()

@@ -173,7 +173,7 @@ def test_bytes_shown_are_those_of_the_models_dtype(
     assert main([*args, "--budget", "128KiB"]) == 0
     text = capsys.readouterr().out
     assert "0: full -> hash (num_buckets 4,096); 256.00 KiB -> 128.00 KiB" in text
-    assert "plain tables would take 256.00 KiB to serve, 2.0x as much" in text
+    assert "full tables would take 256.00 KiB to serve, 2.0x as much" in text
     assert main([*args, "--budget", "256KiB", "--itemsize", "4"]) == 0
     assert "256.00 KiB -> 256.00 KiB" in capsys.readouterr().out
 

@@ -52,7 +52,7 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
 def test_state_of_a_drop_in(info: rse.MethodInfo, tmp_path: Path) -> None:
     module = rse.make_embedding(info.name, 3000, 16, **({} if info.name == "full" else {"budget": "64KiB"}))
     torch.save(nn.ModuleDict({"deep": nn.ModuleDict({"user": module})}).state_dict(), tmp_path / "a.pt")
-    patterns = ["*user*"] if info.name == "full" else None  # a plain table stores what nn.Embedding does
+    patterns = ["*user*"] if info.name == "full" else None  # a full table stores what nn.Embedding does
     report = memory_report(tmp_path / "a.pt", tables=patterns)
     (table,) = report.tables
     assert (table.name, table.method) == ("deep/user", info.name)

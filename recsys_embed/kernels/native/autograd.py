@@ -23,15 +23,15 @@ Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Tensor | None], None]
 
 
 class NativeStep(NamedTuple):
-    """What a lookup whose backward steps an optimizer does.
+    """The optimizer step of a lookup, which its backward makes.
 
     Args:
         anchor: requires grad, so that autograd runs the backward.
-        catch_up: applies the steps that the rows of ids missed, before they are read.
-        update: gets the outputs' gradients in backward.
+        catch_up: applies the deferred steps of the ids' rows, before they are read.
+        update: called in backward with the gradients of the outputs.
         states: tensors of the optimizer's state, storage after storage.
-        owner: handle of who steps, for compiled models.
-        lazy: rows may have missed steps.
+        owner: handle of the module that owns the optimizer, for compiled models.
+        lazy: rows may have deferred steps.
         begun: in compiled models, which storages another part of this backward has stepped; None where there is none.
     """
 
@@ -45,7 +45,7 @@ class NativeStep(NamedTuple):
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward."""
+    """What a lookup saves for backward."""
 
     lookup: NativeLookup
     updater: Updater | None
@@ -81,7 +81,7 @@ class _Lookup(Function):
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
         outputs = tuple(_outputs(lookup, pool, ids, tables, kept, mask))
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
-        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
+        # Backward does not need the tables' values, so the tables may change in between, as with any gather.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
         ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
         return outputs
@@ -106,7 +106,7 @@ def _outputs(
     kept: Tensor | None = None,
     mask: tuple[MaskParameters, Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
+    """``mask``: of the first output, and where the masked vectors go; None: in place."""
     outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     record = None
     if mask is not None:
@@ -136,7 +136,7 @@ def look_up(
         mask: of the vectors of the first output, which are those of all features; ids are no bags.
 
     Raises:
-        IdRangeError: some id has no row; the caller knows which.
+        IdRangeError: an id has no row; the caller finds out which.
     """
     learns = step is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in tables))
     if mask is None and not learns:
@@ -158,12 +158,12 @@ def look_up(
 
 
 class SingleLookup:
-    """One program over tables of its own, as a drop-in runs it.
+    """A lookup of one program in its own tables, as drop-in modules use it.
 
     Args:
-        program: the kernels know its transforms.
+        program: with transforms that the kernels know.
         index: of the program.
-        optional: the id -1 is none.
+        optional: an id of -1 means no id.
     """
 
     def __init__(self, program: LookupProgram, index: IndexStore, optional: bool) -> None:

@@ -17,13 +17,13 @@ VARIANTS = ("plain", "avx2", "avx512")
 
 
 class Matrix(ctypes.Structure):
-    """Rows of floats, and elements from one to the next."""
+    """Rows of floats, and the stride between them in elements."""
 
     _fields_: ClassVar = [("data", c_void_p), ("stride", c_int64)]
 
 
 class Mask(ctypes.Structure):
-    """What is done to vectors before they are handed out."""
+    """Mask of the vectors of a lookup."""
 
     _fields_: ClassVar = [
         ("batch", c_int64),
@@ -83,12 +83,12 @@ class Call(ctypes.Structure):
 
 
 def words_of(record: type[ctypes.Structure]) -> dict[str, int]:
-    """Where each field begins, counted in 64-bit words, which all records consist of."""
+    """Offset of each field in 64-bit words, of which all records consist."""
     return {name: getattr(record, name).offset // 8 for name in (f[0] for f in record._fields_)}
 
 
 class Rule(ctypes.Structure):
-    """An optimizer's rule, and the state it keeps of one storage."""
+    """An optimizer's rule and its state for one storage."""
 
     _fields_: ClassVar = [
         ("number", c_int64),
@@ -101,7 +101,7 @@ class Rule(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """What becomes of the gradients of one storage."""
+    """The optimizer step of one storage."""
 
     _fields_: ClassVar = [
         ("rule", Rule),
@@ -124,7 +124,7 @@ class Library(NamedTuple):
     Args:
         handle: of the shared library.
         variant: instruction set in use.
-        threaded: whether they run in the threads of torch's runtime, or in one.
+        threaded: whether they use the threads of torch's runtime, or one thread.
         rules: names of the optimizers' rules, in order of their numbers.
     """
 
@@ -144,7 +144,7 @@ def _file() -> Path | None:
 
 @cache
 def library() -> Library | str:
-    """The kernels, or in words why there are none.
+    """The kernels, or the reason why there are none.
 
     ``RECSYS_EMBED_CPU`` names the instruction set to use, ``RECSYS_EMBED_NATIVE`` another build to load.
     """
@@ -187,9 +187,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _share_threads(handle: ctypes.CDLL) -> bool:
-    """Give the kernels the entry points of the OpenMP runtime that torch has loaded; False where there is none.
+    """Pass the kernels the entry points of the OpenMP runtime that torch has loaded; False if there is none.
 
-    A process that was forked off runs them in one thread: OpenMP would wait for threads that only its parent has.
+    A forked process runs them in one thread: OpenMP would wait for threads that only its parent has.
     """
     if _forked:
         return False

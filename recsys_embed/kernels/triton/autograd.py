@@ -30,7 +30,7 @@ class _Lookup(Function):
     ) -> tuple[Tensor, ...]:
         outputs, kept = lookup.forward(ids, tables, keep=True)
         ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
-        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
+        # Backward does not need the tables' values, so the tables may change in between, as with any gather.
         ctx.kept, ctx.tables = kept, tables
         ctx.save_for_backward(ids)
         return outputs
@@ -63,7 +63,7 @@ def look_up(
         sparse: gradients of the tables are sparse.
 
     Raises:
-        IdRangeError: an id of this lookup, or of one before whose check has come in, is out of range.
+        IdRangeError: an id is out of range, in this lookup or in an earlier one whose check has finished.
     """
     if step is not None:
         step.catch_up(lookup, ids)
