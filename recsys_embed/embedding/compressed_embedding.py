@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ class CompressedEmbedding(ModuleTables):
         """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
         if self._native is None or torch.compiler.is_compiling():
             return None
-        served = cast("StoredTables | None", self._modules.get("served"))
+        served: StoredTables | None = self._modules.get("served")  # type: ignore[assignment]
         if served is not None:
             stored = served.direct(self._native.tables)
             return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)

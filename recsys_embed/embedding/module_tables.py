@@ -109,8 +109,10 @@ class ModuleTables(nn.Module):
         """
         if self.served is not None and name in self.served:
             return self.served[name].dense()
-        name = self.parameter_name(name)
         values = self._parameters.get(name)
+        if values is None:
+            name = self.parameter_name(name)
+            values = self._parameters.get(name)
         return self._put_in_place(name) if values is None else values
 
     def _put_in_place(self, name: str) -> Tensor:
