@@ -14,6 +14,10 @@
 #include <type_traits>
 #include <vector>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 namespace {
 
 constexpr i64 CHUNK = 256;  // most ids per call of a transform
@@ -26,6 +30,9 @@ struct Runtime {
   int (*thread)();
   int (*team)();
 } runtime = {nullptr, nullptr, nullptr};
+
+// A forked child has no thread of its parent, and OpenMP would wait for them for ever.
+void run_alone() { runtime.parallel = nullptr; }
 
 // Calls fn(thread, number of threads) in each thread.
 template <class F>
@@ -183,6 +190,10 @@ RSE_API void rse_set_runtime(void* parallel_entry, void* thread, void* team) {
   runtime.parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel_entry);
   runtime.thread = reinterpret_cast<int (*)()>(thread);
   runtime.team = reinterpret_cast<int (*)()>(team);
+#if !defined(_WIN32)
+  static const int watched = pthread_atfork(nullptr, nullptr, run_alone);
+  if (watched != 0) run_alone();
+#endif
 }
 
 RSE_API int rse_forward(const Call* c) try {

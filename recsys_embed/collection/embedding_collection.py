@@ -26,7 +26,7 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.fused_gather import FusedGather, read_rows
 from recsys_embed.kernels.id_checks import check_id_dtype
-from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.indexes import IndexStore, synchronise_arrays
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
@@ -252,6 +252,8 @@ class EmbeddingCollection(FusedTables):
         stepping = self._stepping
         if not stepping:
             self._catch_up_before_reading()
+        if not torch.compiler.is_compiling():
+            synchronise_arrays()
         # Not as an attribute, which torch finds last of all, ten times slower.
         bundle: LookupBundle = self._modules["bundle"]  # type: ignore[assignment]
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
@@ -281,7 +283,7 @@ class EmbeddingCollection(FusedTables):
             return out if mask is None or masking is None or inside else mask.through(masking, out, ids)
         if mask is not None:
             raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
-        given = bundle.given(ids) if isinstance(ids, Mapping) else ids
+        given = bundle.given(ids, self) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         batched = self._batched_tables(bundle.batched_bags, bags.values)
         if batched is None or not bundle.batched_bags[batched[0]].pools(bags):

@@ -184,7 +184,14 @@ def build_group(group: Sequence[TableReplacement], start: InitMode) -> None:
         if replacement.counts is not None:
             new.assign_(replacement.counts)
         if replacement.index_contents:
-            contents = replacement.index_contents
+            indexes = {i.name: i for i in new.program.indexes}
+            # Of a method that only goes by frequency the plan holds what earlier counts said.
+            newer = replacement.counts is not None and replacement.config.plannable
+            contents = {
+                i: v
+                for i, v in replacement.index_contents.items()
+                if not (newer and i in indexes and indexes[i].by_frequency)
+            }
             texts = {i: v for i, v in contents.items() if isinstance(v, str)}
             arrays = {i: v for i, v in contents.items() if not isinstance(v, str)}
             new.assign_({**arrays, **members_of_texts(texts, new.program.indexes, new.spec.num_ids)})

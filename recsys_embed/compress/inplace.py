@@ -49,7 +49,8 @@ def compress_(
         init: ``"dense"`` fits each new table to the trained one in least squares (bucket means for hashes, a truncated
             SVD for lowdim, alternating least squares for products); ``"fresh"`` draws rows as wide as the old ones.
         counts: how often each id of a table occurs, ``[rows]``, by name or path: weights of the fit; they also tell
-            methods which ids are frequent (without counts, ids are assumed to be numbered by falling frequency).
+            methods which ids are frequent. Without counts that is what the plan says, where it was made with counts,
+            else ids are assumed to be numbered by falling frequency.
         unseen: policy for ids outside a table, for all tables or by name or path: ``"hash"``, ``"oov"``, ``"zero"`` or
             ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as full tables do.
             A table with a policy is replaced also where the plan says ``full``.

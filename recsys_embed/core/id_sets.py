@@ -67,7 +67,9 @@ class IdSet(base.Index):
     @property
     def length(self) -> int:
         """Elements of each array."""
-        return {"range": 0, "bitmap": words_of(self.size), "sorted": self.count}[self.form]
+        if self.form == "bitmap":
+            return words_of(self.size)
+        return self.count if self.form == "sorted" else 0
 
     @property
     def arrays(self) -> tuple[IndexArray, ...]:

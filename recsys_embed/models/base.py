@@ -64,6 +64,7 @@ class CTRModel(nn.Module):
         linear: collection of first-order weights (width 1), or None.
         numeric: ``[num_dense, D]`` vector of each numeric field; a field's vector is value * vector.
         cat_width: number of floats of all categorical vectors of one sample.
+        uses_network: whether layers read the vectors side by side, so that they can tell ids of one row apart.
         params: the hyperparameters it was built with by :func:`recsys_embed.models.build_model`, else None.
     """
 
@@ -73,6 +74,7 @@ class CTRModel(nn.Module):
     uses_linear: ClassVar[bool] = False
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
+    uses_network: ClassVar[bool] = True
 
     params: DataclassInstance | None = None
     embedding: EmbeddingCollection | None

@@ -105,9 +105,15 @@ def explain(choice: FeatureChoice, limits: Limits) -> str:
     if cost:
         ratio = f", {dense / cost:.3g}x smaller than a plain table" if cost < dense else ""
         texts.append(format_bytes(cost) + ratio)
-    texts.append(
-        f"predicted to lose {share_text(choice.loss)} of the ids' signal" if choice.loss > 5e-5 else "nothing lost"
-    )
+    if choice.terms.alone and choice.config.method != "full":
+        shared = any(f.shared.any() for f in choice.spans)
+        texts.append(
+            "no network tells ids of one row apart, so "
+            + ("those that share one lose most" if shared else "none share one")
+        )
+    guess = "" if choice.counted else " (a guess: nothing was counted)"
+    lost = f"predicted to lose {share_text(choice.loss)} of the ids' signal{guess}"
+    texts.append(lost if choice.loss > 5e-5 else "nothing lost")
     return "; ".join(texts)
 
 

@@ -182,8 +182,19 @@ def library() -> Library | str:
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 
 
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    # For children that load the kernels themselves; those that inherit them are told by the kernels' own handler.
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
 def _share_threads(handle: ctypes.CDLL) -> bool:
-    """Pass the kernels the entry points of the OpenMP runtime that torch has loaded; False if there is none."""
+    """Pass the kernels the entry points of the OpenMP runtime that torch has loaded; False if there is none.
+
+    A forked process runs them in one thread: OpenMP would wait for threads that only its parent has.
+    """
+    if _forked:
+        return False
     process = ctypes.CDLL(None)
     try:
         entries = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]

@@ -242,7 +242,7 @@ class NativeLookup:
             threads=1,
         )
         # After the record: pointers to storages and index arrays, a Matrix per output, kinds and row bytes of storages.
-        self._array_count = len(list(index.buffers()))
+        self._array_count = len(index.arrays.held)
         behind = [0] * (count + self._array_count) + [n for width in widths for n in (0, width)] + [0] * (2 * count)
         # An array of integers: copying and setting it is several times as fast as setting fields of a ctypes structure.
         self._record = array("q", bytes(call)) + array("q", behind)
