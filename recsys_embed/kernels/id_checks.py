@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.derivatives import holds, physical
 from recsys_embed.utils.types import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
@@ -93,9 +94,9 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
         raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
     offsets = offsets.long()
     if offsets.numel() and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        first, last = int(offsets[0]), int(offsets[-1])
+        first, last = int(physical(offsets[0]).aminmax()[0]), int(physical(offsets[-1]).aminmax()[1])
         fits = last == count if closed else last <= count
-        if first != 0 or not fits or bool((offsets.diff() < 0).any()):
+        if first != 0 or not fits or holds(offsets.diff() < 0):
             falls = ", falling in between" if first == 0 and fits else ""
             raise ConfigError(
                 f"offsets must rise from 0 to the number of ids, {count}; got {first} to {last}{falls} ({where})"
@@ -119,7 +120,7 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
     if ids.numel() == 0:
         return
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in ids.aminmax())
+        low, high = (int(x) for x in physical(ids).aminmax())
         if low < 0 or high >= size:
             raise IdRangeError(
                 f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r}). Where ids "
@@ -146,6 +147,8 @@ def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature
     bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), "an id lies outside the range its feature declares")
-    elif bool(bad.any()):
+    elif holds(bad):
+        if physical(bad) is not bad:
+            raise IdRangeError(f"an id lies outside the range that its feature declares (one of {', '.join(names)})")
         first = int(bad.any(0).nonzero().min() if feature is None else feature[bad].min())
         check_id_range(ids[:, first] if feature is None else ids[feature == first], int(limits[first]), names[first])

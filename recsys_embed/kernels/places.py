@@ -1,4 +1,4 @@
-"""Definitions that all backends share: a table's place in a storage, the gather function, and absent ids."""
+"""What all backends share: a table's place in a storage, the gather of rows, and absent ids."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.derivatives import holds, physical
 
 
 class Place(NamedTuple):
@@ -29,7 +31,7 @@ def absent_ids(ids: Tensor) -> Tensor | None:
     """Mask of ids that are -1, no id: bool of their shape; None if there are none, which is checked on the CPU only."""
     absent = ids < 0
     eager = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if eager and not bool(absent.any()) else absent
+    return None if eager and not holds(absent) else absent
 
 
 def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
@@ -46,10 +48,24 @@ def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
     beyond = rows >= size
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~beyond.any(), f"{transform} gave a row beyond its table")
-    elif bool(beyond.any()):
+    elif holds(beyond):
+        if physical(beyond) is not beyond:
+            raise IdRangeError(f"{transform} gave a row beyond its table")
         row = int(rows[beyond][0])
         most = int(torch.as_tensor(size).expand(rows.shape)[beyond][0])
         raise IdRangeError(
             f"{transform} gave row {row} of a table of {most} rows: its `map` must give rows below that, or -1 where "
             "an id has none"
         )
+
+
+def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:
+    """``weight[rows]`` of int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows may be -1.
+
+    Sparse gradients leave these rows out, because a sparse optimizer updates every row in its gradient.
+    """
+    if not partial or not sparse:
+        return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
+    present = (rows >= 0).nonzero().squeeze(1)
+    read = F.embedding(rows[present], weight, sparse=True)
+    return weight.new_zeros(rows.shape[0], weight.shape[1]).index_copy(0, present, read)

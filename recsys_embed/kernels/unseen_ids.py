@@ -13,6 +13,7 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.derivatives import holds, outside_transforms, physical
 from recsys_embed.kernels.id_checks import check_feature_ids, check_id_range
 
 NO_ID = -1
@@ -142,7 +143,7 @@ class UnseenIds(Constants):
             self._count(outside, feature, ignored)
         if not self.replaces:
             return ids
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(outside.any()):
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not holds(outside):
             return ids
         kinds = self._of("kinds", ids, feature)
         replaced = self._of("fixed", ids, feature)
@@ -168,8 +169,16 @@ class UnseenIds(Constants):
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self._add(outside, feature, ignored)
+            return
+        # Counters belong to no function that torch.func transforms.
+        with outside_transforms():
+            self._add(physical(outside), *(t if t is None else physical(t) for t in (feature, ignored)))
+
+    @torch.no_grad()
+    def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
         if self.counts.device != outside.device:
             self.counts = self._on(outside.device)
         if feature is not None:

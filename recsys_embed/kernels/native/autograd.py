@@ -8,10 +8,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.derivatives import (
+    Recorded,
+    are_batched,
+    beyond_kernels,
+    differentiable_gradients,
+    refuse_further_derivatives,
+)
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import MaskParameters, masked
@@ -53,6 +59,7 @@ class _Context(Protocol):
     kept: Tensor | None
     tables: tuple[Tensor, ...]
     batch: int
+    recorded: Recorded | None
 
     @property
     def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -78,16 +85,19 @@ class _Lookup(Function):
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
         outputs = tuple(_outputs(lookup, pool, ids, tables, kept, mask))
         ctx.lookup, ctx.updater, ctx.layout, ctx.pool = lookup, updater, layout, pool
-        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
+        # Values of the tables are not needed again, so they may change before backward, as those of a gather may:
+        # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
+        ctx.recorded = Recorded(tables) if kept is not None else None
         ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
+        if beyond_kernels(grads):
+            return (None,) * 6 + tuple(_further(ctx, ids, grads))
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
@@ -95,6 +105,20 @@ class _Lookup(Function):
         wanted = ctx.needs_input_grad[6:]
         found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
         return (None,) * 6 + tuple(found)
+
+
+def _further(ctx: _Context, ids: Ids, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients by torch's operations, of which there are further derivatives."""
+    if ctx.updater is not None:
+        refuse_further_derivatives()
+    if ctx.recorded is not None:
+        ctx.recorded.check(ctx.tables)
+    # Torch has neither batched sparse gradients nor products of sparse gradients.
+    sparse = ctx.layout == "sparse" and ctx.recorded is None and not are_batched(grads)
+    torch_lookup = ctx.lookup.by_torch
+    return differentiable_gradients(
+        lambda tables: torch_lookup(*ids, tables, sparse), ctx.tables, grads, ctx.needs_input_grad[6:]
+    )
 
 
 def _outputs(
