@@ -13,8 +13,13 @@ from recsys_embed.errors import CheckpointError
 
 
 def pack(config: dict[str, Any]) -> Tensor:
-    """JSON bytes of ``config`` as a uint8 tensor ``[length]``."""
-    return torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
+    """JSON bytes of ``config`` as a uint8 tensor ``[length]``.
+
+    Spaces make the length a multiple of 256: readers that compare shapes first then take the states of modules whose
+    configurations may differ, in the policy for unseen ids for one.
+    """
+    text = json.dumps(config).encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 256) * 256)), dtype=torch.uint8)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -45,7 +50,9 @@ def check(
         CheckpointError: names every key that differs, with both values.
     """
     try:
-        parsed = json.loads(bytes(saved.cpu().numpy()))
+        # A mean of states is their text if they agree.
+        whole = saved.cpu().round().to(torch.uint8) if saved.is_floating_point() else saved.cpu()
+        parsed = json.loads(bytes(whole.numpy()))
         theirs = _flatten(parsed if upgrade is None else upgrade(parsed))
     except (AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.constants import Constants
 from recsys_embed.utils.types import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
@@ -34,13 +34,13 @@ def check_id_dtype(ids: object, where: str) -> Tensor:
     raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
 
 
-def given_ids(values: IdValues, spec: FeatureSpec, hashes: bool, near: Constants) -> IdValues:
+def given_ids(values: IdValues, spec: FeatureSpec, hashes: bool, near: nn.Module) -> IdValues:
     """Ids of one feature as users give them: for a method that hashes, also strings and numpy arrays, as a tensor.
 
     Other types are returned unchanged, and :func:`check_id_dtype` reports them.
 
     Args:
-        near: a module on the device of the result.
+        near: the module whose tables are read, on the device of the result.
 
     Raises:
         ConfigError: strings for a feature whose ids are indices.
@@ -58,7 +58,12 @@ def given_ids(values: IdValues, spec: FeatureSpec, hashes: bool, near: Constants
             "them by a vocabulary first"
         )
     known = texts or isinstance(values, (np.ndarray, Tensor)) or (isinstance(values, list) and not values)
-    return hashing.string_ids(values).to(next(near.buffers()).device) if hashes and known else values
+    return hashing.string_ids(values).to(_device(near)) if hashes and known else values
+
+
+def _device(module: nn.Module) -> torch.device:
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _has_texts(values: object) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
@@ -40,7 +42,10 @@ def _content_faults(index: Index, arrays: Mapping[str, Tensor]) -> list[str]:
 
 
 class IndexStore(nn.Module):
-    """Buffers with the arrays of all indexes of a module.
+    """Arrays of all indexes of a module.
+
+    State dicts contain them as if they were buffers. They are not, since averaging buffers would change integers that
+    say which row an id reads.
 
     Args:
         indexes: per program. At first each is filled as if ids were numbered by descending frequency.
@@ -61,24 +66,23 @@ class IndexStore(nn.Module):
         self._longest = max((i.searched for row in self.indexes for i in row.values()), default=0)
         # Arrays of one kind of index get consecutive numbers, so that kernels only need the first.
         self._slots: dict[str, int] = {}
+        self._held: dict[str, Tensor] = {}
         for kind, length in lengths.items():
             for name, dtype in kind:
                 if name in self._slots:
                     raise ConfigError(f"two kinds of indexes name an array {name!r}; rename it in one of them")
                 self._slots[name] = len(self._slots)
-                # Not register_buffer: an array may have the name of a method of this class.
-                self._buffers[name] = torch.zeros(length, dtype=dtype)
+                self._held[name] = torch.zeros(length, dtype=dtype)
         self.reset()
 
     @property
     def arrays(self) -> IndexArrays:
-        # Faster than attribute access, for which torch looks into buffers last.
-        return IndexArrays(cast("dict[str, Tensor]", self._buffers), self._longest)
+        return IndexArrays(self._held, self._longest)
 
     @property
     def device(self) -> torch.device:
-        """Device of the buffers; the CPU if there are none."""
-        return next((b.device for b in self.buffers()), torch.device("cpu"))
+        """Device of the arrays; the CPU if there are none."""
+        return next((a.device for a in self._held.values()), torch.device("cpu"))
 
     def slot(self, program: int, name: str | None) -> int:
         """Position of an index's first array among the buffers; 0 for None."""
@@ -86,7 +90,7 @@ class IndexStore(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers())
+        return sum(a.nbytes for a in self._held.values())
 
     def places(self, program: int) -> Mapping[str, int]:
         """Offset of each index of a program in the arrays of its form."""
@@ -164,23 +168,59 @@ class IndexStore(nn.Module):
         at = self._places[program][index.name]
         raise_faults(_content_faults(index, arrays), f"index {index.name!r}, {type(index).__name__}")
         for a in index.arrays:
-            cast("Tensor", self._buffers[a.name])[at : at + a.length] = arrays[a.name].to(self.device)
+            self._held[a.name][at : at + a.length] = arrays[a.name].to(self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self.device.type == "meta"
-        super()._apply(fn, recurse)
+        with self._as_buffers():
+            super()._apply(fn, recurse)
         if was_meta and self.device.type != "meta":
             self.reset()
         return self
 
+    def revive(self, device: torch.device) -> None:
+        """Put arrays without elements, which no file holds, on a device."""
+        for name, held in self._held.items():
+            if held.is_meta and not held.numel():
+                self._held[name] = torch.zeros(0, dtype=held.dtype, device=device)
+
+    @contextmanager
+    def _as_buffers(self) -> Iterator[None]:
+        """Inside, the arrays are buffers: what torch does to these is done to them."""
+        self._buffers.update(self._held)
+        try:
+            yield
+        finally:
+            self._held.update({name: cast("Tensor", self._buffers.pop(name)) for name in self._held})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_held" not in state:  # earlier versions had buffers
+            self._held = cast("dict[str, Tensor]", dict(self._buffers))
+            self._buffers.clear()
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = {name: state_dict.get(prefix + name) for name, held in self.named_buffers() if held.numel()}
-        own = self.arrays.held
+        own = self._held
+        saved = {name: state_dict.get(prefix + name) for name, held in own.items() if held.numel()}
+        faults = [
+            f"index array {name!r} is {t.dtype}, but its integers say which row an id reads and have no mean; take the "
+            "array of one of the states"
+            for name, t in saved.items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        raise_faults(faults, f"index at {prefix.rstrip('.')}", CheckpointError)
         if all(isinstance(t, Tensor) and not t.is_meta and t.shape == own[n].shape for n, t in saved.items()):
             raise_faults(self._damage(saved), f"index at {prefix.rstrip('.')}", CheckpointError)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._as_buffers():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        with self._as_buffers():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # averages over state dicts write to what they are given
+            destination.update({prefix + name: destination[prefix + name].clone() for name in self._held})
 
     def _damage(self, saved: Mapping[str, Any]) -> list[str]:
         """Faults of saved arrays; loading them would make lookups read beyond the tables."""
@@ -190,3 +230,18 @@ class IndexStore(nn.Module):
                 at = self._places[program][index.name]
                 faults.append(index.damage({a.name: saved[a.name][at : at + a.length] for a in index.arrays}))
         return [fault for fault in faults if fault is not None]
+
+
+def synchronise_arrays() -> None:
+    """Within the first call by DistributedDataParallel: take all index arrays of its module from its first process.
+
+    It gives buffers to all processes when it is built; arrays that only one of them has loaded come with them.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or getattr(ddp, "_recsys_embed_synchronised", False):
+        return
+    object.__setattr__(ddp, "_recsys_embed_synchronised", True)
+    group = ddp.process_group
+    for part in ddp.module.modules():
+        for array in part.arrays.held.values() if isinstance(part, IndexStore) else ():
+            distributed.broadcast(array, src=distributed.get_global_rank(group, 0), group=group)

@@ -236,11 +236,11 @@ class Stored(Constants):
 
     def _place(self, rows: Tensor) -> tuple[Tensor, _Integers[Tensor]]:
         """Place of each row among the stored rows of its part, -1 if it is not stored; and the part's integers."""
-        integers, local = self.constant("integers"), rows
+        integers, local = self.constant("integers", rows), rows
         if len(self.parts) == 1:
             n = _Integers(*integers[0].unbind(-1))
         else:
-            starts = self.constant("starts")
+            starts = self.constant("starts", rows)
             part = torch.bucketize(rows, starts[1:-1], right=True)
             n, local = _Integers(*integers[part].unbind(-1)), rows - starts[part]
         if not self._pruned:
@@ -257,7 +257,7 @@ class Stored(Constants):
 
     def _scattered(self, pos: Tensor, n: _Integers[Tensor]) -> Tensor:
         """Vectors of stored rows ``pos [n]`` if parts differ in width or several table rows share a stored row."""
-        lane = self.constant("lane")
+        lane = self.constant("lane", pos)
         last = len(self.data) - 1  # columns of a narrower part may point beyond its row; their values are dropped
         row = (n.base + torch.div(pos, n.block, rounding_mode="floor") * n.items).unsqueeze(1)
         element = ((pos % n.block) * n.width).unsqueeze(1) + lane[: self._widest]
@@ -273,7 +273,7 @@ class Stored(Constants):
             values = codes.float() * head[:, :1] + head[:, 1:]
         if self._whole:
             return values
-        where = self.constant("columns")[n.number].expand(pos.shape[0], -1)
+        where = self.constant("columns", pos)[n.number].expand(pos.shape[0], -1)
         return values.new_zeros(pos.shape[0], self.width + 1).scatter(1, where, values)[:, : self.width]
 
     def dense(self, start: int = 0, count: int | None = None) -> Tensor:

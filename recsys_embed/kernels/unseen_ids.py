@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,8 @@ class UnseenIds(Constants):
         self.add_constant("salts", [hashing.salt(0, n, "unseen") for n in self.names])
         self.add_constant("fixed", [NO_ID if a == "zero" else n for n, a in zip(sizes, actions, strict=True)])
         self.add_constant("kinds", [{"hash": 1, "oov": 2, "zero": 2}.get(a, 0) for a in actions])
-        self.register_buffer("counts", torch.zeros(len(self.names), 2, dtype=torch.int64), persistent=False)
+        # No buffer: averages of weights, checkpoints and other processes have no part in it.
+        self.counts = torch.zeros(len(self.names), 2, dtype=torch.int64)
 
     # -- resolving ------------------------------------------------------------------------------------------------
 
@@ -118,8 +119,7 @@ class UnseenIds(Constants):
         Raises:
             IdRangeError: names the first feature that refuses an unseen id, and its smallest and largest id.
         """
-        counts = self.counting and not torch.compiler.is_exporting()
-        return self.resolve(ids, feature, ignored, count=counts)
+        return self.resolve(ids, feature, ignored, count=self.counting and _is_first_pass())
 
     def resolve(
         self,
@@ -137,23 +137,23 @@ class UnseenIds(Constants):
             return ids
         if check and "raise" in self.actions:
             self.check(ids, feature)
-        outside = (ids < self._of("low", feature)) | (ids > self._of("last", feature))
+        outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
         if count:
             self._count(outside, feature, ignored)
         if not self.replaces:
             return ids
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(outside.any()):
             return ids
-        kinds = self._of("kinds", feature)
-        replaced = self._of("fixed", feature)
+        kinds = self._of("kinds", ids, feature)
+        replaced = self._of("fixed", ids, feature)
         if "hash" in self.actions:
-            hashed = hashing.hash_rows(ids, self._of("salts", feature), self._of("sizes", feature))
+            hashed = hashing.hash_rows(ids, self._of("salts", ids, feature), self._of("sizes", ids, feature))
             replaced = torch.where(kinds == 1, hashed, replaced)
         return torch.where(outside & (kinds != 0), replaced, ids)
 
-    def _of(self, name: str, feature: Tensor | None) -> Tensor:
+    def _of(self, name: str, near: Tensor, feature: Tensor | None) -> Tensor:
         """A constant in the shape that broadcasts with ids."""
-        values = self.constant(name)
+        values = self.constant(name, near)
         if feature is not None:
             return values[feature]
         return values if len(self.names) > 1 else values.view(())  # ids of a single feature have any shape
@@ -161,7 +161,7 @@ class UnseenIds(Constants):
     def check(self, ids: Tensor, feature: Tensor | None = None) -> None:
         """Raise if a feature refuses one of its ids; see :meth:`forward`."""
         if len(self.names) > 1 or feature is not None:
-            check_feature_ids(ids, self.constant("limits"), self.names, feature)
+            check_feature_ids(ids, self.constant("limits", ids), self.names, feature)
         elif self.actions[0] == "raise":
             # One feature needs no bound per id.
             check_id_range(ids, self._integers["sizes"][0], self.names[0])  # type: ignore[arg-type]  # it is a flat list
@@ -170,6 +170,8 @@ class UnseenIds(Constants):
 
     @torch.no_grad()
     def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+        if self.counts.device != outside.device:
+            self.counts = self._on(outside.device)
         if feature is not None:
             counted = torch.ones_like(outside) if ignored is None else ~ignored
             self.counts.index_add_(0, feature, torch.stack([outside, counted], -1).to(torch.int64))
@@ -187,9 +189,31 @@ class UnseenIds(Constants):
         """Reset all counts to zero."""
         self.counts.zero_()
 
+    def _on(self, device: torch.device) -> Tensor:
+        """The counts on a device; zeros from one that holds no values."""
+        counts = self.counts
+        return torch.zeros(counts.shape, dtype=torch.int64, device=device) if counts.is_meta else counts.to(device)
+
+    def revive(self, device: torch.device) -> None:
+        super().revive(device)
+        self.counts = self._on(device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        was_meta = self.counts.is_meta
         super()._apply(fn, recurse)
-        if was_meta and not self.counts.is_meta:
-            self.reset()
+        moved = fn(self._on(torch.device("cpu")) if self.counts.is_meta else self.counts)
+        # Memory without values (`to_empty`, the meta device) takes the counts along or starts from zero.
+        self.counts = moved if moved is self.counts else self._on(moved.device)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        counts = self._buffers.pop("counts", None)  # a buffer of earlier versions
+        if counts is not None:
+            self.counts = counts
+
+
+def _is_first_pass() -> bool:
+    """Whether a lookup counts: not within an exported program, nor where a backward computes activations anew."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return torch._C._current_graph_task_id() == -1

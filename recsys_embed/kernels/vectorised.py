@@ -166,7 +166,7 @@ class Group(Constants):
         x = ids.unsqueeze(-1)
         out = []
         for read in self.reads:
-            stacked = self.constant(read.params)
+            stacked = self.constant(read.params, ids)
             *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
             rows = read.kind[0].map(read.kind, x, params, at, arrays)
             if not read.reach_is_known:
@@ -176,17 +176,18 @@ class Group(Constants):
             partial = read.may_be_absent or absent is not None
             if read.num_rows > 1:
                 size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
-                ahead = (rows + self.constant(f"slice{read.num_rows}")) % size
+                ahead = (rows + self.constant(f"slice{read.num_rows}", ids)) % size
                 rows = torch.where(rows < 0, rows, ahead) if partial else ahead
             out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if partial else rows + offset))
         return out
 
     def _signs(self, s: _RowLookupSet, ids: Tensor, local: Tensor | None) -> Tensor:
         """-1 or +1 per element read."""
-        salts = self.constant(s.signs or "")
+        salts = self.constant(s.signs or "", ids)
         salts, x = salts if local is None else salts[local], ids.unsqueeze(-1)
         if s.read.num_rows > 1:
-            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"slice{s.read.num_rows}")), x.unsqueeze(-1)
+            steps = self.constant(f"slice{s.read.num_rows}", ids)
+            salts, x = hashing.sequence(salts.unsqueeze(-1), steps), x.unsqueeze(-1)
         return hashing.hash_signs(x, salts).unsqueeze(-1)
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,11 @@ import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from recsys_embed.embedding.method_checks import faults_of
 from recsys_embed.errors import BudgetError, CheckpointError, RecsysEmbedError
@@ -164,3 +168,59 @@ def fits_a_trained_table(method: MethodInfo) -> None:
     target = target.repeat(1, module.output_dim // 8)
     error = (fitted.materialize() - target).square().mean() / target.square().mean()
     assert error < 0.95, f"the fit must beat predicting zero; relative squared error {error:.3f}"
+
+
+def integers_survive_averages_casts_and_moves(method: MethodInfo) -> None:
+    counts = torch.rand(ROWS, generator=torch.Generator().manual_seed(0)) + 0.1
+    options: dict[str, Any] = {}
+    if method.config_cls.order_option is not None:
+        options[method.config_cls.order_option] = "counts"
+    module = example(method, unseen="oov", **options).assign_(counts)
+    ids = torch.cat([torch.arange(ROWS), torch.tensor([-5, 10**6])])
+    expected = module(ids).detach()
+    averages: dict[str, nn.Module] = {}
+    for name, rule in (("EMA", get_ema_multi_avg_fn(0.999)), ("SWA", None)):
+        averaged = AveragedModel(module, multi_avg_fn=rule, use_buffers=True)
+        for _ in range(3):
+            averaged.update_parameters(module)
+        averages[name] = averaged.module
+    by_hand, states = copy.deepcopy(module), (module.state_dict().values(), module.buffers())
+    for mine, theirs in zip((by_hand.state_dict().values(), by_hand.buffers()), states, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            a.copy_(0.999 * a.float() + 0.001 * b.float())
+    averages["an average over state dict and buffers by hand"] = by_hand
+    for name, mean in averages.items():
+        torch.testing.assert_close(mean(ids), expected, msg=f"{name} of equal weights must be these weights")
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 5e-2)):
+        cast = copy.deepcopy(module).to(dtype)(ids)
+        assert cast.dtype == dtype
+        torch.testing.assert_close(cast.float(), expected, rtol=tolerance, atol=tolerance)
+    lazily = copy.deepcopy(module).to("meta")
+    with torch.device("meta"):
+        built = example(method, unseen="oov", **options)
+    for moved in (lazily, built):
+        moved.load_state_dict(module.state_dict(), assign=True)
+        assert torch.equal(moved(ids), expected), "load_state_dict(assign=True) must fill a module without memory"
+        assert torch.equal(moved.to("cpu")(ids), expected)
+        assert moved.unseen_counts()["embedding"].unseen == 4
+    raw = example(method)
+    if method.config_cls.accepts_raw:
+        with torch.device("meta"):
+            built = example(method)
+        built.load_state_dict(raw.state_dict(), assign=True)
+        assert torch.equal(built(["a", "b"]), raw(["a", "b"])), "ids given as strings must go where the tables are"
+        assert torch.equal(built(np.array([1, 2])), raw(np.array([1, 2])))
+
+
+def counts_leave_recomputed_activations_out(method: MethodInfo) -> None:
+    module = example(method, unseen="oov")
+    for reentrant in (False, True):
+        module.reset_unseen_counts()
+        scale = torch.ones(1, requires_grad=True)
+
+        def run(x: Tensor) -> Tensor:
+            return module(torch.tensor([1, ROWS + 3])) * x
+
+        checkpoint(run, scale, use_reentrant=reentrant).sum().backward()
+        counted = module.unseen_counts()
+        assert counted == {"embedding": (1, 2)}, f"a recomputed lookup was counted: {counted}"

@@ -258,9 +258,9 @@ def _with_indexes(
     """Entries whose lookups read the file's own index buffers."""
     programs = plan.gathered(schema)
     store = IndexStore([p.indexes for p in programs.values()])
-    for name, buffer in store.named_buffers():
-        if buffer.numel() and f"{index}{name}" in inside:
-            buffer.copy_(inside[f"{index}{name}"].read())
+    for name, held in store.arrays.held.items():
+        if held.numel() and f"{index}{name}" in inside:
+            held.copy_(inside[f"{index}{name}"].read())
     places = {f"{at}{name}": i for i, name in enumerate(programs)}
     return [
         replace(e, lookup_keys=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e

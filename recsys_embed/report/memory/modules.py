@@ -15,6 +15,7 @@ from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
 from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
@@ -116,9 +117,10 @@ def _served(name: str, stored: Stored, offset: int, reads: int) -> list[ArraySto
 
 
 def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Buffers that a state dict holds."""
+    """Buffers and index arrays that a state dict holds."""
     for path, part in module.named_modules():
-        for name, b in part._buffers.items():
+        held = part.arrays.held if isinstance(part, IndexStore) else {}
+        for name, b in [*part._buffers.items(), *held.items()]:
             if b is not None and name not in part._non_persistent_buffers_set:
                 yield (f"{path}.{name}" if path else name), b
 
