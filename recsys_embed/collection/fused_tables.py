@@ -15,6 +15,7 @@ from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, 
 from recsys_embed.collection.replicas import Replicas
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
@@ -294,11 +295,19 @@ class FusedTables(TablesWithState):
             self.catch_up_()
             self.optimizer = rule
         self._lr = lr
+        own = self._weights()
+        gradients = [t.grad for t in own]
         with self._lock:
-            for name in self.storages:
-                weight = self._parameters[name]
-                if weight is not None and weight.grad is not None:
-                    self._step_rows(name, weight.grad)
+            source = next((g.source for g in gradients if isinstance(g, RowGradient)), None)
+            if isinstance(source, DeferredGradients) and source.is_of(own, gradients):
+                for name, gradient in zip(self.storages, gradients, strict=True):
+                    if gradient is not None:
+                        self._step_logs[name].advance(rule, lr)
+                source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
+                return
+            for name, gradient in zip(self.storages, gradients, strict=True):
+                if gradient is not None:
+                    self._step_rows(name, gradient)
 
     def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
         """Steps of each storage so far; sets them where given, together with states that have no missed steps."""
