@@ -124,15 +124,16 @@ struct Variant {
   bool (*look_up)(const Call&, i64, i64);
   int (*backward)(const Call&, const Update*, bool, Scratch&);
   void (*catch_up_all)(const Update&, float*, i64, i64);
+  bool (*update_listed_rows)(const Update&, float*, i64, const i64*, const float*, i64, i64);
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::catch_up_all, plain::mask, plain::mask_backward},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_all, plain::update_listed_rows, plain::mask, plain::mask_backward},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_all, avx2::mask, avx2::mask_backward},
-    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_all, avx512::mask, avx512::mask_backward},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_all, avx2::update_listed_rows, avx2::mask, avx2::mask_backward},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_all, avx512::update_listed_rows, avx512::mask, avx512::mask_backward},
 #endif
 };
 
@@ -223,6 +224,14 @@ RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try
 RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 threads) try {
   active->catch_up_all(*update, table, width, threads);
   return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+// One step of `count` distinct rows of a storage [update->rows, width], given their gradients [count, width].
+RSE_API int rse_update_rows(const Update* update, float* table, i64 width, const i64* rows, const float* values, i64 count,
+                            i64 threads) try {
+  return active->update_listed_rows(*update, table, width, rows, values, count, threads) ? DONE : OUT_OF_RANGE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
 }

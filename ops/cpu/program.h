@@ -12,8 +12,8 @@ using u64 = uint64_t;
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
 // Number format of a storage. INT8 and INT4 rows: scale and bias in fp16, then codes; x = code * scale + bias.
 enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
-// In place of a rule's number: the gradient itself is written, no step is made.
-constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2;
+// In place of a rule: gradients are handed out.
+constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2, NO_UPDATE = -3;
 
 // One table read per id: `num_rows` consecutive rows of `width` elements, at `column` of the feature's output.
 struct RowLookup {
@@ -90,7 +90,7 @@ struct Call {
 
 // An optimizer's rule, and the state it keeps of one storage.
 struct Rule {
-  i64 number;                                      // index among the rules of rules.inl; or DENSE_, SPARSE_GRADIENT
+  i64 number;                                      // place among the rules of rules.inl; or one of those above
   i64 elements;                                    // leading states with one number per weight; the others have one per row
   double constants[8];                             // in the order of its Python class
   float* state[4];                                 // in the order of its Python class; integers where it counts steps

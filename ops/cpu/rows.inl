@@ -215,6 +215,26 @@ static void catch_up_range(const Update& u, float* table, i64 w, i64 from, i64 t
   for (i64 row = from; row < to; row++) catch_up<W>(u, table, row, u.step, w);
 }
 
+// Steps of listed rows, which are distinct: the gradient of rows[i] is values + i * width.
+template <int W>
+static void update_listed(const Update& u, float* table, i64 w, const i64* rows, const float* values, i64 from, i64 to) {
+  constexpr i64 block = 64;
+  const i64 width = width_of<W>(w);
+  Row<W * block> memory(width * block);
+  Summed found[block];
+  for (i64 i = from; i < std::min(from + block, to); i++) prefetch_state(u, table, rows[i], width);
+  for (i64 i = from; i < to; i += block) {
+    const i64 count = std::min(block, to - i);
+    for (i64 k = 0; k < count; k++) {
+      float* g = memory.data() + k * width;
+      found[k] = {rows[i + k], g};
+      blocks<W>(width, [&](auto lanes, i64 e) { lanes.store(g + e, lanes.load(values + (i + k) * width + e)); });
+      if (i + k + block < to) prefetch_state(u, table, rows[i + k + block], width);
+    }
+    update_rows<W>(u, table, found, count, i, w);
+  }
+}
+
 using Visit = void (*)(const Update&, float*, i64, const Bases&, const u64*, i64, i64, i64);
 
 // Functions over the rows of a table: update them, or apply their deferred steps.
@@ -222,12 +242,13 @@ struct Visits {
   Visit update, catch_up;
   void (*update_few)(const Update&, float*, i64, const Bases&, const TableReads&, std::vector<float>&);
   void (*catch_up_all)(const Update&, float*, i64, i64, i64);
+  void (*update_listed)(const Update&, float*, i64, const i64*, const float*, i64, i64);
 };
 
 template <int W>
 static Visits visits_of(bool pairs) {
-  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_range<W>};
-  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_range<W>};
+  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_range<W>, update_listed<W>};
+  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_range<W>, update_listed<W>};
 }
 
 static Visits choose_visits(i64 width, bool pairs = false) {
@@ -252,6 +273,21 @@ static void catch_up_all(const Update& u, float* table, i64 width, i64 threads) 
     for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < u.rows;)
       catch_up(u, table, width, from, std::min(from + piece, u.rows));
   });
+}
+
+// One step of listed, distinct rows of a storage; false, and none is made, where a row lies beyond it.
+static bool update_listed_rows(const Update& u, float* table, i64 width, const i64* rows, const float* values, i64 count,
+                               i64 threads) {
+  for (i64 i = 0; i < count; i++)
+    if (rows[i] < 0 || rows[i] >= u.rows) return false;
+  const auto update = choose_visits(width).update_listed;
+  const i64 piece = 1024;
+  i64 next = 0;
+  parallel(threads, [&](i64, i64) {
+    for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < count;)
+      update(u, table, width, rows, values, from, std::min(from + piece, count));
+  });
+  return true;
 }
 
 // Visits the rows of one table in pieces that split no row; a free thread takes the next piece.

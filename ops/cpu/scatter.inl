@@ -199,7 +199,7 @@ static int backward(const Call& c, const Update* updates, bool catch_up, Scratch
   if (!find_reads(c, reads, !catch_up)) return OUT_OF_RANGE;
   for (i64 s = 0; s < c.storage_count; s++) {
     const std::vector<Source>& sources = reads.sources[s];
-    if (sources.empty()) continue;
+    if (sources.empty() || updates[s].rule.number == NO_UPDATE) continue;
     bool slices = false;
     for (const Source& source : sources) slices |= source.num_rows > 1;
     const i64 width = c.storage_widths[s];

@@ -11,20 +11,21 @@ from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.triton import status
-from recsys_embed.optim import FusedOptimizer, sum_duplicates
+from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 
 
 class Updater(Protocol):
     """Applies summed gradients to the rows of one storage."""
 
-    def __call__(self, rows: Tensor, grad: Tensor) -> None: ...
+    def __call__(self, weight: Tensor, rows: Tensor, grad: Tensor) -> None: ...
 
 
 class _Context(Protocol):
     """What a gather saves for backward."""
 
     partial: bool
-    updater: Updater
+    updater: Updater | None
+    weight: Tensor
 
     @property
     def saved_tensors(self) -> tuple[Tensor]: ...
@@ -33,26 +34,28 @@ class _Context(Protocol):
 
 
 class FusedGather(Function):
-    """``weight[rows]`` whose backward passes the gradient to ``updater`` instead of returning it.
+    """``weight[rows]`` whose backward hands the gradient to ``updater``, or returns a :class:`RowGradient` without one.
 
-    With ``partial``, rows may be -1: they give undefined vectors and update nothing.
-    ``anchor`` is any tensor that requires grad: it makes autograd run the backward and receives no gradient.
+    With ``partial``, rows of -1 read anything and update nothing.
     """
 
     @staticmethod
-    def forward(ctx: _Context, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
+    def forward(ctx: _Context, weight: Tensor, rows: Tensor, partial: bool, updater: Updater | None) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.partial, ctx.updater = partial, updater
+        # Not as a saved tensor: its values are not needed again, so they may change before backward.
+        ctx.partial, ctx.updater, ctx.weight = partial, updater, weight
         return weight.index_select(0, rows.clamp_min(0) if partial else rows)
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (rows,) = ctx.saved_tensors
         if ctx.partial:
             present = rows >= 0
             rows, grad = rows[present], grad[present]
-        ctx.updater(rows, grad.contiguous())
-        return (None,) * 5
+        if ctx.updater is None:
+            return RowGradient(rows, grad.contiguous(), ctx.weight.shape[0]), None, None, None
+        ctx.updater(ctx.weight, rows, grad.contiguous())
+        return None, None, None, None
 
 
 def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ class Place(NamedTuple):
     storage: str
     offset: int
 
+
+GradientLayout = Literal["dense", "sparse", "rows"]
+"""Of a table's gradient: a tensor like the table, torch's sparse tensor, or a RowGradient."""
 
 Gather = Callable[[str, Tensor, bool], Tensor]
 """Reads rows of a storage: (name, int64 ``[n]``, whether rows may be -1) -> ``[n, width]``."""

@@ -15,7 +15,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
 from recsys_embed.utils.types import JSON
@@ -203,7 +203,7 @@ class CTRModel(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters for a torch optimizer: dense layers, and tables without a fused optimizer."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return unfused_parameters(self)
 
     def footprint(self) -> Footprint:
         """Bytes of all embedding parts together (dense layers are not counted)."""

@@ -17,31 +17,30 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
-from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.places import GradientLayout, Place
 
-Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Tensor | None], None]
+Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
+"""Takes a lookup's records, ids and tables, gradients of its outputs, and what forward kept."""
 
 
 class NativeStep(NamedTuple):
-    """The optimizer step of a lookup, which its backward makes.
+    """What a lookup of tables with a fused optimizer does.
 
     Args:
-        anchor: requires grad, so that autograd runs the backward.
-        catch_up: applies the deferred steps of the ids' rows, before they are read.
-        update: called in backward with the gradients of the outputs.
+        catch_up: applies the steps that the rows of ids missed, before they are read.
+        update: steps the optimizer in backward; None leaves a :class:`RowGradient` per table.
         states: tensors of the optimizer's state, storage after storage.
-        owner: handle of the module that owns the optimizer, for compiled models.
-        lazy: rows may have deferred steps.
-        begun: in compiled models, which storages another part of this backward has stepped; None where there is none.
+        owner: handle of who steps, for compiled models.
+        lazy: rows may have missed steps.
+        collects: in compiled models, gradients wait for those of other parts of this backward.
     """
 
-    anchor: Tensor
     catch_up: Callable[[NativeLookup, Ids], None]
-    update: Updater
+    update: Updater | None
     states: list[Tensor]
     owner: int
     lazy: bool
-    begun: Tensor | None = None
+    collects: bool = False
 
 
 class _Context(Protocol):
@@ -49,7 +48,8 @@ class _Context(Protocol):
 
     lookup: NativeLookup
     updater: Updater | None
-    sparse: bool
+    layout: GradientLayout
+    pool: OutputPool
     kept: Tensor | None
     tables: tuple[Tensor, ...]
     batch: int
@@ -64,24 +64,21 @@ class _Context(Protocol):
 
 
 class _Lookup(Function):
-    """``anchor`` requires grad where no table does: it makes autograd run the backward and receives no gradient."""
-
     @staticmethod
     def forward(
         ctx: _Context,
-        anchor: Tensor | None,
         lookup: NativeLookup,
         pool: OutputPool,
         ids: Ids,
         updater: Updater | None,
-        sparse: bool,
+        layout: GradientLayout,
         mask: tuple[MaskParameters, Tensor | None] | None,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
         outputs = tuple(_outputs(lookup, pool, ids, tables, kept, mask))
-        ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
-        # Backward does not need the tables' values, so the tables may change in between, as with any gather.
+        ctx.lookup, ctx.updater, ctx.layout, ctx.pool = lookup, updater, layout, pool
+        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
         ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
         return outputs
@@ -93,9 +90,11 @@ class _Lookup(Function):
         ids = Ids(values, offsets, weights, ctx.batch)
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
-            ctx.updater(ctx.lookup, ids, gradients, ctx.kept)
+            ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
             return (None,) * len(ctx.needs_input_grad)
-        return (None,) * 7 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.sparse))
+        wanted = ctx.needs_input_grad[6:]
+        found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
+        return (None,) * 6 + tuple(found)
 
 
 def _outputs(
@@ -131,25 +130,26 @@ def look_up(
 
     Args:
         tables: per storage, float32 ``[rows, width]``.
-        step: its optimizer updates the tables in backward, which otherwise returns their gradients.
-        sparse: gradients of the tables are sparse.
+        step: of tables with a fused optimizer.
+        sparse: gradients of other tables are sparse.
         mask: of the vectors of the first output, which are those of all features; ids are no bags.
 
     Raises:
         IdRangeError: an id has no row; the caller finds out which.
     """
-    learns = step is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in tables))
-    if mask is None and not learns:
-        return _outputs(lookup, pool, ids, tables)
     if step is not None:
         step.catch_up(lookup, ids)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tables)
+    if mask is None and not learns:
+        return _outputs(lookup, pool, ids, tables)
     masking = None
     if mask is not None:
         beside = learns or (torch.is_grad_enabled() and mask.learns)
         masking = mask, pool.take((ids.batch, *lookup.shapes[0])) if beside else None
     if learns:
-        anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-        out: Sequence[Tensor] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
+        updater = None if step is None else step.update
+        layout = "rows" if step is not None else "sparse" if sparse else "dense"
+        out: Sequence[Tensor] = _Lookup.apply(lookup, pool, ids, updater, layout, masking, *tables)
     else:
         out = _outputs(lookup, pool, ids, tables, mask=masking)
     if masking is None or masking[1] is None:

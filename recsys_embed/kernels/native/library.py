@@ -159,7 +159,7 @@ def library() -> Library | str:
     handle.rse_record_sizes.restype = c_int64
     sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
     own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
-    layout = getattr(handle, "rse_transform_layout", None)
+    layout = getattr(handle, "rse_transform_layout", None) if hasattr(handle, "rse_update_rows") else None
     if layout is not None:
         layout.restype = c_char_p
     if sizes != own or layout is None or layout() != LAYOUT.encode():
@@ -174,8 +174,10 @@ def library() -> Library | str:
     handle.rse_forward.argtypes = [c_void_p]
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
     handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_update_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
+    handle.rse_update_rows.restype = c_int
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 

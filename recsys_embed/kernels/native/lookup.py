@@ -15,18 +15,19 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.errors import BackendError, ConfigError
+from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Rule, Update, library, loaded, words_of
+from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot, encode
-from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.precision import HEAD
-from recsys_embed.optim import FusedOptimizer, rule_name
+from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
 
-_DENSE, _SPARSE = -1, -2
+_DENSE, _SPARSE, _NO_UPDATE = -1, -2, -3
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT4 = 3, 4
 _STORED = (*_KINDS, torch.uint8)
@@ -126,6 +127,36 @@ def checked(outcome: int) -> bool:
             "use smaller batches, or backend 'torch'"
         )
     raise MemoryError("no memory for the gradients of a step")
+
+
+def update_rows(
+    optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], rows: Tensor, values: Tensor, log: StepLog
+) -> None:
+    """One step of distinct rows of a storage, in place.
+
+    Args:
+        rows: int64 ``[n]``.
+        values: float32 ``[n, width]``, their gradients.
+        log: advanced to this step.
+
+    Raises:
+        IdRangeError: a row lies beyond the storage; nothing has changed.
+    """
+    rows, values, updates = rows.contiguous(), values.contiguous(), _updates(optimizer, [table], [state], [log])
+    threads = torch.get_num_threads() if rows.numel() >= _WORTH_A_THREAD else 1
+    if not checked(
+        loaded().handle.rse_update_rows(
+            ctypes.addressof(updates),
+            table.data_ptr(),
+            table.shape[1],
+            _pointer(rows),
+            _pointer(values),
+            rows.numel(),
+            threads,
+        )
+    ):
+        raise IdRangeError(f"a gradient's rows must be in [0, {table.shape[0]}), the rows of its table")
+    increment_version([table, *state.values()])
 
 
 def catch_up(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog) -> None:
@@ -330,6 +361,7 @@ class NativeLookup:
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
         step_logs: Sequence[StepLog],
+        frozen: Collection[int] = (),
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
@@ -338,8 +370,11 @@ class NativeLookup:
             kept: saved by forward; None if ``kept_width`` is 0.
             states: per storage, the tensors of the optimizer's state by name.
             step_logs: per storage, advanced to this step.
+            frozen: storages to leave as they are.
         """
         updates = _updates(optimizer, tables, states, step_logs)
+        for number in frozen:
+            updates[number].rule.number = _NO_UPDATE
         self._backward(ids, tables, gradients, kept, updates)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
 
@@ -362,28 +397,54 @@ class NativeLookup:
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
-        sparse: bool,
-    ) -> list[Tensor]:
-        """Gradients of the tables: dense, or sparse and coalesced."""
+        layout: GradientLayout,
+        wanted: Sequence[bool] | None = None,
+        pool: OutputPool | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of the tables: dense; sparse and coalesced; or a :class:`RowGradient` each.
+
+        Args:
+            wanted: of which storages; None for the others.
+            pool: where the values of rows lie.
+        """
         updates = (Update * len(tables))()
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        counts = ids.counts(self._columns)
-        for update, table, reads in zip(updates, tables, self._reads, strict=True):
-            update.rule.number, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
+        found: list[tuple[Tensor, Tensor, Tensor] | None] = []
+        counts, by_row = ids.counts(self._columns), layout != "dense"
+        wanted = (True,) * len(tables) if wanted is None else wanted
+        for update, table, reads, want in zip(updates, tables, self._reads, wanted, strict=True):
+            update.rule.number, update.rows = _NO_UPDATE, table.shape[0]
+            if not want:
+                found.append(None)
+                continue
+            update.rule.number = _SPARSE if by_row else _DENSE
             number = min(table.shape[0], sum(n * r for n, r in zip(counts, reads, strict=True)))
-            values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
-            rows = table.new_empty(number if sparse else 0, dtype=torch.int64)
-            count = table.new_zeros(1, dtype=torch.int64)
+            shape = (number, table.shape[1])
+            if by_row:
+                values = table.new_empty(shape) if pool is None else pool.take(shape)
+            else:
+                values = torch.zeros_like(table)
+            rows = torch.empty(number if by_row else 0, dtype=torch.int64)
+            count = torch.zeros(1, dtype=torch.int64)
             update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
             found.append((values, rows, count))
         self._backward(ids, tables, gradients, kept, updates)
-        if not sparse:
-            return [values for values, _, _ in found]
-        out = []
-        for table, (values, rows, count) in zip(tables, found, strict=True):
-            ordered, order = rows[: int(count)].sort()
-            parts = (ordered.unsqueeze(0), values.index_select(0, order))
-            out.append(torch.sparse_coo_tensor(*parts, table.shape, is_coalesced=True, check_invariants=False))
+        out: list[Tensor | None] = []
+        for table, parts in zip(tables, found, strict=True):
+            if parts is None or not by_row:
+                out.append(None if parts is None else parts[0])
+                continue
+            values, rows, count = parts
+            rows, values = rows[: int(count)], values[: int(count)]
+            if layout == "rows":
+                out.append(RowGradient(rows, values, table.shape[0], distinct=True))
+                continue
+            ordered, order = rows.sort()
+            chosen = values.index_select(0, order)
+            out.append(
+                torch.sparse_coo_tensor(
+                    ordered.unsqueeze(0), chosen, table.shape, is_coalesced=True, check_invariants=False
+                )
+            )
         return out
 
     def _rows_read(self) -> list[list[int]]:

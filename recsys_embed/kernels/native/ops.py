@@ -32,7 +32,7 @@ class Stepper(Protocol):
         states: list[Tensor],
         grads: list[Tensor],
         kept: Tensor,
-        begun: Tensor | None,
+        collects: bool,
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
@@ -47,8 +47,7 @@ def _look_up(
     batch: int,
     tables: list[Tensor],
     states: list[Tensor],
-    anchor: Tensor | None,
-    begun: Tensor | None,
+    collects: bool,
     lookup: int,
     owner: int,
 ) -> list[Tensor]:
@@ -68,8 +67,7 @@ def _(
     batch: int,
     tables: list[Tensor],
     states: list[Tensor],
-    anchor: Tensor | None,
-    begun: Tensor | None,
+    collects: bool,
     lookup: int,
     owner: int,
 ) -> list[Tensor]:
@@ -97,7 +95,8 @@ def _gradients(
     kept: Tensor,
     lookup: int,
 ) -> list[Tensor]:
-    return cast("NativeLookup", KNOWN[lookup]).gradients(_ids(ids, bags, batch), tables, grads, kept, sparse=False)
+    found = cast("NativeLookup", KNOWN[lookup]).gradients(_ids(ids, bags, batch), tables, grads, kept, "dense")
+    return cast("list[Tensor]", found)
 
 
 @_gradients.register_fake
@@ -113,7 +112,7 @@ def _(
     return [torch.empty_like(t) for t in tables]
 
 
-@custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states", "begun"))
+@custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states"))
 def _step(
     ids: Tensor,
     bags: list[Tensor],
@@ -122,12 +121,14 @@ def _step(
     states: list[Tensor],
     grads: list[Tensor],
     kept: Tensor,
-    begun: Tensor | None,
+    collects: bool,
     lookup: int,
     owner: int,
 ) -> None:
     stepper = cast("Stepper", KNOWN[owner])
-    stepper.step_native(cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states, grads, kept, begun)
+    stepper.step_native(
+        cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states, grads, kept, collects
+    )
 
 
 @custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
@@ -138,9 +139,7 @@ def _catch_up(
     stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states)
 
 
-_Inputs: TypeAlias = tuple[
-    Tensor, list[Tensor], int, list[Tensor], list[Tensor], Tensor | None, Tensor | None, int, int
-]
+_Inputs: TypeAlias = tuple[Tensor, list[Tensor], int, list[Tensor], list[Tensor], bool, int, int]
 """Arguments of ``_look_up``."""
 
 
@@ -151,7 +150,8 @@ class _Context(Protocol):
     lookup: int
     owner: int
     bags: int
-    held: tuple[list[Tensor], list[Tensor], Tensor | None]
+    collects: bool
+    held: tuple[list[Tensor], list[Tensor]]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -160,14 +160,14 @@ class _Context(Protocol):
 
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
-    ids, bags, ctx.batch, tables, states, _, begun, ctx.lookup, ctx.owner = inputs
+    ids, bags, ctx.batch, tables, states, ctx.collects, ctx.lookup, ctx.owner = inputs
     ctx.bags = len(bags)
     if ctx.owner == NO_OWNER:
-        ctx.held = [], [], None
+        ctx.held = [], []
         ctx.save_for_backward(ids, output[-1], *bags, *tables)
         return
-    # Not save_for_backward: tensors that another part of the same backward has updated in place would be an error.
-    ctx.held = tables, states, begun
+    # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
+    ctx.held = tables, states
     ctx.save_for_backward(ids, output[-1], *bags)
 
 
@@ -178,11 +178,11 @@ def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor]
     given = [g.contiguous() for g in grads[:-1]]
     if ctx.owner == NO_OWNER:
         found = _gradients(ids, bags, ctx.batch, saved, given, kept, ctx.lookup)
-        return None, none, None, found, [], None, None, None, None
-    tables, states, begun = ctx.held
+        return None, none, None, found, [], None, None, None
+    tables, states = ctx.held
     with torch.no_grad():
-        _step(ids, bags, ctx.batch, tables, states, given, kept, begun, ctx.lookup, ctx.owner)
-    return None, none, None, [None] * len(tables), [None] * len(states), None, None, None, None
+        _step(ids, bags, ctx.batch, tables, states, given, kept, ctx.collects, ctx.lookup, ctx.owner)
+    return None, none, None, [None] * len(tables), [None] * len(states), None, None, None
 
 
 _look_up.register_autograd(_backward, setup_context=_save)
@@ -196,7 +196,7 @@ def look_up(lookup: NativeLookup, ids: Ids, tables: list[Tensor], step: NativeSt
     bags = [t for t in (ids.offsets, ids.weights) if t is not None]
     given = ids.values, bags, ids.batch
     if step is None:
-        return _look_up(*given, tables, [], None, None, lookup.handle, NO_OWNER)[:-1]
+        return _look_up(*given, tables, [], False, lookup.handle, NO_OWNER)[:-1]
     if step.lazy:
         _catch_up(*given, tables, step.states, lookup.handle, step.owner)
-    return _look_up(*given, tables, step.states, step.anchor, step.begun, lookup.handle, step.owner)[:-1]
+    return _look_up(*given, tables, step.states, step.collects, lookup.handle, step.owner)[:-1]

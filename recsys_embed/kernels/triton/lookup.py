@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
-from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, RowGradient
 
 # Elements per program, most columns of its tile, and warps.
 _TILE, _COLUMNS, _WARPS = 2048, 256, 4
@@ -240,6 +240,7 @@ class TritonLookup:
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
         step_logs: Sequence[StepLog],
+        frozen: Collection[int] = (),
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
@@ -248,6 +249,7 @@ class TritonLookup:
             kept: saved by forward.
             states: per storage, the tensors of the optimizer's state by name.
             step_logs: per storage, advanced to this step.
+            frozen: storages to leave as they are.
         """
         self.raise_faults(ids.device)
         if ids.shape[0] == 0:
@@ -256,6 +258,8 @@ class TritonLookup:
         with on_device(ids):
             source = self._source(ids, gradients, kept)
             for number, reads in self._reads:
+                if number in frozen:
+                    continue
                 target = Target.step(optimizer, tables[number], states[number], step_logs[number], number)
                 reads.run(kept.found, source, target, all_sorted)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
@@ -275,23 +279,35 @@ class TritonLookup:
             catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), log, log.step)
 
     def gradients(
-        self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept, sparse: bool
-    ) -> list[Tensor]:
-        """Gradients of the tables: dense; or sparse and coalesced, which waits for the device to count the rows."""
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Kept,
+        layout: GradientLayout,
+        wanted: Sequence[bool] | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of the tables: dense; or by row, which waits for the device to count the rows.
+
+        Args:
+            wanted: of which storages; None for the others.
+        """
         self.raise_faults(ids.device)
         with on_device(ids):
             source = self._source(ids, gradients, kept) if ids.shape[0] else None
-        out = []
+        out: list[Tensor | None] = []
         for number, reads in self._reads:
             table = tables[number]
-            if source is None:
-                empty = table.new_empty(0, table.shape[1])
-                rows = torch.empty(1, 0, dtype=torch.int64, device=table.device)
-                out.append(_coalesced(rows, empty, table) if sparse else torch.zeros_like(table))
-                continue
-            with on_device(ids):
-                out.append(self._sparse(reads, kept.found, source, table) if sparse else
-                           self._dense(reads, kept.found, source, table))  # fmt: skip
+            if wanted is not None and not wanted[number]:
+                out.append(None)
+            elif layout == "dense":
+                with on_device(ids):
+                    out.append(torch.zeros_like(table) if source is None else
+                               self._dense(reads, kept.found, source, table))  # fmt: skip
+            else:
+                with on_device(ids):
+                    rows, values = self._rows(reads, kept.found, source, table)
+                out.append(_by_row(layout, rows, values, table))
         return out
 
     def _dense(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
@@ -299,7 +315,10 @@ class TritonLookup:
         reads.run(found, source, Target.gradient(gradient), torch.are_deterministic_algorithms_enabled())
         return gradient
 
-    def _sparse(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
+    def _rows(self, reads: StorageReads, found: Tensor, source: Source | None, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that are read, distinct and ascending, and the sum of each one's gradients."""
+        if source is None:
+            return torch.empty(0, dtype=torch.int64, device=table.device), table.new_empty(0, table.shape[1])
         keys, order = reads.all_rows(found).sort(stable=True)
         rows, place = keys.unique_consecutive(return_inverse=True)
         if int(rows[0]) < 0:
@@ -308,8 +327,11 @@ class TritonLookup:
         reads.sum_sorted(
             place.to(torch.int32), order, found.shape[1], reads.all_sources(source), 0, Target.gradient(values)
         )
-        return _coalesced(rows.long().unsqueeze(0), values, table)
+        return rows.long(), values
 
 
-def _coalesced(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(rows, values, table.shape, is_coalesced=True, check_invariants=False)
+def _by_row(layout: GradientLayout, rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    if layout == "rows":
+        return RowGradient(rows, values, table.shape[0], distinct=True, ordered=True)
+    at = rows.unsqueeze(0)
+    return torch.sparse_coo_tensor(at, values, table.shape, is_coalesced=True, check_invariants=False)
