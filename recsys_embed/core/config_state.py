@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import CheckpointError
+from recsys_embed.utils.strict_json import own_json
 
 
 def pack(config: dict[str, Any]) -> Tensor:
@@ -45,7 +46,7 @@ def check(
         CheckpointError: names every key that differs, with both values.
     """
     try:
-        parsed = json.loads(bytes(saved.cpu().numpy()))
+        parsed = own_json(bytes(saved.cpu().numpy()))
         theirs = _flatten(parsed if upgrade is None else upgrade(parsed))
     except (AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e
