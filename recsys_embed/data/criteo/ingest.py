@@ -16,7 +16,7 @@ from recsys_embed.data.criteo.explain import BadRow
 from recsys_embed.data.criteo.layout import LineLayout
 from recsys_embed.data.criteo.options import PROCESS, SEPARATORS, CriteoOptions, different
 from recsys_embed.data.criteo.parse import ParsedBlock, parse_block
-from recsys_embed.data.criteo.parts import Part, PartInfo
+from recsys_embed.data.criteo.parts import ParsedPart, PartInfo
 from recsys_embed.data.folder import boot_id, storage_error, write_json
 from recsys_embed.data.text_blocks import BLOCK_BYTES, TextBlock, detect, read_blocks
 from recsys_embed.errors import ConfigError, DataError
@@ -119,7 +119,7 @@ class Ingest:
             )
         self.layout = forms[0][1]
 
-    def run(self, progress: Callable[[str, float, float, int], None]) -> list[Part]:
+    def run(self, progress: Callable[[str, float, float, int], None]) -> list[ParsedPart]:
         """Parse what is missing; returns all parts in row order.
 
         Raises:
@@ -137,11 +137,11 @@ class Ingest:
                     progress("read", before + position, sum(sizes), rows)
         return parts
 
-    def _done(self) -> list[Part]:
-        parts: list[Part] = []
+    def _done(self) -> list[ParsedPart]:
+        parts: list[ParsedPart] = []
         while (path := self._sidecar(len(parts))).exists():
             info = PartInfo(**json.loads(path.read_text()))
-            part = Part(self._path(len(parts)), info)
+            part = ParsedPart(self._path(len(parts)), info)
             if not part.path.exists() or part.path.stat().st_size != part.size:
                 break
             parts.append(part)
@@ -156,7 +156,7 @@ class Ingest:
     def bad_path(self, index: int) -> Path:
         return self.work / "parts" / f"{index:06d}.bad.jsonl"
 
-    def _file(self, i: int, last: PartInfo | None, pool: ThreadPoolExecutor) -> Iterator[tuple[Part, int]]:
+    def _file(self, i: int, last: PartInfo | None, pool: ThreadPoolExecutor) -> Iterator[tuple[ParsedPart, int]]:
         """Parts of file ``i`` that come after ``last``."""
         start, line, index = 0, 1, 0
         if last is not None:
@@ -201,7 +201,7 @@ class Ingest:
 
     def _store(
         self, index: int, file: int, group: list[tuple[TextBlock, ParsedBlock]], bad: _BadRows, last: bool
-    ) -> Part:
+    ) -> ParsedPart:
         name = str(self.files[file])
         fault = next((text.fault for text, _ in group if text.fault), None)
         if self.options.on_bad_row == "fail" and (bad.count or fault):
@@ -209,7 +209,7 @@ class Ingest:
         blocks = [block for _, block in group]
         end, tail = group[-1]
         next_line = end.first_line + tail.lines + len(end.bad)
-        int_type, cat_type = Part.write(self._path(index), blocks)
+        int_type, cat_type = ParsedPart.write(self._path(index), blocks)
         rows = sum(b.rows for b in blocks)
         seen = sum(b.lines for b in blocks) + sum(len(t.bad) for t, _ in group)
         if seen != rows + bad.count:
@@ -219,7 +219,7 @@ class Ingest:
             self.layout.labels, int_type, cat_type,
         )  # fmt: skip
         write_json(self._sidecar(index), info.to_dict(), durable=False)
-        return Part(self._path(index), info)
+        return ParsedPart(self._path(index), info)
 
     def _fail(self, name: str, bad: _BadRows, fault: str | None) -> None:
         shown = [row.describe(name) for row in bad.first]
