@@ -54,3 +54,22 @@ def test_of_a_projection(precision: Any, tmp_path: Path) -> None:
     half = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)
     check(stated, wanted, wanted.to(half))
     assert (stated.rms_error == 0) is (precision == "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_ids_of_any_form_read_what_torch_reads(precision: Any, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    emb = rse.make_embedding("full", 3000, 20, init="normal:2")
+    with torch.no_grad():
+        emb.weight[torch.rand(3000, generator=g) < 0.6] = 0
+    export(emb, tmp_path / "m", precision)
+    served, plain = load(tmp_path / "m"), load(tmp_path / "m", backend="torch")
+    ids = torch.randint(0, 3000, (7, 64), generator=g)
+    rows = plain(torch.arange(3000))
+    for form in (ids, ids.int(), ids.t(), ids[:, ::3], ids.expand(2, 7, 64), ids[:0]):
+        for module in (served, plain):
+            assert torch.equal(module(form), rows[form.long()])
+    for bad in (3000, -1, 2**31, 2**40):
+        for module in (served, plain):
+            with pytest.raises(IndexError, match=str(bad)):
+                module(torch.tensor([0, bad]))
