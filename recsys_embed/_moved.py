@@ -136,6 +136,7 @@ RENAMED = {
     "kernels.masks": {"Stage": "kernels.native.masks.MaskParameters"},
     "kernels.unseen": {"Unseen": "kernels.unseen_ids.UnseenIds"},
     "data.encode": {"Rows": "data.criteo.encode.PartRows"},
+    "data.parts": {"Part": "data.criteo.parts.ParsedPart"},
     "data.parse": {"Block": "data.criteo.parse.ParsedBlock"},
     "shipping.container": {"Entry": "exports.file_format.TensorInfo"},
     "shipping.manifest": {"Manifest": "exports.manifest.ExportManifest"},

@@ -55,7 +55,7 @@ class FoundTable:
 
     @property
     def weight(self) -> Tensor | None:
-        """The plain table ``[rows, width]``; None for the kinds of this library, which store something else."""
+        """The full table ``[rows, width]``; None for the kinds of this library, which store something else."""
         if self.kind in ("compressed", "collection"):
             return None
         weight: Tensor = self.modules[0].weight  # type: ignore[assignment]

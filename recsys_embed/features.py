@@ -36,7 +36,7 @@ class FeatureSpec:
         embedding_dim: width of the vector the model receives.
         pooling: how the ids of one bag combine.
         ids: ``"index"`` (vocabulary indices) or ``"raw"`` (arbitrary 64-bit ids, for hashing methods).
-        init: distribution a plain table of this feature starts with; every method starts its rows like it.
+        init: distribution a full table of this feature starts with; every method starts its rows like it.
             ``"sqrt_rows"`` U(±1/sqrt(num_embeddings)) as DLRM and TorchRec, ``"sqrt_dim"`` U(±1/sqrt(dim)) as CCE,
             ``"xavier"`` U(±sqrt(6/(rows+dim))), ``"normal:STD"`` or ``"uniform:BOUND"``; ``"normal:1"`` is torch's.
         unseen: what an id outside ``[0, num_embeddings)``, negative ones included, becomes. ``"hash"``: hashing methods
@@ -98,7 +98,7 @@ class FeatureSpec:
         return self.initial_distribution()
 
     def initial_distribution(self) -> tuple[Literal["uniform", "normal"], float]:
-        """Kind of a plain table's initial distribution, and its bound (uniform) or standard deviation (normal); mean 0.
+        """Kind of a full table's initial distribution, and its bound (uniform) or standard deviation (normal); mean 0.
 
         >>> FeatureSpec("C1", 100, 4).initial_distribution()
         ('uniform', 0.1)

@@ -46,7 +46,8 @@ class PlanNotes:
         bytes: bytes it takes.
         target: what these bytes cover, ``"serve"`` or ``"train"``.
         optimizer: fused optimizer whose state ``"train"`` counts; None for ordinary gradients.
-        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`.
+        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`: losses, and penalties for what a plan
+            resorts to only where bytes do not suffice.
         least_loss: no plan it could have made loses less.
         exact: the plan is proved to be the best of those.
         statistics: where frequencies came from.
@@ -95,9 +96,8 @@ class Plan:
         configs: by feature name.
         reasons: by feature name, in words, why a planner chose it.
         notes: what the planner aimed at and came to.
-        sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.core.id_sets.set_text`;
-            features without any own rows by frequency.
-
+        sets: by feature and index, ids that a search chose to own rows, or that a planner counted as frequent, as
+            :func:`recsys_embed.core.id_sets.set_text`; features without any own rows by frequency.
         arrays: what other indexes hold, as the codes of a learned clustering; :meth:`save` writes them into a file
             beside the plan's text.
 
@@ -207,7 +207,7 @@ class Plan:
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
-        """Plain tables everywhere."""
+        """Full tables everywhere."""
         return cls.uniform(schema, "full")
 
     @classmethod
@@ -273,17 +273,7 @@ class Plan:
             ConfigError: features that share a table do not agree in its shape.
         """
         self.check(schema)
-        tables: dict[str, Table] = {}
-        for name, program in self.gathered(schema).items():
-            spec = schema[name]
-            for table in program.tables:
-                known = tables.setdefault(table_key(spec, table), table)
-                if known != table:
-                    raise ConfigError(
-                        f"shared table {table.name!r} is {known.rows} x {known.width}, {known.init}, for one feature "
-                        f"and {table.rows} x {table.width}, {table.init}, for {spec.name!r}; give both the same options"
-                    )
-        return tables
+        return _tables_of(self.gathered(schema), schema)
 
     def footprint(self, schema: Schema, optimizer: FusedOptimizer | None = None, itemsize: int = 4) -> Footprint:
         """Bytes of all features together; shared tables count once.
@@ -291,14 +281,14 @@ class Plan:
         With ``optimizer`` the state of the tables it updates is included; projections and other dense parameters are
         left to the model's own optimizer and its account.
         """
-        total = Footprint()
-        for table in self.tables(schema).values():
+        self.check(schema)
+        total, gathered = Footprint(), self.gathered(schema)
+        for table in _tables_of(gathered, schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
             total += Footprint(weights=itemsize * table.rows * table.width, optimizer=state)
-        gathered = self.gathered(schema)
         for spec in schema:
             if spec.name in gathered:
-                total += Footprint(index=self[spec.name].footprint(spec).index)
+                total += Footprint(index=gathered[spec.name].footprint(itemsize).index)
             else:
                 total += self[spec.name].footprint(spec, itemsize)
         return total
@@ -358,3 +348,17 @@ class Plan:
         notes = None if found.get("notes") is None else PlanNotes.from_dict(found["notes"])
         arrays = None if found.get(ARRAYS) is None else PlanArrays.from_dict(found[ARRAYS], folder)
         return cls(configs, reasons, notes, sets, arrays)
+
+
+def _tables_of(programs: Mapping[str, LookupProgram], schema: Schema) -> dict[str, Table]:
+    tables: dict[str, Table] = {}
+    for name, program in programs.items():
+        spec = schema[name]
+        for table in program.tables:
+            known = tables.setdefault(table_key(spec, table), table)
+            if known != table:
+                raise ConfigError(
+                    f"shared table {table.name!r} is {known.rows} x {known.width}, {known.init}, for one feature "
+                    f"and {table.rows} x {table.width}, {table.init}, for {spec.name!r}; give both the same options"
+                )
+    return tables

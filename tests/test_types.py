@@ -50,7 +50,7 @@ UNTYPED = {
     "_upgraded": "JSON values of a state dict",
 }
 HOT = (
-    *(f"collection/{p.name}" for p in (PACKAGE / "collection").glob("*.py") if p.name != "earlier_states.py"),
+    *(f"collection/{p.name}" for p in (PACKAGE / "collection").glob("*.py") if "state" not in p.name),
     "embedding/compressed_embedding.py",
     "embedding/module_tables.py",
     "embedding/shared_tables.py",

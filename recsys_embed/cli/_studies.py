@@ -318,7 +318,7 @@ def pick(
     from recsys_embed.data import open_dataset
     from recsys_embed.exports import export
     from recsys_embed.search.studies.results import best_under, rows_of
-    from recsys_embed.train.json_values import footprint_dict, plain
+    from recsys_embed.train.json_values import footprint_dict, json_ready
     from recsys_embed.train.run import run_training
 
     if (trial is None) == (under is None):
@@ -349,7 +349,7 @@ def pick(
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     result: dict[str, Any] = {
-        **plain(done.result.to_dict()),
+        **json_ready(done.result.to_dict()),
         "trial": row["trial"],
         "footprint": footprint_dict(done.footprint),
         "full_bytes": done.full_bytes,

@@ -18,7 +18,7 @@ def compress(
     factory: opt.ModelFactory = None,
     model: opt.FormerFactory = None,
     state: Annotated[
-        Path | None, typer.Option("--state", help="Trained state dict of the plain model: .pt or .safetensors.")
+        Path | None, typer.Option("--state", help="Trained state dict of the uncompressed model: .pt or .safetensors.")
     ] = None,
     init: Annotated[str, typer.Option("--init", help="dense (fit to the trained tables) or fresh.")] = "dense",
     counts: Annotated[
@@ -48,7 +48,7 @@ def compress(
     chosen = Plan.load(plan)
     named = opt.model_factory(factory, model)
     if named is None:
-        raise ConfigError("give --model-factory package.module:function, which returns the plain model")
+        raise ConfigError("give --model-factory package.module:function, which returns the uncompressed model")
     target = load_target(named)
     if state is not None:
         _load(target, state)

@@ -114,7 +114,7 @@ class HeadTables(Constants):
     def _tables(self, key: str, part: _Part) -> list[Tensor]:
         if part.matrices is not None:
             stacked: Tensor = self.__dict__["_stacked"][part.matrices]
-            return [stacked if part.whole else stacked.index_select(0, self.constant(key))]
+            return [stacked if part.whole else stacked.index_select(0, self.constant(key, stacked))]
         held = self.__dict__["_own"]
         name = self.schema.names[part.features[0]]
         return [getattr(held[self._own_name(name)], table) for table in part.head.tables]

@@ -146,11 +146,6 @@ class LookupBundle(Constants):
         self.add_constant(name, order, device)
         return order == sorted(order)
 
-    @property
-    def limits(self) -> Tensor:
-        """Per feature, the bound below which ids must lie, -1 where any id may come: int64 ``[features]``."""
-        return self.unseen.constant("limits")
-
     def dense_tables(self) -> dict[str, Tensor]:
         """Each table of a head by its key, as a view where it is stacked with others."""
         return self.heads.tables()
@@ -175,15 +170,15 @@ class LookupBundle(Constants):
             if isinstance(module, CompressedEmbedding):
                 module.reset_parameters(seed)
 
-    def given(self, ids: Mapping[str, FeatureIds]) -> dict[str, FeatureIds]:
-        """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
+    def given(self, ids: Mapping[str, FeatureIds], near: nn.Module) -> dict[str, FeatureIds]:
+        """Ids per feature as users give them, tensors beside ``near`` for the strings and arrays of hashing ones."""
         out = dict(ids)
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
             value = out.get(spec.name)
             if isinstance(value, tuple) and len(value) == 2:
-                out[spec.name] = (given_ids(value[0], spec, hashes, self.unseen), value[1])
+                out[spec.name] = (given_ids(value[0], spec, hashes, near), value[1])
             elif value is not None:
-                out[spec.name] = given_ids(value, spec, hashes, self.unseen)
+                out[spec.name] = given_ids(value, spec, hashes, near)
         return out
 
     # -- running --------------------------------------------------------------------------------------------------
@@ -346,4 +341,4 @@ class LookupBundle(Constants):
             # Sizes in full: an empty batch has no element from which to infer one.
             parts = [p if p.dim() == 3 else p.reshape(p.shape[0], p.shape[1] // dim, dim) for p in parts]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return joined if ordered else joined.index_select(1, self.constant(order))
+        return joined if ordered else joined.index_select(1, self.constant(order, joined))

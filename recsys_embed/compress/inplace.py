@@ -1,4 +1,4 @@
-"""``compress_`` and ``materialize_``: replace dense tables of a model by compressed ones in place, and back."""
+"""``compress_`` and ``materialize_``: replace full tables of a model by compressed ones in place, and back."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def compress_(
         init: ``"dense"`` fits each new table to the trained one in least squares (bucket means for hashes, a truncated
             SVD for lowdim, alternating least squares for products); ``"fresh"`` draws rows as wide as the old ones.
         counts: how often each id of a table occurs, ``[rows]``, by name or path: weights of the fit; they also tell
-            methods which ids are frequent (without counts, ids are assumed to be numbered by falling frequency).
+            methods which ids are frequent. Without counts that is what the plan says, where it was made with counts,
+            else ids are assumed to be numbered by falling frequency.
         unseen: policy for ids outside a table, for all tables or by name or path: ``"hash"``, ``"oov"``, ``"zero"`` or
-            ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as plain tables do.
+            ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as full tables do.
             A table with a policy is replaced also where the plan says ``full``.
         optimizer: torch optimizers to update: new parameters take the places of the old ones in their groups and start
             without state. A warning names other optimizers that hold a replaced parameter.
@@ -95,7 +96,7 @@ def compress_(
         for t in chosen
         if t.name in configs and not t.obstacle
     ]
-    # A plain table that stays plain needs no replacement.
+    # A full table that stays one needs no replacement.
     replacements = [
         replacement for replacement in replacements if not replacement.plain or replacement.table.kind == "compressed"
     ]
@@ -116,11 +117,11 @@ def materialize_(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> CompressReport:
-    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with dense tables.
+    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with full tables.
 
     Undoes :func:`compress_` except for the values, which are those of the compressed tables, also inside TorchRec's
     collections. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`. An
-    :class:`EmbeddingCollection` stays: plain tables are one of its plans.
+    :class:`EmbeddingCollection` stays: full tables are one of its plans.
 
     Args:
         model: holds the drop-ins; not one itself.

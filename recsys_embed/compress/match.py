@@ -86,7 +86,7 @@ def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Ite
         return
     for hooks in _STATE_HOOKS:
         if getattr(module, hooks, None):
-            yield f"{where} has hooks in {hooks}, which rewrite the state of a plain table; remove them first"
+            yield f"{where} has hooks in {hooks}, which rewrite the state of a full table; remove them first"
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -109,7 +109,7 @@ def wrapper_faults(model: nn.Module) -> Iterator[str]:
 
 
 def weight_faults(table: FoundTable) -> Iterator[str]:
-    """Faults: why a replacement cannot be fitted to a table, plain or compressed."""
+    """Faults: why a replacement cannot be fitted to a table, full or compressed."""
     held = [table.weight] if table.weight is not None else list(table.modules[0].parameters())
     for values in (v.detach() for v in held):
         if values.is_meta:

@@ -23,7 +23,7 @@ class CompressedTable:
         name: as in the plan.
         paths: every dotted path at which it stands.
         kind: of the module that was there, see :class:`recsys_embed.discover.FoundTable`.
-        action: ``"replaced"``; ``"kept"`` plain because the plan says ``full``; or ``"skipped"``, see ``note``.
+        action: ``"replaced"``; ``"kept"`` as a full table, by the plan; or ``"skipped"``, see ``note``.
         method: that stores it afterwards.
         bytes_before: of the table.
         bytes_after: that this table alone stores; tables shared with others count in ``SharedTable``.

@@ -96,7 +96,7 @@ def _note(replacement: TableReplacement) -> str:
         notes.append(f"unseen ids raise now, as in torch ({module.spec.unseen!r} before)")
     by_id = getattr(replacement.config, "order", None) == "ids"
     apart = by_id or (replacement.trial is not None and bool(replacement.trial.program.indexes))
-    if apart and replacement.counts is None:
+    if apart and replacement.counts is None and not replacement.index_contents:
         notes.append("ids are assumed to be numbered by falling frequency; give `counts` if they are not")
     elif by_id and replacement.counts is not None and not _falling(replacement.counts):
         notes.append(

@@ -1,8 +1,8 @@
-"""Sets of ids as arrays a lookup reads: which ids own a row, and which row that is.
+"""Sets of ids as arrays that a lookup reads: which ids have their own row, and which row.
 
-A method that treats frequent ids apart needs to know them. Where ids are numbered by falling frequency this costs
-nothing; elsewhere the set is kept as a bitmap with running counts (rank), or as the sorted members, whichever is
-smaller. Rows stand in order of ids, so no array has to hold a permutation.
+A method that treats frequent ids separately has to know them. If ids are numbered by descending frequency, this takes
+no memory; otherwise the set is stored as a bitmap with ranks or as sorted ids, whichever is smaller. Rows are in the
+order of ids, so no permutation has to be stored.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class IdSet(base.Index):
         name: unique in its program.
         size: number of ids.
         start: first rank; 0 is the most frequent id.
-        count: members.
-        form: ``"range"`` where ids are ranks (no bytes), ``"bitmap"`` (12 bytes per 64 ids), ``"sorted"`` (4 bytes per
-            member).
+        count: number of ids in the set.
+        form: ``"range"`` if ids are ranks (no bytes), ``"bitmap"`` (12 bytes per 64 ids), ``"sorted"`` (4 bytes per id
+            of the set).
 
     >>> IdSet.smallest("hot", size=1000, start=0, count=500).form, IdSet.smallest("hot", 10**6, 0, 10).nbytes
     ('bitmap', 40)
@@ -60,14 +60,16 @@ class IdSet(base.Index):
 
     @classmethod
     def smallest(cls, name: str, size: int, start: int, count: int) -> IdSet:
-        """The set in whichever array form takes fewer bytes."""
+        """The set as a bitmap or sorted ids, whichever takes fewer bytes."""
         forms: tuple[Form, Form] = ("bitmap", "sorted")
         return min((cls(name, size, start, count, form) for form in forms), key=lambda index: index.nbytes)
 
     @property
     def length(self) -> int:
-        """Entries of each array."""
-        return {"range": 0, "bitmap": words_of(self.size), "sorted": self.count}[self.form]
+        """Elements of each array."""
+        if self.form == "bitmap":
+            return words_of(self.size)
+        return self.count if self.form == "sorted" else 0
 
     @property
     def arrays(self) -> tuple[IndexArray, ...]:
@@ -124,7 +126,7 @@ class IdSet(base.Index):
         return None if good else f"index {self.name!r} is damaged: not {self.count} ids of [0, {self.size})"
 
     def faults(self) -> list[str]:
-        """What is wrong with the description, in words."""
+        """Faults of the description, one sentence each."""
         if self.start < 0 or self.count < 1 or self.start + self.count > self.size:
             return [
                 f"index {self.name!r} must select at least one of ranks 0 to {self.size - 1}; "
@@ -160,7 +162,7 @@ def bitmap(members: Tensor, size: int) -> tuple[Tensor, Tensor]:
     ([2, 5], [0, 1])
     """
     words = torch.zeros(words_of(size), dtype=torch.int64, device=members.device)
-    # Members are distinct, so the sum of their bits is the union.
+    # Ids are distinct, so the sum of their bits is the union.
     words.index_add_(0, members >> 6, torch.ones_like(members) << (members & 63))
     return words, ranks_of(words)
 
@@ -250,7 +252,7 @@ def popcount(x: Tensor) -> Tensor:
     >>> popcount(torch.tensor([0, 7, -1, -(2**63)])).tolist()
     [0, 3, 64, 1]
     """
-    # Torch shifts copy the sign bit in; each mask takes those copies away again.
+    # Torch's right shifts copy the sign bit; the masks clear the copies.
     x = x - ((x >> 1) & 0x5555555555555555)
     x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -260,13 +262,13 @@ def popcount(x: Tensor) -> Tensor:
 def positions(
     form: Form, ids: Tensor, params: tuple[Parameter, Parameter, Parameter], at: Parameter, arrays: IndexArrays | None
 ) -> Tensor:
-    """Place of each id among the members in order of ids: int64 of the shape of ``ids``; -1 for others.
+    """Rank of each id in its set, in order of ids: int64 of the shape of ``ids``; -1 for ids that are not in it.
 
     Args:
         form: of the index.
         ids: int64, any value.
         params: start, count and size of the index: integers, or tensors that broadcast with ``ids``.
-        at: where the index begins in ``arrays``: likewise.
+        at: offset of the index in ``arrays``: likewise.
         arrays: of the module; not needed for ranges.
     """
     start, count, size = params

@@ -1,7 +1,6 @@
-"""Arrays that a plan carries beside its text, as the codes of a learned clustering, in one file that safetensors reads.
+"""Arrays of a plan, such as the codes of a learned clustering, in one safetensors file beside the plan's text.
 
-The plan's text describes each array and holds the SHA-256 of the whole file, so the file is checked before anything of
-it is taken into memory.
+The text describes each array and contains the SHA-256 of the file, so the file is verified before arrays are read.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class StoredArray(Settings):
-    """How an array lies in the file.
+    """Storage format of an array in the file.
 
     Args:
         dtype: of its elements, a name of ``DTYPES``.
         shape: of the array.
-        bits: of each element, 1 to 16, packed as :func:`recsys_embed.core.codes.pack` does; None: stored as they are.
+        bits: of each element, 1 to 16, packed by :func:`recsys_embed.core.codes.pack`; None: not packed.
     """
 
     noun, title = "key of an array", "an array of a plan"
@@ -56,7 +55,7 @@ class StoredArray(Settings):
 
     @classmethod
     def of(cls, values: Tensor) -> StoredArray:
-        """The smallest way to store some integers."""
+        """The format that stores these integers in the fewest bytes."""
         plain = cls(_NAMES[values.dtype], tuple(values.shape))
         low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
         bits = max(1, high.bit_length())
@@ -67,7 +66,7 @@ class StoredArray(Settings):
 
     @property
     def most_bits(self) -> int:
-        """Bits to which elements can be packed; more than the type has would be cut off."""
+        """Most bits per element when packed; bits beyond those of the type would be lost."""
         return min(_MOST_BITS, int(torch.iinfo(DTYPES[self.dtype]).max).bit_length())
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +75,7 @@ class StoredArray(Settings):
 
     @property
     def in_file(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Type and shape of what the file holds."""
+        """Type and shape of the array as stored."""
         if self.bits is None:
             return DTYPES[self.dtype], self.shape
         return torch.int32, (packed_words(prod(self.shape), self.bits),)
@@ -87,7 +86,7 @@ class StoredArray(Settings):
         return dtype.itemsize * prod(shape)
 
     def encode(self, values: Tensor) -> Tensor:
-        """What the file holds of an array."""
+        """The array as stored."""
         values = values.detach().cpu().contiguous()
         return values if self.bits is None else pack(values.view(-1), self.bits)
 
@@ -102,11 +101,11 @@ class StoredArray(Settings):
         return out.view(self.shape)
 
 
-Layout = Mapping[str, Mapping[str, StoredArray]]
+ArrayFormats = Mapping[str, Mapping[str, StoredArray]]
 
 
-def _header(layout: Layout) -> bytes:
-    """What the file begins with; its length is a multiple of 8."""
+def _header(layout: ArrayFormats) -> bytes:
+    """Header of the file; its length is a multiple of 8."""
     at, items = 0, {}
     for feature, arrays in layout.items():
         for index, array in arrays.items():
@@ -121,7 +120,7 @@ def _header(layout: Layout) -> bytes:
 
 @dataclass(frozen=True)
 class _Description(Settings):
-    """What the text of a plan says of its arrays."""
+    """Description of the arrays in a plan's text."""
 
     noun, title = "key", "arrays of a plan"
     sha256: str
@@ -135,26 +134,26 @@ class _Description(Settings):
 
 @dataclass(frozen=True)
 class PlanArrays:
-    """Arrays by feature and index, or their description alone.
+    """Arrays by feature and index, or only their description.
 
     Args:
-        layout: how each is stored.
-        sha256: of the file that holds them.
-        values: the arrays; None where only their description is at hand.
-        file: that they were read from.
+        layout: format of each array.
+        sha256: of the file.
+        values: the arrays; None if only their description is known.
+        file: from which they were read.
     """
 
-    layout: Layout
+    layout: ArrayFormats
     sha256: str
     values: Mapping[str, Mapping[str, Tensor]] | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, values: Mapping[str, Mapping[str, Tensor]]) -> PlanArrays:
-        """Of integer tensors by feature and index.
+        """From integer tensors by feature and index.
 
         Raises:
-            ConfigError: one of another type.
+            ConfigError: a tensor of another type.
         """
         faults = [
             f"arrays of a plan are tensors of {', '.join(DTYPES)}; got {getattr(t, 'dtype', t)!r:.80} "
@@ -179,7 +178,7 @@ class PlanArrays:
         """The arrays.
 
         Raises:
-            ConfigError: only their description is at hand.
+            ConfigError: only their description is known.
         """
         if self.values is None:
             raise ConfigError(
@@ -189,7 +188,7 @@ class PlanArrays:
         return self.values
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes of the file, piece by piece."""
+        """The bytes of the file, in pieces."""
         yield _header(self.layout)
         for feature, row in (self.values or {}).items():
             for index, values in row.items():
@@ -202,21 +201,21 @@ class PlanArrays:
         return len(_header(self.layout)) + sum(a.nbytes for row in self.layout.values() for a in row.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The description as JSON values."""
+        """The description, JSON-ready."""
         features = {f: {index: a.to_dict() for index, a in row.items()} for f, row in self.layout.items()}
         file = {} if self.file is None else {"file": str(self.file)}
         return {**file, "sha256": self.sha256, "features": features}
 
     @classmethod
     def from_dict(cls, data: Any, folder: Path | None = None) -> PlanArrays:
-        """Inverse of :meth:`to_dict`, with the arrays where the description names their file and it can be found.
+        """Inverse of :meth:`to_dict`; also reads the arrays, if the description names a file that can be located.
 
         Args:
             data: JSON values.
-            folder: that a relative name of the file goes by.
+            folder: to which a relative file name refers.
 
         Raises:
-            ConfigError: no such description, or another file than it describes.
+            ConfigError: the description is not valid, or does not match the file.
         """
         given = _Description.from_dict(data)
         layout: dict[str, dict[str, StoredArray]] = {}
@@ -235,14 +234,14 @@ class PlanArrays:
         return found.read((folder or Path()) / given.file)
 
     def read(self, path: Path) -> PlanArrays:
-        """The same with the arrays of a file.
+        """The same with arrays read from a file.
 
         Raises:
-            ConfigError: the file is missing, of another size or with other bytes than the plan says.
+            ConfigError: the file is missing, or its size or SHA-256 are not those in the plan.
         """
         try:
             size = path.stat().st_size
-        except (OSError, ValueError) as e:  # of a name that no file can have, the latter
+        except (OSError, ValueError) as e:  # ValueError: not a possible file name
             why = e.strerror if isinstance(e, OSError) else e
             raise ConfigError(f"{str(path)!r:.200}, the arrays of the plan, cannot be read: {why}") from e
         if size != self.nbytes:

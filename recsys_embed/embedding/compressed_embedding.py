@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
 from recsys_embed.kernels.fused_gather import read_rows
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
+from recsys_embed.kernels.indexes import synchronise_arrays
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
@@ -32,7 +33,7 @@ from recsys_embed.utils.types import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
 # Attributes that a module has once its tables are made.
-_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given", "stored_weight")
+_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given", "_indexed", "stored_weight")
 
 
 class CompressedEmbedding(ModuleTables):
@@ -63,6 +64,7 @@ class CompressedEmbedding(ModuleTables):
 
     config_cls: ClassVar[type[MethodConfig]]
     supports_torch_options: ClassVar[bool] = False
+    _indexed = False
 
     def __init__(
         self,
@@ -129,6 +131,7 @@ class CompressedEmbedding(ModuleTables):
         with torch.device(self._device()):
             self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
+        self._indexed = bool(self.kernel.index.arrays.held)
         self._native: SingleLookup | None = None
         if supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
@@ -170,7 +173,7 @@ class CompressedEmbedding(ModuleTables):
         """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
         if self._native is None or torch.compiler.is_compiling():
             return None
-        served = cast("StoredTables | None", self._modules.get("served"))
+        served: StoredTables | None = self._modules.get("served")  # type: ignore[assignment]
         if served is not None:
             stored = served.direct(self._native.tables)
             return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)
@@ -269,8 +272,10 @@ class CompressedEmbedding(ModuleTables):
             IdRangeError: an id is outside ``[0, num_embeddings)``, and ``unseen`` is ``"raise"``, or is ``None`` and
                 the method does not hash.
         """
+        if self._indexed and not torch.compiler.is_compiling():
+            synchronise_arrays()
         # The parameter's name is torch's, which callers may spell out.
-        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self._policy), self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")

@@ -109,8 +109,10 @@ class ModuleTables(nn.Module):
         """
         if self.served is not None and name in self.served:
             return self.served[name].dense()
-        name = self.parameter_name(name)
         values = self._parameters.get(name)
+        if values is None:
+            name = self.parameter_name(name)
+            values = self._parameters.get(name)
         return self._put_in_place(name) if values is None else values
 
     def _put_in_place(self, name: str) -> Tensor:
@@ -211,8 +213,13 @@ class ModuleTables(nn.Module):
         return {**identity, "config": self.config.current_options(config, warn=False)}
 
     def get_extra_state(self) -> Tensor:
-        """Feature and configuration as JSON bytes, so that a state dict refuses to load elsewhere."""
-        return _state.pack(self._identity())
+        """Feature and configuration as JSON bytes, so that a state dict refuses to load elsewhere.
+
+        How tables were initialised does not matter by then, and is left out: states of equal tables have one length.
+        """
+        identity = self._identity()
+        del identity["spec"]["init"]
+        return _state.pack(identity)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: the comparison comes before any weight is copied."""

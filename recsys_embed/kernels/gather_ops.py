@@ -1,7 +1,7 @@
-"""Gathers whose backward updates the table, as operators of torch, for compiled models.
+"""Gathers whose backward updates the table, as custom torch operators for compiled models.
 
-A compiler does not trace what an optimizer keeps besides tensors: counts of steps, a lock, deferred steps. So the
-gather, the update in backward and the catching up are operators, which run uncompiled and name their owner by handle.
+The compiler cannot trace the optimizer's Python state: step counts, a lock, deferred steps. So the gather, the update
+in backward and the deferred steps are operators, which run uncompiled and refer to their owner by handle.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from recsys_embed.kernels.native.handles import KNOWN
 
 
 class RowStepper(Protocol):
-    """Who owns the optimizer of some storages."""
+    """The owner of the optimizer of some storages."""
 
-    def step_rows(
-        self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: list[Tensor], begun: Tensor | None
-    ) -> None:
+    def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: list[Tensor]) -> None:
         """One step on the rows of ``table`` and of the list of its ``states``, in place."""
 
     def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: list[Tensor]) -> None:
-        """Apply the steps missed by rows of ``table``, in place."""
+        """Apply the deferred steps of rows of ``table``, in place."""
 
     def catch_up_all(self, tables: list[Tensor], states: list[Tensor]) -> None:
         """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
@@ -35,8 +33,6 @@ def _gather(
     rows: Tensor,
     table: Tensor,
     states: list[Tensor],
-    anchor: Tensor,
-    begun: Tensor | None,
     partial: bool,
     storage: str,
     owner: int,
@@ -49,8 +45,6 @@ def _(
     rows: Tensor,
     table: Tensor,
     states: list[Tensor],
-    anchor: Tensor,
-    begun: Tensor | None,
     partial: bool,
     storage: str,
     owner: int,
@@ -58,13 +52,12 @@ def _(
     return table.new_empty(rows.shape[0], table.shape[1])
 
 
-@custom_op("recsys_embed::gather_step", mutates_args=("table", "states", "begun"))
+@custom_op("recsys_embed::gather_step", mutates_args=("table", "states"))
 def _step(
     rows: Tensor,
     grad: Tensor,
     table: Tensor,
     states: list[Tensor],
-    begun: Tensor | None,
     partial: bool,
     storage: str,
     owner: int,
@@ -72,7 +65,7 @@ def _step(
     if partial:
         present = rows >= 0
         rows, grad = rows[present], grad[present]
-    cast("RowStepper", KNOWN[owner]).step_rows(storage, rows, grad.contiguous(), table, states, begun)
+    cast("RowStepper", KNOWN[owner]).step_rows(storage, rows, grad.contiguous(), table, states)
 
 
 @custom_op("recsys_embed::catch_up_rows", mutates_args=("table", "states"))
@@ -86,14 +79,14 @@ def catch_up_all(tables: list[Tensor], states: list[Tensor], owner: int) -> None
     cast("RowStepper", KNOWN[owner]).catch_up_all(tables, states)
 
 
-_Inputs: TypeAlias = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None, bool, str, int]
+_Inputs: TypeAlias = tuple[Tensor, Tensor, list[Tensor], bool, str, int]
 """Arguments of ``_gather``."""
 
 
 class _Context(Protocol):
-    """What a gather keeps for its backward."""
+    """What a gather saves for backward."""
 
-    held: tuple[Tensor, list[Tensor], Tensor | None]
+    held: tuple[Tensor, list[Tensor]]
     where: tuple[bool, str, int]
 
     @property
@@ -103,17 +96,17 @@ class _Context(Protocol):
 
 
 def _save(ctx: _Context, inputs: _Inputs, output: Tensor) -> None:
-    rows, table, states, _, begun, *where = inputs
+    rows, table, states, *where = inputs
     # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
-    ctx.held, ctx.where = (table, states, begun), cast("tuple[bool, str, int]", tuple(where))
+    ctx.held, ctx.where = (table, states), cast("tuple[bool, str, int]", tuple(where))
     ctx.save_for_backward(rows)
 
 
 def _backward(ctx: _Context, grad: Tensor) -> tuple[list[None] | None, ...]:
-    table, states, begun = ctx.held
+    table, states = ctx.held
     with torch.no_grad():
-        _step(ctx.saved_tensors[0], grad, table, states, begun, *ctx.where)
-    return None, None, [None] * len(states), None, None, None, None, None
+        _step(ctx.saved_tensors[0], grad, table, states, *ctx.where)
+    return None, None, [None] * len(states), None, None, None
 
 
 _gather.register_autograd(_backward, setup_context=_save)
@@ -123,21 +116,18 @@ def gather(
     rows: Tensor,
     table: Tensor,
     states: list[Tensor],
-    anchor: Tensor,
-    begun: Tensor | None,
     partial: bool,
     storage: str,
     owner: int,
     lazy: bool,
 ) -> Tensor:
-    """``table[rows]`` as :class:`recsys_embed.kernels.fused_gather.FusedGather` has it, for compiled models.
+    """As :class:`recsys_embed.kernels.fused_gather.FusedGather`, for compiled models: ``table[rows]``.
 
     Args:
-        begun: see :class:`recsys_embed.collection.fused_tables.OneStep`.
         owner: handle of the :class:`RowStepper`.
-        lazy: rows may have missed steps.
+        lazy: rows may have deferred steps.
     """
     if lazy:
         _catch_up(rows, table, states, storage, owner)
-    out: Tensor = _gather(rows, table, states, anchor, begun, partial, storage, owner)
+    out: Tensor = _gather(rows, table, states, partial, storage, owner)
     return out

@@ -1,12 +1,14 @@
-"""The index arrays of many programs, end to end, as buffers that a lookup reads."""
+"""Index arrays of many programs, concatenated into the buffers that lookups read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
@@ -40,10 +42,13 @@ def _content_faults(index: Index, arrays: Mapping[str, Tensor]) -> list[str]:
 
 
 class IndexStore(nn.Module):
-    """Buffers of all indexes of a module; without any, it holds nothing.
+    """Arrays of all indexes of a module.
+
+    State dicts contain them as if they were buffers. They are not, since averaging buffers would change integers that
+    say which row an id reads.
 
     Args:
-        indexes: per program. Each starts as if ids were numbered by falling frequency.
+        indexes: per program. At first each is filled as if ids were numbered by descending frequency.
     """
 
     def __init__(self, indexes: Sequence[Sequence[Index]]) -> None:
@@ -59,26 +64,25 @@ class IndexStore(nn.Module):
                 self._places[-1][index.name] = lengths.get(kind, 0)
                 lengths[kind] = lengths.get(kind, 0) + index.arrays[0].length
         self._longest = max((i.searched for row in self.indexes for i in row.values()), default=0)
-        # The arrays of one kind of index stand side by side, so that kernels find all from the first.
+        # Arrays of one kind of index get consecutive numbers, so that kernels only need the first.
         self._slots: dict[str, int] = {}
+        self._held: dict[str, Tensor] = {}
         for kind, length in lengths.items():
             for name, dtype in kind:
                 if name in self._slots:
                     raise ConfigError(f"two kinds of indexes name an array {name!r}; rename it in one of them")
                 self._slots[name] = len(self._slots)
-                # By hand, for an array may have the name of a method here.
-                self._buffers[name] = torch.zeros(length, dtype=dtype)
+                self._held[name] = torch.zeros(length, dtype=dtype)
         self.reset()
 
     @property
     def arrays(self) -> IndexArrays:
-        # Not by attribute, which torch finds last of all.
-        return IndexArrays(cast("dict[str, Tensor]", self._buffers), self._longest)
+        return IndexArrays(self._held, self._longest)
 
     @property
     def device(self) -> torch.device:
-        """Of the buffers; the CPU where there are none."""
-        return next((b.device for b in self.buffers()), torch.device("cpu"))
+        """Device of the arrays; the CPU if there are none."""
+        return next((a.device for a in self._held.values()), torch.device("cpu"))
 
     def slot(self, program: int, name: str | None) -> int:
         """Position of an index's first array among the buffers; 0 for None."""
@@ -86,18 +90,18 @@ class IndexStore(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers())
+        return sum(a.nbytes for a in self._held.values())
 
     def places(self, program: int) -> Mapping[str, int]:
-        """Where each index of a program begins in the arrays of its form."""
+        """Offset of each index of a program in the arrays of its form."""
         return self._places[program]
 
     def at(self, program: int, name: str | None) -> int:
-        """Where one index begins; 0 for None."""
+        """Offset of one index; 0 for None."""
         return 0 if name is None else self._places[program][name]
 
     def reset(self) -> None:
-        """Ids are numbered by falling frequency."""
+        """Fill all indexes as if ids were numbered by descending frequency."""
         for program, row in enumerate(self.indexes):
             for index in row.values():
                 if self.device.type != "meta":
@@ -105,11 +109,11 @@ class IndexStore(nn.Module):
 
     @torch.no_grad()
     def assign_(self, program: int, counts: Tensor | Mapping[str, Tensor]) -> None:
-        """Fill the indexes of a program from ``counts [size]``; ties go to the smaller id.
+        """Fill the indexes of a program from ``counts [size]``; of equal counts the smaller id ranks first.
 
         Args:
             program: its position.
-            counts: or, by name of the index, what it is to hold: the distinct ids of a set, the codes of all ids.
+            counts: or the values of each index by its name: distinct ids for a set, codes of all ids for codes.
 
         Raises:
             ConfigError: counts of another shape, or not all finite numbers >= 0; values that do not
@@ -147,15 +151,15 @@ class IndexStore(nn.Module):
             self._write(program, known[name], arrays)
 
     def value(self, program: int, name: str) -> Tensor:
-        """What an index holds, as ``assign_`` takes it: of a set its ids, ascending, int64 ``[count]``."""
+        """Values of an index as ``assign_`` takes them; those of a set are its ids, ascending, int64 ``[count]``."""
         return self.indexes[program][name].value(self._places[program][name], self.arrays)
 
     def rows(self, program: int, transform: Transform, ids: Tensor) -> Tensor:
-        """Rows of ids that a program's transform gives, see :meth:`Transform.rows`."""
+        """Rows of ids by a transform of a program, see :meth:`Transform.rows`."""
         return transform.rows(ids, self.at(program, transform.reads), self.arrays)
 
     def owners(self, program: int, transform: Transform, ids: int) -> Tensor | None:
-        """Ids that have a row of a program's transform to themselves, see :meth:`Transform.owners`."""
+        """Ids that share their row with no other id, see :meth:`Transform.owners`."""
         return transform.owners(ids, self.at(program, transform.reads), self.arrays)
 
     def _write(self, program: int, index: Index, arrays: Mapping[str, Tensor]) -> None:
@@ -164,29 +168,80 @@ class IndexStore(nn.Module):
         at = self._places[program][index.name]
         raise_faults(_content_faults(index, arrays), f"index {index.name!r}, {type(index).__name__}")
         for a in index.arrays:
-            cast("Tensor", self._buffers[a.name])[at : at + a.length] = arrays[a.name].to(self.device)
+            self._held[a.name][at : at + a.length] = arrays[a.name].to(self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self.device.type == "meta"
-        super()._apply(fn, recurse)
+        with self._as_buffers():
+            super()._apply(fn, recurse)
         if was_meta and self.device.type != "meta":
             self.reset()
         return self
 
+    def revive(self, device: torch.device) -> None:
+        """Put arrays without elements, which no file holds, on a device."""
+        for name, held in self._held.items():
+            if held.is_meta and not held.numel():
+                self._held[name] = torch.zeros(0, dtype=held.dtype, device=device)
+
+    @contextmanager
+    def _as_buffers(self) -> Iterator[None]:
+        """Inside, the arrays are buffers: what torch does to these is done to them."""
+        self._buffers.update(self._held)
+        try:
+            yield
+        finally:
+            self._held.update({name: cast("Tensor", self._buffers.pop(name)) for name in self._held})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_held" not in state:  # earlier versions had buffers
+            self._held = cast("dict[str, Tensor]", dict(self._buffers))
+            self._buffers.clear()
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = {name: state_dict.get(prefix + name) for name, held in self.named_buffers() if held.numel()}
-        own = self.arrays.held
+        own = self._held
+        saved = {name: state_dict.get(prefix + name) for name, held in own.items() if held.numel()}
+        faults = [
+            f"index array {name!r} is {t.dtype}, but its integers say which row an id reads and have no mean; take the "
+            "array of one of the states"
+            for name, t in saved.items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        raise_faults(faults, f"index at {prefix.rstrip('.')}", CheckpointError)
         if all(isinstance(t, Tensor) and not t.is_meta and t.shape == own[n].shape for n, t in saved.items()):
             raise_faults(self._damage(saved), f"index at {prefix.rstrip('.')}", CheckpointError)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._as_buffers():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        with self._as_buffers():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # averages over state dicts write to what they are given
+            destination.update({prefix + name: destination[prefix + name].clone() for name in self._held})
 
     def _damage(self, saved: Mapping[str, Any]) -> list[str]:
-        """What keeps saved arrays from being those of the indexes: rows beyond the tables would be read."""
+        """Faults of saved arrays; loading them would make lookups read beyond the tables."""
         faults = []
         for program, row in enumerate(self.indexes):
             for index in row.values():
                 at = self._places[program][index.name]
                 faults.append(index.damage({a.name: saved[a.name][at : at + a.length] for a in index.arrays}))
         return [fault for fault in faults if fault is not None]
+
+
+def synchronise_arrays() -> None:
+    """Within the first call by DistributedDataParallel: take all index arrays of its module from its first process.
+
+    It gives buffers to all processes when it is built; arrays that only one of them has loaded come with them.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or getattr(ddp, "_recsys_embed_synchronised", False):
+        return
+    object.__setattr__(ddp, "_recsys_embed_synchronised", True)
+    group = ddp.process_group
+    for part in ddp.module.modules():
+        for array in part.arrays.held.values() if isinstance(part, IndexStore) else ():
+            distributed.broadcast(array, src=distributed.get_global_rank(group, 0), group=group)

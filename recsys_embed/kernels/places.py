@@ -1,9 +1,9 @@
-"""Vocabulary of every backend: the place of a table in a storage, the gather function, and absent ids."""
+"""Definitions that all backends share: a table's place in a storage, the gather function, and absent ids."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,27 +18,30 @@ class Place(NamedTuple):
     offset: int
 
 
+GradientLayout = Literal["dense", "sparse", "rows"]
+"""Of a table's gradient: a tensor like the table, torch's sparse tensor, or a RowGradient."""
+
 Gather = Callable[[str, Tensor, bool], Tensor]
-"""Reads rows of a storage: its name, int64 ``[n]``, whether some rows may be -1; to ``[n, width]``."""
+"""Reads rows of a storage: (name, int64 ``[n]``, whether rows may be -1) -> ``[n, width]``."""
 
 
 def absent_ids(ids: Tensor) -> Tensor | None:
-    """Where ids are -1, "none": bool of their shape; None if nowhere, which only the CPU tells without a wait."""
+    """Mask of ids that are -1, no id: bool of their shape; None if there are none, which is checked on the CPU only."""
     absent = ids < 0
     eager = ids.device.type == "cpu" and not torch.compiler.is_compiling()
     return None if eager and not bool(absent.any()) else absent
 
 
 def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
-    """Refuse rows beyond their table, which in a storage of many tables would be those of another feature.
+    """Raise if rows lie beyond their table: in a storage of several tables they would belong to another one.
 
     Args:
         rows: int64, of any shape.
         size: rows of the table; broadcasts with ``rows``.
-        transform: the name to blame.
+        transform: its name, for the message.
 
     Raises:
-        IdRangeError: on the CPU; elsewhere, and in compiled code, an assertion of torch fails.
+        IdRangeError: on the CPU; on a GPU and in compiled code, a torch assertion fails instead.
     """
     beyond = rows >= size
     if rows.device.type != "cpu" or torch.compiler.is_compiling():

@@ -23,7 +23,7 @@ def pool_vectors(
         offsets: int64 ``[bags]``, or ``[bags + 1]`` with ``include_last_offset``.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
         weights: ``[n]``, of any float type, for sums.
-        skipped: bool ``[n]``, what bags do without; means do not count it.
+        skipped: bool ``[n]``, vectors to leave out; means do not count them.
 
     >>> rows = torch.tensor([[1.0], [2.0], [4.0]])
     >>> pool_vectors(rows, torch.tensor([0, 1]), "mean", skipped=torch.tensor([False, True, False])).tolist()
@@ -34,15 +34,15 @@ def pool_vectors(
     if skipped is not None:
         vectors = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])
     elif not torch.compiler.is_exporting() and (torch.compiler.is_compiling() or vectors.shape[0] == 0):
-        # The empty case is autograd's. Programs must not ask for a size that their input decides, so those that are
-        # compiled take it always.
-        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])  # stays in the graph
+        # An empty input must stay connected to the graph. Programs must not branch on an input's size, so compiled
+        # ones always append a row.
+        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
     if skipped is None or (weights is not None and mode != "sum"):
         return F.embedding_bag(
             order, vectors, offsets, mode=mode, per_sample_weights=weights, include_last_offset=include_last_offset
         )
     order = torch.where(skipped, 0, order + 1)
-    # Not F.embedding_bag, which with a padding index fixes the number of ids in compiled and exported programs.
+    # Not F.embedding_bag: with a padding index, it makes the number of ids constant in compiled and exported programs.
     out: Tensor = torch._embedding_bag(
         vectors, order, offsets, False, _MODES[mode], False, weights, include_last_offset, 0
     )[0]

@@ -1,4 +1,4 @@
-"""full: the dense table, as in torch; the baseline that every method is compared with."""
+"""full: the full table, as in torch; the baseline that every method is compared with."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FullEmbedding(CompressedEmbedding):
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
             # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
             return super().forward(input, offsets, per_sample_weights)
-        ids = check_id_dtype(given_ids(input, self.spec, False, policy), self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, False, self), self.spec.name)
         ids = self._resolve(ids.long() if policy.replaces else ids)
         options: dict[str, Any] = {
             "padding_idx": self.padding_idx,

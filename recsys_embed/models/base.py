@@ -15,7 +15,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
 from recsys_embed.utils.types import JSON
@@ -64,6 +64,7 @@ class CTRModel(nn.Module):
         linear: collection of first-order weights (width 1), or None.
         numeric: ``[num_dense, D]`` vector of each numeric field; a field's vector is value * vector.
         cat_width: number of floats of all categorical vectors of one sample.
+        uses_network: whether layers read the vectors side by side, so that they can tell ids of one row apart.
         params: the hyperparameters it was built with by :func:`recsys_embed.models.build_model`, else None.
     """
 
@@ -73,6 +74,7 @@ class CTRModel(nn.Module):
     uses_linear: ClassVar[bool] = False
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
+    uses_network: ClassVar[bool] = True
 
     params: DataclassInstance | None = None
     embedding: EmbeddingCollection | None
@@ -201,7 +203,7 @@ class CTRModel(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters for a torch optimizer: dense layers, and tables without a fused optimizer."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return unfused_parameters(self)
 
     def footprint(self) -> Footprint:
         """Bytes of all embedding parts together (dense layers are not counted)."""

@@ -17,7 +17,7 @@ from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.report import CURVES, curves_of, page
 from recsys_embed.search.retrain import planned
 from recsys_embed.train.build import trained_footprint
-from recsys_embed.train.checkpoint import save_checkpoint
+from recsys_embed.train.checkpoint import save_checkpoint, weights_of
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import check_device
 from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
@@ -82,7 +82,7 @@ def run_search(
     True
     """
     if config.method != "full" or config.plan is not None:
-        raise ConfigError(f"a search starts from plain tables; drop `method` and `plan`; got {config.method!r}")
+        raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
     check_rows(data)
     path = None if folder is None else Path(folder)
@@ -121,11 +121,11 @@ def run_search(
             footprint=trained_footprint(model),
             full_bytes=plans_for(schema, bare).full_bytes,
             seconds=seconds,
-            cost=sum(seconds.values()) / search.plain_seconds(),
+            cost=sum(seconds.values()) / search.full_training_seconds(),
         )
         if path is not None:
             final_config = planned(bare, plan, budget).to_dict()
-            save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=model.state_dict())
+            save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=weights_of(model))
             store.put("report", outcome.to_dict())
             store.put(CURVES, curves_of(search))
             store.text("report.md", page(search, outcome))

@@ -43,7 +43,7 @@ def runs_in_a_collection(method: MethodInfo) -> None:
 
 
 def _mixed(method: MethodInfo, width: int) -> tuple[Schema, Plan]:
-    """The method beside plain tables of a width."""
+    """The method beside full tables of a width."""
     schema = Schema(
         [FeatureSpec("plain", 50, width), FeatureSpec("embedding", ROWS, WIDTH), FeatureSpec("last", 9, width)]
     )
@@ -64,7 +64,7 @@ def stands_beside_others_in_a_collection(method: MethodInfo) -> None:
             plain, last = (collection.table(f"{n}.weight")[ids[:, i]] for n, i in (("plain", 0), ("last", 2)))
             wanted = torch.cat([plain, own, last], 1)
             for out in (collection(ids), collection(ids.T.reshape(-1), torch.arange(10))):
-                where = f"beside plain tables of width {width}, backend {backend!r}"
+                where = f"beside full tables of width {width}, backend {backend!r}"
                 assert out.numel() == wanted.numel(), f"{where}: expected {wanted.shape[1]} columns, got {out.shape}"
                 torch.testing.assert_close(out.flatten(1), wanted, msg=f"{where}: other vectors than alone")
 

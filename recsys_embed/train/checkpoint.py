@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import nn
 
+from recsys_embed.collection.optimizer_state import weights_alone
 from recsys_embed.errors import CheckpointError
 from recsys_embed.registry import with_current_names
 from recsys_embed.utils.files import atomic_write
@@ -108,10 +109,17 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
     return payload
 
 
+def weights_of(model: nn.Module) -> dict[str, Any]:
+    """A model's ``state_dict`` without the state of fused optimizers."""
+    with weights_alone():
+        return model.state_dict()
+
+
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
-    """Load a model's ``state_dict``; a mismatch of names or shapes is a CheckpointError that lists it."""
+    """Load what :func:`weights_of` returned; a mismatch of names or shapes is a CheckpointError that lists it."""
     try:
-        model.load_state_dict(state)
+        with weights_alone():
+            model.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as e:
         raise CheckpointError(f"weights of {path} do not fit the model: {e}") from e
 

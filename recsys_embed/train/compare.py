@@ -21,7 +21,7 @@ from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods, with_current_names
 from recsys_embed.train.config import PLANNED, TrainConfig
 from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
-from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.json_values import footprint_dict, json_ready
 from recsys_embed.train.plans import plans_for
 from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run import run_training
@@ -267,7 +267,7 @@ def _train_row(
         return {**row, "status": "diverged", "reason": str(e)}
     done = {
         **row,
-        **plain(out.result.to_dict()),
+        **json_ready(out.result.to_dict()),
         "footprint": footprint_dict(out.footprint),
         "full_bytes": out.full_bytes,
         "compression": out.full_bytes / out.footprint.serve,

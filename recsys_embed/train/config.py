@@ -36,7 +36,7 @@ class TrainConfig(Settings):
         ratio: compression: the embedding part may take the bytes of ``full`` divided by this.
         budget: bytes of the embedding part, e.g. ``"4MiB"``; exclusive with ``ratio``.
         embedding_dim: width of the vectors.
-        embedding_init: initial distribution of a plain table, see :class:`recsys_embed.FeatureSpec`. Near zero by
+        embedding_init: initial distribution of a full table, see :class:`recsys_embed.FeatureSpec`. Near zero by
             default: an id too rare to be learned then adds nothing, where a wider one would make it noise.
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.

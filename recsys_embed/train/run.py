@@ -79,7 +79,7 @@ __getattr__ = earlier_names(
         "goes_on": "train.driver.should_resume",
         "make_optimizer": "train.build.make_optimizer",
         "model_from_config": "train.build.model_from_config",
-        "plain": "train.json_values.plain",
+        "plain": "train.json_values.json_ready",
         "plans_for": "train.plans.plans_for",
         "resolve": "train.plans.resolve",
         "schema_of": "train.inputs.schema_of",

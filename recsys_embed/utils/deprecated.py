@@ -83,7 +83,8 @@ def renamed_fields(**names: str) -> Callable[[C], C]:
 
         @wraps(made)
         def __init__(self: Any, *args: Any, **given: Any) -> None:
-            for earlier in [name for name in names if name in given]:
+            # Programs are built by the ten thousand in planning, with the names of today.
+            for earlier in () if names.keys().isdisjoint(given) else [name for name in names if name in given]:
                 if names[earlier] in given:
                     raise TypeError(f"`{earlier}` is the earlier name of `{names[earlier]}`; give one")
                 warn_renamed(f"argument of {cls.__name__}", earlier, names[earlier])

@@ -50,7 +50,7 @@ class _Kind(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-class Rule(NamedTuple):
+class FieldRule(NamedTuple):
     """What a field of a settings class may hold; ``right`` is a value known to be allowed, its default as a rule."""
 
     name: str
@@ -145,18 +145,18 @@ def _tuple_kind(args: tuple[Any, ...], bounds: Mapping[str, Any]) -> _Kind:
     return _Kind(one, f"lists of {'' if length is None else f'{length} '}{item.many}", allows)
 
 
-def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> Rule:
+def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> FieldRule:
     kinds = [a for a in get_args(hint) if a is not NoneType]
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
         some = _kind(Union[tuple(kinds)], bounds)  # noqa: UP007 - of a tuple
         kind = _Kind(f"{some.one}, or None", f"{some.many}, or None", lambda v: v is None or some.allows(v))
     else:
         kind = _kind(hint, bounds)
-    return Rule(name, MISSING, kind)
+    return FieldRule(name, MISSING, kind)
 
 
 @cache
-def rules(cls: type) -> tuple[Rule, ...]:
+def rules(cls: type) -> tuple[FieldRule, ...]:
     """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
     hints, found = get_type_hints(cls), []
     for f in fields(cls):

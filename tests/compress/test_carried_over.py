@@ -74,7 +74,7 @@ def test_what_a_method_cannot_do_is_refused_by_name(options: dict[str, Any]) -> 
         assert f"table '{name}'" in text, "all faults at once"
     assert next(iter(options)) in text
     assert snapshot(model) == before
-    compress_(model, rse.Plan.full(rse.Schema.from_model(model)))  # plain tables keep them
+    compress_(model, rse.Plan.full(rse.Schema.from_model(model)))  # full tables keep them
     assert snapshot(model) == before
 
 

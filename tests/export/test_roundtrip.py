@@ -192,7 +192,7 @@ def test_a_training_run(tmp_path: Path) -> None:
 
 
 class Theirs(nn.Module):
-    """Plain tables of all kinds, one shared between two places, one tied to an output layer, and a drop-in."""
+    """Full tables of all kinds, one shared between two places, one tied to an output layer, and a drop-in."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -201,7 +201,7 @@ class Oracle:
 
 
 def plain_vectors(feature: FeatureSpec, table: Tensor, bags: Sequence[Sequence[int]], weights: Tensor | None) -> Tensor:
-    """What torch gives for a plain table: nothing of this library."""
+    """What torch gives for a full table: nothing of this library."""
     n = feature.num_embeddings
     kept = [[i if 0 <= i < n else n for i in bag if 0 <= i < n or feature.unseen != "zero"] for bag in bags]
     flat = torch.tensor([i for bag in kept for i in bag], dtype=torch.int64)

@@ -111,12 +111,12 @@ def test_bags_are_compiled_whole(rule: FusedOptimizer | None, backend: str) -> N
 def test_operators_pass_torchs_checks() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.Adam(lr=0.1, rows="all"), backend="torch")
     coll(ids_of(0, 20)).sum().backward()
-    rows, table, owner = torch.tensor([3, -1, 3, 70]), coll.width8.detach().clone(), coll._native_step.owner
-    states = [s.clone() for s in coll._native_step.states]
+    rows, table, owner = torch.tensor([3, -1, 3, 70]), coll.width8.detach().clone(), coll._handle
+    states = [s.clone() for s in coll._all_states().values()]
     check = torch.library.opcheck
     where = True, "width8", owner
-    check(gather_ops._gather, (rows, table, states, torch.zeros(0, requires_grad=True), None, *where))
+    check(gather_ops._gather, (rows, table, states, *where))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
-    arguments = rows, torch.ones(4, 8), table, states, None, *where
+    arguments = rows, torch.ones(4, 8), table, states, *where
     check(gather_ops._step, arguments, test_utils="test_schema")
     check(gather_ops._catch_up, (rows, table, states, *where[1:]))

@@ -390,7 +390,7 @@ def test_drop_ins_run_them_too(method: Any) -> None:
 
 
 class Narrow(type(Plan.full(Schema([FeatureSpec("C", 2, 2)]))["C"])):  # type: ignore[misc]
-    """Plain tables of half the width, and zeros."""
+    """Full tables of half the width, and zeros."""
 
     def program(self, spec: FeatureSpec) -> LookupProgram:
         table = Table("weight", spec.num_embeddings, spec.embedding_dim // 2, Initializer.plain(spec))

@@ -118,20 +118,20 @@ def test_inductor_leaves_tables_where_they_are() -> None:
 def test_operators_pass_torchs_checks(method: str) -> None:
     coll = EmbeddingCollection(SCHEMA, plan_of(method), rse.Adam(lr=0.1, rows="all"), backend="native")
     lookup = coll.bundle.batched["native"].lookup
-    step, ids = coll._native_step, ids_of(0)
+    step, ids = coll._native_step(None, False), ids_of(0)
     given = ids, [], len(ids)
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(*given, tables, [], None, None, lookup.handle, native_ops.NOBODY)
+        *outputs, kept = native_ops._look_up(*given, tables, [], False, lookup.handle, native_ops.NO_OWNER)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    check(native_ops._look_up, (*given, trained, [], None, None, lookup.handle, native_ops.NOBODY))
+    check(native_ops._look_up, (*given, trained, [], False, lookup.handle, native_ops.NO_OWNER))
     check(native_ops._gradients, (*given, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
     check(
         native_ops._step,
-        (*given, tables, states, grads, kept, None, lookup.handle, step.owner),
+        (*given, tables, states, grads, kept, False, lookup.handle, step.owner),
         test_utils="test_schema",
     )
     check(native_ops._catch_up, (*given, tables, states, lookup.handle, step.owner))
@@ -153,7 +153,7 @@ def test_compiled_lookups_without_gradients_apply_missed_steps(backend: str) -> 
 def test_copies_step_themselves() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.SGD(lr=0.1), backend="native")
     for other in (copy.deepcopy(coll), pickle.loads(pickle.dumps(coll))):
-        assert other._native_step.owner != coll._native_step.owner
+        assert other._handle != coll._handle
         before = coll.width8.clone()
         torch.compile(other, fullgraph=True, backend="aot_eager")(ids_of(0)).sum().backward()
         assert torch.equal(coll.width8, before)

@@ -44,7 +44,7 @@ class Backwards(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardsConfig(MethodConfig):
-    """A plain table in another order."""
+    """A full table in another order."""
 
     method: ClassVar[str] = "backwards"
     together: bool = param(False, "one table for all features")

@@ -179,7 +179,7 @@ def test_small_choices_are_solved_exactly(schema: Schema, part: float) -> None:
     budget = max(1, int(whole(schema) * part))
     methods = {"full": None, "lowdim": {"dim": 2}}
     stats = ranked(schema)
-    plan = planned(schema, budget, methods=methods, stats=stats, full_below=0)
+    plan = planned(schema, budget, methods=methods, stats=stats, full_below=0, network=True)
     context = PlanningContext(candidate_methods(methods), Costs(None, False), Limits(full_below=0))
     terms = curve_terms(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})
     features = [OptionEnumerator(context).enumerate(s, terms[s.name], 1.0, True) for s in schema]

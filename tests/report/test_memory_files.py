@@ -53,7 +53,7 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
 def test_state_of_a_drop_in(info: rse.MethodInfo, tmp_path: Path) -> None:
     module = rse.make_embedding(info.name, 3000, 16, **({} if info.name == "full" else {"budget": "64KiB"}))
     torch.save(nn.ModuleDict({"deep": nn.ModuleDict({"user": module})}).state_dict(), tmp_path / "a.pt")
-    patterns = ["*user*"] if info.name == "full" else None  # a plain table stores what nn.Embedding does
+    patterns = ["*user*"] if info.name == "full" else None  # a full table stores what nn.Embedding does
     report = memory_report(tmp_path / "a.pt", tables=patterns)
     (table,) = report.tables
     assert (table.name, table.method) == ("deep/user", info.name)
@@ -249,6 +249,24 @@ def test_a_table_that_drop_ins_share_counts_once_when_loaded(precision: str, tmp
     loaded = memory_report(rse.load(path, into=build())).total("serve")
     assert loaded == memory_report(path).total("serve")
     assert loaded <= 64 * 1024
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
+def test_a_state_dict_counts_what_its_model_counts(info: rse.MethodInfo, kind: str, tmp_path: Path) -> None:
+    """Also where drop-ins share a table, whose bytes stand once in the file."""
+    from safetensors.torch import save_model
+
+    model = nn.ModuleDict({n: nn.Embedding(rows, 16) for n, rows in (("a", 3000), ("b", 2000), ("c", 900))})
+    options = {} if info.name == "full" else {"budget": "100KiB", "full_below": 0}
+    rse.compress_(model, Plan.uniform(Schema.from_model(model), info.name, **options), init="fresh")  # type: ignore[arg-type]
+    path = tmp_path / f"state.{kind}"
+    torch.save(model.state_dict(), path) if kind == "pt" else save_model(model, str(path))
+    built, read = memory_report(model), memory_report(path, tables=["*"] if info.name == "full" else None)
+    assert read.total("serve") == built.total("serve")
+    assert read.total("serve") <= path.stat().st_size
+    shared = {t.storage.name: t.storage.read_by for t in built.tables if t.storage.kind == "shared"}
+    assert {t.storage.name: t.storage.read_by for t in read.tables if t.storage.kind == "shared"} == shared
 
 
 @pytest.mark.parametrize("name", ["x.st", "x", "x.pt", "x.json"])

@@ -75,7 +75,7 @@ def test_text_fits_and_holds_the_totals() -> None:
     for value in (rep.total("serve"), rep.total("train"), rep.footprint.optimizer, rep.plain):
         assert format_bytes(value) in text
     for info in rse.list_methods():
-        # Plain tables as they are need no line of their own.
+        # Full tables as they are need no line of their own.
         assert bool(re.search(rf"^{info.name}\b", text, re.M)) == (info.name != "full")
     hashed = memory_report(Plan.uniform(SCHEMA, "hash", budget="1MiB"), schema=SCHEMA)
     assert re.search(r"^full, whole", str(hashed), re.M)

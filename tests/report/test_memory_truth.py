@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.registry import MethodInfo
 from recsys_embed.report.memory import memory_report
 
@@ -85,10 +86,10 @@ def test_drop_in_reports_what_is_allocated_and_saved(
     report = memory_report(module)
     assert report.total("serve") == state_bytes(module)
     assert report.total("serve") == report.footprint.serve == module.footprint().serve
-    parameters, buffers = allocated(module.parameters()), allocated(module.buffers())
+    parameters, index = allocated(module.parameters()), allocated(module.kernel.index.arrays.held.values())
     # Constants of a lookup, some hundred bytes that no file holds, are not counted.
     assert report.footprint.weights == parameters
-    assert parameters + buffers - 4096 <= report.total("serve") <= parameters + buffers
+    assert report.total("serve") == parameters + index
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     assert report.total("serve") <= file.tell() < 1.01 * report.total("serve") + 6000
@@ -105,7 +106,8 @@ def test_collection_reports_what_is_allocated(info: MethodInfo, more: dict[str, 
     state = [getattr(module, f"{name}_{key}") for name, key in module._states()]
     assert report.footprint.optimizer == allocated(state)
     assert report.footprint == module.footprint()
-    everything = allocated([*module.parameters(), *module.buffers()])
+    index = [a for m in module.modules() if isinstance(m, IndexStore) for a in m.arrays.held.values()]
+    everything = allocated([*module.parameters(), *module.buffers(), *index])
     held = report.footprint.serve + report.footprint.optimizer
     assert held <= everything <= 1.01 * held + 4096
     # A plan says the same before anything is built.

@@ -223,7 +223,7 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
     small.parts["valid"] = type(small.parts["valid"])(*(t[:40] for t in small.parts["valid"]))
     with pytest.raises(ConfigError, match=r"too small to compare candidates: .* positives"):
         search(OptembedSearch, OptembedSettings(), small)
-    with pytest.raises(ConfigError, match="starts from plain tables"):
+    with pytest.raises(ConfigError, match="starts from full tables"):
         search(OptembedSearch, OptembedSettings(), method="hash", ratio=2.0)
     with pytest.raises(ConfigError, match="give a budget"):
         search(PepSearch, PepSettings())

@@ -342,7 +342,7 @@ def test_drop_ins_run_them_too(method: Any, monkeypatch: pytest.MonkeyPatch) -> 
     wanted.square().sum().backward()
     for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
-    # Plain tables have torch's own lookup, with all of its options.
+    # Full tables have torch's own lookup, with all of its options.
     assert (ours._triton._made is None) == (method.name == "full")
     assert oracle._triton._made is None
     torch.testing.assert_close(copy.deepcopy(ours)(ids), got)

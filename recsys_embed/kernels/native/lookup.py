@@ -15,25 +15,26 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.errors import BackendError, ConfigError
+from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Rule, Update, library, loaded, words_of
+from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot, encode
-from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.precision import HEAD
-from recsys_embed.optim import FusedOptimizer, rule_name
+from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
 
-_DENSE, _SPARSE = -1, -2
+_DENSE, _SPARSE, _NO_UPDATE = -1, -2, -3
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT4 = 3, 4
 _STORED = (*_KINDS, torch.uint8)
 _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
-# Lookups that a second thread is worth waking for.
+# Lookups from which on several threads are used.
 _WORTH_A_THREAD = 2048
-# Where a call's record has what differs from call to call; `_ASKED` are the ids and what stands behind them.
+# Positions in a call's record of the fields that differ between calls; `_ASKED`: the ids and the fields after them.
 _AT, _BEHIND, _ASKED = words_of(Call), ctypes.sizeof(Call) // 8, struct.Struct("8q")
 _IDS, _KEPT, _OUTPUTS = _AT["ids"], _AT["kept"], _AT["outputs"]
 _KINDS_AT, _BYTES_AT, _INDEX = _AT["storage_kinds"], _AT["storage_bytes"], _AT["index"]
@@ -41,15 +42,15 @@ _THREADS, _MASK = _AT["threads"], _AT["mask"]
 
 
 def knows(optimizer: FusedOptimizer | None) -> bool:
-    """Whether the kernels can run and hold the optimizer's rule; a rule of one's own runs on backend ``"torch"``."""
+    """Whether the kernels can run and have the optimizer's rule; other rules run on backend ``"torch"``."""
     found = native_library.library()
     return isinstance(found, Library) and (optimizer is None or rule_name(optimizer) in found.rules)
 
 
 def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype] = (torch.float32,)) -> bool:
-    """Whether the kernels may read these tensors' memory: real, on the CPU, of these types, and nobody traces."""
+    """Whether the kernels may read these tensors' memory: on the CPU, of these types, not traced."""
     if torch.compiler.is_compiling():
-        # As operators of their own. Exported programs hold torch's alone.
+        # Compiled models use custom operators; exported programs must only contain torch's.
         real = not torch.compiler.is_exporting()
         return real and all(t.device.type == "cpu" and t.dtype in types for t in tables)
     if type(ids) is not Tensor or not ids.is_cpu or not isinstance(library(), Library):
@@ -63,7 +64,7 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
-    """As :func:`runs_on`, for rows that are served: of any precision, and not by compiled models."""
+    """As :func:`runs_on`, for serving: of any precision, and not in compiled models."""
     return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
 
 
@@ -72,7 +73,7 @@ def _pointer(tensor: Tensor) -> int:
 
 
 class _Encoded(NamedTuple):
-    """A rule as the kernels read it, but for its state, of which these are the tensors in order."""
+    """A rule as the kernels read it, and the names of its state's tensors in order."""
 
     rule: Rule
     states: tuple[str, ...]
@@ -80,7 +81,7 @@ class _Encoded(NamedTuple):
 
 
 Updates: TypeAlias = "ctypes.Array[Update]"
-"""What is done to each storage."""
+"""The step of each storage."""
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +101,7 @@ def _updates(
     states: Sequence[Mapping[str, Tensor]],
     step_logs: Sequence[StepLog],
 ) -> Updates:
-    """The optimizer's step as the kernels read it, per storage; it points into the arguments."""
+    """The optimizer step of each storage as the kernels read it; it holds pointers to the arguments."""
     updates, encoded = (Update * len(tables))(), _encoded(optimizer)
     for update, table, state, log in zip(updates, tables, states, step_logs, strict=True):
         update.rule, update.rows, update.decay = encoded.rule, table.shape[0], optimizer.weight_decay
@@ -115,7 +116,7 @@ def _updates(
 
 
 def checked(outcome: int) -> bool:
-    """Whether a call's ids had rows, from the kernels' answer; raises what else went wrong."""
+    """Whether all ids of a call had rows; raises for other errors of the kernels."""
     if outcome == _DONE:
         return True
     if outcome == _OUT_OF_RANGE:
@@ -128,8 +129,38 @@ def checked(outcome: int) -> bool:
     raise MemoryError("no memory for the gradients of a step")
 
 
+def update_rows(
+    optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], rows: Tensor, values: Tensor, log: StepLog
+) -> None:
+    """One step of distinct rows of a storage, in place.
+
+    Args:
+        rows: int64 ``[n]``.
+        values: float32 ``[n, width]``, their gradients.
+        log: advanced to this step.
+
+    Raises:
+        IdRangeError: a row lies beyond the storage; nothing has changed.
+    """
+    rows, values, updates = rows.contiguous(), values.contiguous(), _updates(optimizer, [table], [state], [log])
+    threads = torch.get_num_threads() if rows.numel() >= _WORTH_A_THREAD else 1
+    if not checked(
+        loaded().handle.rse_update_rows(
+            ctypes.addressof(updates),
+            table.data_ptr(),
+            table.shape[1],
+            _pointer(rows),
+            _pointer(values),
+            rows.numel(),
+            threads,
+        )
+    ):
+        raise IdRangeError(f"a gradient's rows must be in [0, {table.shape[0]}), the rows of its table")
+    increment_version([table, *state.values()])
+
+
 def catch_up(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog) -> None:
-    """Apply the steps that rows of a storage missed, in place."""
+    """Apply the deferred steps of all rows of a storage, in place."""
     updates = _updates(optimizer, [table], [state], [log])
     threads = torch.get_num_threads()
     checked(loaded().handle.rse_catch_up(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
@@ -140,9 +171,9 @@ class Ids(NamedTuple):
     """Ids of many features, int32 or int64 on the CPU.
 
     Args:
-        values: ``[B, F]`` of any strides, or ``[B]`` of a single feature; or ``[n]`` with ``offsets``, feature after
+        values: ``[B, F]`` of any strides, or ``[B]`` of a single feature; or ``[n]`` with ``offsets``, feature by
             feature.
-        offsets: int64 ``[F * B + 1]``, rising from 0 to n: bag ``f * B + b`` holds the ids of feature f of sample b.
+        offsets: int64 ``[F * B + 1]``, ascending from 0 to n: bag ``f * B + b`` holds the ids of feature f of sample b.
         weights: float32 ``[n]``, factors of the vectors of bags that are summed.
         batch: B.
     """
@@ -165,17 +196,17 @@ class Ids(NamedTuple):
 
 
 class NativeLookup:
-    """Programs of many features, ready to run.
+    """A lookup of many features, encoded for the kernels.
 
     Args:
         programs, places, index: as :class:`VectorisedLookup` has them.
         storages: shape of each storage by name.
-        slots: where each feature's vectors go.
+        slots: destination of each feature's vectors.
         widths: columns of each output.
         columns: column of each feature in the matrix of ids.
         limits: bound of each feature's ids, -1 for any id.
-        optional: whether a feature's id -1 is none.
-        shapes: of a sample's vectors in each output, where they are not all in one row of it.
+        optional: per feature, whether an id of -1 means no id.
+        shapes: of a sample in each output, if it is not one row.
     """
 
     def __init__(
@@ -210,21 +241,21 @@ class NativeLookup:
             output_count=len(widths),
             threads=1,
         )
-        # Behind it: pointers to storages and index arrays, a Matrix per output; kinds of storages, bytes of their rows.
-        self._array_count = len(list(index.buffers()))
+        # After the record: pointers to storages and index arrays, a Matrix per output, kinds and row bytes of storages.
+        self._array_count = len(index.arrays.held)
         behind = [0] * (count + self._array_count) + [n for width in widths for n in (0, width)] + [0] * (2 * count)
-        # As numbers, which are copied and set several times as fast as a structure's fields.
+        # An array of integers: copying and setting it is several times as fast as setting fields of a ctypes structure.
         self._record = array("q", bytes(call)) + array("q", behind)
         self._row_lookup_count = len(self._row_lookups)
         self.handle = handle_of(self)
-        # Copies encode anew: records hold addresses.
+        # Copies encode again, because records hold addresses.
         self._given = (programs, places, index, storages, slots, widths, columns, limits, optional, shapes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeLookup, self._given
 
     def _per_feature(self) -> list[int]:
-        """Numbers per id that are kept for backward."""
+        """Floats per id saved for backward."""
         starts = [f["first"] for f in self._features]
         kept = [
             0 if f["plain"] else self._row_lookups[first]["kept"]
@@ -237,14 +268,14 @@ class NativeLookup:
         return [int(n) for n in ends]
 
     def kept_shape(self, ids: Ids) -> tuple[int, int]:
-        """Of what forward keeps for backward."""
+        """Shape of the values that forward saves for backward."""
         if ids.offsets is None:
             return ids.batch, self.kept_width
         counts = ids.counts(self._columns) if self.kept_width else []
         return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
 
     def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> array[int]:
-        """One call's record, which tensors have to outlive."""
+        """One call's record; the tensors have to outlive it."""
         call, values, batch, at = self._record[:], ids.values, ids.batch, _BEHIND
         start, lookups = call.buffer_info()[0], batch * self._row_lookup_count
         if ids.offsets is None:
@@ -260,7 +291,7 @@ class NativeLookup:
         for table in tables:
             call[at + number] = table.data_ptr()
             decodes |= table.dtype is not torch.float32
-            # Sizes of integers are what the export that holds them says.
+            # Quantised storages come from an export, whose reader has checked their shapes.
             if (table.numel() < sizes[number] or table.size(1) != widths[number]) and table.dtype is not torch.uint8:
                 self._refuse(table, number)
             number += 1
@@ -285,7 +316,7 @@ class NativeLookup:
         return call
 
     def _refuse(self, table: Tensor, at: int) -> None:
-        """What a user has put in a storage's place; rows are read by the number that was there."""
+        """Raise for a storage that was replaced by a tensor of fewer rows or another width."""
         name, wanted = list(self.storages.items())[at]
         raise ConfigError(
             f"{name!r} must be {list(wanted)}, or of more rows; got {list(table.shape)}. Replace a table by one that "
@@ -312,9 +343,9 @@ class NativeLookup:
         Args:
             tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``,
                 the integers of :class:`recsys_embed.kernels.precision.Layout`.
-            outputs: float32, contiguous; more dimensions of the width are as good.
-            kept: float32 of ``kept_shape``, filled with what a backward will need.
-            mask: of the first output, by sample: what it makes of it goes where it says.
+            outputs: float32, contiguous; the width may be several dimensions.
+            kept: float32 of ``kept_shape``, filled with the values that backward needs.
+            mask: of the first output; it says where the masked vectors go.
         """
         call = self._call(ids, tables, outputs, kept)
         if mask is not None:
@@ -330,16 +361,20 @@ class NativeLookup:
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
         step_logs: Sequence[StepLog],
+        frozen: Collection[int] = (),
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
         Args:
             gradients: of the outputs.
-            kept: by forward, None where ``kept_width`` is 0.
+            kept: saved by forward; None if ``kept_width`` is 0.
             states: per storage, the tensors of the optimizer's state by name.
             step_logs: per storage, advanced to this step.
+            frozen: storages to leave as they are.
         """
         updates = _updates(optimizer, tables, states, step_logs)
+        for number in frozen:
+            updates[number].rule.number = _NO_UPDATE
         self._backward(ids, tables, gradients, kept, updates)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
 
@@ -351,7 +386,7 @@ class NativeLookup:
         states: Sequence[Mapping[str, Tensor]],
         step_logs: Sequence[StepLog],
     ) -> None:
-        """Apply the steps missed by rows that ``ids`` read, in place; forward refuses ids out of range."""
+        """Apply the deferred steps of rows that ``ids`` read, in place; forward checks the range of ids."""
         call = self._call(ids, tables, (), None)
         updates = _updates(optimizer, tables, states, step_logs)
         checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 1))
@@ -362,32 +397,58 @@ class NativeLookup:
         tables: Sequence[Tensor],
         gradients: Sequence[Tensor],
         kept: Tensor | None,
-        sparse: bool,
-    ) -> list[Tensor]:
-        """Gradients of the tables: dense, or sparse and coalesced."""
+        layout: GradientLayout,
+        wanted: Sequence[bool] | None = None,
+        pool: OutputPool | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of the tables: dense; sparse and coalesced; or a :class:`RowGradient` each.
+
+        Args:
+            wanted: of which storages; None for the others.
+            pool: where the values of rows lie.
+        """
         updates = (Update * len(tables))()
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        counts = ids.counts(self._columns)
-        for update, table, reads in zip(updates, tables, self._reads, strict=True):
-            update.rule.number, update.rows = _SPARSE if sparse else _DENSE, table.shape[0]
+        found: list[tuple[Tensor, Tensor, Tensor] | None] = []
+        counts, by_row = ids.counts(self._columns), layout != "dense"
+        wanted = (True,) * len(tables) if wanted is None else wanted
+        for update, table, reads, want in zip(updates, tables, self._reads, wanted, strict=True):
+            update.rule.number, update.rows = _NO_UPDATE, table.shape[0]
+            if not want:
+                found.append(None)
+                continue
+            update.rule.number = _SPARSE if by_row else _DENSE
             number = min(table.shape[0], sum(n * r for n, r in zip(counts, reads, strict=True)))
-            values = table.new_empty(number, table.shape[1]) if sparse else torch.zeros_like(table)
-            rows = table.new_empty(number if sparse else 0, dtype=torch.int64)
-            count = table.new_zeros(1, dtype=torch.int64)
+            shape = (number, table.shape[1])
+            if by_row:
+                values = table.new_empty(shape) if pool is None else pool.take(shape)
+            else:
+                values = torch.zeros_like(table)
+            rows = torch.empty(number if by_row else 0, dtype=torch.int64)
+            count = torch.zeros(1, dtype=torch.int64)
             update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
             found.append((values, rows, count))
         self._backward(ids, tables, gradients, kept, updates)
-        if not sparse:
-            return [values for values, _, _ in found]
-        out = []
-        for table, (values, rows, count) in zip(tables, found, strict=True):
-            ordered, order = rows[: int(count)].sort()
-            parts = (ordered.unsqueeze(0), values.index_select(0, order))
-            out.append(torch.sparse_coo_tensor(*parts, table.shape, is_coalesced=True, check_invariants=False))
+        out: list[Tensor | None] = []
+        for table, parts in zip(tables, found, strict=True):
+            if parts is None or not by_row:
+                out.append(None if parts is None else parts[0])
+                continue
+            values, rows, count = parts
+            rows, values = rows[: int(count)], values[: int(count)]
+            if layout == "rows":
+                out.append(RowGradient(rows, values, table.shape[0], distinct=True))
+                continue
+            ordered, order = rows.sort()
+            chosen = values.index_select(0, order)
+            out.append(
+                torch.sparse_coo_tensor(
+                    ordered.unsqueeze(0), chosen, table.shape, is_coalesced=True, check_invariants=False
+                )
+            )
         return out
 
     def _rows_read(self) -> list[list[int]]:
-        """Most rows of each storage that an id of each feature reads."""
+        """Largest number of rows of each storage that an id of each feature reads."""
         out = [[0] * len(self._features) for _ in self.storages]
         for i, feature in enumerate(self._features):
             for row_lookup in self._row_lookups[feature["first"] : feature["first"] + feature["row_lookups"]]:

@@ -1,6 +1,6 @@
-"""Masks as the native kernels run them: rows pruned by their norm, columns cut off, blocks of ids scaled (ops/cpu).
+"""Masks in the native kernels: rows pruned by norm, columns cut off, vectors scaled by block of ids (ops/cpu).
 
-A lookup applies one in the call that reads the rows; vectors of other origin get one in a call of its own.
+A lookup can apply a mask in the same call; for other vectors the mask is a call of its own.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from recsys_embed.kernels.native.output_pool import OutputPool
 
 @dataclass(frozen=True)
 class MaskParameters:
-    """Parameters of a mask of vectors ``[B, F, D]``: with ``scales`` a factor per block and column, else pruning.
+    """Parameters of a mask of vectors ``[B, F, D]``: either ``scales``, or pruning.
 
-    ``fallback`` replaces a row whose norm is at most its threshold; columns of others are zeros from a width on.
+    ``scales`` multiply each vector by the factors of its id's block. Pruning replaces a row whose norm is at most its
+    threshold by ``fallback``, and sets columns of the others to zero from ``widths`` on.
 
     Args:
         width: D.
-        starts: int64 ``[F + 1]``, first id of each field among all; thresholds and blocks then go by id.
-        thresholds: float32 ``[F]``, or by id ``[ids]``; None: no row is pruned.
+        starts: int64 ``[F + 1]``, first id of each field among those of all; thresholds and blocks are then per id.
+        thresholds: float32 ``[F]``, or ``[ids]`` per id; None: no row is pruned.
         norm: 1 or 2.
-        widths: int64 ``[B, F]`` or ``[F]``, columns kept; None: all.
-        fallback: float32 ``[F, D]``, what stands in for a pruned row; None: zeros.
+        widths: int64 ``[B, F]`` or ``[F]``, number of columns kept; None: all.
+        fallback: float32 ``[F, D]``, replaces pruned rows; None: zeros.
         scales: float32 ``[blocks, D]``.
         blocks: uint8 or int32 ``[ids]``.
     """
@@ -49,16 +50,16 @@ class MaskParameters:
 
     @property
     def learned(self) -> tuple[Tensor | None, Tensor | None]:
-        """What has gradients: thresholds, and ``fallback`` or ``scales``."""
+        """Parameters with gradients: thresholds, and ``fallback`` or ``scales``."""
         return self.thresholds, self.fallback if self.scales is None else self.scales
 
     @property
     def learns(self) -> bool:
-        """Whether a parameter wants a gradient."""
+        """Whether a parameter requires a gradient."""
         return any(t is not None and t.requires_grad for t in self.learned)
 
     def fits(self, ids: Tensor, shape: Sequence[int]) -> bool:
-        """Whether the kernels may read the memory of ids and parameters, and all are for vectors of one ``shape``."""
+        """Whether the kernels may read the memory of ids and parameters, and all of these fit vectors of ``shape``."""
         learned = [t for t in self.learned if t is not None]
         others = [t for t in (self.starts, self.widths, self.blocks) if t is not None]
         return (
@@ -70,7 +71,7 @@ class MaskParameters:
         )
 
     def _agrees(self, ids: torch.Size, shape: Sequence[int]) -> bool:
-        """Whether no kernel will look for a parameter beyond the last; torch may broadcast what does not agree."""
+        """Whether shapes agree exactly; kernels would read beyond a parameter that torch broadcasts."""
         if len(ids) != 2 or tuple(shape) != (*ids, self.width):
             return False
         fields = number = ids[1]
@@ -94,11 +95,11 @@ class MaskParameters:
         )
 
     def record(self, ids: Tensor, vectors: Tensor, out: Tensor) -> Mask:
-        """The call's record, which points into the arguments; they fit.
+        """The call's record; it holds pointers to the arguments, which :meth:`fits` has checked.
 
         Args:
             ids: ``[B, F]``.
-            vectors, out: ``[B, F, D]``, contiguous; they may be the same.
+            vectors, out: ``[B, F, D]``, contiguous; may share memory.
         """
         thresholds, rest = self.learned
         batch, fields = ids.shape
@@ -120,21 +121,21 @@ class MaskParameters:
 
 
 _POOL = OutputPool()
-"""Of masks in calls of their own."""
+"""Memory for masks that are calls of their own."""
 
 
 class Masking(Protocol):
-    """A layer that vectors ``[B, F, D]`` pass through, as kernels take it where they can."""
+    """A layer that masks vectors ``[B, F, D]``, which a lookup may apply in its kernels."""
 
     def mask_parameters(self, ids: Tensor) -> MaskParameters:
         """The mask of the vectors of ``ids [B, F]`` in this call."""
 
     def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids`` masked, by the kernels where they can."""
+        """``vectors [B, F, D]`` of ``ids`` masked, by the kernels if they can."""
 
 
 class _Context(Protocol):
-    """What a mask keeps for its backward."""
+    """What a mask saves for backward."""
 
     mask: MaskParameters
     pool: OutputPool
@@ -149,8 +150,8 @@ class _Context(Protocol):
 
 
 class _Masked(Function):
-    """``done``: the masked vectors, where a lookup has made them already; no tensor of its own, for outputs that are
-    inputs count as views."""
+    """``done``: the masked vectors, if a lookup has computed them. It is not an argument that autograd sees, because an
+    output that is an input counts as a view."""
 
     @staticmethod
     def forward(
@@ -209,8 +210,8 @@ def masked(
     """``vectors [B, F, D]`` of ``ids [B, F]`` masked, differentiable in them and in the parameters of the mask.
 
     Args:
-        pool: gives memory.
-        done: their values, where they are known.
+        pool: allocates the result.
+        done: the masked vectors, if they are already computed.
 
     Raises:
         IdRangeError: an id has no parameters.
@@ -220,7 +221,7 @@ def masked(
 
 
 def mask_vectors(parameters: MaskParameters, ids: Tensor, vectors: Tensor) -> Tensor | None:
-    """``vectors [B, F, D]`` masked by the kernels; None where these cannot read them."""
+    """``vectors [B, F, D]`` masked by the kernels; None if they cannot read these tensors."""
     if not parameters.fits(ids, vectors.shape) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
         return None
     return masked(parameters, ids, vectors.contiguous(), _POOL)

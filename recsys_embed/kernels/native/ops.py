@@ -1,6 +1,6 @@
-"""The native kernels as operators of torch, opaque to its compiler: what compiled models call.
+"""The native kernels as custom torch operators, which compiled models call.
 
-Operators take tensors and numbers, so the records of a lookup, and the module whose optimizer steps, go by a handle.
+Operators only take tensors and numbers, so a lookup and the module that owns the optimizer are passed as handles.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 if TYPE_CHECKING:
     from recsys_embed.kernels.native.autograd import NativeStep
 
-NOBODY = -1
+NO_OWNER = -1
 
 
 class Stepper(Protocol):
-    """Who owns the optimizer of some tables."""
+    """The owner of the optimizer of some tables."""
 
     def step_native(
         self,
@@ -32,12 +32,12 @@ class Stepper(Protocol):
         states: list[Tensor],
         grads: list[Tensor],
         kept: Tensor,
-        begun: Tensor | None,
+        collects: bool,
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
     def catch_up_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
-        """Apply the steps missed by rows that ids read, in place."""
+        """Apply the deferred steps of rows that ids read, in place."""
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
@@ -47,8 +47,7 @@ def _look_up(
     batch: int,
     tables: list[Tensor],
     states: list[Tensor],
-    anchor: Tensor | None,
-    begun: Tensor | None,
+    collects: bool,
     lookup: int,
     owner: int,
 ) -> list[Tensor]:
@@ -68,20 +67,19 @@ def _(
     batch: int,
     tables: list[Tensor],
     states: list[Tensor],
-    anchor: Tensor | None,
-    begun: Tensor | None,
+    collects: bool,
     lookup: int,
     owner: int,
 ) -> list[Tensor]:
     found, like = cast("NativeLookup", KNOWN[lookup]), tables[0].detach()
     rows, width = batch, found.kept_width
-    if bags:  # what is kept goes by the lengths of the bags
+    if bags:  # the size of saved values depends on the lengths of bags
         rows, width = (cast("int", torch.library.get_ctx().new_dynamic_size()), 1) if width else (0, 1)
     return [*(like.new_empty(batch, w) for w in found.widths), like.new_empty(rows, width)]
 
 
 def _ids(ids: Tensor, bags: list[Tensor], batch: int) -> Ids:
-    """Ids ``[B, F]``, or bags by offsets and, where they have some, weights."""
+    """Ids ``[B, F]``, or bags with offsets and optional weights."""
     if not bags:
         return Ids.matrix(ids)
     return Ids(ids, bags[0], bags[1] if len(bags) > 1 else None, batch)
@@ -97,7 +95,8 @@ def _gradients(
     kept: Tensor,
     lookup: int,
 ) -> list[Tensor]:
-    return cast("NativeLookup", KNOWN[lookup]).gradients(_ids(ids, bags, batch), tables, grads, kept, sparse=False)
+    found = cast("NativeLookup", KNOWN[lookup]).gradients(_ids(ids, bags, batch), tables, grads, kept, "dense")
+    return cast("list[Tensor]", found)
 
 
 @_gradients.register_fake
@@ -113,7 +112,7 @@ def _(
     return [torch.empty_like(t) for t in tables]
 
 
-@custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states", "begun"))
+@custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states"))
 def _step(
     ids: Tensor,
     bags: list[Tensor],
@@ -122,12 +121,14 @@ def _step(
     states: list[Tensor],
     grads: list[Tensor],
     kept: Tensor,
-    begun: Tensor | None,
+    collects: bool,
     lookup: int,
     owner: int,
 ) -> None:
     stepper = cast("Stepper", KNOWN[owner])
-    stepper.step_native(cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states, grads, kept, begun)
+    stepper.step_native(
+        cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states, grads, kept, collects
+    )
 
 
 @custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
@@ -138,20 +139,19 @@ def _catch_up(
     stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states)
 
 
-_Inputs: TypeAlias = tuple[
-    Tensor, list[Tensor], int, list[Tensor], list[Tensor], Tensor | None, Tensor | None, int, int
-]
+_Inputs: TypeAlias = tuple[Tensor, list[Tensor], int, list[Tensor], list[Tensor], bool, int, int]
 """Arguments of ``_look_up``."""
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward; ``held`` is what an optimizer updates, ``bags`` how many tensors."""
+    """Saved for backward; ``held``: tensors that an optimizer updates, ``bags``: number of tensors of bags."""
 
     batch: int
     lookup: int
     owner: int
     bags: int
-    held: tuple[list[Tensor], list[Tensor], Tensor | None]
+    collects: bool
+    held: tuple[list[Tensor], list[Tensor]]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -160,14 +160,14 @@ class _Context(Protocol):
 
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
-    ids, bags, ctx.batch, tables, states, _, begun, ctx.lookup, ctx.owner = inputs
+    ids, bags, ctx.batch, tables, states, ctx.collects, ctx.lookup, ctx.owner = inputs
     ctx.bags = len(bags)
-    if ctx.owner == NOBODY:
-        ctx.held = [], [], None
+    if ctx.owner == NO_OWNER:
+        ctx.held = [], []
         ctx.save_for_backward(ids, output[-1], *bags, *tables)
         return
     # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
-    ctx.held = tables, states, begun
+    ctx.held = tables, states
     ctx.save_for_backward(ids, output[-1], *bags)
 
 
@@ -176,13 +176,13 @@ def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor]
     bags, saved = saved[: ctx.bags], saved[ctx.bags :]
     none: list[None] = [None] * ctx.bags
     given = [g.contiguous() for g in grads[:-1]]
-    if ctx.owner == NOBODY:
+    if ctx.owner == NO_OWNER:
         found = _gradients(ids, bags, ctx.batch, saved, given, kept, ctx.lookup)
-        return None, none, None, found, [], None, None, None, None
-    tables, states, begun = ctx.held
+        return None, none, None, found, [], None, None, None
+    tables, states = ctx.held
     with torch.no_grad():
-        _step(ids, bags, ctx.batch, tables, states, given, kept, begun, ctx.lookup, ctx.owner)
-    return None, none, None, [None] * len(tables), [None] * len(states), None, None, None, None
+        _step(ids, bags, ctx.batch, tables, states, given, kept, ctx.collects, ctx.lookup, ctx.owner)
+    return None, none, None, [None] * len(tables), [None] * len(states), None, None, None
 
 
 _look_up.register_autograd(_backward, setup_context=_save)
@@ -196,7 +196,7 @@ def look_up(lookup: NativeLookup, ids: Ids, tables: list[Tensor], step: NativeSt
     bags = [t for t in (ids.offsets, ids.weights) if t is not None]
     given = ids.values, bags, ids.batch
     if step is None:
-        return _look_up(*given, tables, [], None, None, lookup.handle, NOBODY)[:-1]
+        return _look_up(*given, tables, [], False, lookup.handle, NO_OWNER)[:-1]
     if step.lazy:
         _catch_up(*given, tables, step.states, lookup.handle, step.owner)
-    return _look_up(*given, tables, step.states, step.anchor, step.begun, lookup.handle, step.owner)[:-1]
+    return _look_up(*given, tables, step.states, step.collects, lookup.handle, step.owner)[:-1]

@@ -1,4 +1,4 @@
-"""Lookup programs as records of 64-bit fields, the form in which the native kernels read them (ops/cpu/program.h)."""
+"""Encodes lookup programs as records of 64-bit fields for the native kernels (ops/cpu/program.h)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STORE, ADD, MUL = 0, 1, 2
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one feature's vectors go: ``column`` of output number ``output``; whether bags are averaged, not summed."""
+    """Destination of a feature's vectors: ``column`` of output ``output``; ``mean``: bags are averaged, not summed."""
 
     output: int
     column: int
@@ -43,7 +43,7 @@ class Slot:
 
 
 def _transform(transform: Transform, index: IndexStore, program: int) -> dict[str, int]:
-    """Fields of one transform; those not named are 0.
+    """Fields of one transform; fields that are left out are 0.
 
     Raises:
         TypeError: the kernels do not know the transform.
@@ -73,14 +73,14 @@ def supported(program: LookupProgram) -> bool:
 
 
 def _joins(program: LookupProgram) -> list[int]:
-    """What each row lookup does with what row lookups before it left in its columns."""
+    """How each row lookup combines with those before it in the same columns."""
     first: dict[tuple[int, int], int] = {}
     again = ADD if program.combine == "sum" else MUL
     return [STORE if first.setdefault(span, slot) == slot else again for slot, span in enumerate(program.spans)]
 
 
 def _plain(program: LookupProgram) -> bool:
-    """Whether gradients reach every row as they are, but for a constant factor."""
+    """Whether the gradient of every row is that of the vector times a constant."""
     alone = len(set(program.spans)) == len(program.spans)
 
     def plain(row_lookup: RowLookup) -> bool:
@@ -99,17 +99,17 @@ def encode(
     limits: Sequence[int],
     optional: Sequence[bool],
 ) -> tuple[NDArray[np.void], NDArray[np.void], int]:
-    """Records of features and row lookups, and how many numbers per sample backward needs of what forward read.
+    """Records of features and row lookups, and the number of floats per sample that forward saves for backward.
 
     Args:
         programs: one per feature.
-        places: per feature, where its tables lie.
-        storages: names in the order in which the kernels get them.
+        places: per feature, the places of its tables.
+        storages: their names, in the order that the kernels receive them.
         index: of the programs.
-        slots: per feature, where its vectors go.
+        slots: per feature, the destination of its vectors.
         columns: per feature, its column in the matrix of ids.
         limits: per feature, the bound of its ids; -1 for any id.
-        optional: per feature, whether the id -1 is none.
+        optional: per feature, whether an id of -1 means no id.
     """
     features = np.zeros(len(programs), FEATURE)
     row_lookups = np.zeros(sum(len(p.row_lookups) for p in programs), ROW_LOOKUP)

@@ -10,26 +10,24 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from recsys_embed.kernels.places import GradientLayout
 from recsys_embed.kernels.triton.lookup import Kept, TritonLookup
 
-Updater = Callable[[Any, Tensor, Sequence[Tensor], Any], None]
+Updater = Callable[[Any, Tensor, Sequence[Tensor], Sequence[Tensor], Any], None]
 
 
 class _Lookup(Function):
-    """``anchor`` requires grad where no table does: it makes autograd run the backward and receives no gradient."""
-
     @staticmethod
     def forward(
         ctx: Any,
-        anchor: Tensor | None,
         lookup: TritonLookup,
         ids: Tensor,
         updater: Updater | None,
-        sparse: bool,
+        layout: GradientLayout,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs, kept = lookup.forward(ids, tables, keep=True)
-        ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
+        ctx.lookup, ctx.updater, ctx.layout = lookup, updater, layout
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables = kept, tables
         ctx.save_for_backward(ids)
@@ -42,9 +40,10 @@ class _Lookup(Function):
         gradients = [g.contiguous() for g in grads]
         kept: Kept = ctx.kept
         if ctx.updater is not None:
-            ctx.updater(ctx.lookup, ids, gradients, kept)
+            ctx.updater(ctx.lookup, ids, ctx.tables, gradients, kept)
             return (None,) * len(ctx.needs_input_grad)
-        return (None,) * 5 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, kept, ctx.sparse))
+        wanted = ctx.needs_input_grad[4:]
+        return (None,) * 4 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, kept, ctx.layout, wanted))
 
 
 def look_up(
@@ -59,16 +58,17 @@ def look_up(
 
     Args:
         tables: per storage ``[rows, width]``.
-        step: its optimizer updates the tables in backward, which otherwise returns their gradients.
-        sparse: gradients of the tables are sparse.
+        step: of tables with a fused optimizer.
+        sparse: gradients of other tables are sparse.
 
     Raises:
-        IdRangeError: an id of this lookup, or of one before whose check has come in, is out of range.
+        IdRangeError: an id is out of range, in this lookup or in an earlier one whose check has finished.
     """
     if step is not None:
         step.catch_up(lookup, ids)
-    elif not (torch.is_grad_enabled() and any(t.requires_grad for t in tables)):
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tables)):
         return lookup.forward(ids, tables, keep=False)[0]
-    anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-    out: tuple[Tensor, ...] = _Lookup.apply(anchor, lookup, ids, updater, sparse, *tables)
+    updater = None if step is None else step.update
+    layout = "rows" if step is not None else "sparse" if sparse else "dense"
+    out: tuple[Tensor, ...] = _Lookup.apply(lookup, ids, updater, layout, *tables)
     return out

@@ -81,7 +81,7 @@ class TableStorage:
     Args:
         name: unique in the report.
         kind: of its holder: a kind of :class:`recsys_embed.discover.FoundTable`, ``"plan"``, ``"file"``, ``"shared"``.
-        method: key of the method; ``"full"`` for plain tables.
+        method: key of the method; ``"full"`` for full tables.
         ids: number of ids.
         width: elements of one id's output vector.
         arrays: stored for it alone.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, count
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,11 +15,12 @@ from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
 from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
 from recsys_embed.report.memory.collisions import row_keys
-from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, spec_of, storage_of
+from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, list_shared_once, spec_of, storage_of
 
 
 def module_storage(model: nn.Module) -> ModelStorage:
@@ -40,7 +39,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
             drop_ins.append(_storage_of_drop_in(cast("CompressedEmbedding", table.module), table))
         else:
             storages.append(_storage_of_plain(table))
-    storages += _unshared(drop_ins)
+    storages += list_shared_once(drop_ins)
     counted = {_key(t) for table in tables for m in table.modules for t in _tensors(m)}
     rest, lazy = _rest(model, counted)
     notes = [f"{len(lazy)} parameters have no shape yet and are not counted: {', '.join(lazy[:4])}"] if lazy else []
@@ -117,33 +116,11 @@ def _served(name: str, stored: Stored, offset: int, reads: int) -> list[ArraySto
     raise ConfigError(f"an export stores no table at row {offset} for {name!r}")
 
 
-def _unshared(storages: Sequence[TableStorage]) -> list[TableStorage]:
-    """Storage of drop-ins, with arrays that several of them hold listed separately."""
-    holders = Counter(a.parameter for e in storages for a in e.arrays if a.parameter is not None)
-    shared, names = SharedArrays("compressed"), {}
-    taken = {e.name for e in storages}
-    out, updates = [], {}
-    for e in storages:
-        mine = []
-        for a in e.arrays:
-            if holders[a.parameter] < 2:
-                continue
-            if a.parameter not in names:
-                options = chain([a.name], (f"{a.name}_{n}" for n in count(2)))
-                names[a.parameter] = next(n for n in options if n not in taken)
-                taken.add(names[a.parameter])
-            mine.append(names[a.parameter])
-            shared.put(e.name, names[a.parameter], [a])
-            updates[names[a.parameter]] = e.update
-        own = tuple(a for a in e.arrays if holders[a.parameter] < 2)
-        out.append(replace(e, arrays=own, shared=tuple(mine)))
-    return out + [replace(e, update=updates[e.name]) for e in shared.storages("")]
-
-
 def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Buffers that a state dict holds."""
+    """Buffers and index arrays that a state dict holds."""
     for path, part in module.named_modules():
-        for name, b in part._buffers.items():
+        held = part.arrays.held if isinstance(part, IndexStore) else {}
+        for name, b in [*part._buffers.items(), *held.items()]:
             if b is not None and name not in part._non_persistent_buffers_set:
                 yield (f"{path}.{name}" if path else name), b
 

@@ -174,7 +174,7 @@ def _alternatives(report: ReportValues) -> Grid:
         else:
             name = f"{a.method}{' *' if a.missed or a.unfit else ''}"
         rows.append((name, *(format_bytes(a.serve[p]) for p in SHOWN), format_bytes(a.train)))
-    title = f"What it would cost: every table at 1/{report.settings.ratio:g} of its plain bytes"
+    title = f"What it would cost: every table at 1/{report.settings.ratio:g} of its full bytes"
     if any(row[0].endswith(" *") for row in rows):
         title += " (* some tables need more)"
     return Grid(("method", *SHOWN, "training"), tuple(rows), 1, title)

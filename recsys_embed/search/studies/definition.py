@@ -105,10 +105,15 @@ class StudyDefinition:
     def _planner_points(self) -> Iterator[dict[str, Any]]:
         stats = self.data if hasattr(self.data, "counts") else None
         for text, budget in self.space.budgets.items():
-            equal = get_model(self.full_config.model).needs_equal_widths
+            model = get_model(self.full_config.model)
             try:
                 found = plan_for_budget(
-                    self.schema, budget, stats=stats, methods=list(self.space.methods), needs_equal_widths=equal
+                    self.schema,
+                    budget,
+                    stats=stats,
+                    methods=list(self.space.methods),
+                    needs_equal_widths=model.needs_equal_widths,
+                    network=None if model.uses_network else False,
                 )
             except BudgetError:
                 continue

@@ -1,0 +1,227 @@
+"""Steps in backward: several lookups of one backward are one step; scaled losses, replicas and the like are refused."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from recsys_embed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+_WAY_OUT = (
+    "make the update at step() instead: optimizer = recsys_embed.optim.fused_optimizer(model, dense_optimizer), then "
+    "optimizer.step()"
+)
+
+
+class LookupRecord:
+    """One lookup with gradients, alive until its backward can no longer run."""
+
+    __slots__ = ("__weakref__", "deferred", "done", "taken", "thread")
+
+    def __init__(self, taken: int, thread: int, deferred: bool) -> None:
+        self.taken, self.thread, self.deferred = taken, thread, deferred
+        self.done: set[str] = set()
+
+
+class BackwardSteps:
+    """The lookups of some tables whose optimizer steps in backward.
+
+    Where one backward runs through a single lookup, that lookup steps the optimizer at once. Where it runs through
+    several, their gradients are summed and the step follows when the backward ends, as torch's optimizers have it. A
+    lookup whose tables have been stepped since it read them is refused.
+
+    Args:
+        apply: steps the optimizer by the gradients of storages.
+    """
+
+    def __init__(self, apply: Callable[[Mapping[str, Tensor]], None]) -> None:
+        self._apply = apply
+        self._open: WeakSet[LookupRecord] = WeakSet()
+        # Steps so far, by thread: threads that train at once step independently.
+        self._taken: dict[int, int] = {}
+        # Gradients by storage of each backward that collects them, which torch numbers; and its thread.
+        self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        self._stepped_in = -1
+        self.backwards = 0
+
+    def begin(self, deferred: bool) -> LookupRecord:
+        """A lookup begins.
+
+        Args:
+            deferred: several parts of its backward update one storage, so that their gradients are collected.
+        """
+        if self._stepped_in >= 0 and torch._C._current_graph_task_id() == self._stepped_in:
+            raise ConfigError(
+                "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
+                f"one of several lookups) would read the new rows; {_WAY_OUT}"
+            )
+        thread = threading.get_ident()
+        record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
+        self._open.add(record)
+        return record
+
+    def collects(self, record: LookupRecord, parts: Collection[str]) -> bool:
+        """Whether the gradients of some parts of a lookup are to be collected, rather than be stepped at once.
+
+        Raises:
+            ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
+        """
+        stale = not record.done and record.taken != self._taken.get(record.thread, 0)
+        if stale or record.done.intersection(parts):
+            what = "another backward came between" if stale else "backward ran twice through one lookup"
+            raise ConfigError(
+                "these tables step in backward, and they have been stepped since this lookup read them "
+                f"({what}); sum the losses and call backward once, or {_WAY_OUT}"
+            )
+        first = not record.done
+        if first and not record.deferred:
+            record.deferred = torch._C._current_graph_task_id() in self._collected or any(
+                other is not record and not other.done and (other.thread, other.taken) == (record.thread, record.taken)
+                for other in list(self._open)
+            )
+        record.done.update(parts)
+        if first and not record.deferred:
+            self._count(record.thread)
+        return record.deferred
+
+    def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Add to the gradients by which the running backward steps the optimizer when it ends."""
+        task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        if task < 0:  # an operator that is called outside a backward
+            self._apply({name: g for name, g in gradients.items() if g is not None})
+            return
+        if task not in self._collected:
+            # What an earlier backward of this thread left behind, it failed.
+            for other in [t for t, (of, _) in self._collected.items() if of == thread]:
+                del self._collected[other]
+            self._collected[task] = thread, {}
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
+        found = self._collected[task][1]
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                found[name] = found[name] + gradient if name in found else gradient
+
+    def stepped_by_compiled_code(self) -> None:
+        """Compiled lookups keep no record; two of them in one backward are refused here."""
+        task = torch._C._current_graph_task_id()
+        if task >= 0 and task == self._stepped_in:
+            raise ConfigError(
+                f"a compiled model looked up the same tables twice in one backward, which steps them twice; {_WAY_OUT}"
+            )
+        self._count(threading.get_ident())
+
+    def _end(self, task: int) -> None:
+        thread, gradients = self._collected.pop(task)
+        self._apply(gradients)
+        self._count(thread)
+
+    def _count(self, thread: int) -> None:
+        self._taken[thread] = self._taken.get(thread, 0) + 1
+        self._stepped_in = torch._C._current_graph_task_id()
+        self.backwards += 1
+
+
+def refuse_replicas() -> None:
+    """Refuse lookups inside DistributedDataParallel, whose replicas would step by their own gradients and drift apart.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if active_replica() is not None:
+        raise ConfigError(
+            "these tables step in backward, which DistributedDataParallel does not see: each replica would step by its "
+            f"own gradients; {_WAY_OUT}"
+        )
+
+
+def active_replica() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running, of more than one process; or None."""
+    module = sys.modules.get("torch.nn.parallel.distributed")
+    found: DistributedDataParallel | None = (
+        None if module is None else module.DistributedDataParallel._active_ddp_module
+    )
+    return found if found is not None and found.process_group.size() > 1 else None
+
+
+# -- optimizers of torch ---------------------------------------------------------------------------------------------
+
+
+class WatchedTables(Protocol):
+    """Tables whose optimizer steps in backward."""
+
+    told: bool
+
+    def take_backwards(self) -> int: ...
+    def parameters(self) -> Iterator[Parameter]: ...
+
+
+_TABLES: WeakSet[WatchedTables] = WeakSet()
+# Optimizers that have stepped, and whether a gradient scaler called them.
+_KNOWN: dict[int, tuple[ref[Optimizer], bool]] = {}
+_hook: list[object] = []
+
+
+def watch(tables: WatchedTables) -> None:
+    """From now on, steps of torch's optimizers tell when the tables' steps are not theirs."""
+    if not _hook:
+        _hook.append(register_optimizer_step_pre_hook(_before_step))
+    _TABLES.add(tables)
+
+
+def _scaled(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler that scales called the optimizer; looked for at its first step."""
+    key = id(optimizer)
+    known = _KNOWN.get(key)
+    if known is None or known[0]() is not optimizer:
+        frame: FrameType | None = sys._getframe(2)
+        found = False
+        while frame is not None and not found:
+            owner = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
+            found = isinstance(owner, GradScaler) and owner.is_enabled()
+            frame = frame.f_back
+        known = _KNOWN[key] = ref(optimizer, lambda _: _KNOWN.pop(key, None)), found
+    return known[1]
+
+
+def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
+    new = id(optimizer) not in _KNOWN
+    scaled = _scaled(optimizer)
+    for tables in list(_TABLES):
+        backwards = tables.take_backwards()
+        if not backwards:
+            continue
+        if scaled:
+            raise ConfigError(
+                f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {_WAY_OUT}"
+            )
+        if backwards == 1:
+            continue
+        held = {id(p) for p in tables.parameters()}
+        related = any(id(p) in held for group in optimizer.param_groups for p in group["params"])
+        message = (
+            f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its "
+            f"tables, which step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"
+        )
+        if related:
+            raise ConfigError(message)
+        # An optimizer of another model begins at any time.
+        if not new and not tables.told:
+            tables.told = True
+            warnings.warn(message, stacklevel=4)
