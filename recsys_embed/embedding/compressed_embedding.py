@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.core.heads import Head, run_head
@@ -13,6 +14,7 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.module_tables import ModuleTables
+from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
@@ -24,6 +26,7 @@ from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
 from recsys_embed.kernels.places import Place, absent_ids
 from recsys_embed.kernels.pooling import pool_vectors
+from recsys_embed.kernels.recording import tracing
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
@@ -191,7 +194,7 @@ class CompressedEmbedding(ModuleTables):
     def after_pool(self, pooled: Tensor) -> Tensor:
         """From pooled rows of :meth:`before_pool` to vectors ``[bags, output width]``."""
         head = self._head_of_bags
-        return pooled if head is None else head.apply(pooled, [self.table(n) for n in head.tables])
+        return pooled if head is None else run_head(head, pooled, [self.table(n) for n in head.tables])
 
     @property
     def output_dim(self) -> int:
@@ -260,9 +263,10 @@ class CompressedEmbedding(ModuleTables):
         """Look up ids.
 
         Args:
-            input: the ids, int32 or int64; for hashing methods also strings, in lists or numpy arrays, and integers in
-                numpy arrays, see :func:`recsys_embed.string_ids`. Without ``mode`` any shape; with ``mode``
-                ``[bags, length]``, or ``[n]`` with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
+            input: the ids, int32 or int64, also a jagged nested tensor of them; for hashing methods also strings, in
+                lists or numpy arrays, and integers in numpy arrays, see :func:`recsys_embed.string_ids`. Without
+                ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]`` with ``offsets [bags]``
+                (``[bags + 1]`` with ``include_last_offset``).
             per_sample_weights: floats of the shape of ``input``, for ``mode="sum"``; may require grad.
 
         Returns:
@@ -274,11 +278,17 @@ class CompressedEmbedding(ModuleTables):
         """
         if self._indexed and not torch.compiler.is_compiling():
             synchronise_arrays()
+        if type(input) is not Tensor or input.is_nested:
+            found = call_with_other_input(self, input, offsets, per_sample_weights)
+            if found is not None:
+                return found
         # The parameter's name is torch's, which callers may spell out.
         ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
+            if tracing():
+                return self._traced(ids)
             flat = (ids if ids.dim() == 1 else ids.reshape(-1)).long()
             out = self._vectors(self._resolve(flat), flat)
             return out if ids.dim() == 1 else out.view(*ids.shape, out.shape[1])
@@ -298,6 +308,13 @@ class CompressedEmbedding(ModuleTables):
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
+
+    def _traced(self, ids: Tensor) -> Tensor:
+        """As :meth:`forward` without ``mode``, of a program that takes ids of any number of dimensions."""
+        flat = ids.reshape(-1).long()
+        out = self._vectors(self._resolve(flat), flat)
+        places = torch.ones_like(flat).cumsum(0) - 1
+        return F.embedding(places.view_as(ids), out)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
