@@ -32,6 +32,7 @@ _REFUSED = (
     RecsysEmbedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
     MemoryError,
 )  # fmt: skip
+ADDED = "added"  # tensors that a user gave an embedding, by name
 _META = torch.device("meta")
 _MOST_PARAMETERS = 1000  # and modules, of a model whose file has no tensor
 
