@@ -14,12 +14,14 @@ from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, app
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
+from recsys_embed.discover import unwrapped
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.exports.manifest import ExportManifest, StorageItem, TableItem, read_manifest
 from recsys_embed.exports.served_modules import (
+    ADDED,
     ModuleItem,
     build_model,
     build_module,
@@ -248,6 +250,12 @@ class _Loader:
 
     def _module(self, item: ModuleItem, keys: Iterable[str]) -> nn.Module:
         module = build_module(item, self.kernels)
+        for name in item.build.get(ADDED, ()):
+            key = f"{item.paths[0]}.{name}" if item.paths[0] else name
+            if key not in self.manifest.dense or hasattr(module, name) or not name.isidentifier():
+                raise self._unfit(f"{item.paths[0]!r} is to have a tensor {name!r} of the user's")
+            shape, dtype = self.file.entries[self.manifest.dense[key].tensor].shape, self.manifest.dense[key].dtype
+            module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self._finish(module, item.paths, keys)
         return module
 
@@ -302,6 +310,7 @@ class _Loader:
         Raises:
             CheckpointError: all that does not fit.
         """
+        model, given_model = unwrapped(model), model
         items = self.manifest.modules
         here = dict(model.named_modules(remove_duplicate=False))
         inside = tuple(f"{path}." for item in items for path in item.paths)
@@ -322,7 +331,7 @@ class _Loader:
                 ours = f"{held[key].dtype} {list(held[key].shape)}"
                 faults.append(f"{key!r} is {ours} in the model, {dtype} {list(shape)} in the file")
         raise_faults(sorted(faults), f"load of {self.file.path}", CheckpointError)
-        modules = {i: m for i, m in self.modules().items() if not _stays(items[i], here, self.tables)}
+        modules = {i: m for i, m in self.modules().items() if not _stays(items[i], here, self.tables, m)}
         references = self._references(model, here, modules)
         for i, item in enumerate(items):
             for path in item.paths:
@@ -331,6 +340,8 @@ class _Loader:
                     here[parent]._modules[name] = modules[i]
                 else:
                     put_tables(here[path], self.tables[path])
+                    own = {name: self._dense(f"{path}.{name}") for name in item.build.get(ADDED, ())}
+                    here[path].load_state_dict(own, strict=False)
         state = {key: self._dense(key) for key in given}
         assign = any(v.is_meta for v in held.values())
         with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
@@ -338,7 +349,7 @@ class _Loader:
         if assign:
             _tie(model, {k: held[k] for k in given})
         apply_all(references)
-        return model
+        return given_model
 
     def _references(
         self, model: nn.Module, here: Mapping[str, nn.Module], modules: Mapping[int, nn.Module]
@@ -405,7 +416,9 @@ def _shape(values: nn.Parameter | Stored) -> tuple[int, int]:
     return (values.rows, values.width) if isinstance(values, Stored) else cast("tuple[int, int]", tuple(values.shape))
 
 
-def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]]) -> bool:
+def _stays(
+    item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]], built: nn.Module
+) -> bool:
     """Whether torch's own modules keep their places: the source had such there, and what they get is a plain table.
 
     With ``max_norm`` they would change rows that are read, and the file's are of that norm already.
@@ -415,6 +428,10 @@ def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str,
         isinstance(here[path], nn.Embedding | nn.EmbeddingBag)
         and getattr(here[path], "max_norm", None) is None
         and isinstance(tables[path].get("weight"), Tensor)
+        and all(
+            isinstance(own := getattr(here[path], name, None), Tensor) and own.shape == getattr(built, name).shape
+            for name in item.build.get(ADDED, ())
+        )
         for path in item.paths
     )
 

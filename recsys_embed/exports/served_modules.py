@@ -28,6 +28,11 @@ from recsys_embed.models.base import CTRModel, make_params
 from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict, get_method
 
+_REFUSED = (
+    RecsysEmbedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    MemoryError,
+)  # fmt: skip
+ADDED = "added"  # tensors that a user gave an embedding, by name
 _META = torch.device("meta")
 _MOST_PARAMETERS = 1000  # and modules, of a model whose file has no tensor
 
@@ -49,7 +54,7 @@ def refusals(what: str) -> Any:
         yield
     except CheckpointError:
         raise
-    except (RecsysEmbedError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as e:
+    except _REFUSED as e:
         reason = str(e).splitlines()[0] if str(e) else ""
         raise CheckpointError(f"{what} cannot be built: {type(e).__name__}: {reason:.300}") from e
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.recording import refused_when_run, tracing, unmapped
 from recsys_embed.utils.types import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
@@ -92,6 +93,9 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
     if offsets.dim() != 1 or offsets.numel() < int(closed):
         raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
     offsets = offsets.long()
+    if tracing():
+        ends = offsets[-1:] != count if closed else offsets[-1:] > count
+        return refused_when_run(offsets, torch.cat([offsets[:1] != 0, ends, offsets.diff() < 0]))
     if offsets.numel() and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = int(offsets[0]), int(offsets[-1])
         fits = last == count if closed else last <= count
@@ -101,6 +105,20 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
                 f"offsets must rise from 0 to the number of ids, {count}; got {first} to {last}{falls} ({where})"
             )
     return offsets
+
+
+def jagged_parts(nested: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Values ``[n]`` and offsets ``[components + 1]`` of a jagged nested tensor.
+
+    Raises:
+        ConfigError: it has another layout or more dimensions, or leaves gaps between its components.
+    """
+    if nested.layout != torch.jagged or nested.dim() != 2 or nested._lengths is not None:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"a nested tensor must have layout=torch.jagged, two dimensions and no gaps (feature {where!r}); give its "
+            "ids as values with offsets"
+        )
+    return nested.values(), nested.offsets()  # type: ignore[attr-defined]
 
 
 def bag_mode(mode: str, offsets: Tensor) -> str:
@@ -119,7 +137,7 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
     if ids.numel() == 0:
         return
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in ids.aminmax())
+        low, high = (int(x) for x in unmapped(ids).aminmax())
         if low < 0 or high >= size:
             raise IdRangeError(
                 f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r}). Where ids "

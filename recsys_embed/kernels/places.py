@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.recording import hidden, recording, unmapped
 
 
 class Place(NamedTuple):
@@ -28,7 +29,7 @@ Gather = Callable[[str, Tensor, bool], Tensor]
 def absent_ids(ids: Tensor) -> Tensor | None:
     """Mask of ids that are -1, no id: bool of their shape; None if there are none, which is checked on the CPU only."""
     absent = ids < 0
-    eager = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = ids.device.type == "cpu" and not hidden(ids)
     return None if eager and not bool(absent.any()) else absent
 
 
@@ -43,12 +44,12 @@ def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
     Raises:
         IdRangeError: on the CPU; on a GPU and in compiled code, a torch assertion fails instead.
     """
-    beyond = rows >= size
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    beyond = unmapped(rows) >= size
+    if rows.device.type != "cpu" or recording():
         torch._assert_async(~beyond.any(), f"{transform} gave a row beyond its table")
     elif bool(beyond.any()):
-        row = int(rows[beyond][0])
-        most = int(torch.as_tensor(size).expand(rows.shape)[beyond][0])
+        row = int(unmapped(rows)[beyond][0])
+        most = int(torch.as_tensor(size).expand(beyond.shape)[beyond][0])
         raise IdRangeError(
             f"{transform} gave row {row} of a table of {most} rows: its `map` must give rows below that, or -1 where "
             "an id has none"
