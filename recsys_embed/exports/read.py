@@ -14,7 +14,9 @@ from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, app
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
+from recsys_embed.discover import find_tables
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
@@ -312,8 +314,10 @@ class _Loader:
             for fault in _place_faults(path, item, here.get(path), self.tables.get(path, {}))
         ]
         held = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
-        held = {k: v for k, v in held.items() if isinstance(v, Tensor)}
         given = {k: item for k, item in self.manifest.dense.items() if not k.startswith(inside)}
+        layers = _output_layers(model, here, items, given)
+        computed = {_joined_path(path, "weight") for path, module in here.items() if module in layers}
+        held = {k: v for k, v in held.items() if isinstance(v, Tensor) and k not in computed}
         faults += [f"the model has {k!r}, which the file lacks" for k in held if k not in given]
         faults += [f"the file has {k!r}, which the model lacks" for k in given if k not in held]
         for key in given.keys() & held.keys():
@@ -322,8 +326,10 @@ class _Loader:
                 ours = f"{held[key].dtype} {list(held[key].shape)}"
                 faults.append(f"{key!r} is {ours} in the model, {dtype} {list(shape)} in the file")
         raise_faults(sorted(faults), f"load of {self.file.path}", CheckpointError)
-        modules = {i: m for i, m in self.modules().items() if not _stays(items[i], here, self.tables)}
-        references = self._references(model, here, modules)
+        modules = self.modules()
+        modules = {i: m for i, m in modules.items() if i in layers.values() or not _stays(items[i], here, self.tables)}
+        scoring = {layer: tied_output(layer, modules[i]) for layer, i in layers.items()}
+        references = self._references(model, here, modules, scoring)
         for i, item in enumerate(items):
             for path in item.paths:
                 if i in modules:
@@ -331,6 +337,10 @@ class _Loader:
                     here[parent]._modules[name] = modules[i]
                 else:
                     put_tables(here[path], self.tables[path])
+        for path, layer in here.items():
+            if layer in scoring:
+                parent, _, name = path.rpartition(".")
+                here[parent]._modules[name] = scoring[layer]
         state = {key: self._dense(key) for key in given}
         assign = any(v.is_meta for v in held.values())
         with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
@@ -341,16 +351,20 @@ class _Loader:
         return model
 
     def _references(
-        self, model: nn.Module, here: Mapping[str, nn.Module], modules: Mapping[int, nn.Module]
+        self,
+        model: nn.Module,
+        here: Mapping[str, nn.Module],
+        modules: Mapping[int, nn.Module],
+        scoring: Mapping[nn.Module, nn.Module],
     ) -> list[ReversibleChange]:
         """Changes to attributes, lists and dictionaries of ``model`` that hold embeddings or their weights as well.
 
         Raises:
             CheckpointError: names those that cannot be changed and would go on reading the old tables.
         """
-        replaced: dict[int, nn.Module] = {}
+        replaced: dict[int, nn.Module] = {id(layer): new for layer, new in scoring.items()}
         parameters: dict[int, list[nn.Parameter]] = {}
-        names: dict[int, str] = {}
+        names: dict[int, str] = dict.fromkeys(replaced, "output layer")
         for i, item in enumerate(self.manifest.modules):
             for path in item.paths:
                 old = here[path]
@@ -403,6 +417,21 @@ def _joined(arrays: list[Tensor], kind: torch.dtype) -> Tensor:
 
 def _shape(values: nn.Parameter | Stored) -> tuple[int, int]:
     return (values.rows, values.width) if isinstance(values, Stored) else cast("tuple[int, int]", tuple(values.shape))
+
+
+def _output_layers(
+    model: nn.Module, here: Mapping[str, nn.Module], items: Sequence[ModuleItem], given: Mapping[str, Any]
+) -> dict[nn.Module, int]:
+    """Layers of ``model`` that score by a table of the file, which has no weight for them; indexes of the tables."""
+    found: dict[nn.Module, int] = {}
+    by_path = {path: i for i, item in enumerate(items) for path in item.paths}
+    paths = {module: path for path, module in here.items()}
+    for table in find_tables(model):
+        at = next((by_path[path] for path in table.paths if path in by_path), None)
+        for layer in table.output_layers:
+            if at is not None and _joined_path(paths[layer], "weight") not in given:
+                found[layer] = at
+    return found
 
 
 def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]]) -> bool:
