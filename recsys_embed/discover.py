@@ -72,11 +72,80 @@ class FoundTable:
         return device
 
 
+# Modules that are called in place of one that they hold: by class, the name under which its parameters stand.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``nn.DataParallel`` and DistributedDataParallel, whose names have no prefix.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> unwrapped(nn.DataParallel(linear)) is linear
+    True
+    """
+    while is_wrapper(model):
+        model = model._modules[_WRAPPERS[type(model).__name__]]  # type: ignore[assignment]
+    return model
+
+
+def is_wrapper(module: object) -> bool:
+    """Whether a module is called in place of one that it holds."""
+    name = _WRAPPERS.get(type(module).__name__)
+    ours = isinstance(module, nn.Module) and type(module).__module__.startswith("torch.")
+    return ours and module._modules.get(name or "") is not None  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class BareTable:
+    """A parameter that has the shape of an embedding table and stands in no embedding module."""
+
+    name: str
+    rows: int
+    width: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, a parameter {self.rows} x {self.width} ({self.nbytes / 2**20:.2f} MiB), may be an embedding "
+            "table but stands in no nn.Embedding, so it cannot be replaced: hold it in nn.Embedding, and look ids up "
+            "by calling that"
+        )
+
+
+_BARE_ROWS, _BARE_RATIO = 1000, 4
+
+
+def bare_tables(model: nn.Module) -> list[BareTable]:
+    """Parameters of a model's own that look like embedding tables: 1000 rows or more, and 4 times as many as columns.
+
+    Those of torch's layers, and those that are the weight of an embedding too, are none.
+
+    >>> model = nn.ParameterDict({"user": torch.zeros(2000, 16)})
+    >>> [(t.name, t.rows, t.width) for t in bare_tables(model)]
+    [('user', 2000, 16)]
+    """
+    model = unwrapped(model)
+    found, seen = [], {_tensor_key(t.weight) for t in find_tables(model) if t.weight is not None}
+    for path, module in model.named_modules():
+        layer = type(module).__module__.startswith(("torch.", "recsys_embed.", "torchrec."))
+        if layer and not isinstance(module, nn.ParameterDict | nn.ParameterList):
+            continue
+        for name, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 2 or _tensor_key(p) in seen:
+                continue
+            rows, width = p.shape
+            if rows >= max(_BARE_ROWS, _BARE_RATIO * width) and p.is_floating_point():
+                seen.add(_tensor_key(p))
+                found.append(BareTable(_join(path, name), rows, width, p.numel() * p.element_size()))
+    return found
+
+
 def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[FoundTable]:
     """Every embedding table in a tree of modules, in the order of the tree; builds nothing, works on meta tensors.
 
     A module that stands at several paths, and modules that hold the same weight, are one table. Sharded and quantised
-    TorchRec modules are not tables that a process owns and are left out.
+    TorchRec modules are not tables that a process owns and are left out. Names are those of the model inside
+    ``torch.compile``, ``nn.DataParallel`` or DistributedDataParallel.
 
     Args:
         model: any module.
@@ -91,6 +160,7 @@ def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
+    model = unwrapped(model)
     groups: dict[Any, list[_Seen]] = {}
     for seen in _walk(model, "", ()):
         groups.setdefault(seen.key, []).append(seen)

@@ -168,6 +168,7 @@ class WatchedTables(Protocol):
     told: bool
 
     def take_backwards(self) -> int: ...
+    def are_left_to(self, optimizer: Optimizer) -> bool: ...
     def parameters(self) -> Iterator[Parameter]: ...
 
 
@@ -204,6 +205,11 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     new = id(optimizer) not in _KNOWN
     scaled = _scaled(optimizer)
     for tables in list(_TABLES):
+        if not tables.are_left_to(optimizer):
+            raise ConfigError(
+                f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
+                "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
+            )
         backwards = tables.take_backwards()
         if not backwards:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.discover import FoundTable
+from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 
@@ -84,6 +84,8 @@ def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Ite
     if table.kind == "collection":
         yield f"{where} belongs to an EmbeddingCollection; build that with EmbeddingCollection(schema, plan)"
         return
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        yield f"{where} was compiled in place (Module.compile) and would go on running as it was; compress first"
     for hooks in _STATE_HOOKS:
         if getattr(module, hooks, None):
             yield f"{where} has hooks in {hooks}, which rewrite the state of a full table; remove them first"
@@ -112,6 +114,10 @@ def output_layer_faults(table: FoundTable) -> Iterator[str]:
 def wrapper_faults(model: nn.Module) -> Iterator[str]:
     """Wrappers that keep their own references to the parameters."""
     for path, module in model.named_modules():
+        if path and type(module).__name__ == "OptimizedModule" and find_tables(module):
+            inner = module._modules["_orig_mod"]
+            if find_tables(module)[0].module is inner:
+                yield f"{path} is an embedding wrapped by torch.compile, which keeps calling it; compress first"
         if type(module).__name__ in _WRAPPERS:
             yield f"{path or 'the model'} is a {type(module).__name__}, which holds on to parameters; compress first"
 

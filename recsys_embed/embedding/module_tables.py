@@ -60,6 +60,8 @@ class ModuleTables(nn.Module):
     config: MethodConfig
     program: LookupProgram
     num_embeddings: int
+    mode: str | None
+    include_last_offset: bool
     kernel: VectorisedLookup
     shared: SharedTables | None
     served: StoredTables | None

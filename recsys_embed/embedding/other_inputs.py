@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from recsys_embed.embedding.module_tables import ModuleTables
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.id_checks import jagged_parts
 
-if TYPE_CHECKING:
-    from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
-
 
 def call_with_other_input(
-    module: CompressedEmbedding, ids: object, offsets: Tensor | None, weights: Tensor | None
+    module: ModuleTables, ids: object, offsets: Tensor | None, weights: Tensor | None
 ) -> Tensor | None:
     """The output for a torch.fx proxy or a nested tensor; None if ``ids`` are neither.
 
@@ -41,7 +39,8 @@ def call_with_other_input(
         from torch.nested import nested_tensor_from_jagged
 
         return nested_tensor_from_jagged(module(values, None, weights), bounds)
-    return module(values, bounds if module.include_last_offset else bounds[:-1], weights)
+    pooled: Tensor = module(values, bounds if module.include_last_offset else bounds[:-1], weights)
+    return pooled
 
 
 def _as_node(module: nn.Module, ids: Any, rest: tuple[object, ...]) -> Any:

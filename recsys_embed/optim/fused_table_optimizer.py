@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_OWN = "fused"
+_OWN = "fused_tables"
 """Key of param groups of fused tables: the paths of their modules."""
 
 
