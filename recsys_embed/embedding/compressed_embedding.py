@@ -18,9 +18,9 @@ from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
+from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.fused_gather import read_rows
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
-from recsys_embed.kernels.indexes import synchronise_arrays
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
@@ -252,6 +252,11 @@ class CompressedEmbedding(ModuleTables):
         """Count from zero."""
         self.unseen.reset()
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters that get sparse gradients: tables whose rows are read, where ``sparse`` is set."""
+        names = [self.parameter_name(t.name) for t in self.program.tables if not t.dense]
+        return sparse_of(self, names, self.sparse)
+
     def count_unseen(self, counting: bool = True) -> Self:
         """Switch counting on or off, whatever the policy."""
         self.unseen.counting = counting
@@ -276,8 +281,8 @@ class CompressedEmbedding(ModuleTables):
             IdRangeError: an id is outside ``[0, num_embeddings)``, and ``unseen`` is ``"raise"``, or is ``None`` and
                 the method does not hash.
         """
-        if self._indexed and not torch.compiler.is_compiling():
-            synchronise_arrays()
+        if (self._indexed or self.sparse) and not torch.compiler.is_compiling():
+            prepare_data_parallel()
         if type(input) is not Tensor or input.is_nested:
             found = call_with_other_input(self, input, offsets, per_sample_weights)
             if found is not None:

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
@@ -276,18 +275,3 @@ class IndexStore(nn.Module):
                 at = self._places[program][index.name]
                 faults.append(index.damage({a.name: saved[a.name][at : at + a.length] for a in index.arrays}))
         return [fault for fault in faults if fault is not None]
-
-
-def synchronise_arrays() -> None:
-    """Within the first call by DistributedDataParallel: take all index arrays of its module from its first process.
-
-    It gives buffers to all processes when it is built; arrays that only one of them has loaded come with them.
-    """
-    ddp = DistributedDataParallel._active_ddp_module
-    if ddp is None or getattr(ddp, "_recsys_embed_synchronised", False):
-        return
-    object.__setattr__(ddp, "_recsys_embed_synchronised", True)
-    group = ddp.process_group
-    for part in ddp.module.modules():
-        for array in part.arrays.held.values() if isinstance(part, IndexStore) else ():
-            distributed.broadcast(array, src=distributed.get_global_rank(group, 0), group=group)

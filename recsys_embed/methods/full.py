@@ -15,6 +15,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.data_parallel import prepare_data_parallel
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.utils.types import IdValues
@@ -71,6 +72,8 @@ class FullEmbedding(CompressedEmbedding):
             found = call_with_other_input(self, input, offsets, per_sample_weights)
             if found is not None:
                 return found
+        if self.sparse and not torch.compiler.is_compiling():
+            prepare_data_parallel()
         policy = self._policy
         hashes = policy.actions[0] == "hash"
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):

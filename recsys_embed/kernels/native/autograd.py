@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,12 +12,15 @@ from torch.autograd.function import once_differentiable
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.optim import FusedOptimizer
 
 Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
 """Takes a lookup's records, ids and tables, gradients of its outputs, and what forward kept."""
@@ -93,8 +96,39 @@ class _Lookup(Function):
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[6:]
+        if ctx.layout == "rows":
+            recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, ctx.kept, ctx.pool)
+            return *(None,) * 6, *DeferredGradients(recorded, wanted).of_tables()
         found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
         return (None,) * 6 + tuple(found)
+
+
+class _Recorded:
+    """A lookup and what its backward was given; see :class:`DeferredLookup`."""
+
+    def __init__(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Tensor | None,
+        pool: OutputPool,
+    ) -> None:
+        self.tables, self.read = tables, [ids.values, ids.offsets, ids.weights, *gradients]
+        self._lookup, self._ids, self._given, self._kept, self._pool = lookup, ids, gradients, kept, pool
+
+    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        return self._lookup.gradients(self._ids, self.tables, self._given, self._kept, "rows", wanted, self._pool)
+
+    def step(
+        self,
+        rule: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        logs: Sequence[StepLog],
+        frozen: Sequence[int],
+    ) -> None:
+        self._lookup.update(self._ids, self.tables, self._given, self._kept, rule, states, logs, frozen)
 
 
 def _outputs(

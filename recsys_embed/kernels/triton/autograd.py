@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.places import GradientLayout
 from recsys_embed.kernels.triton.lookup import Kept, TritonLookup
+from recsys_embed.optim import FusedOptimizer
 
 Updater = Callable[[Any, Tensor, Sequence[Tensor], Sequence[Tensor], Any], None]
 
@@ -43,7 +46,32 @@ class _Lookup(Function):
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, kept)
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[4:]
+        if ctx.layout == "rows":
+            recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, kept)
+            return *(None,) * 4, *DeferredGradients(recorded, wanted).of_tables()
         return (None,) * 4 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, kept, ctx.layout, wanted))
+
+
+class _Recorded:
+    """A lookup and what its backward was given; see :class:`DeferredLookup`."""
+
+    def __init__(
+        self, lookup: TritonLookup, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept
+    ) -> None:
+        self.tables, self.read = tables, [ids, *gradients]
+        self._lookup, self._ids, self._given, self._kept = lookup, ids, gradients, kept
+
+    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        return self._lookup.gradients(self._ids, self.tables, self._given, self._kept, "rows", wanted)
+
+    def step(
+        self,
+        rule: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        logs: Sequence[StepLog],
+        frozen: Sequence[int],
+    ) -> None:
+        self._lookup.update(self._ids, self.tables, self._given, self._kept, rule, states, logs, frozen)
 
 
 def look_up(
