@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class IndexStore(nn.Module):
         self._longest = max((i.searched for row in self.indexes for i in row.values()), default=0)
         # Arrays of one kind of index get consecutive numbers, so that kernels only need the first.
         self._slots: dict[str, int] = {}
+        # What keeps kernels from reading a replaced array, by its name.
+        self._unfit: dict[str, str] = {}
         self._held: dict[str, Tensor] = {}
         for kind, length in lengths.items():
             for name, dtype in kind:
@@ -73,6 +75,45 @@ class IndexStore(nn.Module):
                 self._slots[name] = len(self._slots)
                 self._held[name] = torch.zeros(length, dtype=dtype)
         self.reset()
+
+    if not TYPE_CHECKING:  # a checker would take any attribute for known
+
+        def __getattr__(self, name: str) -> Any:
+            """An array, by its name."""
+            held = self.__dict__.get("_held", {})
+            return held[name] if name in held else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Replace an array, or any attribute. Arrays keep the type that kernels read."""
+        if name not in self.__dict__.get("_held", {}):
+            super().__setattr__(name, value)
+            return
+        own = self._held[name]
+        if not isinstance(value, Tensor) or (
+            value.dtype != own.dtype and (value.is_meta or not torch.equal(value.to(own.dtype).to(value.dtype), value))
+        ):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"index array {name!r} must be a tensor of {own.dtype}; got {kind}")
+        length = sum(a.length for row in self.indexes for i in row.values() for a in i.arrays if a.name == name)
+        self._unfit.pop(name, None)
+        if value.shape != (length,):
+            self._unfit[name] = f"index array {name!r} must be [{length}]; got {list(value.shape)}"
+        self._held[name] = value.to(own.dtype).contiguous()
+
+    def pointers(self) -> list[int]:
+        """Addresses of the arrays, in order, for kernels of the CPU.
+
+        Raises:
+            ConfigError: an array was replaced by one of another length, or is not on the CPU.
+        """
+        if self._unfit:
+            raise_faults([*self._unfit.values()], "index arrays")
+        found = []
+        for name, held in self._held.items():
+            if not held.is_cpu:
+                raise ConfigError(f"index array {name!r} is on {held.device}, its tables on the CPU; move both")
+            found.append(held.data_ptr())
+        return found
 
     @property
     def arrays(self) -> IndexArrays:
@@ -171,8 +212,12 @@ class IndexStore(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self.device.type == "meta"
+        before = dict(self._held)
         with self._as_buffers():
             super()._apply(fn, recurse)
+        for name, held in before.items():
+            if self._held[name].dtype != held.dtype:  # integers that say which row an id reads have one type
+                self._held[name] = held.to(self._held[name].device)
         if was_meta and self.device.type != "meta":
             self.reset()
         return self
@@ -194,6 +239,7 @@ class IndexStore(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_unfit", {})
         if "_held" not in state:  # earlier versions had buffers
             self._held = cast("dict[str, Tensor]", dict(self._buffers))
             self._buffers.clear()
