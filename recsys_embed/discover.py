@@ -36,6 +36,7 @@ class FoundTable:
         pooling: how bags are pooled; None where there is one vector per id.
         modules: the embedding module at each of ``paths``; for a feature of a collection, the collection.
         tied: dotted names of parameters of other modules that are the same tensor, e.g. a tied output layer's.
+        output_layers: the linear layers among those modules, and those that score by a compressed table.
         obstacle: why the table cannot be replaced as it is; empty where it can.
     """
 
@@ -51,6 +52,7 @@ class FoundTable:
     pooling: Pooling | None = None
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     tied: tuple[str, ...] = ()
+    output_layers: tuple[nn.Module, ...] = field(default=(), repr=False)
     obstacle: str = ""
 
     @property
@@ -165,7 +167,11 @@ def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[
     known = (nn.Embedding, nn.EmbeddingBag, *subclasses)
     others = _other_parameters(model, {id(s.module) for group in groups.values() for s in group})
     taken: set[str] = set()
-    return [_describe(group, others, taken, known) for group in groups.values()]
+    found = [_describe(group, others, taken, known) for group in groups.values()]
+    scoring = [m for m in model.modules() if getattr(type(m), "table_kind", None) == "output_layer"]
+    if not scoring:
+        return found
+    return [replace(t, output_layers=tuple(m for m in scoring if any(m.table is e for e in t.modules))) for t in found]
 
 
 @dataclass(frozen=True)
@@ -258,19 +264,22 @@ def _weight_key(module: nn.Module) -> Any:
     return id(module) if weight is None else _tensor_key(weight)
 
 
-def _other_parameters(model: nn.Module, tables: set[int]) -> dict[Any, list[str]]:
-    """Dotted names of the parameters and buffers outside embedding modules, by what they store."""
-    found: dict[Any, list[str]] = {}
+_Others = dict[Any, list[tuple[str, nn.Module]]]
+
+
+def _other_parameters(model: nn.Module, tables: set[int]) -> _Others:
+    """Dotted names and modules of the parameters and buffers outside embedding modules, by what they store."""
+    found: _Others = {}
     for path, module in model.named_modules():
         if id(module) in tables:
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and not is_lazy(tensor):
-                found.setdefault(_tensor_key(tensor), []).append(_join(path, name))
+                found.setdefault(_tensor_key(tensor), []).append((_join(path, name), module))
     return found
 
 
-def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str], known: tuple[type, ...]) -> FoundTable:
+def _describe(group: list[_Seen], others: _Others, taken: set[str], known: tuple[type, ...]) -> FoundTable:
     first = group[0]
     # '#' separates parts of table names elsewhere; the model itself may be a table, whose path is empty.
     name = base = first.path.replace(".", "/").replace("#", "_") or "embedding"
@@ -302,20 +311,28 @@ def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str],
             **common,
         )
     weight = module.weight
-    tied = tuple(others.get(first.key, ()))
+    tied = others.get(first.key, [])
     faults = [fault for s in group for fault in _obstacles(s, known)]
-    if tied:
-        faults.append(f"its weight is also {', '.join(tied)}")
+    odd = [where for where, holder in tied if not _scores(holder, weight)]
+    if odd:
+        faults.append(f"its weight is also {', '.join(odd)}")
     return FoundTable(
         rows=module.num_embeddings,
         width=module.embedding_dim,
         dtype=weight.dtype,
         requires_grad=any(s.module.weight.requires_grad for s in group),
         pooling=getattr(module, "mode", None),
-        tied=tied,
+        tied=tuple(where for where, _ in tied),
+        output_layers=() if odd else tuple(holder for _, holder in tied),
         obstacle="; ".join(dict.fromkeys(faults)),
         **common,
     )
+
+
+def _scores(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether a module is a linear layer that does nothing else with the table ``weight`` than score by its rows."""
+    own = layer._parameters.get("weight")
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and own is not None and own.shape == weight.shape
 
 
 def _obstacles(seen: _Seen, known: tuple[type, ...]) -> Iterator[str]:

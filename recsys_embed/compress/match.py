@@ -69,7 +69,7 @@ def uncovered(
         if table.name not in inside:
             if config is not None:
                 yield f"the plan names {table.name!r}, which include and exclude leave out"
-        elif config is None and not table.obstacle and table.weight is not None:
+        elif config is None and not table.obstacle and table.weight is not None and not table.output_layers:
             yield f"table {table.name!r} has no entry in the plan; add one, or exclude={[table.name]!r}"
         elif config is not None and config.method != "full" and table.obstacle:
             remedy = " (name the class in `subclasses`)" if "subclass" in table.obstacle else ""
@@ -101,6 +101,14 @@ def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Ite
             f"{where}: {type(module).__qualname__} overrides forward, which a replacement would lose; give "
             f"subclasses={{{type(module).__qualname__}: lambda old, new: module}} that wraps the new table"
         )
+
+
+def output_layer_faults(table: FoundTable) -> Iterator[str]:
+    """Faults: behaviour of output layers with the table's weight that the layers in their places would lose."""
+    for layer in table.output_layers:
+        for hooks in _STATE_HOOKS:
+            if getattr(layer, hooks, None):
+                yield f"table {table.name!r}: its output layer has {hooks}, which rewrite its state; remove them first"
 
 
 def wrapper_faults(model: nn.Module) -> Iterator[str]:

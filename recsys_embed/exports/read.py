@@ -16,6 +16,7 @@ from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.discover import unwrapped
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
@@ -27,6 +28,7 @@ from recsys_embed.exports.served_modules import (
     build_module,
     count_row_lookups,
     name_backends,
+    output_layers,
     parameter_name,
     put_tables,
     refusals,
@@ -321,8 +323,10 @@ class _Loader:
             for fault in _place_faults(path, item, here.get(path), self.tables.get(path, {}))
         ]
         held = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
-        held = {k: v for k, v in held.items() if isinstance(v, Tensor)}
         given = {k: item for k, item in self.manifest.dense.items() if not k.startswith(inside)}
+        layers = output_layers(model, here, items, given)
+        computed = {_joined_path(path, "weight") for path, module in here.items() if module in layers}
+        held = {k: v for k, v in held.items() if isinstance(v, Tensor) and k not in computed}
         faults += [f"the model has {k!r}, which the file lacks" for k in held if k not in given]
         faults += [f"the file has {k!r}, which the model lacks" for k in given if k not in held]
         for key in given.keys() & held.keys():
@@ -331,8 +335,10 @@ class _Loader:
                 ours = f"{held[key].dtype} {list(held[key].shape)}"
                 faults.append(f"{key!r} is {ours} in the model, {dtype} {list(shape)} in the file")
         raise_faults(sorted(faults), f"load of {self.file.path}", CheckpointError)
-        modules = {i: m for i, m in self.modules().items() if not _stays(items[i], here, self.tables, m)}
-        references = self._references(model, here, modules)
+        scored = set(layers.values())
+        modules = {i: m for i, m in self.modules().items() if i in scored or not _stays(items[i], here, self.tables, m)}
+        scoring = {layer: tied_output(layer, modules[i]) for layer, i in layers.items()}
+        references = self._references(model, here, modules, scoring)
         for i, item in enumerate(items):
             for path in item.paths:
                 if i in modules:
@@ -342,6 +348,10 @@ class _Loader:
                     put_tables(here[path], self.tables[path])
                     own = {name: self._dense(f"{path}.{name}") for name in item.build.get(ADDED, ())}
                     here[path].load_state_dict(own, strict=False)
+        for path, layer in here.items():
+            if layer in scoring:
+                parent, _, name = path.rpartition(".")
+                here[parent]._modules[name] = scoring[layer]
         state = {key: self._dense(key) for key in given}
         assign = any(v.is_meta for v in held.values())
         with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
@@ -352,16 +362,20 @@ class _Loader:
         return given_model
 
     def _references(
-        self, model: nn.Module, here: Mapping[str, nn.Module], modules: Mapping[int, nn.Module]
+        self,
+        model: nn.Module,
+        here: Mapping[str, nn.Module],
+        modules: Mapping[int, nn.Module],
+        scoring: Mapping[nn.Module, nn.Module],
     ) -> list[ReversibleChange]:
         """Changes to attributes, lists and dictionaries of ``model`` that hold embeddings or their weights as well.
 
         Raises:
             CheckpointError: names those that cannot be changed and would go on reading the old tables.
         """
-        replaced: dict[int, nn.Module] = {}
+        replaced: dict[int, nn.Module] = {id(layer): new for layer, new in scoring.items()}
         parameters: dict[int, list[nn.Parameter]] = {}
-        names: dict[int, str] = {}
+        names: dict[int, str] = dict.fromkeys(replaced, "output layer")
         for i, item in enumerate(self.manifest.modules):
             for path in item.paths:
                 old = here[path]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.discover import find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema, spec_to_dict
@@ -246,3 +247,18 @@ def plain_spec(name: str, num_embeddings: int, embedding_dim: int, mode: str | N
     """The specification of a torch module as what serves in its place; ``name`` is what its errors call it."""
     pooling: Any = mode or "sum"
     return spec_to_dict(FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init="normal:1"))
+
+
+def output_layers(
+    model: nn.Module, here: Mapping[str, nn.Module], items: Sequence[ModuleItem], given: Mapping[str, Any]
+) -> dict[nn.Module, int]:
+    """Layers of ``model`` that score by a table of the file, which has no weight for them; indexes of the tables."""
+    found: dict[nn.Module, int] = {}
+    by_path = {path: i for i, item in enumerate(items) for path in item.paths}
+    paths = {module: path for path, module in here.items()}
+    for table in find_tables(model):
+        at = next((by_path[path] for path in table.paths if path in by_path), None)
+        for layer in table.output_layers:
+            if at is not None and f"{paths[layer]}.weight" not in given:
+                found[layer] = at
+    return found

@@ -38,4 +38,4 @@ class HiddenBuffers(dict[str, Any]):
             return
         if self.check is not None:
             self.check(name, value)
-        self.hidden[name] = value
+        self.hidden[name] = value.contiguous()

@@ -93,7 +93,7 @@ def model() -> object:
     from torch import nn
 
     model = nn.ModuleDict({"user": nn.Embedding(5000, 16), "item": nn.Embedding(9000, 16), "tied": nn.Embedding(25, 5)})
-    model["head"] = nn.Linear(5, 25, bias=False)
+    model["head"] = nn.Bilinear(5, 1, 25, bias=False)
     model["head"].weight = model["tied"].weight
     return model
 

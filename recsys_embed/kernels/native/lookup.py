@@ -298,8 +298,8 @@ class NativeLookup:
         at += number
         if self._array_count:
             call[_INDEX] = start + 8 * at
-            for held in self._index.arrays.held.values():
-                call[at] = _pointer(held)
+            for pointer in self._index.pointers():
+                call[at] = pointer
                 at += 1
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:
