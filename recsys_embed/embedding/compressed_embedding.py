@@ -142,6 +142,8 @@ class CompressedEmbedding(ModuleTables):
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
+        if type(self).get_extra_state is not nn.Module.get_extra_state:
+            self._show_extra_state()
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
