@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from recsys_embed.discover import find_tables, select_tables
+from recsys_embed.discover import bare_tables, find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
@@ -199,7 +199,8 @@ class Schema:
         found = find_tables(model, subclasses=subclasses)
         chosen = select_tables(found, include, exclude)
         if not any(not t.obstacle for t in chosen):
-            why = "; ".join(f"{t.name}: {t.obstacle}" for t in chosen) or "it has none"
+            whys = [f"{t.name}: {t.obstacle}" for t in chosen] or ["it has none", *map(str, bare_tables(model))]
+            why = "; ".join(whys)
             raise ConfigError(f"no embedding table of {type(model).__name__} can be replaced ({why})")
         return cls([FeatureSpec(t.name, t.rows, t.width, pooling=t.pooling or "sum") for t in chosen if not t.obstacle])
 

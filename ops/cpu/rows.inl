@@ -226,9 +226,10 @@ static void update_listed(const Update& u, float* table, i64 w, const i64* rows,
   for (i64 i = from; i < to; i += block) {
     const i64 count = std::min(block, to - i);
     for (i64 k = 0; k < count; k++) {
-      float* g = memory.data() + k * width;
-      found[k] = {rows[i + k], g};
-      blocks<W>(width, [&](auto lanes, i64 e) { lanes.store(g + e, lanes.load(values + (i + k) * width + e)); });
+      const float* g = values + (i + k) * width;
+      // A step overwrites gradients only to add weight decay to them.
+      found[k] = {rows[i + k], u.decay == 0 ? const_cast<float*>(g) : memory.data() + k * width};
+      if (u.decay != 0) blocks<W>(width, [&](auto lanes, i64 e) { lanes.store(found[k].gradient + e, lanes.load(g + e)); });
       if (i + k + block < to) prefetch_state(u, table, rows[i + k + block], width);
     }
     update_rows<W>(u, table, found, count, i, w);

@@ -79,7 +79,7 @@ def _counts(model: Any, folder: Path) -> Any:
 def _load(model: Any, path: Path) -> None:
     import torch
 
-    from recsys_embed.utils.files import file_form
+    from recsys_embed.utils.files import check_packing, file_form
     from recsys_embed.utils.optional import require
 
     if not path.exists():
@@ -88,6 +88,7 @@ def _load(model: Any, path: Path) -> None:
         if file_form(path) == "safetensors":
             found = require("safetensors.torch", extra="train", purpose="reading .safetensors").load_file(path)
         else:
+            check_packing(path)
             found = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(found)
     except ImportError:

@@ -20,6 +20,7 @@ from recsys_embed.features import Schema
 from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
+from recsys_embed.planning.explain import SHARED_ALONE
 from recsys_embed.utils.strict_json import read_object, strict_json
 
 if TYPE_CHECKING:
@@ -266,11 +267,13 @@ def _summary(features: Schema, made: Plan) -> str:
     proved = (
         "proved best" if notes.exact else f"at most {100 * gap / max(notes.predicted_loss, 1e-12):.2g} % above the best"
     )
+    sharing = any(SHARED_ALONE in why for why in made.reasons.values())
+    penalties = ", and more where ids share rows that no network tells apart" if sharing else ""
     lines = [
         f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; full tables would take "
         f"{format_bytes(plain)} to serve, {plain / max(serve, 1):.1f}x as much",
-        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options"
-        + ("; a guess, since nothing was counted" if notes.statistics.startswith("a guess") else ""),
+        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells{penalties}), {proved} of the "
+        + ("options; a guess, since nothing was counted" if notes.statistics.startswith("a guess") else "options"),
         f"frequencies: {notes.statistics}",
     ]
     if notes.left_out:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, refuse_replicas, watch
-from recsys_embed.collection.replicas import Replicas
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
@@ -23,10 +21,8 @@ from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
+from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def _nobody() -> None:
@@ -38,6 +34,9 @@ class FusedTables(TablesWithState):
 
     It steps in backward until :func:`recsys_embed.optim.fused_optimizer` makes a torch optimizer of it, whose
     ``step()`` then does; backward leaves a :class:`recsys_embed.optim.RowGradient` in ``.grad`` of each storage.
+
+    Attributes:
+        check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
     """
 
     def __init__(
@@ -49,11 +48,13 @@ class FusedTables(TablesWithState):
         backend: str,
     ) -> None:
         super().__init__(shapes, optimizer, device, dtype, backend)
+        self.check_finite = False
         self._start_watching()
 
     def _start_watching(self) -> None:
         self._handle = handle_of(self)
-        self._backward_steps, self._replicas = BackwardSteps(self._apply_collected), Replicas(self)
+        self._backward_steps = BackwardSteps(self._apply_collected)
+        self._replicas: Replicas | None = None
         self._stepper: Callable[[], object] = _nobody
         self.told = False
 
@@ -79,7 +80,7 @@ class FusedTables(TablesWithState):
             return not torch.compiler.is_exporting()
         if not self._owns_its_tables:
             # Others' tensors get ordinary gradients, as `torch.func.functional_call` expects.
-            if any(isinstance(t, nn.Parameter) for t in tables):
+            if any(isinstance(t, nn.Parameter) for t in tables) or inside_fsdp():
                 raise ConfigError(
                     "the tables of this collection are not its own parameters (FSDP, or functional_call with "
                     "parameters of another model), so that its fused optimizer cannot step them; leave the collection "
@@ -89,11 +90,15 @@ class FusedTables(TablesWithState):
             return False
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        if self._in_backward:
-            refuse_replicas()
-        else:
-            self._replicas.prepare()
+        self.before_lookup()
         return True
+
+    def before_lookup(self) -> None:
+        """Before a lookup with gradients: replicas of the tables share them, or the lookup is refused."""
+        if self._replicas is not None:
+            self._replicas.before_lookup()
+        else:
+            refuse_replicas()
 
     @property
     def _constant(self) -> bool:
@@ -122,9 +127,24 @@ class FusedTables(TablesWithState):
         count, self._backward_steps.backwards = self._backward_steps.backwards, 0
         return count
 
-    def _check_owned(self, tables: Sequence[Tensor]) -> None:
+    def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
+        if self._in_backward or isinstance(optimizer, FusedTableOptimizer):
+            return True
+        waiting = {id(t) for t in self._weights() if t.grad is not None}
+        return not waiting or not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"])
+
+    def _check_finite(self, gradients: Sequence[Tensor]) -> None:
+        """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
+        if self.check_finite and not all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise ConfigError(
+                "a gradient of the tables is not finite, and no table has been changed; lower the learning rate or "
+                "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
+            )
+
+    def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str]) -> None:
         """Refuse a backward whose tables are no longer those of the lookup."""
-        if not all(map(operator.is_, tables, self._weights())):
+        if not all(t is self._parameters.get(name) for t, name in zip(tables, storages, strict=True)):
             raise ConfigError(
                 "the tables have been replaced between a lookup and its backward (load_state_dict(assign=True), or a "
                 "new Parameter); look up again"
@@ -135,8 +155,8 @@ class FusedTables(TablesWithState):
         """What a gather by torch's operations does in backward."""
         if self.optimizer is None:
             return
-        if weight is not self._parameters[storage]:
-            self._check_owned([weight])
+        self._check_owned([weight], [storage])
+        self._check_finite([grad])
         if self._backward_steps.collects(record, [f"gather of {storage}"]):
             self._backward_steps.collect({storage: RowGradient(rows, grad, weight.shape[0])})
             return
@@ -158,6 +178,8 @@ class FusedTables(TablesWithState):
             weight = self._parameters[name]
             if gradient is not None and weight is not None:
                 weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        if self._replicas is not None:
+            self._replicas.after_gradient()
 
     def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """Apply the steps missed by rows of ``table``, in place; -1 is no row."""
@@ -208,7 +230,8 @@ class FusedTables(TablesWithState):
         kept: Tensor | None,
     ) -> None:
         """What a lookup by kernels does in backward."""
-        self._check_owned(tables)
+        self._check_owned(tables, self.storages)
+        self._check_finite(grads)
         trained = [name for name, t in zip(self.storages, tables, strict=True) if t.requires_grad]
         if self._backward_steps.collects(record, trained):
             wanted = [t.requires_grad for t in tables]
@@ -273,10 +296,10 @@ class FusedTables(TablesWithState):
 
     # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
-    def step_at(self, owner: Callable[[], object], process_group: ProcessGroup | None = None) -> None:
+    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None:
         """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
-        self._in_backward, self._expects_state, self._stepper = False, False, owner
-        self._replicas.use(process_group)
+        self._in_backward, self._expects_state, self._stepper, self._replicas = False, False, owner, replicas
+        watch(self)
 
     def is_stepped_by(self, optimizer: object) -> bool:
         """Whether the optimizer is the last one made of these tables."""
@@ -296,11 +319,19 @@ class FusedTables(TablesWithState):
             self.catch_up_()
             self.optimizer = rule
         self._lr = lr
+        own = self._weights()
+        gradients = [t.grad for t in own]
         with self._lock:
-            for name in self.storages:
-                weight = self._parameters[name]
-                if weight is not None and weight.grad is not None:
-                    self._step_rows(name, weight.grad)
+            source = next((g.source for g in gradients if isinstance(g, RowGradient)), None)
+            if isinstance(source, DeferredGradients) and source.is_of(own, gradients):
+                for name, gradient in zip(self.storages, gradients, strict=True):
+                    if gradient is not None:
+                        self._step_logs[name].advance(rule, lr)
+                source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
+                return
+            for name, gradient in zip(self.storages, gradients, strict=True):
+                if gradient is not None:
+                    self._step_rows(name, gradient)
 
     def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
         """Steps of each storage so far; sets them where given, together with states that have no missed steps."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.errors import CheckpointError, raise_faults
 from recsys_embed.optim import is_rate
@@ -35,6 +36,12 @@ def weights_alone() -> Iterator[None]:
         yield
     finally:
         _weights_alone.reset(token)
+
+
+def weights_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """A model's ``state_dict`` without the state of fused optimizers."""
+    with weights_alone():
+        return model.state_dict(keep_vars=keep_vars)
 
 
 def without_state() -> bool:

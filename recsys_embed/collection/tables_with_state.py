@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from recsys_embed.collection.optimizer_state import (
     ELSEWHERE,
@@ -44,6 +47,31 @@ class _Lock:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Lock, ()
+
+
+# Modules of torch that list parameters without reading them.
+_READ_NO_VALUES = ("torch.nn.utils.clip_grad", "torch.nn.modules.module")
+
+
+class _UpToDate(dict[str, nn.Parameter | None]):
+    """The parameters of tables whose rows may have deferred steps, which are applied when something lists them.
+
+    Averages of weights, norms and copies by hand go through ``model.parameters()``, which lists every module's.
+    """
+
+    owner: TablesWithState
+
+    def items(self) -> ItemsView[str, nn.Parameter | None]:  # type: ignore[override]
+        if self.owner._has_missed_steps:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code.co_name in _LISTERS and frame.f_globals is vars(module):
+                frame = frame.f_back
+            if frame is not None and frame.f_globals.get("__name__") not in _READ_NO_VALUES:
+                self.owner.catch_up_()
+        return super().items()
+
+
+_LISTERS = ("_named_members", "named_parameters", "parameters", "<lambda>", "<genexpr>")
 
 
 class TablesWithState(nn.Module):
@@ -83,6 +111,10 @@ class TablesWithState(nn.Module):
         # Whether backward steps the optimizer, rather than leave that to a torch optimizer; and whether weights were
         # loaded whose state is in another dict.
         self._in_backward, self._expects_state = True, False
+        if optimizer is not None and optimizer.lazy:
+            listed = _UpToDate(self._parameters)
+            listed.owner = self
+            self.__dict__["_parameters"] = listed
         self._own_parameters()
 
     def _own_parameters(self) -> None:

@@ -55,6 +55,10 @@ class TableReplacement:
         """The distinct modules that read the table."""
         return list(dict.fromkeys(self.table.modules))
 
+    def readers(self) -> list[nn.Module]:
+        """The distinct modules that read the table, output layers with its weight last."""
+        return [*self.modules, *dict.fromkeys(self.table.output_layers)]
+
     @property
     def plain(self) -> bool:
         """Whether the replacement is one of torch's modules."""

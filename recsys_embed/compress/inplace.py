@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from recsys_embed.compress.model_replacement import ModelReplacement, Subclasses
 from recsys_embed.compress.report import CompressReport
 from recsys_embed.compress.summary import compression_report
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.discover import find_tables, select_tables
+from recsys_embed.discover import bare_tables, find_tables, select_tables, unwrapped
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Unseen
 from recsys_embed.methods.full import FullConfig
@@ -80,6 +81,8 @@ def compress_(
         raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
     if init not in get_args(InitMode):
         raise ConfigError(f"`init` must be 'dense' or 'fresh'; got {init!r}")
+    # The wrappers that hold on to parameters are refused; what torch.compile made follows its model.
+    model = model if type(model).__name__ != "OptimizedModule" else unwrapped(model)
     adapters = dict(subclasses) if isinstance(subclasses, Mapping) else dict.fromkeys(subclasses)
     tables = find_tables(model, subclasses=tuple(adapters))
     chosen = select_tables(tables, include, exclude)
@@ -107,7 +110,8 @@ def compress_(
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
         exchange.run(init)
-    return compression_report(tables, replacements, configs, dry_run)
+    report = compression_report(tables, replacements, configs, dry_run)
+    return replace(report, notes=tuple(map(str, bare_tables(model))))
 
 
 def materialize_(
@@ -139,6 +143,7 @@ def materialize_(
     >>> type(model[0]).__name__, torch.equal(model(torch.tensor([7])), before)
     ('Embedding', True)
     """
+    model = model if type(model).__name__ != "OptimizedModule" else unwrapped(model)
     tables = find_tables(model)
     chosen = [t for t in select_tables(tables, include, exclude) if t.kind == "compressed"]
     replacements = [TableReplacement(t, FullConfig()) for t in chosen]

@@ -23,10 +23,12 @@ from recsys_embed.compress.exchange import ModuleExchange, apply_all, live_optim
 from recsys_embed.compress.initializer import initializer_for
 from recsys_embed.compress.module_state import extra_faults, transfer_module_state
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import ConfigError
 
 Adapter = Callable[[nn.Module, CompressedEmbedding], nn.Module]
 Subclasses = Collection[type] | Mapping[type, Adapter | None]
+_NONE: Mapping[int, nn.Module] = {}
 
 
 class ModelReplacement:
@@ -57,6 +59,7 @@ class ModelReplacement:
                 for m in replacement.modules
                 for f in match.module_faults(replacement.table, m, self._loses_forward(m))
             ]
+            wrong += match.output_layer_faults(replacement.table)
             if not wrong:
                 replacement.initializer = initializer_for(replacement.modules[:1])
                 wrong = check_on_meta(replacement)
@@ -76,7 +79,7 @@ class ModelReplacement:
                     for replacement in group:
                         replacement.initializer, replacement.trial = initializer, None
                         faults += check_on_meta(replacement)
-            exchange = self._exchange(lambda replacement, old: replacement.trial or nn.Embedding(1, 1, device="meta"))
+            exchange = self._exchange(lambda replacement: dict.fromkeys(replacement.modules, _trial_of(replacement)))
             exchange.in_containers(self.model)
             faults += exchange.faults
             for o in self.optimizers:
@@ -91,13 +94,18 @@ class ModelReplacement:
             return False
         return cls.forward is not base.forward and self.adapters[cls] is None
 
-    def _exchange(self, new_of: Callable[[TableReplacement, nn.Module], nn.Module]) -> ModuleExchange:
-        """The exchange, given the new module of each old one."""
-        pairs = [
-            (replacement, old, new_of(replacement, old))
-            for replacement in self.replacements
-            for old in replacement.modules
-        ]
+    def _exchange(
+        self,
+        new_of: Callable[[TableReplacement], Mapping[nn.Module, nn.Module]],
+        placed: Mapping[int, nn.Module] = _NONE,
+    ) -> ModuleExchange:
+        """The exchange, given the new embedding of each old one, and what takes its place where that is another."""
+        pairs = []
+        for replacement in self.replacements:
+            built = new_of(replacement)
+            for old in replacement.readers():
+                new = built[old] if old in built else tied_output(old, built[replacement.modules[0]])
+                pairs.append((replacement, old, placed.get(id(old), new)))
         modules = {id(old): new for _, old, new in pairs}
         kept = _parameters_after(self.model, modules)
         parameters: dict[int, list[nn.Parameter]] = {}
@@ -120,7 +128,7 @@ class ModelReplacement:
                 adapter = self.adapters.get(type(old))
                 transfer_module_state(old, new)
                 placed[id(old)] = new if adapter is None else _adapted(adapter, old, new, replacement.table.name)
-        exchange = self._exchange(lambda replacement, old: placed[id(old)])
+        exchange = self._exchange(lambda replacement: replacement.built, placed)
         changes = exchange.in_modules(self.model) + exchange.in_containers(self.model)
         for o in self.optimizers:
             changes += exchange.in_optimizer(o)
@@ -128,6 +136,10 @@ class ModelReplacement:
         for sentence in live_optimizers(self.model, exchange, self.optimizers):
             warnings.warn(sentence, stacklevel=4)
         apply_all(changes)
+
+
+def _trial_of(replacement: TableReplacement) -> nn.Module:
+    return replacement.trial or nn.Embedding(1, 1, device="meta")
 
 
 def _adapted(adapter: Adapter, old: nn.Module, new: nn.Module, name: str) -> nn.Module:

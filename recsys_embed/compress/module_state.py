@@ -58,7 +58,7 @@ def extra_faults(old: nn.Module, new: nn.Module, where: str) -> Iterator[str]:
     """Faults: attributes of ``old`` that would hide those of ``new``."""
     for names in _extras(old).values():
         for name in names:
-            if name != "forward" and hasattr(new, name):
+            if name not in ("forward", "_compiled_call_impl") and hasattr(new, name):
                 yield f"{where}: its attribute {name!r} has a name that {type(new).__name__} needs; rename it"
 
 

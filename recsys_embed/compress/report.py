@@ -71,6 +71,7 @@ class CompressReport:
     tables: tuple[CompressedTable, ...]
     shared: tuple[SharedTable, ...] = ()
     dry_run: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -105,6 +106,7 @@ class CompressReport:
             "bytes_after": self.bytes_after,
             "tables": [asdict(t) for t in self.tables],
             "shared": [asdict(s) for s in self.shared],
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def to_json(self) -> str:
@@ -135,6 +137,7 @@ class CompressReport:
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines += [f"{'+' if t.shared else ' '} {t.name}: {t.note}" for t in self.tables if t.note]
+        lines += self.notes
         if self.dry_run:
             lines.append("dry run: the model is as it was")
         return "\n".join(line.rstrip() for line in lines)

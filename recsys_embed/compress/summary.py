@@ -36,7 +36,8 @@ def compression_report(
         }  # fmt: skip
         if replacement is None:
             kept = table.name in configs
-            why = "" if kept else table.obstacle or "left out"
+            left = "its output layer's weight is also " + ", ".join(table.tied) if table.tied else "left out"
+            why = "" if kept else table.obstacle or left
             action: Any = "kept" if kept else "skipped"
             lines.append(CompressedTable(action=action, method=_method(table), bytes_after=before, note=why, **common))
             continue

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import CheckpointError
+from recsys_embed.utils.strict_json import own_json
 
 
 def pack(config: dict[str, Any]) -> Tensor:
@@ -52,7 +53,7 @@ def check(
     try:
         # A mean of states is their text if they agree.
         whole = saved.cpu().round().to(torch.uint8) if saved.is_floating_point() else saved.cpu()
-        parsed = json.loads(bytes(whole.numpy()))
+        parsed = own_json(bytes(whole.numpy()))
         theirs = _flatten(parsed if upgrade is None else upgrade(parsed))
     except (AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e

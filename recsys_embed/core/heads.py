@@ -75,7 +75,13 @@ def run_head(
     head: Head, columns: Tensor, tables: Sequence[Tensor], ids: Tensor | None = None, optional: bool = False
 ) -> Tensor:
     """As :meth:`Head.apply`; with ``optional``, an id of -1 means no id, and its vector is zero."""
-    out = head.apply(columns, tables, ids)
+    kind = columns.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        # As lookups of nn.Embedding, whose type is that of the table: autocast would round the products.
+        with torch.autocast(kind, enabled=False):
+            out = head.apply(columns, tables, ids)
+    else:
+        out = head.apply(columns, tables, ids)
     if not optional or head.keeps_zero or ids is None:
         return out
     return out.masked_fill((ids < 0).unsqueeze(-1), 0.0)
@@ -281,7 +287,7 @@ def per_class_mlp(x: Tensor, classes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
     """
     n, m = x.shape[0], w1.shape[0]
     # While tracing, n is symbolic, so neither the tile nor the number of tiles may branch on it.
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     tile = 32 if traced else max(1, min(128, n // m))
     order = classes.argsort(stable=True)
     ordered = classes[order]

@@ -130,7 +130,7 @@ def _part_shards(
         name = SPLITS[code]
         file = f"{name}-{part.info.index:06d}.parquet"
         path = work / "out" / file
-        write_file(path, lambda p, f=some: _write_parquet(p, f))  # type: ignore[misc]
+        write_file(path, lambda p, f=some: _write_parquet(p, f), durable=False)  # type: ignore[misc]
         shard = Shard(file, len(some), path.stat().st_size, file_hash(path))
         missing = {f.feature.name: _count_missing(some[f.feature.name], f.feature) for f in fields}
         oov = {f.feature.name: int((some[f.feature.name] == 0).sum()) for f in fields if f.ids}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.core.heads import Head, run_head
@@ -13,16 +14,18 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
 from recsys_embed.embedding.module_tables import ModuleTables
+from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
+from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
-from recsys_embed.kernels.indexes import synchronise_arrays
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
 from recsys_embed.kernels.places import Place, absent_ids, read_rows
 from recsys_embed.kernels.pooling import pool_vectors
+from recsys_embed.kernels.recording import tracing
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
@@ -138,6 +141,8 @@ class CompressedEmbedding(ModuleTables):
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
+        if type(self).get_extra_state is not nn.Module.get_extra_state:
+            self._show_extra_state()
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class CompressedEmbedding(ModuleTables):
     def after_pool(self, pooled: Tensor) -> Tensor:
         """From pooled rows of :meth:`before_pool` to vectors ``[bags, output width]``."""
         head = self._head_of_bags
-        return pooled if head is None else head.apply(pooled, [self.table(n) for n in head.tables])
+        return pooled if head is None else run_head(head, pooled, [self.table(n) for n in head.tables])
 
     @property
     def output_dim(self) -> int:
@@ -248,6 +253,11 @@ class CompressedEmbedding(ModuleTables):
         """Count from zero."""
         self.unseen.reset()
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters that get sparse gradients: tables whose rows are read, where ``sparse`` is set."""
+        names = [self.parameter_name(t.name) for t in self.program.tables if not t.dense]
+        return sparse_of(self, names, self.sparse)
+
     def count_unseen(self, counting: bool = True) -> Self:
         """Switch counting on or off, whatever the policy."""
         self.unseen.counting = counting
@@ -259,9 +269,10 @@ class CompressedEmbedding(ModuleTables):
         """Look up ids.
 
         Args:
-            input: the ids, int32 or int64; for hashing methods also strings, in lists or numpy arrays, and integers in
-                numpy arrays, see :func:`recsys_embed.string_ids`. Without ``mode`` any shape; with ``mode``
-                ``[bags, length]``, or ``[n]`` with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
+            input: the ids, int32 or int64, also a jagged nested tensor of them; for hashing methods also strings, in
+                lists or numpy arrays, and integers in numpy arrays, see :func:`recsys_embed.string_ids`. Without
+                ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]`` with ``offsets [bags]``
+                (``[bags + 1]`` with ``include_last_offset``).
             per_sample_weights: floats of the shape of ``input``, for ``mode="sum"``; may require grad.
 
         Returns:
@@ -271,13 +282,19 @@ class CompressedEmbedding(ModuleTables):
             IdRangeError: an id is outside ``[0, num_embeddings)``, and ``unseen`` is ``"raise"``, or is ``None`` and
                 the method does not hash.
         """
-        if self._indexed and not torch.compiler.is_compiling():
-            synchronise_arrays()
+        if (self._indexed or self.sparse) and not torch.compiler.is_compiling():
+            prepare_data_parallel()
+        if type(input) is not Tensor or input.is_nested:
+            found = call_with_other_input(self, input, offsets, per_sample_weights)
+            if found is not None:
+                return found
         # The parameter's name is torch's, which callers may spell out.
         ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
+            if tracing():
+                return self._traced(ids)
             flat = (ids if ids.dim() == 1 else ids.reshape(-1)).long()
             out = self._vectors(self._resolve(flat), flat)
             return out if ids.dim() == 1 else out.view(*ids.shape, out.shape[1])
@@ -297,6 +314,13 @@ class CompressedEmbedding(ModuleTables):
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
+
+    def _traced(self, ids: Tensor) -> Tensor:
+        """As :meth:`forward` without ``mode``, of a program that takes ids of any number of dimensions."""
+        flat = ids.reshape(-1).long()
+        out = self._vectors(self._resolve(flat), flat)
+        places = torch.ones_like(flat).cumsum(0) - 1
+        return F.embedding(places.view_as(ids), out)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward

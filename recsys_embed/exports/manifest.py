@@ -196,6 +196,7 @@ class _Embedding(_Module):
     stands_in: bool
     padding_idx: int | None
     mode: str | None
+    added: tuple[str, ...] = param((), empty=True)
 
 
 def read_manifest(file: ExportFile) -> ExportManifest:

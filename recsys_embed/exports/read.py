@@ -10,21 +10,26 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
+from recsys_embed.discover import unwrapped
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.exports.manifest import ExportManifest, StorageItem, TableItem, read_manifest
 from recsys_embed.exports.served_modules import (
+    ADDED,
     ModuleItem,
     build_model,
     build_module,
     count_row_lookups,
     name_backends,
+    output_layers,
     parameter_name,
     put_tables,
     refusals,
@@ -248,6 +253,12 @@ class _Loader:
 
     def _module(self, item: ModuleItem, keys: Iterable[str]) -> nn.Module:
         module = build_module(item, self.kernels)
+        for name in item.build.get(ADDED, ()):
+            key = f"{item.paths[0]}.{name}" if item.paths[0] else name
+            if key not in self.manifest.dense or hasattr(module, name) or not name.isidentifier():
+                raise self._unfit(f"{item.paths[0]!r} is to have a tensor {name!r} of the user's")
+            shape, dtype = self.file.entries[self.manifest.dense[key].tensor].shape, self.manifest.dense[key].dtype
+            module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self._finish(module, item.paths, keys)
         return module
 
@@ -302,6 +313,7 @@ class _Loader:
         Raises:
             CheckpointError: all that does not fit.
         """
+        model, given_model = unwrapped(model), model
         items = self.manifest.modules
         here = dict(model.named_modules(remove_duplicate=False))
         inside = tuple(f"{path}." for item in items for path in item.paths)
@@ -311,9 +323,11 @@ class _Loader:
             for path in item.paths
             for fault in _place_faults(path, item, here.get(path), self.tables.get(path, {}))
         ]
-        held = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
-        held = {k: v for k, v in held.items() if isinstance(v, Tensor)}
+        held = {k: v for k, v in weights_of(model, keep_vars=True).items() if not k.startswith(inside)}
         given = {k: item for k, item in self.manifest.dense.items() if not k.startswith(inside)}
+        layers = output_layers(model, here, items, given)
+        computed = {_joined_path(path, "weight") for path, module in here.items() if module in layers}
+        held = {k: v for k, v in held.items() if isinstance(v, Tensor) and k not in computed}
         faults += [f"the model has {k!r}, which the file lacks" for k in held if k not in given]
         faults += [f"the file has {k!r}, which the model lacks" for k in given if k not in held]
         for key in given.keys() & held.keys():
@@ -322,8 +336,10 @@ class _Loader:
                 ours = f"{held[key].dtype} {list(held[key].shape)}"
                 faults.append(f"{key!r} is {ours} in the model, {dtype} {list(shape)} in the file")
         raise_faults(sorted(faults), f"load of {self.file.path}", CheckpointError)
-        modules = {i: m for i, m in self.modules().items() if not _stays(items[i], here, self.tables)}
-        references = self._references(model, here, modules)
+        scored = set(layers.values())
+        modules = {i: m for i, m in self.modules().items() if i in scored or not _stays(items[i], here, self.tables, m)}
+        scoring = {layer: tied_output(layer, modules[i]) for layer, i in layers.items()}
+        references = self._references(model, here, modules, scoring)
         for i, item in enumerate(items):
             for path in item.paths:
                 if i in modules:
@@ -331,6 +347,12 @@ class _Loader:
                     here[parent]._modules[name] = modules[i]
                 else:
                     put_tables(here[path], self.tables[path])
+                    own = {name: self._dense(f"{path}.{name}") for name in item.build.get(ADDED, ())}
+                    here[path].load_state_dict(own, strict=False)
+        for path, layer in here.items():
+            if layer in scoring:
+                parent, _, name = path.rpartition(".")
+                here[parent]._modules[name] = scoring[layer]
         state = {key: self._dense(key) for key in given}
         assign = any(v.is_meta for v in held.values())
         with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
@@ -338,19 +360,23 @@ class _Loader:
         if assign:
             _tie(model, {k: held[k] for k in given})
         apply_all(references)
-        return model
+        return given_model
 
     def _references(
-        self, model: nn.Module, here: Mapping[str, nn.Module], modules: Mapping[int, nn.Module]
+        self,
+        model: nn.Module,
+        here: Mapping[str, nn.Module],
+        modules: Mapping[int, nn.Module],
+        scoring: Mapping[nn.Module, nn.Module],
     ) -> list[ReversibleChange]:
         """Changes to attributes, lists and dictionaries of ``model`` that hold embeddings or their weights as well.
 
         Raises:
             CheckpointError: names those that cannot be changed and would go on reading the old tables.
         """
-        replaced: dict[int, nn.Module] = {}
+        replaced: dict[int, nn.Module] = {id(layer): new for layer, new in scoring.items()}
         parameters: dict[int, list[nn.Parameter]] = {}
-        names: dict[int, str] = {}
+        names: dict[int, str] = dict.fromkeys(replaced, "output layer")
         for i, item in enumerate(self.manifest.modules):
             for path in item.paths:
                 old = here[path]
@@ -405,7 +431,9 @@ def _shape(values: nn.Parameter | Stored) -> tuple[int, int]:
     return (values.rows, values.width) if isinstance(values, Stored) else cast("tuple[int, int]", tuple(values.shape))
 
 
-def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]]) -> bool:
+def _stays(
+    item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]], built: nn.Module
+) -> bool:
     """Whether torch's own modules keep their places: the source had such there, and what they get is a plain table.
 
     With ``max_norm`` they would change rows that are read, and the file's are of that norm already.
@@ -415,6 +443,10 @@ def _stays(item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str,
         isinstance(here[path], nn.Embedding | nn.EmbeddingBag)
         and getattr(here[path], "max_norm", None) is None
         and isinstance(tables[path].get("weight"), Tensor)
+        and all(
+            isinstance(own := getattr(here[path], name, None), Tensor) and own.shape == getattr(built, name).shape
+            for name in item.build.get(ADDED, ())
+        )
         for path in item.paths
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals, revive
 from recsys_embed.train.checkpoint import load_checkpoint
+from recsys_embed.utils.strict_json import own_json
 
 
 def model_of_run(path: str | Path) -> nn.Module:
@@ -56,7 +56,7 @@ def model_of_run(path: str | Path) -> nn.Module:
 
 def _carried(state: dict[str, Any], name: str) -> dict[str, Any]:
     """Schema and plan that a collection's state carries, features in the order of their columns."""
-    carried = json.loads(bytes(state[f"{name}._extra_state"].numpy()))
+    carried = own_json(bytes(state[f"{name}._extra_state"].numpy()))
     features = [carried["schema"][feature] for feature in carried["order"]]
     # What its indexes hold is among the state's tensors.
     plan = {key: carried["plan"][key] for key in ("version", "features")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +17,8 @@ from torch.nn.modules.module import (
 )
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.collection.optimizer_state import weights_of
+from recsys_embed.discover import find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema, spec_to_dict
@@ -28,6 +30,11 @@ from recsys_embed.models.base import CTRModel, make_params
 from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict, get_method
 
+_REFUSED = (
+    RecsysEmbedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    MemoryError,
+)  # fmt: skip
+ADDED = "added"  # tensors that a user gave an embedding, by name
 _META = torch.device("meta")
 _MOST_PARAMETERS = 1000  # and modules, of a model whose file has no tensor
 
@@ -49,7 +56,7 @@ def refusals(what: str) -> Any:
         yield
     except CheckpointError:
         raise
-    except (RecsysEmbedError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as e:
+    except _REFUSED as e:
         reason = str(e).splitlines()[0] if str(e) else ""
         raise CheckpointError(f"{what} cannot be built: {type(e).__name__}: {reason:.300}") from e
 
@@ -134,7 +141,7 @@ def build_model(
         features = sum(len(item.build["schema"]["features"]) for item in collections.values())
         with _META, _parameters_at_most(_MOST_PARAMETERS + 16 * (len(sizes) + features)):
             tried = make()
-        state = tried.state_dict(keep_vars=True)
+        state = weights_of(tried, keep_vars=True)
         apart = tuple(f"{name}." for name in collections)
         found = {k: tuple(v.shape) for k, v in state.items() if k in sizes or not k.startswith(apart)}
         if found != {k: tuple(shape) for k, shape in sizes.items()}:
@@ -241,3 +248,18 @@ def plain_spec(name: str, num_embeddings: int, embedding_dim: int, mode: str | N
     """The specification of a torch module as what serves in its place; ``name`` is what its errors call it."""
     pooling: Any = mode or "sum"
     return spec_to_dict(FeatureSpec(name, num_embeddings, embedding_dim, pooling=pooling, init="normal:1"))
+
+
+def output_layers(
+    model: nn.Module, here: Mapping[str, nn.Module], items: Sequence[ModuleItem], given: Mapping[str, Any]
+) -> dict[nn.Module, int]:
+    """Layers of ``model`` that score by a table of the file, which has no weight for them; indexes of the tables."""
+    found: dict[nn.Module, int] = {}
+    by_path = {path: i for i, item in enumerate(items) for path in item.paths}
+    paths = {module: path for path, module in here.items()}
+    for table in find_tables(model):
+        at = next((by_path[path] for path in table.paths if path in by_path), None)
+        for layer in table.output_layers:
+            if at is not None and f"{paths[layer]}.weight" not in given:
+                found[layer] = at
+    return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed._version import __version__
+from recsys_embed.discover import unwrapped
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.exports.file_format import NAMES, TensorInfo, header_bytes, lay_out
 from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
@@ -102,6 +103,7 @@ def export(
         model = model_of_run(model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module or the path of a run; got {type(model).__name__}")
+    model = unwrapped(model)
     found = scan(model)
     kind = _model_kind(model, found)
     search = search or ("greedy" if precision == "int4" else "minmax")

@@ -18,7 +18,7 @@ from recsys_embed.errors import ConfigError
 
 def transformed() -> bool:
     """Whether ``torch.func`` transforms what runs now, or the gradients of this backward are batched."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def beyond_kernels(grads: Sequence[Tensor]) -> bool:
@@ -39,16 +39,8 @@ def have_tangents(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and torch._VF._unpack_dual(t, level)[1] is not None for t in tensors)
 
 
-def physical(tensor: Tensor) -> Tensor:
-    """The values under ``torch.func``'s transforms, those of all samples of a ``vmap``; else the tensor itself."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
-
-
 def outside_transforms() -> AbstractContextManager[object]:
-    """Context in which ``torch.func`` transforms nothing, for values that are :func:`physical`."""
+    """Context in which ``torch.func`` transforms nothing, for values that are unmapped."""
     if not transformed():
         return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -56,12 +48,7 @@ def outside_transforms() -> AbstractContextManager[object]:
     return temporarily_clear_interpreter_stack()
 
 
-def holds(condition: Tensor) -> bool:
-    """Whether a condition holds anywhere, in any sample of a ``vmap``."""
-    return bool(physical(condition).any())
-
-
-class Recorded:
+class ReadTables:
     """Versions of the tables that a lookup read, which its backward reads again for further derivatives."""
 
     __slots__ = ("_versions",)

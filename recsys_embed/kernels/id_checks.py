@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.derivatives import holds, physical
+from recsys_embed.kernels.recording import refused_when_run, tracing, unmapped
 from recsys_embed.utils.types import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
@@ -93,15 +93,32 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
     if offsets.dim() != 1 or offsets.numel() < int(closed):
         raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
     offsets = offsets.long()
+    if tracing():
+        ends = offsets[-1:] != count if closed else offsets[-1:] > count
+        return refused_when_run(offsets, torch.cat([offsets[:1] != 0, ends, offsets.diff() < 0]))
     if offsets.numel() and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        first, last = int(physical(offsets[0]).aminmax()[0]), int(physical(offsets[-1]).aminmax()[1])
+        first, last = int(unmapped(offsets[0]).aminmax()[0]), int(unmapped(offsets[-1]).aminmax()[1])
         fits = last == count if closed else last <= count
-        if first != 0 or not fits or holds(offsets.diff() < 0):
+        if first != 0 or not fits or bool(unmapped(offsets.diff() < 0).any()):
             falls = ", falling in between" if first == 0 and fits else ""
             raise ConfigError(
                 f"offsets must rise from 0 to the number of ids, {count}; got {first} to {last}{falls} ({where})"
             )
     return offsets
+
+
+def jagged_parts(nested: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Values ``[n]`` and offsets ``[components + 1]`` of a jagged nested tensor.
+
+    Raises:
+        ConfigError: it has another layout or more dimensions, or leaves gaps between its components.
+    """
+    if nested.layout != torch.jagged or nested.dim() != 2 or nested._lengths is not None:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"a nested tensor must have layout=torch.jagged, two dimensions and no gaps (feature {where!r}); give its "
+            "ids as values with offsets"
+        )
+    return nested.values(), nested.offsets()  # type: ignore[attr-defined]
 
 
 def bag_mode(mode: str, offsets: Tensor) -> str:
@@ -120,7 +137,7 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
     if ids.numel() == 0:
         return
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in physical(ids).aminmax())
+        low, high = (int(x) for x in unmapped(ids).aminmax())
         if low < 0 or high >= size:
             raise IdRangeError(
                 f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r}). Where ids "
@@ -147,8 +164,8 @@ def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature
     bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), "an id lies outside the range its feature declares")
-    elif holds(bad):
-        if physical(bad) is not bad:
+    elif bool(unmapped(bad).any()):
+        if unmapped(bad) is not bad:
             raise IdRangeError(f"an id lies outside the range that its feature declares (one of {', '.join(names)})")
         first = int(bad.any(0).nonzero().min() if feature is None else feature[bad].min())
         check_id_range(ids[:, first] if feature is None else ids[feature == first], int(limits[first]), names[first])

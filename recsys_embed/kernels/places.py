@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_embed.errors import IdRangeError
-from recsys_embed.kernels.derivatives import holds, physical
+from recsys_embed.kernels.derivatives import transformed
+from recsys_embed.kernels.recording import hidden, recording, unmapped
 
 
 class Place(NamedTuple):
@@ -30,8 +31,8 @@ Gather = Callable[[str, Tensor, bool], Tensor]
 def absent_ids(ids: Tensor) -> Tensor | None:
     """Mask of ids that are -1, no id: bool of their shape; None if there are none, which is checked on the CPU only."""
     absent = ids < 0
-    eager = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if eager and not holds(absent) else absent
+    eager = ids.device.type == "cpu" and not hidden(ids)
+    return None if eager and not bool(absent.any()) else absent
 
 
 def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
@@ -45,14 +46,12 @@ def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
     Raises:
         IdRangeError: on the CPU; on a GPU and in compiled code, a torch assertion fails instead.
     """
-    beyond = rows >= size
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    beyond = unmapped(rows) >= size
+    if rows.device.type != "cpu" or recording():
         torch._assert_async(~beyond.any(), f"{transform} gave a row beyond its table")
-    elif holds(beyond):
-        if physical(beyond) is not beyond:
-            raise IdRangeError(f"{transform} gave a row beyond its table")
-        row = int(rows[beyond][0])
-        most = int(torch.as_tensor(size).expand(rows.shape)[beyond][0])
+    elif bool(beyond.any()):
+        row = int(unmapped(rows)[beyond][0])
+        most = int(torch.as_tensor(size).expand(beyond.shape)[beyond][0])
         raise IdRangeError(
             f"{transform} gave row {row} of a table of {most} rows: its `map` must give rows below that, or -1 where "
             "an id has none"
@@ -64,7 +63,7 @@ def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tens
 
     Sparse gradients leave these rows out, because a sparse optimizer updates every row in its gradient.
     """
-    if not partial or not sparse:
+    if not partial or not sparse or transformed():
         return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
     present = (rows >= 0).nonzero().squeeze(1)
     read = F.embedding(rows[present], weight, sparse=True)

@@ -13,8 +13,9 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.kernels.derivatives import holds, outside_transforms, physical
+from recsys_embed.kernels.derivatives import outside_transforms
 from recsys_embed.kernels.id_checks import check_feature_ids, check_id_range
+from recsys_embed.kernels.recording import hidden, recording, refused_when_run, tracing, unmapped
 
 NO_ID = -1
 """The id that reads no row."""
@@ -132,6 +133,8 @@ class UnseenIds(Constants):
         check: bool = True,
     ) -> Tensor:
         """As :meth:`forward`; counting is optional, and without ``check`` refused ids are returned unchanged."""
+        if tracing():
+            check, ids = False, self._refused_when_run(ids, feature) if check else ids
         if not (self.replaces or count) or ids.device.type == "meta":
             if check:
                 self.check(ids, feature)
@@ -143,7 +146,7 @@ class UnseenIds(Constants):
             self._count(outside, feature, ignored)
         if not self.replaces:
             return ids
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not holds(outside):
+        if ids.device.type == "cpu" and not hidden(ids) and not bool(outside.any()):
             return ids
         kinds = self._of("kinds", ids, feature)
         replaced = self._of("fixed", ids, feature)
@@ -158,6 +161,13 @@ class UnseenIds(Constants):
         if feature is not None:
             return values[feature]
         return values if len(self.names) > 1 else values.view(())  # ids of a single feature have any shape
+
+    def _refused_when_run(self, ids: Tensor, feature: Tensor | None) -> Tensor:
+        """As :meth:`check`, of the program that is being traced."""
+        if "raise" not in self.actions:
+            return ids
+        limits = self._of("limits", ids, feature)
+        return refused_when_run(ids, ((ids < 0) | (ids >= limits)) & (limits >= 0))
 
     def check(self, ids: Tensor, feature: Tensor | None = None) -> None:
         """Raise if a feature refuses one of its ids; see :meth:`forward`."""
@@ -175,7 +185,7 @@ class UnseenIds(Constants):
             return
         # Counters belong to no function that torch.func transforms.
         with outside_transforms():
-            self._add(physical(outside), *(t if t is None else physical(t) for t in (feature, ignored)))
+            self._add(unmapped(outside), *(t if t is None else unmapped(t) for t in (feature, ignored)))
 
     @torch.no_grad()
     def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
@@ -223,6 +233,6 @@ class UnseenIds(Constants):
 
 def _is_first_pass() -> bool:
     """Whether a lookup counts: not within an exported program, nor where a backward computes activations anew."""
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+    if recording():
+        return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return torch._C._current_graph_task_id() == -1

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.data_parallel import prepare_data_parallel
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.utils.types import IdValues
@@ -66,6 +68,12 @@ class FullEmbedding(CompressedEmbedding):
         self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
+        if type(input) is not Tensor or input.is_nested:
+            found = call_with_other_input(self, input, offsets, per_sample_weights)
+            if found is not None:
+                return found
+        if self.sparse and not torch.compiler.is_compiling():
+            prepare_data_parallel()
         policy = self._policy
         hashes = policy.actions[0] == "hash"
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
@@ -87,7 +95,7 @@ class FullEmbedding(CompressedEmbedding):
             return F.embedding(ids, weight, **options)
         if offsets is not None:
             # Torch reads out of bounds where offsets decrease.
-            check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}")
+            offsets = check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}").to(ids.dtype)
         return F.embedding_bag(
             ids,
             weight,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,13 +15,39 @@ from recsys_embed.optim.duplicates import sum_duplicates
 aten = torch.ops.aten
 
 
+class RowSource(Protocol):
+    """Computes the rows of gradients when they are first read."""
+
+    def rows_and_values(self, number: int) -> tuple[Tensor, Tensor]:
+        """Distinct rows of one of its tables, int64 ``[n]``, and their gradients ``[n, width]``."""
+
+
 class _Content:
-    """Rows and values of a gradient, shared by its aliases so that a change of one is seen by all."""
+    """Rows and values of a gradient, shared by its aliases so that a change of one is seen by all.
 
-    __slots__ = ("distinct", "ordered", "rows", "values")
+    They are given, or a source computes them, which is dropped then.
+    """
 
-    def __init__(self, rows: Tensor, values: Tensor, distinct: bool, ordered: bool) -> None:
-        self.rows, self.values, self.distinct, self.ordered = rows, values, distinct, ordered
+    __slots__ = ("_rows", "_values", "distinct", "number", "ordered", "source")
+
+    def __init__(self, rows: Tensor | None, values: Tensor | None, distinct: bool, ordered: bool) -> None:
+        self._rows, self._values, self.distinct, self.ordered = rows, values, distinct, ordered
+        self.source: RowSource | None = None
+        self.number = 0
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        if self.source is not None:
+            self._rows, self._values = self.source.rows_and_values(self.number)
+            self.source = None
+        return cast("tuple[Tensor, Tensor]", (self._rows, self._values))
+
+    @property
+    def rows(self) -> Tensor:
+        return self._read()[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._read()[1]
 
 
 class RowGradient(Tensor):
@@ -59,6 +85,19 @@ class RowGradient(Tensor):
         self, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
     ) -> None:
         self._content = _Content(rows, values, distinct, ordered and distinct)
+
+    @classmethod
+    def deferred(cls, source: RowSource, number: int, table: Tensor) -> RowGradient:
+        """A gradient of ``table`` whose rows the source computes when they are first read."""
+        out = cls.__new__(cls, table.new_empty(0, dtype=torch.int64), table.detach()[:0], table.shape[0])
+        out._content = _Content(None, None, True, False)
+        out._content.source, out._content.number = source, number
+        return out
+
+    @property
+    def source(self) -> RowSource | None:
+        """What will compute the rows, while nothing has read them."""
+        return self._content.source
 
     @property
     def rows(self) -> Tensor:
@@ -100,7 +139,8 @@ class RowGradient(Tensor):
         return RowGradient(content.rows, values, self.shape[0], distinct=content.distinct, ordered=content.ordered)
 
     def _alias(self) -> RowGradient:
-        out = self._like(self.values)
+        like = torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)
+        out = RowGradient.__new__(RowGradient, like, like, self.shape[0])
         out._content = self._content
         return out
 
@@ -228,7 +268,7 @@ def _cloned(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def _converted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     grad, kwargs = args[0], {k: v for k, v in kwargs.items() if k not in ("memory_format", "layout", "pin_memory")}
     out = grad._like(func(grad.values, **kwargs))
-    out._content.rows = grad.rows.to(out.values.device)
+    out._content._rows = grad.rows.to(out.values.device)
     return out
 
 

@@ -103,7 +103,8 @@ def _of_model(model: nn.Module) -> NetworkContext | None:
     # First-order weights have no width to speak of; they go with the vectors of the same fields.
     if read or (all(t.width == 1 for t in tables) and _read_together(1, tables, layers)):
         read |= {t.name for t in tables if t.width == 1}
-    alone = frozenset(t.name for t in tables if t.name not in read)
+    # The score of an id is a product with its own row, so ids of one row have one score.
+    alone = frozenset(t.name for t in tables if t.name not in read or t.output_layers)
     return NetworkContext(alone, alone if layers.inputs else frozenset())
 
 

@@ -134,6 +134,9 @@ def curves_from(stats: Statistics) -> dict[str, FrequencyCurve]:
     return curves
 
 
+_MANY = 1 << 60  # numbers of rows and of distinct values, which curves take logarithms of
+
+
 @dataclass(frozen=True)
 class _Statistics(FilePart):
     splits: Mapping[str, object]
@@ -142,17 +145,17 @@ class _Statistics(FilePart):
 
 @dataclass(frozen=True)
 class _Split(FilePart):
-    rows: float = param(0.0, low=0)
+    rows: float = param(0.0, low=0, high=_MANY)
 
 
 @dataclass(frozen=True)
 class _Field(FilePart):
     """Numbers of a field, of which those that a sketch estimates may be no integers."""
 
-    distinct: float = param(MISSING, low=0)
-    num_embeddings: int = param(MISSING, low=1)
-    kept: int | None = param(None, low=0)
-    seen_once: float | None = param(None, low=0)
+    distinct: float = param(MISSING, low=0, high=_MANY)
+    num_embeddings: int = param(MISSING, low=1, high=_MANY)
+    kept: int | None = param(None, low=0, high=_MANY)
+    seen_once: float | None = param(None, low=0, high=_MANY)
     oov_rate: Mapping[str, float] | None = None
     coverage: object = None
 

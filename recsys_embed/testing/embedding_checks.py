@@ -36,6 +36,14 @@ from recsys_embed.testing.state_checks import (
     survives_the_meta_device,
     what_is_planned_is_declared,
 )
+from recsys_embed.testing.torch_checks import (
+    keeps_its_type_under_autocast,
+    one_node_for_torch_fx,
+    replicas_answer_alike,
+    takes_jagged_nested_ids,
+    traced_by_torch_jit_as_called,
+    works_under_function_transforms,
+)
 
 EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     names_follow_the_key,
@@ -63,6 +71,12 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     runs_in_a_collection,
     stands_beside_others_in_a_collection,
     training_bytes_agree,
+    keeps_its_type_under_autocast,
+    one_node_for_torch_fx,
+    replicas_answer_alike,
+    takes_jagged_nested_ids,
+    traced_by_torch_jit_as_called,
+    works_under_function_transforms,
 )
 
 

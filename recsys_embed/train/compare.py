@@ -27,6 +27,7 @@ from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run import run_training
 from recsys_embed.utils.files import write_json
 from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.strict_json import own_json
 
 ROWS = "rows"
 
@@ -205,7 +206,7 @@ def _finished_row(folder: Path, case: Case, data: DataSource) -> dict[str, Any] 
     if not path.exists():
         return None
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = own_json(path.read_text(encoding="utf-8"))
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("settings"), dict):

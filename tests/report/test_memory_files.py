@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,29 @@ def test_files_are_told_by_their_content(name: str, tmp_path: Path) -> None:
 def test_tables_are_known_by_name_whatever_its_case(tmp_path: Path) -> None:
     torch.save({"Users.EMBEDDING.weight": torch.zeros(300, 8), "Top.weight": torch.zeros(4, 4)}, tmp_path / "a.pt")
     assert [t.name for t in memory_report(tmp_path / "a.pt").tables] == ["Users/EMBEDDING"]
+
+
+@pytest.mark.parametrize("method", ["adaptive", "freqcut"])
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_a_file_says_which_of_its_ids_share_rows(method: str, drop_in: bool, tmp_path: Path) -> None:
+    """By its own index arrays: ids that were counted own rows that numbering by frequency would give to others."""
+    ids = 1000
+    counts = torch.ones(ids)
+    counts[torch.randperm(ids, generator=torch.Generator().manual_seed(0))[:200]] = 1000.0
+    cls = rse.get_method(method).config_cls
+    config = replace(cls.for_budget(FeatureSpec("C1", ids, 16), 20_000), order="counts")
+    model: nn.Module
+    if drop_in:
+        module = rse.make_embedding(method, ids, 16, **{k: v for k, v in config.to_dict().items() if k != "method"})
+        module.assign_(counts)
+        model, name = nn.ModuleDict({"C1": module}), "C1"
+    else:
+        coll = rse.EmbeddingCollection(Schema([FeatureSpec("C1", ids, 16)]), Plan({"C1": config}))
+        model, name = coll.assign_({"C1": counts}), "C1"
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    built = memory_report(model, stats={name: counts}).tables[0].stats
+    read = memory_report(tmp_path / "a.pt", stats={name: counts}).tables[0].stats
+    assert built is not None
+    assert read is not None
+    assert read.measured == built.measured
+    assert read.measured.traffic < 0.5

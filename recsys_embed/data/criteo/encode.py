@@ -128,10 +128,10 @@ def _one_field(
     if donor is not None and options.like is not None:
         file = options.like / "vocab" / f"{name}.parquet"
         vocab = Vocabulary.read(file, name)
-        write_file(target, lambda p: _copy(file, p))
+        write_file(target, lambda p: _copy(file, p), durable=False)
     else:
         vocab = Vocabulary.from_counts(name, counts, min_count=1 if name[0] == "I" else options.min_count)
-        vocab.write(target)
+        vocab.write(target, durable=False)
     del counts, counter
     vocab.prepare()
     _write_ids(work / "fields" / f"{name}.ids", name, rows, vocab, pool)

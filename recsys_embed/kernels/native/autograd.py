@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,8 +11,10 @@ from torch.autograd import Function
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.derivatives import (
-    Recorded,
+    ReadTables,
     are_batched,
     beyond_kernels,
     differentiable_gradients,
@@ -24,6 +26,7 @@ from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.optim import FusedOptimizer
 
 Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
 """Takes a lookup's records, ids and tables, gradients of its outputs, and what forward kept."""
@@ -59,7 +62,7 @@ class _Context(Protocol):
     kept: Tensor | None
     tables: tuple[Tensor, ...]
     batch: int
-    recorded: Recorded | None
+    read: ReadTables | None
 
     @property
     def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -88,7 +91,7 @@ class _Lookup(Function):
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may:
         # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
-        ctx.recorded = Recorded(tables) if kept is not None else None
+        ctx.read = ReadTables(tables) if kept is not None else None
         ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
         return outputs
 
@@ -103,6 +106,9 @@ class _Lookup(Function):
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[6:]
+        if ctx.layout == "rows":
+            recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, ctx.kept, ctx.pool)
+            return *(None,) * 6, *DeferredGradients(recorded, wanted).of_tables()
         found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
         return (None,) * 6 + tuple(found)
 
@@ -111,14 +117,42 @@ def _further(ctx: _Context, ids: Ids, grads: Sequence[Tensor]) -> list[Tensor | 
     """Gradients by torch's operations, of which there are further derivatives."""
     if ctx.updater is not None:
         refuse_further_derivatives()
-    if ctx.recorded is not None:
-        ctx.recorded.check(ctx.tables)
+    if ctx.read is not None:
+        ctx.read.check(ctx.tables)
     # Torch has neither batched sparse gradients nor products of sparse gradients.
-    sparse = ctx.layout == "sparse" and ctx.recorded is None and not are_batched(grads)
+    sparse = ctx.layout == "sparse" and ctx.read is None and not are_batched(grads)
     torch_lookup = ctx.lookup.by_torch
     return differentiable_gradients(
         lambda tables: torch_lookup(*ids, tables, sparse), ctx.tables, grads, ctx.needs_input_grad[6:]
     )
+
+
+class _Recorded:
+    """A lookup and what its backward was given; see :class:`DeferredLookup`."""
+
+    def __init__(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Tensor | None,
+        pool: OutputPool,
+    ) -> None:
+        self.tables, self.read = tables, [ids.values, ids.offsets, ids.weights, *gradients]
+        self._lookup, self._ids, self._given, self._kept, self._pool = lookup, ids, gradients, kept, pool
+
+    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        return self._lookup.gradients(self._ids, self.tables, self._given, self._kept, "rows", wanted, self._pool)
+
+    def step(
+        self,
+        rule: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        logs: Sequence[StepLog],
+        frozen: Sequence[int],
+    ) -> None:
+        self._lookup.update(self._ids, self.tables, self._given, self._kept, rule, states, logs, frozen)
 
 
 def _outputs(

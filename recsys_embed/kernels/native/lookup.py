@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels.deferred_steps import StepLog
-from recsys_embed.kernels.derivatives import have_tangents, transformed
+from recsys_embed.kernels.derivatives import have_tangents
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
@@ -62,7 +63,9 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
     for t in tables:
         if type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
             return False
-    return not transformed() and not have_tangents((ids, *tables))
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return forward_ad._current_level < 0 or not have_tangents((ids, *tables))
 
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
@@ -306,8 +309,8 @@ class NativeLookup:
         at += number
         if self._array_count:
             call[_INDEX] = start + 8 * at
-            for held in self._index.arrays.held.values():
-                call[at] = _pointer(held)
+            for pointer in self._index.pointers():
+                call[at] = pointer
                 at += 1
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.derivatives import (
-    Recorded,
+    ReadTables,
     are_batched,
     beyond_kernels,
     differentiable_gradients,
@@ -18,6 +20,7 @@ from recsys_embed.kernels.derivatives import (
 )
 from recsys_embed.kernels.places import GradientLayout
 from recsys_embed.kernels.triton.lookup import Kept, TritonLookup
+from recsys_embed.optim import FusedOptimizer
 
 Updater = Callable[[Any, Tensor, Sequence[Tensor], Sequence[Tensor], Any], None]
 
@@ -36,7 +39,7 @@ class _Lookup(Function):
         ctx.lookup, ctx.updater, ctx.layout = lookup, updater, layout
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables = kept, tables
-        ctx.recorded = Recorded(tables) if lookup.tables.kept else None
+        ctx.read = ReadTables(tables) if lookup.tables.kept else None
         ctx.save_for_backward(ids)
         return outputs
 
@@ -51,6 +54,9 @@ class _Lookup(Function):
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, kept)
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[4:]
+        if ctx.layout == "rows":
+            recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, kept)
+            return *(None,) * 4, *DeferredGradients(recorded, wanted).of_tables()
         return (None,) * 4 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, kept, ctx.layout, wanted))
 
 
@@ -58,10 +64,10 @@ def _further(ctx: Any, ids: Tensor, grads: Sequence[Tensor]) -> list[Tensor | No
     """Gradients by torch's operations, of which there are further derivatives."""
     if ctx.updater is not None:
         refuse_further_derivatives()
-    if ctx.recorded is not None:
-        ctx.recorded.check(ctx.tables)
+    if ctx.read is not None:
+        ctx.read.check(ctx.tables)
     # Torch has neither batched sparse gradients nor products of sparse gradients.
-    sparse = ctx.layout == "sparse" and ctx.recorded is None and not are_batched(grads)
+    sparse = ctx.layout == "sparse" and ctx.read is None and not are_batched(grads)
     torch_lookup = ctx.lookup.by_torch
     return differentiable_gradients(
         lambda tables: torch_lookup(ids, None, None, ids.shape[0], tables, sparse),
@@ -69,6 +75,28 @@ def _further(ctx: Any, ids: Tensor, grads: Sequence[Tensor]) -> list[Tensor | No
         grads,
         ctx.needs_input_grad[4:],
     )
+
+
+class _Recorded:
+    """A lookup and what its backward was given; see :class:`DeferredLookup`."""
+
+    def __init__(
+        self, lookup: TritonLookup, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept
+    ) -> None:
+        self.tables, self.read = tables, [ids, *gradients]
+        self._lookup, self._ids, self._given, self._kept = lookup, ids, gradients, kept
+
+    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        return self._lookup.gradients(self._ids, self.tables, self._given, self._kept, "rows", wanted)
+
+    def step(
+        self,
+        rule: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        logs: Sequence[StepLog],
+        frozen: Sequence[int],
+    ) -> None:
+        self._lookup.update(self._ids, self.tables, self._given, self._kept, rule, states, logs, frozen)
 
 
 def look_up(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from recsys_embed.report.memory.file_tensors import FileTensor, parse_manifest, 
 from recsys_embed.report.memory.plan import ModelStorage, list_shared_once, plan_storage, spec_of
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.utils.files import file_form
-from recsys_embed.utils.strict_json import read_object
+from recsys_embed.utils.strict_json import own_json, read_object
 
 STATE = "_extra_state"
 RUN_FILES = ("model.pt", "checkpoint.pt")
@@ -217,7 +216,7 @@ def _of_state(
 ) -> ModelStorage | None:
     """Tables of a module that stored its configuration; None for other libraries' state and parts of a module."""
     try:
-        identity = json.loads(bytes(stored.read().numpy()))
+        identity = own_json(bytes(stored.read().numpy()))
     except (ValueError, RuntimeError):
         return None
     if not isinstance(identity, dict) or stored.name.removeprefix(prefix) not in inside:

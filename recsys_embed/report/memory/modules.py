@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.program import LookupProgram, Table
-from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.discover import FoundTable, bare_tables, find_tables, unwrapped
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
@@ -28,6 +28,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
     storages: list[TableStorage] = []
     drop_ins: list[TableStorage] = []
     seen: set[int] = set()
+    model = unwrapped(model)
     tables = find_tables(model)
     for table in tables:
         if table.kind == "collection":
@@ -48,6 +49,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
             notes.append(f"{table.name} is also {', '.join(table.tied)}: one tensor, counted once, as a table")
     if not tables:
         notes.append("no embedding table was found in the model")
+    notes += map(str, bare_tables(model))
     return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
 
 
