@@ -25,13 +25,13 @@ from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
-from recsys_embed.kernels.fused_gather import FusedGather, read_rows
+from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
-from recsys_embed.kernels.places import Gather
+from recsys_embed.kernels.places import Gather, read_rows
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount

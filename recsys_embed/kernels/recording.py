@@ -17,8 +17,8 @@ def tracing() -> bool:
 
 
 def hidden(tensor: Tensor) -> bool:
-    """Whether values of a tensor must not decide what runs: torch records, or maps a function over samples (vmap)."""
-    return recording() or torch._C._functorch.is_batchedtensor(tensor)
+    """Whether values of a tensor must not decide what runs: torch records, or transforms a function (vmap)."""
+    return recording() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def unmapped(tensor: Tensor) -> Tensor:

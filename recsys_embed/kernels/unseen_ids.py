@@ -13,6 +13,7 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.derivatives import outside_transforms
 from recsys_embed.kernels.id_checks import check_feature_ids, check_id_range
 from recsys_embed.kernels.recording import hidden, recording, refused_when_run, tracing, unmapped
 
@@ -177,10 +178,16 @@ class UnseenIds(Constants):
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
-        if not recording():
-            outside, ignored = unmapped(outside), None if ignored is None else unmapped(ignored)
+        if torch.compiler.is_compiling():
+            self._add(outside, feature, ignored)
+            return
+        # Counters belong to no function that torch.func transforms.
+        with outside_transforms():
+            self._add(unmapped(outside), *(t if t is None else unmapped(t) for t in (feature, ignored)))
+
+    @torch.no_grad()
+    def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
         if self.counts.device != outside.device:
             self.counts = self._on(outside.device)
         if feature is not None:
