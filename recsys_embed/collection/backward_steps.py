@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from weakref import WeakSet, ref
 
 import torch
@@ -19,9 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recsys_embed.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch.nn.parallel import DistributedDataParallel
+from recsys_embed.optim.replicas import active_replica, refuse_sharding
 
 _WAY_OUT = (
     "make the update at step() instead: optimizer = recsys_embed.optim.fused_optimizer(model, dense_optimizer), then "
@@ -138,7 +136,7 @@ class BackwardSteps:
 
 
 def refuse_replicas() -> None:
-    """Refuse lookups inside DistributedDataParallel, whose replicas would step by their own gradients and drift apart.
+    """Refuse lookups inside DistributedDataParallel or FSDP, whose processes would step by their own gradients.
 
     Raises:
         ConfigError: says so.
@@ -148,15 +146,7 @@ def refuse_replicas() -> None:
             "these tables step in backward, which DistributedDataParallel does not see: each replica would step by its "
             f"own gradients; {_WAY_OUT}"
         )
-
-
-def active_replica() -> DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward is running, of more than one process; or None."""
-    module = sys.modules.get("torch.nn.parallel.distributed")
-    found: DistributedDataParallel | None = (
-        None if module is None else module.DistributedDataParallel._active_ddp_module
-    )
-    return found if found is not None and found.process_group.size() > 1 else None
+    refuse_sharding()
 
 
 # -- optimizers of torch ---------------------------------------------------------------------------------------------

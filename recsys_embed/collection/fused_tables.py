@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, refuse_replicas, watch
-from recsys_embed.collection.replicas import Replicas
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
@@ -24,10 +21,8 @@ from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
+from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def _nobody() -> None:
@@ -58,7 +53,8 @@ class FusedTables(TablesWithState):
 
     def _start_watching(self) -> None:
         self._handle = handle_of(self)
-        self._backward_steps, self._replicas = BackwardSteps(self._apply_collected), Replicas(self)
+        self._backward_steps = BackwardSteps(self._apply_collected)
+        self._replicas: Replicas | None = None
         self._stepper: Callable[[], object] = _nobody
         self.told = False
 
@@ -82,9 +78,9 @@ class FusedTables(TablesWithState):
             return False
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()
-        if not all(map(operator.is_, tables, self.__dict__["_owned"])):
+        if not self._owns_its_tables:
             # Others' tensors get ordinary gradients, as `torch.func.functional_call` expects.
-            if any(isinstance(t, nn.Parameter) for t in tables):
+            if any(isinstance(t, nn.Parameter) for t in tables) or inside_fsdp():
                 raise ConfigError(
                     "the tables of this collection are not its own parameters (FSDP, or functional_call with "
                     "parameters of another model), so that its fused optimizer cannot step them; leave the collection "
@@ -94,16 +90,22 @@ class FusedTables(TablesWithState):
             return False
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        if self._in_backward:
-            refuse_replicas()
-        else:
-            self._replicas.prepare()
+        self.before_lookup()
         return True
+
+    def before_lookup(self) -> None:
+        """Before a lookup with gradients: replicas of the tables share them, or the lookup is refused."""
+        if self._replicas is not None:
+            self._replicas.before_lookup()
+        else:
+            refuse_replicas()
 
     @property
     def _constant(self) -> bool:
-        """Whether lookups take the tables for constants: in ``eval()``, where the optimizer steps in backward."""
-        return self.optimizer is not None and self._in_backward and not self.training and torch.is_grad_enabled()
+        """Whether lookups take its own tables for constants: in ``eval()``, where the optimizer steps in backward."""
+        if self.optimizer is None or not self._in_backward or self.training or not torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or self._owns_its_tables
 
     def _record(self, deferred: bool) -> LookupRecord | None:
         """Of a lookup whose backward steps the optimizer."""
@@ -119,6 +121,11 @@ class FusedTables(TablesWithState):
                 stacklevel=4,
             )
         return self._backward_steps.begin(deferred)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
+        return self._in_backward
 
     def take_backwards(self) -> int:
         """Backwards that stepped the optimizer since this was last asked."""
@@ -176,6 +183,8 @@ class FusedTables(TablesWithState):
             weight = self._parameters[name]
             if gradient is not None and weight is not None:
                 weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        if self._replicas is not None:
+            self._replicas.after_gradient()
 
     def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """Apply the steps missed by rows of ``table``, in place; -1 is no row."""
@@ -292,11 +301,10 @@ class FusedTables(TablesWithState):
 
     # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
-    def step_at(self, owner: Callable[[], object], process_group: ProcessGroup | None = None) -> None:
+    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None:
         """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
-        self._in_backward, self._expects_state, self._stepper = False, False, owner
+        self._in_backward, self._expects_state, self._stepper, self._replicas = False, False, owner, replicas
         watch(self)
-        self._replicas.use(process_group)
 
     def is_stepped_by(self, optimizer: object) -> bool:
         """Whether the optimizer is the last one made of these tables."""

@@ -18,6 +18,11 @@ from recsys_embed.kernels.native.handles import KNOWN
 class RowStepper(Protocol):
     """The owner of the optimizer of some storages."""
 
+    training: bool
+
+    def before_lookup(self) -> None:
+        """Refuse a lookup that cannot be trained, or prepare it."""
+
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: list[Tensor]) -> None:
         """One step on the rows of ``table`` and of the list of its ``states``, in place."""
 
@@ -37,6 +42,9 @@ def _gather(
     storage: str,
     owner: int,
 ) -> Tensor:
+    stepper = cast("RowStepper", KNOWN[owner])
+    if stepper.training:
+        stepper.before_lookup()
     return table.index_select(0, rows.clamp_min(0) if partial else rows)
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.optim.base import FusedOptimizer, is_rate
+from recsys_embed.optim.replicas import Replicas
 from recsys_embed.utils.types import JSON
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class SteppedTables(Protocol):
     optimizer: FusedOptimizer | None
     storages: tuple[str, ...]
 
-    def step_at(self, owner: Callable[[], object], process_group: ProcessGroup | None = None) -> None: ...
+    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
     def catch_up_(self) -> object: ...
@@ -139,9 +140,9 @@ class FusedTableOptimizer(Optimizer):
             self.param_groups[:0] = dense.param_groups
             self.defaults = {**self.defaults, **dense.defaults}
         self._complete = True
+        self._replicas = Replicas(model, cast("Any", tables), process_group)
         for module in tables.values():
-            module.step_at(ref(self), process_group)
-        keep_from_replicas(model, tables)
+            module.step_at(ref(self), self._replicas)
 
     def add_param_group(self, param_group: JSON) -> None:
         """Add parameters of the dense optimizer.
@@ -252,21 +253,3 @@ class FusedTableOptimizer(Optimizer):
         if self.dense is not None:
             self.dense.state.clear()
             self.dense.state.update(loaded)
-
-
-def keep_from_replicas(model: nn.Module, tables: Mapping[str, SteppedTables]) -> None:
-    """Let DistributedDataParallel leave the tables and their optimizer's state to the rows that replicas exchange."""
-    for path, module in model.named_modules():
-        start = f"{path}." if path else ""
-        names = {
-            f"{inner[len(start) :]}.{name}".lstrip(".")
-            for inner, found in tables.items()
-            if inner == path or inner.startswith(start)
-            for name in (
-                *found.storages,
-                *(b for b in cast("nn.Module", found)._buffers if b.startswith(found.storages)),
-            )
-        }
-        if names:
-            ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-            module._ddp_params_and_buffers_to_ignore = sorted(ignored | names)

@@ -24,6 +24,11 @@ NO_OWNER = -1
 class Stepper(Protocol):
     """The owner of the optimizer of some tables."""
 
+    training: bool
+
+    def before_lookup(self) -> None:
+        """Refuse a lookup that cannot be trained, or prepare it."""
+
     def step_native(
         self,
         lookup: NativeLookup,
@@ -51,6 +56,8 @@ def _look_up(
     lookup: int,
     owner: int,
 ) -> list[Tensor]:
+    if owner != NO_OWNER and cast("Stepper", KNOWN[owner]).training:
+        cast("Stepper", KNOWN[owner]).before_lookup()
     found, given = cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch)
     like = tables[0].detach()
     kept = like.new_empty(found.kept_shape(given))
