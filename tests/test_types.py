@@ -47,6 +47,8 @@ UNTYPED = {
     "__setstate__": "pickle's protocol",
     "_guarded": "results of any function",
     "_identity": "JSON values",
+    "_check_identity": "JSON values",
+    "_show_extra_state": "JSON values",
     "_upgraded": "JSON values of a state dict",
 }
 HOT = (

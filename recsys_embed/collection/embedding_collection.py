@@ -25,17 +25,17 @@ from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
-from recsys_embed.kernels.fused_gather import FusedGather, read_rows
+from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
-from recsys_embed.kernels.places import Gather
+from recsys_embed.kernels.places import Gather, read_rows
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
 from recsys_embed.utils.types import JSON, Ids
@@ -314,10 +314,9 @@ class EmbeddingCollection(FusedTables):
         """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
         weights = sum(p.numel() * p.element_size() for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
-        trained = [p for p in self.parameters() if p.requires_grad]
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
-        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
+        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in unfused_parameters(self)))
 
     def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]

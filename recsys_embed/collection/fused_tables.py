@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -79,7 +78,7 @@ class FusedTables(TablesWithState):
             return False
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()
-        if not all(map(operator.is_, tables, self.__dict__["_owned"])):
+        if not self._owns_its_tables:
             # Others' tensors get ordinary gradients, as `torch.func.functional_call` expects.
             if any(isinstance(t, nn.Parameter) for t in tables) or inside_fsdp():
                 raise ConfigError(
@@ -103,8 +102,10 @@ class FusedTables(TablesWithState):
 
     @property
     def _constant(self) -> bool:
-        """Whether lookups take the tables for constants: in ``eval()``, where the optimizer steps in backward."""
-        return self.optimizer is not None and self._in_backward and not self.training and torch.is_grad_enabled()
+        """Whether lookups take its own tables for constants: in ``eval()``, where the optimizer steps in backward."""
+        if self.optimizer is None or not self._in_backward or self.training or not torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or self._owns_its_tables
 
     def _record(self, deferred: bool) -> LookupRecord | None:
         """Of a lookup whose backward steps the optimizer."""
@@ -120,6 +121,11 @@ class FusedTables(TablesWithState):
                 stacklevel=4,
             )
         return self._backward_steps.begin(deferred)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
+        return self._in_backward
 
     def take_backwards(self) -> int:
         """Backwards that stepped the optimizer since this was last asked."""

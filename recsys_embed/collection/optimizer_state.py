@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.errors import CheckpointError, raise_faults
 from recsys_embed.optim import is_rate
@@ -37,9 +38,22 @@ def weights_alone() -> Iterator[None]:
         _weights_alone.reset(token)
 
 
+def weights_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """A model's ``state_dict`` without the state of fused optimizers."""
+    with weights_alone():
+        return model.state_dict(keep_vars=keep_vars)
+
+
 def without_state() -> bool:
     """Whether state dicts are to hold weights alone."""
     return _weights_alone.get()
+
+
+def optimizer_entries(names: Iterable[str]) -> list[str]:
+    """Names among those of a collection's state dict, without its prefix, that are of optimizer state."""
+    names = list(names)
+    storages = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
+    return [n for n in names if "." not in n and n.startswith(storages)] if storages else []
 
 
 def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections.abc import Callable, ItemsView, Mapping, Sequence
@@ -139,6 +140,11 @@ class TablesWithState(nn.Module):
     def _weight(self, storage: str) -> Tensor:
         weight: Tensor = getattr(self, storage)
         return weight.detach() if self._constant else weight
+
+    @property
+    def _owns_its_tables(self) -> bool:
+        """Whether the tables are this module's, rather than tensors that stand in their place while it runs."""
+        return all(map(operator.is_, self._weights(), self.__dict__["_owned"]))
 
     def _states(self) -> list[tuple[str, str]]:
         return [(name, key) for name in self.storages for key in self._keys]

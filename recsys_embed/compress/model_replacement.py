@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,23 @@ class ModelReplacement:
             for o in self.optimizers:
                 if isinstance(o, Optimizer) and not exchange.held_by(o):
                     faults.append(f"`optimizer` {type(o).__name__} holds none of the parameters to be replaced")
+                if isinstance(o, torch.optim.SparseAdam):
+                    faults += self._dense_faults(set(exchange.held_by(o)))
         return faults
+
+    def _dense_faults(self, names: set[str]) -> Iterator[str]:
+        """Faults: tables of these names whose replacements have dense gradients, which SparseAdam refuses in a step."""
+        for replacement in self.replacements:
+            if replacement.table.name not in names or replacement.trial is None:
+                continue
+            sparse = {id(p) for p in replacement.trial.sparse_parameters()}
+            dense = [n for n, p in replacement.trial.named_parameters() if id(p) not in sparse]
+            if dense:
+                yield (
+                    f"table {replacement.table.name!r}: SparseAdam takes sparse gradients alone, and those of "
+                    f"{', '.join(dense)} of method {replacement.config.method!r} are dense; choose another method, or "
+                    "another optimizer, such as Adam"
+                )
 
     def _loses_forward(self, module: nn.Module) -> bool:
         cls = type(module)

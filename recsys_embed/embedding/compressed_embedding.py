@@ -19,12 +19,11 @@ from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
-from recsys_embed.kernels.fused_gather import read_rows
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
-from recsys_embed.kernels.places import Place, absent_ids
+from recsys_embed.kernels.places import Place, absent_ids, read_rows
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.recording import tracing
 from recsys_embed.kernels.stored_tables import StoredTables
@@ -142,6 +141,8 @@ class CompressedEmbedding(ModuleTables):
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
+        if type(self).get_extra_state is not nn.Module.get_extra_state:
+            self._show_extra_state()
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ class CompressedEmbedding(ModuleTables):
         """
         if (self._indexed or self.sparse) and not torch.compiler.is_compiling():
             prepare_data_parallel()
-        if type(input) is not Tensor or input.is_nested:
+        if type(input) is not Tensor or (input.dim() != 1 and input.is_nested):
             found = call_with_other_input(self, input, offsets, per_sample_weights)
             if found is not None:
                 return found

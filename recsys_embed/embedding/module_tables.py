@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -17,6 +18,7 @@ from recsys_embed.embedding.plain_table import PlainTable, PlainView
 from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
+from recsys_embed.kernels.hidden_buffers import HiddenBuffers
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
@@ -32,6 +34,14 @@ _COMPUTED = (
 )
 # What the parameter of a table `weight` is called where `weight` is the plain table that the module stands for.
 STORED_WEIGHT = "stored_weight"
+
+
+def _check_identity(
+    own: dict[str, Any], where: str, name: str, saved: Any, upgrade: Callable[[Any], Any] | None = None
+) -> None:
+    """Raise where a saved extra state is of another configuration."""
+    # The initial distribution and the pooling do not change what stored rows mean.
+    _state.check(saved, own, where, ("init", "pooling"), STORED_UNSEEN, upgrade)
 
 
 class _Weight:
@@ -204,6 +214,13 @@ class ModuleTables(nn.Module):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
+    def _show_extra_state(self) -> None:
+        """Let tools that set what a state dict names (Accelerate) find the extra state, and compare it."""
+        identity, where = self._identity(), f"{type(self).__name__} {self.spec.name!r}"
+        shown = HiddenBuffers({"_extra_state": self.get_extra_state()}, partial(_check_identity, identity, where))
+        shown.update(self._buffers)
+        self.__dict__["_buffers"] = shown
+
     def _identity(self) -> dict[str, Any]:
         return {"spec": spec_to_dict(self.spec), "config": self.config.to_dict()}
 
@@ -232,10 +249,10 @@ class ModuleTables(nn.Module):
         if own in self._parameters and prefix + own not in state_dict and prefix + other in state_dict:
             state_dict[prefix + own] = state_dict.pop(prefix + other)
         if prefix + "_extra_state" in state_dict:
-            # The initial distribution and the pooling do not change what stored rows mean.
             where = prefix.rstrip(".") or type(self).__name__
-            saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
+            _check_identity(
+                self._identity(), where, "_extra_state", state_dict[prefix + "_extra_state"], self._upgraded
+            )
         errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)

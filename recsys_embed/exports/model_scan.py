@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import raise_faults
@@ -87,7 +88,7 @@ def scan(model: nn.Module) -> ModelContents:
 class _Scanner:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.found = model, ModelContents()
-        self.state = model.state_dict(keep_vars=True)
+        self.state = weights_of(model, keep_vars=True)
         self.faults: list[str] = []
         self.storages: dict[int, Storage] = {}
         self.skipped: set[str] = set()  # keys of the state that are tables, or say what the manifest says
@@ -207,7 +208,7 @@ def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: Modul
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict(keep_vars=True).items() if not k.endswith("_extra_state")}
+    return {k: v for k, v in weights_of(module, keep_vars=True).items() if not k.endswith("_extra_state")}
 
 
 def _source(module: Any, name: str) -> Source:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
@@ -322,7 +323,7 @@ class _Loader:
             for path in item.paths
             for fault in _place_faults(path, item, here.get(path), self.tables.get(path, {}))
         ]
-        held = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
+        held = {k: v for k, v in weights_of(model, keep_vars=True).items() if not k.startswith(inside)}
         given = {k: item for k, item in self.manifest.dense.items() if not k.startswith(inside)}
         layers = output_layers(model, here, items, given)
         computed = {_joined_path(path, "weight") for path, module in here.items() if module in layers}

@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.discover import find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
@@ -140,7 +141,7 @@ def build_model(
         features = sum(len(item.build["schema"]["features"]) for item in collections.values())
         with _META, _parameters_at_most(_MOST_PARAMETERS + 16 * (len(sizes) + features)):
             tried = make()
-        state = tried.state_dict(keep_vars=True)
+        state = weights_of(tried, keep_vars=True)
         apart = tuple(f"{name}." for name in collections)
         found = {k: tuple(v.shape) for k, v in state.items() if k in sizes or not k.startswith(apart)}
         if found != {k: tuple(shape) for k, shape in sizes.items()}:

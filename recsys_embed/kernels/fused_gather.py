@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.derivatives import beyond_kernels, refuse_further_derivatives
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 
@@ -49,6 +49,12 @@ class FusedGather(Function):
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (rows,) = ctx.saved_tensors
+        if beyond_kernels((grad,)):
+            if ctx.updater is not None:
+                refuse_further_derivatives()
+            if ctx.partial:
+                grad = grad.masked_fill((rows < 0).unsqueeze(1), 0.0)
+            return grad.new_zeros(ctx.weight.shape).index_add(0, rows.clamp_min(0), grad), None, None, None
         if ctx.partial:
             present = rows >= 0
             rows, grad = rows[present], grad[present]
@@ -56,18 +62,6 @@ class FusedGather(Function):
             return RowGradient(rows, grad.contiguous(), ctx.weight.shape[0]), None, None, None
         ctx.updater(ctx.weight, rows, grad.contiguous())
         return None, None, None, None
-
-
-def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:
-    """``weight[rows]`` of int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows may be -1.
-
-    Sparse gradients leave these rows out, because a sparse optimizer updates every row in its gradient.
-    """
-    if not partial or not sparse:
-        return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
-    present = (rows >= 0).nonzero().squeeze(1)
-    read = F.embedding(rows[present], weight, sparse=True)
-    return weight.new_zeros(rows.shape[0], weight.shape[1]).index_copy(0, present, read)
 
 
 def apply_update(

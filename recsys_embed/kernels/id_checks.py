@@ -97,9 +97,9 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
         ends = offsets[-1:] != count if closed else offsets[-1:] > count
         return refused_when_run(offsets, torch.cat([offsets[:1] != 0, ends, offsets.diff() < 0]))
     if offsets.numel() and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        first, last = int(offsets[0]), int(offsets[-1])
+        first, last = int(unmapped(offsets[0]).aminmax()[0]), int(unmapped(offsets[-1]).aminmax()[1])
         fits = last == count if closed else last <= count
-        if first != 0 or not fits or bool((offsets.diff() < 0).any()):
+        if first != 0 or not fits or bool(unmapped(offsets.diff() < 0).any()):
             falls = ", falling in between" if first == 0 and fits else ""
             raise ConfigError(
                 f"offsets must rise from 0 to the number of ids, {count}; got {first} to {last}{falls} ({where})"
@@ -164,6 +164,8 @@ def check_feature_ids(ids: Tensor, limits: Tensor, names: Sequence[str], feature
     bad = ((ids < 0) | (ids >= bound)) & (bound >= 0)
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), "an id lies outside the range its feature declares")
-    elif bool(bad.any()):
+    elif bool(unmapped(bad).any()):
+        if unmapped(bad) is not bad:
+            raise IdRangeError(f"an id lies outside the range that its feature declares (one of {', '.join(names)})")
         first = int(bad.any(0).nonzero().min() if feature is None else feature[bad].min())
         check_id_range(ids[:, first] if feature is None else ids[feature == first], int(limits[first]), names[first])

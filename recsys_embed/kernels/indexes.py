@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
+from recsys_embed.kernels.hidden_buffers import HiddenBuffers
 
 
 def _check_arrays(index: Index) -> None:
@@ -65,7 +67,10 @@ class IndexStore(nn.Module):
         self._longest = max((i.searched for row in self.indexes for i in row.values()), default=0)
         # Arrays of one kind of index get consecutive numbers, so that kernels only need the first.
         self._slots: dict[str, int] = {}
+        # What keeps kernels from reading a replaced array, by its name.
+        self._unfit: dict[str, str] = {}
         self._held: dict[str, Tensor] = {}
+        self._hide()
         for kind, length in lengths.items():
             for name, dtype in kind:
                 if name in self._slots:
@@ -73,6 +78,45 @@ class IndexStore(nn.Module):
                 self._slots[name] = len(self._slots)
                 self._held[name] = torch.zeros(length, dtype=dtype)
         self.reset()
+
+    if not TYPE_CHECKING:  # a checker would take any attribute for known
+
+        def __getattr__(self, name: str) -> Any:
+            """An array, by its name."""
+            held = self.__dict__.get("_held", {})
+            return held[name] if name in held else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Replace an array, or any attribute. Arrays keep the type that kernels read."""
+        if name not in self.__dict__.get("_held", {}):
+            super().__setattr__(name, value)
+            return
+        own = self._held[name]
+        if not isinstance(value, Tensor) or (
+            value.dtype != own.dtype and (value.is_meta or not torch.equal(value.to(own.dtype).to(value.dtype), value))
+        ):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"index array {name!r} must be a tensor of {own.dtype}; got {kind}")
+        length = sum(a.length for row in self.indexes for i in row.values() for a in i.arrays if a.name == name)
+        self._unfit.pop(name, None)
+        if value.shape != (length,):
+            self._unfit[name] = f"index array {name!r} must be [{length}]; got {list(value.shape)}"
+        self._held[name] = value.to(own.dtype).contiguous()
+
+    def pointers(self) -> list[int]:
+        """Addresses of the arrays, in order, for kernels of the CPU.
+
+        Raises:
+            ConfigError: an array was replaced by one of another length, or is not on the CPU.
+        """
+        if self._unfit:
+            raise_faults([*self._unfit.values()], "index arrays")
+        found = []
+        for name, held in self._held.items():
+            if not held.is_cpu:
+                raise ConfigError(f"index array {name!r} is on {held.device}, its tables on the CPU; move both")
+            found.append(held.data_ptr())
+        return found
 
     @property
     def arrays(self) -> IndexArrays:
@@ -171,8 +215,12 @@ class IndexStore(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self.device.type == "meta"
+        before = dict(self._held)
         with self._as_buffers():
             super()._apply(fn, recurse)
+        for name, held in before.items():
+            if self._held[name].dtype != held.dtype:  # integers that say which row an id reads have one type
+                self._held[name] = held.to(self._held[name].device)
         if was_meta and self.device.type != "meta":
             self.reset()
         return self
@@ -183,20 +231,28 @@ class IndexStore(nn.Module):
             if held.is_meta and not held.numel():
                 self._held[name] = torch.zeros(0, dtype=held.dtype, device=device)
 
+    def _hide(self) -> None:
+        """Let tools that set what a state dict names find the arrays, which loops over buffers do not."""
+        check = partial(_check_set, (self.indexes, self._places), self._held, set())
+        self.__dict__["_buffers"] = HiddenBuffers(self._held, check)
+
     @contextmanager
     def _as_buffers(self) -> Iterator[None]:
         """Inside, the arrays are buffers: what torch does to these is done to them."""
-        self._buffers.update(self._held)
+        hidden, held = self.__dict__["_buffers"], self._held
+        self.__dict__.update(_buffers=dict(held), _held={})
         try:
             yield
         finally:
-            self._held.update({name: cast("Tensor", self._buffers.pop(name)) for name in self._held})
+            held.update(self.__dict__["_buffers"])
+            self.__dict__.update(_buffers=hidden, _held=held)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_unfit", {})
         if "_held" not in state:  # earlier versions had buffers
             self._held = cast("dict[str, Tensor]", dict(self._buffers))
-            self._buffers.clear()
+            self._hide()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -211,9 +267,15 @@ class IndexStore(nn.Module):
         ]
         raise_faults(faults, f"index at {prefix.rstrip('.')}", CheckpointError)
         if all(isinstance(t, Tensor) and not t.is_meta and t.shape == own[n].shape for n, t in saved.items()):
-            raise_faults(self._damage(saved), f"index at {prefix.rstrip('.')}", CheckpointError)
+            faults = _damage((self.indexes, self._places), saved)
+            raise_faults(faults, f"index at {prefix.rstrip('.')}", CheckpointError)
+        before = dict(own)
         with self._as_buffers():
             super()._load_from_state_dict(state_dict, prefix, *args)
+        assigned = {name: held for name, held in own.items() if held is not before[name]}
+        own.update(before)
+        for name, held in assigned.items():  # checked, as any array that takes the place of another
+            setattr(self, name, held)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with self._as_buffers():
@@ -221,11 +283,29 @@ class IndexStore(nn.Module):
         if not keep_vars:  # averages over state dicts write to what they are given
             destination.update({prefix + name: destination[prefix + name].clone() for name in self._held})
 
-    def _damage(self, saved: Mapping[str, Any]) -> list[str]:
-        """Faults of saved arrays; loading them would make lookups read beyond the tables."""
-        faults = []
-        for program, row in enumerate(self.indexes):
-            for index in row.values():
-                at = self._places[program][index.name]
-                faults.append(index.damage({a.name: saved[a.name][at : at + a.length] for a in index.arrays}))
-        return [fault for fault in faults if fault is not None]
+
+_Programs: TypeAlias = "tuple[list[dict[str, Index]], list[dict[str, int]]]"
+"""Indexes of all programs, and where each begins."""
+
+
+def _damage(programs: _Programs, saved: Mapping[str, Any]) -> list[str]:
+    """Faults of saved arrays; loading them would make lookups read beyond the tables."""
+    faults = []
+    for row, places in zip(*programs, strict=True):
+        for index in row.values():
+            at = places[index.name]
+            faults.append(index.damage({a.name: saved[a.name][at : at + a.length] for a in index.arrays}))
+    return [fault for fault in faults if fault is not None]
+
+
+def _check_set(programs: _Programs, held: Mapping[str, Tensor], pending: set[str], name: str, value: Tensor) -> None:
+    """Check an array that is set by itself; with the last of all, what they hold together."""
+    if value.shape != held[name].shape or value.dtype != held[name].dtype:
+        ours = f"{held[name].dtype} {list(held[name].shape)}"
+        raise CheckpointError(f"index array {name!r} must be {ours}; got {value.dtype} {list(value.shape)}")
+    pending.add(name)
+    if pending == held.keys():
+        pending.clear()
+        now = {**held, name: value}
+        if not any(a.is_meta for a in now.values()):
+            raise_faults(_damage(programs, now), "index", CheckpointError)

@@ -1,4 +1,4 @@
-"""Definitions that all backends share: a table's place in a storage, the gather function, and absent ids."""
+"""What all backends share: a table's place in a storage, the gather of rows, and absent ids."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.derivatives import transformed
 from recsys_embed.kernels.recording import hidden, recording, unmapped
 
 
@@ -54,3 +56,15 @@ def check_rows(rows: Tensor, size: Tensor | int, transform: str) -> None:
             f"{transform} gave row {row} of a table of {most} rows: its `map` must give rows below that, or -1 where "
             "an id has none"
         )
+
+
+def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:
+    """``weight[rows]`` of int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows may be -1.
+
+    Sparse gradients leave these rows out, because a sparse optimizer updates every row in its gradient.
+    """
+    if not partial or not sparse or transformed():
+        return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
+    present = (rows >= 0).nonzero().squeeze(1)
+    read = F.embedding(rows[present], weight, sparse=True)
+    return weight.new_zeros(rows.shape[0], weight.shape[1]).index_copy(0, present, read)

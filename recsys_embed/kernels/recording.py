@@ -13,12 +13,12 @@ def recording() -> bool:
 
 def tracing() -> bool:
     """Whether torch.jit.trace is recording, as TensorBoard does for its graphs."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return torch.jit.is_tracing() and not torch.compiler.is_compiling()
 
 
 def hidden(tensor: Tensor) -> bool:
-    """Whether values of a tensor must not decide what runs: torch records, or maps a function over samples (vmap)."""
-    return recording() or torch._C._functorch.is_batchedtensor(tensor)
+    """Whether values of a tensor must not decide what runs: torch records, or transforms a function (vmap)."""
+    return recording() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def unmapped(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.derivatives import outside_transforms
 from recsys_embed.kernels.id_checks import check_feature_ids, check_id_range
 from recsys_embed.kernels.recording import hidden, recording, refused_when_run, tracing, unmapped
 
@@ -86,6 +87,7 @@ class UnseenIds(Constants):
         self.names = tuple(s.name for s in specs)
         actions = [action(s, h) for s, h in zip(specs, hashes, strict=True)]
         self.actions = tuple(actions)
+        self.refuses = "raise" in actions
         self.zeros = tuple(a == "zero" for a in actions)
         self.counting = any(s.unseen in ("hash", "oov", "zero") for s in specs)
         self.replaces = not {"hash", "oov", "zero"}.isdisjoint(actions)
@@ -132,13 +134,13 @@ class UnseenIds(Constants):
         check: bool = True,
     ) -> Tensor:
         """As :meth:`forward`; counting is optional, and without ``check`` refused ids are returned unchanged."""
-        if tracing():
+        if self.refuses and tracing():
             check, ids = False, self._refused_when_run(ids, feature) if check else ids
         if not (self.replaces or count) or ids.device.type == "meta":
             if check:
                 self.check(ids, feature)
             return ids
-        if check and "raise" in self.actions:
+        if check and self.refuses:
             self.check(ids, feature)
         outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
         if count:
@@ -163,8 +165,6 @@ class UnseenIds(Constants):
 
     def _refused_when_run(self, ids: Tensor, feature: Tensor | None) -> Tensor:
         """As :meth:`check`, of the program that is being traced."""
-        if "raise" not in self.actions:
-            return ids
         limits = self._of("limits", ids, feature)
         return refused_when_run(ids, ((ids < 0) | (ids >= limits)) & (limits >= 0))
 
@@ -178,10 +178,16 @@ class UnseenIds(Constants):
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
-        if not recording():
-            outside, ignored = unmapped(outside), None if ignored is None else unmapped(ignored)
+        if torch.compiler.is_compiling():
+            self._add(outside, feature, ignored)
+            return
+        # Counters belong to no function that torch.func transforms.
+        with outside_transforms():
+            self._add(unmapped(outside), *(t if t is None else unmapped(t) for t in (feature, ignored)))
+
+    @torch.no_grad()
+    def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
         if self.counts.device != outside.device:
             self.counts = self._on(outside.device)
         if feature is not None:
@@ -219,6 +225,7 @@ class UnseenIds(Constants):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.refuses = "raise" in self.actions
         counts = self._buffers.pop("counts", None)  # a buffer of earlier versions
         if counts is not None:
             self.counts = counts

@@ -236,7 +236,10 @@ class VectorisedLookup(nn.Module):
         places: per feature, the place of each of its tables; ``dense`` tables need none.
         keys: per feature, anything hashable that keeps features apart in groups (e.g. the pooling).
         optional: per feature, whether an id of -1 means no id: it reads no row and gives zeros.
+        index: arrays of the programs, of another module; by default the lookup's own.
     """
+
+    index: IndexStore
 
     def __init__(
         self,
@@ -244,6 +247,7 @@ class VectorisedLookup(nn.Module):
         places: Sequence[Mapping[str, Place]],
         keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
+        index: IndexStore | None = None,
     ) -> None:
         super().__init__()
         self.optional = tuple(optional or [False] * len(programs))
@@ -251,7 +255,10 @@ class VectorisedLookup(nn.Module):
         for i, program in enumerate(programs):
             key = (keys[i] if keys else None, self.optional[i])
             members.setdefault(_signature(program, places[i], key), []).append(i)
-        self.index = IndexStore([p.indexes for p in programs])
+        if index is None:
+            self.index = IndexStore([p.indexes for p in programs])
+        else:
+            self.__dict__["index"] = index  # not as a part of this module
         self._groups = nn.ModuleList(
             Group(m, [programs[i] for i in m], [places[i] for i in m], self.index, self.optional[m[0]])
             for m in members.values()

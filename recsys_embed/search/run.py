@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import BudgetError, ConfigError
@@ -17,7 +18,7 @@ from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.report import CURVES, curves_of, page
 from recsys_embed.search.retrain import planned
 from recsys_embed.train.build import trained_footprint
-from recsys_embed.train.checkpoint import save_checkpoint, weights_of
+from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import check_device
 from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of

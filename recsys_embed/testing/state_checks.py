@@ -203,6 +203,21 @@ def integers_survive_averages_casts_and_moves(method: MethodInfo) -> None:
         assert torch.equal(moved(ids), expected), "load_state_dict(assign=True) must fill a module without memory"
         assert torch.equal(moved.to("cpu")(ids), expected)
         assert moved.unseen_counts()["embedding"].unseen == 4
+    with torch.device("meta"):
+        built = example(method, unseen="oov", **options)
+    for key, value in module.state_dict().items():  # one by one, as Accelerate does
+        path, _, name = key.rpartition(".")
+        holder = built.get_submodule(path)
+        assert name in holder._parameters or name in holder._buffers, f"{key} must be found by its name"
+        if name in holder._buffers:
+            holder._buffers[name] = value
+        else:
+            holder._parameters[name] = nn.Parameter(value)
+    assert torch.equal(built(ids), expected), "a module filled tensor by tensor must look up as its source"
+    if method.name != "full":
+        other = example(method, unseen="oov", seed=1, **options).get_extra_state()
+        with refused(CheckpointError, "seed"):
+            built._buffers["_extra_state"] = other
     raw = example(method)
     if method.config_cls.accepts_raw:
         with torch.device("meta"):

@@ -141,3 +141,15 @@ def works_under_function_transforms(method: MethodInfo) -> None:
             for name, p in module.named_parameters():
                 wanted = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.testing.assert_close(each[name][i], wanted, msg=f"per-sample gradient of {name}, mode {mode}")
+
+
+def sparse_gradients_are_announced(method: MethodInfo) -> None:
+    for mode in (None, "sum"):
+        module = example(method, sparse=True, mode=mode)
+        module(torch.tensor([[3, 402], [7, 0]])).sum().backward()
+        sparse = {n for n, p in module.named_parameters() if p.grad is not None and p.grad.is_sparse}
+        announced = {id(p) for p in module.sparse_parameters()}
+        stated = {n for n, p in module.named_parameters() if id(p) in announced}
+        assert sparse == stated, (
+            f"sparse gradients are of {sorted(sparse)}; `sparse_parameters` states {sorted(stated)}"
+        )

@@ -115,12 +115,6 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
     return payload
 
 
-def weights_of(model: nn.Module) -> dict[str, Any]:
-    """A model's ``state_dict`` without the state of fused optimizers."""
-    with weights_alone():
-        return model.state_dict()
-
-
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
     """Load what :func:`weights_of` returned; a mismatch of names or shapes is a CheckpointError that lists it."""
     try:

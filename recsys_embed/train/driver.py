@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import CTRModel
 from recsys_embed.train.build import model_from_config, trained_footprint
-from recsys_embed.train.checkpoint import save_checkpoint, weights_of
+from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import environment
 from recsys_embed.train.inputs import check_rows, fingerprint, schema_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_embed.collection.optimizer_state import weights_alone
+from recsys_embed.collection.optimizer_state import weights_alone, weights_of
 from recsys_embed.errors import CheckpointError, RecsysEmbedError
 from recsys_embed.models.base import CTRModel
 from recsys_embed.train.checkpoint import (
@@ -18,7 +18,6 @@ from recsys_embed.train.checkpoint import (
     load_weights,
     rng_state,
     save_checkpoint,
-    weights_of,
 )
 from recsys_embed.train.run_log import RunLog
 from recsys_embed.train.run_state import RunState

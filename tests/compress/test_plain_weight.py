@@ -204,3 +204,14 @@ def test_utilities_that_recompute_a_parameter_change_what_is_looked_up(act: Call
         fresh = stood_in(method).eval()
         named = {fresh.parameter_name(n): v.clone() for n, v in held.items()}
         torch.testing.assert_close(now, torch.func.functional_call(fresh, named, (IDS.abs(),)), msg=method.name)
+
+
+def test_sparse_adam_is_refused_where_gradients_are_dense() -> None:
+    model = nn.ModuleDict({"t": nn.Embedding(ROWS, WIDTH, sparse=True)})
+    before, optimizer = model["t"], torch.optim.SparseAdam(model.parameters(), 0.1)
+    with pytest.raises(rse.RecsysEmbedError, match=r"SparseAdam .*projection of method 'lowdim'"):
+        rse.compress_(model, {"t": rse.LowdimConfig(dim=2)}, optimizer=optimizer)
+    assert model["t"] is before
+    rse.compress_(model, {"t": rse.HashConfig(num_buckets=9)}, optimizer=optimizer)
+    model["t"](IDS.abs()).sum().backward()
+    optimizer.step()

@@ -8,12 +8,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
 from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.derivatives import (
+    ReadTables,
+    are_batched,
+    beyond_kernels,
+    differentiable_gradients,
+    refuse_further_derivatives,
+)
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import MaskParameters, masked
@@ -56,6 +62,7 @@ class _Context(Protocol):
     kept: Tensor | None
     tables: tuple[Tensor, ...]
     batch: int
+    read: ReadTables | None
 
     @property
     def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -81,16 +88,19 @@ class _Lookup(Function):
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
         outputs = tuple(_outputs(lookup, pool, ids, tables, kept, mask))
         ctx.lookup, ctx.updater, ctx.layout, ctx.pool = lookup, updater, layout, pool
-        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
+        # Values of the tables are not needed again, so they may change before backward, as those of a gather may:
+        # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
+        ctx.read = ReadTables(tables) if kept is not None else None
         ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
+        if beyond_kernels(grads):
+            return (None,) * 6 + tuple(_further(ctx, ids, grads))
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
@@ -101,6 +111,20 @@ class _Lookup(Function):
             return *(None,) * 6, *DeferredGradients(recorded, wanted).of_tables()
         found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
         return (None,) * 6 + tuple(found)
+
+
+def _further(ctx: _Context, ids: Ids, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients by torch's operations, of which there are further derivatives."""
+    if ctx.updater is not None:
+        refuse_further_derivatives()
+    if ctx.read is not None:
+        ctx.read.check(ctx.tables)
+    # Torch has neither batched sparse gradients nor products of sparse gradients.
+    sparse = ctx.layout == "sparse" and ctx.read is None and not are_batched(grads)
+    torch_lookup = ctx.lookup.by_torch
+    return differentiable_gradients(
+        lambda tables: torch_lookup(*ids, tables, sparse), ctx.tables, grads, ctx.needs_input_grad[6:]
+    )
 
 
 class _Recorded:

@@ -6,17 +6,19 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.derivatives import have_tangents
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
@@ -25,6 +27,7 @@ from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.precision import HEAD
+from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
 
 _DENSE, _SPARSE, _NO_UPDATE = -1, -2, -3
@@ -60,7 +63,9 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
     for t in tables:
         if type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
             return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return forward_ad._current_level < 0 or not have_tangents((ids, *tables))
 
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
@@ -254,6 +259,12 @@ class NativeLookup:
     def __reduce__(self) -> tuple[Any, ...]:
         return NativeLookup, self._given
 
+    @cached_property
+    def by_torch(self) -> TorchLookup:
+        """The same lookup by torch's operations."""
+        programs, places, index, storages, slots, _, columns, _, optional, _ = self._given
+        return TorchLookup(programs, places, index, list(storages), slots, columns, optional, self.shapes)
+
     def _per_feature(self) -> list[int]:
         """Floats per id saved for backward."""
         starts = [f["first"] for f in self._features]
@@ -298,8 +309,8 @@ class NativeLookup:
         at += number
         if self._array_count:
             call[_INDEX] = start + 8 * at
-            for held in self._index.arrays.held.values():
-                call[at] = _pointer(held)
+            for pointer in self._index.pointers():
+                call[at] = pointer
                 at += 1
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
 from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.derivatives import (
+    ReadTables,
+    are_batched,
+    beyond_kernels,
+    differentiable_gradients,
+    refuse_further_derivatives,
+)
 from recsys_embed.kernels.places import GradientLayout
 from recsys_embed.kernels.triton.lookup import Kept, TritonLookup
 from recsys_embed.optim import FusedOptimizer
@@ -33,13 +39,15 @@ class _Lookup(Function):
         ctx.lookup, ctx.updater, ctx.layout = lookup, updater, layout
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables = kept, tables
+        ctx.read = ReadTables(tables) if lookup.tables.kept else None
         ctx.save_for_backward(ids)
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
+        if beyond_kernels(grads):
+            return (None,) * 4 + tuple(_further(ctx, ids, grads))
         gradients = [g.contiguous() for g in grads]
         kept: Kept = ctx.kept
         if ctx.updater is not None:
@@ -50,6 +58,23 @@ class _Lookup(Function):
             recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, kept)
             return *(None,) * 4, *DeferredGradients(recorded, wanted).of_tables()
         return (None,) * 4 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, kept, ctx.layout, wanted))
+
+
+def _further(ctx: Any, ids: Tensor, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients by torch's operations, of which there are further derivatives."""
+    if ctx.updater is not None:
+        refuse_further_derivatives()
+    if ctx.read is not None:
+        ctx.read.check(ctx.tables)
+    # Torch has neither batched sparse gradients nor products of sparse gradients.
+    sparse = ctx.layout == "sparse" and ctx.read is None and not are_batched(grads)
+    torch_lookup = ctx.lookup.by_torch
+    return differentiable_gradients(
+        lambda tables: torch_lookup(ids, None, None, ids.shape[0], tables, sparse),
+        ctx.tables,
+        grads,
+        ctx.needs_input_grad[4:],
+    )
 
 
 class _Recorded:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
@@ -90,6 +92,13 @@ class TritonLookup:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TritonLookup, self._given
+
+    @cached_property
+    def by_torch(self) -> TorchLookup:
+        """The same lookup by torch's operations."""
+        _, programs, places, index, storages, slots, widths, columns, _, optional = self._given
+        shapes = [(width,) for width in widths]
+        return TorchLookup(programs, places, index, list(storages), slots, columns, optional, shapes)
 
     def _structure(self, features: Any) -> dict[str, Any]:
         """Compile-time constants of the kernels."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError, MissingDependencyError
+from recsys_embed.kernels.derivatives import have_tangents, transformed
 from recsys_embed.optim import FusedOptimizer, rule_name
 from recsys_embed.utils.optional import require
 
@@ -71,6 +72,6 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
         # Loads of 16 bytes need tables whose address is aligned to 16 bytes.
         if type(t) not in (Tensor, Parameter) or t.dtype is not kind or t.device != device or not t.is_contiguous():
             return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or transformed() or have_tangents((ids, *tables)):
         return False
     return interpreted() or (_compiles_for(device) and all(t.data_ptr() % 16 == 0 for t in tables))
