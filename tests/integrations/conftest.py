@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-collect_ignore_glob = [] if os.environ.get("RECSYS_EMBED_INTEGRATIONS") else ["test_*.py"]
+collect_ignore_glob = [] if os.environ.get("RECSYS_EMBED_INTEGRATIONS") else ["*.py"]
 
 
 @pytest.fixture(autouse=True)
