@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -110,6 +111,7 @@ def compress_(
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
         exchange.run(init)
+        adapt_to_transformers(model)
     report = compression_report(tables, replacements, configs, dry_run)
     return replace(report, notes=tuple(map(str, bare_tables(model))))
 
@@ -153,7 +155,16 @@ def materialize_(
         faults.append("there is no compressed table to turn back")
     raise_faults(faults, f"materialize_({type(model).__name__})")
     exchange.run("fresh")
+    adapt_to_transformers(model)
     return compression_report(tables, replacements, {}, False)
+
+
+def adapt_to_transformers(model: nn.Module) -> None:
+    """Let models of Hugging Face's transformers, if there are any, save, tie and resize by their tables of now."""
+    if "transformers.modeling_utils" in sys.modules:
+        from recsys_embed.compress.hugging_face import adapt
+
+        adapt(model)
 
 
 def _optimizers(given: Any) -> list[Any]:
