@@ -38,7 +38,7 @@ def test_a_compressed_model_is_saved_and_loaded(method: str, tmp_path: Path) -> 
     rse.compress_(model, rse.Plan.uniform(rse.Schema.from_model(model), method, budget="10KiB"))
     wanted = model.encode(TEXTS)
     model.save(str(tmp_path / "a"))
-    with pytest.raises(ValueError, match="(?s)recsys_embed.*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"(?s)recsys_embed.*trust_remote_code"):
         SentenceTransformer(str(tmp_path / "a"), device="cpu")
     again = SentenceTransformer(str(tmp_path / "a"), device="cpu", trust_remote_code=True)
     assert np.array_equal(again.encode(TEXTS), wanted)
