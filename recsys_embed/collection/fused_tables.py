@@ -136,6 +136,11 @@ class FusedTables(TablesWithState):
             )
         return self._backward_steps.begin(deferred)
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
+        return self._in_backward
+
     def take_backwards(self) -> int:
         """Backwards that stepped the optimizer since this was last asked."""
         count, self._backward_steps.backwards = self._backward_steps.backwards, 0

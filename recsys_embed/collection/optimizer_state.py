@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -47,6 +47,13 @@ def weights_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
 def without_state() -> bool:
     """Whether state dicts are to hold weights alone."""
     return _weights_alone.get()
+
+
+def optimizer_entries(names: Iterable[str]) -> list[str]:
+    """Names among those of a collection's state dict, without its prefix, that are of optimizer state."""
+    names = list(names)
+    storages = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
+    return [n for n in names if "." not in n and n.startswith(storages)] if storages else []
 
 
 def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str, ...]) -> None:

@@ -284,7 +284,7 @@ class CompressedEmbedding(ModuleTables):
         """
         if (self._indexed or self.sparse) and not torch.compiler.is_compiling():
             prepare_data_parallel()
-        if type(input) is not Tensor or input.is_nested:
+        if type(input) is not Tensor or (input.dim() != 1 and input.is_nested):
             found = call_with_other_input(self, input, offsets, per_sample_weights)
             if found is not None:
                 return found

@@ -244,6 +244,10 @@ class ModuleTables(nn.Module):
         """Nothing to restore: the comparison comes before any weight is copied."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        marker = state_dict.get(prefix + "weight")
+        if isinstance(marker, Tensor) and marker.shape == (0,):
+            # Written for loaders of plain models, whom the shape stops.
+            del state_dict[prefix + "weight"]
         # States from before a module stood in, or from versions that called the parameter `weight` all the same.
         own, other = ("weight", STORED_WEIGHT)[:: -1 if self._renamed else 1]
         if own in self._parameters and prefix + own not in state_dict and prefix + other in state_dict:

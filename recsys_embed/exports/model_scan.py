@@ -15,8 +15,9 @@ from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import raise_faults
 from recsys_embed.exports.file_format import NAMES
-from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec, revive
+from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec
 from recsys_embed.features import spec_to_dict
+from recsys_embed.kernels.revive import revive
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
+from recsys_embed.compress.inplace import adapt_to_libraries
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
@@ -33,10 +34,10 @@ from recsys_embed.exports.served_modules import (
     parameter_name,
     put_tables,
     refusals,
-    revive,
     row_tables,
 )
 from recsys_embed.kernels import fbgemm
+from recsys_embed.kernels.revive import revive
 from recsys_embed.kernels.stored_tables import Stored, too_many_columns
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import MAX_ROW_LOOKUPS
@@ -360,6 +361,7 @@ class _Loader:
         if assign:
             _tie(model, {k: held[k] for k in given})
         apply_all(references)
+        adapt_to_libraries(model)
         return given_model
 
     def _references(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.errors import CheckpointError, ConfigError
-from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals, revive
+from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals
+from recsys_embed.kernels.revive import revive
 from recsys_embed.train.checkpoint import load_checkpoint
 from recsys_embed.utils.strict_json import own_json
 

@@ -22,8 +22,6 @@ from recsys_embed.discover import find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError, ConfigError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema, spec_to_dict
-from recsys_embed.kernels.constants import Constants
-from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.stored_tables import Stored, StoredTables
 from recsys_embed.models import ModelSpec, get_model
 from recsys_embed.models.base import CTRModel, make_params
@@ -187,17 +185,6 @@ def _parameters_at_most(limit: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def revive(module: nn.Module, device: torch.device) -> None:
-    """Recreate on ``device`` the tensors that files do not hold: derived constants, counters, empty buffers."""
-    for part in module.modules():
-        if isinstance(part, Constants | IndexStore):
-            part.revive(device)
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta and buffer.numel() == 0:
-                # Not zeros_like: asked of a meta tensor, it loads all of torch's symbolic shapes.
-                setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def put_tables(module: nn.Module, tables: Mapping[str, nn.Parameter | Stored]) -> None:

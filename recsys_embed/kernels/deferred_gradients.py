@@ -58,6 +58,8 @@ class DeferredGradients:
             self._check()
             with torch.no_grad():
                 self._found = list(self._lookup.gradients(self.wanted))
+            # Gradients of the outputs are not needed again.
+            del self._lookup
         found = cast("RowGradient", self._found[number])
         self._found[number] = None
         return found.rows, found.values

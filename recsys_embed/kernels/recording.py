@@ -13,7 +13,7 @@ def recording() -> bool:
 
 def tracing() -> bool:
     """Whether torch.jit.trace is recording, as TensorBoard does for its graphs."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return torch.jit.is_tracing() and not torch.compiler.is_compiling()
 
 
 def hidden(tensor: Tensor) -> bool:

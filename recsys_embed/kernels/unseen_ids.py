@@ -87,6 +87,7 @@ class UnseenIds(Constants):
         self.names = tuple(s.name for s in specs)
         actions = [action(s, h) for s, h in zip(specs, hashes, strict=True)]
         self.actions = tuple(actions)
+        self.refuses = "raise" in actions
         self.zeros = tuple(a == "zero" for a in actions)
         self.counting = any(s.unseen in ("hash", "oov", "zero") for s in specs)
         self.replaces = not {"hash", "oov", "zero"}.isdisjoint(actions)
@@ -133,13 +134,13 @@ class UnseenIds(Constants):
         check: bool = True,
     ) -> Tensor:
         """As :meth:`forward`; counting is optional, and without ``check`` refused ids are returned unchanged."""
-        if tracing():
+        if self.refuses and tracing():
             check, ids = False, self._refused_when_run(ids, feature) if check else ids
         if not (self.replaces or count) or ids.device.type == "meta":
             if check:
                 self.check(ids, feature)
             return ids
-        if check and "raise" in self.actions:
+        if check and self.refuses:
             self.check(ids, feature)
         outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
         if count:
@@ -164,8 +165,6 @@ class UnseenIds(Constants):
 
     def _refused_when_run(self, ids: Tensor, feature: Tensor | None) -> Tensor:
         """As :meth:`check`, of the program that is being traced."""
-        if "raise" not in self.actions:
-            return ids
         limits = self._of("limits", ids, feature)
         return refused_when_run(ids, ((ids < 0) | (ids >= limits)) & (limits >= 0))
 
@@ -226,6 +225,7 @@ class UnseenIds(Constants):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.refuses = "raise" in self.actions
         counts = self._buffers.pop("counts", None)  # a buffer of earlier versions
         if counts is not None:
             self.counts = counts

@@ -68,7 +68,7 @@ class FullEmbedding(CompressedEmbedding):
         self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
-        if type(input) is not Tensor or input.is_nested:
+        if type(input) is not Tensor or (input.dim() != 1 and input.is_nested):
             found = call_with_other_input(self, input, offsets, per_sample_weights)
             if found is not None:
                 return found

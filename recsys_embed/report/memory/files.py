@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from recsys_embed.collection.optimizer_state import optimizer_entries
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.indexes import IndexStore
@@ -152,6 +153,8 @@ def _weights_storage(
             continue
         inside = {t.name.removeprefix(prefix): t for t in tensors if t.name.startswith(prefix) and t.name not in taken}
         # Modules inside a collection have a configuration of their own, which is part of the collection's.
+        taken |= {prefix + name for name in optimizer_entries(inside)}
+        inside = {n: t for n, t in inside.items() if prefix + n not in taken}
         own = _of_state(path, stored, inside, prefix, fused)
         if own is None:
             continue

@@ -168,8 +168,14 @@ def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[Fo
         place = list(bundle.programs).index(spec.name)
         storage = storage_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
         lookup_keys = row_keys(program, bundle.kernel.index, place)
-        storages.append(replace(storage, update=update, fused=fused, paths=found.paths, lookup_keys=lookup_keys))
-    return storages + [replace(e, update=update, fused=fused) for e in shared.storages(at)]
+        storages.append(replace(storage, paths=found.paths, lookup_keys=lookup_keys))
+    # A shared table is that of the features that read it.
+    at_step = fused is not None and not collection.steps_in_backward
+    gathered = {found.name for found in tables if found.table in bundle.programs}
+    return [
+        replace(e, update=update, fused=fused, at_step=at_step) if e.name in gathered or e.kind == "shared" else e
+        for e in [*storages, *shared.storages(at)]
+    ]
 
 
 def _held(

@@ -17,7 +17,7 @@ SHOWN: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 GRADIENTS = {
     "dense": "dense: one number per weight",
     "sparse": "sparse: one row per id read",
-    "fused": "fused: none is stored",
+    "fused": "fused: none in backward, rows at step()",
     "frozen": "frozen: none",
 }
 
