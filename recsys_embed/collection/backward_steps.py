@@ -14,6 +14,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -133,6 +134,23 @@ class BackwardSteps:
         self._taken[thread] = self._taken.get(thread, 0) + 1
         self._stepped_in = torch._C._current_graph_task_id()
         self.backwards += 1
+
+
+def refuse_parts(table: Tensor) -> None:
+    """Refuse the running backward where it is one that leaves no gradient in a table's ``.grad``.
+
+    Raises:
+        ConfigError: it is ``torch.autograd.grad``, or has ``inputs`` without the table.
+    """
+    try:
+        wanted = torch._C._will_engine_execute_node(get_gradient_edge(table).node)
+    except RuntimeError:  # as torch says that a leaf's gradient is asked for by torch.autograd.grad
+        wanted = False
+    if not wanted:
+        raise ConfigError(
+            "these tables step in backward, and torch.autograd.grad of a table, or backward(inputs=...) with some of "
+            f"the tables, is to give gradients and step nothing; {_WAY_OUT}"
+        )
 
 
 def refuse_replicas() -> None:
