@@ -438,6 +438,7 @@ OPERATIONS: dict[str, Callable[[nn.Parameter], Any]] = {
     "zero_grad": lambda p: torch.optim.SGD([p], 0.1).zero_grad(set_to_none=False),
     "data": lambda p: p.grad.data.mul_(2.0),
     "sub_ from weights": lambda p: p.data.sub_(p.grad, alpha=0.5),
+    "sub": lambda p: p.grad - p.grad.clone() * 0.5,
     "copy_": lambda p: p.grad.copy_(torch.where(p.grad > 0, p.grad, 0.0)),
     "mean": lambda p: p.grad.mean(),
     "deepcopy": lambda p: setattr(p, "grad", copy.deepcopy(p.grad)),
@@ -450,6 +451,24 @@ OPERATIONS: dict[str, Callable[[nn.Parameter], Any]] = {
     "foreach norm": lambda p: torch.stack(torch._foreach_norm([p.grad, p.data])),
     "matmul": lambda p: p.grad @ p.grad.T,
 }
+
+
+SPARSE = ("clip_grad_norm_", "clip_grad_value_", "mul_", "div_ by a tensor", "add_ itself", "norm", "zero_grad", "data",
+          "sub_ from weights", "deepcopy", "pickle", "double", "foreach", "foreach norm")  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", SPARSE)
+def test_the_usual_operations_never_build_the_dense_gradient(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(self: RowGradient, *args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("as much memory as the table")
+
+    p = nn.Parameter(torch.randn(10, 3))
+    p.grad = RowGradient(torch.tensor([7, 2, 7, 1]), torch.randn(4, 3), 10)
+    monkeypatch.setattr(RowGradient, "to_dense", dense)
+    OPERATIONS[operation](p)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD([p], 0.1)
+    scaler.scale(torch.ones(1))
+    scaler.unscale_(optimizer)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)

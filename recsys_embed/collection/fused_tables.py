@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -17,9 +18,11 @@ from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
 from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
+from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
 from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
@@ -56,10 +59,12 @@ class FusedTables(TablesWithState):
         self._backward_steps = BackwardSteps(self._apply_collected)
         self._replicas: Replicas | None = None
         self._stepper: Callable[[], object] = _nobody
+        # Where tables and state lay when a compiled model last looked them up.
+        self._compiled_at: list[int] = []
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "_compiled_at", "told")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
@@ -99,6 +104,15 @@ class FusedTables(TablesWithState):
             self._replicas.before_lookup()
         else:
             refuse_replicas()
+
+    def before_compiled_lookup(self) -> None:
+        """As :meth:`before_lookup`, of a compiled model."""
+        self.before_lookup()
+        self._compiled_at = self._in_memory()
+
+    def _in_memory(self) -> list[int]:
+        """Where the tables and the optimizer's state lie."""
+        return [memory_of(t) for t in (*self._weights(), *self._all_states().values())]
 
     @property
     def _constant(self) -> bool:
@@ -213,9 +227,20 @@ class FusedTables(TablesWithState):
         rows, values = rows_of(gradient)
         native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
         if native_rows and native.knows(rule):
-            native.update_rows(rule, weight, state, rows, values, log)
+            with self._step_or_none([storage]):
+                row_steps.update_rows(rule, weight, state, rows, values, log)
         else:
             apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
+
+    @contextmanager
+    def _step_or_none(self, storages: Sequence[str]) -> Iterator[None]:
+        """A step that kernels refuse before they write has not been made."""
+        try:
+            yield
+        except ConfigError:
+            for name in storages:
+                self._step_logs[name].retract()
+            raise
 
     def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
         """What kernels do for a lookup, before it and in its backward."""
@@ -263,7 +288,8 @@ class FusedTables(TablesWithState):
                 self._step_logs[name].advance(self.optimizer, self._lr)
             frozen = [i for i, name in enumerate(self.storages) if name not in trained]
             logs, by_storage = self._all_step_logs, self._by_storage(states)
-            lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
+            with self._step_or_none(trained):
+                lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
 
     @torch.no_grad()
     def step_native(
@@ -277,7 +303,13 @@ class FusedTables(TablesWithState):
         collects: bool,
     ) -> None:
         """What a compiled lookup does in backward, given the tables and the flat list of their ``states``."""
-        wanted = [t.requires_grad for t in self._weights()]
+        own = self._weights()
+        # A compiled program brings copies of what it read, and writes them back to where that was.
+        if self._compiled_at != self._in_memory():
+            raise ConfigError(
+                "tables or optimizer state have been replaced between a compiled lookup and its backward; look up again"
+            )
+        wanted = [t.requires_grad for t in own]
         if self._in_backward and not collects:
             self._backward_steps.stepped_by_compiled_code()
             trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]
@@ -332,7 +364,11 @@ class FusedTables(TablesWithState):
                 for name, gradient in zip(self.storages, gradients, strict=True):
                     if gradient is not None:
                         self._step_logs[name].advance(rule, lr)
-                source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
+                stepped = [
+                    name for name, gradient in zip(self.storages, gradients, strict=True) if gradient is not None
+                ]
+                with self._step_or_none(stepped):
+                    source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
                 return
             for name, gradient in zip(self.storages, gradients, strict=True):
                 if gradient is not None:

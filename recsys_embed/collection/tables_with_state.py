@@ -26,6 +26,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.gather_ops import catch_up_all
 from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
@@ -237,7 +238,7 @@ class TablesWithState(nn.Module):
             with self._lock:
                 for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
                     if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                        native.catch_up(self.optimizer, table, state, log)
+                        row_steps.catch_up(self.optimizer, table, state, log)
                     else:
                         catch_up(self.optimizer, table, state, None, log, log.step)
                     log.clear()

@@ -212,9 +212,9 @@ def _clamped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
 
 def _norm(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    order, dim = (*args[1:], 2, None)[:2] if len(args) < 3 else args[1:3]
-    order = kwargs.get("ord", order)
-    if not isinstance(order, (int, float)) or order <= 0 or dim or kwargs.get("dim") or kwargs.get("keepdim"):
+    named = dict(zip(("ord", "dim", "keepdim"), args[1:], strict=False)) | dict(kwargs)
+    order = named.get("ord", 2)
+    if not isinstance(order, (int, float)) or order <= 0 or named.get("dim") or named.get("keepdim"):
         return NotImplemented
     return torch.linalg.vector_norm(args[0].coalesce().values, order, dtype=kwargs.get("dtype"))
 
@@ -225,7 +225,9 @@ def _sum(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _added(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     first, second, alpha = args[0], args[1], kwargs.get("alpha", 1)
-    in_place = func is aten.add_.Tensor
+    if func in (aten.sub.Tensor, aten.sub_.Tensor):
+        alpha = -alpha
+    in_place = func in (aten.add_.Tensor, aten.sub_.Tensor)
     if not isinstance(second, RowGradient):
         if in_place or not isinstance(second, Tensor) or second.shape != first.shape:
             return NotImplemented
@@ -331,7 +333,7 @@ _HANDLERS: dict[Any, _Handler] = {
          aten.clamp_max.default, aten.clamp_max_.default),
         _clamped,
     ),
-    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor), _added),
+    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor), _added),
     **dict.fromkeys((aten.detach.default, aten.alias.default), _aliased),
     **dict.fromkeys(
         (aten._foreach_mul_.Scalar, aten._foreach_mul_.Tensor, aten._foreach_mul_.ScalarList, aten._foreach_div_.Scalar,

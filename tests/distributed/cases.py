@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 import recsys_embed as rse
+from recsys_embed.optim import unfused_parameters
 from recsys_embed.sharding import CompressedEBC, ManagedEBC, Optimizers, ShardableCollection, load, save, shard
 from recsys_embed.sharding.sharders import splits_by_row
 
@@ -133,7 +134,7 @@ def parity(
     make: Any = single if form == "single" else lambda seed: jagged(seed, weighted=weighted)
     optimizers = Optimizers(model, lambda params: torch.optim.SGD(params, lr=0.02))
     before = snapshot(coll)
-    ordinary = [p for p in whole.parameters() if p.requires_grad]
+    ordinary = unfused_parameters(whole)
     dense = torch.optim.SGD(ordinary, lr=0.02) if ordinary else None
     first = (model(make(rank)), whole(make(rank)))
     equal = torch.equal(*first)

@@ -83,7 +83,7 @@ def assert_steps_agree(
 
 
 def assert_two_lookups(ours: EmbeddingCollection, oracle: EmbeddingCollection, ids: list[Tensor]) -> None:
-    """Two lookups before their backwards: each counts with the rows that it read, though the first moves them."""
+    """Two lookups of one loss: one step by the sum of their gradients."""
     for coll in (ours, oracle):
         outs = [coll(i) for i in ids]
         (outs[0].sin().sum() * 2 + outs[1].square().sum()).backward()

@@ -15,7 +15,7 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.optim import RowGradient
+from recsys_embed.optim import RowGradient, unfused_parameters
 from recsys_embed.registry import MethodInfo
 from recsys_embed.report.memory import memory_report
 
@@ -249,7 +249,7 @@ def test_model_of_this_library(info: MethodInfo) -> None:
     assert report.footprint.serve == model.footprint().serve
     assert report.total("serve", "model") == state_bytes(model)
     fused = sum(getattr(c, f"{n}_{k}").nbytes for c in model.collections().values() for n, k in c._states())
-    projections = [p for c in model.collections().values() for p in c.parameters() if p.requires_grad]
+    projections = [p for c in model.collections().values() for p in unfused_parameters(c)]
     # The dense optimizer keeps two copies and a step counter of each projection.
     assert report.footprint.optimizer == fused + sum(2 * p.nbytes + 4 for p in projections)
 

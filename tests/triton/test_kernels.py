@@ -133,8 +133,34 @@ def test_deterministic_algorithms_sort_every_row(monkeypatch: pytest.MonkeyPatch
 
 
 @METHODS
-def test_two_lookups_before_their_backwards(method: Any) -> None:
-    """The tables move between the two backwards: each counts with the rows that its own lookup read."""
+@pytest.mark.parametrize("read", [False, True], ids=["steps alone", "gradients read"])
+def test_a_step_at_step_has_the_bits_of_one_in_backward(method: Any, read: bool) -> None:
+    schema = Schema([FeatureSpec("C1", 60, 4), FeatureSpec("C2", 200, 4)])
+    one, other = (
+        EmbeddingCollection(
+            schema, plan_of(method, schema), rse.Adam(lr=0.1, weight_decay=0.1), backend="triton", device=DEVICE
+        )
+        for _ in range(2)
+    )
+    optimizer = other.make_optimizer()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for step in range(2):
+            one(ids_of(schema, 20, step)).square().sum().backward()
+            other(ids_of(schema, 20, step)).square().sum().backward()
+            if read:
+                torch.nn.utils.clip_grad_norm_(other.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in one.storages:
+        assert torch.equal(one.get_parameter(name), other.get_parameter(name))
+
+
+@METHODS
+def test_two_lookups_of_one_backward(method: Any) -> None:
+    """One step by the sum of their gradients."""
     schema = Schema([FeatureSpec("C1", 60, 4), FeatureSpec("C2", 200, 4)])
     ours, oracle = pair(schema, plan_of(method, schema), rse.SGD(lr=0.5))
     assert_two_lookups(ours, oracle, [ids_of(schema, 20, 0), ids_of(schema, 20, 1)])

@@ -19,6 +19,7 @@ from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.kernels.pointers import sound
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
@@ -150,7 +151,7 @@ class TritonLookup:
 
     def _addresses_of(self, tables: Sequence[Tensor]) -> Tensor:
         """Addresses of the tables and of the index arrays, on the tables' device."""
-        key = tuple(t.data_ptr() for t in (*tables, *self._index.arrays.held.values()))
+        key = tuple(sound(t) for t in (*tables, *self._index.arrays.held.values()))
         found = self._addresses.get(key)
         if found is None or found.device != tables[0].device:
             self._addresses.clear()
