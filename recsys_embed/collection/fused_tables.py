@@ -141,10 +141,9 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> int:
-        """Backwards that stepped the optimizer since this was last asked."""
-        count, self._backward_steps.backwards = self._backward_steps.backwards, 0
-        return count
+    def take_backwards(self) -> tuple[int, set[int]]:
+        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
+        return self._backward_steps.take()
 
     def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
