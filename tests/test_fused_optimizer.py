@@ -305,6 +305,31 @@ def test_steps_of_another_models_optimizer_are_told() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("found", ["before", "after its first step"])
+def test_steps_in_backward_follow_the_schedule_of_an_optimizer_that_was_given_the_tables(found: str) -> None:
+    model, by_hand = Model(rse.SGD(lr=0.5)), Model(rse.SGD(lr=0.5))
+    if found != "before":
+        for m in (model, by_hand):
+            loss_of(m, slice(8)).backward()
+            dense(m).step()
+    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), dense(by_hand)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for i in range(4):
+        # An optimizer made later is known from its first step on, where the rate is the first.
+        by_hand.tables.lr = 0.5 * 0.5**i
+        other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+        for m, o in ((model, optimizer), (by_hand, other)):
+            o.zero_grad()
+            loss_of(m, slice(8 * i, 8 * i + 8)).backward()
+            o.step()
+        scheduler.step()
+    wanted = weights(by_hand)
+    assert all(torch.equal(p, wanted[k]) for k, p in weights(model).items())
+    # A rate that is set is the rate.
+    model.tables.lr = 0.25
+    assert model.tables._rate == 0.25
+
+
 def test_not_a_number_changes_nothing_where_told() -> None:
     model = Model(rse.SGD(lr=0.1))
     model.tables.check_finite = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Protocol
@@ -152,6 +153,47 @@ class BackwardSteps:
         return found
 
 
+class Schedules:
+    """Param groups of torch's optimizers that were given tables which step in backward: their schedules are followed.
+
+    Args:
+        tables: of one module.
+    """
+
+    def __init__(self, tables: Sequence[Parameter | None]) -> None:
+        self._first = next((p for p in tables if p is not None), None)
+        self._references = sys.getrefcount(self._first)
+        self._groups: list[tuple[ref[Optimizer], Mapping[str, float], float]] = []
+
+    def look(self) -> None:
+        """Find optimizers that have not stepped yet, if something else than the module holds its first table."""
+        references = sys.getrefcount(self._first)
+        if references > self._references:
+            for held in gc.get_objects():
+                if issubclass(type(held), Optimizer):
+                    self.meet(held)
+        self._references = max(self._references, references)
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Follow an optimizer from now on, if it was given the tables."""
+        if any(known() is optimizer for known, _, _ in self._groups):
+            return
+        for group in optimizer.param_groups:
+            if any(p is self._first for p in group["params"]):
+                # Cyclic schedules name their peak; others begin there.
+                first = group.get("max_lr", group.get("initial_lr", group["lr"]))
+                self._groups.append((ref(optimizer), group, float(first)))
+
+    def factor(self) -> float:
+        """The part of their first rate that the last of these optimizers has now."""
+        self._groups = [known for known in self._groups if known[0]() is not None]
+        if not self._groups:
+            return 1.0
+        _, group, first = self._groups[-1]
+        now = float(group["lr"])
+        return now / first if first else float(now > 0)
+
+
 def refuse_replicas() -> None:
     """Refuse lookups inside DistributedDataParallel or FSDP, whose processes would step by their own gradients.
 
@@ -175,6 +217,7 @@ class WatchedTables(Protocol):
     told: bool
 
     def take_backwards(self) -> tuple[int, set[int]]: ...
+    def met(self, optimizer: Optimizer) -> None: ...
     def are_left_to(self, optimizer: Optimizer) -> bool: ...
     def parameters(self) -> Iterator[Parameter]: ...
 
@@ -228,6 +271,7 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
                 "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
             )
+        tables.met(optimizer)
         backwards, accumulating = tables.take_backwards()
         if not backwards:
             continue
