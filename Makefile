@@ -93,7 +93,7 @@ sanitize: setup
 	@mkdir -p runs/sanitize
 	g++ $(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined ops/cpu/native.cpp -o runs/sanitize/memory.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 RECSYS_EMBED_NATIVE=runs/sanitize/memory.so \
-	  $(BIN)/python -m pytest -n 0 -q --tier all -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_masks.py tests/test_decay.py $(ARGS)
+	  $(BIN)/python -m pytest -n 0 -q --tier all -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_swapped.py tests/kernels/test_masks.py tests/test_decay.py $(ARGS)
 	g++ -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi -fsanitize=thread ops/cpu/check_threads.cpp -o runs/sanitize/threads
 	setarch -R runs/sanitize/threads
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, refuse_replicas, watch
+from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, Schedules, refuse_replicas, watch
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
@@ -17,9 +18,11 @@ from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
 from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
+from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
 from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
@@ -56,10 +59,13 @@ class FusedTables(TablesWithState):
         self._backward_steps = BackwardSteps(self._apply_collected)
         self._replicas: Replicas | None = None
         self._stepper: Callable[[], object] = _nobody
+        self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
+        # Where tables and state lay when a compiled model last looked them up.
+        self._compiled_at: list[int] = []
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "_compiled_at", "told")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
@@ -100,6 +106,15 @@ class FusedTables(TablesWithState):
         else:
             refuse_replicas()
 
+    def before_compiled_lookup(self) -> None:
+        """As :meth:`before_lookup`, of a compiled model."""
+        self.before_lookup()
+        self._compiled_at = self._in_memory()
+
+    def _in_memory(self) -> list[int]:
+        """Where the tables and the optimizer's state lie."""
+        return [memory_of(t) for t in (*self._weights(), *self._all_states().values())]
+
     @property
     def _constant(self) -> bool:
         """Whether lookups take its own tables for constants: in ``eval()``, where the optimizer steps in backward."""
@@ -112,6 +127,9 @@ class FusedTables(TablesWithState):
         if not self._in_backward or torch.compiler.is_compiling():
             return None
         watch(self)
+        if not self._looked:
+            self._looked = True
+            self._schedules.look()
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -127,10 +145,19 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> int:
-        """Backwards that stepped the optimizer since this was last asked."""
-        count, self._backward_steps.backwards = self._backward_steps.backwards, 0
-        return count
+    def take_backwards(self) -> tuple[int, set[int]]:
+        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
+        return self._backward_steps.take()
+
+    def met(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
+        if self._in_backward:
+            self._schedules.meet(optimizer)
+
+    @property
+    def _rate(self) -> float:
+        """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
+        return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
 
     def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
@@ -167,7 +194,7 @@ class FusedTables(TablesWithState):
             return
         with self._lock:
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
-            log.advance(self.optimizer, self._lr)
+            log.advance(self.optimizer, self._rate)
             apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
 
     @torch.no_grad()
@@ -209,13 +236,24 @@ class FusedTables(TablesWithState):
         if rule is None or weight is None:
             return
         log = self._step_logs[storage]
-        log.advance(rule, self._lr)
+        log.advance(rule, self._rate)
         rows, values = rows_of(gradient)
         native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
         if native_rows and native.knows(rule):
-            native.update_rows(rule, weight, state, rows, values, log)
+            with self._step_or_none([storage]):
+                row_steps.update_rows(rule, weight, state, rows, values, log)
         else:
             apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
+
+    @contextmanager
+    def _step_or_none(self, storages: Sequence[str]) -> Iterator[None]:
+        """A step that kernels refuse before they write has not been made."""
+        try:
+            yield
+        except ConfigError:
+            for name in storages:
+                self._step_logs[name].retract()
+            raise
 
     def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
         """What kernels do for a lookup, before it and in its backward."""
@@ -260,10 +298,11 @@ class FusedTables(TablesWithState):
             return
         with self._lock:
             for name in trained:
-                self._step_logs[name].advance(self.optimizer, self._lr)
+                self._step_logs[name].advance(self.optimizer, self._rate)
             frozen = [i for i, name in enumerate(self.storages) if name not in trained]
             logs, by_storage = self._all_step_logs, self._by_storage(states)
-            lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
+            with self._step_or_none(trained):
+                lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
 
     @torch.no_grad()
     def step_native(
@@ -277,7 +316,13 @@ class FusedTables(TablesWithState):
         collects: bool,
     ) -> None:
         """What a compiled lookup does in backward, given the tables and the flat list of their ``states``."""
-        wanted = [t.requires_grad for t in self._weights()]
+        own = self._weights()
+        # A compiled program brings copies of what it read, and writes them back to where that was.
+        if self._compiled_at != self._in_memory():
+            raise ConfigError(
+                "tables or optimizer state have been replaced between a compiled lookup and its backward; look up again"
+            )
+        wanted = [t.requires_grad for t in own]
         if self._in_backward and not collects:
             self._backward_steps.stepped_by_compiled_code()
             trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]
@@ -332,7 +377,11 @@ class FusedTables(TablesWithState):
                 for name, gradient in zip(self.storages, gradients, strict=True):
                     if gradient is not None:
                         self._step_logs[name].advance(rule, lr)
-                source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
+                stepped = [
+                    name for name, gradient in zip(self.storages, gradients, strict=True) if gradient is not None
+                ]
+                with self._step_or_none(stepped):
+                    source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
                 return
             for name, gradient in zip(self.storages, gradients, strict=True):
                 if gradient is not None:

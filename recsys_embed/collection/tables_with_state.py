@@ -26,6 +26,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.gather_ops import catch_up_all
 from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
@@ -111,6 +112,8 @@ class TablesWithState(nn.Module):
         # Whether backward steps the optimizer, rather than leave that to a torch optimizer; and whether weights were
         # loaded whose state is in another dict.
         self._in_backward, self._expects_state = True, False
+        # Whether the user sets `lr`, so that it follows nothing else.
+        self._sets_lr = False
         if optimizer is not None and optimizer.lazy:
             listed = _UpToDate(self._parameters)
             listed.owner = self
@@ -237,7 +240,7 @@ class TablesWithState(nn.Module):
             with self._lock:
                 for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
                     if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                        native.catch_up(self.optimizer, table, state, log)
+                        row_steps.catch_up(self.optimizer, table, state, log)
                     else:
                         catch_up(self.optimizer, table, state, None, log, log.step)
                     log.clear()
@@ -318,7 +321,11 @@ class TablesWithState(nn.Module):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the fused optimizer; set it to follow a schedule."""
+        """Learning rate of the fused optimizer; set it to follow a schedule.
+
+        Until it is set, tables that step in backward follow the schedule of a torch optimizer that was given them: they
+        scale it by the part of its first rate that the optimizer has now.
+        """
         return self._lr
 
     @lr.setter
@@ -329,7 +336,7 @@ class TablesWithState(nn.Module):
             raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
         if not self._in_backward:
             raise ConfigError("an optimizer of torch steps this collection: set `lr` in its param_groups")
-        self._lr = float(value)
+        self._lr, self._sets_lr = float(value), True
 
     @property
     def _rule(self) -> str:

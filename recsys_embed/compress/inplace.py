@@ -112,7 +112,7 @@ def compress_(
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
         exchange.run(init)
-        adapt_to_transformers(model)
+        adapt_to_libraries(model)
     report = compression_report(tables, replacements, configs, dry_run)
     return replace(report, notes=tuple(map(str, bare_tables(model))))
 
@@ -156,16 +156,20 @@ def materialize_(
         faults.append("there is no compressed table to turn back")
     raise_faults(faults, f"materialize_({type(model).__name__})")
     exchange.run("fresh")
-    adapt_to_transformers(model)
+    adapt_to_libraries(model)
     return compression_report(tables, replacements, {}, False)
 
 
-def adapt_to_transformers(model: nn.Module) -> None:
-    """Let models of Hugging Face's transformers, if there are any, save, tie and resize by their tables of now."""
+def adapt_to_libraries(model: nn.Module) -> None:
+    """Let models of libraries with file formats of their own save, load, tie and resize by their tables of now."""
     if "transformers.modeling_utils" in sys.modules:
-        from recsys_embed.compress.hugging_face import adapt
+        from recsys_embed.compress import hugging_face
 
-        adapt(model)
+        hugging_face.adapt(model)
+    if "sentence_transformers" in sys.modules:
+        from recsys_embed.compress import sentence_transformers
+
+        sentence_transformers.adapt(model)
 
 
 def _optimizers(given: Any) -> list[Any]:

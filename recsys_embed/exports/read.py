@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
-from recsys_embed.compress.inplace import adapt_to_transformers
+from recsys_embed.compress.inplace import adapt_to_libraries
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
@@ -361,7 +361,7 @@ class _Loader:
         if assign:
             _tie(model, {k: held[k] for k in given})
         apply_all(references)
-        adapt_to_transformers(model)
+        adapt_to_libraries(model)
         return given_model
 
     def _references(

@@ -23,6 +23,7 @@ from recsys_embed.exports.pack import Packed, RoundingError, choose_parts, inspe
 from recsys_embed.exports.read import load
 from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
 from recsys_embed.exports.served_modules import build_model
+from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
 from recsys_embed.utils.files import replacing
@@ -207,7 +208,7 @@ class _Writer:
         for key, value in self.found.rest.items():
             matrix = self.matrices.get(key)
             dtype = value.dtype if matrix is None else matrix.dtype
-            same = (value.data_ptr(), value.shape, value.stride(), dtype) if value.numel() else key
+            same = (memory_of(value), value.shape, value.stride(), dtype) if value.numel() else key
             self.aliases[key] = held.setdefault(same, key)
             if self.aliases[key] == key:
                 out[key] = (dtype, tuple(value.shape), self._whole(key, dtype))

@@ -34,6 +34,11 @@ class StepLog:
         for values, value in ((self.rates, lr), (self.sizes, size), (self.epsilons, epsilon)):
             values.append(value)
 
+    def retract(self) -> None:
+        """Take back the last :meth:`advance`, whose step was refused."""
+        for values in (self.rates, self.sizes, self.epsilons):
+            values.pop()
+
     def clear(self) -> None:
         """Drop the logged steps: every row has had them."""
         self.first = self.step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 import torch
@@ -14,6 +14,7 @@ from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
+from recsys_embed.kernels.pointers import address, sound
 
 
 def _check_arrays(index: Index) -> None:
@@ -111,12 +112,22 @@ class IndexStore(nn.Module):
         """
         if self._unfit:
             raise_faults([*self._unfit.values()], "index arrays")
-        found = []
+        found, kinds = [], self._kinds
         for name, held in self._held.items():
             if not held.is_cpu:
                 raise ConfigError(f"index array {name!r} is on {held.device}, its tables on the CPU; move both")
-            found.append(held.data_ptr())
+            dtype, length = kinds[name]
+            if held.dtype is dtype and held.is_contiguous() and held.numel() == length:
+                found.append(sound(held))
+            else:
+                found.append(address(held, dtype, length, f"index array {name!r}"))
         return found
+
+    @cached_property
+    def _kinds(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Type and length of each array."""
+        arrays = [a for row in self.indexes for i in row.values() for a in i.arrays]
+        return {a.name: (a.dtype, sum(b.length for b in arrays if b.name == a.name)) for a in arrays}
 
     @property
     def arrays(self) -> IndexArrays:

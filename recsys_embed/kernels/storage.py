@@ -13,6 +13,7 @@ from torch import Tensor
 from recsys_embed.core.program import Table
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.pointers import memory_of
 
 _MADV_HUGEPAGE = 14
 
@@ -57,8 +58,8 @@ def advise_huge_pages(tensor: Tensor) -> bool:
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or size < 1 << 21:
         return False
     page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + size - start) // page * page
+    start = -(-memory_of(tensor) // page) * page
+    length = (memory_of(tensor) + size - start) // page * page
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return bool(madvise(start, length, _MADV_HUGEPAGE) == 0)

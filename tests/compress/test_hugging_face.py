@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import recsys_embed as rse
+from recsys_embed.discover import find_tables
 from recsys_embed.errors import CheckpointError, ConfigError
 
 transformers = pytest.importorskip("transformers", "5")
@@ -152,6 +154,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     served = rse.load(tmp_path / "m", into=build("BertForMaskedLM"))
     with pytest.raises(ConfigError, match="exported file"):
         served.save_pretrained(tmp_path / "c")  # type: ignore[operator]
+
+
+def test_the_page_keeps_its_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[2] / "docs" / "other_libraries.md"
+    blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), scope)
+    assert len(blocks) == 2
+    assert find_tables(scope["model"])[0].kind == "compressed"
 
 
 def test_a_compressed_model_generates_what_its_plain_rows_do() -> None:

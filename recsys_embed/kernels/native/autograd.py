@@ -92,7 +92,9 @@ class _Lookup(Function):
         # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
         ctx.read = ReadTables(tables) if kept is not None else None
-        ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
+        # Offsets are not checked again, so they are kept as they are: `.data =` does not reach what is detached.
+        offsets = None if ids.offsets is None else ids.offsets.detach()
+        ctx.save_for_backward(ids.values, offsets, ids.weights)
         return outputs
 
     @staticmethod
@@ -169,7 +171,7 @@ def _outputs(
     if mask is not None:
         parameters, done = mask
         record = parameters.record(ids.values, outputs[0], outputs[0] if done is None else done)
-    if not lookup.forward(ids, tables, outputs, kept, record):
+    if not lookup.forward(ids, tables, outputs, kept, record, known=True):
         raise IdRangeError("an id lies outside the range its feature declares, or has no parameters in the mask")
     return outputs
 

@@ -6,8 +6,9 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +17,19 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.errors import BackendError, ConfigError, IdRangeError
+from recsys_embed.errors import ConfigError
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.derivatives import have_tangents
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
-from recsys_embed.kernels.native.library import Call, Library, Mask, Rule, Update, library, loaded, words_of
+from recsys_embed.kernels.native.library import Call, Library, Mask, Update, library, loaded, words_of
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot, encode
+from recsys_embed.kernels.native.row_steps import WORTH_A_THREAD, Updates, checked, updates_of
 from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.kernels.pointers import sound
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
@@ -34,9 +38,6 @@ _DENSE, _SPARSE, _NO_UPDATE = -1, -2, -3
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT4 = 3, 4
 _STORED = (*_KINDS, torch.uint8)
-_DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
-# Lookups from which on several threads are used.
-_WORTH_A_THREAD = 2048
 # Positions in a call's record of the fields that differ between calls; `_ASKED`: the ids and the fields after them.
 _AT, _BEHIND, _ASKED = words_of(Call), ctypes.sizeof(Call) // 8, struct.Struct("8q")
 _IDS, _KEPT, _OUTPUTS = _AT["ids"], _AT["kept"], _AT["outputs"]
@@ -71,105 +72,6 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
     """As :func:`runs_on`, for serving: of any precision, and not in compiled models."""
     return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else 0
-
-
-class _Encoded(NamedTuple):
-    """A rule as the kernels read it, and the names of its state's tensors in order."""
-
-    rule: Rule
-    states: tuple[str, ...]
-    curve: array[float]
-
-
-Updates: TypeAlias = "ctypes.Array[Update]"
-"""The step of each storage."""
-
-
-@lru_cache(maxsize=64)
-def _encoded(optimizer: FusedOptimizer) -> _Encoded:
-    number = loaded().rules.index(str(rule_name(optimizer)))
-    kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
-    constants, curve = optimizer.constants, optimizer.curve()
-    rule = Rule(number=number, elements=sum(kind == "element" for kind in kinds.values()))
-    rule.constants[: len(constants)] = constants
-    rule.curve, rule.curve_count = curve.buffer_info()
-    return _Encoded(rule, tuple(kinds), curve)
-
-
-def _updates(
-    optimizer: FusedOptimizer,
-    tables: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    step_logs: Sequence[StepLog],
-) -> Updates:
-    """The optimizer step of each storage as the kernels read it; it holds pointers to the arguments."""
-    updates, encoded = (Update * len(tables))(), _encoded(optimizer)
-    for update, table, state, log in zip(updates, tables, states, step_logs, strict=True):
-        update.rule, update.rows, update.decay = encoded.rule, table.shape[0], optimizer.weight_decay
-        update.sizes, update.epsilons = log.sizes.buffer_info()[0], log.epsilons.buffer_info()[0]
-        update.first, update.step = log.first, log.step
-        pointers = update.rule.state
-        for i, name in enumerate(encoded.states):
-            pointers[i] = state[name].data_ptr()
-        if "last" in state:
-            update.last = state["last"].data_ptr()
-    return updates
-
-
-def checked(outcome: int) -> bool:
-    """Whether all ids of a call had rows; raises for other errors of the kernels."""
-    if outcome == _DONE:
-        return True
-    if outcome == _OUT_OF_RANGE:
-        return False
-    if outcome == _TOO_LARGE:
-        raise BackendError(
-            "the outputs of one step have more elements than the kernels can number (2**31, fewer with many widths); "
-            "use smaller batches, or backend 'torch'"
-        )
-    raise MemoryError("no memory for the gradients of a step")
-
-
-def update_rows(
-    optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], rows: Tensor, values: Tensor, log: StepLog
-) -> None:
-    """One step of distinct rows of a storage, in place.
-
-    Args:
-        rows: int64 ``[n]``.
-        values: float32 ``[n, width]``, their gradients.
-        log: advanced to this step.
-
-    Raises:
-        IdRangeError: a row lies beyond the storage; nothing has changed.
-    """
-    rows, values, updates = rows.contiguous(), values.contiguous(), _updates(optimizer, [table], [state], [log])
-    threads = torch.get_num_threads() if rows.numel() >= _WORTH_A_THREAD else 1
-    if not checked(
-        loaded().handle.rse_update_rows(
-            ctypes.addressof(updates),
-            table.data_ptr(),
-            table.shape[1],
-            _pointer(rows),
-            _pointer(values),
-            rows.numel(),
-            threads,
-        )
-    ):
-        raise IdRangeError(f"a gradient's rows must be in [0, {table.shape[0]}), the rows of its table")
-    increment_version([table, *state.values()])
-
-
-def catch_up(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog) -> None:
-    """Apply the deferred steps of all rows of a storage, in place."""
-    updates = _updates(optimizer, [table], [state], [log])
-    threads = torch.get_num_threads()
-    checked(loaded().handle.rse_catch_up(ctypes.addressof(updates), table.data_ptr(), table.shape[1], threads))
-    increment_version([table, *state.values()])
 
 
 class Ids(NamedTuple):
@@ -237,11 +139,11 @@ class NativeLookup:
         self._storage_widths = array("q", [width for _, width in storages.values()])
         self._sizes = [rows * width for rows, width in storages.values()]
         call = Call(
-            features=self._features.ctypes.data,
-            row_lookups=self._row_lookups.ctypes.data,
+            features=pointers.of_numpy(self._features),
+            row_lookups=pointers.of_numpy(self._row_lookups),
             feature_count=len(self._features),
             row_lookup_count=len(self._row_lookups),
-            storage_widths=self._storage_widths.buffer_info()[0],
+            storage_widths=pointers.of_array(self._storage_widths),
             storage_count=count,
             output_count=len(widths),
             threads=1,
@@ -285,25 +187,66 @@ class NativeLookup:
         counts = ids.counts(self._columns) if self.kept_width else []
         return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
 
-    def _call(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> array[int]:
-        """One call's record; the tensors have to outlive it."""
+    def _check(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> None:
+        """Refuse tensors that are not what they were when the lookup began.
+
+        Args:
+            outputs: of forward, or gradients of these.
+        """
+        values, batch, widest = ids.values, ids.batch, max(self._columns)
+        found = pointers.faults(values, (torch.int64, torch.int32), 0, "ids", strided=ids.offsets is None)
+        if ids.offsets is None:
+            fits = values.dim() == 1 if widest == 0 else values.dim() == 2 and values.shape[1] > widest
+            if values.shape[:1] != (batch,) or not (fits or values.dim() == 2):
+                found.append(f"ids must be [{batch}, {widest + 1} or more], got {list(values.shape)}")
+        else:
+            found += pointers.faults(ids.offsets, (torch.int64,), (widest + 1) * batch + 1, "offsets")
+            if not found and int(ids.offsets[-1]) > values.numel():
+                found.append(f"ids must be as many as offsets say, got {values.numel()}")
+            if ids.weights is not None:
+                found += pointers.faults(ids.weights, (torch.float32,), values.numel(), "weights of ids")
+        for (name, (_, width)), size, table in zip(self.storages.items(), self._sizes, tables, strict=True):
+            found += pointers.faults(table, (torch.float32,), size, f"table {name!r}")
+            if table.dim() != 2 or table.shape[1] != width:
+                found.append(f"table {name!r} must be [rows, {width}], got {list(table.shape)}")
+        for width, output in zip(self.widths, outputs, strict=False):
+            found += pointers.faults(output, (torch.float32,), batch * width, "a gradient")
+        if kept is not None and not found:
+            found += pointers.faults(kept, (torch.float32,), prod(self.kept_shape(ids)), "kept values")
+        pointers.check(found)
+
+    def _call(
+        self,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        kept: Tensor | None,
+        known: bool = False,
+    ) -> array[int]:
+        """One call's record; the tensors have to outlive it.
+
+        Args:
+            known: :func:`runs_on` has just held.
+        """
+        if not known:
+            self._check(ids, tables, outputs, kept)
         call, values, batch, at = self._record[:], ids.values, ids.batch, _BEHIND
-        start, lookups = call.buffer_info()[0], batch * self._row_lookup_count
+        start, lookups = pointers.of_array(call), batch * self._row_lookup_count
         if ids.offsets is None:
             strides, offsets, weights = values.stride(), 0, 0
         else:
-            strides, offsets, lookups = (0,), ids.offsets.data_ptr(), values.numel()
-            weights = 0 if ids.weights is None else ids.weights.data_ptr()
+            strides, offsets, lookups = (0,), sound(ids.offsets), values.numel()
+            weights = 0 if ids.weights is None else sound(ids.weights)
         _ASKED.pack_into(
-            call, 8 * _IDS, values.data_ptr(), batch, strides[0], strides[-1], values.dtype is torch.int32,
+            call, 8 * _IDS, sound(values), batch, strides[0], strides[-1], values.dtype is torch.int32,
             offsets, weights, start + 8 * at,
         )  # fmt: skip
         number, decodes, sizes, widths = 0, False, self._sizes, self._storage_widths
         for table in tables:
-            call[at + number] = table.data_ptr()
+            call[at + number] = sound(table)
             decodes |= table.dtype is not torch.float32
             # Quantised storages come from an export, whose reader has checked their shapes.
-            if (table.numel() < sizes[number] or table.size(1) != widths[number]) and table.dtype is not torch.uint8:
+            if (table.numel() < sizes[number] or table.shape[1] != widths[number]) and table.dtype is not torch.uint8:
                 self._refuse(table, number)
             number += 1
         at += number
@@ -314,15 +257,15 @@ class NativeLookup:
                 at += 1
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:
-            call[at] = output.data_ptr()
+            call[at] = sound(output)
             at += 2
         if decodes:
             call[_KINDS_AT], call[_BYTES_AT] = start + 8 * at, start + 8 * (at + len(tables))
             bytes_of_rows = [t.stride(0) * t.element_size() for t in tables]
             call[at:] = array("q", self._kinds(tables) + bytes_of_rows)
         if kept is not None:
-            call[_KEPT], call[_KEPT + 1] = kept.data_ptr(), self.kept_width
-        if lookups >= _WORTH_A_THREAD:
+            call[_KEPT], call[_KEPT + 1] = sound(kept), self.kept_width
+        if lookups >= WORTH_A_THREAD:
             call[_THREADS] = torch.get_num_threads()
         return call
 
@@ -348,6 +291,7 @@ class NativeLookup:
         outputs: Sequence[Tensor],
         kept: Tensor | None = None,
         mask: Mask | None = None,
+        known: bool = False,
     ) -> bool:
         """Fill ``outputs [B, width]`` with the vectors of ids, or of bags; False where an id is out of range.
 
@@ -357,11 +301,12 @@ class NativeLookup:
             outputs: float32, contiguous; the width may be several dimensions.
             kept: float32 of ``kept_shape``, filled with the values that backward needs.
             mask: of the first output; it says where the masked vectors go.
+            known: :func:`runs_on`, or :func:`reads`, has just held.
         """
-        call = self._call(ids, tables, outputs, kept)
+        call = self._call(ids, tables, outputs, kept, known)
         if mask is not None:
-            call[_MASK] = ctypes.addressof(mask)
-        return checked(loaded().handle.rse_forward(call.buffer_info()[0]))
+            call[_MASK] = pointers.of_record(mask)
+        return checked(loaded().handle.rse_forward(pointers.of_array(call)))
 
     def update(
         self,
@@ -383,10 +328,11 @@ class NativeLookup:
             step_logs: per storage, advanced to this step.
             frozen: storages to leave as they are.
         """
-        updates = _updates(optimizer, tables, states, step_logs)
+        self._check(ids, tables, gradients, kept)
+        updates = updates_of(optimizer, tables, states, step_logs)
         for number in frozen:
             updates[number].rule.number = _NO_UPDATE
-        self._backward(ids, tables, gradients, kept, updates)
+        self._backward(ids, tables, gradients, kept, updates, known=True)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
 
     def catch_up(
@@ -399,8 +345,8 @@ class NativeLookup:
     ) -> None:
         """Apply the deferred steps of rows that ``ids`` read, in place; forward checks the range of ids."""
         call = self._call(ids, tables, (), None)
-        updates = _updates(optimizer, tables, states, step_logs)
-        checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 1))
+        updates = updates_of(optimizer, tables, states, step_logs)
+        checked(loaded().handle.rse_backward(pointers.of_array(call), pointers.of_record(updates), 1))
 
     def gradients(
         self,
@@ -418,6 +364,7 @@ class NativeLookup:
             wanted: of which storages; None for the others.
             pool: where the values of rows lie.
         """
+        self._check(ids, tables, gradients, kept)
         updates = (Update * len(tables))()
         found: list[tuple[Tensor, Tensor, Tensor] | None] = []
         counts, by_row = ids.counts(self._columns), layout != "dense"
@@ -436,9 +383,9 @@ class NativeLookup:
                 values = torch.zeros_like(table)
             rows = torch.empty(number if by_row else 0, dtype=torch.int64)
             count = torch.zeros(1, dtype=torch.int64)
-            update.gradient, update.touched, update.touched_count = values.data_ptr(), _pointer(rows), count.data_ptr()
+            update.gradient, update.touched, update.touched_count = sound(values), sound(rows), sound(count)
             found.append((values, rows, count))
-        self._backward(ids, tables, gradients, kept, updates)
+        self._backward(ids, tables, gradients, kept, updates, known=True)
         out: list[Tensor | None] = []
         for table, parts in zip(tables, found, strict=True):
             if parts is None or not by_row:
@@ -475,7 +422,8 @@ class NativeLookup:
         gradients: Sequence[Tensor],
         kept: Tensor | None,
         updates: Updates,
+        known: bool = False,
     ) -> None:
-        call = self._call(ids, tables, gradients, kept)
-        if not checked(loaded().handle.rse_backward(call.buffer_info()[0], ctypes.addressof(updates), 0)):
+        call = self._call(ids, tables, gradients, kept, known)
+        if not checked(loaded().handle.rse_backward(pointers.of_array(call), pointers.of_record(updates), 0)):
             raise RuntimeError("ids changed between forward and backward")

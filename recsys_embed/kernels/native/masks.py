@@ -5,7 +5,6 @@ A lookup can apply a mask in the same call; for other vectors the mask is a call
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,12 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from recsys_embed.errors import IdRangeError
+from recsys_embed.errors import ConfigError, IdRangeError
+from recsys_embed.kernels import pointers
+from recsys_embed.kernels.derivatives import beyond_kernels
 from recsys_embed.kernels.native.library import Mask, Matrix, loaded
-from recsys_embed.kernels.native.lookup import checked, runs_on
+from recsys_embed.kernels.native.lookup import runs_on
 from recsys_embed.kernels.native.output_pool import OutputPool
+from recsys_embed.kernels.native.row_steps import checked
+from recsys_embed.kernels.pointers import sound
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,17 @@ class MaskParameters:
         mask = Mask(batch=batch, fields=fields, width=self.width, norm=self.norm)
         mask.vectors, mask.out = _matrix(vectors), _matrix(out)
         if self.starts is not None:
-            mask.starts, mask.ids, mask.ids_are_32 = self.starts.data_ptr(), ids.data_ptr(), ids.dtype == torch.int32
+            mask.starts, mask.ids, mask.ids_are_32 = sound(self.starts), sound(ids), ids.dtype == torch.int32
             mask.sample_stride, mask.feature_stride = ids.stride()
         if thresholds is not None:
-            mask.thresholds = thresholds.data_ptr()
+            mask.thresholds = sound(thresholds)
         if self.widths is not None:
-            mask.widths, mask.widths_stride = self.widths.data_ptr(), fields if self.widths.dim() == 2 else 0
+            mask.widths, mask.widths_stride = sound(self.widths), fields if self.widths.dim() == 2 else 0
         if self.scales is not None and self.blocks is not None:
-            mask.scales, mask.block_count = self.scales.data_ptr(), self.scales.shape[0]
-            mask.blocks, mask.blocks_are_8 = self.blocks.data_ptr(), self.blocks.dtype == torch.uint8
+            mask.scales, mask.block_count = sound(self.scales), self.scales.shape[0]
+            mask.blocks, mask.blocks_are_8 = sound(self.blocks), self.blocks.dtype == torch.uint8
         elif rest is not None:
-            mask.fallback = rest.data_ptr()
+            mask.fallback = sound(rest)
         return mask
 
 
@@ -170,15 +172,24 @@ class _Masked(Function):
             return done[0]
         out = pool.take(vectors.shape)
         record = parameters.record(ids, vectors, out)
-        if not checked(loaded().handle.rse_mask(ctypes.addressof(record), torch.get_num_threads())):
+        if not checked(loaded().handle.rse_mask(pointers.of_record(record), torch.get_num_threads())):
             raise IdRangeError("an id lies outside the ids that the mask's parameters are for")
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
+        if beyond_kernels(grads):
+            raise ConfigError(
+                "masks in the kernels have no second derivatives (create_graph=True) and no batched gradients; take "
+                "these of vectors in float64, which torch's operations mask"
+            )
+        found = pointers.faults(grad, (torch.float32,), vectors.numel(), "a gradient")
+        found += pointers.faults(vectors, (torch.float32,), ids.numel() * ctx.mask.width, "vectors")
+        if not ctx.mask.fits(ids, vectors.shape):
+            found.append("parameters of a mask must be float32 (integers as they were), contiguous and on the CPU")
+        pointers.check(found)
         wanted = ctx.needs_input_grad
         record = ctx.mask.record(ids, vectors, vectors)
         record.gradient = _matrix(grad)
@@ -189,19 +200,19 @@ class _Masked(Function):
         if moved is not None:
             record.of_vectors = _matrix(moved)
         if of_thresholds is not None:
-            record.of_thresholds = of_thresholds.data_ptr()
+            record.of_thresholds = sound(of_thresholds)
             if ctx.mask.starts is not None:
                 slopes = grad.new_empty(ids.shape)
-                record.slopes = slopes.data_ptr()
+                record.slopes = sound(slopes)
         if of_rest is not None:
-            record.of_rest = of_rest.data_ptr()
-        if not checked(loaded().handle.rse_mask_backward(ctypes.addressof(record), torch.get_num_threads())):
+            record.of_rest = sound(of_rest)
+        if not checked(loaded().handle.rse_mask_backward(pointers.of_record(record), torch.get_num_threads())):
             raise RuntimeError("ids changed between forward and backward")
         return moved, of_thresholds, of_rest, None, None, None, None
 
 
 def _matrix(tensor: Tensor) -> Matrix:
-    return Matrix(tensor.data_ptr(), tensor.stride(0))
+    return Matrix(sound(tensor), tensor.stride(0))
 
 
 def masked(

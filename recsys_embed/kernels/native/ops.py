@@ -26,7 +26,7 @@ class Stepper(Protocol):
 
     training: bool
 
-    def before_lookup(self) -> None:
+    def before_compiled_lookup(self) -> None:
         """Refuse a lookup that cannot be trained, or prepare it."""
 
     def step_native(
@@ -57,7 +57,7 @@ def _look_up(
     owner: int,
 ) -> list[Tensor]:
     if owner != NO_OWNER and cast("Stepper", KNOWN[owner]).training:
-        cast("Stepper", KNOWN[owner]).before_lookup()
+        cast("Stepper", KNOWN[owner]).before_compiled_lookup()
     found, given = cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch)
     like = tables[0].detach()
     kept = like.new_empty(found.kept_shape(given))

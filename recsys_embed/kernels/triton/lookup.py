@@ -15,10 +15,12 @@ from torch.autograd.graph import increment_version
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.kernels.pointers import sound
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
@@ -150,7 +152,7 @@ class TritonLookup:
 
     def _addresses_of(self, tables: Sequence[Tensor]) -> Tensor:
         """Addresses of the tables and of the index arrays, on the tables' device."""
-        key = tuple(t.data_ptr() for t in (*tables, *self._index.arrays.held.values()))
+        key = tuple(sound(t) for t in (*tables, *self._index.arrays.held.values()))
         found = self._addresses.get(key)
         if found is None or found.device != tables[0].device:
             self._addresses.clear()
@@ -240,6 +242,29 @@ class TritonLookup:
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)
 
+    def _check(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        optimizer: FusedOptimizer | None = None,
+        states: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
+        """Refuse tensors that are not what they were when the lookup began."""
+        found, device, batch = [], ids.device, ids.shape[0]
+        dtype = gradients[0].dtype if gradients else tables[0].dtype
+        for width, gradient in zip(self.widths, gradients, strict=False):
+            found += pointers.faults(gradient, (dtype,), batch * width, "a gradient", device=device)
+        for (name, (rows, width)), table in zip(self.storages.items(), tables, strict=True):
+            found += pointers.faults(table, (dtype,), rows * width, f"table {name!r}", device=device)
+        kinds = {} if optimizer is None else optimizer.tensors
+        for table, state in zip(tables, states, strict=False):
+            for name, kind in kinds.items():
+                count, number = table.shape[0], torch.int32 if kind == "step" else torch.float32
+                count *= table.shape[1] if kind == "element" else 1
+                found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=device)
+        pointers.check(found)
+
     def update(
         self,
         ids: Tensor,
@@ -263,6 +288,7 @@ class TritonLookup:
         self.raise_faults(ids.device)
         if ids.shape[0] == 0:
             return
+        self._check(ids, tables, gradients, optimizer, states)
         all_sorted = torch.are_deterministic_algorithms_enabled()
         with on_device(ids):
             source = self._source(ids, gradients, kept)
@@ -302,6 +328,7 @@ class TritonLookup:
             wanted: of which storages; None for the others.
         """
         self.raise_faults(ids.device)
+        self._check(ids, tables, gradients)
         with on_device(ids):
             source = self._source(ids, gradients, kept) if ids.shape[0] else None
         out: list[Tensor | None] = []

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError, MissingDependencyError
 from recsys_embed.kernels.derivatives import have_tangents, transformed
+from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.optim import FusedOptimizer, rule_name
 from recsys_embed.utils.optional import require
 
@@ -74,4 +75,4 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
             return False
     if torch._C._len_torch_dispatch_stack() or transformed() or have_tangents((ids, *tables)):
         return False
-    return interpreted() or (_compiles_for(device) and all(t.data_ptr() % 16 == 0 for t in tables))
+    return interpreted() or (_compiles_for(device) and all(memory_of(t) % 16 == 0 for t in tables))
