@@ -277,13 +277,30 @@ def test_steps_in_backward_refuse_what_they_cannot_do(loop: Callable[[Model], No
         loop(Model(rse.Adagrad(lr=0.1), backend=backend))
 
 
-def test_accumulation_beside_an_optimizer_that_knows_no_table_is_told() -> None:
+@pytest.mark.parametrize("zero", [None, True, False])
+def test_accumulation_beside_an_optimizer_that_knows_no_table_is_refused(zero: bool | None) -> None:
     model = Model(rse.Adagrad(lr=0.1))
     optimizer = dense(model)
-    loss_of(model, slice(8)).backward()
-    optimizer.step()
+    for _ in range(2):  # one backward per step is none
+        loss_of(model, slice(8)).backward()
+        optimizer.step()
+        if zero is not None:
+            optimizer.zero_grad(set_to_none=zero)
     for k in (1, 2):
         loss_of(model, slice(8 * k, 8 * k + 8)).backward()
+    with pytest.raises(ConfigError, match="2 backwards of a collection came before one step of SGD"):
+        optimizer.step()
+
+
+def test_steps_of_another_models_optimizer_are_told() -> None:
+    model, other = Model(rse.Adagrad(lr=0.1)), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(2):
+        other(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    for k in (1, 2):
+        loss_of(model, slice(8 * k, 8 * k + 8)).backward()
+        other(torch.ones(1, 2)).sum().backward()
     with pytest.warns(UserWarning, match="2 backwards of a collection came before one step of SGD"):
         optimizer.step()
 

@@ -58,6 +58,9 @@ class BackwardSteps:
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
         self.backwards = 0
+        # Gradients that optimizers held when the last lookup began; those to which its backward has added.
+        self._held: dict[int, tuple[int, int]] = {}
+        self._accumulating: set[int] = set()
 
     def begin(self, deferred: bool) -> LookupRecord:
         """A lookup begins.
@@ -70,6 +73,8 @@ class BackwardSteps:
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
                 f"one of several lookups) would read the new rows; {_WAY_OUT}"
             )
+        if self.backwards:
+            self._held = _held_gradients()
         thread = threading.get_ident()
         record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
         self._open.add(record)
@@ -134,6 +139,18 @@ class BackwardSteps:
         self._taken[thread] = self._taken.get(thread, 0) + 1
         self._stepped_in = torch._C._current_graph_task_id()
         self.backwards += 1
+        if self._held:
+            now = _held_gradients()
+            self._accumulating.update(
+                k for k, was in self._held.items() if k in now and was[0] == now[k][0] and was < now[k]
+            )
+            self._held = {}
+
+    def take(self) -> tuple[int, set[int]]:
+        """Backwards since this was last asked, and optimizers whose gradients several of them were added to."""
+        found = self.backwards, self._accumulating
+        self.backwards, self._accumulating, self._held = 0, set(), {}
+        return found
 
 
 class Schedules:
@@ -199,7 +216,7 @@ class WatchedTables(Protocol):
 
     told: bool
 
-    def take_backwards(self) -> int: ...
+    def take_backwards(self) -> tuple[int, set[int]]: ...
     def met(self, optimizer: Optimizer) -> None: ...
     def are_left_to(self, optimizer: Optimizer) -> bool: ...
     def parameters(self) -> Iterator[Parameter]: ...
@@ -233,6 +250,17 @@ def _scaled(optimizer: Optimizer) -> bool:
     return known[1]
 
 
+def _held_gradients() -> dict[int, tuple[int, int]]:
+    """A gradient of each known optimizer, and how often it has been written in place."""
+    found: dict[int, tuple[int, int]] = {}
+    for key, (optimizer, _) in list(_KNOWN.items()):
+        groups = getattr(optimizer(), "param_groups", ())
+        grad = next((p.grad for group in groups for p in group["params"] if p.grad is not None), None)
+        if grad is not None:
+            found[key] = id(grad), grad._version
+    return found
+
+
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
     new = id(optimizer) not in _KNOWN
@@ -244,7 +272,7 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
             )
         tables.met(optimizer)
-        backwards = tables.take_backwards()
+        backwards, accumulating = tables.take_backwards()
         if not backwards:
             continue
         if scaled:
@@ -254,7 +282,9 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if backwards == 1:
             continue
         held = {id(p) for p in tables.parameters()}
-        related = any(id(p) in held for group in optimizer.param_groups for p in group["params"])
+        related = id(optimizer) in accumulating or any(
+            id(p) in held for group in optimizer.param_groups for p in group["params"]
+        )
         message = (
             f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its "
             f"tables, which step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"

@@ -145,10 +145,9 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> int:
-        """Backwards that stepped the optimizer since this was last asked."""
-        count, self._backward_steps.backwards = self._backward_steps.backwards, 0
-        return count
+    def take_backwards(self) -> tuple[int, set[int]]:
+        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
+        return self._backward_steps.take()
 
     def met(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
