@@ -325,6 +325,7 @@ def test_steps_in_backward_follow_the_schedule_of_an_optimizer_that_was_given_th
         scheduler.step()
     wanted = weights(by_hand)
     assert all(torch.equal(p, wanted[k]) for k, p in weights(model).items())
+    assert copy.deepcopy(model).tables._rate == pickle.loads(pickle.dumps(model)).tables._rate == 0.5
     # A rate that is set is the rate.
     model.tables.lr = 0.25
     assert model.tables._rate == 0.25

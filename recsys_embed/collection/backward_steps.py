@@ -61,6 +61,8 @@ class BackwardSteps:
         # Gradients that optimizers held when the last lookup began; those to which its backward has added.
         self._held: dict[int, tuple[int, int]] = {}
         self._accumulating: set[int] = set()
+        # Whether several backwards came before a step; closures run them inside of the step.
+        self._suspected = False
 
     def begin(self, deferred: bool) -> LookupRecord:
         """A lookup begins.
@@ -73,7 +75,7 @@ class BackwardSteps:
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
                 f"one of several lookups) would read the new rows; {_WAY_OUT}"
             )
-        if self.backwards:
+        if self.backwards or self._suspected:
             self._held = _held_gradients()
         thread = threading.get_ident()
         record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
@@ -149,6 +151,7 @@ class BackwardSteps:
     def take(self) -> tuple[int, set[int]]:
         """Backwards since this was last asked, and optimizers whose gradients several of them were added to."""
         found = self.backwards, self._accumulating
+        self._suspected = self._suspected or self.backwards > 1
         self.backwards, self._accumulating, self._held = 0, set(), {}
         return found
 

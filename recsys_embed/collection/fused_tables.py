@@ -65,7 +65,7 @@ class FusedTables(TablesWithState):
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "_compiled_at", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
