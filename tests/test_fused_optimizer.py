@@ -309,15 +309,58 @@ def test_steps_in_backward_refuse_what_they_cannot_do(loop: Callable[[Model], No
         loop(Model(rse.Adagrad(lr=0.1), backend=backend))
 
 
-def test_accumulation_beside_an_optimizer_that_knows_no_table_is_told() -> None:
+@pytest.mark.parametrize("zero", [None, True, False])
+def test_accumulation_beside_an_optimizer_that_knows_no_table_is_refused(zero: bool | None) -> None:
     model = Model(rse.Adagrad(lr=0.1))
     optimizer = dense(model)
-    loss_of(model, slice(8)).backward()
-    optimizer.step()
+    for _ in range(2):  # one backward per step is none
+        loss_of(model, slice(8)).backward()
+        optimizer.step()
+        if zero is not None:
+            optimizer.zero_grad(set_to_none=zero)
     for k in (1, 2):
         loss_of(model, slice(8 * k, 8 * k + 8)).backward()
+    with pytest.raises(ConfigError, match="2 backwards of a collection came before one step of SGD"):
+        optimizer.step()
+
+
+def test_steps_of_another_models_optimizer_are_told() -> None:
+    model, other = Model(rse.Adagrad(lr=0.1)), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(2):
+        other(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    for k in (1, 2):
+        loss_of(model, slice(8 * k, 8 * k + 8)).backward()
+        other(torch.ones(1, 2)).sum().backward()
     with pytest.warns(UserWarning, match="2 backwards of a collection came before one step of SGD"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("found", ["before", "after its first step"])
+def test_steps_in_backward_follow_the_schedule_of_an_optimizer_that_was_given_the_tables(found: str) -> None:
+    model, by_hand = Model(rse.SGD(lr=0.5)), Model(rse.SGD(lr=0.5))
+    if found != "before":
+        for m in (model, by_hand):
+            loss_of(m, slice(8)).backward()
+            dense(m).step()
+    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), dense(by_hand)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for i in range(4):
+        # An optimizer made later is known from its first step on, where the rate is the first.
+        by_hand.tables.lr = 0.5 * 0.5**i
+        other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+        for m, o in ((model, optimizer), (by_hand, other)):
+            o.zero_grad()
+            loss_of(m, slice(8 * i, 8 * i + 8)).backward()
+            o.step()
+        scheduler.step()
+    wanted = weights(by_hand)
+    assert all(torch.equal(p, wanted[k]) for k, p in weights(model).items())
+    assert copy.deepcopy(model).tables._rate == pickle.loads(pickle.dumps(model)).tables._rate == 0.5
+    # A rate that is set is the rate.
+    model.tables.lr = 0.25
+    assert model.tables._rate == 0.25
 
 
 def test_not_a_number_changes_nothing_where_told() -> None:

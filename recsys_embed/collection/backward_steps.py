@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Protocol
@@ -58,6 +59,11 @@ class BackwardSteps:
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
         self.backwards = 0
+        # Gradients that optimizers held when the last lookup began; those to which its backward has added.
+        self._held: dict[int, tuple[int, int]] = {}
+        self._accumulating: set[int] = set()
+        # Whether several backwards came before a step; closures run them inside of the step.
+        self._suspected = False
 
     def begin(self, deferred: bool) -> LookupRecord:
         """A lookup begins.
@@ -70,6 +76,8 @@ class BackwardSteps:
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
                 f"one of several lookups) would read the new rows; {_WAY_OUT}"
             )
+        if self.backwards or self._suspected:
+            self._held = _held_gradients()
         thread = threading.get_ident()
         record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
         self._open.add(record)
@@ -134,6 +142,60 @@ class BackwardSteps:
         self._taken[thread] = self._taken.get(thread, 0) + 1
         self._stepped_in = torch._C._current_graph_task_id()
         self.backwards += 1
+        if self._held:
+            now = _held_gradients()
+            self._accumulating.update(
+                k for k, was in self._held.items() if k in now and was[0] == now[k][0] and was < now[k]
+            )
+            self._held = {}
+
+    def take(self) -> tuple[int, set[int]]:
+        """Backwards since this was last asked, and optimizers whose gradients several of them were added to."""
+        found = self.backwards, self._accumulating
+        self._suspected = self._suspected or self.backwards > 1
+        self.backwards, self._accumulating, self._held = 0, set(), {}
+        return found
+
+
+class Schedules:
+    """Param groups of torch's optimizers that were given tables which step in backward: their schedules are followed.
+
+    Args:
+        tables: of one module.
+    """
+
+    def __init__(self, tables: Sequence[Parameter | None]) -> None:
+        self._first = next((p for p in tables if p is not None), None)
+        self._references = sys.getrefcount(self._first)
+        self._groups: list[tuple[ref[Optimizer], Mapping[str, float], float]] = []
+
+    def look(self) -> None:
+        """Find optimizers that have not stepped yet, if something else than the module holds its first table."""
+        references = sys.getrefcount(self._first)
+        if references > self._references:
+            for held in gc.get_objects():
+                if issubclass(type(held), Optimizer):
+                    self.meet(held)
+        self._references = max(self._references, references)
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Follow an optimizer from now on, if it was given the tables."""
+        if any(known() is optimizer for known, _, _ in self._groups):
+            return
+        for group in optimizer.param_groups:
+            if any(p is self._first for p in group["params"]):
+                # Cyclic schedules name their peak; others begin there.
+                first = group.get("max_lr", group.get("initial_lr", group["lr"]))
+                self._groups.append((ref(optimizer), group, float(first)))
+
+    def factor(self) -> float:
+        """The part of their first rate that the last of these optimizers has now."""
+        self._groups = [known for known in self._groups if known[0]() is not None]
+        if not self._groups:
+            return 1.0
+        _, group, first = self._groups[-1]
+        now = float(group["lr"])
+        return now / first if first else float(now > 0)
 
 
 def refuse_parts(table: Tensor) -> None:
@@ -175,7 +237,8 @@ class WatchedTables(Protocol):
 
     told: bool
 
-    def take_backwards(self) -> int: ...
+    def take_backwards(self) -> tuple[int, set[int]]: ...
+    def met(self, optimizer: Optimizer) -> None: ...
     def are_left_to(self, optimizer: Optimizer) -> bool: ...
     def parameters(self) -> Iterator[Parameter]: ...
 
@@ -208,6 +271,17 @@ def _scaled(optimizer: Optimizer) -> bool:
     return known[1]
 
 
+def _held_gradients() -> dict[int, tuple[int, int]]:
+    """A gradient of each known optimizer, and how often it has been written in place."""
+    found: dict[int, tuple[int, int]] = {}
+    for key, (optimizer, _) in list(_KNOWN.items()):
+        groups = getattr(optimizer(), "param_groups", ())
+        grad = next((p.grad for group in groups for p in group["params"] if p.grad is not None), None)
+        if grad is not None:
+            found[key] = id(grad), grad._version
+    return found
+
+
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
     new = id(optimizer) not in _KNOWN
@@ -218,7 +292,8 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
                 "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
             )
-        backwards = tables.take_backwards()
+        tables.met(optimizer)
+        backwards, accumulating = tables.take_backwards()
         if not backwards:
             continue
         if scaled:
@@ -228,7 +303,9 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if backwards == 1:
             continue
         held = {id(p) for p in tables.parameters()}
-        related = any(id(p) in held for group in optimizer.param_groups for p in group["params"])
+        related = id(optimizer) in accumulating or any(
+            id(p) in held for group in optimizer.param_groups for p in group["params"]
+        )
         message = (
             f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its "
             f"tables, which step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"

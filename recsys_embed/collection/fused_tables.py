@@ -11,7 +11,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, refuse_parts, refuse_replicas, watch
+from recsys_embed.collection.backward_steps import (
+    BackwardSteps,
+    LookupRecord,
+    Schedules,
+    refuse_parts,
+    refuse_replicas,
+    watch,
+)
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
@@ -60,12 +67,13 @@ class FusedTables(TablesWithState):
         self._backward_steps = BackwardSteps(self._apply_collected)
         self._replicas: Replicas | None = None
         self._stepper: Callable[[], object] = _nobody
+        self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "_compiled_at", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
@@ -127,6 +135,9 @@ class FusedTables(TablesWithState):
         if not self._in_backward or torch.compiler.is_compiling():
             return None
         watch(self)
+        if not self._looked:
+            self._looked = True
+            self._schedules.look()
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -142,10 +153,19 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> int:
-        """Backwards that stepped the optimizer since this was last asked."""
-        count, self._backward_steps.backwards = self._backward_steps.backwards, 0
-        return count
+    def take_backwards(self) -> tuple[int, set[int]]:
+        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
+        return self._backward_steps.take()
+
+    def met(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
+        if self._in_backward:
+            self._schedules.meet(optimizer)
+
+    @property
+    def _rate(self) -> float:
+        """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
+        return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
 
     def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
@@ -185,7 +205,7 @@ class FusedTables(TablesWithState):
             return
         with self._lock:
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
-            log.advance(self.optimizer, self._lr)
+            log.advance(self.optimizer, self._rate)
             apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
 
     @torch.no_grad()
@@ -227,7 +247,7 @@ class FusedTables(TablesWithState):
         if rule is None or weight is None:
             return
         log = self._step_logs[storage]
-        log.advance(rule, self._lr)
+        log.advance(rule, self._rate)
         rows, values = rows_of(gradient)
         native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
         if native_rows and native.knows(rule):
@@ -289,7 +309,7 @@ class FusedTables(TablesWithState):
             return
         with self._lock:
             for name in trained:
-                self._step_logs[name].advance(self.optimizer, self._lr)
+                self._step_logs[name].advance(self.optimizer, self._rate)
             frozen = [i for i, name in enumerate(self.storages) if name not in trained]
             logs, by_storage = self._all_step_logs, self._by_storage(states)
             with self._step_or_none(trained):

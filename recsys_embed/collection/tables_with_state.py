@@ -112,6 +112,8 @@ class TablesWithState(nn.Module):
         # Whether backward steps the optimizer, rather than leave that to a torch optimizer; and whether weights were
         # loaded whose state is in another dict.
         self._in_backward, self._expects_state = True, False
+        # Whether the user sets `lr`, so that it follows nothing else.
+        self._sets_lr = False
         if optimizer is not None and optimizer.lazy:
             listed = _UpToDate(self._parameters)
             listed.owner = self
@@ -319,7 +321,11 @@ class TablesWithState(nn.Module):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the fused optimizer; set it to follow a schedule."""
+        """Learning rate of the fused optimizer; set it to follow a schedule.
+
+        Until it is set, tables that step in backward follow the schedule of a torch optimizer that was given them: they
+        scale it by the part of its first rate that the optimizer has now.
+        """
         return self._lr
 
     @lr.setter
@@ -330,7 +336,7 @@ class TablesWithState(nn.Module):
             raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
         if not self._in_backward:
             raise ConfigError("an optimizer of torch steps this collection: set `lr` in its param_groups")
-        self._lr = float(value)
+        self._lr, self._sets_lr = float(value), True
 
     @property
     def _rule(self) -> str:

@@ -41,8 +41,9 @@ def compress_(
     ``nn.Embedding``, ``nn.EmbeddingBag`` and the tables inside TorchRec's collections become drop-ins that are called
     the same way, on the same device, in the same dtype, with the same hooks, attributes, ``requires_grad`` and mode.
     Their ``weight`` still reads as one row per id, computed at every access. Everything is checked and built
-    before the model changes, so an error leaves the model as it was. Features of the plan that name a
-    shared table store it once. The padding id of a table gives zeros.
+    before the model changes, so an error leaves the model as it was. What else the model holds tables by (lists,
+    closures, ``functools.partial``, hooks, plain objects) follows, or is refused by name. Features of the plan
+    that name a shared table store it once. The padding id of a table gives zeros.
 
     Args:
         model: any module that holds the tables; not a table itself.

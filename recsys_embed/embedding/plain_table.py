@@ -210,7 +210,9 @@ def _read(table: PlainTable, ids: Any) -> Tensor | None:
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     name = getattr(func, "__name__", "")
     written = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    if (written and args and isinstance(args[0], PlainView)) or isinstance(kwargs.get("out"), PlainView):
+    # The functions of torch.nn.init come with arguments by name.
+    target = args[0] if args else kwargs.get("tensor")
+    if (written and isinstance(target, PlainView)) or isinstance(kwargs.get("out"), PlainView):
         raise ConfigError(
             f"`weight` of a compressed embedding is computed from smaller tables, so `{name}` on it would change "
             "nothing; freeze or hook the module or its parameters(), set its tables with fit_(weight), or turn it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,7 +46,15 @@ class TiedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Scores ``[..., num_embeddings]`` of vectors ``[..., embedding_dim]``."""
-        return F.linear(input, self.weight, self._parameters.get("bias"))
+        weight = self.weight
+        if weight.is_meta and not input.is_meta:
+            weight = self._offloaded(input)
+        return F.linear(input, weight, self._parameters.get("bias"))
+
+    def _offloaded(self, input: Tensor) -> Tensor:
+        """All rows of a table without memory, which hooks of the drop-in bring back while it is called."""
+        ids = torch.arange(self.table.num_embeddings, device=input.device)
+        return self.table(ids if self.table.mode is None else ids.unsqueeze(1))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -379,6 +379,7 @@ class _Loader:
         replaced: dict[int, nn.Module] = {id(layer): new for layer, new in scoring.items()}
         parameters: dict[int, list[nn.Parameter]] = {}
         names: dict[int, str] = dict.fromkeys(replaced, "output layer")
+        interchangeable: set[int] = set()
         for i, item in enumerate(self.manifest.modules):
             for path in item.paths:
                 old = here[path]
@@ -389,9 +390,12 @@ class _Loader:
                     fresh = [v for v in self.tables[path].values() if isinstance(v, nn.Parameter)]
                 for at, parameter in enumerate(old.parameters()):
                     parameters[id(parameter)] = fresh if at == 0 else []
+                    if i not in modules and [p.shape for p in fresh] == [parameter.shape]:
+                        interchangeable.add(id(parameter))
                     names[id(parameter)] = path
                 names[id(old)] = path
         exchange = _ServedExchange(replaced, parameters, names)
+        exchange.interchangeable = interchangeable
         changes = exchange.in_containers(model)
         raise_faults(exchange.faults, f"load of {self.file.path}", CheckpointError)
         return changes

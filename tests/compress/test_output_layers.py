@@ -95,6 +95,24 @@ def test_optimizers_step_the_table_once_and_get_no_other_parameter() -> None:
     assert len(list(model.parameters())) == len(optimizer.param_groups[0]["params"]) == 5
 
 
+def test_rows_that_are_elsewhere_between_calls_are_fetched_by_the_tables_hooks() -> None:
+    model = compressed("lowdim")
+    wanted, values = model(IDS), {name: p.detach().clone() for name, p in model.item.named_parameters()}
+
+    def fetch(module: nn.Module, inputs: Any) -> None:
+        for name, value in values.items():
+            module._parameters[name] = nn.Parameter(value)
+
+    def drop(module: nn.Module, inputs: Any, output: Any) -> None:
+        for name, value in values.items():
+            module._parameters[name] = nn.Parameter(value.to("meta"))
+
+    model.item.register_forward_pre_hook(fetch)
+    model.item.register_forward_hook(drop)
+    assert torch.equal(model(IDS), wanted)
+    assert model.item.table("weight").is_meta
+
+
 def test_hooks_and_attributes_stay_and_the_weight_cannot_be_set() -> None:
     model = NextItem()
     calls: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import nullcontext
 from typing import Any
 
@@ -254,3 +255,21 @@ def sharded(group: Any, rank: int, world: int, kind: str, rule: str = "adagrad")
     coll.catch_up_()
     moved = float((plain.width4 - start).detach().abs().max())
     return {"apart": apart(coll, group), "one": difference(coll, plain), "moved": moved}
+
+
+def copies(group: Any, rank: int, world: int) -> dict[str, float]:
+    """Averages and pickles of a model with replicas know nothing of them, and are trained alone."""
+    model = Net(rse.SGD(lr=0.1))
+    step = fused_optimizer(model)
+    replica = DistributedDataParallel(model, process_group=group)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    x, y = batch(rank)
+    F.mse_loss(replica(x), y).backward()
+    step.step()
+    averaged.update_parameters(model)
+    again = pickle.loads(pickle.dumps(model))
+    same = difference(averaged.module, model) + difference(again, model)
+    if rank == 0:  # would wait for ever if it were a replica
+        F.mse_loss(again(x), y).backward()
+    grad = again.tables.width4.grad
+    return {"same": same, "apart": apart(model, group), "left": 0.0 if grad is None else float(grad.abs().sum())}

@@ -79,3 +79,11 @@ WAYS_OUT = {
 def test_tables_that_nobody_would_exchange_are_refused(workers: Workers, kind: str) -> None:
     for message in workers.run("refused", module=CASES, kind=kind):
         assert WAYS_OUT[kind] in message
+
+
+def test_copies_of_a_model_are_no_replicas(workers: Workers) -> None:
+    first, second = workers.run("copies", module=CASES)
+    assert first["same"] == second["same"] == 0.0
+    assert first["apart"] == second["apart"] == 0.0
+    assert first["left"] > 0.0
+    assert second["left"] == 0.0

@@ -14,6 +14,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
+from recsys_embed.errors import ConfigError
 from tests.integrations.lit import Lit, trainer
 from tests.integrations.models import RULES, apart, check_equal, loader, values
 
@@ -107,10 +108,11 @@ def test_two_processes(rule: str, accumulate: int) -> None:
     check_equal(*found)
 
 
-def test_steps_in_backward_are_refused_where_they_would_be_wrong() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_accumulation_is_refused_where_tables_step_in_backward(whole: bool) -> None:
     class Inside(Lit):
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.1)
+            return torch.optim.SGD(self.parameters() if whole else self.net.head.parameters(), 0.1)
 
-    with pytest.raises(Exception, match="fused_optimizer"):
+    with pytest.raises(ConfigError, match="fused_optimizer"):
         trainer(accumulate_grad_batches=2).fit(Inside("adagrad", True), loader())

@@ -15,7 +15,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.embedding import compressed_embedding as embedding
-from recsys_embed.errors import IdRangeError
+from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 from tests.kernels import cases
@@ -372,3 +372,44 @@ def test_drop_ins_run_them_too(method: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert (ours._triton._made is None) == (method.name == "full")
     assert oracle._triton._made is None
     torch.testing.assert_close(copy.deepcopy(ours)(ids), got)
+
+
+@METHODS
+def test_second_derivatives(method: Any) -> None:
+    """Those of a gradient penalty, by torch's operations; a loss without curvature would not tell what is missing."""
+    schema = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 90, 8)])
+    ours, oracle = pair(schema, plan_of(method, schema), None)
+    found = []
+    for coll in (ours, oracle):
+        tables = list(coll.parameters())
+        loss = (coll(ids_of(schema, 20)) ** 3).sum()
+        first = torch.autograd.grad(loss, tables, create_graph=True)
+        penalty = torch.stack([(g**2).sum() for g in first]).sum()
+        found.append(torch.autograd.grad(penalty, tables, allow_unused=True))
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("change", ["half", "columns", "strides", "meta", "state"])
+@pytest.mark.parametrize("rule", [None, rse.RowwiseAdagrad(lr=0.1)], ids=["gradients", "step"])
+def test_what_was_replaced_since_the_lookup_is_refused(rule: FusedOptimizer | None, change: str) -> None:
+    schema = Schema([FeatureSpec("C1", 60, 8)])
+    coll = EmbeddingCollection(schema, None, rule, backend="triton", device=DEVICE)
+    out, (table,) = coll(ids_of(schema, 20)), coll.parameters()
+    if rule is None and change in ("state", "meta"):
+        pytest.skip("there is no state; and what is moved to meta is another parameter")
+    if change == "state":
+        coll.width8_sum = coll.width8_sum[:3].clone()
+    elif change == "half":
+        table.data = table.data.half()
+    elif change == "columns":
+        table.data = table.data[:, :3].contiguous()
+    elif change == "strides":
+        table.data = table.data.t().contiguous().t()
+    else:
+        coll.to("meta")
+    with pytest.raises((ConfigError, RuntimeError)):
+        out.sum().backward()
+    assert table.grad is None

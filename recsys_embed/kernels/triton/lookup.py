@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
@@ -241,6 +242,29 @@ class TritonLookup:
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)
 
+    def _check(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        optimizer: FusedOptimizer | None = None,
+        states: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
+        """Refuse tensors that are not what they were when the lookup began."""
+        found, device, batch = [], ids.device, ids.shape[0]
+        dtype = gradients[0].dtype if gradients else tables[0].dtype
+        for width, gradient in zip(self.widths, gradients, strict=False):
+            found += pointers.faults(gradient, (dtype,), batch * width, "a gradient", device=device)
+        for (name, (rows, width)), table in zip(self.storages.items(), tables, strict=True):
+            found += pointers.faults(table, (dtype,), rows * width, f"table {name!r}", device=device)
+        kinds = {} if optimizer is None else optimizer.tensors
+        for table, state in zip(tables, states, strict=False):
+            for name, kind in kinds.items():
+                count, number = table.shape[0], torch.int32 if kind == "step" else torch.float32
+                count *= table.shape[1] if kind == "element" else 1
+                found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=device)
+        pointers.check(found)
+
     def update(
         self,
         ids: Tensor,
@@ -264,6 +288,7 @@ class TritonLookup:
         self.raise_faults(ids.device)
         if ids.shape[0] == 0:
             return
+        self._check(ids, tables, gradients, optimizer, states)
         all_sorted = torch.are_deterministic_algorithms_enabled()
         with on_device(ids):
             source = self._source(ids, gradients, kept)
@@ -303,6 +328,7 @@ class TritonLookup:
             wanted: of which storages; None for the others.
         """
         self.raise_faults(ids.device)
+        self._check(ids, tables, gradients)
         with on_device(ids):
             source = self._source(ids, gradients, kept) if ids.shape[0] else None
         out: list[Tensor | None] = []
