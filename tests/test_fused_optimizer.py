@@ -565,6 +565,24 @@ def test_rows_outside_the_batch_keep_still_whatever_the_gradient_went_through(ch
     assert int((weights(model)["tables.width8"] != before).any(1).sum()) <= 6
 
 
+@pytest.mark.parametrize("at_step", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_models_and_steps(backend: str, at_step: bool) -> None:
+    """A compiled step is the same step."""
+    torch._dynamo.reset()
+    pair = [Model(rse.Adam(lr=0.1), backend=backend) for _ in range(2)]
+    optimizers = [fused_optimizer(m, dense(m)) if at_step else dense(m) for m in pair]
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager") if at_step else optimizers[0].step
+    compiled = torch.compile(pair[0], backend="aot_eager")
+    for i in range(2):
+        for call, optimizer in ((compiled, optimizers[0]), (pair[1], optimizers[1])):
+            optimizer.zero_grad()
+            F.mse_loss(call(IDS[8 * i : 8 * i + 8]), LABELS[:8]).backward()
+        step(), optimizers[1].step()
+    for key, found in weights(pair[0]).items():
+        torch.testing.assert_close(found, weights(pair[1])[key])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_are_returned_step_nothing_in_backward(backend: str) -> None:
     model = Model(rse.Adam(lr=0.1), backend=backend)

@@ -282,6 +282,7 @@ def _held_gradients() -> dict[int, tuple[int, int]]:
     return found
 
 
+@torch._disable_dynamo
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
     new = id(optimizer) not in _KNOWN

@@ -213,6 +213,7 @@ class FusedTableOptimizer(Optimizer):
         if self.dense.param_groups[-1] is not self.param_groups[-1 - len(self._fused_groups)]:
             self.param_groups.insert(len(self.param_groups) - len(self._fused_groups), self.dense.param_groups[-1])
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float | None:  # type: ignore[override]
         """One step of the tables and of the dense optimizer by the gradients in ``.grad``.
