@@ -63,6 +63,13 @@ def loss_of(model: nn.Module, at: slice) -> Tensor:
 Loop = Callable[[Model, torch.optim.Optimizer], None]
 
 
+def one_step(model: Model, optimizer: torch.optim.Optimizer, number: int) -> None:
+    optimizer.zero_grad()
+    rows = slice(16 * number, 16 * number + 16)
+    F.mse_loss(model(IDS[rows]), LABELS[rows].to(model.head.weight.dtype)).backward()
+    optimizer.step()
+
+
 def plain(model: Model, optimizer: torch.optim.Optimizer) -> None:
     for i in range(5):
         optimizer.zero_grad()
@@ -144,7 +151,32 @@ def by_hand(model: Model, optimizer: torch.optim.Optimizer) -> None:
     handle.remove()
 
 
-LOOPS: list[Loop] = [plain, accumulation, clipping, two_towers, freezing, schedule, recomputed, scaled, by_hand]
+def overwritten(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """One array of ids, which a loader fills for each batch and which torch does not see change."""
+    array = IDS[:8].numpy().copy()
+    for i in range(3):
+        optimizer.zero_grad()
+        for k in range(2):
+            array[:] = IDS[16 * i + 8 * k : 16 * i + 8 * k + 8].numpy()
+            model(torch.from_numpy(array)).square().sum().backward()
+        array[:] = 0
+        optimizer.step()
+
+
+def nothing_read(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Steps and norms without a batch, and with an empty one."""
+    for i in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        model.tables(IDS[:0]).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=(2.0, float("inf"))[i % 2])
+        optimizer.step()
+        one_step(model, optimizer, i)
+
+
+LOOPS: list[Loop] = [
+    plain, accumulation, clipping, two_towers, freezing, schedule, recomputed, scaled, by_hand, overwritten,
+    nothing_read,
+]  # fmt: skip
 
 
 class Both(torch.optim.Optimizer):
@@ -325,6 +357,7 @@ def test_steps_in_backward_follow_the_schedule_of_an_optimizer_that_was_given_th
         scheduler.step()
     wanted = weights(by_hand)
     assert all(torch.equal(p, wanted[k]) for k, p in weights(model).items())
+    assert copy.deepcopy(model).tables._rate == pickle.loads(pickle.dumps(model)).tables._rate == 0.5
     # A rate that is set is the rate.
     model.tables.lr = 0.25
     assert model.tables._rate == 0.25
@@ -453,13 +486,96 @@ def test_what_the_optimizer_refuses() -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="native kernels")
-def test_ids_that_a_loader_overwrites_before_step_are_refused() -> None:
+def test_gradients_of_vectors_that_are_changed_before_step_are_refused() -> None:
     model = Model(rse.SGD(lr=0.1), backend="native")
-    optimizer, ids = fused_optimizer(model, dense(model)), IDS.clone()
-    model(ids).sum().backward()
-    ids.zero_()
-    with pytest.raises(ConfigError, match="changed in place between its backward and step"):
+    optimizer, given = fused_optimizer(model, dense(model)), torch.ones(96, 3, 8)
+    model.tables(IDS).backward(given)
+    given.zero_()
+    before = weights(model)
+    with pytest.raises(ConfigError, match="changed in place between backward and step"):
         optimizer.step()
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+
+
+def test_optimizers_are_copied_and_pickled_with_their_model() -> None:
+    model = Model(PAIRS["adam"][0])
+    optimizer = fused_optimizer(model, torch.optim.Adam(model.parameters(), 0.1))
+    one_step(model, optimizer, 0)
+    optimizer.param_groups[-1]["lr"] = 0.03
+    pairs = [(model, optimizer), copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for own, its in pairs:
+        assert its.param_groups[0] is its.dense.param_groups[0]
+        one_step(own, its, 1)
+    for own, _ in pairs[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(weights(model).values(), weights(own).values(), strict=True))
+
+
+def test_param_groups_hold_the_parameters_that_are_assigned_or_moved() -> None:
+    model = Model(rse.Adam(lr=0.1))
+    optimizer = fused_optimizer(model, dense(model))
+    one_step(model, optimizer, 0)
+    model.tables.load_state_dict(copy.deepcopy(model.tables.state_dict()), assign=True)
+    assert optimizer.param_groups[-1]["params"] == [model.tables.width8]
+    one_step(model, optimizer, 1)
+    assert model.tables.width8.grad is not None
+    model.double()  # with a gradient that nothing has read
+    assert model.tables.width8.grad.dtype is torch.float64
+    optimizer.zero_grad()
+    assert model.tables.width8.grad is None
+    one_step(model, optimizer, 2)
+
+
+def test_state_is_that_of_the_tables() -> None:
+    model = Model(rse.Adam(lr=0.1))
+    optimizer = fused_optimizer(model, dense(model))
+    one_step(model, optimizer, 0)
+    held = optimizer.state[model.tables.width8]
+    assert held["step"] == 1
+    assert held["exp_avg"].abs().sum() > 0
+    with pytest.raises(ConfigError, match="change it by load_state_dict"):
+        optimizer.state = {model.tables.width8: {}}
+    optimizer.state = {}
+    assert optimizer.state[model.tables.width8]["step"] == 0
+    assert not held["exp_avg"].any()
+
+
+def test_optimizers_that_cannot_be_part_are_refused_before_anything_changes() -> None:
+    model = Model(rse.SGD(lr=0.1))
+    with pytest.raises(ConfigError, match="LBFGS evaluates the model several times"):
+        fused_optimizer(model, torch.optim.LBFGS(unfused_parameters(model)))
+    optimizer = fused_optimizer(model, dense(model))
+    with pytest.raises(ConfigError, match="a fused rule steps these tables already"):
+        optimizer.add_param_group({"params": model.tables.parameters()})
+    assert len(optimizer.param_groups) == len(optimizer.dense.param_groups) + 1 == 2
+
+
+@pytest.mark.parametrize("change", ["zeroed", "masked"])
+def test_rows_outside_the_batch_keep_still_whatever_the_gradient_went_through(change: str) -> None:
+    """Torch's ``foreach`` zeroes gradients as a list; a mask of the table's shape makes the gradient dense."""
+    model = Model(rse.Adam(lr=0.1, weight_decay=0.1))
+    optimizer = fused_optimizer(model, torch.optim.SGD(model.parameters(), 0.1, foreach=True))
+    before = weights(model)["tables.width8"]
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model, slice(2)).backward()
+        if change == "masked":
+            model.tables.width8.grad.mul_(torch.ones_like(before))
+        loss_of(model, slice(2)).backward()
+        optimizer.step()
+    assert int((weights(model)["tables.width8"] != before).any(1).sum()) <= 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_returned_step_nothing_in_backward(backend: str) -> None:
+    model = Model(rse.Adam(lr=0.1), backend=backend)
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"torch\.autograd\.grad of a table"):
+        torch.autograd.grad(loss_of(model, slice(8)), model.tables.width8, allow_unused=True)
+    torch.autograd.grad(loss_of(model, slice(8)), model.head.weight)
+    loss_of(model, slice(8)).backward(inputs=[model.head.weight])
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+    loss_of(model, slice(8)).backward(inputs=[model.tables.width8])
+    assert not torch.equal(model.tables.width8, before["tables.width8"])
 
 
 OPERATIONS: dict[str, Callable[[nn.Parameter], Any]] = {

@@ -15,6 +15,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -61,6 +62,8 @@ class BackwardSteps:
         # Gradients that optimizers held when the last lookup began; those to which its backward has added.
         self._held: dict[int, tuple[int, int]] = {}
         self._accumulating: set[int] = set()
+        # Whether several backwards came before a step; closures run them inside of the step.
+        self._suspected = False
 
     def begin(self, deferred: bool) -> LookupRecord:
         """A lookup begins.
@@ -73,7 +76,7 @@ class BackwardSteps:
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
                 f"one of several lookups) would read the new rows; {_WAY_OUT}"
             )
-        if self.backwards:
+        if self.backwards or self._suspected:
             self._held = _held_gradients()
         thread = threading.get_ident()
         record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
@@ -149,6 +152,7 @@ class BackwardSteps:
     def take(self) -> tuple[int, set[int]]:
         """Backwards since this was last asked, and optimizers whose gradients several of them were added to."""
         found = self.backwards, self._accumulating
+        self._suspected = self._suspected or self.backwards > 1
         self.backwards, self._accumulating, self._held = 0, set(), {}
         return found
 
@@ -192,6 +196,23 @@ class Schedules:
         _, group, first = self._groups[-1]
         now = float(group["lr"])
         return now / first if first else float(now > 0)
+
+
+def refuse_parts(table: Tensor) -> None:
+    """Refuse the running backward where it is one that leaves no gradient in a table's ``.grad``.
+
+    Raises:
+        ConfigError: it is ``torch.autograd.grad``, or has ``inputs`` without the table.
+    """
+    try:
+        wanted = torch._C._will_engine_execute_node(get_gradient_edge(table).node)
+    except RuntimeError:  # as torch says that a leaf's gradient is asked for by torch.autograd.grad
+        wanted = False
+    if not wanted:
+        raise ConfigError(
+            "these tables step in backward, and torch.autograd.grad of a table, or backward(inputs=...) with some of "
+            f"the tables, is to give gradients and step nothing; {_WAY_OUT}"
+        )
 
 
 def refuse_replicas() -> None:

@@ -6,11 +6,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.collection.backward_steps import BackwardSteps, LookupRecord, Schedules, refuse_replicas, watch
+from recsys_embed.collection.backward_steps import (
+    BackwardSteps,
+    LookupRecord,
+    Schedules,
+    refuse_parts,
+    refuse_replicas,
+    watch,
+)
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
@@ -65,7 +73,7 @@ class FusedTables(TablesWithState):
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_handle", "_compiled_at", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
@@ -181,6 +189,9 @@ class FusedTables(TablesWithState):
                 "the tables have been replaced between a lookup and its backward (load_state_dict(assign=True), or a "
                 "new Parameter); look up again"
             )
+        for table in tables:
+            if table.requires_grad:
+                refuse_parts(table)
 
     @torch.no_grad()
     def _update(self, storage: str, record: LookupRecord, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
@@ -355,16 +366,42 @@ class FusedTables(TablesWithState):
         """Whether the optimizer is the last one made of these tables."""
         return self._stepper() is optimizer
 
-    @torch.no_grad()
-    def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None:
-        """One step by the gradients in ``.grad``.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for weight in self._weights():
+            if isinstance(weight.grad, RowGradient):
+                # Computed by the tables as they are, then converted with them.
+                _ = weight.grad.rows
+        return super()._apply(fn, recurse)
+
+    def _own_parameters(self) -> None:
+        super()._own_parameters()
+        owner = self.__dict__.get("_stepper", _nobody)()
+        if isinstance(owner, FusedTableOptimizer):
+            owner.adopt_parameters()
+
+    def check_gradients(self, rule: FusedOptimizer) -> None:
+        """Refuse a step before it changes anything.
 
         Raises:
-            ConfigError: the rule needs other state than the one the tables were made with.
+            ConfigError: the rule needs other state than the one the tables were made with, or a gradient can no longer
+                be computed.
         """
+        if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
+            raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
+        for weight in self._weights():
+            if isinstance(weight.grad, RowGradient) and isinstance(weight.grad.source, DeferredGradients):
+                weight.grad.source.check()
+
+    def reset_optimizer_(self) -> None:
+        """The optimizer's state becomes that before the first step."""
+        self.catch_up_()
+        with torch.no_grad():
+            self._reset_steps()
+
+    @torch.no_grad()
+    def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None:
+        """One step by the gradients in ``.grad``."""
         if self.optimizer is not None and rule != self.optimizer:
-            if rule.tensors != self.optimizer.tensors:
-                raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
             # Deferred steps are those of the rule before.
             self.catch_up_()
             self.optimizer = rule

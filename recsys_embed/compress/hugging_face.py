@@ -82,6 +82,8 @@ class CompressedTablesQuantizer(HfQuantizer):
         raise_faults(faults or exchange.faults(), f"from_pretrained of {type(model).__name__}", CheckpointError)
         exchange.run("fresh")
         adapt(model)
+        for module in (m for t in _compressed(model) for m in _drop_ins(t)):
+            vars(module)["_is_hf_initialized"] = True
         paths = {path for t in _compressed(model) for path in t.paths}
         paths.update(path for entry in self.quantization_config.tables for path in entry["paths"])
         markers = {re.escape(f"{path}.weight") + "$" for path in paths}
@@ -92,6 +94,7 @@ class CompressedTablesQuantizer(HfQuantizer):
         for table in _compressed(model):
             for module in _drop_ins(table):
                 revive(module, module._device())
+                vars(module).pop("_is_hf_initialized", None)
                 if module.shared is not None:
                     held = {name: module._parameters.get(name) for name in module.shared.values}
                     module.shared.values.update({name: p for name, p in held.items() if p is not None})

@@ -167,7 +167,11 @@ class ModuleTables(nn.Module):
             if torch.compiler.is_compiling():
                 return self._vectors(torch.arange(ids, device=self._device()))
             like = self._like()
-            return PlainTable(self._vectors, (ids, self.program.width), like.dtype, like.device, learns)
+            table = PlainTable(self._vectors, (ids, self.program.width), like.dtype, like.device, learns)
+            if "_is_hf_initialized" in vars(self):
+                # transformers, loading a model, leaves out what it has been told is initialised.
+                table._is_hf_initialized = True  # type: ignore[attr-defined]
+            return table
         served = self.__dict__.get("_modules", {}).get("served")
         if served is None or "weight" not in served:
             raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")

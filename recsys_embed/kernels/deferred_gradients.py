@@ -39,7 +39,8 @@ class DeferredGradients:
     """The gradients of all tables of one lookup, of which a step by themselves needs no copy.
 
     Args:
-        lookup: what backward was given; ``read`` are tensors whose values must stay as they are.
+        lookup: what backward was given; it has copies of the ids, which a loader may overwrite. ``read`` are tensors
+            whose values must stay as they are.
         wanted: tables that have a gradient.
     """
 
@@ -55,7 +56,7 @@ class DeferredGradients:
 
     def rows_and_values(self, number: int) -> tuple[Tensor, Tensor]:
         if self._found is None:
-            self._check()
+            self.check()
             with torch.no_grad():
                 self._found = list(self._lookup.gradients(self.wanted))
             # Gradients of the outputs are not needed again.
@@ -73,12 +74,13 @@ class DeferredGradients:
 
     def step(self, rule: FusedOptimizer, states: Sequence[Mapping[str, Tensor]], logs: Sequence[StepLog]) -> None:
         """One step of the optimizer, in place; ``logs`` are advanced to it."""
-        self._check()
+        self.check()
         self._lookup.step(rule, states, logs, [i for i, want in enumerate(self.wanted) if not want])
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse gradients that can no longer be computed, with a ConfigError."""
         if self._versions != [0 if t is None else t._version for t in self._lookup.read]:
             raise ConfigError(
-                "the ids of a lookup were changed in place between its backward and step(); give each batch ids of its "
-                "own"
+                "gradients of the looked up vectors were changed in place between backward and step(); give backward "
+                "a copy of them, or change them by hooks"
             )

@@ -34,7 +34,7 @@ def are_batched(grads: Sequence[Tensor]) -> bool:
 def have_tangents(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward mode differentiates one of the tensors."""
     level = forward_ad._current_level
-    if level < 0:
+    if level < 0 or torch.compiler.is_compiling():
         return False
     return any(t is not None and torch._VF._unpack_dual(t, level)[1] is not None for t in tensors)
 

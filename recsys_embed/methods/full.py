@@ -16,6 +16,7 @@ from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.data_parallel import prepare_data_parallel
+from recsys_embed.kernels.derivatives import have_tangents, transformed
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.utils.types import IdValues
@@ -79,6 +80,11 @@ class FullEmbedding(CompressedEmbedding):
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
             # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
             return super().forward(input, offsets, per_sample_weights)
+        if self.mode is not None and self.max_norm is None and not self.scale_grad_by_freq:
+            weight = self.table("weight")
+            if transformed() or have_tangents((weight, per_sample_weights)):
+                # Torch's pooled lookups know neither forward mode nor torch.func.
+                return super().forward(input, offsets, per_sample_weights)
         ids = check_id_dtype(given_ids(input, self.spec, False, self), self.spec.name)
         ids = self._resolve(ids.long() if policy.replaces else ids)
         options: dict[str, Any] = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from weakref import ref
 
@@ -34,8 +35,10 @@ class SteppedTables(Protocol):
 
     def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
+    def check_gradients(self, rule: FusedOptimizer) -> None: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
     def catch_up_(self) -> object: ...
+    def reset_optimizer_(self) -> None: ...
     def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]: ...
 
 
@@ -95,6 +98,11 @@ def fused_optimizer(
     return FusedTableOptimizer(model, dense, process_group)
 
 
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
+
+
 def _settings(rule: FusedOptimizer) -> dict[str, Any]:
     """What a param group may change of a rule."""
     return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "rows"}
@@ -120,14 +128,28 @@ class FusedTableOptimizer(Optimizer):
             raise ConfigError(
                 f"`dense` must be a torch optimizer, e.g. Adam(model.parameters()), or None; got {dense!r:.80}"
             )
-        self._modules = tables
+        if dense is not None and _needs_closure(dense):
+            raise ConfigError(
+                f"{type(dense).__name__} evaluates the model several times in a step, which fused tables cannot; give "
+                "`dense` another optimizer, or leave it out and step it by itself"
+            )
         by_rule: dict[FusedOptimizer, list[str]] = {}
         for path, module in tables.items():
             by_rule.setdefault(cast("FusedOptimizer", module.optimizer), []).append(path)
-        self._rules = list(by_rule)
+        self._begin(model, dense, process_group, list(by_rule.items()))
+
+    def _begin(
+        self,
+        model: nn.Module,
+        dense: Optimizer | None,
+        process_group: ProcessGroup | None,
+        by_rule: Sequence[tuple[FusedOptimizer, list[str]]],
+    ) -> None:
+        self._model, self._modules, self._process_group = model, (tables := fused_tables(model)), process_group
+        self._rules = [rule for rule, _ in by_rule]
         groups = [
             {"params": [p for path in paths for p in _tables_of(tables[path])], **_settings(rule), _OWN: paths}
-            for rule, paths in by_rule.items()
+            for rule, paths in by_rule
         ]
         self._complete = False
         super().__init__(groups, _settings(self._rules[0]))
@@ -144,6 +166,30 @@ class FusedTableOptimizer(Optimizer):
         for module in tables.values():
             module.step_at(ref(self), self._replicas)
 
+    def __getstate__(self) -> JSON:
+        if self._process_group is not None:
+            raise ConfigError(
+                "an optimizer with a process_group cannot be copied or pickled; save its state_dict(), and load it "
+                "into one that fused_optimizer makes"
+            )
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._fused_groups]
+        return {"model": self._model, "dense": self.dense, "rules": self._rules, "groups": groups}
+
+    def __setstate__(self, state: JSON) -> None:
+        if "model" not in state:  # load_state_dict of torch
+            super().__setstate__(state)
+            return
+        groups = state["groups"]
+        by_rule = [(rule, group[_OWN]) for rule, group in zip(state["rules"], groups, strict=True)]
+        self._begin(state["model"], state["dense"], None, by_rule)
+        for own, group in zip(self._fused_groups, groups, strict=True):
+            own.update(group)
+
+    def adopt_parameters(self) -> None:
+        """Tables have new parameters, of ``load_state_dict(assign=True)`` or ``to_empty``; param groups hold those."""
+        for group in self._fused_groups:
+            group["params"] = [p for path in group[_OWN] for p in _tables_of(self._modules[path])]
+
     def add_param_group(self, param_group: JSON) -> None:
         """Add parameters of the dense optimizer.
 
@@ -158,7 +204,12 @@ class FusedTableOptimizer(Optimizer):
                 "add_param_group: this optimizer steps tables with a fused rule alone; make it with "
                 "fused_optimizer(model, dense_optimizer), or add the group to the optimizer of the other parameters"
             )
-        self.dense.add_param_group(param_group)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        fused = {id(p) for group in self._fused_groups for p in group["params"]}
+        if any(id(p[1] if isinstance(p, tuple) else p) in fused for p in params):
+            raise ConfigError("add_param_group: a fused rule steps these tables already; leave them out of the group")
+        self.dense.add_param_group({**param_group, "params": params})
         if self.dense.param_groups[-1] is not self.param_groups[-1 - len(self._fused_groups)]:
             self.param_groups.insert(len(self.param_groups) - len(self._fused_groups), self.dense.param_groups[-1])
 
@@ -176,8 +227,11 @@ class FusedTableOptimizer(Optimizer):
         for path, module in self._modules.items():
             if not module.is_stepped_by(self):
                 raise ConfigError(f"another optimizer has been made of the tables of {path!r} since; call its step()")
-        # Settings of all groups are checked before any table changes.
+        # Settings and gradients of all groups are checked before any table changes.
         todo = [(group, *self._rule_of(i, group)) for i, group in enumerate(self._fused_groups)]
+        for group, rule, _ in todo:
+            for path in group[_OWN]:
+                self._modules[path].check_gradients(rule)
         for group, rule, lr in todo:
             for path in group[_OWN]:
                 self._modules[path].apply_gradients(rule, lr)
@@ -196,9 +250,12 @@ class FusedTableOptimizer(Optimizer):
             rule = self._rules[number] = replace(rule, **now)
         return rule, lr
 
-    def _fill_state(self) -> None:
-        """Point ``state`` at the tensors of the tables and of the dense optimizer."""
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """By parameter, the tensors of the tables and of the dense optimizer themselves; the dict is a new one."""
         state: defaultdict[Tensor, Any] = defaultdict(dict)
+        if not self._complete:
+            return state
         state.update(self.dense.state if self.dense is not None else {})
         for module in self._modules.values():
             module.catch_up_()
@@ -207,11 +264,20 @@ class FusedTableOptimizer(Optimizer):
                 tensors = cast("FusedOptimizer", module.optimizer).tensors
                 state[parameter] = {"step": torch.tensor(float(steps[name]))}
                 state[parameter].update({key: buffers[f"{name}_{key}"] for key in tensors})
-        self.state = state
+        return state
+
+    @state.setter
+    def state(self, value: Mapping[Tensor, Any]) -> None:
+        if value:
+            raise ConfigError("`state` is that of the tables and of the dense optimizer; change it by load_state_dict")
+        if self._complete:  # starts anew
+            for module in self._modules.values():
+                module.reset_optimizer_()
+            if self.dense is not None:
+                self.dense.state.clear()
 
     def state_dict(self) -> JSON:
         """As torch's: each table's tensors ``[rows, width]`` or ``[rows, 1]`` and its steps, and the param groups."""
-        self._fill_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: JSON) -> None:
@@ -221,8 +287,7 @@ class FusedTableOptimizer(Optimizer):
             CheckpointError: the state of a table is missing, or of another shape.
             ValueError: torch's, where the groups hold other numbers of parameters.
         """
-        self._fill_state()
-        groups = self.param_groups
+        groups, own = self.param_groups, {id(p): s for p, s in self.state.items()}
         order = [p for group in groups for p in group["params"]]
         numbers = [n for group in state_dict.get("param_groups", ()) for n in group.get("params", ())]
         given = {id(p): state_dict["state"].get(n, {}) for n, p in zip(numbers, order, strict=False)}
@@ -232,14 +297,13 @@ class FusedTableOptimizer(Optimizer):
                 found = given.get(id(parameter), {})
                 wrong += [
                     f"{name} of {path or 'the collection'} lacks {key!r} of shape {list(have.shape)}"
-                    for key, have in self.state[parameter].items()
+                    for key, have in own[id(parameter)].items()
                     if key not in found or torch.as_tensor(found[key]).shape != have.shape
                 ]
         if len(numbers) == len(order):
             raise_faults(wrong, "an optimizer's state dict that does not fit the tables", CheckpointError)
-        own = {id(p): dict(s) for p, s in self.state.items()}
         super().load_state_dict(state_dict)
-        loaded, self.state = self.state, defaultdict(dict)
+        loaded = self.__dict__.pop("state")
         for old, new in zip(groups, self.param_groups, strict=True):
             old.update({k: v for k, v in new.items() if k not in ("params", _OWN)})
         self.param_groups = groups

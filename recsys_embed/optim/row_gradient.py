@@ -25,13 +25,16 @@ class RowSource(Protocol):
 class _Content:
     """Rows and values of a gradient, shared by its aliases so that a change of one is seen by all.
 
-    They are given, or a source computes them, which is dropped then.
+    They are given, or a source computes them, which is dropped then. ``dense``: all rows are there because a dense
+    gradient was stored; those that are 0 are no rows of the batch.
     """
 
-    __slots__ = ("_rows", "_values", "distinct", "number", "ordered", "source")
+    __slots__ = ("_rows", "_values", "dense", "distinct", "number", "ordered", "source")
 
-    def __init__(self, rows: Tensor | None, values: Tensor | None, distinct: bool, ordered: bool) -> None:
-        self._rows, self._values, self.distinct, self.ordered = rows, values, distinct, ordered
+    def __init__(
+        self, rows: Tensor | None, values: Tensor | None, distinct: bool, ordered: bool, dense: bool = False
+    ) -> None:
+        self._rows, self._values, self.distinct, self.ordered, self.dense = rows, values, distinct, ordered, dense
         self.source: RowSource | None = None
         self.number = 0
 
@@ -113,7 +116,7 @@ class RowGradient(Tensor):
         """Sum the values of rows that occur several times, in place; a step takes the rows in any order."""
         if not self._content.distinct:
             rows, values = sum_duplicates(self.rows, self.values)
-            self._content.__init__(rows, values, True, True)  # type: ignore[misc]
+            self._content.__init__(rows, values, True, True, self._content.dense)  # type: ignore[misc]
         return self
 
     def coalesce(self) -> RowGradient:
@@ -121,7 +124,8 @@ class RowGradient(Tensor):
         self.distinct_()
         if not self._content.ordered:
             rows, order = self.rows.sort()
-            self._content.__init__(rows, self.values.index_select(0, order), True, True)  # type: ignore[misc]
+            values = self.values.index_select(0, order)
+            self._content.__init__(rows, values, True, True, self._content.dense)  # type: ignore[misc]
         return self
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
@@ -132,11 +136,13 @@ class RowGradient(Tensor):
 
     def _set_dense(self, dense: Tensor) -> None:
         rows = torch.arange(dense.shape[0], device=dense.device)
-        self._content.__init__(rows, dense.to(self.dtype), True, True)  # type: ignore[misc]
+        self._content.__init__(rows, dense.to(self.dtype), True, True, True)  # type: ignore[misc]
 
     def _like(self, values: Tensor) -> RowGradient:
         content = self._content
-        return RowGradient(content.rows, values, self.shape[0], distinct=content.distinct, ordered=content.ordered)
+        out = RowGradient(content.rows, values, self.shape[0], distinct=content.distinct, ordered=content.ordered)
+        out._content.dense = content.dense
+        return out
 
     def _alias(self) -> RowGradient:
         like = torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)
@@ -216,7 +222,11 @@ def _norm(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     order = named.get("ord", 2)
     if not isinstance(order, (int, float)) or order <= 0 or named.get("dim") or named.get("keepdim"):
         return NotImplemented
-    return torch.linalg.vector_norm(args[0].coalesce().values, order, dtype=kwargs.get("dtype"))
+    values = args[0].coalesce().values
+    if not values.numel():
+        # Of zeros; the largest of no elements is an error of torch.
+        return values.new_zeros((), dtype=kwargs.get("dtype"))
+    return torch.linalg.vector_norm(values, order, dtype=kwargs.get("dtype"))
 
 
 def _sum(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -249,8 +259,10 @@ def _added(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         joined = part if part is not second else second._like(scaled.clone())
     else:
         joined = RowGradient(torch.cat([first.rows, second.rows]), torch.cat([first.values, scaled]), first.shape[0])
+        joined._content.dense = first._content.dense or second._content.dense
     if in_place:
-        first._content.__init__(joined.rows, joined.values, joined._content.distinct, joined._content.ordered)  # type: ignore[misc]
+        known = joined._content
+        first._content.__init__(known.rows, known.values, known.distinct, known.ordered, known.dense)  # type: ignore[misc]
         return first
     return joined if joined is not first else first.clone()
 
@@ -293,7 +305,8 @@ def _copied(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if isinstance(source, RowGradient):
         content, device = source._content, to.device
         values = content.values.to(device, to.dtype, copy=True)
-        to._content.__init__(content.rows.to(device), values, content.distinct, content.ordered)  # type: ignore[misc]
+        rows = content.rows.to(device)
+        to._content.__init__(rows, values, content.distinct, content.ordered, content.dense)  # type: ignore[misc]
     else:
         to._set_dense(source.to(to.device, to.dtype, copy=True).expand(to.shape).contiguous())
     return to
@@ -309,6 +322,11 @@ def _each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     ):
         return NotImplemented
     return func([g.coalesce().values if isinstance(g, RowGradient) else g for g in lists], *rest, **kwargs)
+
+
+def _zeroed_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for gradient in args[0]:
+        gradient.zero_()
 
 
 def _norms(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -341,7 +359,8 @@ _HANDLERS: dict[Any, _Handler] = {
          *_CLAMPS_OF_LISTS),
         _each,
     ),
-    **dict.fromkeys((aten._foreach_norm.Scalar,), _norms),
+    aten._foreach_norm.Scalar: _norms,
+    aten._foreach_zero_.default: _zeroed_each,
     aten.detach_.default: _detached_,
     aten.clone.default: _cloned,
     aten._to_copy.default: _converted,
@@ -399,7 +418,9 @@ def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """
     if isinstance(gradient, RowGradient):
         gradient.distinct_()
-        return gradient.rows, gradient.values
+        if not gradient._content.dense:
+            return gradient.rows, gradient.values
+        gradient = gradient.values
     if gradient.is_sparse:
         gradient = gradient.coalesce()
         return gradient.indices()[0], gradient.values()

@@ -109,7 +109,8 @@ class _Lookup(Function):
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[6:]
         if ctx.layout == "rows":
-            recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, ctx.kept, ctx.pool)
+            ctx.lookup.check(ids, ctx.tables, gradients, ctx.kept)
+            recorded = _Recorded(ctx.lookup, ids.copy(), ctx.tables, gradients, ctx.kept, ctx.pool)
             return *(None,) * 6, *DeferredGradients(recorded, wanted).of_tables()
         found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
         return (None,) * 6 + tuple(found)
@@ -141,7 +142,7 @@ class _Recorded:
         kept: Tensor | None,
         pool: OutputPool,
     ) -> None:
-        self.tables, self.read = tables, [ids.values, ids.offsets, ids.weights, *gradients]
+        self.tables, self.read = tables, gradients
         self._lookup, self._ids, self._given, self._kept, self._pool = lookup, ids, gradients, kept, pool
 
     def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:

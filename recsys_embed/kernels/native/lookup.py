@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ class Ids(NamedTuple):
     @classmethod
     def matrix(cls, values: Tensor) -> Ids:
         return cls(values, None, None, values.shape[0])
+
+    def copy(self) -> Ids:
+        """The same ids in memory of their own."""
+        values, offsets, weights = (None if t is None else t.clone() for t in self[:3])
+        return Ids(cast("Tensor", values), offsets, weights, self.batch)
 
     def counts(self, columns: Sequence[int]) -> list[int]:
         """Number of ids of each feature, given their columns."""
@@ -187,7 +192,7 @@ class NativeLookup:
         counts = ids.counts(self._columns) if self.kept_width else []
         return sum(n * w for n, w in zip(counts, self._kept_widths, strict=False)), 1
 
-    def _check(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> None:
+    def check(self, ids: Ids, tables: Sequence[Tensor], outputs: Sequence[Tensor], kept: Tensor | None) -> None:
         """Refuse tensors that are not what they were when the lookup began.
 
         Args:
@@ -229,7 +234,7 @@ class NativeLookup:
             known: :func:`runs_on` has just held.
         """
         if not known:
-            self._check(ids, tables, outputs, kept)
+            self.check(ids, tables, outputs, kept)
         call, values, batch, at = self._record[:], ids.values, ids.batch, _BEHIND
         start, lookups = pointers.of_array(call), batch * self._row_lookup_count
         if ids.offsets is None:
@@ -328,7 +333,7 @@ class NativeLookup:
             step_logs: per storage, advanced to this step.
             frozen: storages to leave as they are.
         """
-        self._check(ids, tables, gradients, kept)
+        self.check(ids, tables, gradients, kept)
         updates = updates_of(optimizer, tables, states, step_logs)
         for number in frozen:
             updates[number].rule.number = _NO_UPDATE
@@ -364,7 +369,7 @@ class NativeLookup:
             wanted: of which storages; None for the others.
             pool: where the values of rows lie.
         """
-        self._check(ids, tables, gradients, kept)
+        self.check(ids, tables, gradients, kept)
         updates = (Update * len(tables))()
         found: list[tuple[Tensor, Tensor, Tensor] | None] = []
         counts, by_row = ids.counts(self._columns), layout != "dense"

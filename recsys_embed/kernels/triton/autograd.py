@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.derivatives import (
@@ -55,7 +56,8 @@ class _Lookup(Function):
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[4:]
         if ctx.layout == "rows":
-            recorded = _Recorded(ctx.lookup, ids, ctx.tables, gradients, kept)
+            pointers.check(pointers.faults(ids, (ids.dtype,), 0, "ids", strided=True, device=ids.device))
+            recorded = _Recorded(ctx.lookup, ids.clone(), ctx.tables, gradients, kept)
             return *(None,) * 4, *DeferredGradients(recorded, wanted).of_tables()
         return (None,) * 4 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, kept, ctx.layout, wanted))
 
@@ -83,7 +85,7 @@ class _Recorded:
     def __init__(
         self, lookup: TritonLookup, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept
     ) -> None:
-        self.tables, self.read = tables, [ids, *gradients]
+        self.tables, self.read = tables, gradients
         self._lookup, self._ids, self._given, self._kept = lookup, ids, gradients, kept
 
     def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
