@@ -31,6 +31,7 @@ from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.pointers import memory_of
+from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
 from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
@@ -49,6 +50,8 @@ class FusedTables(TablesWithState):
     Attributes:
         check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -89,18 +89,21 @@ class ModuleExchange:
 
     # -- other containers -----------------------------------------------------------------------------------------
 
-    def in_containers(self, model: nn.Module) -> list[ReversibleChange]:
+    def in_containers(
+        self, model: nn.Module, carried: Callable[[nn.Module, str], Iterable[Place]] = hooks_of
+    ) -> list[ReversibleChange]:
         """Changes to references beside the module tree; those that cannot be changed are added to ``faults``.
 
         Attributes of all modules and their hooks are followed through lists, tuples, dictionaries, closures,
-        ``functools.partial``, bound methods, plain objects and modules outside the tree.
+        ``functools.partial``, bound methods, plain objects and modules outside the tree. ``carried`` gives those of a
+        replaced module that its replacement takes over.
         """
         changes: list[ReversibleChange] = []
         seen = {id(module) for module in model.modules()}
         gone = [p for p in model.parameters() if id(p) in self.parameters]
         self._storages = {address: self.names[id(p)] for p in gone if (address := _storage_address(p))}
         for path, module in model.named_modules():
-            for place in (hooks_of if id(module) in self.modules else attributes_of)(module, path):
+            for place in (carried if id(module) in self.modules else attributes_of)(module, path):
                 self._left = _OBJECTS
                 self._rewrite_place(place, changes, seen, 0)
             for place in methods_of(module, path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -20,6 +21,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+# What torch.compile and data-parallel wrappers put before the names of their model's modules.
+_WRAPPED = re.compile(r"^((_orig_mod|module)[./])+")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DistributedModelParallel", "DataParallel")
 
 
@@ -43,11 +46,11 @@ def index_contents(plan: Any) -> Mapping[str, Mapping[str, str | Tensor]]:
 
 
 def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, faults: list[str]) -> dict[str, Any]:
-    """``given`` by the tables' names, from names or dotted paths; unknown names are added to ``faults``."""
+    """``given`` by the tables' names, from names or paths, a wrapper's too; unknown ones are added to ``faults``."""
     names = {n: t.name for t in tables for n in (*t.paths, t.name)}
     out: dict[str, Any] = {}
     for key, value in given.items():
-        name = names.get(key)
+        name = names.get(key) or names.get(_WRAPPED.sub("", str(key)))
         if name is None:
             near = get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

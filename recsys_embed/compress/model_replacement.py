@@ -21,7 +21,7 @@ from recsys_embed.compress.build import (
 )
 from recsys_embed.compress.exchange import ModuleExchange, apply_all, live_optimizers
 from recsys_embed.compress.initializer import initializer_for
-from recsys_embed.compress.module_state import extra_faults, transfer_module_state
+from recsys_embed.compress.module_state import carried_over, extra_faults, transfer_module_state
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import ConfigError
@@ -80,7 +80,7 @@ class ModelReplacement:
                         replacement.initializer, replacement.trial = initializer, None
                         faults += check_on_meta(replacement)
             exchange = self._exchange(lambda replacement: dict.fromkeys(replacement.modules, _trial_of(replacement)))
-            exchange.in_containers(self.model)
+            exchange.in_containers(self.model, carried_over)
             faults += exchange.faults
             for o in self.optimizers:
                 if isinstance(o, Optimizer) and not exchange.held_by(o):
@@ -145,7 +145,7 @@ class ModelReplacement:
                 transfer_module_state(old, new)
                 placed[id(old)] = new if adapter is None else _adapted(adapter, old, new, replacement.table.name)
         exchange = self._exchange(lambda replacement: replacement.built, placed)
-        changes = exchange.in_modules(self.model) + exchange.in_containers(self.model)
+        changes = exchange.in_modules(self.model) + exchange.in_containers(self.model, carried_over)
         for o in self.optimizers:
             changes += exchange.in_optimizer(o)
         # Before anything changes, so that warnings turned into errors leave the model as it was.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from recsys_embed.compress.build import call_options
+from recsys_embed.compress.references import Place, hooks_of
 from recsys_embed.embedding import CompressedEmbedding
 
 # A RemovableHandle refers to these dictionary objects, so the new module takes the same objects.
@@ -22,6 +23,7 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _TORCH_OWN = frozenset(vars(nn.Module()))
+_COMPILED = ("forward", "_compiled_call_impl")
 _OURS = ("stands_in", "_renamed")
 
 
@@ -54,11 +56,20 @@ def _extras(module: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def carried_over(module: nn.Module, path: str) -> Iterator[Place]:
+    """The hooks and added attributes of a table, which its replacement takes over as they are."""
+    yield from hooks_of(module, path)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | CompressedEmbedding):
+        for name in _extras(module)[""]:
+            if name not in _COMPILED:
+                yield Place(f"{path}.{name}", vars(module)[name], "as an attribute of the table itself")
+
+
 def extra_faults(old: nn.Module, new: nn.Module, where: str) -> Iterator[str]:
     """Faults: attributes of ``old`` that would hide those of ``new``."""
     for names in _extras(old).values():
         for name in names:
-            if name not in ("forward", "_compiled_call_impl") and hasattr(new, name):
+            if name not in _COMPILED and hasattr(new, name):
                 yield f"{where}: its attribute {name!r} has a name that {type(new).__name__} needs; rename it"
 
 

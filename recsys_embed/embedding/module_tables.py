@@ -19,6 +19,7 @@ from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
+from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
@@ -61,6 +62,7 @@ class ModuleTables(nn.Module):
     """The tables of one lookup program as a module; lookups of them are :class:`CompressedEmbedding`'s."""
 
     weight = _Weight()
+    __prepare_scriptable__ = refuse_scripting
 
     # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
     stands_in: bool = False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.recording import refuse_scripting
 
 
 class TiedLinear(nn.Module):
@@ -29,6 +30,7 @@ class TiedLinear(nn.Module):
 
     # What finding the tables of a model takes these modules for.
     table_kind: ClassVar[str] = "output_layer"
+    __prepare_scriptable__ = refuse_scripting
 
     in_features: int
     out_features: int

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from recsys_embed.errors import ConfigError
 
 
 def recording() -> bool:
@@ -36,3 +40,10 @@ def refused_when_run(values: Tensor, bad: Tensor) -> Tensor:
     """
     zero = torch.zeros(1, dtype=values.dtype, device=values.device)
     return values + zero.index_select(0, bad.any().long().reshape(1)).sum()
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """What torch.jit.script asks of a module first: TorchScript's language lacks what the lookups are written in."""
+    raise ConfigError(
+        f"torch.jit.script cannot compile {type(module).__name__}: use torch.jit.trace, torch.export, or torch.compile"
+    )

@@ -262,3 +262,21 @@ def test_the_search_ends_in_large_and_cyclic_objects() -> None:
     model.helper = Node(model.e)
     rse.compress_(model, HASH)
     assert model.helper.other is model.e
+
+
+def test_attributes_of_the_table_itself_follow() -> None:
+    model = Model(EXCHANGED["closure"])
+    model.e.helper = {"read": EXCHANGED["closure"](model.e)}
+    rse.compress_(model, HASH)
+    assert torch.equal(model.e.helper["read"](IDS), model.e(IDS))
+    model.e.pair = ("table", weakref.ref(model.e))
+    with pytest.raises(ConfigError, match=r"e\.pair holds the replaced .* as an attribute of the table itself"):
+        rse.materialize_(model)
+
+
+def test_names_inside_a_compiled_model_are_those_of_the_model() -> None:
+    compiled: Any = torch.compile(nn.Sequential(nn.Embedding(30, 4)), backend="eager")
+    rse.compress_(compiled, {"_orig_mod.0": rse.HashConfig(num_buckets=9)})
+    assert isinstance(compiled._orig_mod[0], rse.HashEmbedding)
+    with pytest.raises(ConfigError, match=r"names '_orig_mod\.1', which is no table"):
+        rse.compress_(compiled, {"_orig_mod.1": rse.HashConfig(num_buckets=9)})
