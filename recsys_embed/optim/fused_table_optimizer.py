@@ -252,9 +252,9 @@ class FusedTableOptimizer(Optimizer):
         return rule, lr
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:
+    def state(self) -> defaultdict[Tensor, JSON]:
         """By parameter, the tensors of the tables and of the dense optimizer themselves; the dict is a new one."""
-        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        state: defaultdict[Tensor, JSON] = defaultdict(dict)
         if not self._complete:
             return state
         state.update(self.dense.state if self.dense is not None else {})
@@ -268,7 +268,7 @@ class FusedTableOptimizer(Optimizer):
         return state
 
     @state.setter
-    def state(self, value: Mapping[Tensor, Any]) -> None:
+    def state(self, value: Mapping[Tensor, JSON]) -> None:
         if value:
             raise ConfigError("`state` is that of the tables and of the dense optimizer; change it by load_state_dict")
         if self._complete:  # starts anew
