@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -18,6 +19,7 @@ from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.discover import unwrapped
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.plain_table import PlainTable
 from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
@@ -380,6 +382,7 @@ class _Loader:
         parameters: dict[int, list[nn.Parameter]] = {}
         names: dict[int, str] = dict.fromkeys(replaced, "output layer")
         interchangeable: set[int] = set()
+        readable: dict[int, nn.Module] = {}
         for i, item in enumerate(self.manifest.modules):
             for path in item.paths:
                 old = here[path]
@@ -393,21 +396,34 @@ class _Loader:
                     if i not in modules and [p.shape for p in fresh] == [parameter.shape]:
                         interchangeable.add(id(parameter))
                     names[id(parameter)] = path
+                    if at == 0 and isinstance(modules.get(i), CompressedEmbedding):
+                        readable[id(parameter)] = modules[i]
                 names[id(old)] = path
         exchange = _ServedExchange(replaced, parameters, names)
-        exchange.interchangeable = interchangeable
+        exchange.interchangeable, exchange.readable = interchangeable, readable
         changes = exchange.in_containers(model)
         raise_faults(exchange.faults, f"load of {self.file.path}", CheckpointError)
         return changes
 
 
 class _ServedExchange(ModuleExchange):
-    """An exchange that refuses references to weights which are no parameters once loaded, as quantised rows are not."""
+    """An exchange of weights which are no parameters once loaded, as quantised rows are not.
+
+    References in lists, as regularisers keep them, read the rows that the new module serves; others are refused.
+
+    Attributes:
+        readable: the new modules that have one vector per id, by the parameter they replace.
+    """
+
+    readable: Mapping[int, nn.Module] = MappingProxyType({})
 
     def _rewrite(
         self, value: Any, where: str, changes: list[ReversibleChange], seen: set[int], depth: int
     ) -> list[Any]:
         if self.parameters.get(id(value)) == []:
+            new = self.readable.get(id(value))
+            if new is not None and isinstance(new.weight, PlainTable):
+                return [new.weight]
             self._refuse(where, value, "whose rows are stored as no parameter in the file")
             return [value]
         return super()._rewrite(value, where, changes, seen, depth)
