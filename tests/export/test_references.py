@@ -86,7 +86,7 @@ def test_a_weight_in_a_list_is_that_of_the_file(tmp_path: Path) -> None:
     assert torch.equal(served(IDS), served.user(IDS[:, 0])), "rows are read from the file's integers"
     fresh = Bound()
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
-    with pytest.raises(CheckpointError, match="look holds the replaced user.*remove it first"):
+    with pytest.raises(CheckpointError, match=r"look holds the replaced user.*remove it first"):
         load(tmp_path / "q", into=fresh)
     assert type(fresh.user) is nn.Embedding
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
