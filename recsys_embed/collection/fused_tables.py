@@ -209,7 +209,8 @@ class FusedTables(TablesWithState):
         with self._lock:
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
             log.advance(self.optimizer, self._rate)
-            apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
+            with self._step_or_none([storage]):
+                apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
 
     @torch.no_grad()
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
@@ -253,15 +254,15 @@ class FusedTables(TablesWithState):
         log.advance(rule, self._rate)
         rows, values = rows_of(gradient)
         native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
-        if native_rows and native.knows(rule):
-            with self._step_or_none([storage]):
+        with self._step_or_none([storage]):
+            if native_rows and native.knows(rule):
                 row_steps.update_rows(rule, weight, state, rows, values, log)
-        else:
-            apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
+            else:
+                apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
 
     @contextmanager
     def _step_or_none(self, storages: Sequence[str]) -> Iterator[None]:
-        """A step that kernels refuse before they write has not been made."""
+        """A step that is refused before it writes has not been made."""
         try:
             yield
         except ConfigError:
