@@ -172,7 +172,8 @@ class Schedules:
     def look(self) -> None:
         """Find optimizers that have not stepped yet, if something else than the module holds its first table."""
         references = sys.getrefcount(self._first)
-        if references > self._references:
+        # Besides the module itself, whose attributes are complete only after this is made.
+        if references > self._references + 1:
             for held in gc.get_objects():
                 if issubclass(type(held), Optimizer):
                     self.meet(held)

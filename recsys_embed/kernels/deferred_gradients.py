@@ -45,22 +45,22 @@ class DeferredGradients:
     """
 
     def __init__(self, lookup: DeferredLookup, wanted: Sequence[bool]) -> None:
-        self._lookup, self.wanted = lookup, tuple(wanted)
+        self._lookup: DeferredLookup | None = lookup
+        self._tables, self.wanted = tuple(lookup.tables), tuple(wanted)
         self._versions = [0 if t is None else t._version for t in lookup.read]
         self._found: list[Tensor | None] | None = None
 
     def of_tables(self) -> list[Tensor | None]:
         """What backward returns: a :class:`RowGradient` for each table that has one."""
-        tables = self._lookup.tables
-        return [RowGradient.deferred(self, i, t) if self.wanted[i] else None for i, t in enumerate(tables)]
+        return [RowGradient.deferred(self, i, t) if self.wanted[i] else None for i, t in enumerate(self._tables)]
 
     def rows_and_values(self, number: int) -> tuple[Tensor, Tensor]:
         if self._found is None:
-            self.check()
+            lookup = self._checked()
             with torch.no_grad():
-                self._found = list(self._lookup.gradients(self.wanted))
+                self._found = list(lookup.gradients(self.wanted))
             # Gradients of the outputs are not needed again.
-            del self._lookup
+            self._lookup = None
         found = cast("RowGradient", self._found[number])
         self._found[number] = None
         return found.rows, found.values
@@ -69,18 +69,21 @@ class DeferredGradients:
         """Whether these are the gradients of these tables, and nothing has read any."""
         return self._found is None and all(
             t is own and (g is None) is not want and (g is None or (isinstance(g, RowGradient) and g.source is self))
-            for t, own, g, want in zip(tables, self._lookup.tables, gradients, self.wanted, strict=True)
+            for t, own, g, want in zip(tables, self._tables, gradients, self.wanted, strict=True)
         )
 
     def step(self, rule: FusedOptimizer, states: Sequence[Mapping[str, Tensor]], logs: Sequence[StepLog]) -> None:
         """One step of the optimizer, in place; ``logs`` are advanced to it."""
-        self.check()
-        self._lookup.step(rule, states, logs, [i for i, want in enumerate(self.wanted) if not want])
+        self._checked().step(rule, states, logs, [i for i, want in enumerate(self.wanted) if not want])
 
     def check(self) -> None:
         """Refuse gradients that can no longer be computed, with a ConfigError."""
-        if self._versions != [0 if t is None else t._version for t in self._lookup.read]:
+        if self._lookup is not None and self._versions != [0 if t is None else t._version for t in self._lookup.read]:
             raise ConfigError(
                 "gradients of the looked up vectors were changed in place between backward and step(); give backward "
                 "a copy of them, or change them by hooks"
             )
+
+    def _checked(self) -> DeferredLookup:
+        self.check()
+        return cast("DeferredLookup", self._lookup)

@@ -44,37 +44,37 @@ _TIMED_STEPS = 20
 class Search(ABC):
     """Base class of a search, which turns full tables into a plan; subclasses define :meth:`search`.
 
-        Args:
-            config: training settings of the search and of the retraining; method ``full``, without a budget.
-            data: opened data set.
-            settings: of the search.
-            folder: run folder, for results of stages.
-            budget: most bytes of the embedding part; None: no limit.
-            device: e.g. ``"cuda"``; None: CPU.
-            show_progress: see :class:`Trainer`.
+    Args:
+        config: training settings of the search and of the retraining; method ``full``, without a budget.
+        data: opened data set.
+        settings: of the search.
+        folder: run folder, for results of stages.
+        budget: most bytes of the embedding part; None: no limit.
+        device: e.g. ``"cuda"``; None: CPU.
+        show_progress: see :class:`Trainer`.
 
-        >>> from types import SimpleNamespace
-        >>> from recsys_embed.search.checks import need_validation
-        >>> from recsys_embed.utils.deprecated import warn_renamed
-    from recsys_embed.utils.settings import Settings
-        >>> from recsys_embed import FeatureSpec
-        >>> from recsys_embed.search.extract import full_bytes
-        >>> @dataclass(frozen=True)
-        ... class HeadSettings(Settings):
-        ...     share: float = 0.5
-        >>> class HeadSearch(Search):  # what is to be beaten: the most frequent ids
-        ...     settings: HeadSettings
-        ...     method, stages = "head", ("retrain",)
-        ...
-        ...     def check(self) -> None:
-        ...         need_validation(self.data)
-        ...
-        ...     def search(self) -> Plan:
-        ...         budget = int(self.settings.share * full_bytes(self.schema))
-        ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
-        >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # a stub
-        >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_frequent
-        49
+    >>> from types import SimpleNamespace
+    >>> from recsys_embed.search.checks import need_validation
+    >>> from recsys_embed.utils.deprecated import warn_renamed
+    >>> from recsys_embed.utils.settings import Settings
+    >>> from recsys_embed import FeatureSpec
+    >>> from recsys_embed.search.extract import full_bytes
+    >>> @dataclass(frozen=True)
+    ... class HeadSettings(Settings):
+    ...     share: float = 0.5
+    >>> class HeadSearch(Search):  # what is to be beaten: the most frequent ids
+    ...     settings: HeadSettings
+    ...     method, stages = "head", ("retrain",)
+    ...
+    ...     def check(self) -> None:
+    ...         need_validation(self.data)
+    ...
+    ...     def search(self) -> Plan:
+    ...         budget = int(self.settings.share * full_bytes(self.schema))
+    ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
+    >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # a stub
+    >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_frequent
+    49
     """
 
     config: TrainConfig
