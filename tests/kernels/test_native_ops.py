@@ -126,7 +126,7 @@ def test_operators_pass_torchs_checks(method: str) -> None:
         *outputs, kept = native_ops._look_up(*given, tables, [], False, lookup.handle, native_ops.NO_OWNER)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    coll._in_memory = lambda: []  # type: ignore[method-assign]
+    coll._in_memory = list  # type: ignore[method-assign]
     check(native_ops._look_up, (*given, trained, [], False, lookup.handle, native_ops.NO_OWNER))
     check(native_ops._gradients, (*given, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.

@@ -14,6 +14,7 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.report.memory import memory_report
 from recsys_embed.report.memory.file_tensors import read_safetensors
@@ -37,7 +38,8 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
 
     model = build_model("deepfm", schema(), plan_of(info), num_dense=2, optimizer=rse.Adagrad(lr=0.1))
     path = tmp_path / f"state.{kind}"
-    torch.save(model.state_dict(), path) if kind == "pt" else save_file(model.state_dict(), path)
+    state = weights_of(model)
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
     built, read = memory_report(model), memory_report(path, optimizer=rse.Adagrad(lr=0.1))
     assert read.footprint == built.footprint
     assert read.total("serve", "model") == built.total("serve", "model")
