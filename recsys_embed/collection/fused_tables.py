@@ -48,6 +48,7 @@ class FusedTables(TablesWithState):
     ``step()`` then does; backward leaves a :class:`recsys_embed.optim.RowGradient` in ``.grad`` of each storage.
 
     Attributes:
+        constant_in_eval: where the optimizer steps in backward, lookups in ``eval()`` give the tables no gradients.
         check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
     """
 
@@ -62,7 +63,7 @@ class FusedTables(TablesWithState):
         backend: str,
     ) -> None:
         super().__init__(shapes, optimizer, device, dtype, backend)
-        self.check_finite = False
+        self.check_finite, self.constant_in_eval = False, True
         self._start_watching()
 
     def _start_watching(self) -> None:
@@ -130,6 +131,8 @@ class FusedTables(TablesWithState):
     def _constant(self) -> bool:
         """Whether lookups take its own tables for constants: in ``eval()``, where the optimizer steps in backward."""
         if self.optimizer is None or not self._in_backward or self.training or not torch.is_grad_enabled():
+            return False
+        if not self.constant_in_eval:
             return False
         return torch.compiler.is_compiling() or self._owns_its_tables
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recsys_embed.compress.references import TORCH_OWN, Place, attributes_of, hooks_of, methods_of, places, referent
+from recsys_embed.kernels.pointers import memory_of
 
 # How deep and how far references are followed from one attribute of the model.
 _DEPTH = 12
@@ -244,7 +245,7 @@ class ModuleExchange:
 
 def _storage_address(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage().data_ptr()
+        return memory_of(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # sparse, or without a storage of its own
         return 0
 

@@ -102,6 +102,6 @@ def of_record(record: ctypes.Structure | ctypes.Array[Any]) -> int:
     return ctypes.addressof(record)
 
 
-def memory_of(tensor: Tensor) -> int:
-    """A number that tells whether tensors begin at one place in memory; not for kernels."""
+def memory_of(tensor: Tensor | torch.UntypedStorage) -> int:
+    """A number that tells whether tensors, or storages, begin at one place in memory; not for kernels."""
     return tensor.data_ptr()

@@ -27,6 +27,8 @@ def hidden(tensor: Tensor) -> bool:
 
 def unmapped(tensor: Tensor) -> Tensor:
     """The values of a tensor for all samples over which functions are mapped (vmap), to be checked at once."""
+    if torch.compiler.is_compiling():
+        return tensor
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

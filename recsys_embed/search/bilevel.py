@@ -113,14 +113,11 @@ class BilevelTrainer(Trainer):
         """The tables of the vectors, with gradients; in evaluation mode, where those do not step their optimizer."""
         collection = self.net.eval().vectors
         weights = [collection.get_parameter(name) for name in collection.storages]
-        before = [w.requires_grad for w in weights]
-        for w in weights:
-            w.requires_grad_(True)
+        collection.constant_in_eval = False
         try:
             yield weights
         finally:
-            for w, had in zip(weights, before, strict=True):
-                w.requires_grad_(had)
+            collection.constant_in_eval = True
             self.net.train()
 
     def _second(self, train: Batch, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:

@@ -160,7 +160,7 @@ def test_every_fault_of_statistics_is_named_with_its_field(tmp_path: Path, writt
     with pytest.raises(DataError if written else ConfigError) as caught:
         curves_from(tmp_path if written else stats)
     assert str(caught.value).splitlines()[1:] == [
-        "  - `num_embeddings` must be an integer >= 1; got 0 (field 'C2')",
+        "  - `num_embeddings` must be an integer in [1, 1152921504606846976]; got 0 (field 'C2')",
         "  - `num_embeddings` is missing (field 'C3')",
         "  - 2 faults in field 'C4':",
         "      - `oov_rate` must be numbers by split; got {'test': 'many'}",

@@ -459,7 +459,7 @@ def test_plans_come_back_from_their_file_with_reasons_and_notes() -> None:
         ({"notes": {"budget": 1}}, "8 faults|`bytes` is missing"),
         ({"notes": {**json.loads(text)["notes"], "colour": 1}}, "'colour'"),
         ({"notes": {**json.loads(text)["notes"], "bytes": "x"}}, "`bytes` must be an integer"),
-        ({"notes": []}, "notes of a plan are an object"),
+        ({"notes": []}, "expected values by name; got list"),
     ):
         with pytest.raises(ConfigError, match=message):
             Plan.from_dict({**json.loads(text), **change})
