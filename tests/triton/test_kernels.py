@@ -262,7 +262,7 @@ def test_small_steps_of_sixteen_bits_count_on_average(dtype: torch.dtype, start:
     coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE, dtype=dtype)
     with torch.no_grad():
         coll.width64.fill_(start)
-    first = float(coll.width64[0, 0])
+    first = float(coll.width64[0, 0].detach())
     ulp = max(abs(first) * torch.finfo(dtype).eps, 2.0**-24 if dtype == torch.float16 else 1e-9)
     step = 0.3 * ulp
     out = coll(torch.arange(64, device=DEVICE).unsqueeze(1))
