@@ -99,18 +99,15 @@ def test_nothing_in_the_package_writes_a_file_in_another_way() -> None:
         for p in PACKAGE.rglob("*.py")
         if writes.search(p.read_text())
     }
-    assert (
-        found
-        == {
-            "data/criteo/encode.py": 1,  # in a block of write_file, as are the others of data; bad rows go to the folder of work
-            "data/criteo/ingest.py": 1,
-            "data/criteo/parts.py": 1,
-            "data/criteo/synthetic.py": 1,
-            "data/publish.py": 1,
-            "kernels/kinds.py": 1,  # the header of the C++ sources, by hand in a checkout
-            "report/figures.py": 1,
-            "data/folder.py": 1,  # the lock
-            "train/run_log.py": 1,  # appends
-            "utils/files.py": 2,  # one file, and several from a folder beside them
-        }
-    )
+    assert found == {
+        "data/criteo/encode.py": 1,  # in a block of write_file, as are the others of data
+        "data/criteo/ingest.py": 1,
+        "data/criteo/parts.py": 1,
+        "data/criteo/synthetic.py": 1,
+        "data/publish.py": 1,
+        "kernels/kinds.py": 1,  # the header of the C++ sources, by hand in a checkout
+        "report/figures.py": 1,
+        "data/folder.py": 1,  # the lock
+        "train/run_log.py": 1,  # appends
+        "utils/files.py": 2,  # one file, and several from a folder beside them
+    }
