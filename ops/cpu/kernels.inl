@@ -1,4 +1,4 @@
-// The kernels; native.cpp includes them once per instruction set, each time into another namespace.
+// One set of kernels for one instruction set; native.cpp includes it into a namespace of each.
 #include "lanes.inl"
 #include "transforms.inl"
 #include "find.inl"
@@ -7,5 +7,5 @@
 #include "lookup.inl"
 #include "rules.inl"
 #include "rows.inl"
-#include "slices.inl"
+#include "runs.inl"
 #include "scatter.inl"

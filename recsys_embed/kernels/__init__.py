@@ -1,1 +1,1 @@
-"""Execution of lookup programs: the reference implementation and the backends that are tested against it."""
+"""Run lookup programs: a readable definition and the backends compared with it."""

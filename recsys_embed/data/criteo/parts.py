@@ -44,7 +44,7 @@ class PartInfo:
         return asdict(self)
 
 
-class ParsedPart:
+class Part:
     """Columns of a part on disk; reads only what is asked for."""
 
     def __init__(self, path: Path, info: PartInfo) -> None:
