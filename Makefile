@@ -3,6 +3,7 @@
 # make test-all  every test: more seeds, all combinations, slow runs end to end (make test-slow: only those)
 # make fuzz   hours of random programs on every backend against a float64 oracle (PROGRAMS=10000 JOBS=2 SEED=0)
 # make test-triton  the GPU kernels without a GPU: in triton's interpreter, and compiled for sm_90 (installs triton)
+# make test-integrations  Lightning, Accelerate, Transformers, RecBole, PyG beside plain torch (installs them)
 # make test-gpu  the tests that need a CUDA device, with torch, numpy and pytest of the machine (PYTHON=python3)
 # make bench-gpu  benchmark of the GPU kernels: bandwidth beside a copy's, and FBGEMM's kernels where there are any
 # make test-arm64  the native kernels for arm64: cross-compiled (installs one), and run where qemu-aarch64 is
@@ -21,10 +22,10 @@ JOBS := 2
 export RECSYS_EMBED_VENV := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-slow fuzz test-triton test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
+.PHONY: help setup demo test test-all test-slow fuzz test-triton test-integrations test-gpu test-arm64 sanitize lint bench bench-gpu bench-peers bench-search bench-gate clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -15
 
 setup:
 	@sh scripts/setup.sh
@@ -59,6 +60,24 @@ test-triton: setup
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton -m kernels $(ARGS)
 	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q -p no:cacheprovider tests/triton -m compiled $(ARGS)
 
+# An environment of their own over .venv's packages, so that pip cannot exchange torch and .venv stays as it is. Warnings
+# are theirs, and no errors. With DistributedDataParallel and FSDP, which make test has too.
+THEIRS := $(VENV)-integrations
+WANTED := tests/integrations/requirements
+test-integrations: setup
+	@[ -e $(THEIRS)/.done ] && [ $(THEIRS)/.done -nt $(WANTED).txt ] && [ $(THEIRS)/.done -nt $(WANTED)-alone.txt ] || { \
+	  echo "installing other people's training stacks into $(THEIRS)"; rm -rf $(THEIRS); \
+	  $(BIN)/python -m venv $(THEIRS) \
+	  && $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	    >"$$($(THEIRS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth" \
+	  && $(THEIRS)/bin/python -c 'import torch; print("torch==" + torch.__version__)' >$(THEIRS)/torch.txt \
+	  && $(THEIRS)/bin/python -m pip --disable-pip-version-check install -q -c $(THEIRS)/torch.txt -r $(WANTED).txt \
+	  && { $(THEIRS)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $(WANTED)-alone.txt \
+	    || echo "RecBole did not install; its tests are skipped"; } \
+	  && touch $(THEIRS)/.done; }
+	PYTHONPATH=. RECSYS_EMBED_INTEGRATIONS=1 OMP_NUM_THREADS=1 $(THEIRS)/bin/python -m pytest -q -W default -p no:cacheprovider \
+	  --durations 10 tests/integrations tests/distributed/test_replicas.py $(ARGS)
+
 # Warnings are no errors here: the machine's own versions of libraries may have some.
 test-gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -W default -m 'gpu or kernels' --tier all -p no:cacheprovider tests/gpu tests/triton $(ARGS)
@@ -74,7 +93,7 @@ sanitize: setup
 	@mkdir -p runs/sanitize
 	g++ $(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined ops/cpu/native.cpp -o runs/sanitize/memory.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 RECSYS_EMBED_NATIVE=runs/sanitize/memory.so \
-	  $(BIN)/python -m pytest -n 0 -q --tier all -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_masks.py tests/test_decay.py $(ARGS)
+	  $(BIN)/python -m pytest -n 0 -q --tier all -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_swapped.py tests/kernels/test_masks.py tests/test_decay.py $(ARGS)
 	g++ -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi -fsanitize=thread ops/cpu/check_threads.cpp -o runs/sanitize/threads
 	setarch -R runs/sanitize/threads
 
@@ -101,7 +120,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 # BENCH="kernels serving" for some of them, ARGS=--quick for a first look.
-BENCH := data kernels serving deepfm supernet_step
+BENCH := data kernels serving deepfm supernet_step step_modes
 bench: setup
 	@mkdir -p runs/bench
 	@for name in $(BENCH); do \
@@ -127,4 +146,4 @@ clean:
 	find recsys_embed tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-integrations

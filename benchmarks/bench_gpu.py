@@ -5,7 +5,7 @@ Run: make bench-gpu, or: python benchmarks/bench_gpu.py [--out FILE] [--seconds 
 Tables of ten times the GPU's L2 cache, one id per sample and feature, four sets of ids in turn, uniform and Zipf(1.05).
 Every case is compared with the torch backend before it is timed. Forward: the bytes that have to move (rows read,
 vectors written, ids) by time, and that as a fraction of what a copy reaches in the same run. Step: forward, backward
-and rowwise Adagrad. Beside it: FBGEMM's TBE for plain tables, which gets its ids in its own layout for nothing; for
+and rowwise Adagrad. Beside it: FBGEMM's TBE for full tables, which gets its ids in its own layout for nothing; for
 composed ones torch's index arithmetic and a TBE, with that arithmetic in the time. 16-bit tables are bfloat16 here and
 float16 there. RECSYS_EMBED_FBGEMM names a folder to import fbgemm_gpu from; where it does not import, torch's own
 gather stands in its place, and the row says so. Times are medians of GPU time; the CPU runs ahead.

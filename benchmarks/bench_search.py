@@ -4,8 +4,8 @@
 
 FOLDER is made from the sample as examples/criteo_sample.toml says. Every row is a training (or a search) of its own,
 kept as a file in OUT, so a run that was stopped goes on; all share examples/criteo_search.toml. OptEmbed may take half
-the plain tables' bytes and DNIS a twentieth; the others are trained at the bytes that each of the two came to.
-Magnitude pruning trains plain tables, keeps their largest elements and trains on, as DNIS does without a search.
+the full tables' bytes and DNIS a twentieth; the others are trained at the bytes that each of the two came to.
+Magnitude pruning trains full tables, keeps their largest elements and trains on, as DNIS does without a search.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class MagnitudeSearch(Search):
 
     @cached_property
     def net(self) -> Supernet:
-        """Plain tables, trained."""
-        net = Supernet(self.plain_model(), torch.nn.Identity())
+        """Full tables, trained."""
+        net = Supernet(self.full_model(), torch.nn.Identity())
         net.stand_in = lambda out: out
         self.run_stage("warm", self.trainer(Trainer, as_model(net), "warm"))
         net.catch_up_()
@@ -91,7 +91,7 @@ def searched(outcome: SearchOutcome) -> dict[str, Any]:
 
 
 def trained(config: TrainConfig, data: Any) -> dict[str, Any]:
-    """One plain training, or why there is none."""
+    """One training over full tables, or why there is none."""
     try:
         out = run_training(config, data)
     except BudgetError as e:
@@ -135,7 +135,7 @@ def cases(data: Any, seeds: int, folder: Path, only: set[str]) -> Iterator[tuple
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds as Markdown, gains against full tables of the same seed."""
     full = {(r["model"], r["seed"]): r for r in rows if r["method"] == "full"}
-    lines = ["| model | method | compression | test AUC | against full | cost in plain trainings |",
+    lines = ["| model | method | compression | test AUC | against full | cost in trainings over full tables |",
              "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in rows:

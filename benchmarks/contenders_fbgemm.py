@@ -40,7 +40,7 @@ def _copy(like: EmbeddingCollection, tables: list[Tensor]) -> None:
 
 
 def tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
-    """FBGEMM's module for plain tables, ids ordered as it wants them beforehand."""
+    """FBGEMM's module for full tables, ids ordered as it wants them beforehand."""
     tables = _tables([(n, case.dim) for n in case.sizes], "EXACT_ROWWISE_ADAGRAD")
     _copy(like, tables.split_embedding_weights())
     flat = [i.T.contiguous().view(-1) for i in ids]
@@ -49,7 +49,7 @@ def tbe(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
 
 
 def fused_ebc(case: Case, ids: list[Tensor], like: EmbeddingCollection) -> Contender:
-    """TorchRec's fused collection for plain tables."""
+    """TorchRec's fused collection for full tables."""
     from torchrec.modules.embedding_configs import EmbeddingBagConfig
     from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad

@@ -2,7 +2,7 @@
 
 Run: python benchmarks/scale.py [--out FILE] [--quick] [--ratio 10] [--batch-size 8192]
 
-``paper``: per-rank bytes, bytes sent and the tables' part of a step, at width 128, for plain tables and for a plan of
+``paper``: per-rank bytes, bytes sent and the tables' part of a step, at width 128, for full tables and for a plan of
 ``--ratio`` times fewer bytes, by TorchRec's planner and the byte counts of :mod:`recsys_embed.sharding.placement`.
 ``here``: the same predictions for 2 and 4 processes on gloo, scaled-down tables, beside what these processes allocate,
 send and take. The planner is given the bandwidths that are measured here first, so that its step times are predictions

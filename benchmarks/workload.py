@@ -45,8 +45,8 @@ class Case:
     """A method over the 26 fields.
 
     Args:
-        rows: of the plain tables.
-        ratio: of the plain tables' bytes to those that the method gets.
+        rows: of the full tables.
+        ratio: of the full tables' bytes to those that the method gets.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""A torchfm model and its optimizer, compressed in the middle of training and turned back into plain tables.
+"""A torchfm model and its optimizer, compressed in the middle of training and turned back into full tables.
 
     python examples/compress_torchfm.py [--smoke]
 
@@ -78,4 +78,4 @@ for method in ("hash", "multihash", "compositional", "lowdim", "unified", "robe"
         f"{plain:>8.4f}{fitted:>8.4f}{loss(model):>9.4f}"
     )
     rse.materialize_(model, optimizer=optimizer)  # torchfm's own modules again, with the rows the method gave
-print(f"all of them as plain tables again, e.g. the last: {model.embedding.embedding}, log loss {loss(model):.4f}")
+print(f"all of them as full tables again, e.g. the last: {model.embedding.embedding}, log loss {loss(model):.4f}")

@@ -55,7 +55,7 @@ def train(users: nn.Module, steps: int) -> float:
 
 
 def main() -> None:
-    """Compare a plain table with every method at a twentieth of its bytes."""
+    """Compare a full table with every method at a twentieth of its bytes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few steps only")
     steps = 3 if parser.parse_args().smoke else 100

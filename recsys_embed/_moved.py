@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from recsys_embed.utils.deprecated import earlier_names, warn_deprecated
 
 ROOT = __package__
 
@@ -129,16 +130,26 @@ MOVED = {
     "train.stop": "train.stop_request",
 }
 
-# Names that such a module had, and where each stands today.
+# Names that a module of version 0.1 had, where each stands today, if not under its own name in the module of today.
 RENAMED = {
     "fusion": {"FusedBundle": "collection.batched_lookup.BatchedLookup"},
     "kernels.masks": {"Stage": "kernels.native.masks.MaskParameters"},
     "kernels.unseen": {"Unseen": "kernels.unseen_ids.UnseenIds"},
     "data.encode": {"Rows": "data.criteo.encode.PartRows"},
+    "data.parts": {"Part": "data.criteo.parts.ParsedPart"},
     "data.parse": {"Block": "data.criteo.parse.ParsedBlock"},
     "shipping.container": {"Entry": "exports.file_format.TensorInfo"},
     "shipping.manifest": {"Manifest": "exports.manifest.ExportManifest"},
     "shipping.pack": {"Error": "exports.pack.RoundingError"},
+    "search.common": {
+        "LEAST_OF_A_CLASS": "search.checks.LEAST_OF_A_CLASS",
+        "Search": "search.base.Search",
+        "SearchOutcome": "search.outcome.SearchOutcome",
+        "need_classes": "search.checks.need_classes",
+        "need_validation": "search.checks.need_validation",
+        "run_search": "search.run.run_search",
+        "total_budget": "search.run.total_budget",
+    },
     "search.ranking": {"Ranking": "search.largest_elements.LargestElements"},
     "search.study_trial": {
         "Trainings": "search.studies.trial.TrainingFolders",
@@ -211,22 +222,22 @@ class OldNames(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         old = fullname.removeprefix(f"{ROOT}.")
-        return ModuleSpec(fullname, self) if old != fullname and old in MOVED else None
+        return ModuleSpec(fullname, self) if old != fullname and (old in MOVED or old in RENAMED) else None
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        today = f"{ROOT}.{MOVED[name.removeprefix(f'{ROOT}.')]}"
-        text = f"{name} is now {today}; the earlier name goes in the next version"
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        # The import system returns what stands here once a loader is done: the one module, under both names.
-        sys.modules[name] = found = import_module(today)
-        for earlier, place in RENAMED.get(name.removeprefix(f"{ROOT}."), {}).items():
-            home, _, attribute = place.rpartition(".")
-            setattr(found, earlier, getattr(import_module(f"{ROOT}.{home}"), attribute))
-        held = vars(found)
-        if "__all__" in held:
-            # Such modules had no list of names, so that * gave all of them.
-            held["__all__"] = list(dict.fromkeys([*held["__all__"], *held.get("_EARLIER", ())]))
+        old = name.removeprefix(f"{ROOT}.")
+        names = RENAMED.get(old, {})
+        if old in MOVED:
+            today = f"{ROOT}.{MOVED[old]}"
+            warn_deprecated(f"{name} is now {today}; the earlier name goes in the next version")
+            # The import system returns what stands here once a loader is done: the one module, under both names.
+            sys.modules[name] = module = import_module(today)
+        if names:
+            vars(module)["__getattr__"] = earlier_names(name, names)
+            if "__all__" in vars(module):
+                # Such modules had no list of names, so that * gave all of them.
+                vars(module)["__all__"] = list(dict.fromkeys([*vars(module)["__all__"], *names]))
 
 
 def install() -> None:

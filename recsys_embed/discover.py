@@ -36,6 +36,7 @@ class FoundTable:
         pooling: how bags are pooled; None where there is one vector per id.
         modules: the embedding module at each of ``paths``; for a feature of a collection, the collection.
         tied: dotted names of parameters of other modules that are the same tensor, e.g. a tied output layer's.
+        output_layers: the linear layers among those modules, and those that score by a compressed table.
         obstacle: why the table cannot be replaced as it is; empty where it can.
     """
 
@@ -51,11 +52,12 @@ class FoundTable:
     pooling: Pooling | None = None
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     tied: tuple[str, ...] = ()
+    output_layers: tuple[nn.Module, ...] = field(default=(), repr=False)
     obstacle: str = ""
 
     @property
     def weight(self) -> Tensor | None:
-        """The plain table ``[rows, width]``; None for the kinds of this library, which store something else."""
+        """The full table ``[rows, width]``; None for the kinds of this library, which store something else."""
         if self.kind in ("compressed", "collection"):
             return None
         weight: Tensor = self.modules[0].weight  # type: ignore[assignment]
@@ -70,11 +72,80 @@ class FoundTable:
         return device
 
 
+# Modules that are called in place of one that they hold: by class, the name under which its parameters stand.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``nn.DataParallel`` and DistributedDataParallel, whose names have no prefix.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> unwrapped(nn.DataParallel(linear)) is linear
+    True
+    """
+    while is_wrapper(model):
+        model = model._modules[_WRAPPERS[type(model).__name__]]  # type: ignore[assignment]
+    return model
+
+
+def is_wrapper(module: object) -> bool:
+    """Whether a module is called in place of one that it holds."""
+    name = _WRAPPERS.get(type(module).__name__)
+    ours = isinstance(module, nn.Module) and type(module).__module__.startswith("torch.")
+    return ours and module._modules.get(name or "") is not None  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class BareTable:
+    """A parameter that has the shape of an embedding table and stands in no embedding module."""
+
+    name: str
+    rows: int
+    width: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, a parameter {self.rows} x {self.width} ({self.nbytes / 2**20:.2f} MiB), may be an embedding "
+            "table but stands in no nn.Embedding, so it cannot be replaced: hold it in nn.Embedding, and look ids up "
+            "by calling that"
+        )
+
+
+_BARE_ROWS, _BARE_RATIO = 1000, 4
+
+
+def bare_tables(model: nn.Module) -> list[BareTable]:
+    """Parameters of a model's own that look like embedding tables: 1000 rows or more, and 4 times as many as columns.
+
+    Those of torch's layers, and those that are the weight of an embedding too, are none.
+
+    >>> model = nn.ParameterDict({"user": torch.zeros(2000, 16)})
+    >>> [(t.name, t.rows, t.width) for t in bare_tables(model)]
+    [('user', 2000, 16)]
+    """
+    model = unwrapped(model)
+    found, seen = [], {_tensor_key(t.weight) for t in find_tables(model) if t.weight is not None}
+    for path, module in model.named_modules():
+        layer = type(module).__module__.startswith(("torch.", "recsys_embed.", "torchrec."))
+        if layer and not isinstance(module, nn.ParameterDict | nn.ParameterList):
+            continue
+        for name, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 2 or _tensor_key(p) in seen:
+                continue
+            rows, width = p.shape
+            if rows >= max(_BARE_ROWS, _BARE_RATIO * width) and p.is_floating_point():
+                seen.add(_tensor_key(p))
+                found.append(BareTable(_join(path, name), rows, width, p.numel() * p.element_size()))
+    return found
+
+
 def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[FoundTable]:
     """Every embedding table in a tree of modules, in the order of the tree; builds nothing, works on meta tensors.
 
     A module that stands at several paths, and modules that hold the same weight, are one table. Sharded and quantised
-    TorchRec modules are not tables that a process owns and are left out.
+    TorchRec modules are not tables that a process owns and are left out. Names are those of the model inside
+    ``torch.compile``, ``nn.DataParallel`` or DistributedDataParallel.
 
     Args:
         model: any module.
@@ -89,13 +160,18 @@ def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
+    model = unwrapped(model)
     groups: dict[Any, list[_Seen]] = {}
     for seen in _walk(model, "", ()):
         groups.setdefault(seen.key, []).append(seen)
     known = (nn.Embedding, nn.EmbeddingBag, *subclasses)
     others = _other_parameters(model, {id(s.module) for group in groups.values() for s in group})
     taken: set[str] = set()
-    return [_describe(group, others, taken, known) for group in groups.values()]
+    found = [_describe(group, others, taken, known) for group in groups.values()]
+    scoring = [m for m in model.modules() if getattr(type(m), "table_kind", None) == "output_layer"]
+    if not scoring:
+        return found
+    return [replace(t, output_layers=tuple(m for m in scoring if any(m.table is e for e in t.modules))) for t in found]
 
 
 @dataclass(frozen=True)
@@ -183,23 +259,27 @@ def _tensor_key(tensor: Tensor) -> Any:
 
 
 def _weight_key(module: nn.Module) -> Any:
-    weight = module._parameters.get("weight")
+    named = getattr(module, "parameter_name", None)
+    weight = module._parameters.get("weight" if named is None else named("weight"))
     return id(module) if weight is None else _tensor_key(weight)
 
 
-def _other_parameters(model: nn.Module, tables: set[int]) -> dict[Any, list[str]]:
-    """Dotted names of the parameters and buffers outside embedding modules, by what they store."""
-    found: dict[Any, list[str]] = {}
+_Others = dict[Any, list[tuple[str, nn.Module]]]
+
+
+def _other_parameters(model: nn.Module, tables: set[int]) -> _Others:
+    """Dotted names and modules of the parameters and buffers outside embedding modules, by what they store."""
+    found: _Others = {}
     for path, module in model.named_modules():
         if id(module) in tables:
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and not is_lazy(tensor):
-                found.setdefault(_tensor_key(tensor), []).append(_join(path, name))
+                found.setdefault(_tensor_key(tensor), []).append((_join(path, name), module))
     return found
 
 
-def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str], known: tuple[type, ...]) -> FoundTable:
+def _describe(group: list[_Seen], others: _Others, taken: set[str], known: tuple[type, ...]) -> FoundTable:
     first = group[0]
     # '#' separates parts of table names elsewhere; the model itself may be a table, whose path is empty.
     name = base = first.path.replace(".", "/").replace("#", "_") or "embedding"
@@ -231,20 +311,28 @@ def _describe(group: list[_Seen], others: dict[Any, list[str]], taken: set[str],
             **common,
         )
     weight = module.weight
-    tied = tuple(others.get(first.key, ()))
+    tied = others.get(first.key, [])
     faults = [fault for s in group for fault in _obstacles(s, known)]
-    if tied:
-        faults.append(f"its weight is also {', '.join(tied)}")
+    odd = [where for where, holder in tied if not _scores(holder, weight)]
+    if odd:
+        faults.append(f"its weight is also {', '.join(odd)}")
     return FoundTable(
         rows=module.num_embeddings,
         width=module.embedding_dim,
         dtype=weight.dtype,
         requires_grad=any(s.module.weight.requires_grad for s in group),
         pooling=getattr(module, "mode", None),
-        tied=tied,
+        tied=tuple(where for where, _ in tied),
+        output_layers=() if odd else tuple(holder for _, holder in tied),
         obstacle="; ".join(dict.fromkeys(faults)),
         **common,
     )
+
+
+def _scores(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether a module is a linear layer that does nothing else with the table ``weight`` than score by its rows."""
+    own = layer._parameters.get("weight")
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and own is not None and own.shape == weight.shape
 
 
 def _obstacles(seen: _Seen, known: tuple[type, ...]) -> Iterator[str]:

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
 
-from recsys_embed.discover import find_tables, select_tables
+from recsys_embed.discover import bare_tables, find_tables, select_tables
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import build, check_settings, param
@@ -35,7 +36,7 @@ class FeatureSpec:
         embedding_dim: width of the vector the model receives.
         pooling: how the ids of one bag combine.
         ids: ``"index"`` (vocabulary indices) or ``"raw"`` (arbitrary 64-bit ids, for hashing methods).
-        init: distribution a plain table of this feature starts with; every method starts its rows like it.
+        init: distribution a full table of this feature starts with; every method starts its rows like it.
             ``"sqrt_rows"`` U(±1/sqrt(num_embeddings)) as DLRM and TorchRec, ``"sqrt_dim"`` U(±1/sqrt(dim)) as CCE,
             ``"xavier"`` U(±sqrt(6/(rows+dim))), ``"normal:STD"`` or ``"uniform:BOUND"``; ``"normal:1"`` is torch's.
         unseen: what an id outside ``[0, num_embeddings)``, negative ones included, becomes. ``"hash"``: hashing methods
@@ -97,7 +98,7 @@ class FeatureSpec:
         return self.initial_distribution()
 
     def initial_distribution(self) -> tuple[Literal["uniform", "normal"], float]:
-        """Kind of a plain table's initial distribution, and its bound (uniform) or standard deviation (normal); mean 0.
+        """Kind of a full table's initial distribution, and its bound (uniform) or standard deviation (normal); mean 0.
 
         >>> FeatureSpec("C1", 100, 4).initial_distribution()
         ('uniform', 0.1)
@@ -134,7 +135,7 @@ class Schema:
                 seen.add(spec.name)
         raise_faults(faults, "Schema")
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(f.name for f in self.features)
 
@@ -151,10 +152,14 @@ class Schema:
         return iter(self.features)
 
     def __getitem__(self, name: str) -> FeatureSpec:
-        for spec in self.features:
-            if spec.name == name:
-                return spec
-        raise unknown_name("feature", name, self.names)
+        try:
+            return self._named[name]
+        except (KeyError, TypeError):
+            raise unknown_name("feature", str(name), self.names) from None
+
+    @cached_property
+    def _named(self) -> dict[str, FeatureSpec]:
+        return {f.name: f for f in self.features}
 
     def with_dim(self, embedding_dim: int) -> Schema:
         """The same features at another width, e.g. 1 for the first-order weights of a linear part."""
@@ -194,7 +199,8 @@ class Schema:
         found = find_tables(model, subclasses=subclasses)
         chosen = select_tables(found, include, exclude)
         if not any(not t.obstacle for t in chosen):
-            why = "; ".join(f"{t.name}: {t.obstacle}" for t in chosen) or "it has none"
+            whys = [f"{t.name}: {t.obstacle}" for t in chosen] or ["it has none", *map(str, bare_tables(model))]
+            why = "; ".join(whys)
             raise ConfigError(f"no embedding table of {type(model).__name__} can be replaced ({why})")
         return cls([FeatureSpec(t.name, t.rows, t.width, pooling=t.pooling or "sum") for t in chosen if not t.obstacle])
 

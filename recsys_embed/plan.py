@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
-from recsys_embed.core.id_sets import members_of
+from recsys_embed.core.id_sets import members_of_texts
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.plan_arrays import PlanArrays
 from recsys_embed.core.program import LookupProgram, Table
@@ -20,11 +20,12 @@ from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.registry import config_from_dict, get_method
 from recsys_embed.utils.files import atomic_write, write_text
-from recsys_embed.utils.settings import check_settings, refuse_unknown
+from recsys_embed.utils.settings import build, check_settings
 from recsys_embed.utils.strict_json import read_object
 from recsys_embed.utils.types import JSON, Budget, JSONMapping, Option
 
 PLAN_VERSION = 1
+MAX_ROW_LOOKUPS = 1 << 16
 REASON = "reason"
 SETS = "sets"
 ARRAYS = "arrays"
@@ -45,7 +46,8 @@ class PlanNotes:
         bytes: bytes it takes.
         target: what these bytes cover, ``"serve"`` or ``"train"``.
         optimizer: fused optimizer whose state ``"train"`` counts; None for ordinary gradients.
-        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`.
+        predicted_loss: the planner's objective, see :mod:`recsys_embed.planning`: losses, and penalties for what a plan
+            resorts to only where bytes do not suffice.
         least_loss: no plan it could have made loses less.
         exact: the plan is proved to be the best of those.
         statistics: where frequencies came from.
@@ -75,10 +77,7 @@ class PlanNotes:
     @classmethod
     def from_dict(cls, data: Any) -> PlanNotes:
         """Inverse of :meth:`to_dict`; unknown and missing keys are errors, all at once."""
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"the notes of a plan are an object; got {data!r:.80}")
-        refuse_unknown(cls, {"measured": (), **data}, "key of a plan's notes", where="notes of a plan")
-        return cls(**data)
+        return build(cls, data, "key of a plan's notes", where="notes of a plan")
 
     def to_dict(self) -> JSON:
         """JSON-ready; what came later only where it says something, so that texts from before it compare alike."""
@@ -97,9 +96,8 @@ class Plan:
         configs: by feature name.
         reasons: by feature name, in words, why a planner chose it.
         notes: what the planner aimed at and came to.
-        sets: by feature and index, ids that a search chose to own rows, as :func:`recsys_embed.core.id_sets.set_text`;
-            features without any own rows by frequency.
-
+        sets: by feature and index, ids that a search chose to own rows, or that a planner counted as frequent, as
+            :func:`recsys_embed.core.id_sets.set_text`; features without any own rows by frequency.
         arrays: what other indexes hold, as the codes of a learned clustering; :meth:`save` writes them into a file
             beside the plan's text.
 
@@ -144,8 +142,13 @@ class Plan:
         return len(self.configs)
 
     def members(self, spec: FeatureSpec) -> dict[str, Tensor]:
-        """Ids of each index of a feature that a search has filled: int64, ascending."""
-        return {index: members_of(text, spec.num_ids) for index, text in self.sets.get(spec.name, {}).items()}
+        """Ids of each index of a feature that a search has filled: int64, ascending.
+
+        Raises:
+            ConfigError: a text that is no set, or not of as many ids as the index of this name holds.
+        """
+        texts = self.sets.get(spec.name)
+        return members_of_texts(texts, self[spec.name].program(spec).indexes, spec.num_ids) if texts else {}
 
     def with_arrays(self, arrays: Mapping[str, Mapping[str, Tensor]]) -> Plan:
         """The same plan with integer tensors by feature and index, as ``assign_`` takes them.
@@ -204,7 +207,7 @@ class Plan:
 
     @classmethod
     def full(cls, schema: Schema) -> Plan:
-        """Plain tables everywhere."""
+        """Full tables everywhere."""
         return cls.uniform(schema, "full")
 
     @classmethod
@@ -244,8 +247,24 @@ class Plan:
         """Lookup programs of the features whose rows are gathered from tables, by name.
 
         The others compute their vectors (``config.computes``), each by a module of its own.
+
+        Raises:
+            ConfigError: together they read more than ``MAX_ROW_LOOKUPS`` rows for one id of each feature.
         """
-        return {s.name: self[s.name].program(s) for s in schema if not self[s.name].computes}
+        programs: dict[str, LookupProgram] = {}
+        read = 0
+        for spec in schema:
+            if self[spec.name].computes:
+                continue
+            programs[spec.name] = self[spec.name].program(spec)
+            read += len(programs[spec.name].row_lookups)
+            if read > MAX_ROW_LOOKUPS:
+                raise ConfigError(
+                    f"a plan may read at most {MAX_ROW_LOOKUPS} rows for one id of each feature; up to {spec.name!r}, "
+                    f"which takes {len(programs[spec.name].row_lookups)}, this one reads {read}: use longer blocks, or "
+                    "fewer hash functions"
+                )
+        return programs
 
     def tables(self, schema: Schema) -> dict[str, Table]:
         """Every physical table that rows are gathered from, or that a head multiplies by, once, by its key.
@@ -254,17 +273,7 @@ class Plan:
             ConfigError: features that share a table do not agree in its shape.
         """
         self.check(schema)
-        tables: dict[str, Table] = {}
-        for name, program in self.gathered(schema).items():
-            spec = schema[name]
-            for table in program.tables:
-                known = tables.setdefault(table_key(spec, table), table)
-                if known != table:
-                    raise ConfigError(
-                        f"shared table {table.name!r} is {known.rows} x {known.width}, {known.init}, for one feature "
-                        f"and {table.rows} x {table.width}, {table.init}, for {spec.name!r}; give both the same options"
-                    )
-        return tables
+        return _tables_of(self.gathered(schema), schema)
 
     def footprint(self, schema: Schema, optimizer: FusedOptimizer | None = None, itemsize: int = 4) -> Footprint:
         """Bytes of all features together; shared tables count once.
@@ -272,14 +281,14 @@ class Plan:
         With ``optimizer`` the state of the tables it updates is included; projections and other dense parameters are
         left to the model's own optimizer and its account.
         """
-        total = Footprint()
-        for table in self.tables(schema).values():
+        self.check(schema)
+        total, gathered = Footprint(), self.gathered(schema)
+        for table in _tables_of(gathered, schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
             total += Footprint(weights=itemsize * table.rows * table.width, optimizer=state)
-        gathered = self.gathered(schema)
         for spec in schema:
             if spec.name in gathered:
-                total += Footprint(index=self[spec.name].footprint(spec).index)
+                total += Footprint(index=gathered[spec.name].footprint(itemsize).index)
             else:
                 total += self[spec.name].footprint(spec, itemsize)
         return total
@@ -339,3 +348,17 @@ class Plan:
         notes = None if found.get("notes") is None else PlanNotes.from_dict(found["notes"])
         arrays = None if found.get(ARRAYS) is None else PlanArrays.from_dict(found[ARRAYS], folder)
         return cls(configs, reasons, notes, sets, arrays)
+
+
+def _tables_of(programs: Mapping[str, LookupProgram], schema: Schema) -> dict[str, Table]:
+    tables: dict[str, Table] = {}
+    for name, program in programs.items():
+        spec = schema[name]
+        for table in program.tables:
+            known = tables.setdefault(table_key(spec, table), table)
+            if known != table:
+                raise ConfigError(
+                    f"shared table {table.name!r} is {known.rows} x {known.width}, {known.init}, for one feature "
+                    f"and {table.rows} x {table.width}, {table.init}, for {spec.name!r}; give both the same options"
+                )
+    return tables

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.collection.optimizer_state import weights_alone
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, Table
 from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError, UnknownNameError
@@ -264,8 +265,11 @@ def test_shared_tables_are_one() -> None:
 def test_bytes_are_those_of_the_state_dict(given_plan: tuple[Schema, Plan], rule: Any) -> None:
     schema, plan = given_plan
     coll = EmbeddingCollection(schema, plan, rule)
-    stored = {k: v for k, v in coll.state_dict().items() if not k.endswith("_extra_state")}
+    with weights_alone():
+        stored = {k: v for k, v in coll.state_dict().items() if not k.endswith("_extra_state")}
     assert sum(v.nbytes for v in stored.values()) == coll.footprint().serve == plan.footprint(schema).serve
+    whole = {k: v for k, v in coll.state_dict().items() if not k.endswith(("_extra_state", "_steps"))}
+    assert sum(v.nbytes for v in whole.values()) == coll.footprint().serve + coll.footprint().optimizer
     held = sum(v.nbytes for v in coll.optimizer_state_dict()["state"].values())
     assert held == coll.footprint().optimizer == plan.footprint(schema, rule).optimizer
     assert plan.footprint(schema, itemsize=2).weights * 2 == coll.footprint().weights

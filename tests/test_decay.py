@@ -15,6 +15,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 
@@ -197,11 +198,15 @@ def test_two_lookups_before_a_backward(backend: str) -> None:
     weight = coll.table("C1.weight")[3].clone().requires_grad_()
     optimizer = torch.optim.Adam([weight], lr=0.1, weight_decay=0.1)
     a, b = coll(torch.tensor([[3, 0, 0]])), coll(torch.tensor([[4, 0, 0]]))
-    for out, own in ((b, 0.0), (a, 1.0)):
-        out.sum().backward()
-        optimizer.zero_grad()
-        (weight * own).sum().backward()
-        optimizer.step()
+    b.sum().backward()
+    with pytest.raises(ConfigError, match="fused_optimizer"):
+        a.sum().backward()
+    optimizer.step(lambda: (weight * 0).sum().backward())
+    torch.testing.assert_close(coll.table("C1.weight")[3], weight.detach())
+    # Both in one backward are one step.
+    (coll(torch.tensor([[3, 0, 0]])) + coll(torch.tensor([[3, 1, 1]]))).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step(lambda: (weight * 2).sum().backward())
     torch.testing.assert_close(coll.table("C1.weight")[3], weight.detach())
 
 

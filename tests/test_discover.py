@@ -64,15 +64,21 @@ def test_tied_weights_are_one_table_and_other_users_of_the_weight_are_named() ->
             self.b.weight = self.a.weight
             self.head = nn.Linear(4, 6, bias=False)
             self.head.weight = self.a.weight
+            self.left = nn.Embedding(6, 4)
+            self.other = nn.Bilinear(4, 1, 6, bias=False)
+            self.other.weight = self.left.weight
             self.alone = nn.Embedding(6, 4)
             self.view = nn.Embedding(6, 4, _weight=self.alone.weight.data)
 
     for device in ("cpu", "meta"):
         with torch.device(device):
-            a, alone = find_tables(Tied())
+            model = Tied()
+        a, left, alone = find_tables(model)
         assert a.paths == ("a", "b")
         assert a.tied == ("head.weight",)
-        assert "head.weight" in a.obstacle
+        assert (a.output_layers, a.obstacle) == ((model.head,), "")
+        assert left.obstacle == "its weight is also other.weight"
+        assert left.output_layers == ()
         assert alone.paths == ("alone", "view")
         assert alone.tied == ()
 

@@ -1,5 +1,7 @@
 """Documents name files, make targets and public names that exist."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from recsys_embed import extend
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```python" in p.read_text(encoding="utf-8")]
 PLACES = [ROOT, ROOT / "recsys_embed"]
 
 
@@ -49,3 +52,15 @@ def test_classes_named_in_recipes_are_stable_names() -> None:
     }
     offered = {*extend.__all__, *recsys_embed.__all__}
     assert sorted(classes - offered) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_runs_and_prints_what_it_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(source, page.name, "exec"), {"__name__": "page"})
+    assert out.getvalue().splitlines() == re.findall(r"^ *print\(.*\)  # (.*)$", source, re.M)

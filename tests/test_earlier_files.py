@@ -70,7 +70,7 @@ def test_a_drop_in_loads_and_draws_the_weights_it_drew() -> None:
 
 @pytest.mark.parametrize("options", [{"combine": "path"}, {"bag": "pooled"}], ids=str)
 def test_features_that_such_methods_store_plainly_load(options: dict[str, str]) -> None:
-    """Features below a threshold have a plain table and no head; their module held it all the same."""
+    """Features below a threshold have a full table and no head; their module held it all the same."""
     schema = Schema([FeatureSpec("a", 30, 8), FeatureSpec("small", 20, 8), FeatureSpec("large", 60, 8)])
     config = Plan.uniform(schema, "compositional", num_collisions=4, threshold=25, **options)
     coll = EmbeddingCollection(schema, Plan({**config.configs, "a": Plan.full(schema)["a"]}), seed=3)

@@ -205,14 +205,14 @@ def required_by_name() -> list[tuple[str, str, str | None]]:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_libraries_loaded_by_name_stay_in_their_room_too():
+def test_libraries_loaded_by_name_are_in_one_package_each_too():
     contracts = PROJECT["tool"]["importlinter"]["contracts"]
     (contract,) = [c for c in contracts if "Optional libraries" in c["name"]]
     allowed = [line.split(" -> ") for line in contract["ignore_imports"]]
     for module, library, _ in required_by_name():
         if library in contract["forbidden_modules"]:
-            rooms = [room.removesuffix(".**") for room, lib in allowed if lib == library]
-            assert any(f"{module}.".startswith(f"{room}.") for room in rooms), f"{module} loads {library}"
+            places = [place.removesuffix(".**") for place, lib in allowed if lib == library]
+            assert any(f"{module}.".startswith(f"{place}.") for place in places), f"{module} loads {library}"
 
 
 def test_the_extra_that_an_error_names_installs_the_library():

@@ -127,7 +127,9 @@ def test_descriptions_that_do_not_fit_take_no_memory(saved: Path, array: Any) ->
     data = json.loads(saved.read_text())
     data["arrays"]["features"]["C1"]["codes"] = array
     saved.write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match=r"an array of a plan has|bytes where the plan says"):
+    with pytest.raises(
+        ConfigError, match=r"an array of a plan.*\(index 'codes', feature 'C1'\)|bytes where the plan says"
+    ):
         Plan.load(saved)
 
 

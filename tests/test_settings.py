@@ -63,7 +63,7 @@ class Example(Settings):
         ({"extra": (math.inf,)}, "`extra` must be a list of finite numbers >= 0; got (inf,)"),
         ({"pair": (0.1,)}, "`pair` must be a list of 2 finite numbers in [0, 1); got (0.1,)"),
         ({"modes": ("fast", "x")}, "`modes` must be a non-empty list of values among fast, slow; got ('fast', 'x')"),
-        ({"args": {1: 2}}, "`args` must be a table of settings; got {1: 2}"),
+        ({"args": {1: 2}}, "`args` must be values by name; got {1: 2}"),
         ({"budget": 1.5}, "`budget` must be text or an integer >= 0, or None; got 1.5"),
         ({"place": "here"}, "`place` must be a path, or None; got 'here'"),
         ({"share": 0.5}, "`share` must be a Fraction in [0, 1]; got 0.5"),

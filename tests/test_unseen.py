@@ -146,7 +146,7 @@ def test_drop_ins_follow_the_definition(
         got = module(*arguments)
         vectors = [vector(module, f) for f in found]
         if mode is None:
-            # The plain table stores its padding row, as torch does; no padding row has a gradient.
+            # The full table stores its padding row, as torch does; no padding row has a gradient.
             keeps = 1.0 if method.name == "full" else 0.0
             rows = [v.detach() * keeps if i == padding else v for i, v in zip(ids, vectors, strict=True)]
             wanted = torch.stack(rows) if rows else got.detach()
@@ -286,7 +286,7 @@ def test_zeros_move_no_row(method: MethodInfo) -> None:
     before = copy.deepcopy(fused.state_dict()), copy.deepcopy(fused.optimizer_state_dict()["state"])
     (fused(torch.tensor([[-1, N], [2**40, -7]])).sum() + 0 * next(iter(fused.parameters())).sum()).backward()
     for name, value in fused.state_dict().items():
-        assert torch.equal(value, before[0][name]), name
+        assert torch.equal(value, before[0][name]) or name.endswith("_steps"), name
     for name, value in fused.optimizer_state_dict()["state"].items():
         assert torch.equal(value, before[1][name]), name
     for options in ({"sparse": True}, {"sparse": True, "mode": "mean"}):
@@ -315,7 +315,7 @@ def test_fused_steps_are_plain_ones(method: MethodInfo, policy: Any) -> None:
     with torch.no_grad():
         for name, p in plain.named_parameters():
             after = fused.get_parameter(name)
-            expected = p if after.requires_grad or p.grad is None else p - 0.1 * p.grad
+            expected = p - 0.1 * p.grad if name in fused.storages and p.grad is not None else p
             torch.testing.assert_close(after, expected, msg=name)
 
 

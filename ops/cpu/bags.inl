@@ -1,6 +1,6 @@
-// Bags: the vectors of a sample's ids of one feature, summed or averaged. Part of kernels.inl.
+// Pools the vectors of a bag: the ids of one feature and sample, summed or averaged. Part of kernels.inl.
 
-// Walks ids [at, ...) of a feature in order and says which bag each belongs to.
+// Bag of each id of a feature, for ids visited in order from `at` on.
 class BagWalk {
  public:
   BagWalk(const Call& c, const Feature& f, i64 at) : c_(c), f_(f), ends_(c.offsets + f.ids * c.batch + 1) {
@@ -16,11 +16,11 @@ class BagWalk {
     return bag_;
   }
 
-  // What the vector of the id at `at`, in the bag it was last found in, is multiplied by.
+  // Factor of the vector of id `at`, whose bag the last call of bag_of found.
   float factor(i64 at) const { return c_.sample_weights ? share_ * c_.sample_weights[at] : share_; }
 
  private:
-  // One over the number of the bag's ids that are some.
+  // One over the number of ids in the bag, not counting -1 of optional features.
   float share() const {
     if (!f_.mean) return 1.f;
     const i64 from = ends_[bag_ - 1], to = ends_[bag_];
@@ -37,13 +37,13 @@ class BagWalk {
   float share_;
 };
 
-// Whether vectors are rows of one table as they are, which bags then add up without a copy in between.
+// Whether the vector is an unchanged row of one table, so that pooling can read the table without a copy.
 static bool is_bare(const Call& c, const Feature& f) {
   const RowLookup& p = c.row_lookups[f.first];
   return kind_of(c, p.storage) == FP32 && f.row_lookups == 1 && p.num_rows == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
 }
 
-// out[bag] += vector * factor for n ids from `at` on; rows given: vectors are rows of a table, -1 for none.
+// out[bag] += vector * factor for n ids from `at` on. With `rows`, `vectors` is the table and -1 means no row.
 template <int W>
 static void pool(BagWalk& walk, i64 at, i64 n, const float* vectors, const i32* rows, i64 w, float* out, i64 stride) {
   const i64 width = width_of<W>(w);

@@ -1,5 +1,5 @@
-// Runs the kernels in four threads, under a thread sanitizer for one, and checks that results are those of one thread and
-// of every instruction set, bit for bit; prints their hash, which is that of any other processor:
+// Runs the kernels in one and in four threads on every instruction set, e.g. under a thread sanitizer, and checks that
+// results are equal bit for bit; prints their hash, which is the same on every processor:
 // g++ -fsanitize=thread -g -O1 -std=c++17 -ffp-contract=off -Wno-psabi check_threads.cpp && ./a.out
 #include "native.cpp"
 
@@ -44,7 +44,7 @@ RowLookup row_lookup(i64 storage, i64 width, i64 column, i64 span, i64 join, i64
   return p;
 }
 
-// All that one training run leaves: vectors of every step, tables, state.
+// Results of one training run: vectors of every step, tables and optimizer state.
 std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
   std::vector<RowLookup> row_lookups = {row_lookup(0, WIDTH, 0, WIDTH, STORE, 1), row_lookup(0, WIDTH, 0, WIDTH, STORE, 2),
                                row_lookup(0, WIDTH, 0, WIDTH, MUL, 3), row_lookup(1, 1, 0, WIDTH, STORE, 4)};
@@ -114,7 +114,7 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
   return found;
 }
 
-// What masks of every kind leave: vectors of a lookup that masks them, and gradients.
+// Results of a mask of one kind: masked vectors and all gradients.
 std::vector<float> masked(i64 threads, i64 norm, bool by_id, bool scaled) {
   std::vector<RowLookup> row_lookups(FEATURES, row_lookup(0, WIDTH, 0, WIDTH, STORE, 1));
   std::vector<Feature> features(FEATURES);

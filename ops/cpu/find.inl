@@ -1,4 +1,4 @@
-// Ids of a batch, chunk by chunk, and the rows that all their row lookups read. Part of kernels.inl.
+// Reads the ids of a batch in chunks and transforms them to rows. Part of kernels.inl.
 
 template <int WRITE = 0>
 static inline void prefetch(const void* address, i64 bytes) {
@@ -7,8 +7,8 @@ static inline void prefetch(const void* address, i64 bytes) {
 #endif
 }
 
-// A chunk of one feature's ids and where its row lookups find them: `rows` holds, per row lookup, `size` rows of its table and
-// `size` rows of its weights.
+// A chunk of one feature's ids and their rows: per row lookup, `rows` holds `size` rows of its table, then `size` rows
+// of its weights.
 struct Chunk {
   i64 size;
   i64* ids;
@@ -18,11 +18,11 @@ struct Chunk {
   const i32* rows_of(i64 row_lookup) const { return rows + 2 * size * row_lookup; }
 };
 
-// A chunk of every feature for one thread; of bags, one feature's at a time.
+// Memory of one thread for a chunk of every feature; with bags, for one feature at a time.
 class Workspace {
  public:
   Workspace(const Call& c, i64 samples) : features_(c.offsets ? 1 : c.feature_count), row_lookups_(c.row_lookup_count) {
-    // Many features in short chunks, few in long ones: what is found has to stay in a near cache until it is read.
+    // The more features, the shorter the chunks: their rows have to stay in the L1 or L2 cache until they are read.
     size_ = std::max<i64>(8, std::min<i64>(CHUNK, 6400 / std::max<i64>(1, c.row_lookup_count) / 8 * 8));
     size_ = c.offsets ? BAG_CHUNK : std::min(size_, std::max<i64>(8, samples));
     const i64 ids = features_ * size_, rows = 2 * row_lookups_ * size_;
@@ -47,7 +47,7 @@ class Workspace {
   unsigned char* none_;
 };
 
-// Position of a feature's first id of a sample.
+// Position of a sample's first id of a feature.
 static inline i64 first_id(const Call& c, const Feature& f, i64 sample) {
   return c.offsets ? c.offsets[f.ids * c.batch + sample] : sample;
 }
@@ -55,7 +55,7 @@ static inline i64 first_id(const Call& c, const Feature& f, i64 sample) {
 // Number of ids of a feature.
 static inline i64 count_ids(const Call& c, const Feature& f) { return first_id(c, f, c.batch) - first_id(c, f, 0); }
 
-// Ids [first, first + n) of a feature.
+// Copies ids [first, first + n) of a feature into the chunk, as 64-bit integers.
 static void take_ids(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
   const i64 step = c.offsets ? 1 : c.sample_stride, from = first * step + (c.offsets ? 0 : f.ids * c.feature_stride);
   if (c.ids_are_32)
@@ -64,7 +64,7 @@ static void take_ids(const Call& c, const Feature& f, i64 first, i64 n, const Ch
     for (i64 i = 0; i < n; i++) at.ids[i] = static_cast<const i64*>(c.ids)[from + i * step];
 }
 
-// The rows of n ids that all row lookups of their feature read; false if an id lies outside its range.
+// Rows of n ids for all row lookups of their feature; false if an id is out of range.
 static bool find_rows(const Call& c, const Feature& f, i64 n, const Chunk& at) {
   i64 wrong = 0;
   if (f.limit >= 0)
@@ -82,13 +82,13 @@ static bool find_rows(const Call& c, const Feature& f, i64 n, const Chunk& at) {
   return !wrong;
 }
 
-// Both, of one feature.
+// take_ids, then find_rows.
 static bool find(const Call& c, const Feature& f, i64 first, i64 n, const Chunk& at) {
   take_ids(c, f, first, n, at);
   return find_rows(c, f, n, at);
 }
 
-// Features read ids in strides, which no hardware sees coming.
+// Features read ids with a stride that hardware prefetchers do not detect.
 static void prefetch_ids(const Call& c, i64 from, i64 to) {
   const i64 size = c.ids_are_32 ? 4 : 8;
   if (c.feature_stride != 1) return;

@@ -1,10 +1,10 @@
-// Vectors of ids, from the rows that were found for a chunk of them. Part of kernels.inl.
+// Gathers the rows of a chunk of ids and combines them into vectors. Part of kernels.inl.
 
 static inline float sign_of(i64 id, i64 salt) { return i64(splitmix(u64(id) ^ u64(salt))) < 0 ? -1.f : 1.f; }
 
 static inline i64 step_salt(i64 salt, i64 step) { return i64(u64(salt) + u64(step) * 0x9E3779B97F4A7C15ull); }
 
-// What each row of a row lookup is multiplied by. Runs carry their signs themselves.
+// Whether rows are multiplied by a factor per id. Slices have a sign per element instead, see gather_slices.
 static bool has_factor(const RowLookup& p) { return p.scale != 1.0 || (p.has_sign && p.num_rows == 1) || p.weight_storage >= 0; }
 
 static void factors(const RowLookup& p, const i64* ids, const float* weights, i64 n, float* out) {
@@ -19,7 +19,7 @@ static inline void join_into(float& out, float value, i64 join) {
   out = join == STORE ? value : join == ADD ? out + value : out * value;
 }
 
-// One table that is read, and where its rows for a chunk of ids stand.
+// One table to read, and the rows to read for a chunk of ids.
 struct Slot {
   const char* table;
   i64 bytes;                // from a row to the next
@@ -27,12 +27,13 @@ struct Slot {
   const float* factor;      // of each id; null where none has one
 };
 
-// Items of one shape: `count` slots joined in the columns from columns[item] on, where no row at all leaves `empty`. All
-// are read sample after sample, as outputs lie in memory; feature after feature takes up to twice as long.
+// Items of one shape: each combines `count` slots and writes them from columns[item] on, or writes `empty` if no slot
+// has a row. Samples are the outer loop, in the memory order of outputs; looping over features first takes up to twice
+// as long.
 struct Group {
   i64 output, width, kind, join, count;
   bool factor;
-  u64 repeated;             // by slot of an item: its single element stands for a whole row
+  u64 repeated;             // bit per slot of an item: its row is one element, broadcast to the width
   float empty;
   std::vector<Slot> slots;
   std::vector<i64> columns;
@@ -43,7 +44,7 @@ struct Group {
   }
 };
 
-// Where the rows of a chunk are, in the order they are read; null: none. What stands behind them is asked for and not read.
+// Addresses of a chunk's rows in reading order; null: no row. The padding behind them is prefetched and never read.
 struct Found {
   static constexpr i64 AHEAD = 16;
   std::vector<const char*> rows;
@@ -61,7 +62,7 @@ struct Found {
     }
   }
 
-  // fn(rows, factors, out) of each item, with the rows of later ones asked for. COUNT: slots of an item where known.
+  // Calls fn(rows, factors, out) for each item and prefetches later rows. COUNT: slots of an item, 0 if not known.
   template <int COUNT, class F>
   inline __attribute__((always_inline)) void each(const Group& g, i64 n, i64 bytes, const Matrix& out, F&& fn) const {
     const i64 items = g.columns.size(), count = COUNT ? COUNT : g.count;

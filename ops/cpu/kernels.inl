@@ -1,4 +1,4 @@
-// One set of kernels for one instruction set; native.cpp includes it into a namespace of each.
+// The kernels; native.cpp includes them once per instruction set, each time into another namespace.
 #include "lanes.inl"
 #include "transforms.inl"
 #include "find.inl"
@@ -7,5 +7,5 @@
 #include "lookup.inl"
 #include "rules.inl"
 #include "rows.inl"
-#include "runs.inl"
+#include "slices.inl"
 #include "scatter.inl"

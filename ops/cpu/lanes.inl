@@ -1,9 +1,9 @@
-// Blocks of a row that the compiler keeps in one register (or a few, where registers are narrower). Part of kernels.inl.
+// SIMD vectors of N floats; where registers are narrower, the compiler uses several. Part of kernels.inl.
 
 template <int N>
 struct Lanes;
 
-// Spelt out per width: GCC drops the attribute where the size depends on a template.
+// A macro, not a template: GCC ignores the attribute where the size depends on a template parameter.
 #define RSE_LANES(N)                                                                   \
   template <>                                                                          \
   struct Lanes<N> {                                                                    \
@@ -43,7 +43,7 @@ struct Lanes<1> {
 template <int W>
 static inline i64 width_of(i64 w) { return W ? W : w; }
 
-// fn(Lanes<N>, k) for consecutive blocks [k, k + N) of a row; W is its width where known, else 0.
+// Calls fn(Lanes<N>, k) for consecutive blocks [k, k + N) of a row. W: its width if known at compile time, else 0.
 template <int W, class F>
 static inline __attribute__((always_inline)) void blocks(i64 w, F&& fn) {
   if constexpr (W && W % 16 == 0) {

@@ -1,6 +1,6 @@
-// Lookups of a whole collection: which reads go together, and all samples of a thread. Part of kernels.inl.
+// Lookups of a whole collection: groups row lookups of one shape and runs all samples of a thread. Part of kernels.inl.
 
-// Learned scalars of n ids, or null where a row lookup has none.
+// Learned scalars of n ids; null if the row lookup has none.
 static const float* weights_of(const Call& c, const RowLookup& p, const i32* rows, i64 n, float* out) {
   if (p.weight_storage < 0) return nullptr;
   const float* table = c.storages[p.weight_storage];
@@ -14,8 +14,8 @@ static const float* weights_of(const Call& c, const RowLookup& p, const i32* row
   return out;
 }
 
-// Runs of elements: they may pass the table's end, and each element may have a sign of its own.
-static void gather_runs(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
+// Slices of elements: they wrap around at the table's end, and each element may have a sign.
+static void gather_slices(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                         i64 n, float* out, i64 stride) {
   const float* table = c.storages[p.storage] + p.base;
   for (i64 i = 0; i < n; i++) {
@@ -38,12 +38,12 @@ static void gather_runs(const Call& c, const RowLookup& p, i64 join, const i64* 
   }
 }
 
-// Reads of features whose ids stand in given chunks, arranged once for all chunks of a thread.
+// Reads the features of a thread's chunks; lookups are grouped once, then used for every chunk.
 class Reader {
  public:
   explicit Reader(const Call& c) : c_(c) {}
 
-  // Vectors of a feature, from `column` of an output on.
+  // Adds the vectors of a feature, written from `column` of an output on.
   void vectors(const Feature& f, const Chunk& at, i64 output, i64 column) {
     const RowLookup* all = c_.row_lookups + f.first;
     bool fits = true;
@@ -59,8 +59,8 @@ class Reader {
     if (!fits || f.padding || f.optional) odd_.push_back({&f, at, output, column, !fits, false});
   }
 
-  // What backward needs of a feature whose rows are multiplied with something, as the rows are before anything is done
-  // to them: the tables may have moved on by then.
+  // Adds the unchanged rows of a feature to be saved for backward: if rows are multiplied by something, gradients need
+  // their values, and by then the tables may have been updated.
   void rows(const Feature& f, const Chunk& at, i64 output, i64 column) {
     bool fits = true;
     for (i64 j = 0; j < f.row_lookups; j++) {
@@ -71,7 +71,7 @@ class Reader {
     if (!fits) odd_.push_back({&f, at, output, column, false, true});
   }
 
-  // Sample b of the chunks to row b of outputs[output].
+  // Writes sample b of the chunks to row b of outputs[output].
   void read(const Matrix* outputs, i64 n) {
     for (const Factored& k : factored_) {
       const RowLookup& p = c_.row_lookups[k.feature->first + k.row_lookup];
@@ -97,7 +97,7 @@ class Reader {
     Chunk at;
     float* out;
   };
-  // What is left of a feature after the groups are read; `whole`: nothing was read yet.
+  // Work on a feature that no group covers; `whole`: no group has read any of it.
   struct Odd {
     const Feature* feature;
     Chunk at;
@@ -111,7 +111,7 @@ class Reader {
     return decodes_blocks(p.width) && p.span == p.width;
   }
 
-  // Row lookups [j, j + count) of a feature, joined; or one of them as its row is.
+  // Adds row lookups [j, j + count) of a feature, combined; or, not `joined`, the unchanged row of one.
   void add_item(const Feature& f, const Chunk& at, i64 j, i64 count, i64 output, i64 column, bool joined) {
     const RowLookup* all = c_.row_lookups + f.first + j;
     const i64 width = joined ? all->span : all->width, join = count > 1 ? all[1].join : i64(STORE);
@@ -120,7 +120,7 @@ class Reader {
       group.factor |= has_factor(all[k]);
       group.repeated |= u64(all[k].span != all[k].width) << k;
     }
-    if (group.repeated && join == STORE) group.join = ADD;  // of one slot
+    if (group.repeated && join == STORE) group.join = ADD;  // with a single slot, ADD stores
     auto found = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.fits(group); });
     if (found == groups_.end()) {
       group.slots.reserve(c_.row_lookup_count);
@@ -144,12 +144,12 @@ class Reader {
     found->columns.push_back(column);
   }
 
-  // A row lookup's values of n ids, joined into `out`.
+  // Combines the values of a row lookup for n ids into `out`.
   void read_row_lookup(const RowLookup& p, const Chunk& at, i64 j, i64 n, float* out, i64 stride) const {
     float memory[CHUNK], weights[CHUNK];
     const float* factor = has_factor(p) ? memory : nullptr;
     if (factor) factors(p, at.ids, weights_of(c_, p, at.rows_of(j) + at.size, n, weights), n, memory);
-    if (p.num_rows > 1 && kind_of(c_, p.storage) == FP32) gather_runs(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
+    if (p.num_rows > 1 && kind_of(c_, p.storage) == FP32) gather_slices(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
     else gather_decoded(c_, p, p.join, at.ids, at.rows_of(j), factor, n, out, stride);
   }
 
@@ -165,12 +165,12 @@ class Reader {
       if (k.at.none[i]) std::memset(out + i * stride, 0, f.width * sizeof(float));
   }
 
-  // Runs as they are, and learned scalars.
+  // Saves slices without signs or factors, and learned scalars.
   void keep(const Odd& k, i64 n, float* out, i64 stride) const {
     for (i64 j = 0; j < k.feature->row_lookups; j++) {
       RowLookup p = c_.row_lookups[k.feature->first + j];
       p.has_sign = 0;
-      if (p.num_rows > 1) gather_runs(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
+      if (p.num_rows > 1) gather_slices(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
       float weights[CHUNK];
       if (weights_of(c_, p, k.at.rows_of(j) + k.at.size, n, weights))
         for (i64 i = 0; i < n; i++) out[i * stride + p.kept + p.num_rows * p.width] = weights[i];
@@ -185,7 +185,7 @@ class Reader {
   Found found_;
 };
 
-// What is kept of each feature: of its i-th id at data + i * stride + the row lookup's column.
+// Saved values per feature: those of its i-th id are at data + i * stride + the row lookup's `kept`.
 static std::vector<Matrix> kept_of(const Call& c) {
   std::vector<Matrix> found(c.feature_count, c.kept);
   float* next = c.kept.data;
@@ -204,7 +204,7 @@ static std::vector<Matrix> kept_of(const Call& c) {
 
 #include "bags.inl"
 
-// Samples [from, to); false where some id or row was out of range.
+// Looks up samples [from, to); false if an id or row is out of range.
 static bool look_up(const Call& c, i64 from, i64 to) {
   if (c.offsets) return look_up_bags(c, from, to);
   const Workspace work(c, to - from);
@@ -220,7 +220,7 @@ static bool look_up(const Call& c, i64 from, i64 to) {
   for (i64 at = from; at < to; at += work.size()) {
     const i64 n = std::min(work.size(), to - at);
     prefetch_ids(c, at + n, std::min(to, at + n + work.size()));
-    // One after the other: ids that have only just been written one by one cannot be read many at once without a wait.
+    // Two loops: vector loads of ids stall if scalar stores wrote them just before (store forwarding fails).
     for (i64 k = 0; k < c.feature_count; k++) take_ids(c, c.features[k], at, n, work.chunk(c.features, k));
     for (i64 k = 0; k < c.feature_count; k++) good &= find_rows(c, c.features[k], n, work.chunk(c.features, k));
     for (i64 o = 0; o < c.output_count; o++) outputs[o].data = c.outputs[o].data + at * c.outputs[o].stride;

@@ -1,18 +1,18 @@
-// What is done to vectors on their way out, and its gradients: rows pruned by their norm, columns cut off, blocks of ids
-// scaled. Part of kernels.inl.
+// Masks of vectors and their gradients: rows pruned by norm, columns cut off, vectors scaled by block of ids. Part of
+// kernels.inl.
 
-// Derivative of the unit step as Dynamic Sparse Training estimates it (arXiv 2005.06870).
+// Surrogate derivative of the unit step, from Dynamic Sparse Training (arXiv 2005.06870).
 static inline float long_tailed(float u) {
   const float far = std::fabs(u);
   return far <= 0.4f ? 2.f - 4.f * far : far <= 1.f ? 0.4f : 0.f;
 }
 
-// The vectors of one field of one sample: what the mask's parameters are for them.
+// The mask's parameters for one field of one sample.
 struct Spot {
-  i64 at;             // of the id among the ids of all fields, where parameters go by id; -1: out of range
-  i64 kept;           // columns
+  i64 at;             // index of the id among those of all fields, if parameters are per id; -1: out of range
+  i64 kept;           // number of columns
   float threshold;
-  const float* fallback; // stands for a pruned row; null: zeros
+  const float* fallback;  // replaces a pruned row; null: zeros
   i64 block;
 };
 
@@ -34,7 +34,7 @@ static inline Spot spot_of(const Mask& m, i64 b, i64 f) {
   return spot;
 }
 
-// Factors that keep the first `kept` of a row's columns, for any number: a window on ones and zeros.
+// Column masks of any width without a loop: `of(kept)` points into an array of ones followed by zeros.
 class Prefixes {
  public:
   explicit Prefixes(i64 width) : width_(width), values_(2 * width, 0.f) { std::fill(values_.begin(), values_.begin() + width, 1.f); }
@@ -45,7 +45,7 @@ class Prefixes {
   std::vector<float> values_;
 };
 
-// Sum of fn(lanes, k) over a row, in the order of one block after the other.
+// Sum of fn(lanes, k) over a row, block by block, so that the order is fixed.
 template <int W, class F>
 static inline __attribute__((always_inline)) float row_sum(i64 w, F&& fn) {
   float sum = 0.f;
@@ -58,7 +58,7 @@ static inline __attribute__((always_inline)) void multiply_rows(const float* a, 
   blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(a + k) * lanes.load(b + k)); });
 }
 
-// Squares below this are no length: their root has no slope.
+// Lower bound of the squared norm: the square root has no derivative at 0.
 constexpr float SHORTEST = 1e-30f;
 
 template <int W>
@@ -86,7 +86,7 @@ static bool mask_rows(const Mask& m, i64 from, i64 n, const Matrix& vectors, con
         multiply_rows<W>(x, by, y, width);
         continue;
       }
-      // A norm that is no number keeps its row, so that the loss shows it.
+      // A NaN norm keeps its row, so that the loss becomes NaN too.
       if (m.thresholds && norm_of<W>(x, width, m.norm) <= spot.threshold) x = spot.fallback;
       if (x) multiply_rows<W>(x, prefixes.of(spot.kept), y, width);
       else std::memset(y, 0, width * sizeof(float));
@@ -95,13 +95,14 @@ static bool mask_rows(const Mask& m, i64 from, i64 n, const Matrix& vectors, con
   return good;
 }
 
-// Gradients of a mask's parameters from a part of the samples; the parts are summed in their order, whoever made them.
+// Gradients of a mask's parameters from one part of the samples; parts are added in a fixed order, whichever thread
+// ran.
 struct MaskSums {
   std::vector<float> thresholds, rest;  // of fields; of `fallback` or `scales`
 };
 
-// Gradients of vectors and parameters from samples [from, to). Those of thresholds by id are left in `slopes`. False
-// where an id is out of range: ids whose memory others write to may have changed since forward.
+// Gradients of vectors and parameters from samples [from, to); those of thresholds per id are written to `slopes`.
+// False if an id is out of range: the caller may have overwritten the ids since forward.
 template <int W>
 static bool mask_gradients(const Mask& m, i64 from, i64 to, MaskSums& sums) {
   const i64 width = width_of<W>(m.width);
@@ -176,7 +177,7 @@ static bool mask(const Mask& m, i64 from, i64 to) {
   return choose_mask(m.width).rows(m, from, to - from, vectors, out);
 }
 
-// Parts of the samples that are summed apart: as many as the parameters leave memory for, whatever the threads.
+// Number of parts that are summed separately: bounded by memory, and independent of the number of threads.
 static i64 mask_parts(const Mask& m, i64 parameters) {
   return std::max<i64>(1, std::min({i64(16), m.batch / 256, (i64(1) << 22) / std::max<i64>(1, parameters)}));
 }
@@ -202,7 +203,7 @@ static bool mask_backward(const Mask& m, i64 threads) {
     for (i64 k = 0; k < rest; k++) m.of_rest[k] += part.rest[k];
   }
   if (!m.slopes) return true;
-  // Fields share no id, so each thread takes whole ones.
+  // Fields have no id in common, so each thread takes whole fields.
   next = 0;
   parallel(threads, [&](i64, i64) {
     for (i64 f; (f = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < m.fields;)

@@ -1,7 +1,7 @@
-// Lookup programs on the CPU: forward, and backward with the optimizer fused, of all features in one call.
+// Lookup programs on the CPU: forward, and backward fused with the optimizer step, for all features in one call.
 //
-// A C interface over raw pointers: no header of Python or torch, so one build serves every version of both. Threads are
-// those of the runtime that torch uses, handed in by the caller, so the two never compete for cores.
+// The interface is C over raw pointers, without headers of Python or torch, so one build works with every version of
+// both. Threads come from torch's own OpenMP runtime, which the caller passes in, so the two never compete for cores.
 #include "program.h"
 
 #include <algorithm>
@@ -14,27 +14,34 @@
 #include <type_traits>
 #include <vector>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 namespace {
 
-constexpr i64 CHUNK = 256;  // ids that one pass of a transform takes at most
+constexpr i64 CHUNK = 256;  // most ids per call of a transform
 constexpr i64 BAG_CHUNK = 128;
 enum Outcome { DONE = 0, OUT_OF_RANGE = 1, TOO_LARGE = 2, NO_MEMORY = 3 };
 
-// OpenMP's entry points as GCC calls them; LLVM's and Intel's runtimes have them too.
+// OpenMP entry points of GCC's runtime; those of LLVM and Intel export them too.
 struct Runtime {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
   int (*thread)();
   int (*team)();
 } runtime = {nullptr, nullptr, nullptr};
 
-// fn(thread, threads of the team).
+// A forked child has no thread of its parent, and OpenMP would wait for them for ever.
+void run_alone() { runtime.parallel = nullptr; }
+
+// Calls fn(thread, number of threads) in each thread.
 template <class F>
 void parallel(i64 threads, F&& fn) {
   if (threads <= 1 || !runtime.parallel) {
     fn(0, 1);
     return;
   }
-  // No exception may leave a thread of the team: the caller's thread throws it again.
+  // An exception must not leave a worker thread: it is caught there and thrown again in the caller's.
   struct Region {
     std::remove_reference_t<F>* fn;
     bool failed;
@@ -51,7 +58,7 @@ void parallel(i64 threads, F&& fn) {
   if (region.failed) throw std::bad_alloc();
 }
 
-// Memory of one backward. Blocks stay for the next one: new pages cost as much as the work done in them.
+// Temporary memory of a backward. It is reused by the next, because the page faults of new memory cost as much as the work.
 class Scratch {
  public:
   ~Scratch() {
@@ -72,7 +79,7 @@ class Scratch {
     return memory;
   }
 
-  // All is free again. Many small blocks become one, so that a steady workload settles.
+  // Frees all for reuse. Several blocks are replaced by one, so that a steady workload stops allocating.
   void reset() {
     i64 size = 0;
     for (Block& b : blocks_) size += b.size, b.used = 0;
@@ -117,15 +124,16 @@ struct Variant {
   bool (*look_up)(const Call&, i64, i64);
   int (*backward)(const Call&, const Update*, bool, Scratch&);
   void (*catch_up_all)(const Update&, float*, i64, i64);
+  bool (*update_listed_rows)(const Update&, float*, i64, const i64*, const float*, i64, i64);
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::catch_up_all, plain::mask, plain::mask_backward},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_all, plain::update_listed_rows, plain::mask, plain::mask_backward},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_all, avx2::mask, avx2::mask_backward},
-    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_all, avx512::mask, avx512::mask_backward},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_all, avx2::update_listed_rows, avx2::mask, avx2::mask_backward},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_all, avx512::update_listed_rows, avx512::mask, avx512::mask_backward},
 #endif
 };
 
@@ -154,22 +162,22 @@ Scratch shared_scratch;
 
 extern "C" {
 
-// Sizes of the records, which the caller compares with its own.
+// Size of a record, for the caller to compare with its own.
 RSE_API i64 rse_record_sizes(i64 which) {
   const i64 sizes[] = {sizeof(Transform), sizeof(RowLookup), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask)};
   return sizes[which];
 }
 
-// Kinds and fields of transforms, which the caller compares likewise.
+// Kinds and fields of transforms, for the caller to compare with its own.
 RSE_API const char* rse_transform_layout() { return TRANSFORM_LAYOUT; }
 
-// Names of the optimizers' rules in order of their numbers, each followed by a space.
+// Names of optimizer rules in order of their numbers, each followed by a space.
 RSE_API const char* rse_rules() {
   static const std::string names = plain::Rules::names();
   return names.c_str();
 }
 
-// The kernels to run: one of "plain", "avx2", "avx512", or null for the best here. Returns the name, null if none fits.
+// Selects the instruction set: "plain", "avx2", "avx512", or null for the best available. Returns its name; null if none.
 RSE_API const char* rse_select(const char* wanted) {
   const Variant* found = nullptr;
   for (const Variant& v : variants)
@@ -182,6 +190,10 @@ RSE_API void rse_set_runtime(void* parallel_entry, void* thread, void* team) {
   runtime.parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel_entry);
   runtime.thread = reinterpret_cast<int (*)()>(thread);
   runtime.team = reinterpret_cast<int (*)()>(team);
+#if !defined(_WIN32)
+  static const int watched = pthread_atfork(nullptr, nullptr, run_alone);
+  if (watched != 0) run_alone();
+#endif
 }
 
 RSE_API int rse_forward(const Call* c) try {
@@ -195,10 +207,10 @@ RSE_API int rse_forward(const Call* c) try {
   return NO_MEMORY;
 }
 
-// One step of all storages; with `catch_up`, the steps that rows of the batch missed, which forward does not apply.
+// One step of all storages; with `catch_up`, only the deferred steps of the batch's rows, as needed before rse_forward.
 RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try {
   std::unique_lock<std::mutex> lock(scratch_lock, std::try_to_lock);
-  if (!lock.owns_lock()) {  // another thread is in a backward of its own
+  if (!lock.owns_lock()) {  // another thread is running a backward
     Scratch own;
     return active->backward(*c, updates, catch_up, own);
   }
@@ -208,7 +220,7 @@ RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try
   return NO_MEMORY;
 }
 
-// All steps that rows of a storage [update->rows, width] missed.
+// Applies all deferred steps of a storage [update->rows, width].
 RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 threads) try {
   active->catch_up_all(*update, table, width, threads);
   return DONE;
@@ -216,7 +228,15 @@ RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 thre
   return NO_MEMORY;
 }
 
-// Vectors that some other lookup made, masked.
+// One step of `count` distinct rows of a storage [update->rows, width], given their gradients [count, width].
+RSE_API int rse_update_rows(const Update* update, float* table, i64 width, const i64* rows, const float* values, i64 count,
+                            i64 threads) try {
+  return active->update_listed_rows(*update, table, width, rows, values, count, threads) ? DONE : OUT_OF_RANGE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+// Masks vectors that another lookup computed.
 RSE_API int rse_mask(const Mask* m, i64 threads) try {
   bool good = true;
   parallel(threads, [&](i64 thread, i64 team) {
@@ -228,7 +248,7 @@ RSE_API int rse_mask(const Mask* m, i64 threads) try {
   return NO_MEMORY;
 }
 
-// Gradients of a mask's vectors and parameters; its ids are those that a forward took, or it is refused.
+// Gradients of a mask's vectors and parameters; OUT_OF_RANGE if the ids are not valid (any more).
 RSE_API int rse_mask_backward(const Mask* m, i64 threads) try {
   return active->mask_backward(*m, threads) ? DONE : OUT_OF_RANGE;
 } catch (const std::bad_alloc&) {

@@ -1,8 +1,8 @@
-// Gradients to rows: duplicates are summed in order of occurrence, then each row is updated once. Work is divided by
-// row, not by thread, so results are the same bits for any number of threads. Part of kernels.inl.
+// Gradients of rows: duplicates are summed in order of occurrence, then each row is updated once. Work is divided by
+// row, so results do not depend on the number of threads, bit for bit. Part of kernels.inl.
 
-// Gradients of one read of a table: of its b-th row at gradient + b * stride, times factor and, where there is one, times
-// the row at other + b * other_stride.
+// Gradients of one row lookup: that of its b-th row is gradient + b * stride, times `factor` and, if there is another
+// row it was multiplied by, times other + b * other_stride.
 struct Base {
   const float* gradient;
   i64 stride;
@@ -12,16 +12,16 @@ struct Base {
 };
 
 struct Source {
-  i64 storage, num_rows, base, rows;  // num_rows > 1: consecutive elements of the table [base, base + rows)
-  i64 tag;                       // of its gradients among the bases
+  i64 storage, num_rows, base, rows;  // num_rows > 1: a slice of the table [base, base + rows)
+  i64 tag;                       // index of its gradients in Bases
   i64 count;                     // ids
   const i32* of;                 // [count] row, -1 for none
-  const i32* bag;                // [count], or null: ids have the gradients of their bags
+  const i32* bag;                // [count] bag whose gradient each id takes; null: ids have their own
 
   i64 place(i64 b) const { return bag ? bag[b] : b; }
 };
 
-// A gradient as one number of PLACE_BITS: which base, and its place there in as many bits as the last place needs.
+// A gradient is named by one number of PLACE_BITS: its base, then its place there, in as few bits as all places need.
 constexpr i64 PLACE_BITS = 33;
 
 struct Bases {
@@ -37,7 +37,7 @@ static inline void prefetch_gradient(const Base& base, i64 place, i64 width) {
   if (PAIR && base.other) prefetch(base.other + place * base.other_stride, 4 * width);
 }
 
-// sum = (or +=) the gradient at a place. PAIR: it may have another row to be multiplied with.
+// Stores (`first`) or adds the gradient at a place. PAIR: it may have to be multiplied by another row.
 template <int W, bool PAIR>
 static inline __attribute__((always_inline)) void add_gradient(const Base& base, i64 place, float* sum, bool first, i64 w) {
   const i64 width = width_of<W>(w);
@@ -56,7 +56,7 @@ static i64 count_lookups(const std::vector<Source>& sources) {
   return total;
 }
 
-// Lookups [from, to) of all sources, numbered source after source: fn(source, id).
+// Calls fn(source, id) for lookups [from, to), numbered source by source.
 template <class F>
 static void each_lookup(const std::vector<Source>& sources, i64 from, i64 to, F&& fn) {
   i64 start = 0;
@@ -67,14 +67,14 @@ static void each_lookup(const std::vector<Source>& sources, i64 from, i64 to, F&
   }
 }
 
-// Places for `count` rows of a sparse gradient. Their order differs from run to run; whoever called sorts them.
+// Reserves places for `count` rows of a sparse gradient. Their order differs between runs; the caller sorts them.
 static inline i64 claim(const Update& u, i64 count) { return __atomic_fetch_add(u.touched_count, count, __ATOMIC_RELAXED); }
 
 static inline u64 pack(i32 row, u64 place) { return u64(row) << PLACE_BITS | place; }
 
 static inline i64 row_of(u64 entry) { return i64(entry >> PLACE_BITS); }
 
-// Counting sort by `bits` bits of row - base from `shift` on; equal ones keep their order.
+// Stable counting sort by `bits` bits of row - base, from bit `shift` on.
 static void sort_digit(const u64* from, u64* to, i64 count, i64 base, i64 shift, i64 bits, i64 threads) {
   const i64 number = i64(1) << bits;
   std::vector<u32> counts(threads * number, 0);
@@ -99,15 +99,15 @@ static void sort_digit(const u64* from, u64* to, i64 count, i64 base, i64 shift,
   });
 }
 
-// All reads of one table, and memory for its entries, twice.
+// All lookups of one table, and two buffers for sorting them.
 struct TableReads {
   i64 base, rows;
   std::vector<Source> sources;
   u64* entries[2];
 };
 
-// The table's entries sorted by row, and their number. Neighbouring rows share pages, and walking to a page takes longer
-// than reading a row of it.
+// The table's entries sorted by row, and their number. Sorting pays because neighbouring rows share a page, and a miss
+// of the address cache costs more than reading a row.
 static const u64* sorted_entries(const TableReads& table, const Bases& bases, i64 threads, i64& count) {
   const i64 lookups = count_lookups(table.sources);
   u64 *from = table.entries[0], *to = table.entries[1];
@@ -137,16 +137,16 @@ static const u64* sorted_entries(const TableReads& table, const Bases& bases, i6
   return from;
 }
 
-// Sorted entries [from, to): sums each row's gradients and updates it; `at` is the first row's place in a sparse gradient.
-// Rows are summed a block at a time and then updated: where a row's entries end is hard to foresee, and a wrong guess
-// would hold up the updates of the rows before.
+// Sums the gradients of each row of sorted entries [from, to) and updates it; `at` is the first row's place in a sparse
+// gradient. A block of rows is summed before it is updated: the end of a row's entries is hard to predict, and a branch
+// that is predicted wrongly would delay the updates of the rows before it.
 template <int W, bool PAIR>
 static void update_sorted(const Update& u, float* table, i64 w, const Bases& bases, const u64* entries, i64 from, i64 to,
                           i64 at) {
   constexpr i64 block = 64;
   const i64 width = width_of<W>(w), ahead = 32;
   Row<W * block> memory(width * block);
-  i64 rows[block];
+  Summed rows[block];
   const Base* const all = bases.all.data();
   const u64 low = (u64(1) << PLACE_BITS) - 1, places = (u64(1) << bases.bits) - 1;
   const i64 bits = bases.bits;
@@ -156,19 +156,20 @@ static void update_sorted(const Update& u, float* table, i64 w, const Bases& bas
   for (i64 i = from; i < to;) {
     i64 count = 0;
     for (float* sum = memory.data(); i < to && count < block; sum += width) {
-      const i64 row = rows[count++] = row_of(entries[i]);
+      const i64 row = row_of(entries[i]);
+      rows[count++] = {row, sum};
       prefetch_state(u, table, row, width);
       for (bool first = true; i < to && row_of(entries[i]) == row; i++, first = false) {
         fetch(std::min(i + ahead, to - 1));
         add_gradient<W, PAIR>(base(entries[i]), i64(entries[i] & places), sum, first, w);
       }
     }
-    float* sum = memory.data();
-    for (i64 k = 0; k < count; k++, sum += width) update_row<W>(u, table, rows[k], at++, sum, w);
+    update_rows<W>(u, table, rows, count, at, w);
+    at += count;
   }
 }
 
-// Rows of one table, if they are few: they are summed where they lie and need no sorting.
+// For tables of few rows: a buffer of the table's size takes all sums, without sorting.
 template <int W, bool PAIR>
 static void update_few(const Update& u, float* table, i64 w, const Bases& bases, const TableReads& reads,
                        std::vector<float>& sums) {
@@ -188,11 +189,16 @@ static void update_few(const Update& u, float* table, i64 w, const Bases& bases,
   i64 known = 0;
   for (unsigned char t : touched) known += t;
   i64 at = u.rule.number == SPARSE_GRADIENT ? claim(u, known) : 0;
-  for (i64 row = 0; row < reads.rows; row++)
-    if (touched[row]) update_row<W>(u, table, reads.base + row, at++, sums.data() + row * width, w);
+  constexpr i64 block = 64;
+  Summed rows[block];
+  for (i64 first = 0, count = 0; first < reads.rows; first += block, at += count, count = 0) {
+    for (i64 row = first; row < std::min(first + block, reads.rows); row++)
+      if (touched[row]) rows[count++] = {reads.base + row, sums.data() + row * width};
+    update_rows<W>(u, table, rows, count, at, w);
+  }
 }
 
-// Sorted entries [from, to): applies the steps that each row missed.
+// Applies the deferred steps of the rows of sorted entries [from, to).
 template <int W>
 static void catch_up_sorted(const Update& u, float* table, i64 w, const Bases&, const u64* entries, i64 from, i64 to, i64) {
   const i64 width = width_of<W>(w), ahead = 32;
@@ -203,25 +209,47 @@ static void catch_up_sorted(const Update& u, float* table, i64 w, const Bases&, 
   }
 }
 
-// Rows [from, to) of a storage.
+// Applies the deferred steps of rows [from, to) of a storage.
 template <int W>
 static void catch_up_range(const Update& u, float* table, i64 w, i64 from, i64 to) {
   for (i64 row = from; row < to; row++) catch_up<W>(u, table, row, u.step, w);
 }
 
+// Steps of listed rows, which are distinct: the gradient of rows[i] is values + i * width.
+template <int W>
+static void update_listed(const Update& u, float* table, i64 w, const i64* rows, const float* values, i64 from, i64 to) {
+  constexpr i64 block = 64;
+  const i64 width = width_of<W>(w);
+  Row<W * block> memory(width * block);
+  Summed found[block];
+  for (i64 i = from; i < std::min(from + block, to); i++) prefetch_state(u, table, rows[i], width);
+  for (i64 i = from; i < to; i += block) {
+    const i64 count = std::min(block, to - i);
+    for (i64 k = 0; k < count; k++) {
+      const float* g = values + (i + k) * width;
+      // A step overwrites gradients only to add weight decay to them.
+      found[k] = {rows[i + k], u.decay == 0 ? const_cast<float*>(g) : memory.data() + k * width};
+      if (u.decay != 0) blocks<W>(width, [&](auto lanes, i64 e) { lanes.store(found[k].gradient + e, lanes.load(g + e)); });
+      if (i + k + block < to) prefetch_state(u, table, rows[i + k + block], width);
+    }
+    update_rows<W>(u, table, found, count, i, w);
+  }
+}
+
 using Visit = void (*)(const Update&, float*, i64, const Bases&, const u64*, i64, i64, i64);
 
-// What to do with the rows of a table: update them, or apply the steps they missed.
+// Functions over the rows of a table: update them, or apply their deferred steps.
 struct Visits {
   Visit update, catch_up;
   void (*update_few)(const Update&, float*, i64, const Bases&, const TableReads&, std::vector<float>&);
   void (*catch_up_all)(const Update&, float*, i64, i64, i64);
+  void (*update_listed)(const Update&, float*, i64, const i64*, const float*, i64, i64);
 };
 
 template <int W>
 static Visits visits_of(bool pairs) {
-  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_range<W>};
-  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_range<W>};
+  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_range<W>, update_listed<W>};
+  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_range<W>, update_listed<W>};
 }
 
 static Visits choose_visits(i64 width, bool pairs = false) {
@@ -237,7 +265,7 @@ static Visits choose_visits(i64 width, bool pairs = false) {
   }
 }
 
-// All rows of a storage.
+// Applies the deferred steps of all rows of a storage.
 static void catch_up_all(const Update& u, float* table, i64 width, i64 threads) {
   const auto catch_up = choose_visits(width).catch_up_all;
   const i64 piece = 4096;
@@ -248,7 +276,22 @@ static void catch_up_all(const Update& u, float* table, i64 width, i64 threads) 
   });
 }
 
-// Visits the rows of one table in pieces that begin where a row does; whoever is free takes the next one.
+// One step of listed, distinct rows of a storage; false, and none is made, where a row lies beyond it.
+static bool update_listed_rows(const Update& u, float* table, i64 width, const i64* rows, const float* values, i64 count,
+                               i64 threads) {
+  for (i64 i = 0; i < count; i++)
+    if (rows[i] < 0 || rows[i] >= u.rows) return false;
+  const auto update = choose_visits(width).update_listed;
+  const i64 piece = 1024;
+  i64 next = 0;
+  parallel(threads, [&](i64, i64) {
+    for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < count;)
+      update(u, table, width, rows, values, from, std::min(from + piece, count));
+  });
+  return true;
+}
+
+// Visits the rows of one table in pieces that split no row; a free thread takes the next piece.
 static void visit_table(const Update& u, const TableReads& reads, float* table, i64 width, const Bases& bases, i64 threads,
                         Visit visit) {
   i64 count = 0;
@@ -274,7 +317,7 @@ static void visit_table(const Update& u, const TableReads& reads, float* table, 
   });
 }
 
-// Tables side by side, one thread each; those that would keep one thread busy for longer than all others take all.
+// One thread per table, except tables with so many lookups that one thread would take longest: those use all threads.
 static void visit_rows(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u,
                        float* table, i64 width, bool catch_up, Scratch& scratch) {
   bool pairs = false;

@@ -1,8 +1,8 @@
-// Steps of the optimizers on one row. Part of kernels.inl.
+// Optimizer steps of one row. Part of kernels.inl.
 //
-// A rule is a struct of its constants. One that steps each weight by itself has `run`: the step of a block of elements,
-// given their gradient and the states per element. One with a number per row has `factors`, given the mean square of the
-// row's gradient. A rule is known by its `name`, that of its Python class (recsys_embed/optim), and its place in `Rules`.
+// A rule is a struct that holds its constants. An elementwise rule has `run`, the step of a block of elements from
+// their gradient and states. A rowwise rule has `factors`, computed from the mean square of the row's gradient. `name`
+// is that of the Python class (recsys_embed/optim); the rule's number is its index in `Rules`.
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
@@ -17,7 +17,7 @@ static inline float mean_square(const float* g, i64 w) {
   return total / float(width_of<W>(w));
 }
 
-// Elements of one row, in registers where its width is known.
+// Buffer of one row, in registers if its width is known at compile time.
 template <int W>
 struct Row {
   float fixed[W ? W : 1];
@@ -28,13 +28,13 @@ struct Row {
 
 struct ElementRule {
   static constexpr bool by_row = false;
-  // The step size of a row.
+  // Step size of a row.
   inline float sized(const Update&, i64, float size) const { return size; }
-  // Whether steps without a gradient leave a row as it is.
+  // Whether steps without a gradient leave the row unchanged.
   inline bool rests(const Rule&, i64, i64) const { return false; }
 };
 
-// What a step multiplies a row and its gradient by.
+// A rowwise step: row = row * keep - gradient * step.
 struct Factors {
   float keep, step;
 };
@@ -75,13 +75,13 @@ struct Adam : ElementRule {
   static constexpr i64 elements = 2;
   float rest1, rest2;
   explicit Adam(const Rule& r) : rest1(float(r.constants[0])), rest2(float(r.constants[1])) {}
-  // Rows may count their own steps.
+  // With state[2], each row counts its own steps.
   inline float sized(const Update& u, i64 row, float size) const {
     if (!u.rule.state[2]) return size;
     i32& count = reinterpret_cast<i32*>(u.rule.state[2])[row];
     return size * float(u.rule.curve[std::min<i64>(++count, u.rule.curve_count) - 1]);
   }
-  // Rows that were never read have no moments.
+  // A row that never had a gradient has zero moments, so it does not move.
   inline bool rests(const Rule& r, i64 place, i64 width) const {
     float moved = 0;
     for (i64 k = place; k < place + width; k++) moved += std::abs(r.state[0][k]) + r.state[1][k];
@@ -89,12 +89,15 @@ struct Adam : ElementRule {
   }
   template <class L>
   inline void run(L lanes, typename L::V g, typename L::V& weight, typename L::V& mean, typename L::V& square, float size, float eps) const {
-    mean += (g - mean) * rest1, square += (g * g - square) * rest2;
+    mean += (g - mean) * rest1;
+    // A mean of squares that overflowed stays infinite, as torch's does: its weight rests. The difference would be NaN.
+    square = square < lanes.all(INFINITY) ? square + (g * g - square) * rest2 : square;
     weight -= mean / (lanes.root(square) + eps) * size;
   }
 };
 
-// Weights stay 0 until their gradients have gathered `l1`; where they are not, z follows from them.
+// A weight stays 0 until |z| exceeds `l1`. Where the weight is not 0, z is computed from it: so a table may start
+// from any weights.
 struct Ftrl : ElementRule {
   static constexpr const char* name = "ftrl";
   static constexpr i64 elements = 2;
@@ -115,7 +118,7 @@ struct Ftrl : ElementRule {
   }
 };
 
-// Rows shrink by how long they were not read.
+// Weight decay grows with the number of steps since the row was last read.
 struct RowwiseRmsprop {
   static constexpr const char* name = "rowwise_rmsprop";
   static constexpr bool by_row = true, shrinks = true;
@@ -124,7 +127,8 @@ struct RowwiseRmsprop {
       : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
   inline Factors factors(const Rule& r, i64 row, i64 step, float square, float size, float eps) const {
     float& mean = r.state[0][row];
-    mean += (square - mean) * rest;
+    // One that overflowed stays infinite: the difference would be NaN.
+    if (mean < INFINITY) mean += (square - mean) * rest;
     float gap = 1;
     if (r.state[1]) {
       i32& seen = reinterpret_cast<i32*>(r.state[1])[row];
@@ -139,7 +143,7 @@ template <class... All>
 struct RuleList {
   // Names of all rules in order, each followed by a space.
   static std::string names() { return ((std::string(All::name) + " ") + ...); }
-  // fn(the rule that an update is for).
+  // Calls fn with the rule of this number.
   template <class F>
   static inline __attribute__((always_inline)) void with(const Rule& r, F&& fn) {
     i64 number = 0;
@@ -152,7 +156,7 @@ using Rules = RuleList<Sgd, Adagrad, RowwiseAdagrad, Adam, Ftrl, RowwiseRmsprop>
 static inline float size_of(const Update& u, i64 step) { return float(u.sizes[step - u.first - 1]); }
 static inline float epsilon_of(const Update& u, i64 step) { return float(u.epsilons[step - u.first - 1]); }
 
-// fn(lanes, k, weight, first, second) for the blocks of a row; it may change weights and states.
+// Calls fn(lanes, k, weight, first, second) for the blocks of a row and stores the weights and states it changes.
 template <int W, class R, class F>
 static inline __attribute__((always_inline)) void each_block(const Rule& r, float* weight, i64 place, i64 width, F&& fn) {
   float* first = R::elements > 0 ? r.state[0] + place : nullptr;
@@ -177,7 +181,7 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
   });
 }
 
-// Steps that a row missed, up to `to`: its gradient was its decay alone.
+// Applies the steps up to `to` that a row was not read in: their gradient is the weight decay alone.
 template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
   if (!u.last || u.last[row] >= to) return;
@@ -203,34 +207,50 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
   });
 }
 
-// One step of the rule on a row whose summed gradient is g; `at` is the row's place in a sparse gradient.
+// A row and its summed gradient.
+struct Summed {
+  i64 row;
+  float* gradient;
+};
+
+// Writes the gradients instead of making a step; `at` is the first row's place in a sparse gradient.
 template <int W>
-static inline void update_row(const Update& u, float* table, i64 row, i64 at, float* g, i64 w) {
-  const i64 width = width_of<W>(w), place = row * width;
-  float* weight = table + place;
-  if (u.rule.number < 0) {
-    const bool sparse = u.rule.number == SPARSE_GRADIENT;
-    if (sparse) u.touched[at] = row;
-    float* to = u.gradient + (sparse ? at * width : place);
-    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(g + k)); });
-    return;
+static void hand_out(const Update& u, const Summed* rows, i64 count, i64 at, i64 w) {
+  const i64 width = width_of<W>(w);
+  const bool sparse = u.rule.number == SPARSE_GRADIENT;
+  for (i64 i = 0; i < count; i++) {
+    if (sparse) u.touched[at + i] = rows[i].row;
+    float* to = u.gradient + (sparse ? at + i : rows[i].row) * width;
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(rows[i].gradient + k)); });
   }
-  if (u.last) {
-    catch_up<W>(u, table, row, u.step - 1, w);
-    u.last[row] = i32(u.step);
-  }
-  if (u.decay != 0)
-    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * float(u.decay)); });
-  const float size = size_of(u, u.step), eps = epsilon_of(u, u.step);
+}
+
+// One step on each row; overwrites its gradient. The rule is chosen once for all rows: for narrow rows, choosing it takes
+// half of the time.
+template <int W>
+static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
+  if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
+  const i64 width = width_of<W>(w);
+  const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
     using R = std::decay_t<decltype(rule)>;
-    if constexpr (R::by_row) {
-      scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
-    } else {
-      const float sized = rule.sized(u, row, size);
-      each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
-        rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
-      });
+    for (i64 i = 0; i < count; i++) {
+      const i64 row = rows[i].row, place = row * width;
+      float *weight = table + place, *g = rows[i].gradient;
+      if (u.last) {
+        catch_up<W>(u, table, row, u.step - 1, w);
+        u.last[row] = i32(u.step);
+      }
+      if (decay != 0)
+        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * decay); });
+      if constexpr (R::by_row) {
+        scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
+      } else {
+        const float sized = rule.sized(u, row, size);
+        each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
+          rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
+        });
+      }
     }
   });
 }

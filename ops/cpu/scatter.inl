@@ -1,6 +1,6 @@
-// A whole backward: where the gradients of all reads lie, and one step of every storage. Part of kernels.inl.
+// Backward: locates the gradients of all row lookups, then makes one step of every storage. Part of kernels.inl.
 
-// to[k] *= by[k] * factor; a single element of `by` stands for all.
+// to[k] *= by[k] * factor; a `by` of one element is broadcast.
 static inline void multiply(float* to, const float* by, i64 elements, i64 span, float factor) {
   if (elements == span)
     blocks<0>(span, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(to + k) * (lanes.load(by + k) * factor)); });
@@ -8,8 +8,8 @@ static inline void multiply(float* to, const float* by, i64 elements, i64 span, 
     blocks<0>(span, [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(to + k) * (by[0] * factor)); });
 }
 
-// Gradients of a feature's rows and weights for n of its ids from the first-th on, from those of their vectors
-// (rows of `out`) and what forward kept. `own` holds one matrix per row lookup and its weights: [row lookups][2].
+// Gradients of a feature's rows and weights for n ids from `first` on, from those of their vectors (rows of `out`) and
+// the values forward saved. `own` holds two matrices per row lookup, for its rows and its weights.
 static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 first, i64 n, const Matrix& out,
                           const Matrix& saved, const Matrix* own, std::vector<float>& memory) {
   memory.resize(f.row_lookups * n + f.width);
@@ -56,7 +56,7 @@ static void own_gradients(const Call& c, const Feature& f, const Chunk& at, i64 
   }
 }
 
-// Whether the gradients of a feature's rows are those of its vectors times the one other row that forward kept.
+// Whether a feature is a product of two rows: the gradient of each is that of the vector times the other, saved, row.
 static bool is_pair(const Call& c, const Feature& f) {
   if (f.plain || f.row_lookups != 2 || c.offsets) return false;
   const RowLookup *a = c.row_lookups + f.first, *b = a + 1;
@@ -64,17 +64,17 @@ static bool is_pair(const Call& c, const Feature& f) {
   return bare(*a) && bare(*b) && a->column == b->column && a->width == b->width;
 }
 
-// Reads of each storage by all features, and where the gradients of each lie.
+// Row lookups of each storage by all features, and where their gradients are.
 struct Reads {
   std::vector<std::vector<Source>> sources;
   Bases bases;
-  std::vector<Matrix> own;    // per row lookup: of its rows and of its weights, where these are not those of the vectors
-  std::vector<Matrix> ids;    // per feature: of its ids' vectors, where bags spread theirs in parts
+  std::vector<Matrix> own;    // per row lookup: of its rows and of its weights, unless those of the vectors serve
+  std::vector<Matrix> ids;    // per feature: of its ids' vectors, if ids of a bag differ in their factor
   std::vector<i32*> rows;     // per row lookup: of its rows and of its weights
-  std::vector<i32*> bags;     // per feature: of its ids, where gradients are those of the bags
+  std::vector<i32*> bags;     // per feature: bag of each id, if ids take the gradient of their bag
 };
 
-// Whether the gradient of a bag is that of each of its vectors.
+// Whether each vector of a bag has the gradient of the bag.
 static bool is_shared(const Call& c, const Feature& f) { return f.plain && !f.mean && !c.sample_weights; }
 
 static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
@@ -87,9 +87,9 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
     reads.bases.all.push_back(base);
     return i64(reads.bases.all.size()) - 1;
   };
-  // Rows that only catch up have no gradients.
+  // Without gradients, when only deferred steps are applied.
   auto moved = [](const float* from, i64 elements) { return from ? from + elements : from; };
-  // Columns that a feature's ids need of their own.
+  // Columns of temporary gradients per id of a feature.
   auto width_of = [&](const Feature& f) {
     i64 width = f.plain && c.offsets && !is_shared(c, f) ? f.width : 0;
     for (i64 j = f.first; !f.plain && !is_pair(c, f) && j < f.first + f.row_lookups; j++)
@@ -141,7 +141,7 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   return i64(reads.bases.all.size()) >> std::min<i64>(16, PLACE_BITS - reads.bases.bits) ? TOO_LARGE : DONE;
 }
 
-// Pieces of the ids of samples [from, to), as workspaces take them: fn(feature, first id, number).
+// Calls fn(feature, first id, count) for pieces of at most `size` ids of samples [from, to).
 template <class F>
 static void each_piece(const Call& c, i64 from, i64 to, i64 size, F&& fn) {
   if (c.offsets) {
@@ -155,7 +155,7 @@ static void each_piece(const Call& c, i64 from, i64 to, i64 size, F&& fn) {
     for (i64 k = 0; k < c.feature_count; k++) fn(k, at, std::min(size, to - at));
 }
 
-// Rows of all reads and, on request, gradients that are not those of the output; false where an id is out of range.
+// Rows of all row lookups and, on request, the temporary gradients; false if an id is out of range.
 static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
   bool good = true;
   const std::vector<Matrix> kept = kept_of(c);
@@ -191,7 +191,7 @@ static bool find_reads(const Call& c, const Reads& reads, bool gradients) {
   return good;
 }
 
-// One step of every storage; with `catch_up`, the steps that the rows of the batch missed, before they are read.
+// One step of every storage; with `catch_up`, only the deferred steps of the batch's rows, before forward reads them.
 static int backward(const Call& c, const Update* updates, bool catch_up, Scratch& scratch) {
   Reads reads;
   const Outcome outcome = plan_reads(c, scratch, reads);
@@ -199,12 +199,12 @@ static int backward(const Call& c, const Update* updates, bool catch_up, Scratch
   if (!find_reads(c, reads, !catch_up)) return OUT_OF_RANGE;
   for (i64 s = 0; s < c.storage_count; s++) {
     const std::vector<Source>& sources = reads.sources[s];
-    if (sources.empty()) continue;
-    bool runs = false;
-    for (const Source& source : sources) runs |= source.num_rows > 1;
+    if (sources.empty() || updates[s].rule.number == NO_UPDATE) continue;
+    bool slices = false;
+    for (const Source& source : sources) slices |= source.num_rows > 1;
     const i64 width = c.storage_widths[s];
-    if (runs && catch_up) catch_up_all(updates[s], c.storages[s], width, c.threads);
-    else if (runs) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
+    if (slices && catch_up) catch_up_all(updates[s], c.storages[s], width, c.threads);
+    else if (slices) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
     else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, catch_up, scratch);
   }
   return DONE;

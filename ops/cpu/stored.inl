@@ -1,7 +1,7 @@
-// Rows at lower precision, decoded as they are read: for serving. Part of kernels.inl.
+// Decodes rows of lower precision as they are read, for serving. Part of kernels.inl.
 
-// Subnormal halves become normal floats by an addition that rounds nothing: processors are slow on subnormal floats.
-// Without branches, so that the next row is asked for before this one has come.
+// Subnormal halves become normal floats by an exact addition, because processors are slow on subnormal floats. Without
+// branches, so that the next row can be loaded before this one has arrived.
 static inline float half_to_float(uint16_t h) {
   const u32 size = h & 0x7FFF, special = 0u - u32(size >= 0x7C00), small = 0u - u32(size < 0x400);
   const u32 normal = (size << 13) + (112u << 23) + (special & (112u << 23)), raised = size | 0x3F000000u;
@@ -21,7 +21,7 @@ static inline uint16_t read_16(const unsigned char* at) {
   return x;
 }
 
-// Sixteen at a time, where the compiler has vectors.
+// Sixteen elements at a time, with compilers that have vector extensions.
 #if defined(__GNUC__)
 typedef uint8_t Bytes8 __attribute__((vector_size(8), aligned(1), may_alias));
 typedef uint8_t Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
@@ -100,7 +100,7 @@ static inline const unsigned char* stored_row(const Call& c, i64 storage, i64 ro
   return reinterpret_cast<const unsigned char*>(c.storages[storage]) + row * row_bytes(c, storage);
 }
 
-// Rows of 16, 32, ... elements, decoded in registers and joined with what is there.
+// Whether rows of this width are decoded in registers and combined directly with the output.
 static inline bool decodes_blocks(i64 width) {
 #if defined(__GNUC__)
   return width % 16 == 0;
@@ -112,7 +112,7 @@ static inline bool decodes_blocks(i64 width) {
 template <i64 KIND>
 static void read_stored(const Group& g, const Found& found, i64 n, const Matrix& out) {
 #if defined(__GNUC__)
-  // Rows begin anywhere in a line.
+  // Rows are not aligned to cache lines.
   found.each<0>(g, n, g.slots[0].bytes + 63, out, [&](const char* const* rows, const float* factors, float* o) {
     if (!rows[0]) std::fill_n(o, g.width, g.empty);
     for (i64 j = 0; j < g.count; j++) {
@@ -139,17 +139,17 @@ static void (*choose_decoder(i64 kind))(const Group&, const Found&, i64, const M
   return kind == FP16 ? read_stored<FP16> : kind == BF16 ? read_stored<BF16> : kind == INT8 ? read_stored<INT8> : read_stored<INT4>;
 }
 
-// A row lookup's values of n ids, whatever its storage holds.
+// Values of a row lookup for n ids, from a storage of any precision.
 static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                            i64 n, float* out, i64 stride) {
   const i64 kind = kind_of(c, p.storage), read = p.num_rows * p.width;
-  // Asked for together: decoding one row is too much work for the processor to look ahead to the next.
+  // All rows are prefetched first: decoding one takes so many instructions that the processor does not reach the next.
   const i64 bytes = row_bytes(c, p.storage) * p.num_rows;
   for (i64 i = 0; i < n; i++)
     if (rows[i] >= 0) {
       const unsigned char* row = stored_row(c, p.storage, rows[i]);
       prefetch(row, bytes);
-      prefetch(row + bytes - 1, 1);  // rows begin anywhere in a line
+      prefetch(row + bytes - 1, 1);  // rows are not aligned to cache lines
     }
   std::vector<float> memory(read);
   for (i64 i = 0; i < n; i++) {
@@ -158,7 +158,7 @@ static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i6
       for (i64 k = 0; k < p.span; k++) join_into(o[k], float(p.product), join);
       continue;
     }
-    // Runs go on at the table's start; their rows are single elements side by side.
+    // A slice wraps around at the table's end; its rows are single elements.
     const i64 straight = p.num_rows > 1 ? std::min(p.num_rows, p.base + p.rows - rows[i]) : read;
     decode_row(kind, stored_row(c, p.storage, rows[i]), straight, memory.data());
     if (straight < read) decode_row(kind, stored_row(c, p.storage, p.base), read - straight, memory.data() + straight);

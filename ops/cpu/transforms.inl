@@ -1,6 +1,6 @@
-// Ids to rows, many at once. Part of kernels.inl.
+// Transforms of ids to rows, vectorised over a chunk of ids. Part of kernels.inl.
 
-// floor(x / d) for d > 0. A product with 1/d is off by one at most where the quotient stays below 2^50.
+// floor(x / d) for d > 0. Multiplying by 1 / d is off by at most one while the quotient is below 2^50.
 static void quotients(const i64* x, i64 n, i64 d, i64* out) {
   i64 all = 0, most = 0;
   for (i64 i = 0; i < n; i++) all |= x[i], most = x[i] > most ? x[i] : most;
@@ -91,13 +91,13 @@ static inline i64 bits_set(u64 x) {
 #endif
 }
 
-// Array number i of a transform's index, from where the index begins.
+// The i-th array of a transform's index, from the offset at which this index begins in it.
 template <class T>
 static const T* index_array(const Transform& t, const void* const* index, i64 i) {
   return static_cast<const T*>(index[t.array + i]) + t.at;
 }
 
-static void members(const Transform& t, const void* const* index, const i64* x, i64 n, i64* rows) {
+static void set_ranks(const Transform& t, const void* const* index, const i64* x, i64 n, i64* rows) {
   if (t.kind == RANGE) {
     for (i64 i = 0; i < n; i++) {
       u64 place = u64(x[i]) - u64(t.start);
@@ -116,7 +116,7 @@ static void members(const Transform& t, const void* const* index, const i64* x, 
   } else {
     const i32* first = index_array<i32>(t, index, 0);
     for (i64 i = 0; i < n; i++) {
-      i64 low = 0, high = t.count;  // the first member >= x
+      i64 low = 0, high = t.count;  // the first id of the set >= x
       while (low < high) {
         i64 middle = (low + high) / 2;
         if (first[middle] < x[i]) low = middle + 1;
@@ -150,11 +150,11 @@ static void map_ids(const Transform& t, const void* const* index, const i64* x, 
     case MURMUR: return murmur(t, x, n, rows);
     case IDENTITY: return void(std::memcpy(rows, x, n * sizeof(i64)));
     case CODES: return codes(t, index, x, n, rows);
-    default: return members(t, index, x, n, rows);
+    default: return set_ranks(t, index, x, n, rows);
   }
 }
 
-// Rows of a storage. One that lies outside its table (damaged arrays, an id that no check saw) is not read: -1.
+// Rows of a storage. A row outside its table (damaged arrays, an unchecked id) becomes -1 and is never read.
 static bool storage_rows(const Transform& t, const void* const* index, i64 base, i64 table_rows, const i64* x, i64 n,
                          const unsigned char* none, i32* out) {
   i64 rows[CHUNK];

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +19,30 @@ from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
-from recsys_embed.utils.strict_json import strict_json
+from recsys_embed.utils.settings import Settings
+from recsys_embed.utils.strict_json import read_object
 
 EXIT_INTERRUPTED = 130
 STUDY = "study.json"
+
+
+@dataclass(frozen=True)
+class StudyRequest(Settings):
+    """What ``search methods`` was asked for, kept in the study's folder for ``pick`` and for later runs.
+
+    Args:
+        data: data folder.
+        train: settings of training, see :class:`TrainConfig`.
+        study: settings of the study, see :class:`recsys_embed.search.studies.settings.StudySettings`.
+        storage: URL or file; None for the file in the study's own folder.
+        device: e.g. ``"cuda"``.
+    """
+
+    data: str
+    train: Mapping[str, Any]
+    study: Mapping[str, Any]
+    storage: str | None
+    device: str
 
 
 def methods(
@@ -82,16 +104,16 @@ def methods(
     where = str(place) if place and "://" not in str(storage) else storage
     if place == (folder / "study.db").absolute():  # what lies in the folder moves with it
         where = None
-    asked = {"data": str(data.absolute()), "train": train.to_dict(), "study": own, "storage": where, "device": device}
+    request = StudyRequest(str(data.absolute()), train.to_dict(), own, where, device)
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1; got {workers}")
-    study = _make_study(asked, folder)
+    study = _make_study(request, folder)
     say_few_steps(study.data, study.config)
     if warm is not None:
         queued, outside = study.warm_from(warm)
         print(f"from {without_password(warm)}: {queued} trials queued, {outside} outside this space", file=sys.stderr)
     try:
-        _work(study, asked, folder, workers, quiet=as_json)
+        _work(study, request, folder, workers, quiet=as_json)
         checked = None if study.settings.proxy == 1 else _check(study, check, quiet=as_json)
         study.sweep()
         drop_leftovers(folder, age=3600)
@@ -106,7 +128,7 @@ def methods(
     return 0 if results["front"] else _fail_without_front(results)
 
 
-def _make_study(asked: dict[str, Any], folder: Path) -> Any:
+def _make_study(request: StudyRequest, folder: Path) -> Any:
     """Create the study in a folder, or open the one that it holds, and record what was asked for.
 
     Raises:
@@ -115,15 +137,15 @@ def _make_study(asked: dict[str, Any], folder: Path) -> Any:
     from recsys_embed.search.studies.urls import without_password
 
     folder.mkdir(parents=True, exist_ok=True)
-    known = read_asked(folder)
-    kept = {**asked, "storage": asked["storage"] and without_password(asked["storage"])}
-    if known is not None and (known["storage"] and without_password(known["storage"])) != kept["storage"]:
+    known = read_request(folder)
+    kept = request.replace(storage=request.storage and without_password(request.storage))
+    if known is not None and (known.storage and without_password(known.storage)) != kept.storage:
         raise ConfigError(
             f"{folder} holds the results of a study in another storage, see {folder / STUDY}: give that "
             "--storage (none: the folder's own study.db), or another --out"
         )
-    study = open_study(asked, folder, must_exist=known is not None)
-    write_json(folder / STUDY, kept)
+    study = open_study(request, folder, must_exist=known is not None)
+    write_json(folder / STUDY, kept.to_dict())
     return study
 
 
@@ -139,28 +161,25 @@ def _fail_without_front(results: dict[str, Any]) -> int:
     return 1
 
 
-def read_asked(folder: Path) -> dict[str, Any] | None:
-    """The settings of the study in a folder; None if it holds none.
+def read_request(folder: Path) -> StudyRequest | None:
+    """The request of the study in a folder; None if it holds none.
 
     Raises:
-        ConfigError: the settings file is damaged.
+        ConfigError: its file is damaged.
     """
     path = folder / STUDY
     if not path.exists():
         return None
     try:
-        found = strict_json(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"data", "train", "study", "storage", "device"} <= set(found):
+        return StudyRequest.from_dict(read_object(path))
+    except ConfigError as e:
         raise ConfigError(
             f"{path} is damaged; remove it and run the same 'recsys-embed search methods' again: finished trials are "
-            "not trained again"
-        )
-    return found
+            f"not trained again. {e}"
+        ) from e
 
 
-def open_study(asked: dict[str, Any], folder: Path, *, must_exist: bool) -> Any:
+def open_study(request: StudyRequest, folder: Path, *, must_exist: bool) -> Any:
     """The study of these settings; ``must_exist`` if it must exist already."""
     from recsys_embed.data import open_dataset
     from recsys_embed.search.studies.optuna_library import require_optuna
@@ -170,29 +189,29 @@ def open_study(asked: dict[str, Any], folder: Path, *, must_exist: bool) -> Any:
     from recsys_embed.search.studies.study import MethodStudy
 
     return MethodStudy(
-        TrainConfig.from_dict(asked["train"]),
-        open_dataset(Path(asked["data"])),
-        StudySettings.from_dict(asked["study"]),
-        asked["storage"] or str(folder / "study.db"),
-        device=None if asked["device"] == "cpu" else asked["device"],
+        TrainConfig.from_dict(request.train),
+        open_dataset(Path(request.data)),
+        StudySettings.from_dict(request.study),
+        request.storage or str(folder / "study.db"),
+        device=None if request.device == "cpu" else request.device,
         must_exist=must_exist,
         folder=folder,
     )
 
 
-def _join(asked: dict[str, Any], folder: Path, quiet: bool) -> None:
+def _join(request: StudyRequest, folder: Path, quiet: bool) -> None:
     """Main function of an additional worker process."""
     try:
-        open_study(asked, folder, must_exist=True).work(None if quiet else say)
+        open_study(request, folder, must_exist=True).work(None if quiet else say)
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
     except RecsysEmbedError as e:
         sys.exit(f"recsys-embed: a worker ended: {e}")
 
 
-def _work(study: Any, asked: dict[str, Any], folder: Path, workers: int, *, quiet: bool) -> None:
+def _work(study: Any, request: StudyRequest, folder: Path, workers: int, *, quiet: bool) -> None:
     spawn = multiprocessing.get_context("spawn")
-    others = [spawn.Process(target=_join, args=(asked, folder, quiet)) for _ in range(workers - 1)]
+    others = [spawn.Process(target=_join, args=(request, folder, quiet)) for _ in range(workers - 1)]
     for process in others:
         process.start()
     try:
@@ -299,17 +318,17 @@ def pick(
     from recsys_embed.data import open_dataset
     from recsys_embed.exports import export
     from recsys_embed.search.studies.results import best_under, rows_of
-    from recsys_embed.train.json_values import footprint_dict, plain
+    from recsys_embed.train.json_values import footprint_dict, json_ready
     from recsys_embed.train.run import run_training
 
     if (trial is None) == (under is None):
         raise ConfigError("give --trial N or --under SIZE, and not both")
-    asked = read_asked(run)
-    if asked is None:
+    request = read_request(run)
+    if request is None:
         raise ConfigError(
             f"{run} holds no study: {run / STUDY} does not exist; make one with 'recsys-embed search methods'"
         )
-    study = open_study(asked, run, must_exist=True)
+    study = open_study(request, run, must_exist=True)
     with study.guarded():
         rows = rows_of(study)
     if under is not None:
@@ -323,14 +342,14 @@ def pick(
     folder = out or run / f"trial-{row['trial']}"
     try:
         done = run_training(
-            study.training_config(row["params"]), open_dataset(Path(asked["data"])), folder=folder, resume=True,
+            study.training_config(row["params"]), open_dataset(Path(request.data)), folder=folder, resume=True,
             device=study.device, label=f"trial {row['trial']}",
         )  # fmt: skip
     except Interrupted:
         print("recsys-embed: stopped; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     result: dict[str, Any] = {
-        **plain(done.result.to_dict()),
+        **json_ready(done.result.to_dict()),
         "trial": row["trial"],
         "footprint": footprint_dict(done.footprint),
         "full_bytes": done.full_bytes,

@@ -18,7 +18,7 @@ def compress(
     factory: opt.ModelFactory = None,
     model: opt.FormerFactory = None,
     state: Annotated[
-        Path | None, typer.Option("--state", help="Trained state dict of the plain model: .pt or .safetensors.")
+        Path | None, typer.Option("--state", help="Trained state dict of the uncompressed model: .pt or .safetensors.")
     ] = None,
     init: Annotated[str, typer.Option("--init", help="dense (fit to the trained tables) or fresh.")] = "dense",
     counts: Annotated[
@@ -48,7 +48,7 @@ def compress(
     chosen = Plan.load(plan)
     named = opt.model_factory(factory, model)
     if named is None:
-        raise ConfigError("give --model-factory package.module:function, which returns the plain model")
+        raise ConfigError("give --model-factory package.module:function, which returns the uncompressed model")
     target = load_target(named)
     if state is not None:
         _load(target, state)
@@ -79,7 +79,7 @@ def _counts(model: Any, folder: Path) -> Any:
 def _load(model: Any, path: Path) -> None:
     import torch
 
-    from recsys_embed.utils.files import file_form
+    from recsys_embed.utils.files import check_packing, file_form
     from recsys_embed.utils.optional import require
 
     if not path.exists():
@@ -88,6 +88,7 @@ def _load(model: Any, path: Path) -> None:
         if file_form(path) == "safetensors":
             found = require("safetensors.torch", extra="train", purpose="reading .safetensors").load_file(path)
         else:
+            check_packing(path)
             found = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(found)
     except ImportError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,8 +81,11 @@ def _auc(folder: Path, split: str) -> Callable[[Any], float]:
 
     def measure(model: Any) -> float:
         metrics = evaluate(model, dataset, split)
-        if metrics is None or metrics.auc is None:
-            raise ConfigError(f"split {split!r} of {folder} has labels of one class only, so no AUC")
+        if metrics is None or math.isnan(metrics.auc):
+            raise ConfigError(
+                f"the {dataset.rows(split):,} rows of split {split!r} of {folder} are of one class, so there is no "
+                "AUC; choose another --split or --data"
+            )
         return float(metrics.auc)
 
     return measure

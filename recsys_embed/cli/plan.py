@@ -20,12 +20,21 @@ from recsys_embed.features import Schema
 from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
+from recsys_embed.planning.explain import SHARED_ALONE
 from recsys_embed.utils.strict_json import read_object, strict_json
 
 if TYPE_CHECKING:
     from recsys_embed.sharding.placement import Cluster
 
 WIDTH = 160
+Network = Annotated[
+    bool | None,
+    typer.Option(
+        "--network/--no-network",
+        help="Whether a network reads every vector beside many others, so that ids may share rows; by default found "
+        "out from the model's layers or, of a schema, true from eight features on.",
+    ),
+]
 
 
 def plan(
@@ -72,6 +81,7 @@ def plan(
     equal_widths: Annotated[
         bool, typer.Option("--equal-widths", help="The model needs vectors of one width (FM, DLRM, ...).")
     ] = False,
+    network: Network = None,
     max_rows: Annotated[int | None, typer.Option("--max-rows-per-id", help="Most rows a lookup gathers.")] = None,
     max_bytes: Annotated[int | None, typer.Option("--max-bytes-per-id", help="Most bytes a lookup gathers.")] = None,
     evidence: Annotated[
@@ -84,9 +94,7 @@ def plan(
     hosts: Annotated[int, typer.Option("--hosts", help="Machines that hold these devices.")] = 1,
     hbm: Annotated[str, typer.Option("--hbm", help="Memory of a device.")] = "80GiB",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples per device and step.")] = 4096,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the plan: JSON to read, edit and train with.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan: JSON, to train with.")] = None,
     diff: Annotated[Path | None, typer.Option("--diff", help="Also show the changes against this plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> int:
@@ -117,6 +125,7 @@ def plan(
         known,
         evidence=evidence,
         itemsize=itemsize,
+        network=network,
         **limits,
     )
     changes = () if diff is None else describe_changes(Plan.load(diff), made, features)
@@ -258,10 +267,13 @@ def _summary(features: Schema, made: Plan) -> str:
     proved = (
         "proved best" if notes.exact else f"at most {100 * gap / max(notes.predicted_loss, 1e-12):.2g} % above the best"
     )
+    sharing = any(SHARED_ALONE in why for why in made.reasons.values())
+    penalties = ", and more where ids share rows that no network tells apart" if sharing else ""
     lines = [
-        f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; plain tables would take "
+        f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; full tables would take "
         f"{format_bytes(plain)} to serve, {plain / max(serve, 1):.1f}x as much",
-        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells), {proved} of the options",
+        f"predicted loss {notes.predicted_loss:.4g} (1 is all that one feature tells{penalties}), {proved} of the "
+        + ("options; a guess, since nothing was counted" if notes.statistics.startswith("a guess") else "options"),
         f"frequencies: {notes.statistics}",
     ]
     if notes.left_out:

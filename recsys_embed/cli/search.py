@@ -120,6 +120,6 @@ def render(outcome: SearchOutcome, folder: Path) -> str:
         f"bytes: {format_bytes(serve)} of {format_bytes(outcome.full_bytes)}, compression "
         f"{outcome.full_bytes / serve:.1f}x"
     )
-    lines.append(f"cost: {outcome.cost:.1f} plain trainings ({sum(outcome.seconds.values()):,.0f} s)")
+    lines.append(f"cost: {outcome.cost:.1f} trainings over full tables ({sum(outcome.seconds.values()):,.0f} s)")
     lines.append(f"plan: {folder / 'plan.json'}; report: {folder / 'report.md'}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
 from recsys_embed.train.driver import RunOutcome
-from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.json_values import footprint_dict, json_ready
 
 EXIT_INTERRUPTED = 130
 
@@ -110,7 +110,7 @@ def train(
 
 def summarise(outcome: RunOutcome) -> dict[str, Any]:
     """A finished run as JSON values."""
-    result = plain(outcome.result.to_dict())
+    result = json_ready(outcome.result.to_dict())
     result["footprint"] = footprint_dict(outcome.footprint)
     result["compression"] = outcome.full_bytes / outcome.footprint.serve
     return dict(result)

@@ -33,6 +33,11 @@ class Bags(NamedTuple):
 
 def _one(feature: FeatureIds, where: str) -> tuple[Tensor, Tensor]:
     """Values and offsets of one feature given as ``(values, offsets)`` or as ids ``[B, L]`` or ``[B]``."""
+    if isinstance(feature, Tensor) and feature.is_nested:
+        raise ConfigError(
+            f"a nested tensor is no form of ids here; give (ids.values(), ids.offsets()) of a jagged one "
+            f"(feature {where!r})"
+        )
     if isinstance(feature, Tensor):
         if feature.dim() not in (1, 2):
             raise ConfigError(f"ids of one feature are [B] or [B, L]; got {tuple(feature.shape)} (feature {where!r})")

@@ -197,8 +197,6 @@ class BatchedLookup:
 
     def pools(self, bags: Bags) -> bool:
         """Whether :meth:`pooled` takes the bags: their weights are constants."""
-        if torch.compiler.is_compiling():
-            return False
         return bags.weights is None or (bags.weights.dtype == torch.float32 and not bags.weights.requires_grad)
 
     def pooled(
@@ -216,6 +214,8 @@ class BatchedLookup:
         """
         weights = None if bags.weights is None else bags.weights.contiguous()
         ids = Ids(bags.values.contiguous(), bags.offsets.contiguous(), weights, bags.batch)
+        if torch.compiler.is_compiling():
+            return self._apply_heads(ops.look_up(self.lookup, ids, tables, step), None)
         try:
             outputs = look_up(self.lookup, self._pool, ids, tables, step=step, sparse=sparse)
         except IdRangeError:
@@ -244,7 +244,7 @@ class BatchedLookup:
         self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
     ) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
-            return ops.look_up(self.lookup, ids, tables, step)
+            return ops.look_up(self.lookup, Ids.matrix(ids), tables, step)
         try:
             return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse, mask=mask)
         except IdRangeError:

@@ -7,33 +7,35 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from recsys_embed.collection.backward_steps import LookupRecord
 from recsys_embed.collection.bags import to_bags
 from recsys_embed.collection.batched_lookup import BatchedLookup
 from recsys_embed.collection.earlier_states import take_in_tables_of_modules
-from recsys_embed.collection.fused_tables import FusedTables, OneStep
+from recsys_embed.collection.fused_tables import FusedTables
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.embedding.compressed_embedding import STORED_UNSEEN
+from recsys_embed.embedding.module_tables import STORED_UNSEEN
 from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
-from recsys_embed.kernels.fused_gather import FusedGather, read_rows
+from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
+from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
-from recsys_embed.kernels.places import Gather
+from recsys_embed.kernels.places import Gather, read_rows
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
 from recsys_embed.utils.types import JSON, Ids
@@ -132,6 +134,8 @@ class EmbeddingCollection(FusedTables):
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
         weight: Tensor = getattr(self, storage)
+        # Changes of a table that a fused optimizer steps are no part of a graph.
+        weight = weight if self.optimizer is None else weight.detach()
         return weight[offset : offset + self.tables[key].rows]
 
     def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Self:
@@ -162,6 +166,10 @@ class EmbeddingCollection(FusedTables):
         """
         return self.bundle.unseen.read()
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters that get sparse gradients: tables whose rows are read, where ``sparse`` is set."""
+        return sparse_of(self, list(self.storages), self.sparse)
+
     def reset_unseen_counts(self) -> None:
         """Count from zero."""
         self.bundle.unseen.reset()
@@ -183,15 +191,19 @@ class EmbeddingCollection(FusedTables):
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
-    def _gather(self, storage: str, rows: Tensor, partial_rows: bool, once: OneStep | None = None) -> Tensor:
+    def _gather(
+        self, storage: str, rows: Tensor, partial_rows: bool, record: LookupRecord | None = None, stepping: bool = False
+    ) -> Tensor:
         if self.served is not None and storage in self.served:
             vectors: Tensor = self.served[storage](rows, partial_rows)
             return vectors
-        weight = getattr(self, storage)
-        if self._stepping:
+        weight = self._weight(storage)
+        if stepping and weight.requires_grad:
+            if torch.compiler.is_compiling():
+                return self._compiled_gather(storage, rows, partial_rows)
             self._catch_up_rows(storage, rows)
-            update = partial(self._update, storage, once=once)
-            out: Tensor = FusedGather.apply(self._anchor, weight, rows, partial_rows, update)
+            update = None if record is None else partial(self._update, storage, record)
+            out: Tensor = FusedGather.apply(weight, rows, partial_rows, update)
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
@@ -202,13 +214,15 @@ class EmbeddingCollection(FusedTables):
 
     def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not kernels or (torch.compiler.is_compiling() and (self.sparse or self._bundle.torch_gathers)):
+        if not kernels or (torch.compiler.is_compiling() and self.sparse):
             return None
         served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
         if served is not None:
             stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
         tables = self._weights()
+        if self._constant:
+            tables = [t.detach() for t in tables]
         for name in kernels:
             if dispatch.RUNS_ON[name](ids, tables):
                 return name, tables
@@ -243,6 +257,8 @@ class EmbeddingCollection(FusedTables):
         stepping = self._stepping
         if not stepping:
             self._catch_up_before_reading()
+        if not torch.compiler.is_compiling():
+            prepare_data_parallel()
         # Not as an attribute, which torch finds last of all, ten times slower.
         bundle: LookupBundle = self._modules["bundle"]  # type: ignore[assignment]
         if isinstance(ids, Tensor) and ids.dim() == 2 and offsets is None and per_sample_weights is None:
@@ -262,34 +278,35 @@ class EmbeddingCollection(FusedTables):
                 and bundle.output_dim is not None
                 and masking.fits(ids, (*ids.shape, bundle.output_dim))
             )
+            step, gather = self._step_of(None if batched is None else bundle.batched[batched[0]], stepping)
             if batched is None:
-                out: Tensor = bundle.single(ids.long(), self._gather)
+                out: Tensor = bundle.single(ids.long(), gather)
             else:
-                step, gather = self._step_of(bundle.batched[batched[0]]) if stepping else (None, self._gather)
                 out = bundle.single_batched(
                     batched[0], ids, batched[1], step, self.sparse, gather, masking if inside else None
                 )
             return out if mask is None or masking is None or inside else mask.through(masking, out, ids)
         if mask is not None:
             raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
-        given = bundle.given(ids) if isinstance(ids, Mapping) else ids
+        given = bundle.given(ids, self) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         batched = self._batched_tables(bundle.batched_bags, bags.values)
         if batched is None or not bundle.batched_bags[batched[0]].pools(bags):
-            return bundle.pooled(bags, self._gather)
-        step, gather = self._step_of(bundle.batched_bags[batched[0]]) if stepping else (None, self._gather)
+            return bundle.pooled(bags, self._step_of(None, stepping)[1])
+        step, gather = self._step_of(bundle.batched_bags[batched[0]], stepping)
         return bundle.pooled_batched(batched[0], bags, batched[1], step, self.sparse, gather)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
 
-    def _step_of(self, batched: BatchedLookup) -> tuple[NativeStep | None, Gather]:
+    def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
-        if not batched.rest:
-            return self._native_step, self._gather
-        once = OneStep()
-        step = self._native_step._replace(update=partial(self._update_native, once=once))
-        return step, partial(self._gather, once=once)
+        if not stepping:
+            return None, self._gather
+        mixed = batched is not None and bool(batched.rest)
+        record = self._record(deferred=mixed)
+        gather = partial(self._gather, record=record, stepping=True)
+        return None if batched is None else self._native_step(record, collects=mixed), gather
 
     # -- bytes and checkpoints ------------------------------------------------------------------------------------
 
@@ -297,10 +314,9 @@ class EmbeddingCollection(FusedTables):
         """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
         weights = sum(p.numel() * p.element_size() for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
-        trained = [p for p in self.parameters() if p.requires_grad]
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
-        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in trained))
+        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in unfused_parameters(self)))
 
     def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]

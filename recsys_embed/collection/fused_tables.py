@@ -1,68 +1,58 @@
-"""Tables with a fused optimizer: their parameters, its state, and the steps that rows outside a batch defer."""
+"""Tables whose fused optimizer steps in backward, or at ``step()`` of a torch optimizer."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Self
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.collection.backward_steps import (
+    BackwardSteps,
+    LookupRecord,
+    Schedules,
+    refuse_parts,
+    refuse_replicas,
+    watch,
+)
+from recsys_embed.collection.tables_with_state import TablesWithState
+from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
+from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
+from recsys_embed.kernels.gather_ops import gather
 from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.storage import allocate
-from recsys_embed.optim import FusedOptimizer, is_rate
-from recsys_embed.utils.deprecated import warn_renamed
+from recsys_embed.kernels.pointers import memory_of
+from recsys_embed.kernels.recording import refuse_scripting
+from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
+from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
 
 
-class _Lock:
-    """A reentrant lock; a copy or a pickle of it is a new one, not held."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Lock, ()
+def _nobody() -> None:
+    """No optimizer of torch steps the tables."""
 
 
-class OneStep:
-    """Counts one step of a table that several parts of a lookup update in one backward: the first advances it."""
+class FusedTables(TablesWithState):
+    """Tables whose fused optimizer steps in backward, or at ``step()`` of a torch optimizer.
 
-    def __init__(self) -> None:
-        self._runs: dict[tuple[str, str], int] = {}
-        self._steps: dict[str, int] = {}
+    It steps in backward until :func:`recsys_embed.optim.fused_optimizer` makes a torch optimizer of it, whose
+    ``step()`` then does; backward leaves a :class:`recsys_embed.optim.RowGradient` in ``.grad`` of each storage.
 
-    def begins(self, storage: str, who: str) -> bool:
-        """Whether ``who`` is the first part to update ``storage`` in this backward."""
-        run = self._runs[storage, who] = self._runs.get((storage, who), 0) + 1
-        if run <= self._steps.get(storage, 0):
-            return False
-        self._steps[storage] = run
-        return True
-
-
-class FusedTables(nn.Module):
-    """Storages ``[rows, width]`` as parameters, each with the state of a fused optimizer, or None.
-
-    Args:
-        shapes: of each storage by name.
-        optimizer: None leaves ordinary gradients.
-        backend: ``"native"`` or another.
+    Attributes:
+        constant_in_eval: where the optimizer steps in backward, lookups in ``eval()`` give the tables no gradients.
+        check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -72,95 +62,265 @@ class FusedTables(nn.Module):
         dtype: torch.dtype,
         backend: str,
     ) -> None:
-        super().__init__()
-        self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
-        for name, (rows, width) in shapes.items():
-            weight = allocate(rows, width, device, dtype)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=optimizer is None))
-            for key, kind in optimizer.tensors.items() if optimizer else ():
-                number = torch.int32 if kind == "step" else torch.float32
-                state = allocate(rows, width if kind == "element" else 1, device, number)
-                self.register_buffer(f"{name}_{key}", state, persistent=False)
-        self._keys = tuple(optimizer.tensors) if optimizer else ()
-        self._lr = optimizer.lr if optimizer else 0.0
-        self._step_logs = {name: StepLog() for name in self.storages}
-        # Several threads may train at once, and kernels read rows that another thread's step would change.
-        self._lock = _Lock()
-        # Autograd runs a backward only towards something that wants a gradient; fused tables do not.
-        self._anchor = torch.zeros(0, requires_grad=True)
+        super().__init__(shapes, optimizer, device, dtype, backend)
+        self.check_finite, self.constant_in_eval = False, True
+        self._start_watching()
+
+    def _start_watching(self) -> None:
         self._handle = handle_of(self)
+        self._backward_steps = BackwardSteps(self._apply_collected)
+        self._replicas: Replicas | None = None
+        self._stepper: Callable[[], object] = _nobody
+        self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
+        # Where tables and state lay when a compiled model last looked them up.
+        self._compiled_at: list[int] = []
+        self.told = False
+
+    def __getstate__(self) -> JSON:
+        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
-        self._handle = handle_of(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
-        kept = {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != before.dtype:
-                setattr(self, name, before.to(moved.device))
-        return self
-
-    def _weights(self) -> list[Tensor]:
-        """The storages."""
-        held = self._parameters  # as attributes torch finds them last of all, ten times slower
-        return [held[name] if name in held else getattr(self, name) for name in self.storages]  # type: ignore[misc]
-
-    def _states(self) -> list[tuple[str, str]]:
-        return [(name, key) for name in self.storages for key in self._keys]
-
-    def _state(self, storage: str) -> dict[str, Tensor]:
-        return {key: getattr(self, f"{storage}_{key}") for key in self._keys}
-
-    def _reset_steps(self) -> None:
-        """Reset the optimizer state to that before the first step."""
-        for name, key in self._states():
-            if self.optimizer is not None:
-                state, weight = getattr(self, f"{name}_{key}"), getattr(self, name)
-                self.optimizer.reset_state_(key, state, weight.detach())
-        self._step_logs = {name: StepLog() for name in self.storages}
+        self._start_watching()
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
     @property
     def _stepping(self) -> bool:
-        """Whether a backward of what is looked up now steps the optimizer."""
-        return self.optimizer is not None and self.training and torch.is_grad_enabled()
+        """Whether a backward of what is looked up now steps the optimizer, or leaves gradients for ``step()``."""
+        if self.optimizer is None or not torch.is_grad_enabled() or not (self.training or not self._in_backward):
+            return False
+        tables = self._weights()
+        if not any(t.requires_grad for t in tables):
+            return False
+        if torch.compiler.is_compiling():
+            return not torch.compiler.is_exporting()
+        if not self._owns_its_tables:
+            # Others' tensors get ordinary gradients, as `torch.func.functional_call` expects.
+            if any(isinstance(t, nn.Parameter) for t in tables) or inside_fsdp():
+                raise ConfigError(
+                    "the tables of this collection are not its own parameters (FSDP, or functional_call with "
+                    "parameters of another model), so that its fused optimizer cannot step them; leave the collection "
+                    "out (FSDP: ignored_params=set(collection.parameters()), and fused_optimizer(model, "
+                    "process_group=...)), or build it with optimizer=None"
+                )
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        self.before_lookup()
+        return True
+
+    def before_lookup(self) -> None:
+        """Before a lookup with gradients: replicas of the tables share them, or the lookup is refused."""
+        if self._replicas is not None:
+            self._replicas.before_lookup()
+        else:
+            refuse_replicas()
+
+    def before_compiled_lookup(self) -> None:
+        """As :meth:`before_lookup`, of a compiled model."""
+        self.before_lookup()
+        self._compiled_at = self._in_memory()
+
+    def _in_memory(self) -> list[int]:
+        """Where the tables and the optimizer's state lie."""
+        return [memory_of(t) for t in (*self._weights(), *self._all_states().values())]
+
+    @property
+    def _constant(self) -> bool:
+        """Whether lookups take its own tables for constants: in ``eval()``, where the optimizer steps in backward."""
+        if self.optimizer is None or not self._in_backward or self.training or not torch.is_grad_enabled():
+            return False
+        if not self.constant_in_eval:
+            return False
+        return torch.compiler.is_compiling() or self._owns_its_tables
+
+    def _record(self, deferred: bool) -> LookupRecord | None:
+        """Of a lookup whose backward steps the optimizer."""
+        if not self._in_backward or torch.compiler.is_compiling():
+            return None
+        watch(self)
+        if not self._looked:
+            self._looked = True
+            self._schedules.look()
+        if self._expects_state:
+            self._expects_state = False
+            warnings.warn(
+                "the weights were loaded from a state dict without the state of the fused optimizer, which starts "
+                "anew: a torch optimizer (recsys_embed.optim.fused_optimizer) or an earlier version has saved it "
+                "apart; load it into that optimizer, or by load_optimizer_state_dict",
+                stacklevel=4,
+            )
+        return self._backward_steps.begin(deferred)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
+        return self._in_backward
+
+    def take_backwards(self) -> tuple[int, set[int]]:
+        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
+        return self._backward_steps.take()
+
+    def met(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
+        if self._in_backward:
+            self._schedules.meet(optimizer)
+
+    @property
+    def _rate(self) -> float:
+        """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
+        return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
+
+    def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
+        if self._in_backward or isinstance(optimizer, FusedTableOptimizer):
+            return True
+        waiting = {id(t) for t in self._weights() if t.grad is not None}
+        return not waiting or not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"])
+
+    def _check_finite(self, gradients: Sequence[Tensor]) -> None:
+        """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
+        if self.check_finite and not all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise ConfigError(
+                "a gradient of the tables is not finite, and no table has been changed; lower the learning rate or "
+                "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
+            )
+
+    def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str]) -> None:
+        """Refuse a backward whose tables are no longer those of the lookup."""
+        if not all(t is self._parameters.get(name) for t, name in zip(tables, storages, strict=True)):
+            raise ConfigError(
+                "the tables have been replaced between a lookup and its backward (load_state_dict(assign=True), or a "
+                "new Parameter); look up again"
+            )
+        for table in tables:
+            if table.requires_grad:
+                refuse_parts(table)
 
     @torch.no_grad()
-    def _update(self, storage: str, rows: Tensor, grad: Tensor, once: OneStep | None = None) -> None:
+    def _update(self, storage: str, record: LookupRecord, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """What a gather by torch's operations does in backward."""
         if self.optimizer is None:
             return
+        self._check_owned([weight], [storage])
+        self._check_finite([grad])
+        if self._backward_steps.collects(record, [f"gather of {storage}"]):
+            self._backward_steps.collect({storage: RowGradient(rows, grad, weight.shape[0])})
+            return
         with self._lock:
-            if once is None or once.begins(storage, "torch"):
-                self._step_logs[storage].advance(self.optimizer, self._lr)
-            weight, kernels = getattr(self, storage), self.backend in ("native", "triton")
-            apply_update(self.optimizer, weight, self._state(storage), rows, grad, self._step_logs[storage], kernels)
+            log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
+            log.advance(self.optimizer, self._rate)
+            with self._step_or_none([storage]):
+                apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
 
-    @property
-    def _native_step(self) -> NativeStep:
-        states = [getattr(self, f"{name}_{key}") for name, key in self._states()]
+    @torch.no_grad()
+    def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
+        """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
+        self._leave({storage: RowGradient(rows, grad, table.shape[0])})
+
+    def _leave(self, gradients: Mapping[str, Tensor | None]) -> None:
+        if self._in_backward:
+            self._backward_steps.collect(gradients)
+            return
+        for name, gradient in gradients.items():
+            weight = self._parameters[name]
+            if gradient is not None and weight is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        if self._replicas is not None:
+            self._replicas.after_gradient()
+
+    def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
+        """Apply the steps missed by rows of ``table``, in place; -1 is no row."""
+        self._replay(storage, rows, table, dict(zip(self._keys, states, strict=True)))
+
+    def _compiled_gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
+        states = list(self._state(storage).values())
         lazy = self.optimizer is not None and self.optimizer.lazy
-        return NativeStep(self._anchor, self._catch_up_native, self._update_native, states, self._handle, lazy)
+        return gather(rows, getattr(self, storage), states, partial_rows, storage, self._handle, lazy)
 
-    @property
-    def _all_step_logs(self) -> list[StepLog]:
-        return [self._step_logs[name] for name in self.storages]
+    @torch.no_grad()
+    def _apply_collected(self, collected: Mapping[str, Tensor]) -> None:
+        """Step the optimizer by the gradients of all lookups of a backward."""
+        with self._lock:
+            for name in self.storages:
+                if name in collected:
+                    self._step_rows(name, collected[name])
+
+    def _step_rows(self, storage: str, gradient: Tensor) -> None:
+        """One step of a storage by its gradient, in place."""
+        rule, weight, state = self.optimizer, self._parameters[storage], self._state(storage)
+        if rule is None or weight is None:
+            return
+        log = self._step_logs[storage]
+        log.advance(rule, self._rate)
+        rows, values = rows_of(gradient)
+        native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
+        with self._step_or_none([storage]):
+            if native_rows and native.knows(rule):
+                row_steps.update_rows(rule, weight, state, rows, values, log)
+            else:
+                apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
+
+    @contextmanager
+    def _step_or_none(self, storages: Sequence[str]) -> Iterator[None]:
+        """A step that is refused before it writes has not been made."""
+        try:
+            yield
+        except ConfigError:
+            for name in storages:
+                self._step_logs[name].retract()
+            raise
+
+    def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
+        """What kernels do for a lookup, before it and in its backward."""
+        states = list(self._all_states().values())
+        lazy = self.optimizer is not None and self.optimizer.lazy
+        update = None if record is None else partial(self._update_native, record)
+        return NativeStep(self._catch_up_native, update, states, self._handle, lazy, collects)
 
     @torch.no_grad()
     def _update_native(
         self,
+        record: LookupRecord,
         lookup: NativeLookup,
         ids: Ids,
+        tables: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
-        once: OneStep | None = None,
     ) -> None:
-        tables, states = self._weights(), self._native_step.states
-        self.step_native(lookup, ids, tables, states, grads, kept, once)
+        """What a lookup by kernels does in backward."""
+        self._check_owned(tables, self.storages)
+        self._check_finite(grads)
+        trained = [name for name, t in zip(self.storages, tables, strict=True) if t.requires_grad]
+        if self._backward_steps.collects(record, trained):
+            wanted = [t.requires_grad for t in tables]
+            found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
+            self._backward_steps.collect(dict(zip(self.storages, found, strict=True)))
+        else:
+            states = list(self._all_states().values())
+            self._step_native(lookup, ids, tables, states, grads, kept, trained)
+
+    def _step_native(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        states: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Tensor | None,
+        trained: Sequence[str],
+    ) -> None:
+        if self.optimizer is None:
+            return
+        with self._lock:
+            for name in trained:
+                self._step_logs[name].advance(self.optimizer, self._rate)
+            frozen = [i for i, name in enumerate(self.storages) if name not in trained]
+            logs, by_storage = self._all_step_logs, self._by_storage(states)
+            with self._step_or_none(trained):
+                lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
 
     @torch.no_grad()
     def step_native(
@@ -171,169 +331,108 @@ class FusedTables(nn.Module):
         states: Sequence[Tensor],
         grads: Sequence[Tensor],
         kept: Tensor | None,
-        once: OneStep | None = None,
+        collects: bool,
     ) -> None:
-        """One step on ``tables`` and the flat list of their ``states``, in place."""
-        if self.optimizer is not None:
-            with self._lock:
-                for name, log in zip(self.storages, self._all_step_logs, strict=True):
-                    if once is None or once.begins(name, "fused"):
-                        log.advance(self.optimizer, self._lr)
-                lookup.update(ids, tables, grads, kept, self.optimizer, self._by_storage(states), self._all_step_logs)
-
-    def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        count = len(self._keys)
-        return [dict(zip(self._keys, states[i * count :], strict=False)) for i in range(len(self.storages))]
-
-    # -- deferred steps -------------------------------------------------------------------------------------------
-
-    @property
-    def _has_missed_steps(self) -> bool:
-        """Whether rows may have missed steps."""
-        return self.optimizer is not None and self.optimizer.lazy and any(p.rates for p in self._all_step_logs)
-
-    @torch.no_grad()
-    def _catch_up_native(self, lookup: NativeLookup, ids: Ids) -> None:
-        """Apply the steps missed by the rows that ids read."""
-        if self._has_missed_steps:
-            self.catch_up_native(lookup, ids, self._weights(), self._native_step.states)
-
-    @torch.no_grad()
-    def catch_up_native(
-        self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]
-    ) -> None:
-        """Apply the steps missed by the rows of ``tables`` that ids read, in place."""
-        if self._has_missed_steps and self.optimizer is not None:
-            with self._lock:
-                lookup.catch_up(ids, tables, self.optimizer, self._by_storage(states), self._all_step_logs)
-
-    @torch.no_grad()
-    def _catch_up_rows(self, storage: str, rows: Tensor | None = None) -> None:
-        """Apply missed steps to rows of a storage with torch's operations; -1 is no row, by default all rows."""
-        if self._has_missed_steps and self.optimizer is not None:
-            rows = None if rows is None else rows[rows >= 0].unique()
-            with self._lock:
-                log = self._step_logs[storage]
-                catch_up(self.optimizer, getattr(self, storage), self._state(storage), rows, log, log.step)
-
-    @torch.no_grad()
-    def catch_up_(self) -> Self:
-        """Apply all deferred steps; does nothing unless the optimizer has ``rows="all"``.
-
-        A step updates the rows of its batch and is deferred for the others. A row catches up when it is next read,
-        and all rows do before they are evaluated, saved, served or returned by ``table``. Call this before you read
-        the parameters directly.
-
-        >>> from recsys_embed import Adam, EmbeddingCollection, FeatureSpec, Schema
-        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=Adam(weight_decay=0.1, rows="all"))
-        >>> coll(torch.tensor([[3]])).sum().backward()
-        >>> before = coll.width4[5].clone()
-        >>> bool((coll.catch_up_().width4[5] != before).all())
-        True
-        """
-        if self._has_missed_steps and self.optimizer is not None:
-            with self._lock:
-                for name, log in self._step_logs.items():
-                    table = getattr(self, name)
-                    if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                        native.catch_up(self.optimizer, table, self._state(name), log)
-                    else:
-                        self._catch_up_rows(name)
-                    log.clear()
-        return self
-
-    def settle_(self) -> Self:
-        """The earlier name of :meth:`catch_up_`."""
-        warn_renamed("method of EmbeddingCollection", "settle_", "catch_up_")
-        return self.catch_up_()
-
-    def _catch_up_before_reading(self) -> None:
-        if self.optimizer is None or not self.optimizer.lazy:
+        """What a compiled lookup does in backward, given the tables and the flat list of their ``states``."""
+        own = self._weights()
+        # A compiled program brings copies of what it read, and writes them back to where that was.
+        if self._compiled_at != self._in_memory():
+            raise ConfigError(
+                "tables or optimizer state have been replaced between a compiled lookup and its backward; look up again"
+            )
+        wanted = [t.requires_grad for t in own]
+        if self._in_backward and not collects:
+            self._backward_steps.stepped_by_compiled_code()
+            trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]
+            self._step_native(lookup, ids, tables, states, grads, kept, trained)
             return
-        if not torch.compiler.is_compiling():
-            self.catch_up_()
-        elif self.training:
-            # A compiled graph does not know which rows missed steps; eval() has applied them all.
-            raise ConfigError("compiled lookups without gradients need eval() where the optimizer has rows='all'")
+        found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
+        self._leave(dict(zip(self.storages, found, strict=True)))
 
-    def train(self, mode: bool = True) -> Self:
-        if not mode:
-            self.catch_up_()
-        return super().train(mode)
+    def make_optimizer(self, dense: torch.optim.Optimizer | None = None) -> FusedTableOptimizer:
+        """A torch optimizer of this collection alone, see :func:`recsys_embed.optim.fused_optimizer`.
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.catch_up_()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        >>> from recsys_embed import EmbeddingCollection, FeatureSpec, RowwiseAdagrad, Schema
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=RowwiseAdagrad(lr=0.1))
+        >>> optimizer = coll.make_optimizer()
+        >>> coll(torch.tensor([[3]])).sum().backward()
+        >>> coll.width4.grad.rows
+        tensor([3])
+        >>> optimizer.step()
+        """
+        return fused_optimizer(self, dense)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        # Missed steps belong to the weights that are replaced, not to those that are loaded.
-        self.catch_up_()
-        super()._load_from_state_dict(*args)
+    # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
-    # -- the optimizer, as users see it ---------------------------------------------------------------------------
+    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None:
+        """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
+        self._in_backward, self._expects_state, self._stepper, self._replicas = False, False, owner, replicas
+        watch(self)
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the fused optimizer; set it to follow a schedule."""
-        return self._lr
+    def is_stepped_by(self, optimizer: object) -> bool:
+        """Whether the optimizer is the last one made of these tables."""
+        return self._stepper() is optimizer
 
-    @lr.setter
-    def lr(self, value: float) -> None:
-        if self.optimizer is None:
-            raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
-        if not is_rate(value):
-            raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
-        self._lr = float(value)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for weight in self._weights():
+            if isinstance(weight.grad, RowGradient):
+                # Computed by the tables as they are, then converted with them.
+                _ = weight.grad.rows
+        return super()._apply(fn, recurse)
 
-    @property
-    def _rule(self) -> str:
-        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
-        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
+    def _own_parameters(self) -> None:
+        super()._own_parameters()
+        owner = self.__dict__.get("_stepper", _nobody)()
+        if isinstance(owner, FusedTableOptimizer):
+            owner.adopt_parameters()
 
-    def optimizer_state_dict(self) -> JSON:
-        """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
-        self.catch_up_()
-        return {
-            "rule": self._rule,
-            "lr": self._lr,
-            "steps": {name: log.step for name, log in self._step_logs.items()},
-            "state": {f"{name}_{key}": getattr(self, f"{name}_{key}").detach() for name, key in self._states()},
-        }
-
-    def load_optimizer_state_dict(self, saved: JSON) -> None:
-        """Inverse of :meth:`optimizer_state_dict`.
+    def check_gradients(self, rule: FusedOptimizer) -> None:
+        """Refuse a step before it changes anything.
 
         Raises:
-            CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
+            ConfigError: the rule needs other state than the one the tables were made with, or a gradient can no longer
+                be computed.
         """
-        parts = saved if isinstance(saved, Mapping) else {}
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "rule": str,
-            "lr": (int, float),
-            "steps": Mapping,
-            "state": Mapping,
-        }
-        wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
-        if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
-            raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
-        if saved["rule"] != self._rule:
-            raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {self._rule}")
-        wanted = {f"{name}_{key}" for name, key in self._states()}
-        state = saved["state"]
-        wrong = [f"{k} is missing" for k in sorted(wanted - state.keys())]
-        wrong += [f"{k} belongs to no table" for k in sorted(state.keys() - wanted)]
-        for k in sorted(wanted & state.keys()):
-            have, shape = getattr(self, k).shape, getattr(state[k], "shape", None)
-            if shape != have:
-                wrong.append(f"{k} has shape {None if shape is None else tuple(shape)}, not {tuple(have)}")
-        if saved["steps"].keys() != self._step_logs.keys():
-            wrong.append(f"it counts steps of {sorted(saved['steps'])}, not of {sorted(self._step_logs)}")
-        raise_faults(
-            wrong,
-            "an optimizer state that does not fit the tables; where an earlier version saved it, which kept tables "
-            "behind networks or pooled combinations apart, load the weights alone and start the optimizer anew",
-            CheckpointError,
-        )
-        for key in wanted:
-            getattr(self, key).copy_(state[key])
-        self._lr, self._step_logs = float(saved["lr"]), {name: StepLog(saved["steps"][name]) for name in self.storages}
+        if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
+            raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
+        for weight in self._weights():
+            if isinstance(weight.grad, RowGradient) and isinstance(weight.grad.source, DeferredGradients):
+                weight.grad.source.check()
+
+    def reset_optimizer_(self) -> None:
+        """The optimizer's state becomes that before the first step."""
+        self.catch_up_()
+        with torch.no_grad():
+            self._reset_steps()
+
+    @torch.no_grad()
+    def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None:
+        """One step by the gradients in ``.grad``."""
+        if self.optimizer is not None and rule != self.optimizer:
+            # Deferred steps are those of the rule before.
+            self.catch_up_()
+            self.optimizer = rule
+        self._lr = lr
+        own = self._weights()
+        gradients = [t.grad for t in own]
+        with self._lock:
+            source = next((g.source for g in gradients if isinstance(g, RowGradient)), None)
+            if isinstance(source, DeferredGradients) and source.is_of(own, gradients):
+                for name, gradient in zip(self.storages, gradients, strict=True):
+                    if gradient is not None:
+                        self._step_logs[name].advance(rule, lr)
+                stepped = [
+                    name for name, gradient in zip(self.storages, gradients, strict=True) if gradient is not None
+                ]
+                with self._step_or_none(stepped):
+                    source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
+                return
+            for name, gradient in zip(self.storages, gradients, strict=True):
+                if gradient is not None:
+                    self._step_rows(name, gradient)
+
+    def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Steps of each storage so far; sets them where given, together with states that have no missed steps."""
+        if steps is not None:
+            self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
+        return {name: log.step for name, log in self._step_logs.items()}

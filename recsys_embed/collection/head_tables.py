@@ -96,7 +96,8 @@ class HeadTables(Constants):
         if program.head.stacks and program.head.tables:
             members = self.members[_named(program)]
             part = part._replace(matrices=_named(program), whole=members == list(features))
-            self.add_constant(key, [members.index(i) for i in features], self._device)
+            place = {i: number for number, i in enumerate(members)}
+            self.add_constant(key, [place[i] for i in features], self._device)
         self._parts[key] = part
         return True
 
@@ -113,7 +114,7 @@ class HeadTables(Constants):
     def _tables(self, key: str, part: _Part) -> list[Tensor]:
         if part.matrices is not None:
             stacked: Tensor = self.__dict__["_stacked"][part.matrices]
-            return [stacked if part.whole else stacked.index_select(0, self.constant(key))]
+            return [stacked if part.whole else stacked.index_select(0, self.constant(key, stacked))]
         held = self.__dict__["_own"]
         name = self.schema.names[part.features[0]]
         return [getattr(held[self._own_name(name)], table) for table in part.head.tables]
@@ -153,14 +154,14 @@ class HeadTables(Constants):
     def tables(self, *, stacked_only: bool = False) -> dict[str, Tensor]:
         """Every table of a head by its key, as a view where it is stacked."""
         out = {}
+        place = {i: number for members in self.members.values() for number, i in enumerate(members)}
         for i, spec in enumerate(self.schema):
             program = self.programs.get(spec.name)
             if program is None or program.head is None or (stacked_only and not program.head.stacks):
                 continue
             for name in program.head.tables:
                 if program.head.stacks:
-                    shape = _named(program)
-                    values = self.__dict__["_stacked"][shape][self.members[shape].index(i)]
+                    values = self.__dict__["_stacked"][_named(program)][place[i]]
                 else:
                     values = getattr(self.__dict__["_own"][self._own_name(spec.name)], name)
                 out[table_key(spec, program.table(name))] = values

@@ -96,13 +96,14 @@ class LookupBundle(Constants):
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
         self.parts = [tuple(gathers[j] for j in g.features) for g in self.kernel.groups]
         self.grouped = len(self.parts)
-        self.parts += [(i,) for i in range(len(schema)) if i not in set(gathers)]
+        place = {i: j for j, i in enumerate(gathers)}
+        self.parts += [(i,) for i in range(len(schema)) if i not in place]
         self.projections = nn.ParameterDict()
         self.heads = HeadTables(schema, self.programs, zeros, self.projections, self.own, _own, options)
         for g, part in enumerate(self.parts[: self.grouped]):
             self.heads.add(f"part{g}", part)
-        own = {n: self._module(n).program for n in schema.names if n not in self.programs}
-        self.vectors = [{**self.programs, **own}[n].vectors for n in schema.names]
+        every = [self.programs[n] if n in self.programs else self._module(n).program for n in schema.names]
+        self.vectors = [program.vectors for program in every]
         self.widths = [
             self.programs[n].width if n in self.programs else self._module(n).output_dim for n in schema.names
         ]
@@ -115,7 +116,7 @@ class LookupBundle(Constants):
         self.batched_bags: dict[str, BatchedLookup] = {}
         for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
             run = [j for j in range(len(specs)) if j not in left]
-            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or gathers.index(part[0]) in left]
+            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] in left]
             for name in kernels if run else ():
                 if end and rest == (self.batched[name].rest if name in self.batched else None):
                     found[name] = self.batched[name]
@@ -126,11 +127,6 @@ class LookupBundle(Constants):
                 )  # fmt: skip
                 found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
                 found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
-
-    @property
-    def torch_gathers(self) -> bool:
-        """Whether some features' rows are gathered by torch beside batched kernels."""
-        return any(p < self.grouped for batched in self.batched.values() for p in batched.rest)
 
     def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
         return [*batched.parts, *(self.parts[p] for p in batched.rest)]
@@ -150,26 +146,21 @@ class LookupBundle(Constants):
         self.add_constant(name, order, device)
         return order == sorted(order)
 
-    @property
-    def limits(self) -> Tensor:
-        """Per feature, the bound below which ids must lie, -1 where any id may come: int64 ``[features]``."""
-        return self.unseen.constant("limits")
-
     def dense_tables(self) -> dict[str, Tensor]:
         """Each table of a head by its key, as a view where it is stacked with others."""
         return self.heads.tables()
 
     def assign_(self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]) -> None:
         """Fill the index buffers of the named features; see :meth:`EmbeddingCollection.assign_`."""
-        unknown = [
-            str(unknown_name("feature", name, self.schema.names)) for name in counts if name not in self.schema.names
-        ]
+        known = set(self.schema.names)
+        unknown = [str(unknown_name("feature", name, known)) for name in counts if name not in known]
         raise_faults(unknown, "assign_", UnknownNameError)
+        place = {name: number for number, name in enumerate(self.programs)}
         for name, values in counts.items():
             if name in self.programs:
                 sets = isinstance(values, Mapping)
                 stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
-                self.kernel.index.assign_(list(self.programs).index(name), stored)
+                self.kernel.index.assign_(place[name], stored)
             else:
                 self._module(name).assign_(values)
 
@@ -179,15 +170,15 @@ class LookupBundle(Constants):
             if isinstance(module, CompressedEmbedding):
                 module.reset_parameters(seed)
 
-    def given(self, ids: Mapping[str, FeatureIds]) -> dict[str, FeatureIds]:
-        """Ids per feature as users give them, with tensors for the strings and arrays of features that hash."""
+    def given(self, ids: Mapping[str, FeatureIds], near: nn.Module) -> dict[str, FeatureIds]:
+        """Ids per feature as users give them, tensors beside ``near`` for the strings and arrays of hashing ones."""
         out = dict(ids)
         for spec, hashes in zip(self.schema, self.hashes, strict=True):
             value = out.get(spec.name)
             if isinstance(value, tuple) and len(value) == 2:
-                out[spec.name] = (given_ids(value[0], spec, hashes, self.unseen), value[1])
+                out[spec.name] = (given_ids(value[0], spec, hashes, near), value[1])
             elif value is not None:
-                out[spec.name] = given_ids(value, spec, hashes, self.unseen)
+                out[spec.name] = given_ids(value, spec, hashes, near)
         return out
 
     # -- running --------------------------------------------------------------------------------------------------
@@ -274,7 +265,8 @@ class LookupBundle(Constants):
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
         picks: list[tuple[Tensor | slice | None, Tensor]] = []
         for p in parts:
-            if len(self.parts[p]) == 1 and feature is None:
+            # A slice needs its bounds as numbers, which compiled models do not know.
+            if len(self.parts[p]) == 1 and feature is None and not torch.compiler.is_compiling():
                 picks.append(self._pick_one(self.parts[p][0], bags))
                 continue
             feature = self._feature_of(bags) if feature is None else feature
@@ -349,4 +341,4 @@ class LookupBundle(Constants):
             # Sizes in full: an empty batch has no element from which to infer one.
             parts = [p if p.dim() == 3 else p.reshape(p.shape[0], p.shape[1] // dim, dim) for p in parts]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return joined if ordered else joined.index_select(1, self.constant(order))
+        return joined if ordered else joined.index_select(1, self.constant(order, joined))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.compress.joint_fit import fit_jointly, relative_error
-from recsys_embed.core.id_sets import members_of
+from recsys_embed.core.id_sets import members_of_texts
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Table
 from recsys_embed.discover import FoundTable
@@ -55,9 +55,13 @@ class TableReplacement:
         """The distinct modules that read the table."""
         return list(dict.fromkeys(self.table.modules))
 
+    def readers(self) -> list[nn.Module]:
+        """The distinct modules that read the table, output layers with its weight last."""
+        return [*self.modules, *dict.fromkeys(self.table.output_layers)]
+
     @property
     def plain(self) -> bool:
-        """Whether the replacement is a plain torch module."""
+        """Whether the replacement is one of torch's modules."""
         return self.config.method == "full" and self.unseen is None
 
     def shared(self) -> list[Table]:
@@ -75,12 +79,12 @@ class TableReplacement:
 
 
 def call_options(module: nn.Module) -> dict[str, Any]:
-    """Constructor arguments of a plain or compressed embedding that affect how it is called."""
+    """Constructor arguments of torch's modules and of drop-ins that affect how they are called."""
     return {key: getattr(module, key) for key in _OPTIONS if hasattr(module, key)}
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The dense table ``[rows, width]`` of a plain or compressed module, without gradient."""
+    """The full table ``[rows, width]`` of an ``nn.Embedding`` or a drop-in, without gradient."""
     if isinstance(module, CompressedEmbedding):
         return module.materialize()
     return cast("Tensor", module.weight).detach()
@@ -184,10 +188,17 @@ def build_group(group: Sequence[TableReplacement], start: InitMode) -> None:
         if replacement.counts is not None:
             new.assign_(replacement.counts)
         if replacement.index_contents:
-            ids = new.spec.num_ids
-            new.assign_(
-                {i: members_of(v, ids) if isinstance(v, str) else v for i, v in replacement.index_contents.items()}
-            )
+            indexes = {i.name: i for i in new.program.indexes}
+            # Of a method that only goes by frequency the plan holds what earlier counts said.
+            newer = replacement.counts is not None and replacement.config.plannable
+            contents = {
+                i: v
+                for i, v in replacement.index_contents.items()
+                if not (newer and i in indexes and indexes[i].by_frequency)
+            }
+            texts = {i: v for i, v in contents.items() if isinstance(v, str)}
+            arrays = {i: v for i, v in contents.items() if not isinstance(v, str)}
+            new.assign_({**arrays, **members_of_texts(texts, new.program.indexes, new.spec.num_ids)})
         replacement.built[first] = new
         made.append(new)
         for other in replacement.modules[1:]:
@@ -226,7 +237,7 @@ def drop_in_over(replacement: TableReplacement, module: nn.Module, first: Compre
 
 
 def plain_module(module: nn.Module, tables: dict[int | None, nn.Parameter]) -> nn.Module:
-    """The plain module that replaces a drop-in, with its table.
+    """The torch module that replaces a drop-in, with its table.
 
     ``tables`` caches the table per padding id (whose row is zero) for other drop-ins over the same table.
     """

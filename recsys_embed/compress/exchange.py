@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MethodType
 from typing import Any, NamedTuple
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_TORCH_OWN = frozenset(vars(nn.Module()))
-_DEPTH = 8
+from recsys_embed.compress.references import TORCH_OWN, Place, attributes_of, hooks_of, methods_of, places, referent
+from recsys_embed.kernels.pointers import memory_of
+
+# How deep and how far references are followed from one attribute of the model.
+_DEPTH = 12
+_OBJECTS = 20_000
+_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None)})
 
 
 class ReversibleChange(NamedTuple):
@@ -38,6 +44,10 @@ def _item(container: Any, key: Any, old: Any, new: Any) -> ReversibleChange:
     return ReversibleChange(lambda: container.__setitem__(key, new), lambda: container.__setitem__(key, old))
 
 
+def _put(put: Callable[[Any], None], old: Any, new: Any) -> ReversibleChange:
+    return ReversibleChange(lambda: put(new), lambda: put(old))
+
+
 def _content(items: list[Any], new: list[Any]) -> ReversibleChange:
     # In place: other objects (a closure of an optimizer) may hold the same list.
     old = list(items)
@@ -61,6 +71,10 @@ class ModuleExchange:
     ) -> None:
         self.modules, self.parameters, self.names = modules, parameters, names
         self.faults: list[str] = []
+        # Ids of old parameters that code may read as before once they are exchanged.
+        self.interchangeable: set[int] = set()
+        self._left = _OBJECTS
+        self._storages: dict[int, str] = {}
 
     # -- module tree ----------------------------------------------------------------------------------------------
 
@@ -76,21 +90,27 @@ class ModuleExchange:
 
     # -- other containers -----------------------------------------------------------------------------------------
 
-    def in_containers(self, model: nn.Module) -> list[ReversibleChange]:
-        """Changes to references in attributes, lists, tuples and dictionaries; others are added to ``faults``."""
+    def in_containers(
+        self, model: nn.Module, carried: Callable[[nn.Module, str], Iterable[Place]] = hooks_of
+    ) -> list[ReversibleChange]:
+        """Changes to references beside the module tree; those that cannot be changed are added to ``faults``.
+
+        Attributes of all modules and their hooks are followed through lists, tuples, dictionaries, closures,
+        ``functools.partial``, bound methods, plain objects and modules outside the tree. ``carried`` gives those of a
+        replaced module that its replacement takes over.
+        """
         changes: list[ReversibleChange] = []
-        seen: set[int] = set()
+        seen = {id(module) for module in model.modules()}
+        gone = [p for p in model.parameters() if id(p) in self.parameters]
+        self._storages = {address: self.names[id(p)] for p in gone if (address := _storage_address(p))}
         for path, module in model.named_modules():
-            if id(module) in self.modules:
-                continue
-            for name, value in vars(module).items():
-                if name not in _TORCH_OWN:
-                    where = f"{path}.{name}" if path else name
-                    new = self._rewrite(value, where, changes, seen, 0)
-                    if len(new) == 1 and new[0] is not value:
-                        changes.append(_item(vars(module), name, value, new[0]))
-                    elif len(new) != 1:
-                        self._refuse(where, value, "which several parameters cannot replace")
+            for place in (carried if id(module) in self.modules else attributes_of)(module, path):
+                self._left = _OBJECTS
+                self._rewrite_place(place, changes, seen, 0)
+            for place in methods_of(module, path):
+                # Other models share the class, so its variables stay as they are.
+                if id(place.value) in self.modules or id(place.value) in self.parameters:
+                    self._refuse_place(place)
         return changes
 
     def _refuse(self, where: str, value: Any, why: str) -> None:
@@ -104,32 +124,72 @@ class ModuleExchange:
             return [self.modules[id(value)]]
         if id(value) in self.parameters:
             return list(self.parameters[id(value)])
-        if isinstance(value, MethodType) and id(value.__self__) in self.modules:
-            self._refuse(where, value.__self__, "as a bound method, which would keep reading the old table")
-        if depth >= _DEPTH or isinstance(value, nn.Module) or not isinstance(value, list | tuple | dict | set):
+        target = referent(value)
+        if id(target) in self.modules:
+            return [ref(self.modules[id(target)])]
+        if depth >= _DEPTH or self._left <= 0 or type(value) in _ATOMS or id(value) in seen:
+            return [value]
+        self._left -= 1
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and (table := self._storages.get(_storage_address(value))):
+                self.faults.append(f"{where} holds a view of the replaced {table}; remove it first")
             return [value]
         if isinstance(value, tuple):
             return self._rewrite_tuple(value, where, changes, seen, depth)
-        if id(value) in seen:
-            return [value]
         seen.add(id(value))
-        if isinstance(value, set):
+        if isinstance(value, list | dict | set | frozenset | deque):
+            self._rewrite_container(value, where, changes, seen, depth)
+        for place in places(value, where):
+            self._rewrite_place(place, changes, seen, depth + 1)
+        return [value]
+
+    def _rewrite_place(self, place: Place, changes: list[ReversibleChange], seen: set[int], depth: int) -> None:
+        """Exchange what an attribute, a variable or an argument holds."""
+        if type(place.value) in _ATOMS:
+            return
+        if id(place.value) in self.parameters and id(place.value) not in self.interchangeable:
+            self._refuse(place.where, place.value, "and would go on reading the rows of the old table")
+            return
+        new = self._rewrite(place.value, place.where, changes, seen, depth)
+        if len(new) != 1:
+            self._refuse(place.where, place.value, "which several parameters cannot replace")
+        elif new[0] is not place.value:
+            if isinstance(place.put, str):
+                self._refuse_place(place)
+            else:
+                changes.append(_put(place.put, place.value, new[0]))
+
+    def _refuse_place(self, place: Place) -> None:
+        self._refuse(place.where, place.value, f"{place.put}, which would keep reading the old table")
+
+    def _rewrite_container(
+        self, value: Any, where: str, changes: list[ReversibleChange], seen: set[int], depth: int
+    ) -> None:
+        if isinstance(value, set | frozenset | deque):
             for item in value:
                 if id(item) in self.modules or id(item) in self.parameters:
-                    self._refuse(where, item, "in a set")
+                    self._refuse(where, item, f"in a {type(value).__name__}")
+                else:
+                    self._rewrite(item, where, changes, seen, depth + 1)
         elif isinstance(value, dict):
             for key, item in value.items():
-                new = self._rewrite(item, f"{where}[{key!r}]", changes, seen, depth + 1)
+                if id(key) in self.modules or id(key) in self.parameters:
+                    self._refuse(where, key, "as a key")
+                if type(item) in _ATOMS:
+                    continue
+                inner = f"{where}[{key!r}]" if type(key) in _ATOMS else f"{where}[{type(key).__name__}]"
+                new = self._rewrite(item, inner, changes, seen, depth + 1)
                 if len(new) != 1:
-                    self._refuse(f"{where}[{key!r}]", item, f"which is {len(new)} parameters now")
+                    self._refuse(inner, item, f"which is {len(new)} parameters now")
                 elif new[0] is not item:
                     changes.append(_item(value, key, item, new[0]))
         else:
+            if all(type(x) in _ATOMS for x in value):
+                return
             parts = [self._rewrite(x, f"{where}[{i}]", changes, seen, depth + 1) for i, x in enumerate(value)]
             flat = _distinct([x for part in parts for x in part], self.parameters.values())
             if len(flat) != len(value) or any(a is not b for a, b in zip(flat, value, strict=True)):
                 changes.append(_content(value, flat))
-        return [value]
 
     def _rewrite_tuple(
         self, value: tuple[Any, ...], where: str, changes: list[ReversibleChange], seen: set[int], depth: int
@@ -183,6 +243,13 @@ class ModuleExchange:
         return [self.names[id(p)] for p in params if id(p) in self.parameters]
 
 
+def _storage_address(tensor: Tensor) -> int:
+    try:
+        return memory_of(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # sparse, or without a storage of its own
+        return 0
+
+
 def _dropped(state: Any, key: Any) -> ReversibleChange:
     value = state[key]
     return ReversibleChange(lambda: state.pop(key, None), lambda: state.__setitem__(key, value))
@@ -212,7 +279,7 @@ def live_optimizers(model: nn.Module, exchange: ModuleExchange, given: Sequence[
         id(value): f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if name not in _TORCH_OWN
+        if name not in TORCH_OWN
     }
     mine = {id(o) for o in given}
     kinds = _subclasses(Optimizer)

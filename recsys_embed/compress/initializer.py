@@ -12,7 +12,7 @@ from recsys_embed.embedding import CompressedEmbedding
 
 
 def element_std(module: nn.Module) -> float:
-    """Standard deviation of a plain table's elements without the padding row; 1, as in torch, where unknown."""
+    """Standard deviation of a full table's elements without the padding row; 1, as in torch, where unknown."""
     if isinstance(module, CompressedEmbedding):
         return module.spec.initial_distribution()[1]
     weight = cast("Tensor", module.weight)

@@ -1,8 +1,10 @@
-"""``compress_`` and ``materialize_``: replace dense tables of a model by compressed ones in place, and back."""
+"""``compress_`` and ``materialize_``: replace full tables of a model by compressed ones in place, and back."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from recsys_embed.compress.model_replacement import ModelReplacement, Subclasses
 from recsys_embed.compress.report import CompressReport
 from recsys_embed.compress.summary import compression_report
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.discover import find_tables, select_tables
+from recsys_embed.discover import bare_tables, find_tables, select_tables, unwrapped
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Unseen
 from recsys_embed.methods.full import FullConfig
@@ -39,8 +41,9 @@ def compress_(
     ``nn.Embedding``, ``nn.EmbeddingBag`` and the tables inside TorchRec's collections become drop-ins that are called
     the same way, on the same device, in the same dtype, with the same hooks, attributes, ``requires_grad`` and mode.
     Their ``weight`` still reads as one row per id, computed at every access. Everything is checked and built
-    before the model changes, so an error leaves the model as it was. Features of the plan that name a
-    shared table store it once. The padding id of a table gives zeros.
+    before the model changes, so an error leaves the model as it was. What else the model holds tables by (lists,
+    closures, ``functools.partial``, hooks, plain objects) follows, or is refused by name. Features of the plan
+    that name a shared table store it once. The padding id of a table gives zeros.
 
     Args:
         model: any module that holds the tables; not a table itself.
@@ -49,9 +52,10 @@ def compress_(
         init: ``"dense"`` fits each new table to the trained one in least squares (bucket means for hashes, a truncated
             SVD for lowdim, alternating least squares for products); ``"fresh"`` draws rows as wide as the old ones.
         counts: how often each id of a table occurs, ``[rows]``, by name or path: weights of the fit; they also tell
-            methods which ids are frequent (without counts, ids are assumed to be numbered by falling frequency).
+            methods which ids are frequent. Without counts that is what the plan says, where it was made with counts,
+            else ids are assumed to be numbered by falling frequency.
         unseen: policy for ids outside a table, for all tables or by name or path: ``"hash"``, ``"oov"``, ``"zero"`` or
-            ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as plain tables do.
+            ``"raise"``, see :class:`FeatureSpec`; by default hashing methods hash and others raise, as full tables do.
             A table with a policy is replaced also where the plan says ``full``.
         optimizer: torch optimizers to update: new parameters take the places of the old ones in their groups and start
             without state. A warning names other optimizers that hold a replaced parameter.
@@ -79,6 +83,8 @@ def compress_(
         raise ConfigError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
     if init not in get_args(InitMode):
         raise ConfigError(f"`init` must be 'dense' or 'fresh'; got {init!r}")
+    # The wrappers that hold on to parameters are refused; what torch.compile made follows its model.
+    model = model if type(model).__name__ != "OptimizedModule" else unwrapped(model)
     adapters = dict(subclasses) if isinstance(subclasses, Mapping) else dict.fromkeys(subclasses)
     tables = find_tables(model, subclasses=tuple(adapters))
     chosen = select_tables(tables, include, exclude)
@@ -95,7 +101,7 @@ def compress_(
         for t in chosen
         if t.name in configs and not t.obstacle
     ]
-    # A plain table that stays plain needs no replacement.
+    # A full table that stays one needs no replacement.
     replacements = [
         replacement for replacement in replacements if not replacement.plain or replacement.table.kind == "compressed"
     ]
@@ -106,7 +112,9 @@ def compress_(
     raise_faults(faults, f"compress_({type(model).__name__})")
     if not dry_run:
         exchange.run(init)
-    return compression_report(tables, replacements, configs, dry_run)
+        adapt_to_libraries(model)
+    report = compression_report(tables, replacements, configs, dry_run)
+    return replace(report, notes=tuple(map(str, bare_tables(model))))
 
 
 def materialize_(
@@ -116,11 +124,11 @@ def materialize_(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> CompressReport:
-    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with dense tables.
+    """Turn the drop-ins of ``model`` back into ``nn.Embedding`` and ``nn.EmbeddingBag`` with full tables.
 
     Undoes :func:`compress_` except for the values, which are those of the compressed tables, also inside TorchRec's
     collections. Options, hooks, mode and ``requires_grad`` carry over, as in :func:`compress_`. An
-    :class:`EmbeddingCollection` stays: plain tables are one of its plans.
+    :class:`EmbeddingCollection` stays: full tables are one of its plans.
 
     Args:
         model: holds the drop-ins; not one itself.
@@ -138,6 +146,7 @@ def materialize_(
     >>> type(model[0]).__name__, torch.equal(model(torch.tensor([7])), before)
     ('Embedding', True)
     """
+    model = model if type(model).__name__ != "OptimizedModule" else unwrapped(model)
     tables = find_tables(model)
     chosen = [t for t in select_tables(tables, include, exclude) if t.kind == "compressed"]
     replacements = [TableReplacement(t, FullConfig()) for t in chosen]
@@ -147,7 +156,20 @@ def materialize_(
         faults.append("there is no compressed table to turn back")
     raise_faults(faults, f"materialize_({type(model).__name__})")
     exchange.run("fresh")
+    adapt_to_libraries(model)
     return compression_report(tables, replacements, {}, False)
+
+
+def adapt_to_libraries(model: nn.Module) -> None:
+    """Let models of libraries with file formats of their own save, load, tie and resize by their tables of now."""
+    if "transformers.modeling_utils" in sys.modules:
+        from recsys_embed.compress import hugging_face
+
+        hugging_face.adapt(model)
+    if "sentence_transformers" in sys.modules:
+        from recsys_embed.compress import sentence_transformers
+
+        sentence_transformers.adapt(model)
 
 
 def _optimizers(given: Any) -> list[Any]:

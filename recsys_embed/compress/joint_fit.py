@@ -26,6 +26,9 @@ class _Joint(nn.Module):
     def table(self, name: str) -> Tensor:
         return self.get_parameter(name)
 
+    def parameter_name(self, table: str) -> str:
+        return table
+
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors of all ids of all members, narrow ones padded with zeros; of ``ids`` only the device is used."""
         out = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.discover import FoundTable
+from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 
@@ -20,6 +21,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+# What torch.compile and data-parallel wrappers put before the names of their model's modules.
+_WRAPPED = re.compile(r"^((_orig_mod|module)[./])+")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DistributedModelParallel", "DataParallel")
 
 
@@ -43,11 +46,11 @@ def index_contents(plan: Any) -> Mapping[str, Mapping[str, str | Tensor]]:
 
 
 def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, faults: list[str]) -> dict[str, Any]:
-    """``given`` by the tables' names, from names or dotted paths; unknown names are added to ``faults``."""
+    """``given`` by the tables' names, from names or paths, a wrapper's too; unknown ones are added to ``faults``."""
     names = {n: t.name for t in tables for n in (*t.paths, t.name)}
     out: dict[str, Any] = {}
     for key, value in given.items():
-        name = names.get(key)
+        name = names.get(key) or names.get(_WRAPPED.sub("", str(key)))
         if name is None:
             near = get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -69,7 +72,7 @@ def uncovered(
         if table.name not in inside:
             if config is not None:
                 yield f"the plan names {table.name!r}, which include and exclude leave out"
-        elif config is None and not table.obstacle and table.weight is not None:
+        elif config is None and not table.obstacle and table.weight is not None and not table.output_layers:
             yield f"table {table.name!r} has no entry in the plan; add one, or exclude={[table.name]!r}"
         elif config is not None and config.method != "full" and table.obstacle:
             remedy = " (name the class in `subclasses`)" if "subclass" in table.obstacle else ""
@@ -84,9 +87,11 @@ def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Ite
     if table.kind == "collection":
         yield f"{where} belongs to an EmbeddingCollection; build that with EmbeddingCollection(schema, plan)"
         return
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        yield f"{where} was compiled in place (Module.compile) and would go on running as it was; compress first"
     for hooks in _STATE_HOOKS:
         if getattr(module, hooks, None):
-            yield f"{where} has hooks in {hooks}, which rewrite the state of a plain table; remove them first"
+            yield f"{where} has hooks in {hooks}, which rewrite the state of a full table; remove them first"
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -101,15 +106,27 @@ def module_faults(table: FoundTable, module: nn.Module, overriding: bool) -> Ite
         )
 
 
+def output_layer_faults(table: FoundTable) -> Iterator[str]:
+    """Faults: behaviour of output layers with the table's weight that the layers in their places would lose."""
+    for layer in table.output_layers:
+        for hooks in _STATE_HOOKS:
+            if getattr(layer, hooks, None):
+                yield f"table {table.name!r}: its output layer has {hooks}, which rewrite its state; remove them first"
+
+
 def wrapper_faults(model: nn.Module) -> Iterator[str]:
     """Wrappers that keep their own references to the parameters."""
     for path, module in model.named_modules():
+        if path and type(module).__name__ == "OptimizedModule" and find_tables(module):
+            inner = module._modules["_orig_mod"]
+            if find_tables(module)[0].module is inner:
+                yield f"{path} is an embedding wrapped by torch.compile, which keeps calling it; compress first"
         if type(module).__name__ in _WRAPPERS:
             yield f"{path or 'the model'} is a {type(module).__name__}, which holds on to parameters; compress first"
 
 
 def weight_faults(table: FoundTable) -> Iterator[str]:
-    """Faults: why a replacement cannot be fitted to a table, plain or compressed."""
+    """Faults: why a replacement cannot be fitted to a table, full or compressed."""
     held = [table.weight] if table.weight is not None else list(table.modules[0].parameters())
     for values in (v.detach() for v in held):
         if values.is_meta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from recsys_embed.compress.build import (
 )
 from recsys_embed.compress.exchange import ModuleExchange, apply_all, live_optimizers
 from recsys_embed.compress.initializer import initializer_for
-from recsys_embed.compress.module_state import extra_faults, transfer_module_state
+from recsys_embed.compress.module_state import carried_over, extra_faults, transfer_module_state
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import ConfigError
 
 Adapter = Callable[[nn.Module, CompressedEmbedding], nn.Module]
 Subclasses = Collection[type] | Mapping[type, Adapter | None]
+_NONE: Mapping[int, nn.Module] = {}
 
 
 class ModelReplacement:
@@ -57,6 +59,7 @@ class ModelReplacement:
                 for m in replacement.modules
                 for f in match.module_faults(replacement.table, m, self._loses_forward(m))
             ]
+            wrong += match.output_layer_faults(replacement.table)
             if not wrong:
                 replacement.initializer = initializer_for(replacement.modules[:1])
                 wrong = check_on_meta(replacement)
@@ -76,13 +79,29 @@ class ModelReplacement:
                     for replacement in group:
                         replacement.initializer, replacement.trial = initializer, None
                         faults += check_on_meta(replacement)
-            exchange = self._exchange(lambda replacement, old: replacement.trial or nn.Embedding(1, 1, device="meta"))
-            exchange.in_containers(self.model)
+            exchange = self._exchange(lambda replacement: dict.fromkeys(replacement.modules, _trial_of(replacement)))
+            exchange.in_containers(self.model, carried_over)
             faults += exchange.faults
             for o in self.optimizers:
                 if isinstance(o, Optimizer) and not exchange.held_by(o):
                     faults.append(f"`optimizer` {type(o).__name__} holds none of the parameters to be replaced")
+                if isinstance(o, torch.optim.SparseAdam):
+                    faults += self._dense_faults(set(exchange.held_by(o)))
         return faults
+
+    def _dense_faults(self, names: set[str]) -> Iterator[str]:
+        """Faults: tables of these names whose replacements have dense gradients, which SparseAdam refuses in a step."""
+        for replacement in self.replacements:
+            if replacement.table.name not in names or replacement.trial is None:
+                continue
+            sparse = {id(p) for p in replacement.trial.sparse_parameters()}
+            dense = [n for n, p in replacement.trial.named_parameters() if id(p) not in sparse]
+            if dense:
+                yield (
+                    f"table {replacement.table.name!r}: SparseAdam takes sparse gradients alone, and those of "
+                    f"{', '.join(dense)} of method {replacement.config.method!r} are dense; choose another method, or "
+                    "another optimizer, such as Adam"
+                )
 
     def _loses_forward(self, module: nn.Module) -> bool:
         cls = type(module)
@@ -91,13 +110,18 @@ class ModelReplacement:
             return False
         return cls.forward is not base.forward and self.adapters[cls] is None
 
-    def _exchange(self, new_of: Callable[[TableReplacement, nn.Module], nn.Module]) -> ModuleExchange:
-        """The exchange, given the new module of each old one."""
-        pairs = [
-            (replacement, old, new_of(replacement, old))
-            for replacement in self.replacements
-            for old in replacement.modules
-        ]
+    def _exchange(
+        self,
+        new_of: Callable[[TableReplacement], Mapping[nn.Module, nn.Module]],
+        placed: Mapping[int, nn.Module] = _NONE,
+    ) -> ModuleExchange:
+        """The exchange, given the new embedding of each old one, and what takes its place where that is another."""
+        pairs = []
+        for replacement in self.replacements:
+            built = new_of(replacement)
+            for old in replacement.readers():
+                new = built[old] if old in built else tied_output(old, built[replacement.modules[0]])
+                pairs.append((replacement, old, placed.get(id(old), new)))
         modules = {id(old): new for _, old, new in pairs}
         kept = _parameters_after(self.model, modules)
         parameters: dict[int, list[nn.Parameter]] = {}
@@ -120,14 +144,18 @@ class ModelReplacement:
                 adapter = self.adapters.get(type(old))
                 transfer_module_state(old, new)
                 placed[id(old)] = new if adapter is None else _adapted(adapter, old, new, replacement.table.name)
-        exchange = self._exchange(lambda replacement, old: placed[id(old)])
-        changes = exchange.in_modules(self.model) + exchange.in_containers(self.model)
+        exchange = self._exchange(lambda replacement: replacement.built, placed)
+        changes = exchange.in_modules(self.model) + exchange.in_containers(self.model, carried_over)
         for o in self.optimizers:
             changes += exchange.in_optimizer(o)
         # Before anything changes, so that warnings turned into errors leave the model as it was.
         for sentence in live_optimizers(self.model, exchange, self.optimizers):
             warnings.warn(sentence, stacklevel=4)
         apply_all(changes)
+
+
+def _trial_of(replacement: TableReplacement) -> nn.Module:
+    return replacement.trial or nn.Embedding(1, 1, device="meta")
 
 
 def _adapted(adapter: Adapter, old: nn.Module, new: nn.Module, name: str) -> nn.Module:

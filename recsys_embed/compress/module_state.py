@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from recsys_embed.compress.build import call_options
+from recsys_embed.compress.references import Place, hooks_of
 from recsys_embed.embedding import CompressedEmbedding
 
 # A RemovableHandle refers to these dictionary objects, so the new module takes the same objects.
@@ -22,7 +23,8 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _TORCH_OWN = frozenset(vars(nn.Module()))
-_OURS = ("stands_in",)
+_COMPILED = ("forward", "_compiled_call_impl")
+_OURS = ("stands_in", "_renamed")
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -34,7 +36,8 @@ def _bare(module: nn.Module) -> nn.Module:
             "unseen": module.spec.unseen,
             "device": "meta",
         }
-        return type(module)(module.num_embeddings, module.embedding_dim, **own, **call_options(module))
+        bare = type(module)(module.num_embeddings, module.embedding_dim, **own, **call_options(module))
+        return bare.stand_in() if module.stands_in else bare
     return (nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag)(1, 1, device="meta")
 
 
@@ -53,11 +56,20 @@ def _extras(module: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def carried_over(module: nn.Module, path: str) -> Iterator[Place]:
+    """The hooks and added attributes of a table, which its replacement takes over as they are."""
+    yield from hooks_of(module, path)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | CompressedEmbedding):
+        for name in _extras(module)[""]:
+            if name not in _COMPILED:
+                yield Place(f"{path}.{name}", vars(module)[name], "as an attribute of the table itself")
+
+
 def extra_faults(old: nn.Module, new: nn.Module, where: str) -> Iterator[str]:
     """Faults: attributes of ``old`` that would hide those of ``new``."""
     for names in _extras(old).values():
         for name in names:
-            if name != "forward" and hasattr(new, name):
+            if name not in _COMPILED and hasattr(new, name):
                 yield f"{where}: its attribute {name!r} has a name that {type(new).__name__} needs; rename it"
 
 
@@ -75,5 +87,4 @@ def transfer_module_state(old: nn.Module, new: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
     new.train(old.training)
     if isinstance(new, CompressedEmbedding):
-        # A full table with the same rows is its own dense table.
-        new.stands_in = new.config.method != "full" or new.spec.num_ids != new.num_embeddings
+        new.stand_in()

@@ -23,7 +23,7 @@ class CompressedTable:
         name: as in the plan.
         paths: every dotted path at which it stands.
         kind: of the module that was there, see :class:`recsys_embed.discover.FoundTable`.
-        action: ``"replaced"``; ``"kept"`` plain because the plan says ``full``; or ``"skipped"``, see ``note``.
+        action: ``"replaced"``; ``"kept"`` as a full table, by the plan; or ``"skipped"``, see ``note``.
         method: that stores it afterwards.
         bytes_before: of the table.
         bytes_after: that this table alone stores; tables shared with others count in ``SharedTable``.
@@ -71,6 +71,7 @@ class CompressReport:
     tables: tuple[CompressedTable, ...]
     shared: tuple[SharedTable, ...] = ()
     dry_run: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -105,6 +106,7 @@ class CompressReport:
             "bytes_after": self.bytes_after,
             "tables": [asdict(t) for t in self.tables],
             "shared": [asdict(s) for s in self.shared],
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def to_json(self) -> str:
@@ -135,6 +137,7 @@ class CompressReport:
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines += [f"{'+' if t.shared else ' '} {t.name}: {t.note}" for t in self.tables if t.note]
+        lines += self.notes
         if self.dry_run:
             lines.append("dry run: the model is as it was")
         return "\n".join(line.rstrip() for line in lines)

@@ -36,7 +36,8 @@ def compression_report(
         }  # fmt: skip
         if replacement is None:
             kept = table.name in configs
-            why = "" if kept else table.obstacle or "left out"
+            left = "its output layer's weight is also " + ", ".join(table.tied) if table.tied else "left out"
+            why = "" if kept else table.obstacle or left
             action: Any = "kept" if kept else "skipped"
             lines.append(CompressedTable(action=action, method=_method(table), bytes_after=before, note=why, **common))
             continue
@@ -96,7 +97,7 @@ def _note(replacement: TableReplacement) -> str:
         notes.append(f"unseen ids raise now, as in torch ({module.spec.unseen!r} before)")
     by_id = getattr(replacement.config, "order", None) == "ids"
     apart = by_id or (replacement.trial is not None and bool(replacement.trial.program.indexes))
-    if apart and replacement.counts is None:
+    if apart and replacement.counts is None and not replacement.index_contents:
         notes.append("ids are assumed to be numbered by falling frequency; give `counts` if they are not")
     elif by_id and replacement.counts is not None and not _falling(replacement.counts):
         notes.append(

@@ -1,12 +1,12 @@
-"""Codes: rows that are stored per id, as learned clusterings, product quantisation and semantic ids need them.
+"""Codes: rows stored per id, for learned clusterings, product quantisation and semantic ids.
 
-Codes below ``rows`` take ``bits = ceil(log2(rows))`` bits each. They are packed one after the other into 32-bit words,
-the lowest bits first, so that one code lies in at most two words; a word of zeros follows the last.
+Codes below ``rows`` take ``bits = ceil(log2(rows))`` bits each. They are packed into consecutive 32-bit words,
+lowest bits first, so that a code spans at most two words; a word of zeros follows the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ WORDS = "codes"
 
 
 def packed_words(count: int, bits: int) -> int:
-    """32-bit words that hold ``count`` numbers of ``bits`` bits, with the word that follows them."""
+    """Number of 32-bit words for ``count`` numbers of ``bits`` bits, including the final word of zeros."""
     return -(-count * bits // _WORD) + 1
 
 
@@ -37,7 +37,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     [801, 0]
     """
     blocks = -(-len(values) // _WORD)
-    # 32 numbers fill as many words as they have bits, so the words of all blocks look alike.
+    # 32 numbers fill exactly `bits` words, so blocks of 32 are packed alike.
     words = torch.zeros(blocks, bits + 1, dtype=torch.int64, device=values.device)
     padded = torch.nn.functional.pad(values.long(), (0, blocks * _WORD - len(values))).view(blocks, _WORD)
     for i in range(_WORD):
@@ -50,7 +50,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, places: Tensor, bits: Parameter, at: Parameter = 0) -> Tensor:
-    """Numbers at ``places`` (int64, any shape) of those that :func:`pack` put into words from ``at`` on: int64.
+    """Numbers at ``places`` (int64, any shape) among those that :func:`pack` wrote from word ``at`` on: int64.
 
     >>> unpack(pack(torch.tensor([1, 2, 3]), 4), torch.tensor([2, 0]), 4).tolist()
     [3, 1]
@@ -63,16 +63,16 @@ def unpack(words: Tensor, places: Tensor, bits: Parameter, at: Parameter = 0) ->
 
 @dataclass(frozen=True)
 class CodesIndex(Index):
-    """``columns`` codes for each of ``size`` ids, each a row in ``[0, rows)``.
+    """``columns`` codes in ``[0, rows)`` for each of ``size`` ids.
 
-    Until codes are assigned, each is a hash of its id.
+    Before codes are assigned, they are hashes of the ids.
 
     Args:
         name: unique in its program.
         size: number of ids.
         columns: codes per id.
-        rows: bound of the codes.
-        salt: of the hash that fills the codes at first.
+        rows: upper bound of the codes, exclusive.
+        salt: of the hash for the initial codes.
 
     >>> CodesIndex("codes", size=1000, columns=4, rows=16).nbytes  # 4 bits each, and a word
     2004
@@ -123,21 +123,24 @@ class CodesIndex(Index):
         return self._unpacked(self._own(WORDS, at, arrays)).view(self.size, self.columns)
 
     def damage(self, held: Mapping[str, Tensor]) -> str | None:
-        values = self._unpacked(held[WORDS])
-        if int(values.max()) < self.rows:
+        if all(int(part.max()) < self.rows for part in self._parts(held[WORDS])):
             return None
         return f"index {self.name!r} is damaged: its codes must be in [0, {self.rows})"
 
     def _unpacked(self, words: Tensor) -> Tensor:
+        return torch.cat(list(self._parts(words)))
+
+    def _parts(self, words: Tensor) -> Iterator[Tensor]:
+        """The codes, in pieces."""
         count = self.size * self.columns
-        starts = range(0, count, _CHUNK)
-        parts = [torch.arange(s, min(s + _CHUNK, count), device=words.device) for s in starts]
-        return torch.cat([unpack(words, places, self.bits) for places in parts])
+        for start in range(0, count, _CHUNK):
+            places = torch.arange(start, min(start + _CHUNK, count), device=words.device)
+            yield unpack(words, places, self.bits)
 
 
 @dataclass(frozen=True)
 class Codes(Transform):
-    """Code number ``column`` of an id, as the index stores it; ids that it does not hold have no row."""
+    """Maps an id to its code number ``column`` in the index; ids outside the index have no row."""
 
     index: CodesIndex
     column: int = 0

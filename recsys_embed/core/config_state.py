@@ -1,4 +1,4 @@
-"""The configuration inside a state dict, as JSON bytes: weights load only into a module of equal configuration."""
+"""The configuration in a state dict, as JSON bytes, so that weights only load into a module of equal configuration."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import CheckpointError
+from recsys_embed.utils.strict_json import own_json
 
 
 def pack(config: dict[str, Any]) -> Tensor:
-    """JSON bytes of ``config`` as a uint8 tensor ``[length]``."""
-    return torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
+    """JSON bytes of ``config`` as a uint8 tensor ``[length]``.
+
+    Spaces make the length a multiple of 256: readers that compare shapes first then take the states of modules whose
+    configurations may differ, in the policy for unseen ids for one.
+    """
+    text = json.dumps(config).encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 256) * 256)), dtype=torch.uint8)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -31,21 +37,23 @@ def check(
     views: Mapping[str, Callable[[Any], Any]] | None = None,
     upgrade: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Raise where a packed configuration differs from ``config``.
+    """Raise if a packed configuration differs from ``config``.
 
     Args:
-        saved: what :func:`pack` made.
-        config: of the module that is to take the state over.
-        where: names that module.
+        saved: result of :func:`pack`.
+        config: of the module that loads the state.
+        where: name of that module, for the message.
         ignore: leaf keys that may differ.
-        views: per leaf key, the view of it that must agree, where not all of it must.
-        upgrade: makes of a saved configuration what this version would have saved.
+        views: per leaf key, a function of the value; only its result has to agree.
+        upgrade: converts a configuration saved by an earlier version to the present form.
 
     Raises:
         CheckpointError: names every key that differs, with both values.
     """
     try:
-        parsed = json.loads(bytes(saved.cpu().numpy()))
+        # A mean of states is their text if they agree.
+        whole = saved.cpu().round().to(torch.uint8) if saved.is_floating_point() else saved.cpu()
+        parsed = own_json(bytes(whole.numpy()))
         theirs = _flatten(parsed if upgrade is None else upgrade(parsed))
     except (AttributeError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e

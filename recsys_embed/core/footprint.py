@@ -1,4 +1,4 @@
-"""Footprints computed without allocating: byte budgets, and the bytes to serve and to train a set of tables."""
+"""Memory footprints, computed without allocation: byte budgets, and bytes to serve and to train a set of tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recsys_embed.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, **{f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)}}
 _UNITS |= {f"{u}B": 1000**i for i, u in enumerate("KMGT", 1)}
-# The digit limit keeps what comes from a file within what int() parses and any tensor could hold.
+# At most so many digits: text from a file stays within what int() parses and a tensor could hold.
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
@@ -51,13 +51,13 @@ def format_bytes(size: int | float) -> str:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of embedding tables, by cause.
+    """Bytes of embedding tables, by purpose.
 
     Args:
         weights: learned values that serving reads (tables, projections, per-id weights).
         index: remap, pointer and code buffers.
         optimizer: state of the tables' optimizer.
-        gradient: peak gradient buffers of one step; 0 where the update is fused or the batch is unknown.
+        gradient: peak gradient buffers of one step; 0 if the update is fused or the batch is unknown.
 
     >>> a = Footprint(weights=100, index=10, optimizer=5); b = a + a
     >>> b.serve, b.train

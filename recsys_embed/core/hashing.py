@@ -1,4 +1,4 @@
-"""Seeded 64-bit hashes in exact integer arithmetic: the definition every kernel matches bit for bit.
+"""Seeded 64-bit hashes in exact integer arithmetic; all kernels match these definitions bit for bit.
 
 ``splitmix64`` (Steele, Lea, Flood 2014) mixes, multiply-high (Lemire 2019) reduces to a row. Torch has no unsigned
 64-bit arithmetic, so values are int64 holding the unsigned bits and every right shift masks the copied sign bits off.
@@ -34,7 +34,7 @@ _MIX2 = _signed(0x94D049BB133111EB)
 def salt(seed: int, *parts: str | int) -> int:
     """A 64-bit salt (as int64) for one use of a hash, from the seed and stable names.
 
-    Salting by name, never by position, keeps every feature's rows when features are added or reordered.
+    Salts depend on names, not positions, so rows stay the same when features are added or reordered.
 
     >>> salt(0, "C1", 0) == salt(0, "C1", 0), salt(0, "C1", 0) == salt(0, "C1", 1)
     (True, False)
@@ -96,12 +96,12 @@ def hash_signs(ids: Tensor, salts: Tensor | int) -> Tensor:
 
 
 def sequence(salts: Tensor | int, numbers: Tensor) -> Tensor:
-    """Salts of a numbered series of hashes under one salt: int64 of the broadcast shape; number 0 is the salt itself.
+    """Salts of a numbered series of hashes, derived from one salt: int64 of the broadcast shape; number 0 is the salt.
 
     >>> sequence(5, torch.arange(2))[0].item()
     5
     """
-    # Steps of an odd constant with all bits in use keep `id ^ salt` of nearby ids and numbers apart.
+    # Multiples of an odd constant of random bits: `id ^ salt` of nearby ids and numbers do not coincide.
     return salts + numbers * _GAMMA
 
 
@@ -131,7 +131,7 @@ def murmur3_words(ids: Tensor, seeds: Tensor | int) -> Tensor:
     >>> murmur3_words(torch.tensor([0]), 0).shape
     torch.Size([1, 4])
     """
-    # Eight bytes are a tail without a body, so only the first lane sees the key; the length 8 joins both lanes.
+    # An 8-byte key is only a tail: it enters the first lane, and the length 8 enters both.
     k = ids * _MURMUR1
     k = ((k << 31) | _shift_right(k, 33)) * _MURMUR2
     h2 = k * 0 + (seeds ^ 8)
@@ -146,17 +146,17 @@ def murmur3_words(ids: Tensor, seeds: Tensor | int) -> Tensor:
 # -- strings ----------------------------------------------------------------------------------------------------------
 
 EMPTY_ID = {32: 1 << 32, 64: -(1 << 63)}
-"""Id of an empty value by the width of the data's ids, as the data tool's raw mode has it."""
+"""Id of an empty value by the bits of the data's ids, as in the data tool's raw mode."""
 _DIGITS = np.full(256, 255, np.uint8)
 for _text in (b"0123456789abcdef", b"0123456789ABCDEF"):
     _DIGITS[list(_text)] = np.arange(16)
 
 
 def string_ids(values: IdValues, *, id_bits: Literal[32, 64] = 32, hexadecimal: bool = False) -> Tensor:
-    """64-bit ids of strings, the same on every machine and in every version: what hashing methods make of strings.
+    """64-bit ids of strings, equal on every machine and in every version; hashing methods use them for strings.
 
-    - A string of exactly 8 or 16 hexadecimal digits, in either case, is the number it spells. So are Criteo's values
-      written, and ``recsys-embed data criteo --ids raw`` reads them so: the same value gives the same id.
+    - A string of exactly 8 or 16 hexadecimal digits, in either case, is the number it spells, which is the form of
+      Criteo's values; ``recsys-embed data criteo --ids raw`` gives the same ids.
     - An empty string, None or NaN is ``2**32``, or ``-2**63`` with ``id_bits=64``: that tool's id of the empty field.
     - Any other string is the first 8 bytes of its BLAKE2b hash (RFC 7693, ``digest_size=8``) in UTF-8, little-endian.
     - Bytes are text in UTF-8. An integer is itself; from 2**63 to 2**64 - 1 it is the int64 of the same bits.
@@ -165,9 +165,9 @@ def string_ids(values: IdValues, *, id_bits: Literal[32, 64] = 32, hexadecimal: 
 
     Args:
         values: one value, or (nested) sequences or an array of them, or a tensor of integers.
-        id_bits: of the data at hand, ``--id-bits`` of the data tool; it matters to empty values and ``hexadecimal``.
-        hexadecimal: every string is a number of at most ``id_bits / 4`` hexadecimal digits, however few, or empty: how
-            the data tool reads all categories. Anything else is an error.
+        id_bits: of the data, see ``--id-bits`` of the data tool; affects empty values and ``hexadecimal``.
+        hexadecimal: every string is empty or a number of at most ``id_bits / 4`` hexadecimal digits, as the data tool
+            reads all categories. Anything else is an error.
 
     Returns:
         int64 of the shape of ``values``, on the CPU unless ``values`` are a tensor elsewhere.
@@ -193,7 +193,7 @@ def string_ids(values: IdValues, *, id_bits: Literal[32, 64] = 32, hexadecimal: 
         raise ConfigError(f"ids must be strings or integers; got an array of {array.dtype}")
     flat = array.ravel().tolist()
     _check_types(flat)
-    # Python touches each distinct value once; the rest are look-ups in C.
+    # Python handles each distinct value once; the rest are dict lookups in C.
     ids = _distinct_ids(list(set(flat)), id_bits, hexadecimal)
     found = np.fromiter(map(ids.__getitem__, flat), np.int64, len(flat))
     return torch.from_numpy(found.reshape(array.shape))
@@ -210,7 +210,7 @@ def _check_types(values: list[Any]) -> None:
         if issubclass(kind, (int, np.integer)) and kind is not bool:
             wrong = [v for v in some if not -(1 << 63) <= v < _U64]
         else:
-            # NaN is what is not itself; pandas' own missing value does not say.
+            # NaN differs from itself; comparing pandas' NA gives neither true nor false.
             wrong = [v for v in some if kind.__name__ != "NAType" and not (isinstance(v, float) and v != v)]
         if wrong:
             raise ConfigError(

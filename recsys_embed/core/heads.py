@@ -1,8 +1,8 @@
-"""Heads: operations on a feature's gathered columns, after kernels or shards have read and combined its rows.
+"""Heads: operations on a feature's columns after its rows were gathered and combined.
 
-A head is data, as transforms are: frozen, with one definition in torch that every backend, the drop-in modules,
-sharding and exports call. Kernels see the gather alone, so a method with a head has fused optimizers, native lookups
-and sharding for the tables it reads by row.
+Like a transform, a head is a frozen value with one torch implementation, which all backends, drop-in modules, sharding
+and exports call. Kernels only handle the gather, so methods with a head keep fused optimizers, native lookups and
+sharding for the tables they read by row.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Head(ABC):
     """Maps the combined columns of an id, or of a bag of ids, to its vector.
 
     Attributes:
-        pools: what the head does to bags. ``"ids"``: it applies to the columns of each id, and bags pool its vectors.
-            ``"bags"``: bags pool the columns, and it applies to what they pool. ``"either"``: it is linear, so that
-            sums and means may be taken before it and give the same.
+        pools: order of head and pooling. ``"ids"``: the head is applied per id, and bags pool its vectors. ``"bags"``:
+            bags pool the columns, and the head is applied per bag. ``"either"``: the head is linear, so sums and means
+            give the same in both orders.
         stacks: :meth:`apply` takes columns ``[B, features, columns]`` of several features of one form at once, and
             its table, if it has one, as ``[features, *shape]``.
-        reads_ids: :meth:`apply` looks at the ids of single lookups, not at their columns alone.
-        keeps_zero: zeros become zeros. Where they do not, vectors of ids that are none are set to zero behind it.
+        reads_ids: :meth:`apply` needs the ids, not only their columns.
+        keeps_zero: zero columns give zero vectors. If not, vectors of absent ids are set to zero after the head.
     """
 
     pools: ClassVar[Literal["ids", "bags", "either"]] = "ids"
@@ -42,15 +42,15 @@ class Head(ABC):
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Names of the dense tables that it multiplies by, in the order in which :meth:`apply` takes them."""
+        """Names of the head's dense tables, in the order in which :meth:`apply` takes them."""
         return ()
 
     @abstractmethod
     def width(self, columns: int, shapes: Shapes) -> int:
-        """Width of its output, of so many combined columns and its tables' shapes by name."""
+        """Width of the output, given the number of combined columns and the shapes of the tables by name."""
 
     def faults(self, columns: int, shapes: Shapes) -> list[str]:
-        """What does not fit, in words."""
+        """Faults of the head for these columns and shapes, one sentence each."""
         return []
 
     @abstractmethod
@@ -59,23 +59,29 @@ class Head(ABC):
 
         Args:
             tables: those of :attr:`tables`.
-            ids: int64 ``[n]``, whose columns they are; -1 where an id is none, None where bags have pooled them.
+            ids: int64 ``[n]``, of the columns; -1 for absent ids; None for columns pooled over bags.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """What it does, in a few words for reports and plans, after "a row of its own, "."""
+        """The operation in a few words for reports and plans, following "a row of its own, "."""
 
     def keys(self, ids: Tensor) -> list[Tensor]:
-        """Integers ``[n]`` by which it tells ids apart that read the same rows."""
+        """Integers ``[n]`` by which the head distinguishes ids that read the same rows."""
         return []
 
 
 def run_head(
     head: Head, columns: Tensor, tables: Sequence[Tensor], ids: Tensor | None = None, optional: bool = False
 ) -> Tensor:
-    """As :meth:`Head.apply`; with ``optional`` an id of -1 is none, and its vector zero."""
-    out = head.apply(columns, tables, ids)
+    """As :meth:`Head.apply`; with ``optional``, an id of -1 means no id, and its vector is zero."""
+    kind = columns.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        # As lookups of nn.Embedding, whose type is that of the table: autocast would round the products.
+        with torch.autocast(kind, enabled=False):
+            out = head.apply(columns, tables, ids)
+    else:
+        out = head.apply(columns, tables, ids)
     if not optional or head.keeps_zero or ids is None:
         return out
     return out.masked_fill((ids < 0).unsqueeze(-1), 0.0)
@@ -85,8 +91,8 @@ def run_head(
 class Projection(Head):
     """Columns times a matrix ``table``: ``[columns, width]``.
 
-    Where the matrix is ``[columns - width, width]`` the first ``width`` columns pass as they are, and the projected
-    rest is added to them.
+    If the matrix is ``[columns - width, width]``, the first ``width`` columns are not projected, and the projection of
+    the others is added to them.
 
     >>> Projection("matrix").apply(torch.ones(1, 3), [torch.full((2, 1), 2.0)])
     tensor([[5.]])
@@ -111,7 +117,7 @@ class Projection(Head):
         return [f"projection must have {columns} rows, or {columns} less its width; got {rows}"]
 
     def apply(self, columns: Tensor, tables: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
-        """Of ``[n, columns]`` with one matrix or one for each of n; of ``[B, features, columns]`` with one each."""
+        """``[n, columns]`` times one matrix, or one for each of n; ``[B, features, columns]`` times one per feature."""
         (matrix,) = tables
         passing = columns.shape[-1] - matrix.shape[-2]
         equation = "ni,io->no" if matrix.dim() == 2 else "ni,nio->no" if columns.dim() == 2 else "bfi,fio->bfo"
@@ -124,12 +130,12 @@ class Projection(Head):
 
 @dataclass(frozen=True)
 class Contraction(Head):
-    """Gathered rows, each reshaped to a small tensor, multiplied with each other as ``equation`` says.
+    """Reshapes each gathered row to a small tensor and contracts them with each other by an einsum ``equation``.
 
     Tensor trains (Oseledets 2011; TT-Rec, Yin et al. 2021), Tucker and CP forms are contractions.
 
     Args:
-        shapes: of the tensors that the columns hold side by side, in their order.
+        shapes: of the tensors, whose elements are consecutive columns.
         equation: over the dimensions of each shape, as in ``torch.einsum``; its output is flattened to the vector.
 
     >>> head = Contraction(((2, 3), (3, 4)), "ar,rb->ab")
@@ -183,7 +189,7 @@ class Contraction(Head):
 
 @dataclass(frozen=True)
 class PooledCombination(Head):
-    """Sums or products of pieces of one width, taken once a bag has pooled each piece, as DLRM's code has it."""
+    """Sum or product of pieces of one width after each piece was pooled over the bag, as in DLRM's code."""
 
     count: int
     combine: Literal["sum", "mul"]
@@ -209,10 +215,10 @@ class PooledCombination(Head):
 
 @dataclass(frozen=True)
 class PerClassNetwork(Head):
-    """Small networks one after the other, each of one hidden ReLU layer, with weights of their own per class of ids.
+    """Consecutive networks of one hidden ReLU layer each, with separate weights per class of ids.
 
     Args:
-        classes: of each network, from an id to its class.
+        classes: per network, the transform of an id to its class.
         networks: names of each network's hidden weights ``[classes, columns, hidden]``, hidden biases, output weights
             ``[classes, hidden, out]`` and output biases.
     """
@@ -253,7 +259,7 @@ class PerClassNetwork(Head):
         out = columns
         for i, transform in enumerate(self.classes):
             mine = tables[4 * i : 4 * i + 4]
-            # Ids that are none, and those that a GPU refuses later, must not read beyond the networks.
+            # Absent ids, and invalid ids that a GPU reports later, must not read beyond the weights.
             classes = transform.rows(ids).clamp(0, mine[0].shape[0] - 1)
             out = per_class_mlp(out, classes, *mine)
         return out
@@ -266,10 +272,10 @@ class PerClassNetwork(Head):
 
 
 def per_class_mlp(x: Tensor, classes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """A network with one hidden ReLU layer per class, each row through that of its class.
+    """One network with a hidden ReLU layer per class; each row uses that of its class.
 
-    Rows are sorted by class into tiles of one class each, so that two batched products run them all; neither the
-    shapes nor the work depend on how rows spread over classes.
+    Rows are sorted by class into tiles of one class, so that two batched products suffice; neither shapes nor work
+    depend on the distribution of rows over classes.
 
     Args:
         x: ``[n, d]``.
@@ -280,8 +286,8 @@ def per_class_mlp(x: Tensor, classes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
         ``[n, o]``.
     """
     n, m = x.shape[0], w1.shape[0]
-    # A traced program keeps n symbolic, and then neither the tile nor the number of owners may branch on it.
-    traced = torch.compiler.is_compiling()
+    # While tracing, n is symbolic, so neither the tile nor the number of tiles may branch on it.
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     tile = 32 if traced else max(1, min(128, n // m))
     order = classes.argsort(stable=True)
     ordered = classes[order]

@@ -1,12 +1,12 @@
-"""Indexes: arrays that a module stores beside its tables, from which a lookup finds the row of an id.
+"""Indexes: arrays besides the tables, by which a lookup finds the row of an id.
 
-An index says which typed arrays it needs, what they hold at first and after an assignment, and how damage shows. Arrays
-of one name of all features stand end to end in one buffer, so that lookups of any number of features read a fixed
-number of buffers.
+An index declares its typed arrays, their initial contents and those after an assignment, and how to detect damage.
+Arrays of one name are concatenated over all features, so that lookups of any number of features read a fixed number of
+buffers.
 
-An index and the transform that reads it need a file of their own; the torch backend, checkpoints, plans, exports and
-reports then have them. For the compiled kernels the transform's ``encoded`` names a kind: add it to ``KINDS`` in
-``kernels/kinds.py`` and write the header anew, and give it a case in ``ops/cpu/transforms.inl`` and in
+A new index and the transform that reads it take one file; the torch backend, checkpoints, plans, exports and reports
+then support them. For the compiled kernels the transform's ``encoded`` returns a kind: add it to ``KINDS`` in
+``kernels/kinds.py``, generate the header again, and add a case to ``ops/cpu/transforms.inl`` and to
 ``kernels/triton/ids.py``. :mod:`recsys_embed.core.codes` is an example.
 """
 
@@ -26,8 +26,8 @@ class IndexArray(NamedTuple):
     """One array of an index.
 
     Args:
-        name: of the buffer that holds it, and of its key in a state dict.
-        dtype: one of ``INDEX_DTYPES``; numbers of fewer bits are packed into these.
+        name: of its buffer, and its key in a state dict.
+        dtype: one of ``INDEX_DTYPES``; smaller numbers can be packed into these.
         length: number of elements, the same for all arrays of an index.
     """
 
@@ -37,11 +37,11 @@ class IndexArray(NamedTuple):
 
 
 class IndexArrays(NamedTuple):
-    """The buffers of a module that lookups read.
+    """The index buffers of a module.
 
     Args:
-        held: by the name that :class:`IndexArray` gives.
-        longest: elements of the longest array that a lookup searches.
+        held: by name of the :class:`IndexArray`.
+        longest: elements of the longest array that is searched.
     """
 
     held: Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class IndexArrays(NamedTuple):
 
 
 class Index(ABC):
-    """What lookups of one feature read beside tables. Subclasses are frozen dataclasses.
+    """Base of indexes: arrays that lookups of one feature read besides tables. Subclasses are frozen dataclasses.
 
     Attributes:
         name: unique in its program.
@@ -62,7 +62,7 @@ class Index(ABC):
     @property
     @abstractmethod
     def arrays(self) -> tuple[IndexArray, ...]:
-        """What has to be stored; nothing where ids alone say which row they read."""
+        """The arrays to store; none if rows follow from ids alone."""
 
     @property
     def nbytes(self) -> int:
@@ -71,29 +71,29 @@ class Index(ABC):
 
     @property
     def searched(self) -> int:
-        """Elements that a binary search runs over, 0 where a lookup does not search."""
+        """Elements for a binary search; 0 if lookups do not search."""
         return 0
 
     @abstractmethod
     def faults(self) -> list[str]:
-        """What is wrong with the description, in words."""
+        """Faults of the description, one sentence each."""
 
     @abstractmethod
     def initial(self, device: torch.device) -> dict[str, Tensor]:
-        """The arrays by name before anything is assigned, ids being numbered by falling frequency."""
+        """Initial arrays by name, for ids numbered by descending frequency."""
 
     @property
     def by_frequency(self) -> bool:
-        """Whether :meth:`ranked` fills the arrays, so that counts of ids are asked for."""
+        """Whether :meth:`ranked` fills the arrays, which needs counts of ids."""
         return False
 
     def ranked(self, ids: Tensor) -> dict[str, Tensor]:
-        """The arrays by name, given all ids from the most frequent on."""
+        """The arrays by name, given all ids in order of descending frequency."""
         raise NotImplementedError(f"{type(self).__name__} does not go by frequency")
 
     @abstractmethod
     def packed(self, value: Tensor) -> dict[str, Tensor]:
-        """The arrays by name that hold ``value``, which ``assign_`` or a plan gives.
+        """The arrays by name for a ``value`` from ``assign_`` or a plan.
 
         Raises:
             ConfigError: the value is of another shape or range; says what the index takes.
@@ -104,20 +104,20 @@ class Index(ABC):
         """Inverse of :meth:`packed`.
 
         Args:
-            at: where the index begins in ``arrays``.
-            arrays: of the module; not needed where :attr:`arrays` is empty.
+            at: offset of the index in ``arrays``.
+            arrays: of the module; not needed if :attr:`arrays` is empty.
         """
 
     @abstractmethod
     def damage(self, held: Mapping[str, Tensor]) -> str | None:
-        """What keeps arrays of a file from being those of this index, in words; lookups would read beyond tables.
+        """The reason why arrays from a file are not valid for this index, or None; lookups would read beyond tables.
 
         Args:
             held: by name, each of the length that :attr:`arrays` states.
         """
 
     def _own(self, name: str, at: int, arrays: IndexArrays | None) -> Tensor:
-        """The index's part of a buffer."""
+        """This index's part of a buffer."""
         if arrays is None:
             raise RuntimeError(f"index {self.name!r} was asked for its values without the module's arrays")
         length = next(a.length for a in self.arrays if a.name == name)

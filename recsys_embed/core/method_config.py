@@ -1,4 +1,4 @@
-"""A method's configuration: frozen data that turns a feature into a lookup program and is sized by a byte budget."""
+"""A method's configuration: frozen options that turn a feature into a lookup program, and that a byte budget sizes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class MethodConfig(ABC):
     """Base of every method's configuration.
 
     Subclasses are frozen dataclasses that declare their options with :func:`param`, describe the lookup in
-    :meth:`build_program`, and say how they grow with :meth:`sized`. All else has a default; what the class attributes
-    below say is checked when the method is registered.
+    :meth:`build_program`, and scale with :meth:`sized`. Everything else has a default; the class attributes below are
+    checked when the method is registered.
 
     Attributes:
         method: key of the method.
-        accepts_raw: whether any int64 is an id, as for methods that hash.
-        order_option: name of the option that says how ids are ordered by frequency, for methods that treat frequent
-            ids apart. Its value ``"ids"`` takes ids to be numbered by falling frequency; with ``"counts"`` the method
-            stores which ids are frequent, see :meth:`recsys_embed.embedding.CompressedEmbedding.assign_`.
-        width_option: name of the option that sets the width of the stored rows independently of their number; studies
-            choose it along with the size.
-        plannable: whether the planner, comparisons and studies may size the method by themselves. False for methods
-            whose content a search finds.
-        renamed_options: names that options had in earlier versions, and their names now. The earlier ones are
-            accepted with a DeprecationWarning, and silently where they are read from a file.
+        accepts_raw: whether any int64 is a valid id, as for methods that hash.
+        order_option: name of the option for the frequency order of ids, for methods that treat frequent ids
+            separately. ``"ids"``: ids are numbered by descending frequency; ``"counts"``: the method stores which ids
+            are frequent, see :meth:`recsys_embed.embedding.CompressedEmbedding.assign_`.
+        width_option: name of the option for the width of the stored rows, if it is independent of their number;
+            studies choose it together with the size.
+        plannable: whether the planner, comparisons and studies may size the method. False for methods whose contents
+            a search finds.
+        renamed_options: present names of options by their names in earlier versions. The earlier ones are accepted
+            with a DeprecationWarning, and silently when read from a file.
         renamed_values: the same for values of options, by the option's present name.
     """
 
@@ -62,14 +62,14 @@ class MethodConfig(ABC):
             warn_renamed(f"method of {cls.__name__}", "_program", "build_program")
             cls.build_program = own["_program"]  # type: ignore[method-assign]
         elif "build_program" in own:
-            # Subclasses that still override the former name may call it on their base.
+            # Subclasses that still override the former name may call it through super().
             cls._program = own["build_program"]  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
         check_settings(self, type(self).__name__)
 
     def check(self, spec: FeatureSpec) -> list[str]:
-        """Faults of this configuration for ``spec``, in words; subclasses add theirs."""
+        """Faults of this configuration for ``spec``, one sentence each; subclasses add theirs."""
         if spec.ids == "raw" and not self.accepts_raw:
             return [
                 f"method {self.method!r} needs vocabulary indices; the feature has raw 64-bit ids: use a hashing method"
@@ -96,7 +96,7 @@ class MethodConfig(ABC):
 
     @property
     def computes(self) -> bool:
-        """Whether vectors are computed and no table is read by row (e.g. DHE), so that the module itself runs."""
+        """Whether vectors are computed without reading table rows (e.g. DHE), so that the module itself has to run."""
         return False
 
     def footprint(self, spec: FeatureSpec, itemsize: int = 4) -> Footprint:
@@ -105,18 +105,18 @@ class MethodConfig(ABC):
 
     @classmethod
     def max_size(cls, spec: FeatureSpec, **params: Option) -> int:
-        """Largest useful value of the size that :meth:`sized` takes."""
+        """Largest useful ``size`` of :meth:`sized`."""
         return spec.num_ids
 
     @classmethod
     @abstractmethod
     def sized(cls, spec: FeatureSpec, size: int, **params: Option) -> Self:
-        """The configuration of a size in ``[1, max_size]``; bytes do not shrink as the size grows."""
+        """The configuration of a size in ``[1, max_size]``; bytes must not decrease with the size."""
 
     def planning_loss(self, spec: FeatureSpec, curve: FrequencyCurve) -> float | None:
         """The estimated loss of ``spec`` under this configuration; unit: :mod:`recsys_embed.planning.loss_estimate`.
 
-        None, the default, leaves the estimate to the planner, which makes it from the program.
+        None, the default: the planner estimates it from the program.
 
         Args:
             curve: how often ids occur.
@@ -125,7 +125,7 @@ class MethodConfig(ABC):
 
     @classmethod
     def planning_variants(cls, spec: FeatureSpec, curve: FrequencyCurve) -> Sequence[JSONMapping]:
-        """Sets of options that the planner tries for ``spec``, each at all sizes; by default the defaults alone.
+        """Sets of options that the planner tries for ``spec``, each at all sizes; by default only the default options.
 
         Args:
             curve: how often ids occur.
@@ -163,13 +163,13 @@ class MethodConfig(ABC):
     ) -> dict[str, MethodConfig]:
         """One configuration per feature such that all together deploy in ``budget`` bytes.
 
-        Every feature gets the same fraction of its plain table, as the papers do; tables of fewer than ``full_below``
-        rows, and those the method would not shrink, stay ``plain`` where that fits.
+        Every feature gets the same fraction of its full table, as in the papers; tables of fewer than ``full_below``
+        rows, and those that the method would not shrink, keep the configuration ``plain`` if that fits the budget.
 
         Raises:
             BudgetError: the smallest configurations do not fit together.
         """
-        # Raw ids have no plain table; the one of their estimated cardinality is what the method is held against.
+        # Raw ids have no full table; the method is compared with one of their estimated cardinality.
         whole = {s.name: plain.footprint(replace(s, ids="index")).serve for s in specs}
         small = {s.name: cls.sized(s, 1, **params) for s in specs}
         need = {s.name: small[s.name].footprint(s).serve for s in specs}
@@ -201,11 +201,11 @@ class MethodConfig(ABC):
     def budget_error(
         cls, need: int, features: int, budget: int, smaller: str = "embedding_dim", per_id: bool = True
     ) -> BudgetError:
-        """The error where a plan of so many features takes at least ``need`` bytes and ``budget`` are available.
+        """The error for a plan of these features that takes at least ``need`` bytes where ``budget`` are available.
 
         Args:
-            smaller: what takes fewer bytes where it is smaller.
-            per_id: whether the method stores something for each id, so that one which does not is another way out.
+            smaller: what to decrease so that the plan takes fewer bytes.
+            per_id: whether the method stores something for each id; the message then suggests one that does not.
         """
         others = cls._smaller() if per_id else ""
         return BudgetError(
@@ -215,13 +215,13 @@ class MethodConfig(ABC):
 
     @classmethod
     def _smaller(cls) -> str:
-        """The last way out of a budget: methods without a cost per id, where this is not one of them already."""
+        """The last suggestion for a budget that is too small: methods without a cost per id, unless this is one."""
         others = [f"{m!r}" for m in ("hash", "unified") if m != cls.method]
         return f"; 3. a method without a cost per id: {' or '.join(others)}"
 
     @classmethod
     def uses_former_names(cls, options: JSONMapping) -> bool:
-        """Whether an option or one of their values has changed its name since; planning asks ten thousands of times."""
+        """Whether any option or value has its earlier name; fast, because planning calls it ten thousands of times."""
         if cls.renamed_options and not cls.renamed_options.keys().isdisjoint(options):
             return True
         if not cls.renamed_values:
@@ -230,7 +230,7 @@ class MethodConfig(ABC):
 
     @classmethod
     def current_options(cls, options: JSONMapping, *, warn: bool = True) -> JSON:
-        """``options`` under their present names and values, see ``renamed_options``; others stay as they are.
+        """``options`` under their present names and values, see ``renamed_options``.
 
         Args:
             warn: whether an earlier name is a DeprecationWarning, as in code, or passes silently, as in a file.
@@ -257,7 +257,7 @@ class MethodConfig(ABC):
                     warn_renamed(f"value of `{name}` of {cls.__name__}", value, values[value])
         return now
 
-    if not TYPE_CHECKING:  # a checker would take any attribute for known
+    if not TYPE_CHECKING:  # type checkers would accept any attribute
 
         def __getattr__(self, name: str) -> Any:
             """Options under their earlier names."""
@@ -268,7 +268,7 @@ class MethodConfig(ABC):
             return getattr(self, now)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickled before an option got its present name.
+        # Pickled before an option was renamed.
         self.__dict__.update(self.current_options(state, warn=False))
 
     def to_dict(self) -> JSON:
@@ -283,9 +283,9 @@ class MethodConfig(ABC):
 
 
 def accept_former_names(cls: type[MethodConfig]) -> None:
-    """Let a configuration be built with the names that its options had in earlier versions.
+    """Let a configuration be built with the earlier names of its options.
 
-    What is built with present names, as by planning in its inner loop, pays for a call more and no look at the names.
+    With present names, as in the planner's inner loop, this costs one more call.
     """
     init: Any = cls.__init__
     if not (cls.renamed_options or cls.renamed_values) or hasattr(init, "__wrapped__"):

@@ -1,7 +1,6 @@
-"""Arrays that a plan carries beside its text, as the codes of a learned clustering, in one file that safetensors reads.
+"""Arrays of a plan, such as the codes of a learned clustering, in one safetensors file beside the plan's text.
 
-The plan's text describes each array and holds the SHA-256 of the whole file, so the file is checked before anything of
-it is taken into memory.
+The text describes each array and contains the SHA-256 of the file, so the file is verified before arrays are read.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,57 +19,55 @@ from torch import Tensor
 
 from recsys_embed.core.codes import pack, packed_words, unpack
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.settings import Settings, fault, param
 
 DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IN_FILE = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64"}
 _MOST_BITS = 16
+_MOST_DIMS = 16
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class StoredArray:
-    """How an array lies in the file.
+class StoredArray(Settings):
+    """Storage format of an array in the file.
 
     Args:
         dtype: of its elements, a name of ``DTYPES``.
         shape: of the array.
-        bits: of each element, 1 to 16, packed as :func:`recsys_embed.core.codes.pack` does; None: stored as they are.
+        bits: of each element, 1 to 16, packed by :func:`recsys_embed.core.codes.pack`; None: not packed.
     """
 
+    noun, title = "key of an array", "an array of a plan"
     dtype: str
-    shape: tuple[int, ...]
-    bits: int | None = None
+    shape: tuple[int, ...] = param(MISSING, low=0, below=1 << 48, empty=True)
+    bits: int | None = param(None, low=1)
+
+    def conflicts(self) -> list[str]:
+        if self.dtype not in DTYPES:
+            return [fault("dtype", f"one of {', '.join(DTYPES)}", self.dtype)]
+        # Of many dimensions the product takes long, and one of length 0 would hide the others.
+        if len(self.shape) > _MOST_DIMS or prod(max(n, 1) for n in self.shape) >= 1 << 48:
+            return [fault("shape", f"at most {_MOST_DIMS} lengths whose product is below 2**48", self.shape)]
+        wrong = self.bits is not None and self.bits > self.most_bits
+        return [fault("bits", f"at most {self.most_bits} of {self.dtype}", self.bits)] if wrong else []
 
     @classmethod
     def of(cls, values: Tensor) -> StoredArray:
-        """The smallest way to store some integers."""
+        """The format that stores these integers in the fewest bytes."""
         plain = cls(_NAMES[values.dtype], tuple(values.shape))
         low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
-        packed = replace(plain, bits=max(1, high.bit_length()))
-        fits = low >= 0 and packed.bits is not None and packed.bits <= _MOST_BITS
-        return packed if fits and packed.nbytes < plain.nbytes else plain
+        bits = max(1, high.bit_length())
+        if low < 0 or bits > plain.most_bits:
+            return plain
+        packed = replace(plain, bits=bits)
+        return packed if packed.nbytes < plain.nbytes else plain
 
-    @classmethod
-    def from_dict(cls, data: Any) -> StoredArray:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ConfigError: it does not describe an array.
-        """
-        given = dict(data) if isinstance(data, Mapping) else {}
-        dtype, shape, bits = given.pop("dtype", None), given.pop("shape", None), given.pop("bits", None)
-        sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-        known = isinstance(dtype, str) and dtype in DTYPES
-        # More bits than the type has would be cut off.
-        most = min(_MOST_BITS, int(torch.iinfo(DTYPES[dtype]).max).bit_length()) if known else _MOST_BITS
-        packed = bits is None or (type(bits) is int and 1 <= bits <= most)
-        if given or not known or not sizes or not packed:
-            raise ConfigError(
-                f"an array of a plan has a `dtype` ({', '.join(DTYPES)}), a `shape` and, where it is packed, `bits` "
-                f"from 1 to {most}; got {data!r:.120}"
-            )
-        return cls(str(dtype), tuple(shape or ()), bits)
+    @property
+    def most_bits(self) -> int:
+        """Most bits per element when packed; bits beyond those of the type would be lost."""
+        return min(_MOST_BITS, int(torch.iinfo(DTYPES[self.dtype]).max).bit_length())
 
     def to_dict(self) -> dict[str, Any]:
         packed = {} if self.bits is None else {"bits": self.bits}
@@ -78,7 +75,7 @@ class StoredArray:
 
     @property
     def in_file(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Type and shape of what the file holds."""
+        """Type and shape of the array as stored."""
         if self.bits is None:
             return DTYPES[self.dtype], self.shape
         return torch.int32, (packed_words(prod(self.shape), self.bits),)
@@ -89,7 +86,7 @@ class StoredArray:
         return dtype.itemsize * prod(shape)
 
     def encode(self, values: Tensor) -> Tensor:
-        """What the file holds of an array."""
+        """The array as stored."""
         values = values.detach().cpu().contiguous()
         return values if self.bits is None else pack(values.view(-1), self.bits)
 
@@ -97,16 +94,18 @@ class StoredArray:
         """Inverse of :meth:`encode`."""
         if self.bits is None:
             return stored.view(self.shape)
-        places = torch.arange(prod(self.shape)).split(_CHUNK)
-        values = [unpack(stored, part, self.bits).to(DTYPES[self.dtype]) for part in places]
-        return torch.cat(values).view(self.shape)
+        out = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype])
+        for start in range(0, len(out), _CHUNK):
+            places = torch.arange(start, min(start + _CHUNK, len(out)))
+            out[start : start + len(places)] = unpack(stored, places, self.bits)
+        return out.view(self.shape)
 
 
-Layout = Mapping[str, Mapping[str, StoredArray]]
+ArrayFormats = Mapping[str, Mapping[str, StoredArray]]
 
 
-def _header(layout: Layout) -> bytes:
-    """What the file begins with; its length is a multiple of 8."""
+def _header(layout: ArrayFormats) -> bytes:
+    """Header of the file; its length is a multiple of 8."""
     at, items = 0, {}
     for feature, arrays in layout.items():
         for index, array in arrays.items():
@@ -120,27 +119,41 @@ def _header(layout: Layout) -> bytes:
 
 
 @dataclass(frozen=True)
+class _Description(Settings):
+    """Description of the arrays in a plan's text."""
+
+    noun, title = "key", "arrays of a plan"
+    sha256: str
+    features: Mapping[str, Any]
+    file: str | None = None
+
+    def conflicts(self) -> list[str]:
+        wrong = {name: row for name, row in self.features.items() if not isinstance(row, Mapping)}
+        return [fault(f"features.{name:.80}", "arrays by index", row) for name, row in wrong.items()]
+
+
+@dataclass(frozen=True)
 class PlanArrays:
-    """Arrays by feature and index, or their description alone.
+    """Arrays by feature and index, or only their description.
 
     Args:
-        layout: how each is stored.
-        sha256: of the file that holds them.
-        values: the arrays; None where only their description is at hand.
-        file: that they were read from.
+        layout: format of each array.
+        sha256: of the file.
+        values: the arrays; None if only their description is known.
+        file: from which they were read.
     """
 
-    layout: Layout
+    layout: ArrayFormats
     sha256: str
     values: Mapping[str, Mapping[str, Tensor]] | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, values: Mapping[str, Mapping[str, Tensor]]) -> PlanArrays:
-        """Of integer tensors by feature and index.
+        """From integer tensors by feature and index.
 
         Raises:
-            ConfigError: one of another type.
+            ConfigError: a tensor of another type.
         """
         faults = [
             f"arrays of a plan are tensors of {', '.join(DTYPES)}; got {getattr(t, 'dtype', t)!r:.80} "
@@ -165,7 +178,7 @@ class PlanArrays:
         """The arrays.
 
         Raises:
-            ConfigError: only their description is at hand.
+            ConfigError: only their description is known.
         """
         if self.values is None:
             raise ConfigError(
@@ -175,7 +188,7 @@ class PlanArrays:
         return self.values
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes of the file, piece by piece."""
+        """The bytes of the file, in pieces."""
         yield _header(self.layout)
         for feature, row in (self.values or {}).items():
             for index, values in row.items():
@@ -188,42 +201,47 @@ class PlanArrays:
         return len(_header(self.layout)) + sum(a.nbytes for row in self.layout.values() for a in row.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The description as JSON values."""
+        """The description, JSON-ready."""
         features = {f: {index: a.to_dict() for index, a in row.items()} for f, row in self.layout.items()}
         file = {} if self.file is None else {"file": str(self.file)}
         return {**file, "sha256": self.sha256, "features": features}
 
     @classmethod
     def from_dict(cls, data: Any, folder: Path | None = None) -> PlanArrays:
-        """Inverse of :meth:`to_dict`, with the arrays where the description names their file and it can be found.
+        """Inverse of :meth:`to_dict`; also reads the arrays, if the description names a file that can be located.
 
         Args:
             data: JSON values.
-            folder: that a relative name of the file goes by.
+            folder: to which a relative file name refers.
 
         Raises:
-            ConfigError: no such description, or another file than it describes.
+            ConfigError: the description is not valid, or does not match the file.
         """
-        given: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {}
-        features, digest, file = given.pop("features", None), given.pop("sha256", None), given.pop("file", None)
-        rows = isinstance(features, Mapping) and all(isinstance(row, Mapping) for row in features.values())
-        if given or not rows or not isinstance(digest, str) or not isinstance(file, str | None):
-            raise ConfigError(f"`arrays` of a plan have a `sha256`, `features` and a `file`; got {data!r:.120}")
-        layout = {f: {i: StoredArray.from_dict(a) for i, a in row.items()} for f, row in (features or {}).items()}
-        found = cls(layout, digest)
-        if file is None or (folder is None and not Path(file).is_absolute()):
+        given = _Description.from_dict(data)
+        layout: dict[str, dict[str, StoredArray]] = {}
+        faults = []
+        for feature, row in given.features.items():
+            layout[feature] = {}
+            for index, array in row.items():
+                try:
+                    layout[feature][index] = StoredArray.from_dict(array)
+                except ConfigError as e:
+                    faults.append(f"{e} (index {index!r}, feature {feature!r})")
+        raise_faults(faults, "arrays of a plan")
+        found = cls(layout, given.sha256)
+        if given.file is None or (folder is None and not Path(given.file).is_absolute()):
             return found
-        return found.read((folder or Path()) / file)
+        return found.read((folder or Path()) / given.file)
 
     def read(self, path: Path) -> PlanArrays:
-        """The same with the arrays of a file.
+        """The same with arrays read from a file.
 
         Raises:
-            ConfigError: the file is missing, of another size or with other bytes than the plan says.
+            ConfigError: the file is missing, or its size or SHA-256 are not those in the plan.
         """
         try:
             size = path.stat().st_size
-        except (OSError, ValueError) as e:  # of a name that no file can have, the latter
+        except (OSError, ValueError) as e:  # ValueError: not a possible file name
             why = e.strerror if isinstance(e, OSError) else e
             raise ConfigError(f"{str(path)!r:.200}, the arrays of the plan, cannot be read: {why}") from e
         if size != self.nbytes:

@@ -1,4 +1,4 @@
-"""A method described as data: which tables it stores and how an id becomes a vector.
+"""Lookup programs: a method as data, i.e. which tables it stores and how an id becomes a vector.
 
 ids -> transform indices -> gather rows -> combine per id -> head -> pool over the bag (done by the caller).
 The transforms are in :mod:`recsys_embed.core.transforms`.
@@ -6,11 +6,11 @@ The transforms are in :mod:`recsys_embed.core.transforms`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import InitVar, dataclass, replace
+from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.features import MAX_ROWS, FeatureSpec
-from recsys_embed.utils.deprecated import renamed_fields, warn_renamed
+from recsys_embed.utils.deprecated import earlier_names, renamed_fields, warn_deprecated
 
 __all__ = [
     "Codes",
@@ -42,17 +42,15 @@ __all__ = [
 
 Combine = Literal["sum", "mul"]
 
-# Classes by the names they had, which authors of methods may still import.
-_EARLIER = {"Digit": "MixedRadixDigit", "Init": "Initializer", "Member": "RankInSet", "Probe": "RowLookup"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EARLIER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_renamed("class", name, _EARLIER[name])
-    return globals()[_EARLIER[name]]
-
-
+__getattr__ = earlier_names(
+    __name__,
+    {
+        "Digit": "core.transforms.MixedRadixDigit",
+        "Init": "core.program.Initializer",
+        "Member": "core.transforms.RankInSet",
+        "Probe": "core.program.RowLookup",
+    },
+)
 _PIECE = 1 << 24
 
 
@@ -67,12 +65,12 @@ class Initializer:
 
     @classmethod
     def plain(cls, spec: FeatureSpec, factor: float = 1.0) -> Initializer:
-        """The initial distribution of a plain table of ``spec``, its spread times ``factor``."""
+        """The initial distribution of a full table of ``spec``, its scale times ``factor``."""
         distribution, scale = spec.initial_distribution()
         return cls(distribution, scale * factor)
 
     def fill_(self, out: Tensor, seed: int) -> Tensor:
-        """Fill ``out`` in place with bits that depend on ``seed`` and the shape alone, not on device or threads."""
+        """Fill ``out`` in place; values only depend on ``seed`` and the shape, not on device or threads."""
         if out.is_meta:
             return out
         if self.distribution == "constant":
@@ -84,7 +82,7 @@ class Initializer:
         return out
 
     def stream(self, count: int, seed: int) -> Iterator[Tensor]:
-        """The ``count`` elements that :meth:`fill_` writes, in float32 pieces of bounded size."""
+        """The ``count`` elements that :meth:`fill_` writes, in pieces of bounded size: float32."""
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, count, _PIECE):
             draw = torch.empty(min(_PIECE, count - start), dtype=torch.float32)
@@ -101,8 +99,8 @@ class Initializer:
 class Table:
     """A physical table ``[rows, width]``.
 
-    ``shared`` names it across features: programs that name the same shared table read the same rows. A ``dense``
-    table is one that a head multiplies by, and is never read by row; its rows may be tensors of shape ``inner``.
+    ``shared``: programs of several features that name the same table share its rows. A ``dense`` table is a parameter
+    of a head and is never read by row; its rows may be tensors of shape ``inner``.
     """
 
     name: str
@@ -115,7 +113,7 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter that holds it."""
+        """Shape of its parameter."""
         return (self.rows, *((self.width,) if self.inner is None else self.inner))
 
 
@@ -130,14 +128,14 @@ class Weight:
 @renamed_fields(run="num_rows")
 @dataclass(frozen=True)
 class RowLookup:
-    """One row read per id: it joins the output columns from ``column`` on.
+    """One row read per id, for the output columns from ``column`` on.
 
-    The row is multiplied by ``scale``, by a sign hashed with ``sign`` and by the learned ``weight``, where given.
+    The row is multiplied by ``scale``, by a sign hashed with salt ``sign``, and by the learned ``weight``, if given.
 
     Args:
-        num_rows: consecutive rows that are read and stand side by side; after the table's last row comes its first.
-            Each element of them has a sign of its own.
-        width: columns it fills, where these are more than it reads: a table of width 1 repeats over them.
+        num_rows: number of consecutive rows to read and concatenate, wrapping around at the table's end. With ``sign``,
+            each of them has its own sign.
+        width: number of columns to fill if it is more than are read: a table of width 1 is broadcast.
     """
 
     table: str
@@ -151,22 +149,22 @@ class RowLookup:
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """Those of the row and of the weight."""
+        """Transforms of the row and of the weight."""
         return (self.transform,) if self.weight is None else (self.transform, self.weight.transform)
 
 
 @dataclass(frozen=True)
 class LookupProgram:
-    """How one feature's ids become vectors.
+    """Computation of vectors from the ids of one feature.
 
     Args:
-        tables: what is stored.
-        row_lookups: which row each id reads; row lookups with equal columns combine, disjoint columns concatenate.
+        tables: stored tables.
+        row_lookups: rows that each id reads; those of equal columns combine, those of disjoint columns concatenate.
         combine: ``"sum"`` or ``"mul"`` of the row lookups that share columns, per id and before pooling.
-        head: operation on the combined columns: a :class:`~recsys_embed.core.heads.Head`; None leaves them.
-        projection: the older name of ``head=Projection(...)``, which it makes with a DeprecationWarning.
-        vectors: the output is this many vectors side by side (feature generation); 1 otherwise.
-        padding: columns of zeros after the combined ones, for features that are narrower than their neighbours.
+        head: operation on the combined columns, see :class:`~recsys_embed.core.heads.Head`; None: identity.
+        projection: deprecated name of ``head=Projection(...)``.
+        vectors: number of vectors in the output, concatenated (feature generation); 1 otherwise.
+        padding: columns of zeros after the combined ones, for features of smaller width than others.
     """
 
     tables: tuple[Table, ...]
@@ -178,26 +176,29 @@ class LookupProgram:
     head: Head | None = None
 
     def __post_init__(self, projection: str | None) -> None:
-        # Copies by `replace` bring both.
+        # dataclasses.replace passes both.
         if isinstance(projection, str) and self.head is None:
-            warnings.warn(
+            warn_deprecated(
                 "LookupProgram(projection=NAME) is now LookupProgram(head=Projection(NAME)), with Projection of "
-                "recsys_embed.core.heads",
-                DeprecationWarning,
-                stacklevel=3,
+                "recsys_embed.core.heads"
             )
             object.__setattr__(self, "head", Projection(projection))
 
     def table(self, name: str) -> Table:
-        return next(t for t in self.tables if t.name == name)
+        return self._named[name]
+
+    # Kept once computed, because kernels ask once per row lookup, of which there may be one per column.
+    @cached_property
+    def _named(self) -> dict[str, Table]:
+        return {t.name: t for t in reversed(self.tables)}
 
     @property
     def indexes(self) -> tuple[Index, ...]:
-        """What transforms look ids up in, each once."""
+        """The indexes of all transforms, without duplicates."""
         found = (t.needs for p in self.row_lookups for t in p.transforms)
         return tuple({index.name: index for index in found if index is not None}.values())
 
-    @property
+    @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Output column range of each row lookup."""
         widths = {t.name: t.width for t in self.tables}
@@ -219,12 +220,12 @@ class LookupProgram:
 
     @property
     def head_form(self) -> Hashable:
-        """Equal where heads, of columns of one width, may run as one."""
+        """Key of the head: heads of equal keys, on columns of equal width, can run as one operation."""
         return None if self.head is None else (self.head, *self._head_shapes.values())
 
     @property
     def of_one_id(self) -> LookupProgram:
-        """The program whose row lookups combine as for a single id, where the head combines what bags have pooled."""
+        """The equivalent program for bags of one id: row lookups combine directly, not in a head after pooling."""
         if not isinstance(self.head, PooledCombination):
             return self
         width = self.combined_width // self.head.count
@@ -237,7 +238,7 @@ class LookupProgram:
         return Footprint(weights=weights, index=sum(index.nbytes for index in self.indexes))
 
     def reach_faults(self, ids: int) -> list[str]:
-        """Tables with fewer rows than ids in ``[0, ids)`` reach, in words; lookups check what this cannot tell."""
+        """Faults of tables with fewer rows than ids in ``[0, ids)`` can reach; if that is unknown, lookups check."""
         rows, faults = {t.name: t.rows for t in self.tables}, []
         read = [(p.table, p.transform) for p in self.row_lookups]
         read += [(p.weight.table, p.weight.transform) for p in self.row_lookups if p.weight]
@@ -249,7 +250,7 @@ class LookupProgram:
         return faults
 
     def faults(self) -> list[str]:
-        """Everything wrong with the description itself, in words."""
+        """Faults of the description, one sentence each."""
         faults = []
         names = [t.name for t in self.tables]
         if len(set(names)) != len(names):
@@ -302,5 +303,5 @@ def _projection(self: LookupProgram) -> str | None:
     return self.head.table if isinstance(self.head, Projection) else None
 
 
-# Read by the older name, which the class body can only declare as an argument.
+# The deprecated attribute; the class body can only declare it as an argument.
 LookupProgram.projection = property(_projection)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Transforms: how an id becomes a row of a table.
+"""Transforms: functions from ids to rows of a table.
 
-They map int64 ids to int64 rows in exact arithmetic; their parameters are integers that either stay Python integers
-(one feature) or stack into tensors (all features of a collection at once), with one definition for both. What the
-planner, the reports and the searches want to know of a transform it says itself.
+They map int64 ids to int64 rows in exact arithmetic. Their parameters are Python integers for one feature, or tensors
+for all features of a collection, with one implementation for both. The planner, reports and searches only use the
+properties that a transform declares.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from recsys_embed.utils.types import Parameter, Signature
 
 
 class Sharing(NamedTuple):
-    """How the ids of a feature, numbered by falling frequency, share the rows of a table.
+    """How the ids of a feature, numbered by descending frequency, share the rows of a table.
 
     Args:
-        private: ids ``[start, stop)`` that have a row each.
-        absent: ids ``[start, stop)`` that have none.
-        rows: rows that all other ids share; 0: these have none either.
+        private: ids ``[start, stop)`` with a row of their own.
+        absent: ids ``[start, stop)`` without a row.
+        rows: number of rows that all other ids share; 0: they have no row.
         key: transforms of equal keys agree on which ids share a row.
-        even: ids are dealt out evenly over the shared rows by arithmetic; else they are hashed.
+        even: ids are distributed evenly over the shared rows by arithmetic; else by hashing.
     """
 
     private: tuple[int, int] = (0, 0)
@@ -41,10 +41,10 @@ class Sharing(NamedTuple):
 
 
 class Transform(ABC):
-    """Maps ids to rows. ``signature`` fixes which arithmetic runs, ``parameters`` are the integers it runs with."""
+    """Maps ids to rows. ``signature`` identifies the arithmetic, ``parameters`` are its integers."""
 
     def __init_subclass__(cls) -> None:
-        # The kernels do not know what a subclass does otherwise than the class that they know.
+        # A subclass may map ids differently from its base, so kernels must not take it for the base.
         if "map" in cls.__dict__ and "encoded" not in cls.__dict__:
             cls.encoded = Transform.encoded  # type: ignore[method-assign]
         if "map" in cls.__dict__ and "reach" not in cls.__dict__:
@@ -52,11 +52,11 @@ class Transform(ABC):
 
     @abstractmethod
     def signature(self) -> Signature:
-        """Hashable; transforms with equal signatures differ in their parameters only and run as one."""
+        """Hashable; transforms of equal signatures only differ in their parameters and run as one operation."""
 
     @abstractmethod
     def parameters(self) -> tuple[int, ...]:
-        """The integers :meth:`map` needs."""
+        """The integers that :meth:`map` takes."""
 
     @staticmethod
     @abstractmethod
@@ -69,7 +69,7 @@ class Transform(ABC):
     ) -> Tensor:
         """Rows of ``ids``; each parameter is an integer or a tensor that broadcasts with ``ids``.
 
-        ``at`` says where the transform's own index begins in ``arrays``.
+        ``at`` is the offset of the transform's index in ``arrays``.
         """
 
     def rows(self, ids: Tensor, at: int = 0, arrays: IndexArrays | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Transform(ABC):
 
     @property
     def needs(self) -> Index | None:
-        """The index that the transform looks ids up in, if any."""
+        """The index in which the transform looks ids up, if any."""
         return None
 
     @property
@@ -92,33 +92,33 @@ class Transform(ABC):
 
     @property
     def by_frequency(self) -> bool:
-        """Whether frequent ids are treated apart from others."""
+        """Whether frequent ids are treated differently from others."""
         return self.needs is not None and self.needs.by_frequency
 
     def encoded(self) -> tuple[str, dict[str, int]] | None:
-        """Kind and fields of the transform in :mod:`recsys_embed.kernels.kinds`; None where no kernel knows it."""
+        """Kind and fields of the transform in :mod:`recsys_embed.kernels.kinds`; None if kernels do not have it."""
         return None
 
     def reach(self, ids: int) -> int | None:
-        """Rows that the table needs for ids in ``[0, ids)``; None if unknown, and then every lookup is checked."""
+        """Rows that the table needs for ids in ``[0, ids)``; None if unknown: then every lookup is checked."""
         return None
 
     def sharing(self, ids: int, rows: int) -> Sharing:
-        """How ``ids`` ids share the ``rows`` of the table: what the planner and collision estimates go by.
+        """How ``ids`` ids share the ``rows`` of the table, for the planner and for collision estimates.
 
-        By default every id has a row of its own where there are as many rows, else ids are hashed over all of them.
+        By default every id has its own row if there are enough rows; else ids are hashed over all rows.
         """
         if rows >= ids:
             return Sharing(private=(0, ids))
         return Sharing(rows=rows, key=(type(self), self.signature(), self.parameters()))
 
     def owners(self, ids: int, at: int = 0, arrays: IndexArrays | None = None) -> Tensor | None:
-        """Ids that have a row to themselves, in the order of these rows, the table's first: int64; None if unknown.
+        """Ids with their own row, in the order of these rows, which are the table's first: int64; None if unknown.
 
         Args:
             ids: number of ids.
-            at: where the transform's own index begins in ``arrays``.
-            arrays: of the module that looks up; on their device, by default on the CPU.
+            at: offset of the transform's index in ``arrays``.
+            arrays: of the module; the result is on their device, by default on the CPU.
         """
         return None
 
@@ -153,7 +153,7 @@ class MixedRadixDigit(Transform):
         if has_affine:
             ids = (ids * a + b) % p
         if has_div:
-            # Not torch.div: its translation to ONNX divides in float32.
+            # Not torch.div, which ONNX export translates to a float32 division.
             ids = ids // div
         return ids % mod if has_mod else ids
 
@@ -273,7 +273,7 @@ class Murmur(Transform):
 
 @dataclass(frozen=True)
 class RankInSet(Transform):
-    """Place of an id among the members of ``index``; others hash to ``count + [0, rest)``, or have no row (rest 0)."""
+    """Rank of an id in the set ``index``; other ids hash to ``count + [0, rest)``, or have no row (rest 0)."""
 
     index: IdSet
     rest: int = 0

@@ -28,6 +28,9 @@ class Batch:
         label: float32 ``[B]``, NaN where there are no labels.
         extra: further parts by name, ``[B, ...]`` each, such as weights or times.
 
+    Raises:
+        ConfigError: a part that is no tensor.
+
     Whatever is done to a batch is done to all its parts. It unpacks as ``dense, ids, label``.
 
     >>> batch = Batch(torch.zeros(2, 3), torch.tensor([[4], [7]]), torch.ones(2), {"weight": torch.tensor([1.0, 0.5])})
@@ -40,6 +43,17 @@ class Batch:
     label: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.dense, Tensor) and isinstance(self.ids, Tensor) and isinstance(self.label, Tensor)):
+            raise_faults(
+                [
+                    f"`{name}` must be a torch.Tensor; got {type(part).__name__}: torch.as_tensor makes one of an array"
+                    for name, part in (("dense", self.dense), ("ids", self.ids), ("label", self.label))
+                    if not isinstance(part, Tensor)
+                ],
+                "Batch",
+            )
+
     @classmethod
     def empty(cls, num_dense: int, num_features: int) -> Batch:
         """No rows."""
@@ -49,6 +63,12 @@ class Batch:
     def cat(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of several batches that have the same parts."""
         first = batches[0]
+        for batch in batches:
+            if batch.extra.keys() != first.extra.keys():
+                raise_faults(
+                    [f"batches must have the same further parts; got {[*first.extra]} and {[*batch.extra]}"],
+                    "Batch.cat",
+                )
         return cls(
             torch.cat([b.dense for b in batches]),
             torch.cat([b.ids for b in batches]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -11,8 +12,9 @@ from recsys_embed.errors import DataError
 from recsys_embed.utils.optional import require
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_INPUT = {"gzip": 256 << 10, "zstd": 32 << 10}
-"""Compressed bytes per call; few for zstd, whose decoder does not bound the output of a call."""
+_INPUT = {"gzip": 64 << 10, "zstd": 1 << 10}
+"""Compressed bytes per call; few for zstd, whose decoder makes up to 32 MiB of them and does not bound the output."""
+_OUTPUT = 4 << 20
 
 
 class _Decoder(Protocol):
@@ -20,6 +22,18 @@ class _Decoder(Protocol):
     unused_data: bytes
 
     def decompress(self, data: bytes) -> bytes: ...
+
+
+class _GzipDecoder:
+    """A zlib decoder whose calls give ``_OUTPUT`` bytes at most; what it has not come to it takes up at the next."""
+
+    def __init__(self) -> None:
+        self._zlib, self.eof, self.unused_data, self.rest = zlib.decompressobj(31), False, b"", b""
+
+    def decompress(self, data: bytes) -> bytes:
+        out = self._zlib.decompress(self.rest + data if self.rest else data, _OUTPUT)
+        self.rest, self.eof, self.unused_data = self._zlib.unconsumed_tail, self._zlib.eof, self._zlib.unused_data
+        return out
 
 
 class Reader:
@@ -41,8 +55,8 @@ class Reader:
         self.kind = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else "plain"
         self._zstd = require("zstandard", extra="data", purpose="reading .zst files") if self.kind == "zstd" else None
         self._decoder: _Decoder | None = None if self.kind == "plain" else self._new()
-        self._held: list[bytes] = []
-        self._held_size = 0
+        self._held: deque[bytes] = deque()
+        self._start = 0  # what of the first was handed out
         self._ended = False
 
     def __enter__(self) -> Reader:
@@ -58,12 +72,18 @@ class Reader:
         if self.kind == "plain":
             data = self._raw(size)
             return data
-        while self._held_size < size and not self._ended:
-            self._inflate()
-        joined = b"".join(self._held)
-        data, rest = joined[:size], joined[size:]
-        self._held, self._held_size = [rest], len(rest)
-        return data
+        taken: list[bytes] = []
+        while size > 0 and (self._held or not self._ended):
+            if not self._held:
+                self._inflate()
+                continue
+            piece = self._held[0][self._start : self._start + size]
+            self._start, size = self._start + len(piece), size - len(piece)
+            taken.append(piece)
+            if self._start == len(self._held[0]):
+                self._held.popleft()
+                self._start = 0
+        return taken[0] if len(taken) == 1 else b"".join(taken)
 
     def skip(self, offset: int) -> None:
         """Move forward to a decompressed offset."""
@@ -86,13 +106,14 @@ class Reader:
         return data
 
     def _new(self) -> _Decoder:
-        decoder: Any = self._zstd.ZstdDecompressor().decompressobj() if self._zstd else zlib.decompressobj(31)
+        decoder: Any = self._zstd.ZstdDecompressor().decompressobj() if self._zstd else _GzipDecoder()
         return cast("_Decoder", decoder)
 
     def _inflate(self) -> None:
         decoder = self._decoder or self._new()
-        data = self._raw(_INPUT[self.kind])
-        if not data:
+        pending = getattr(decoder, "rest", b"")
+        data = b"" if pending else self._raw(_INPUT[self.kind])
+        if not data and not pending:
             self._ended = True
             self.fault = f"the {self.kind} archive is cut off: its end is missing"
             return
@@ -102,7 +123,6 @@ class Reader:
                 out = decoder.decompress(data)
                 if out:
                     self._held.append(out)
-                    self._held_size += len(out)
                 if not decoder.eof:
                     return
                 # Archives may be several members long; zero padding after the last one is allowed.

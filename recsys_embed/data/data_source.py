@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from inspect import getattr_static
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from recsys_embed.data.batch import Batch
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.utils.types import JSONMapping
 
@@ -130,7 +131,7 @@ def need_members(data: Any, purpose: str, members: Sequence[str] = TRAINING) -> 
     Traceback (most recent call last):
     recsys_embed.errors.ConfigError: training needs a data set with splits, num_dense, ...; got str, which lacks ...
     """
-    # A property may take long, so it is looked for before it is asked.
+    # A property may take long, so it is looked for before it is asked, and only those that are quick are asked.
     missing = [m for m in members if getattr_static(data, m, None) is None and not hasattr(data, m)]
     if missing:
         raise ConfigError(
@@ -138,3 +139,36 @@ def need_members(data: Any, purpose: str, members: Sequence[str] = TRAINING) -> 
             f"{', '.join(missing)}; open a data folder with recsys_embed.data.open_dataset, or see "
             "recsys_embed.data.RowSource for one of your own"
         )
+    raise_faults(wrong_members(data, members), f"data set {type(data).__name__}")
+
+
+def wrong_members(data: Any, members: Sequence[str] = TRAINING) -> list[str]:
+    """Members of a data set that are there and of another kind than :class:`DataSource` says."""
+    faults = []
+    if "splits" in members:
+        splits = data.splits
+        if not isinstance(splits, Collection) or isinstance(splits, str) or not all(isinstance(s, str) for s in splits):
+            wanted = "`splits` must be a mapping from the names of the splits to their numbers of rows"
+            faults.append(f"{wanted}; got {splits!r:.80}{'; make it a property' if callable(splits) else ''}")
+        elif not isinstance(splits, Mapping):
+            if hasattr(data, "read"):
+                faults.append(f"`splits` must map the names of the splits to their numbers of rows; got {splits!r:.80}")
+        else:
+            odd = {s: n for s, n in splits.items() if n is not None and not (_is_count(n))}
+            if odd:
+                faults.append(f"`splits` must map to numbers of rows; got {odd!r:.80}")
+        if not faults and "train" not in splits and "batches" in members:
+            faults.append(f"`splits` must name a split 'train'; got {', '.join(splits) or 'none'}")
+    if "num_dense" in members and not _is_count(data.num_dense):
+        cure = "; make it a property" if callable(data.num_dense) else ""
+        faults.append(f"`num_dense` must be the number of numeric columns; got {data.num_dense!r:.80}{cure}")
+    faults += [
+        f"`{name}` must be a method; got {getattr(data, name)!r:.80}"
+        for name in ("schema", "batches", "read", "rows", "numeric_moments")
+        if name in members and not callable(getattr(data, name, None))
+    ]
+    return faults
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0

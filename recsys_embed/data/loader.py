@@ -152,6 +152,10 @@ class Dataset(RowSource):
             return Batch.empty(self.num_dense, len(self.feature_names))
         return pieces[0] if len(pieces) == 1 else Batch.cat(pieces)
 
+    @property
+    def _name(self) -> str:
+        return str(self.path)
+
     def _feature(self, name: str) -> Feature:
         for feature in self.manifest.features:
             if feature.name == name:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from recsys_embed.data.folder import SCHEMA_FILE
-from recsys_embed.errors import DataError
-from recsys_embed.utils.settings import refuse_unknown
+from recsys_embed.errors import ConfigError, DataError, UnknownNameError, raise_faults
+from recsys_embed.features import MAX_ROWS
+from recsys_embed.utils.settings import fault, refuse_unknown, wrong_settings
+from recsys_embed.utils.strict_json import strict_json
 
 T = TypeVar("T")
 
 FORMAT = "recsys_embed.data"
 VERSION = 1
+_COUNT = {"low": 0, "below": 1 << 60}
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Shard:
     """One Parquet file of a split."""
 
     file: str
-    rows: int
-    bytes: int
+    rows: int = field(metadata=_COUNT)
+    bytes: int = field(metadata=_COUNT)
     sha256: str
 
 
@@ -32,10 +36,10 @@ class Shard:
 class Split:
     """One split: its rows, its clicks (None without labels), its files in row order, and a hash over theirs."""
 
-    rows: int
-    positives: int | None
+    rows: int = field(metadata=_COUNT)
+    positives: int | None = field(metadata=_COUNT)
     sha256: str
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] = field(metadata={"empty": True})
 
     @classmethod
     def of(cls, shards: list[Shard], positives: int | None) -> Split:
@@ -52,8 +56,8 @@ class Feature:
     """
 
     name: str
-    num_embeddings: int
-    missing_id: int
+    num_embeddings: int = field(metadata={"low": 1, "high": MAX_ROWS})
+    missing_id: int = field(metadata={"low": -(2**63), "below": 2**63})
     estimated: bool
     vocab: str | None
     vocab_sha256: str | None
@@ -69,15 +73,15 @@ class Manifest:
 
     labels: bool
     id_mode: str
-    features: tuple[Feature, ...]
-    dense: tuple[str, ...]
-    transform: dict[str, Any]
-    splits: dict[str, Split]
-    rows_read: int
-    quarantined: int
-    settings: dict[str, Any]
-    made_from: dict[str, Any]
-    extra: dict[str, Any] = field(default_factory=dict)
+    features: tuple[Feature, ...] = field(metadata={"empty": True})
+    dense: tuple[str, ...] = field(metadata={"empty": True})
+    transform: Mapping[str, Any]
+    splits: Mapping[str, Split]
+    rows_read: int = field(metadata=_COUNT)
+    quarantined: int = field(metadata=_COUNT)
+    settings: Mapping[str, Any]
+    made_from: Mapping[str, Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -105,19 +109,50 @@ class Manifest:
             )
         body = {k: v for k, v in data.items() if k not in ("format", "version")}
         refuse_unknown(cls, body, "key", where=where, error=DataError)
-        body["features"] = tuple(_build(Feature, f, where) for f in body["features"])
-        body["dense"] = tuple(body["dense"])
-        splits = {}
-        for name, split in body["splits"].items():
-            refuse_unknown(Split, split, "key", where=where, error=DataError)
-            splits[name] = Split(**{**split, "shards": tuple(_build(Shard, s, where) for s in split["shards"])})
-        body["splits"] = splits
-        return cls(**body)
+        try:
+            body["features"] = _parts(Feature, body["features"], "features", where)
+            splits = body["splits"] if isinstance(body["splits"], Mapping) else {"": body["splits"]}
+            body["splits"] = {name: _split(split, f"{where}, split {name!r:.80}") for name, split in splits.items()}
+            return _build(cls, body, where)
+        except UnknownNameError:
+            raise
+        except ConfigError as e:
+            raise DataError(str(e)) from e
+
+
+def _split(split: Any, where: str) -> Split:
+    # Without shards that can be read, what is wrong with them is told; else all that is wrong with the split.
+    shards = _parts(Shard, split.get("shards", ()), "shards", where) if isinstance(split, Mapping) else ()
+    return _build(Split, {**split, "shards": shards} if isinstance(split, Mapping) else split, where)
+
+
+def _parts(cls: type[T], items: Any, name: str, where: str) -> tuple[T, ...]:
+    if not isinstance(items, list | tuple):
+        raise DataError(f"{fault(name, 'a list', items)} ({where})")
+    return tuple(_build(cls, item, f"{where}, {name} {i}") for i, item in enumerate(items))
 
 
 def _build(cls: type[T], body: Any, where: str) -> T:
-    refuse_unknown(cls, body, "key", where=where, error=DataError)
-    return cls(**body)
+    """An object of values that are each of its type.
+
+    Raises:
+        DataError: names those that are not, and files outside the folder.
+        UnknownNameError: a key this version does not know.
+    """
+    try:
+        refuse_unknown(cls, body, "key", where=where, error=DataError)
+    except UnknownNameError:
+        raise
+    except ConfigError as e:
+        raise DataError(str(e)) from e
+    made = cls(**body)
+    faults = [*wrong_settings(made).values()]
+    for name in ("file", "vocab"):
+        file = getattr(made, name, None)
+        if isinstance(file, str) and (PurePath(file).is_absolute() or ".." in PurePath(file).parts or "\0" in file):
+            faults.append(fault(name, "a file inside the data folder", file))
+    raise_faults(faults, where, DataError)
+    return made
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -128,7 +163,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / SCHEMA_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         unfinished = (Path(folder) / ".work").exists()
         hint = (
@@ -137,7 +172,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             else ("make a data folder with `recsys-embed data criteo INPUT OUT` or `data synthetic OUT`")
         )
         raise DataError(f"{folder}: holds no {SCHEMA_FILE}; {hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read as JSON ({e})") from e
     if not isinstance(data, dict):
         raise DataError(f"{path}: expected a JSON object; got {type(data).__name__}")

@@ -9,6 +9,7 @@ from recsys_embed.data.folder import SCHEMA_FILE, STATS_FILE, WORK_DIR, storage_
 from recsys_embed.data.manifest import Manifest
 from recsys_embed.data.shards import BuiltDataset
 from recsys_embed.errors import DataError
+from recsys_embed.utils.files import move_into_place
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
@@ -26,15 +27,19 @@ def publish(out: Path, built: BuiltDataset) -> None:
     """
     files = data_files(built.manifest)
     staged = built.work / "out"
+    moved: dict[Path, list[Path]] = {}
     try:
         if any((staged / f).exists() for f in files):
             (out / SCHEMA_FILE).unlink(missing_ok=True)
         for name in files:
             if (staged / name).exists():
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                (staged / name).replace(out / name)
+                moved.setdefault((out / name).parent, []).append(staged / name)
             elif not (out / name).exists():
                 raise DataError(f"{out / name}: is missing, though an earlier run wrote it; pass --restart")
+        # Flushed here, each folder once: until now a restart of the machine would have discarded them.
+        for folder, ready in moved.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            move_into_place(ready, folder)
         _remove_others(out, set(files))
     except OSError as e:
         raise storage_error(out, e) from e

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from recsys_embed.data.batch import Batch, Batches, InMemoryDataset, check_batching, num_batches
+from recsys_embed.data.checks import shape_faults, split_faults, value_faults
 from recsys_embed.data.data_source import HELD_OUT
 from recsys_embed.data.stream import moments_of, stream, windows
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.utils.types import JSONMapping
 
@@ -138,6 +139,52 @@ class RowSource(ABC):
         return self.rows(split) * self.row_bytes() <= self.memory_limit
 
     @cached_property
+    def _num_features(self) -> int:
+        return len(self.feature_names)
+
+    def _read_checked(self, split: str, start: int, stop: int) -> Batch:
+        """What :meth:`read` gives, refused where its parts are not those of this data set."""
+        batch = self.read(split, start, stop)
+        faults = shape_faults(batch, self.num_dense, self._num_features, stop - start)
+        if faults:
+            raise_faults(faults, f"{self._name}.read({split!r}, {start}, {stop})")
+        return batch
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def check_values(self) -> None:
+        """Refuse rows that cannot be trained on; a run calls it before its first step.
+
+        Looks at every row of the splits that are held in memory, and at the first chunk of those that are streamed;
+        once for each split.
+
+        Raises:
+            ConfigError: parts that :meth:`read` returns have other shapes or types than this data set says.
+            DataError: labels other than 0 and 1, or numeric values that are NaN or infinite; names split and row.
+        """
+        faults = []
+        for split in ("train", "valid", "test", HELD_OUT):
+            if split in self.splits and split not in self._values_checked and self.rows(split):
+                found = self._value_faults(split)
+                faults += [f"split {split!r}: {fault}" for fault in found]
+                if not found:
+                    self._values_checked.add(split)
+        raise_faults(faults, f"data set {self._name}", DataError)
+
+    def _value_faults(self, split: str) -> list[str]:
+        if self.fits(split):
+            rows = self.load(split)
+            return split_faults(rows.dense, rows.label)
+        batch = self._read_checked(split, *self.chunks(split)[0])
+        return value_faults(batch.dense, batch.label.float())
+
+    @cached_property
+    def _values_checked(self) -> set[str]:
+        return set()
+
+    @cached_property
     def _loaded(self) -> dict[str, InMemoryDataset]:
         return {}
 
@@ -147,7 +194,7 @@ class RowSource(ABC):
             # Filled chunk by chunk, so that no second copy of the rows is ever held.
             total, whole = self.rows(split), None
             for start, stop in self.chunks(split):
-                piece = self.read(split, start, stop)
+                piece = self._read_checked(split, start, stop)
                 if whole is None:
                     whole = piece.map(lambda part: part.new_empty(total, *part.shape[1:]))
                 parts = whole.parts()
@@ -195,7 +242,7 @@ class RowSource(ABC):
         def make() -> Iterator[Batch]:
             order = (seed, epoch) if shuffle else None
             parts = windows(self.chunks(split), buffer_rows, order)
-            return stream(partial(self.read, split), parts, batch_size, start_batch, count, order)
+            return stream(partial(self._read_checked, split), parts, batch_size, start_batch, count, order)
 
         return Batches(make, count, device)
 
@@ -318,6 +365,14 @@ class Rows(RowSource):
     def read(self, split: str, start: int, stop: int) -> Batch:
         source, low, _ = self._run(split)
         return self.whole.read(source, low + start, low + stop)
+
+    def _read_checked(self, split: str, start: int, stop: int) -> Batch:
+        source, low, _ = self._run(split)
+        return self.whole._read_checked(source, low + start, low + stop)
+
+    @property
+    def _name(self) -> str:
+        return self.whole._name
 
     def load(self, split: str) -> InMemoryDataset:
         """A full split in memory; shared with the underlying data set if that holds it or the view covers all of it."""

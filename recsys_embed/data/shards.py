@@ -18,7 +18,7 @@ from recsys_embed.data.criteo.encode import FieldResult, PartRows, field_names, 
 from recsys_embed.data.criteo.ingest import worker_count
 from recsys_embed.data.criteo.layout import INT_NAMES
 from recsys_embed.data.criteo.options import CriteoOptions
-from recsys_embed.data.criteo.parts import Part
+from recsys_embed.data.criteo.parts import ParsedPart
 from recsys_embed.data.criteo.transform import log_transform, transform_record
 from recsys_embed.data.folder import file_hash, write_file, write_json
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split
@@ -50,7 +50,7 @@ class _SplitShard:
 
 def write_shards(
     work: Path,
-    parts: Sequence[Part],
+    parts: Sequence[ParsedPart],
     files: Sequence[Path],
     options: CriteoOptions,
     fields: Sequence[FieldResult],
@@ -65,7 +65,7 @@ def write_shards(
     rows = PartRows(parts, options, options.split.file_codes(files))
     pieces: list[_SplitShard] = []
     done = 0
-    ahead: deque[tuple[Part, Future[list[_SplitShard]]]] = deque()
+    ahead: deque[tuple[ParsedPart, Future[list[_SplitShard]]]] = deque()
     with ThreadPoolExecutor(worker_count(options)) as pool:
 
         def finish() -> None:
@@ -111,7 +111,12 @@ def write_shards(
 
 
 def _part_shards(
-    work: Path, part: Part, first: int, codes: NDArray[np.int8], options: CriteoOptions, fields: Sequence[FieldResult]
+    work: Path,
+    part: ParsedPart,
+    first: int,
+    codes: NDArray[np.int8],
+    options: CriteoOptions,
+    fields: Sequence[FieldResult],
 ) -> list[_SplitShard]:
     done = work / "shards" / f"{part.info.index:06d}.json"
     if done.exists():
@@ -125,7 +130,7 @@ def _part_shards(
         name = SPLITS[code]
         file = f"{name}-{part.info.index:06d}.parquet"
         path = work / "out" / file
-        write_file(path, lambda p, f=some: _write_parquet(p, f))  # type: ignore[misc]
+        write_file(path, lambda p, f=some: _write_parquet(p, f), durable=False)  # type: ignore[misc]
         shard = Shard(file, len(some), path.stat().st_size, file_hash(path))
         missing = {f.feature.name: _count_missing(some[f.feature.name], f.feature) for f in fields}
         oov = {f.feature.name: int((some[f.feature.name] == 0).sum()) for f in fields if f.ids}
@@ -145,7 +150,7 @@ def _count_missing(column: pl.Series, feature: Feature) -> int:
     return int((column == feature.missing_id).sum()) if feature.missing_id else 0
 
 
-def _frame(part: Part, first: int, options: CriteoOptions, fields: Sequence[FieldResult]) -> pl.DataFrame:
+def _frame(part: ParsedPart, first: int, options: CriteoOptions, fields: Sequence[FieldResult]) -> pl.DataFrame:
     """All columns of a part: label Int8, log integers Float32, ids Int32 (vocab) or nullable raw values."""
     n = part.info.rows
     columns: dict[str, Any] = {}

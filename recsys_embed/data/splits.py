@@ -54,6 +54,7 @@ class SplitRule(Settings):
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2]
     """
 
+    title = "split"
     kind: SplitKind = "order"
     valid: Fraction | float = param(Fraction(1, 10), low=0, below=1)  # noqa: RUF009 - a field
     test: Fraction | float = param(Fraction(1, 6), low=0, below=1)  # noqa: RUF009 - a field
@@ -61,9 +62,6 @@ class SplitRule(Settings):
     valid_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
     only: SplitName = "test"
-
-    def where(self) -> str:
-        return "split"
 
     def conflicts(self) -> list[str]:
         faults = []

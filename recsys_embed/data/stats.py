@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from recsys_embed.data.folder import STATS_FILE
 from recsys_embed.errors import DataError
+from recsys_embed.utils.strict_json import own_json
 
 
 def read_stats(folder: str | Path) -> dict[str, Any]:
@@ -18,8 +18,9 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / STATS_FILE
     try:
-        stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        stats["fields"], stats["splits"]
+        stats: dict[str, Any] = own_json(path.read_text(encoding="utf-8"))
+        if not isinstance(stats["fields"], dict) or not isinstance(stats["splits"], dict):
+            raise TypeError("`fields` and `splits` are no objects")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path}: cannot be read as statistics ({e!r}); convert the data again") from e
     return stats

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from recsys_embed.data.compressed_file import Reader
 from recsys_embed.data.criteo.explain import BadRow, overlong, show
 from recsys_embed.data.criteo.layout import MAX_LINE_BYTES, LineLayout
@@ -17,6 +19,8 @@ from recsys_embed.errors import DataError, raise_faults
 BLOCK_BYTES = 4 << 20
 """Bytes of text that are parsed at once; small, so that the working arrays (eight times as large) stay in the cache."""
 Tri = Literal["auto", "yes", "no"]
+_SHORTEST_ROW = 32
+_SHORT_LINES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def read_blocks(
                 carry += got
             if not carry:
                 break
-            cut = carry.rfind(b"\n") + 1
+            cut = _end_of_lines(carry)
             if not cut and not ended:
                 head, size, newline, carry, ended = _overlong_line(reader, carry, block_bytes)
                 stop = offset + size + newline
@@ -154,6 +158,17 @@ def read_blocks(
             fault = "the file holds a header and no rows" if header and offset else "the file is empty"
         if fault:
             yield TextBlock(offset, offset, line, b"", (), reader.position, fault)
+
+
+def _end_of_lines(text: bytes) -> int:
+    """Where the block of whole lines at the beginning of ``text`` ends; 0 where no line does.
+
+    Text of more lines than rows can be holds bad rows, of which fewer are taken at once: each costs much memory.
+    """
+    if text.count(b"\n") <= len(text) // _SHORTEST_ROW + 1:
+        return text.rfind(b"\n") + 1
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+    return int(ends[min(_SHORT_LINES, len(ends)) - 1]) + 1
 
 
 def _overlong_line(reader: Reader, head: bytes, step: int) -> tuple[bytes, int, bool, bytes, bool]:

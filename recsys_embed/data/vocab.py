@@ -132,13 +132,17 @@ class Vocabulary:
         ids[missing] = self.missing_id
         return ids
 
-    def write(self, path: Path) -> None:
-        """Store as Parquet: ``value`` (the hex digits as a number, null for the empty field), ``id``, ``count``."""
+    def write(self, path: Path, *, durable: bool = True) -> None:
+        """Store as Parquet: ``value`` (the hex digits as a number, null for the empty field), ``id``, ``count``.
+
+        Args:
+            durable: see :func:`recsys_embed.data.folder.write_file`.
+        """
         frame = pl.DataFrame({"value": self.values, "id": self.ids, "count": self.counts})
         if self.missing_id:
             rest = {"value": [None], "id": [self.missing_id], "count": [self.missing_count]}
             frame = pl.concat([frame, pl.DataFrame(rest, schema=frame.schema)]).sort("id")
-        write_file(path, lambda p: frame.write_parquet(p, compression="zstd", statistics=False))
+        write_file(path, lambda p: frame.write_parquet(p, compression="zstd", statistics=False), durable=durable)
 
     @classmethod
     def read(cls, path: Path, name: str) -> Vocabulary:

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed.core import config_state as _state
-from recsys_embed.core import hashing
-from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, run_head
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding.choose_config import choose_config
 from recsys_embed.embedding.fit import fit_tables
-from recsys_embed.embedding.shared_tables import PlainView, SharedTables
+from recsys_embed.embedding.module_tables import ModuleTables
+from recsys_embed.embedding.other_inputs import call_with_other_input
+from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
-from recsys_embed.features import FeatureSpec, Unseen, spec_to_dict
-from recsys_embed.kernels.fused_gather import read_rows
+from recsys_embed.features import FeatureSpec, Unseen
+from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
-from recsys_embed.kernels.places import Place, absent_ids
+from recsys_embed.kernels.places import Place, absent_ids, read_rows
 from recsys_embed.kernels.pooling import pool_vectors
+from recsys_embed.kernels.recording import tracing
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen, with_unseen_row
+from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.utils.types import Budget, IdValues, Option
 
 Mode = Literal["sum", "mean", "max"]
-# States load across unseen-id policies that store the same rows: the policy may differ at serving time.
-STORED_UNSEEN = {"unseen": lambda policy: policy == "oov"}
-
 # Attributes that a module has once its tables are made.
-_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given")
+_LATER = ("kernel", "unseen", "shared", "served", "_native", "_triton", "_given", "_indexed", "stored_weight")
 
 
-class CompressedEmbedding(nn.Module):
+class CompressedEmbedding(ModuleTables):
     """Base of every method's module; called like ``nn.Embedding``, or like ``nn.EmbeddingBag`` when ``mode`` is set.
 
     Args:
@@ -68,8 +66,7 @@ class CompressedEmbedding(nn.Module):
 
     config_cls: ClassVar[type[MethodConfig]]
     supports_torch_options: ClassVar[bool] = False
-    # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
-    stands_in: bool = False
+    _indexed = False
 
     def __init__(
         self,
@@ -119,7 +116,9 @@ class CompressedEmbedding(nn.Module):
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
-        taken = [t.name for t in self.program.tables if hasattr(self, t.name) or t.name in _LATER]
+        taken = [
+            t.name for t in self.program.tables if (t.name != "weight" and hasattr(self, t.name)) or t.name in _LATER
+        ]
         raise_faults([f"table name {n!r} is taken by an attribute; choose another" for n in taken], type(self).__name__)
         self.shared = shared
         # What a loaded export reads in place of its tables.
@@ -134,6 +133,7 @@ class CompressedEmbedding(nn.Module):
         with torch.device(self._device()):
             self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
+        self._indexed = bool(self.kernel.index.arrays.held)
         self._native: SingleLookup | None = None
         if supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
@@ -141,40 +141,8 @@ class CompressedEmbedding(nn.Module):
         self._given = frozenset(shared.values if shared is not None else ())
         self.reset_parameters()
         self._given = frozenset()
-
-    def _like(self) -> Tensor:
-        """A tensor of the type and on the device of the vectors."""
-        return next(self.parameters()) if self.served is None else self.served.like
-
-    def _device(self) -> torch.device:
-        return self._like().device
-
-    def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw the initial weights: a function of the seed (the config's unless given) and table names alone.
-
-        A collection of the same seed draws the same weights.
-        """
-        if self.served is not None:
-            raise ConfigError(f"{type(self).__name__} {self.spec.name!r} serves exported tables, which do not change")
-        seed = self.config.seed if seed is None else seed
-        with torch.no_grad():
-            for table in self.program.tables:
-                if table.name in self._given:
-                    continue  # shared: the module that was built first has initialised it
-                key = table.name if table.shared else f"{self.spec.name}.{table.name}"
-                table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
-
-    def assign_(self, counts: Tensor | Mapping[str, Tensor]) -> Self:
-        """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.
-
-        Fills the index buffers; it changes which row an id reads, so call it before training.
-
-        Args:
-            counts: ``[num_embeddings]`` how often each id occurs; ties go to the smaller id. Or, by name of an index
-                of the program, the ids that it holds, as :meth:`Plan.members` has them.
-        """
-        self.kernel.index.assign_(0, counts if isinstance(counts, Mapping) else with_unseen(self.spec, counts))
-        return self
+        if type(self).get_extra_state is not nn.Module.get_extra_state:
+            self._show_extra_state()
 
     # -- lookup ---------------------------------------------------------------------------------------------------
 
@@ -183,36 +151,6 @@ class CompressedEmbedding(nn.Module):
             vectors: Tensor = self.served[table](rows, partial)
             return vectors
         return read_rows(self.table(table), rows, partial, self.sparse)
-
-    def table(self, name: str) -> Tensor:
-        """The stored values of one of the program's tables: ``[rows, width]``, or of its ``shape``.
-
-        After an export they are decoded, a copy.
-        """
-        if self.served is not None and name in self.served:
-            return self.served[name].dense()
-        values = self._parameters[name]
-        if values is None:
-            raise ConfigError(f"table {name!r} of {type(self).__name__} {self.spec.name!r} has been removed")
-        return values
-
-    @property
-    def weight(self) -> Tensor:
-        """The stored table called ``weight``, where the method has one.
-
-        In a model whose plain tables have been compressed it is the plain table that this module stands for,
-        ``[num_embeddings, embedding_dim]``: computed anew at every access, with gradients, and read-only.
-        """
-        if self.stands_in:
-            rows = self._vectors(torch.arange(self.num_embeddings, device=self._device()))
-            return rows if torch.compiler.is_compiling() else rows.as_subclass(PlainView)
-        stored = self.__dict__.get("_parameters", {}).get("weight")
-        if stored is None and self.__dict__.get("_modules", {}).get("served") is not None:
-            stored = self.table("weight") if "weight" in (self.served or ()) else None
-        if stored is None:
-            raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")
-        values: Tensor = stored
-        return values
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Vectors of resolved int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
@@ -239,7 +177,7 @@ class CompressedEmbedding(nn.Module):
         """Combined vectors by the kernels of the CPU or of the GPU, None where these cannot run."""
         if self._native is None or torch.compiler.is_compiling():
             return None
-        served = cast("StoredTables | None", self._modules.get("served"))
+        served: StoredTables | None = self._modules.get("served")  # type: ignore[assignment]
         if served is not None:
             stored = served.direct(self._native.tables)
             return None if stored is None or not reads(ids, stored) else self._native(ids, stored, False)
@@ -257,7 +195,7 @@ class CompressedEmbedding(nn.Module):
     def after_pool(self, pooled: Tensor) -> Tensor:
         """From pooled rows of :meth:`before_pool` to vectors ``[bags, output width]``."""
         head = self._head_of_bags
-        return pooled if head is None else head.apply(pooled, [self.table(n) for n in head.tables])
+        return pooled if head is None else run_head(head, pooled, [self.table(n) for n in head.tables])
 
     @property
     def output_dim(self) -> int:
@@ -315,6 +253,11 @@ class CompressedEmbedding(nn.Module):
         """Count from zero."""
         self.unseen.reset()
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters that get sparse gradients: tables whose rows are read, where ``sparse`` is set."""
+        names = [self.parameter_name(t.name) for t in self.program.tables if not t.dense]
+        return sparse_of(self, names, self.sparse)
+
     def count_unseen(self, counting: bool = True) -> Self:
         """Switch counting on or off, whatever the policy."""
         self.unseen.counting = counting
@@ -326,9 +269,10 @@ class CompressedEmbedding(nn.Module):
         """Look up ids.
 
         Args:
-            input: the ids, int32 or int64; for hashing methods also strings, in lists or numpy arrays, and integers in
-                numpy arrays, see :func:`recsys_embed.string_ids`. Without ``mode`` any shape; with ``mode``
-                ``[bags, length]``, or ``[n]`` with ``offsets [bags]`` (``[bags + 1]`` with ``include_last_offset``).
+            input: the ids, int32 or int64, also a jagged nested tensor of them; for hashing methods also strings, in
+                lists or numpy arrays, and integers in numpy arrays, see :func:`recsys_embed.string_ids`. Without
+                ``mode`` any shape; with ``mode`` ``[bags, length]``, or ``[n]`` with ``offsets [bags]``
+                (``[bags + 1]`` with ``include_last_offset``).
             per_sample_weights: floats of the shape of ``input``, for ``mode="sum"``; may require grad.
 
         Returns:
@@ -338,11 +282,19 @@ class CompressedEmbedding(nn.Module):
             IdRangeError: an id is outside ``[0, num_embeddings)``, and ``unseen`` is ``"raise"``, or is ``None`` and
                 the method does not hash.
         """
+        if (self._indexed or self.sparse) and not torch.compiler.is_compiling():
+            prepare_data_parallel()
+        if type(input) is not Tensor or (input.dim() != 1 and input.is_nested):
+            found = call_with_other_input(self, input, offsets, per_sample_weights)
+            if found is not None:
+                return found
         # The parameter's name is torch's, which callers may spell out.
-        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self._policy), self.spec.name)
+        ids = check_id_dtype(given_ids(input, self.spec, self.config.accepts_raw, self), self.spec.name)
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")
+            if tracing():
+                return self._traced(ids)
             flat = (ids if ids.dim() == 1 else ids.reshape(-1)).long()
             out = self._vectors(self._resolve(flat), flat)
             return out if ids.dim() == 1 else out.view(*ids.shape, out.shape[1])
@@ -362,6 +314,13 @@ class CompressedEmbedding(nn.Module):
         mode = bag_mode(self.mode, offsets)
         pooled = pool_vectors(vectors, offsets, mode, weights, skipped, self.include_last_offset)
         return self.after_pool(pooled)
+
+    def _traced(self, ids: Tensor) -> Tensor:
+        """As :meth:`forward` without ``mode``, of a program that takes ids of any number of dimensions."""
+        flat = ids.reshape(-1).long()
+        out = self._vectors(self._resolve(flat), flat)
+        places = torch.ones_like(flat).cumsum(0) - 1
+        return F.embedding(places.view_as(ids), out)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
@@ -434,63 +393,6 @@ class CompressedEmbedding(nn.Module):
     def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
         """Approximate ``weight [spec.num_ids, embedding_dim]`` in place; see :meth:`from_dense`."""
         fit_tables(self, weight, counts)
-
-    def footprint(self) -> Footprint:
-        """Bytes this module serves and trains with (without optimizer state)."""
-        if self.served is not None:
-            own = sum(p.nbytes for p in self.parameters())
-            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes)
-        return self.config.footprint(self.spec, next(self.parameters()).element_size())
-
-    # -- tables shared with other modules -------------------------------------------------------------------------
-
-    def _reunite(self, before: dict[str, nn.Parameter | None]) -> None:
-        """Read the tables that another reader's exchange of parameters has led to."""
-        for name, old in before.items():
-            new = self._parameters.get(name)
-            if self.shared is not None and old is not None and new is not None and new is not old:
-                self._parameters[name] = self.shared.follow(old, new)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._parameters)
-        super()._apply(fn, recurse)
-        self._reunite(before)
-        return self
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict[str, Any]:
-        return {"spec": spec_to_dict(self.spec), "config": self.config.to_dict()}
-
-    def _upgraded(self, identity: Any) -> Any:
-        """A saved identity with the present names of the method's options."""
-        config = identity.get("config") if isinstance(identity, dict) else None
-        if not isinstance(config, dict) or config.get("method") != self.config.method:
-            return identity
-        return {**identity, "config": self.config.current_options(config, warn=False)}
-
-    def get_extra_state(self) -> Tensor:
-        """Feature and configuration as JSON bytes, so that a state dict refuses to load elsewhere."""
-        return _state.pack(self._identity())
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to restore: the comparison comes before any weight is copied."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "_extra_state" in state_dict:
-            # The initial distribution and the pooling do not change what stored rows mean.
-            where = prefix.rstrip(".") or type(self).__name__
-            saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ("init", "pooling"), STORED_UNSEEN, self._upgraded)
-        errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._reunite(held)
-        if len(errors) > before and prefix + "_extra_state" not in state_dict:
-            name = type(self).__name__
-            errors.append(
-                f"the state at {prefix.rstrip('.') or 'the top'!r} names no configuration, so it is not of a {name}; "
-                f"take over a plain trained table with {name}.from_dense(weight, budget=...)"
-            )
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"

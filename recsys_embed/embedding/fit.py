@@ -30,6 +30,8 @@ class Fittable(Protocol):
 
     def table(self, name: str) -> Tensor: ...
 
+    def parameter_name(self, table: str) -> str: ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
@@ -47,7 +49,7 @@ def _solve_table(module: Fittable, name: str, target: Tensor, row_weight: Tensor
     ``W`` being ``row_weight``. ``A`` is never formed: the module's forward applies it, and its backward applies ``A'``.
     This is conjugate gradients on the residual of the outputs (CGLS), preconditioned by a diagonal.
     """
-    table = module.table(name)
+    table, name = module.table(name), module.parameter_name(name)
     ids = torch.arange(target.shape[0], device=target.device)
     # Half precision has neither the range nor the digits for sums over all ids.
     fixed = {key: p.detach().to(target.dtype) for key, p in module.named_parameters()}

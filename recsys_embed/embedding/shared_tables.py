@@ -1,13 +1,12 @@
-"""Drop-ins inside other models: tables that several of them share, and a read-only dense view of one."""
+"""Tables that several drop-ins share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recsys_embed.core import hashing
 from recsys_embed.core.program import Table
@@ -69,52 +68,3 @@ class SharedTables:
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_moved": {}}  # a copy starts anew, and weak references cannot be written
-
-
-# In-place operators; other operations that write say so by a trailing underscore.
-_WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "register_post_accumulate_grad_hook"} | {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
-}
-
-
-class PlainView(Tensor):
-    """The plain table that a compressed module stands for: to be read, with gradients, but not written.
-
-    The values are computed: writes to them would be lost, so they raise. Results of
-    operations are ordinary tensors.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        written = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-        if (written and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
-            raise ConfigError(
-                f"`weight` of a compressed embedding is computed from smaller tables, so `{name}` on it would change "
-                "nothing; freeze or hook the module or its parameters(), set its tables with fit_(weight), or turn it "
-                "back into a plain table first: recsys_embed.materialize_(model)"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-            if func == Tensor._base.__get__:  # type: ignore[union-attr]
-                return out
-            # A view of the table (`.data`, a slice) leads nowhere either.
-            held = {_memory(a) for a in args if isinstance(a, cls)} - {None}
-            if type(out) in (tuple, list):
-                return type(out)(_guarded(o, held) for o in out)
-            return _guarded(out, held)
-
-
-def _memory(tensor: Tensor) -> int | None:
-    """What views of one tensor have in common; None for what transforms of functions wrap."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def _guarded(out: Any, held: set[int | None]) -> Any:
-    if type(out) is Tensor and out.layout is torch.strided and _memory(out) in held:
-        return out.as_subclass(PlainView)
-    return out

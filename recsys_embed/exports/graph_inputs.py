@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def random_inputs(model: nn.Module, batch: int, seed: int = 0) -> Inputs | None:
 
 def _limits(module: LookupBundle | CompressedEmbedding) -> list[int]:
     """Per feature, the number of ids it takes; -1 where it takes any."""
-    limits: list[int] = module.unseen.constant("limits").tolist()
+    limits = cast("list[int]", module.unseen.integers_of("limits"))
     return limits
 
 

@@ -7,33 +7,23 @@ and models stand by their registered keys, everything else is numbers and argume
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
 
 import torch
 
 from recsys_embed.core.id_sets import words_of
-from recsys_embed.errors import CheckpointError
+from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.exports.file_format import DTYPES, NAMES, ExportFile
 from recsys_embed.exports.served_modules import ModuleItem
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.kernels.precision import BITS, FLOATS, Layout
+from recsys_embed.kernels.precision import FLOATS, Layout, Precision
 from recsys_embed.kernels.stored_tables import Part, RowForm
+from recsys_embed.utils.settings import FilePart, fault, param
 
 MANIFEST_VERSION = 1
 
-_KEYS: dict[str, type | tuple[type, ...]] = {
-    "written_by": dict,
-    "precision": str,
-    "search": str,
-    "model": dict,
-    "modules": list,
-    "storages": list,
-    "tables": dict,
-    "dense": dict,
-    "sha256": dict,
-}
+FloatName = Literal["F64", "F32", "F16", "BF16"]
 
 
 @dataclass(frozen=True)
@@ -114,41 +104,99 @@ def table_to_dict(part: Part, width: int, dtype: torch.dtype, errors: Sequence[f
     }
 
 
-class _Checker:
-    """Reads typed values from JSON; every violation raises a CheckpointError."""
+@dataclass(frozen=True)
+class _Top(FilePart):
+    written_by: Mapping[str, Any]
+    precision: str
+    search: str
+    model: Mapping[str, Any]
+    tables: Mapping[str, Any]
+    dense: Mapping[str, Any]
+    sha256: Mapping[str, Any]
+    modules: tuple[Mapping[str, Any], ...] = param(MISSING, empty=True)
+    storages: tuple[Mapping[str, Any], ...] = param(MISSING, empty=True)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def conflicts(self) -> list[str]:
+        wrong = {name: d for name, d in self.sha256.items() if not isinstance(d, str) or len(d) != 64}
+        return [fault(f"sha256.{name:.80}", "64 digits", digest) for name, digest in list(wrong.items())[:5]]
 
-    def fail(self, where: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is damaged: its manifest, {where}: {why}")
 
-    def get(self, data: Any, key: str, kind: Any, where: str) -> Any:
-        value = data.get(key) if isinstance(data, dict) else None
-        # True is an int to Python; a flag in a number's place is a fault.
-        good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not good:
-            kinds = getattr(kind, "__name__", str(kind))
-            raise self.fail(where, f"`{key}` must be of type {kinds}; got {str(value)[:80]}")
-        return value
+@dataclass(frozen=True)
+class _Model(FilePart):
+    kind: Literal["embedding", "model", "state"]
 
-    def texts(self, data: Any, key: str, where: str) -> tuple[str, ...]:
-        value = self.get(data, key, list, where)
-        if not value or not all(isinstance(v, str) for v in value):
-            raise self.fail(where, f"`{key}` must be a list of texts; got {str(value)[:80]}")
-        return tuple(value)
 
-    def number(self, data: Any, key: str, low: int, high: int, where: str) -> int:
-        value: int = self.get(data, key, int, where)
-        if not low <= value <= high:
-            raise self.fail(where, f"`{key}` must be in [{low}, {high}]; got {value}")
-        return value
+@dataclass(frozen=True)
+class _Table(FilePart):
+    kind: Literal["fp64", Precision]
+    form: RowForm
+    dtype: FloatName
+    rows: int = param(MISSING, low=1, high=64 * MAX_ROWS)
+    width: int = param(MISSING, low=1, high=1 << 20)
+    count: int = param(MISSING, low=1)
+    start: int = param(MISSING, low=0)
+    block: int = param(MISSING, low=1, high=1 << 16)
+    columns: tuple[int, ...] | None = param(None, low=0)
 
-    def choice(self, data: Any, key: str, choices: Sequence[str], where: str) -> str:
-        value: str = self.get(data, key, str, where)
-        if value not in choices:
-            raise self.fail(where, f"`{key}` must be one of {', '.join(choices)}; got {value[:40]!r}")
-        return value
+    def conflicts(self) -> list[str]:
+        faults = []
+        if self.count > self.rows or (self.form == "all" and self.count < self.rows):
+            faults.append(fault("count", f"{self.rows}, or less where `form` is not 'all'", self.count))
+        most = self.rows - self.count if self.form == "range" else 0
+        if self.start > most:
+            faults.append(
+                fault("start", f"at most {most} for {self.count} of {self.rows} rows, form {self.form!r}", self.start)
+            )
+        if self.kind in FLOATS and self.block != 1:
+            faults.append(fault("block", f"1 for {self.kind}", self.block))
+        columns = self.columns
+        if columns is not None and (columns[-1] >= self.width or list(columns) != sorted(set(columns))):
+            faults.append(fault("columns", f"ascending and below {self.width}", columns))
+        return faults
+
+    def item(self, name: str) -> TableItem:
+        layout = Layout(self.kind, self.width if self.columns is None else len(self.columns), self.block)
+        part = Part(self.rows, layout, self.form, self.start, self.count, self.columns)
+        return TableItem(name, part, self.width, DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class _Storage(FilePart):
+    tables: tuple[str, ...]
+    targets: tuple[tuple[str, str], ...] = param(MISSING, empty=True)
+
+
+@dataclass(frozen=True)
+class _Dense(FilePart):
+    dtype: str
+    tensor: str | None = None
+
+    def conflicts(self) -> list[str]:
+        return [] if self.dtype in DTYPES else [fault("dtype", f"one of {', '.join(DTYPES)}", self.dtype)]
+
+
+@dataclass(frozen=True)
+class _Module(FilePart):
+    kind: Literal["embedding", "collection"]
+    paths: tuple[str, ...]
+    dtype: FloatName
+
+
+@dataclass(frozen=True)
+class _Collection(_Module):
+    schema: Mapping[str, Any]
+    plan: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Embedding(_Module):
+    spec: Mapping[str, Any]
+    config: Mapping[str, Any]
+    include_last_offset: bool
+    stands_in: bool
+    padding_idx: int | None
+    mode: str | None
+    added: tuple[str, ...] = param((), empty=True)
 
 
 def read_manifest(file: ExportFile) -> ExportManifest:
@@ -157,99 +205,59 @@ def read_manifest(file: ExportFile) -> ExportManifest:
     Raises:
         CheckpointError: of another version, or anything that does not fit; names it.
     """
-    c, raw = _Checker(file.path), file.manifest
+    raw = file.manifest
     version = raw.get("version") if isinstance(raw, dict) else None
     if type(version) is not int or version != MANIFEST_VERSION:
         raise CheckpointError(
             f"{file.path} is of format version {str(version)[:20]}; this library reads version {MANIFEST_VERSION}: "
             "export it again, or load it with the library that wrote it"
         )
-    for key, kind in _KEYS.items():
-        c.get(raw, key, kind, "top")
-    tables = {name: _table(c, name, item) for name, item in raw["tables"].items()}
-    storages = tuple(_storage(c, i, item, tables) for i, item in enumerate(raw["storages"]))
-    used = [t.name for s in storages for t in s.tables]
-    if sorted(used) != sorted(tables):
-        raise c.fail("storages", "every table must belong to one")
+    try:
+        return _checked(file, raw)
+    except ConfigError as e:
+        raise CheckpointError(f"{file.path} is damaged: {e}") from e
+
+
+def _checked(file: ExportFile, raw: Any) -> ExportManifest:
+    top = _Top.read(raw, "manifest, top")
+    _Model.read(top.model, "manifest, model")
+    tables = {name: _Table.read(item, f"manifest, table {name!r}").item(name) for name, item in top.tables.items()}
+    storages = tuple(_storage(i, item, tables) for i, item in enumerate(top.storages))
+    if sorted(t.name for s in storages for t in s.tables) != sorted(tables):
+        raise ConfigError("every table must belong to one storage (manifest, storages)")
     dense = {}
-    for key, item in raw["dense"].items():
-        where = f"dense {key!r}"
-        tensor = item.get("tensor", key) if isinstance(item, dict) else key
-        if not isinstance(tensor, str):
-            raise c.fail(where, f"`tensor` must be a text; got {str(tensor)[:80]}")
-        dense[key] = DenseItem(tensor, DTYPES[c.choice(item, "dtype", list(DTYPES), where)])
-    modules = tuple(_module(c, i, item) for i, item in enumerate(raw["modules"]))
-    c.choice(raw["model"], "kind", ("embedding", "model", "state"), "model")
-    _check_tensors(c, file, tables, dense, raw["sha256"])
-    return ExportManifest(raw["model"], modules, storages, dense, raw["sha256"], raw)
+    for key, item in top.dense.items():
+        values = _Dense.read(item, f"manifest, dense {key!r}")
+        dense[key] = DenseItem(key if values.tensor is None else values.tensor, DTYPES[values.dtype])
+    modules = tuple(_module(i, item) for i, item in enumerate(top.modules))
+    _check_tensors(file, tables, dense, top.sha256)
+    return ExportManifest(top.model, modules, storages, dense, top.sha256, raw)
 
 
-def _table(c: _Checker, name: str, item: Any) -> TableItem:
-    where = f"table {name!r}"
-    rows = c.number(item, "rows", 1, 64 * MAX_ROWS, where)
-    width = c.number(item, "width", 1, 1 << 20, where)
-    kind = c.choice(item, "kind", [*FLOATS, *BITS], where)
-    form = c.choice(item, "form", get_args(RowForm), where)
-    count = c.number(item, "count", 1, rows, where)
-    start = c.number(item, "start", 0, rows - count if form == "range" else 0, where)
-    if form == "all" and count != rows:
-        raise c.fail(where, f"`count` must be {rows}, all rows; got {count}")
-    columns = item.get("columns")
-    if columns is not None:
-        whole = isinstance(columns, list) and all(type(n) is int for n in columns)
-        if not whole or not columns or columns != sorted(set(columns)) or columns[0] < 0 or columns[-1] >= width:
-            raise c.fail(where, f"`columns` must rise within [0, {width}); got {str(columns)[:80]}")
-    kept = width if columns is None else len(columns)
-    block = c.number(item, "block", 1, 1 << 16, where)
-    layout = Layout(kind, kept, block)
-    if kind in FLOATS and block != 1:
-        raise c.fail(where, f"`block` must be 1 for {kind}; got {block}")
-    dtype = DTYPES[c.choice(item, "dtype", [NAMES[t] for t in FLOATS.values()], where)]
-    part = Part(rows, layout, form, start, count, None if columns is None else tuple(columns))  # type: ignore[arg-type]
-    return TableItem(name, part, width, dtype)
-
-
-def _storage(c: _Checker, i: int, item: Any, tables: Mapping[str, TableItem]) -> StorageItem:
-    where = f"storage {i}"
-    names = c.texts(item, "tables", where)
-    unknown = [n for n in names if n not in tables]
-    if unknown or len(set(names)) < len(names):
-        raise c.fail(where, f"`tables` must name tables of the manifest, each once; got {str(names)[:80]}")
-    targets = []
-    for target in c.get(item, "targets", list, where):
-        if not isinstance(target, list) or len(target) != 2 or not all(isinstance(t, str) for t in target):
-            raise c.fail(where, f"`targets` must be pairs of texts; got {str(target)[:80]}")
-        targets.append((target[0], target[1]))
+def _storage(i: int, item: Any, tables: Mapping[str, TableItem]) -> StorageItem:
+    values = _Storage.read(item, f"manifest, storage {i}")
+    names = values.tables
+    if not tables.keys() >= set(names) or len(set(names)) < len(names):
+        raise_faults([fault("tables", "names of the manifest's tables, each once", names)], values.where())
     members = tuple(tables[n] for n in names)
     first = members[0]
     for t in members[1:]:
         if (t.width, t.dtype, t.part.layout.kind) != (first.width, first.dtype, first.part.layout.kind):
-            raise c.fail(where, f"tables {first.name!r} and {t.name!r} differ in width, dtype or kind")
-    return StorageItem(members, tuple(targets))
+            raise_faults([f"tables {first.name!r} and {t.name!r} differ in width, dtype or kind"], values.where())
+    return StorageItem(members, values.targets)
 
 
-def _module(c: _Checker, i: int, item: Any) -> ModuleItem:
-    where = f"module {i}"
-    kind = c.choice(item, "kind", ("embedding", "collection"), where)
-    paths = c.texts(item, "paths", where)
-    dtype = DTYPES[c.choice(item, "dtype", [NAMES[t] for t in FLOATS.values()], where)]
+def _module(i: int, item: Any) -> ModuleItem:
+    kind = _Module.read(item, f"manifest, module {i}").kind
+    values = (_Collection if kind == "collection" else _Embedding).read(item, f"manifest, module {i}")
     build = {k: v for k, v in item.items() if k not in ("kind", "paths", "dtype")}
-    if kind == "collection":
-        c.get(build, "schema", dict, where)
-        c.get(build, "plan", dict, where)
-        return ModuleItem(kind, paths, build, dtype)
-    c.get(build, "spec", dict, where)
-    c.get(build, "config", dict, where)
-    c.get(build, "include_last_offset", bool, where)
-    c.get(build, "stands_in", bool, where)
-    for key, types in (("padding_idx", int), ("mode", str)):
-        if key not in build or build[key] is not None:
-            c.get(build, key, types, where)
-    return ModuleItem(kind, paths, build, dtype)
+    if isinstance(values, _Collection) and not values.plan.keys() <= {"version", "features"}:
+        # What indexes hold is among the tensors, so a plan that says it again would only cost time and memory.
+        raise_faults([fault("plan", "`version` and `features`", sorted(values.plan))], values.where())
+    return ModuleItem(kind, values.paths, build, DTYPES[values.dtype])
 
 
 def _check_tensors(
-    c: _Checker,
     file: ExportFile,
     tables: Mapping[str, TableItem],
     dense: Mapping[str, DenseItem],
@@ -265,14 +273,11 @@ def _check_tensors(
     spoken = {*wanted, *(item.tensor for item in dense.values())}
     if spoken != file.entries.keys() or spoken != digests.keys():
         odd = sorted((spoken ^ file.entries.keys()) | (spoken ^ digests.keys()))
-        raise c.fail("tensors", f"manifest and file hold different ones: {', '.join(odd[:5])}")
+        raise ConfigError(f"manifest and file hold different tensors: {', '.join(odd[:5])}")
     for name, (dtype, shape) in wanted.items():
         entry = file.entries[name]
         if DTYPES[entry.dtype] != dtype or entry.shape != shape:
-            raise c.fail(
-                f"table {name!r}",
-                f"expected {NAMES[dtype]} {list(shape)}; the file has {entry.dtype} {list(entry.shape)}",
+            raise ConfigError(
+                f"expected {NAMES[dtype]} {list(shape)}; the file has {entry.dtype} {list(entry.shape)} "
+                f"(manifest, table {name!r})"
             )
-    for name, digest in digests.items():
-        if not isinstance(digest, str) or len(digest) != 64:
-            raise c.fail(f"tensor {name!r}", f"its digest must be 64 digits; got {str(digest)[:80]}")

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import raise_faults
 from recsys_embed.exports.file_format import NAMES
-from recsys_embed.exports.served_modules import ModuleItem, build_module, plain_spec, revive
+from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec
 from recsys_embed.features import spec_to_dict
+from recsys_embed.kernels.revive import revive
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan
@@ -87,7 +89,7 @@ def scan(model: nn.Module) -> ModelContents:
 class _Scanner:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.found = model, ModelContents()
-        self.state = model.state_dict(keep_vars=True)
+        self.state = weights_of(model, keep_vars=True)
         self.faults: list[str] = []
         self.storages: dict[int, Storage] = {}
         self.skipped: set[str] = set()  # keys of the state that are tables, or say what the manifest says
@@ -109,8 +111,9 @@ class _Scanner:
 
     def _embedding(self, module: Any, table: FoundTable, paths: list[str]) -> None:
         where = f"{type(module).__name__} at {paths[0] or 'the top'!r}"
+        added = _added(module)
         if isinstance(module, CompressedEmbedding | EmbeddingCollection):
-            item = _item(module, tuple(paths))
+            item = _item(module, tuple(paths), added)
             faults = [*_class_faults(module)] or [*_state_faults(module, item)]
             if table.tied:
                 faults.append(f"its table is also {', '.join(table.tied)}; give each a tensor of its own")
@@ -122,10 +125,12 @@ class _Scanner:
             self.found.notes.append(f"{paths[0]}: kept whole, {why}")
             return
         else:
-            item = _plain_item(module, table.name, tuple(paths))
+            item = _plain_item(module, table.name, tuple(paths), added)
         self.found.modules.append(item)
         for path in paths:
             self._tables(module, path)
+            # A user's own tensors are kept as they are, whatever the precision.
+            self.found.owned -= {f"{path}.{name}" if path else name for name in added}
 
     def _tables(self, module: Any, path: str) -> None:
         """Storages that the module at a path reads, and whose keys of the state are whose."""
@@ -153,7 +158,8 @@ class _Scanner:
         storage.targets.append((path, name))
         if getattr(module, "max_norm", None) is not None:
             storage.renorm = (float(module.max_norm), float(module.norm_type))
-        self.skipped.add(f"{path}.{name}" if path else name)
+        key = module.parameter_name(name) if isinstance(module, CompressedEmbedding) else name
+        self.skipped.add(f"{path}.{key}" if path else key)
 
     def _rest(self) -> None:
         for key, value in self.state.items():
@@ -193,7 +199,7 @@ def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: Modul
     ours = {k: tuple(v.shape) for k, v in _tensors(module).items() if not k.startswith(inner) and ".served." not in k}
     theirs = {k: tuple(v.shape) for k, v in _tensors(built).items()}
     # Tables that are read from elsewhere (shared, or served) are not among the module's own.
-    odd = [k for k, shape in ours.items() if theirs.get(k) != shape]
+    odd = [k for k, shape in ours.items() if theirs.get(k) != shape and k not in item.build.get(ADDED, ())]
     if odd:
         yield f"not as its configuration makes it; it also holds {', '.join(odd[:5])}"
     revive(built, torch.device("cpu"))
@@ -203,7 +209,7 @@ def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: Modul
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict(keep_vars=True).items() if not k.endswith("_extra_state")}
+    return {k: v for k, v in weights_of(module, keep_vars=True).items() if not k.endswith("_extra_state")}
 
 
 def _source(module: Any, name: str) -> Source:
@@ -214,7 +220,21 @@ def _source(module: Any, name: str) -> Source:
     return cast("Tensor", module.table(name) if isinstance(module, CompressedEmbedding) else getattr(module, name))
 
 
-def _item(module: CompressedEmbedding | EmbeddingCollection, paths: tuple[str, ...]) -> ModuleItem:
+def _added(module: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors that a user gave an embedding beside its own."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        own = {"weight"}
+    elif isinstance(module, CompressedEmbedding):
+        own = {module.parameter_name(t.name) for t in module.program.tables}
+    else:
+        return ()
+    held = [*module._buffers, *module._parameters]
+    return tuple(n for n in held if n not in own and n not in module._non_persistent_buffers_set)
+
+
+def _item(
+    module: CompressedEmbedding | EmbeddingCollection, paths: tuple[str, ...], added: tuple[str, ...]
+) -> ModuleItem:
     if isinstance(module, EmbeddingCollection):
         build: dict[str, Any] = {"schema": module.schema.to_dict(), "plan": Plan(module.plan.configs).to_dict()}
         return ModuleItem("collection", paths, build, _dtype(module))
@@ -225,11 +245,12 @@ def _item(module: CompressedEmbedding | EmbeddingCollection, paths: tuple[str, .
         "mode": module.mode,
         "include_last_offset": module.include_last_offset,
         "stands_in": bool(module.stands_in),
+        **({ADDED: list(added)} if added else {}),
     }
     return ModuleItem("embedding", paths, build, _dtype(module))
 
 
-def _plain_item(module: Any, name: str, paths: tuple[str, ...]) -> ModuleItem:
+def _plain_item(module: Any, name: str, paths: tuple[str, ...], added: tuple[str, ...]) -> ModuleItem:
     """The item of a torch module, which the method ``full`` replaces."""
     bag = isinstance(module, nn.EmbeddingBag)
     mode = module.mode if bag else None
@@ -240,6 +261,7 @@ def _plain_item(module: Any, name: str, paths: tuple[str, ...]) -> ModuleItem:
         "mode": mode,
         "include_last_offset": bool(bag and module.include_last_offset),
         "stands_in": True,
+        **({ADDED: list(added)} if added else {}),
     }
     return ModuleItem("embedding", paths, build, module.weight.dtype)
 

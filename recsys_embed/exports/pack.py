@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys_embed.core.id_sets import ranks_of, words_of
 from recsys_embed.kernels.precision import BITS, FP16_MAX, Layout, Search
-from recsys_embed.kernels.stored_tables import Part, RowForm
+from recsys_embed.kernels.stored_tables import Part, RowForm, too_many_columns
 
 _ELEMENTS = 1 << 18  # of a chunk: it stays in a processor's cache while it is searched and encoded
 
@@ -219,6 +219,8 @@ def choose_parts(tables: list[Packed]) -> None:
     chosen = 1 if whole - fewer >= worth else 0
     if (fewer if chosen else whole) - narrower >= worth:
         chosen = 2
+    if too_many_columns([t.candidates[chosen] for t in tables]):
+        chosen = 1
     for table in tables:
         table.part = table.candidates[chosen]
 

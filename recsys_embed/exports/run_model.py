@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recsys_embed.errors import CheckpointError, ConfigError
-from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals, revive
+from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals
+from recsys_embed.kernels.revive import revive
 from recsys_embed.train.checkpoint import load_checkpoint
+from recsys_embed.utils.strict_json import own_json
 
 
 def model_of_run(path: str | Path) -> nn.Module:
@@ -46,7 +47,9 @@ def model_of_run(path: str | Path) -> nn.Module:
             "num_dense": len(state["numeric_mean"]),
             "params": config.get("model_args", {}),
         }
-        model = build_model(build, collections, {})
+        apart = tuple(f"{name}." for name in collections)
+        sizes = {k: v.shape for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(apart)}
+        model = build_model(build, collections, sizes)
         model.load_state_dict(state, assign=True)
     revive(model, torch.device("cpu"))
     return model.eval().requires_grad_(False)
@@ -54,6 +57,8 @@ def model_of_run(path: str | Path) -> nn.Module:
 
 def _carried(state: dict[str, Any], name: str) -> dict[str, Any]:
     """Schema and plan that a collection's state carries, features in the order of their columns."""
-    carried = json.loads(bytes(state[f"{name}._extra_state"].numpy()))
+    carried = own_json(bytes(state[f"{name}._extra_state"].numpy()))
     features = [carried["schema"][feature] for feature in carried["order"]]
-    return {"schema": {"features": features}, "plan": carried["plan"]}
+    # What its indexes hold is among the state's tensors.
+    plan = {key: carried["plan"][key] for key in ("version", "features")}
+    return {"schema": {"features": features}, "plan": plan}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed._version import __version__
+from recsys_embed.discover import unwrapped
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.exports.file_format import NAMES, TensorInfo, header_bytes, lay_out
 from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
@@ -21,6 +23,7 @@ from recsys_embed.exports.pack import Packed, RoundingError, choose_parts, inspe
 from recsys_embed.exports.read import load
 from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
 from recsys_embed.exports.served_modules import build_model
+from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
 from recsys_embed.utils.files import replacing
@@ -70,7 +73,8 @@ def export(
             embeddings are kept in 16 bits where rows are quantised; other layers stay as they are.
         prune: drop rows and columns of zeros where that saves bytes.
         search: how scales of quantised rows are found: ``"minmax"`` (default of int8) or ``"greedy"`` (of int4).
-        evaluate: measures a model, e.g. its AUC; called with the source and with what was loaded from the new file.
+        evaluate: measures a model, e.g. its AUC, as a finite number; called with the source before anything is written,
+            and with what was loaded from the new file.
         metric: name of what ``evaluate`` measures.
 
     Returns:
@@ -100,6 +104,7 @@ def export(
         model = model_of_run(model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module or the path of a run; got {type(model).__name__}")
+    model = unwrapped(model)
     found = scan(model)
     kind = _model_kind(model, found)
     search = search or ("greedy" if precision == "int4" else "minmax")
@@ -127,6 +132,16 @@ def _model_kind(model: nn.Module, found: ModelContents) -> dict[str, Any]:
             else:
                 return kind
     return {"kind": "state", "class": f"{type(model).__module__}.{type(model).__qualname__}"}
+
+
+def _finite(value: float, name: str) -> float:
+    """What ``evaluate`` returned, which has to be a number that a manifest can hold."""
+    if not isinstance(value, (int, float, Tensor)) and not hasattr(value, "__float__"):
+        raise ConfigError(f"`evaluate` must return a number ({name}); got {type(value).__name__}")
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not math.isfinite(number):
+        raise ConfigError(f"`evaluate` must return a finite number ({name}); got {number}: see what it is measured on")
+    return number
 
 
 class _Writer:
@@ -193,7 +208,7 @@ class _Writer:
         for key, value in self.found.rest.items():
             matrix = self.matrices.get(key)
             dtype = value.dtype if matrix is None else matrix.dtype
-            same = (value.data_ptr(), value.shape, value.stride(), dtype) if value.numel() else key
+            same = (memory_of(value), value.shape, value.stride(), dtype) if value.numel() else key
             self.aliases[key] = held.setdefault(same, key)
             if self.aliases[key] == key:
                 out[key] = (dtype, tuple(value.shape), self._whole(key, dtype))
@@ -212,6 +227,8 @@ class _Writer:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, path: str | Path, evaluate: Callable[[nn.Module], float] | None, metric: str) -> ExportReport:
+        # Before anything is written: it may refuse its data.
+        before = None if evaluate is None else _finite(evaluate(self.model), metric)
         producers = self._producers()
         entries = lay_out({name: (dtype, shape) for name, (dtype, shape, _) in producers.items()})
         placeholder = None if evaluate is None else Metric(metric, _PLACEHOLDER, _PLACEHOLDER)
@@ -222,21 +239,20 @@ class _Writer:
             for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
                 self.digests[name] = _write_tensor(f, name, entry, producers[name][2])
             _write_header(f, header_bytes(self._manifest(entries, None), entries, size))
-            if evaluate is not None:
-                measured = self._measure(temporary, evaluate, metric)
+            if evaluate is not None and before is not None:
+                measured = Metric(metric, before, self._after(temporary, evaluate, metric))
                 _write_header(f, header_bytes(self._manifest(entries, measured), entries, size))
             total = f.seek(0, 2)
         return self._report(Path(path), total, size, entries, measured)
 
-    def _measure(self, file: Path, evaluate: Callable[[nn.Module], float], name: str) -> Metric:
-        """The metric of the source, and that of the file once loaded."""
+    def _after(self, file: Path, evaluate: Callable[[nn.Module], float], name: str) -> float:
+        """The metric of the file once loaded."""
         into = None
         if self.kind["kind"] == "state":
             # Tables are replaced anyway, so the copy need not have its own.
             shared = {id(s.source): s.source for s in self.found.storages}
             into = copy.deepcopy(self.model, shared)
-        before = float(evaluate(self.model))
-        return Metric(name, before, float(evaluate(load(file, into=into))))
+        return _finite(evaluate(load(file, into=into)), name)
 
     def _manifest(self, entries: Mapping[str, TensorInfo], metric: Metric | None) -> dict[str, Any]:
         """The manifest; unknown numbers are placeholders of maximal length, so that the header keeps its size."""

@@ -1,1 +1,1 @@
-"""Run lookup programs: a readable definition and the backends compared with it."""
+"""Execution of lookup programs: the reference implementation and the backends that are tested against it."""

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from recsys_embed.optim import FusedOptimizer
 
-# Rows that catch up at a time: the replay works on copies of them.
+# Rows per replay, which works on copies of them.
 _CHUNK = 1 << 18
 
 
 class StepLog:
-    """Learning rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which some rows may have missed."""
+    """Rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which may be deferred for some rows."""
 
     def __init__(self, step: int = 0) -> None:
         self.first = step
@@ -27,15 +27,20 @@ class StepLog:
         return self.first + len(self.rates)
 
     def advance(self, optimizer: FusedOptimizer, lr: float) -> None:
-        """Log one more step; earlier ones are kept only if rows may have missed them."""
+        """Log one more step; earlier ones are kept only where rows may still need them."""
         if not optimizer.lazy:
             self.clear()
         size, epsilon = optimizer.size_and_epsilon(lr, self.step + 1)
         for values, value in ((self.rates, lr), (self.sizes, size), (self.epsilons, epsilon)):
             values.append(value)
 
+    def retract(self) -> None:
+        """Take back the last :meth:`advance`, whose step was refused."""
+        for values in (self.rates, self.sizes, self.epsilons):
+            values.pop()
+
     def clear(self) -> None:
-        """Forget the steps: no row has missed any."""
+        """Drop the logged steps: every row has had them."""
         self.first = self.step
         for values in (self.rates, self.sizes, self.epsilons):
             del values[:]
@@ -49,7 +54,7 @@ def catch_up(
     log: StepLog,
     step: int,
 ) -> None:
-    """Apply the steps up to ``step`` that rows missed, in place; their gradient was the weight decay alone.
+    """Apply the deferred steps of rows up to ``step``, in place; the gradient of those steps is the weight decay alone.
 
     Args:
         weight: ``[rows, width]``.
@@ -68,11 +73,11 @@ def catch_up(
         w = weight.index_select(0, picked).to(work)
         own = {name: state[name].index_select(0, picked).to(work) for name in optimizer.state}
         first = int(last[0])
-        # Rows are sorted by their last step, and row i joins at step last[i] + 1: the rows of each step are a prefix.
+        # Rows are sorted by their last step, and row i takes part from step last[i] + 1 on: each step updates a prefix.
         counts = torch.searchsorted(last, torch.arange(first + 1, step + 1, dtype=last.dtype, device=last.device))
         for t, count in enumerate(counts.tolist(), first + 1):
             part = {name: values[:count] for name, values in own.items()}
-            moved = optimizer.update(
+            moved = optimizer.checked_update(
                 w[:count], w[:count] * optimizer.weight_decay, part, log.rates[t - log.first - 1], t
             )
             w[:count] = moved

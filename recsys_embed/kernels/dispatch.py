@@ -1,9 +1,8 @@
-"""Which kernels can run here, and why the others cannot."""
+"""Choice of a backend: which kernels can run on this machine, and why others cannot."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, cast, get_args
@@ -16,12 +15,13 @@ from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer
+from recsys_embed.utils.deprecated import warn_deprecated
 
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Chosen = Literal["reference", "torch", "native", "triton"]
 
 
-# By name of batched kernels: whether they can run and hold an optimizer's rule.
+# By name of batched kernels: whether they can run with an optimizer's rule.
 KNOWS: Mapping[str, Callable[[FusedOptimizer | None], bool]] = {"native": native.knows, "triton": status.knows}
 # By name of batched kernels: whether they may read these tensors.
 RUNS_ON: Mapping[str, Callable[[Tensor, Sequence[Tensor]], bool]] = {
@@ -31,7 +31,7 @@ RUNS_ON: Mapping[str, Callable[[Tensor, Sequence[Tensor]], bool]] = {
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on this machine and, in words, why."""
+    """Whether a backend can run on this machine, and the reason."""
 
     name: str
     available: bool
@@ -63,19 +63,17 @@ def available_backends() -> list[BackendStatus]:
 
 
 def named(backend: str) -> str:
-    """``backend``, or ``"auto"`` in place of ``"fbgemm"``, which trains no more; says so in a DeprecationWarning.
+    """``backend``; ``"auto"``, with a DeprecationWarning, for ``"fbgemm"``, which no longer trains.
 
     >>> named("torch")
     'torch'
     """
     if backend != "fbgemm":
         return backend
-    warnings.warn(
+    warn_deprecated(
         "backend 'fbgemm' no longer looks up or trains tables, which took it 1.1 to 6.3 times as long as 'native'; the "
         "backend that 'auto' picks runs instead, with the same weights and optimizer state. Write backend='auto'. To "
-        "read a quantised export with FBGEMM, use load(path, backend='fbgemm')",
-        DeprecationWarning,
-        stacklevel=3,
+        "read a quantised export with FBGEMM, use load(path, backend='fbgemm')"
     )
     return "auto"
 
@@ -83,9 +81,9 @@ def named(backend: str) -> str:
 def choose(backend: str, optimizer: FusedOptimizer | None = None, device: torch.device | None = None) -> Chosen:
     """The backend to build: the fastest that runs for ``"auto"``, else the named one or an error.
 
-    ``"native"`` hands what it does not do (other devices and types than float32 on the CPU, bags pooled by maxima or
-    with weights that learn, exported programs) to ``"torch"``; so does ``"triton"`` (other devices than GPUs, float64,
-    all bags, compiled and exported programs).
+    ``"native"`` leaves to ``"torch"`` what it does not support: devices and types other than float32 on the CPU, bags
+    pooled by maximum or with learned weights, exported programs. So does ``"triton"``: devices other than GPUs,
+    float64, all bags, compiled and exported programs.
 
     Args:
         device: of the tables, the CPU by default.
@@ -122,7 +120,7 @@ def say_once(line: str) -> None:
 
 def kernels(backend: str, optimizer: FusedOptimizer | None = None) -> tuple[str, ...]:
     """Names of the batched kernels that lookups of a backend may run on, whichever device their tables move to."""
-    # In the interpreter nothing but tests should run.
+    # Triton's interpreter is for tests only.
     names = ["native", "triton"] if not status.interpreted() else ["native"]
     return tuple(
         name for name in (names if backend == "auto" else [backend]) if name in KNOWS and KNOWS[name](optimizer)

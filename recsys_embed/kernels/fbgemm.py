@@ -1,4 +1,4 @@
-"""Serving an export with FBGEMM: its reader of quantised rows."""
+"""FBGEMM's reader of quantised rows, for serving exports."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from recsys_embed.utils.optional import require
 # FBGEMM's numbers of its types (SparseType), a table on the host (EmbeddingLocation) and no pooling (PoolingMode).
 _TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3}
 _HOST, _NO_POOLING, _FP32 = 3, 2, 0
-# The kernel loads whole vector registers and so reads some bytes past a row; past the last there may be no memory.
+# The kernel loads whole vector registers, so it reads a few bytes past a row: the last row needs padding.
 _BEYOND = 256
 
 
 def usable(layout: Layout) -> bool:
-    """Whether FBGEMM knows rows of this layout: whole bytes, one table row each."""
+    """Whether FBGEMM reads this layout: one table row per stored row, of whole bytes."""
     return layout.kind in _TYPES and layout.block == 1 and (layout.kind != "int4" or layout.width % 2 == 0)
 
 
 def require_fbgemm() -> None:
-    """Import FBGEMM, or say why that is impossible.
+    """Import FBGEMM, or raise with the reason.
 
     Raises:
-        MissingDependencyError: not installed, of a version that does not go with torch's, or broken.
+        MissingDependencyError: not installed, of a version that does not match torch's, or broken.
     """
     require("fbgemm_gpu", extra="torchrec", purpose="reading tables with backend 'fbgemm'")
 
@@ -42,7 +42,7 @@ def _check(rows: Tensor, size: int) -> None:
 
 @cache
 def why_not() -> str | None:
-    """In words why FBGEMM cannot be used here; None where it can."""
+    """The reason why FBGEMM cannot be used here; None if it can."""
     try:
         require_fbgemm()
     except MissingDependencyError as e:
@@ -80,19 +80,19 @@ class RowReader:
         """Rows of ``data [stored rows, items]``: float32 ``[n, width]`` of int64 ``rows [n]``.
 
         Raises:
-            IndexError: a row is outside the table; the kernel itself would read foreign memory.
+            IndexError: a row is outside the table; the kernel does not check this itself.
         """
         _check(rows, data.shape[0])
         return self._whole(data, rows)
 
     def remapped(self, data: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """As a call, of rows that stand at ``places`` in ``data``: int32 ``[rows]``, -1 for rows of zeros."""
+        """As a call, with row r of the table at ``places[r]`` of ``data``: int32 ``[rows]``, -1 for rows of zeros."""
         _check(rows, len(places))
         ends = torch.tensor([0, len(rows)]), torch.tensor([0, len(places)])
         return self._whole(data, torch.ops.fbgemm.pruned_array_lookup(rows, ends[0], places, ends[1]))
 
     def _whole(self, data: Tensor, rows: Tensor) -> Tensor:
-        """Of stored rows; -1 gives zeros."""
+        """Vectors of stored rows; -1 gives zeros."""
         if rows.numel() == 0:
             return torch.empty(0, self.layout.width)
         high = int(rows.max())
@@ -117,14 +117,14 @@ class RowReader:
             _FP32,
             self._none,
             None,
-            1,  # rows follow each other without gaps
+            1,  # rows are contiguous
         )
         return out
 
 
 def reader(layout: Layout, backend: Literal["auto", "torch", "fbgemm"]) -> RowReader | None:
-    """A :class:`RowReader` where the backend asks for one and the layout allows it, else None."""
-    # Floats need no decoding: for them it is worth the import where it is asked for only.
+    """A :class:`RowReader` if the backend asks for one and the layout allows it, else None."""
+    # Floats need no decoding, so FBGEMM is imported for them only on request.
     if backend == "torch" or not usable(layout) or (backend == "auto" and layout.bits is None):
         return None
     try:

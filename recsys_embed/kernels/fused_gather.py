@@ -1,30 +1,31 @@
-"""Gathers whose backward updates the table: no gradient tensor, no optimizer step of its own."""
+"""Gathers whose backward updates the table, without a gradient tensor or a separate optimizer step."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.derivatives import beyond_kernels, refuse_further_derivatives
 from recsys_embed.kernels.triton import status
-from recsys_embed.optim import FusedOptimizer, sum_duplicates
+from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 
 
 class Updater(Protocol):
     """Applies summed gradients to the rows of one storage."""
 
-    def __call__(self, rows: Tensor, grad: Tensor) -> None: ...
+    def __call__(self, weight: Tensor, rows: Tensor, grad: Tensor) -> None: ...
 
 
 class _Context(Protocol):
-    """What a gather keeps for its backward."""
+    """What a gather saves for backward."""
 
     partial: bool
-    updater: Updater
+    updater: Updater | None
+    weight: Tensor
 
     @property
     def saved_tensors(self) -> tuple[Tensor]: ...
@@ -33,38 +34,34 @@ class _Context(Protocol):
 
 
 class FusedGather(Function):
-    """``weight[rows]`` whose backward hands the gradient to ``updater`` instead of returning it.
+    """``weight[rows]`` whose backward hands the gradient to ``updater``, or returns a :class:`RowGradient` without one.
 
     With ``partial``, rows of -1 read anything and update nothing.
-    ``anchor`` is any tensor that requires grad: it makes autograd run the backward and receives no gradient.
     """
 
     @staticmethod
-    def forward(ctx: _Context, anchor: Tensor, weight: Tensor, rows: Tensor, partial: bool, updater: Updater) -> Tensor:
+    def forward(ctx: _Context, weight: Tensor, rows: Tensor, partial: bool, updater: Updater | None) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.partial, ctx.updater = partial, updater
+        # Not as a saved tensor: its values are not needed again, so they may change before backward.
+        ctx.partial, ctx.updater, ctx.weight = partial, updater, weight
         return weight.index_select(0, rows.clamp_min(0) if partial else rows)
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (rows,) = ctx.saved_tensors
+        if beyond_kernels((grad,)):
+            if ctx.updater is not None:
+                refuse_further_derivatives()
+            if ctx.partial:
+                grad = grad.masked_fill((rows < 0).unsqueeze(1), 0.0)
+            return grad.new_zeros(ctx.weight.shape).index_add(0, rows.clamp_min(0), grad), None, None, None
         if ctx.partial:
             present = rows >= 0
             rows, grad = rows[present], grad[present]
-        ctx.updater(rows, grad.contiguous())
-        return (None,) * 5
-
-
-def read_rows(weight: Tensor, rows: Tensor, partial: bool, sparse: bool) -> Tensor:
-    """``weight[rows]`` for int64 ``rows [n]``, with ordinary gradients; with ``partial``, rows of -1 read anything.
-
-    Sparse gradients leave such rows out: a sparse optimizer moves every row that its gradient names.
-    """
-    if not partial or not sparse:
-        return F.embedding(rows.clamp_min(0) if partial else rows, weight, sparse=sparse)
-    present = (rows >= 0).nonzero().squeeze(1)
-    read = F.embedding(rows[present], weight, sparse=True)
-    return weight.new_zeros(rows.shape[0], weight.shape[1]).index_copy(0, present, read)
+        if ctx.updater is None:
+            return RowGradient(rows, grad.contiguous(), ctx.weight.shape[0]), None, None, None
+        ctx.updater(ctx.weight, rows, grad.contiguous())
+        return None, None, None, None
 
 
 def apply_update(
@@ -84,7 +81,7 @@ def apply_update(
         rows: int64 ``[n]``, duplicates allowed.
         grad: ``[n, width]``.
         log: advanced to this step.
-        kernels: may be those of the GPU; else torch's operations.
+        kernels: whether the GPU kernels may be used; else torch's operations.
     """
     if rows.numel() == 0:
         return
@@ -106,6 +103,6 @@ def apply_update(
     before = weight.index_select(0, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
-    weight[touched] = optimizer.update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
+    weight[touched] = optimizer.checked_update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
     for name, values in picked.items():
         state[name][touched] = values.to(state[name].dtype)

@@ -1,6 +1,6 @@
 """Row formats by precision: bytes of a row, encoding and decoding.
 
-Integer rows have the layout of FBGEMM's n-bit inference tables, so that its kernels can read the very bytes: an fp16
+Integer rows have the layout of FBGEMM's n-bit inference tables, so that its kernels can read them directly: an fp16
 scale and an fp16 bias at the head of the row, then the codes (two to a byte for int4, the even column in the low half);
 x = code * scale + bias. Quantisation is FBGEMM's (``FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf``): the minimum is
 rounded to fp16 first, the range is taken from there. Its tail layouts are converted by :func:`head_to_tail` and
@@ -25,7 +25,7 @@ BITS = {"int8": 8, "int4": 4}
 HEAD = 4  # bytes of scale and bias
 FP16_MAX = 65504.0
 
-_NARROW = 8  # narrower rows would pay more for their scale and bias than they save
+_NARROW = 8  # for narrower rows, scale and bias take more bytes than quantisation saves
 _BLOCK = 64
 
 
@@ -43,7 +43,7 @@ def check_precision(precision: str) -> Precision:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of one table are kept.
+    """Storage format of the rows of one table.
 
     Args:
         kind: ``"fp64"``, ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int4"``.
@@ -60,10 +60,10 @@ class Layout:
 
     @classmethod
     def of(cls, width: int, precision: str, dtype: torch.dtype = torch.float32, rows: int = _BLOCK) -> Layout:
-        """The layout of ``rows`` rows of ``width`` elements that are of ``dtype`` now.
+        """The layout at a precision for ``rows`` rows of ``width`` elements of ``dtype``.
 
-        Rows of fewer than 8 elements are quantised in blocks of about 64 elements, or of all there are. ``"fp32"``
-        keeps narrower types as they are: exact, and smaller.
+        Rows of fewer than 8 elements are quantised in blocks of about 64 elements, or of the whole table if it is
+        smaller. ``"fp32"`` keeps float16 and bfloat16 tables in their type, which is exact and smaller.
         """
         if precision in BITS:
             return cls(precision, width, 1 if width >= _NARROW else min(_BLOCK // width, rows))
@@ -78,12 +78,12 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored tensor."""
+        """Dtype of the stored tensor."""
         return FLOATS.get(self.kind, torch.uint8)
 
     @property
     def items(self) -> int:
-        """Elements of a stored row: the table row's own, or bytes."""
+        """Elements of a stored row; bytes if it is quantised."""
         return self.width if self.bits is None else HEAD + -(-self.block * self.width * self.bits // 8)
 
     @property
@@ -101,7 +101,7 @@ class Layout:
     def encode(self, values: Tensor, search: Search = "minmax") -> Tensor:
         """Stored rows of ``values [n, width]``: ``[stored_rows(n), items]``.
 
-        A last block that is not full is filled with copies of its last row.
+        The last block is padded with copies of its last row.
         """
         if self.bits is None:
             return values.to(self.dtype)
@@ -119,7 +119,7 @@ class Layout:
 
 
 def table_bytes(rows: int, width: int, precision: str) -> int:
-    """Bytes of a table of float32 ``rows x width`` kept at a precision, scales and biases included.
+    """Bytes of a float32 table ``[rows, width]`` stored at a precision, including scales and biases.
 
     >>> [table_bytes(1000, 16, p) for p in ("fp32", "fp16", "int8", "int4")]
     [64000, 32000, 20000, 12000]
@@ -128,7 +128,7 @@ def table_bytes(rows: int, width: int, precision: str) -> int:
 
 
 def matrix_bytes(elements: int, precision: str) -> int:
-    """Bytes of parameters that every lookup reads whole (projections, networks): 16 bits where rows are quantised.
+    """Bytes of parameters that every lookup reads entirely (projections, networks): 16-bit if rows are quantised.
 
     >>> matrix_bytes(256, "fp32"), matrix_bytes(256, "int4")
     (1024, 512)
@@ -187,7 +187,7 @@ def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
 def _greedy(
     values: Tensor, low: Tensor, high: Tensor, scale: Tensor, bias: Tensor, levels: int, bins: int = 64, steps: int = 24
 ) -> tuple[Tensor, Tensor]:
-    """The best scale and bias met while the end of the range that costs less is drawn in, step by step."""
+    """Scale and bias of least error found by shrinking the range in steps, each at the end where it costs less."""
 
     def loss(scale: Tensor, bias: Tensor) -> Tensor:
         back = _codes(values, scale, bias, levels).mul_(scale).add_(bias)
@@ -208,7 +208,8 @@ def _greedy(
 
 
 def _own(rows: Tensor) -> Tensor:
-    """A copy that may be viewed as another type: one row of a larger tensor counts as contiguous with odd strides."""
+    """A copy with standard strides, so that it can be viewed as another dtype: torch calls a single row contiguous
+    whatever its strides."""
     return rows.clone(memory_format=torch.contiguous_format)
 
 
@@ -218,7 +219,7 @@ def dequantise(rows: Tensor, bits: int, width: int) -> Tensor:
     codes = rows[:, HEAD:]
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :width]
-    # In place: fresh memory costs more than the arithmetic.
+    # In place: allocating memory costs more than the arithmetic.
     return codes.float().mul_(head[:, :1]).add_(head[:, 1:])
 
 

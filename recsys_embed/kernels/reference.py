@@ -1,4 +1,4 @@
-"""The readable definition of a lookup: one feature and row lookup at a time. All backends are compared with it."""
+"""Reference implementation of a lookup, one feature and row lookup at a time; all backends are tested against it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recsys_embed.kernels.places import Gather, Place, check_rows
 
 
 class Indexes(NamedTuple):
-    """A program's index arrays: where each of its indexes begins, and the arrays."""
+    """A program's index arrays, and the offset of each of its indexes in them."""
 
     places: Mapping[str, int]
     arrays: IndexArrays | None
@@ -89,10 +89,10 @@ def combine(
 def lookup(
     program: LookupProgram, tables: Mapping[str, Tensor], ids: Tensor, indexes: IndexStore | None = None
 ) -> Tensor:
-    """Vectors of ``ids``.
+    """Vectors of ``ids`` under a lookup program.
 
     Args:
-        program: the description to run.
+        program: the lookup program.
         tables: each of the program's tables by name, ``[rows, width]``.
         ids: int64 ``[n]``.
         indexes: arrays of the program's indexes; by default, ids are frequency ranks.
@@ -114,7 +114,7 @@ class Single(NamedTuple):
 
 
 class ReferenceLookup(nn.Module):
-    """Stands where a :class:`VectorisedLookup` stands, and runs one feature and one row lookup at a time."""
+    """Same interface as :class:`VectorisedLookup`; runs one feature and one row lookup at a time."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class ReferenceLookup(nn.Module):
 
     @property
     def groups(self) -> list[Single]:
-        """Every feature is a group of its own."""
+        """One group per feature."""
         return [Single((i,)) for i in range(len(self.programs))]
 
     def forward(
@@ -139,7 +139,7 @@ class ReferenceLookup(nn.Module):
         """Combined vectors per feature: ``[B, 1, columns]`` of ``ids [B, 1]``; ``[n, columns]`` of ``[n]``.
 
         Args:
-            local: given where the ids of a feature are ``[n]``.
+            local: given if the ids of a feature are ``[n]``.
             gather: called once per row lookup.
             chosen: the features to run, whose ids are given; all by default.
         """
@@ -152,7 +152,7 @@ class ReferenceLookup(nn.Module):
         program, places = self.programs[feature], self.places[feature]
         if not self.optional[feature]:
             return combine(program, places, ids, gather, indexes)
-        # Where there is no id no row is read, so that none is named by a sparse gradient.
+        # Absent ids read no row, so sparse gradients do not contain one.
         present = (ids >= 0).nonzero().squeeze(1)
         vectors = combine(program, places, ids[present], gather, indexes)
         return vectors.new_zeros(len(ids), vectors.shape[1]).index_copy(0, present, vectors)

@@ -1,4 +1,4 @@
-"""Physical storage of many tables: tables of one width are rows of one tensor, so one gather serves them all."""
+"""Physical storage: tables of one width are stored in one tensor, so that one gather reads them all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from recsys_embed.core.program import Table
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.pointers import memory_of
 
 _MADV_HUGEPAGE = 14
 
 
 def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]], dict[str, Place]]:
-    """Lay tables of equal width end to end.
+    """Concatenate tables of equal width.
 
     Args:
         tables: by key; dense tables are left out.
@@ -50,22 +51,22 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
 def advise_huge_pages(tensor: Tensor) -> bool:
     """Ask the OS to back a CPU tensor with huge pages; True if it accepted.
 
-    Random row reads are bound by address translation: huge pages make them 1.3 to 3.5 times faster. Advice has to come
-    before the pages are first written. Elsewhere than on Linux, and for tensors below one huge page, nothing is done.
+    Random row reads are limited by TLB misses: huge pages make them 1.3 to 3.5 times faster. Call it before the
+    first write to the tensor. It does nothing on systems other than Linux and for tensors below one huge page.
     """
     size = tensor.numel() * tensor.element_size()
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or size < 1 << 21:
         return False
     page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + size - start) // page * page
+    start = -(-memory_of(tensor) // page) * page
+    length = (memory_of(tensor) + size - start) // page * page
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return bool(madvise(start, length, _MADV_HUGEPAGE) == 0)
 
 
 def allocate(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Uninitialised ``[rows, width]``, on huge pages where the OS allows."""
+    """Uninitialised ``[rows, width]``, on huge pages if the OS allows."""
     out = torch.empty(rows, width, device=device, dtype=dtype)
     if not out.is_meta:
         advise_huge_pages(out)

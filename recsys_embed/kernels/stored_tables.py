@@ -1,7 +1,6 @@
-"""Tables as they are served: rows at a precision, without pruned rows and columns, read where they lie in a file.
+"""Tables for serving: quantised, without pruned rows and columns, and read in place from a memory-mapped file.
 
-A lookup needs rows as float vectors and nothing else, so the tables it gathers from may be quantised, memory-mapped
-or full of gaps; only the rows that are read are ever decoded.
+A lookup only needs float vectors of rows, so rows are decoded when they are read.
 """
 
 from __future__ import annotations
@@ -24,19 +23,20 @@ from recsys_embed.kernels.precision import HEAD, Layout
 RowForm = Literal["all", "range", "bitmap", "sorted"]
 _FORMS: tuple[RowForm, ...] = get_args(RowForm)
 _CHUNK = 1 << 16
+_COLUMNS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """One table of a storage, and what of it is kept.
+    """One table of a storage, and which of its rows and columns are stored.
 
     Args:
-        rows: rows of the table; those that are not kept are zero.
-        layout: of the kept columns.
-        form: how the kept rows are known: all; those from ``start`` on; a bitmap with running counts; their numbers.
-        start: first kept row of form ``"range"``; 0 otherwise.
-        count: kept rows.
-        columns: kept columns, rising; None for all.
+        rows: rows of the table; those that are not stored are zero.
+        layout: of the stored columns.
+        form: which rows are stored: all; a range from ``start`` on; those in a bitmap; those in a sorted list.
+        start: first stored row of form ``"range"``; 0 otherwise.
+        count: number of stored rows.
+        columns: stored columns, ascending; None for all.
     """
 
     rows: int
@@ -48,26 +48,33 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the kept elements."""
+        """Bytes of the stored elements."""
         return self.layout.nbytes(self.count)
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the arrays that know which rows are kept."""
+        """Bytes of the arrays that say which rows are stored."""
         return {"all": 0, "range": 0, "bitmap": 12 * words_of(self.rows), "sorted": 4 * self.count}[self.form]
+
+
+def too_many_columns(parts: Sequence[Part]) -> bool:
+    """Whether lists of kept columns, as long as the longest for every part, outweigh the rows that are stored."""
+    if all(p.columns is None for p in parts):
+        return False
+    return len(parts) * max(p.layout.width for p in parts) > _COLUMNS + 8 * sum(p.nbytes for p in parts)
 
 
 N = TypeVar("N", int, Tensor)
 
 
 class _Integers(NamedTuple, Generic[N]):
-    """What a lookup needs to know of each row's part."""
+    """Integers by which a lookup finds a row in its part."""
 
     start: N
     count: N  # type: ignore[assignment]
-    size: N  # rows of the table where they have a bitmap, else 0
-    word: N  # where its bitmap begins
-    value: N  # where its sorted rows begin
+    size: N  # rows of the table if it has a bitmap, else 0
+    word: N  # offset of its bitmap
+    value: N  # offset of its sorted rows
     form: N
     base: N  # first element
     stored: N  # first stored row
@@ -82,7 +89,7 @@ def _integers(parts: Sequence[Part]) -> Iterator[_Integers[int]]:
     for i, p in enumerate(parts):
         size = p.rows if p.form == "bitmap" else 0
         rest = (p.layout.width, p.layout.block, p.layout.items, i)
-        # A part without such an array must not point past the last one.
+        # A part without such an array must still have an offset within it.
         at = (word if p.form == "bitmap" else 0, value if p.form == "sorted" else 0)
         yield _Integers(p.start, p.count, size, *at, _FORMS.index(p.form), base, stored, *rest)
         stored += p.layout.stored_rows(p.count)
@@ -96,13 +103,13 @@ class Stored(Constants):
 
     Args:
         parts: the tables, in the order of their rows.
-        width: of the vectors; columns that are not kept are zero.
-        data: stored rows of all parts, end to end; flat, of the layouts' dtype.
-        arrays: words, ranks and values of all row sets, end to end, each in the order of the parts.
+        width: of the vectors; columns that are not stored are zero.
+        data: stored rows of all parts, concatenated; flat, of the layouts' dtype.
+        arrays: words, ranks and values of all row sets, each concatenated in the order of the parts.
         dtype: of the vectors.
-        backend: what decodes whole rows on the CPU: FBGEMM (for tables with rows that are not kept it takes 4 bytes
-            more per row, that say where each is); torch; or by itself the native kernels where all rows are kept, else
-            FBGEMM for integers where it can be imported.
+        backend: what decodes rows on the CPU: ``"fbgemm"`` (tables with pruned rows then take 4 bytes more per row, for
+            its remapping), ``"torch"``, or ``"auto"``: the native kernels if all rows are stored, else FBGEMM for
+            quantised rows if it can be imported.
 
     >>> table = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     >>> part = Part(3, Layout("fp16", 2), "sorted", 0, 2)
@@ -135,7 +142,7 @@ class Stored(Constants):
         layouts = {p.layout for p in self.parts}
         self._kind = self.parts[0].layout
         self._whole = all(p.columns is None for p in self.parts)
-        # Rows of one size, each of one table row, are read whole; others element by element.
+        # Stored rows of one size that hold one table row each are read whole, others element by element.
         self._uniform = self._kind if self._whole and len(layouts) == 1 and self._kind.block == 1 else None
         self._reader = None if self._uniform is None else fbgemm.reader(self._uniform, backend)
         self._pruned = any(p.form != "all" for p in self.parts)
@@ -148,14 +155,14 @@ class Stored(Constants):
         self.register_buffer("data", data if self._uniform is None else data.view(-1, self._kind.items))
         for name in ("words", "ranks", "values"):
             self.register_buffer(name, arrays.held[name])
-        # Follows .to(dtype) and .to(device), so that vectors go where the rest of the model goes.
+        # Follows .to(dtype) and .to(device), so that vectors have the dtype and device of the model.
         self.register_buffer("like", torch.zeros(0, dtype=dtype, device=device), persistent=False)
         self._widest = max(p.layout.width for p in self.parts)
         self.add_constant("starts", [0, *accumulate(p.rows for p in self.parts)], device)
         self.add_constant("integers", list(map(list, _integers(self.parts))), device)
         self.add_constant("lane", list(range(max(self._widest, HEAD))), device)
         if not self._whole:
-            # A column past the last takes what a narrower part does not have.
+            # An extra last column takes the elements that a narrower part does not have.
             columns = [p.columns if p.columns is not None else tuple(range(width)) for p in self.parts]
             self.add_constant("columns", [[*c, *[width] * (self._widest - len(c))] for c in columns], device)
         places = self._all_places() if backend == "fbgemm" and self._reader is not None and self._pruned else None
@@ -163,7 +170,7 @@ class Stored(Constants):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors."""
+        """Dtype of the vectors."""
         return self.like.dtype
 
     @property
@@ -171,22 +178,27 @@ class Stored(Constants):
         return self.like.device
 
     @property
+    def read_by_fbgemm(self) -> bool:
+        """Whether FBGEMM decodes rows on the CPU."""
+        return self._reader is not None
+
+    @property
     def direct(self) -> Tensor | None:
-        """Stored rows ``[rows, items]`` where these are what the native kernels read, else None."""
+        """Stored rows ``[rows, items]`` if the native kernels can read them, else None."""
         if not self._auto or self._uniform is None or self._pruned or self._kind.kind == "fp64":
             return None
-        # As attributes torch finds them last of all, ten times slower.
+        # Attribute access to buffers is ten times slower.
         buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
         return buffers["data"] if buffers["like"].dtype is torch.float32 else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored rows and of the arrays that know which rows are kept."""
+        """Bytes of stored rows and of the arrays that say which rows are stored."""
         held = (self.data, self.words, self.ranks, self.values, self.places)
         return sum(b.nbytes for b in held if b is not None)
 
     def forward(self, rows: Tensor, partial: bool = False) -> Tensor:
-        """Vectors of int64 ``rows [n]``: ``[n, width]``; with ``partial`` rows may be -1, and read anything."""
+        """Vectors of int64 ``rows [n]``: ``[n, width]``; with ``partial``, rows may be -1."""
         if partial:
             rows = rows.clamp_min(0)
         if self._uniform is not None and not self._pruned:
@@ -202,11 +214,11 @@ class Stored(Constants):
         return out.to(self.dtype)
 
     def _reader_of(self, rows: Tensor) -> fbgemm.RowReader | None:
-        """What of FBGEMM's reads these rows, if anything."""
+        """FBGEMM's reader for these rows; None if it is not used."""
         return self._reader if rows.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
     def _all_places(self) -> Tensor:
-        """Stored row of every row, -1 where it is not kept: int32 ``[rows]``."""
+        """Stored row of every row, -1 if it is not stored: int32 ``[rows]``."""
         out = torch.empty(self.rows, dtype=torch.int32)
         for first in range(0, self.rows, _CHUNK):
             rows = torch.arange(first, min(first + _CHUNK, self.rows))
@@ -215,7 +227,7 @@ class Stored(Constants):
         return out
 
     def _whole_rows(self, rows: Tensor) -> Tensor:
-        """Decoded stored rows of one layout."""
+        """Vectors of rows whose parts have one layout."""
         layout = cast("Layout", self._uniform)
         reader = self._reader_of(rows)
         if reader is not None:
@@ -223,12 +235,12 @@ class Stored(Constants):
         return layout.decode(self.data.index_select(0, rows))
 
     def _place(self, rows: Tensor) -> tuple[Tensor, _Integers[Tensor]]:
-        """Place of each row among the kept rows of its part, -1 where it is not kept; and the part's integers."""
-        integers, local = self.constant("integers"), rows
+        """Place of each row among the stored rows of its part, -1 if it is not stored; and the part's integers."""
+        integers, local = self.constant("integers", rows), rows
         if len(self.parts) == 1:
             n = _Integers(*integers[0].unbind(-1))
         else:
-            starts = self.constant("starts")
+            starts = self.constant("starts", rows)
             part = torch.bucketize(rows, starts[1:-1], right=True)
             n, local = _Integers(*integers[part].unbind(-1)), rows - starts[part]
         if not self._pruned:
@@ -244,9 +256,9 @@ class Stored(Constants):
         return place, n
 
     def _scattered(self, pos: Tensor, n: _Integers[Tensor]) -> Tensor:
-        """Vectors of kept rows ``pos [n]`` where parts differ in width or several rows share a stored one."""
-        lane = self.constant("lane")
-        last = len(self.data) - 1  # a narrower part's lanes may point beyond its row; what they read is dropped
+        """Vectors of stored rows ``pos [n]`` if parts differ in width or several table rows share a stored row."""
+        lane = self.constant("lane", pos)
+        last = len(self.data) - 1  # columns of a narrower part may point beyond its row; their values are dropped
         row = (n.base + torch.div(pos, n.block, rounding_mode="floor") * n.items).unsqueeze(1)
         element = ((pos % n.block) * n.width).unsqueeze(1) + lane[: self._widest]
         if self._kind.bits is None:
@@ -261,7 +273,7 @@ class Stored(Constants):
             values = codes.float() * head[:, :1] + head[:, 1:]
         if self._whole:
             return values
-        where = self.constant("columns")[n.number].expand(pos.shape[0], -1)
+        where = self.constant("columns", pos)[n.number].expand(pos.shape[0], -1)
         return values.new_zeros(pos.shape[0], self.width + 1).scatter(1, where, values)[:, : self.width]
 
     def dense(self, start: int = 0, count: int | None = None) -> Tensor:
@@ -279,7 +291,7 @@ class Stored(Constants):
 
 
 class StoredTables(nn.Module):
-    """The storages of a module that serves, by the name under which its lookups read them."""
+    """The storages of a serving module, by the name under which lookups read them."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         super().__init__()
@@ -293,7 +305,7 @@ class StoredTables(nn.Module):
         return cast("Stored", self._modules[f"table_{name}"])
 
     def direct(self, names: Sequence[str]) -> list[Tensor] | None:
-        """Stored rows of the named storages where the native kernels read all of them, else None."""
+        """Stored rows of the named storages if the native kernels can read all of them, else None."""
         found = [self[name].direct if name in self else None for name in names]
         return None if any(f is None for f in found) else cast("list[Tensor]", found)
 
@@ -303,7 +315,7 @@ class StoredTables(nn.Module):
         return cast("Stored", next(iter(self._modules.values()))).like
 
     def footprint(self) -> Footprint:
-        """Bytes of stored rows, and of the arrays that know which rows are kept."""
+        """Bytes of stored rows, and of the arrays that say which rows are stored."""
         stored = [cast("Stored", m) for m in self._modules.values()]
         weights = sum(s.data.nbytes for s in stored)
         return Footprint(weights=weights, index=sum(s.nbytes for s in stored) - weights)

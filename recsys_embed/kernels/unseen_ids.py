@@ -1,9 +1,9 @@
-"""Policies for unseen ids: applied to the ids of all features at once, before any lookup reads them."""
+"""Policies for unseen ids, applied to the ids of all features before the lookup."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,24 @@ from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.derivatives import outside_transforms
 from recsys_embed.kernels.id_checks import check_feature_ids, check_id_range
+from recsys_embed.kernels.recording import hidden, recording, refused_when_run, tracing, unmapped
 
 NO_ID = -1
-"""Stands for an id that reads no row."""
+"""The id that reads no row."""
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
 
 
 class UnseenCount(NamedTuple):
-    """Ids a feature was asked for since counting began: those never seen, and all. Both are numbers of lookups."""
+    """Lookups of a feature since counting began: of unseen ids, and of all ids."""
 
     unseen: int
     looked_up: int
 
 
 def action(spec: FeatureSpec, hashes: bool) -> Literal["pass", "raise", "hash", "oov", "zero"]:
-    """What is done to an unseen id of ``spec`` under a method that ``hashes`` any id, or does not.
+    """The action for an unseen id of ``spec``, given whether its method ``hashes`` any id.
 
     >>> action(FeatureSpec("C1", 10, 4), hashes=True), action(FeatureSpec("C1", 10, 4), hashes=False)
     ('pass', 'raise')
@@ -39,7 +41,7 @@ def action(spec: FeatureSpec, hashes: bool) -> Literal["pass", "raise", "hash", 
 
 
 def with_unseen(spec: FeatureSpec, counts: Tensor) -> Tensor:
-    """Counts per id ``[num_embeddings]`` as counts per stored id ``[num_ids]``: the id of unseen ones ranks last.
+    """Counts per id ``[num_embeddings]`` as counts per stored id ``[num_ids]``; the id for unseen ids ranks last.
 
     Raises:
         ConfigError: of another shape.
@@ -54,10 +56,9 @@ def with_unseen(spec: FeatureSpec, counts: Tensor) -> Tensor:
 
 
 def with_unseen_row(spec: FeatureSpec, weight: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A trained table ``[num_embeddings, width]`` and its counts as ones of all stored ids, ``num_ids``.
+    """A trained table ``[num_embeddings, width]`` and its counts, extended to all ``num_ids`` stored ids.
 
-    Nothing is known of unseen ids but that they are ids, so theirs gets the mean over all, weighted by ``counts``, and
-    the mean count.
+    The id for unseen ids gets the mean row, weighted by ``counts``, and the mean count.
     """
     if spec.num_ids == len(weight):
         return weight, counts
@@ -70,13 +71,13 @@ def with_unseen_row(spec: FeatureSpec, weight: Tensor, counts: Tensor | None) ->
 class UnseenIds(Constants):
     """The policies of many features as tensors over features, and device counters of unseen ids.
 
-    Counting is on where some feature's policy is ``"hash"``, ``"oov"`` or ``"zero"``. Counters are no part of the
-    state dict and of no exported program, and adding to them never waits for the device. Threads that look up at once
-    get right vectors, but additions of two threads at the same moment may lose one.
+    Lookups are counted if the policy of any feature is ``"hash"``, ``"oov"`` or ``"zero"``. Counters are neither in the
+    state dict nor in exported programs, and counting never waits for the device. Lookups are thread-safe, counts are
+    not: concurrent additions may be lost.
 
     Args:
         specs: the features.
-        hashes: per feature, whether its method takes any id.
+        hashes: per feature, whether its method accepts any id.
     """
 
     counts: Tensor
@@ -86,10 +87,11 @@ class UnseenIds(Constants):
         self.names = tuple(s.name for s in specs)
         actions = [action(s, h) for s, h in zip(specs, hashes, strict=True)]
         self.actions = tuple(actions)
+        self.refuses = "raise" in actions
         self.zeros = tuple(a == "zero" for a in actions)
         self.counting = any(s.unseen in ("hash", "oov", "zero") for s in specs)
         self.replaces = not {"hash", "oov", "zero"}.isdisjoint(actions)
-        # The bounds of ids that are as they should be; -1 where any is, which the check of ranges reads so.
+        # Bounds of valid ids per feature; -1 allows any id, as in check_feature_ids.
         sizes = [s.num_embeddings for s in specs]
         self.add_constant("limits", [n if a == "raise" else -1 for n, a in zip(sizes, actions, strict=True)])
         raw = [s.ids == "raw" for s in specs]
@@ -99,12 +101,13 @@ class UnseenIds(Constants):
         self.add_constant("salts", [hashing.salt(0, n, "unseen") for n in self.names])
         self.add_constant("fixed", [NO_ID if a == "zero" else n for n, a in zip(sizes, actions, strict=True)])
         self.add_constant("kinds", [{"hash": 1, "oov": 2, "zero": 2}.get(a, 0) for a in actions])
-        self.register_buffer("counts", torch.zeros(len(self.names), 2, dtype=torch.int64), persistent=False)
+        # No buffer: averages of weights, checkpoints and other processes have no part in it.
+        self.counts = torch.zeros(len(self.names), 2, dtype=torch.int64)
 
     # -- resolving ------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, feature: Tensor | None = None, ignored: Tensor | None = None) -> Tensor:
-        """Replace unseen ids as their features say, and count them.
+        """Replace unseen ids by the policies of their features, and count them.
 
         Args:
             ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id; of a single feature any
@@ -113,14 +116,13 @@ class UnseenIds(Constants):
             ignored: bool of the shape of ``ids``: ids in range that are not counted.
 
         Returns:
-            int64 of the shape of ``ids``: ids in ``[0, num_ids)``, -1 where an id reads no row, and what it will where
-            the method takes any id.
+            int64 of the shape of ``ids``: ids in ``[0, num_ids)``, or any id if the method accepts any; -1 if no row is
+            read.
 
         Raises:
             IdRangeError: names the first feature that refuses an unseen id, and its smallest and largest id.
         """
-        counts = self.counting and not torch.compiler.is_exporting()
-        return self.resolve(ids, feature, ignored, count=counts)
+        return self.resolve(ids, feature, ignored, count=self.counting and _is_first_pass())
 
     def resolve(
         self,
@@ -131,46 +133,63 @@ class UnseenIds(Constants):
         count: bool = False,
         check: bool = True,
     ) -> Tensor:
-        """As calling it, counting only if told to; without ``check`` ids that are refused come back as they are."""
+        """As :meth:`forward`; counting is optional, and without ``check`` refused ids are returned unchanged."""
+        if self.refuses and tracing():
+            check, ids = False, self._refused_when_run(ids, feature) if check else ids
         if not (self.replaces or count) or ids.device.type == "meta":
             if check:
                 self.check(ids, feature)
             return ids
-        if check and "raise" in self.actions:
+        if check and self.refuses:
             self.check(ids, feature)
-        outside = (ids < self._of("low", feature)) | (ids > self._of("last", feature))
+        outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
         if count:
             self._count(outside, feature, ignored)
         if not self.replaces:
             return ids
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(outside.any()):
+        if ids.device.type == "cpu" and not hidden(ids) and not bool(outside.any()):
             return ids
-        kinds = self._of("kinds", feature)
-        replaced = self._of("fixed", feature)
+        kinds = self._of("kinds", ids, feature)
+        replaced = self._of("fixed", ids, feature)
         if "hash" in self.actions:
-            hashed = hashing.hash_rows(ids, self._of("salts", feature), self._of("sizes", feature))
+            hashed = hashing.hash_rows(ids, self._of("salts", ids, feature), self._of("sizes", ids, feature))
             replaced = torch.where(kinds == 1, hashed, replaced)
         return torch.where(outside & (kinds != 0), replaced, ids)
 
-    def _of(self, name: str, feature: Tensor | None) -> Tensor:
-        """A constant, as it broadcasts with ids."""
-        values = self.constant(name)
+    def _of(self, name: str, near: Tensor, feature: Tensor | None) -> Tensor:
+        """A constant in the shape that broadcasts with ids."""
+        values = self.constant(name, near)
         if feature is not None:
             return values[feature]
         return values if len(self.names) > 1 else values.view(())  # ids of a single feature have any shape
 
+    def _refused_when_run(self, ids: Tensor, feature: Tensor | None) -> Tensor:
+        """As :meth:`check`, of the program that is being traced."""
+        limits = self._of("limits", ids, feature)
+        return refused_when_run(ids, ((ids < 0) | (ids >= limits)) & (limits >= 0))
+
     def check(self, ids: Tensor, feature: Tensor | None = None) -> None:
-        """Raise for ids that their features refuse; see calling it."""
+        """Raise if a feature refuses one of its ids; see :meth:`forward`."""
         if len(self.names) > 1 or feature is not None:
-            check_feature_ids(ids, self.constant("limits"), self.names, feature)
+            check_feature_ids(ids, self.constant("limits", ids), self.names, feature)
         elif self.actions[0] == "raise":
             # One feature needs no bound per id.
             check_id_range(ids, self._integers["sizes"][0], self.names[0])  # type: ignore[arg-type]  # it is a flat list
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self._add(outside, feature, ignored)
+            return
+        # Counters belong to no function that torch.func transforms.
+        with outside_transforms():
+            self._add(unmapped(outside), *(t if t is None else unmapped(t) for t in (feature, ignored)))
+
+    @torch.no_grad()
+    def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+        if self.counts.device != outside.device:
+            self.counts = self._on(outside.device)
         if feature is not None:
             counted = torch.ones_like(outside) if ignored is None else ~ignored
             self.counts.index_add_(0, feature, torch.stack([outside, counted], -1).to(torch.int64))
@@ -181,16 +200,39 @@ class UnseenIds(Constants):
         self.counts[:, 1].add_(looked_up)
 
     def read(self) -> dict[str, UnseenCount]:
-        """The counts by feature; waits for the device."""
+        """Counts by feature; waits for the device."""
         return {name: UnseenCount(*row) for name, row in zip(self.names, self.counts.tolist(), strict=True)}
 
     def reset(self) -> None:
-        """Count from zero."""
+        """Reset all counts to zero."""
         self.counts.zero_()
 
+    def _on(self, device: torch.device) -> Tensor:
+        """The counts on a device; zeros from one that holds no values."""
+        counts = self.counts
+        return torch.zeros(counts.shape, dtype=torch.int64, device=device) if counts.is_meta else counts.to(device)
+
+    def revive(self, device: torch.device) -> None:
+        super().revive(device)
+        self.counts = self._on(device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        was_meta = self.counts.is_meta
         super()._apply(fn, recurse)
-        if was_meta and not self.counts.is_meta:
-            self.reset()
+        moved = fn(self._on(torch.device("cpu")) if self.counts.is_meta else self.counts)
+        # Memory without values (`to_empty`, the meta device) takes the counts along or starts from zero.
+        self.counts = moved if moved is self.counts else self._on(moved.device)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.refuses = "raise" in self.actions
+        counts = self._buffers.pop("counts", None)  # a buffer of earlier versions
+        if counts is not None:
+            self.counts = counts
+
+
+def _is_first_pass() -> bool:
+    """Whether a lookup counts: not within an exported program, nor where a backward computes activations anew."""
+    if recording():
+        return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch._C._current_graph_task_id() == -1

@@ -26,10 +26,10 @@ from recsys_embed.utils.types import Signature
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows that several row lookups of a group read from one storage with one kind of transform.
+    """Row lookups of a group that read one storage with one kind of transform.
 
-    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, where its index begins, the
-    rows of the table, and the table's place in the storage.
+    ``params`` names a constant ``[features, row lookups, n]``: the transform's integers, the offset of its index, the
+    rows of the table, and the table's offset in the storage.
     """
 
     storage: str
@@ -42,7 +42,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _RowLookupSet:
-    """RowLookups of a group that run as one operation; ``slots`` are their places in the program."""
+    """Row lookups of a group that run as one operation; ``slots`` are their positions in the program."""
 
     slots: tuple[int, ...]
     read: _Read
@@ -58,7 +58,7 @@ def _signature(program: LookupProgram, places: Mapping[str, Place], key: tuple[H
 
 
 def _kinds(program: LookupProgram, places: Mapping[str, Place]) -> list[Signature]:
-    """Row lookups of equal kind run as one."""
+    """Signatures of the row lookups; those of equal signature run as one operation."""
     return [
         (
             places[p.table].storage,
@@ -75,14 +75,14 @@ def _kinds(program: LookupProgram, places: Mapping[str, Place]) -> list[Signatur
 
 
 class Group(Constants):
-    """Features that share one structure, run together.
+    """Features of equal structure, which run as one.
 
     Args:
         features: their positions among the collection's features.
         programs: one program per position.
-        places: where each table of the programs lives.
-        index: where the indexes of all features lie.
-        optional: the id -1 is none: it reads no row and gives zeros.
+        places: of each table of the programs.
+        index: arrays of all features.
+        optional: an id of -1 means no id: it reads no row and gives zeros.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Group(Constants):
         self.sets = [self._row_lookup_set(tuple(slots), programs, places, index) for slots in by_kind.values()]
         counts = {s.read.num_rows for s in self.sets}
         for count in counts - {1}:
-            self.add_constant(f"run{count}", list(range(count)))
+            self.add_constant(f"slice{count}", list(range(count)))
 
     def _read(
         self,
@@ -147,7 +147,7 @@ class Group(Constants):
 
     @property
     def reads(self) -> list[_Read]:
-        """What :meth:`rows` asks for, in order."""
+        """The reads that :meth:`rows` returns rows for, in order."""
         return [read for s in self.sets for read in (s.read, s.weight) if read is not None]
 
     def rows(
@@ -161,12 +161,12 @@ class Group(Constants):
             ids: ``[B, len(features)]``, or ``[n]`` with ``local``.
             local: ``[n]``, which of the group's features each id belongs to.
             arrays: of all indexes.
-            absent: bool of the shape of ``ids``, those that read no row; None where that is none of them.
+            absent: bool of the shape of ``ids``, ids that read no row; None if all read one.
         """
         x = ids.unsqueeze(-1)
         out = []
         for read in self.reads:
-            stacked = self.constant(read.params)
+            stacked = self.constant(read.params, ids)
             *params, at, size, offset = (stacked if local is None else stacked[local]).unbind(-1)
             rows = read.kind[0].map(read.kind, x, params, at, arrays)
             if not read.reach_is_known:
@@ -176,17 +176,18 @@ class Group(Constants):
             partial = read.may_be_absent or absent is not None
             if read.num_rows > 1:
                 size, offset, rows = size.unsqueeze(-1), offset.unsqueeze(-1), rows.unsqueeze(-1)
-                ahead = (rows + self.constant(f"run{read.num_rows}")) % size
+                ahead = (rows + self.constant(f"slice{read.num_rows}", ids)) % size
                 rows = torch.where(rows < 0, rows, ahead) if partial else ahead
             out.append((read.storage, torch.where(rows < 0, rows, rows + offset) if partial else rows + offset))
         return out
 
     def _signs(self, s: _RowLookupSet, ids: Tensor, local: Tensor | None) -> Tensor:
-        """-1 or +1 per read, to multiply with its values."""
-        salts = self.constant(s.signs or "")
+        """-1 or +1 per element read."""
+        salts = self.constant(s.signs or "", ids)
         salts, x = salts if local is None else salts[local], ids.unsqueeze(-1)
         if s.read.num_rows > 1:
-            salts, x = hashing.sequence(salts.unsqueeze(-1), self.constant(f"run{s.read.num_rows}")), x.unsqueeze(-1)
+            steps = self.constant(f"slice{s.read.num_rows}", ids)
+            salts, x = hashing.sequence(salts.unsqueeze(-1), steps), x.unsqueeze(-1)
         return hashing.hash_signs(x, salts).unsqueeze(-1)
 
     def combine(self, ids: Tensor, local: Tensor | None, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -228,14 +229,17 @@ class Group(Constants):
 
 
 class VectorisedLookup(nn.Module):
-    """Run many programs at once.
+    """Runs the programs of many features at once.
 
     Args:
         programs: one per feature.
-        places: per feature, where each of its tables lives; ``dense`` tables need no place.
+        places: per feature, the place of each of its tables; ``dense`` tables need none.
         keys: per feature, anything hashable that keeps features apart in groups (e.g. the pooling).
-        optional: per feature, whether its id -1 is none: such ids read no row and give zeros.
+        optional: per feature, whether an id of -1 means no id: it reads no row and gives zeros.
+        index: arrays of the programs, of another module; by default the lookup's own.
     """
+
+    index: IndexStore
 
     def __init__(
         self,
@@ -243,6 +247,7 @@ class VectorisedLookup(nn.Module):
         places: Sequence[Mapping[str, Place]],
         keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
+        index: IndexStore | None = None,
     ) -> None:
         super().__init__()
         self.optional = tuple(optional or [False] * len(programs))
@@ -250,7 +255,10 @@ class VectorisedLookup(nn.Module):
         for i, program in enumerate(programs):
             key = (keys[i] if keys else None, self.optional[i])
             members.setdefault(_signature(program, places[i], key), []).append(i)
-        self.index = IndexStore([p.indexes for p in programs])
+        if index is None:
+            self.index = IndexStore([p.indexes for p in programs])
+        else:
+            self.__dict__["index"] = index  # not as a part of this module
         self._groups = nn.ModuleList(
             Group(m, [programs[i] for i in m], [places[i] for i in m], self.index, self.optional[m[0]])
             for m in members.values()
@@ -265,7 +273,7 @@ class VectorisedLookup(nn.Module):
     def _requests(
         self, ids: Sequence[Tensor], local: Sequence[Tensor] | None, chosen: Sequence[int] | None = None
     ) -> tuple[Sequence[Tensor | None], list[Tensor | None], list[list[tuple[str, Tensor]]]]:
-        """Per group: which of its features each id belongs to, which ids read no row, and the rows to gather."""
+        """Per group: the feature of each id, the ids that read no row, and the rows to gather."""
         groups = self._chosen(chosen)
         where: Sequence[Tensor | None] = local if local is not None else [None] * len(ids)
         arrays = self.index.arrays
@@ -286,7 +294,7 @@ class VectorisedLookup(nn.Module):
             local: per group ``[n]``, which of its features each id belongs to.
             gather: reads rows of a storage: (storage, int64 ``[n]``, whether some rows may be -1) -> ``[n, width]``;
                 called once per storage. What it returns for -1 is ignored.
-            chosen: places of the groups to run, whose ids are given; all by default.
+            chosen: indices of the groups to run; ``ids`` are theirs. All by default.
         """
         where, absent, requests = self._requests(ids, local, chosen)
         groups = self._chosen(chosen)

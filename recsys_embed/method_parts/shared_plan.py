@@ -11,12 +11,12 @@ from recsys_embed.features import FeatureSpec
 def keep_small_tables(
     specs: Sequence[FeatureSpec], budget: int, plain: MethodConfig, full_below: int
 ) -> tuple[dict[str, MethodConfig], int, list[FeatureSpec]]:
-    """Split features into those that keep a dense table (with its bytes) and those left to share.
+    """Split features into those that keep a full table (with its bytes) and those left to share.
 
     Features with fewer than ``full_below`` ids keep one, smallest first, while these take at most half of ``budget``.
 
     Returns:
-        Configurations and total bytes of the dense tables, and the remaining features.
+        Configurations and total bytes of the full tables, and the remaining features.
     """
     chosen: dict[str, MethodConfig] = {}
     spent = 0

@@ -16,7 +16,7 @@ from recsys_embed.methods.robe import RobeEmbedding
 from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
 
-register(FullEmbedding, paper="plain table (torch.nn.Embedding)", tags=("baseline",))
+register(FullEmbedding, paper="full table (torch.nn.Embedding)", tags=("baseline",))
 register(HashEmbedding, paper="Weinberger et al., ICML 2009, arXiv 0902.2206", tags=("hashing",))
 register(LowdimEmbedding, paper="low-rank factorisation; optimum by Eckart and Young 1936", tags=("baseline",))
 register(MultihashEmbedding, paper="Svenstrup et al., NeurIPS 2017, arXiv 1709.03933", tags=("hashing",))

@@ -6,7 +6,7 @@ k * n**(1/k) rows.
 
 Where this differs from the authors' DLRM code: the quotient is exact integer division (theirs goes through floats,
 wrong above 2**24); rows combine per id before bags are pooled (``bag="pooled"`` is theirs); and products start like a
-plain table (``initializer="dlrm_bug"`` is theirs, whose call sets the lower bound of the uniform distribution and not
+full table (``initializer="dlrm_bug"`` is theirs, whose call sets the lower bound of the uniform distribution and not
 its width).
 The affine map is ours: it breaks the tie between the order of ids and their classes.
 """
@@ -52,7 +52,7 @@ def class_maps(
 
 @dataclass(frozen=True, kw_only=True)
 class CompositionalConfig(MethodConfig):
-    """Tables ``part0``, ``part1``, ..., one per partition; a dense table where that would not be smaller.
+    """Tables ``part0``, ``part1``, ..., one per partition; a full table where that would not be smaller.
 
     With ``num_collisions`` c the first table has ceil(n / c) rows and the others cover c: c rows for the second of
     two. Classes of an id x, with moduli m_0, m_1, ...:
@@ -80,12 +80,12 @@ class CompositionalConfig(MethodConfig):
     num_collisions: int | None = param(None, "ids that share a row of the first table", low=1)
     moduli: tuple[int, ...] | None = param(None, "rows of each table, instead of `num_collisions`")
     affine: bool = param(False, "first map x to (a*x + b) % p, a bijection for a prime p >= n")
-    threshold: int = param(0, "features of at most this many ids keep a plain table", low=0)
+    threshold: int = param(0, "features of at most this many ids keep a full table", low=0)
     bag: Literal["per_id", "pooled"] = param(
         "per_id", "'pooled' pools bags per table before tables combine, as in DLRM"
     )
     initializer: Literal["plain", "dlrm_bug", "xavier"] = param(
-        "plain", "'plain' starts with the plain table's mean and std"
+        "plain", "'plain' starts with the full table's mean and std"
     )
     hidden: int = param(64, "hidden width of the networks of combine='path'", low=1, high=65536)
 
@@ -181,7 +181,7 @@ class CompositionalConfig(MethodConfig):
         return (widths[0], *(network if self.combine == "path" else w for w in widths[1:]))
 
     def moduli_of(self, spec: FeatureSpec) -> tuple[int, ...] | None:
-        """Classes of each partition of ``spec``, or None where the feature keeps a plain table.
+        """Classes of each partition of ``spec``, or None where the feature keeps a full table.
 
         >>> config = CompositionalConfig(num_collisions=4, threshold=200)
         >>> config.moduli_of(FeatureSpec("C1", 1000, 16)), config.moduli_of(FeatureSpec("C2", 200, 16))
@@ -199,7 +199,7 @@ class CompositionalConfig(MethodConfig):
         """The partitions' maps from an id to its class; only for a feature that is compressed."""
         moduli, affine = self.moduli_of(spec), None
         if moduli is None:
-            raise ConfigError(f"feature {spec.name!r} keeps a plain table and has no partitions")
+            raise ConfigError(f"feature {spec.name!r} keeps a full table and has no partitions")
         if self.affine:
             # Ids stay below 2**31, so a*x + b stays below 2**63.
             p = self._range(spec)
@@ -260,7 +260,7 @@ class CompositionalConfig(MethodConfig):
 
     @classmethod
     def _ladder(cls, spec: FeatureSpec, params: dict[str, Any]) -> Sequence[tuple[int, ...]]:
-        """The useful moduli, cheapest first, all below the cost of a plain table."""
+        """The useful moduli, cheapest first, all below the cost of a full table."""
         config = cls.from_params(params)
         faults = config._faults(spec)
         if config.num_collisions is not None or config.moduli is not None:
@@ -279,7 +279,7 @@ class CompositionalConfig(MethodConfig):
     def sized(cls, spec: FeatureSpec, size: int, **params: Any) -> Self:
         rungs = cls._ladder(spec, params)
         if size > len(rungs):
-            # The largest size is the plain table.
+            # The largest size is the full table.
             threshold = max(spec.num_ids, params.get("threshold", 0))
             return cls.from_params({**params, "threshold": threshold})
         moduli = rungs[size - 1]
@@ -289,7 +289,7 @@ class CompositionalConfig(MethodConfig):
 
 
 class CompositionalEmbedding(CompressedEmbedding):
-    """Drop-in over complementary partitions; with ``combine="feature"`` its vectors stand side by side.
+    """Drop-in over complementary partitions; with ``combine="feature"`` it returns several vectors per id.
 
     >>> emb = CompositionalEmbedding(10_000, 16, num_collisions=100)
     >>> emb(torch.tensor([1, 9_999])).shape, emb.footprint().serve, len(emb.materialize().unique(dim=0))

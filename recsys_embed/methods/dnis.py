@@ -103,7 +103,7 @@ class DnisConfig(MethodConfig):
 
 
 class DnisEmbedding(CompressedEmbedding):
-    """Drop-in over blocks of ids with columns of their own.
+    """Drop-in over blocks of ids, each with its own columns.
 
     >>> import torch
     >>> emb = DnisEmbedding(1000, 4, blocks=(10,), columns=(0b1111, 0b0101), pruned="zero", init="normal:1")

@@ -1,4 +1,4 @@
-"""full: the dense table, as in torch; the baseline that every method is compared with."""
+"""full: the full table, as in torch; the baseline that every method is compared with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.data_parallel import prepare_data_parallel
+from recsys_embed.kernels.derivatives import have_tangents, transformed
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.utils.types import IdValues
@@ -66,12 +69,23 @@ class FullEmbedding(CompressedEmbedding):
         self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """As ``nn.Embedding.forward`` or ``nn.EmbeddingBag.forward``; see :meth:`CompressedEmbedding.forward`."""
+        if type(input) is not Tensor or (input.dim() != 1 and input.is_nested):
+            found = call_with_other_input(self, input, offsets, per_sample_weights)
+            if found is not None:
+                return found
+        if self.sparse and not torch.compiler.is_compiling():
+            prepare_data_parallel()
         policy = self._policy
         hashes = policy.actions[0] == "hash"
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
             # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
             return super().forward(input, offsets, per_sample_weights)
-        ids = check_id_dtype(given_ids(input, self.spec, False, policy), self.spec.name)
+        if self.mode is not None and self.max_norm is None and not self.scale_grad_by_freq:
+            weight = self.table("weight")
+            if transformed() or have_tangents((weight, per_sample_weights)):
+                # Torch's pooled lookups know neither forward mode nor torch.func.
+                return super().forward(input, offsets, per_sample_weights)
+        ids = check_id_dtype(given_ids(input, self.spec, False, self), self.spec.name)
         ids = self._resolve(ids.long() if policy.replaces else ids)
         options: dict[str, Any] = {
             "padding_idx": self.padding_idx,
@@ -87,7 +101,7 @@ class FullEmbedding(CompressedEmbedding):
             return F.embedding(ids, weight, **options)
         if offsets is not None:
             # Torch reads out of bounds where offsets decrease.
-            check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}")
+            offsets = check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}").to(ids.dtype)
         return F.embedding_bag(
             ids,
             weight,

@@ -19,7 +19,7 @@ from recsys_embed.features import MAX_ROWS, FeatureSpec
 class HashConfig(MethodConfig):
     """One table of ``num_buckets`` rows.
 
-    Rows start with the distribution of a plain table of the ORIGINAL cardinality, as DLRM's do.
+    Rows start with the distribution of a full table of the ORIGINAL cardinality, as DLRM's do.
 
     >>> HashConfig(num_buckets=500).footprint(FeatureSpec("C1", 10_000, 16)).serve
     32000

@@ -20,8 +20,8 @@ from recsys_embed.features import FeatureSpec
 class LowdimConfig(MethodConfig):
     """A table ``[num_embeddings, dim]`` times a learned matrix ``[dim, embedding_dim]``.
 
-    Rows start with the distribution of a plain table and matrix elements with variance 1/``dim``, so that outputs start
-    with a plain table's variance.
+    Rows start with the distribution of a full table and matrix elements with variance 1/``dim``, so that outputs start
+    with a full table's variance.
 
     >>> LowdimConfig(dim=4).footprint(FeatureSpec("C1", 1000, 16)).serve
     16256

@@ -38,7 +38,7 @@ class MixeddimConfig(MethodConfig):
     with ``blocks=`` and for many in a plan (see :meth:`plan`, which can also solve for alpha). ``alpha=0`` gives equal
     widths; the paper recommends about 0.3.
 
-    **Initial rows** (``initializer``): ``"plain"`` gives outputs a plain table's variance, ``"xavier"`` is the
+    **Initial rows** (``initializer``): ``"plain"`` gives outputs a full table's variance, ``"xavier"`` is the
     authors' (Glorot and Bengio 2010, for rows and matrix), which makes rows of large tables very small.
 
     Pitfalls: at least one element per id is stored. Rounding to powers of two wastes a budget: the steps are large.
@@ -187,7 +187,7 @@ class MixeddimConfig(MethodConfig):
         while others, of smaller steps, go on.
 
         Args:
-            full_below: features with fewer ids keep a plain table, where that fits.
+            full_below: features with fewer ids keep a full table, where that fits.
             alpha: the budget fixes the scale of the rule; with None, the most popular table or block is ``d0`` wide
                 and the budget fixes alpha in [0, 1].
             d0: largest width; ``embedding_dim`` by default.

@@ -40,8 +40,8 @@ class MultihashConfig(MethodConfig):
     that its whole width is its own. When sizing by a budget, ``frequent_share`` instead of ``num_frequent`` gives this
     share of the rows to frequent ids.
 
-    **Initial rows** (``initializer``): ``"plain"`` gives outputs a plain table's variance (frequent ids under
-    ``"sum"``: 1/num_hashes of it); weights start at 1, or, where they are part of the output, like a plain table.
+    **Initial rows** (``initializer``): ``"plain"`` gives outputs a full table's variance (frequent ids under
+    ``"sum"``: 1/num_hashes of it); weights start at 1, or, where they are part of the output, like a full table.
     ``"svenstrup"`` is N(0, 0.1) rows with N(0, 5e-4) weights, ``"cce"`` U(±1/sqrt(embedding_dim)) with U(±1),
     ``"thinc"`` U(±0.1). The near-zero weights of ``"svenstrup"`` shrink the rows' gradients by as much: train them with
     Adagrad or Adam.
@@ -181,7 +181,7 @@ class MultihashConfig(MethodConfig):
             return Initializer("uniform", 0.1), Initializer("constant", loc=1.0)
         if self.append_weights is None:
             return Initializer.plain(spec, gain), Initializer("constant", loc=1.0)
-        # The weights carry a plain table's distribution into their own columns, rows of equal variance into the others.
+        # The weights carry a full table's distribution into their own columns, rows of equal variance into the others.
         divisor = width**0.5 if self.append_weights == "inside" else 1.0
         return Initializer("uniform", gain * 3**0.5 / divisor), Initializer.plain(spec, divisor)
 

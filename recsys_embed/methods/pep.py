@@ -90,7 +90,7 @@ class PepConfig(MethodConfig):
 
 
 class PepEmbedding(CompressedEmbedding):
-    """Drop-in over single elements.
+    """Drop-in that stores single elements.
 
     >>> import torch
     >>> emb = PepEmbedding(100, 2, num_kept=(1, 2), pruned="zero", order="sets", init="normal:1")

@@ -101,7 +101,7 @@ class RobeConfig(MethodConfig):
         """One array of the bytes that the budget leaves.
 
         Args:
-            full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
+            full_below: features with fewer ids keep a private full table, smallest first, while these tables take
                 at most half the budget.
         """
         chosen, spent, shared = keep_small_tables(specs, budget, plain, full_below)

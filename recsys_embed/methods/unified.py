@@ -124,7 +124,7 @@ class UnifiedConfig(MethodConfig):
         """One shared table of the bytes that the budget leaves.
 
         Args:
-            full_below: features with fewer ids keep a private plain table, smallest first, while these tables take
+            full_below: features with fewer ids keep a private full table, smallest first, while these tables take
                 at most half the budget.
             num_hashes: for all features, or per feature name (multi-size; give ``dim`` with it, and a
                 projection brings every feature to its width).

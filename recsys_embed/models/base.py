@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.footprint import Footprint
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
 from recsys_embed.utils.types import JSON
@@ -63,6 +64,7 @@ class CTRModel(nn.Module):
         linear: collection of first-order weights (width 1), or None.
         numeric: ``[num_dense, D]`` vector of each numeric field; a field's vector is value * vector.
         cat_width: number of floats of all categorical vectors of one sample.
+        uses_network: whether layers read the vectors side by side, so that they can tell ids of one row apart.
         params: the hyperparameters it was built with by :func:`recsys_embed.models.build_model`, else None.
     """
 
@@ -72,6 +74,7 @@ class CTRModel(nn.Module):
     uses_linear: ClassVar[bool] = False
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
+    uses_network: ClassVar[bool] = True
 
     params: DataclassInstance | None = None
     embedding: EmbeddingCollection | None
@@ -122,7 +125,21 @@ class CTRModel(nn.Module):
         Args:
             mean: ``[num_dense]`` of the training rows.
             std: ``[num_dense]``; columns that do not vary are only centred.
+
+        Raises:
+            ConfigError: moments of another number of columns, or that are NaN or infinite.
         """
+        faults = []
+        for name, part in (("mean", mean), ("std", std)):
+            if list(part.shape) != [self.num_dense]:
+                faults.append(f"`{name}` must have the shape [{self.num_dense}]; got {list(part.shape)}")
+            elif not torch.isfinite(part).all():
+                columns = (~torch.isfinite(part)).nonzero().flatten().tolist()
+                faults.append(
+                    f"`{name}` must be finite; that of numeric columns {', '.join(map(str, columns))} (counted from 0) "
+                    "is not: they hold NaN, infinite or huge values; fill or clip them in the data"
+                )
+        raise_faults(faults, "standardise")
         self.get_buffer("numeric_mean").copy_(mean)
         self.get_buffer("numeric_std").copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
@@ -186,7 +203,7 @@ class CTRModel(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters for a torch optimizer: dense layers, and tables without a fused optimizer."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return unfused_parameters(self)
 
     def footprint(self) -> Footprint:
         """Bytes of all embedding parts together (dense layers are not counted)."""
@@ -208,9 +225,33 @@ MODELS: dict[str, type[CTRModel]] = {}
 
 
 def register(cls: type[M]) -> type[M]:
-    """Class decorator: make a model buildable by its ``key``."""
-    if cls.key in MODELS:
-        raise ConfigError(f"model key {cls.key!r} is already registered by {MODELS[cls.key].__name__}")
+    """Class decorator: make a model buildable by its ``key``.
+
+    Raises:
+        ConfigError: the class is no complete :class:`CTRModel`, or its key is another's; names all that is missing.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, CTRModel)):
+        raise ConfigError(f"a model is a subclass of recsys_embed.models.CTRModel; got {cls!r:.80}")
+    key = getattr(cls, "key", None)
+    faults = []
+    if not isinstance(key, str) or not key.isidentifier():
+        faults.append(f"`key` must be its name in settings, a word such as 'deepfm'; got {key!r}")
+    params = getattr(cls, "params_cls", None)
+    if not (isinstance(params, type) and is_dataclass(params)):
+        faults.append(f"`params_cls` must be a frozen dataclass of its hyperparameters; got {params!r:.80}")
+    if cls.logits is CTRModel.logits:
+        faults.append("`logits(dense, ids)`, which returns [B], must be defined")
+    try:
+        signature(cls).bind("spec", "params")
+    except TypeError:
+        faults.append(
+            f"`__init__` must take (spec, params) and call super().__init__(spec); got __init__{signature(cls)}"
+        )
+    # A module that is loaded anew brings its own class again.
+    known = MODELS.get(str(key))
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        faults.append(f"model key {key!r} is already registered by {known.__name__}")
+    raise_faults(faults, f"model class {cls.__name__}")
     MODELS[cls.key] = cls
     return cls
 

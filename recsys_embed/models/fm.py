@@ -22,6 +22,7 @@ class FM(CTRModel):
     key = "fm"
     params_cls = FMParams
     uses_linear = True
+    uses_network = False
     needs_equal_widths = True
 
     def __init__(self, spec: ModelSpec, params: FMParams) -> None:

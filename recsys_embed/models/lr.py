@@ -22,6 +22,7 @@ class LR(CTRModel):
     params_cls = LRParams
     uses_vectors = False
     uses_linear = True
+    uses_network = False
 
     def __init__(self, spec: ModelSpec, params: LRParams) -> None:
         super().__init__(spec)

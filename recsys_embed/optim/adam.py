@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from recsys_embed.optim.base import FusedOptimizer
+from recsys_embed.optim.base import FusedOptimizer, moved_mean
 from recsys_embed.optim.registry import register_rule
 from recsys_embed.utils.settings import param
 
@@ -75,7 +75,7 @@ class Adam(FusedOptimizer):
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         beta1, beta2 = self.betas
         state["exp_avg"] = state["exp_avg"].lerp(grad, 1 - beta1)
-        state["exp_avg_sq"] = state["exp_avg_sq"].lerp(grad.square(), 1 - beta2)
+        state["exp_avg_sq"] = moved_mean(state["exp_avg_sq"], grad.square(), 1 - beta2)
         size, eps = self.size_and_epsilon(lr, step)
         direction = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(eps)
         if self.bias_correction == "row":

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import check_settings
 
@@ -18,6 +20,18 @@ from recsys_embed.utils.settings import check_settings
 def is_rate(value: object) -> bool:
     """Whether ``value`` is a finite number and not negative."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def moved_mean(mean: Tensor, square: Tensor, rest: float) -> Tensor:
+    """A running mean of squares after one more; where it overflowed it stays infinite, so that its weights rest.
+
+    The squares of float32 gradients overflow from about 1.8e19 on. Their difference from an infinite mean would be NaN.
+
+    >>> import torch
+    >>> moved_mean(torch.tensor([1.0, torch.inf]), torch.tensor([3.0, 3.0]), 0.25)
+    tensor([1.5000,    inf])
+    """
+    return mean.lerp(square, rest).where(mean < math.inf, mean)
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,9 @@ class FusedOptimizer(ABC):
 
     def __post_init__(self) -> None:
         check_settings(self, type(self).__name__, type(self).conflicts)
+        odd = {name: kind for name, kind in self.state.items() if kind not in ("row", "element", "step")}
+        if odd:
+            raise ConfigError(f"state of {type(self).__name__} is kept per 'row', 'element' or 'step'; got {odd}")
 
     def conflicts(self) -> list[str]:
         """Faults of the arguments together, where each is right by itself; subclasses add theirs."""
@@ -116,6 +133,42 @@ class FusedOptimizer(ABC):
             cls.size_and_epsilon = own["pace"]  # type: ignore[method-assign]
         elif "size_and_epsilon" in own:
             cls.pace = own["size_and_epsilon"]  # type: ignore[method-assign]
+
+    def checked_update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
+        """What :meth:`update` gives, held to its contract before anything of it is written.
+
+        Raises:
+            ConfigError: it returned other than weights, or left a state of another shape.
+        """
+        before = {name: values.shape for name, values in state.items()}
+        new: object = self.update(weight, grad, state, lr, step)
+        after = {name: getattr(values, "shape", None) for name, values in state.items()}
+        if isinstance(new, Tensor) and new.shape == weight.shape and after == before:
+            return new
+        raise self._update_error(new, weight, before, state)
+
+    def _update_error(
+        self, new: object, weight: Tensor, before: Mapping[str, torch.Size], state: Mapping[str, object]
+    ) -> ConfigError:
+        faults = []
+        if not isinstance(new, Tensor):
+            cure = ": end it with `return weight`, whose changes in place are not kept" if new is None else ""
+            faults.append(f"it must return the new weights {list(weight.shape)}; got {type(new).__name__}{cure}")
+        elif new.shape != weight.shape:
+            faults.append(f"it must return the new weights {list(weight.shape)}; got {list(new.shape)}")
+        for name, shape in before.items():
+            got = state.get(name)
+            if not isinstance(got, Tensor) or got.shape != shape:
+                found = list(got.shape) if isinstance(got, Tensor) else type(got).__name__
+                faults.append(f"`state[{name!r}]` must keep the shape {list(shape)}; got {found}")
+        faults += [
+            f"`state[{name!r}]` is no state of this rule; declare it in `state`" for name in state if name not in before
+        ]
+        try:
+            raise_faults(faults, f"{type(self).__name__}.update")
+        except ConfigError as e:
+            return e
+        raise AssertionError("no fault")
 
     @abstractmethod
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:

@@ -37,6 +37,8 @@ def register_rule(name: str) -> Callable[[Rule], Rule]:
     def add(cls: Rule) -> Rule:
         if not (isinstance(cls, type) and issubclass(cls, FusedOptimizer)):
             raise ConfigError(f"a rule is a subclass of recsys_embed.optim.FusedOptimizer; got {cls!r:.80}")
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ConfigError(f"a rule is named by a word such as 'adam'; got {name!r:.80} for {cls.__name__}")
         if name in ("none", "dense_adam"):
             raise ConfigError(f"{name!r} means that no rule steps the tables; choose another name for {cls.__name__}")
         odd = {k: v for k, v in cls.state.items() if v not in ("row", "element", "step")}

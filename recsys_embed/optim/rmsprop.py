@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from recsys_embed.optim.base import FusedOptimizer
+from recsys_embed.optim.base import FusedOptimizer, moved_mean
 from recsys_embed.optim.registry import register_rule
 from recsys_embed.utils.settings import param
 
@@ -59,7 +59,7 @@ class RowwiseRMSprop(FusedOptimizer):
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
         square = grad.square().mean(-1, keepdim=True)
-        state["mean_square"] = state["mean_square"].lerp(square, 1 - self.ema_beta)
+        state["mean_square"] = moved_mean(state["mean_square"], square, 1 - self.ema_beta)
         moved = grad * (lr / (state["mean_square"].sqrt() + self.eps))
         gap = torch.ones_like(square)
         if "seen" in state:

@@ -30,6 +30,7 @@ from recsys_embed.planning.options import (
     SharedTableOption,
     SizedMethod,
     goes_by_frequency,
+    sharing_penalty,
     sized_method,
     tiny_penalty,
 )
@@ -46,26 +47,26 @@ class OptionEnumerator:
         self.context = context
         self._made: dict[object, FeatureOptions] = {}
 
-    def enumerate(self, spec: FeatureSpec, terms: CurveTerms, weight: float, known: bool) -> FeatureOptions:
+    def enumerate(self, spec: FeatureSpec, terms: CurveTerms, weight: float, unordered: str | None) -> FeatureOptions:
         """Options of ``spec``.
 
         Args:
             terms: of its frequency curve.
             weight: importance, which multiplies losses.
-            known: whether frequencies were counted and not assumed.
+            unordered: why nothing says which ids are frequent, if so; methods that treat these apart are then left out.
         """
         pin = self.context.limits.pinned(spec.name)
         barred = frozenset(self.context.limits.forbidden(spec.name))
         data = tuple(getattr(spec, f.name) for f in fields(spec) if f.name != "name")
         option, kind = self.context.options.get(spec.name), self.context.kinds.get(spec.name)
-        key = (data, id(terms), weight, known, pin, barred, option, kind)
+        key = (data, id(terms), weight, unordered, pin, barred, option, kind, spec.name in self.context.one_width)
         if key not in self._made:
             none = np.zeros(0, np.int64)
             made = FeatureOptions(spec, terms, weight, [], Choices(none, np.zeros(0), none), none, [], {})
             if isinstance(pin, MethodConfig):
                 self._pin(made, pin)
             else:
-                self._fill(made, known, pin, barred, option)
+                self._fill(made, unordered, pin, barred, option)
             self._made[key] = made
         return replace(self._made[key], spec=spec)
 
@@ -78,7 +79,12 @@ class OptionEnumerator:
             pin_option(feature, only, self._losses(feature, [only], config.method)[0])
 
     def _fill(
-        self, feature: FeatureOptions, known: bool, pin: str | None, barred: frozenset[str], option: str | None
+        self,
+        feature: FeatureOptions,
+        unordered: str | None,
+        pin: str | None,
+        barred: frozenset[str],
+        option: str | None,
     ) -> None:
         found: list[tuple[ResizableMethod, dict[int, SizedMethod]]] = []
         for candidate in self.context.candidates:
@@ -93,9 +99,11 @@ class OptionEnumerator:
                 variants = (
                     candidate.variants(feature.spec, feature.terms.curve) if self.context.variants else [candidate]
                 )
+                if candidate.params is None and feature.spec.name in self.context.one_width:
+                    variants = [v for v in variants if not self._mixes_widths(v, feature)]
                 for variant in variants:
                     resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)
-                    kept = self._grid(feature, candidate, resizable, known)
+                    kept = self._grid(feature, candidate, resizable, unordered)
                     found += [(resizable, kept)] if kept else []
             except ConfigError as e:
                 feature.refused[name] = str(e)
@@ -104,7 +112,7 @@ class OptionEnumerator:
         self._refine(feature, found)
 
     def _grid(
-        self, feature: FeatureOptions, candidate: Candidate, resizable: ResizableMethod, known: bool
+        self, feature: FeatureOptions, candidate: Candidate, resizable: ResizableMethod, unordered: str | None
     ) -> dict[int, SizedMethod]:
         """A method at the allowed sizes of a coarse grid; empty where its tables are shared."""
         sizes = _grid_sizes(resizable.top(), self.context.grid_points, self.context.limits.width_multiple)
@@ -113,8 +121,8 @@ class OptionEnumerator:
         kept = {}
         for found in (first, *(resizable.at(s) for s in sizes[1:] if not shared)):
             asked = candidate.info.config_cls.order_option in (candidate.params or {})
-            if not known and not asked and goes_by_frequency(found.program):
-                feature.refused[candidate.name] = "it needs id frequencies, and no statistics were given"
+            if unordered is not None and not asked and goes_by_frequency(found.program):
+                feature.refused[candidate.name] = unordered
                 return {}
             reason = self._refusal(feature.spec, found)
             if reason is None:
@@ -125,6 +133,12 @@ class OptionEnumerator:
             feature.shared.append(SharedTableOption(candidate, first))
             return {}
         return kept
+
+    def _mixes_widths(self, variant: Candidate, feature: FeatureOptions) -> bool:
+        """Whether ids get rows of several widths, which one size in the middle shows."""
+        resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)
+        program = resizable.at(max(1, resizable.top() // 2)).program
+        return len({program.table(p.table).width for p in program.row_lookups}) > 1
 
     def _refusal(self, spec: FeatureSpec, found: SizedMethod) -> str | None:
         return self.context.limits.refusal(found.program, found.spans, spec, self.context.costs.itemsize)
@@ -152,15 +166,17 @@ class OptionEnumerator:
             points = [Option(resizable, s, s, kept[s].config, kept[s].cost, known[c, s]) for s in sorted(kept)]
             options += points[-1:]
             for a, b in pairwise(points):
-                between = self._allowed_between(kept[a.low], kept[b.low])
+                between = self._allowed_between(feature, kept[a.low], kept[b.low])
                 options.append(a._replace(high=b.low) if between else a)
                 # Between two dominated sizes, an option that is not dominated is unlikely.
                 if between and ((c, a.low) in good or (c, b.low) in good):
                     options += _interpolated(a, b, self.context.step)
         _finish(feature, options)
 
-    def _allowed_between(self, a: SizedMethod, b: SizedMethod) -> bool:
-        """Whether all sizes between two allowed sizes are allowed as well."""
+    def _allowed_between(self, feature: FeatureOptions, a: SizedMethod, b: SizedMethod) -> bool:
+        """Whether all sizes between two allowed sizes are allowed as well, and their losses lie between."""
+        if sharing_penalty(feature, a.spans, self.context) != sharing_penalty(feature, b.spans, self.context):
+            return False
         if self.context.limits.width_multiple == 1:
             return True
         return [t.width for t in a.program.tables] == [t.width for t in b.program.tables]
@@ -202,8 +218,10 @@ def losses_of(
     out = []
     for one, method, loss in zip(found, methods, plain, strict=True):
         own = one.config.planning_loss(spec, terms.curve)
-        loss = loss if own is None else float(own)
-        out.append(loss * feature.weight * context.loss_scales.get(method, 1.0) + penalty * (method != FULL))
+        extra = penalty * (method != FULL) + (sharing_penalty(feature, one.spans, context) if own is None else 0.0)
+        out.append(
+            (loss if own is None else float(own)) * feature.weight * context.loss_scales.get(method, 1.0) + extra
+        )
     return out
 
 

@@ -12,6 +12,9 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.loss_estimate import ColumnSpan, CurveTerms
 
+SHARED_ALONE = "no network tells ids of one row apart, so those that share one lose most"
+"""Reason of a feature whose ids share rows though plans avoid it: bytes do not suffice, or these ids are rare."""
+
 
 def size_in_words(config: MethodConfig) -> str:
     """The options of a configuration that differ from their defaults.
@@ -105,9 +108,12 @@ def explain(choice: FeatureChoice, limits: Limits) -> str:
     if cost:
         ratio = f", {dense / cost:.3g}x smaller than a plain table" if cost < dense else ""
         texts.append(format_bytes(cost) + ratio)
-    texts.append(
-        f"predicted to lose {share_text(choice.loss)} of the ids' signal" if choice.loss > 5e-5 else "nothing lost"
-    )
+    if choice.terms.alone and choice.config.method != "full":
+        shared = any(f.shared.any() for f in choice.spans)
+        texts.append(SHARED_ALONE if shared else "no network tells ids of one row apart, so none share one")
+    guess = "" if choice.counted else " (a guess: nothing was counted)"
+    lost = f"predicted to lose {share_text(choice.loss)} of the ids' signal{guess}"
+    texts.append(lost if choice.loss > 5e-5 else "nothing lost")
     return "; ".join(texts)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from recsys_embed.core.footprint import format_bytes
-from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.discover import FoundTable, bare_tables, find_tables
 
 
 class ModelConstraints(NamedTuple):
@@ -38,6 +38,7 @@ def constraints_of(model: nn.Module) -> ModelConstraints:
     options = {t.name: option for t in found if (option := _option(t))}
     kinds = {t.name: _kind(t) for t in found}
     left_out = tuple(f"{t.name} ({_size(t)}): {t.obstacle}" for t in found if t.obstacle)
+    left_out += tuple(map(str, bare_tables(model)))
     return ModelConstraints(options, kinds, left_out, {t.name: t.dtype.itemsize for t in found if not t.obstacle})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import LookupProgram
@@ -18,6 +20,8 @@ from recsys_embed.planning.loss_estimate import ColumnSpan, CurveTerms, column_s
 FULL = "full"
 TINY_PENALTY = 0.05
 """Loss added to compressed options of tiny tables: a twentieth of a feature's whole signal."""
+RARE = 0.05
+"""Share of a feature's signal that ids too rare to own rows may hold, where no network tells ids of one row apart."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class PlanningContext:
         variants: whether to try each of a method's planning variants.
         options: by feature, a torch option that its method must support (:class:`ModelConstraints`).
         kinds: by feature, the device, dtype and so on that features of one shared table must agree on.
+        one_width: features whose rows should have one width, whatever the popularity of their ids.
+        sharing_penalty: loss added to options whose ids share rows that no network tells apart: as much as all such
+            features can lose, so that plans resort to it only where bytes do not suffice for a number per id.
     """
 
     candidates: Sequence[Candidate]
@@ -47,6 +54,8 @@ class PlanningContext:
     variants: bool = True
     options: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, Any] = field(default_factory=dict)
+    one_width: Collection[str] = ()
+    sharing_penalty: float = 0.0
 
 
 class SizedMethod(NamedTuple):
@@ -199,6 +208,16 @@ def tiny_penalty(feature: FeatureOptions, context: PlanningContext) -> float:
     if spec.num_embeddings >= limits.full_below or limits.pinned(spec.name) is not None or FULL in feature.refused:
         return 0.0
     return TINY_PENALTY * feature.weight if any(c.name == FULL for c in context.candidates) else 0.0
+
+
+def sharing_penalty(feature: FeatureOptions, spans: Sequence[ColumnSpan], context: PlanningContext) -> float:
+    """Loss added to an option whose ids share rows that no network tells apart, rare ids aside."""
+    terms = feature.terms
+    if not terms.alone:
+        return 0.0
+    own = np.maximum.reduce([f.private for f in spans])
+    shares = float(((1 - own) * terms.value).sum()) > RARE * float(terms.value.sum())
+    return context.sharing_penalty * feature.weight if shares else 0.0
 
 
 def tiny_bytes(features: Sequence[FeatureOptions], context: PlanningContext) -> int:

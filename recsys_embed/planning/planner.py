@@ -18,16 +18,16 @@ from recsys_embed.plan import Plan, PlanNotes
 from recsys_embed.planning.calibration import Calibration, calibrate, read_comparison
 from recsys_embed.planning.candidates import Candidate, candidate_methods
 from recsys_embed.planning.costs import Costs
-from recsys_embed.planning.curves import EXPONENT, LOOKUPS_PER_ID, FrequencyCurve
 from recsys_embed.planning.enumerator import OptionEnumerator, pin_option
 from recsys_embed.planning.explain import FeatureChoice, explain
+from recsys_embed.planning.frequencies import Frequencies, with_frequent_ids
 from recsys_embed.planning.limits import Limits, named_limits
 from recsys_embed.planning.loss_estimate import column_spans
 from recsys_embed.planning.model_constraints import ModelConstraints, constraints_of
+from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
-from recsys_embed.planning.statistics import curves_from
 from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
 from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
 from recsys_embed.utils.types import Budget, Option
@@ -49,6 +49,7 @@ def plan_for_budget(
     evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
+    network: bool | Mapping[str, bool] | None = None,
     **limits: Option,
 ) -> Plan:
     """Choose a method and a size for every table, so that all of them together fit a byte budget and lose least.
@@ -66,13 +67,17 @@ def plan_for_budget(
         methods: names to choose from, or names with options; all by default.
         optimizer: fused optimizer of the tables, or its name.
         stats: how often ids occur: per feature counts or a :class:`FrequencyCurve`, an opened data set, its folder or
-            the content of its ``stats.json``. Without statistics, Zipf curves are assumed and methods that treat
-            frequent ids differently are left out.
+            the content of its ``stats.json``. Without statistics, Zipf curves are assumed, losses are guesses, and
+            methods that treat frequent ids differently are left out; so they are where statistics do not say which
+            ids are frequent. Which ids these are is part of the plan.
         evidence: rows of an earlier ``recsys-embed compare`` (its folder, or a JSON file), to which the losses of the
             methods in it are calibrated.
         importance: factors of the losses by feature; 1 by default.
         itemsize: bytes per stored number; by default those of the model's tables, or 4 for a schema. It must be
             given where the tables of a model differ in it.
+        network: whether a network reads a feature's vector beside many others and so can tell ids of one row apart, for
+            all or by feature; else ids get narrow rows rather than shared ones. By default found out, see
+            :mod:`recsys_embed.planning.network_context`.
         limits: ``pin``, ``forbid``, ``full_below``, ``min_width``, ``width_multiple``, ``needs_equal_widths``,
             ``max_rows_per_id`` and ``max_bytes_per_id``: see :class:`recsys_embed.planning.Limits`.
 
@@ -95,45 +100,33 @@ def plan_for_budget(
     constraints = (
         constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
     )
-    total, fused, context = _context(
-        schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits
-    )
-    curves, source, known = _curves(schema, stats)
+    total, context = _context(schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits)
+    frequencies = Frequencies.of(schema, stats)
     weights = _importance(schema, importance)
-    terms = curve_terms(schema, curves)
+    around = network_context(model_or_schema, schema, network)
+    terms = curve_terms(schema, frequencies.curves, around.alone)
     calibration = Calibration() if evidence is None else calibrate(read_comparison(evidence), schema, terms)
-    context = replace(context, loss_scales=calibration.scales, options=constraints.options, kinds=constraints.kinds)
-    context = replace(context, **_detail(schema, context.candidates))
+    context = replace(
+        context,
+        loss_scales=calibration.scales,
+        options=constraints.options,
+        kinds=constraints.kinds,
+        one_width=around.one_width,
+        sharing_penalty=float(len(around.alone)),
+        **_detail(schema, context.candidates),
+    )
     maker = OptionEnumerator(context)
-    features = [maker.enumerate(s, terms[s.name], weights[s.name], s.name in known) for s in schema]
+    features = [maker.enumerate(s, terms[s.name], weights[s.name], frequencies.unordered.get(s.name)) for s in schema]
     pinned, spent = _pinned_tables(schema, features, context)
     groups = table_groups(features, context, {t.name for t in pinned})
     _check_possible(features, groups)
-    solver = PlanSolver(features, groups, tiny_bytes(features, context))
-    least = solver.least() + spent
-    found = solver.best(total - spent) if total >= least else None
-    if found is None:
-        raise BudgetError(_ways_out(schema, features, context, least, total))
+    found = _solution(schema, features, groups, context, total, spent)
     configs = _configs(schema, features, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given})
-    reached = context.costs.plan(plan, schema)
-    if reached > total:
-        raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")
     losses = plan_losses(schema, plan, terms, weights, calibration.scales)
-    notes = PlanNotes(
-        budget=total,
-        bytes=reached,
-        target=target,
-        optimizer=None if fused is None else type(fused).__name__,
-        predicted_loss=found.loss,
-        least_loss=found.bound,
-        exact=found.exact,
-        statistics=source,
-        measured=tuple(sorted(calibration.scales)),
-        left_out=constraints.left_out,
-        itemsize=context.costs.itemsize,
-    )
-    return Plan(plan.configs, _reasons(schema, plan, features, losses, context, known), notes)
+    notes = _notes(schema, plan, context, found, total, frequencies.source, constraints.left_out)
+    reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
+    return with_frequent_ids(Plan(plan.configs, reasons, notes), schema, stats)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------
@@ -159,8 +152,8 @@ def _itemsize(given: Any, constraints: ModelConstraints) -> Any:
 
 def _context(
     schema: Schema, budget: Any, target: Any, methods: Any, optimizer: Any, itemsize: Any, options: Mapping[str, Any]
-) -> tuple[int, FusedOptimizer | None, PlanningContext]:
-    """Budget, optimizer and planning context, from checked arguments; all faults at once."""
+) -> tuple[int, PlanningContext]:
+    """Budget and planning context, from checked arguments; all faults at once."""
     faults: list[str] = []
 
     def attempt(make: Any, default: Any) -> Any:
@@ -186,7 +179,7 @@ def _context(
     elif not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
         faults.append(f"`itemsize` must be an integer >= 1; got {itemsize!r}")
     raise_faults(faults, "plan_for_budget")
-    return total, fused, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
+    return total, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
 
 
 def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
@@ -202,33 +195,6 @@ def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:
     if not isinstance(optimizer, str):
         raise ConfigError(f"`optimizer` must be a fused optimizer, its name, or None; got {optimizer!r:.80}")
     return make_rule(optimizer)
-
-
-def _curves(schema: Schema, stats: Statistics | None) -> tuple[dict[str, FrequencyCurve], str, set[str]]:
-    """Curves of all features, a description of their source, and the features whose curve was counted."""
-    given, names = {} if stats is None else curves_from(stats), schema.names
-    faults = [
-        str(unknown_name("feature in the statistics", n, names)) for n in sorted(set(given) - set(names), key=str)
-    ]
-    for spec in schema:
-        curve = given.get(spec.name)
-        if curve is not None and spec.ids == "index" and curve.n > spec.num_embeddings:
-            faults.append(f"statistics of {curve.n} ids for {spec.num_embeddings} embeddings (feature {spec.name!r})")
-    raise_faults(faults, "plan_for_budget, `stats`")
-    # A sample looks up one id of every feature, so all features have as many lookups as the largest needs.
-    lookups = LOOKUPS_PER_ID * max(s.num_embeddings for s in schema)
-    made: dict[int, FrequencyCurve] = {}
-    curves = {}
-    for spec in schema:
-        n = spec.num_embeddings
-        if spec.name not in given and n not in made:
-            made[n] = FrequencyCurve.zipf(n, total=lookups)
-        curves[spec.name] = given[spec.name] if spec.name in given else made[n]
-    missing = [s.name for s in schema if s.name not in given]
-    assumed = f"Zipf curves of exponent {EXPONENT:g} assumed"
-    if not given:
-        return curves, assumed, set()
-    return curves, "counted" if not missing else f"counted; {assumed} for {', '.join(missing)}", set(given)
 
 
 def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[str, float]:
@@ -303,9 +269,11 @@ def _ways_out(
             rounds=0,
             options=context.options,
             kinds=context.kinds,
+            one_width=context.one_width,
+            sharing_penalty=context.sharing_penalty,
         )
         maker = OptionEnumerator(other)
-        made = [maker.enumerate(m.spec, m.terms, m.weight, True) for m in features]
+        made = [maker.enumerate(m.spec, m.terms, m.weight, None) for m in features]
         try:
             _, spent = _pinned_tables(schema, made, other)
             groups = table_groups(made, other, set())
@@ -342,6 +310,23 @@ def _ways_out(
 # -- the plan chosen --------------------------------------------------------------------------------------------
 
 
+def _solution(
+    schema: Schema,
+    features: Sequence[FeatureOptions],
+    groups: Sequence[TableGroup],
+    context: PlanningContext,
+    total: int,
+    spent: int,
+) -> PlanSolution:
+    """The best solution within ``total`` bytes, ``spent`` of which pinned tables take."""
+    solver = PlanSolver(features, groups, tiny_bytes(features, context))
+    least = solver.least() + spent
+    found = solver.best(total - spent) if total >= least else None
+    if found is None:
+        raise BudgetError(_ways_out(schema, features, context, least, total))
+    return found
+
+
 def _configs(
     schema: Schema, features: Sequence[FeatureOptions], found: PlanSolution, total: int
 ) -> dict[str, MethodConfig]:
@@ -375,13 +360,41 @@ def _configs(
     return configs
 
 
+def _notes(
+    schema: Schema,
+    plan: Plan,
+    context: PlanningContext,
+    found: PlanSolution,
+    total: int,
+    source: str,
+    left_out: tuple[str, ...],
+) -> PlanNotes:
+    costs = context.costs
+    reached = costs.plan(plan, schema)
+    if reached > total:
+        raise RuntimeError(f"the plan takes {reached} bytes of {total}; this is a fault of the planner")
+    return PlanNotes(
+        budget=total,
+        bytes=reached,
+        target="train" if costs.train else "serve",
+        optimizer=None if costs.optimizer is None else type(costs.optimizer).__name__,
+        predicted_loss=found.loss,
+        least_loss=found.bound,
+        exact=found.exact,
+        statistics=source,
+        measured=tuple(sorted(context.loss_scales)),
+        left_out=left_out,
+        itemsize=costs.itemsize,
+    )
+
+
 def _reasons(
     schema: Schema,
     plan: Plan,
     features: Sequence[FeatureOptions],
     losses: Mapping[str, float],
     context: PlanningContext,
-    known: set[str],
+    known: frozenset[str],
 ) -> dict[str, str]:
     programs = {s.name: plan[s.name].program(s) for s in schema}
     readers: dict[str, int] = {}

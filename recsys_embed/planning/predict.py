@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
@@ -43,15 +43,23 @@ def plan_losses(
     return losses
 
 
-def curve_terms(schema: Schema, curves: Mapping[str, FrequencyCurve]) -> dict[str, CurveTerms]:
-    """CurveTerms by feature; features with the same curve share them."""
-    made: dict[tuple[int, int], CurveTerms] = {}
+def curve_terms(
+    schema: Schema, curves: Mapping[str, FrequencyCurve], alone: Collection[str] = ()
+) -> dict[str, CurveTerms]:
+    """CurveTerms by feature; features with the same curve share them.
+
+    Args:
+        alone: features that no network reads beside many others.
+    """
+    made: dict[tuple[int, int, bool], CurveTerms] = {}
+    found = {}
     for spec in schema:
         curve = curves[spec.name]
-        key = (id(curve), spec.num_embeddings)
+        key = (id(curve), spec.num_embeddings, spec.name in alone)
         if key not in made:
-            made[key] = CurveTerms(_fitting(spec, curve))
-    return {s.name: made[id(curves[s.name]), s.num_embeddings] for s in schema}
+            made[key] = CurveTerms(_fitting(spec, curve), key[2])
+        found[spec.name] = made[key]
+    return found
 
 
 def _fitting(spec: FeatureSpec, curve: FrequencyCurve) -> FrequencyCurve:

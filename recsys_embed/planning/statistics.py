@@ -5,9 +5,8 @@ Planners, reports and compression all read statistics through this module, so ea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TypeGuard, cast
 
@@ -16,7 +15,9 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.planning.curves import FrequencyCurve
 from recsys_embed.typing import CountedData, FrequencySource, Statistics
-from recsys_embed.utils.types import JSON, Counts, JSONMapping
+from recsys_embed.utils.settings import FilePart, fault, param
+from recsys_embed.utils.strict_json import read_object
+from recsys_embed.utils.types import Counts, JSONMapping
 
 
 def is_counted(source: object) -> TypeGuard[CountedData]:
@@ -98,7 +99,7 @@ def read_statistics(source: Statistics) -> Iterator[tuple[str, FeatureStatistics
         DataError: the folder has no statistics.
     """
     if isinstance(source, (str, Path)):
-        yield from _of_stats(_read(Path(source))).items()
+        yield from _of_file(Path(source)).items()
     elif is_counted(source):
         yield from _of_data(source)
     elif is_stats_json(source):
@@ -133,26 +134,66 @@ def curves_from(stats: Statistics) -> dict[str, FrequencyCurve]:
     return curves
 
 
-def _read(path: Path) -> JSON:
+_MANY = 1 << 60  # numbers of rows and of distinct values, which curves take logarithms of
+
+
+@dataclass(frozen=True)
+class _Statistics(FilePart):
+    splits: Mapping[str, object]
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Split(FilePart):
+    rows: float = param(0.0, low=0, high=_MANY)
+
+
+@dataclass(frozen=True)
+class _Field(FilePart):
+    """Numbers of a field, of which those that a sketch estimates may be no integers."""
+
+    distinct: float = param(MISSING, low=0, high=_MANY)
+    num_embeddings: int = param(MISSING, low=1, high=_MANY)
+    kept: int | None = param(None, low=0, high=_MANY)
+    seen_once: float | None = param(None, low=0, high=_MANY)
+    oov_rate: Mapping[str, float] | None = None
+    coverage: object = None
+
+    def conflicts(self) -> list[str]:
+        faults = []
+        if not all(isinstance(rate, int | float) for rate in (self.oov_rate or {}).values()):
+            faults.append(fault("oov_rate", "numbers by split", self.oov_rate))
+        shares = {} if self.coverage is None else self.coverage
+        try:
+            right = isinstance(shares, Mapping) and all(float(k) >= 0 and float(v) >= 0 for k, v in shares.items())
+        except (TypeError, ValueError):
+            right = False
+        return faults if right else [*faults, fault("coverage", "shares by number of ids", shares)]
+
+
+def _of_file(path: Path) -> dict[str, FeatureStatistics]:
     path = path / "stats.json" if path.is_dir() else path
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        stats["fields"], stats["splits"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(
-            f"{path} holds no statistics of a data folder ({e!r}); make one with 'recsys-embed data'"
-        ) from e
-    return stats
+        return _of_stats(read_object(path))
+    except (OSError, ConfigError) as e:
+        raise DataError(f"{path} holds no statistics of a data folder; make one with 'recsys-embed data'. {e}") from e
 
 
 def _of_stats(stats: JSONMapping) -> dict[str, FeatureStatistics]:
-    rows = stats["splits"].get("train", next(iter(stats["splits"].values()), {})).get("rows", 0)
-    found = {}
-    for name, field in stats["fields"].items():
-        once = field.get("seen_once")
-        unseen = {split: float(rate) for split, rate in field.get("oov_rate", {}).items()}
-        coarse = _curve_of_field(field, float(rows))
-        found[name] = FeatureStatistics(coarse=coarse, seen_once=None if once is None else int(once), unseen=unseen)
+    whole = _Statistics.read(stats, "statistics of a data folder")
+    split = whole.splits.get("train", next(iter(whole.splits.values()), {}))
+    rows = _Split.read(split, "split of the statistics").rows
+    found, faults = {}, []
+    for name, values in whole.fields.items():
+        place = f"field {name!r}"
+        try:
+            field = _Field.read(values, place)
+            once = None if field.seen_once is None else int(field.seen_once)
+            unseen = {split: float(rate) for split, rate in (field.oov_rate or {}).items()}
+            found[name] = FeatureStatistics(coarse=_curve_of_field(field, rows), seen_once=once, unseen=unseen)
+        except ConfigError as e:
+            faults.append(str(e) if place in str(e) else f"{e} ({place})")
+    raise_faults(faults, whole.where())
     return found
 
 
@@ -168,11 +209,12 @@ def _of_data(data: CountedData) -> Iterator[tuple[str, FeatureStatistics]]:
             yield spec.name, rest
 
 
-def _curve_of_field(field: JSONMapping, rows: float) -> FrequencyCurve:
+def _curve_of_field(field: _Field, rows: float) -> FrequencyCurve:
     """The curve of table ids: values too rare to be kept share one id."""
-    distinct = max(1, int(field["distinct"]))
-    size, kept = int(field["num_embeddings"]), field.get("kept")
-    once = int(field.get("seen_once", 0))
+    distinct, once = max(1, int(field.distinct)), int(field.seen_once or 0)
+    shares = cast("Mapping[str, float]", field.coverage or {})
     # Vocabularies number values by falling frequency; raw ids are numbers of any kind.
-    curve = FrequencyCurve.from_coverage(field.get("coverage", {}), distinct, once, rows, ranked=kept is not None)
-    return curve if kept is None else curve.resized(min(size, int(kept) + 1)).resized(size)
+    curve = FrequencyCurve.from_coverage(shares, distinct, once, rows, ranked=field.kept is not None)
+    if field.kept is None:
+        return curve
+    return curve.resized(min(field.num_embeddings, field.kept + 1)).resized(field.num_embeddings)

@@ -21,8 +21,15 @@ from recsys_embed.planning.candidates import Candidate
 from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.curves import Floats
 from recsys_embed.planning.knapsack import Ints
-from recsys_embed.planning.loss_estimate import BETWEEN, width_scale
-from recsys_embed.planning.options import FeatureOptions, PlanningContext, SharedTableOption, SizedMethod, tiny_penalty
+from recsys_embed.planning.loss_estimate import BETWEEN
+from recsys_embed.planning.options import (
+    FeatureOptions,
+    PlanningContext,
+    SharedTableOption,
+    SizedMethod,
+    sharing_penalty,
+    tiny_penalty,
+)
 from recsys_embed.registry import get_method
 
 _AT_ONCE = 1 << 21
@@ -154,7 +161,7 @@ def _member(
 ) -> tuple[Floats | float, ...]:
     """Arrays of one member, in the order of the fields of :class:`TableGroup`."""
     terms, dim = feature.terms, feature.spec.embedding_dim
-    tau = width_scale(dim)
+    tau = terms.width_scale(dim)
     shared = [f for f in sized.spans if f.table is not None]
     base = np.ones(len(terms.value))
     for f in sized.spans:
@@ -176,7 +183,7 @@ def _member(
         float(len(shared)),
         np.exp(-dim / tau),
         feature.weight * context.loss_scales.get(method, 1.0),
-        tiny_penalty(feature, context),
+        tiny_penalty(feature, context) + sharing_penalty(feature, sized.spans, context),
     )
 
 

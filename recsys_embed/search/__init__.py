@@ -3,9 +3,6 @@
 >>> from recsys_embed.search import OptembedLayer  # between a lookup and a network, in any model
 """
 
-import warnings
-from typing import Any
-
 from recsys_embed.search.base import Search
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.evaluate import CandidateEvaluator
@@ -18,6 +15,7 @@ from recsys_embed.search.registry import get_search, list_searches, register_sea
 from recsys_embed.search.run import run_search
 from recsys_embed.search.settings import DnisSettings, OptembedSettings, PepSettings
 from recsys_embed.search.supernet import Supernet
+from recsys_embed.utils.deprecated import earlier_names
 
 __all__ = [
     "CandidateEvaluator",
@@ -41,9 +39,4 @@ __all__ = [
     "run_search",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "Space":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.Space is now WidthSpace", DeprecationWarning, stacklevel=2)
-    return WidthSpace
+__getattr__ = earlier_names(__name__, {"Space": "search.evolution.WidthSpace"})

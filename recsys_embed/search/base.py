@@ -25,12 +25,13 @@ from recsys_embed.search.supernet import Supernet
 from recsys_embed.train.build import model_from_config, standardise
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.inputs import fingerprint, schema_of
-from recsys_embed.train.json_values import plain
+from recsys_embed.train.json_values import json_ready
 from recsys_embed.train.loop import Trainer
 from recsys_embed.train.plans import linear_share
 from recsys_embed.train.result import TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.run_log import progress_bar
+from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import Settings
 from recsys_embed.utils.types import Option
 
@@ -54,9 +55,10 @@ class Search(ABC):
 
     >>> from types import SimpleNamespace
     >>> from recsys_embed.search.checks import need_validation
+    >>> from recsys_embed.utils.deprecated import warn_renamed
     >>> from recsys_embed.utils.settings import Settings
     >>> from recsys_embed import FeatureSpec
-    >>> from recsys_embed.search.extract import plain_bytes
+    >>> from recsys_embed.search.extract import full_bytes
     >>> @dataclass(frozen=True)
     ... class HeadSettings(Settings):
     ...     share: float = 0.5
@@ -68,9 +70,9 @@ class Search(ABC):
     ...         need_validation(self.data)
     ...
     ...     def search(self) -> Plan:
-    ...         budget = int(self.settings.share * plain_bytes(self.schema))
+    ...         budget = int(self.settings.share * full_bytes(self.schema))
     ...         return Plan.uniform(self.schema, "freqcut", budget=budget)
-    >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # `run_search` needs more
+    >>> data = SimpleNamespace(schema=lambda width: Schema([FeatureSpec("C1", 100, width)]))  # a stub
     >>> HeadSearch(TrainConfig(), data, HeadSettings(), SearchFolder(None, {})).search()["C1"].num_frequent
     49
     """
@@ -144,12 +146,22 @@ class Search(ABC):
 
     # -- parts of every search ------------------------------------------------------------------------------------
 
-    def plain_model(self) -> CTRModel:
+    def full_model(self) -> CTRModel:
         """The untrained model over full tables; stores hashes of its weights, which a retraining checks."""
         model = self._untrained()
         if self.folder.get("initial") is None:
             self.folder.put("initial", initial_hashes(model))
         return model
+
+    def plain_model(self) -> CTRModel:
+        """The deprecated name of :meth:`full_model`."""
+        warn_renamed("method of Search", "plain_model", "full_model")
+        return self.full_model()
+
+    def plain_seconds(self) -> float:
+        """The deprecated name of :meth:`full_training_seconds`."""
+        warn_renamed("method of Search", "plain_seconds", "full_training_seconds")
+        return self.full_training_seconds()
 
     def _untrained(self) -> CTRModel:
         model = model_from_config(self.config, self.schema, self.data.num_dense, self.device)
@@ -179,7 +191,7 @@ class Search(ABC):
         """Train to the end, from the checkpoint if there is one, and store the result."""
         with self.folder.clock(stage):
             result = trainer.run()
-        self.folder.put(f"{stage}_result", plain(result.to_dict()))
+        self.folder.put(f"{stage}_result", json_ready(result.to_dict()))
         return result
 
     def _time_left(self, stage: str) -> str:
@@ -201,7 +213,7 @@ class Search(ABC):
             bar.close()
             del self.__dict__["_bar"]
 
-    def plain_seconds(self) -> float:
+    def full_training_seconds(self) -> float:
         """Estimated seconds of training the model over full tables, from a few timed steps."""
         known = self.folder.get("probe")
         if known is None:

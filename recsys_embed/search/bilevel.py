@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.data_source import BatchSource
@@ -17,6 +16,7 @@ from recsys_embed.search.layers import DnisLayer
 from recsys_embed.search.supernet import Supernet, as_model
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import Trainer
+from recsys_embed.train.loss import loss_of
 
 _EPSILON = 1e-2
 """Length of the finite difference, over the gradient's norm (DARTS)."""
@@ -89,7 +89,7 @@ class BilevelTrainer(Trainer):
         return value
 
     def _loss(self, batch: Batch) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.net(batch.dense, batch.ids), batch.label)
+        return loss_of(self.net, batch)
 
     def _select(self, train: Batch, unseen: Batch) -> None:
         """Move the selection."""
@@ -113,14 +113,11 @@ class BilevelTrainer(Trainer):
         """The tables of the vectors, with gradients; in evaluation mode, where those do not step their optimizer."""
         collection = self.net.eval().vectors
         weights = [collection.get_parameter(name) for name in collection.storages]
-        before = [w.requires_grad for w in weights]
-        for w in weights:
-            w.requires_grad_(True)
+        collection.constant_in_eval = False
         try:
             yield weights
         finally:
-            for w, had in zip(weights, before, strict=True):
-                w.requires_grad_(had)
+            collection.constant_in_eval = True
             self.net.train()
 
     def _second(self, train: Batch, weights: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from recsys_embed.data.checks import label_faults
 from recsys_embed.data.data_source import DataSource
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, DataError, raise_faults
 
 LEAST_OF_A_CLASS = 50
 """Fewest rows of the rarer class for which a metric is more than noise."""
@@ -27,9 +28,11 @@ def need_classes(data: DataSource, split: str, purpose: str, remedy: str) -> Non
 
     Raises:
         ConfigError: says what they are for, and the remedy.
+        DataError: labels other than 0 and 1, or none.
     """
     positives = negatives = 0
     for batch in data.batches(split, 1 << 16, shuffle=False):
+        raise_faults(label_faults(batch.label), f"split {split!r}", DataError)
         positives += int((batch.label > 0.5).sum())
         negatives += int((batch.label <= 0.5).sum())
         if min(positives, negatives) >= LEAST_OF_A_CLASS:

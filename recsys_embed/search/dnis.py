@@ -85,7 +85,7 @@ class DnisSearch(Search):
         """The supernet, untrained."""
         layer = DnisLayer(block_maps(self.counts, self.sizes, self.settings.scope), self.config.embedding_dim)
         layer.alpha.requires_grad_(False)
-        return Supernet(self.plain_model(), layer.to(self.device or "cpu"))
+        return Supernet(self.full_model(), layer.to(self.device or "cpu"))
 
     @cached_property
     def net(self) -> Supernet:

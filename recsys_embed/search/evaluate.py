@@ -227,6 +227,8 @@ class CandidateEvaluator:
             for module in self.norms:
                 module.train()
             for batch in islice(iter(batches), self.recalibrate):
+                if len(batch.label) < 2:
+                    continue  # one row has no variance
                 self._run(batch, columns, lambda number: self._set(found[number]), keep)
         finally:
             for module in self.norms:

@@ -15,6 +15,7 @@ from recsys_embed.core.program import RowLookup
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
+from recsys_embed.utils.deprecated import earlier_names
 
 _CHUNK = 1 << 18
 
@@ -59,7 +60,7 @@ def make_plan(
 
 
 def initial_table(spec: FeatureSpec, seed: int) -> Tensor:
-    """The plain table that a collection of ``seed`` starts from: ``[num_ids, embedding_dim]``."""
+    """The full table that a collection of ``seed`` starts from: ``[num_ids, embedding_dim]``."""
     table = get_method("full").config_cls.from_params({}).program(spec).tables[0]
     return table.init.fill_(
         torch.empty(table.rows, table.width), hashing.salt(seed, "init", f"{spec.name}.{table.name}")
@@ -75,7 +76,7 @@ def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, row_lookup: RowL
 
 @torch.no_grad()
 def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor, shared: Tensor | None = None) -> None:
-    """Copy the kept rows and columns of a plain table ``dense [num_ids, width]`` into a feature's compact tables.
+    """Copy the kept rows and columns of a full table ``dense [num_ids, width]`` into a feature's compact tables.
 
     Rows that many ids share get those columns of ``shared [width]``; without it they keep their values.
     """
@@ -91,8 +92,8 @@ def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor, shared:
             values[own:] = shared[columns]
 
 
-def plain_bytes(schema: Schema) -> int:
-    """Bytes of plain tables of all features."""
+def full_bytes(schema: Schema) -> int:
+    """Bytes of full tables of all features."""
     return sum(4 * s.num_ids * s.embedding_dim for s in schema)
 
 
@@ -102,3 +103,6 @@ def widths_text(schema: Schema, kept: Sequence[Tensor], widths: Sequence[int]) -
         s.name: f"kept {int(k.sum()):,} of {s.num_ids:,} rows, {w} of {s.embedding_dim} columns"
         for s, k, w in zip(schema, kept, widths, strict=True)
     }
+
+
+__getattr__ = earlier_names(__name__, {"plain_bytes": "search.extract.full_bytes"})

@@ -14,6 +14,7 @@ from recsys_embed.errors import CheckpointError
 from recsys_embed.registry import with_current_names
 from recsys_embed.train.environment import environment
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
+from recsys_embed.utils.strict_json import own_json
 
 SEARCH = "search.json"
 
@@ -64,7 +65,7 @@ class SearchFolder:
         if self.path is None or not (self.path / name).exists():
             return None
         try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+            value = own_json((self.path / name).read_text(encoding="utf-8"))
         except ValueError as e:
             raise CheckpointError(f"{self.path / name} is damaged ({e}); remove it to do its part again") from e
         if not isinstance(value, dict):

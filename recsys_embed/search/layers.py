@@ -18,8 +18,9 @@ from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels.native.masks import MaskParameters, mask_vectors
 from recsys_embed.optim import Adam
+from recsys_embed.utils.deprecated import earlier_names
 
-Rows = Literal["field", "row", "none"]
+RowThresholds = Literal["field", "row", "none"]
 Granularity = Literal["global", "dimension", "field", "field_dimension", "feature", "feature_dimension"]
 
 
@@ -82,7 +83,7 @@ class OptembedLayer(nn.Module):
         fields: int,
         width: int,
         *,
-        rows: Rows = "field",
+        rows: RowThresholds = "field",
         dims: bool = True,
         norm: int = 1,
         oov: bool = False,
@@ -310,3 +311,6 @@ class PepLayer(nn.Module):
         if self.few is None:
             raise ConfigError("this layer has no thresholds")
         return self.few[field if len(self.few) > 1 else 0]
+
+
+__getattr__ = earlier_names(__name__, {"Rows": "search.layers.RowThresholds"})

@@ -18,7 +18,7 @@ from recsys_embed.search.base import Search
 from recsys_embed.search.checks import need_validation
 from recsys_embed.search.evaluate import CandidateEvaluator
 from recsys_embed.search.evolution import Candidate, WidthSpace, evolve, ranked
-from recsys_embed.search.extract import choose, chunks, make_plan, plain_bytes, widths_text
+from recsys_embed.search.extract import choose, chunks, full_bytes, make_plan, widths_text
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.registry import register_search
 from recsys_embed.search.retrain import StartWeights
@@ -95,7 +95,7 @@ class OptembedSearch(Search):
 
     def build(self) -> Supernet:
         """The supernet, untrained."""
-        return Supernet(self.plain_model(), self._layer().to(self.device or "cpu"))
+        return Supernet(self.full_model(), self._layer().to(self.device or "cpu"))
 
     def _layer(self) -> OptembedLayer:
         """Its layer, a function of the seed."""
@@ -152,7 +152,7 @@ class OptembedSearch(Search):
 
     def _fittest(self, net: Supernet, space: WidthSpace) -> Candidate:
         rows, s = self._rows(), self.settings
-        whole = plain_bytes(self.schema)
+        whole = full_bytes(self.schema)
         saved = self.folder.get("evolution") or {"generation": 0, "ends": [], "scores": []}
         ends = list(saved["ends"])
         scores = {tuple(c): score for c, score in saved["scores"]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.models import CTRModel
 from recsys_embed.plan import Plan
-from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.json_values import footprint_dict, json_ready
 from recsys_embed.train.result import TrainResult
 from recsys_embed.utils.types import JSON
 
@@ -21,9 +21,9 @@ class SearchOutcome:
         model: the retrained model.
         result: metrics of the retraining.
         footprint: bytes of the embedding part.
-        full_bytes: bytes of the plain tables.
+        full_bytes: bytes of the full tables.
         seconds: by stage.
-        cost: seconds of all stages over those of one plain training of as many epochs.
+        cost: seconds of all stages divided by those of one training over full tables of as many epochs.
 
     >>> from recsys_embed import FeatureSpec, Schema
     >>> from recsys_embed.models import build_model
@@ -46,7 +46,7 @@ class SearchOutcome:
     def to_dict(self) -> JSON:
         """JSON-ready; the model left out."""
         return {
-            **plain(self.result.to_dict()),
+            **json_ready(self.result.to_dict()),
             "footprint": footprint_dict(self.footprint),
             "full_bytes": self.full_bytes,
             "compression": self.full_bytes / self.footprint.serve,

@@ -19,7 +19,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method
 from recsys_embed.search.base import Search
 from recsys_embed.search.checks import need_validation
-from recsys_embed.search.extract import chunks, make_plan, plain_bytes
+from recsys_embed.search.extract import chunks, full_bytes, make_plan
 from recsys_embed.search.layers import PepLayer, soft_threshold
 from recsys_embed.search.pruning import choose_elements
 from recsys_embed.search.registry import register_search
@@ -149,7 +149,7 @@ class PepSearch(Search):
     @cached_property
     def limits(self) -> dict[str, int]:
         """Bytes of the vectors of every snapshot, by name, largest first."""
-        whole = plain_bytes(self.schema)
+        whole = full_bytes(self.schema)
         found = {f"snapshot_{ratio:g}x": int(whole / ratio) for ratio in self.settings.snapshots}
         if self.vector_budget is not None:
             found["snapshot"] = self.vector_budget
@@ -162,7 +162,7 @@ class PepSearch(Search):
         layer = PepLayer(
             self.schema, s.granularity, init=s.threshold_init, lr=self.threshold_lr, decay=s.threshold_decay
         )
-        net = Supernet(self.plain_model(), layer.to(self.device or "cpu"))
+        net = Supernet(self.full_model(), layer.to(self.device or "cpu"))
         every = max(1, min(s.check_every, int(_BETWEEN / self.threshold_lr)))
         options: dict[str, Any] = {"lr": self.threshold_lr, "decay": s.threshold_decay, "every": every}
         config = self.config.replace(patience=None, keep_best=False)

@@ -36,8 +36,8 @@ def page(search: Search, outcome: SearchOutcome) -> str:
         f"({outcome.full_bytes / outcome.footprint.serve:.1f}x), sets of ids included"
     )
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in outcome.seconds.items())
-    lines += [f"- time: {spent}; {outcome.cost:.1f} plain trainings of as many epochs", ""]
-    lines += ["| feature | ids | kept | bytes | of plain |", "| --- | ---: | --- | ---: | ---: |"]
+    lines += [f"- time: {spent}; {outcome.cost:.1f} trainings over full tables of as many epochs", ""]
+    lines += ["| feature | ids | kept | bytes | of full |", "| --- | ---: | --- | ---: | ---: |"]
     for spec in schema:
         size = plan[spec.name].footprint(spec).serve
         share = size / (4 * spec.num_ids * spec.embedding_dim)

@@ -55,7 +55,7 @@ def drawn_weights(model: CTRModel) -> dict[str, Tensor]:
 
 
 def initial_hashes(model: CTRModel) -> dict[str, str]:
-    """Hash of every plain table of vectors and of every dense weight of a model that has not been trained."""
+    """Hash of every full table of vectors and of every dense weight of a model that has not been trained."""
     tables = {f"table {s.name}": weights_hash(model.vectors.table(f"{s.name}.weight")) for s in model.vectors.schema}
     return {**tables, **{f"weight {k}": weights_hash(v) for k, v in drawn_weights(model).items()}}
 
@@ -72,14 +72,14 @@ def build_retrained(
     linear: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     device: torch.device | str | None = None,
 ) -> CTRModel:
-    """The model of a plan, with the kept rows and columns of plain tables.
+    """The model of a plan, with the kept rows and columns of full tables.
 
     Args:
         config: of :func:`planned`; its seed is that of the search.
         schema: of the search.
         num_dense: numeric columns.
         hashes: :func:`initial_hashes` of the search; the weights drawn must be the same.
-        tables: by feature, plain tables to take from; by default the search's initial ones, drawn again.
+        tables: by feature, full tables to take from; by default the search's initial ones, drawn again.
         shared: by feature, the vector ``[D]`` that pruned ids begin with, by default a fresh one.
         dense: weights outside the tables, by default the initial ones.
         linear: by feature, trained first-order weights ``[num_ids, 1]`` and how often each id occurs, by default fresh
@@ -112,7 +112,7 @@ def build_retrained(
 
 @torch.no_grad()
 def share_rows(collection: EmbeddingCollection, tables: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Set rows that many ids share to the mean of theirs in plain tables, weighted by counts (least squares).
+    """Set rows that many ids share to the mean of theirs in full tables, weighted by counts (least squares).
 
     Args:
         collection: every id of which reads one row, as it is.

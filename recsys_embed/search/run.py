@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import BudgetError, ConfigError
@@ -20,7 +21,7 @@ from recsys_embed.train.build import trained_footprint
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import check_device
-from recsys_embed.train.inputs import check_data, fingerprint, schema_of
+from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
 from recsys_embed.train.plans import plans_for
 from recsys_embed.utils.settings import Settings
 
@@ -82,8 +83,9 @@ def run_search(
     True
     """
     if config.method != "full" or config.plan is not None:
-        raise ConfigError(f"a search starts from plain tables; drop `method` and `plan`; got {config.method!r}")
+        raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
+    check_rows(data)
     path = None if folder is None else Path(folder)
     if device is not None:
         check_device(device)
@@ -120,11 +122,11 @@ def run_search(
             footprint=trained_footprint(model),
             full_bytes=plans_for(schema, bare).full_bytes,
             seconds=seconds,
-            cost=sum(seconds.values()) / search.plain_seconds(),
+            cost=sum(seconds.values()) / search.full_training_seconds(),
         )
         if path is not None:
             final_config = planned(bare, plan, budget).to_dict()
-            save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=model.state_dict())
+            save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=weights_of(model))
             store.put("report", outcome.to_dict())
             store.put(CURVES, curves_of(search))
             store.text("report.md", page(search, outcome))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from recsys_embed.search.evolution import Evolution
-from recsys_embed.search.layers import Granularity, Rows
+from recsys_embed.search.layers import Granularity, RowThresholds
 from recsys_embed.search.retrain import Start
 from recsys_embed.utils.settings import Settings, param
 
@@ -23,7 +23,7 @@ class OptembedSettings(Settings):
         threshold_lr: rate of the thresholds, plain SGD.
         pull: weight of the regulariser, the sum of exp(-t) over all thresholds.
         generations, population, mutations, crossovers, keep, parents, mutation_rate: see :class:`Evolution`.
-        size_weight: candidates are compared by validation AUC less this times their share of the plain tables' bytes;
+        size_weight: candidates are compared by validation AUC less this times their share of the full tables' bytes;
             0: AUC alone, as the paper.
         evaluation_rows: validation rows on which candidates are compared; None: all, 0: as many as make the evolution
             cost about one training.
@@ -35,7 +35,7 @@ class OptembedSettings(Settings):
         ConfigError: a setting is out of range; all faults at once.
     """
 
-    rows: Rows = "field"
+    rows: RowThresholds = "field"
     dims: bool = True
     norm: Literal[1, 2] = 1
     oov: bool = False

@@ -29,7 +29,7 @@ class Supernet(nn.Module):
         layer: called with vectors ``[B, F, D]`` and ids ``[B, F]``.
 
     Raises:
-        ConfigError: the model has no vectors, or they are of several widths, or not plain tables.
+        ConfigError: the model has no vectors, or they are of several widths, or not full tables.
     """
 
     def __init__(self, model: CTRModel, layer: nn.Module) -> None:
@@ -38,7 +38,7 @@ class Supernet(nn.Module):
         methods = {vectors.plan[name].method for name in vectors.plan}
         if vectors.output_dim is None or methods != {"full"}:
             raise ConfigError(
-                f"a search starts from plain tables of one width; got methods {sorted(methods)}, width "
+                f"a search starts from full tables of one width; got methods {sorted(methods)}, width "
                 f"{vectors.output_dim}"
             )
         self.model, self.layer = model, layer
@@ -96,7 +96,7 @@ class Supernet(nn.Module):
     # What searches ask of a supernet.
 
     def table(self, name: str) -> Tensor:
-        """The plain table of a feature: ``[ids, D]``, a view."""
+        """The full table of a feature: ``[ids, D]``, a view."""
         return self.vectors.table(f"{name}.weight")
 
     def catch_up_(self) -> None:

@@ -34,6 +34,7 @@ from recsys_embed.sharding.checkpoint_tensors import (
 )
 from recsys_embed.sharding.optimizers import Optimizers
 from recsys_embed.utils.files import write_json, write_text
+from recsys_embed.utils.strict_json import own_json
 from recsys_embed.utils.types import JSON
 
 LATEST = "latest"
@@ -149,7 +150,7 @@ def find(folder: str | Path) -> tuple[Path, JSON]:
     folder = Path(folder)
     try:
         name = (folder / LATEST).read_text(encoding="utf-8").strip()
-        meta = json.loads((folder / name / META).read_text(encoding="utf-8"))
+        meta = own_json((folder / name / META).read_text(encoding="utf-8"))
     except OSError as e:
         raise CheckpointError(f"no complete distributed checkpoint in {folder} ({e.filename} is missing)") from e
     except ValueError as e:

@@ -16,6 +16,7 @@ from torchrec.distributed.types import ShardedModule
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.lookup_bundle import LookupBundle
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.fused_updates import TableOptimizer
@@ -72,6 +73,8 @@ def _state_without(module: nn.Module, paths: tuple[str, ...], prefix: str = "") 
         return
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     own |= {k: v for k, v in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
+    if isinstance(module, IndexStore):
+        own |= module.arrays.held
     for name, values in own.items():
         yield prefix + name, values.detach()
     for name, child in module.named_children():

@@ -38,7 +38,7 @@ class ShardableCollection(Constants):
 
     Args:
         schema: the features, in the order of the id columns.
-        plan: a method configuration per feature; plain tables when None.
+        plan: a method configuration per feature; full tables when None.
         optimizer: updates the tables inside backward once :func:`recsys_embed.sharding.shard` was called. Before that,
             and with None, tables have ordinary gradients.
         pool: ``"tables"`` pools as described above. ``"ids"`` looks up every feature id by id: bags are bit-identical
@@ -198,7 +198,7 @@ class ShardableCollection(Constants):
             return ids
         out = dict(ids)
         for bundle in self.bundles():
-            out |= bundle.given({name: out[name] for name in bundle.schema.names if name in out})
+            out |= bundle.given({name: out[name] for name in bundle.schema.names if name in out}, self)
         return out
 
     def _pooled(self, bags: Bags) -> Tensor:
@@ -212,15 +212,15 @@ class ShardableCollection(Constants):
             out: Tensor = self.by_bag(bags)
             return out
         parts = [
-            self.by_bag(_select(bags, self.constant("bag_features"))),  # type: ignore[misc]
-            self.by_id.pooled(_select(bags, self.constant("id_features")), self._gather),  # type: ignore[union-attr]
+            self.by_bag(_select(bags, self.constant("bag_features", bags.values))),  # type: ignore[misc]
+            self.by_id.pooled(_select(bags, self.constant("id_features", bags.values)), self._gather),  # type: ignore[union-attr]
         ]
         if self.output_dim is not None:
             parts = [p.reshape(bags.batch, -1, self.output_dim) if bags.batch else p for p in parts]
         else:
             parts = [p.flatten(1) for p in parts]
         joined = torch.cat(parts, 1)
-        return joined if self.ordered else joined.index_select(1, self.constant("order"))
+        return joined if self.ordered else joined.index_select(1, self.constant("order", joined))
 
     # -- weights --------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class CompressedEBC(nn.Module):
 
     Args:
         schema: the features with their pooling.
-        plan: a method configuration per feature; plain tables when None.
+        plan: a method configuration per feature; full tables when None.
         optimizer, pool, weighted, seed, device: see :class:`ShardableCollection`.
 
     >>> import recsys_embed as rse

@@ -142,7 +142,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if self.rule.weight_decay:
             moved = moved.add(before, alpha=self.rule.weight_decay)
         picked = {name: state[name][touched] for name in self.rule.tensors if name != "last"}
-        weight[touched] = self.rule.update(before, moved, picked, lr, state["step"])
+        weight[touched] = self.rule.checked_update(before, moved, picked, lr, state["step"])
         for name, values in picked.items():
             state[name][touched] = values
 

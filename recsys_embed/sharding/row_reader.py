@@ -46,7 +46,7 @@ class TorchRecRowReader(Constants):
         distinct, inverse = rows.unique(return_inverse=True)
         absent = int((distinct[:1] < 0).sum())
         asked = distinct[absent:]
-        starts = self.constant("starts")
+        starts = self.constant("starts", asked)
         counts = torch.searchsorted(asked, starts).diff()
         local = asked - torch.repeat_interleave(starts[:-1], counts, output_size=len(asked))
         jagged = KeyedJaggedTensor(

@@ -99,6 +99,11 @@ class ShardedRun(Run):
         """The first process does."""
         return dist.get_rank() == 0
 
+    @property
+    def rows(self) -> DataSource:
+        """This process's rows."""
+        return self.portion
+
     @cached_property
     def portion(self) -> DataSource:
         """This process's rows."""

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrec.distributed import DistributedModelParallel
 
 from recsys_embed.core import hashing
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.data_source import BatchStream, DataSource
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError, DataError
 from recsys_embed.registry import with_current_names
 from recsys_embed.sharding.checkpoint import find, load, save
 from recsys_embed.sharding.checkpoint_tensors import CheckpointTensor, weight_tensors
@@ -27,9 +26,10 @@ from recsys_embed.sharding.optimizers import Optimizers, collection_paths, table
 from recsys_embed.sharding.process_group import global_metrics
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.driver import CHECKPOINTS
+from recsys_embed.train.evaluation import update
 from recsys_embed.train.loop import Trainer
+from recsys_embed.train.loss import explain, loss_of, wrong_labels
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
-from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.stop_request import StopRequest
 
@@ -175,20 +175,16 @@ class ShardedTrainer(Trainer):
     def _step(self, batch: Any) -> float:
         state = self.state
         self._set_rates(self.schedule.factor(state.step))
-        logits = self.model(batch.dense, batch.ids)
-        loss = F.binary_cross_entropy_with_logits(logits, batch.label, reduction="sum")
+        loss = loss_of(self.model, batch, reduction="sum")
         votes = float(self.stop is not None and self.stop.requested)
-        totals = torch.tensor([float(loss.detach()), batch.label.numel(), votes], dtype=torch.float64)
+        wrong = 0.0 if self._labels_known else float(wrong_labels(batch.label))
+        totals = torch.tensor([float(loss.detach()), batch.label.numel(), votes, wrong], dtype=torch.float64)
         totals = totals.to(self.device)
         dist.all_reduce(totals)
-        total, count, stopping = totals.tolist()
+        total, count, stopping, wrong = totals.tolist()
         value = total / count
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the loss is {value} at step {state.step + 1} (epoch {state.epoch + 1}); lower `learning_rate` "
-                f"({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), add "
-                "`warmup_steps`, or set `clip_norm`; the last checkpoint is from before this step"
-            )
+        if wrong or not math.isfinite(value):
+            raise self._explained(value, batch)
         # DistributedModelParallel averages gradients over processes; `world` turns that into a sum.
         (loss * (self.world / count)).backward()
         self._apply_gradients()
@@ -199,6 +195,29 @@ class ShardedTrainer(Trainer):
         state.samples += int(count)
         state.seconds += time.perf_counter() - self._clock
         return value
+
+    def _explained(self, value: float, batch: Any) -> Exception:
+        """The error for a loss that is not finite; the same kind in all processes, whoever's rows are the cause."""
+        mine = explain(value, batch, self.model, self.config, self.state.step, self.state.epoch)
+        found: list[str | None] = [None] * self.world
+        dist.all_gather_object(found, str(mine) if isinstance(mine, DataError) else None)
+        causes = [f"process {rank}: {text}" for rank, text in enumerate(found) if text is not None]
+        return DataError(causes[0]) if causes else mine
+
+    def _leaves_one_row(self) -> bool:
+        """Refuse batch normalisation where a process would meet a batch of fewer than two rows."""
+        sizes = batch_sizes(self.config.batch_size, self.world)
+        rows = self.rows_by_rank["train"]
+        steps = max(-(-n // size) for n, size in zip(rows, sizes, strict=True))
+        last = [n - (steps - 1) * size for n, size in zip(rows, sizes, strict=True)]
+        if min(*sizes, *last) < 2:
+            raise ConfigError(
+                "batch normalisation needs two rows or more in every training batch of every process; with "
+                f"`batch_size` {self.config.batch_size} the processes' last batches have "
+                f"{', '.join(str(max(0, n)) for n in last)} rows; choose another `batch_size`, or build the model "
+                "without `batch_norm`"
+            )
+        return False
 
     @torch.no_grad()
     def evaluate(self, split: str, stop: StopRequest | None = None) -> Metrics | None:
@@ -213,7 +232,7 @@ class ShardedTrainer(Trainer):
             for number, batch in enumerate(PaddedBatches(batches, steps, self.empty)):
                 if number % AGREE_EVERY == 0 and self._agree(stop):
                     return None
-                sums.update(self.model(batch.dense, batch.ids), batch.label)
+                update(sums, self.model, batch, split)
         finally:
             self.model.train(was_training)
         return None if self._agree(stop) else global_metrics(sums, self.device)
@@ -271,7 +290,7 @@ class ShardedTrainer(Trainer):
         extra = load(self.home / CHECKPOINTS, self.model, self.optimizers, beside=random)
         run = json.loads(extra["run"])
         self.schedule.load_state_dict(run["schedule"])
-        self.state = RunState(**run["state"])
+        self.state = RunState.from_dict(run["state"])
         self._resumed_rng = {name.rsplit("/", 1)[1]: values for name, values in random.items()}
 
     def _random(self) -> dict[str, Tensor]:

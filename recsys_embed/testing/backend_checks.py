@@ -15,7 +15,7 @@ from recsys_embed.testing.helpers import poisoned_memory
 def check_backend(backend: str, device: str = "cpu") -> None:
     """Compare a backend with the reference over every method, odd batch sizes, poolings and dtypes.
 
-    What a backend refuses with a :class:`BackendError` is left out; plain float32 tables it must run.
+    What a backend refuses with a :class:`BackendError` is left out; full float32 tables it must run.
 
     Raises:
         AssertionError: names the method and case that differ.

@@ -23,16 +23,27 @@ from recsys_embed.testing.collection_checks import (
 from recsys_embed.testing.state_checks import (
     budgets_are_kept,
     config_is_data,
+    counts_leave_recomputed_activations_out,
     fits_a_trained_table,
     footprint_is_what_is_stored,
+    integers_survive_averages_casts_and_moves,
     names_follow_the_key,
     names_of_earlier_versions_are_read,
     options_are_given_by_keyword,
     same_seed_same_bits,
-    starts_with_the_distribution_of_a_plain_table,
+    starts_with_the_distribution_of_a_full_table,
     state_round_trips_and_refuses_others,
     survives_the_meta_device,
     what_is_planned_is_declared,
+)
+from recsys_embed.testing.torch_checks import (
+    keeps_its_type_under_autocast,
+    one_node_for_torch_fx,
+    replicas_answer_alike,
+    sparse_gradients_are_announced,
+    takes_jagged_nested_ids,
+    traced_by_torch_jit_as_called,
+    works_under_function_transforms,
 )
 
 EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
@@ -43,7 +54,7 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     ids_out_of_range_raise_unless_hashed,
     unseen_ids_follow_their_policy,
     same_seed_same_bits,
-    starts_with_the_distribution_of_a_plain_table,
+    starts_with_the_distribution_of_a_full_table,
     gradients_are_right,
     equals_its_program,
     state_round_trips_and_refuses_others,
@@ -54,11 +65,20 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     names_of_earlier_versions_are_read,
     what_is_planned_is_declared,
     survives_the_meta_device,
+    integers_survive_averages_casts_and_moves,
+    counts_leave_recomputed_activations_out,
     compiles_and_exports_whole,
     fits_a_trained_table,
     runs_in_a_collection,
     stands_beside_others_in_a_collection,
     training_bytes_agree,
+    keeps_its_type_under_autocast,
+    one_node_for_torch_fx,
+    replicas_answer_alike,
+    sparse_gradients_are_announced,
+    takes_jagged_nested_ids,
+    traced_by_torch_jit_as_called,
+    works_under_function_transforms,
 )
 
 

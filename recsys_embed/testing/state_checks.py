@@ -8,7 +8,11 @@ import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from recsys_embed.embedding.method_checks import faults_of
 from recsys_embed.errors import BudgetError, CheckpointError, RecsysEmbedError
@@ -35,7 +39,7 @@ def same_seed_same_bits(method: MethodInfo) -> None:
     assert not torch.equal(first.materialize(), other.materialize()), "another seed must give other weights"
 
 
-def starts_with_the_distribution_of_a_plain_table(method: MethodInfo) -> None:
+def starts_with_the_distribution_of_a_full_table(method: MethodInfo) -> None:
     for init, std in (("normal:1", 1.0), ("uniform:0.3", 0.3 / 3**0.5)):
         tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in range(4)]
         values = torch.stack(tables).double()
@@ -52,7 +56,7 @@ def state_round_trips_and_refuses_others(method: MethodInfo) -> None:
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(copied(example_ids(module)), module(example_ids(module)))
     if method.name == "full":
-        return  # a plain table means the same under every seed
+        return  # a full table means the same under every seed
     with refused(CheckpointError, "seed"):
         example(method, seed=1).load_state_dict(module.state_dict())
 
@@ -83,7 +87,7 @@ def budgets_are_kept(method: MethodInfo) -> None:
         size, met = config.footprint(spec).serve, met + 1
         assert last <= size <= budget, f"budget {budget}: sized {size} after {last}"
         last = size
-    assert met, "no budget up to the plain table's bytes can be met"
+    assert met, "no budget up to the full table's bytes can be met"
     half = max(5000 * 16 * 4 // 2, method.config_cls.sized(spec, 1).footprint(spec).serve)
     fitted = method.config_cls.for_budget(spec, half)
     for dtype in (torch.float64, torch.bfloat16):
@@ -164,3 +168,74 @@ def fits_a_trained_table(method: MethodInfo) -> None:
     target = target.repeat(1, module.output_dim // 8)
     error = (fitted.materialize() - target).square().mean() / target.square().mean()
     assert error < 0.95, f"the fit must beat predicting zero; relative squared error {error:.3f}"
+
+
+def integers_survive_averages_casts_and_moves(method: MethodInfo) -> None:
+    counts = torch.rand(ROWS, generator=torch.Generator().manual_seed(0)) + 0.1
+    options: dict[str, Any] = {}
+    if method.config_cls.order_option is not None:
+        options[method.config_cls.order_option] = "counts"
+    module = example(method, unseen="oov", **options).assign_(counts)
+    ids = torch.cat([torch.arange(ROWS), torch.tensor([-5, 10**6])])
+    expected = module(ids).detach()
+    averages: dict[str, nn.Module] = {}
+    for name, rule in (("EMA", get_ema_multi_avg_fn(0.999)), ("SWA", None)):
+        averaged = AveragedModel(module, multi_avg_fn=rule, use_buffers=True)
+        for _ in range(3):
+            averaged.update_parameters(module)
+        averages[name] = averaged.module
+    by_hand, states = copy.deepcopy(module), (module.state_dict().values(), module.buffers())
+    for mine, theirs in zip((by_hand.state_dict().values(), by_hand.buffers()), states, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            a.copy_(0.999 * a.float() + 0.001 * b.float())
+    averages["an average over state dict and buffers by hand"] = by_hand
+    for name, mean in averages.items():
+        torch.testing.assert_close(mean(ids), expected, msg=f"{name} of equal weights must be these weights")
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 5e-2)):
+        cast = copy.deepcopy(module).to(dtype)(ids)
+        assert cast.dtype == dtype
+        torch.testing.assert_close(cast.float(), expected, rtol=tolerance, atol=tolerance)
+    lazily = copy.deepcopy(module).to("meta")
+    with torch.device("meta"):
+        built = example(method, unseen="oov", **options)
+    for moved in (lazily, built):
+        moved.load_state_dict(module.state_dict(), assign=True)
+        assert torch.equal(moved(ids), expected), "load_state_dict(assign=True) must fill a module without memory"
+        assert torch.equal(moved.to("cpu")(ids), expected)
+        assert moved.unseen_counts()["embedding"].unseen == 4
+    with torch.device("meta"):
+        built = example(method, unseen="oov", **options)
+    for key, value in module.state_dict().items():  # one by one, as Accelerate does
+        path, _, name = key.rpartition(".")
+        holder = built.get_submodule(path)
+        assert name in holder._parameters or name in holder._buffers, f"{key} must be found by its name"
+        if name in holder._buffers:
+            holder._buffers[name] = value
+        else:
+            holder._parameters[name] = nn.Parameter(value)
+    assert torch.equal(built(ids), expected), "a module filled tensor by tensor must look up as its source"
+    if method.name != "full":
+        other = example(method, unseen="oov", seed=1, **options).get_extra_state()
+        with refused(CheckpointError, "seed"):
+            built._buffers["_extra_state"] = other
+    raw = example(method)
+    if method.config_cls.accepts_raw:
+        with torch.device("meta"):
+            built = example(method)
+        built.load_state_dict(raw.state_dict(), assign=True)
+        assert torch.equal(built(["a", "b"]), raw(["a", "b"])), "ids given as strings must go where the tables are"
+        assert torch.equal(built(np.array([1, 2])), raw(np.array([1, 2])))
+
+
+def counts_leave_recomputed_activations_out(method: MethodInfo) -> None:
+    module = example(method, unseen="oov")
+    for reentrant in (False, True):
+        module.reset_unseen_counts()
+        scale = torch.ones(1, requires_grad=True)
+
+        def run(x: Tensor) -> Tensor:
+            return module(torch.tensor([1, ROWS + 3])) * x
+
+        checkpoint(run, scale, use_reentrant=reentrant).sum().backward()
+        counted = module.unseen_counts()
+        assert counted == {"embedding": (1, 2)}, f"a recomputed lookup was counted: {counted}"

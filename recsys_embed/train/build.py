@@ -9,7 +9,7 @@ from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, build_model
-from recsys_embed.optim import FusedOptimizer, make_rule
+from recsys_embed.optim import FusedOptimizer, make_rule, unfused_parameters
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.plans import plans_for
 
@@ -58,5 +58,5 @@ def standardise(model: CTRModel, config: TrainConfig, data: DataSource) -> CTRMo
 
 def trained_footprint(model: CTRModel) -> Footprint:
     """Bytes of the embedding part in a run: the trainer's Adam keeps two moments of what no fused optimizer holds."""
-    ordinary = {p for c in model.collections().values() for p in c.parameters() if p.requires_grad}
+    ordinary = {p for c in model.collections().values() for p in unfused_parameters(c)}
     return model.footprint() + Footprint(optimizer=2 * sum(p.nbytes for p in ordinary))

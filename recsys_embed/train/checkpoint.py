@@ -13,10 +13,16 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import nn
 
+from recsys_embed.collection.optimizer_state import weights_alone
 from recsys_embed.errors import CheckpointError
 from recsys_embed.registry import with_current_names
-from recsys_embed.utils.files import atomic_write
+from recsys_embed.utils.files import atomic_write, check_packing
 
+# What zipfile and torch raise of damaged files.
+_UNREADABLE = (
+    RuntimeError, ValueError, EOFError, OSError, BadZipFile, pickle.UnpicklingError, LookupError, TypeError,
+    AttributeError, OverflowError, MemoryError, AssertionError,
+)  # fmt: skip
 FORMAT = "recsys-embed-checkpoint"
 VERSION = 1
 # Automatic checkpoints are at least this many seconds apart, and this many times the time to write one. They therefore
@@ -81,11 +87,12 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
+        check_packing(path)
         # torch.load does not compare checksums; a flipped bit in a table would go unseen.
         with ZipFile(path) as archive:
             broken = archive.testzip()
         payload = torch.load(path, map_location="cpu", weights_only=True) if broken is None else None
-    except (RuntimeError, ValueError, EOFError, OSError, BadZipFile, pickle.UnpicklingError) as e:
+    except _UNREADABLE as e:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(e).__name__} {str(e)[:200]}".rstrip()) from e
     if broken is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: wrong checksum of {broken}")
@@ -109,10 +116,11 @@ def load_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> d
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
-    """Load a model's ``state_dict``; a mismatch of names or shapes is a CheckpointError that lists it."""
+    """Load what :func:`weights_of` returned; a mismatch of names or shapes is a CheckpointError that lists it."""
     try:
-        model.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError) as e:
+        with weights_alone():
+            model.load_state_dict(state)
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"weights of {path} do not fit the model: {e}") from e
 
 

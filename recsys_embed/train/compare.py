@@ -20,13 +20,14 @@ from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods, with_current_names
 from recsys_embed.train.config import PLANNED, TrainConfig
-from recsys_embed.train.inputs import check_data, fingerprint, schema_of
-from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
+from recsys_embed.train.json_values import footprint_dict, json_ready
 from recsys_embed.train.plans import plans_for
 from recsys_embed.train.result import DivergedError
 from recsys_embed.train.run import run_training
 from recsys_embed.utils.files import write_json
 from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.strict_json import own_json
 
 ROWS = "rows"
 
@@ -173,6 +174,7 @@ def run_comparison(
         ConfigError: the folder holds a row of other settings or other data.
     """
     check_data(data, comparison.train, "a comparison")
+    check_rows(data)
     folder = Path(folder)
     cases = list(comparison.cases())
     found = [_finished_row(folder, case, data) for case in cases]
@@ -204,7 +206,7 @@ def _finished_row(folder: Path, case: Case, data: DataSource) -> dict[str, Any] 
     if not path.exists():
         return None
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = own_json(path.read_text(encoding="utf-8"))
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("settings"), dict):
@@ -266,7 +268,7 @@ def _train_row(
         return {**row, "status": "diverged", "reason": str(e)}
     done = {
         **row,
-        **plain(out.result.to_dict()),
+        **json_ready(out.result.to_dict()),
         "footprint": footprint_dict(out.footprint),
         "full_bytes": out.full_bytes,
         "compression": out.full_bytes / out.footprint.serve,
@@ -320,7 +322,8 @@ def _summary(
     good = [r for r in rows if r["status"] == "ok" and r["test"] is not None and r["test"]["auc"] is not None]
     if not good:
         bad = rows[0]
-        return Summary(*key, status=bad["status"], reason=bad["reason"] or "no test split", seeds=0)
+        none = "no test split" if bad.get("test") is None else "the test rows are of one class, so they have no AUC"
+        return Summary(*key, status=bad["status"], reason=bad["reason"] or none, seeds=0)
     gains = []
     for r in good:
         base = full.get((r["model"], r["seed"]))

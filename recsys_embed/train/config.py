@@ -36,7 +36,7 @@ class TrainConfig(Settings):
         ratio: compression: the embedding part may take the bytes of ``full`` divided by this.
         budget: bytes of the embedding part, e.g. ``"4MiB"``; exclusive with ``ratio``.
         embedding_dim: width of the vectors.
-        embedding_init: initial distribution of a plain table, see :class:`recsys_embed.FeatureSpec`. Near zero by
+        embedding_init: initial distribution of a full table, see :class:`recsys_embed.FeatureSpec`. Near zero by
             default: an id too rare to be learned then adds nothing, where a wider one would make it noise.
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.
@@ -62,7 +62,7 @@ class TrainConfig(Settings):
         clip_norm: largest L2 norm of all dense gradients together; None: no clipping.
         eval_every: validate every so many steps as well as after each epoch; None: after each epoch only.
         patience: stop after this many validations without gain; None: never.
-        min_delta: gain of validation AUC that counts.
+        min_delta: gain of validation AUC that counts (fall of the logloss, where the rows are of one class).
         keep_best: end with the weights of the best validation.
         checkpoint_every: steps between checkpoints besides those after each validation; None: a second, or twenty times
             what writing one takes (in one process; several write those after validations only).

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
@@ -17,8 +18,8 @@ from recsys_embed.train.build import model_from_config, trained_footprint
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import environment
-from recsys_embed.train.inputs import fingerprint, schema_of
-from recsys_embed.train.json_values import footprint_dict, plain
+from recsys_embed.train.inputs import check_rows, fingerprint, schema_of
+from recsys_embed.train.json_values import footprint_dict, json_ready
 from recsys_embed.train.loop import Trainer
 from recsys_embed.train.plans import plans_for, resolve
 from recsys_embed.train.result import TrainResult
@@ -73,6 +74,7 @@ class Run:
 
     def run(self) -> RunOutcome:
         """Train to the end."""
+        check_rows(self.rows)
         self.config = self.resolved_config()
         going_on = self.should_resume()
         model = self.build()
@@ -89,10 +91,15 @@ class Run:
             if self.save_model:
                 self.save(self.folder, trained, footprint)
             if self.writes:
-                write_json(self.folder / "result.json", plain(result.to_dict()))
+                write_json(self.folder / "result.json", json_ready(result.to_dict()))
         return RunOutcome(result, footprint, plans_for(self.schema, self.config).full_bytes, model)
 
     # -- what a run on several processes does otherwise -----------------------------------------------------------
+
+    @property
+    def rows(self) -> DataSource:
+        """The rows that this process reads."""
+        return self.data
 
     def resolved_config(self) -> TrainConfig:
         """The settings, with the planner's plan in place of method ``"planned"``."""
@@ -138,7 +145,7 @@ class Run:
     def save(self, folder: Path, trained: nn.Module, footprint: Footprint) -> None:
         """Write the trained model."""
         identity = {**self.config.to_dict(), **self.identity}
-        save_checkpoint(folder / "model.pt", identity, model=trained.state_dict())
+        save_checkpoint(folder / "model.pt", identity, model=weights_of(trained))
 
 
 def should_resume(folder: Path | None, resume: bool, *, torchrun: bool = False) -> bool:

@@ -5,9 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.checks import refuse_values
 from recsys_embed.data.data_source import BatchSource
+from recsys_embed.errors import DataError
+from recsys_embed.train.loss import logits_of
 from recsys_embed.train.metrics import BinaryMetrics, Metrics
 from recsys_embed.train.stop_request import StopRequest
+
+
+def update(sums: BinaryMetrics, model: nn.Module, batch: Batch, split: str) -> None:
+    """Add a batch to the metrics of a split; an error names the cause that lies in its rows, if one does."""
+    logits = logits_of(model, batch)
+    try:
+        sums.update(logits, batch.label)
+    except DataError:
+        refuse_values(batch, f"a batch of the split {split!r}")
+        raise
 
 
 @torch.no_grad()
@@ -20,7 +34,12 @@ def evaluate(
     device: torch.device | str | None = None,
     stop: StopRequest | None = None,
 ) -> Metrics | None:
-    """Metrics of a model on a whole split, in evaluation mode; None when ``stop`` asked to end it early."""
+    """Metrics of a model on a whole split, in evaluation mode; None when ``stop`` asked to end it early.
+
+    Raises:
+        ConfigError: the model returns something other than logits ``[B]``.
+        DataError: labels other than 0 and 1, numeric values or logits that are NaN or infinite.
+    """
     was_training = model.training
     model.eval()
     sums = BinaryMetrics()
@@ -28,7 +47,7 @@ def evaluate(
         for batch in data.batches(split, batch_size, shuffle=False, device=device):
             if stop is not None and stop.requested:
                 return None
-            sums.update(model(batch.dense, batch.ids), batch.label)
+            update(sums, model, batch, split)
     finally:
         model.train(was_training)
     return sums.compute()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
-from recsys_embed.data.data_source import TRAINING, DataSource, need_members
+from recsys_embed.data.data_source import TRAINING, BatchSource, DataSource, need_members
+from recsys_embed.data.rows import RowSource
+from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.train.config import TrainConfig
 
@@ -22,12 +24,34 @@ def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) 
         need_members(data, purpose, (*members, "numeric_moments"))
 
 
+def check_rows(data: BatchSource) -> bool:
+    """Refuse rows that cannot be trained on, see :meth:`RowSource.check_values`; whether every row was looked at.
+
+    Raises:
+        DataError: names split, row and what is wrong.
+    """
+    if not isinstance(data, RowSource):
+        return False
+    data.check_values()
+    return data.fits("train")
+
+
 def schema_of(data: DataSource, config: TrainConfig) -> Schema:
     """The data's features at the width and with the initial distribution and the unseen ids' policy of ``config``."""
-    schema: Schema = data.schema(config.embedding_dim)
+    schema: object = data.schema(config.embedding_dim)
+    if not isinstance(schema, Schema):
+        raise ConfigError(
+            f"`schema` of {type(data).__name__} must return a recsys_embed.Schema of its features; got "
+            f"{type(schema).__name__}"
+        )
     return schema.with_init(config.embedding_init).with_unseen(config.unseen)
 
 
 def fingerprint(schema: Schema, data: DataSource) -> str:
     """Short hash of the features and rows a run was trained on."""
+    if not isinstance(data.digest, str):
+        raise ConfigError(
+            f"`digest` of {type(data).__name__} must be a text that changes with the rows, such as a hash of files; "
+            f"got {type(data.digest).__name__}"
+        )
     return hashlib.sha256(json.dumps([schema.to_dict(), data.digest], sort_keys=True).encode()).hexdigest()[:16]

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recsys_embed.data.batch import Batch
+from recsys_embed.data.checks import need_parts
 from recsys_embed.data.data_source import BatchSource, BatchStream
-from recsys_embed.errors import DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models.base import CTRModel
+from recsys_embed.train.batch_norm import LastRowJoined, leaves_one_row, need_two_rows, normalises_batches
 from recsys_embed.train.checkpoint import CheckpointTimer, set_rng_state
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.evaluation import evaluate
+from recsys_embed.train.inputs import check_rows
+from recsys_embed.train.loss import explain, loss_of, wrong_labels
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
@@ -31,6 +35,15 @@ from recsys_embed.utils.files import drop_leftovers
 from recsys_embed.utils.types import JSON
 
 __all__ = ["BEST", "CHECKPOINT", "BatchSource", "DivergedError", "TrainResult", "Trainer", "evaluate"]
+
+
+def _length(batches: object, data: BatchSource) -> int:
+    if not isinstance(batches, Sized):
+        raise ConfigError(
+            f"`batches` of {type(data).__name__} must return an iterable with len(), the number of batches of the "
+            f"epoch; got {type(batches).__name__}"
+        )
+    return len(batches)
 
 
 class Trainer(Resumable):
@@ -51,6 +64,8 @@ class Trainer(Resumable):
 
     Raises:
         CheckpointError: the folder's checkpoint is absent, damaged or of other settings.
+        ConfigError: batch normalisation over batches of one row.
+        DataError: no training rows, or labels and numeric values that cannot be trained on.
     """
 
     def __init__(
@@ -73,8 +88,11 @@ class Trainer(Resumable):
         self.label, self.show_progress = label, show_progress
         self.fused = config.embedding_optimizer != DENSE_ADAM
         self.table_lr = config.embedding_learning_rate or config.learning_rate
+        self._labels_known = check_rows(data)
+        self._norms = normalises_batches(model)
+        self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
-        self.steps_per_epoch = len(self._epoch(0, 0))
+        self.steps_per_epoch = _length(self._epoch(0, 0), data)
         if self.steps_per_epoch == 0:
             raise DataError("no training samples: the split 'train' is empty")
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -107,7 +125,7 @@ class Trainer(Resumable):
     def _epoch(self, epoch: int, start: int) -> BatchStream:
         """Batches of an epoch from the one with index ``start`` on."""
         c = self.config
-        return self.data.batches(
+        batches = self.data.batches(
             "train",
             c.batch_size,
             shuffle=c.shuffle,
@@ -116,12 +134,17 @@ class Trainer(Resumable):
             device=self.device,
             start_batch=start,
         )
+        return LastRowJoined(batches) if self._joins_last_row else batches
+
+    def _leaves_one_row(self) -> bool:
+        return leaves_one_row(self.data, self.config.batch_size)
 
     def run(self) -> TrainResult:
         """Train to the end of the settings, then load the best weights and evaluate.
 
         Raises:
-            DivergedError: the loss is no longer finite.
+            DataError: a batch whose labels are not 0 and 1, or whose numeric values are NaN or infinite.
+            DivergedError: the loss is no longer finite, for another reason.
             Interrupted: SIGINT or SIGTERM; the checkpoint is written and the text says how to go on.
         """
         devices = [self.device] if self.device.type == "cuda" else []
@@ -193,19 +216,22 @@ class Trainer(Resumable):
             batch = next(batches, None)
             if batch is None:
                 return
+            if self.state.batch == 0:
+                need_parts(batch, type(self.data).__name__)
             yield batch
 
     def _step(self, batch: Batch) -> float:
         state = self.state
         self._set_rates(self.schedule.factor(state.step))
-        loss = F.binary_cross_entropy_with_logits(self.model(batch.dense, batch.ids), batch.label)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the loss is {value} at step {state.step + 1} (epoch {state.epoch + 1}); lower "
-                f"`learning_rate` ({self.config.learning_rate:g}) or `embedding_learning_rate` ({self.table_lr:g}), "
-                "add `warmup_steps`, or set `clip_norm`; the last checkpoint is from before this step"
-            )
+        if self._norms:
+            need_two_rows(batch)
+        loss = loss_of(self.model, batch)
+        if self._labels_known:
+            value, wrong = float(loss.detach()), 0.0
+        else:
+            value, wrong = torch.stack((loss.detach(), wrong_labels(batch.label).to(loss.dtype))).tolist()
+        if wrong or not math.isfinite(value):
+            raise explain(value, batch, self.model, self.config, state.step, state.epoch)
         loss.backward()
         self._apply_gradients()
         state.step, state.batch = state.step + 1, state.batch + 1
@@ -247,9 +273,11 @@ class Trainer(Resumable):
         if metrics is None:
             self._interrupt()
             return
-        self.schedule.on_validation(metrics.auc)
+        self.schedule.on_validation(metrics.score)
+        if not state.history:
+            self._say_one_class("valid", metrics, "; the best weights, patience and plateaus go by its logloss")
         values = {"auc": metrics.auc, "logloss": metrics.logloss, "calibration": metrics.calibration}
-        best = state.note_validation(values, self.config.patience, self.config.min_delta)
+        best = state.note_validation(values, metrics.score, self.config.patience, self.config.min_delta)
         self.log.write("valid", state.step, epoch=state.epoch, **values)
         # No copy at the end of a run, because nothing overwrites the last weights.
         if best and self.config.keep_best and not self._finished():
@@ -267,6 +295,15 @@ class Trainer(Resumable):
             stop=stop,
         )
 
+    def _say_one_class(self, split: str, metrics: Metrics, then: str = "") -> None:
+        if math.isnan(metrics.auc):
+            kind = "positive" if metrics.positives else "negative"
+            warnings.warn(
+                f"all {metrics.samples:,} rows of the split {split!r} are {kind}, and AUC needs both classes{then}. "
+                "Choose rows of both, e.g. by a larger split or by shuffling the input before it is split",
+                stacklevel=2,
+            )
+
     def _finish(self, stop: StopRequest) -> TrainResult:
         state = self.state
         if self.config.keep_best and state.history and state.best_step != state.step:
@@ -278,6 +315,7 @@ class Trainer(Resumable):
                 # The checkpoint of the last step is written, and the weights in memory may be older, better ones.
                 raise Interrupted(self._resume_hint())
         if (test := results["test"]) is not None:
+            self._say_one_class("test", test)
             self.log.write("test", state.step, auc=test.auc, logloss=test.logloss, calibration=test.calibration)
         return TrainResult(
             test=test,

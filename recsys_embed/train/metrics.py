@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys_embed.errors import DataError
+from recsys_embed.data.checks import label_faults
+from recsys_embed.errors import DataError, raise_faults
 
 _CHUNK = 1 << 20
 
@@ -57,6 +58,11 @@ class Metrics:
     samples: int
     positives: int
 
+    @property
+    def score(self) -> float:
+        """What validations are compared by, larger is better: the AUC, or minus the logloss of rows of one class."""
+        return -self.logloss if math.isnan(self.auc) else self.auc
+
 
 class BinaryMetrics:
     """Accumulates logits and labels; 5 bytes per sample are kept for the exact AUC, sums are float64.
@@ -77,13 +83,19 @@ class BinaryMetrics:
         """Add a batch: ``logits [n]``, ``labels [n]`` of 0 and 1.
 
         Raises:
-            DataError: a logit that is not a number, or a label other than 0 and 1.
+            DataError: other shapes, a logit that is not finite, or a label other than 0 and 1.
         """
+        if logits.dim() != 1 or logits.shape != labels.shape:
+            raise DataError(
+                f"logits and labels must both have the shape [n]; got {list(logits.shape)} and {list(labels.shape)}"
+            )
         logits, labels = logits.detach().to("cpu", torch.float32), labels.detach().to("cpu", torch.float64)
-        if torch.isnan(logits).any():
-            raise DataError("the model returned logits that are not numbers; lower the learning rate or clip gradients")
-        if not ((labels == 0) | (labels == 1)).all():
-            raise DataError("labels must be 0 or 1; this split holds others (test files without labels have none)")
+        raise_faults(label_faults(labels), "metrics", DataError)
+        if not torch.isfinite(logits).all():
+            raise DataError(
+                "the model returned logits that are not numbers (NaN or infinite); if it was trained just now, lower "
+                "the learning rate or clip gradients"
+            )
         wide = logits.double()
         # log(1 + e^x) - y x is exact where a sigmoid would have rounded to 0 or 1.
         self._loss += float((F.softplus(wide) - labels * wide).sum())

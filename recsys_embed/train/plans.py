@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.data.data_source import DataSource
@@ -10,7 +11,9 @@ from recsys_embed.errors import BudgetError
 from recsys_embed.features import Schema
 from recsys_embed.models import get_model
 from recsys_embed.plan import Plan
-from recsys_embed.planning.planner import plan_for_budget
+from recsys_embed.planning import curves_from, plan_for_budget
+from recsys_embed.planning.frequencies import with_frequent_ids
+from recsys_embed.registry import get_method
 from recsys_embed.train.config import PLANNED, TrainConfig
 
 LINEAR_METHOD = "unified"
@@ -35,7 +38,8 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     part of its bytes.
 
     Args:
-        data: opened data set, whose frequencies the planner goes by (method ``"planned"`` without a plan).
+        data: opened data set, whose frequencies the planner goes by (method ``"planned"`` without a plan), and methods
+            that treat frequent ids apart, unless the plan or ``method_args`` say which ids these are.
 
     Raises:
         BudgetError: the method cannot meet the budget.
@@ -43,7 +47,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     cls = get_model(config.model)
     vectors = schema if cls.uses_vectors else schema.with_dim(1)
     narrow = schema.with_dim(1) if cls.uses_vectors and cls.uses_linear else None
-    # Arithmetic, not a plan: with raw ids no plain table can be built, yet it is what sizes are measured against.
+    # Arithmetic, not a plan: with raw ids no full table can be built, yet it is what sizes are measured against.
     full_bytes = sum(4 * f.num_embeddings * f.embedding_dim for s in (vectors, narrow) if s is not None for f in s)
     budget = None
     if config.budget is not None:
@@ -52,7 +56,8 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
         budget = int(full_bytes / config.ratio)
     if config.method == "full" and budget is None:
         return Plans(Plan.full(vectors), None if narrow is None else Plan.full(narrow), full_bytes)
-    given = None if config.plan is None else Plan.from_dict(config.plan)
+    counted = data if hasattr(data, "counts") else None
+    given = None if config.plan is None else with_frequent_ids(Plan.from_dict(config.plan), vectors, counted)
     if given is not None and budget is None:
         spent = given.footprint(vectors).serve
         budget = spent + max(spent // config.embedding_dim, 4)
@@ -70,10 +75,23 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
             )
         return Plans(given, linear, full_bytes)
     if config.method == PLANNED and budget is not None:
-        stats = data if hasattr(data, "counts") else None
-        options = {"needs_equal_widths": cls.needs_equal_widths, **config.method_args}
-        return Plans(plan_for_budget(vectors, budget, stats=stats, **options), linear, full_bytes)
-    return Plans(Plan.uniform(vectors, config.method, budget=budget, **config.method_args), linear, full_bytes)
+        options = {
+            "needs_equal_widths": cls.needs_equal_widths,
+            "network": None if cls.uses_network else False,
+            **config.method_args,
+        }
+        return Plans(plan_for_budget(vectors, budget, stats=counted, **options), linear, full_bytes)
+    made = Plan.uniform(vectors, config.method, budget=budget, **_ordered(config, counted))
+    return Plans(with_frequent_ids(made, vectors, counted), linear, full_bytes)
+
+
+def _ordered(config: TrainConfig, counted: DataSource | None) -> dict[str, Any]:
+    """The method's options; it goes by counts where it needs an order and ids are not numbered by falling frequency."""
+    order = get_method(config.method).config_cls.order_option
+    if counted is None or order is None or order in config.method_args:
+        return dict(config.method_args)
+    falling = all(curve.ranked or not curve.mass.any() for curve in curves_from(counted).values())
+    return dict(config.method_args) if falling else {**config.method_args, order: "counts"}
 
 
 def resolve(schema: Schema, config: TrainConfig, data: DataSource) -> TrainConfig:

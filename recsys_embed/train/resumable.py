@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_embed.collection.optimizer_state import weights_alone, weights_of
 from recsys_embed.errors import CheckpointError, RecsysEmbedError
 from recsys_embed.models.base import CTRModel
-from recsys_embed.train.checkpoint import CheckpointTimer, load_checkpoint, load_weights, rng_state, save_checkpoint
+from recsys_embed.train.checkpoint import (
+    CheckpointTimer,
+    load_checkpoint,
+    load_weights,
+    rng_state,
+    save_checkpoint,
+)
 from recsys_embed.train.run_log import RunLog
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
@@ -38,13 +45,14 @@ class Resumable:
 
     def _keep_best(self) -> None:
         if self.folder is None:
-            self.best_weights = copy.deepcopy(self.model.state_dict())
+            self.best_weights = copy.deepcopy(weights_of(self.model))
         else:
-            save_checkpoint(self.folder / BEST, self.identity, model=self.model.state_dict())
+            save_checkpoint(self.folder / BEST, self.identity, model=weights_of(self.model))
 
     def _load_best(self) -> None:
         if self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
+            with weights_alone():
+                self.model.load_state_dict(self.best_weights)
         elif self.folder is not None:
             saved = load_checkpoint(self.folder / BEST, self.identity)
             load_weights(self.model, saved["model"], self.folder / BEST)
@@ -59,7 +67,7 @@ class Resumable:
                 self.identity,
                 state=self.state.to_dict(),
                 schedule=self.schedule.state_dict(),
-                model=self.model.state_dict(),
+                model=weights_of(self.model),
                 dense_optimizer=self.optimizer.state_dict(),
                 embedding_optimizer={k: c.optimizer_state_dict() for k, c in self._fused_collections()},
                 rng=rng_state(self.device),
@@ -81,7 +89,7 @@ class Resumable:
         for key, coll in self._fused_collections():
             coll.load_optimizer_state_dict(saved["embedding_optimizer"][key])
         self.schedule.load_state_dict(saved["schedule"])
-        self.state = RunState(**saved["state"])
+        self.state = RunState.from_dict(saved["state"])
         self._resumed_rng = saved["rng"]
 
     def _fused_collections(self) -> list[tuple[str, Any]]:

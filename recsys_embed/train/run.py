@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +13,7 @@ from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.driver import Run, RunOutcome
 from recsys_embed.train.environment import check_device
 from recsys_embed.train.inputs import check_data
+from recsys_embed.utils.deprecated import earlier_names
 
 
 def run_training(
@@ -69,31 +67,22 @@ def run_training(
         ).run()
 
 
-_HOME = {
-    "CHECKPOINTS": "driver",
-    "LINEAR_METHOD": "plans",
-    "Plans": "plans",
-    "environment": "environment",
-    "fingerprint": "inputs",
-    "footprint_dict": "json_values",
-    "goes_on": "driver",
-    "make_optimizer": "build",
-    "model_from_config": "build",
-    "plain": "json_values",
-    "plans_for": "plans",
-    "resolve": "plans",
-    "schema_of": "inputs",
-    "trained_footprint": "build",
-}
-_RENAMED = {"goes_on": "should_resume"}
-
-
-def __getattr__(name: str) -> Any:
-    """Deprecated: aliases for names that moved to other modules."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = f"recsys_embed.train.{_HOME[name]}"
-    today = _RENAMED.get(name, name)
-    where = home if today == name else f"{home} as {today}"
-    warnings.warn(f"{name} is no longer in {__name__}; import it from {where}", DeprecationWarning, stacklevel=2)
-    return getattr(import_module(home), today)
+__getattr__ = earlier_names(
+    __name__,
+    {
+        "CHECKPOINTS": "train.driver.CHECKPOINTS",
+        "LINEAR_METHOD": "train.plans.LINEAR_METHOD",
+        "Plans": "train.plans.Plans",
+        "environment": "train.environment.environment",
+        "fingerprint": "train.inputs.fingerprint",
+        "footprint_dict": "train.json_values.footprint_dict",
+        "goes_on": "train.driver.should_resume",
+        "make_optimizer": "train.build.make_optimizer",
+        "model_from_config": "train.build.model_from_config",
+        "plain": "train.json_values.json_ready",
+        "plans_for": "train.plans.plans_for",
+        "resolve": "train.plans.resolve",
+        "schema_of": "train.inputs.schema_of",
+        "trained_footprint": "train.build.trained_footprint",
+    },
+)

@@ -20,7 +20,7 @@ class RunState:
     step: int = 0
     pending_validation: bool = False
     stopped: bool = False
-    best_auc: float = -math.inf
+    best_score: float = -math.inf
     best_step: int = 0
     waited: int = 0
     loss_sum: float = 0.0
@@ -30,17 +30,32 @@ class RunState:
     log_bytes: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunState:
+        """Inverse of :meth:`to_dict`; earlier versions compared validations by AUC alone."""
+        known = dict(values)
+        if "best_auc" in known:
+            known["best_score"] = known.pop("best_auc")
+        return cls(**known)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def note_validation(self, metrics: dict[str, float], patience: int | None, min_delta: float) -> bool:
-        """Record a validation; returns whether it is the best so far, and sets ``stopped`` when patience ends."""
+    def note_validation(self, metrics: dict[str, float], score: float, patience: int | None, min_delta: float) -> bool:
+        """Record a validation; returns whether it is the best so far, and sets ``stopped`` when patience ends.
+
+        Args:
+            metrics: to keep.
+            score: what it is compared by, see :class:`recsys_embed.train.metrics.Metrics`.
+            patience: validations without gain until the run stops.
+            min_delta: gain that counts.
+        """
         self.pending_validation = False
         self.history.append({"step": self.step, **metrics})
-        # The first validation counts as best even where its AUC is NaN for want of a second class.
-        better = len(self.history) == 1 or metrics["auc"] > self.best_auc + min_delta
+        # Written so that NaN, which a run of an earlier version may have kept as its best, never stays the best.
+        better = not score <= self.best_score + min_delta
         if better:
-            self.best_auc, self.best_step, self.waited = metrics["auc"], self.step, 0
+            self.best_score, self.best_step, self.waited = score, self.step, 0
             return True
         self.waited += 1
         self.stopped = patience is not None and self.waited >= patience

@@ -38,12 +38,12 @@ class Schedule:
         progress = (step - c.warmup_steps) / max(1, self.total_steps - c.warmup_steps)
         return c.final_factor + (1 - c.final_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def on_validation(self, auc: float) -> None:
-        """Tell a ``plateau`` schedule the latest validation AUC."""
+    def on_validation(self, score: float) -> None:
+        """Tell a ``plateau`` schedule the latest validation's score, larger is better."""
         if self.config.schedule != "plateau":
             return
-        if auc > self.best + self.config.min_delta:
-            self.best, self.waited = auc, 0
+        if not score <= self.best + self.config.min_delta:
+            self.best, self.waited = score, 0
             return
         self.waited += 1
         if self.waited >= self.config.plateau_patience:

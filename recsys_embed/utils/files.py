@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
+from zipfile import ZipFile, is_zipfile
 
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 
@@ -188,6 +189,23 @@ def file_form(path: Path) -> Literal["json", "safetensors", "torch"]:
     if head.startswith(b"\x80"):  # a pickle, as torch wrote it before
         return "torch"
     return "json" if path.suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else "torch"
+
+
+def check_packing(path: Path) -> None:
+    """Refuse a zip file, as torch writes it, whose parts would take more memory than the file has bytes.
+
+    Raises:
+        ValueError: says how much.
+        OSError: the file cannot be read.
+        BadZipFile: it is cut off or damaged.
+    """
+    if not is_zipfile(path):
+        return
+    with ZipFile(path) as archive:
+        total = sum(part.file_size for part in archive.infolist())
+    size = path.stat().st_size
+    if total > size:
+        raise ValueError(f"its parts take {total} bytes, more than the {size} of the file: write it with torch.save")
 
 
 def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -47,6 +47,8 @@ def load_plugins(group: str) -> list[Plugin]:
     for point in sorted(entry_points(group=group), key=lambda p: (p.name, p.value)):
         plugin = _imported(group, point)
         tried.append(plugin)
+    # After all are tried: a warning may be made an error.
+    for plugin in tried:
         if plugin.fault is not None:
             warnings.warn(f"{plugin} cannot be imported: {plugin.fault}", RuntimeWarning, stacklevel=2)
     return tried
@@ -56,10 +58,19 @@ def _imported(group: str, point: EntryPoint) -> Plugin:
     fault = None
     try:
         point.load()
-    except (Exception, SystemExit) as e:  # whatever another's module does when it is imported
-        fault = f"{type(e).__name__}: {e}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # whatever another's module does when it is imported
+        fault = _told(e)
     dist = "an unnamed distribution" if point.dist is None else f"{point.dist.name} {point.dist.version}"
     return Plugin(group, point.name, point.value, dist, fault)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its text is another's code too
+        return type(error).__name__
 
 
 def unknown_plugin_name(kind: str, got: str, known: Iterable[str], group: str) -> UnknownNameError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -50,7 +50,7 @@ class _Kind(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-class Rule(NamedTuple):
+class FieldRule(NamedTuple):
     """What a field of a settings class may hold; ``right`` is a value known to be allowed, its default as a rule."""
 
     name: str
@@ -119,12 +119,12 @@ def _kind(hint: Any, bounds: Mapping[str, Any]) -> _Kind:
     if hint is str:
         return _Kind("text", "texts", lambda v: isinstance(v, str))
     if isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
-        return _Kind("a table of settings", "tables of settings", lambda v: isinstance(v, Mapping) and all(
+        return _Kind("values by name", "mappings of names to values", lambda v: isinstance(v, Mapping) and all(
             isinstance(key, str) for key in v
         ))  # fmt: skip
     if hint is Path:
         return _Kind("a path", "paths", lambda v: isinstance(v, Path))
-    if isinstance(origin or hint, type):
+    if isinstance(origin or hint, type) and hint is not Any:
         cls = origin or hint
         return _Kind(f"a {cls.__name__}{text}", f"{cls.__name__}s{text}", lambda v: isinstance(v, cls) and inside(v))
     return _Kind("anything", "anything", lambda v: True)
@@ -142,21 +142,21 @@ def _tuple_kind(args: tuple[Any, ...], bounds: Mapping[str, Any]) -> _Kind:
         right = isinstance(value, tuple) and (len(value) == length if length is not None else empty or len(value) > 0)
         return right and all(map(item.allows, value))
 
-    return _Kind(one, f"lists of {item.many}", allows)
+    return _Kind(one, f"lists of {'' if length is None else f'{length} '}{item.many}", allows)
 
 
-def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> Rule:
+def _rule(name: str, hint: Any, bounds: Mapping[str, Any]) -> FieldRule:
     kinds = [a for a in get_args(hint) if a is not NoneType]
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
         some = _kind(Union[tuple(kinds)], bounds)  # noqa: UP007 - of a tuple
         kind = _Kind(f"{some.one}, or None", f"{some.many}, or None", lambda v: v is None or some.allows(v))
     else:
         kind = _kind(hint, bounds)
-    return Rule(name, MISSING, kind)
+    return FieldRule(name, MISSING, kind)
 
 
 @cache
-def rules(cls: type) -> tuple[Rule, ...]:
+def rules(cls: type) -> tuple[FieldRule, ...]:
     """Rules of all fields; planning builds configurations by the ten thousand, so they are read off the class once."""
     hints, found = get_type_hints(cls), []
     for f in fields(cls):
@@ -204,12 +204,19 @@ def check_settings(settings: Any, where: str, conflicts: Callable[[Any], list[st
         raise_faults([*wrong.values(), *(conflicts(settings) if conflicts else ())], where)
         return
     together: list[str] = []
-    stand_in = {f.name: f.metadata.get("low", MISSING) if f.default is MISSING else f.default for f in fields(settings)}
+    lows = {f.name: f.metadata.get("low") for f in fields(settings)}
+    plain: type = type(settings)
+    stand_in = {name: _stand_in(right, lows[name], kind) for name, right, kind in rules(plain)}
     if not any(stand_in[name] is MISSING for name in wrong):
         usable = object.__new__(type(settings))
         usable.__dict__.update({**settings.__dict__, **{name: stand_in[name] for name in wrong}})
         together = [text for text in conflicts(usable) if not any(f"`{name}`" in text for name in wrong)]
     raise_faults([*wrong.values(), *together], where)
+
+
+def _stand_in(right: Any, low: Any, kind: _Kind) -> Any:
+    """A value that a field may hold: its default, its lower bound, or a list of these; MISSING where none is known."""
+    return next((value for value in (right, low, (low,), ()) if value is not MISSING and kind.allows(value)), MISSING)
 
 
 def fault(name: str, wanted: str, got: Any) -> str:
@@ -218,7 +225,8 @@ def fault(name: str, wanted: str, got: Any) -> str:
     >>> fault("lr", "a finite number >= 0", -1)
     '`lr` must be a finite number >= 0; got -1'
     """
-    return f"`{name}` must be {wanted}; got {got!r:.200}"
+    cure = "; give its to_dict()" if hasattr(got, "to_dict") and "values by name" in wanted else ""
+    return f"`{name}` must be {wanted}; got {got!r:.200}{cure}"
 
 
 def _plain(value: Any) -> Any:
@@ -300,13 +308,14 @@ class Settings:
     """Base of frozen dataclasses of settings, whose fields are declared with :func:`param`."""
 
     noun: ClassVar[str] = "setting"  # what errors call one of them
+    title: ClassVar[str | None] = None  # and all of them; by default the name of the class
 
     def __post_init__(self) -> None:
         check_settings(self, self.where(), type(self).conflicts)
 
     def where(self) -> str:
         """What errors call these settings."""
-        return type(self).__name__
+        return self.title or type(self).__name__
 
     def conflicts(self) -> list[str]:
         """Faults of the settings together, where each is right by itself; subclasses say theirs."""
@@ -315,7 +324,7 @@ class Settings:
     @classmethod
     def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values; an unknown key is an error that names the nearest one."""
-        return build(cls, data, cls.noun)
+        return build(cls, data, cls.noun, where=cls.title)
 
     def replace(self, **changes: Option) -> Self:
         """A copy with some settings changed, checked again; unknown keys are errors."""
@@ -327,3 +336,38 @@ class Settings:
         """JSON-ready."""
         values = asdict(self)  # type: ignore[call-overload]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+@dataclass(frozen=True)
+class FilePart(Settings):
+    """Base of settings read from a part of a file that a later version may have written with further keys.
+
+    Args:
+        place: what errors call the part; not in the file.
+
+    >>> @dataclass(frozen=True)
+    ... class Split(FilePart):
+    ...     rows: int = param(MISSING, low=1)
+    >>> Split.read({"rows": 3, "made_by": "a later version"}, "split 'train'").rows
+    3
+    >>> Split.read({"rows": 0}, "split 'train'")
+    Traceback (most recent call last):
+    recsys_embed.errors.ConfigError: `rows` must be an integer >= 1; got 0 (split 'train')
+    """
+
+    noun = "key"
+    place: str
+
+    def where(self) -> str:
+        return self.place
+
+    @classmethod
+    def read(cls, values: object, place: str) -> Self:
+        """The part from JSON values; keys that this version does not know are left out.
+
+        Raises:
+            ConfigError: ``values`` is no mapping, keys are absent, or values wrong; all faults at once.
+        """
+        if isinstance(values, Mapping):
+            values = {**{f.name: values[f.name] for f in fields(cls) if f.name in values}, "place": place}
+        return build(cls, values, cls.noun, where=place)

@@ -9,21 +9,44 @@ from typing import Any
 
 from recsys_embed.errors import ConfigError
 
+MAX_DEPTH = 64
+
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON without repeated keys, NaN or infinities.
+    """JSON without repeated keys, NaN or infinities, nested at most ``MAX_DEPTH`` deep.
 
     Raises:
-        ValueError: anything else, nesting that Python cannot follow included; says why.
+        ValueError: anything else; says why.
 
     >>> strict_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
     ValueError: key 'a' occurs more than once
     """
+    return _shallow(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def own_json(text: str | bytes) -> Any:
+    """JSON as the library has written it: measures may be NaN.
+
+    Raises:
+        ValueError: no JSON, or nested deeper than ``MAX_DEPTH``.
+    """
+    return _shallow(text)
+
+
+def _shallow(text: str | bytes, **options: Any) -> Any:
+    """Parsed JSON. What is nested deeply would end the recursion of whatever reads it next."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, **options)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = (i for v in level for i in (v.values() if isinstance(v, dict) else v))
+        level = [i for i in inner if isinstance(i, dict | list)]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def read_object(path: Path, *, toml: bool = False) -> dict[str, Any]:
@@ -44,10 +67,11 @@ def read_object(path: Path, *, toml: bool = False) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} occurs more than once")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {name!r:.80} occurs more than once")
+        found[name] = value
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import recsys_embed as rse
 from recsys_embed.compress import compress_
+from recsys_embed.errors import ConfigError
 
 
 class Ranker(nn.Module):
@@ -115,3 +116,11 @@ def test_counts_find_their_tables() -> None:
         table_counts(model, {"C1": [1] * 5})
     with pytest.raises(rse.RecsysEmbedError, match="expected counts by feature"):
         table_counts(model, 3)
+
+
+@pytest.mark.parametrize("name", ["HashEmbedding", "EmbeddingCollection"])
+def test_scripting_is_refused_in_one_sentence(name: str) -> None:
+    schema = rse.Schema([rse.FeatureSpec("user", 50, 8)])
+    tables = rse.HashEmbedding(50, 8, num_buckets=9) if name == "HashEmbedding" else rse.EmbeddingCollection(schema)
+    with pytest.raises(ConfigError, match=rf"^torch.jit.script cannot compile {name}: use torch.jit.trace, torch.exp"):
+        torch.jit.script(nn.Sequential(tables))

@@ -74,7 +74,7 @@ def test_what_a_method_cannot_do_is_refused_by_name(options: dict[str, Any]) -> 
         assert f"table '{name}'" in text, "all faults at once"
     assert next(iter(options)) in text
     assert snapshot(model) == before
-    compress_(model, rse.Plan.full(rse.Schema.from_model(model)))  # plain tables keep them
+    compress_(model, rse.Plan.full(rse.Schema.from_model(model)))  # full tables keep them
     assert snapshot(model) == before
 
 
@@ -157,6 +157,11 @@ def test_what_cannot_move_is_refused_by_name() -> None:
     model, plan = with_user(lambda m: None)
     with torch.inference_mode(), pytest.raises(ConfigError, match="inference_mode"):
         compress_(model, plan)
+    model, plan = with_user(lambda m: setattr(m, "head", nn.Linear(8, 400)))
+    model.head.weight = model.user.weight
+    model.head.register_state_dict_post_hook(lambda *a: None)
+    with pytest.raises(ConfigError, match="output layer has _state_dict_hooks"):
+        compress_(model, plan)
     wrapped = nn.DataParallel(model)
     plan = uniform(wrapped, "hash")
     with pytest.raises(ConfigError, match="DataParallel"):
@@ -195,7 +200,7 @@ def test_every_table_that_cannot_be_fitted_to_is_named(dry_run: bool) -> None:
 
 
 def _tied(table: Any) -> nn.Module:
-    head = nn.Linear(8, 400, bias=False)
+    head = nn.Bilinear(8, 1, 400, bias=False)
     head.weight = table.weight
     return head
 

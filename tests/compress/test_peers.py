@@ -3,6 +3,7 @@
 Libraries that are not installed are skipped; tests/requirements-peers.txt names those that install lightly.
 """
 
+import copy
 import sys
 import threading
 import types
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ def compressed(model: nn.Module, ratio: float = 3.0, **options: Any) -> Any:
     for i, f in enumerate(schema):
         budget = max(4 * f.embedding_dim, int(4 * f.num_embeddings * f.embedding_dim / ratio))
         method = rse.HashConfig if i % 2 or f.embedding_dim < 4 else rse.LowdimConfig
-        plan[f.name] = rse.FullConfig() if f.num_embeddings < 20 else method.for_budget(f, budget)
+        plan[f.name] = rse.get_method("full").config_cls() if f.num_embeddings < 20 else method.for_budget(f, budget)
     return compress_(model, rse.Plan(plan), **options)
 
 
@@ -157,6 +159,47 @@ def test_deepctr_torch(deepctr: Any, name: str, capsys: pytest.CaptureFixture[st
     assert {id(p) for g in model.optim.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
 
 
+@pytest.mark.parametrize("method", ["hash", "lowdim", "memcom"])
+def test_histories_share_the_table_of_their_target_field(
+    deepctr: Any, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
+
+    fields = {"item": 500, "category": 40}
+    columns: list[Any] = [SparseFeat("user", 300, embedding_dim=8), DenseFeat("price", 1)]
+    for name, size in fields.items():
+        seen = SparseFeat(f"hist_{name}", size, embedding_dim=8, embedding_name=name)
+        columns += [SparseFeat(name, size, embedding_dim=8), VarLenSparseFeat(seen, maxlen=4, length_name="length")]
+    model = deepctr.DIN(columns, list(fields), att_weight_normalization=True, dnn_hidden_units=(16,))
+    model.compile("adagrad", "binary_crossentropy")
+    g = np.random.default_rng(0)
+    x = {"user": g.integers(0, 300, 256), "price": g.random(256).astype("float32"), "length": g.integers(1, 5, 256)}
+    for name, size in fields.items():
+        x |= {name: g.integers(1, size, 256), f"hist_{name}": g.integers(1, size, (256, 4))}
+    labels = (x["item"] % 2).astype("float32").reshape(-1, 1)
+
+    def falls() -> bool:
+        losses = model.fit(dict(x), labels, batch_size=64, epochs=2, verbose=0).history["loss"]
+        return losses[-1] < losses[0]
+
+    assert falls()
+    schema = rse.Schema.from_model(model)
+    small = [f.name for f in schema if f.num_embeddings < 100 or f.embedding_dim < 8]
+    config = rse.get_method(method).config_cls
+    plan = {
+        f.name: rse.get_method("full").config_cls() if f.name in small else config.for_budget(f, 8 * f.num_embeddings)
+        for f in schema
+    }
+    report = rse.compress_(model, plan, optimizer=model.optim)
+    assert all("item" not in t.name or t.action == "replaced" for t in report.tables if t.width == 8)
+    before = [p.detach().clone() for p in model.embedding_dict["item"].parameters()]
+    assert falls()
+    assert not any(map(torch.equal, before, model.embedding_dict["item"].parameters()))
+    plain = copy.deepcopy(model)
+    rse.materialize_(plain, optimizer=plain.optim)
+    np.testing.assert_allclose(plain.predict(dict(x)), model.predict(dict(x)), atol=1e-5)
+
+
 # -- FuxiCTR ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,13 +281,6 @@ def test_hugging_face() -> None:
         return model(input_ids=ids, labels=labels).loss
 
     check(model, loss, lambda: model(input_ids=ids).logits.detach(), lr=0.005)
-    tied = transformers.BertForMaskedLM(config)
-    words = next(t for t in find_tables(tied) if t.rows == 500)
-    assert "decoder.weight" in words.obstacle
-    with pytest.raises(rse.RecsysEmbedError, match=r"decoder\.weight"):
-        compress_(tied, {words.name: rse.HashConfig(num_buckets=9)}, include=[words.name])
-    skipped = compressed(tied)
-    assert "decoder.weight" in skipped[words.name].note
 
 
 # -- a library too heavy to install for the tests ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 import recsys_embed as rse
+from recsys_embed.optim import unfused_parameters
 from recsys_embed.sharding import CompressedEBC, ManagedEBC, Optimizers, ShardableCollection, load, save, shard
 from recsys_embed.sharding.sharders import splits_by_row
 
@@ -133,7 +134,7 @@ def parity(
     make: Any = single if form == "single" else lambda seed: jagged(seed, weighted=weighted)
     optimizers = Optimizers(model, lambda params: torch.optim.SGD(params, lr=0.02))
     before = snapshot(coll)
-    ordinary = [p for p in whole.parameters() if p.requires_grad]
+    ordinary = unfused_parameters(whole)
     dense = torch.optim.SGD(ordinary, lr=0.02) if ordinary else None
     first = (model(make(rank)), whole(make(rank)))
     equal = torch.equal(*first)
@@ -518,3 +519,25 @@ def study_storage(path: str) -> Any:
     import optuna
 
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+
+
+def refusal(group: Any, rank: int, world: int, settings: dict[str, Any], rows: int, label: float | None) -> str:
+    """What a run on all processes says of its rows; ``label`` is put into the last one, which no first look sees."""
+    from recsys_embed.data import RowSource
+    from recsys_embed.errors import ConfigError, DataError
+    from recsys_embed.sharding import process_group
+    from recsys_embed.sharding.run import run_sharded
+    from tests.train.toy import ToySource, toy_config
+
+    data = ToySource(rows, memory_limit=0)
+    if label is not None:
+        data.toy.parts["train"].label[-1] = label
+        RowSource.check_values = lambda self: None  # type: ignore[method-assign]
+    process_group._inside.append(True)  # an error would end the worker
+    try:
+        run_sharded(toy_config(model="dnn", epochs=1, **settings), data)
+    except (ConfigError, DataError) as e:
+        return f"{type(e).__name__}: {e}"
+    finally:
+        process_group._inside.pop()
+    return "trained"

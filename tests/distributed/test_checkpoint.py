@@ -10,6 +10,7 @@ import torch
 
 import recsys_embed as rse
 from recsys_embed.errors import CheckpointError
+from recsys_embed.optim import unfused_parameters
 from recsys_embed.sharding import checkpoint, from_single, to_single
 from tests.distributed.cases import RULES, Net, plan_for, schema_for, single, step
 from tests.distributed.workers import Workers
@@ -53,7 +54,7 @@ def test_one_machine_goes_on(workers: Workers, tmp_path: Path, method: str, rule
     assert to_single(tmp_path / "many", model) == {"note": 2}
     assert torch.equal(model(single(99)), then)
     from_single(tmp_path / "one", model)
-    dense = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    dense = torch.optim.SGD(unfused_parameters(model), lr=0.0)
     step(model, dense, 50, 0, 1)
     after = model(single(99))
     back = workers.run("load_net", 2, kind=kind, folder=str(tmp_path / "one"), **form)[0]
@@ -62,7 +63,7 @@ def test_one_machine_goes_on(workers: Workers, tmp_path: Path, method: str, rule
     assert float((back[1] - then).abs().max()) > 1e-4
     again = unsharded(method, rule)
     to_single(tmp_path / "one", again)
-    step(again, torch.optim.SGD([p for p in again.parameters() if p.requires_grad], lr=0.0), 50, 0, 1)
+    step(again, torch.optim.SGD(unfused_parameters(again), lr=0.0), 50, 0, 1)
     assert torch.equal(again(single(99)), after)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,3 +205,17 @@ def test_a_fault_of_one_process_is_said_once(data: Path, tmp_path: Path) -> None
     said = [line for line in text.splitlines() if "recsys-embed: error:" in line]
     assert len(said) == 1
     assert "`batch_size` must be at least 2, the number of processes" in said[0]
+
+
+def test_batches_that_no_process_can_normalise_are_refused_by_all(workers: Workers) -> None:
+    settings = {"model_args": {"hidden": [8], "batch_norm": True}, "batch_size": 200}
+    for rows, said in ((601, "last batches have 0, 0, 0, 1 rows"), (604, "have 1, 1, 1, 1 rows"), (700, "trained")):
+        found = workers.run("refusal", 4, settings=settings, rows=rows, label=None)
+        assert all(re.search(said, text) for text in found), found
+
+
+def test_a_label_that_one_process_meets_is_told_by_all(workers: Workers) -> None:
+    settings = {"model_args": {"hidden": [8]}, "batch_size": 600}
+    for label, said in ((2.0, "labels must be 0 or 1; got 2"), (float("nan"), "1 of 150 labels are NaN")):
+        found = workers.run("refusal", 4, settings=settings, rows=600, label=label)
+        assert all(text.startswith("DataError: process 3: ") and said in text for text in found), found

@@ -23,7 +23,7 @@ import recsys_embed as rse
 from recsys_embed.errors import CheckpointError
 from recsys_embed.exports import export, load, verify
 from recsys_embed.exports.file_format import DTYPES, MAX_HEADER, ExportFile, header_bytes, lay_out
-from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.features import MAX_ROWS, FeatureSpec, Schema
 from recsys_embed.plan import Plan
 
 MARK = b'{"__metadata__":{"digest":"'
@@ -410,6 +410,35 @@ def test_manifests_that_do_not_fit_are_refused(name: str, whole: Path, tmp_path:
             check(path)
         assert str(path) in str(caught.value)
         assert len(str(caught.value)) < 1200
+
+
+def test_all_faults_of_a_table_are_named_with_what_was_expected(whole: Path, tmp_path: Path) -> None:
+    change = {"rows": 0, "form": "hash", "dtype": "I64", "columns": [0, "1"]}
+    path = edited(
+        whole,
+        tmp_path / "f",
+        lambda m: [m["tables"]["a.weight"].update(change), drop("tables", "a.weight", "block")(m)],
+    )
+    with pytest.raises(CheckpointError, match=r"f is damaged: `block` is missing \(manifest, table 'a.weight'\)"):
+        load(path)
+    path = edited(whole, tmp_path / "g", lambda m: m["tables"]["a.weight"].update(change))
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert str(caught.value).splitlines() == [
+        f"{path} is damaged: 4 faults in manifest, table 'a.weight':",
+        "  - `form` must be one of all, range, bitmap, sorted; got 'hash'",
+        "  - `dtype` must be one of F64, F32, F16, BF16; got 'I64'",
+        f"  - `rows` must be an integer in [1, {64 * MAX_ROWS}]; got 0",
+        "  - `columns` must be a non-empty list of integers >= 0, or None; got [0, '1']",
+    ]
+
+
+def test_keys_of_a_later_version_are_left_out(whole: Path, answer: torch.Tensor, tmp_path: Path) -> None:
+    def add(m: dict[str, Any]) -> None:
+        for part in (m, m["model"], m["tables"]["a.weight"], m["storages"][0], *m["dense"].values()):
+            part["later"] = part["place"] = 1
+
+    assert torch.equal(load(edited(whole, tmp_path / "f", add))(IDS), answer)
 
 
 def test_an_edited_file_with_right_digests_is_a_file(whole: Path, answer: torch.Tensor, tmp_path: Path) -> None:

@@ -93,3 +93,18 @@ def test_faults_are_one_line(run: Path, arguments, message, capsys: pytest.Captu
     assert len(err.splitlines()) == 1
     assert message in err
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    ("label", "text"), [("", "no labels"), ("0\t", "are of one class"), ("1\t", "are of one class")]
+)
+def test_rows_that_cannot_measure_are_refused_before_anything_is_written(
+    label: str, text: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = label + "\t".join(["3"] * 13 + ["0000000a"] * 26) + "\n"
+    (tmp_path / "in.tsv").write_text(row * 40)
+    assert main(["data", "criteo", str(tmp_path / "in.tsv"), str(tmp_path / "data"), "--json"]) == 0
+    out = tmp_path / "m.safetensors"
+    assert main(["export", str(run / "run"), "--out", str(out), "--data", str(tmp_path / "data")]) == 2
+    assert text in capsys.readouterr().err
+    assert not out.exists()

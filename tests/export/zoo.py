@@ -25,7 +25,7 @@ def methods() -> list[rse.MethodInfo]:
 
 
 def plan(of: rse.Schema) -> rse.Plan:
-    """Every feature by the method it is named after, at half of a plain table's bytes or as near as that allows."""
+    """Every feature by the method it is named after, at half of a full table's bytes or as near as that allows."""
     configs = {}
     for spec in of:
         method = rse.get_method(spec.name)
@@ -41,7 +41,7 @@ def collection(optimizer=None, **options) -> rse.EmbeddingCollection:
 
 
 def model(name: str, mixed: bool = True, **options) -> nn.Module:
-    """A registered model with every method in it, or with two small plain tables."""
+    """A registered model with every method in it, or with two small full tables."""
     features = schema() if mixed else rse.Schema([rse.FeatureSpec(n, 50, 4) for n in "ab"])
     chosen = plan(features) if mixed else rse.Plan.full(features)
     return randomised(build_model(name, features, chosen, num_dense=DENSE, **options))

@@ -123,7 +123,7 @@ class Placed(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedConfig(MethodConfig):
-    """A plain table whose rows stand in any order."""
+    """A full table whose rows stand in any order."""
 
     method: ClassVar[str] = "placed"
     shift: int = param(0, "nothing")

@@ -26,6 +26,8 @@ from tests.fuzz.check import (
     flat,
     restarted,
     same,
+    set_rate,
+    take_step,
 )
 from tests.fuzz.programs import Feature, Program
 
@@ -61,11 +63,11 @@ def _check_threads(program: Program, native: EmbeddingCollection) -> None:
         if step.before == "look":
             call(again.eval())
             again.train()
-        if step.lr is not None and again.optimizer is not None:
-            again.lr = step.lr
+        set_rate(again, step.lr)
         out = call(again)
         if out.requires_grad:
             (out * direction(direction_seed(program, number), out.shape)).sum().backward()
+            take_step(again)
         again.catch_up_()
     for (name, a), (_, b) in zip(native.state_dict().items(), again.state_dict().items(), strict=True):
         same(f"threads: {name.rstrip('0123456789')}", b, a)

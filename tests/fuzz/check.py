@@ -201,7 +201,7 @@ class Oracle:
 
 
 def plain_vectors(feature: FeatureSpec, table: Tensor, bags: Sequence[Sequence[int]], weights: Tensor | None) -> Tensor:
-    """What torch gives for a plain table: nothing of this library."""
+    """What torch gives for a full table: nothing of this library."""
     n = feature.num_embeddings
     kept = [[i if 0 <= i < n else n for i in bag if 0 <= i < n or feature.unseen != "zero"] for bag in bags]
     flat = torch.tensor([i for bag in kept for i in bag], dtype=torch.int64)
@@ -225,7 +225,29 @@ def build(program: Program, backend: str) -> EmbeddingCollection:
             generator = torch.Generator().manual_seed(feature.counts)
             n = feature.spec["num_embeddings"]
             coll.assign_({feature.spec["name"]: torch.randint(0, 1 + n, (n,), generator=generator)})
+    return stepped_as(program, coll)
+
+
+def stepped_as(program: Program, coll: EmbeddingCollection) -> EmbeddingCollection:
+    """The collection, with a torch optimizer where the program has one."""
+    coll.__dict__["at_step"] = coll.make_optimizer() if program.at_step and coll.optimizer is not None else None
     return coll
+
+
+def set_rate(coll: EmbeddingCollection, lr: float | None) -> None:
+    if lr is None or coll.optimizer is None:
+        return
+    optimizer = coll.__dict__["at_step"]
+    if optimizer is None:
+        coll.lr = lr
+    else:
+        optimizer.param_groups[0]["lr"] = lr
+
+
+def take_step(coll: EmbeddingCollection) -> None:
+    if coll.__dict__["at_step"] is not None:
+        coll.__dict__["at_step"].step()
+        coll.zero_grad()
 
 
 def restarted(program: Program, coll: EmbeddingCollection, backend: str) -> EmbeddingCollection:
@@ -234,7 +256,14 @@ def restarted(program: Program, coll: EmbeddingCollection, backend: str) -> Embe
         program.schema(), program.plan(), program.optimizer(), seed=7, backend=backend, sparse=program.sparse
     )
     again.load_state_dict(coll.state_dict())
-    again.load_optimizer_state_dict(coll.optimizer_state_dict())
+    again = stepped_as(program, again)
+    optimizer = again.__dict__["at_step"]
+    if optimizer is not None:
+        optimizer.load_state_dict(coll.__dict__["at_step"].state_dict())
+    elif program.seed % 2:
+        again.load_optimizer_state_dict(coll.optimizer_state_dict())
+    else:
+        set_rate(again, coll.lr)
     return again
 
 
@@ -287,8 +316,7 @@ def _step(
     if step.before == "look":
         close(f"{backend} vectors in evaluation", call(coll.eval()), wanted, 1e-4 if program.rule else 2e-5)
         coll.train()
-    if step.lr is not None and coll.optimizer is not None:
-        coll.lr = step.lr
+    set_rate(coll, step.lr)
     coll.zero_grad()
     if call.weights is not None:
         call.weights.grad = None
@@ -298,7 +326,9 @@ def _step(
         return
     (out * right.direction).sum().backward()
     for name, p in coll.named_parameters():
-        if not p.requires_grad:
+        at_step = coll.__dict__["at_step"] is not None
+        # Half of the steps come without anything having read the gradients.
+        if name in coll.storages and coll.optimizer is not None and (not at_step or program.seed % 2):
             continue
         right_grad = grads.get(name)
         if p.grad is None and right_grad is not None and right_grad.to_dense().any():
@@ -309,6 +339,7 @@ def _step(
             if program.sparse and name in coll.storages and p.grad.is_sparse and right_grad is not None:
                 rows, right_rows = p.grad.coalesce().indices(), right_grad.coalesce().indices()
                 same(f"{backend} rows of the sparse gradient", rows, right_rows)
+    take_step(coll)
     if of_weights is not None:
         found = call.weights.grad if call.weights is not None else None
         close(

@@ -69,6 +69,8 @@ class Program:
     rule_options: dict[str, Any] | None = None
     sparse: bool = False
     threads: int = 1
+    # A torch optimizer steps the rule, half of the time after it has read the gradients.
+    at_step: bool = False
     # Also hold drop-ins, exports and other numbers of threads against the collection.
     extras: tuple[str, ...] = ()
 
@@ -295,8 +297,9 @@ def draw(seed: int) -> Program:
     steps = tuple(draw_step(rng, features, rule is not None) for _ in range(rng.choice((1, 2, 3))))
     extras = tuple(name for name, odds in (("drop_in", 0.2), ("export", 0.07), ("threads", 0.1)) if rng.random() < odds)
     return Program(
-        seed, tuple(features), steps, rule, options, rng.random() < 0.3, rng.choice((1,) * 8 + (2, 3)), extras
-    )
+        seed, tuple(features), steps, rule, options, rng.random() < 0.3, rng.choice((1,) * 8 + (2, 3)),
+        rule is not None and rng.random() < 0.5, extras,
+    )  # fmt: skip
 
 
 def _share(features: list[Feature], found: Feature) -> bool:

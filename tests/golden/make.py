@@ -375,7 +375,10 @@ def names(out: Path) -> None:
     for module in pkgutil.walk_packages(rse.__path__, "recsys_embed."):
         if any(part.startswith("_") for part in module.name.split(".")) or ".triton" in module.name:
             continue
-        own = importlib.import_module(module.name)
+        try:
+            own = importlib.import_module(module.name)
+        except ImportError:  # an optional library is absent
+            continue
         if module.ispkg or module.name == "recsys_embed.testing":
             found[module.name] = sorted(getattr(own, "__all__", ()))
         elif module.name.removeprefix("recsys_embed.") in AUTHORS or ".methods." in module.name:

@@ -16,7 +16,7 @@ METHODS = pytest.mark.parametrize("method", rse.list_methods(), ids=lambda m: m.
 
 
 def plan_of(method: Any, schema: Schema, part: float = 0.5) -> Plan:
-    """The method for every feature, at a part of the bytes of plain tables, or the least that it needs."""
+    """The method for every feature, at a part of the bytes of full tables, or the least that it needs."""
     config = method.config_cls
     need = sum(config.sized(s, 1).footprint(s).serve for s in schema)
     bytes_of_all = sum(4 * s.num_embeddings * s.embedding_dim for s in schema)
@@ -83,7 +83,7 @@ def assert_steps_agree(
 
 
 def assert_two_lookups(ours: EmbeddingCollection, oracle: EmbeddingCollection, ids: list[Tensor]) -> None:
-    """Two lookups before their backwards: each counts with the rows that it read, though the first moves them."""
+    """Two lookups of one loss: one step by the sum of their gradients."""
     for coll in (ours, oracle):
         outs = [coll(i) for i in ids]
         (outs[0].sin().sum() * 2 + outs[1].square().sum()).backward()

@@ -84,6 +84,23 @@ def test_compiled_collections_have_the_same_gradients(method: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rule", [None, RULES[2]], ids=["none", "all"])
+def test_compiled_weighted_bags_that_keep_values_for_backward_have_the_same_bits(rule: FusedOptimizer | None) -> None:
+    plain = EmbeddingCollection(SCHEMA, plan_of("memcom"), rule, backend="native")
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([2, 1, 0, 1, 2, 2], [1, 0, 3, 0, 0, 2], [0] * 6):
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        values, weights = torch.arange(sum(lengths)) % 3, torch.linspace(0.5, 2, sum(lengths))
+        got, wanted = compiled(values, offsets, weights), plain(values, offsets, weights)
+        assert torch.equal(got, wanted)
+        got.sin().sum().backward()
+        wanted.sin().sum().backward()
+    for a, b in zip(other.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert rule is not None or torch.equal(a.grad, b.grad)
+
+
 def test_inductor_leaves_tables_where_they_are() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.Adagrad(lr=0.1), backend="native")
     model = torch.nn.Sequential(coll, torch.nn.Flatten(), torch.nn.Linear(24, 1))
@@ -101,36 +118,43 @@ def test_inductor_leaves_tables_where_they_are() -> None:
 def test_operators_pass_torchs_checks(method: str) -> None:
     coll = EmbeddingCollection(SCHEMA, plan_of(method), rse.Adam(lr=0.1, rows="all"), backend="native")
     lookup = coll.bundle.batched["native"].lookup
-    step, ids = coll._native_step, ids_of(0)
+    step, ids = coll._native_step(None, False), ids_of(0)
+    given = ids, [], len(ids)
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(ids, tables, [], None, lookup.handle, native_ops.NOBODY)
+        *outputs, kept = native_ops._look_up(*given, tables, [], False, lookup.handle, native_ops.NO_OWNER)
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
-    check(native_ops._look_up, (ids, trained, [], None, lookup.handle, native_ops.NOBODY))
-    check(native_ops._gradients, (ids, tables, grads, kept, lookup.handle))
+    coll._in_memory = list  # type: ignore[method-assign]
+    check(native_ops._look_up, (*given, trained, [], False, lookup.handle, native_ops.NO_OWNER))
+    check(native_ops._gradients, (*given, tables, grads, kept, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
-    check(native_ops._step, (ids, tables, states, grads, kept, lookup.handle, step.owner), test_utils="test_schema")
-    check(native_ops._catch_up, (ids, tables, states, lookup.handle, step.owner))
+    check(
+        native_ops._step,
+        (*given, tables, states, grads, kept, False, lookup.handle, step.owner),
+        test_utils="test_schema",
+    )
+    check(native_ops._catch_up, (*given, tables, states, lookup.handle, step.owner))
 
 
-@pytest.mark.filterwarnings("ignore")  # of what the compiler cannot trace
-def test_compiled_lookups_do_not_read_rows_that_missed_steps() -> None:
-    coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend="native")
-    coll(ids_of(0)).sum().backward()
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_compiled_lookups_without_gradients_apply_missed_steps(backend: str) -> None:
+    coll = EmbeddingCollection(SCHEMA, None, RULES[2], backend=backend)
+    for step in range(3):
+        coll(ids_of(step)).sum().backward()
+    plain = copy.deepcopy(coll)
     with torch.no_grad():
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
-            torch.compile(coll, fullgraph=True, backend="aot_eager")(ids_of(1))
-        torch._dynamo.reset()
-        found = torch.compile(coll, backend="aot_eager")(ids_of(1))
-        assert torch.equal(found, coll(ids_of(1)))
+        found = torch.compile(coll, fullgraph=True, backend="aot_eager")(ids_of(9))
+        assert torch.equal(found, plain(ids_of(9)))
+    assert torch.equal(coll.width8, plain.width8)
+    assert not coll._has_missed_steps
 
 
 def test_copies_step_themselves() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.SGD(lr=0.1), backend="native")
     for other in (copy.deepcopy(coll), pickle.loads(pickle.dumps(coll))):
-        assert other._native_step.owner != coll._native_step.owner
+        assert other._handle != coll._handle
         before = coll.width8.clone()
         torch.compile(other, fullgraph=True, backend="aot_eager")(ids_of(0)).sum().backward()
         assert torch.equal(coll.width8, before)

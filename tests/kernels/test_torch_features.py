@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class Backwards(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardsConfig(MethodConfig):
-    """A plain table in another order."""
+    """A full table in another order."""
 
     method: ClassVar[str] = "backwards"
     together: bool = param(False, "one table for all features")
@@ -103,6 +104,28 @@ def test_one_foreign_transform_leaves_the_others_fused(rule: Any, caplog: pytest
             torch.testing.assert_close(saved["state"][name], values)
     else:
         torch.testing.assert_close(ours.width8.grad, oracle.width8.grad)
+
+
+@needs_native
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_compiled_models_run_both_to_the_same_bits(rule: Any) -> None:
+    torch._dynamo.reset()
+    plain = EmbeddingCollection(SCHEMA, PLAN, rule)
+    assert plain.backend == "native"
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    ids = (torch.tensor([[3, 5, 7], [29, 19, 24], [3, 0, 0]]),)
+    bags = torch.tensor([1, 2, 29, 3, 19, 0, 24, 24, 1]), torch.tensor([0, 2, 3, 5, 6, 8, 9])
+    for given in (ids, ids, bags):
+        got, wanted = compiled(*given), plain(*given)
+        assert torch.equal(got, wanted)
+        got.sin().sum().backward()
+        wanted.sin().sum().backward()
+    assert torch.equal(other.state_dict()["width8"], plain.state_dict()["width8"])
+    if rule is not None:
+        saved, right = other.optimizer_state_dict(), plain.optimizer_state_dict()
+        assert saved["steps"] == right["steps"] == {"width8": 3}
+        assert all(torch.equal(saved["state"][name], values) for name, values in right["state"].items())
 
 
 @needs_native

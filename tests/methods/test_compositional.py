@@ -327,7 +327,7 @@ def test_sizes_grow_and_never_pass_the_plain_table(request: tuple[rse.FeatureSpe
     sizes = range(1, top + 1) if top < 60 else sorted({1, 2, 3, top // 3, top // 2, top - 2, top - 1, top})
     bytes_ = [CompositionalConfig.sized(spec, s, **params).footprint(spec).serve for s in sizes]
     assert all(a < b for a, b in itertools.pairwise(bytes_))
-    assert bytes_[-1] == plain, "the largest size is the plain table"
+    assert bytes_[-1] == plain, "the largest size is the full table"
 
 
 @given(_requests(), st.floats(0, 1.2))

@@ -50,7 +50,7 @@ def test_until_counts_are_given_ids_are_ranks(method: str) -> None:
 def test_footprint_is_parameters_and_buffers(method: str) -> None:
     module = build(method)
     held = sum(p.nbytes for p in module.parameters())
-    index = sum(b.nbytes for n, b in module.named_buffers() if n.startswith("kernel.index"))
+    index = module.kernel.index.nbytes
     assert index > 0
     assert (module.footprint().weights, module.footprint().index) == (held, index)
     stored = sum(v.nbytes for k, v in module.state_dict().items() if not k.endswith("_extra_state"))
@@ -71,9 +71,9 @@ def test_the_sets_travel_with_state_copies_and_casts(method: str) -> None:
         assert torch.equal(copied(IDS), module(IDS))
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(copy.deepcopy(module).double()(IDS), module(IDS).double(), **close)
-    sets = {n: b for n, b in module.named_buffers() if n.startswith("kernel.index")}
-    for name, values in copy.deepcopy(module).to(torch.bfloat16).named_buffers():
-        assert name not in sets or torch.equal(values, sets[name]), "sets are no numbers to round"
+    cast = copy.deepcopy(module).to(torch.bfloat16).kernel.index.arrays.held
+    for name, values in module.kernel.index.arrays.held.items():
+        assert torch.equal(values, cast[name]), "sets are no numbers to round"
     state = module.state_dict()
     name = next(k for k in state if k.startswith("kernel.index"))
     state[name] = state[name].flip(0).clone()

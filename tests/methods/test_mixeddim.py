@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recsys_embed import EmbeddingCollection, FeatureSpec, MixeddimConfig, MixeddimEmbedding, Plan, Schema
 from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError
 from recsys_embed.method_parts.width_rule import WidthRule
-from recsys_embed.optim import SGD
+from recsys_embed.optim import SGD, unfused_parameters
 
 SIZES = {"tiny": 100, "a": 10_000, "b": 100_000, "c": 1_000_000}
 SCHEMA = Schema([FeatureSpec(name, n, 16) for name, n in SIZES.items()])
@@ -176,7 +176,7 @@ def test_in_a_fused_collection_tables_update_and_the_matrix_has_gradients() -> N
     coll(torch.tensor([[1, 7], [19, 7]])).sum().backward()
     moved = {k: (coll.table(k) != v).any(1).nonzero().flatten().tolist() for k, v in before.items()}
     assert {k: v for k, v in moved.items() if v} == {"a.block_0": [1], "a.block_2": [11], "b.block_1": [4]}
-    (head,) = [p for p in coll.parameters() if p.requires_grad]
+    (head,) = unfused_parameters(coll)
     assert head.shape == (2, 3, 4)
     assert head.grad.abs().sum(2).bool().tolist() == [[False, False, True], [True, True, False]]
 

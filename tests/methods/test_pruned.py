@@ -1,4 +1,4 @@
-"""optembed, dnis and pep as stored: a lookup gives the masked plain table, to the bit, and costs what is said."""
+"""optembed, dnis and pep as stored: a lookup gives the masked full table, to the bit, and costs what is said."""
 
 from __future__ import annotations
 

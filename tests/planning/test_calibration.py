@@ -69,7 +69,7 @@ def test_rows_that_say_nothing_are_left_out() -> None:
 def test_the_planner_follows_the_evidence_and_says_what_was_measured(tmp_path: Path) -> None:
     stats = {s.name: FrequencyCurve.zipf(s.num_embeddings) for s in SCHEMA}
     methods = ["full", "hash", "lowdim"]
-    before = plan_for_budget(SCHEMA, WHOLE // 6, methods=methods, stats=stats, full_below=0)
+    before = plan_for_budget(SCHEMA, WHOLE // 6, methods=methods, stats=stats, full_below=0, network=True)
     assert "hash" in {before[n].method for n in before}
     folder = tmp_path / "compare"
     (folder / "rows").mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_the_planner_follows_the_evidence_and_says_what_was_measured(tmp_path: P
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({"rows": rows_with({"hash": 9.0, "lowdim": 0.2})}))
     plans = [
-        plan_for_budget(SCHEMA, WHOLE // 6, methods=methods, stats=stats, evidence=e, full_below=0)
+        plan_for_budget(SCHEMA, WHOLE // 6, methods=methods, stats=stats, evidence=e, full_below=0, network=True)
         for e in (folder, str(file), rows_with({"hash": 9.0, "lowdim": 0.2}))
     ]
     assert plans[0] == plans[1] == plans[2]

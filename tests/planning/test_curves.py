@@ -142,3 +142,30 @@ def test_data_folders_open_data_and_their_statistics_give_the_same_curves(tmp_pa
 def test_a_folder_without_statistics_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no statistics of a data folder"):
         curves_from(tmp_path)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_every_fault_of_statistics_is_named_with_its_field(tmp_path: Path, written: bool) -> None:
+    good = {"distinct": 5, "num_embeddings": 9, "kept": 4, "seen_once": 1, "coverage": {"1": 0.5}, "later": 1}
+    fields = {
+        "C1": good,
+        "C2": {"num_embeddings": 0, "distinct": 5},
+        "C3": {"distinct": 5},
+        "C4": {**good, "coverage": {"one": 0.5}, "oov_rate": {"test": "many"}},
+        "C5": {**good, "coverage": {"1": 0.5, "2": 0.4}},
+        "C6": 7,
+    }
+    stats = {"splits": {"train": {"rows": 8}}, "fields": fields}
+    (tmp_path / "stats.json").write_text(json.dumps(stats))
+    with pytest.raises(DataError if written else ConfigError) as caught:
+        curves_from(tmp_path if written else stats)
+    assert str(caught.value).splitlines()[1:] == [
+        "  - `num_embeddings` must be an integer in [1, 1152921504606846976]; got 0 (field 'C2')",
+        "  - `num_embeddings` is missing (field 'C3')",
+        "  - 2 faults in field 'C4':",
+        "      - `oov_rate` must be numbers by split; got {'test': 'many'}",
+        "      - `coverage` must be shares by number of ids; got {'one': 0.5}",
+        "  - `coverage` must be shares in [0, 1] that rise with k; got {1.0: 0.5, 2.0: 0.4, 4.0: 0.875, 5.0: 1.0} "
+        "(field 'C5')",
+        "  - expected values by name; got int (field 'C6')",
+    ]

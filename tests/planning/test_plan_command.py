@@ -93,7 +93,7 @@ def model() -> object:
     from torch import nn
 
     model = nn.ModuleDict({"user": nn.Embedding(5000, 16), "item": nn.Embedding(9000, 16), "tied": nn.Embedding(25, 5)})
-    model["head"] = nn.Linear(5, 25, bias=False)
+    model["head"] = nn.Bilinear(5, 1, 25, bias=False)
     model["head"].weight = model["tied"].weight
     return model
 
@@ -173,7 +173,7 @@ def test_bytes_shown_are_those_of_the_models_dtype(
     assert main([*args, "--budget", "128KiB"]) == 0
     text = capsys.readouterr().out
     assert "0: full -> hash (num_buckets 4,096); 256.00 KiB -> 128.00 KiB" in text
-    assert "plain tables would take 256.00 KiB to serve, 2.0x as much" in text
+    assert "full tables would take 256.00 KiB to serve, 2.0x as much" in text
     assert main([*args, "--budget", "256KiB", "--itemsize", "4"]) == 0
     assert "256.00 KiB -> 256.00 KiB" in capsys.readouterr().out
 
@@ -196,3 +196,21 @@ def test_faults_of_a_plan_file_have_a_line_each_under_its_name(
         assert first.startswith(f"recsys-embed: error: {file}: 3 faults in Plan:"), args
         assert len(lines) == 5
         assert [name for name in wrong if f"'{name}'" in "".join(lines)] == list(wrong)
+
+
+def test_the_command_says_what_ids_lose_that_share_rows_without_a_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(Schema([FeatureSpec("user", 900, 64), FeatureSpec("item", 1700, 64)]).to_dict()))
+    args = ["plan", "--schema", str(file), "--json", "--budget"]
+    methods = []
+    for more in (["20KiB"], ["20KiB", "--network"], ["6000"]):
+        assert main([*args, *more]) == 0
+        methods.append({f["method"] for f in json.loads(capsys.readouterr().out)["features"].values()})
+    assert methods[:2] == [{"lowdim"}, {"unified"}]
+    assert "unified" in methods[2]
+    assert main([*args[:-2], "--budget", "6000"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "more where ids share rows that no network tells apart" in text
+    assert "a guess, since nothing was counted" in text

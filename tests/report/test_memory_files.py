@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.report.memory import memory_report
 from recsys_embed.report.memory.file_tensors import read_safetensors
@@ -36,7 +38,8 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
 
     model = build_model("deepfm", schema(), plan_of(info), num_dense=2, optimizer=rse.Adagrad(lr=0.1))
     path = tmp_path / f"state.{kind}"
-    torch.save(model.state_dict(), path) if kind == "pt" else save_file(model.state_dict(), path)
+    state = weights_of(model)
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
     built, read = memory_report(model), memory_report(path, optimizer=rse.Adagrad(lr=0.1))
     assert read.footprint == built.footprint
     assert read.total("serve", "model") == built.total("serve", "model")
@@ -52,7 +55,7 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
 def test_state_of_a_drop_in(info: rse.MethodInfo, tmp_path: Path) -> None:
     module = rse.make_embedding(info.name, 3000, 16, **({} if info.name == "full" else {"budget": "64KiB"}))
     torch.save(nn.ModuleDict({"deep": nn.ModuleDict({"user": module})}).state_dict(), tmp_path / "a.pt")
-    patterns = ["*user*"] if info.name == "full" else None  # a plain table stores what nn.Embedding does
+    patterns = ["*user*"] if info.name == "full" else None  # a full table stores what nn.Embedding does
     report = memory_report(tmp_path / "a.pt", tables=patterns)
     (table,) = report.tables
     assert (table.name, table.method) == ("deep/user", info.name)
@@ -250,6 +253,24 @@ def test_a_table_that_drop_ins_share_counts_once_when_loaded(precision: str, tmp
     assert loaded <= 64 * 1024
 
 
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
+def test_a_state_dict_counts_what_its_model_counts(info: rse.MethodInfo, kind: str, tmp_path: Path) -> None:
+    """Also where drop-ins share a table, whose bytes stand once in the file."""
+    from safetensors.torch import save_model
+
+    model = nn.ModuleDict({n: nn.Embedding(rows, 16) for n, rows in (("a", 3000), ("b", 2000), ("c", 900))})
+    options = {} if info.name == "full" else {"budget": "100KiB", "full_below": 0}
+    rse.compress_(model, Plan.uniform(Schema.from_model(model), info.name, **options), init="fresh")  # type: ignore[arg-type]
+    path = tmp_path / f"state.{kind}"
+    torch.save(model.state_dict(), path) if kind == "pt" else save_model(model, str(path))
+    built, read = memory_report(model), memory_report(path, tables=["*"] if info.name == "full" else None)
+    assert read.total("serve") == built.total("serve")
+    assert read.total("serve") <= path.stat().st_size
+    shared = {t.storage.name: t.storage.read_by for t in built.tables if t.storage.kind == "shared"}
+    assert {t.storage.name: t.storage.read_by for t in read.tables if t.storage.kind == "shared"} == shared
+
+
 @pytest.mark.parametrize("name", ["x.st", "x", "x.pt", "x.json"])
 def test_files_are_told_by_their_content(name: str, tmp_path: Path) -> None:
     module = rse.make_embedding("hash", 1000, 8, num_buckets=100)
@@ -270,3 +291,29 @@ def test_files_are_told_by_their_content(name: str, tmp_path: Path) -> None:
 def test_tables_are_known_by_name_whatever_its_case(tmp_path: Path) -> None:
     torch.save({"Users.EMBEDDING.weight": torch.zeros(300, 8), "Top.weight": torch.zeros(4, 4)}, tmp_path / "a.pt")
     assert [t.name for t in memory_report(tmp_path / "a.pt").tables] == ["Users/EMBEDDING"]
+
+
+@pytest.mark.parametrize("method", ["adaptive", "freqcut"])
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_a_file_says_which_of_its_ids_share_rows(method: str, drop_in: bool, tmp_path: Path) -> None:
+    """By its own index arrays: ids that were counted own rows that numbering by frequency would give to others."""
+    ids = 1000
+    counts = torch.ones(ids)
+    counts[torch.randperm(ids, generator=torch.Generator().manual_seed(0))[:200]] = 1000.0
+    cls = rse.get_method(method).config_cls
+    config = replace(cls.for_budget(FeatureSpec("C1", ids, 16), 20_000), order="counts")
+    model: nn.Module
+    if drop_in:
+        module = rse.make_embedding(method, ids, 16, **{k: v for k, v in config.to_dict().items() if k != "method"})
+        module.assign_(counts)
+        model, name = nn.ModuleDict({"C1": module}), "C1"
+    else:
+        coll = rse.EmbeddingCollection(Schema([FeatureSpec("C1", ids, 16)]), Plan({"C1": config}))
+        model, name = coll.assign_({"C1": counts}), "C1"
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    built = memory_report(model, stats={name: counts}).tables[0].stats
+    read = memory_report(tmp_path / "a.pt", stats={name: counts}).tables[0].stats
+    assert built is not None
+    assert read is not None
+    assert read.measured == built.measured
+    assert read.measured.traffic < 0.5

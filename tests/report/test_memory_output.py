@@ -75,7 +75,7 @@ def test_text_fits_and_holds_the_totals() -> None:
     for value in (rep.total("serve"), rep.total("train"), rep.footprint.optimizer, rep.plain):
         assert format_bytes(value) in text
     for info in rse.list_methods():
-        # Plain tables as they are need no line of their own.
+        # Full tables as they are need no line of their own.
         assert bool(re.search(rf"^{info.name}\b", text, re.M)) == (info.name != "full")
     hashed = memory_report(Plan.uniform(SCHEMA, "hash", budget="1MiB"), schema=SCHEMA)
     assert re.search(r"^full, whole", str(hashed), re.M)
@@ -285,3 +285,24 @@ def test_only_the_largest_shapes_are_sized() -> None:
     (found,) = alternatives(storages, 10.0, None, "dense", methods=["hash"])
     plain = [n for n, size in found.per_table.items() if size == 32 * (300 + int(n[1:]))]
     assert sorted(plain, key=lambda n: int(n[1:])) == [f"f{i}" for i in range(30)]
+
+
+@pytest.mark.parametrize("info", rse.list_methods(), ids=lambda m: m.name)
+def test_training_an_alternative_takes_what_a_collection_of_it_holds(info: rse.MethodInfo) -> None:
+    """Weights, arrays, fused state, and gradients of what no fused optimizer steps, after a backward of all ids."""
+    spec = FeatureSpec("C1", 600, 48)
+    schema = Schema([spec])
+    (found,) = [
+        a for a in memory_report(schema, optimizer=rse.Adagrad(lr=0.1)).alternatives(3.0) if a.method == info.name
+    ]
+    if info.name == "full":
+        plan = Plan.full(schema)
+    else:
+        plan = Plan({"C1": info.config_cls.for_budget(spec, 600 * 48 * 4 // 3)})
+    coll = rse.EmbeddingCollection(schema, plan, rse.Adagrad(lr=0.1))
+    coll(torch.arange(600).unsqueeze(1)).sum().backward()
+    gradients = sum(p.grad.nbytes for p in coll.parameters() if p.grad is not None)
+    assert gradients == 0 or gradients > 2000, "enough to be seen beside what kernels note of a collection"
+    held = sum(t.nbytes for t in (*coll.parameters(), *coll.buffers())) + gradients
+    size = plan["C1"].footprint(spec).serve
+    assert found.train == pytest.approx(held * found.serve["fp32"] / size, abs=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.core.footprint import Footprint
 from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.report.memory import memory_report
+from recsys_embed.report.memory.plan import arrays_of
 
 
 def test_plain_tables_of_a_tree() -> None:
@@ -203,3 +206,20 @@ def test_lookup_is_near_what_a_forward_allocates(info: rse.MethodInfo) -> None:
     made = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs.made}.values())
     assert said - ids.nbytes <= made <= 3 * said + numbers
     assert said >= 2000 * 32 * 4
+
+
+@pytest.mark.parametrize("itemsize", [4, 2])
+def test_networks_of_a_method_that_computes_are_dense_arrays(itemsize: int) -> None:
+    """Weights that no table of the program has, as a generator of vectors has them."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Generated(rse.get_method("hash").config_cls):  # type: ignore[misc]
+        computes = True
+
+        def footprint(self, spec: FeatureSpec, itemsize: int = 4) -> Footprint:
+            return super().footprint(spec, itemsize) + Footprint(weights=itemsize * 123)
+
+    spec, config = FeatureSpec("a", 5000, 8), Generated(num_buckets=10)
+    arrays = arrays_of(spec, config, config.program(spec), itemsize)
+    assert [(a.name, a.elements, a.nbytes) for a in arrays if a.role == "dense"] == [("network", 123, itemsize * 123)]
+    assert sum(a.nbytes for a in arrays) == config.footprint(spec, itemsize).serve

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.collection.optimizer_state import weights_of
+from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.optim import RowGradient, unfused_parameters
 from recsys_embed.registry import MethodInfo
 from recsys_embed.report.memory import memory_report
 
@@ -66,7 +70,7 @@ def plan_of(info: MethodInfo, schema: Schema, **more: Any) -> Plan:
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of the tensors of a state dict, shared ones once, but for the configuration stored with them."""
-    state = module.state_dict()
+    state = weights_of(module)
     return sum(t.nbytes for k, t in state.items() if not k.endswith("_extra_state"))
 
 
@@ -85,10 +89,10 @@ def test_drop_in_reports_what_is_allocated_and_saved(
     report = memory_report(module)
     assert report.total("serve") == state_bytes(module)
     assert report.total("serve") == report.footprint.serve == module.footprint().serve
-    parameters, buffers = allocated(module.parameters()), allocated(module.buffers())
+    parameters, index = allocated(module.parameters()), allocated(module.kernel.index.arrays.held.values())
     # Constants of a lookup, some hundred bytes that no file holds, are not counted.
     assert report.footprint.weights == parameters
-    assert parameters + buffers - 4096 <= report.total("serve") <= parameters + buffers
+    assert report.total("serve") == parameters + index
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     assert report.total("serve") <= file.tell() < 1.01 * report.total("serve") + 6000
@@ -105,7 +109,8 @@ def test_collection_reports_what_is_allocated(info: MethodInfo, more: dict[str, 
     state = [getattr(module, f"{name}_{key}") for name, key in module._states()]
     assert report.footprint.optimizer == allocated(state)
     assert report.footprint == module.footprint()
-    everything = allocated([*module.parameters(), *module.buffers()])
+    index = [a for m in module.modules() if isinstance(m, IndexStore) for a in m.arrays.held.values()]
+    everything = allocated([*module.parameters(), *module.buffers(), *index])
     held = report.footprint.serve + report.footprint.optimizer
     assert held <= everything <= 1.01 * held + 4096
     # A plan says the same before anything is built.
@@ -156,12 +161,29 @@ def _grad_bytes(grad: Tensor) -> int:
     return grad._indices().nbytes + grad._values().nbytes
 
 
+def test_optimizer_state_in_a_file_is_no_weight(tmp_path: Path) -> None:
+    schema = small_schema()
+    module = rse.EmbeddingCollection(schema, Plan.full(schema), rse.Adam(lr=0.1))
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    report = memory_report(tmp_path / "model.pt")
+    assert report.total("serve") == state_bytes(module)
+    assert not [n for n in report.notes if "bytes of weights" in n]
+    assert report.rest.weights == 0
+
+
 def test_fused_tables_have_no_gradient() -> None:
     schema = small_schema()
     module = rse.EmbeddingCollection(schema, Plan.full(schema), rse.Adam(lr=0.1))
     module(torch.randint(0, 40, (16, 3))).sum().backward()
     assert all(p.grad is None for p in module.parameters())
     assert memory_report(module, batch_size=16).footprint.gradient == 0
+    # At step() the gradients of the rows read are kept until then; all rows of the batch may differ.
+    module.make_optimizer()
+    ids = torch.stack([torch.randperm(40)[:16] for _ in range(3)], 1)
+    module(ids).sum().backward()
+    grads = [cast("RowGradient", p.grad) for p in module.parameters()]
+    held = sum(g.rows.nbytes + g.values.nbytes for g in grads)
+    assert memory_report(module, batch_size=16).footprint.gradient == held > 0
 
 
 @pytest.mark.parametrize("cls", TORCH, ids=lambda c: c.__name__)
@@ -227,7 +249,7 @@ def test_model_of_this_library(info: MethodInfo) -> None:
     assert report.footprint.serve == model.footprint().serve
     assert report.total("serve", "model") == state_bytes(model)
     fused = sum(getattr(c, f"{n}_{k}").nbytes for c in model.collections().values() for n, k in c._states())
-    projections = [p for c in model.collections().values() for p in c.parameters() if p.requires_grad]
+    projections = [p for c in model.collections().values() for p in unfused_parameters(c)]
     # The dense optimizer keeps two copies and a step counter of each projection.
     assert report.footprint.optimizer == fused + sum(2 * p.nbytes + 4 for p in projections)
 

@@ -77,7 +77,7 @@ def test_bad_requests_end_with_one_line(data: str, tmp_path: Path, capsys) -> No
             (["--set", "search.rows=some"], "`rows` must be one of field, row, none"),
             (["--budget", "1KiB"], "available"),
             (["--set", "embedding_weight_decay=0.0"], "rows are pruned because weight decay"),
-            (["--set", "method=hash"], "starts from plain tables"),
+            (["--set", "method=hash"], "starts from full tables"),
         )
     ):
         out = tmp_path / str(number)

@@ -214,7 +214,7 @@ def test_a_supernet_masks_what_the_network_sees_and_nothing_else() -> None:
 def test_a_supernet_needs_plain_tables_of_one_width() -> None:
     schema = Schema([FeatureSpec("a", 20, 4)])
     hashed = build_model("fm", schema, Plan.uniform(schema, "hash", num_buckets=5), num_dense=2)
-    with pytest.raises(ConfigError, match="plain tables of one width; got methods"):
+    with pytest.raises(ConfigError, match="full tables of one width; got methods"):
         Supernet(hashed, OptembedLayer(1, 4))
     mixed = Schema([FeatureSpec("a", 20, 4), FeatureSpec("b", 20, 8)])
     with pytest.raises(ConfigError, match="width None"):

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from recsys_embed.data.folder import lock
-from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, RecsysEmbedError
+from recsys_embed.errors import BudgetError, CheckpointError, ConfigError, DataError, RecsysEmbedError
 from recsys_embed.search import OptembedSearch, OptembedSettings, PepSettings, run_search
 from recsys_embed.search.dnis import DnisSearch
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.pep import PepSearch
 from recsys_embed.search.settings import DnisSettings
 from recsys_embed.search.supernet import Supernet
-from recsys_embed.train import DivergedError
 from recsys_embed.train.checkpoint import load_checkpoint
 from tests.tiers import slow_but
 from tests.train.test_loop import SignallingData
@@ -223,7 +222,7 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
     small.parts["valid"] = type(small.parts["valid"])(*(t[:40] for t in small.parts["valid"]))
     with pytest.raises(ConfigError, match=r"too small to compare candidates: .* positives"):
         search(OptembedSearch, OptembedSettings(), small)
-    with pytest.raises(ConfigError, match="starts from plain tables"):
+    with pytest.raises(ConfigError, match="starts from full tables"):
         search(OptembedSearch, OptembedSettings(), method="hash", ratio=2.0)
     with pytest.raises(ConfigError, match="give a budget"):
         search(PepSearch, PepSettings())
@@ -276,7 +275,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_folder_whole(tm
     bad[1500:] = float("nan")
     data.parts["train"] = data.parts["train"]._replace(dense=bad)
     config = CONFIG.replace(standardise=False, shuffle=False)
-    with pytest.raises(DivergedError, match="at step 6"):
+    with pytest.raises(DataError, match="training batch of step 6"):
         run_search(OptembedSearch, config, data, KINDS["optembed"][1], folder=tmp_path)
     assert torch.load(tmp_path / "supernet" / "checkpoint.pt", weights_only=True)["state"]["step"] == 3
 

@@ -97,7 +97,7 @@ def test_the_planners_solution_has_a_point_of_its_methods():
     point = space.point_of(found, "b")
     assert space.holds(point)
     assert point["large.method"] == "freqcut"
-    assert point["small.share"] == 1.0 > point["large.share"], "plain tables of few ids take all their bytes"
+    assert point["small.share"] == 1.0 > point["large.share"], "full tables of few ids take all their bytes"
 
 
 def test_a_budget_below_every_method_is_refused_before_anything_is_stored(data, tmp_path):

@@ -70,9 +70,18 @@ def test_a_folder_moves_with_its_study_and_keeps_to_it(data, tmp_path, capsys, m
         assert "study.db does not exist: it was moved or removed" in capsys.readouterr().err
     assert not (tmp_path / "b" / "study.db").exists()
     assert not (tmp_path / "other.db").exists()
-    (tmp_path / "b" / "study.json").write_text("{")
-    assert main(["search", "pick", "b", "--trial", "0"]) == 2
-    assert "study.json is damaged; remove it" in capsys.readouterr().err
+    asked = (tmp_path / "b" / "study.json").read_text()
+    for text, fault in (
+        ("{", "is not valid JSON"),
+        ("[]", "must hold an object"),
+        (asked.replace('"device"', '"devise"'), "unknown setting 'devise'; did you mean 'device'?"),
+        (asked.replace('"cpu"', "1"), "`device` must be text; got 1"),
+    ):
+        (tmp_path / "b" / "study.json").write_text(text)
+        assert main(["search", "pick", "b", "--trial", "0"]) == 2
+        err = capsys.readouterr().err
+        assert "study.json is damaged; remove it" in err
+        assert fault in err
 
 
 def test_a_servers_password_is_neither_kept_nor_shown(data, tmp_path, capsys, monkeypatch):

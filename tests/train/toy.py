@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from recsys_embed import data
+from recsys_embed.data import RowSource
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.train import TrainConfig
 
@@ -82,6 +84,27 @@ class ToyData(InMemory):
     @property
     def digest(self) -> str:
         return repr([(split, [t.sum().item() for t in batch]) for split, batch in self.parts.items()])
+
+
+class ToySource(RowSource):
+    """The rows of a toy data set, read by number."""
+
+    splits: ClassVar[dict[str, int]] = {}
+    num_dense = ToyData.num_dense
+
+    def __init__(self, rows: int = 600, *, memory_limit: int = RowSource.memory_limit) -> None:
+        self.toy, self.memory_limit = ToyData(rows), memory_limit
+        self.splits = {split: len(batch.label) for split, batch in self.toy.parts.items()}  # type: ignore[misc]
+
+    @property
+    def digest(self) -> str:
+        return self.toy.digest
+
+    def schema(self, embedding_dim: int) -> Schema:
+        return self.toy.schema(embedding_dim)
+
+    def read(self, split: str, start: int, stop: int) -> data.Batch:
+        return data.Batch(*(part[start:stop] for part in self.toy.parts[split]))
 
 
 def toy_config(**changes) -> TrainConfig:

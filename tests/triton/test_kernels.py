@@ -15,7 +15,7 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.embedding import compressed_embedding as embedding
-from recsys_embed.errors import IdRangeError
+from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 from tests.kernels import cases
@@ -133,8 +133,34 @@ def test_deterministic_algorithms_sort_every_row(monkeypatch: pytest.MonkeyPatch
 
 
 @METHODS
-def test_two_lookups_before_their_backwards(method: Any) -> None:
-    """The tables move between the two backwards: each counts with the rows that its own lookup read."""
+@pytest.mark.parametrize("read", [False, True], ids=["steps alone", "gradients read"])
+def test_a_step_at_step_has_the_bits_of_one_in_backward(method: Any, read: bool) -> None:
+    schema = Schema([FeatureSpec("C1", 60, 4), FeatureSpec("C2", 200, 4)])
+    one, other = (
+        EmbeddingCollection(
+            schema, plan_of(method, schema), rse.Adam(lr=0.1, weight_decay=0.1), backend="triton", device=DEVICE
+        )
+        for _ in range(2)
+    )
+    optimizer = other.make_optimizer()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for step in range(2):
+            one(ids_of(schema, 20, step)).square().sum().backward()
+            other(ids_of(schema, 20, step)).square().sum().backward()
+            if read:
+                torch.nn.utils.clip_grad_norm_(other.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in one.storages:
+        assert torch.equal(one.get_parameter(name), other.get_parameter(name))
+
+
+@METHODS
+def test_two_lookups_of_one_backward(method: Any) -> None:
+    """One step by the sum of their gradients."""
     schema = Schema([FeatureSpec("C1", 60, 4), FeatureSpec("C2", 200, 4)])
     ours, oracle = pair(schema, plan_of(method, schema), rse.SGD(lr=0.5))
     assert_two_lookups(ours, oracle, [ids_of(schema, 20, 0), ids_of(schema, 20, 1)])
@@ -236,7 +262,7 @@ def test_small_steps_of_sixteen_bits_count_on_average(dtype: torch.dtype, start:
     coll = EmbeddingCollection(schema, optimizer=rse.SGD(lr=1.0), backend="triton", device=DEVICE, dtype=dtype)
     with torch.no_grad():
         coll.width64.fill_(start)
-    first = float(coll.width64[0, 0])
+    first = float(coll.width64[0, 0].detach())
     ulp = max(abs(first) * torch.finfo(dtype).eps, 2.0**-24 if dtype == torch.float16 else 1e-9)
     step = 0.3 * ulp
     out = coll(torch.arange(64, device=DEVICE).unsqueeze(1))
@@ -342,7 +368,48 @@ def test_drop_ins_run_them_too(method: Any, monkeypatch: pytest.MonkeyPatch) -> 
     wanted.square().sum().backward()
     for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
-    # Plain tables have torch's own lookup, with all of its options.
+    # Full tables have torch's own lookup, with all of its options.
     assert (ours._triton._made is None) == (method.name == "full")
     assert oracle._triton._made is None
     torch.testing.assert_close(copy.deepcopy(ours)(ids), got)
+
+
+@METHODS
+def test_second_derivatives(method: Any) -> None:
+    """Those of a gradient penalty, by torch's operations; a loss without curvature would not tell what is missing."""
+    schema = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 90, 8)])
+    ours, oracle = pair(schema, plan_of(method, schema), None)
+    found = []
+    for coll in (ours, oracle):
+        tables = list(coll.parameters())
+        loss = (coll(ids_of(schema, 20)) ** 3).sum()
+        first = torch.autograd.grad(loss, tables, create_graph=True)
+        penalty = torch.stack([(g**2).sum() for g in first]).sum()
+        found.append(torch.autograd.grad(penalty, tables, allow_unused=True))
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("change", ["half", "columns", "strides", "meta", "state"])
+@pytest.mark.parametrize("rule", [None, rse.RowwiseAdagrad(lr=0.1)], ids=["gradients", "step"])
+def test_what_was_replaced_since_the_lookup_is_refused(rule: FusedOptimizer | None, change: str) -> None:
+    schema = Schema([FeatureSpec("C1", 60, 8)])
+    coll = EmbeddingCollection(schema, None, rule, backend="triton", device=DEVICE)
+    out, (table,) = coll(ids_of(schema, 20)), coll.parameters()
+    if rule is None and change in ("state", "meta"):
+        pytest.skip("there is no state; and what is moved to meta is another parameter")
+    if change == "state":
+        coll.width8_sum = coll.width8_sum[:3].clone()
+    elif change == "half":
+        table.data = table.data.half()
+    elif change == "columns":
+        table.data = table.data[:, :3].contiguous()
+    elif change == "strides":
+        table.data = table.data.t().contiguous().t()
+    else:
+        coll.to("meta")
+    with pytest.raises((ConfigError, RuntimeError)):
+        out.sum().backward()
+    assert table.grad is None

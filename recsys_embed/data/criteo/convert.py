@@ -104,13 +104,16 @@ def _adopt(options: CriteoOptions) -> tuple[CriteoOptions, Manifest | None]:
 
     donor = read_manifest(options.like)
     theirs = donor.settings
-    return replace(
-        options,
-        ids=theirs["ids"],
-        id_bits=theirs["id_bits"],
-        dense=theirs["dense"],
-        min_count=theirs["min_count"] or options.min_count,
-    ), donor
+    try:
+        return replace(
+            options,
+            ids=theirs["ids"],
+            id_bits=theirs["id_bits"],
+            dense=theirs["dense"],
+            min_count=theirs["min_count"] or options.min_count,
+        ), donor
+    except (KeyError, ConfigError) as e:
+        raise DataError(f"{options.like}: its settings are not those of a conversion: {e}; name another folder") from e
 
 
 def _check_target(out: Path) -> None:
@@ -129,7 +132,7 @@ def _finished(out: Path, record: dict[str, Any], overwrite: bool) -> ConvertRepo
     if overwrite or not (out / SCHEMA_FILE).exists():
         return None
     manifest = read_manifest(out)
-    changed = different(manifest.made_from, record)
+    changed = different(dict(manifest.made_from), record)
     if changed:
         lines = "\n".join(f"  - {c}" for c in changed)
         raise ConfigError(

@@ -17,7 +17,7 @@ from recsys_embed.core.hashing import EMPTY_ID
 from recsys_embed.data.criteo.ingest import worker_count
 from recsys_embed.data.criteo.layout import CAT_NAMES, INT_NAMES
 from recsys_embed.data.criteo.options import PROCESS, CriteoOptions
-from recsys_embed.data.criteo.parts import Part
+from recsys_embed.data.criteo.parts import ParsedPart
 from recsys_embed.data.criteo.transform import bucket_transform
 from recsys_embed.data.field_counts import FieldCounter, FieldCounts
 from recsys_embed.data.folder import file_hash, write_file, write_json
@@ -45,7 +45,7 @@ class FieldResult:
 class PartRows:
     """The rows of all parts, with the split of each."""
 
-    parts: Sequence[Part]
+    parts: Sequence[ParsedPart]
     options: CriteoOptions
     file_codes: list[int]
 
@@ -53,7 +53,7 @@ class PartRows:
     def total(self) -> int:
         return sum(p.info.rows for p in self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Part, int, NDArray[np.int8]]]:
+    def __iter__(self) -> Iterator[tuple[ParsedPart, int, NDArray[np.int8]]]:
         """Part, number of its first row among all, split codes of its rows."""
         first = 0
         total = self.total
@@ -69,7 +69,7 @@ def field_names(options: CriteoOptions) -> tuple[str, ...]:
     return (INT_NAMES if options.dense == "bucket" else ()) + CAT_NAMES
 
 
-def read_field(part: Part, name: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def read_field(part: ParsedPart, name: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Unsigned values of a categorical field, and where it is empty."""
     number = int(name[1:]) - 1
     return bucket_transform(part.ints(number)) if name[0] == "I" else part.cats(number)
@@ -77,7 +77,7 @@ def read_field(part: Part, name: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
 
 def encode_fields(
     work: Path,
-    parts: Sequence[Part],
+    parts: Sequence[ParsedPart],
     files: Sequence[Path],
     options: CriteoOptions,
     donor: Manifest | None,
@@ -128,10 +128,10 @@ def _one_field(
     if donor is not None and options.like is not None:
         file = options.like / "vocab" / f"{name}.parquet"
         vocab = Vocabulary.read(file, name)
-        write_file(target, lambda p: _copy(file, p))
+        write_file(target, lambda p: _copy(file, p), durable=False)
     else:
         vocab = Vocabulary.from_counts(name, counts, min_count=1 if name[0] == "I" else options.min_count)
-        vocab.write(target)
+        vocab.write(target, durable=False)
     del counts, counter
     vocab.prepare()
     _write_ids(work / "fields" / f"{name}.ids", name, rows, vocab, pool)
@@ -145,7 +145,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_ids(path: Path, name: str, rows: PartRows, vocab: Vocabulary, pool: ThreadPoolExecutor) -> None:
-    def encode(part: Part) -> NDArray[np.int32]:
+    def encode(part: ParsedPart) -> NDArray[np.int32]:
         return vocab.encode(*read_field(part, name))
 
     def save(temporary: Path) -> None:

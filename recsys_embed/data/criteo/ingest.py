@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from recsys_embed.data.criteo.explain import BadRow
 from recsys_embed.data.criteo.layout import LineLayout
 from recsys_embed.data.criteo.options import PROCESS, SEPARATORS, CriteoOptions, different
 from recsys_embed.data.criteo.parse import ParsedBlock, parse_block
-from recsys_embed.data.criteo.parts import Part, PartInfo
-from recsys_embed.data.folder import boot_id, write_bytes, write_json
+from recsys_embed.data.criteo.parts import ParsedPart, PartInfo
+from recsys_embed.data.folder import boot_id, storage_error, write_json
 from recsys_embed.data.text_blocks import BLOCK_BYTES, TextBlock, detect, read_blocks
 from recsys_embed.errors import ConfigError, DataError
 
@@ -42,6 +43,39 @@ def part_blocks(options: CriteoOptions) -> int:
     """Blocks of text per part under the memory bound, at most 16 (64 MiB, about 280 000 rows)."""
     left = options.max_memory - PROCESS - worker_count(options) * _PER_WORKER
     return int(max(1, min(16, left // (_PER_PART * BLOCK_BYTES))))
+
+
+@dataclass
+class _BadRows:
+    """The bad rows of a part: how many, the first of them, and all in a file once written to it."""
+
+    path: Path
+    count: int = 0
+    first: list[BadRow] = field(default_factory=list)
+
+    def add(self, count: int, first: Sequence[BadRow], records: bytes) -> None:
+        """Add some, with their lines of the quarantine file."""
+        if records:
+            # The part is not finished before it has a sidecar, so a file that was cut off is written anew.
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab" if self.count else "wb") as file:
+                    file.write(records)
+            except OSError as e:
+                raise storage_error(self.path, e) from e
+        self.count += count
+        self.first += first[: SHOWN_FAULTS - len(self.first)]
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A parsed block, whose bad rows are no longer objects but lines of the quarantine file."""
+
+    text: TextBlock
+    block: ParsedBlock
+    bad: int
+    first: tuple[BadRow, ...]
+    records: bytes
 
 
 class Ingest:
@@ -85,7 +119,7 @@ class Ingest:
             )
         self.layout = forms[0][1]
 
-    def run(self, progress: Callable[[str, float, float, int], None]) -> list[Part]:
+    def run(self, progress: Callable[[str, float, float, int], None]) -> list[ParsedPart]:
         """Parse what is missing; returns all parts in row order.
 
         Raises:
@@ -103,11 +137,11 @@ class Ingest:
                     progress("read", before + position, sum(sizes), rows)
         return parts
 
-    def _done(self) -> list[Part]:
-        parts: list[Part] = []
+    def _done(self) -> list[ParsedPart]:
+        parts: list[ParsedPart] = []
         while (path := self._sidecar(len(parts))).exists():
             info = PartInfo(**json.loads(path.read_text()))
-            part = Part(self._path(len(parts)), info)
+            part = ParsedPart(self._path(len(parts)), info)
             if not part.path.exists() or part.path.stat().st_size != part.size:
                 break
             parts.append(part)
@@ -122,7 +156,7 @@ class Ingest:
     def bad_path(self, index: int) -> Path:
         return self.work / "parts" / f"{index:06d}.bad.jsonl"
 
-    def _file(self, i: int, last: PartInfo | None, pool: ThreadPoolExecutor) -> Iterator[tuple[Part, int]]:
+    def _file(self, i: int, last: PartInfo | None, pool: ThreadPoolExecutor) -> Iterator[tuple[ParsedPart, int]]:
         """Parts of file ``i`` that come after ``last``."""
         start, line, index = 0, 1, 0
         if last is not None:
@@ -132,8 +166,9 @@ class Ingest:
                     return
                 start, line = last.stop, last.next_line
         blocks = read_blocks(self.files[i], header=self.headers[i], start=start, first_line=line)
-        ahead: deque[tuple[TextBlock, Future[ParsedBlock]]] = deque()
+        ahead: deque[Future[_Parsed]] = deque()
         group: list[tuple[TextBlock, ParsedBlock]] = []
+        bad = _BadRows(self.bad_path(index))
         size = part_blocks(self.options)
         depth = worker_count(self.options)
         exhausted = False
@@ -143,49 +178,55 @@ class Ingest:
                 if text is None:
                     exhausted = True
                 else:
-                    ahead.append((text, pool.submit(parse_block, text.data, self.layout, first_line=text.first_line)))
+                    ahead.append(pool.submit(self._parse, text, str(self.files[i])))
             if ahead:
-                text, parsed = ahead.popleft()
-                group.append((self._light(text), parsed.result()))
+                parsed = ahead.popleft().result()
+                group.append((parsed.text, parsed.block))
+                bad.add(parsed.bad, parsed.first, parsed.records)
             ended = exhausted and not ahead
             if group and (len(group) == size or ended):
-                yield self._store(index, i, group, ended), group[-1][0].position
+                yield self._store(index, i, group, bad, ended), group[-1][0].position
                 index, group = index + 1, []
+                bad = _BadRows(self.bad_path(index))
 
-    @staticmethod
-    def _light(text: TextBlock) -> TextBlock:
-        """The block without its bytes, which are parsed."""
-        return TextBlock(text.start, text.stop, text.first_line, b"", text.bad, text.position, text.fault)
+    def _parse(self, text: TextBlock, name: str) -> _Parsed:
+        """A block parsed, without its bytes."""
+        block = parse_block(text.data, self.layout, first_line=text.first_line)
+        rows = (*text.bad, *block.bad)
+        records = b""
+        if rows and self.options.on_bad_row == "quarantine":
+            records = "".join(_record(name, row) for row in rows).encode()
+        block.bad = []
+        return _Parsed(replace(text, data=b""), block, len(rows), rows[:SHOWN_FAULTS], records)
 
-    def _store(self, index: int, file: int, group: list[tuple[TextBlock, ParsedBlock]], last: bool) -> Part:
+    def _store(
+        self, index: int, file: int, group: list[tuple[TextBlock, ParsedBlock]], bad: _BadRows, last: bool
+    ) -> ParsedPart:
         name = str(self.files[file])
-        bad: list[BadRow] = [row for text, block in group for row in (*text.bad, *block.bad)]
         fault = next((text.fault for text, _ in group if text.fault), None)
-        if self.options.on_bad_row == "fail" and (bad or fault):
+        if self.options.on_bad_row == "fail" and (bad.count or fault):
             self._fail(name, bad, fault)
         blocks = [block for _, block in group]
         end, tail = group[-1]
         next_line = end.first_line + tail.lines + len(end.bad)
-        int_type, cat_type = Part.write(self._path(index), blocks)
-        if bad:
-            write_bytes(self.bad_path(index), "".join(_record(name, row) for row in bad).encode(), durable=False)
+        int_type, cat_type = ParsedPart.write(self._path(index), blocks)
         rows = sum(b.rows for b in blocks)
         seen = sum(b.lines for b in blocks) + sum(len(t.bad) for t, _ in group)
-        if seen != rows + len(bad):
-            raise RuntimeError(f"{name}: {seen} lines were read but {rows} rows and {len(bad)} bad rows came out")
+        if seen != rows + bad.count:
+            raise RuntimeError(f"{name}: {seen} lines were read but {rows} rows and {bad.count} bad rows came out")
         info = PartInfo(
-            index, file, group[0][0].start, end.stop, next_line, last, rows, len(bad), fault,
+            index, file, group[0][0].start, end.stop, next_line, last, rows, bad.count, fault,
             self.layout.labels, int_type, cat_type,
         )  # fmt: skip
         write_json(self._sidecar(index), info.to_dict(), durable=False)
-        return Part(self._path(index), info)
+        return ParsedPart(self._path(index), info)
 
-    def _fail(self, name: str, bad: list[BadRow], fault: str | None) -> None:
-        shown = [row.describe(name) for row in bad[:SHOWN_FAULTS]]
-        if fault and not any(fault in row.reason for row in bad):
+    def _fail(self, name: str, bad: _BadRows, fault: str | None) -> None:
+        shown = [row.describe(name) for row in bad.first]
+        if fault and not any(fault in row.reason for row in bad.first):
             shown.append(f"{name}: {fault}")
-        more = f"\n  and {len(bad) - SHOWN_FAULTS} more in this part" if len(bad) > SHOWN_FAULTS else ""
-        head = "" if len(shown) == 1 else f"{max(len(bad), len(shown))} faults in the data:\n  - "
+        more = f"\n  and {bad.count - SHOWN_FAULTS} more in this part" if bad.count > SHOWN_FAULTS else ""
+        head = "" if len(shown) == 1 else f"{max(bad.count, len(shown))} faults in the data:\n  - "
         raise DataError(
             head + "\n  - ".join(shown) + more
             + ("\n" if len(shown) > 1 else "; ")

@@ -49,6 +49,7 @@ class CriteoOptions(Settings):
     2
     """
 
+    title = "the options of `data criteo`"
     ids: IdMode = "vocab"
     min_count: int = param(2, low=1)
     id_bits: Literal[32, 64] = 32
@@ -61,9 +62,6 @@ class CriteoOptions(Settings):
     max_memory: int = param(1 << 30, low=MIN_MEMORY)
     workers: int = param(0, low=0)
     like: Path | None = None
-
-    def where(self) -> str:
-        return "the options of `data criteo`"
 
     @property
     def content(self) -> JSON:

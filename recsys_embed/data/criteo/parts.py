@@ -44,7 +44,7 @@ class PartInfo:
         return asdict(self)
 
 
-class Part:
+class ParsedPart:
     """Columns of a part on disk; reads only what is asked for."""
 
     def __init__(self, path: Path, info: PartInfo) -> None:

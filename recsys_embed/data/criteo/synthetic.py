@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from recsys_embed.data.criteo.planted import DEFAULT_ROWS, DEFAULT_SCALE, Plante
 from recsys_embed.data.folder import CHANCE_FILE, SCHEMA_FILE, TEXT_FILE, TRUTH_FILE, lock, write_file, write_json
 from recsys_embed.data.splits import SPLITS, SplitRule
 from recsys_embed.errors import ConfigError, DataError, raise_faults
+from recsys_embed.utils.strict_json import own_json
 
 _CHUNK = 1 << 15
 _NIBBLE = np.frombuffer(b"0123456789abcdef", np.uint8)
@@ -98,7 +98,7 @@ def _earlier(out: Path, plan: dict[str, Any], overwrite: bool) -> dict[str, Any]
     if not path.exists():
         raise ConfigError(f"{out} holds a data set that is not synthetic; choose another folder, or pass --overwrite")
     try:
-        truth = json.loads(path.read_text(encoding="utf-8"))
+        truth = own_json(path.read_text(encoding="utf-8"))
         changed = different(truth["plan"], plan)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path}: cannot be read ({e!r}); pass --overwrite to make the data again") from e

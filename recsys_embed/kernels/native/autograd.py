@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels.deferred_gradients import DeferredGradients
+from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.derivatives import (
+    ReadTables,
+    are_batched,
+    beyond_kernels,
+    differentiable_gradients,
+    refuse_further_derivatives,
+)
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
-from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.optim import FusedOptimizer
 
-Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Tensor | None], None]
+Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
+"""Takes a lookup's records, ids and tables, gradients of its outputs, and what forward kept."""
 
 
 class NativeStep(NamedTuple):
-    """What a lookup whose backward steps an optimizer does.
+    """What a lookup of tables with a fused optimizer does.
 
     Args:
-        anchor: requires grad, so that autograd runs the backward.
         catch_up: applies the steps that the rows of ids missed, before they are read.
-        update: gets the outputs' gradients in backward.
+        update: steps the optimizer in backward; None leaves a :class:`RowGradient` per table.
         states: tensors of the optimizer's state, storage after storage.
         owner: handle of who steps, for compiled models.
         lazy: rows may have missed steps.
+        collects: in compiled models, gradients wait for those of other parts of this backward.
     """
 
-    anchor: Tensor
     catch_up: Callable[[NativeLookup, Ids], None]
-    update: Updater
+    update: Updater | None
     states: list[Tensor]
     owner: int
     lazy: bool
+    collects: bool = False
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward."""
+    """What a lookup saves for backward."""
 
     lookup: NativeLookup
     updater: Updater | None
-    sparse: bool
+    layout: GradientLayout
+    pool: OutputPool
     kept: Tensor | None
     tables: tuple[Tensor, ...]
     batch: int
+    read: ReadTables | None
 
     @property
     def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -62,38 +74,88 @@ class _Context(Protocol):
 
 
 class _Lookup(Function):
-    """``anchor`` requires grad where no table does: it makes autograd run the backward and receives no gradient."""
-
     @staticmethod
     def forward(
         ctx: _Context,
-        anchor: Tensor | None,
         lookup: NativeLookup,
         pool: OutputPool,
         ids: Ids,
         updater: Updater | None,
-        sparse: bool,
+        layout: GradientLayout,
         mask: tuple[MaskParameters, Tensor | None] | None,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         kept = pool.take(lookup.kept_shape(ids)) if lookup.kept_width else None
         outputs = tuple(_outputs(lookup, pool, ids, tables, kept, mask))
-        ctx.lookup, ctx.updater, ctx.sparse = lookup, updater, sparse
-        # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
+        ctx.lookup, ctx.updater, ctx.layout, ctx.pool = lookup, updater, layout, pool
+        # Values of the tables are not needed again, so they may change before backward, as those of a gather may:
+        # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
-        ctx.save_for_backward(ids.values, ids.offsets, ids.weights)
+        ctx.read = ReadTables(tables) if kept is not None else None
+        # Offsets are not checked again, so they are kept as they are: `.data =` does not reach what is detached.
+        offsets = None if ids.offsets is None else ids.offsets.detach()
+        ctx.save_for_backward(ids.values, offsets, ids.weights)
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
+        if beyond_kernels(grads):
+            return (None,) * 6 + tuple(_further(ctx, ids, grads))
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
-            ctx.updater(ctx.lookup, ids, gradients, ctx.kept)
+            ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
             return (None,) * len(ctx.needs_input_grad)
-        return (None,) * 7 + tuple(ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.sparse))
+        wanted = ctx.needs_input_grad[6:]
+        if ctx.layout == "rows":
+            ctx.lookup.check(ids, ctx.tables, gradients, ctx.kept)
+            recorded = _Recorded(ctx.lookup, ids.copy(), ctx.tables, gradients, ctx.kept, ctx.pool)
+            return *(None,) * 6, *DeferredGradients(recorded, wanted).of_tables()
+        found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
+        return (None,) * 6 + tuple(found)
+
+
+def _further(ctx: _Context, ids: Ids, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients by torch's operations, of which there are further derivatives."""
+    if ctx.updater is not None:
+        refuse_further_derivatives()
+    if ctx.read is not None:
+        ctx.read.check(ctx.tables)
+    # Torch has neither batched sparse gradients nor products of sparse gradients.
+    sparse = ctx.layout == "sparse" and ctx.read is None and not are_batched(grads)
+    torch_lookup = ctx.lookup.by_torch
+    return differentiable_gradients(
+        lambda tables: torch_lookup(*ids, tables, sparse), ctx.tables, grads, ctx.needs_input_grad[6:]
+    )
+
+
+class _Recorded:
+    """A lookup and what its backward was given; see :class:`DeferredLookup`."""
+
+    def __init__(
+        self,
+        lookup: NativeLookup,
+        ids: Ids,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Tensor | None,
+        pool: OutputPool,
+    ) -> None:
+        self.tables, self.read = tables, gradients
+        self._lookup, self._ids, self._given, self._kept, self._pool = lookup, ids, gradients, kept, pool
+
+    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        return self._lookup.gradients(self._ids, self.tables, self._given, self._kept, "rows", wanted, self._pool)
+
+    def step(
+        self,
+        rule: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        logs: Sequence[StepLog],
+        frozen: Sequence[int],
+    ) -> None:
+        self._lookup.update(self._ids, self.tables, self._given, self._kept, rule, states, logs, frozen)
 
 
 def _outputs(
@@ -104,13 +166,13 @@ def _outputs(
     kept: Tensor | None = None,
     mask: tuple[MaskParameters, Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """``mask``: of the first output, and where to put what it makes of it; None: in its place."""
+    """``mask``: of the first output, and where the masked vectors go; None: in place."""
     outputs = [pool.take((ids.batch, *shape)) for shape in lookup.shapes]
     record = None
     if mask is not None:
         parameters, done = mask
         record = parameters.record(ids.values, outputs[0], outputs[0] if done is None else done)
-    if not lookup.forward(ids, tables, outputs, kept, record):
+    if not lookup.forward(ids, tables, outputs, kept, record, known=True):
         raise IdRangeError("an id lies outside the range its feature declares, or has no parameters in the mask")
     return outputs
 
@@ -129,25 +191,26 @@ def look_up(
 
     Args:
         tables: per storage, float32 ``[rows, width]``.
-        step: its optimizer updates the tables in backward, which otherwise returns their gradients.
-        sparse: gradients of the tables are sparse.
+        step: of tables with a fused optimizer.
+        sparse: gradients of other tables are sparse.
         mask: of the vectors of the first output, which are those of all features; ids are no bags.
 
     Raises:
-        IdRangeError: some id has no row; the caller knows which.
+        IdRangeError: an id has no row; the caller finds out which.
     """
-    learns = step is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in tables))
-    if mask is None and not learns:
-        return _outputs(lookup, pool, ids, tables)
     if step is not None:
         step.catch_up(lookup, ids)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tables)
+    if mask is None and not learns:
+        return _outputs(lookup, pool, ids, tables)
     masking = None
     if mask is not None:
         beside = learns or (torch.is_grad_enabled() and mask.learns)
         masking = mask, pool.take((ids.batch, *lookup.shapes[0])) if beside else None
     if learns:
-        anchor, updater = (None, None) if step is None else (step.anchor, step.update)
-        out: Sequence[Tensor] = _Lookup.apply(anchor, lookup, pool, ids, updater, sparse, masking, *tables)
+        updater = None if step is None else step.update
+        layout = "rows" if step is not None else "sparse" if sparse else "dense"
+        out: Sequence[Tensor] = _Lookup.apply(lookup, pool, ids, updater, layout, masking, *tables)
     else:
         out = _outputs(lookup, pool, ids, tables, mask=masking)
     if masking is None or masking[1] is None:
@@ -156,12 +219,12 @@ def look_up(
 
 
 class SingleLookup:
-    """One program over tables of its own, as a drop-in runs it.
+    """A lookup of one program in its own tables, as drop-in modules use it.
 
     Args:
-        program: the kernels know its transforms.
+        program: with transforms that the kernels know.
         index: of the program.
-        optional: the id -1 is none.
+        optional: an id of -1 means no id.
     """
 
     def __init__(self, program: LookupProgram, index: IndexStore, optional: bool) -> None:

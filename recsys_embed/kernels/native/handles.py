@@ -1,4 +1,4 @@
-"""Integer handles for Python objects: torch operators take tensors and numbers only."""
+"""Integer handles for Python objects, because torch operators only take tensors and numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NUMBERS = count()
 
 
 def handle_of(thing: object) -> int:
-    """A number under which :data:`KNOWN` has ``thing`` for as long as it lives."""
+    """A number by which :data:`KNOWN` holds ``thing`` while it is alive."""
     number = next(_NUMBERS)
     KNOWN[number] = thing
     return number

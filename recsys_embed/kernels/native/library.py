@@ -17,13 +17,13 @@ VARIANTS = ("plain", "avx2", "avx512")
 
 
 class Matrix(ctypes.Structure):
-    """Rows of floats, and elements from one to the next."""
+    """Rows of floats, and the stride between them in elements."""
 
     _fields_: ClassVar = [("data", c_void_p), ("stride", c_int64)]
 
 
 class Mask(ctypes.Structure):
-    """What is done to vectors before they are handed out."""
+    """Mask of the vectors of a lookup."""
 
     _fields_: ClassVar = [
         ("batch", c_int64),
@@ -83,12 +83,12 @@ class Call(ctypes.Structure):
 
 
 def words_of(record: type[ctypes.Structure]) -> dict[str, int]:
-    """Where each field begins, counted in 64-bit words, which all records consist of."""
+    """Offset of each field in 64-bit words, of which all records consist."""
     return {name: getattr(record, name).offset // 8 for name in (f[0] for f in record._fields_)}
 
 
 class Rule(ctypes.Structure):
-    """An optimizer's rule, and the state it keeps of one storage."""
+    """An optimizer's rule and its state for one storage."""
 
     _fields_: ClassVar = [
         ("number", c_int64),
@@ -101,7 +101,7 @@ class Rule(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """What becomes of the gradients of one storage."""
+    """The optimizer step of one storage."""
 
     _fields_: ClassVar = [
         ("rule", Rule),
@@ -124,7 +124,7 @@ class Library(NamedTuple):
     Args:
         handle: of the shared library.
         variant: instruction set in use.
-        threaded: whether they run in the threads of torch's runtime, or in one.
+        threaded: whether they use the threads of torch's runtime, or one thread.
         rules: names of the optimizers' rules, in order of their numbers.
     """
 
@@ -144,7 +144,7 @@ def _file() -> Path | None:
 
 @cache
 def library() -> Library | str:
-    """The kernels, or in words why there are none.
+    """The kernels, or the reason why there are none.
 
     ``RECSYS_EMBED_CPU`` names the instruction set to use, ``RECSYS_EMBED_NATIVE`` another build to load.
     """
@@ -159,7 +159,7 @@ def library() -> Library | str:
     handle.rse_record_sizes.restype = c_int64
     sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
     own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
-    layout = getattr(handle, "rse_transform_layout", None)
+    layout = getattr(handle, "rse_transform_layout", None) if hasattr(handle, "rse_update_rows") else None
     if layout is not None:
         layout.restype = c_char_p
     if sizes != own or layout is None or layout() != LAYOUT.encode():
@@ -174,14 +174,27 @@ def library() -> Library | str:
     handle.rse_forward.argtypes = [c_void_p]
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
     handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_update_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
+    handle.rse_update_rows.restype = c_int
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 
 
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    # For children that load the kernels themselves; those that inherit them are told by the kernels' own handler.
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
 def _share_threads(handle: ctypes.CDLL) -> bool:
-    """Give the kernels the entry points of the OpenMP runtime that torch has loaded; False where there is none."""
+    """Pass the kernels the entry points of the OpenMP runtime that torch has loaded; False if there is none.
+
+    A forked process runs them in one thread: OpenMP would wait for threads that only its parent has.
+    """
+    if _forked:
+        return False
     process = ctypes.CDLL(None)
     try:
         entries = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]

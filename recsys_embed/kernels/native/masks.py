@@ -1,11 +1,10 @@
-"""Masks as the native kernels run them: rows pruned by their norm, columns cut off, blocks of ids scaled (ops/cpu).
+"""Masks in the native kernels: rows pruned by norm, columns cut off, vectors scaled by block of ids (ops/cpu).
 
-A lookup applies one in the call that reads the rows; vectors of other origin get one in a call of its own.
+A lookup can apply a mask in the same call; for other vectors the mask is a call of its own.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,27 +12,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from recsys_embed.errors import IdRangeError
+from recsys_embed.errors import ConfigError, IdRangeError
+from recsys_embed.kernels import pointers
+from recsys_embed.kernels.derivatives import beyond_kernels
 from recsys_embed.kernels.native.library import Mask, Matrix, loaded
-from recsys_embed.kernels.native.lookup import checked, runs_on
+from recsys_embed.kernels.native.lookup import runs_on
 from recsys_embed.kernels.native.output_pool import OutputPool
+from recsys_embed.kernels.native.row_steps import checked
+from recsys_embed.kernels.pointers import sound
 
 
 @dataclass(frozen=True)
 class MaskParameters:
-    """Parameters of a mask of vectors ``[B, F, D]``: with ``scales`` a factor per block and column, else pruning.
+    """Parameters of a mask of vectors ``[B, F, D]``: either ``scales``, or pruning.
 
-    ``fallback`` replaces a row whose norm is at most its threshold; columns of others are zeros from a width on.
+    ``scales`` multiply each vector by the factors of its id's block. Pruning replaces a row whose norm is at most its
+    threshold by ``fallback``, and sets columns of the others to zero from ``widths`` on.
 
     Args:
         width: D.
-        starts: int64 ``[F + 1]``, first id of each field among all; thresholds and blocks then go by id.
-        thresholds: float32 ``[F]``, or by id ``[ids]``; None: no row is pruned.
+        starts: int64 ``[F + 1]``, first id of each field among those of all; thresholds and blocks are then per id.
+        thresholds: float32 ``[F]``, or ``[ids]`` per id; None: no row is pruned.
         norm: 1 or 2.
-        widths: int64 ``[B, F]`` or ``[F]``, columns kept; None: all.
-        fallback: float32 ``[F, D]``, what stands in for a pruned row; None: zeros.
+        widths: int64 ``[B, F]`` or ``[F]``, number of columns kept; None: all.
+        fallback: float32 ``[F, D]``, replaces pruned rows; None: zeros.
         scales: float32 ``[blocks, D]``.
         blocks: uint8 or int32 ``[ids]``.
     """
@@ -49,16 +52,16 @@ class MaskParameters:
 
     @property
     def learned(self) -> tuple[Tensor | None, Tensor | None]:
-        """What has gradients: thresholds, and ``fallback`` or ``scales``."""
+        """Parameters with gradients: thresholds, and ``fallback`` or ``scales``."""
         return self.thresholds, self.fallback if self.scales is None else self.scales
 
     @property
     def learns(self) -> bool:
-        """Whether a parameter wants a gradient."""
+        """Whether a parameter requires a gradient."""
         return any(t is not None and t.requires_grad for t in self.learned)
 
     def fits(self, ids: Tensor, shape: Sequence[int]) -> bool:
-        """Whether the kernels may read the memory of ids and parameters, and all are for vectors of one ``shape``."""
+        """Whether the kernels may read the memory of ids and parameters, and all of these fit vectors of ``shape``."""
         learned = [t for t in self.learned if t is not None]
         others = [t for t in (self.starts, self.widths, self.blocks) if t is not None]
         return (
@@ -70,7 +73,7 @@ class MaskParameters:
         )
 
     def _agrees(self, ids: torch.Size, shape: Sequence[int]) -> bool:
-        """Whether no kernel will look for a parameter beyond the last; torch may broadcast what does not agree."""
+        """Whether shapes agree exactly; kernels would read beyond a parameter that torch broadcasts."""
         if len(ids) != 2 or tuple(shape) != (*ids, self.width):
             return False
         fields = number = ids[1]
@@ -94,47 +97,47 @@ class MaskParameters:
         )
 
     def record(self, ids: Tensor, vectors: Tensor, out: Tensor) -> Mask:
-        """The call's record, which points into the arguments; they fit.
+        """The call's record; it holds pointers to the arguments, which :meth:`fits` has checked.
 
         Args:
             ids: ``[B, F]``.
-            vectors, out: ``[B, F, D]``, contiguous; they may be the same.
+            vectors, out: ``[B, F, D]``, contiguous; may share memory.
         """
         thresholds, rest = self.learned
         batch, fields = ids.shape
         mask = Mask(batch=batch, fields=fields, width=self.width, norm=self.norm)
         mask.vectors, mask.out = _matrix(vectors), _matrix(out)
         if self.starts is not None:
-            mask.starts, mask.ids, mask.ids_are_32 = self.starts.data_ptr(), ids.data_ptr(), ids.dtype == torch.int32
+            mask.starts, mask.ids, mask.ids_are_32 = sound(self.starts), sound(ids), ids.dtype == torch.int32
             mask.sample_stride, mask.feature_stride = ids.stride()
         if thresholds is not None:
-            mask.thresholds = thresholds.data_ptr()
+            mask.thresholds = sound(thresholds)
         if self.widths is not None:
-            mask.widths, mask.widths_stride = self.widths.data_ptr(), fields if self.widths.dim() == 2 else 0
+            mask.widths, mask.widths_stride = sound(self.widths), fields if self.widths.dim() == 2 else 0
         if self.scales is not None and self.blocks is not None:
-            mask.scales, mask.block_count = self.scales.data_ptr(), self.scales.shape[0]
-            mask.blocks, mask.blocks_are_8 = self.blocks.data_ptr(), self.blocks.dtype == torch.uint8
+            mask.scales, mask.block_count = sound(self.scales), self.scales.shape[0]
+            mask.blocks, mask.blocks_are_8 = sound(self.blocks), self.blocks.dtype == torch.uint8
         elif rest is not None:
-            mask.fallback = rest.data_ptr()
+            mask.fallback = sound(rest)
         return mask
 
 
 _POOL = OutputPool()
-"""Of masks in calls of their own."""
+"""Memory for masks that are calls of their own."""
 
 
 class Masking(Protocol):
-    """A layer that vectors ``[B, F, D]`` pass through, as kernels take it where they can."""
+    """A layer that masks vectors ``[B, F, D]``, which a lookup may apply in its kernels."""
 
     def mask_parameters(self, ids: Tensor) -> MaskParameters:
         """The mask of the vectors of ``ids [B, F]`` in this call."""
 
     def through(self, parameters: MaskParameters, vectors: Tensor, ids: Tensor) -> Tensor:
-        """``vectors [B, F, D]`` of ``ids`` masked, by the kernels where they can."""
+        """``vectors [B, F, D]`` of ``ids`` masked, by the kernels if they can."""
 
 
 class _Context(Protocol):
-    """What a mask keeps for its backward."""
+    """What a mask saves for backward."""
 
     mask: MaskParameters
     pool: OutputPool
@@ -149,8 +152,8 @@ class _Context(Protocol):
 
 
 class _Masked(Function):
-    """``done``: the masked vectors, where a lookup has made them already; no tensor of its own, for outputs that are
-    inputs count as views."""
+    """``done``: the masked vectors, if a lookup has computed them. It is not an argument that autograd sees, because an
+    output that is an input counts as a view."""
 
     @staticmethod
     def forward(
@@ -169,15 +172,24 @@ class _Masked(Function):
             return done[0]
         out = pool.take(vectors.shape)
         record = parameters.record(ids, vectors, out)
-        if not checked(loaded().handle.rse_mask(ctypes.addressof(record), torch.get_num_threads())):
+        if not checked(loaded().handle.rse_mask(pointers.of_record(record), torch.get_num_threads())):
             raise IdRangeError("an id lies outside the ids that the mask's parameters are for")
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
+        if beyond_kernels(grads):
+            raise ConfigError(
+                "masks in the kernels have no second derivatives (create_graph=True) and no batched gradients; take "
+                "these of vectors in float64, which torch's operations mask"
+            )
+        found = pointers.faults(grad, (torch.float32,), vectors.numel(), "a gradient")
+        found += pointers.faults(vectors, (torch.float32,), ids.numel() * ctx.mask.width, "vectors")
+        if not ctx.mask.fits(ids, vectors.shape):
+            found.append("parameters of a mask must be float32 (integers as they were), contiguous and on the CPU")
+        pointers.check(found)
         wanted = ctx.needs_input_grad
         record = ctx.mask.record(ids, vectors, vectors)
         record.gradient = _matrix(grad)
@@ -188,19 +200,19 @@ class _Masked(Function):
         if moved is not None:
             record.of_vectors = _matrix(moved)
         if of_thresholds is not None:
-            record.of_thresholds = of_thresholds.data_ptr()
+            record.of_thresholds = sound(of_thresholds)
             if ctx.mask.starts is not None:
                 slopes = grad.new_empty(ids.shape)
-                record.slopes = slopes.data_ptr()
+                record.slopes = sound(slopes)
         if of_rest is not None:
-            record.of_rest = of_rest.data_ptr()
-        if not checked(loaded().handle.rse_mask_backward(ctypes.addressof(record), torch.get_num_threads())):
+            record.of_rest = sound(of_rest)
+        if not checked(loaded().handle.rse_mask_backward(pointers.of_record(record), torch.get_num_threads())):
             raise RuntimeError("ids changed between forward and backward")
         return moved, of_thresholds, of_rest, None, None, None, None
 
 
 def _matrix(tensor: Tensor) -> Matrix:
-    return Matrix(tensor.data_ptr(), tensor.stride(0))
+    return Matrix(sound(tensor), tensor.stride(0))
 
 
 def masked(
@@ -209,8 +221,8 @@ def masked(
     """``vectors [B, F, D]`` of ``ids [B, F]`` masked, differentiable in them and in the parameters of the mask.
 
     Args:
-        pool: gives memory.
-        done: their values, where they are known.
+        pool: allocates the result.
+        done: the masked vectors, if they are already computed.
 
     Raises:
         IdRangeError: an id has no parameters.
@@ -220,7 +232,7 @@ def masked(
 
 
 def mask_vectors(parameters: MaskParameters, ids: Tensor, vectors: Tensor) -> Tensor | None:
-    """``vectors [B, F, D]`` masked by the kernels; None where these cannot read them."""
+    """``vectors [B, F, D]`` masked by the kernels; None if they cannot read these tensors."""
     if not parameters.fits(ids, vectors.shape) or vectors.dtype != torch.float32 or not runs_on(vectors, []):
         return None
     return masked(parameters, ids, vectors.contiguous(), _POOL)

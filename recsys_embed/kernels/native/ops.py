@@ -1,6 +1,6 @@
-"""The native kernels as operators of torch, opaque to its compiler: what compiled models call.
+"""The native kernels as custom torch operators, which compiled models call.
 
-Operators take tensors and numbers, so the records of a lookup, and the module whose optimizer steps, go by a handle.
+Operators only take tensors and numbers, so a lookup and the module that owns the optimizer are passed as handles.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 if TYPE_CHECKING:
     from recsys_embed.kernels.native.autograd import NativeStep
 
-NOBODY = -1
+NO_OWNER = -1
 
 
 class Stepper(Protocol):
-    """Who owns the optimizer of some tables."""
+    """The owner of the optimizer of some tables."""
+
+    training: bool
+
+    def before_compiled_lookup(self) -> None:
+        """Refuse a lookup that cannot be trained, or prepare it."""
 
     def step_native(
         self,
@@ -32,74 +37,128 @@ class Stepper(Protocol):
         states: list[Tensor],
         grads: list[Tensor],
         kept: Tensor,
+        collects: bool,
     ) -> None:
         """One step on ``tables`` and the flat list of their ``states``, in place."""
 
     def catch_up_native(self, lookup: NativeLookup, ids: Ids, tables: list[Tensor], states: list[Tensor]) -> None:
-        """Apply the steps missed by rows that ids read, in place."""
+        """Apply the deferred steps of rows that ids read, in place."""
 
 
 @custom_op("recsys_embed::look_up", mutates_args=())
 def _look_up(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
+    ids: Tensor,
+    bags: list[Tensor],
+    batch: int,
+    tables: list[Tensor],
+    states: list[Tensor],
+    collects: bool,
+    lookup: int,
+    owner: int,
 ) -> list[Tensor]:
-    found = cast("NativeLookup", KNOWN[lookup])
-    out = _empty(ids, tables, lookup)
-    kept = out[-1] if found.kept_width else None
-    if not found.forward(Ids.matrix(ids), tables, out[:-1], kept):
+    if owner != NO_OWNER and cast("Stepper", KNOWN[owner]).training:
+        cast("Stepper", KNOWN[owner]).before_compiled_lookup()
+    found, given = cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch)
+    like = tables[0].detach()
+    kept = like.new_empty(found.kept_shape(given))
+    out = [like.new_empty(batch, width) for width in found.widths]
+    if not found.forward(given, tables, out, kept if found.kept_width else None):
         raise IdRangeError("an id lies outside the range its feature declares; the uncompiled collection says which")
-    return out
+    return [*out, kept]
 
 
 @_look_up.register_fake
 def _(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], anchor: Tensor | None, lookup: int, owner: int
+    ids: Tensor,
+    bags: list[Tensor],
+    batch: int,
+    tables: list[Tensor],
+    states: list[Tensor],
+    collects: bool,
+    lookup: int,
+    owner: int,
 ) -> list[Tensor]:
-    return _empty(ids, tables, lookup)
+    found, like = cast("NativeLookup", KNOWN[lookup]), tables[0].detach()
+    rows, width = batch, found.kept_width
+    if bags:  # the size of saved values depends on the lengths of bags
+        rows, width = (cast("int", torch.library.get_ctx().new_dynamic_size()), 1) if width else (0, 1)
+    return [*(like.new_empty(batch, w) for w in found.widths), like.new_empty(rows, width)]
 
 
-def _empty(ids: Tensor, tables: list[Tensor], lookup: int) -> list[Tensor]:
-    """Memory for the outputs of a lookup, and for what it keeps for backward."""
-    found = cast("NativeLookup", KNOWN[lookup])
-    like = tables[0].detach()
-    return [like.new_empty(ids.shape[0], width) for width in (*found.widths, found.kept_width)]
+def _ids(ids: Tensor, bags: list[Tensor], batch: int) -> Ids:
+    """Ids ``[B, F]``, or bags with offsets and optional weights."""
+    if not bags:
+        return Ids.matrix(ids)
+    return Ids(ids, bags[0], bags[1] if len(bags) > 1 else None, batch)
 
 
 @custom_op("recsys_embed::look_up_gradients", mutates_args=())
-def _gradients(ids: Tensor, tables: list[Tensor], grads: list[Tensor], kept: Tensor, lookup: int) -> list[Tensor]:
-    return cast("NativeLookup", KNOWN[lookup]).gradients(Ids.matrix(ids), tables, grads, kept, sparse=False)
+def _gradients(
+    ids: Tensor,
+    bags: list[Tensor],
+    batch: int,
+    tables: list[Tensor],
+    grads: list[Tensor],
+    kept: Tensor,
+    lookup: int,
+) -> list[Tensor]:
+    found = cast("NativeLookup", KNOWN[lookup]).gradients(_ids(ids, bags, batch), tables, grads, kept, "dense")
+    return cast("list[Tensor]", found)
 
 
 @_gradients.register_fake
-def _(ids: Tensor, tables: list[Tensor], grads: list[Tensor], kept: Tensor, lookup: int) -> list[Tensor]:
+def _(
+    ids: Tensor,
+    bags: list[Tensor],
+    batch: int,
+    tables: list[Tensor],
+    grads: list[Tensor],
+    kept: Tensor,
+    lookup: int,
+) -> list[Tensor]:
     return [torch.empty_like(t) for t in tables]
 
 
 @custom_op("recsys_embed::look_up_step", mutates_args=("tables", "states"))
 def _step(
-    ids: Tensor, tables: list[Tensor], states: list[Tensor], grads: list[Tensor], kept: Tensor, lookup: int, owner: int
+    ids: Tensor,
+    bags: list[Tensor],
+    batch: int,
+    tables: list[Tensor],
+    states: list[Tensor],
+    grads: list[Tensor],
+    kept: Tensor,
+    collects: bool,
+    lookup: int,
+    owner: int,
 ) -> None:
     stepper = cast("Stepper", KNOWN[owner])
-    stepper.step_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states, grads, kept)
+    stepper.step_native(
+        cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states, grads, kept, collects
+    )
 
 
 @custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
-def _catch_up(ids: Tensor, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int) -> None:
+def _catch_up(
+    ids: Tensor, bags: list[Tensor], batch: int, tables: list[Tensor], states: list[Tensor], lookup: int, owner: int
+) -> None:
     stepper = cast("Stepper", KNOWN[owner])
-    stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), Ids.matrix(ids), tables, states)
+    stepper.catch_up_native(cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states)
 
 
-_Inputs: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, int, int]
+_Inputs: TypeAlias = tuple[Tensor, list[Tensor], int, list[Tensor], list[Tensor], bool, int, int]
 """Arguments of ``_look_up``."""
 
 
 class _Context(Protocol):
-    """What a lookup keeps for its backward; ``tables`` and ``states`` say how many there are."""
+    """Saved for backward; ``held``: tensors that an optimizer updates, ``bags``: number of tensors of bags."""
 
+    batch: int
     lookup: int
     owner: int
-    tables: int
-    states: int
+    bags: int
+    collects: bool
+    held: tuple[list[Tensor], list[Tensor]]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -108,33 +167,43 @@ class _Context(Protocol):
 
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
-    ids, tables, states, _, ctx.lookup, ctx.owner = inputs
-    ctx.tables, ctx.states = len(tables), len(states)
-    ctx.save_for_backward(ids, output[-1], *tables, *states)
+    ids, bags, ctx.batch, tables, states, ctx.collects, ctx.lookup, ctx.owner = inputs
+    ctx.bags = len(bags)
+    if ctx.owner == NO_OWNER:
+        ctx.held = [], []
+        ctx.save_for_backward(ids, output[-1], *bags, *tables)
+        return
+    # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
+    ctx.held = tables, states
+    ctx.save_for_backward(ids, output[-1], *bags)
 
 
 def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
-    ids, kept, *rest = ctx.saved_tensors
-    tables, states = rest[: ctx.tables], rest[ctx.tables :]
+    ids, kept, *saved = ctx.saved_tensors
+    bags, saved = saved[: ctx.bags], saved[ctx.bags :]
+    none: list[None] = [None] * ctx.bags
     given = [g.contiguous() for g in grads[:-1]]
-    none: list[None] = [None] * len(states)
-    if ctx.owner == NOBODY:
-        return None, _gradients(ids, tables, given, kept, ctx.lookup), none, None, None, None
+    if ctx.owner == NO_OWNER:
+        found = _gradients(ids, bags, ctx.batch, saved, given, kept, ctx.lookup)
+        return None, none, None, found, [], None, None, None
+    tables, states = ctx.held
     with torch.no_grad():
-        _step(ids, tables, states, given, kept, ctx.lookup, ctx.owner)
-    return None, [None] * len(tables), none, None, None, None
+        _step(ids, bags, ctx.batch, tables, states, given, kept, ctx.collects, ctx.lookup, ctx.owner)
+    return None, none, None, [None] * len(tables), [None] * len(states), None, None, None
 
 
 _look_up.register_autograd(_backward, setup_context=_save)
 
 
-def look_up(lookup: NativeLookup, ids: Tensor, tables: list[Tensor], step: NativeStep | None) -> list[Tensor]:
-    """Vectors of ``ids [B, F]`` as :func:`recsys_embed.kernels.native.autograd.look_up` has them, for compiled models.
+def look_up(lookup: NativeLookup, ids: Ids, tables: list[Tensor], step: NativeStep | None) -> list[Tensor]:
+    """Vectors of ids or bags as :func:`recsys_embed.kernels.native.autograd.look_up` has them, for compiled models.
 
     Gradients of tables are dense.
     """
+    bags = [t for t in (ids.offsets, ids.weights) if t is not None]
+    given = ids.values, bags, ids.batch
     if step is None:
-        return _look_up(ids, tables, [], None, lookup.handle, NOBODY)[:-1]
+        return _look_up(*given, tables, [], False, lookup.handle, NO_OWNER)[:-1]
     if step.lazy:
-        _catch_up(ids, tables, step.states, lookup.handle, step.owner)
-    return _look_up(ids, tables, step.states, step.anchor, lookup.handle, step.owner)[:-1]
+        _catch_up(*given, tables, step.states, lookup.handle, step.owner)
+    return _look_up(*given, tables, step.states, step.collects, lookup.handle, step.owner)[:-1]

@@ -1,4 +1,4 @@
-"""A pool that reuses the memory of outputs once they are released: new pages cost several times the writes to them."""
+"""A pool that reuses the memory of released outputs: page faults of new memory cost several times the writes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1 << 18
-"""Bytes below which the allocator's own memory is warm."""
+"""Bytes below which torch's allocator reuses memory itself."""
 _KEPT = 4
-"""Memories kept at most: of outputs that a step holds at once."""
+"""Most blocks of memory in the pool: as many outputs as a step holds at once."""
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
-# What outputs are like, whatever type and device are torch's defaults where they are made.
+# Template of outputs, independent of torch's default dtype and device.
 _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class OutputPool:
-    """Uninitialised float32 tensors on the CPU, in memory that this pool keeps.
+    """Uninitialised float32 tensors on the CPU, in memory that the pool reuses.
 
-    A memory is handed out again when nothing but the pool refers to it any more: no tensor, no view, nothing saved for
-    a backward. One that was shared with other processes never is.
+    Memory is reused when only the pool refers to it: no tensor, no view, and no tensor saved for backward. Memory that
+    was shared with other processes is never reused.
 
     >>> pool = OutputPool()
     >>> first = pool.take((1024, 64))
@@ -39,16 +39,16 @@ class OutputPool:
         """A contiguous tensor."""
         size = 4 * prod(shape)
         if size < _SMALLEST or _use_count is None:
-            return _LIKE.new_empty(*shape)  # a tuple takes torch half as long again
+            return _LIKE.new_empty(*shape)  # unpacked: passing a tuple takes 1.5 times as long
         kept = self._kept
-        # From the last one used, which is still warm; those that no step asks for any more drop out at the front.
+        # Most recently used first, which is still in the cache; unused blocks are dropped at the front.
         for i in reversed(range(len(kept))):
             storage = kept[i]
             if not size <= storage.nbytes() <= 2 * size or _use_count(storage._cdata) != 1:
                 continue
-            # Nobody's Python object but the list's, this variable's and the argument's; counted here, since how often
-            # a function of Python holds its argument depends on who evaluates it. Who was sent a tensor through a
-            # queue reads the very memory, and is counted nowhere.
+            # Three references: the list, this variable and the argument of getrefcount. It is called here, not in a
+            # function, whose own references depend on the interpreter. Processes that got the tensor through a queue
+            # share the memory without being counted, hence is_shared.
             if sys.getrefcount(storage) == 3 and not storage.is_shared():
                 kept.append(kept.pop(i))
                 strides = [prod(shape[d:]) for d in range(1, len(shape) + 1)]
@@ -60,7 +60,7 @@ class OutputPool:
 
     @property
     def nbytes(self) -> int:
-        """Memory kept, in use or not."""
+        """Bytes of memory held, in use or not."""
         return sum(s.nbytes() for s in self._kept)
 
     def __deepcopy__(self, memo: object) -> OutputPool:

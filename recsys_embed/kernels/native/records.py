@@ -1,4 +1,4 @@
-"""Lookup programs as records of 64-bit fields, the form in which the native kernels read them (ops/cpu/program.h)."""
+"""Encodes lookup programs as records of 64-bit fields for the native kernels (ops/cpu/program.h)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.core.program import LookupProgram, RowLookup, Transform
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.kinds import KINDS, NAMES
 from recsys_embed.kernels.places import Place
@@ -34,7 +35,7 @@ STORE, ADD, MUL = 0, 1, 2
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one feature's vectors go: ``column`` of output number ``output``; whether bags are averaged, not summed."""
+    """Destination of a feature's vectors: ``column`` of output ``output``; ``mean``: bags are averaged, not summed."""
 
     output: int
     column: int
@@ -42,14 +43,21 @@ class Slot:
 
 
 def _transform(transform: Transform, index: IndexStore, program: int) -> dict[str, int]:
-    """Fields of one transform; those not named are 0.
+    """Fields of one transform; fields that are left out are 0.
 
     Raises:
         TypeError: the kernels do not know the transform.
+        ConfigError: fields that no transform has.
     """
     kind, fields = transform.encoded() or (None, {})
     if kind not in KINDS:
         raise TypeError(f"no kernel for transform {type(transform).__name__}")
+    wrong = {f: v for f, v in fields.items() if f not in NAMES or not -(2**63) <= int(v) < 2**63}
+    if wrong:
+        raise ConfigError(
+            f"`encoded` of {type(transform).__name__} must name fields of recsys_embed.kernels.kinds.FIELDS "
+            f"({', '.join(NAMES)}) with 64-bit integers; got {wrong}"
+        )
     name = transform.reads
     return {**fields, "kind": KINDS.index(kind), "array": index.slot(program, name), "at": index.at(program, name)}
 
@@ -64,15 +72,15 @@ def supported(program: LookupProgram) -> bool:
     return all((t.encoded() or ("",))[0] in KINDS for p in program.row_lookups for t in p.transforms)
 
 
-def _join(program: LookupProgram, slot: int) -> int:
-    """What the row lookup does with what row lookups before it left in its columns."""
-    if program.spans[slot] not in program.spans[:slot]:
-        return STORE
-    return ADD if program.combine == "sum" else MUL
+def _joins(program: LookupProgram) -> list[int]:
+    """How each row lookup combines with those before it in the same columns."""
+    first: dict[tuple[int, int], int] = {}
+    again = ADD if program.combine == "sum" else MUL
+    return [STORE if first.setdefault(span, slot) == slot else again for slot, span in enumerate(program.spans)]
 
 
 def _plain(program: LookupProgram) -> bool:
-    """Whether gradients reach every row as they are, but for a constant factor."""
+    """Whether the gradient of every row is that of the vector times a constant."""
     alone = len(set(program.spans)) == len(program.spans)
 
     def plain(row_lookup: RowLookup) -> bool:
@@ -91,17 +99,17 @@ def encode(
     limits: Sequence[int],
     optional: Sequence[bool],
 ) -> tuple[NDArray[np.void], NDArray[np.void], int]:
-    """Records of features and row lookups, and how many numbers per sample backward needs of what forward read.
+    """Records of features and row lookups, and the number of floats per sample that forward saves for backward.
 
     Args:
         programs: one per feature.
-        places: per feature, where its tables lie.
-        storages: names in the order in which the kernels get them.
+        places: per feature, the places of its tables.
+        storages: their names, in the order that the kernels receive them.
         index: of the programs.
-        slots: per feature, where its vectors go.
+        slots: per feature, the destination of its vectors.
         columns: per feature, its column in the matrix of ids.
         limits: per feature, the bound of its ids; -1 for any id.
-        optional: per feature, whether the id -1 is none.
+        optional: per feature, whether an id of -1 means no id.
     """
     features = np.zeros(len(programs), FEATURE)
     row_lookups = np.zeros(sum(len(p.row_lookups) for p in programs), ROW_LOOKUP)
@@ -120,13 +128,14 @@ def encode(
             """Storage, first row and number of rows of a table."""
             return number[place[name].storage], place[name].offset, program.table(name).rows
 
+        joins = _joins(program)
         for slot, row_lookup in enumerate(program.row_lookups):
             record, (start, stop) = row_lookups[at], program.spans[slot]
             record["storage"], record["base"], record["rows"] = table(row_lookup.table)
             fields = {"width": program.table(row_lookup.table).width, "column": start, "span": stop - start}
             fields |= {
                 "num_rows": row_lookup.num_rows,
-                "join": _join(program, slot),
+                "join": joins[slot],
                 "product": program.combine == "mul",
             }
             _fill(record, fields | {"has_sign": row_lookup.sign is not None, "sign": row_lookup.sign or 0})

@@ -1,7 +1,7 @@
-"""Lookup programs as integer tables, the form in which the GPU kernels read them.
+"""Encodes lookup programs as integer tables for the GPU kernels.
 
-A *job* is what one program of the forward kernel does for a tile of samples: all row lookups of a feature that share
-output columns. A *read* is one row per sample of one table: a row lookup's own, or that of its learned weight.
+A *job* is the work of one program of the forward kernel on a tile of samples: all row lookups of a feature that share
+output columns. A *read* reads one row of one table per sample: the row of a row lookup, or its learned weight.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ JOB = (
     "product",
     "plain",
 )
-# Reciprocals stand beside the divisors: 64-bit division is a subroutine on a GPU, a product is not. Steps are the
-# halvings that search `count` members.
+# Divisors come with their reciprocals, because 64-bit division is slow on a GPU. `steps`: iterations of the binary
+# search among `count` ids.
 MAP = (*(TRANSFORM.names or ()), "div_inverse", "mod_inverse", "p_inverse", "size_inverse", "steps")
 PLACE = ("storage", "base", "rows", "width", "num_rows", "repeat", "has_sign", "sign", "kept", "own", "read")
 WEIGHT = ("weight_storage", "weight_base", "weight_rows", "weight_kept", "weight_own", "weight_read")
@@ -58,9 +58,9 @@ class Tables:
     Args:
         jobs, row_lookups, reads: int64, a column per name of ``JOB``, ``ROW_LOOKUP`` and ``READ``.
         scales: float32, per row lookup.
-        read_scales: float32, per read: what its gradient is multiplied by.
-        kept: numbers per sample that backward needs of what forward read.
-        own: numbers per sample of gradients that are not plainly those of the output.
+        read_scales: float32, factor of the gradient per read.
+        kept: elements per sample that forward saves for backward.
+        own: floats per sample of gradients that are computed apart from those of the output.
     """
 
     jobs: NDArray[Any]
@@ -85,7 +85,7 @@ def _map(record: Any, prefix: str) -> dict[str, int]:
 
 
 def _give_buffers(reads: Sequence[dict[str, Any]]) -> None:
-    """Where each small table begins in its storage's buffer of gradients."""
+    """Set the offset of each small table in its storage's buffer of gradients."""
     starts: dict[tuple[int, int], int] = {}
     ends: dict[int, int] = {}
     for read in reads:
@@ -97,7 +97,7 @@ def _give_buffers(reads: Sequence[dict[str, Any]]) -> None:
 
 
 class _Layout:
-    """Tables in the making."""
+    """Builder of :class:`Tables`."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         self.starts, self.widths = np.concatenate([[0], np.cumsum(widths)]), widths
@@ -108,17 +108,17 @@ class _Layout:
         self.kept = self.own = 0
 
     def add(self, number: int, feature: Any, row_lookups: NDArray[Any]) -> None:
-        """One feature: a job per range of columns that row lookups share, one for those that none fills."""
+        """Add a feature: a job per range of columns that row lookups share, and one for columns without any."""
         output = int(feature["output"])
         job = {"ids": int(feature["ids"]), "feature": number, "limit": int(feature["limit"])}
         job |= {"optional": int(feature["optional"]), "plain": int(feature["plain"])}
         job |= {"out": int(self.starts[output]), "stride": self.widths[output]}
         at = int(feature["column"])
         for column in sorted({int(p["column"]) for p in row_lookups}):
-            members = [p for p in row_lookups if p["column"] == column]
-            place = {"column": at + column, "span": int(members[0]["span"]), "product": int(members[0]["product"])}
-            self.jobs.append({**job, **place, "first": len(self.row_lookups), "row_lookups": len(members)})
-            for p in members:
+            joined = [p for p in row_lookups if p["column"] == column]
+            place = {"column": at + column, "span": int(joined[0]["span"]), "product": int(joined[0]["product"])}
+            self.jobs.append({**job, **place, "first": len(self.row_lookups), "row_lookups": len(joined)})
+            for p in joined:
                 self._add_row_lookup(self.jobs[-1], p)
         if feature["padding"]:
             place = {"column": at + int(feature["width"] - feature["padding"]), "span": int(feature["padding"])}
@@ -153,8 +153,8 @@ class _Layout:
             self.kept, self.own = self.kept + 1, self.own + 1
 
     def order_reads(self) -> None:
-        """Number the reads storage after storage, first those whose rows get sorted, so that these are a slice."""
-        # Small or not is a matter of tables, not of reads, since a row must be updated once.
+        """Sort the reads by storage, and within it those of large tables first, so that both kinds are contiguous."""
+        # All reads of a table are of one kind, because each row must be updated once.
         runs = {(read["storage"], read["base"]) for read in self.reads if read["num_rows"] > 1}
         for read in self.reads:
             small = 4 * read["rows"] * read["width"] <= _SMALL_BYTES or (read["storage"], read["base"]) in runs
@@ -174,7 +174,7 @@ def lay_out(features: NDArray[Any], row_lookups: NDArray[Any], widths: Sequence[
     """Jobs, row lookups and reads of encoded programs.
 
     Args:
-        features, row_lookups: as :func:`recsys_embed.kernels.native.records.encode` has them.
+        features, row_lookups: as :func:`recsys_embed.kernels.native.records.encode` returns them.
         widths: columns of each output.
     """
     layout = _Layout(widths)

@@ -7,7 +7,7 @@ from recsys_embed.kernels.triton import row_lookups as p
 from recsys_embed.kernels.triton.row_lookups import (
     find,
     find_weight,
-    read_run,
+    read_slice,
     read_straight,
     storage,
     straight,
@@ -19,33 +19,33 @@ from recsys_embed.kernels.triton.row_lookups import (
 def _row_lookup(
     total, row_lookup, scale, used, live, x, sample, batch, product, plain, cols, span,
     storages, index, found, kept, out,
-    KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr,
+    KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, SLICES: tl.constexpr, SIGNS: tl.constexpr,
     WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """``total`` joined with a row lookup's values; ``used`` are the samples that have any, ``live`` those to write."""
+    """``total`` combined with a row lookup's values; ``used``: samples with values, ``live``: samples to write."""
     rows = find(x, row_lookup, index, used, KINDS)
     table = storage(storages, tl.load(row_lookup + p.STORAGE), out)
     if SAVE:
         place = tl.where(rows >= 0, rows + tl.load(row_lookup + p.BASE), -1).to(tl.int32)
         tl.store(found + tl.load(row_lookup + p.READ) * batch + sample, place, mask=live)
-    if RUNS:
-        # Loads that are masked out cost nothing; triton 3.6 does not compile a branch over the two.
+    if SLICES:
+        # Both, not a branch: masked loads cost nothing, and triton 3.6 does not compile the branch.
         whole = straight(row_lookup)
         value = read_straight(table, tl.where(whole, rows, -1), row_lookup, cols, span, VECTOR)
-        value += read_run(table, tl.where(whole, -1, rows), row_lookup, cols, span)
+        value += read_slice(table, tl.where(whole, -1, rows), row_lookup, cols, span)
     else:
         value = read_straight(table, rows, row_lookup, cols, span, VECTOR)
     if KEEP:
         if plain == 0:
             to, width = tl.load(row_lookup + p.KEPT), span
-            if RUNS:
+            if SLICES:
                 width = tl.where(tl.load(row_lookup + p.REPEAT) != 0, 1, span)
             else:
                 to = to // VECTOR * VECTOR
             to = kept + to * batch + sample * width
             tl.store(to[:, None] + cols[None, :], value.to(kept.dtype.element_ty),
                      mask=live[:, None] & (cols < width)[None, :])  # fmt: skip
-    value = weighed(value, x, row_lookup, scale, cols, SIGNS, RUNS)
+    value = weighed(value, x, row_lookup, scale, cols, SIGNS, SLICES)
     if WEIGHTS:
         number = tl.load(row_lookup + p.WEIGHT_STORAGE)
         if number >= 0:
@@ -62,7 +62,7 @@ def _row_lookup(
                     tl.store(to, weight.to(kept.dtype.element_ty), mask=live)
             value = value * weight[:, None]
     if PRODUCTS:
-        # A product passes over what a row lookup has no row for.
+        # Row lookups without a row are left out of products.
         factor = tl.where((rows >= 0)[:, None], value, 1.0)
         return tl.where(product != 0, total * factor, total + value)
     return total + value
@@ -74,7 +74,7 @@ def forward(
     jobs, row_lookups, scales, storages, index,
     out, found, kept, faults, job_count,
     TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr,
-    KINDS: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
+    KINDS: tl.constexpr, PRODUCTS: tl.constexpr, SLICES: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
     LIMITS: tl.constexpr, NONE: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One job for TILE samples.
@@ -85,11 +85,11 @@ def forward(
         storages: addresses of the tables.
         index: addresses of the arrays of all indexes.
         out: outputs one after the other, each ``[batch, stride]``.
-        found: int32 ``[reads, batch]`` rows of each read, where SAVE.
-        kept: rows as they are read, where KEEP.
+        found: int32 ``[reads, batch]``, rows of each read, written if SAVE.
+        kept: unchanged rows, written if KEEP.
         faults: int64 ``[features, 2]``: an id out of range writes 1 and itself.
     """
-    # Jobs of one tile run side by side: they share the cache lines of its ids and outputs.
+    # Jobs of one tile are neighbouring programs, because they share cache lines of ids and outputs.
     job = jobs + (tl.program_id(0) % job_count) * p.JOB_SIZE
     sample = (tl.program_id(0) // job_count).to(tl.int64) * TILE + tl.arange(0, TILE)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -99,7 +99,7 @@ def forward(
     if LIMITS:
         limit = tl.load(job + p.LIMIT)
         bad = live & (limit >= 0) & ((x < 0) | (x >= limit))
-        # Any one culprit will do, so a plain store of whichever comes last.
+        # One faulty id is enough for the message, so a racing store is fine.
         fault = faults + tl.load(job + p.FEATURE) * 2 + tl.zeros_like(x)
         tl.store(fault + 1, x, mask=bad)
         tl.store(fault, tl.full(x.shape, 1, tl.int64), mask=bad)
@@ -126,7 +126,7 @@ def forward(
                 total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written,
                 x, sample, batch, product,
                 plain, cols, span, storages, index, found, kept, out,
-                KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
+                KINDS, VECTOR, PRODUCTS, SLICES, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     else:
         for j in range(count):
@@ -135,7 +135,7 @@ def forward(
                 total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live,
                 x, sample, batch, product,
                 plain, cols, span, storages, index, found, kept, out,
-                KINDS, VECTOR, PRODUCTS, RUNS, SIGNS, WEIGHTS, SAVE, KEEP,
+                KINDS, VECTOR, PRODUCTS, SLICES, SIGNS, WEIGHTS, SAVE, KEEP,
             )  # fmt: skip
     total = tl.where(used[:, None], total, 0.0)
     stride = tl.load(job + p.STRIDE) // VECTOR * VECTOR

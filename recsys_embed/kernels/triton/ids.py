@@ -1,13 +1,13 @@
-"""From ids to rows of tables, in registers: the transforms of :mod:`recsys_embed.core.program`, bit for bit."""
+"""The transforms of ids to rows (:mod:`recsys_embed.core.transforms`) on the GPU, bit for bit."""
 
-# Triton reads annotations as objects, so this module and its neighbours do not defer them.
+# No `from __future__ import annotations`: triton reads annotations as objects.
 import triton
 import triton.language as tl
 
 from recsys_embed.kernels.kinds import KINDS
 from recsys_embed.kernels.triton.fields import MAP
 
-# A bit per kind, for the kinds that occur in a collection; and the kinds themselves.
+# One bit per kind, for the set of kinds in a collection; then the numbers of the kinds.
 DIGITS = tl.constexpr(1 << KINDS.index("digit"))
 HASHES = tl.constexpr(1 << KINDS.index("hash"))
 MURMURS = tl.constexpr(1 << KINDS.index("murmur"))
@@ -47,9 +47,9 @@ SIZE_INVERSE = tl.constexpr(MAP.index("size_inverse"))
 
 @triton.jit
 def floor_divide(x, divisor, inverse):
-    """floor(x / divisor) of int64 x, with the divisor's reciprocal."""
+    """floor(x / divisor) of int64 x, by the divisor's reciprocal."""
     sign = x >> 63
-    # floor(x / d) of a negative x is that of its complement, complemented.
+    # For negative x: floor(x / d) = ~floor(~x / d).
     y = (x ^ sign).to(tl.uint64)
     d = divisor.to(tl.uint64)
     q = tl.umulhi(y, inverse.to(tl.uint64))
@@ -111,7 +111,7 @@ def _murmur(x, at):
 
 @triton.jit
 def _digit(x, at):
-    # All loads come before the first branch, so that they wait for memory together.
+    # All loads before the first branch, so that their latencies overlap.
     affine, a, b, p, p_inverse = (
         tl.load(at + AFFINE), tl.load(at + A), tl.load(at + B), tl.load(at + P), tl.load(at + P_INVERSE),
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _bits_set(v):
 
 @triton.jit
 def _array(at, index, number: tl.constexpr, TYPE: tl.constexpr):
-    """Array ``number`` of the transform's index, from where the index begins."""
+    """Array ``number`` of the transform's index, from the index's offset on."""
     array = tl.load(index + tl.load(at + ARRAY) + number).to(tl.pointer_type(TYPE))
     return array + tl.load(at + AT)
 
@@ -159,9 +159,9 @@ def _bitmap(x, at, index, live):
     word = tl.load(words + place, mask=inside, other=0).to(tl.uint64)
     bit = (x & 63).to(tl.uint64)
     one = tl.full(x.shape, 1, tl.uint64)
-    member = inside & (((word >> bit) & 1) != 0)
+    present = inside & (((word >> bit) & 1) != 0)
     below = _bits_set(word & ((one << bit) - 1)).to(tl.int64)
-    return tl.where(member, tl.load(ranks + place, mask=member, other=0).to(tl.int64) + below, -1)
+    return tl.where(present, tl.load(ranks + place, mask=present, other=0).to(tl.int64) + below, -1)
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def _sorted(x, at, index, live):
     count, steps = tl.load(at + COUNT), tl.load(at + STEPS)
     first = _array(at, index, 0, tl.int32)
     place = tl.full(x.shape, -1, tl.int64)
-    # The last member that is not above x, by halving.
+    # Binary search for the last id that is not above x.
     for step in range(steps):
         ahead = place + (tl.full(x.shape, 1, tl.int64) << (steps - 1 - step))
         within = live & (ahead < count)
@@ -192,7 +192,7 @@ def _codes(x, at, index, live):
 
 
 @triton.jit
-def _member(x, at, kind, index, live, OCCURRING: tl.constexpr):
+def _set_rank(x, at, kind, index, live, OCCURRING: tl.constexpr):
     rows = tl.full(x.shape, -1, tl.int64)
     if RANGES & OCCURRING:
         if (1 << kind) == RANGES:
@@ -212,7 +212,7 @@ def _member(x, at, kind, index, live, OCCURRING: tl.constexpr):
 
 @triton.jit
 def rows_of(x, at, index, live, OCCURRING: tl.constexpr):
-    """Rows of ids, -1 where an id has none; ``at`` points to the transform's fields, OCCURRING are the kinds in use."""
+    """Rows of ids, -1 for none. ``at`` points to the transform's fields; OCCURRING: bits of the kinds in use."""
     kind = tl.load(at + KIND)
     rows = tl.full(x.shape, -1, tl.int64)
     if IDENTITIES == OCCURRING:
@@ -239,5 +239,5 @@ def rows_of(x, at, index, live, OCCURRING: tl.constexpr):
                 rows = _codes(x, at, index, live)
         if MEMBERS & OCCURRING:
             if ((1 << kind) & MEMBERS) != 0:
-                rows = _member(x, at, kind, index, live, OCCURRING)
+                rows = _set_rank(x, at, kind, index, live, OCCURRING)
     return rows

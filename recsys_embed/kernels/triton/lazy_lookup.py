@@ -1,4 +1,4 @@
-"""A lookup that is built at its first call, so that a module that holds it can be pickled without triton."""
+"""A lookup that is built at its first call, so that modules with one can be pickled and loaded without triton."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LazyLookup:
-    """Builds a :class:`TritonLookup` of its arguments at the first call; pickles hold the arguments alone."""
+    """Builds a :class:`TritonLookup` at the first call; pickles only contain its arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         self._arguments = arguments
@@ -25,13 +25,13 @@ class LazyLookup:
 
     @classmethod
     def single(cls, name: str, program: LookupProgram, index: IndexStore, optional: bool) -> Self:
-        """Of one program over tables of its own, as a drop-in runs it.
+        """A lookup of one program in its own tables, as drop-in modules use it.
 
         Args:
             name: of the feature.
-            program: the kernels know its transforms.
+            program: with transforms that the kernels know.
             index: of the program.
-            optional: the id -1 is none.
+            optional: an id of -1 means no id.
         """
         tables = [t for t in program.tables if not t.dense]
         places = {t.name: Place(t.name, 0) for t in tables}
@@ -44,7 +44,7 @@ class LazyLookup:
 
     @property
     def lookup(self) -> TritonLookup:
-        """The lookup, made at the first call."""
+        """The lookup, built at the first call."""
         if self._made is None:
             from recsys_embed.kernels.triton.lookup import TritonLookup
 

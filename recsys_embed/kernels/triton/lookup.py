@@ -1,11 +1,12 @@
-"""Programs of many features on a GPU: the host's side of the kernels."""
+"""Lookups of many features on a GPU: host code of the kernels."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +15,20 @@ from torch.autograd.graph import increment_version
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
-from recsys_embed.kernels.places import Place
+from recsys_embed.kernels.places import GradientLayout, Place
+from recsys_embed.kernels.pointers import sound
+from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim import FusedOptimizer, RowGradient
 
-# Elements that a program reads at once, most columns of its tile, and its warps.
+# Elements per program, most columns of its tile, and warps.
 _TILE, _COLUMNS, _WARPS = 2048, 256, 4
 
 
@@ -34,14 +38,14 @@ def power_of_two(n: int) -> int:
 
 
 class Kept(NamedTuple):
-    """What backward needs of forward: rows of every read, int32 ``[reads, B]``, and of products what was read."""
+    """Saved for backward: rows of every read, int32 ``[reads, B]``, and the values that products read."""
 
     found: Tensor
     kept: Tensor | None
 
 
 class _Device(NamedTuple):
-    """The integers of the programs on one device, and where forward reports ids out of range."""
+    """The encoded programs on one device, and the buffer in which forward reports ids out of range."""
 
     jobs: Tensor
     row_lookups: Tensor
@@ -52,12 +56,12 @@ class _Device(NamedTuple):
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the GPU that a tensor is on."""
+    """Context in which kernels are launched on the tensor's GPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 class TritonLookup:
-    """Programs of many features, ready to run on whichever CUDA device the tensors of a call are on.
+    """A lookup of many features, on the CUDA device of the tensors of each call.
 
     Args:
         names: of the features, for errors.
@@ -91,16 +95,23 @@ class TritonLookup:
     def __reduce__(self) -> tuple[Any, ...]:
         return TritonLookup, self._given
 
+    @cached_property
+    def by_torch(self) -> TorchLookup:
+        """The same lookup by torch's operations."""
+        _, programs, places, index, storages, slots, widths, columns, _, optional = self._given
+        shapes = [(width,) for width in widths]
+        return TorchLookup(programs, places, index, list(storages), slots, columns, optional, shapes)
+
     def _structure(self, features: Any) -> dict[str, Any]:
-        """What the kernels are compiled for."""
+        """Compile-time constants of the kernels."""
         column = self.tables.column
         used = column("row_lookups", "weight_storage") >= 0
         kinds = {*column("row_lookups", "of_kind").tolist(), *column("row_lookups", "weight_of_kind")[used].tolist()}
-        runs = (column("row_lookups", "num_rows") > 1) | (column("row_lookups", "repeat") != 0)
+        slices = (column("row_lookups", "num_rows") > 1) | (column("row_lookups", "repeat") != 0)
         counts = column("jobs", "row_lookups")
         aligned = [column("jobs", name) for name in ("out", "stride", "column", "span")]
-        aligned.append(column("row_lookups", "width")[~runs])
-        if not runs.any():
+        aligned.append(column("row_lookups", "width")[~slices])
+        if not slices.any():
             aligned.append(column("row_lookups", "kept")[column("row_lookups", "kept") >= 0])
         span = int(column("jobs", "span").max())
         cols = min(_COLUMNS, power_of_two(span))
@@ -113,14 +124,14 @@ class TritonLookup:
             "EVEN": bool((counts == counts.max()).all()),
             "KINDS": sum(1 << kind for kind in kinds),
             "PRODUCTS": bool(column("jobs", "product").any()),
-            "RUNS": bool(runs.any()),
+            "SLICES": bool(slices.any()),
             "SIGNS": bool(column("row_lookups", "has_sign").any()),
             "WEIGHTS": bool(used.any()),
             "LIMITS": bool((column("jobs", "limit") >= 0).any()),
             "NONE": bool(column("jobs", "optional").any()),
         }
 
-    # -- what lies on the device ----------------------------------------------------------------------------------
+    # -- data on the device ----------------------------------------------------------------------------------
 
     def _device(self, device: torch.device) -> _Device:
         found = self._devices.get(device)
@@ -133,7 +144,7 @@ class TritonLookup:
                 self.tables.read_scales,
             )
             jobs, row_lookups, scales, reads, read_scales = (torch.from_numpy(a).to(device) for a in arrays)
-            # The device writes faults into the host's memory, where they are read without waiting for it.
+            # Faults are written to pinned host memory, which the host reads without synchronising.
             faults = torch.zeros(len(self.names), 2, dtype=torch.int64, pin_memory=device.type == "cuda")
             found = _Device(jobs, row_lookups, scales, reads, read_scales, faults)
             self._devices[device] = found
@@ -141,7 +152,7 @@ class TritonLookup:
 
     def _addresses_of(self, tables: Sequence[Tensor]) -> Tensor:
         """Addresses of the tables and of the index arrays, on the tables' device."""
-        key = tuple(t.data_ptr() for t in (*tables, *self._index.arrays.held.values()))
+        key = tuple(sound(t) for t in (*tables, *self._index.arrays.held.values()))
         found = self._addresses.get(key)
         if found is None or found.device != tables[0].device:
             self._addresses.clear()
@@ -149,7 +160,7 @@ class TritonLookup:
         return found
 
     def raise_faults(self, device: torch.device) -> None:
-        """Raise if a lookup that has run met an id out of range; waits for nothing.
+        """Raise if a finished lookup met an id out of range; does not synchronise.
 
         Raises:
             IdRangeError: names the first feature at fault and one such id.
@@ -168,13 +179,13 @@ class TritonLookup:
     # -- running --------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, tables: Sequence[Tensor], keep: bool) -> tuple[tuple[Tensor, ...], Kept | None]:
-        """Vectors of ``ids [B, F]`` per output, ``[B, width]`` in the tables' type; and what backward will need.
+        """Vectors of ``ids [B, F]`` per output, ``[B, width]`` in the tables' type; and the values that backward needs.
 
-        Ids out of range read nothing and give zeros. The error follows when their lookup has run: at once under
-        ``CUDA_LAUNCH_BLOCKING=1``, else with the next lookup or backward that finds it done.
+        Ids out of range read nothing and give zeros. The error is raised once the kernel has finished: at once with
+        ``CUDA_LAUNCH_BLOCKING=1``, else by the next lookup or backward.
 
         Raises:
-            IdRangeError: an id of this lookup or one before is out of range.
+            IdRangeError: an id of this lookup or an earlier one is out of range.
         """
         self.raise_faults(ids.device)
         outputs, kept = self._run(ids, tables, keep)
@@ -204,7 +215,7 @@ class TritonLookup:
         return self._split(whole, batch), Kept(found, kept)
 
     def _split(self, whole: Tensor, batch: int) -> tuple[Tensor, ...]:
-        """Outputs that share memory but are no views of one another, for autograd's sake."""
+        """Outputs that share memory but are not views of each other, which autograd would treat as one tensor."""
         if len(self.widths) == 1:
             return (whole.view(batch, -1) if batch else whole.view(0, self.widths[0]),)
         outputs, at = [], 0
@@ -216,7 +227,7 @@ class TritonLookup:
     # -- backward -------------------------------------------------------------------------------------------------
 
     def _source(self, ids: Tensor, gradients: Sequence[Tensor], kept: Kept) -> Source:
-        """Gradients of all lookups; those of rows that were multiplied with something are computed here."""
+        """Gradients of all reads; those of rows that forward multiplied by something are computed here."""
         device, batch = self._device(ids.device), ids.shape[0]
         outer = gradients[0] if len(gradients) == 1 else torch.cat([g.reshape(-1) for g in gradients])
         if kept.kept is None:
@@ -224,12 +235,35 @@ class TritonLookup:
         own = torch.empty(self.tables.own * batch, device=ids.device)
         jobs, cols = len(self.tables.jobs), power_of_two(int(self.tables.column("jobs", "span").max()))
         tile = max(1, _TILE // cols)
-        chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "RUNS", "SIGNS", "WEIGHTS")}
+        chosen = {name: self._options[name] for name in ("VECTOR", "PRODUCTS", "SLICES", "SIGNS", "WEIGHTS")}
         spread_kernel.spread[(-(-batch // tile) * jobs,)](
             ids, *ids.stride(), batch, device.jobs, device.row_lookups, device.scales, kept.found, kept.kept,
             outer, own, jobs, TILE=tile, COLS=cols, **chosen, num_warps=4,
         )  # fmt: skip
         return Source(device.reads, device.read_scales, outer, own)
+
+    def _check(
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        optimizer: FusedOptimizer | None = None,
+        states: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
+        """Refuse tensors that are not what they were when the lookup began."""
+        found, device, batch = [], ids.device, ids.shape[0]
+        dtype = gradients[0].dtype if gradients else tables[0].dtype
+        for width, gradient in zip(self.widths, gradients, strict=False):
+            found += pointers.faults(gradient, (dtype,), batch * width, "a gradient", device=device)
+        for (name, (rows, width)), table in zip(self.storages.items(), tables, strict=True):
+            found += pointers.faults(table, (dtype,), rows * width, f"table {name!r}", device=device)
+        kinds = {} if optimizer is None else optimizer.tensors
+        for table, state in zip(tables, states, strict=False):
+            for name, kind in kinds.items():
+                count, number = table.shape[0], torch.int32 if kind == "step" else torch.float32
+                count *= table.shape[1] if kind == "element" else 1
+                found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=device)
+        pointers.check(found)
 
     def update(
         self,
@@ -240,22 +274,27 @@ class TritonLookup:
         optimizer: FusedOptimizer,
         states: Sequence[Mapping[str, Tensor]],
         step_logs: Sequence[StepLog],
+        frozen: Collection[int] = (),
     ) -> None:
         """One step of the optimizer on the rows that ``ids`` read, in place.
 
         Args:
             gradients: of the outputs, contiguous.
-            kept: by forward.
+            kept: saved by forward.
             states: per storage, the tensors of the optimizer's state by name.
             step_logs: per storage, advanced to this step.
+            frozen: storages to leave as they are.
         """
         self.raise_faults(ids.device)
         if ids.shape[0] == 0:
             return
+        self._check(ids, tables, gradients, optimizer, states)
         all_sorted = torch.are_deterministic_algorithms_enabled()
         with on_device(ids):
             source = self._source(ids, gradients, kept)
             for number, reads in self._reads:
+                if number in frozen:
+                    continue
                 target = Target.step(optimizer, tables[number], states[number], step_logs[number], number)
                 reads.run(kept.found, source, target, all_sorted)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
@@ -268,30 +307,43 @@ class TritonLookup:
         states: Sequence[Mapping[str, Tensor]],
         step_logs: Sequence[StepLog],
     ) -> None:
-        """Apply the steps missed by rows that ``ids`` read, in place, with torch's operations."""
+        """Apply the deferred steps of rows that ``ids`` read, in place, with torch's operations."""
         _, kept = self._run(ids, tables, keep=True)
         for number, reads in self._reads:
             rows, log = reads.all_rows(kept.found), step_logs[number]
             catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), log, log.step)
 
     def gradients(
-        self, ids: Tensor, tables: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept, sparse: bool
-    ) -> list[Tensor]:
-        """Gradients of the tables: dense; or sparse and coalesced, which waits for the device to count the rows."""
+        self,
+        ids: Tensor,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Kept,
+        layout: GradientLayout,
+        wanted: Sequence[bool] | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of the tables: dense; or by row, which waits for the device to count the rows.
+
+        Args:
+            wanted: of which storages; None for the others.
+        """
         self.raise_faults(ids.device)
+        self._check(ids, tables, gradients)
         with on_device(ids):
             source = self._source(ids, gradients, kept) if ids.shape[0] else None
-        out = []
+        out: list[Tensor | None] = []
         for number, reads in self._reads:
             table = tables[number]
-            if source is None:
-                empty = table.new_empty(0, table.shape[1])
-                rows = torch.empty(1, 0, dtype=torch.int64, device=table.device)
-                out.append(_coalesced(rows, empty, table) if sparse else torch.zeros_like(table))
-                continue
-            with on_device(ids):
-                out.append(self._sparse(reads, kept.found, source, table) if sparse else
-                           self._dense(reads, kept.found, source, table))  # fmt: skip
+            if wanted is not None and not wanted[number]:
+                out.append(None)
+            elif layout == "dense":
+                with on_device(ids):
+                    out.append(torch.zeros_like(table) if source is None else
+                               self._dense(reads, kept.found, source, table))  # fmt: skip
+            else:
+                with on_device(ids):
+                    rows, values = self._rows(reads, kept.found, source, table)
+                out.append(_by_row(layout, rows, values, table))
         return out
 
     def _dense(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
@@ -299,7 +351,10 @@ class TritonLookup:
         reads.run(found, source, Target.gradient(gradient), torch.are_deterministic_algorithms_enabled())
         return gradient
 
-    def _sparse(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
+    def _rows(self, reads: StorageReads, found: Tensor, source: Source | None, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that are read, distinct and ascending, and the sum of each one's gradients."""
+        if source is None:
+            return torch.empty(0, dtype=torch.int64, device=table.device), table.new_empty(0, table.shape[1])
         keys, order = reads.all_rows(found).sort(stable=True)
         rows, place = keys.unique_consecutive(return_inverse=True)
         if int(rows[0]) < 0:
@@ -308,8 +363,11 @@ class TritonLookup:
         reads.sum_sorted(
             place.to(torch.int32), order, found.shape[1], reads.all_sources(source), 0, Target.gradient(values)
         )
-        return _coalesced(rows.long().unsqueeze(0), values, table)
+        return rows.long(), values
 
 
-def _coalesced(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(rows, values, table.shape, is_coalesced=True, check_invariants=False)
+def _by_row(layout: GradientLayout, rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    if layout == "rows":
+        return RowGradient(rows, values, table.shape[0], distinct=True, ordered=True)
+    at = rows.unsqueeze(0)
+    return torch.sparse_coo_tensor(at, values, table.shape, is_coalesced=True, check_invariants=False)

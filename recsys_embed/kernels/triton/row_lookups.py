@@ -1,4 +1,4 @@
-"""What forward and backward share: how a row lookup finds its row, reads it and weighs it."""
+"""Device functions for forward and backward: how a row lookup finds its row, reads it and multiplies it."""
 
 import triton
 import triton.language as tl
@@ -46,7 +46,7 @@ GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 
 @triton.jit
 def find(x, row_lookup, index, live, KINDS: tl.constexpr):
-    """The row lookup's rows within its table; -1 where there is none, or one that lies outside (damaged arrays)."""
+    """The row lookup's rows within its table; -1 for no row, and for rows outside the table (damaged arrays)."""
     rows = rows_of(x, row_lookup + OF, index, live, KINDS)
     return tl.where(live & (rows >= 0) & (rows < tl.load(row_lookup + ROWS)), rows, -1)
 
@@ -60,14 +60,14 @@ def find_weight(x, row_lookup, index, live, KINDS: tl.constexpr):
 
 @triton.jit
 def straight(row_lookup):
-    """Whether each row is read as it is: no run of several rows, no element that repeats."""
+    """Whether one whole row is read: no slice of several rows, no broadcast element."""
     return (tl.load(row_lookup + NUM_ROWS) == 1) & (tl.load(row_lookup + REPEAT) == 0)
 
 
 @triton.jit
 def read_straight(table, rows, row_lookup, cols, span, VECTOR: tl.constexpr):
-    """Whole rows as float32 ``[samples, columns]``; zeros where there is none."""
-    # A product with VECTOR tells the compiler how addresses are aligned, so that it loads 16 bytes at once.
+    """Whole rows as float32 ``[samples, columns]``; zeros for absent rows."""
+    # Multiplying by VECTOR tells the compiler the alignment, so that it loads 16 bytes at once.
     width = tl.load(row_lookup + WIDTH) // VECTOR * VECTOR
     at = (tl.load(row_lookup + BASE) + rows) * width
     mask = (rows >= 0)[:, None] & (cols < span)[None, :]
@@ -75,17 +75,17 @@ def read_straight(table, rows, row_lookup, cols, span, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def run_columns(row_lookup, cols):
-    """Which row of a run each column shows, and which of its elements."""
+def slice_columns(row_lookup, cols):
+    """The row of a slice that each column reads, and the element of that row."""
     width = tl.load(row_lookup + WIDTH).to(tl.int32)
     step = tl.where(tl.load(row_lookup + REPEAT) != 0, 0, cols // width)
     return step, tl.where(tl.load(row_lookup + REPEAT) != 0, 0, cols - step * width)
 
 
 @triton.jit
-def read_run(table, rows, row_lookup, cols, span):
-    """As :func:`read_straight` for runs, which go on at the table's first row, and for single elements that repeat."""
-    step, element = run_columns(row_lookup, cols)
+def read_slice(table, rows, row_lookup, cols, span):
+    """As :func:`read_straight`, for slices, which wrap around at the table's end, and for broadcast elements."""
+    step, element = slice_columns(row_lookup, cols)
     size = tl.load(row_lookup + ROWS)
     row = rows[:, None] + step[None, :]
     row = tl.where(row >= size, row - size, row)
@@ -95,21 +95,21 @@ def read_run(table, rows, row_lookup, cols, span):
 
 
 @triton.jit
-def run_signs(x, row_lookup, cols):
-    """A sign per element of a run."""
-    step, _ = run_columns(row_lookup, cols)
+def slice_signs(x, row_lookup, cols):
+    """A sign per row of a slice."""
+    step, _ = slice_columns(row_lookup, cols)
     salts = tl.load(row_lookup + SIGN) + step.to(tl.int64) * GAMMA
     return sign_of(x[:, None], salts[None, :])
 
 
 @triton.jit
-def weighed(value, x, row_lookup, scale, cols, SIGNS: tl.constexpr, RUNS: tl.constexpr):
+def weighed(value, x, row_lookup, scale, cols, SIGNS: tl.constexpr, SLICES: tl.constexpr):
     """``value`` times the row lookup's scale and signs."""
     value = value * scale
     if SIGNS:
         if tl.load(row_lookup + HAS_SIGN) != 0:
-            if RUNS:
-                value = value * run_signs(x, row_lookup, cols)
+            if SLICES:
+                value = value * slice_signs(x, row_lookup, cols)
             else:
                 value = value * sign_of(x, tl.load(row_lookup + SIGN))[:, None]
     return value

@@ -1,4 +1,4 @@
-"""Fused updates of rows that torch's operations have found: what bags do on a GPU."""
+"""Fused updates of rows that torch's operations have found; used for bags on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recsys_embed.optim import FusedOptimizer
 
 @lru_cache(maxsize=64)
 def _reads(width: int) -> StorageReads:
-    """One read, whose gradients ``[n, width]`` stand in order."""
+    """A single read, with gradients ``[n, width]`` in order."""
     read = {"storage": 0, "base": 0, "rows": 0, "own": 0, "at": 0, "stride": width, "column": 0, "num_rows": 1}
     reads = np.array([[{**read, "path": SORTED, "buffer": -1}[name] for name in READ]], np.int64)
     none = np.zeros((0, 0), np.int64)
@@ -30,9 +30,9 @@ def _reads(width: int) -> StorageReads:
 def update_rows(
     optimizer: FusedOptimizer, weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, grad: Tensor, log: StepLog
 ) -> None:
-    """One exact step in place; see :func:`recsys_embed.kernels.fused_gather.apply_update`, whose arguments these are.
+    """One exact step in place; arguments as of :func:`recsys_embed.kernels.fused_gather.apply_update`.
 
-    No row has missed steps. The same bits in every run.
+    No row may have deferred steps. Deterministic.
     """
     reads = _reads(weight.shape[1])
     grad = grad.contiguous()

@@ -1,11 +1,11 @@
-"""Consumers of the summed gradients of rows: an optimizer step, or a gradient that is returned."""
+"""Consumers of the summed gradients of rows: an optimizer step, or writing the gradient."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-# Names of the rules that :func:`apply` knows; a rule's number is its place.
+# Names of the rules in :func:`apply`; a rule's number is its index.
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl", "rowwise_rmsprop")
 GRADIENT = tl.constexpr(-1)
 _SGD = tl.constexpr(RULES.index("sgd"))
@@ -17,13 +17,13 @@ _ROWWISE_RMSPROP = tl.constexpr(RULES.index("rowwise_rmsprop"))
 
 
 class Tensors(NamedTuple):
-    """What a step changes.
+    """The tensors that a step changes.
 
     Args:
         weights: ``[rows, width]`` of a storage.
         state: of its optimizer, in the order of the rule's class.
-        last: the step that rows have come to; anything where LAST is False.
-        gradient: what receives sums where the rule is GRADIENT; else anything.
+        last: last step of each row; not used unless LAST.
+        gradient: receives the sums if the rule is GRADIENT; else not used.
     """
 
     weights: Any
@@ -33,7 +33,7 @@ class Tensors(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a step goes by; floats alone, since triton compiles anew for some integers of a tuple.
+    """Numbers of a step. Floats only: triton specialises some integers in a tuple, which recompiles the kernel.
 
     Args:
         size, eps: step size and epsilon.
@@ -59,7 +59,7 @@ def _round_to_bfloat16(value, random):
 def _round_to_float16(value, random):
     bits = value.to(tl.uint32, bitcast=True)
     normal = (bits + (random & 0x1FFF)) & 0xFFFFE000
-    # Below 2**-14 the steps of float16 are 2**-24 whatever the exponent.
+    # Below 2**-14, float16 is subnormal: its spacing is 2**-24.
     small = tl.floor(value * 16777216.0 + (random >> 8).to(tl.float32) * (1.0 / 16777216.0)) * (1.0 / 16777216.0)
     finite = (bits & 0x7F800000) != 0x7F800000
     rounded = tl.where(tl.abs(value) < 6.103515625e-05, small, normal.to(tl.float32, bitcast=True))
@@ -68,9 +68,9 @@ def _round_to_float16(value, random):
 
 @triton.jit
 def rounded(value, row, cols, seed, step, like):
-    """``value`` in the type of ``like``: 16 bits by chance, so that small steps count on average (Gupta et al. 2015).
+    """``value`` in the type of ``like``: to 16 bits by stochastic rounding (Gupta et al. 2015).
 
-    Philox draws by element and step, so results do not depend on how the work is divided.
+    Philox is keyed by element and step, so results do not depend on how the work is divided.
     """
     if like.dtype.element_ty == tl.float32:
         out = value
@@ -87,18 +87,19 @@ def rounded(value, row, cols, seed, step, like):
 
 @triton.jit
 def _adam(grad, row, at, live, mask, tensors, numbers, COUNTS: tl.constexpr):
-    """Direction of Adam's step ``[n, columns]``; its moments move."""
+    """Direction of Adam's step ``[n, columns]``; updates the moments."""
     mean = tl.load(tensors.state[0] + at, mask=mask, other=0.0)
     square = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
     mean += (grad - mean) * numbers.constants[0]
-    square += (grad * grad - square) * numbers.constants[1]
+    # A mean of squares that overflowed stays infinite: the difference would be NaN.
+    square = tl.where(square < float("inf"), square + (grad * grad - square) * numbers.constants[1], square)
     tl.store(tensors.state[0] + at, mean, mask=mask)
     tl.store(tensors.state[1] + at, square, mask=mask)
     direction = mean / (tl.sqrt_rn(square) + numbers.eps)
     if COUNTS:
         count = tl.load(tensors.state[2] + row, mask=live, other=0) + 1
         tl.store(tensors.state[2] + row, count, mask=live)
-        # In float64: 1 - beta**count of the first steps is a small difference.
+        # In float64: 1 - beta**count loses digits in the first steps.
         n = count.to(tl.float64)
         fading = 1.0 - tl.exp(n * numbers.constants[2])
         correction = tl.sqrt(1.0 - tl.exp(n * numbers.constants[3])) / fading
@@ -118,12 +119,12 @@ def _sign(x):
 
 @triton.jit
 def _ftrl(weight, grad, at, mask, tensors, numbers):
-    """New weights ``[n, columns]`` of FTRL; its state moves."""
+    """New weights ``[n, columns]`` of FTRL; updates the state."""
     total = tl.load(tensors.state[0] + at, mask=mask, other=0.0) + grad * grad
     tl.store(tensors.state[0] + at, total, mask=mask)
     before = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
     beta, l1, l2 = numbers.constants
-    # At rate 0 nothing else moves.
+    # At learning rate 0 only the sum changes.
     still = numbers.size == 0.0
     curvature = (tl.sqrt_rn(total) + beta) / tl.where(still, 1.0, numbers.size) + l2
     sign = _sign(weight)
@@ -138,10 +139,10 @@ def _ftrl(weight, grad, at, mask, tensors, numbers):
 
 @triton.jit
 def _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH: tl.constexpr, COUNTS: tl.constexpr):
-    """New weights ``[n, columns]`` of row-wise RMSprop; its state moves."""
+    """New weights ``[n, columns]`` of row-wise RMSprop; updates the state."""
     rest, alpha, least = numbers.constants
     mean = tl.load(tensors.state[0] + row, mask=live, other=0.0)
-    mean += (_mean_square(grad, mask, WIDTH) - mean) * rest
+    mean = tl.where(mean < float("inf"), mean + (_mean_square(grad, mask, WIDTH) - mean) * rest, mean)
     tl.store(tensors.state[0] + row, mean, mask=live)
     gap = tl.zeros_like(mean) + 1.0
     if COUNTS:
@@ -162,8 +163,8 @@ def apply(
     Args:
         tensors: :class:`Tensors`.
         numbers: :class:`Numbers`.
-        seed, step: of the draws that round 16-bit weights; ``step`` is the table's number of steps.
-        COUNTS, LAST: whether rows count their own steps, and note the step they have come to.
+        seed, step: key of stochastic rounding of 16-bit weights; ``step`` is the table's number of steps.
+        COUNTS, LAST: whether rows count their own steps, and record their last step.
     """
     mask = live[:, None] & (cols < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None] * WIDTH + cols[None, :]

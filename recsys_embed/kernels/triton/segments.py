@@ -1,12 +1,12 @@
-"""Backward by sorted rows: every run of one row is summed in order of occurrence, then the row is updated once.
+"""Backward by sorted rows: the gradients of each row are summed in order of occurrence, then the row is updated once.
 
-Sorted reads are cut into *pieces* where the row changes and at every multiple of CHUNK. A piece that is a whole run
-ends in the optimizer's step; the others leave a partial sum per chunk, and a second kernel adds those up. No two
-programs touch one row, there are no atomics on values and sums have a fixed order: the same bits in every run.
+Sorted reads are cut into *pieces* where the row changes and at every multiple of CHUNK. A piece with all reads of a row
+ends in the optimizer's step; others write a partial sum per chunk, and a second kernel adds these. Each row belongs to
+one program, there are no atomics on values, and sums have a fixed order, so results are deterministic.
 
 For example, with CHUNK = 4 the sorted rows ``2 2 5 5 | 5 5 5 5 | 5 7 8 8`` make the pieces ``22``, ``55``, ``5555``,
-``5``, ``7`` and ``88``. Rows 2, 7 and 8 are whole pieces and are updated at once. Row 5 leaves its sum of the first
-chunk in ``tails`` and those of the other two in ``heads``; the second kernel adds the three.
+``5``, ``7`` and ``88``. Rows 2, 7 and 8 are whole pieces and are updated at once. The sum of row 5 in the first
+chunk goes to ``tails``, those in the other two to ``heads``; the second kernel adds the three.
 """
 
 import triton
@@ -24,21 +24,21 @@ COLUMN = tl.constexpr(READ.index("column"))
 
 @triton.jit(do_not_specialize=["count"])
 def cut(keys, starts, ends, number, count, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    """Where pieces begin and end among ``count`` sorted ``keys``, and their ``number``; absent rows (-1) have none.
+    """Starts and ends of pieces among ``count`` sorted ``keys``, and their ``number``; absent rows (-1) form none.
 
-    Pieces of one tile stand together; tiles come in any order, which nothing depends on.
+    Pieces of one tile are contiguous; the order of tiles is arbitrary and does not matter.
     """
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = i < count
     key = tl.load(keys + i, mask=live, other=-1)
     before = tl.load(keys + i - 1, mask=live & (i > 0), other=-1)
-    # Bounding pieces by chunks bounds the loop of the program that sums one, however often a row is read.
+    # Chunks bound the length of pieces, and with it the loop over one, however often a row is read.
     opens = live & (key >= 0) & ((key != before) | (i % CHUNK == 0))
     after = tl.load(keys + i + 1, mask=i + 1 < count, other=-1)
     closes = live & (key >= 0) & ((key != after) | ((i + 1) % CHUNK == 0))
     place = tl.cumsum(opens.to(tl.int32), 0) - 1
     first = tl.atomic_add(number, tl.sum(opens.to(tl.int32), 0))
-    # Pieces do not cross tiles, so the piece that ends here is the last that began.
+    # Pieces do not cross tiles, so the piece that ends here is the last that started.
     tl.store(starts + first + place, i, mask=opens)
     tl.store(ends + first + place, i + 1, mask=closes)
 
@@ -46,11 +46,11 @@ def cut(keys, starts, ends, number, count, TILE: tl.constexpr, CHUNK: tl.constex
 @triton.jit
 def _gradients(position, live, batch, reads, scales, outer, own, cols, first_read,
                WIDTH: tl.constexpr, VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
-    """Gradients ``[n, columns]`` of lookups, numbered read after read."""
+    """Gradients ``[n, columns]`` of lookups, numbered read by read."""
     number = first_read + position // batch
     sample = (position % batch).to(tl.int64)
     read = reads + number * READ_SIZE
-    # Dividing by VECTOR and multiplying again changes nothing; it tells the compiler that loads are aligned.
+    # Dividing and multiplying by VECTOR changes no value; it tells the compiler that loads are aligned.
     at = tl.load(read + AT, mask=live, other=0) // VECTOR * VECTOR * batch
     at += sample * (tl.load(read + STRIDE, mask=live, other=0) // VECTOR * VECTOR)
     at += tl.load(read + COLUMN, mask=live, other=0) // VECTOR * VECTOR
@@ -76,7 +76,7 @@ def sum_pieces(
     OUTER: tl.constexpr, INNER: tl.constexpr, RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr,
     DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Sum TILE pieces; whole runs are updated, partial sums go to ``heads`` or ``tails [chunks, WIDTH]``."""
+    """Sum TILE pieces; complete rows are updated, partial sums go to ``heads`` or ``tails [chunks, WIDTH]``."""
     piece = tl.program_id(0) * TILE + tl.arange(0, TILE)
     total = tl.load(number)
     if tl.program_id(0) * TILE >= total:
@@ -99,7 +99,7 @@ def sum_pieces(
                            WIDTH, VECTOR, OUTER, INNER)  # fmt: skip
     whole = live & ~goes_on & ~began
     apply(row, grad, whole, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)
-    # At most one piece of a chunk began earlier and at most one goes on, so each has one place per chunk.
+    # Per chunk, at most one piece started earlier and at most one continues, so each has one place per chunk.
     place = (start // CHUNK).to(tl.int64)[:, None] * WIDTH + cols[None, :]
     inside = (cols < WIDTH)[None, :]
     tl.store(heads + place, grad, mask=(live & began)[:, None] & inside)
@@ -113,7 +113,7 @@ def join_pieces(
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Of the run that begins in one chunk and goes on in the next, if any: its sum over all chunks, and the update."""
+    """Sum over all chunks and update of the row that starts in this chunk and continues in the next, if any."""
     chunk = tl.program_id(0)
     border = (chunk + 1) * CHUNK
     if border >= count:
@@ -123,7 +123,7 @@ def join_pieces(
         return
     if tl.load(keys + border) != row:
         return
-    # A row that fills this chunk and began before it belongs to the program of the chunk where it began.
+    # A row that started in an earlier chunk belongs to the program of that chunk.
     if chunk > 0:
         if tl.load(keys + chunk * CHUNK - 1) == row:
             return

@@ -1,8 +1,8 @@
-"""Backward of tables that a batch reads over and over: small ones, and arrays that are read in runs of elements.
+"""Backward of tables whose rows a batch reads many times: small tables, and arrays that are read in slices.
 
-Gradients are added where they belong in a float32 buffer the size of the tables, and a second kernel updates the rows
-that were touched. Several copies of the buffer keep the additions of one row apart. The order of additions, and with
-it the last bits, differ from run to run: where torch asks for deterministic algorithms, all rows are sorted instead.
+Gradients are added with atomics to a float32 buffer of the tables' size, and a second kernel updates the touched rows.
+Several copies of the buffer reduce contention. The order of additions is not deterministic: with torch's deterministic
+algorithms, all rows are sorted instead.
 """
 
 import triton
@@ -44,7 +44,7 @@ def accumulate(
     else:
         grad = tl.load(outer + place, mask=mask, other=0.0).to(tl.float32)
     grad *= tl.load(scales + number)
-    # After a table's last row a run goes on at its first.
+    # Slices wrap around at the table's end.
     local = (row - tl.load(read + BASE))[:, None] + (cols // WIDTH)[None, :]
     size = tl.load(read + ROWS)
     local = tl.where(local >= size, local - size, local) + tl.load(read + BUFFER)
@@ -60,7 +60,7 @@ def update_touched(
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Update the touched ones of TILE rows; ``tiles [n, 3]``: their first row in the buffer, in the storage, number."""
+    """Update the touched rows among TILE; ``tiles [n, 3]``: first row in the buffer and in the storage, count."""
     tile = tiles + tl.program_id(0) * 3
     i = tl.arange(0, TILE)
     here = tl.load(tile).to(tl.int64) + i

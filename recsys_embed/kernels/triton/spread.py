@@ -1,4 +1,4 @@
-"""Gradients of rows that forward multiplied with something: signs, learned weights, other rows."""
+"""Gradients of rows that forward multiplied by something: signs, learned weights, other rows."""
 
 import triton
 import triton.language as tl
@@ -8,15 +8,15 @@ from recsys_embed.kernels.triton.row_lookups import weighed
 
 
 @triton.jit
-def _kept(row_lookup, kept, sample, batch, live, cols, span, VECTOR: tl.constexpr, RUNS: tl.constexpr):
-    """The values that forward read, ``[samples, columns]``."""
+def _kept(row_lookup, kept, sample, batch, live, cols, span, VECTOR: tl.constexpr, SLICES: tl.constexpr):
+    """The values that forward saved, ``[samples, columns]``."""
     to = tl.load(row_lookup + p.KEPT)
-    if not RUNS:
-        # Single elements among rows break their alignment.
+    if not SLICES:
+        # Without slices and broadcast elements, rows are aligned.
         to = to // VECTOR * VECTOR
     to = kept + to * batch
     inside = live[:, None] & (cols < span)[None, :]
-    if RUNS:
+    if SLICES:
         single = tl.load(row_lookup + p.REPEAT) != 0
         at = sample[:, None] * tl.where(single, 1, span) + tl.where(single, 0, cols)[None, :]
         return tl.load(to + at, mask=inside, other=0.0).to(tl.float32)
@@ -32,10 +32,10 @@ def _weight(row_lookup, kept, sample, batch, live):
 @triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "job_count"])
 def spread(
     ids, sample_stride, feature_stride, batch, jobs, row_lookups, scales, found, kept, outer, own, job_count,
-    TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, RUNS: tl.constexpr,
+    TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, SLICES: tl.constexpr,
     SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Of one job and TILE samples, the gradients of every row lookup's row and weight, float32, into ``own``."""
+    """Write the gradients of every row lookup's row and weight, float32, to ``own``, for one job and TILE samples."""
     job = jobs + (tl.program_id(0) % job_count) * p.JOB_SIZE
     if tl.load(job + p.PLAIN) != 0:
         return
@@ -53,14 +53,14 @@ def spread(
     count = tl.load(job + p.ROW_LOOKUPS)
     for j in range(count):
         row_lookup = row_lookups + (first + j) * p.ROW_LOOKUP_SIZE
-        here = weighed(grad, x, row_lookup, tl.load(scales + first + j), cols, SIGNS, RUNS)
+        here = weighed(grad, x, row_lookup, tl.load(scales + first + j), cols, SIGNS, SLICES)
         if PRODUCTS:
             if tl.load(job + p.PRODUCT) != 0:
                 for k in range(count):
                     if k != j:
                         other = row_lookups + (first + k) * p.ROW_LOOKUP_SIZE
-                        value = _kept(other, kept, sample, batch, live, cols, span, VECTOR, RUNS)
-                        value = weighed(value, x, other, tl.load(scales + first + k), cols, SIGNS, RUNS)
+                        value = _kept(other, kept, sample, batch, live, cols, span, VECTOR, SLICES)
+                        value = weighed(value, x, other, tl.load(scales + first + k), cols, SIGNS, SLICES)
                         if WEIGHTS:
                             if tl.load(other + p.WEIGHT_STORAGE) >= 0:
                                 value *= _weight(other, kept, sample, batch, live)
@@ -68,15 +68,15 @@ def spread(
                         here *= tl.where((rows >= 0)[:, None], value, 1.0)
         if WEIGHTS:
             if tl.load(row_lookup + p.WEIGHT_STORAGE) >= 0:
-                value = _kept(row_lookup, kept, sample, batch, live, cols, span, VECTOR, RUNS)
+                value = _kept(row_lookup, kept, sample, batch, live, cols, span, VECTOR, SLICES)
                 to = own + tl.load(row_lookup + p.WEIGHT_OWN) * batch
                 tl.store(to + sample, tl.sum(tl.where(inside, here * value, 0.0), 1), mask=live)
                 here *= _weight(row_lookup, kept, sample, batch, live)
         to = tl.load(row_lookup + p.OWN)
-        if not RUNS:
+        if not SLICES:
             to = to // VECTOR * VECTOR
         to = own + to * batch
-        if RUNS:
+        if SLICES:
             if tl.load(row_lookup + p.REPEAT) != 0:
                 tl.store(to + sample, tl.sum(tl.where(inside, here, 0.0), 1), mask=live)
             else:

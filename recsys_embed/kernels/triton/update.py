@@ -1,4 +1,4 @@
-"""Backward on the host's side: which rows are sorted, and the launches that sum and update them."""
+"""Host code of backward: chooses which rows are sorted, and launches the kernels that sum and update them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from recsys_embed.kernels.triton import rules, segments, small
 from recsys_embed.kernels.triton.fields import READ, SMALL, Tables
 from recsys_embed.optim import FusedOptimizer, rule_name
 
-# Sorted reads that a piece holds at most, that one program cuts, and elements that one program sums at once.
+# Most sorted reads of a piece, sorted reads per cutting program, and elements per summing program.
 _CHUNK, _CUT, _TILE = 64, 1024, 512
-# Rows that the copies of a buffer have together at least, and most copies.
+# Fewest rows of all copies of a buffer together, and most copies.
 _SPREAD, _COPIES = 16384, 32
 
 
 class Target(NamedTuple):
-    """What becomes of a storage's summed gradients: arguments and constants of ``rules.apply``."""
+    """The use of a storage's summed gradients: arguments and constants of ``rules.apply``."""
 
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     def step(
         cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], log: StepLog, number: int
     ) -> Target:
-        """A step of the optimizer; ``number`` of the storage keeps the draws of two apart."""
+        """An optimizer step; ``number`` of the storage makes its stochastic rounding independent of others'."""
         kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
         kept = tuple(state[name] for name in kinds)
         size, eps, decay = float(log.sizes[-1]), float(log.epsilons[-1]), float(optimizer.weight_decay)
@@ -44,7 +44,7 @@ class Target(NamedTuple):
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:
-        """The sums themselves, into rows of ``gradient``."""
+        """Writes the sums to rows of ``gradient``."""
         constants = {"RULE": rules.GRADIENT.value, "WIDTH": gradient.shape[1]}
         constants |= dict.fromkeys(("COUNTS", "LAST", "DECAY"), False)
         tensors = rules.Tensors(gradient, (), gradient, gradient)
@@ -52,7 +52,7 @@ class Target(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Gradients of lookups: of the outputs, and own ones; how reads find theirs."""
+    """Gradients of lookups: those of the outputs, those computed apart, and how reads find theirs."""
 
     reads: Tensor
     scales: Tensor
@@ -65,11 +65,11 @@ def _columns(width: int) -> int:
 
 
 class StorageReads:
-    """The reads of one storage: those of large tables, which are sorted, and those of small ones and of runs.
+    """The reads of one storage: those of large tables, which are sorted, and those of small tables and of slices.
 
     Args:
         tables: of the programs.
-        first, last: its reads.
+        first, last: range of its reads.
         width: of its rows.
     """
 
@@ -80,7 +80,7 @@ class StorageReads:
         column = {name: self._reads[:, i] for i, name in enumerate(READ)}
         self.small = first + int((column["path"] != SMALL).sum())
         self._runs = column["num_rows"]
-        # Runs begin at any column of their outputs.
+        # Slices start at any column of their outputs.
         vector = math.gcd(8, width, *(int(v) for n in ("at", "stride", "column") for v in column[n]))
         self._constants = {"COLS": _columns(width), "VECTOR": vector}
         self._own = column["own"] != 0
@@ -96,7 +96,7 @@ class StorageReads:
         self._lying: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}
 
     def _on(self, name: str, device: torch.device, *arrays: Any) -> tuple[Tensor, ...]:
-        """Arrays on a device, made once."""
+        """Arrays on a device, copied once."""
         found = self._lying.get((name, device))
         if found is None:
             found = tuple(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
@@ -104,9 +104,9 @@ class StorageReads:
         return found
 
     def run(self, found: Tensor, source: Source, target: Target, all_sorted: bool) -> None:
-        """Sum the gradients of rows ``found [reads, B]`` and hand them to ``target``."""
+        """Sum the gradients of rows ``found [reads, B]`` and pass the sums to ``target``."""
         batch = found.shape[1]
-        # An array read in runs may be far larger than what a batch reads of it.
+        # An array that is read in slices may be far larger than the part that a batch reads.
         all_sorted |= self.buffer_rows > max(_SPREAD, 4 * batch * self._elements)
         if all_sorted:
             self.sort_and_sum(self.all_rows(found), batch, self.all_sources(source), 0, target)
@@ -118,9 +118,9 @@ class StorageReads:
             self._accumulate(found, source, target)
 
     def _all(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Of every row that every read reads: the read, how far along its run, and its table's first row and size.
+        """For every row of every read: the read, the row's number in its slice, and its table's first row and size.
 
-        Then reads that find the gradients of each, and their scales.
+        Then reads that describe the gradients of each such row, and their scales.
         """
         at = np.repeat(np.arange(len(self._runs)), self._runs)
         ahead = np.arange(len(at)) - np.repeat(np.cumsum(self._runs) - self._runs, self._runs)
@@ -130,7 +130,7 @@ class StorageReads:
         return self._on("all", device, at, ahead.astype(np.int32)[:, None], base, rows, reads, self._scales[at])
 
     def all_rows(self, found: Tensor) -> Tensor:
-        """Rows of all reads, those of runs one by one, read after read: int32, -1 for none."""
+        """Rows of all reads, those of slices one by one, read by read: int32, -1 for no row."""
         keys = found[self.first : self.last]
         if self._runs.max() > 1:
             which, step, first, size, _, _ = self._all(found.device)
@@ -139,15 +139,15 @@ class StorageReads:
         return keys.reshape(-1)
 
     def all_sources(self, source: Source) -> Source:
-        """How the gradients of :meth:`all_rows` are found."""
+        """Source of the gradients of :meth:`all_rows`."""
         *_, reads, scales = self._all(source.outer.device)
         return source._replace(reads=reads, scales=scales)
 
     def sort_and_sum(self, keys: Tensor, batch: int, source: Source, first_read: int, target: Target) -> None:
-        """Sort rows and hand each distinct one with its sum to ``target``; see :mod:`segments`.
+        """Sort rows and pass each distinct row with its sum to ``target``; see :mod:`segments`.
 
         Args:
-            keys: int32 ``[n * batch]``, rows of n reads from ``first_read`` on; -1 for none.
+            keys: int32 ``[n * batch]``, rows of n reads from ``first_read`` on; -1 for no row.
         """
         keys, order = keys.sort(stable=True)
         self.sum_sorted(keys, order, batch, source, first_read, target)
@@ -155,7 +155,7 @@ class StorageReads:
     def sum_sorted(
         self, keys: Tensor, order: Tensor, batch: int, source: Source, first_read: int, target: Target
     ) -> None:
-        """As :meth:`sort_and_sum`, of keys that are sorted, ``order`` being where each stood."""
+        """As :meth:`sort_and_sum`, for sorted keys; ``order`` is the permutation that sorted them."""
         count = len(keys)
         if count + _CUT >= 1 << 31:
             raise BackendError("one step reads 2**31 rows of tables of one width; use smaller batches")
@@ -177,7 +177,7 @@ class StorageReads:
         )  # fmt: skip
 
     def _accumulate(self, found: Tensor, source: Source, target: Target) -> None:
-        """Sum in a buffer of the small tables' size; see :mod:`small`."""
+        """Sum in a buffer of the size of the small tables; see :mod:`small`."""
         batch, reads, device = found.shape[1], self.last - self.small, found.device
         copies = max(1, min(_COPIES, _SPREAD // self.buffer_rows))
         buffer = torch.zeros(copies, self.buffer_rows, self.width, device=device)
@@ -197,7 +197,7 @@ class StorageReads:
 
 
 def reads_by_storage(tables: Tables, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, StorageReads]]:
-    """Number and reads of every storage that is read."""
+    """Number and reads of each storage."""
     owner = tables.column("reads", "storage")
     spans = [(number, (owner == number).nonzero()[0], width) for number, (_, width) in enumerate(shapes)]
     return [(n, StorageReads(tables, int(at[0]), int(at[-1]) + 1, width)) for n, at, width in spans if len(at)]

@@ -72,7 +72,7 @@ def alternatives(
 
 
 def dense_bytes(storages: Sequence[TableStorage], precision: Precision = "fp32") -> int:
-    """Bytes of the dense tables of the same features."""
+    """Bytes of the full tables of the same features."""
     return sum(stored_bytes(a, precision) for e in storages if e.spec is not None for a in _plain(_shape(e)).arrays)
 
 
@@ -93,7 +93,7 @@ def _shape(storage: TableStorage) -> FeatureSpec:
 
 @lru_cache(maxsize=10_000)
 def _plain(spec: FeatureSpec) -> _SizedTable:
-    """The dense table; for raw ids, that of as many indices."""
+    """The full table; for raw ids, that of as many indices."""
     config = get_method("full").config_cls.from_params({})
     spec = replace(spec, ids="index")
     return _SizedTable(arrays_of(spec, config, config.program(spec)))
@@ -101,7 +101,7 @@ def _plain(spec: FeatureSpec) -> _SizedTable:
 
 @lru_cache(maxsize=50_000)
 def _sized_table(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _SizedTable:
-    """The method at its largest size within the dense table's bytes divided by ``ratio``."""
+    """The method at its largest size within the full table's bytes divided by ``ratio``."""
     plain = _plain(spec)
     if spec.ids == "index" and spec.num_embeddings < KEEP_BELOW:
         return plain

@@ -81,7 +81,7 @@ class TableStorage:
     Args:
         name: unique in the report.
         kind: of its holder: a kind of :class:`recsys_embed.discover.FoundTable`, ``"plan"``, ``"file"``, ``"shared"``.
-        method: key of the method; ``"full"`` for plain tables.
+        method: key of the method; ``"full"`` for full tables.
         ids: number of ids.
         width: elements of one id's output vector.
         arrays: stored for it alone.
@@ -93,6 +93,7 @@ class TableStorage:
         paths: dotted names of the modules that read it.
         shared: names of shared arrays that it also reads.
         read_by: for a shared array, the tables that read it.
+        at_step: the fused optimizer steps at ``step()``, until when the gradients of the rows read are kept.
         row_reads: row numbers that one id's lookup computes.
         gathered: floats that one id's lookup reads before they combine; 0 where they are the output.
         pools_bags: whether the module pools bags without holding a vector per id.
@@ -107,6 +108,7 @@ class TableStorage:
     arrays: tuple[ArrayStorage, ...]
     update: UpdateKind = "dense"
     fused: FusedOptimizer | None = None
+    at_step: bool = False
     spec: FeatureSpec | None = None
     config: dict[str, Any] | None = None
     program: LookupProgram | None = None
@@ -133,7 +135,9 @@ class TableStorage:
 
     def _gradient_of(self, array: ArrayStorage, lookups: int) -> int:
         if array.role == "table" and self.update == "fused":
-            return 0
+            # Row numbers and sums, each row once.
+            touched = min(array.rows, lookups * array.reads) if self.at_step else 0
+            return touched * (8 + array.width * array.itemsize)
         if array.role == "table" and self.update == "sparse":
             # Torch keeps one row number and one gradient row per row read, duplicates included.
             return lookups * array.reads * (8 + array.width * array.itemsize)

@@ -23,7 +23,7 @@ _INDEX = (".words", ".ranks", ".values")
 
 @dataclass
 class _Group:
-    """Tensors of one feature, of one drop-in or plain table, or of several features."""
+    """Tensors of one feature, of one drop-in or full table, or of several features."""
 
     name: str
     method: str = "shared"

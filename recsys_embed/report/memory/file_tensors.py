@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 import warnings
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import CheckpointError
+from recsys_embed.utils.files import check_packing
+from recsys_embed.utils.strict_json import own_json
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {
@@ -54,6 +55,7 @@ def read_torch(path: Path) -> tuple[list[FileTensor], dict[str, Any]]:
     for mmap in (True, False):  # files of the format before zip cannot be mapped
         try:
             with warnings.catch_warnings():
+                check_packing(path)
                 warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises
                 payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             break
@@ -62,7 +64,7 @@ def read_torch(path: Path) -> tuple[list[FileTensor], dict[str, Any]]:
                 f"{path} holds more than tensors, numbers and texts, or is damaged, and loading it would run code; "
                 f"save model.state_dict() instead, or load it yourself and pass the module ({str(e).splitlines()[0]})"
             ) from e
-        except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as e:
+        except Exception as e:  # a damaged file is unpickled to anything
             if not mmap:
                 raise CheckpointError(f"{path} cannot be read as a file of torch.save: {str(e)[:200]}") from e
     config: dict[str, Any] = {}
@@ -96,7 +98,7 @@ def _state_of(payload: Any) -> Mapping[str, Any] | None:
 def parse_manifest(path: Path, text: Any) -> dict[str, Any]:
     """The manifest of an export, from the text in its metadata; CheckpointError where it cannot be used."""
     try:
-        manifest = json.loads(text)
+        manifest = own_json(text)
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{path} is damaged: its manifest is no JSON ({e})") from e
     version = manifest.get("version") if isinstance(manifest, dict) else None
@@ -113,7 +115,7 @@ def read_safetensors(path: Path) -> tuple[list[FileTensor], Mapping[str, Any]]:
             (length,) = struct.unpack("<Q", f.read(8))
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"its header would have {length} bytes")
-            header = json.loads(f.read(length).decode())
+            header = own_json(f.read(length).decode())
         start = 8 + length
         metadata = header.get("__metadata__") or {}
         found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from recsys_embed.collection.optimizer_state import optimizer_entries
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.indexes import IndexStore
@@ -24,10 +24,10 @@ from recsys_embed.report.memory.collisions import row_keys
 from recsys_embed.report.memory.export import KEY as EXPORT
 from recsys_embed.report.memory.export import export_storage
 from recsys_embed.report.memory.file_tensors import FileTensor, parse_manifest, read_safetensors, read_torch
-from recsys_embed.report.memory.plan import ModelStorage, plan_storage, spec_of
+from recsys_embed.report.memory.plan import ModelStorage, list_shared_once, plan_storage, spec_of
 from recsys_embed.report.memory.state_size import OptimizerStateSize, state_size_of
 from recsys_embed.utils.files import file_form
-from recsys_embed.utils.strict_json import read_object
+from recsys_embed.utils.strict_json import own_json, read_object
 
 STATE = "_extra_state"
 RUN_FILES = ("model.pt", "checkpoint.pt")
@@ -82,11 +82,11 @@ def _folder(
         data = open_dataset(path)
         schema, state_size = data.schema(embedding_dim), state_size_of(optimizer, prefer_fused=True)
         raw = any(f.ids == "raw" for f in schema)
-        # Raw ids have no dense table; the reference is the table of as many indices.
+        # Raw ids have no full table; the reference is the table of as many indices.
         if raw:
             schema = Schema([replace(f, ids="index") for f in schema])
         storage = plan_storage(schema, Plan.full(schema), state_size.fused if state_size else None, kind="data")
-        note = f"plain tables of width {embedding_dim} for the features of the data"
+        note = f"full tables of width {embedding_dim} for the features of the data"
         note += ", whose raw ids were counted" if raw else ""
         return LoadedSource(replace(storage, notes=(note,)), state_size, dense_optimizer, data)
     raise ConfigError(f"{path} is no run folder (no {' or '.join(RUN_FILES)}) and no data folder (no schema.json)")
@@ -124,6 +124,11 @@ def _weights(
         if EXPORT in metadata:
             manifest = parse_manifest(path, metadata[EXPORT])
             return LoadedSource(export_storage(path, manifest, {t.name: t for t in tensors}), None, dense_optimizer)
+        # Of tensors over one memory, safetensors.torch.save_model keeps one and notes the names of the others.
+        by_name = {t.name: t for t in tensors}
+        tensors += [
+            replace(by_name[kept], name=n) for n, kept in metadata.items() if kept in by_name and n not in by_name
+        ]
     else:
         tensors, config = read_torch(path)
     if optimizer is None and isinstance(config.get("embedding_optimizer"), str):
@@ -148,6 +153,8 @@ def _weights_storage(
             continue
         inside = {t.name.removeprefix(prefix): t for t in tensors if t.name.startswith(prefix) and t.name not in taken}
         # Modules inside a collection have a configuration of their own, which is part of the collection's.
+        taken |= {prefix + name for name in optimizer_entries(inside)}
+        inside = {n: t for n, t in inside.items() if prefix + n not in taken}
         own = _of_state(path, stored, inside, prefix, fused)
         if own is None:
             continue
@@ -183,7 +190,7 @@ def _weights_storage(
         )
     if not storages:
         notes.append("no tensor looks like an embedding table by its name; name them with tables=[...] (--tables)")
-    return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
+    return ModelStorage(tuple(list_shared_once(storages)), tuple(rest), tuple(notes))
 
 
 def _is_table(name: str, patterns: Sequence[str] | None) -> bool:
@@ -212,7 +219,7 @@ def _of_state(
 ) -> ModelStorage | None:
     """Tables of a module that stored its configuration; None for other libraries' state and parts of a module."""
     try:
-        identity = json.loads(bytes(stored.read().numpy()))
+        identity = own_json(bytes(stored.read().numpy()))
     except (ValueError, RuntimeError):
         return None
     if not isinstance(identity, dict) or stored.name.removeprefix(prefix) not in inside:
@@ -238,9 +245,11 @@ def _of_state(
     storage = plan_storage(schema, plan, fused, kind="file", at=at, itemsize=itemsize)
     storages = _with_indexes(storage.tables, plan, schema, inside, index, at)
     if index == "kernel.index.":
-        # A drop-in shares no arrays in a file.
+        # Drop-ins that share a table hold the same bytes, by which the table is known to be one.
         (only,) = (e for e in storages if e.kind != "shared")
-        arrays = [a for e in storages for a in e.arrays]
+        arrays = [
+            replace(a, parameter=inside[a.name].key) if a.name in inside else a for e in storages for a in e.arrays
+        ]
         storages = [replace(only, name=at or "embedding", arrays=tuple(arrays), shared=(), paths=(prefix.rstrip("."),))]
     return ModelStorage(tuple(storages))
 
@@ -251,9 +260,9 @@ def _with_indexes(
     """Entries whose lookups read the file's own index buffers."""
     programs = plan.gathered(schema)
     store = IndexStore([p.indexes for p in programs.values()])
-    for name, buffer in store.named_buffers():
-        if buffer.numel() and f"{index}{name}" in inside:
-            buffer.copy_(inside[f"{index}{name}"].read())
+    for name, held in store.arrays.held.items():
+        if held.numel() and f"{index}{name}" in inside:
+            held.copy_(inside[f"{index}{name}"].read())
     places = {f"{at}{name}": i for i, name in enumerate(programs)}
     return [
         replace(e, lookup_keys=row_keys(e.program, store, places[e.name])) if e.program and e.name in places else e

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, count
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,15 +11,16 @@ from torch.nn.parameter import is_lazy
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.program import LookupProgram, Table
-from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.discover import FoundTable, bare_tables, find_tables, unwrapped
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
 from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
 from recsys_embed.report.memory.collisions import row_keys
-from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, spec_of, storage_of
+from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, list_shared_once, spec_of, storage_of
 
 
 def module_storage(model: nn.Module) -> ModelStorage:
@@ -29,6 +28,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
     storages: list[TableStorage] = []
     drop_ins: list[TableStorage] = []
     seen: set[int] = set()
+    model = unwrapped(model)
     tables = find_tables(model)
     for table in tables:
         if table.kind == "collection":
@@ -40,7 +40,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
             drop_ins.append(_storage_of_drop_in(cast("CompressedEmbedding", table.module), table))
         else:
             storages.append(_storage_of_plain(table))
-    storages += _unshared(drop_ins)
+    storages += list_shared_once(drop_ins)
     counted = {_key(t) for table in tables for m in table.modules for t in _tensors(m)}
     rest, lazy = _rest(model, counted)
     notes = [f"{len(lazy)} parameters have no shape yet and are not counted: {', '.join(lazy[:4])}"] if lazy else []
@@ -49,6 +49,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
             notes.append(f"{table.name} is also {', '.join(table.tied)}: one tensor, counted once, as a table")
     if not tables:
         notes.append("no embedding table was found in the model")
+    notes += map(str, bare_tables(model))
     return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
 
 
@@ -80,8 +81,10 @@ def _storage_of_plain(table: FoundTable) -> TableStorage:
 def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
     """A drop-in's stored arrays, from its parameters and persistent buffers."""
     tables = {t.name: t for t in module.program.tables}
+    table_of = {module.parameter_name(name): name for name in tables}
     arrays = []
-    for name, p in module.named_parameters():
+    for key, p in module.named_parameters():
+        name = table_of.get(key, key)
         table = tables.get(name)
         dense = table is None or table.dense
         rows, width = (p.shape[0], p.numel() // p.shape[0]) if p.dim() >= 2 else (1, p.numel())
@@ -115,33 +118,11 @@ def _served(name: str, stored: Stored, offset: int, reads: int) -> list[ArraySto
     raise ConfigError(f"an export stores no table at row {offset} for {name!r}")
 
 
-def _unshared(storages: Sequence[TableStorage]) -> list[TableStorage]:
-    """Storage of drop-ins, with arrays that several of them hold listed separately."""
-    holders = Counter(a.parameter for e in storages for a in e.arrays if a.parameter is not None)
-    shared, names = SharedArrays("compressed"), {}
-    taken = {e.name for e in storages}
-    out, updates = [], {}
-    for e in storages:
-        mine = []
-        for a in e.arrays:
-            if holders[a.parameter] < 2:
-                continue
-            if a.parameter not in names:
-                options = chain([a.name], (f"{a.name}_{n}" for n in count(2)))
-                names[a.parameter] = next(n for n in options if n not in taken)
-                taken.add(names[a.parameter])
-            mine.append(names[a.parameter])
-            shared.put(e.name, names[a.parameter], [a])
-            updates[names[a.parameter]] = e.update
-        own = tuple(a for a in e.arrays if holders[a.parameter] < 2)
-        out.append(replace(e, arrays=own, shared=tuple(mine)))
-    return out + [replace(e, update=updates[e.name]) for e in shared.storages("")]
-
-
 def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Buffers that a state dict holds."""
+    """Buffers and index arrays that a state dict holds."""
     for path, part in module.named_modules():
-        for name, b in part._buffers.items():
+        held = part.arrays.held if isinstance(part, IndexStore) else {}
+        for name, b in [*part._buffers.items(), *held.items()]:
             if b is not None and name not in part._non_persistent_buffers_set:
                 yield (f"{path}.{name}" if path else name), b
 
@@ -187,8 +168,14 @@ def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[Fo
         place = list(bundle.programs).index(spec.name)
         storage = storage_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
         lookup_keys = row_keys(program, bundle.kernel.index, place)
-        storages.append(replace(storage, update=update, fused=fused, paths=found.paths, lookup_keys=lookup_keys))
-    return storages + [replace(e, update=update, fused=fused) for e in shared.storages(at)]
+        storages.append(replace(storage, paths=found.paths, lookup_keys=lookup_keys))
+    # A shared table is that of the features that read it.
+    at_step = fused is not None and not collection.steps_in_backward
+    gathered = {found.name for found in tables if found.table in bundle.programs}
+    return [
+        replace(e, update=update, fused=fused, at_step=at_step) if e.name in gathered or e.kind == "shared" else e
+        for e in [*storages, *shared.storages(at)]
+    ]
 
 
 def _held(

@@ -153,13 +153,13 @@ def _stacks(report: ReportValues) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """How much of the plain tables every method can keep under a budget.
+    """How much of the full tables every method can keep under a budget.
 
     Args:
-        methods: per method, points of falling size: share of the plain tables' numbers kept, deployed bytes by
+        methods: per method, points of falling size: share of the full tables' numbers kept, deployed bytes by
             precision, bytes of training.
         low: smallest budget of the slider.
-        high: largest: the plain tables to train.
+        high: largest: the full tables to train.
         plain: deployed bytes of the plain float32 tables.
         now: deployed bytes as they are.
         start: where the slider stands at first.
@@ -191,7 +191,7 @@ class WhatIf:
         return cls(methods, low, high, report.plain, report.total("serve"), start)
 
     def kept(self, method: str, column: str, budget: float) -> float | None:
-        """Share of the plain tables' numbers that fits, between two points in proportion of logarithms; None: none."""
+        """Share of the full tables' numbers that fits, between two points in proportion of logarithms; None: none."""
         points = self.methods[method]
         above = None
         for p in points:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 from recsys_embed.core.method_config import MethodConfig
@@ -96,6 +98,29 @@ class SharedArrays:
             )
             for name, arrays in self.arrays.items()
         ]
+
+
+def list_shared_once(storages: Sequence[TableStorage]) -> list[TableStorage]:
+    """Storage of drop-ins, with arrays that several of them hold listed separately."""
+    holders = Counter(a.parameter for e in storages for a in e.arrays if a.parameter is not None)
+    shared, names = SharedArrays("compressed"), {}
+    taken = {e.name for e in storages}
+    out, updates = [], {}
+    for e in storages:
+        mine = []
+        for a in e.arrays:
+            if holders[a.parameter] < 2:
+                continue
+            if a.parameter not in names:
+                options = chain([a.name], (f"{a.name}_{n}" for n in count(2)))
+                names[a.parameter] = next(n for n in options if n not in taken)
+                taken.add(names[a.parameter])
+            mine.append(names[a.parameter])
+            shared.put(e.name, names[a.parameter], [a])
+            updates[names[a.parameter]] = e.update
+        own = tuple(a for a in e.arrays if holders[a.parameter] < 2)
+        out.append(replace(e, arrays=own, shared=tuple(mine)))
+    return out + [replace(e, update=updates[e.name]) for e in shared.storages("")]
 
 
 def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> ArrayStorage:

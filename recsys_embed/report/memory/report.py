@@ -53,8 +53,8 @@ def memory_report(
 
     Args:
         source: any ``nn.Module`` (also on the meta device); a :class:`Plan` (with ``schema``); a :class:`Schema`, whose
-            tables are plain; or a path: a run folder, a checkpoint or state dict (``.pt``), a ``.safetensors`` file,
-            a data folder (plain tables of width ``embedding_dim``).
+            tables are full; or a path: a run folder, a checkpoint or state dict (``.pt``), a ``.safetensors`` file,
+            a data folder (full tables of width ``embedding_dim``).
         optimizer: ``"adam"``, ``"rowwise_adagrad"``, ...; a fused optimizer; or a torch optimizer (class or instance).
             Names mean torch's where tables have a ``.grad`` and this library's fused ones for plans and schemas.
             Tables that a collection updates itself keep its optimizer. None: that of the source, else not counted.
@@ -222,7 +222,7 @@ def _optimizer_notes(tables: Sequence[TableReport], rest: RestOfModel, settings:
 
 def _stats_of(storage: TableStorage, stats: FieldStats) -> TableStats:
     if storage.program is None:
-        # In a dense table every id has a row of its own.
+        # In a full table every id has a row of its own.
         none = Collisions(0.0, 0.0, 0.0)
         return TableStats(stats, none, None if stats.ids is None else none)
     if storage.lookup_keys is None:

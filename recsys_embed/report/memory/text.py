@@ -17,7 +17,7 @@ SHOWN: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 GRADIENTS = {
     "dense": "dense: one number per weight",
     "sparse": "sparse: one row per id read",
-    "fused": "fused: none is stored",
+    "fused": "fused: none in backward, rows at step()",
     "frozen": "frozen: none",
 }
 
@@ -174,7 +174,7 @@ def _alternatives(report: ReportValues) -> Grid:
         else:
             name = f"{a.method}{' *' if a.missed or a.unfit else ''}"
         rows.append((name, *(format_bytes(a.serve[p]) for p in SHOWN), format_bytes(a.train)))
-    title = f"What it would cost: every table at 1/{report.settings.ratio:g} of its plain bytes"
+    title = f"What it would cost: every table at 1/{report.settings.ratio:g} of its full bytes"
     if any(row[0].endswith(" *") for row in rows):
         title += " (* some tables need more)"
     return Grid(("method", *SHOWN, "training"), tuple(rows), 1, title)

@@ -21,7 +21,7 @@ from recsys_embed.search.studies.settings import StudySettings
 from recsys_embed.search.studies.space import LEAST_SHARE, StudySpace, read_budget, study_methods
 from recsys_embed.search.studies.trial import without_test
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.inputs import check_data, fingerprint, schema_of
+from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
 from recsys_embed.train.plans import linear_share, plans_for
 
 
@@ -42,6 +42,7 @@ class StudyDefinition:
         check_data(data, config, "a study")
         if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
+        check_rows(data)
         need_validation(data)
         self.full_config, self.data, self.settings = config, without_test(data), settings
         schema = schema_of(data, config)
@@ -104,10 +105,15 @@ class StudyDefinition:
     def _planner_points(self) -> Iterator[dict[str, Any]]:
         stats = self.data if hasattr(self.data, "counts") else None
         for text, budget in self.space.budgets.items():
-            equal = get_model(self.full_config.model).needs_equal_widths
+            model = get_model(self.full_config.model)
             try:
                 found = plan_for_budget(
-                    self.schema, budget, stats=stats, methods=list(self.space.methods), needs_equal_widths=equal
+                    self.schema,
+                    budget,
+                    stats=stats,
+                    methods=list(self.space.methods),
+                    needs_equal_widths=model.needs_equal_widths,
+                    network=None if model.uses_network else False,
                 )
             except BudgetError:
                 continue

@@ -21,7 +21,7 @@ class StudySettings(Settings):
 
     Args:
         trials: of the study, over all workers.
-        budgets: texts, ``"5%"`` of the plain tables or ``"4MiB"``.
+        budgets: texts, ``"5%"`` of the full tables or ``"4MiB"``.
         methods: keys to choose from; empty: all that a budget sizes.
         groups: of fields, at most, by number of ids.
         widths: of rows, for methods that take one; empty: a quarter, half and all of the vectors' width.

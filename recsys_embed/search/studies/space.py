@@ -166,7 +166,7 @@ class StudySpace:
         return cls.plan(tuple(specs), size, plain, **_width(cls, width))
 
     def _least(self, group: str, method: str, width: int) -> int:
-        """Bytes below which a method cannot store a group; plain tables where they are smaller."""
+        """Bytes below which a method cannot store a group; full tables where they are smaller."""
         cls = get_method(method).config_cls
         return sum(
             min(cls.sized(s, 1, **_width(cls, width)).footprint(s).serve, 4 * s.num_embeddings * s.embedding_dim)
@@ -174,7 +174,7 @@ class StudySpace:
         )
 
     def _bytes(self, budget: int, shares: Mapping[str, float], least: Mapping[str, int]) -> dict[str, int]:
-        """Bytes of each group, by its share; no less than its method needs and no more than its plain tables."""
+        """Bytes of each group, by its share; no less than its method needs and no more than its full tables."""
         whole = {g: sum(4 * s.num_embeddings * s.embedding_dim for s in specs) for g, specs in self.fields.items()}
         found: dict[str, int] = {}
         while len(found) < len(whole):
@@ -229,7 +229,7 @@ _NAMES: dict[int, tuple[str, ...]] = {
 
 
 def read_budget(text: str, full_bytes: int) -> int:
-    """Bytes of ``"5%"`` of the plain tables, or of ``"4MiB"``.
+    """Bytes of ``"5%"`` of the full tables, or of ``"4MiB"``.
 
     Raises:
         ConfigError: neither.

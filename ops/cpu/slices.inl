@@ -1,6 +1,7 @@
-// Gradients to runs of elements, which overlap. Part of kernels.inl.
+// Gradients of slices: lookups that read several consecutive elements of an array. Slices overlap. Part of kernels.inl.
 
-// Entries into buckets, in order of occurrence: `count(add)` and `place(put)` walk the same entries of one thread.
+// Sorts entries into buckets and keeps their order. `walk` is called twice with the same entries: to count, then to
+// place.
 template <class Entry>
 struct Buckets {
   i64 number, total;
@@ -38,7 +39,7 @@ struct Buckets {
     });
   }
 
-  // fn(bucket, memory of the thread) for every bucket, whoever is free takes the next few.
+  // Calls fn(bucket, memory of the thread) for every bucket; a free thread takes the next four.
   template <class Memory, class F>
   void each(i64 threads, F&& fn) {
     i64 next = 0;
@@ -61,7 +62,7 @@ struct ElementMemory {
   std::vector<u64> touched;
 };
 
-// Runs overlap, so they are cut where ranges of the array end, and each range is summed element by element.
+// Slices overlap, so they are cut at the ends of fixed ranges of the array, and each range is summed by one thread.
 static void update_elements(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u,
                             float* table, Scratch& scratch) {
   const i64 lookups = count_lookups(sources);
@@ -101,10 +102,13 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
     if (u.rule.number == SPARSE_GRADIENT)
       for (u64 word : memory.touched) known += bits_set(word);
     i64 place = u.rule.number == SPARSE_GRADIENT ? claim(u, known) : 0;
-    for (i64 word = 0; word < range / 64; word++)
+    for (i64 word = 0, count = 0; word < range / 64; word++, place += count, count = 0) {
+      Summed rows[64];
       for (u64 bits = memory.touched[word]; bits; bits &= bits - 1) {
         const i64 k = word * 64 + __builtin_ctzll(bits);
-        update_row<1>(u, table, first + k, place++, memory.sum.data() + k, 1);
+        rows[count++] = {first + k, memory.sum.data() + k};
       }
+      update_rows<1>(u, table, rows, count, place, 1);
+    }
   });
 }

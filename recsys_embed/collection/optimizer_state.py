@@ -1,0 +1,150 @@
+"""The saved state of a fused optimizer: checks of what is loaded, and its place in a module's state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys_embed.errors import CheckpointError, raise_faults
+from recsys_embed.optim import is_rate
+from recsys_embed.utils.types import JSON
+
+STEPS = "steps"
+"""Ends the key of a storage's number of steps in a state dict."""
+ELSEWHERE = -1
+"""Number of steps of tables whose state is saved in another dict."""
+_weights_alone: ContextVar[bool] = ContextVar("weights_alone", default=False)
+
+
+@contextmanager
+def weights_alone() -> Iterator[None]:
+    """State dicts taken and loaded here hold no optimizer state: for weights that are served, or kept as the best.
+
+    >>> from recsys_embed import EmbeddingCollection, FeatureSpec, RowwiseAdagrad, Schema
+    >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=RowwiseAdagrad())
+    >>> with weights_alone():
+    ...     sorted(coll.state_dict())
+    ['_extra_state', 'width4']
+    """
+    token = _weights_alone.set(True)
+    try:
+        yield
+    finally:
+        _weights_alone.reset(token)
+
+
+def weights_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """A model's ``state_dict`` without the state of fused optimizers."""
+    with weights_alone():
+        return model.state_dict(keep_vars=keep_vars)
+
+
+def without_state() -> bool:
+    """Whether state dicts are to hold weights alone."""
+    return _weights_alone.get()
+
+
+def optimizer_entries(names: Iterable[str]) -> list[str]:
+    """Names among those of a collection's state dict, without its prefix, that are of optimizer state."""
+    names = list(names)
+    storages = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
+    return [n for n in names if "." not in n and n.startswith(storages)] if storages else []
+
+
+def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str, ...]) -> None:
+    """Drop the entries of optimizer state, which tables without a fused optimizer do not have."""
+    starts = tuple(f"{prefix}{storage}_" for storage in storages)
+    for key in [k for k in state_dict if k.startswith(starts) and "." not in k[len(prefix) :]]:
+        del state_dict[key]
+
+
+def take_state(
+    state_dict: dict[str, object],
+    prefix: str,
+    wanted: Mapping[str, Tensor],
+    storages: tuple[str, ...],
+    version: int | None,
+    missing: list[str],
+) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    """Optimizer state in a state dict, whose entries are dropped from it; None where it is not whole.
+
+    Steps of ``ELSEWHERE`` say that the state is in a dict of its own; then there are no tensors.
+
+    Args:
+        wanted: the tensors of the state by name.
+        version: of the module that wrote it; the first did not save the state.
+        missing: gets the keys that are not there, which makes a strict load fail.
+    """
+    found: dict[str, Tensor] = {}
+    lacking: list[str] = []
+    for name, have in wanted.items():
+        value = state_dict.pop(prefix + name, None)
+        if isinstance(value, Tensor) and value.shape == have.shape:
+            found[name] = value
+        else:
+            lacking.append(prefix + name)
+    steps: dict[str, int] = {}
+    for storage in storages:
+        key = f"{prefix}{storage}_{STEPS}"
+        value = state_dict.pop(key, None)
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and int(value) >= ELSEWHERE:
+            steps[storage] = int(value)
+        else:
+            lacking.append(key)
+    # What another rule saved is nobody's.
+    forget_state(state_dict, prefix, storages)
+    if not lacking:
+        return found, steps
+    if steps and all(n == ELSEWHERE for n in steps.values()):
+        return {}, steps
+    if without_state():
+        return None
+    if version is None or version < 2:
+        # Earlier versions saved it apart.
+        return {}, dict.fromkeys(storages, ELSEWHERE)
+    missing.extend(lacking)
+    return None
+
+
+def check_state(saved: JSON, rule: str, have: Mapping[str, Tensor], storages: tuple[str, ...]) -> None:
+    """Check that what ``optimizer_state_dict()`` returned fits some tables.
+
+    Args:
+        rule: of the tables.
+        have: the tensors of the state by name.
+
+    Raises:
+        CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
+    """
+    parts = saved if isinstance(saved, Mapping) else {}
+    kinds: dict[str, type | tuple[type, ...]] = {"rule": str, "lr": (int, float), "steps": Mapping, "state": Mapping}
+    wrong = [k for k, kind in kinds.items() if not isinstance(parts.get(k), kind)]
+    if wrong or not is_rate(saved["lr"]) or not all(isinstance(n, int) for n in saved["steps"].values()):
+        raise CheckpointError(f"an optimizer state is what optimizer_state_dict() returns; got {saved!r:.80}")
+    if saved["rule"] != rule:
+        raise CheckpointError(f"optimizer state is of {saved['rule']}; this collection uses {rule}")
+    state = saved["state"]
+    wrong = [f"{k} is missing" for k in sorted(have.keys() - state.keys())]
+    wrong += [f"{k} belongs to no table" for k in sorted(state.keys() - have.keys())]
+    for k in sorted(have.keys() & state.keys()):
+        shape = getattr(state[k], "shape", None)
+        if shape != have[k].shape:
+            wrong.append(f"{k} has shape {None if shape is None else tuple(shape)}, not {tuple(have[k].shape)}")
+    if saved["steps"].keys() != set(storages):
+        wrong.append(f"it counts steps of {sorted(saved['steps'])}, not of {sorted(storages)}")
+    raise_faults(
+        wrong,
+        "an optimizer state that does not fit the tables; where an earlier version saved it, which kept tables "
+        "behind networks or pooled combinations apart, load the weights alone and start the optimizer anew",
+        CheckpointError,
+    )
+
+
+def state_entries(state: Mapping[str, Tensor], steps: Mapping[str, int]) -> dict[str, Tensor]:
+    """Entries of a state dict."""
+    return {**state, **{f"{storage}_{STEPS}": torch.tensor(n) for storage, n in steps.items()}}

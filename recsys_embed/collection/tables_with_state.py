@@ -1,0 +1,367 @@
+"""The parameters and the optimizer state of tables: deferred steps, state dicts, and the optimizer's own state dict."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from collections.abc import Callable, ItemsView, Mapping, Sequence
+from dataclasses import replace
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module
+
+from recsys_embed.collection.optimizer_state import (
+    ELSEWHERE,
+    check_state,
+    forget_state,
+    state_entries,
+    take_state,
+    without_state,
+)
+from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.gather_ops import catch_up_all
+from recsys_embed.kernels.native import lookup as native
+from recsys_embed.kernels.native import row_steps
+from recsys_embed.kernels.native.lookup import Ids, NativeLookup
+from recsys_embed.kernels.storage import allocate
+from recsys_embed.optim import FusedOptimizer, is_rate
+from recsys_embed.utils.deprecated import warn_renamed
+from recsys_embed.utils.types import JSON
+
+
+class _Lock:
+    """A reentrant lock; a copy or a pickle of it is a new one, not held."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Lock, ()
+
+
+# Modules of torch that list parameters without reading them.
+_READ_NO_VALUES = ("torch.nn.utils.clip_grad", "torch.nn.modules.module")
+
+
+class _UpToDate(dict[str, nn.Parameter | None]):
+    """The parameters of tables whose rows may have deferred steps, which are applied when something lists them.
+
+    Averages of weights, norms and copies by hand go through ``model.parameters()``, which lists every module's.
+    """
+
+    owner: TablesWithState
+
+    def items(self) -> ItemsView[str, nn.Parameter | None]:  # type: ignore[override]
+        if self.owner._has_missed_steps:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code.co_name in _LISTERS and frame.f_globals is vars(module):
+                frame = frame.f_back
+            if frame is not None and frame.f_globals.get("__name__") not in _READ_NO_VALUES:
+                self.owner.catch_up_()
+        return super().items()
+
+
+_LISTERS = ("_named_members", "named_parameters", "parameters", "<lambda>", "<genexpr>")
+
+
+class TablesWithState(nn.Module):
+    """Storages ``[rows, width]`` as parameters, each with the state of a fused optimizer, or None.
+
+    Args:
+        shapes: of each storage by name.
+        optimizer: None leaves ordinary gradients.
+        backend: ``"native"`` or another.
+    """
+
+    # Of state dicts: from 2 on they hold the state of an optimizer that steps in backward.
+    _version = 2
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        optimizer: FusedOptimizer | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
+        for name, (rows, width) in shapes.items():
+            weight = allocate(rows, width, device, dtype)
+            self.register_parameter(name, nn.Parameter(weight))
+            for key, kind in optimizer.tensors.items() if optimizer else ():
+                number = torch.int32 if kind == "step" else torch.float32
+                state = allocate(rows, width if kind == "element" else 1, device, number)
+                self.register_buffer(f"{name}_{key}", state, persistent=False)
+        self._keys = tuple(optimizer.tensors) if optimizer else ()
+        self._lr = optimizer.lr if optimizer else 0.0
+        self._step_logs = {name: StepLog() for name in self.storages}
+        # Several threads may train at once, and kernels read rows that another thread's step would change.
+        self._lock = _Lock()
+        # Whether backward steps the optimizer, rather than leave that to a torch optimizer; and whether weights were
+        # loaded whose state is in another dict.
+        self._in_backward, self._expects_state = True, False
+        # Whether the user sets `lr`, so that it follows nothing else.
+        self._sets_lr = False
+        if optimizer is not None and optimizer.lazy:
+            listed = _UpToDate(self._parameters)
+            listed.owner = self
+            self.__dict__["_parameters"] = listed
+        self._own_parameters()
+
+    def _own_parameters(self) -> None:
+        """Remember which tensors are this module's, for others may stand in their place while it runs."""
+        self.__dict__["_owned"] = tuple(self._parameters.get(name) for name in self.storages)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
+        kept = self._all_states()
+        super()._apply(fn, recurse)
+        self._own_parameters()
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
+        return self
+
+    def _weights(self) -> list[Tensor]:
+        """The storages."""
+        held = self._parameters  # as attributes torch finds them last of all, ten times slower
+        return [held[name] if name in held else getattr(self, name) for name in self.storages]  # type: ignore[misc]
+
+    def _weight(self, storage: str) -> Tensor:
+        weight: Tensor = getattr(self, storage)
+        return weight.detach() if self._constant else weight
+
+    @property
+    def _owns_its_tables(self) -> bool:
+        """Whether the tables are this module's, rather than tensors that stand in their place while it runs."""
+        return all(map(operator.is_, self._weights(), self.__dict__["_owned"]))
+
+    def _states(self) -> list[tuple[str, str]]:
+        return [(name, key) for name in self.storages for key in self._keys]
+
+    def _all_states(self) -> dict[str, Tensor]:
+        return {f"{name}_{key}": getattr(self, f"{name}_{key}") for name, key in self._states()}
+
+    def _state(self, storage: str) -> dict[str, Tensor]:
+        return {key: getattr(self, f"{storage}_{key}") for key in self._keys}
+
+    def _reset_steps(self) -> None:
+        """Reset the optimizer state to that before the first step."""
+        for name, key in self._states():
+            if self.optimizer is not None:
+                state, weight = getattr(self, f"{name}_{key}"), getattr(self, name)
+                if state.device != weight.device:
+                    # Weights were assigned to a module built on the meta device.
+                    state = torch.empty_like(state, device=weight.device)
+                    setattr(self, f"{name}_{key}", state)
+                self.optimizer.reset_state_(key, state, weight.detach())
+        self._step_logs = {name: StepLog() for name in self.storages}
+        self._expects_state = False
+
+    @property
+    def _all_step_logs(self) -> list[StepLog]:
+        return [self._step_logs[name] for name in self.storages]
+
+    def _by_storage(self, states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        count = len(self._keys)
+        return [dict(zip(self._keys, states[i * count :], strict=False)) for i in range(len(self.storages))]
+
+    # -- deferred steps -------------------------------------------------------------------------------------------
+
+    @property
+    def _has_missed_steps(self) -> bool:
+        """Whether rows may have missed steps."""
+        return self.optimizer is not None and self.optimizer.lazy and any(p.rates for p in self._all_step_logs)
+
+    @torch.no_grad()
+    def _catch_up_native(self, lookup: NativeLookup, ids: Ids) -> None:
+        """Apply the steps missed by the rows that ids read."""
+        if self._has_missed_steps:
+            states = list(self._all_states().values())
+            self.catch_up_native(lookup, ids, self._weights(), states)
+
+    @torch.no_grad()
+    def catch_up_native(
+        self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> None:
+        """Apply the steps missed by the rows of ``tables`` that ids read, in place."""
+        if self._has_missed_steps and self.optimizer is not None:
+            with self._lock:
+                lookup.catch_up(ids, tables, self.optimizer, self._by_storage(states), self._all_step_logs)
+
+    @torch.no_grad()
+    def _catch_up_rows(self, storage: str, rows: Tensor | None = None) -> None:
+        """Apply missed steps to rows of a storage with torch's operations; -1 is no row, by default all rows."""
+        self._replay(storage, rows, getattr(self, storage), self._state(storage))
+
+    def _replay(self, storage: str, rows: Tensor | None, table: Tensor, state: dict[str, Tensor]) -> None:
+        if self._has_missed_steps and self.optimizer is not None:
+            rows = None if rows is None else rows[rows >= 0].unique()
+            with self._lock:
+                log = self._step_logs[storage]
+                catch_up(self.optimizer, table, state, rows, log, log.step)
+
+    @torch.no_grad()
+    def catch_up_(self) -> Self:
+        """Apply all deferred steps; does nothing unless the optimizer has ``rows="all"``.
+
+        A step updates the rows of its batch and is deferred for the others. A row catches up when it is next read,
+        and all rows do before they are evaluated, saved, served or returned by ``table``. Call this before you read
+        the parameters directly.
+
+        >>> from recsys_embed import Adam, EmbeddingCollection, FeatureSpec, Schema
+        >>> coll = EmbeddingCollection(Schema([FeatureSpec("C1", 10, 4)]), optimizer=Adam(weight_decay=0.1, rows="all"))
+        >>> coll(torch.tensor([[3]])).sum().backward()
+        >>> before = coll.width4[5].clone()
+        >>> bool((coll.catch_up_().width4[5] != before).all())
+        True
+        """
+        if self._has_missed_steps:
+            self.catch_up_all(self._weights(), list(self._all_states().values()))
+        return self
+
+    @torch.no_grad()
+    def catch_up_all(self, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
+        if self._has_missed_steps and self.optimizer is not None:
+            with self._lock:
+                for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
+                    if self.backend == "native" and native.runs_on(table.detach(), [table]):
+                        row_steps.catch_up(self.optimizer, table, state, log)
+                    else:
+                        catch_up(self.optimizer, table, state, None, log, log.step)
+                    log.clear()
+
+    def settle_(self) -> Self:
+        """The earlier name of :meth:`catch_up_`."""
+        warn_renamed("method of EmbeddingCollection", "settle_", "catch_up_")
+        return self.catch_up_()
+
+    def _catch_up_before_reading(self) -> None:
+        if self.optimizer is None or not self.optimizer.lazy:
+            return
+        if not torch.compiler.is_compiling():
+            self.catch_up_()
+        elif torch.compiler.is_exporting() and self.training:
+            # An exported program knows no optimizer; eval() has applied all steps.
+            raise ConfigError("exported lookups need eval() where the optimizer has rows='all'")
+        elif self.training:
+            with torch.no_grad():
+                catch_up_all(self._weights(), list(self._all_states().values()), self._handle)
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:
+            self.catch_up_()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.catch_up_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.optimizer is None:
+            return
+        if without_state():
+            # As earlier versions did, which saved the state apart.
+            getattr(destination, "_metadata", {}).get(prefix[:-1], {}).pop("version", None)
+        else:
+            # A torch optimizer has the state in a dict of its own.
+            state = self._all_states() if self._in_backward else {}
+            state = {k: t if keep_vars else t.detach() for k, t in state.items()}
+            steps = {name: log.step if self._in_backward else ELSEWHERE for name, log in self._step_logs.items()}
+            destination.update({prefix + k: v for k, v in state_entries(state, steps).items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        # Missed steps belong to the weights that are replaced, not to those that are loaded.
+        self.catch_up_()
+        weights = any(prefix + name in state_dict for name in self.storages)
+        saved = None
+        if self.optimizer is None:
+            forget_state(state_dict, prefix, self.storages)
+        elif weights:
+            # An optimizer of torch brings the state in a dict of its own.
+            lacking = missing if self._in_backward else []
+            version = metadata.get("version") if self._in_backward else 2
+            saved = take_state(state_dict, prefix, self._all_states(), self.storages, version, lacking)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        self._own_parameters()
+        if self.optimizer is not None and weights:
+            self._load_state(saved)
+
+    def _load_state(self, saved: tuple[dict[str, Tensor], dict[str, int]] | None) -> None:
+        """Take over the state of a state dict, or start anew: what there is belongs to other weights."""
+        state, steps = saved if saved is not None else ({}, {})
+        if not steps or ELSEWHERE in steps.values():
+            self._reset_steps()
+            self._expects_state = self._in_backward and ELSEWHERE in steps.values()
+            return
+        with torch.no_grad():
+            for name, value in state.items():
+                have = getattr(self, name)
+                if have.is_meta and not value.is_meta:
+                    setattr(self, name, value.detach().to(have.dtype, copy=True))
+                else:
+                    have.copy_(value)
+        self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
+
+    # -- the optimizer, as users see it ---------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the fused optimizer; set it to follow a schedule.
+
+        Until it is set, tables that step in backward follow the schedule of a torch optimizer that was given them: they
+        scale it by the part of its first rate that the optimizer has now.
+        """
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self.optimizer is None:
+            raise ConfigError("this collection has no fused optimizer; its learning rate is that of your optimizer")
+        if not is_rate(value):
+            raise ConfigError(f"`lr` must be a finite number >= 0; got {value!r}")
+        if not self._in_backward:
+            raise ConfigError("an optimizer of torch steps this collection: set `lr` in its param_groups")
+        self._lr, self._sets_lr = float(value), True
+
+    @property
+    def _rule(self) -> str:
+        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
+        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
+
+    def optimizer_state_dict(self) -> JSON:
+        """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
+        self.catch_up_()
+        return {
+            "rule": self._rule,
+            "lr": self._lr,
+            "steps": {name: log.step for name, log in self._step_logs.items()},
+            "state": {key: state.detach() for key, state in self._all_states().items()},
+        }
+
+    def load_optimizer_state_dict(self, saved: JSON) -> None:
+        """Inverse of :meth:`optimizer_state_dict`.
+
+        Raises:
+            CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
+        """
+        have = self._all_states()
+        check_state(saved, self._rule, have, self.storages)
+        for key, state in have.items():
+            state.copy_(saved["state"][key])
+        self._expects_state = False
+        self._lr, self._step_logs = float(saved["lr"]), {name: StepLog(saved["steps"][name]) for name in self.storages}

@@ -1,0 +1,96 @@
+"""Output layers whose weight is an embedding table, as language models and sequential recommenders tie them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
+from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.recording import refuse_scripting
+
+
+class TiedLinear(nn.Module):
+    """Scores of all ids by the rows of a compressed table: ``nn.Linear`` whose weight a drop-in computes.
+
+    The table is the drop-in's alone: its parameters are in the state dict once, at the drop-in's path. ``weight`` reads
+    as ``[num_embeddings, embedding_dim]``, computed with gradients at each call, and cannot be set.
+
+    >>> import torch, recsys_embed as rse
+    >>> model = nn.ModuleDict({"item": nn.Embedding(500, 8), "scores": nn.Linear(8, 500, bias=False)})
+    >>> model["scores"].weight = model["item"].weight
+    >>> _ = rse.compress_(model, {"item": rse.HashConfig(num_buckets=50)})
+    >>> scores = model["scores"](torch.ones(1, 8))
+    >>> torch.allclose(scores[0], model["item"].weight.sum(1), atol=1e-6), sum(p.numel() for p in model.parameters())
+    (True, 400)
+    """
+
+    # What finding the tables of a model takes these modules for.
+    table_kind: ClassVar[str] = "output_layer"
+    __prepare_scriptable__ = refuse_scripting
+
+    in_features: int
+    out_features: int
+    _table: tuple[CompressedEmbedding]
+
+    @property
+    def table(self) -> CompressedEmbedding:
+        """The drop-in whose rows give the scores."""
+        return self._table[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The plain table, as the drop-in's ``weight``."""
+        return self.table.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scores ``[..., num_embeddings]`` of vectors ``[..., embedding_dim]``."""
+        weight = self.weight
+        if weight.is_meta and not input.is_meta:
+            weight = self._offloaded(input)
+        return F.linear(input, weight, self._parameters.get("bias"))
+
+    def _offloaded(self, input: Tensor) -> Tensor:
+        """All rows of a table without memory, which hooks of the drop-in bring back while it is called."""
+        ids = torch.arange(self.table.num_embeddings, device=input.device)
+        return self.table(ids if self.table.mode is None else ids.unsqueeze(1))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ConfigError(
+                "the weight of this output layer is computed by a compressed embedding, so setting it would change "
+                "nothing; turn the table back into a plain one first: recsys_embed.materialize_(model)"
+            )
+        super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise ConfigError(
+            "DataParallel would score with the table of the first device alone; use DistributedDataParallel"
+        )
+
+    def extra_repr(self) -> str:
+        bias = self._parameters.get("bias") is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, tied"
+
+
+def tied_output(layer: nn.Module, table: nn.Module) -> nn.Module:
+    """An output layer like ``layer`` (hooks, attributes, bias) that scores by ``table``.
+
+    Args:
+        layer: an ``nn.Linear`` or a :class:`TiedLinear`; it stays as it is.
+        table: a drop-in, or an ``nn.Embedding`` or ``nn.EmbeddingBag`` whose weight becomes the layer's.
+    """
+    compressed = isinstance(table, CompressedEmbedding)
+    new: nn.Module = object.__new__(TiedLinear if compressed else nn.Linear)
+    # A RemovableHandle refers to the dictionaries of hooks, so the new layer takes the same objects.
+    vars(new).update({k: v for k, v in vars(layer).items() if k != "_table"})
+    bias = {k: v for k, v in layer._parameters.items() if k != "weight"}
+    if isinstance(table, CompressedEmbedding):
+        new._parameters = bias
+        vars(new)["_table"] = (table,)
+    else:
+        new._parameters = {"weight": table._parameters["weight"], **bias}
+    return new

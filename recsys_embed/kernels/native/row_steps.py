@@ -1,0 +1,122 @@
+"""Optimizer steps as the native kernels read them, and steps of rows whose gradients are known."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from recsys_embed.errors import BackendError, IdRangeError
+from recsys_embed.kernels import pointers
+from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.native.library import Rule, Update, loaded
+from recsys_embed.kernels.pointers import address
+from recsys_embed.optim import FusedOptimizer, rule_name
+
+# Lookups from which on several threads are used.
+WORTH_A_THREAD = 2048
+_DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
+
+
+class _Encoded(NamedTuple):
+    """A rule as the kernels read it, and name and kind of its state's tensors in order."""
+
+    rule: Rule
+    states: tuple[tuple[str, str], ...]
+    curve: array[float]
+
+
+Updates: TypeAlias = "ctypes.Array[Update]"
+"""The step of each storage."""
+
+
+@lru_cache(maxsize=64)
+def _encoded(optimizer: FusedOptimizer) -> _Encoded:
+    number = loaded().rules.index(str(rule_name(optimizer)))
+    kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
+    constants, curve = optimizer.constants, optimizer.curve()
+    rule = Rule(number=number, elements=sum(kind == "element" for kind in kinds.values()))
+    rule.constants[: len(constants)] = constants
+    rule.curve, rule.curve_count = pointers.of_array(curve), len(curve)
+    return _Encoded(rule, tuple(kinds.items()), curve)
+
+
+def updates_of(
+    optimizer: FusedOptimizer,
+    tables: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    step_logs: Sequence[StepLog],
+) -> Updates:
+    """The optimizer step of each storage as the kernels read it; it holds pointers to the arguments."""
+    updates, encoded = (Update * len(tables))(), _encoded(optimizer)
+    for update, table, state, log in zip(updates, tables, states, step_logs, strict=True):
+        update.rule, update.rows, update.decay = encoded.rule, table.shape[0], optimizer.weight_decay
+        update.sizes, update.epsilons = pointers.of_array(log.sizes), pointers.of_array(log.epsilons)
+        update.first, update.step = log.first, log.step
+        (rows, width), held = table.shape, update.rule.state
+        for i, (name, kind) in enumerate(encoded.states):
+            dtype = torch.int32 if kind == "step" else torch.float32
+            held[i] = address(state[name], dtype, rows * width if kind == "element" else rows, f"state {name!r}")
+        if "last" in state:
+            update.last = address(state["last"], torch.int32, rows, "state 'last'")
+    return updates
+
+
+def checked(outcome: int) -> bool:
+    """Whether all ids of a call had rows; raises for other errors of the kernels."""
+    if outcome == _DONE:
+        return True
+    if outcome == _OUT_OF_RANGE:
+        return False
+    if outcome == _TOO_LARGE:
+        raise BackendError(
+            "the outputs of one step have more elements than the kernels can number (2**31, fewer with many widths); "
+            "use smaller batches, or backend 'torch'"
+        )
+    raise MemoryError("no memory for the gradients of a step")
+
+
+def update_rows(
+    optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], rows: Tensor, values: Tensor, log: StepLog
+) -> None:
+    """One step of distinct rows of a storage, in place.
+
+    Args:
+        rows: int64 ``[n]``.
+        values: float32 ``[n, width]``, their gradients.
+        log: advanced to this step.
+
+    Raises:
+        IdRangeError: a row lies beyond the storage; nothing has changed.
+    """
+    rows, values, updates = rows.contiguous(), values.contiguous(), updates_of(optimizer, [table], [state], [log])
+    count, width = rows.numel(), table.shape[1]
+    threads = torch.get_num_threads() if rows.numel() >= WORTH_A_THREAD else 1
+    if not checked(
+        loaded().handle.rse_update_rows(
+            pointers.of_record(updates),
+            address(table, torch.float32, table.shape[0] * width, "the table"),
+            width,
+            address(rows, torch.int64, count, "rows of a gradient"),
+            address(values, torch.float32, count * width, "a gradient"),
+            count,
+            threads,
+        )
+    ):
+        raise IdRangeError(f"a gradient's rows must be in [0, {table.shape[0]}), the rows of its table")
+    increment_version([table, *state.values()])
+
+
+def catch_up(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog) -> None:
+    """Apply the deferred steps of all rows of a storage, in place."""
+    updates = updates_of(optimizer, [table], [state], [log])
+    threads = torch.get_num_threads()
+    at = address(table, torch.float32, table.numel(), "the table")
+    checked(loaded().handle.rse_catch_up(pointers.of_record(updates), at, table.shape[1], threads))
+    increment_version([table, *state.values()])

@@ -1,0 +1,151 @@
+"""How often ids occur, as a plan needs it: curves to plan by, and the frequent ids, which the plan keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from recsys_embed.core.id_sets import IdSet, set_text
+from recsys_embed.core.index import IndexArrays
+from recsys_embed.errors import raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.plan import Plan
+from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.planning.statistics import CountsByFeature, FeatureStatistics, is_counted, read_statistics
+from recsys_embed.typing import Statistics
+
+ASSUMED_EXPONENT = 0.7
+ASSUMED_LOOKUPS = 5000.0
+"""Zipf exponent, and lookups per id of the largest feature, assumed where nothing was counted.
+
+Most data are steeper and hold less, so what sharing costs is guessed on the high side: 38 to 42 % for the unified table
+of a twentieth, where SASRec lost 35 to 38 % of its hit rate on MovieLens-100K.
+"""
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Frequencies of all features of a schema.
+
+    Args:
+        curves: by feature.
+        source: where they came from, in words.
+        known: features that were counted.
+        unordered: by feature, why nothing says which of its ids are frequent; others have counts per id, or ids
+            numbered by falling frequency.
+    """
+
+    curves: Mapping[str, FrequencyCurve]
+    source: str
+    known: frozenset[str]
+    unordered: Mapping[str, str]
+
+    @classmethod
+    def of(cls, schema: Schema, stats: Statistics | None) -> Frequencies:
+        """Of statistics, assumed where there are none.
+
+        Raises:
+            ConfigError: statistics of no feature of the schema, or of more ids than it has; all faults at once.
+        """
+        given, counted = {}, set()
+        faults = []
+        for name, found in () if stats is None else read_statistics(stats):
+            try:
+                given[name] = found.curve()
+            except (TypeError, ValueError) as e:  # ConfigError is a ValueError
+                faults.append(f"{e} (feature {name!r})")
+            if _has_counts(found):
+                counted.add(name)
+        raise_faults(faults, "statistics")
+        names = schema.names
+        faults = [
+            str(unknown_name("feature in the statistics", n, names)) for n in sorted(set(given) - set(names), key=str)
+        ]
+        for spec in schema:
+            curve = given.get(spec.name)
+            if curve is not None and spec.ids == "index" and curve.n > spec.num_embeddings:
+                faults.append(
+                    f"statistics of {curve.n} ids for {spec.num_embeddings} embeddings (feature {spec.name!r})"
+                )
+        raise_faults(faults, "plan_for_budget, `stats`")
+        # A sample looks up one id of every feature, so all features have as many lookups as the largest needs.
+        lookups = ASSUMED_LOOKUPS * max(s.num_embeddings for s in schema)
+        made: dict[int, FrequencyCurve] = {}
+        curves, unordered = {}, {}
+        for spec in schema:
+            n = spec.num_embeddings
+            if spec.name not in given:
+                unordered[spec.name] = "it needs id frequencies, and no statistics were given"
+                curves[spec.name] = made.setdefault(n, FrequencyCurve.zipf(n, ASSUMED_EXPONENT, lookups))
+                continue
+            curves[spec.name] = given[spec.name]
+            if spec.name not in counted and not given[spec.name].ranked:
+                unordered[spec.name] = (
+                    "it needs to know which ids are frequent, and the statistics are a curve without ids; give counts"
+                )
+        missing = [s.name for s in schema if s.name not in given]
+        assumed = f"a guess, Zipf curves of exponent {ASSUMED_EXPONENT:g} assumed"
+        source = assumed if not given else "counted" if not missing else f"counted; {assumed} for {', '.join(missing)}"
+        return cls(curves, source, frozenset(given), unordered)
+
+
+def _has_counts(found: FeatureStatistics) -> bool:
+    return found.given is not None and not isinstance(getattr(found.given, "curve", found.given), FrequencyCurve)
+
+
+def with_frequent_ids(plan: Plan, schema: Schema, stats: Statistics | None) -> Plan:
+    """The plan with the ids that its lookups treat as frequent, by counts of these.
+
+    What holds them is written with the plan, so that whoever follows it needs no counts. Features without counts, those
+    whose ids are numbered by falling frequency, and indexes that the plan fills already stay as they are.
+
+    >>> from recsys_embed import FeatureSpec
+    >>> schema = Schema([FeatureSpec("C1", 1000, 8)])
+    >>> plan = Plan.uniform(schema, "freqcut", num_frequent=2, order="counts")
+    >>> with_frequent_ids(plan, schema, {"C1": torch.arange(1000)}).members(schema["C1"])
+    {'kept': tensor([998, 999])}
+    """
+    sets = {name: dict(texts) for name, texts in plan.sets.items()}
+    arrays: dict[str, dict[str, Tensor]] = {}
+    by_name: Any = None
+    for spec in schema:
+        done = {*sets.get(spec.name, ()), *(() if plan.arrays is None else plan.arrays.layout.get(spec.name, ()))}
+        indexes = [i for i in plan[spec.name].program(spec).indexes if i.by_frequency and i.arrays]
+        if stats is None or spec.ids == "raw" or not indexes or done:
+            continue
+        by_name = _by_name(stats) if by_name is None else by_name
+        counts = _counts(spec, by_name.get(spec.name))
+        if counts is None:
+            continue
+        order = torch.argsort(counts, descending=True, stable=True)
+        for index in indexes:
+            held = index.value(0, IndexArrays(index.ranked(order)))
+            if isinstance(index, IdSet):
+                sets.setdefault(spec.name, {})[index.name] = set_text(held, index.size)
+            else:
+                arrays.setdefault(spec.name, {})[index.name] = held
+    plan = replace(plan, sets=sets)
+    return plan.with_arrays(arrays) if arrays and plan.arrays is None else plan
+
+
+def _by_name(stats: Statistics) -> Mapping[str, Any]:
+    if is_counted(stats):
+        return CountsByFeature(stats)
+    return stats if isinstance(stats, Mapping) else {}
+
+
+def _counts(spec: FeatureSpec, given: Any) -> Tensor | None:
+    """Counts per stored id; None where only a curve is known. Ids that were not counted rank last."""
+    if given is None or not _has_counts(FeatureStatistics(given)):
+        return None
+    if isinstance(given, tuple) and len(given) == 2 and given[0] is None:
+        given = given[1]
+    elif isinstance(given, tuple) and len(given) == 2:
+        ids, counts = (torch.as_tensor(part).detach().cpu() for part in given)
+        return torch.zeros(spec.num_ids, dtype=torch.float64).index_add_(0, ids.long(), counts.double())
+    counts = torch.as_tensor(cast("Any", given)).detach().cpu()
+    return torch.nn.functional.pad(counts, (0, spec.num_ids - len(counts)))
