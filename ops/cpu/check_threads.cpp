@@ -105,7 +105,7 @@ std::vector<float> train(i64 threads, i64 rule, bool bags, bool lazy) {
     prepare(step);
     if (rse_backward(&c, updates, 0) != DONE) std::abort();
     if (lazy && step == 3)
-      for (int s = 0; s < 2; s++) rse_catch_up(&updates[s], storages[s], widths[s], threads);
+      for (int s = 0; s < 2; s++) rse_catch_up(&updates[s], storages[s], widths[s], threads, nullptr, 0);
   }
   for (int s = 0; s < 2; s++) {
     found.insert(found.end(), tables[s].begin(), tables[s].end());

@@ -123,17 +123,17 @@ struct Variant {
   const char* name;
   bool (*look_up)(const Call&, i64, i64);
   int (*backward)(const Call&, const Update*, bool, Scratch&);
-  void (*catch_up_all)(const Update&, float*, i64, i64);
+  bool (*catch_up_rows)(const Update&, float*, i64, i64, const i64*, i64);
   bool (*update_listed_rows)(const Update&, float*, i64, const i64*, const float*, i64, i64);
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::catch_up_all, plain::update_listed_rows, plain::mask, plain::mask_backward},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_all, avx2::update_listed_rows, avx2::mask, avx2::mask_backward},
-    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_all, avx512::update_listed_rows, avx512::mask, avx512::mask_backward},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward},
 #endif
 };
 
@@ -220,10 +220,9 @@ RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try
   return NO_MEMORY;
 }
 
-// Applies all deferred steps of a storage [update->rows, width].
-RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 threads) try {
-  active->catch_up_all(*update, table, width, threads);
-  return DONE;
+// Applies all deferred steps of `count` distinct rows of a storage [update->rows, width]; of all where `rows` is null.
+RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 threads, const i64* rows, i64 count) try {
+  return active->catch_up_rows(*update, table, width, threads, rows, count) ? DONE : OUT_OF_RANGE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
 }

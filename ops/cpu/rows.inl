@@ -209,10 +209,10 @@ static void catch_up_sorted(const Update& u, float* table, i64 w, const Bases&, 
   }
 }
 
-// Applies the deferred steps of rows [from, to) of a storage.
+// Applies the deferred steps of rows[from, to) of a storage; where no rows are listed, of [from, to).
 template <int W>
-static void catch_up_range(const Update& u, float* table, i64 w, i64 from, i64 to) {
-  for (i64 row = from; row < to; row++) catch_up<W>(u, table, row, u.step, w);
+static void catch_up_listed(const Update& u, float* table, i64 w, const i64* rows, i64 from, i64 to) {
+  for (i64 i = from; i < to; i++) catch_up<W>(u, table, rows ? rows[i] : i, u.step, w);
 }
 
 // Steps of listed rows, which are distinct: the gradient of rows[i] is values + i * width.
@@ -242,14 +242,14 @@ using Visit = void (*)(const Update&, float*, i64, const Bases&, const u64*, i64
 struct Visits {
   Visit update, catch_up;
   void (*update_few)(const Update&, float*, i64, const Bases&, const TableReads&, std::vector<float>&);
-  void (*catch_up_all)(const Update&, float*, i64, i64, i64);
+  void (*catch_up_listed)(const Update&, float*, i64, const i64*, i64, i64);
   void (*update_listed)(const Update&, float*, i64, const i64*, const float*, i64, i64);
 };
 
 template <int W>
 static Visits visits_of(bool pairs) {
-  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_range<W>, update_listed<W>};
-  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_range<W>, update_listed<W>};
+  if (pairs) return {update_sorted<W, true>, catch_up_sorted<W>, update_few<W, true>, catch_up_listed<W>, update_listed<W>};
+  return {update_sorted<W, false>, catch_up_sorted<W>, update_few<W, false>, catch_up_listed<W>, update_listed<W>};
 }
 
 static Visits choose_visits(i64 width, bool pairs = false) {
@@ -265,22 +265,30 @@ static Visits choose_visits(i64 width, bool pairs = false) {
   }
 }
 
-// Applies the deferred steps of all rows of a storage.
-static void catch_up_all(const Update& u, float* table, i64 width, i64 threads) {
-  const auto catch_up = choose_visits(width).catch_up_all;
-  const i64 piece = 4096;
+static bool within(const Update& u, const i64* rows, i64 count) {
+  for (i64 i = 0; i < count; i++)
+    if (rows[i] < 0 || rows[i] >= u.rows) return false;
+  return true;
+}
+
+// Applies the deferred steps of listed, distinct rows of a storage, or of all; false, and none is applied, where a row
+// lies beyond it.
+static bool catch_up_rows(const Update& u, float* table, i64 width, i64 threads, const i64* rows, i64 count) {
+  if (rows && !within(u, rows, count)) return false;
+  const auto catch_up = choose_visits(width).catch_up_listed;
+  const i64 piece = 4096, end = rows ? count : u.rows;
   i64 next = 0;
   parallel(threads, [&](i64, i64) {
-    for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < u.rows;)
-      catch_up(u, table, width, from, std::min(from + piece, u.rows));
+    for (i64 from; (from = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED)) < end;)
+      catch_up(u, table, width, rows, from, std::min(from + piece, end));
   });
+  return true;
 }
 
 // One step of listed, distinct rows of a storage; false, and none is made, where a row lies beyond it.
 static bool update_listed_rows(const Update& u, float* table, i64 width, const i64* rows, const float* values, i64 count,
                                i64 threads) {
-  for (i64 i = 0; i < count; i++)
-    if (rows[i] < 0 || rows[i] >= u.rows) return false;
+  if (!within(u, rows, count)) return false;
   const auto update = choose_visits(width).update_listed;
   const i64 piece = 1024;
   i64 next = 0;

@@ -203,7 +203,7 @@ static int backward(const Call& c, const Update* updates, bool catch_up, Scratch
     bool slices = false;
     for (const Source& source : sources) slices |= source.num_rows > 1;
     const i64 width = c.storage_widths[s];
-    if (slices && catch_up) catch_up_all(updates[s], c.storages[s], width, c.threads);
+    if (slices && catch_up) catch_up_rows(updates[s], c.storages[s], width, c.threads, nullptr, 0);
     else if (slices) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
     else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, catch_up, scratch);
   }

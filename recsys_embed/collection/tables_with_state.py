@@ -204,15 +204,23 @@ class TablesWithState(nn.Module):
 
     @torch.no_grad()
     def _catch_up_rows(self, storage: str, rows: Tensor | None = None) -> None:
-        """Apply missed steps to rows of a storage with torch's operations; -1 is no row, by default all rows."""
+        """Apply missed steps to rows of a storage; -1 is no row, by default all rows."""
         self._replay(storage, rows, getattr(self, storage), self._state(storage))
 
     def _replay(self, storage: str, rows: Tensor | None, table: Tensor, state: dict[str, Tensor]) -> None:
         if self._has_missed_steps and self.optimizer is not None:
             rows = None if rows is None else rows[rows >= 0].unique()
             with self._lock:
-                log = self._step_logs[storage]
-                catch_up(self.optimizer, table, state, rows, log, log.step)
+                self._replay_locked(self._step_logs[storage], rows, table, state)
+
+    def _replay_locked(self, log: StepLog, rows: Tensor | None, table: Tensor, state: Mapping[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
+        # By the same kernels whoever asks, so that bits do not depend on when a table was last read as a whole.
+        if self.backend == "native" and native.runs_on(table.detach(), [table]) and native.knows(self.optimizer):
+            row_steps.catch_up(self.optimizer, table, state, log, rows)
+        else:
+            catch_up(self.optimizer, table, state, rows, log, log.step)
 
     @torch.no_grad()
     def catch_up_(self) -> Self:
@@ -239,10 +247,7 @@ class TablesWithState(nn.Module):
         if self._has_missed_steps and self.optimizer is not None:
             with self._lock:
                 for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
-                    if self.backend == "native" and native.runs_on(table.detach(), [table]):
-                        row_steps.catch_up(self.optimizer, table, state, log)
-                    else:
-                        catch_up(self.optimizer, table, state, None, log, log.step)
+                    self._replay_locked(log, None, table, state)
                     log.clear()
 
     def settle_(self) -> Self:

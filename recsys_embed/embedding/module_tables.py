@@ -84,7 +84,14 @@ class ModuleTables(nn.Module):
 
     def _like(self) -> Tensor:
         """A tensor of the type and on the device of the vectors."""
-        return self.table(self.program.tables[0].name) if self.served is None else self.served.like
+        if self.served is not None:
+            return self.served.like
+        name = self.program.tables[0].name
+        computed = self._modules.get("parametrizations")
+        if computed is not None and self.parameter_name(name) in computed:
+            # To compute the table may change it, as a spectral norm's estimate does.
+            return next(computed[self.parameter_name(name)].parameters())  # type: ignore[operator,index]
+        return self.table(name)
 
     def _device(self) -> torch.device:
         return self._like().device

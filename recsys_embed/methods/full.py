@@ -80,8 +80,8 @@ class FullEmbedding(CompressedEmbedding):
         if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
             # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
             return super().forward(input, offsets, per_sample_weights)
+        weight = self.table("weight")  # once: to compute it may change it, as a spectral norm's estimate does
         if self.mode is not None and self.max_norm is None and not self.scale_grad_by_freq:
-            weight = self.table("weight")
             if transformed() or have_tangents((weight, per_sample_weights)):
                 # Torch's pooled lookups know neither forward mode nor torch.func.
                 return super().forward(input, offsets, per_sample_weights)
@@ -94,7 +94,6 @@ class FullEmbedding(CompressedEmbedding):
             "scale_grad_by_freq": self.scale_grad_by_freq,
             "sparse": self.sparse,
         }
-        weight = self.table("weight")
         if self.mode is None:
             if offsets is not None or per_sample_weights is not None:
                 raise ConfigError("`offsets` and `per_sample_weights` need a module built with mode='sum'|'mean'|'max'")

@@ -173,7 +173,7 @@ def library() -> Library | str:
         return f"RECSYS_EMBED_CPU={wanted}, which this processor or this build does not have"
     handle.rse_forward.argtypes = [c_void_p]
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
-    handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64]
     handle.rse_update_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int

@@ -113,10 +113,21 @@ def update_rows(
     increment_version([table, *state.values()])
 
 
-def catch_up(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog) -> None:
-    """Apply the deferred steps of all rows of a storage, in place."""
+def catch_up(
+    optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor], log: StepLog, rows: Tensor | None = None
+) -> None:
+    """Apply the deferred steps of distinct rows of a storage, int64 ``[n]``, in place; by default of all rows.
+
+    Raises:
+        IdRangeError: a row lies beyond the storage; nothing has changed.
+    """
     updates = updates_of(optimizer, [table], [state], [log])
-    threads = torch.get_num_threads()
+    count = table.shape[0] if rows is None else rows.numel()
+    threads = torch.get_num_threads() if count >= WORTH_A_THREAD else 1
+    listed = None if rows is None else address(rows, torch.int64, count, "rows to read")
     at = address(table, torch.float32, table.numel(), "the table")
-    checked(loaded().handle.rse_catch_up(pointers.of_record(updates), at, table.shape[1], threads))
+    if not checked(
+        loaded().handle.rse_catch_up(pointers.of_record(updates), at, table.shape[1], threads, listed, count)
+    ):
+        raise IdRangeError(f"rows to read must be in [0, {table.shape[0]}), the rows of their table")
     increment_version([table, *state.values()])
