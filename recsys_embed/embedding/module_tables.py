@@ -88,9 +88,9 @@ class ModuleTables(nn.Module):
             return self.served.like
         name = self.program.tables[0].name
         computed = self._modules.get("parametrizations")
-        if computed is not None and self.parameter_name(name) in computed:
+        if isinstance(computed, nn.ModuleDict) and self.parameter_name(name) in computed:
             # To compute the table may change it, as a spectral norm's estimate does.
-            return next(computed[self.parameter_name(name)].parameters())  # type: ignore[operator,index]
+            return next(computed[self.parameter_name(name)].parameters())
         return self.table(name)
 
     def _device(self) -> torch.device:

@@ -81,10 +81,10 @@ class FullEmbedding(CompressedEmbedding):
             # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
             return super().forward(input, offsets, per_sample_weights)
         weight = self.table("weight")  # once: to compute it may change it, as a spectral norm's estimate does
-        if self.mode is not None and self.max_norm is None and not self.scale_grad_by_freq:
-            if transformed() or have_tangents((weight, per_sample_weights)):
-                # Torch's pooled lookups know neither forward mode nor torch.func.
-                return super().forward(input, offsets, per_sample_weights)
+        pools_alone = self.mode is not None and self.max_norm is None and not self.scale_grad_by_freq
+        if pools_alone and (transformed() or have_tangents((weight, per_sample_weights))):
+            # Torch's pooled lookups know neither forward mode nor torch.func.
+            return super().forward(input, offsets, per_sample_weights)
         ids = check_id_dtype(given_ids(input, self.spec, False, self), self.spec.name)
         ids = self._resolve(ids.long() if policy.replaces else ids)
         options: dict[str, Any] = {
