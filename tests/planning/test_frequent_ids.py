@@ -153,13 +153,13 @@ def test_runs_on_ids_in_any_order_go_by_the_counts_of_their_data(method: str) ->
 
 
 def test_the_command_line_writes_the_frequent_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shop.py").write_text(
+    (tmp_path / "two_shops.py").write_text(
         f"import torch\ndef build(): return torch.nn.ModuleDict({{'item': torch.nn.Embedding({ROWS}, {WIDTH})}})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     plan_for_budget(SCHEMA, BUDGET, stats={"item": counts()}, methods=["freqcut"]).save(tmp_path / "plan.json")
     out = tmp_path / "state.pt"
-    args = ["compress", "--model-factory", "shop:build", "--plan", str(tmp_path / "plan.json"), "--init", "fresh"]
+    args = ["compress", "--model-factory", "two_shops:build", "--plan", str(tmp_path / "plan.json"), "--init", "fresh"]
     assert main([*args, "--out", str(out)]) == 0
     target = model()
     compress_(target, Plan.load(tmp_path / "plan.json"), init="fresh")
