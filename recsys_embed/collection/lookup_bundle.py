@@ -182,8 +182,8 @@ class LookupBundle(Constants):
                 found[first] = value
             elif isinstance(known, Mapping) or isinstance(value, Mapping):
                 raise ConfigError(
-                    f"assign_ takes the ids of an index once for all features of a table; got them for {name!r} as well "
-                    f"as for another feature of table {self.schema[name].table_name!r}"
+                    f"assign_ takes the ids of an index once for all features of a table; got them for {name!r} as "
+                    f"well as for another feature of table {self.schema[name].table_name!r}"
                 )
             else:
                 found[first] = torch.as_tensor(known) + torch.as_tensor(value)

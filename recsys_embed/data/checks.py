@@ -13,14 +13,17 @@ _PIECE = 1 << 20
 """Rows looked at together, so that no mask of a whole split is held."""
 
 
-def shape_faults(batch: Any, num_dense: int, num_features: int, rows: int | None = None) -> list[str]:
+def shape_faults(
+    batch: Any, num_dense: int, num_features: int, rows: int | None = None, num_lists: int = 0
+) -> list[str]:
     """Parts of a batch that are not what a data set promises; shapes and types only, so it costs next to nothing.
 
     Args:
         batch: what ``read`` returned.
         num_dense: numeric columns of the data set.
-        num_features: features of its schema.
+        num_features: features of its schema that have one id per row.
         rows: rows that were asked for; None: any number.
+        num_lists: features of its schema that have lists.
 
     >>> from recsys_embed.data import Batch
     >>> shape_faults(Batch(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)), 3, 1, rows=2)
@@ -55,6 +58,12 @@ def shape_faults(batch: Any, num_dense: int, num_features: int, rows: int | None
             lengths[name] = len(part)
         else:
             faults.append(f"part {name!r} must be a torch.Tensor [B, ...]; got {type(part).__name__}{_cure(part)}")
+    lists = getattr(batch, "lists", None)
+    if (0 if lists is None else lists.num_features) != num_lists:
+        got = "none" if lists is None else lists.num_features
+        faults.append(f"`lists` must hold the ids of {num_lists} features (`num_lists`); got {got}")
+    elif lists is not None:
+        lengths["lists"] = len(lists)
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {n}" for name, n in lengths.items())
         faults.append(f"all parts must have equally many rows; got {found}")

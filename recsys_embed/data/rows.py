@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from recsys_embed.data.batch import Batch, Batches, InMemoryDataset, check_batching, num_batches
 from recsys_embed.data.checks import shape_faults, split_faults, value_faults
 from recsys_embed.data.data_source import HELD_OUT
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.data.stream import moments_of, stream, windows
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
 from recsys_embed.features import Schema
@@ -82,6 +84,11 @@ class RowSource(ABC):
     # -- what it may say ------------------------------------------------------------------------------------------
 
     @property
+    def num_lists(self) -> int:
+        """How many of the features, the schema's last ones, have any number of ids per row: ``Batch.lists``."""
+        return 0
+
+    @property
     def stats(self) -> JSONMapping | None:
         """Statistics of the features, in the form of a data folder's ``stats.json``."""
         return None
@@ -114,7 +121,7 @@ class RowSource(ABC):
         for batch in self.batches("train", CHUNK_ROWS, shuffle=False) if "train" in self.splits and found else ():
             for column, spec in specs:
                 if spec.name in found:
-                    found[spec.name] += torch.bincount(batch.ids[:, column], minlength=spec.num_embeddings)
+                    found[spec.name] += torch.bincount(batch.feature(column), minlength=spec.num_embeddings)
         return found
 
     # -- what follows ---------------------------------------------------------------------------------------------
@@ -139,13 +146,13 @@ class RowSource(ABC):
         return self.rows(split) * self.row_bytes() <= self.memory_limit
 
     @cached_property
-    def _num_features(self) -> int:
-        return len(self.feature_names)
+    def _num_single(self) -> int:
+        return len(self.feature_names) - self.num_lists
 
     def _read_checked(self, split: str, start: int, stop: int) -> Batch:
         """What :meth:`read` gives, refused where its parts are not those of this data set."""
         batch = self.read(split, start, stop)
-        faults = shape_faults(batch, self.num_dense, self._num_features, stop - start)
+        faults = shape_faults(batch, self.num_dense, self._num_single, stop - start, self.num_lists)
         if faults:
             raise_faults(faults, f"{self._name}.read({split!r}, {start}, {stop})")
         return batch
@@ -192,16 +199,19 @@ class RowSource(ABC):
         """A whole split in memory, in file order; kept for later calls."""
         if split not in self._loaded:
             # Filled chunk by chunk, so that no second copy of the rows is ever held.
-            total, whole = self.rows(split), None
+            total, whole, lists = self.rows(split), None, []
             for start, stop in self.chunks(split):
                 piece = self._read_checked(split, start, stop)
+                if piece.lists is not None:
+                    lists.append(piece.lists)
+                    piece = replace(piece, lists=None)
                 if whole is None:
                     whole = piece.map(lambda part: part.new_empty(total, *part.shape[1:]))
                 parts = whole.parts()
                 for name, part in piece.parts().items():
                     parts[name][start:stop] = part
-            rows = Batch.empty(self.num_dense, len(self.feature_names)) if whole is None else whole
-            self._loaded[split] = InMemoryDataset.of(rows)
+            rows = Batch.empty(self.num_dense, self._num_single, self.num_lists) if whole is None else whole
+            self._loaded[split] = InMemoryDataset.of(replace(rows, lists=ListIds.cat(lists)) if lists else rows)
         return self._loaded[split]
 
     def batches(
@@ -339,6 +349,10 @@ class Rows(RowSource):
     @property
     def num_dense(self) -> int:
         return self.whole.num_dense
+
+    @property
+    def num_lists(self) -> int:
+        return self.whole.num_lists
 
     @property
     def digest(self) -> str:

@@ -69,7 +69,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
                 # Inputs are read more than once and resumed at an offset.
                 why = "not a regular file; write a pipe or device to a file first"
             faults.append(f"input {str(item)!r}: {why}")
-        found += sorted(hits, key=_natural)
+        found += sorted(hits, key=natural_key)
     seen: set[Path] = set()
     for path in found:
         real = path.resolve()
@@ -80,7 +80,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural_key(path: Path) -> list[tuple[int, str]]:
     """Sort key that puts ``day_2`` before ``day_10``."""
     return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", str(path)) if t]
 

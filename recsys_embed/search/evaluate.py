@@ -105,7 +105,7 @@ class CandidateEvaluator:
                 return
             n = int(min(left, len(batch.label)))
             left -= n
-            yield batch if n == len(batch.label) else Batch(batch.dense[:n], batch.ids[:n], batch.label[:n])
+            yield batch if n == len(batch.label) else batch.map(lambda part, n=n: part[:n])  # type: ignore[misc]
 
     def _run(
         self,

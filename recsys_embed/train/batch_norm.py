@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -61,9 +60,7 @@ class LastRowJoined:
         held: Batch | None = None
         for batch in self.batches:
             if held is not None and len(batch.label) == 1:
-                pairs = zip((held.dense, held.ids, held.label), (batch.dense, batch.ids, batch.label), strict=True)
-                dense, ids, label = (torch.cat(pair) for pair in pairs)
-                held = Batch(dense, ids, label)
+                held = Batch.cat([held, batch])
             else:
                 if held is not None:
                     yield held

@@ -26,7 +26,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ConfigError: the model returns something else.
     """
-    logits: Any = model(batch.dense, batch.ids)
+    logits: Any = model(batch.dense, batch.inputs if isinstance(batch, Batch) else batch.ids)
     if not isinstance(logits, Tensor) or logits.shape != batch.label.shape:
         name = type(model).__name__
         wanted = f"{name} must return logits [B], here [{len(batch.label)}]"

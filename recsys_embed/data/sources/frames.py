@@ -1,0 +1,121 @@
+"""Tables in memory: polars frames, eager and lazy, pandas frames, and Arrow tables of any library."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from recsys_embed.data.folder import file_hash, write_file
+from recsys_embed.data.sources.base import Chunk, Source, want_columns
+from recsys_embed.data.sources.parquet import ParquetFiles
+from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.utils.types import JSON
+
+_ROWS = 1 << 16
+
+
+class FrameSource(Source):
+    """A polars frame.
+
+    >>> source = FrameSource(pl.DataFrame({"item": [7, 8, 9]}))
+    >>> [chunk.frame["item"].to_list() for chunk in source.chunks(0, 0, 2)]
+    [[7, 8], [9]]
+    """
+
+    def __init__(self, frame: pl.DataFrame, name: str = "the frame") -> None:
+        self.frame = frame
+        self.files = (name,)
+
+    @cached_property
+    def inputs(self) -> list[JSON]:
+        digest = hashlib.sha256(repr(dict(self.frame.schema)).encode())
+        for at in range(0, len(self.frame), _ROWS):
+            digest.update(self.frame.slice(at, _ROWS).hash_rows(seed=0).to_numpy().tobytes())
+        return [{"frame": self.files[0], "rows": len(self.frame), "content": digest.hexdigest()}]
+
+    def file_types(self, file: int) -> Mapping[str, pl.DataType]:
+        return self.frame.schema
+
+    def length(self, file: int) -> int:
+        return len(self.frame)
+
+    def chunks(self, file: int, start: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        wanted = want_columns(self, columns)
+        for at in range(start, len(self.frame), rows):
+            yield Chunk(file, at, self.frame.slice(at, rows).select(wanted))
+
+
+class LazySource(Source):
+    """A lazy polars frame: a query, whose rows may come in another order each time, so they are written down first."""
+
+    def __init__(self, frame: pl.LazyFrame) -> None:
+        self.frame = frame
+        self.files = ("the lazy frame",)
+
+    @property
+    def inputs(self) -> list[JSON]:
+        raise TypeError("a lazy frame has no identity before its rows are staged")
+
+    def file_types(self, file: int) -> Mapping[str, pl.DataType]:
+        return self.frame.collect_schema()
+
+    def chunks(self, file: int, start: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        query = self.frame if columns is None else self.frame.select(columns)
+        yield Chunk(file, start, query.slice(start, rows).collect(engine="streaming"))
+
+    def stage(self, work: Path) -> Source:
+        path = work / "query.parquet"
+        try:
+            write_file(
+                path, lambda p: self.frame.sink_parquet(p, compression="lz4", row_group_size=_ROWS), durable=False
+            )
+        except pl.exceptions.PolarsError as e:
+            raise DataError(f"the lazy frame cannot be computed ({e})") from e
+        return StagedQuery(path)
+
+    def _write(self, path: Path) -> None:
+        self.frame.sink_parquet(path, compression="lz4", row_group_size=_ROWS)
+
+
+class StagedQuery(ParquetFiles):
+    """The rows of a query, known by their content."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__([path])
+        self.files = ("the lazy frame",)
+
+    @cached_property
+    def inputs(self) -> list[JSON]:
+        return [{"frame": self.files[0], "rows": self.length(0), "content": file_hash(self.paths[0])}]
+
+
+def frame_source(table: Any) -> Source | None:
+    """A source over a table in memory; None where it is none.
+
+    Raises:
+        ConfigError: a pandas frame that polars cannot take over.
+    """
+    if isinstance(table, pl.LazyFrame):
+        return LazySource(table)
+    if isinstance(table, pl.DataFrame):
+        return FrameSource(table)
+    if type(table).__module__.partition(".")[0] == "pandas":
+        try:
+            return FrameSource(pl.from_pandas(table))
+        except (ImportError, TypeError, ValueError, pl.exceptions.PolarsError) as e:
+            raise ConfigError(
+                f"the pandas frame cannot be taken over ({e}): give each column one type, or write it to Parquet"
+            ) from e
+    if isinstance(table, Mapping) and table:
+        try:
+            return FrameSource(pl.DataFrame(dict(table)))
+        except (TypeError, ValueError, pl.exceptions.PolarsError) as e:
+            raise ConfigError(f"the columns are no table ({e})") from e
+    if hasattr(table, "__arrow_c_stream__"):
+        return FrameSource(pl.DataFrame(table))
+    return None
