@@ -236,9 +236,8 @@ class Plan:
             config = config_cls.from_params(params)
             return cls({s.name: config for s in schema})
         plain = get_method("full").config_cls.from_params({})
-        return cls(config_cls.plan(tuple(schema.first_readers), parse_bytes(budget), plain, **params)).for_readers(
-            schema
-        )
+        once = config_cls.plan(tuple(schema.first_readers), parse_bytes(budget), plain, **params)
+        return cls(once).for_readers(schema)
 
     def for_readers(self, schema: Schema) -> Plan:
         """A plan of the first feature of each table, with entries for all features.

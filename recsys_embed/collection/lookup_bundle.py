@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -54,6 +55,7 @@ class LookupBundle(Constants):
     ) -> None:
         super().__init__()
         self.schema = schema
+        self._positions = {name: i for i, name in enumerate(schema.names)}
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
         options: TensorOptions = {"device": like.device, "dtype": like.dtype}
         # Modules of features that compute, and the tables of heads that belong to one feature.
@@ -120,6 +122,12 @@ class LookupBundle(Constants):
         # By name of kernels, for single ids and for bags; where a kernel runs nothing, none.
         self.batched: dict[str, BatchedLookup] = {}
         self.batched_bags: dict[str, BatchedLookup] = {}
+        # Of single features, by name of kernels; made when they are first looked up.
+        self._unpooled: list[dict[str, BatchedLookup | None]] = [{} for _ in schema]
+        self._makers: dict[str, BatchedFeatures] = {}
+        self._places = {i: p for p, part in enumerate(self.parts[: self.grouped]) for i in part}
+        for i in gathers:
+            self.heads.add(f"unpooled{i}_0", (i,))
         for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
             run = [j for j in range(len(specs)) if j not in left]
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] in left]
@@ -131,6 +139,8 @@ class LookupBundle(Constants):
                     schema, run, [gathers[j] for j in run], [programs[j] for j in run], [where[j] for j in run],
                     self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
                 )  # fmt: skip
+                if not end:
+                    self._makers[name] = features
                 found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
                 found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
 
@@ -206,6 +216,16 @@ class LookupBundle(Constants):
                 out[spec.name] = given_ids(value, spec, hashes, near)
         return out
 
+    def position(self, feature: str) -> int:
+        """Position of a feature in the schema.
+
+        Raises:
+            UnknownNameError: it has none.
+        """
+        if feature not in self._positions:
+            raise unknown_name("feature", str(feature), self.schema.names)
+        return self._positions[feature]
+
     # -- running --------------------------------------------------------------------------------------------------
 
     def single(self, ids: Tensor, gather: Gather) -> Tensor:
@@ -254,6 +274,51 @@ class LookupBundle(Constants):
             parts = batched.single(ids, tables, step, sparse, mask, resolved=True)
             parts += self._singles(ids, batched.rest, gather)
         return self._assemble(parts, batched.ordered, batched.order)
+
+    def unpooled(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
+        """Vectors ``[n, width]`` of int64 ``ids [n]`` of one feature."""
+        ids = self.unseen(ids, feature)
+        group = self._places.get(feature)
+        if group is None:
+            return self.vectors_of(feature, ids).flatten(1)
+        part, key = self.parts[group], f"unpooled{feature}_0"
+        local = torch.full_like(ids, part.index(feature))
+        (columns,) = self.kernel([ids], [local], gather, [group])
+        if self.heads.head(key) is None:
+            return columns
+        return self.heads.vectors(key, columns.unsqueeze(1), ids.unsqueeze(1)).flatten(1)
+
+    def unpooled_batched(
+        self, batched: BatchedLookup, feature: int, ids: Tensor, tables: list[Tensor], step: NativeStep | None,
+        sparse: bool,
+    ) -> Tensor:  # fmt: skip
+        """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
+        ids = self.unseen(ids.long(), feature)
+        # The kernels read one column of a matrix of ids of all features.
+        matrix = ids.unsqueeze(1).expand(-1, len(self.schema))
+        return batched.single(matrix, tables, step, sparse, resolved=True)[0].flatten(1)
+
+    def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
+        """The lookup of one feature by kernels; None where these leave it to torch."""
+        # Dynamo reads a dictionary once, so that each feature has its own, which is complete when it is read.
+        if torch.compiler.is_compiling() or kernels not in self._unpooled[feature]:
+            self._make_lookup_of(kernels, feature)
+        return self._unpooled[feature][kernels]
+
+    # Encodings of programs are made by numpy, which Dynamo does not follow.
+    @torch.compiler.assume_constant_result
+    def _make_lookup_of(self, kernels: str, feature: int) -> bool:
+        every, found = self._makers[kernels], self._unpooled[feature]
+        if kernels in found or feature not in every.positions:
+            found.setdefault(kernels, None)
+            return True
+        at = list(every.positions).index(feature)
+        one = replace(
+            every, numbers=[every.numbers[at]], positions=[feature], programs=[every.programs[at]],
+            places=[every.places[at]],
+        )  # fmt: skip
+        found[kernels] = BATCHED_LOOKUPS[kernels](one, [], f"unpooled{feature}_")
+        return True
 
     def pooled_batched(
         self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,13 +119,13 @@ class UnseenIds(Constants):
 
     # -- resolving ------------------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, feature: Tensor | None = None, ignored: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, feature: Tensor | int | None = None, ignored: Tensor | None = None) -> Tensor:
         """Replace unseen ids by the policies of their features, and padding by -1; count unseen ids.
 
         Args:
             ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id; of a single feature any
                 shape.
-            feature: int64 ``[n]``.
+            feature: int64 ``[n]``, or the position of the one feature whose ids these are, of any shape.
             ignored: bool of the shape of ``ids``: ids in range that are not counted.
 
         Returns:
@@ -140,7 +140,7 @@ class UnseenIds(Constants):
     def resolve(
         self,
         ids: Tensor,
-        feature: Tensor | None = None,
+        feature: Tensor | int | None = None,
         ignored: Tensor | None = None,
         *,
         count: bool = False,
@@ -149,7 +149,8 @@ class UnseenIds(Constants):
         """As :meth:`forward`; counting is optional, and without ``check`` refused ids are returned unchanged."""
         if self.refuses and tracing():
             check, ids = False, self._refused_when_run(ids, feature) if check else ids
-        if not (self.replaces or count) or ids.device.type == "meta":
+        plain = isinstance(feature, int) and self.actions[feature] in ("pass", "raise") and not self.zeros[feature]
+        if not ((self.replaces and not plain) or count) or ids.device.type == "meta":
             if check:
                 self.check(ids, feature)
             return ids
@@ -168,7 +169,7 @@ class UnseenIds(Constants):
         moves = (ids == NO_ID) & (self._of("moves", ids, feature) != 0)
         return torch.where(padding, NO_ID, torch.where(moves, self._of("moved", ids, feature), out))
 
-    def _substituted(self, ids: Tensor, outside: Tensor, feature: Tensor | None) -> Tensor:
+    def _substituted(self, ids: Tensor, outside: Tensor, feature: Tensor | int | None) -> Tensor:
         """``ids`` with those outside as the policies have them."""
         if ids.device.type == "cpu" and not hidden(ids) and not bool(outside.any()):
             return ids
@@ -179,40 +180,47 @@ class UnseenIds(Constants):
             replaced = torch.where(kinds == 1, hashed, replaced)
         return torch.where(outside & (kinds != 0), replaced, ids)
 
-    def _of(self, name: str, near: Tensor, feature: Tensor | None) -> Tensor:
+    def _of(self, name: str, near: Tensor, feature: Tensor | int | None) -> Tensor:
         """A constant in the shape that broadcasts with ids."""
         values = self.constant(name, near)
         if feature is not None:
             return values[feature]
         return values if len(self.names) > 1 else values.view(())  # ids of a single feature have any shape
 
-    def _refused_when_run(self, ids: Tensor, feature: Tensor | None) -> Tensor:
+    def _refused_when_run(self, ids: Tensor, feature: Tensor | int | None) -> Tensor:
         """As :meth:`check`, of the program that is being traced."""
         limits = self._of("limits", ids, feature)
         return refused_when_run(ids, ((ids < 0) | (ids >= limits)) & (limits >= 0))
 
-    def check(self, ids: Tensor, feature: Tensor | None = None) -> None:
+    def check(self, ids: Tensor, feature: Tensor | int | None = None) -> None:
         """Raise if a feature refuses one of its ids; see :meth:`forward`."""
-        if len(self.names) > 1 or feature is not None:
+        if isinstance(feature, Tensor) or (feature is None and len(self.names) > 1):
             check_feature_ids(ids, self.constant("limits", ids), self.names, feature)
-        elif self.actions[0] == "raise":
+            return
+        one = feature or 0
+        if self.actions[one] == "raise":
             # One feature needs no bound per id.
-            check_id_range(ids, self._integers["sizes"][0], self.names[0])  # type: ignore[arg-type]  # it is a flat list
+            check_id_range(ids, self._integers["sizes"][one], self.names[one])  # type: ignore[arg-type]  # a flat list
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+    def _count(self, outside: Tensor, feature: Tensor | int | None, ignored: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             self._add(outside, feature, ignored)
             return
         # Counters belong to no function that torch.func transforms.
         with outside_transforms():
-            self._add(unmapped(outside), *(t if t is None else unmapped(t) for t in (feature, ignored)))
+            mapped = [unmapped(t) if isinstance(t, Tensor) else t for t in (feature, ignored)]
+            self._add(unmapped(outside), mapped[0], cast("Tensor | None", mapped[1]))
 
     @torch.no_grad()
-    def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+    def _add(self, outside: Tensor, feature: Tensor | int | None, ignored: Tensor | None) -> None:
         if self.counts.device != outside.device:
             self.counts = self._on(outside.device)
+        if isinstance(feature, int):
+            self.counts[feature, 0].add_(outside.sum())
+            self.counts[feature, 1].add_(outside.numel() if ignored is None else (~ignored).sum())
+            return
         if feature is not None:
             counted = torch.ones_like(outside) if ignored is None else ~ignored
             self.counts.index_add_(0, feature, torch.stack([outside, counted], -1).to(torch.int64))
