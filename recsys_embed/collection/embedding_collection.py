@@ -338,7 +338,7 @@ class EmbeddingCollection(FusedTables):
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ("init",), STORED_UNSEEN, with_current_names)
+            _state.check(saved, self._identity(), where, ("init", "padding_idx"), STORED_UNSEEN, with_current_names)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatu
 from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
-from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
@@ -65,12 +65,14 @@ class LookupBundle(Constants):
             if spec.name in self.programs:
                 gathers.append(i)
                 continue
+            if _own(spec.table_name) in self.own:
+                continue
             cls = get_method(config.method).embedding_cls
-            self.own[_own(spec.name)] = cls(
+            self.own[_own(spec.table_name)] = cls(
                 spec.num_embeddings,
                 spec.embedding_dim,
                 config=config,
-                name=spec.name,
+                name=spec.table_name,
                 init=spec.init,
                 unseen=spec.unseen,
                 **options,
@@ -92,7 +94,11 @@ class LookupBundle(Constants):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
             self.unseen = UnseenIds(schema.features, self.hashes)
             zeros = self.unseen.zeros
-            self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, [zeros[i] for i in gathers])
+            # What the features of one table share: the first of them has the index arrays.
+            tables = [s.table_name for s in specs]
+            owners = [tables.index(t) for t in tables]
+            optional = [zeros[i] for i in gathers]
+            self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, optional, owners=owners)
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
         self.parts = [tuple(gathers[j] for j in g.features) for g in self.kernel.groups]
         self.grouped = len(self.parts)
@@ -132,7 +138,7 @@ class LookupBundle(Constants):
         return [*batched.parts, *(self.parts[p] for p in batched.rest)]
 
     def _module(self, name: str) -> CompressedEmbedding:
-        return cast("CompressedEmbedding", self.own[_own(name)])
+        return cast("CompressedEmbedding", self.own[_own(self.schema[name].table_name)])
 
     def _add_order(self, name: str, parts: Sequence[tuple[int, ...]], device: torch.device) -> bool:
         """Where each output column (or vector) stands among the concatenated parts; True if in its place already."""
@@ -156,13 +162,32 @@ class LookupBundle(Constants):
         unknown = [str(unknown_name("feature", name, known)) for name in counts if name not in known]
         raise_faults(unknown, "assign_", UnknownNameError)
         place = {name: number for number, name in enumerate(self.programs)}
-        for name, values in counts.items():
+        for name, values in self._by_first_reader(counts).items():
             if name in self.programs:
                 sets = isinstance(values, Mapping)
                 stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
                 self.kernel.index.assign_(place[name], stored)
             else:
                 self._module(name).assign_(values)
+
+    def _by_first_reader(
+        self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]
+    ) -> dict[str, Tensor | Mapping[str, Tensor]]:
+        """What is given for features of one table as one value: counts are summed, sets of ids have to be equal."""
+        found: dict[str, Tensor | Mapping[str, Tensor]] = {}
+        for name, value in counts.items():
+            first = self.schema.by_table[self.schema[name].table_name][0].name
+            known = found.get(first)
+            if known is None:
+                found[first] = value
+            elif isinstance(known, Mapping) or isinstance(value, Mapping):
+                raise ConfigError(
+                    f"assign_ takes the ids of an index once for all features of a table; got them for {name!r} as "
+                    f"well as for another feature of table {self.schema[name].table_name!r}"
+                )
+            else:
+                found[first] = torch.as_tensor(known) + torch.as_tensor(value)
+        return found
 
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
@@ -244,7 +269,7 @@ class LookupBundle(Constants):
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
-        return self._module(self.schema.names[feature]).lookup_resolved(ids)
+        return self._module(self.schema.names[feature]).lookup_resolved(ids, self.unseen.zeros[feature])
 
     def pooled(self, bags: Bags, gather: Gather) -> Tensor:
         """Bags of ids, pooled per feature as its spec says."""
@@ -305,7 +330,7 @@ class LookupBundle(Constants):
         own = self._module(self.schema.names[feature])
         skipped = absent_ids(values) if self.unseen.zeros[feature] else None
         mode = self.schema.features[feature].pooling
-        vectors = own.before_pool_resolved(values)
+        vectors = own.before_pool_resolved(values, self.unseen.zeros[feature])
         return own.after_pool(pool_vectors(vectors, offsets, mode, weights, skipped, include_last_offset=True))
 
     def _feature_of(self, bags: Bags) -> Tensor:
