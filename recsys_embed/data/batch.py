@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -111,10 +111,10 @@ class Batch:
         """Every part that is a tensor, by name."""
         return {"dense": self.dense, "ids": self.ids, "label": self.label, **self.extra}
 
-    def map(self, change: Callable[[Any], Any]) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every part changed: tensors, and :class:`ListIds`, which have a tensor's methods for rows."""
         extra = {name: change(part) for name, part in self.extra.items()}
-        lists = None if self.lists is None else change(self.lists)
+        lists = None if self.lists is None else cast("Callable[[ListIds], ListIds]", change)(self.lists)
         return Batch(change(self.dense), change(self.ids), change(self.label), extra, lists)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

@@ -161,11 +161,14 @@ class RowSource(ABC):
     def _name(self) -> str:
         return type(self).__name__
 
-    def check_values(self) -> None:
+    def check_values(self, *, real_labels: bool = False) -> None:
         """Refuse rows that cannot be trained on; a run calls it before its first step.
 
         Looks at every row of the splits that are held in memory, and at the first chunk of those that are streamed;
         once for each split.
+
+        Args:
+            real_labels: labels are any finite numbers, rather than 0 and 1.
 
         Raises:
             ConfigError: parts that :meth:`read` returns have other shapes or types than this data set says.
@@ -173,22 +176,22 @@ class RowSource(ABC):
         """
         faults = []
         for split in ("train", "valid", "test", HELD_OUT):
-            if split in self.splits and split not in self._values_checked and self.rows(split):
-                found = self._value_faults(split)
+            if split in self.splits and (split, real_labels) not in self._values_checked and self.rows(split):
+                found = self._value_faults(split, real_labels)
                 faults += [f"split {split!r}: {fault}" for fault in found]
                 if not found:
-                    self._values_checked.add(split)
+                    self._values_checked.add((split, real_labels))
         raise_faults(faults, f"data set {self._name}", DataError)
 
-    def _value_faults(self, split: str) -> list[str]:
+    def _value_faults(self, split: str, real_labels: bool) -> list[str]:
         if self.fits(split):
             rows = self.load(split)
-            return split_faults(rows.dense, rows.label)
+            return split_faults(rows.dense, rows.label, real_labels=real_labels)
         batch = self._read_checked(split, *self.chunks(split)[0])
-        return value_faults(batch.dense, batch.label.float())
+        return value_faults(batch.dense, batch.label.float(), real_labels=real_labels)
 
     @cached_property
-    def _values_checked(self) -> set[str]:
+    def _values_checked(self) -> set[tuple[str, bool]]:
         return set()
 
     @cached_property

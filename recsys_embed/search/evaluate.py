@@ -105,7 +105,8 @@ class CandidateEvaluator:
                 return
             n = int(min(left, len(batch.label)))
             left -= n
-            yield batch if n == len(batch.label) else batch.map(lambda part, n=n: part[:n])  # type: ignore[misc]
+            # Of one id per feature: lists have been refused.
+            yield batch if n == len(batch.label) else Batch(batch.dense[:n], batch.ids[:n], batch.label[:n])
 
     def _run(
         self,

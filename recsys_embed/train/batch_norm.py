@@ -45,6 +45,7 @@ def need_two_rows(batch: Batch) -> None:
 class LastRowJoined:
     """Batches of an epoch whose last one, a single row, goes into the batch before it.
 
+    >>> import torch
     >>> ones = [Batch(torch.zeros(n, 0), torch.zeros(n, 1, dtype=torch.int64), torch.ones(n)) for n in (2, 2, 1)]
     >>> [batch.num_rows for batch in LastRowJoined(ones)]
     [2, 3]
