@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -24,6 +26,13 @@ from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_na
 from recsys_embed.features import FeatureSpec, IdKind, Schema
 from recsys_embed.utils.types import JSON
 
+if TYPE_CHECKING:
+    from recsys_embed.data.columns import Encoder
+    from recsys_embed.data.columns.vocabulary import ValueVocabulary
+    from recsys_embed.data.table.schema import TableSchema
+
+_PART_BYTES = {"weight": 4, "group": 8, "time": 8}
+_VECTOR_PART = re.compile(r"\[\d+\]$")
 CHUNK_ROWS = 1 << 16
 """Rows read from Parquet at once when streaming: one row group."""
 
@@ -98,21 +107,51 @@ class Dataset(RowSource):
 
     def schema(self, embedding_dim: int) -> Schema:
         """The categorical features in the order of the columns of ``ids``."""
-        kind: IdKind = "raw" if self.manifest.id_mode == "raw" else "index"
-        return Schema([FeatureSpec(f.name, f.num_embeddings, embedding_dim, ids=kind) for f in self.manifest.features])
+        kinds: list[IdKind] = ["raw" if f.vocab is None else "index" for f in self.manifest.features]
+        return Schema(
+            [
+                FeatureSpec(f.name, f.num_embeddings, embedding_dim, ids=kind)
+                for f, kind in zip(self.manifest.features, kinds, strict=True)
+            ]
+        )
 
-    def vocabulary(self, name: str) -> Vocabulary:
-        """The values of a feature and their ids (vocab mode)."""
+    @cached_property
+    def table_schema(self) -> TableSchema | None:
+        """The columns of the table that the folder was made of; None for Criteo's folders."""
+        from recsys_embed.data.table.schema import TableSchema
+
+        known = self.manifest.settings.get("schema")
+        return None if known is None else TableSchema.from_dict(known)
+
+    def encoder(self, name: str) -> Encoder:
+        """What turns raw values of a column of a table into what the folder holds."""
+        from recsys_embed.data.columns import read_encoder
+
+        entries = {column["name"]: column for column in self.manifest.columns}
+        if name not in entries:
+            raise unknown_name("column", name, entries)
+        return read_encoder(entries[name], self.path)
+
+    def vocabulary(self, name: str) -> Vocabulary | ValueVocabulary:
+        """The values of a feature and their ids (vocab mode); of a table, values of any type."""
         feature = self._feature(name)
         if feature.vocab is None:
             raise ConfigError(f"{self.path} holds raw ids: there is no vocabulary of {name}")
-        return Vocabulary.read(self.path / feature.vocab, name)
+        if not self.manifest.columns:
+            return Vocabulary.read(self.path / feature.vocab, name)
+        from recsys_embed.data.columns.vocabulary import ValueVocabulary
+
+        entries = (c["learned"] for c in self.manifest.columns)
+        learned: Mapping[str, Any] = next((e for e in entries if e.get("vocab") == feature.vocab), {})
+        counts = {key: int(learned.get(key, 0)) for key in ("missing_count", "unknown_count")}
+        return ValueVocabulary.read(self.path / feature.vocab, name, **counts)
 
     def counts(self, feature: str) -> Tensor | None:
         """How often each id of a feature occurs in training: int64 ``[num_embeddings]``; None for raw ids.
 
         Of the rows that the vocabulary was learned from, or of those here where it is another folder's (``like``) and
-        there are training rows here. Values too rare for a row of their own count for id 0.
+        there are training rows here. Values too rare for a row of their own count for id 0. Features that share a
+        vocabulary have the counts of all of them together.
         """
         known = self._feature(feature)
         if known.vocab is None:
@@ -124,13 +163,18 @@ class Dataset(RowSource):
         found[torch.from_numpy(vocabulary.ids.astype(np.int64))] = torch.from_numpy(vocabulary.counts.astype(np.int64))
         if vocabulary.missing_id != OOV_ID:
             found[vocabulary.missing_id] = vocabulary.missing_count
-        found[OOV_ID] += max(0, self.splits.get("train", 0) - int(found.sum()))
+        if isinstance(vocabulary, Vocabulary):
+            found[OOV_ID] += max(0, self.splits.get("train", 0) - int(found.sum()))
+        else:
+            rare = vocabulary.missing_count if vocabulary.missing_id == OOV_ID else 0
+            found[OOV_ID] += vocabulary.unknown_count + rare
         return found
 
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
-        wide = 8 if self.manifest.id_mode == "raw" else 4
-        return 4 * self.num_dense + wide * len(self.manifest.features) + 4
+        wide = 4 if self.manifest.id_mode == "vocab" else 8
+        parts = sum(_PART_BYTES[part] for part in self.manifest.parts)
+        return 4 * self.num_dense + wide * len(self.manifest.features) + 4 + parts
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Row groups of a split, in file order."""
@@ -170,22 +214,42 @@ class Dataset(RowSource):
     def _read(self, shard: Shard, offset: int, rows: int) -> Batch:
         """Rows of a shard with compact ids."""
         path = self.path / shard.file
-        columns = ["label"] * self.manifest.labels + [*self.manifest.dense, *self.feature_names]
+        lists = [f.name for f in self.manifest.features if f.form != "single"]
+        if lists:
+            raise ConfigError(f"{self.path}: columns {', '.join(lists)} are lists, which batches do not hold yet")
+        dense_columns = list(dict.fromkeys(_VECTOR_PART.sub("", name) for name in self.manifest.dense))
+        parts = self.manifest.parts
+        columns = ["label"] * self.manifest.labels + [*dense_columns, *self.feature_names, *parts]
         try:
             frame = pl.scan_parquet(path).slice(offset, rows).select(columns).collect()
         except (OSError, pl.exceptions.PolarsError) as e:
             raise DataError(f"{path}: cannot be read ({e}); convert the data again") from e
         if len(frame) != rows:
             raise DataError(f"{path}: expected {rows} rows from row {offset}; got {len(frame)}; convert the data again")
-        if self.manifest.id_mode == "raw":
+        if self.manifest.id_mode == "raw" and not self.manifest.columns:
             missing = {f.name: f.missing_id for f in self.manifest.features}
             ids = frame.select(pl.col(n).reinterpret(signed=True).fill_null(m) if frame[n].dtype == pl.UInt64
                                else pl.col(n).cast(pl.Int64).fill_null(m) for n, m in missing.items())  # fmt: skip
         else:
             ids = frame.select(self.feature_names)
-        dense = frame.select(self.manifest.dense).to_numpy(order="c") if self.num_dense else np.zeros((rows, 0), "f4")
+        dense = _dense(frame, dense_columns) if self.num_dense else np.zeros((rows, 0), "f4")
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
-        return Batch(_tensor(dense), _tensor(ids.to_numpy(order="c")), _tensor(label))
+        extra = {part: _tensor(frame[part].to_numpy()) for part in parts}
+        return Batch(_tensor(dense), _tensor(_ids(ids, rows)), _tensor(label), extra)
+
+
+def _ids(ids: pl.DataFrame, rows: int) -> NDArray[Any]:
+    return ids.to_numpy(order="c") if ids.width else np.zeros((rows, 0), np.int32)
+
+
+def _dense(frame: pl.DataFrame, columns: list[str]) -> NDArray[Any]:
+    """Numeric columns as one array [rows, num_dense]; a vector's components stand side by side."""
+    vectors = [c for c in columns if isinstance(frame[c].dtype, pl.Array)]
+    if not vectors:
+        return frame.select(columns).to_numpy(order="c")
+    numbers = [c for c in columns if c not in vectors]
+    parts = [frame.select(numbers).to_numpy()] if numbers else []
+    return np.ascontiguousarray(np.concatenate([*parts, *(frame[c].to_numpy() for c in vectors)], axis=1))
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:
