@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -30,7 +30,7 @@ class FeatureSpec:
     """One categorical feature.
 
     Args:
-        name: unique in its schema; salts every hash of the feature, so renaming it moves its rows.
+        name: unique in its schema; salts every hash of the feature without a ``table``, so renaming it moves its rows.
         num_embeddings: number of distinct ids. With ``ids="index"`` ids lie in ``[0, num_embeddings)``;
             with ``ids="raw"`` any int64 is an id and this is the (estimated) cardinality, used to size tables.
         embedding_dim: width of the vector the model receives.
@@ -46,6 +46,12 @@ class FeatureSpec:
             it meets none. ``"zero"``: a zero vector without gradient, which bags skip. ``"raise"``: an IdRangeError.
             ``None`` leaves it to the method: hashing methods hash, others raise. With ``ids="raw"`` no id is unseen,
             so only ``None`` and ``"hash"`` go with it.
+        table: the table that the feature reads, shared by all features that name it, e.g. a target item and a history
+            of items; by default one of its own, called like the feature. These features have one configuration, one
+            set of rows and one optimizer state, and agree in all arguments but ``name``, ``pooling`` and
+            ``padding_idx``. Hashes and initial values are salted by it.
+        padding_idx: this id gives a zero vector without gradient, and bags skip it. In ``[0, num_embeddings)``; with
+            ``ids="raw"`` any int64, the same for all features of a table.
 
     Raises:
         ConfigError: names every argument out of range.
@@ -61,6 +67,8 @@ class FeatureSpec:
     ids: IdKind = "index"
     init: str = "sqrt_rows"
     unseen: Unseen | None = None
+    table: str | None = None
+    padding_idx: int | None = param(None, low=-(1 << 63), high=(1 << 63) - 1)
 
     def __post_init__(self) -> None:
         check_settings(self, f"FeatureSpec, feature {self.name!r:.80}", FeatureSpec._conflicts)
@@ -72,6 +80,14 @@ class FeatureSpec:
                 "`name` must not be empty, nor contain '.' or '#', which separate parts of table names; "
                 f"got {self.name!r}"
             )
+        if self.table is not None and (not self.table or "." in self.table or "#" in self.table):
+            faults.append(
+                "`table` must not be empty, nor contain '.' or '#', which separate parts of table names; "
+                f"got {self.table!r}"
+            )
+        padding = self.padding_idx
+        if padding is not None and self.ids == "index" and not 0 <= padding < self.num_embeddings:
+            faults.append(f"`padding_idx` must be in [0, {self.num_embeddings}), one of the ids; got {padding}")
         if self.ids == "raw" and self.unseen not in (None, "hash"):
             faults.append(
                 f"`unseen` must be hash or None with ids='raw', where every int64 is an id; got {self.unseen!r}"
@@ -82,6 +98,15 @@ class FeatureSpec:
         if init is None or (init[1] and not math.isfinite(float(init[1]))):
             faults.append(f"`init` must be sqrt_rows, sqrt_dim, xavier, normal:STD or uniform:BOUND; got {self.init!r}")
         return faults
+
+    @property
+    def table_name(self) -> str:
+        """The table that the feature reads: ``table``, or the feature's own.
+
+        >>> FeatureSpec("history", 100, 4, table="item").table_name, FeatureSpec("C1", 100, 4).table_name
+        ('item', 'C1')
+        """
+        return self.name if self.table is None else self.table
 
     @property
     def num_ids(self) -> int:
@@ -133,11 +158,34 @@ class Schema:
                 faults.append(f"feature name {spec.name!r} occurs more than once; names must be unique")
             else:
                 seen.add(spec.name)
-        raise_faults(faults, "Schema")
+        raise_faults(faults or _sharing_faults(self.by_table), "Schema")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(f.name for f in self.features)
+
+    @cached_property
+    def by_table(self) -> dict[str, tuple[FeatureSpec, ...]]:
+        """Features by the table that they read, in schema order.
+
+        >>> schema = Schema([FeatureSpec("item", 10, 4), FeatureSpec("history", 10, 4, table="item")])
+        >>> {table: [s.name for s in readers] for table, readers in schema.by_table.items()}
+        {'item': ['item', 'history']}
+        """
+        found: dict[str, list[FeatureSpec]] = {}
+        for spec in self.features:
+            found.setdefault(spec.table_name, []).append(spec)
+        return {table: tuple(readers) for table, readers in found.items()}
+
+    @cached_property
+    def first_readers(self) -> Schema:
+        """The first feature of each table: what is counted, stored and planned once; the schema where none is shared.
+
+        >>> Schema([FeatureSpec("a", 10, 4, table="t"), FeatureSpec("b", 10, 4, table="t")]).first_readers.names
+        ('a',)
+        """
+        first = [readers[0] for readers in self.by_table.values()]
+        return self if len(first) == len(self) else Schema(first)
 
     @property
     def uniform_dim(self) -> int | None:
@@ -213,7 +261,7 @@ class Schema:
         return Schema([replace(f, unseen=unseen) for f in self.features])
 
     def to_dict(self) -> JSON:
-        """JSON-ready; ``unseen`` is left out where it is None, so that texts from before it read and compare alike."""
+        """JSON-ready; see :func:`spec_to_dict` for what is left out."""
         return {"features": [spec_to_dict(f) for f in self.features]}
 
     @classmethod
@@ -232,9 +280,24 @@ class Schema:
         return cls(features)
 
 
+# Texts of earlier versions lack them, and compare equal to texts of today where they are None.
+_LATER = ("unseen", "table", "padding_idx")
+_SHARED = ("num_embeddings", "embedding_dim", "ids", "init", "unseen")
+
+
+def _sharing_faults(by_table: Mapping[str, Sequence[FeatureSpec]]) -> list[str]:
+    """In what features of one table disagree."""
+    faults = []
+    for table, readers in by_table.items():
+        # Padding of raw ids changes which rows an id reads.
+        for name in (*_SHARED, *(("padding_idx",) if readers[0].ids == "raw" else ())):
+            values = {spec.name: getattr(spec, name) for spec in readers}
+            if len(set(values.values())) > 1:
+                listed = ", ".join(f"{value!r} of {feature!r}" for feature, value in values.items())
+                faults.append(f"features of table {table!r} must agree in `{name}`; got {listed}")
+    return faults
+
+
 def spec_to_dict(spec: FeatureSpec) -> JSON:
-    """The arguments of a FeatureSpec, JSON-ready; ``unseen`` only where it is not None."""
-    values = asdict(spec)
-    if spec.unseen is None:
-        del values["unseen"]
-    return values
+    """The arguments of a FeatureSpec, JSON-ready; ``unseen``, ``table`` and ``padding_idx`` where they are not None."""
+    return {k: v for k, v in asdict(spec).items() if v is not None or k not in _LATER}

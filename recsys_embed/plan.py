@@ -33,8 +33,11 @@ _KEYS = ("version", "notes", "features", SETS, ARRAYS)
 
 
 def table_key(spec: FeatureSpec, table: Table) -> str:
-    """Name of a physical table among all features: shared tables keep theirs, others belong to their feature."""
-    return table.name if table.shared else f"{spec.name}.{table.name}"
+    """Name of a physical table among all features.
+
+    Tables that a method shares between features keep theirs, others belong to the table that the feature reads.
+    """
+    return table.name if table.shared else f"{spec.table_name}.{table.name}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,9 @@ class Plan:
         Raises:
             ConfigError: the plan's arrays are described, but not at hand.
         """
-        out = {name: self.members(schema[name]) for name in self.sets}
+        # Features of one table have one set of ids.
+        first = {schema[name].table_name: name for name in reversed(list(self.sets))}
+        out = {name: self.members(schema[name]) for name in first.values()}
         if self.arrays is not None:
             for name, row in self.arrays.need_values().items():
                 out.setdefault(name, {}).update(row)
@@ -231,7 +236,19 @@ class Plan:
             config = config_cls.from_params(params)
             return cls({s.name: config for s in schema})
         plain = get_method("full").config_cls.from_params({})
-        return cls(config_cls.plan(tuple(schema), parse_bytes(budget), plain, **params))
+        once = config_cls.plan(tuple(schema.first_readers), parse_bytes(budget), plain, **params)
+        return cls(once).for_readers(schema)
+
+    def for_readers(self, schema: Schema) -> Plan:
+        """A plan of the first feature of each table, with entries for all features.
+
+        >>> schema = Schema([FeatureSpec("item", 10, 4), FeatureSpec("history", 10, 4, table="item")])
+        >>> Plan.full(schema.first_readers).for_readers(schema).configs.keys() == set(schema.names)
+        True
+        """
+        first = {spec.name: readers[0].name for readers in schema.by_table.values() for spec in readers}
+        reasons = {name: self.reasons[first[name]] for name in schema.names if first[name] in self.reasons}
+        return replace(self, configs={name: self[first[name]] for name in schema.names}, reasons=reasons)
 
     def check(self, schema: Schema) -> None:
         """Raise unless the plan covers exactly the features of ``schema`` and suits each; all faults at once."""
@@ -241,7 +258,20 @@ class Plan:
         for spec in schema:
             if spec.name in self.configs:
                 faults += [f"{fault} (feature {spec.name!r})" for fault in self[spec.name].check(spec)]
-        raise_faults(faults, "Plan")
+        raise_faults(faults + self._sharing_faults(schema), "Plan")
+
+    def _sharing_faults(self, schema: Schema) -> list[str]:
+        """Features of one table that the plan treats differently."""
+        faults = []
+        for table, readers in schema.by_table.items():
+            names = [s.name for s in readers if s.name in self.configs]
+            differing = [n for n in names if self[n] != self[names[0]]]
+            if differing:
+                listed = ", ".join(f"{self[n]} of {n!r}" for n in (names[0], *differing))
+                faults.append(f"a plan has one configuration for all features of table {table!r}; got {listed}")
+            if len({json.dumps(self.sets[n], sort_keys=True) for n in names if n in self.sets}) > 1:
+                faults.append(f"a plan has one set of ids for all features of table {table!r}: give it for one of them")
+        return faults
 
     def gathered(self, schema: Schema) -> dict[str, LookupProgram]:
         """Lookup programs of the features whose rows are gathered from tables, by name.
@@ -276,7 +306,7 @@ class Plan:
         return _tables_of(self.gathered(schema), schema)
 
     def footprint(self, schema: Schema, optimizer: FusedOptimizer | None = None, itemsize: int = 4) -> Footprint:
-        """Bytes of all features together; shared tables count once.
+        """Bytes of all features together; what several features read counts once.
 
         With ``optimizer`` the state of the tables it updates is included; projections and other dense parameters are
         left to the model's own optimizer and its account.
@@ -286,7 +316,7 @@ class Plan:
         for table in _tables_of(gathered, schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
             total += Footprint(weights=itemsize * table.rows * table.width, optimizer=state)
-        for spec in schema:
+        for spec in schema.first_readers:
             if spec.name in gathered:
                 total += Footprint(index=gathered[spec.name].footprint(itemsize).index)
             else:

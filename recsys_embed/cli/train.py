@@ -19,6 +19,7 @@ from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
 from recsys_embed.train.driver import RunOutcome
 from recsys_embed.train.json_values import footprint_dict, json_ready
+from recsys_embed.utils.types import JSON
 
 EXIT_INTERRUPTED = 130
 
@@ -116,13 +117,21 @@ def summarise(outcome: RunOutcome) -> dict[str, Any]:
     return dict(result)
 
 
+def told(metrics: JSON) -> str:
+    """The metrics of a split as text."""
+    if metrics.get("rmse") is not None:
+        return f"RMSE {metrics['rmse']:.4f}"
+    auc = "-" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
+    grouped = "" if metrics.get("grouped_auc") is None else f"  grouped AUC {metrics['grouped_auc']:.4f}"
+    return f"AUC {auc}{grouped}  logloss {metrics['logloss']:.4f}"
+
+
 def render(summary: dict[str, Any], folder: Path) -> str:
     """The result as text."""
     lines = []
     for split in ("valid", "test"):
         if (m := summary[split]) is not None:
-            auc = "-" if m["auc"] is None else f"{m['auc']:.4f}"
-            lines.append(f"{split:>5}: AUC {auc}  logloss {m['logloss']:.4f}  ({m['samples']:,} rows)")
+            lines.append(f"{split:>5}: {told(m)}  ({m['samples']:,} rows)")
     parts = summary["footprint"]
     lines.append(
         f"bytes: weights {format_bytes(parts['serve'])}, training {format_bytes(parts['train'])}, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.kernels.id_checks import check_id_dtype, check_offsets
-from recsys_embed.utils.types import FeatureIds, Ids, JaggedIds
+from recsys_embed.utils.types import BagIds, FeatureIds, Ids, JaggedIds
 
 
 class Bags(NamedTuple):
@@ -112,6 +112,8 @@ def _to_bags(schema: Schema, ids: Ids, offsets: Tensor | None, weights: Tensor |
         return Bags(ids.long(), offsets, weights, (offsets.numel() - 1) // count)
     if weights is not None or offsets is not None:
         raise ConfigError("offsets and per_sample_weights go with 1-D ids")
+    if isinstance(ids, BagIds):
+        return _to_bags(schema, ids.values, ids.offsets, None)
     if not isinstance(ids, Mapping):
         if not (hasattr(ids, "keys") and hasattr(ids, "weights_or_none")):
             raise ConfigError(f"ids must be a tensor, a dict or a KeyedJaggedTensor; got {type(ids).__name__}")

@@ -26,7 +26,7 @@ from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.fused_gather import FusedGather
-from recsys_embed.kernels.id_checks import check_id_dtype
+from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
@@ -38,7 +38,7 @@ from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
-from recsys_embed.utils.types import JSON, Ids
+from recsys_embed.utils.types import JSON, Ids, IdValues
 
 
 class EmbeddingCollection(FusedTables):
@@ -299,6 +299,50 @@ class EmbeddingCollection(FusedTables):
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
 
+    def lookup(self, feature: str, ids: IdValues) -> Tensor:
+        """Vectors of the ids of one feature, one per id: histories before they are pooled, candidates to be scored.
+
+        They are those of :meth:`forward`, of the same tables: lookups of one backward are one step of a fused
+        optimizer. Padding and ids that read no row give zeros.
+
+        Args:
+            feature: its name.
+            ids: int32 or int64 of any shape; of hashing methods also strings, see :meth:`forward`.
+
+        Returns:
+            ``[*ids.shape, width]``; of a method that makes several vectors, one after the other.
+
+        Raises:
+            IdRangeError: an unseen id that neither the feature's ``unseen`` nor its method takes.
+            UnknownNameError: no such feature.
+
+        >>> from recsys_embed import FeatureSpec
+        >>> schema = Schema([FeatureSpec("item", 10, 4), FeatureSpec("history", 10, 4, table="item", padding_idx=0)])
+        >>> coll = EmbeddingCollection(schema)
+        >>> history = coll.lookup("history", torch.tensor([[7, 3, 0], [5, 0, 0]]))
+        >>> history.shape, bool(history[0, 2].any()), torch.equal(history[0, 0], coll.lookup("item", torch.tensor(7)))
+        (torch.Size([2, 3, 4]), False, True)
+        """
+        stepping, bundle = self._stepping, self._bundle
+        number = bundle.position(feature)
+        given = given_ids(ids, self.schema.features[number], bundle.hashes[number], self)
+        if isinstance(given, Tensor) and given.is_nested:
+            raise ConfigError(f"a nested tensor is no form of ids here; give ids.values() (feature {feature!r})")
+        given = check_id_dtype(given, feature)
+        if not stepping:
+            self._catch_up_before_reading()
+        if not torch.compiler.is_compiling():
+            prepare_data_parallel()
+        flat = given.reshape(-1)
+        found = self._batched_tables(bundle.batched, flat)
+        batched = None if found is None else bundle.batched_lookup_of(found[0], number)
+        step, gather = self._step_of(batched, stepping)
+        if found is None or batched is None:
+            out = bundle.unpooled(number, flat.long(), gather)
+        else:
+            out = bundle.unpooled_batched(batched, number, flat, found[1], step, self.sparse)
+        return out.view(*given.shape, out.shape[1])
+
     def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
         if not stepping:
@@ -338,7 +382,7 @@ class EmbeddingCollection(FusedTables):
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ("init",), STORED_UNSEEN, with_current_names)
+            _state.check(saved, self._identity(), where, ("init", "padding_idx"), STORED_UNSEEN, with_current_names)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

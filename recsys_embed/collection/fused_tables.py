@@ -74,10 +74,13 @@ class FusedTables(TablesWithState):
         self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
+        # Compiled lookups since the last step: the gradients of several wait for the end of their backward.
+        self._compiled_lookups = 0
         self.told = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
+        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told",
+                "_compiled_lookups")  # fmt: skip
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: JSON) -> None:
@@ -122,6 +125,7 @@ class FusedTables(TablesWithState):
         """As :meth:`before_lookup`, of a compiled model."""
         self.before_lookup()
         self._compiled_at = self._in_memory()
+        self._compiled_lookups += 1
 
     def _in_memory(self) -> list[int]:
         """Where the tables and the optimizer's state lie."""
@@ -243,6 +247,7 @@ class FusedTables(TablesWithState):
     @torch.no_grad()
     def _apply_collected(self, collected: Mapping[str, Tensor]) -> None:
         """Step the optimizer by the gradients of all lookups of a backward."""
+        self._compiled_lookups = 0
         with self._lock:
             for name in self.storages:
                 if name in collected:
@@ -341,7 +346,9 @@ class FusedTables(TablesWithState):
                 "tables or optimizer state have been replaced between a compiled lookup and its backward; look up again"
             )
         wanted = [t.requires_grad for t in own]
-        if self._in_backward and not collects:
+        # Gradients of several lookups wait for each other, as those of uncompiled ones do.
+        if self._in_backward and not collects and self._compiled_lookups <= 1:
+            self._compiled_lookups = 0
             self._backward_steps.stepped_by_compiled_code()
             trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]
             self._step_native(lookup, ids, tables, states, grads, kept, trained)

@@ -71,16 +71,24 @@ class HeadTables(Constants):
         # Not as modules of this one, which would name the parameters a second time.
         self.__dict__["_stacked"], self.__dict__["_own"] = stacked, own
         self._own_name, self._device = own_name, options["device"]
+        # Of each shape, the first feature of every table, and the place of each feature's.
         self.members: dict[str, list[int]] = {}
+        self._place: dict[int, int] = {}
+        first: dict[str, int] = {}
         for i, spec in enumerate(schema):
             program = self.programs.get(spec.name)
             if program is None or program.head is None or not program.head.tables:
                 continue
+            if first.setdefault(spec.table_name, i) != i:
+                if program.head.stacks:
+                    self._place[i] = self._place[first[spec.table_name]]
+                continue
             shapes = {name: program.table(name).shape for name in program.head.tables}
             if program.head.stacks:
-                self.members.setdefault(_named(program), []).append(i)
+                self._place[i] = len(self.members.setdefault(_named(program), []))
+                self.members[_named(program)].append(i)
             else:
-                own[own_name(spec.name)] = DenseTables(shapes, **options)
+                own[own_name(spec.table_name)] = DenseTables(shapes, **options)
         for shape, members in self.members.items():
             sizes = (int(n) for n in shape.split("x"))
             stacked[shape] = nn.Parameter(torch.empty(len(members), *sizes, **options))
@@ -96,8 +104,7 @@ class HeadTables(Constants):
         if program.head.stacks and program.head.tables:
             members = self.members[_named(program)]
             part = part._replace(matrices=_named(program), whole=members == list(features))
-            place = {i: number for number, i in enumerate(members)}
-            self.add_constant(key, [place[i] for i in features], self._device)
+            self.add_constant(key, [self._place[i] for i in features], self._device)
         self._parts[key] = part
         return True
 
@@ -116,7 +123,7 @@ class HeadTables(Constants):
             stacked: Tensor = self.__dict__["_stacked"][part.matrices]
             return [stacked if part.whole else stacked.index_select(0, self.constant(key, stacked))]
         held = self.__dict__["_own"]
-        name = self.schema.names[part.features[0]]
+        name = self.schema.features[part.features[0]].table_name
         return [getattr(held[self._own_name(name)], table) for table in part.head.tables]
 
     def vectors(self, key: str, columns: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -149,21 +156,21 @@ class HeadTables(Constants):
         program = self.programs[feature]
         if program.head is not None and program.head.stacks:
             return cast("nn.Parameter", self.__dict__["_stacked"][_named(program)])
-        return cast("nn.Parameter", getattr(self.__dict__["_own"][self._own_name(feature)], table))
+        name = self.schema[feature].table_name
+        return cast("nn.Parameter", getattr(self.__dict__["_own"][self._own_name(name)], table))
 
     def tables(self, *, stacked_only: bool = False) -> dict[str, Tensor]:
         """Every table of a head by its key, as a view where it is stacked."""
         out = {}
-        place = {i: number for members in self.members.values() for number, i in enumerate(members)}
         for i, spec in enumerate(self.schema):
             program = self.programs.get(spec.name)
             if program is None or program.head is None or (stacked_only and not program.head.stacks):
                 continue
             for name in program.head.tables:
                 if program.head.stacks:
-                    values = self.__dict__["_stacked"][_named(program)][place[i]]
+                    values = self.__dict__["_stacked"][_named(program)][self._place[i]]
                 else:
-                    values = getattr(self.__dict__["_own"][self._own_name(spec.name)], name)
+                    values = getattr(self.__dict__["_own"][self._own_name(spec.table_name)], name)
                 out[table_key(spec, program.table(name))] = values
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatu
 from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
-from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
@@ -54,6 +55,7 @@ class LookupBundle(Constants):
     ) -> None:
         super().__init__()
         self.schema = schema
+        self._positions = {name: i for i, name in enumerate(schema.names)}
         self.hashes = tuple(plan[s.name].accepts_raw for s in schema)
         options: TensorOptions = {"device": like.device, "dtype": like.dtype}
         # Modules of features that compute, and the tables of heads that belong to one feature.
@@ -65,12 +67,14 @@ class LookupBundle(Constants):
             if spec.name in self.programs:
                 gathers.append(i)
                 continue
+            if _own(spec.table_name) in self.own:
+                continue
             cls = get_method(config.method).embedding_cls
-            self.own[_own(spec.name)] = cls(
+            self.own[_own(spec.table_name)] = cls(
                 spec.num_embeddings,
                 spec.embedding_dim,
                 config=config,
-                name=spec.name,
+                name=spec.table_name,
                 init=spec.init,
                 unseen=spec.unseen,
                 **options,
@@ -92,7 +96,11 @@ class LookupBundle(Constants):
             lookup = ReferenceLookup if backend == "reference" else VectorisedLookup
             self.unseen = UnseenIds(schema.features, self.hashes)
             zeros = self.unseen.zeros
-            self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, [zeros[i] for i in gathers])
+            # What the features of one table share: the first of them has the index arrays.
+            tables = [s.table_name for s in specs]
+            owners = [tables.index(t) for t in tables]
+            optional = [zeros[i] for i in gathers]
+            self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, optional, owners=owners)
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.
         self.parts = [tuple(gathers[j] for j in g.features) for g in self.kernel.groups]
         self.grouped = len(self.parts)
@@ -114,6 +122,12 @@ class LookupBundle(Constants):
         # By name of kernels, for single ids and for bags; where a kernel runs nothing, none.
         self.batched: dict[str, BatchedLookup] = {}
         self.batched_bags: dict[str, BatchedLookup] = {}
+        # Of single features, by name of kernels; made when they are first looked up.
+        self._unpooled: list[dict[str, BatchedLookup | None]] = [{} for _ in schema]
+        self._makers: dict[str, BatchedFeatures] = {}
+        self._places = {i: p for p, part in enumerate(self.parts[: self.grouped]) for i in part}
+        for i in gathers:
+            self.heads.add(f"unpooled{i}_0", (i,))
         for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
             run = [j for j in range(len(specs)) if j not in left]
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] in left]
@@ -125,6 +139,8 @@ class LookupBundle(Constants):
                     schema, run, [gathers[j] for j in run], [programs[j] for j in run], [where[j] for j in run],
                     self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
                 )  # fmt: skip
+                if not end:
+                    self._makers[name] = features
                 found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
                 found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
 
@@ -132,7 +148,7 @@ class LookupBundle(Constants):
         return [*batched.parts, *(self.parts[p] for p in batched.rest)]
 
     def _module(self, name: str) -> CompressedEmbedding:
-        return cast("CompressedEmbedding", self.own[_own(name)])
+        return cast("CompressedEmbedding", self.own[_own(self.schema[name].table_name)])
 
     def _add_order(self, name: str, parts: Sequence[tuple[int, ...]], device: torch.device) -> bool:
         """Where each output column (or vector) stands among the concatenated parts; True if in its place already."""
@@ -156,13 +172,32 @@ class LookupBundle(Constants):
         unknown = [str(unknown_name("feature", name, known)) for name in counts if name not in known]
         raise_faults(unknown, "assign_", UnknownNameError)
         place = {name: number for number, name in enumerate(self.programs)}
-        for name, values in counts.items():
+        for name, values in self._by_first_reader(counts).items():
             if name in self.programs:
                 sets = isinstance(values, Mapping)
                 stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
                 self.kernel.index.assign_(place[name], stored)
             else:
                 self._module(name).assign_(values)
+
+    def _by_first_reader(
+        self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]
+    ) -> dict[str, Tensor | Mapping[str, Tensor]]:
+        """What is given for features of one table as one value: counts are summed, sets of ids have to be equal."""
+        found: dict[str, Tensor | Mapping[str, Tensor]] = {}
+        for name, value in counts.items():
+            first = self.schema.by_table[self.schema[name].table_name][0].name
+            known = found.get(first)
+            if known is None:
+                found[first] = value
+            elif isinstance(known, Mapping) or isinstance(value, Mapping):
+                raise ConfigError(
+                    f"assign_ takes the ids of an index once for all features of a table; got them for {name!r} as "
+                    f"well as for another feature of table {self.schema[name].table_name!r}"
+                )
+            else:
+                found[first] = torch.as_tensor(known) + torch.as_tensor(value)
+        return found
 
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
@@ -180,6 +215,16 @@ class LookupBundle(Constants):
             elif value is not None:
                 out[spec.name] = given_ids(value, spec, hashes, near)
         return out
+
+    def position(self, feature: str) -> int:
+        """Position of a feature in the schema.
+
+        Raises:
+            UnknownNameError: it has none.
+        """
+        if feature not in self._positions:
+            raise unknown_name("feature", str(feature), self.schema.names)
+        return self._positions[feature]
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -230,6 +275,51 @@ class LookupBundle(Constants):
             parts += self._singles(ids, batched.rest, gather)
         return self._assemble(parts, batched.ordered, batched.order)
 
+    def unpooled(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
+        """Vectors ``[n, width]`` of int64 ``ids [n]`` of one feature."""
+        ids = self.unseen(ids, feature)
+        group = self._places.get(feature)
+        if group is None:
+            return self.vectors_of(feature, ids).flatten(1)
+        part, key = self.parts[group], f"unpooled{feature}_0"
+        local = torch.full_like(ids, part.index(feature))
+        (columns,) = self.kernel([ids], [local], gather, [group])
+        if self.heads.head(key) is None:
+            return columns
+        return self.heads.vectors(key, columns.unsqueeze(1), ids.unsqueeze(1)).flatten(1)
+
+    def unpooled_batched(
+        self, batched: BatchedLookup, feature: int, ids: Tensor, tables: list[Tensor], step: NativeStep | None,
+        sparse: bool,
+    ) -> Tensor:  # fmt: skip
+        """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
+        ids = self.unseen(ids.long(), feature)
+        # The kernels read one column of a matrix of ids of all features.
+        matrix = ids.unsqueeze(1).expand(-1, len(self.schema))
+        return batched.single(matrix, tables, step, sparse, resolved=True)[0].flatten(1)
+
+    def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
+        """The lookup of one feature by kernels; None where these leave it to torch."""
+        # Dynamo reads a dictionary once, so that each feature has its own, which is complete when it is read.
+        if torch.compiler.is_compiling() or kernels not in self._unpooled[feature]:
+            self._make_lookup_of(kernels, feature)
+        return self._unpooled[feature][kernels]
+
+    # Encodings of programs are made by numpy, which Dynamo does not follow.
+    @torch.compiler.assume_constant_result
+    def _make_lookup_of(self, kernels: str, feature: int) -> bool:
+        every, found = self._makers[kernels], self._unpooled[feature]
+        if kernels in found or feature not in every.positions:
+            found.setdefault(kernels, None)
+            return True
+        at = list(every.positions).index(feature)
+        one = replace(
+            every, numbers=[every.numbers[at]], positions=[feature], programs=[every.programs[at]],
+            places=[every.places[at]],
+        )  # fmt: skip
+        found[kernels] = BATCHED_LOOKUPS[kernels](one, [], f"unpooled{feature}_")
+        return True
+
     def pooled_batched(
         self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather
     ) -> Tensor:
@@ -244,7 +334,7 @@ class LookupBundle(Constants):
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
-        return self._module(self.schema.names[feature]).lookup_resolved(ids)
+        return self._module(self.schema.names[feature]).lookup_resolved(ids, self.unseen.zeros[feature])
 
     def pooled(self, bags: Bags, gather: Gather) -> Tensor:
         """Bags of ids, pooled per feature as its spec says."""
@@ -305,7 +395,7 @@ class LookupBundle(Constants):
         own = self._module(self.schema.names[feature])
         skipped = absent_ids(values) if self.unseen.zeros[feature] else None
         mode = self.schema.features[feature].pooling
-        vectors = own.before_pool_resolved(values)
+        vectors = own.before_pool_resolved(values, self.unseen.zeros[feature])
         return own.after_pool(pool_vectors(vectors, offsets, mode, weights, skipped, include_last_offset=True))
 
     def _feature_of(self, bags: Bags) -> Tensor:

@@ -84,7 +84,7 @@ def run_head(
         out = head.apply(columns, tables, ids)
     if not optional or head.keeps_zero or ids is None:
         return out
-    return out.masked_fill((ids < 0).unsqueeze(-1), 0.0)
+    return out.masked_fill((ids == -1).unsqueeze(-1), 0.0)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.data.random_bits import stream_key
 from recsys_embed.errors import raise_faults
+from recsys_embed.utils.types import BagIds
 
 PREFETCH = 4
 """Batches made ahead of the consumer."""
@@ -24,9 +27,10 @@ class Batch:
 
     Args:
         dense: numeric columns, float32 ``[B, num_dense]``.
-        ids: one id per feature, int64 ``[B, F]``.
+        ids: one id per feature, int64 ``[B, F]``; of the features that have one id per row, which come first.
         label: float32 ``[B]``, NaN where there are no labels.
         extra: further parts by name, ``[B, ...]`` each, such as weights or times.
+        lists: ids of list and sequence features, which come last; None where there are none.
 
     Raises:
         ConfigError: a part that is no tensor.
@@ -42,6 +46,7 @@ class Batch:
     ids: Tensor
     label: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    lists: ListIds | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dense, Tensor) and isinstance(self.ids, Tensor) and isinstance(self.label, Tensor)):
@@ -55,9 +60,11 @@ class Batch:
             )
 
     @classmethod
-    def empty(cls, num_dense: int, num_features: int) -> Batch:
-        """No rows."""
-        return cls(torch.zeros(0, num_dense), torch.zeros(0, num_features, dtype=torch.int64), torch.zeros(0))
+    def empty(cls, num_dense: int, num_features: int, num_lists: int = 0) -> Batch:
+        """No rows, of features with one id and of ``num_lists`` with lists."""
+        none = torch.zeros(0, dtype=torch.int64)
+        lists = ListIds(none, torch.zeros(1, dtype=torch.int64), num_lists) if num_lists else None
+        return cls(torch.zeros(0, num_dense), none.view(0, num_features), torch.zeros(0), lists=lists)
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:
@@ -74,6 +81,7 @@ class Batch:
             torch.cat([b.ids for b in batches]),
             torch.cat([b.label for b in batches]),
             {name: torch.cat([b.extra[name] for b in batches]) for name in first.extra},
+            None if first.lists is None else ListIds.cat([b.lists for b in batches if b.lists is not None]),
         )
 
     @property
@@ -81,14 +89,33 @@ class Batch:
         """B."""
         return len(self.label)
 
+    @property
+    def inputs(self) -> Tensor | BagIds:
+        """The ids as models take them: ``ids``, or bags of all features in the schema's order where there are lists."""
+        if self.lists is None:
+            return self.ids
+        values, offsets = self.lists.by_feature()
+        single = self.ids.numel()
+        if not single:
+            return BagIds(values.long(), offsets)
+        places = torch.arange(single, device=offsets.device)
+        return BagIds(torch.cat([self.ids.T.reshape(-1), values.long()]), torch.cat([places, offsets + single]))
+
+    def feature(self, number: int) -> Tensor:
+        """All ids ``[n]`` of a feature, by its position in the schema."""
+        if self.lists is None or number < self.ids.shape[1]:
+            return self.ids[:, number]
+        return self.lists.feature(number - self.ids.shape[1])[0]
+
     def parts(self) -> dict[str, Tensor]:
-        """Every part by name."""
+        """Every part that is a tensor, by name."""
         return {"dense": self.dense, "ids": self.ids, "label": self.label, **self.extra}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every part changed."""
+        """The batch with every part changed: tensors, and :class:`ListIds`, which have a tensor's methods for rows."""
         extra = {name: change(part) for name, part in self.extra.items()}
-        return Batch(change(self.dense), change(self.ids), change(self.label), extra)
+        lists = None if self.lists is None else cast("Callable[[ListIds], ListIds]", change)(self.lists)
+        return Batch(change(self.dense), change(self.ids), change(self.label), extra, lists)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
@@ -142,7 +169,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device | None = None, depth
     def work() -> None:
         try:
             for batch in batches:
-                if not offer(batch.map(Tensor.pin_memory) if cuda else batch):
+                if not offer(batch.map(lambda part: part.pin_memory()) if cuda else batch):
                     return
             offer(None)
         except BaseException as e:
@@ -190,6 +217,7 @@ class InMemoryDataset:
         ids: int32 or int64 [N, F]; stored as given, int64 in every batch.
         label: [N], any real type; float32 in every batch.
         extra: further parts by name, [N, ...] each.
+        lists: ids of list and sequence features.
 
     Raises:
         ConfigError: shapes or types disagree.
@@ -199,7 +227,14 @@ class InMemoryDataset:
     [2, 2, 1]
     """
 
-    def __init__(self, dense: Tensor, ids: Tensor, label: Tensor, extra: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        dense: Tensor,
+        ids: Tensor,
+        label: Tensor,
+        extra: Mapping[str, Tensor] | None = None,
+        lists: ListIds | None = None,
+    ) -> None:
         extra = dict(extra or {})
         faults = []
         if dense.dim() != 2 or ids.dim() != 2 or label.dim() != 1:
@@ -210,18 +245,20 @@ class InMemoryDataset:
         else:
             wrong = {name: len(part) for name, part in extra.items() if len(part) != len(label)}
             faults += [f"part {name!r} must have {len(label)} rows; got {n}" for name, n in wrong.items()]
+            if lists is not None and len(lists) != len(label):
+                faults.append(f"`lists` must have {len(label)} rows; got {len(lists)}")
         if ids.dtype not in (torch.int32, torch.int64):
             faults.append(f"`ids` must be int32 or int64; got {ids.dtype}")
         if dense.dtype != torch.float32:
             faults.append(f"`dense` must be float32; got {dense.dtype}")
         raise_faults(faults, "InMemoryDataset")
         self.dense, self.ids, self.label = dense.contiguous(), ids.contiguous(), label.float()
-        self._batch = Batch(self.dense, self.ids, self.label, extra)
+        self._batch = Batch(self.dense, self.ids, self.label, extra, lists)
 
     @classmethod
     def of(cls, batch: Batch) -> InMemoryDataset:
         """The rows of one batch, whose ids may be int32."""
-        return cls(batch.dense, batch.ids, batch.label, batch.extra)
+        return cls(batch.dense, batch.ids, batch.label, batch.extra, batch.lists)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -255,12 +292,14 @@ class InMemoryDataset:
 
     def rows(self, which: Tensor | slice) -> Batch:
         """A batch of the given rows, a copy: int64 row numbers or a slice."""
-        extra = self._batch.extra
+        extra, lists = self._batch.extra, self._batch.lists
         if isinstance(which, slice):
             # Each part is copied once: ids that are narrow by being widened.
             ids = self.ids[which].to(torch.int64, copy=True)
             rest = {name: part[which].clone() for name, part in extra.items()} if extra else {}
-            return Batch(self.dense[which].clone(), ids, self.label[which].clone(), rest)
+            some = None if lists is None else lists[which].clone().long()
+            return Batch(self.dense[which].clone(), ids, self.label[which].clone(), rest, some)
         rest = {name: part.index_select(0, which) for name, part in extra.items()} if extra else {}
         ids = self.ids.index_select(0, which).long()
-        return Batch(self.dense.index_select(0, which), ids, self.label.index_select(0, which), rest)
+        some = None if lists is None else lists.index_select(0, which).long()
+        return Batch(self.dense.index_select(0, which), ids, self.label.index_select(0, which), rest, some)

@@ -13,14 +13,17 @@ _PIECE = 1 << 20
 """Rows looked at together, so that no mask of a whole split is held."""
 
 
-def shape_faults(batch: Any, num_dense: int, num_features: int, rows: int | None = None) -> list[str]:
+def shape_faults(
+    batch: Any, num_dense: int, num_features: int, rows: int | None = None, num_lists: int = 0
+) -> list[str]:
     """Parts of a batch that are not what a data set promises; shapes and types only, so it costs next to nothing.
 
     Args:
         batch: what ``read`` returned.
         num_dense: numeric columns of the data set.
-        num_features: features of its schema.
+        num_features: features of its schema that have one id per row.
         rows: rows that were asked for; None: any number.
+        num_lists: features of its schema that have lists.
 
     >>> from recsys_embed.data import Batch
     >>> shape_faults(Batch(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)), 3, 1, rows=2)
@@ -55,6 +58,12 @@ def shape_faults(batch: Any, num_dense: int, num_features: int, rows: int | None
             lengths[name] = len(part)
         else:
             faults.append(f"part {name!r} must be a torch.Tensor [B, ...]; got {type(part).__name__}{_cure(part)}")
+    lists = getattr(batch, "lists", None)
+    if (0 if lists is None else lists.num_features) != num_lists:
+        got = "none" if lists is None else lists.num_features
+        faults.append(f"`lists` must hold the ids of {num_lists} features (`num_lists`); got {got}")
+    elif lists is not None:
+        lengths["lists"] = len(lists)
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {n}" for name, n in lengths.items())
         faults.append(f"all parts must have equally many rows; got {found}")
@@ -87,7 +96,9 @@ def _cure(part: Any) -> str:
     return ": torch.as_tensor makes one of an array" if hasattr(part, "__array__") else ""
 
 
-def value_faults(dense: Tensor, label: Tensor, first_row: int = 0, *, shuffled: bool = False) -> list[str]:
+def value_faults(
+    dense: Tensor, label: Tensor, first_row: int = 0, *, shuffled: bool = False, real_labels: bool = False
+) -> list[str]:
     """Labels other than 0 and 1, and numeric values that are NaN or infinite; one reduction each where all is well.
 
     Args:
@@ -95,11 +106,12 @@ def value_faults(dense: Tensor, label: Tensor, first_row: int = 0, *, shuffled: 
         label: ``[B]``.
         first_row: number of their first row.
         shuffled: rows have no number that would tell anybody where to look.
+        real_labels: labels are any finite numbers.
 
     >>> value_faults(torch.zeros(3, 1), torch.tensor([1.0, 2.0, 1.0]))
-    ['labels must be 0 or 1; got 2, first in row 1: map the two values, e.g. label == 2']
+    ["labels must be 0 or 1; got 2, first in row 1: map the two values, e.g. label == 2, or train on them ..."]
     """
-    found = label_faults(label, first_row, shuffled=shuffled)
+    found = label_faults(label, first_row, shuffled=shuffled, real=real_labels)
     if not torch.isfinite(dense.sum()):  # a sum is finite wherever all values are, unless they are huge
         wrong = ~torch.isfinite(dense)
         for column in wrong.any(0).nonzero().flatten().tolist():
@@ -111,29 +123,35 @@ def value_faults(dense: Tensor, label: Tensor, first_row: int = 0, *, shuffled: 
     return found
 
 
-def label_faults(label: Tensor, first_row: int = 0, *, shuffled: bool = True) -> list[str]:
-    """Labels ``[B]`` other than 0 and 1; see :func:`value_faults`."""
-    if torch.equal(label, label.bool().to(label.dtype)):
+def label_faults(label: Tensor, first_row: int = 0, *, shuffled: bool = True, real: bool = False) -> list[str]:
+    """Labels ``[B]`` other than 0 and 1, or that are not finite; see :func:`value_faults`."""
+    if torch.isfinite(label).all() if real else torch.equal(label, label.bool().to(label.dtype)):
         return []
-    return [_label_fault(label, first_row, shuffled)]
+    return [_label_fault(label, first_row, shuffled, real)]
 
 
-def _label_fault(label: Tensor, first_row: int, shuffled: bool) -> str:
+def _label_fault(label: Tensor, first_row: int, shuffled: bool, real: bool) -> str:
     nan = label.isnan()
     if nan.all():
         return (
-            f"there are no labels (all {len(label)} are NaN); training and metrics need a label of 0 or 1 in every "
-            "row. Convert rows that begin with their label, or give `label` in a data set of your own"
+            f"there are no labels (all {len(label)} are NaN); training and metrics need a label"
+            f"{'' if real else ' of 0 or 1'} in every row. Convert rows that have one, or give `label` in a data set "
+            "of your own"
         )
     if nan.any():
         rows = nan.nonzero().flatten()
         where = _first(rows, first_row, shuffled)
-        return f"{len(rows)} of {len(label)} labels are NaN{where}: leave those rows out, or label them 0 or 1"
+        cure = "" if real else ", or label them 0 or 1"
+        return f"{len(rows)} of {len(label)} labels are NaN{where}: leave those rows out{cure}"
+    if real:
+        rows = (~torch.isfinite(label)).nonzero().flatten()
+        return f"{len(rows)} of {len(label)} labels are infinite{_first(rows, first_row, shuffled)}: leave them out"
     rows = ((label != 0) & (label != 1)).nonzero().flatten()
     values = label.unique().tolist()
     others = [f"{v:g}" for v in values if v not in (0, 1)]
     got = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
     cure = f"map the two values, e.g. label == {values[1]:g}" if len(values) == 2 else "map them, e.g. label > 0"
+    cure += ", or train on them as they are with loss='squared_error'"
     return f"labels must be 0 or 1; got {got}{_first(rows, first_row, shuffled)}: {cure}"
 
 
@@ -141,19 +159,20 @@ def _first(rows: Tensor, first_row: int, shuffled: bool) -> str:
     return "" if shuffled else f", first in row {first_row + int(rows[0])}"
 
 
-def split_faults(dense: Tensor, label: Tensor) -> list[str]:
+def split_faults(dense: Tensor, label: Tensor, *, real_labels: bool = False) -> list[str]:
     """Faults of the values of a whole split: those of its first piece that has any."""
     for start in range(0, len(label), _PIECE):
-        found = value_faults(dense[start : start + _PIECE], label[start : start + _PIECE], start)
+        piece = slice(start, start + _PIECE)
+        found = value_faults(dense[piece], label[piece], start, real_labels=real_labels)
         if found:
             return found
     return []
 
 
-def refuse_values(batch: Any, where: str) -> None:
+def refuse_values(batch: Any, where: str, *, real_labels: bool = False) -> None:
     """Refuse a shuffled batch whose labels or numeric values are the reason for what went wrong.
 
     Raises:
         DataError: names them and ``where`` they are.
     """
-    raise_faults(value_faults(batch.dense, batch.label, shuffled=True), where, DataError)
+    raise_faults(value_faults(batch.dense, batch.label, shuffled=True, real_labels=real_labels), where, DataError)

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from recsys_embed.data.batch import Batch, Batches, InMemoryDataset, check_batching, num_batches
 from recsys_embed.data.checks import shape_faults, split_faults, value_faults
 from recsys_embed.data.data_source import HELD_OUT
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.data.stream import moments_of, stream, windows
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
 from recsys_embed.features import Schema
@@ -82,6 +84,11 @@ class RowSource(ABC):
     # -- what it may say ------------------------------------------------------------------------------------------
 
     @property
+    def num_lists(self) -> int:
+        """How many of the features, the schema's last ones, have any number of ids per row: ``Batch.lists``."""
+        return 0
+
+    @property
     def stats(self) -> JSONMapping | None:
         """Statistics of the features, in the form of a data folder's ``stats.json``."""
         return None
@@ -114,7 +121,7 @@ class RowSource(ABC):
         for batch in self.batches("train", CHUNK_ROWS, shuffle=False) if "train" in self.splits and found else ():
             for column, spec in specs:
                 if spec.name in found:
-                    found[spec.name] += torch.bincount(batch.ids[:, column], minlength=spec.num_embeddings)
+                    found[spec.name] += torch.bincount(batch.feature(column), minlength=spec.num_embeddings)
         return found
 
     # -- what follows ---------------------------------------------------------------------------------------------
@@ -139,13 +146,13 @@ class RowSource(ABC):
         return self.rows(split) * self.row_bytes() <= self.memory_limit
 
     @cached_property
-    def _num_features(self) -> int:
-        return len(self.feature_names)
+    def _num_single(self) -> int:
+        return len(self.feature_names) - self.num_lists
 
     def _read_checked(self, split: str, start: int, stop: int) -> Batch:
         """What :meth:`read` gives, refused where its parts are not those of this data set."""
         batch = self.read(split, start, stop)
-        faults = shape_faults(batch, self.num_dense, self._num_features, stop - start)
+        faults = shape_faults(batch, self.num_dense, self._num_single, stop - start, self.num_lists)
         if faults:
             raise_faults(faults, f"{self._name}.read({split!r}, {start}, {stop})")
         return batch
@@ -154,11 +161,14 @@ class RowSource(ABC):
     def _name(self) -> str:
         return type(self).__name__
 
-    def check_values(self) -> None:
+    def check_values(self, *, real_labels: bool = False) -> None:
         """Refuse rows that cannot be trained on; a run calls it before its first step.
 
         Looks at every row of the splits that are held in memory, and at the first chunk of those that are streamed;
         once for each split.
+
+        Args:
+            real_labels: labels are any finite numbers, rather than 0 and 1.
 
         Raises:
             ConfigError: parts that :meth:`read` returns have other shapes or types than this data set says.
@@ -166,22 +176,22 @@ class RowSource(ABC):
         """
         faults = []
         for split in ("train", "valid", "test", HELD_OUT):
-            if split in self.splits and split not in self._values_checked and self.rows(split):
-                found = self._value_faults(split)
+            if split in self.splits and (split, real_labels) not in self._values_checked and self.rows(split):
+                found = self._value_faults(split, real_labels)
                 faults += [f"split {split!r}: {fault}" for fault in found]
                 if not found:
-                    self._values_checked.add(split)
+                    self._values_checked.add((split, real_labels))
         raise_faults(faults, f"data set {self._name}", DataError)
 
-    def _value_faults(self, split: str) -> list[str]:
+    def _value_faults(self, split: str, real_labels: bool) -> list[str]:
         if self.fits(split):
             rows = self.load(split)
-            return split_faults(rows.dense, rows.label)
+            return split_faults(rows.dense, rows.label, real_labels=real_labels)
         batch = self._read_checked(split, *self.chunks(split)[0])
-        return value_faults(batch.dense, batch.label.float())
+        return value_faults(batch.dense, batch.label.float(), real_labels=real_labels)
 
     @cached_property
-    def _values_checked(self) -> set[str]:
+    def _values_checked(self) -> set[tuple[str, bool]]:
         return set()
 
     @cached_property
@@ -192,16 +202,19 @@ class RowSource(ABC):
         """A whole split in memory, in file order; kept for later calls."""
         if split not in self._loaded:
             # Filled chunk by chunk, so that no second copy of the rows is ever held.
-            total, whole = self.rows(split), None
+            total, whole, lists = self.rows(split), None, []
             for start, stop in self.chunks(split):
                 piece = self._read_checked(split, start, stop)
+                if piece.lists is not None:
+                    lists.append(piece.lists)
+                    piece = replace(piece, lists=None)
                 if whole is None:
                     whole = piece.map(lambda part: part.new_empty(total, *part.shape[1:]))
                 parts = whole.parts()
                 for name, part in piece.parts().items():
                     parts[name][start:stop] = part
-            rows = Batch.empty(self.num_dense, len(self.feature_names)) if whole is None else whole
-            self._loaded[split] = InMemoryDataset.of(rows)
+            rows = Batch.empty(self.num_dense, self._num_single, self.num_lists) if whole is None else whole
+            self._loaded[split] = InMemoryDataset.of(replace(rows, lists=ListIds.cat(lists)) if lists else rows)
         return self._loaded[split]
 
     def batches(
@@ -339,6 +352,10 @@ class Rows(RowSource):
     @property
     def num_dense(self) -> int:
         return self.whole.num_dense
+
+    @property
+    def num_lists(self) -> int:
+        return self.whole.num_lists
 
     @property
     def digest(self) -> str:

@@ -29,7 +29,7 @@ from recsys_embed.kernels.recording import tracing
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.kernels.unseen_ids import UnseenCount, UnseenIds, with_unseen_row
+from recsys_embed.kernels.unseen_ids import NO_ID, UnseenCount, UnseenIds, with_unseen_row
 from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.utils.types import Budget, IdValues, Option
 
@@ -202,15 +202,21 @@ class CompressedEmbedding(ModuleTables):
         """Width of the output: ``embedding_dim``, times the number of vectors where a method emits several."""
         return self.program.width
 
-    def lookup_resolved(self, ids: Tensor) -> Tensor:
-        """As :meth:`lookup`, with zeros where an id is -1, "no id", whatever the method."""
-        if not (self.config.computes and self._policy.zeros[0]):
-            return self.lookup(ids)  # the kernel knows about them
-        return self.lookup(ids.clamp_min(0)).masked_fill((ids < 0).unsqueeze(-1), 0.0)
+    def lookup_resolved(self, ids: Tensor, optional: bool | None = None) -> Tensor:
+        """As :meth:`lookup`, with zeros where an id is -1, "no id", whatever the method.
 
-    def before_pool_resolved(self, ids: Tensor) -> Tensor:
+        Args:
+            optional: whether -1 is no id; by default as the module's own policy for unseen ids has it.
+        """
+        if not (self.config.computes and (self._policy.zeros[0] if optional is None else optional)):
+            return self.lookup(ids)  # the kernel knows about them
+        absent = ids == NO_ID
+        return self.lookup(ids.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0.0)
+
+    def before_pool_resolved(self, ids: Tensor, optional: bool | None = None) -> Tensor:
         """As :meth:`before_pool`; rows where an id is -1, "no id", are to be skipped."""
-        return self.before_pool(ids.clamp_min(0) if self.config.computes and self._policy.zeros[0] else ids)
+        optional = self._policy.zeros[0] if optional is None else optional
+        return self.before_pool(ids.masked_fill(ids == NO_ID, 0) if self.config.computes and optional else ids)
 
     def _vectors(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
         """Vectors of resolved int64 ``ids [n]``, padding included.

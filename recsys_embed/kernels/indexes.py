@@ -51,14 +51,21 @@ class IndexStore(nn.Module):
 
     Args:
         indexes: per program. At first each is filled as if ids were numbered by descending frequency.
+        owners: per program the first one that reads the same tables, whose arrays it reads; by default itself.
     """
 
-    def __init__(self, indexes: Sequence[Sequence[Index]]) -> None:
+    def __init__(self, indexes: Sequence[Sequence[Index]], owners: Sequence[int] | None = None) -> None:
         super().__init__()
         self.indexes = [{i.name: i for i in row if i.arrays} for row in indexes]
+        owners = range(len(self.indexes)) if owners is None else owners
+        # The indexes that have arrays of their own.
+        self._owning = [row for i, row in enumerate(self.indexes) if owners[i] == i]
         lengths: dict[tuple[tuple[str, torch.dtype], ...], int] = {}
         self._places: list[dict[str, int]] = []
-        for row in self.indexes:
+        for owner, row in zip(owners, self.indexes, strict=True):
+            if owner < len(self._places):
+                self._places.append(self._places[owner])
+                continue
             self._places.append({})
             for index in row.values():
                 _check_arrays(index)
@@ -98,7 +105,7 @@ class IndexStore(nn.Module):
         ):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"index array {name!r} must be a tensor of {own.dtype}; got {kind}")
-        length = sum(a.length for row in self.indexes for i in row.values() for a in i.arrays if a.name == name)
+        length = sum(a.length for row in self._owning for i in row.values() for a in i.arrays if a.name == name)
         self._unfit.pop(name, None)
         if value.shape != (length,):
             self._unfit[name] = f"index array {name!r} must be [{length}]; got {list(value.shape)}"
@@ -126,7 +133,7 @@ class IndexStore(nn.Module):
     @cached_property
     def _kinds(self) -> dict[str, tuple[torch.dtype, int]]:
         """Type and length of each array."""
-        arrays = [a for row in self.indexes for i in row.values() for a in i.arrays]
+        arrays = [a for row in self._owning for i in row.values() for a in i.arrays]
         return {a.name: (a.dtype, sum(b.length for b in arrays if b.name == a.name)) for a in arrays}
 
     @property
@@ -261,6 +268,7 @@ class IndexStore(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_unfit", {})
+        self.__dict__.setdefault("_owning", self.indexes)
         if "_held" not in state:  # earlier versions had buffers
             self._held = cast("dict[str, Tensor]", dict(self._buffers))
             self._hide()

@@ -30,7 +30,7 @@ Gather = Callable[[str, Tensor, bool], Tensor]
 
 def absent_ids(ids: Tensor) -> Tensor | None:
     """Mask of ids that are -1, no id: bool of their shape; None if there are none, which is checked on the CPU only."""
-    absent = ids < 0
+    absent = ids == -1
     eager = ids.device.type == "cpu" and not hidden(ids)
     return None if eager and not bool(absent.any()) else absent
 

@@ -116,17 +116,24 @@ class Single(NamedTuple):
 class ReferenceLookup(nn.Module):
     """Same interface as :class:`VectorisedLookup`; runs one feature and one row lookup at a time."""
 
+    index: IndexStore
+
     def __init__(
         self,
         programs: Sequence[LookupProgram],
         places: Sequence[Mapping[str, Place]],
         keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
+        index: IndexStore | None = None,
+        owners: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.programs, self.places = list(programs), list(places)
         self.optional = tuple(optional or [False] * len(programs))
-        self.index = IndexStore([p.indexes for p in programs])
+        if index is None:
+            self.index = IndexStore([p.indexes for p in programs], owners)
+        else:
+            self.__dict__["index"] = index  # not as a part of this module
 
     @property
     def groups(self) -> list[Single]:
@@ -153,6 +160,6 @@ class ReferenceLookup(nn.Module):
         if not self.optional[feature]:
             return combine(program, places, ids, gather, indexes)
         # Absent ids read no row, so sparse gradients do not contain one.
-        present = (ids >= 0).nonzero().squeeze(1)
+        present = (ids != -1).nonzero().squeeze(1)
         vectors = combine(program, places, ids[present], gather, indexes)
         return vectors.new_zeros(len(ids), vectors.shape[1]).index_copy(0, present, vectors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,10 @@ def with_unseen_row(spec: FeatureSpec, weight: Tensor, counts: Tensor | None) ->
 
 
 class UnseenIds(Constants):
-    """The policies of many features as tensors over features, and device counters of unseen ids.
+    """The policies for unseen ids and padding of many features as tensors over features, and device counters.
+
+    Padding becomes -1, which reads no row. In features with padding a given -1 is an id like any other outside
+    ``[0, num_embeddings)``; where a method hashes it, it takes the number that padding has left.
 
     Lookups are counted if the policy of any feature is ``"hash"``, ``"oov"`` or ``"zero"``. Counters are neither in the
     state dict nor in exported programs, and counting never waits for the device. Lookups are thread-safe, counts are
@@ -88,9 +91,12 @@ class UnseenIds(Constants):
         actions = [action(s, h) for s, h in zip(specs, hashes, strict=True)]
         self.actions = tuple(actions)
         self.refuses = "raise" in actions
-        self.zeros = tuple(a == "zero" for a in actions)
+        padding = [s.padding_idx for s in specs]
+        self.pads = any(p is not None for p in padding)
+        self.zeros = tuple(a == "zero" or p is not None for a, p in zip(actions, padding, strict=True))
         self.counting = any(s.unseen in ("hash", "oov", "zero") for s in specs)
-        self.replaces = not {"hash", "oov", "zero"}.isdisjoint(actions)
+        self.substitutes = not {"hash", "oov", "zero"}.isdisjoint(actions)
+        self.replaces = self.pads or self.substitutes
         # Bounds of valid ids per feature; -1 allows any id, as in check_feature_ids.
         sizes = [s.num_embeddings for s in specs]
         self.add_constant("limits", [n if a == "raise" else -1 for n, a in zip(sizes, actions, strict=True)])
@@ -98,21 +104,28 @@ class UnseenIds(Constants):
         self.add_constant("low", [_LOWEST if r else 0 for r in raw])
         self.add_constant("last", [_HIGHEST if r else n - 1 for n, r in zip(sizes, raw, strict=True)])
         self.add_constant("sizes", sizes)
-        self.add_constant("salts", [hashing.salt(0, n, "unseen") for n in self.names])
+        self.add_constant("salts", [hashing.salt(0, s.table_name, "unseen") for s in specs])
         self.add_constant("fixed", [NO_ID if a == "zero" else n for n, a in zip(sizes, actions, strict=True)])
         self.add_constant("kinds", [{"hash": 1, "oov": 2, "zero": 2}.get(a, 0) for a in actions])
+        if self.pads:
+            self.add_constant("pads", [int(p is not None) for p in padding])
+            self.add_constant("padding", [0 if p is None else p for p in padding])
+            # Lookups would take a given -1 for padding: it is hashed by another number, or is refused by another.
+            kept = [int(a in ("pass", "raise") and p is not None) for a, p in zip(actions, padding, strict=True)]
+            self.add_constant("moves", kept)
+            self.add_constant("moved", [(p or 0) if a == "pass" else -2 for a, p in zip(actions, padding, strict=True)])
         # No buffer: averages of weights, checkpoints and other processes have no part in it.
         self.counts = torch.zeros(len(self.names), 2, dtype=torch.int64)
 
     # -- resolving ------------------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, feature: Tensor | None = None, ignored: Tensor | None = None) -> Tensor:
-        """Replace unseen ids by the policies of their features, and count them.
+    def forward(self, ids: Tensor, feature: Tensor | int | None = None, ignored: Tensor | None = None) -> Tensor:
+        """Replace unseen ids by the policies of their features, and padding by -1; count unseen ids.
 
         Args:
             ids: int64 ``[B, F]``, or ``[n]`` with ``feature [n]``, the feature of each id; of a single feature any
                 shape.
-            feature: int64 ``[n]``.
+            feature: int64 ``[n]``, or the position of the one feature whose ids these are, of any shape.
             ignored: bool of the shape of ``ids``: ids in range that are not counted.
 
         Returns:
@@ -127,7 +140,7 @@ class UnseenIds(Constants):
     def resolve(
         self,
         ids: Tensor,
-        feature: Tensor | None = None,
+        feature: Tensor | int | None = None,
         ignored: Tensor | None = None,
         *,
         count: bool = False,
@@ -136,17 +149,28 @@ class UnseenIds(Constants):
         """As :meth:`forward`; counting is optional, and without ``check`` refused ids are returned unchanged."""
         if self.refuses and tracing():
             check, ids = False, self._refused_when_run(ids, feature) if check else ids
-        if not (self.replaces or count) or ids.device.type == "meta":
+        plain = isinstance(feature, int) and self.actions[feature] in ("pass", "raise") and not self.zeros[feature]
+        if not ((self.replaces and not plain) or count) or ids.device.type == "meta":
             if check:
                 self.check(ids, feature)
             return ids
         if check and self.refuses:
             self.check(ids, feature)
+        padding = None
+        if self.pads:
+            padding = (ids == self._of("padding", ids, feature)) & (self._of("pads", ids, feature) != 0)
+            ignored = padding if ignored is None else ignored | padding
         outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
         if count:
             self._count(outside, feature, ignored)
-        if not self.replaces:
-            return ids
+        out = self._substituted(ids, outside, feature) if self.substitutes else ids
+        if padding is None:
+            return out
+        moves = (ids == NO_ID) & (self._of("moves", ids, feature) != 0)
+        return torch.where(padding, NO_ID, torch.where(moves, self._of("moved", ids, feature), out))
+
+    def _substituted(self, ids: Tensor, outside: Tensor, feature: Tensor | int | None) -> Tensor:
+        """``ids`` with those outside as the policies have them."""
         if ids.device.type == "cpu" and not hidden(ids) and not bool(outside.any()):
             return ids
         kinds = self._of("kinds", ids, feature)
@@ -156,40 +180,47 @@ class UnseenIds(Constants):
             replaced = torch.where(kinds == 1, hashed, replaced)
         return torch.where(outside & (kinds != 0), replaced, ids)
 
-    def _of(self, name: str, near: Tensor, feature: Tensor | None) -> Tensor:
+    def _of(self, name: str, near: Tensor, feature: Tensor | int | None) -> Tensor:
         """A constant in the shape that broadcasts with ids."""
         values = self.constant(name, near)
         if feature is not None:
             return values[feature]
         return values if len(self.names) > 1 else values.view(())  # ids of a single feature have any shape
 
-    def _refused_when_run(self, ids: Tensor, feature: Tensor | None) -> Tensor:
+    def _refused_when_run(self, ids: Tensor, feature: Tensor | int | None) -> Tensor:
         """As :meth:`check`, of the program that is being traced."""
         limits = self._of("limits", ids, feature)
         return refused_when_run(ids, ((ids < 0) | (ids >= limits)) & (limits >= 0))
 
-    def check(self, ids: Tensor, feature: Tensor | None = None) -> None:
+    def check(self, ids: Tensor, feature: Tensor | int | None = None) -> None:
         """Raise if a feature refuses one of its ids; see :meth:`forward`."""
-        if len(self.names) > 1 or feature is not None:
+        if isinstance(feature, Tensor) or (feature is None and len(self.names) > 1):
             check_feature_ids(ids, self.constant("limits", ids), self.names, feature)
-        elif self.actions[0] == "raise":
+            return
+        one = feature or 0
+        if self.actions[one] == "raise":
             # One feature needs no bound per id.
-            check_id_range(ids, self._integers["sizes"][0], self.names[0])  # type: ignore[arg-type]  # it is a flat list
+            check_id_range(ids, self._integers["sizes"][one], self.names[one])  # type: ignore[arg-type]  # a flat list
 
     # -- counting -------------------------------------------------------------------------------------------------
 
-    def _count(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+    def _count(self, outside: Tensor, feature: Tensor | int | None, ignored: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             self._add(outside, feature, ignored)
             return
         # Counters belong to no function that torch.func transforms.
         with outside_transforms():
-            self._add(unmapped(outside), *(t if t is None else unmapped(t) for t in (feature, ignored)))
+            mapped = [unmapped(t) if isinstance(t, Tensor) else t for t in (feature, ignored)]
+            self._add(unmapped(outside), mapped[0], cast("Tensor | None", mapped[1]))
 
     @torch.no_grad()
-    def _add(self, outside: Tensor, feature: Tensor | None, ignored: Tensor | None) -> None:
+    def _add(self, outside: Tensor, feature: Tensor | int | None, ignored: Tensor | None) -> None:
         if self.counts.device != outside.device:
             self.counts = self._on(outside.device)
+        if isinstance(feature, int):
+            self.counts[feature, 0].add_(outside.sum())
+            self.counts[feature, 1].add_(outside.numel() if ignored is None else (~ignored).sum())
+            return
         if feature is not None:
             counted = torch.ones_like(outside) if ignored is None else ~ignored
             self.counts.index_add_(0, feature, torch.stack([outside, counted], -1).to(torch.int64))
@@ -226,6 +257,9 @@ class UnseenIds(Constants):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.refuses = "raise" in self.actions
+        # Earlier versions knew no padding.
+        self.pads = self.__dict__.get("pads", False)
+        self.substitutes = self.__dict__.get("substitutes", self.replaces)
         counts = self._buffers.pop("counts", None)  # a buffer of earlier versions
         if counts is not None:
             self.counts = counts

@@ -237,6 +237,7 @@ class VectorisedLookup(nn.Module):
         keys: per feature, anything hashable that keeps features apart in groups (e.g. the pooling).
         optional: per feature, whether an id of -1 means no id: it reads no row and gives zeros.
         index: arrays of the programs, of another module; by default the lookup's own.
+        owners: of these, see :class:`IndexStore`.
     """
 
     index: IndexStore
@@ -248,6 +249,7 @@ class VectorisedLookup(nn.Module):
         keys: Sequence[Hashable] | None = None,
         optional: Sequence[bool] | None = None,
         index: IndexStore | None = None,
+        owners: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.optional = tuple(optional or [False] * len(programs))
@@ -256,7 +258,7 @@ class VectorisedLookup(nn.Module):
             key = (keys[i] if keys else None, self.optional[i])
             members.setdefault(_signature(program, places[i], key), []).append(i)
         if index is None:
-            self.index = IndexStore([p.indexes for p in programs])
+            self.index = IndexStore([p.indexes for p in programs], owners)
         else:
             self.__dict__["index"] = index  # not as a part of this module
         self._groups = nn.ModuleList(

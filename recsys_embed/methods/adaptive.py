@@ -60,7 +60,7 @@ class AdaptiveConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        salt = hashing.salt(self.seed, spec.name, "row", 0)
+        salt = hashing.salt(self.seed, spec.table_name, "row", 0)
         rows: Transform = Hash(salt, self.num_buckets)
         if self.num_frequent:
             index = IdSet("hot", spec.num_ids, 0, self.num_frequent)

@@ -203,8 +203,8 @@ class CompositionalConfig(MethodConfig):
         if self.affine:
             # Ids stay below 2**31, so a*x + b stays below 2**63.
             p = self._range(spec)
-            a = 1 + hashing.salt(self.seed, spec.name, "affine", 0) % (p - 1)
-            affine = (a, hashing.salt(self.seed, spec.name, "affine", 1) % p, p)
+            a = 1 + hashing.salt(self.seed, spec.table_name, "affine", 0) % (p - 1)
+            affine = (a, hashing.salt(self.seed, spec.table_name, "affine", 1) % p, p)
         return class_maps(self.partition, moduli, affine)
 
     def _initializers(self, spec: FeatureSpec, rows: tuple[int, ...], widths: list[int]) -> list[Initializer]:

@@ -39,9 +39,9 @@ class HashConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        salt = hashing.salt(self.seed, spec.name, "row", 0)
+        salt = hashing.salt(self.seed, spec.table_name, "row", 0)
         transform = MixedRadixDigit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
-        sign = hashing.salt(self.seed, spec.name, "sign", 0) if self.sign else None
+        sign = hashing.salt(self.seed, spec.table_name, "sign", 0) if self.sign else None
         table = Table("weight", self.num_buckets, spec.embedding_dim, Initializer.plain(spec))
         return LookupProgram((table,), (RowLookup("weight", transform, sign=sign),))
 

@@ -49,7 +49,7 @@ class MemcomConfig(MethodConfig):
         return faults
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
-        salt = hashing.salt(self.seed, spec.name, "row", 0)
+        salt = hashing.salt(self.seed, spec.table_name, "row", 0)
         rows = MixedRadixDigit(mod=self.num_buckets) if self.hash == "mod" else Hash(salt, self.num_buckets)
         tables = [
             Table("weight", self.num_buckets, spec.embedding_dim, Initializer.plain(spec)),

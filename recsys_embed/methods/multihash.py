@@ -188,7 +188,7 @@ class MultihashConfig(MethodConfig):
     def _rows(self, spec: FeatureSpec, j: int) -> Transform:
         if self.hash == "murmur":
             return Murmur(self.seed, j, self.num_buckets)
-        salt = hashing.salt(self.seed, spec.name, "row", j)
+        salt = hashing.salt(self.seed, spec.table_name, "row", j)
         if self.combine == "concat":
             return Hash(salt, self.num_buckets, num_frequent=self.num_frequent)
         # A frequent id reads its own row of the first table, and none in the other row lookups.
@@ -198,7 +198,7 @@ class MultihashConfig(MethodConfig):
 
     def _weight(self, spec: FeatureSpec, j: int) -> Weight:
         k, rows = self.num_hashes, self._weight_rows
-        salt = hashing.salt(self.seed, spec.name, "weight", 0 if self.weights == "original" else j)
+        salt = hashing.salt(self.seed, spec.table_name, "weight", 0 if self.weights == "original" else j)
         return Weight("importance", Hash(salt, rows * k) if self.weights == "flat" else Hash(salt, rows, k, j))
 
     def build_program(self, spec: FeatureSpec) -> LookupProgram:
@@ -213,7 +213,7 @@ class MultihashConfig(MethodConfig):
                 self._rows(spec, j),
                 column=j * chunk if concat else 0,
                 scale=1 / k if self.combine == "mean" else 1.0,
-                sign=hashing.salt(self.seed, spec.name, "sign", j) if self.sign else None,
+                sign=hashing.salt(self.seed, spec.table_name, "sign", j) if self.sign else None,
                 weight=self._weight(spec, j) if self.weights else None,
             )
             for j in range(k)

@@ -65,7 +65,7 @@ class RobeConfig(MethodConfig):
         starts = self.num_elements if self.wrap else self.num_elements - block + 1
 
         def salt(use: str, number: int) -> int:
-            return hashing.salt(self.seed, spec.name, use, number)
+            return hashing.salt(self.seed, spec.table_name, use, number)
 
         reads = tuple(
             RowLookup(

@@ -86,7 +86,7 @@ class UnifiedConfig(MethodConfig):
         reads = tuple(
             RowLookup(
                 turns[j],
-                Hash(hashing.salt(self.seed, spec.name, "chunk", j), self.num_buckets),
+                Hash(hashing.salt(self.seed, spec.table_name, "chunk", j), self.num_buckets),
                 column=0 if summed else j * width,
             )
             for j in range(row_lookups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from recsys_embed.data.checks import label_faults
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError, DataError, raise_faults
+from recsys_embed.train.config import TrainConfig
 
 LEAST_OF_A_CLASS = 50
 """Fewest rows of the rarer class for which a metric is more than noise."""
@@ -21,6 +22,35 @@ def need_validation(data: DataSource) -> None:
             "a search chooses by validation rows, and this data has no split 'valid'; convert it with --valid 1/12"
         )
     need_classes(data, "valid", "compare candidates", "Convert the data with a larger --valid")
+
+
+def need_logloss(config: TrainConfig) -> None:
+    """Refuse another loss than logloss: searches compare candidates by AUC.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if config.loss != "logloss":
+        raise ConfigError(
+            f"a search compares candidates by the AUC of labels 0 and 1; got loss={config.loss!r}. Map the labels, "
+            "e.g. label > 0, or plan without a search: recsys-embed plan"
+        )
+
+
+def need_single_ids(data: DataSource, config: TrainConfig) -> None:
+    """Refuse lists and sequences, which the layers of a supernet, one vector per feature and row, cannot mask.
+
+    Raises:
+        ConfigError: names them, and what else chooses their storage.
+    """
+    need_logloss(config)
+    count = getattr(data, "num_lists", 0)
+    if count:
+        names = ", ".join(data.schema(1).names[-count:])
+        raise ConfigError(
+            f"a search of rows and widths needs one id per feature and row; {names} have lists. Choose methods and "
+            "sizes by `search methods`, which trains whole plans, or by `plan`"
+        )
 
 
 def need_classes(data: DataSource, split: str, purpose: str, remedy: str) -> None:

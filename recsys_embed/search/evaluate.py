@@ -105,6 +105,7 @@ class CandidateEvaluator:
                 return
             n = int(min(left, len(batch.label)))
             left -= n
+            # Of one id per feature: lists have been refused.
             yield batch if n == len(batch.label) else Batch(batch.dense[:n], batch.ids[:n], batch.label[:n])
 
     def _run(

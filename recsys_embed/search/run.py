@@ -13,6 +13,7 @@ from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.plan import Plan
 from recsys_embed.search.base import Search
+from recsys_embed.search.checks import need_single_ids
 from recsys_embed.search.folder import SearchFolder, held
 from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.report import CURVES, curves_of, page
@@ -85,7 +86,8 @@ def run_search(
     if config.method != "full" or config.plan is not None:
         raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
-    check_rows(data)
+    need_single_ids(data, config)
+    check_rows(data, config)
     path = None if folder is None else Path(folder)
     if device is not None:
         check_device(device)

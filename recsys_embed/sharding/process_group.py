@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError, RecsysEmbedError
-from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.metrics import BinaryMetrics, Metrics, RealMetrics
 
 TIMEOUT = timedelta(minutes=30)
 """Timeout of collectives; long, because rank 0 computes metrics and writes files while the others wait."""
@@ -133,17 +133,14 @@ def gather_to_first(values: Tensor, device: torch.device) -> list[Tensor] | None
     return [part[: int(n)].cpu() for part, n in zip(into, sizes, strict=True)]
 
 
-def global_metrics(mine: BinaryMetrics, device: torch.device) -> Metrics:
+def global_metrics(mine: BinaryMetrics | RealMetrics, device: torch.device) -> Metrics:
     """Exact metrics over the samples of all processes, equal in all of them."""
     parts = [gather_to_first(values, device) for values in mine.tensors()]
-    found = torch.zeros(5, dtype=torch.float64)
+    found: list[Metrics | None] = [None]
     if dist.get_rank() == 0:
-        whole = BinaryMetrics()
+        whole = type(mine)()
         for one in zip(*parts, strict=True):
             whole.add(*one)
-        m = whole.compute()
-        found = torch.tensor([m.auc, m.logloss, m.calibration, m.samples, m.positives], dtype=torch.float64)
-    found = found.to(device)
-    dist.broadcast(found, 0)
-    auc, logloss, calibration, samples, positives = found.tolist()
-    return Metrics(auc, logloss, calibration, int(samples), int(positives))
+        found = [whole.compute()]
+    dist.broadcast_object_list(found, 0, device=device)
+    return cast("Metrics", found[0])

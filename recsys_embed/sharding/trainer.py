@@ -29,7 +29,8 @@ from recsys_embed.train.driver import CHECKPOINTS
 from recsys_embed.train.evaluation import update
 from recsys_embed.train.loop import Trainer
 from recsys_embed.train.loss import explain, loss_of, wrong_labels
-from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.losses import LOSSES
+from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.stop_request import StopRequest
 
@@ -92,7 +93,8 @@ class ShardedTrainer(Trainer):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.home = home
         self.rows_by_rank = {split: _gather_numbers(data.rows(split), device) for split in sorted(data.splits)}
-        self.empty = Batch.empty(data.num_dense, len(data.schema(1))).to(device)
+        lists = getattr(data, "num_lists", 0)
+        self.empty = Batch.empty(data.num_dense, len(data.schema(1)) - lists, lists).to(device)
         self.stop: StopRequest | None = None
         self.best_tensors: list[tuple[CheckpointTensor, list[Tensor]]] = []
         if config.batch_size < self.world:
@@ -175,9 +177,9 @@ class ShardedTrainer(Trainer):
     def _step(self, batch: Any) -> float:
         state = self.state
         self._set_rates(self.schedule.factor(state.step))
-        loss = loss_of(self.model, batch, reduction="sum")
+        loss = loss_of(self.model, batch, "sum", self.config.loss)
         votes = float(self.stop is not None and self.stop.requested)
-        wrong = 0.0 if self._labels_known else float(wrong_labels(batch.label))
+        wrong = 0.0 if self._labels_known or LOSSES[self.config.loss].real_labels else float(wrong_labels(batch.label))
         totals = torch.tensor([float(loss.detach()), batch.label.numel(), votes, wrong], dtype=torch.float64)
         totals = totals.to(self.device)
         dist.all_reduce(totals)
@@ -227,7 +229,7 @@ class ShardedTrainer(Trainer):
         batches = self.data.batches(split, size, shuffle=False, device=self.device)
         was_training = self.model.training
         self.model.eval()
-        sums = BinaryMetrics()
+        sums = LOSSES[self.config.loss].metrics()
         try:
             for number, batch in enumerate(PaddedBatches(batches, steps, self.empty)):
                 if number % AGREE_EVERY == 0 and self._agree(stop):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.evaluation import evaluate
 from recsys_embed.train.loop import Trainer
-from recsys_embed.train.metrics import BinaryMetrics, Metrics, exact_auc
+from recsys_embed.train.metrics import BinaryMetrics, Metrics, RealMetrics
+from recsys_embed.train.ranking_metrics import exact_auc
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.run import run_training
 from recsys_embed.train.stop_request import Interrupted
@@ -15,6 +16,7 @@ __all__ = [
     "DivergedError",
     "Interrupted",
     "Metrics",
+    "RealMetrics",
     "TrainConfig",
     "TrainResult",
     "Trainer",

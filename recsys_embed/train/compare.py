@@ -174,7 +174,7 @@ def run_comparison(
         ConfigError: the folder holds a row of other settings or other data.
     """
     check_data(data, comparison.train, "a comparison")
-    check_rows(data)
+    check_rows(data, comparison.train)
     folder = Path(folder)
     cases = list(comparison.cases())
     found = [_finished_row(folder, case, data) for case in cases]

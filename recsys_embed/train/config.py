@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from recsys_embed.errors import unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
+from recsys_embed.train.losses import LossName
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.strict_json import read_object
 from recsys_embed.utils.types import JSON
@@ -41,6 +42,8 @@ class TrainConfig(Settings):
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.
         standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
+        loss: ``"logloss"`` of labels 0 and 1, or ``"squared_error"`` of any numbers. Where rows have a ``weight``, it
+            multiplies their loss; metrics count all rows alike.
         epochs: passes over the training split.
         steps: stop after this many batches, whatever ``epochs`` says; None: no limit.
         batch_size: samples per step.
@@ -95,6 +98,7 @@ class TrainConfig(Settings):
     embedding_init: str = "normal:0.0001"
     unseen: Unseen | None = None
     standardise: bool = True
+    loss: LossName = "logloss"
     epochs: int = param(1, low=1)
     steps: int | None = param(None, low=1)
     batch_size: int = param(4096, low=1)
@@ -134,6 +138,13 @@ class TrainConfig(Settings):
         if self.method == PLANNED and self.plan is None and self.ratio is None and self.budget is None:
             faults.append(f"`method` {PLANNED!r} needs a `ratio` or `budget` to plan for, or a `plan`")
         return faults
+
+    def to_dict(self) -> JSON:
+        """JSON-ready; ``loss`` is left out where it is ``"logloss"``, so that runs from before it compare alike."""
+        values = super().to_dict()
+        if self.loss == "logloss":
+            del values["loss"]
+        return values
 
     def non_defaults(self) -> JSON:
         """Settings that differ from their defaults."""

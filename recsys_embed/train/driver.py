@@ -74,7 +74,7 @@ class Run:
 
     def run(self) -> RunOutcome:
         """Train to the end."""
-        check_rows(self.rows)
+        check_rows(self.rows, self.config)
         self.config = self.resolved_config()
         going_on = self.should_resume()
         model = self.build()

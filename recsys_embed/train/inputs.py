@@ -10,6 +10,7 @@ from recsys_embed.data.rows import RowSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.losses import LOSSES
 
 
 def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) -> None:
@@ -24,7 +25,7 @@ def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) 
         need_members(data, purpose, (*members, "numeric_moments"))
 
 
-def check_rows(data: BatchSource) -> bool:
+def check_rows(data: BatchSource, config: TrainConfig) -> bool:
     """Refuse rows that cannot be trained on, see :meth:`RowSource.check_values`; whether every row was looked at.
 
     Raises:
@@ -32,7 +33,7 @@ def check_rows(data: BatchSource) -> bool:
     """
     if not isinstance(data, RowSource):
         return False
-    data.check_values()
+    data.check_values(real_labels=LOSSES[config.loss].real_labels)
     return data.fits("train")
 
 

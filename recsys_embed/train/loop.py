@@ -24,6 +24,7 @@ from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.evaluation import evaluate
 from recsys_embed.train.inputs import check_rows
 from recsys_embed.train.loss import explain, loss_of, wrong_labels
+from recsys_embed.train.losses import LOSSES
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
@@ -88,7 +89,7 @@ class Trainer(Resumable):
         self.label, self.show_progress = label, show_progress
         self.fused = config.embedding_optimizer != DENSE_ADAM
         self.table_lr = config.embedding_learning_rate or config.learning_rate
-        self._labels_known = check_rows(data)
+        self._labels_known = check_rows(data, config)
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
@@ -225,8 +226,8 @@ class Trainer(Resumable):
         self._set_rates(self.schedule.factor(state.step))
         if self._norms:
             need_two_rows(batch)
-        loss = loss_of(self.model, batch)
-        if self._labels_known:
+        loss = loss_of(self.model, batch, loss=self.config.loss)
+        if self._labels_known or LOSSES[self.config.loss].real_labels:
             value, wrong = float(loss.detach()), 0.0
         else:
             value, wrong = torch.stack((loss.detach(), wrong_labels(batch.label).to(loss.dtype))).tolist()
@@ -276,7 +277,7 @@ class Trainer(Resumable):
         self.schedule.on_validation(metrics.score)
         if not state.history:
             self._say_one_class("valid", metrics, "; the best weights, patience and plateaus go by its logloss")
-        values = {"auc": metrics.auc, "logloss": metrics.logloss, "calibration": metrics.calibration}
+        values = metrics.logged()
         best = state.note_validation(values, metrics.score, self.config.patience, self.config.min_delta)
         self.log.write("valid", state.step, epoch=state.epoch, **values)
         # No copy at the end of a run, because nothing overwrites the last weights.
@@ -293,10 +294,11 @@ class Trainer(Resumable):
             batch_size=self.config.eval_batch_size,
             device=self.device,
             stop=stop,
+            loss=self.config.loss,
         )
 
     def _say_one_class(self, split: str, metrics: Metrics, then: str = "") -> None:
-        if math.isnan(metrics.auc):
+        if math.isnan(metrics.auc) and metrics.rmse is None:
             kind = "positive" if metrics.positives else "negative"
             warnings.warn(
                 f"all {metrics.samples:,} rows of the split {split!r} are {kind}, and AUC needs both classes{then}. "
@@ -316,7 +318,7 @@ class Trainer(Resumable):
                 raise Interrupted(self._resume_hint())
         if (test := results["test"]) is not None:
             self._say_one_class("test", test)
-            self.log.write("test", state.step, auc=test.auc, logloss=test.logloss, calibration=test.calibration)
+            self.log.write("test", state.step, **test.logged())
         return TrainResult(
             test=test,
             valid=results["valid"],

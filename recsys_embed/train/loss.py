@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recsys_embed.data.batch import Batch
-from recsys_embed.data.checks import value_faults
-from recsys_embed.errors import ConfigError, DataError, RecsysEmbedError, raise_faults
+from recsys_embed.data.checks import refuse_values
+from recsys_embed.errors import ConfigError, RecsysEmbedError
+from recsys_embed.train.losses import LOSSES, LossName
 from recsys_embed.train.result import DivergedError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ConfigError: the model returns something else.
     """
-    logits: Any = model(batch.dense, batch.ids)
+    logits: Any = model(batch.dense, batch.inputs if isinstance(batch, Batch) else batch.ids)
     if not isinstance(logits, Tensor) or logits.shape != batch.label.shape:
         name = type(model).__name__
         wanted = f"{name} must return logits [B], here [{len(batch.label)}]"
@@ -37,13 +37,17 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def loss_of(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
-    """Binary cross-entropy of a batch.
+def loss_of(model: nn.Module, batch: Batch, reduction: str = "mean", loss: LossName = "logloss") -> Tensor:
+    """The loss of a batch: the sum over its rows, each times its ``weight`` where rows have one; or that by B.
 
     Raises:
         ConfigError: the model returns something other than logits ``[B]``.
     """
-    return F.binary_cross_entropy_with_logits(logits_of(model, batch), batch.label, reduction=reduction)
+    rows = LOSSES[loss].of_rows(logits_of(model, batch), batch.label)
+    weight = batch.extra.get("weight") if isinstance(batch, Batch) else None
+    if weight is not None:
+        rows = rows * weight
+    return rows.sum() if reduction == "sum" else rows.mean()
 
 
 def wrong_labels(label: Tensor) -> Tensor:
@@ -63,8 +67,9 @@ def explain(value: float, batch: Batch, model: nn.Module, config: TrainConfig, s
         epoch: epochs done before.
     """
     where = f"step {step + 1} (epoch {epoch + 1})"
+    real = LOSSES[config.loss].real_labels
     try:
-        raise_faults(value_faults(batch.dense, batch.label, shuffled=True), f"the training batch of {where}", DataError)
+        refuse_values(batch, f"the training batch of {where}", real_labels=real)
     except RecsysEmbedError as e:
         return e
     last = "; the last checkpoint is from before this step"

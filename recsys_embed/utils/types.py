@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,20 @@ class JaggedIds(Protocol):
     def variable_stride_per_key(self) -> bool: ...
 
 
-Ids: TypeAlias = Tensor | Mapping[str, FeatureIds] | JaggedIds
-"""Ids of all features: ``[B, F]``, ``[n]`` beside offsets, by feature, or a KeyedJaggedTensor."""
+class BagIds(NamedTuple):
+    """Ids of all features of a batch of B rows, as bags: bag ``f * B + b`` holds those of feature f of row b.
+
+    Args:
+        values: int32 or int64 ``[n]``, bag after bag.
+        offsets: int64 ``[features * B + 1]``: where each bag begins; ends with n.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+
+Ids: TypeAlias = Tensor | Mapping[str, FeatureIds] | JaggedIds | BagIds
+"""Ids of all features: ``[B, F]``, ``[n]`` beside offsets, by feature, bags, or a KeyedJaggedTensor."""
 
 # -- how often ids occur --------------------------------------------------------------------------------------------
 

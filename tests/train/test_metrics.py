@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from recsys_embed.errors import DataError
-from recsys_embed.train import BinaryMetrics, exact_auc
-from recsys_embed.train import metrics as metrics_module
+from recsys_embed.train import BinaryMetrics, exact_auc, ranking_metrics
 
 samples = st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=1, max_size=60)
 
@@ -45,7 +44,7 @@ def test_auc_in_chunks_is_the_same_number(monkeypatch: pytest.MonkeyPatch) -> No
     rng = np.random.default_rng(1)
     scores, labels = rng.integers(0, 50, 5000).astype(np.float32), rng.random(5000) < 0.5
     whole = exact_auc(scores, labels)
-    monkeypatch.setattr(metrics_module, "_CHUNK", 7)
+    monkeypatch.setattr(ranking_metrics, "_CHUNK", 7)
     assert exact_auc(scores, labels) == whole
 
 

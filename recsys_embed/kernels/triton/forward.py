@@ -99,6 +99,8 @@ def forward(
     if LIMITS:
         limit = tl.load(job + p.LIMIT)
         bad = live & (limit >= 0) & ((x < 0) | (x >= limit))
+        if NONE:
+            bad = bad & ((tl.load(job + p.OPTIONAL) == 0) | (x != -1))
         # One faulty id is enough for the message, so a racing store is fine.
         fault = faults + tl.load(job + p.FEATURE) * 2 + tl.zeros_like(x)
         tl.store(fault + 1, x, mask=bad)

@@ -14,7 +14,7 @@ from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import get_model
 from recsys_embed.planning.planner import plan_for_budget
-from recsys_embed.search.checks import need_validation
+from recsys_embed.search.checks import need_logloss, need_validation
 from recsys_embed.search.retrain import planned
 from recsys_embed.search.studies.samplers import make_sampler
 from recsys_embed.search.studies.settings import StudySettings
@@ -42,7 +42,8 @@ class StudyDefinition:
         check_data(data, config, "a study")
         if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
-        check_rows(data)
+        need_logloss(config)
+        check_rows(data, config)
         need_validation(data)
         self.full_config, self.data, self.settings = config, without_test(data), settings
         schema = schema_of(data, config)

@@ -194,7 +194,7 @@ class MethodStudy(OpenStudy):
         times = []
         for _ in range(25):
             begin = time.perf_counter()
-            collection(batch.ids)
+            collection(batch.inputs)
             if batch.ids.is_cuda:
                 torch.cuda.synchronize(batch.ids.device)
             times.append(time.perf_counter() - begin)
