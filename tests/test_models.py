@@ -20,8 +20,9 @@ from recsys_embed.plan import Plan
 SCHEMA = Schema([FeatureSpec(f"C{i}", n, 6) for i, n in enumerate((50, 20, 300, 7))])
 MIXED = Schema([FeatureSpec("a", 50, 4), FeatureSpec("b", 20, 8), FeatureSpec("c", 9, 2)])
 NUM_DENSE = 3
-HPARAMS = {name: ({} if name in ("lr", "fm") else {"hidden": (16, 8)}) for name in list_models()}
-EQUAL = [n for n in list_models() if get_model(n).needs_equal_widths]
+NAMES = [name for name in list_models() if not get_model(name).needs_history]  # others have a file of their own
+HPARAMS = {name: ({} if name in ("lr", "fm") else {"hidden": (16, 8)}) for name in NAMES}
+EQUAL = [n for n in NAMES if get_model(n).needs_equal_widths]
 
 
 def build(name: str, schema: Schema = SCHEMA, **changes) -> CTRModel:
@@ -128,7 +129,7 @@ def expected(name: str, model: CTRModel, dense: Tensor, ids: Tensor) -> Tensor:
     return run_mlp([model.head], torch.cat([x, deep]))[0]
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_models_definition(name: str) -> None:
     model = build(name)
     randomise(model)
@@ -151,7 +152,7 @@ def test_columns_that_do_not_vary_are_centred_only() -> None:
 
 
 def test_every_model_has_a_definition_here() -> None:
-    assert set(list_models()) == {"lr", "fm", "dnn", "widedeep", "deepfm", "dcn", "dcnv2", "dlrm", "ipnn"}
+    assert set(list_models()) == {"lr", "fm", "dnn", "widedeep", "deepfm", "dcn", "dcnv2", "din", "dlrm", "ipnn"}
 
 
 def test_stacked_and_low_rank_dcnv2() -> None:
@@ -210,7 +211,7 @@ def test_layers_pass_gradcheck(layer: nn.Module, shape: tuple[int, ...]) -> None
 # --- what all models share ---
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_bits_and_the_global_generator_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()
     a, b, c = build(name), build(name), build(name, seed=2)
@@ -219,7 +220,7 @@ def test_same_seed_same_bits_and_the_global_generator_is_left_alone(name: str) -
     assert any(not torch.equal(x, c.state_dict()[k]) for k, x in a.state_dict().items())
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_dense_layers_start_alike_whatever_the_plan(name: str) -> None:
     schema = SCHEMA.with_dim(1) if name == "lr" else SCHEMA
     a, b = build(name), build(name, plan=Plan.uniform(schema, "hash", budget=1500))
@@ -228,7 +229,7 @@ def test_dense_layers_start_alike_whatever_the_plan(name: str) -> None:
     assert all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in dense)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_mixed_widths_work_or_are_refused_with_the_way_out(name: str) -> None:
     if name in EQUAL:
         with pytest.raises(ConfigError, match="one width"):
@@ -239,7 +240,7 @@ def test_mixed_widths_work_or_are_refused_with_the_way_out(name: str) -> None:
     assert model(dense, ids).shape == (5,)
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if n != "dlrm"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dlrm"])
 def test_no_numeric_columns(name: str) -> None:
     model = build(name, num_dense=0)
     logits = model(torch.zeros(4, 0), inputs(4)[1])
@@ -247,7 +248,7 @@ def test_no_numeric_columns(name: str) -> None:
     assert logits.shape == (4,)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_trainable_weight_gets_a_gradient(name: str) -> None:
     model = build(name)
     randomise(model)
@@ -257,7 +258,7 @@ def test_every_trainable_weight_gets_a_gradient(name: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_export_gives_the_same_logits_for_another_batch_size(name: str) -> None:
     model = build(name).eval()
     batch = torch.export.Dim("batch", min=2, max=1000)
@@ -298,7 +299,7 @@ def test_a_model_without_num_dense_has_criteos_and_says_so() -> None:
     assert model.num_dense == 13
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if n not in ("lr", "fm")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("lr", "fm")])
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

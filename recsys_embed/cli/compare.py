@@ -123,7 +123,7 @@ def make_comparison(varied: dict[str, Any], given: dict[str, Any], train: Any) -
 
 def open_source(data: Path | None, source: str | None, demo: bool, out: Path, *, quiet: bool) -> Any:
     """The data set of ``--data``, ``--input`` or ``--demo``, exactly one of which is given."""
-    from recsys_embed.cli.data import _progress
+    from recsys_embed.cli._table import show_progress
     from recsys_embed.data import convert_criteo, make_synthetic, open_dataset
 
     if sum((data is not None, source is not None, demo)) != 1:
@@ -131,7 +131,7 @@ def open_source(data: Path | None, source: str | None, demo: bool, out: Path, *,
     if data is not None:
         return open_dataset(data)
     folder = out / "data"
-    with _progress(quiet) as progress:
+    with show_progress(quiet) as progress:
         if demo:
             make_synthetic(folder, rows=DEMO_ROWS, seed=DEMO_SEED, progress=progress)
         elif source is not None:

@@ -1,24 +1,23 @@
-"""``recsys-embed data``: Criteo text to a data folder, synthetic data, statistics."""
+"""``recsys-embed data``: any table or Criteo text to a data folder, synthetic data, statistics."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from recsys_embed.cli._table import Json, Memory, Overwrite, Share, SplitSeed, Workers, say_rows, show_progress, table
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, make_synthetic, open_dataset
-from recsys_embed.data.criteo.options import Progress
 from recsys_embed.data.criteo.planted import DEFAULT_ROWS, DEFAULT_SCALE
 from recsys_embed.data.splits import fraction
 from recsys_embed.data.stats import read_stats, stats_table
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
+data_app.command("table")(table)
 
 Ids = Annotated[Literal["vocab", "raw"], typer.Option(help="vocab: by training frequency; raw: the hashes themselves.")]
 MinCount = Annotated[int, typer.Option(help="Training rows a category must occur in to get an id (vocab).")]
@@ -27,12 +26,6 @@ Split = Annotated[
     Literal["order", "random", "file", "all"],
     typer.Option(help="order: by time, the last rows test; random: by seed; file: by name; all: one split."),
 ]
-Share = Annotated[str, typer.Option(help="Share of all rows, such as 0.1 or 1/6.")]
-SplitSeed = Annotated[int, typer.Option(help="Seed of --split random.")]
-Memory = Annotated[str, typer.Option(help="Memory to stay under, at least 512MiB (912MiB with a CUDA build of torch).")]
-Workers = Annotated[int, typer.Option(help="Threads; 0: one per core, at most 4.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in OUT.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @data_app.command()
@@ -86,7 +79,7 @@ def criteo(
         labels=labels, separator=separator, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory),
         workers=workers, like=like,
     )  # fmt: skip
-    with _progress(as_json) as progress:
+    with show_progress(as_json) as progress:
         report = convert_criteo(list(sources), out, options, overwrite=overwrite, progress=progress)
     for notice in report.notices:
         print(notice, file=sys.stderr)
@@ -95,7 +88,7 @@ def criteo(
     if as_json:
         print(json.dumps({**result, "file_faults": stats["file_faults"]}))
         return
-    _say_rows(out, report.rows, report.already_done)
+    say_rows(out, report.rows, report.already_done)
     if report.quarantined:
         print(f"{report.quarantined:,} bad rows set aside in {out}/quarantine.jsonl")
     for fault in stats["file_faults"]:
@@ -128,7 +121,7 @@ def synthetic(
     options = CriteoOptions(
         ids=ids, min_count=min_count, dense=dense, split=rule, max_memory=parse_bytes(max_memory), workers=workers
     )
-    with _progress(as_json) as progress:
+    with show_progress(as_json) as progress:
         made = make_synthetic(
             out, rows, seed, scale=scale, options=options, text_only=text_only, overwrite=overwrite, progress=progress
         )
@@ -139,7 +132,7 @@ def synthetic(
     if text_only:
         print(f"{out}: {rows:,} rows of text")
     else:
-        _say_rows(str(out), open_dataset(out).splits, made.already_done)
+        say_rows(str(out), open_dataset(out).splits, made.already_done)
     print(f"click rate {made.click_rate:.4f}; attainable by the planted model itself:")
     for name, best in made.attainable.items():
         print(f"  {name:5s} AUC {best['auc']:.4f}  logloss {best['logloss']:.4f}")
@@ -171,39 +164,9 @@ def stats(
     console.print(table)
 
 
-def _say_rows(out: str, rows: dict[str, int], already: bool) -> None:
-    parts = ", ".join(f"{name} {count:,}" for name, count in rows.items())
-    print(f"{out}: {sum(rows.values()):,} rows ({parts})" + (" (made earlier, nothing to do)" if already else ""))
-
-
 def _mean_rates(stats: dict[str, Any], key: str) -> str:
     rates: dict[str, list[float]] = {}
     for field in stats["fields"].values():
         for split, value in field.get(key, {}).items():
             rates.setdefault(split, []).append(value)
     return ", ".join(f"{split} {100 * sum(v) / len(v):.2f} %" for split, v in rates.items())
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Progress]:
-    """A progress bar with rows/s and time left on a terminal, nothing elsewhere."""
-    if silent or not sys.stderr.isatty():
-        yield lambda stage, done, total, rows: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description:8s}"), BarColumn(), TextColumn("{task.fields[speed]}"))
-    with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: float, total: float, rows: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, speed="")
-            spent = bar.tasks[tasks[stage]].elapsed or 0.0
-            share = 1.0 if stage != "number" else done / max(total, 1.0)
-            speed = f"{share * rows / spent / 1000:,.0f} k rows/s" if spent > 0.2 else ""
-            bar.update(tasks[stage], completed=done, total=total, speed=speed)
-
-        yield show

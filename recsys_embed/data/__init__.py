@@ -1,4 +1,4 @@
-"""Criteo-shaped data: conversion, synthesis, statistics and batches. Names load at first use."""
+"""Data folders: conversion of any table, synthesis, statistics and batches. Names load at first use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recsys_embed.data.batch import Batch, Batches, InMemoryDataset
-    from recsys_embed.data.criteo.convert import ConvertReport, convert_criteo
+    from recsys_embed.data.conversion import ConvertReport
+    from recsys_embed.data.criteo.convert import convert_criteo
     from recsys_embed.data.criteo.options import CriteoOptions
     from recsys_embed.data.criteo.synthetic import SyntheticReport, make_synthetic
     from recsys_embed.data.data_source import BatchSource, DataSource
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from recsys_embed.data.loader import Dataset, open_dataset
     from recsys_embed.data.rows import Rows, RowSource
     from recsys_embed.data.splits import SplitRule
+    from recsys_embed.data.table.convert import convert_table
+    from recsys_embed.data.table.schema import TableSchema
+    from recsys_embed.data.table.split import TableSplit
     from recsys_embed.data.vocab import Vocabulary
 
 _HOME = {
@@ -25,7 +29,7 @@ _HOME = {
     "DataSource": "data_source",
     "RowSource": "rows",
     "Rows": "rows",
-    "ConvertReport": "criteo.convert",
+    "ConvertReport": "conversion",
     "convert_criteo": "criteo.convert",
     "StorageError": "folder",
     "Dataset": "loader",
@@ -35,9 +39,20 @@ _HOME = {
     "SyntheticReport": "criteo.synthetic",
     "make_synthetic": "criteo.synthetic",
     "Portion": "portion",
+    "TableSchema": "table.schema",
+    "TableSplit": "table.split",
+    "convert_table": "table.convert",
     "Vocabulary": "vocab",
 }
-_NEEDS_POLARS = {"criteo.convert", "loader", "vocab", "criteo.synthetic"}
+_NEEDS_POLARS = {
+    "criteo.convert",
+    "loader",
+    "vocab",
+    "criteo.synthetic",
+    "table.schema",
+    "table.split",
+    "table.convert",
+}
 
 __all__ = [
     "Batch",
@@ -54,8 +69,11 @@ __all__ = [
     "SplitRule",
     "StorageError",
     "SyntheticReport",
+    "TableSchema",
+    "TableSplit",
     "Vocabulary",
     "convert_criteo",
+    "convert_table",
     "make_synthetic",
     "open_dataset",
 ]

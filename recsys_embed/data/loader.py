@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.folder import file_hash
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split, read_manifest
 from recsys_embed.data.rows import IN_MEMORY_LIMIT, RowSource
 from recsys_embed.data.stats import read_stats
@@ -24,6 +27,13 @@ from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_na
 from recsys_embed.features import FeatureSpec, IdKind, Schema
 from recsys_embed.utils.types import JSON
 
+if TYPE_CHECKING:
+    from recsys_embed.data.columns import Encoder
+    from recsys_embed.data.columns.vocabulary import ValueVocabulary
+    from recsys_embed.data.table.schema import TableSchema
+
+_PART_BYTES = {"weight": 4, "group": 8, "time": 8}
+_VECTOR_PART = re.compile(r"\[\d+\]$")
 CHUNK_ROWS = 1 << 16
 """Rows read from Parquet at once when streaming: one row group."""
 
@@ -77,6 +87,15 @@ class Dataset(RowSource):
         return len(self.manifest.dense)
 
     @property
+    def num_lists(self) -> int:
+        return len(self._lists)
+
+    @cached_property
+    def _lists(self) -> tuple[str, ...]:
+        """Features with any number of ids per row; they come last."""
+        return tuple(f.name for f in self.manifest.features if f.form != "single")
+
+    @property
     def feature_names(self) -> tuple[str, ...]:
         return tuple(f.name for f in self.manifest.features)
 
@@ -98,21 +117,58 @@ class Dataset(RowSource):
 
     def schema(self, embedding_dim: int) -> Schema:
         """The categorical features in the order of the columns of ``ids``."""
-        kind: IdKind = "raw" if self.manifest.id_mode == "raw" else "index"
-        return Schema([FeatureSpec(f.name, f.num_embeddings, embedding_dim, ids=kind) for f in self.manifest.features])
+        kinds: list[IdKind] = ["raw" if f.vocab is None else "index" for f in self.manifest.features]
+        return Schema(
+            [
+                FeatureSpec(
+                    f.name,
+                    f.num_embeddings,
+                    embedding_dim,
+                    pooling="sum" if f.form == "single" else "mean",
+                    ids=kind,
+                    table=f.table,
+                )
+                for f, kind in zip(self.manifest.features, kinds, strict=True)
+            ]
+        )
 
-    def vocabulary(self, name: str) -> Vocabulary:
-        """The values of a feature and their ids (vocab mode)."""
+    @cached_property
+    def table_schema(self) -> TableSchema | None:
+        """The columns of the table that the folder was made of; None for Criteo's folders."""
+        from recsys_embed.data.table.schema import TableSchema
+
+        known = self.manifest.settings.get("schema")
+        return None if known is None else TableSchema.from_dict(known)
+
+    def encoder(self, name: str) -> Encoder:
+        """What turns raw values of a column of a table into what the folder holds."""
+        from recsys_embed.data.columns import read_encoder
+
+        entries = {column["name"]: column for column in self.manifest.columns}
+        if name not in entries:
+            raise unknown_name("column", name, entries)
+        return read_encoder(entries[name], self.path)
+
+    def vocabulary(self, name: str) -> Vocabulary | ValueVocabulary:
+        """The values of a feature and their ids (vocab mode); of a table, values of any type."""
         feature = self._feature(name)
         if feature.vocab is None:
             raise ConfigError(f"{self.path} holds raw ids: there is no vocabulary of {name}")
-        return Vocabulary.read(self.path / feature.vocab, name)
+        if not self.manifest.columns:
+            return Vocabulary.read(self.path / feature.vocab, name)
+        from recsys_embed.data.columns.vocabulary import ValueVocabulary
+
+        entries = (c["learned"] for c in self.manifest.columns)
+        learned: Mapping[str, Any] = next((e for e in entries if e.get("vocab") == feature.vocab), {})
+        counts = {key: int(learned.get(key, 0)) for key in ("missing_count", "unknown_count")}
+        return ValueVocabulary.read(self.path / feature.vocab, name, **counts)
 
     def counts(self, feature: str) -> Tensor | None:
         """How often each id of a feature occurs in training: int64 ``[num_embeddings]``; None for raw ids.
 
         Of the rows that the vocabulary was learned from, or of those here where it is another folder's (``like``) and
-        there are training rows here. Values too rare for a row of their own count for id 0.
+        there are training rows here. Values too rare for a row of their own count for id 0. Features that share a
+        vocabulary have the counts of all of them together.
         """
         known = self._feature(feature)
         if known.vocab is None:
@@ -124,13 +180,28 @@ class Dataset(RowSource):
         found[torch.from_numpy(vocabulary.ids.astype(np.int64))] = torch.from_numpy(vocabulary.counts.astype(np.int64))
         if vocabulary.missing_id != OOV_ID:
             found[vocabulary.missing_id] = vocabulary.missing_count
-        found[OOV_ID] += max(0, self.splits.get("train", 0) - int(found.sum()))
+        if isinstance(vocabulary, Vocabulary):
+            found[OOV_ID] += max(0, self.splits.get("train", 0) - int(found.sum()))
+        else:
+            rare = vocabulary.missing_count if vocabulary.missing_id == OOV_ID else 0
+            found[OOV_ID] += vocabulary.unknown_count + rare
         return found
 
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
-        wide = 8 if self.manifest.id_mode == "raw" else 4
-        return 4 * self.num_dense + wide * len(self.manifest.features) + 4
+        wide = 4 if self.manifest.id_mode == "vocab" else 8
+        parts = sum(_PART_BYTES[part] for part in self.manifest.parts)
+        single = len(self.manifest.features) - self.num_lists
+        return 4 * self.num_dense + wide * single + 4 + parts + 8 * self.num_lists + round(wide * self._list_values)
+
+    @cached_property
+    def _list_values(self) -> float:
+        """Ids that a row's lists hold on average, by the first rows."""
+        first = next((shard for split in self.manifest.splits.values() for shard in split.shards if shard.rows), None)
+        if first is None or not self._lists:
+            return 0.0
+        lengths = pl.scan_parquet(self.path / first.file).head(CHUNK_ROWS).select(pl.col(self._lists).list.len().mean())
+        return float(np.nansum(lengths.collect().to_numpy().astype(np.float64)))
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Row groups of a split, in file order."""
@@ -170,22 +241,48 @@ class Dataset(RowSource):
     def _read(self, shard: Shard, offset: int, rows: int) -> Batch:
         """Rows of a shard with compact ids."""
         path = self.path / shard.file
-        columns = ["label"] * self.manifest.labels + [*self.manifest.dense, *self.feature_names]
+        dense_columns = list(dict.fromkeys(_VECTOR_PART.sub("", name) for name in self.manifest.dense))
+        parts = self.manifest.parts
+        columns = ["label"] * self.manifest.labels + [*dense_columns, *self.feature_names, *parts]
         try:
             frame = pl.scan_parquet(path).slice(offset, rows).select(columns).collect()
         except (OSError, pl.exceptions.PolarsError) as e:
             raise DataError(f"{path}: cannot be read ({e}); convert the data again") from e
         if len(frame) != rows:
             raise DataError(f"{path}: expected {rows} rows from row {offset}; got {len(frame)}; convert the data again")
-        if self.manifest.id_mode == "raw":
+        if self.manifest.id_mode == "raw" and not self.manifest.columns:
             missing = {f.name: f.missing_id for f in self.manifest.features}
             ids = frame.select(pl.col(n).reinterpret(signed=True).fill_null(m) if frame[n].dtype == pl.UInt64
                                else pl.col(n).cast(pl.Int64).fill_null(m) for n, m in missing.items())  # fmt: skip
         else:
-            ids = frame.select(self.feature_names)
-        dense = frame.select(self.manifest.dense).to_numpy(order="c") if self.num_dense else np.zeros((rows, 0), "f4")
+            ids = frame.select(self.feature_names[: len(self.feature_names) - self.num_lists])
+        dense = _dense(frame, dense_columns) if self.num_dense else np.zeros((rows, 0), "f4")
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
-        return Batch(_tensor(dense), _tensor(ids.to_numpy(order="c")), _tensor(label))
+        extra = {part: _tensor(frame[part].to_numpy()) for part in parts}
+        lists = ListIds.of([_list_ids(frame[name]) for name in self._lists]) if self._lists else None
+        return Batch(_tensor(dense), _tensor(_ids(ids, rows)), _tensor(label), extra, lists)
+
+
+def _ids(ids: pl.DataFrame, rows: int) -> NDArray[Any]:
+    return ids.to_numpy(order="c") if ids.width else np.zeros((rows, 0), np.int32)
+
+
+def _list_ids(column: pl.Series) -> tuple[Tensor, Tensor]:
+    """Values ``[n]`` and offsets ``[rows + 1]`` of a column of lists, none of which is null."""
+    lengths = column.list.len().to_numpy().astype(np.int64)
+    # `explode` makes one null of an empty list.
+    values = column.filter(column.list.len() > 0).explode().to_numpy()
+    return _tensor(values), torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _dense(frame: pl.DataFrame, columns: list[str]) -> NDArray[Any]:
+    """Numeric columns as one array [rows, num_dense]; a vector's components stand side by side."""
+    vectors = [c for c in columns if isinstance(frame[c].dtype, pl.Array)]
+    if not vectors:
+        return frame.select(columns).to_numpy(order="c")
+    numbers = [c for c in columns if c not in vectors]
+    parts = [frame.select(numbers).to_numpy()] if numbers else []
+    return np.ascontiguousarray(np.concatenate([*parts, *(frame[c].to_numpy() for c in vectors)], axis=1))
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:

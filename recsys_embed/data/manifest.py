@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from recsys_embed.data.folder import SCHEMA_FILE
 from recsys_embed.errors import ConfigError, DataError, UnknownNameError, raise_faults
@@ -18,7 +18,8 @@ from recsys_embed.utils.strict_json import strict_json
 T = TypeVar("T")
 
 FORMAT = "recsys_embed.data"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Version 1 is Criteo's; version 2 has ``columns``, and features that are lists or share a table."""
 _COUNT = {"low": 0, "below": 1 << 60}
 
 
@@ -52,7 +53,9 @@ class Feature:
     """One categorical feature.
 
     ``num_embeddings`` rows a table needs (vocab) or the distinct training values, estimated if ``estimated`` (raw);
-    ``vocab`` is the file with its values, None in raw mode; ``missing_id`` the id of the empty field.
+    ``vocab`` is the file with its values, None in raw mode; ``missing_id`` the id of the empty field. ``form`` says
+    whether a row has one id, a list of them, or a sequence, which has at most ``max_length``; features of one ``table``
+    share their ids.
     """
 
     name: str
@@ -61,6 +64,16 @@ class Feature:
     estimated: bool
     vocab: str | None
     vocab_sha256: str | None
+    form: Literal["single", "list", "sequence"] = "single"
+    table: str | None = None
+    max_length: int | None = field(default=None, metadata={"low": 1})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON; what version 1 lacks is left out where it is the default."""
+        return {k: v for k, v in asdict(self).items() if k not in _ADDED or v != _ADDED[k]}
+
+
+_ADDED = {"form": "single", "table": None, "max_length": None}
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,8 @@ class Manifest:
     """The content of ``schema.json``.
 
     ``settings`` are the conversion's options that decide content, ``made_from`` adds the inputs, to recognise a
-    repeated conversion; ``dense`` names the float columns, ``transform`` says how they were made.
+    repeated conversion; ``dense`` names the float columns, ``transform`` says how they were made. ``columns`` are those
+    of a table with what each learned, as :mod:`recsys_embed.data.columns` reads them; Criteo's folders have none.
     """
 
     labels: bool
@@ -82,15 +96,29 @@ class Manifest:
     settings: Mapping[str, Any]
     made_from: Mapping[str, Any]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """Hash of the encoding: folders with equal fingerprints encode a row to the same ids."""
-        text = json.dumps([[asdict(f) for f in self.features], self.id_mode, self.transform], sort_keys=True)
+        columns = [list(self.columns)] if self.columns else []
+        text = json.dumps(
+            [[f.to_dict() for f in self.features], self.id_mode, self.transform, *columns], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        body = {**asdict(self), "features": [f.to_dict() for f in self.features]}
+        if not self.columns:
+            del body["columns"]
+        return {"format": FORMAT, "version": 2 if self.columns else 1, **body}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Columns of the shards that are further parts of a batch: ``weight``, ``group`` and ``time``."""
+        known = {column.get("kind"): column for column in self.columns}
+        events = any(c.get("kind") == "time" and c.get("event") for c in self.columns)
+        return tuple(p for p in ("weight", "group") if p in known) + (("time",) if events else ())
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> Manifest:
@@ -102,9 +130,9 @@ class Manifest:
         """
         if data.get("format") != FORMAT:
             raise DataError(f"{where}: expected format {FORMAT!r}; got {data.get('format')!r}")
-        if type(data.get("version")) is not int or data["version"] != VERSION:
+        if type(data.get("version")) is not int or data["version"] not in VERSIONS:
             raise DataError(
-                f"{where}: expected version {VERSION}; got {data.get('version')!r}: "
+                f"{where}: expected version {' or '.join(map(str, VERSIONS))}; got {data.get('version')!r}: "
                 "convert the data again with this version of recsys-embed"
             )
         body = {k: v for k, v in data.items() if k not in ("format", "version")}
@@ -113,6 +141,7 @@ class Manifest:
             body["features"] = _parts(Feature, body["features"], "features", where)
             splits = body["splits"] if isinstance(body["splits"], Mapping) else {"": body["splits"]}
             body["splits"] = {name: _split(split, f"{where}, split {name!r:.80}") for name, split in splits.items()}
+            body["columns"] = tuple(body.get("columns", ()))
             return _build(cls, body, where)
         except UnknownNameError:
             raise
@@ -169,7 +198,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         hint = (
             "its conversion did not finish: run the same command again"
             if unfinished
-            else ("make a data folder with `recsys-embed data criteo INPUT OUT` or `data synthetic OUT`")
+            else ("make a data folder with `recsys-embed data table FILES OUT`, `data criteo` or `data synthetic`")
         )
         raise DataError(f"{folder}: holds no {SCHEMA_FILE}; {hint}") from None
     except (OSError, ValueError) as e:

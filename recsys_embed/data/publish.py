@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recsys_embed.data.folder import SCHEMA_FILE, STATS_FILE, WORK_DIR, storage_error, write_file, write_json
 from recsys_embed.data.manifest import Manifest
-from recsys_embed.data.shards import BuiltDataset
 from recsys_embed.errors import DataError
 from recsys_embed.utils.files import move_into_place
 
@@ -17,7 +18,18 @@ QUARANTINE_FILE = "quarantine.jsonl"
 def data_files(manifest: Manifest) -> list[str]:
     """Relative paths of everything a manifest names."""
     shards = [s.file for split in manifest.splits.values() for s in split.shards]
-    return shards + [f.vocab for f in manifest.features if f.vocab]
+    # Features may share a vocabulary.
+    return [*shards, *dict.fromkeys(f.vocab for f in manifest.features if f.vocab)]
+
+
+@dataclass(frozen=True)
+class BuiltDataset:
+    """A finished data set in the work folder, ready to be published."""
+
+    work: Path
+    manifest: Manifest
+    stats: dict[str, Any]
+    bad_files: tuple[Path, ...]
 
 
 def publish(out: Path, built: BuiltDataset) -> None:

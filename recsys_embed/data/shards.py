@@ -22,19 +22,10 @@ from recsys_embed.data.criteo.parts import ParsedPart
 from recsys_embed.data.criteo.transform import log_transform, transform_record
 from recsys_embed.data.folder import file_hash, write_file, write_json
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split
+from recsys_embed.data.publish import BuiltDataset
 from recsys_embed.data.splits import SPLITS
 
 ROW_GROUP = 65536
-
-
-@dataclass(frozen=True)
-class BuiltDataset:
-    """A finished data set in the work folder, ready to be published."""
-
-    work: Path
-    manifest: Manifest
-    stats: dict[str, Any]
-    bad_files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ def _part_shards(
         name = SPLITS[code]
         file = f"{name}-{part.info.index:06d}.parquet"
         path = work / "out" / file
-        write_file(path, lambda p, f=some: _write_parquet(p, f), durable=False)  # type: ignore[misc]
+        write_file(path, lambda p, f=some: write_parquet(p, f), durable=False)  # type: ignore[misc]
         shard = Shard(file, len(some), path.stat().st_size, file_hash(path))
         missing = {f.feature.name: _count_missing(some[f.feature.name], f.feature) for f in fields}
         oov = {f.feature.name: int((some[f.feature.name] == 0).sum()) for f in fields if f.ids}
@@ -140,7 +131,8 @@ def _part_shards(
     return pieces
 
 
-def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
+def write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    """Write a shard; equal frames give equal bytes."""
     frame.write_parquet(path, compression="lz4", statistics=False, row_group_size=ROW_GROUP)
 
 

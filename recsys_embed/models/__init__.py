@@ -16,6 +16,7 @@ from recsys_embed.models.criteo import former_default
 from recsys_embed.models.dcn import DCN
 from recsys_embed.models.dcnv2 import DCNv2
 from recsys_embed.models.deepfm import DeepFM
+from recsys_embed.models.din import DIN
 from recsys_embed.models.dlrm import DLRM
 from recsys_embed.models.dnn import DNN
 from recsys_embed.models.fm import FM
@@ -30,6 +31,7 @@ from recsys_embed.utils.types import Option
 
 __all__ = [
     "DCN",
+    "DIN",
     "DLRM",
     "DNN",
     "FM",

@@ -18,7 +18,7 @@ from recsys_embed.models.criteo import former_default
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
-from recsys_embed.utils.types import JSON
+from recsys_embed.utils.types import JSON, Ids
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -64,6 +64,7 @@ class CTRModel(nn.Module):
         linear: collection of first-order weights (width 1), or None.
         numeric: ``[num_dense, D]`` vector of each numeric field; a field's vector is value * vector.
         cat_width: number of floats of all categorical vectors of one sample.
+        needs_history: whether a feature must have a list of ids per row that reads the table of another.
         uses_network: whether layers read the vectors side by side, so that they can tell ids of one row apart.
         params: the hyperparameters it was built with by :func:`recsys_embed.models.build_model`, else None.
     """
@@ -75,6 +76,7 @@ class CTRModel(nn.Module):
     uses_numeric_vectors: ClassVar[bool] = True
     needs_equal_widths: ClassVar[bool] = False
     uses_network: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = False
 
     params: DataclassInstance | None = None
     embedding: EmbeddingCollection | None
@@ -107,11 +109,11 @@ class CTRModel(nn.Module):
         if self.uses_vectors and self.uses_numeric_vectors:
             self.numeric = nn.Parameter(torch.randn(spec.num_dense, self.numeric_dim) * NUMERIC_INIT_STD)
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         """Logits ``[B]`` from standardised numeric values; every model defines this."""
         raise TypeError(f"{type(self).__name__} does not define logits(dense, ids)")
 
-    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, dense: Tensor, ids: Ids) -> Tensor:
         """Logits ``[B]`` of ``dense [B, num_dense]`` with raw numeric values, and ``ids [B, F]``."""
         mean, std = self.get_buffer("numeric_mean"), self.get_buffer("numeric_std")
         return self.logits((dense - mean) / std, ids)
@@ -181,16 +183,16 @@ class CTRModel(nn.Module):
         """Floats per sample of categorical and numeric vectors side by side."""
         return self.cat_width + self.num_dense * self.numeric_dim
 
-    def flat_input(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def flat_input(self, dense: Tensor, ids: Ids) -> Tensor:
         """Categorical then numeric vectors side by side: ``[B, input_width]``."""
         cat = self.vectors(ids).flatten(1)
         return torch.cat([cat, (dense.unsqueeze(-1) * self.numeric).flatten(1)], 1)
 
-    def field_vectors(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def field_vectors(self, dense: Tensor, ids: Ids) -> Tensor:
         """Categorical then numeric vectors: ``[B, V + num_dense, D]``; needs equal widths."""
         return torch.cat([self.vectors(ids), dense.unsqueeze(-1) * self.numeric], 1)
 
-    def first_order(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def first_order(self, dense: Tensor, ids: Ids) -> Tensor:
         """Bias + weight of each category + weighted numeric values: ``[B]``."""
         if self.linear is None:
             raise ConfigError(f"model {self.key!r} has no first-order weights")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, CrossVector
 from recsys_embed.utils.settings import param
+from recsys_embed.utils.types import Ids
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,6 @@ class DCN(CTRModel):
         self.mlp = MLP(width, params.hidden, None, dropout=params.dropout, batch_norm=params.batch_norm)
         self.head = nn.Linear(width + self.mlp.out_width, 1)
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         x = self.flat_input(dense, ids)
         return self.head(torch.cat([self.cross(x), self.mlp(x)], 1)).squeeze(1)

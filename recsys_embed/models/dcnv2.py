@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, CrossMatrix
 from recsys_embed.utils.settings import param
+from recsys_embed.utils.types import Ids
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DCNv2(CTRModel):
         self.mlp = MLP(width, params.hidden, None, dropout=params.dropout, batch_norm=params.batch_norm)
         self.head = nn.Linear(self.mlp.out_width + (width if self.parallel else 0), 1)
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         x = self.flat_input(dense, ids)
         crossed = self.cross(x)
         joined = torch.cat([crossed, self.mlp(x)], 1) if self.parallel else self.mlp(crossed)

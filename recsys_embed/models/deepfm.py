@@ -6,6 +6,7 @@ from torch import Tensor
 
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import FieldMLP, pair_sum
+from recsys_embed.utils.types import Ids
 
 
 @register
@@ -29,7 +30,7 @@ class DeepFM(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         vectors = self.vectors(ids)
         deep = self.mlp(vectors.flatten(1), dense, self.numeric).squeeze(1)
         return self.first_order(dense, ids) + pair_sum(vectors, dense, self.numeric) + deep

@@ -11,6 +11,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, PairDots
 from recsys_embed.utils.settings import param
+from recsys_embed.utils.types import Ids
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class DLRM(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         number = self.bottom(dense)
         dots = self.dots(torch.cat([number.unsqueeze(1), self.vectors(ids)], 1))
         return self.mlp(torch.cat([number, dots], 1)).squeeze(1)

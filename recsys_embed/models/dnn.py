@@ -6,6 +6,7 @@ from torch import Tensor
 
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import FieldMLP
+from recsys_embed.utils.types import Ids
 
 
 @register
@@ -27,5 +28,5 @@ class DNN(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         return self.mlp(self.vectors(ids).flatten(1), dense, self.numeric).squeeze(1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from recsys_embed.models.base import CTRModel, ModelSpec, register
 from recsys_embed.models.layers import pair_sum
+from recsys_embed.utils.types import Ids
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,5 @@ class FM(CTRModel):
     def __init__(self, spec: ModelSpec, params: FMParams) -> None:
         super().__init__(spec)
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         return self.first_order(dense, ids) + pair_sum(self.vectors(ids), dense, self.numeric)

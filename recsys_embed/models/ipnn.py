@@ -7,6 +7,7 @@ from torch import Tensor
 
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
 from recsys_embed.models.layers import MLP, PairDots
+from recsys_embed.utils.types import Ids
 
 
 @register
@@ -28,6 +29,6 @@ class IPNN(CTRModel):
             batch_norm=params.batch_norm,
         )
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         fields = self.field_vectors(dense, ids)
         return self.mlp(torch.cat([fields.flatten(1), self.dots(fields)], 1)).squeeze(1)

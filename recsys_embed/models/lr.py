@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from recsys_embed.models.base import CTRModel, ModelSpec, register
+from recsys_embed.utils.types import Ids
 
 
 @dataclass(frozen=True)
@@ -27,5 +28,5 @@ class LR(CTRModel):
     def __init__(self, spec: ModelSpec, params: LRParams) -> None:
         super().__init__(spec)
 
-    def logits(self, dense: Tensor, ids: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         return self.first_order(dense, ids)

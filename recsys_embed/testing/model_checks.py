@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import SGD
 from recsys_embed.plan import Plan
 from recsys_embed.registry import list_methods
+from recsys_embed.utils.types import BagIds
 
 
 def check_model(model: str) -> None:
@@ -18,11 +20,19 @@ def check_model(model: str) -> None:
     """
     from recsys_embed.models import build_model, get_model
 
-    schema = Schema([FeatureSpec("a", 50, 4), FeatureSpec("b", 300, 4)])
+    features = [FeatureSpec("a", 50, 4), FeatureSpec("b", 300, 4)]
     generator = torch.Generator().manual_seed(0)
     dense = torch.rand(64, 3, generator=generator)
-    ids = torch.stack([torch.randint(0, s.num_embeddings, (64,), generator=generator) for s in schema], 1)
-    label = (ids[:, 0] % 2).float()
+    single = torch.stack([torch.randint(0, s.num_embeddings, (64,), generator=generator) for s in features], 1)
+    label = (single[:, 0] % 2).float()
+    ids: Tensor | BagIds = single
+    if get_model(model).needs_history:
+        features.append(FeatureSpec("history", 300, 4, table="b", pooling="mean"))
+        lengths = torch.randint(0, 4, (64,), generator=generator)
+        history = torch.randint(0, 300, (int(lengths.sum()),), generator=generator)
+        offsets = torch.cat([torch.arange(128), 128 + lengths.cumsum(0) - lengths, torch.tensor([128 + len(history)])])
+        ids = BagIds(torch.cat([single.T.reshape(-1), history]), offsets)
+    schema = Schema(features)
     for info in list_methods():
         need = sum(info.config_cls.sized(s, 1).footprint(s).serve for s in schema)
         plan = Plan.uniform(schema, info.name, budget=max(need, 350 * 4 * 4), full_below=1)

@@ -182,7 +182,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"version": 99}, "expected version 1; got 99"),
+            ({"version": 99}, "expected version 1 or 2; got 99"),
             ({"format": "other"}, "expected format"),
             ({"id_mod": "raw"}, "unknown key .*'id_mod'; did you mean 'id_mode'"),
             ({"labels": None, "_drop": "labels"}, "`labels` is missing"),

@@ -19,8 +19,8 @@ from helpers import contents, random_rows, write
 from recsys_embed.data import CriteoOptions, StorageError, convert_criteo, make_synthetic
 from recsys_embed.data import folder as folder_module
 from recsys_embed.data import text_blocks as source
+from recsys_embed.data.conversion import MIN_MEMORY
 from recsys_embed.data.criteo import convert, ingest
-from recsys_embed.data.criteo.options import MIN_MEMORY
 from recsys_embed.errors import DataError
 
 OPTIONS = CriteoOptions(workers=1)
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     code = (
         "import pathlib, resource, sys\n"
         "from recsys_embed.data import CriteoOptions, convert_criteo\n"
-        "from recsys_embed.data.criteo.options import MIN_MEMORY\n"
+        "from recsys_embed.data.conversion import MIN_MEMORY\n"
         "convert_criteo(sys.argv[1:-1], sys.argv[-1], CriteoOptions(max_memory=MIN_MEMORY, workers=1))\n"
         # Where there is /proc: ru_maxrss starts at the peak of the process that forked this one, VmHWM does not.
         "status = pathlib.Path('/proc/self/status')\n"

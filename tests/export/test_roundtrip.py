@@ -20,10 +20,11 @@ from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError
 from recsys_embed.exports import export, load, verify
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.precision import Precision
-from recsys_embed.models import build_model, list_models
+from recsys_embed.models import build_model
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.report.memory import memory_report
+from tests.export.zoo import models
 
 PRECISIONS = get_args(Precision)
 METHODS = pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name)
@@ -121,7 +122,7 @@ def test_bytes_are_those_of_the_report(method: MethodInfo, precision: Any, tmp_p
     )
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", models())
 def test_every_model(name: str, tmp_path: Path) -> None:
     plan = Plan.uniform(SCHEMA, "compositional", num_collisions=3, combine="path", threshold=50)
     narrow = SCHEMA.with_dim(1)

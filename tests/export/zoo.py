@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import recsys_embed as rse
 from recsys_embed.exports import export, load
-from recsys_embed.models import build_model, list_models
+from recsys_embed.models import build_model, get_model, list_models
 from recsys_embed.testing import example
 
 DENSE = 3
@@ -77,7 +77,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def models() -> list[str]:
-    return list_models()
+    return [name for name in list_models() if not get_model(name).needs_history]
 
 
 # Pooling is one operator whatever was looked up: one mode with every method, the others with two.

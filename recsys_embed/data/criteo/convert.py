@@ -9,36 +9,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.data.conversion import ConvertReport, Progress, check_target, finished, no_progress
 from recsys_embed.data.criteo.encode import encode_fields
 from recsys_embed.data.criteo.ingest import Ingest, input_record
-from recsys_embed.data.criteo.options import CriteoOptions, Progress, different
-from recsys_embed.data.folder import OUR_FILES, SCHEMA_FILE, WORK_DIR, lock
+from recsys_embed.data.criteo.options import CriteoOptions
+from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import publish
 from recsys_embed.data.shards import write_shards
 from recsys_embed.data.text_blocks import find_files
 from recsys_embed.errors import ConfigError, DataError
-from recsys_embed.utils.files import final_name
 from recsys_embed.utils.types import JSON
-
-
-@dataclass(frozen=True)
-class ConvertReport:
-    """What a conversion did: rows per split and quarantined, and whether the folder had been complete already."""
-
-    out: Path
-    rows: dict[str, int]
-    quarantined: int
-    already_done: bool
-    notices: tuple[str, ...] = ()
-
-
-def _no_progress(stage: str, done: float, total: float, rows: int) -> None:
-    """No progress display."""
 
 
 def convert_criteo(
@@ -47,7 +31,7 @@ def convert_criteo(
     options: CriteoOptions | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
     extra: JSON | None = None,
 ) -> ConvertReport:
     """Convert Criteo's tab-separated text (label, 13 integers, 26 hex categories) into a data folder.
@@ -76,12 +60,12 @@ def convert_criteo(
     }
     if donor is not None:
         record["settings"]["like"] = donor.fingerprint
-    _check_target(out)
+    check_target(out)
     with lock(out):
-        finished = _finished(out, record, overwrite)
-        if finished is not None:
+        done = finished(out, record, overwrite)
+        if done is not None:
             shutil.rmtree(out / WORK_DIR, ignore_errors=True)
-            return finished
+            return done
         notices: list[str] = []
         ingest = Ingest(out / WORK_DIR, files, options, record, notices)
         parts = ingest.run(progress)
@@ -114,30 +98,3 @@ def _adopt(options: CriteoOptions) -> tuple[CriteoOptions, Manifest | None]:
         ), donor
     except (KeyError, ConfigError) as e:
         raise DataError(f"{options.like}: its settings are not those of a conversion: {e}; name another folder") from e
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; the output must be a folder")
-    if out.is_dir() and not (out / SCHEMA_FILE).exists() and not (out / WORK_DIR).exists():
-        foreign = sorted(p.name for p in out.iterdir() if final_name(p.name).removesuffix(".tmp") not in OUR_FILES)
-        if foreign:
-            raise ConfigError(
-                f"{out} is not empty and holds no data set (it has {', '.join(foreign[:3])}); choose a new folder"
-            )
-
-
-def _finished(out: Path, record: dict[str, Any], overwrite: bool) -> ConvertReport | None:
-    """The report of an earlier, identical conversion, or None if there is work to do."""
-    if overwrite or not (out / SCHEMA_FILE).exists():
-        return None
-    manifest = read_manifest(out)
-    changed = different(dict(manifest.made_from), record)
-    if changed:
-        lines = "\n".join(f"  - {c}" for c in changed)
-        raise ConfigError(
-            f"{out} holds a data set made with other settings or inputs:\n{lines}\n"
-            "choose another folder, or pass --overwrite to replace it"
-        )
-    rows = {name: split.rows for name, split in manifest.splits.items()}
-    return ConvertReport(out, rows, manifest.quarantined, True)

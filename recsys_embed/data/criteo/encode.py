@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.core.hashing import EMPTY_ID
+from recsys_embed.data.conversion import PROCESS
 from recsys_embed.data.criteo.ingest import worker_count
 from recsys_embed.data.criteo.layout import CAT_NAMES, INT_NAMES
-from recsys_embed.data.criteo.options import PROCESS, CriteoOptions
+from recsys_embed.data.criteo.options import CriteoOptions
 from recsys_embed.data.criteo.parts import ParsedPart
 from recsys_embed.data.criteo.transform import bucket_transform
 from recsys_embed.data.field_counts import FieldCounter, FieldCounts

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.data.conversion import PROCESS, SHOWN_FAULTS, different
 from recsys_embed.data.criteo.explain import BadRow
 from recsys_embed.data.criteo.layout import LineLayout
-from recsys_embed.data.criteo.options import PROCESS, SEPARATORS, CriteoOptions, different
+from recsys_embed.data.criteo.options import SEPARATORS, CriteoOptions
 from recsys_embed.data.criteo.parse import ParsedBlock, parse_block
 from recsys_embed.data.criteo.parts import ParsedPart, PartInfo
 from recsys_embed.data.folder import boot_id, storage_error, write_json
 from recsys_embed.data.text_blocks import BLOCK_BYTES, TextBlock, detect, read_blocks
 from recsys_embed.errors import ConfigError, DataError
 
-SHOWN_FAULTS = 5
 _PER_WORKER = 10 * BLOCK_BYTES
 _PER_PART = 7
 """Peak bytes per byte of a part's text, over all steps."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from recsys_embed.data.conversion import MIN_MEMORY, OnBadRow
 from recsys_embed.data.criteo.transform import Dense
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.text_blocks import Tri
@@ -16,12 +14,6 @@ from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON
 
 IdMode = Literal["vocab", "raw"]
-OnBadRow = Literal["fail", "quarantine"]
-Progress = Callable[[str, float, float, int], None]
-"""Called as ``progress(stage, done, total, rows)``; stages are make (synthetic), read, number, write."""
-PROCESS = (400 if torch.version.cuda is None else 800) << 20
-"""Memory of the process itself: interpreter, numpy, polars, and torch, whose CUDA builds take 290 to 490 MB more."""
-MIN_MEMORY = PROCESS + (112 << 20)
 Separator = Literal["tab", "comma", "semicolon", "pipe"]
 SEPARATORS: dict[Separator, str] = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
@@ -86,19 +78,3 @@ class CriteoOptions(Settings):
             "separator": self.separator,
             "on_bad_row": self.on_bad_row,
         }
-
-
-def different(a: JSON, b: JSON, prefix: str = "") -> list[str]:
-    """Settings in which two records differ, as ``name: old -> new``.
-
-    >>> different({"ids": "raw", "s": {"seed": 1}}, {"ids": "raw", "s": {"seed": 2}})
-    ['s.seed: 1 -> 2']
-    """
-    out: list[str] = []
-    for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            out += different(x, y, f"{prefix}{key}.")
-        elif x != y:
-            out.append(f"{prefix}{key}: {x} -> {y}")
-    return out

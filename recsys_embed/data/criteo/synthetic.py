@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recsys_embed.data.conversion import Progress, different
 from recsys_embed.data.criteo.convert import convert_criteo
 from recsys_embed.data.criteo.layout import NUM_CATS, NUM_INTS
-from recsys_embed.data.criteo.options import CriteoOptions, Progress, different
+from recsys_embed.data.criteo.options import CriteoOptions
 from recsys_embed.data.criteo.planted import DEFAULT_ROWS, DEFAULT_SCALE, PlantedModel, PlantedRows, sigmoid
 from recsys_embed.data.folder import CHANCE_FILE, SCHEMA_FILE, TEXT_FILE, TRUTH_FILE, lock, write_file, write_json
 from recsys_embed.data.splits import SPLITS, SplitRule

@@ -151,7 +151,8 @@ def joint_type(a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
     joint = pl.concat([pl.Series(dtype=a).to_frame("x"), pl.Series(dtype=b).to_frame("x")], how="vertical_relaxed")
     found = joint["x"].dtype
     # Integers of 64 bits do not fit a float.
-    return None if found.is_float() and a.is_integer() and b.is_integer() else found
+    whole = a.is_integer() and b.is_integer()
+    return None if whole and (found.is_float() or found == pl.Int128) else found
 
 
 def _made(dtype: Any) -> pl.DataType:

@@ -1,0 +1,96 @@
+"""Kinds of columns, each in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recsys_embed.data.columns.base import PARTS, Column, Encoded, Encoder, Fault, FeatureOutput, Limits
+from recsys_embed.data.columns.categorical import Categorical, CategoricalEncoder
+from recsys_embed.data.columns.group import Group, GroupEncoder
+from recsys_embed.data.columns.label import Label, LabelEncoder
+from recsys_embed.data.columns.lists import ListColumn, ListEncoder
+from recsys_embed.data.columns.numeric import Numeric, NumericEncoder
+from recsys_embed.data.columns.sequence import Sequence
+from recsys_embed.data.columns.time import Time, TimeEncoder
+from recsys_embed.data.columns.vector import Vector, VectorEncoder
+from recsys_embed.data.columns.weight import Weight, WeightEncoder
+from recsys_embed.errors import ConfigError, DataError, unknown_name
+
+KINDS: dict[str, tuple[type[Column], type[Encoder]]] = {
+    "label": (Label, LabelEncoder),
+    "categorical": (Categorical, CategoricalEncoder),
+    "list": (ListColumn, ListEncoder),
+    "sequence": (Sequence, ListEncoder),
+    "numeric": (Numeric, NumericEncoder),
+    "vector": (Vector, VectorEncoder),
+    "time": (Time, TimeEncoder),
+    "weight": (Weight, WeightEncoder),
+    "group": (Group, GroupEncoder),
+}
+"""Every kind of column by name: its settings, and the encoder that reads back what one learned."""
+LATER = {"text": "n-gram features", "cross": "cross features"}
+"""Kinds that have a name already."""
+
+__all__ = [
+    "KINDS",
+    "LATER",
+    "PARTS",
+    "Categorical",
+    "Column",
+    "Encoded",
+    "Encoder",
+    "Fault",
+    "FeatureOutput",
+    "Group",
+    "Label",
+    "Limits",
+    "ListColumn",
+    "Numeric",
+    "Sequence",
+    "Time",
+    "Vector",
+    "Weight",
+    "make_column",
+    "read_encoder",
+]
+
+
+def make_column(values: Mapping[str, Any]) -> Column:
+    """A column from plain values: ``name``, ``kind`` and the settings of the kind.
+
+    Raises:
+        UnknownNameError: no such kind or setting.
+        ConfigError: a kind that comes later, or settings that are wrong; all of these at once.
+
+    >>> make_column({"name": "user", "kind": "categorical", "min_count": 5})
+    Categorical(name='user', column=None, ids='vocab', min_count=5, max_size=None, vocab=None)
+    """
+    settings = dict(values)
+    name, kind = settings.get("name"), settings.pop("kind", None)
+    if kind in LATER:
+        raise ConfigError(
+            f"column {name!r}: kind {kind!r} comes with {LATER[kind]}; until then leave the column out, or make it "
+            "a category or a list in the table"
+        )
+    if kind is None:
+        raise ConfigError(f"column {name!r} lacks a `kind`, one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise unknown_name("kind of column", str(kind), KINDS)
+    made: Column = KINDS[kind][0].from_dict(settings)
+    return made
+
+
+def read_encoder(entry: Mapping[str, Any], folder: Path) -> Encoder:
+    """The encoder of an entry of a manifest's ``columns``; its vocabularies are read from the folder.
+
+    Raises:
+        DataError: the entry or a vocabulary is damaged.
+    """
+    try:
+        learned = entry["learned"]
+        column = make_column({k: v for k, v in entry.items() if k != "learned"})
+    except (KeyError, ConfigError) as e:
+        raise DataError(f"{folder}: what schema.json says of a column cannot be read ({e})") from e
+    return KINDS[column.kind][1].restore(column, learned, folder)

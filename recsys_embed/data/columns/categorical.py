@@ -1,0 +1,325 @@
+"""Categories: one value per row becomes one id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import polars as pl
+
+from recsys_embed.core.hashing import EMPTY_ID, string_ids
+from recsys_embed.data.columns.base import (
+    Column,
+    Encoded,
+    Encoder,
+    Fault,
+    FeatureOutput,
+    Limits,
+    cast_faults,
+    learned_value,
+)
+from recsys_embed.data.columns.vocabulary import (
+    MAX_WHOLE,
+    ValueCounter,
+    ValueVocabulary,
+    joint_value_type,
+    plain,
+    refuse_values,
+    value_type,
+    vocabulary_file,
+)
+from recsys_embed.data.field_counts import FieldCounter
+from recsys_embed.features import MAX_ROWS
+from recsys_embed.utils.settings import param
+from recsys_embed.utils.types import JSON
+
+RESERVED = EMPTY_ID[64]
+
+
+@dataclass(frozen=True)
+class VocabularyColumn(Column):
+    """Settings of every kind whose values become ids.
+
+    Args:
+        name: of the feature.
+        column: of the table; by default ``name``.
+        ids: ``"vocab"``: ids by falling training frequency, 0 for unknown values; ``"raw"``: 64-bit ids without a
+            vocabulary, for hashing methods: strings as :func:`recsys_embed.string_ids` has them, integers themselves.
+        min_count: training occurrences a value needs to get an id. The default 2 sends values seen once to the unknown
+            id: one example cannot train a row, and it is what trains the row that new values will use.
+        max_size: most values a vocabulary keeps, the most frequent ones; None: all.
+        vocab: name of a vocabulary that several columns share, e.g. of a target item and the history.
+    """
+
+    ids: Literal["vocab", "raw"] = "vocab"
+    min_count: int = param(2, low=1)
+    max_size: int | None = param(None, low=1)
+    vocab: str | None = param(None)
+
+    @property
+    def learns(self) -> str:
+        return f"raw:{self.name}" if self.ids == "raw" else f"vocab:{self.vocab or self.name}"
+
+    def conflicts(self) -> list[str]:
+        faults = []
+        if self.ids == "raw":
+            changed = [n for n, d in (("min_count", 2), ("max_size", None)) if getattr(self, n) != d]
+            faults += [f'`{n}` is of a vocabulary, which `ids = "raw"` does without' for n in changed]
+        if self.vocab == "":
+            faults.append("`vocab` must not be empty")
+        return faults
+
+    # -- what a kind says of its values ------------------------------------------------------------------------------
+
+    def flat(self, values: pl.Series) -> pl.Series:
+        """All values of some rows."""
+        return values
+
+    def flat_type(self, dtype: pl.DataType) -> pl.DataType:
+        """Their type, by that of the column."""
+        return dtype
+
+    def encoder(self, **learned: Any) -> VocabularyEncoder:
+        """The encoder of this kind."""
+        raise NotImplementedError
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def learner(self, dtypes: Sequence[pl.DataType], limits: Limits) -> VocabularyLearner | RawLearner:
+        if self.ids == "raw":
+            return RawLearner(limits)
+        name = self.vocab or self.name
+        return VocabularyLearner(self, joint_value_type(dtypes, name), limits)
+
+    def whole_faults(self, flat: pl.Series) -> pl.Series | None:
+        """Where values are floats that are no integers, or integers that raw ids keep for the missing value."""
+        if flat.dtype.is_float():
+            number = flat.fill_nan(None)
+            return (number != number.floor()) | (number.abs() > MAX_WHOLE)
+        if self.ids == "raw" and flat.dtype in (pl.Int64, pl.UInt64):
+            return flat == (RESERVED if flat.dtype == pl.Int64 else 1 << 63)
+        return None
+
+
+@dataclass(frozen=True)
+class Categorical(VocabularyColumn):
+    """One category per row.
+
+    Strings, booleans, integers of every width, dates, times, and floats that hold whole numbers. Null, the empty
+    string and NaN are one missing value; it gets an id of its own where training has it ``min_count`` times, else 0.
+
+    >>> Categorical("user", min_count=5).entry()
+    {'name': 'user', 'kind': 'categorical', 'min_count': 5}
+    """
+
+    kind: ClassVar[str] = "categorical"
+
+    def refuse(self, dtype: pl.DataType) -> str | None:
+        return refuse_values(dtype)
+
+    def checks(self, dtype: pl.DataType) -> bool:
+        return dtype.is_float() or (self.ids == "raw" and dtype in (pl.Int64, pl.UInt64))
+
+    def faults(self, values: pl.Series) -> list[Fault]:
+        wrong = self.whole_faults(values)
+        return [] if wrong is None else cast_faults(values, wrong, reason(values.dtype))
+
+    def encoder(self, **learned: Any) -> CategoricalEncoder:
+        return CategoricalEncoder(self, **learned)
+
+
+def reason(dtype: pl.DataType) -> str:
+    """Why a value of a type is refused by ``whole_faults``."""
+    if dtype.is_float():
+        return "not a whole number up to 2^53, as a category must be: make the column integers or strings"
+    return f"{RESERVED} is the id of the missing value"
+
+
+class VocabularyLearner:
+    """Counts the values of all columns of one vocabulary."""
+
+    def __init__(self, column: VocabularyColumn, dtype: pl.DataType, limits: Limits) -> None:
+        self.name, self.dtype = column.vocab or column.name, dtype
+        self.settings = column
+        self.counter = ValueCounter(self.name, dtype, limits.distinct)
+        self._made: ValueVocabulary | None = None
+
+    def add(self, column: Column, values: pl.Series) -> None:
+        if not isinstance(column, VocabularyColumn):
+            raise TypeError(f"{column.name} has no vocabulary")
+        keys, _ = plain(column.flat(values), self.dtype)
+        # A missing value inside of a list is none of its values.
+        self.counter.add(keys, keys.null_count() if column.kind == Categorical.kind else 0)
+
+    def vocabulary(self) -> ValueVocabulary:
+        """The vocabulary of everything added."""
+        if self._made is None:
+            self._made = ValueVocabulary.of_counts(
+                self.name,
+                self.counter.counted(),
+                self.counter.missing,
+                min_count=self.settings.min_count,
+                max_size=self.settings.max_size,
+            )
+        return self._made
+
+    def result(self, column: Column) -> VocabularyEncoder:
+        if not isinstance(column, VocabularyColumn):
+            raise TypeError(f"{column.name} has no vocabulary")
+        return column.encoder(known=self.vocabulary(), dtype=self.dtype)
+
+
+class RawLearner:
+    """Estimates how many distinct raw ids a column has."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.counter = FieldCounter(max_rows=limits.sample, max_distinct=min(limits.distinct, limits.sample))
+        self.dtype: pl.DataType = pl.String()
+
+    def add(self, column: Column, values: pl.Series) -> None:
+        if not isinstance(column, VocabularyColumn):
+            raise TypeError(f"{column.name} has no ids")
+        flat = column.flat(values)
+        self.dtype = value_type(flat.dtype) or pl.String()
+        keys, _ = plain(flat, self.dtype)
+        missing = keys.is_null().to_numpy()
+        self.counter.add(raw_ids(keys).to_numpy(), missing)
+
+    def result(self, column: Column) -> VocabularyEncoder:
+        if not isinstance(column, VocabularyColumn):
+            raise TypeError(f"{column.name} has no ids")
+        counts = self.counter.result()
+        distinct = (len(counts.values) << counts.level) + (counts.missing > 0)
+        return column.encoder(known=None, dtype=self.dtype, distinct=max(1, distinct), estimated=counts.level > 0)
+
+
+def raw_ids(keys: pl.Series) -> pl.Series:
+    """64-bit ids of values in a vocabulary's type, as :func:`recsys_embed.string_ids` has them: Int64, no nulls.
+
+    A missing string has the id that it gives an empty one; a missing number the one that no number may have.
+    """
+    if keys.dtype == pl.String:
+        distinct = keys.unique()
+        ids = string_ids(distinct.to_list()).numpy()
+        known = pl.DataFrame({"value": distinct, "id": ids})
+        joined = keys.to_frame("value").join(known, on="value", how="left", maintain_order="left", nulls_equal=True)
+        return joined["id"]
+    if keys.dtype == pl.UInt64:
+        whole = pl.Series(keys.fill_null(1 << 63).to_numpy().view(np.int64))
+    else:
+        whole = keys.to_physical().cast(pl.Int64).fill_null(RESERVED)
+    return whole
+
+
+@dataclass(frozen=True)
+class VocabularyEncoder(Encoder):
+    """Values to ids.
+
+    Args:
+        known: the vocabulary; None: raw ids.
+        dtype: type of the values.
+        distinct: raw ids: distinct values in training, or an estimate.
+    """
+
+    known: ValueVocabulary | None
+    dtype: pl.DataType
+    distinct: int = 1
+    estimated: bool = False
+
+    @property
+    def vocabulary(self) -> ValueVocabulary | None:
+        return self.known
+
+    @property
+    def missing_id(self) -> int:
+        """Id of a missing value."""
+        if self.known is not None:
+            return self.known.missing_id
+        return EMPTY_ID[32] if self.dtype == pl.String else RESERVED
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows that a table needs, or distinct values."""
+        return self.known.size if self.known is not None else min(self.distinct, MAX_ROWS)
+
+    def ids(self, keys: pl.Series) -> pl.Series:
+        """Ids of values that were made plain; nulls become 0, or the raw id of the missing value."""
+        return raw_ids(keys) if self.known is None else self.known.find(keys)
+
+    def learned(self) -> JSON:
+        of_type = {"type": _TYPE_NAMES[str(self.dtype)]}
+        if self.known is None:
+            return {**of_type, "distinct": self.distinct, "estimated": self.estimated}
+        known = self.known
+        return {
+            **of_type,
+            "vocab": vocabulary_file(known.name),
+            "size": known.size,
+            "missing_count": known.missing_count,
+            "unknown_count": known.unknown_count,
+        }
+
+    @classmethod
+    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+        where = column.where()
+        dtype = _TYPES[learned_value(learned, "type", where)]
+        if column.ids == "raw":
+            return cls(column, None, dtype, learned_value(learned, "distinct", where), bool(learned.get("estimated")))
+        file = learned_value(learned, "vocab", where)
+        known = ValueVocabulary.read(
+            folder / file,
+            column.vocab or column.name,
+            missing_count=learned_value(learned, "missing_count", where),
+            unknown_count=learned_value(learned, "unknown_count", where),
+        )
+        return cls(column, known, dtype)
+
+
+_TYPES: dict[str, pl.DataType] = {
+    "string": pl.String(),
+    "integer": pl.Int64(),
+    "unsigned": pl.UInt64(),
+    "bool": pl.Boolean(),
+    "date": pl.Date(),
+    "time": pl.Datetime("us"),
+}
+_TYPE_NAMES = {str(dtype): name for name, dtype in _TYPES.items()}
+
+
+@dataclass(frozen=True)
+class CategoricalEncoder(VocabularyEncoder):
+    """One value to one id."""
+
+    @property
+    def features(self) -> tuple[FeatureOutput, ...]:
+        column: Any = self.column
+        vocab = None if self.known is None else self.known.name
+        return (
+            FeatureOutput(
+                column.name, "single", self.num_embeddings, self.missing_id, vocab, self.estimated, column.vocab
+            ),
+        )
+
+    def encode(self, values: pl.Series) -> Encoded:
+        keys, odd = plain(values, self.dtype)
+        null = values.is_null()
+        counts = {"null": int(null.sum()), "empty": odd}
+        ids = self.ids(keys)
+        if self.known is not None:
+            gone = null if not odd else null | _odd(values)
+            unknown = int((ids == 0).sum())
+            if gone.any():
+                unknown -= int((gone & (ids == 0)).sum())
+                ids = ids.set(gone, self.missing_id)
+            counts["unknown"] = unknown
+        return Encoded({self.column.name: ids.alias(self.column.name)}, counts)
+
+
+def _odd(values: pl.Series) -> pl.Series:
+    """Where a value is an empty string or NaN."""
+    if values.dtype.is_float():
+        return values.is_nan().fill_null(False)
+    return (values.cast(pl.String).str.len_bytes() == 0).fill_null(False)

@@ -1,0 +1,249 @@
+"""Vocabularies of any type of value: strings, integers of every width, booleans, dates, times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from recsys_embed.data.folder import write_file
+from recsys_embed.data.vocab import OOV_ID
+from recsys_embed.errors import ConfigError, DataError
+
+MAX_WHOLE = 1 << 53
+"""A float holds every integer up to this one."""
+_MERGE_ROWS = 1 << 20
+DISTINCT_BYTES = 240
+"""Measured peak per distinct value of a vocabulary, strings of 12 bytes."""
+
+
+def value_type(dtype: pl.DataType) -> pl.DataType | None:
+    """The type in which a vocabulary holds values of a type; None where they are no categories.
+
+    >>> value_type(pl.UInt8()), value_type(pl.UInt64()), value_type(pl.Categorical()), value_type(pl.Struct([]))
+    (Int64, UInt64, String, None)
+    """
+    if dtype in (pl.String, pl.Categorical, pl.Enum):
+        return pl.String()
+    if dtype == pl.UInt64:
+        return pl.UInt64()
+    if dtype in (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32) or dtype.is_float():
+        return pl.Int64()
+    if dtype in (pl.Boolean, pl.Date):
+        return dtype
+    return pl.Datetime("us") if isinstance(dtype, pl.Datetime) else None
+
+
+def refuse_values(dtype: pl.DataType) -> str | None:
+    """Why values of a type are no categories, or None."""
+    if dtype == pl.Null or value_type(dtype) is not None:
+        return None
+    return f"categories are strings, integers, booleans, dates or times; got {dtype}: cast the column to one of them"
+
+
+def joint_value_type(dtypes: Iterable[pl.DataType], name: str) -> pl.DataType:
+    """The type of a vocabulary for columns of several types.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    found = {str(t): t for t in map(value_type, (d for d in dtypes if d != pl.Null)) if t is not None}
+    if len(found) > 1:
+        raise ConfigError(
+            f"columns that share vocabulary {name!r} must hold one type of value; got {' and '.join(found)}: cast one "
+            '(delimited text becomes integers with `values = "integer"`)'
+        )
+    return next(iter(found.values()), pl.String())
+
+
+def plain(values: pl.Series, dtype: pl.DataType) -> tuple[pl.Series, int]:
+    """Values in a vocabulary's type, null where they are missing or none of its type, and how many were empty or NaN.
+
+    An empty string and NaN are missing values, as null is.
+    """
+    odd = 0
+    if dtype == pl.String:
+        values = values.cast(pl.String)
+        empty = values.str.len_bytes() == 0
+        odd = int(empty.sum() or 0)
+        return (values.set(empty.fill_null(False), None) if odd else values), odd
+    if values.dtype.is_float():
+        odd = int(values.is_nan().sum() or 0)
+    if values.dtype == pl.String and dtype.is_integer():
+        odd = int((values.str.len_bytes() == 0).sum() or 0)
+    if isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is not None:
+        values = values.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    return (values if values.dtype == dtype else values.cast(dtype, strict=False)), odd
+
+
+@dataclass(frozen=True)
+class ValueVocabulary:
+    """The known values of one or several columns and their ids, most frequent first; unknown values get id 0.
+
+    Args:
+        name: of the vocabulary.
+        values: [K], without nulls, in order of their ids.
+        ids: int32 [K], from 1; one number is left out where ``missing_id`` stands.
+        counts: training occurrences of each value.
+        missing_id: id of a missing value (null, empty string, NaN), or 0 where training had none or too few.
+        missing_count: training occurrences of a missing value.
+        unknown_count: training occurrences of values that are too rare to be known.
+    """
+
+    name: str
+    values: pl.Series
+    ids: NDArray[np.int32]
+    counts: NDArray[np.int64]
+    missing_id: int
+    missing_count: int
+    unknown_count: int
+
+    @property
+    def size(self) -> int:
+        """Rows a table needs: the unknown id, every known value, and the missing one if it has an id."""
+        return 1 + len(self.values) + (self.missing_id != OOV_ID)
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """Type of the values."""
+        return self.values.dtype
+
+    @classmethod
+    def of_counts(
+        cls, name: str, counted: pl.DataFrame, missing: int, *, min_count: int, max_size: int | None
+    ) -> ValueVocabulary:
+        """Keep values seen ``min_count`` times, at most ``max_size``; ids by falling count, ties by value.
+
+        Args:
+            counted: columns ``value`` and ``count``.
+            missing: occurrences of a missing value, which comes after its ties.
+        """
+        total = int(counted["count"].sum() or 0)
+        kept = counted.filter(pl.col("count") >= min_count).sort(["count", "value"], descending=[True, False])
+        kept = kept if max_size is None else kept.head(max_size)
+        counts = kept["count"].to_numpy().astype(np.int64)
+        ids = np.arange(1, len(kept) + 1, dtype=np.int32)
+        missing_id, unknown = OOV_ID, total - int(counts.sum())
+        if missing >= max(1, min_count):
+            before = int(np.searchsorted(-counts, -missing, side="right"))
+            missing_id = before + 1
+            ids[before:] += 1
+        return cls(name, kept["value"].rechunk(), ids, counts, missing_id, missing, unknown)
+
+    @cached_property
+    def _known(self) -> pl.DataFrame:
+        return pl.DataFrame({"value": self.values, "id": self.ids})
+
+    def find(self, keys: pl.Series) -> pl.Series:
+        """Ids of values in the vocabulary's type: Int32, 0 for unknown ones and nulls."""
+        found = keys.to_frame("value").join(self._known, on="value", how="left", maintain_order="left")
+        return found["id"].fill_null(OOV_ID)
+
+    def write(self, path: Path, *, durable: bool = True) -> None:
+        """Store as Parquet: ``value`` (null for the missing one), ``id``, ``count``."""
+        frame = pl.DataFrame({"value": self.values, "id": self.ids, "count": self.counts})
+        if self.missing_id:
+            rest = {"value": [None], "id": [self.missing_id], "count": [self.missing_count]}
+            frame = pl.concat([frame, pl.DataFrame(rest, schema=frame.schema)]).sort("id")
+        write_file(path, lambda p: frame.write_parquet(p, compression="zstd", statistics=False), durable=durable)
+
+    @classmethod
+    def read(cls, path: Path, name: str, *, missing_count: int = 0, unknown_count: int = 0) -> ValueVocabulary:
+        """Inverse of :meth:`write`; the counts that are not of a known value stand in the manifest.
+
+        Raises:
+            DataError: the file is damaged or is no vocabulary.
+        """
+        try:
+            frame = pl.read_parquet(path)
+            known = frame.filter(pl.col("value").is_not_null())
+            gone = frame.filter(pl.col("value").is_null())
+            return cls(
+                name,
+                known["value"],
+                known["id"].to_numpy().astype(np.int32),
+                known["count"].to_numpy().astype(np.int64),
+                int(gone["id"][0]) if len(gone) else OOV_ID,
+                int(gone["count"][0]) if len(gone) else missing_count,
+                unknown_count,
+            )
+        except (OSError, pl.exceptions.PolarsError) as e:
+            raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
+
+
+class ValueCounter:
+    """Counts the values of columns that share a vocabulary.
+
+    Args:
+        name: of the vocabulary.
+        dtype: of its values.
+        max_distinct: values that memory has room for.
+    """
+
+    def __init__(self, name: str, dtype: pl.DataType, max_distinct: int) -> None:
+        self.name, self.dtype, self.max_distinct = name, dtype, max_distinct
+        self.missing = 0
+        self._pending: list[pl.DataFrame] = []
+        self._rows = 0
+
+    def add(self, keys: pl.Series, missing: int) -> None:
+        """Count values in the vocabulary's type; nulls among them are left out, ``missing`` is added as it is.
+
+        Raises:
+            ConfigError: more distinct values than there is memory for.
+        """
+        self.missing += missing
+        counted = keys.rename("value").value_counts(name="count").drop_nulls()
+        self._pending.append(counted.with_columns(pl.col("count").cast(pl.Int64)))
+        self._rows += len(counted)
+        if self._rows > max(_MERGE_ROWS, 2 * len(self._pending[0])):
+            self._merge()
+
+    def _merge(self) -> None:
+        merged = pl.concat(self._pending).group_by("value").agg(pl.col("count").sum())
+        if len(merged) > self.max_distinct:
+            raise ConfigError(
+                f"vocabulary {self.name!r} has more than {self.max_distinct:,} values, all that --max-memory has room "
+                'for: raise --max-memory, or use `ids = "raw"`, which needs no vocabulary, with hashing methods'
+            )
+        self._pending, self._rows = [merged], len(merged)
+
+    def counted(self) -> pl.DataFrame:
+        """Columns ``value`` and ``count`` of everything added."""
+        if not self._pending:
+            return pl.DataFrame(schema={"value": self.dtype, "count": pl.Int64})
+        self._merge()
+        return self._pending[0]
+
+
+def describe_counts(counted: pl.DataFrame, missing: int) -> dict[str, Any]:
+    """Training statistics of a vocabulary in the form of ``stats.json``; the missing value counts as one."""
+    count = counted["count"].to_numpy()
+    if missing:
+        count = np.append(count, missing)
+    ordered = np.sort(count)[::-1]
+    total, running = int(ordered.sum()), np.cumsum(ordered)
+    ks = [10**e for e in range(10) if e == 0 or 10 ** (e - 1) < len(ordered)]
+    return {
+        "distinct": len(ordered),
+        "seen_once": int((count == 1).sum()),
+        "missing": missing,
+        "estimated": False,
+        "coverage": {str(k): round(int(running[min(k, len(ordered)) - 1]) / total, 6) for k in ks if total},
+    }
+
+
+def vocabulary_file(name: str) -> str:
+    """The file of a vocabulary in a data folder; characters that files' names cannot have are spelt out.
+
+    >>> vocabulary_file("a/b")
+    'vocab/a%2Fb.parquet'
+    """
+    return f"vocab/{quote(name, safe=' ')}.parquet"

@@ -1,0 +1,146 @@
+"""Any table of events to a data folder: check, learn from the training rows, encode, write Parquet, publish.
+
+Every step leaves whole files behind and is skipped when they are there already, so a conversion that was killed goes
+on where it stopped and ends with the bytes it would have had.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recsys_embed.data.columns import Encoder, read_encoder
+from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
+from recsys_embed.data.folder import WORK_DIR, lock
+from recsys_embed.data.manifest import Manifest, read_manifest
+from recsys_embed.data.publish import publish
+from recsys_embed.data.sources import open_source
+from recsys_embed.data.splits import TRAIN
+from recsys_embed.data.stats import read_stats
+from recsys_embed.data.table.codes import SplitCodes
+from recsys_embed.data.table.learn import borrowed, copy_vocabularies, learn_columns
+from recsys_embed.data.table.rows import TableOptions, TableRows
+from recsys_embed.data.table.schema import TableSchema
+from recsys_embed.data.table.split import TableSplit, check_codes
+from recsys_embed.data.table.write import write_table
+from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.utils.types import JSON
+
+_OPTIONAL = ("label", "weight", "group")
+"""Kinds that rows to be encoded like others may lack."""
+
+
+def convert_table(
+    source: Any,
+    out: str | Path,
+    schema: TableSchema | Mapping[str, Any] | str | Path | None = None,
+    *,
+    like: str | Path | None = None,
+    split: TableSplit | None = None,
+    on_bad_row: OnBadRow = "fail",
+    max_memory: int = 1 << 30,
+    workers: int = 0,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    extra: JSON | None = None,
+) -> ConvertReport:
+    """Convert a table of events into a data folder, which :func:`recsys_embed.data.open_dataset` opens.
+
+    Args:
+        source: files, globs or folders; a polars (lazy) or pandas frame, an Arrow table, or columns by name.
+        out: folder to make; an unfinished conversion in it is continued.
+        schema: the columns: a :class:`TableSchema`, its values, or a TOML file.
+        like: in place of a schema: a data folder whose schema and vocabularies encode these rows.
+        split: in place of the schema's; with ``like`` all rows are ``"test"`` by default.
+        on_bad_row: ``"fail"`` stops at the first part with a bad row; ``"quarantine"`` sets them aside, counted.
+        max_memory: bytes the process should stay under; at least 512 MiB, or 912 MiB beside a CUDA build of torch.
+        workers: parts that are encoded at the same time; 0 means one per core, at most 4.
+        overwrite: replace a finished data set in ``out``.
+        progress: see ``Progress``.
+        extra: JSON values to keep in the manifest under ``"extra"``.
+
+    Raises:
+        ConfigError: a bad schema, columns that are absent or of the wrong type, ``out`` holds something else.
+        DataError: bad rows under ``on_bad_row="fail"``, with file, row, column and reason.
+        StorageError: ``out`` cannot be written or another process is writing it.
+
+    >>> import tempfile
+    >>> table = {"click": [1, 0] * 6, "user": ["ann", "bob"] * 6, "price": [1.5, None, 3.0] * 4}
+    >>> schema = TableSchema.of(label="click", categorical="user", numeric="price")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     convert_table(table, folder, schema).rows
+    {'train': 9, 'valid': 1, 'test': 2}
+    """
+    options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
+    out = Path(out)
+    made, donor = _schema(schema, like, split)
+    found = open_source(source, made.source)
+    check_target(out)
+    with lock(out):
+        work = out / WORK_DIR
+        table = found.stage(work)
+        columns = made.used
+        if donor is not None:
+            columns = tuple(c for c in columns if c.kind not in _OPTIONAL or c.source in table.types)
+            made = made.replace(columns=columns, label=None)
+        made.check_types(table.types)
+        settings: JSON = {"schema": made.to_dict(), "on_bad_row": on_bad_row}
+        if donor is not None:
+            settings["like"] = donor.fingerprint
+        record: JSON = {"settings": settings, "inputs": table.inputs, "extra": extra or {}}
+        done = finished(out, record, overwrite)
+        if done is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            return done
+        notices: list[str] = []
+        rows = TableRows(work, table, made, columns, options, record, notices)
+        rows.scan(progress)
+        if not rows.total:
+            bad = [rows.bad_path(p.index) for p in rows.parts if p.bad]
+            seen = f"; the bad rows are in {bad[0]}" if bad else ""
+            raise DataError(f"no row could be read from {', '.join(table.files[:3])}{seen}")
+        codes = SplitCodes(rows, made.split)
+        if donor is not None and like is not None:
+            encoders = _encoders(donor, Path(like), [c.name for c in columns])
+            copy_vocabularies(encoders, Path(like), work)
+            learned = borrowed(columns, encoders, read_stats(like))
+        else:
+            counts = codes.counts()
+            check_codes(counts, made.split, any(c.learns for c in columns) and not counts.get(TRAIN))
+            learned = learn_columns(rows, codes, progress)
+        built = write_table(rows, codes, learned, record, progress)
+        publish(out, built)
+    return ConvertReport(
+        out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
+    )
+
+
+def _schema(
+    schema: TableSchema | Mapping[str, Any] | str | Path | None, like: str | Path | None, split: TableSplit | None
+) -> tuple[TableSchema, Manifest | None]:
+    """The schema that was given, or that of the folder ``like``."""
+    if (schema is None) == (like is None):
+        raise ConfigError("give a schema, or the folder `like` whose schema and vocabularies are used")
+    donor = None
+    if like is not None:
+        donor = read_manifest(like)
+        if "schema" not in donor.settings:
+            raise ConfigError(f"{like} was not made of a table; `data criteo --like` encodes rows like it")
+        made = TableSchema.from_dict(donor.settings["schema"])
+        split = split or TableSplit("all")
+    elif isinstance(schema, TableSchema):
+        made = schema
+    elif isinstance(schema, Mapping):
+        made = TableSchema.from_dict(schema)
+    elif isinstance(schema, str | Path):
+        made = TableSchema.read(schema)
+    else:
+        raise ConfigError(f"`schema` must be a TableSchema or a TOML file; got {type(schema).__name__}")
+    return (made if split is None else made.replace(split=split)), donor
+
+
+def _encoders(donor: Manifest, folder: Path, names: list[str]) -> dict[str, Encoder]:
+    entries = {entry["name"]: entry for entry in donor.columns}
+    return {name: read_encoder(entries[name], folder) for name in names}

@@ -1,0 +1,272 @@
+"""The schema of a table: its columns in order, and how its rows are split."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import polars as pl
+
+from recsys_embed.data.columns import PARTS, Column, make_column
+from recsys_embed.data.columns.categorical import VocabularyColumn
+from recsys_embed.data.columns.label import Label
+from recsys_embed.data.columns.time import Time
+from recsys_embed.data.table.split import TableSplit
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.utils.files import write_text
+from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.types import JSON
+
+Names = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class TableSchema(Settings):
+    """What the columns of a table are.
+
+    Args:
+        columns: in the order that features, numeric columns and batches have.
+        split: which rows train, validate and test.
+        label: of several label columns, the one to use.
+        source: options of the reader of files, e.g. the separator of CSV files.
+
+    Raises:
+        ConfigError: names all faults.
+
+    >>> schema = TableSchema.of(label="click", categorical=["user", "item"], numeric=["price"], time="ts")
+    >>> [f"{c.name}: {c.kind}" for c in schema.columns]
+    ['click: label', 'user: categorical', 'item: categorical', 'price: numeric', 'ts: time']
+    >>> schema.split.kind
+    'time'
+    """
+
+    title = "TableSchema"
+    columns: tuple[Column, ...] = param((), empty=False)
+    split: TableSplit = field(default_factory=TableSplit)
+    label: str | None = param(None)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The first time column is the event time unless the schema says otherwise.
+        if isinstance(self.columns, tuple) and not any(isinstance(c, Time) and c.event for c in self.columns):
+            first = next((c for c in self.columns if isinstance(c, Time) and c.event is None), None)
+            if first is not None:
+                marked = tuple(c.replace(event=True) if c is first else c for c in self.columns)
+                object.__setattr__(self, "columns", marked)
+        super().__post_init__()
+
+    def conflicts(self) -> list[str]:
+        if not self.columns:
+            return ["a schema needs columns: none is given"]
+        faults = [f"column {n!r} is given {k} times" for n, k in Counter(c.name for c in self.columns).items() if k > 1]
+        for column in self.columns:
+            feature = isinstance(column, VocabularyColumn) or getattr(column, "buckets", None) is not None
+            if column.name in PARTS and column.part is None and column.kind != "time":
+                faults.append(
+                    f"column {column.name!r}: that name is the folder's own; give the {column.kind} column another "
+                    f'`name` and `column = "{column.source}"`'
+                )
+            if feature and (not column.name or "." in column.name or "#" in column.name):
+                faults.append(
+                    f"column {column.name!r}: a feature's name must not be empty, nor contain '.' or '#'; give another "
+                    f'`name` and `column = "{column.source}"`'
+                )
+        labels = [c.name for c in self.columns if isinstance(c, Label)]
+        if self.label is not None and self.label not in labels:
+            faults.append(f"`label` names {self.label!r}, which is no label column; those are {labels or 'none'}")
+        elif self.label is None and len(labels) > 1:
+            faults.append(f"several columns are labels ({', '.join(labels)}): choose one with `label`")
+        for kind, what in (("weight", "weight"), ("group", "group")):
+            same = [c.name for c in self.columns if c.kind == kind]
+            if len(same) > 1:
+                faults.append(f"a table has one {what} column; got {', '.join(same)}")
+        events = [c.name for c in self.columns if isinstance(c, Time) and c.event]
+        if len(events) > 1:
+            faults.append(f"a table has one event time; got {', '.join(events)}")
+        if self.split.needs_time and not events:
+            faults.append("split 'time' needs a column of kind time")
+        return faults + self._vocabulary_faults()
+
+    def _vocabulary_faults(self) -> list[str]:
+        faults = []
+        for name in self.vocabularies:
+            sharing = [c for c in self.columns if isinstance(c, VocabularyColumn) and c.learns == f"vocab:{name}"]
+            for setting in ("min_count", "max_size"):
+                values = {getattr(c, setting) for c in sharing}
+                if len(values) > 1:
+                    who = ", ".join(f"{c.name} {getattr(c, setting)}" for c in sharing)
+                    faults.append(f"columns of vocabulary {name!r} must have one `{setting}`; got {who}")
+        return faults
+
+    @property
+    def vocabularies(self) -> list[str]:
+        """Names of the vocabularies, in order."""
+        names = [c.vocab or c.name for c in self.columns if isinstance(c, VocabularyColumn) and c.ids == "vocab"]
+        return list(dict.fromkeys(names))
+
+    @property
+    def used(self) -> tuple[Column, ...]:
+        """The columns that are converted: all but labels that were not chosen."""
+        labels = [c for c in self.columns if isinstance(c, Label)]
+        chosen = self.label or (labels[0].name if labels else None)
+        return tuple(c for c in self.columns if not isinstance(c, Label) or c.name == chosen)
+
+    @property
+    def event_time(self) -> Time | None:
+        """The column of the event time."""
+        return next((c for c in self.columns if isinstance(c, Time) and c.event), None)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        label: Names = (),
+        categorical: Names = (),
+        list: Names = (),
+        sequence: Names = (),
+        numeric: Names = (),
+        vector: Names = (),
+        time: Names = (),
+        weight: Names = (),
+        group: Names = (),
+        split: TableSplit | Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A schema of columns with the settings of their kinds as they stand.
+
+        Args:
+            label, categorical, list, sequence, numeric, vector, time, weight, group: names of the table's columns.
+            split: by default ``"time"`` where there is a time column, else ``"order"``.
+            source: options of the reader.
+            settings: ``min_count``, ``max_size`` and ``ids`` of all columns that have them.
+        """
+        given = {
+            "label": label, "categorical": categorical, "list": list, "sequence": sequence, "numeric": numeric,
+            "vector": vector, "time": time, "weight": weight, "group": group,
+        }  # fmt: skip
+        unknown = settings.keys() - {"min_count", "max_size", "ids"}
+        if unknown:
+            raise ConfigError(f"no kind of column is called {', '.join(sorted(unknown))}; known: {', '.join(given)}")
+        entries = []
+        for kind, names in given.items():
+            for column in [names] if isinstance(names, str) else names:
+                name = kind if kind in ("weight", "group") else column.replace(".", "_").replace("#", "_")
+                entry = {"name": name, "kind": kind} | ({"column": column} if column != name else {})
+                has_ids = kind in ("categorical", "list", "sequence")
+                entries.append({**entry, **(settings if has_ids else {})})
+        rule = split or {"kind": "time" if given["time"] else "order"}
+        plain = rule.to_dict() if isinstance(rule, TableSplit) else dict(rule)
+        return cls.from_dict({"columns": entries, "split": plain, "source": dict(source or {})})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from plain values: ``columns`` is a list of entries, or a mapping of them by name.
+
+        Raises:
+            ConfigError: all that is wrong with any column and with the split.
+        """
+        body, faults = dict(data), []
+        entries = body.get("columns", ())
+        if isinstance(entries, Mapping):
+            entries = [{"name": n, **e} if isinstance(e, Mapping) else {"name": n} for n, e in entries.items()]
+        columns = []
+        for entry in entries:
+            try:
+                columns.append(make_column(entry))
+            except ConfigError as e:
+                faults.append(str(e))
+        try:
+            body["split"] = TableSplit.from_dict(body.get("split", {}))
+        except ConfigError as e:
+            faults.append(str(e))
+            body["split"] = TableSplit()
+        if faults:
+            raise_faults(faults, "TableSchema")
+        return super().from_dict({**body, "columns": tuple(columns)})
+
+    def to_dict(self) -> JSON:
+        body: JSON = {"columns": [c.entry() for c in self.columns], "split": self.split.to_dict()}
+        if self.label is not None:
+            body["label"] = self.label
+        return {**body, "source": dict(self.source)} if self.source else body
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a TOML file.
+
+        Raises:
+            ConfigError: it cannot be read, or what it says is wrong; all faults at once.
+        """
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{path}: cannot be read as TOML ({e})") from e
+        return cls.from_dict(data)
+
+    def to_toml(self) -> str:
+        """The schema as TOML, which :meth:`read` takes.
+
+        >>> print(TableSchema.of(label="click", categorical="user").to_toml())
+        [columns.click]
+        kind = "label"
+        <BLANKLINE>
+        [columns.user]
+        kind = "categorical"
+        <BLANKLINE>
+        [split]
+        kind = "order"
+        """
+        lines = [f"label = {_toml(self.label)}", ""] if self.label is not None else []
+        for column in self.columns:
+            entry = column.entry()
+            lines.append(f"[columns.{_key(entry.pop('name'))}]")
+            lines += [*(f"{_key(k)} = {_toml(v)}" for k, v in entry.items()), ""]
+        for title, table in (("split", self.split.to_dict()), ("source", dict(self.source))):
+            if table:
+                lines += [f"[{title}]", *(f"{_key(k)} = {_toml(v)}" for k, v in table.items()), ""]
+        return "\n".join(lines).rstrip()
+
+    def write(self, path: str | Path) -> None:
+        """Write as TOML."""
+        write_text(path, self.to_toml() + "\n")
+
+    def check_types(self, types: Mapping[str, pl.DataType]) -> None:
+        """Refuse a table whose columns are absent or of a type that cannot be encoded.
+
+        Raises:
+            ConfigError: names all of them.
+        """
+        faults = []
+        for column in self.used:
+            if column.source not in types:
+                faults.append(f"column {column.source!r} is not in the table, which has {', '.join(types)}")
+                continue
+            why = column.refuse(types[column.source])
+            if why is not None:
+                faults.append(f"column {column.source!r} as {column.kind}: {why}")
+        faults += [
+            f"column {name!r} of the split is not in the table, which has {', '.join(types)}"
+            for name in self.split.columns
+            if name not in types
+        ]
+        raise_faults(faults, "the schema and the table")
+
+
+def _key(name: str) -> str:
+    plain = bool(name) and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
+    return name if plain else _toml(name)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML; what a schema holds is text, numbers, booleans, lists and tables of these."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
