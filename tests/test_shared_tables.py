@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,11 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
+from recsys_embed.planning.costs import Costs
+from recsys_embed.planning.frequencies import with_frequent_ids
 from recsys_embed.registry import MethodInfo, list_methods
+from recsys_embed.search.run import _check_tables
+from recsys_embed.search.studies.space import StudySpace
 
 N, WIDTH, BATCH = 61, 8, 7
 METHODS = [pytest.param(m, id=m.name) for m in list_methods()]
@@ -182,3 +188,91 @@ def test_counts_are_summed() -> None:
     index = coll.bundle.kernel.index
     places = [index.value(list(coll.bundle.programs).index(n), "kept").tolist() for n in SHARED]
     assert places == [[5], [5], [5]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reports_count_once(method: MethodInfo) -> None:
+    schema, plan = schema_of(), plan_of(config_of(method))
+    alone = Schema([schema["user"], schema["item"]])
+    part = Plan({n: plan[n] for n in alone.names})
+    for rule in (SGD(lr=0.1), Adam(lr=0.1)):
+        for source in (EmbeddingCollection(schema, plan, rule), plan):
+            report = rse.memory_report(source, schema=schema if source is plan else None, optimizer=rule)
+            wanted = rse.memory_report(part, schema=alone, optimizer=rule)
+            for when in ("serve", "train"):
+                assert report.total(when) == wanted.total(when)
+            assert {t.name for t in report.tables} >= set(schema.names)
+        assert Costs(rule, train=True).plan(plan, schema) == Costs(rule, train=True).plan(part, alone)
+
+
+def test_planned_as_one_table() -> None:
+    schema = Schema([s if s.name == "user" else replace(s, num_embeddings=5000) for s in schema_of()])
+    counts = {"user": torch.arange(40), "item": torch.arange(5000), "history": 5 * torch.arange(5000).flip(0)}
+    summed = {"user": counts["user"], "item": counts["item"] + counts["history"]}
+    alone = schema.first_readers
+    for methods in (None, ["full", "hash", "freqcut"]):
+        plan = rse.plan_for_budget(schema, "40KiB", methods=methods, stats=counts)
+        wanted = rse.plan_for_budget(alone, "40KiB", methods=methods, stats=summed, importance={"item": 3})
+        assert plan["item"] == plan["history"] == plan["last"] == wanted["item"]
+        assert plan["user"] == wanted["user"]
+        assert (plan.notes, plan.sets) == (wanted.notes, wanted.sets)
+        assert plan.footprint(schema) == wanted.footprint(alone)
+        assert "one table for item, history, last" in plan.reasons["last"]
+        EmbeddingCollection(schema, plan)
+    with pytest.raises(ConfigError, match=r"'item'.*'hash' of 'item', 'full' of 'last'"):
+        rse.plan_for_budget(schema, "1MiB", pin={"item": "hash", "last": "full"})
+    pinned = rse.plan_for_budget(schema, "1MiB", pin={"last": "hash"}, forbid={"user": "full"})
+    assert pinned["item"].method == "hash"
+    assert pinned["user"].method != "full"
+    uniform = Plan.uniform(schema, "hash", budget="40KiB")
+    assert uniform.footprint(schema).serve <= 40 * 1024
+    assert uniform["item"] == uniform["last"]
+
+
+def test_sets_of_ids_are_one_per_table() -> None:
+    schema = schema_of()
+    config = rse.get_method("freqcut").config_cls(num_frequent=2, order="counts")
+    plan = with_frequent_ids(plan_of(config), schema, {"item": torch.arange(N), "last": torch.arange(N).flip(0) * 3})
+    assert list(plan.sets) == ["item"]
+    assert plan.members(schema["item"])["kept"].tolist() == [0, 1]
+    coll = EmbeddingCollection(schema, Plan.from_dict(plan.to_dict()))
+    index = coll.bundle.kernel.index
+    assert [index.value(i, "kept").tolist() for i in (1, 2, 3)] == [[0, 1]] * 3
+    with pytest.raises(ConfigError, match="one set of ids"):
+        replace(plan, sets={**plan.sets, "last": {"kept": "5"}}).check(schema)
+    EmbeddingCollection(schema, replace(plan, sets={"last": plan.sets["item"], "item": plan.sets["item"]}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exports_hold_it_once(method: MethodInfo, tmp_path: Path) -> None:
+    schema, plan = schema_of(padding_idx=4), plan_of(config_of(method))
+    coll = EmbeddingCollection(schema, plan).eval()
+    report = rse.export(coll, tmp_path / "model.safetensors")
+    alone = Schema([schema["user"], schema["item"]])
+    other = EmbeddingCollection(alone, Plan({n: plan[n] for n in alone.names})).eval()
+    assert report.embedding_bytes == rse.export(other, tmp_path / "other.safetensors").embedding_bytes
+    served = rse.load(tmp_path / "model.safetensors")
+    assert torch.equal(served(*ragged(5)), coll(*ragged(5)))
+    restored = EmbeddingCollection(schema, plan, seed=9)
+    restored.load_state_dict(coll.state_dict())
+    assert torch.equal(restored.eval()(*ragged(5)), coll(*ragged(5)))
+    stored = rse.memory_report(tmp_path / "model.safetensors") if method.name == "hash" else None
+    assert stored is None or stored.total("serve") == rse.memory_report(coll).total("serve")
+
+
+def test_a_study_chooses_per_table() -> None:
+    schema = schema_of()
+    space = StudySpace(schema, {"8KiB": 8192}, ("hash", "freqcut"), groups=1)
+    names = list(space.fields.values())
+    assert [[s.name for s in group] for group in names] == [["user", "item"]]
+    params = {"budget": "8KiB", "all.method": "hash", "all.width": WIDTH, "all.share": 1.0}
+    group = next(iter(space.fields))
+    plan = space.plan({k.replace("all", group): v for k, v in params.items()})
+    plan.check(schema)
+    assert plan["item"] == plan["last"]
+    assert plan.footprint(schema).serve <= 8192
+
+
+def test_searches_over_rows_refuse_them() -> None:
+    with pytest.raises(ConfigError, match=r"'item' of item, history, last.*plan_for_budget"):
+        _check_tables(schema_of())

@@ -242,7 +242,9 @@ def _show(features: Schema, made: Plan) -> None:
     table.add_column("why", overflow="fold")
     for spec in features:
         own = costs[spec.name].serve - sum(itemsize * t.rows * t.width for t in shared[spec.name])
+        first = features.by_table[spec.table_name][0].name
         size = format_bytes(own) if own or not shared[spec.name] else "shared"
+        size = size if first == spec.name else f"with {first}"
         words = size_in_words(made[spec.name])
         why = made.reasons.get(spec.name, "")
         table.add_row(spec.name, f"{spec.num_embeddings:,}", made[spec.name].method, words, size, why)
@@ -258,7 +260,7 @@ def _summary(features: Schema, made: Plan) -> str:
     notes = made.notes
     if notes is None:
         return ""
-    plain = notes.itemsize * sum(s.num_embeddings * s.embedding_dim for s in features)
+    plain = notes.itemsize * sum(s.num_embeddings * s.embedding_dim for s in features.first_readers)
     serve = made.footprint(features, itemsize=notes.itemsize).serve
     kind = "for training" if notes.target == "train" else "to serve"
     if notes.target == "train":

@@ -19,6 +19,7 @@ from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unk
 from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.id_checks import given_ids
+from recsys_embed.kernels.indexes import first_of_equals
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import MaskParameters
 from recsys_embed.kernels.places import Gather, Place, absent_ids
@@ -97,8 +98,7 @@ class LookupBundle(Constants):
             self.unseen = UnseenIds(schema.features, self.hashes)
             zeros = self.unseen.zeros
             # What the features of one table share: the first of them has the index arrays.
-            tables = [s.table_name for s in specs]
-            owners = [tables.index(t) for t in tables]
+            owners = first_of_equals([s.table_name for s in specs])
             optional = [zeros[i] for i in gathers]
             self.kernel: VectorisedLookup | ReferenceLookup = lookup(programs, where, keys, optional, owners=owners)
         # Positions in the schema of each part of the output: the groups, then the features that run themselves.

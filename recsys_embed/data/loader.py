@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.folder import file_hash
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split, read_manifest
 from recsys_embed.data.rows import IN_MEMORY_LIMIT, RowSource
 from recsys_embed.data.stats import read_stats
@@ -86,6 +87,15 @@ class Dataset(RowSource):
         return len(self.manifest.dense)
 
     @property
+    def num_lists(self) -> int:
+        return len(self._lists)
+
+    @cached_property
+    def _lists(self) -> tuple[str, ...]:
+        """Features with any number of ids per row; they come last."""
+        return tuple(f.name for f in self.manifest.features if f.form != "single")
+
+    @property
     def feature_names(self) -> tuple[str, ...]:
         return tuple(f.name for f in self.manifest.features)
 
@@ -110,7 +120,14 @@ class Dataset(RowSource):
         kinds: list[IdKind] = ["raw" if f.vocab is None else "index" for f in self.manifest.features]
         return Schema(
             [
-                FeatureSpec(f.name, f.num_embeddings, embedding_dim, ids=kind)
+                FeatureSpec(
+                    f.name,
+                    f.num_embeddings,
+                    embedding_dim,
+                    pooling="sum" if f.form == "single" else "mean",
+                    ids=kind,
+                    table=f.table,
+                )
                 for f, kind in zip(self.manifest.features, kinds, strict=True)
             ]
         )
@@ -174,7 +191,17 @@ class Dataset(RowSource):
         """Bytes a row takes in memory."""
         wide = 4 if self.manifest.id_mode == "vocab" else 8
         parts = sum(_PART_BYTES[part] for part in self.manifest.parts)
-        return 4 * self.num_dense + wide * len(self.manifest.features) + 4 + parts
+        single = len(self.manifest.features) - self.num_lists
+        return 4 * self.num_dense + wide * single + 4 + parts + 8 * self.num_lists + round(wide * self._list_values)
+
+    @cached_property
+    def _list_values(self) -> float:
+        """Ids that a row's lists hold on average, by the first rows."""
+        first = next((shard for split in self.manifest.splits.values() for shard in split.shards if shard.rows), None)
+        if first is None or not self._lists:
+            return 0.0
+        lengths = pl.scan_parquet(self.path / first.file).head(CHUNK_ROWS).select(pl.col(self._lists).list.len().mean())
+        return float(np.nansum(lengths.collect().to_numpy().astype(np.float64)))
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Row groups of a split, in file order."""
@@ -214,9 +241,6 @@ class Dataset(RowSource):
     def _read(self, shard: Shard, offset: int, rows: int) -> Batch:
         """Rows of a shard with compact ids."""
         path = self.path / shard.file
-        lists = [f.name for f in self.manifest.features if f.form != "single"]
-        if lists:
-            raise ConfigError(f"{self.path}: columns {', '.join(lists)} are lists, which batches do not hold yet")
         dense_columns = list(dict.fromkeys(_VECTOR_PART.sub("", name) for name in self.manifest.dense))
         parts = self.manifest.parts
         columns = ["label"] * self.manifest.labels + [*dense_columns, *self.feature_names, *parts]
@@ -231,15 +255,24 @@ class Dataset(RowSource):
             ids = frame.select(pl.col(n).reinterpret(signed=True).fill_null(m) if frame[n].dtype == pl.UInt64
                                else pl.col(n).cast(pl.Int64).fill_null(m) for n, m in missing.items())  # fmt: skip
         else:
-            ids = frame.select(self.feature_names)
+            ids = frame.select(self.feature_names[: len(self.feature_names) - self.num_lists])
         dense = _dense(frame, dense_columns) if self.num_dense else np.zeros((rows, 0), "f4")
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
         extra = {part: _tensor(frame[part].to_numpy()) for part in parts}
-        return Batch(_tensor(dense), _tensor(_ids(ids, rows)), _tensor(label), extra)
+        lists = ListIds.of([_list_ids(frame[name]) for name in self._lists]) if self._lists else None
+        return Batch(_tensor(dense), _tensor(_ids(ids, rows)), _tensor(label), extra, lists)
 
 
 def _ids(ids: pl.DataFrame, rows: int) -> NDArray[Any]:
     return ids.to_numpy(order="c") if ids.width else np.zeros((rows, 0), np.int32)
+
+
+def _list_ids(column: pl.Series) -> tuple[Tensor, Tensor]:
+    """Values ``[n]`` and offsets ``[rows + 1]`` of a column of lists, none of which is null."""
+    lengths = column.list.len().to_numpy().astype(np.int64)
+    # `explode` makes one null of an empty list.
+    values = column.filter(column.list.len() > 0).explode().to_numpy()
+    return _tensor(values), torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def _dense(frame: pl.DataFrame, columns: list[str]) -> NDArray[Any]:

@@ -43,6 +43,16 @@ def _content_faults(index: Index, arrays: Mapping[str, Tensor]) -> list[str]:
     return faults
 
 
+def first_of_equals(names: Sequence[str]) -> list[int]:
+    """Per name the position of the first one that is equal: the owners of index arrays, given names of tables.
+
+    >>> first_of_equals(["user", "item", "item"])
+    [0, 1, 1]
+    """
+    first: dict[str, int] = {}
+    return [first.setdefault(name, i) for i, name in enumerate(names)]
+
+
 class IndexStore(nn.Module):
     """Arrays of all indexes of a module.
 

@@ -51,6 +51,8 @@ class Costs:
         if self.optimizer is None:
             return parts.train + parts.weights
         gathered = plan.gathered(schema)
-        computed = sum(plan[s.name].footprint(s, self.itemsize).weights for s in schema if s.name not in gathered)
+        computed = sum(
+            plan[s.name].footprint(s, self.itemsize).weights for s in schema.first_readers if s.name not in gathered
+        )
         dense = sum(self.itemsize * t.rows * t.width for t in plan.tables(schema).values() if t.dense)
         return parts.train + computed + dense

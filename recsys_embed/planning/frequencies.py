@@ -15,6 +15,7 @@ from recsys_embed.errors import raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.planning.shared_tables import statistics_of_tables
 from recsys_embed.planning.statistics import CountsByFeature, FeatureStatistics, is_counted, read_statistics
 from recsys_embed.typing import Statistics
 
@@ -112,8 +113,11 @@ def with_frequent_ids(plan: Plan, schema: Schema, stats: Statistics | None) -> P
     sets = {name: dict(texts) for name, texts in plan.sets.items()}
     arrays: dict[str, dict[str, Tensor]] = {}
     by_name: Any = None
-    for spec in schema:
-        done = {*sets.get(spec.name, ()), *(() if plan.arrays is None else plan.arrays.layout.get(spec.name, ()))}
+    stats = statistics_of_tables(schema, stats)
+    for spec in schema.first_readers:
+        layout = {} if plan.arrays is None else plan.arrays.layout
+        readers = [s.name for s in schema.by_table[spec.table_name]]
+        done = {index for name in readers for index in (*sets.get(name, ()), *layout.get(name, ()))}
         indexes = [i for i in plan[spec.name].program(spec).indexes if i.by_frequency and i.arrays]
         if stats is None or spec.ids == "raw" or not indexes or done:
             continue

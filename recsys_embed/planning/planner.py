@@ -12,7 +12,7 @@ from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, Table
 from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, raise_faults, unknown_name
-from recsys_embed.features import Schema
+from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
 from recsys_embed.plan import Plan, PlanNotes
 from recsys_embed.planning.calibration import Calibration, calibrate, read_comparison
@@ -27,6 +27,12 @@ from recsys_embed.planning.model_constraints import ModelConstraints, constraint
 from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
+from recsys_embed.planning.shared_tables import (
+    context_of_tables,
+    importance_of_tables,
+    limits_of_tables,
+    statistics_of_tables,
+)
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
 from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
@@ -96,14 +102,15 @@ def plan_for_budget(
     """
     given = _schema(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
-    schema = Schema(sorted(given, key=lambda s: s.name))
+    schema = Schema(sorted(given.first_readers, key=lambda s: s.name))
     constraints = (
         constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
     )
-    total, context = _context(schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits)
-    frequencies = Frequencies.of(schema, stats)
-    weights = _importance(schema, importance)
-    around = network_context(model_or_schema, schema, network)
+    total, context = _context(given, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits)
+    context = replace(context, limits=limits_of_tables(given, context.limits))
+    frequencies = Frequencies.of(schema, statistics_of_tables(given, stats))
+    weights = importance_of_tables(given, _importance(given, importance))
+    around = context_of_tables(given, network_context(model_or_schema, given, network))
     terms = curve_terms(schema, frequencies.curves, around.alone)
     calibration = Calibration() if evidence is None else calibrate(read_comparison(evidence), schema, terms)
     context = replace(
@@ -122,11 +129,12 @@ def plan_for_budget(
     _check_possible(features, groups)
     found = _solution(schema, features, groups, context, total, spent)
     configs = _configs(schema, features, found, total - spent)
-    plan = Plan({s.name: configs[s.name] for s in given})
+    plan = Plan({s.name: configs[s.name] for s in given.first_readers})
     losses = plan_losses(schema, plan, terms, weights, calibration.scales)
     notes = _notes(schema, plan, context, found, total, frequencies.source, constraints.left_out)
     reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
-    return with_frequent_ids(Plan(plan.configs, reasons, notes), schema, stats)
+    reasons = {n: _with_readers(why, given.by_table[given[n].table_name]) for n, why in reasons.items()}
+    return with_frequent_ids(Plan(plan.configs, reasons, notes).for_readers(given), given, stats)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------
@@ -358,6 +366,10 @@ def _configs(
             configs[schema.features[i].name] = config
             left -= grown - cost
     return configs
+
+
+def _with_readers(reason: str, readers: Sequence[FeatureSpec]) -> str:
+    return reason if len(readers) == 1 else f"{reason}; one table for {', '.join(s.name for s in readers)}"
 
 
 def _notes(

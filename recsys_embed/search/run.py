@@ -36,6 +36,20 @@ def total_budget(config: TrainConfig, schema: Schema) -> int | None:
     return int(plans_for(schema, config.replace(method="full", ratio=None)).full_bytes / config.ratio)
 
 
+def _check_tables(schema: Schema) -> None:
+    """Refuse features whose rows a search cannot choose."""
+    if any(s.ids == "raw" for s in schema):
+        raise ConfigError("a search needs ids of a vocabulary; this data holds raw 64-bit ids, which have no rows")
+    shared = {table: readers for table, readers in schema.by_table.items() if len(readers) > 1}
+    if shared:
+        listed = "; ".join(f"{t!r} of {', '.join(s.name for s in readers)}" for t, readers in shared.items())
+        raise ConfigError(
+            f"a search chooses rows feature by feature, and features of this data share tables ({listed}); plan them "
+            "by recsys_embed.plan_for_budget, or search over methods (recsys-embed search methods), which choose per "
+            "table"
+        )
+
+
 def run_search(
     kind: type[Search],
     config: TrainConfig,
@@ -95,8 +109,7 @@ def run_search(
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         schema = schema_of(data, config)
-        if any(s.ids == "raw" for s in schema):
-            raise ConfigError("a search needs ids of a vocabulary; this data holds raw 64-bit ids, which have no rows")
+        _check_tables(schema)
         budget = total_budget(config, schema)
         identity = {
             "method": kind.method,

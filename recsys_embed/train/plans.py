@@ -48,7 +48,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     vectors = schema if cls.uses_vectors else schema.with_dim(1)
     narrow = schema.with_dim(1) if cls.uses_vectors and cls.uses_linear else None
     # Arithmetic, not a plan: with raw ids no full table can be built, yet it is what sizes are measured against.
-    full_bytes = sum(4 * f.num_embeddings * f.embedding_dim for s in (vectors, narrow) if s is not None for f in s)
+    full_bytes = sum(4 * f.num_embeddings * f.embedding_dim for s in (vectors, narrow) if s for f in s.first_readers)
     budget = None
     if config.budget is not None:
         budget = parse_bytes(config.budget)

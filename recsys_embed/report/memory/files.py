@@ -15,7 +15,7 @@ import torch
 from recsys_embed.collection.optimizer_state import optimizer_entries
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.indexes import IndexStore, first_of_equals
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.registry import config_from_dict
@@ -259,7 +259,8 @@ def _with_indexes(
 ) -> list[TableStorage]:
     """Entries whose lookups read the file's own index buffers."""
     programs = plan.gathered(schema)
-    store = IndexStore([p.indexes for p in programs.values()])
+    owners = first_of_equals([schema[name].table_name for name in programs])
+    store = IndexStore([p.indexes for p in programs.values()], owners)
     for name, held in store.arrays.held.items():
         if held.numel() and f"{index}{name}" in inside:
             held.copy_(inside[f"{index}{name}"].read())

@@ -20,7 +20,15 @@ from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
 from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
 from recsys_embed.report.memory.collisions import row_keys
-from recsys_embed.report.memory.plan import ModelStorage, SharedArrays, array_of, list_shared_once, spec_of, storage_of
+from recsys_embed.report.memory.plan import (
+    ModelStorage,
+    SharedArrays,
+    array_of,
+    list_shared_once,
+    spec_of,
+    storage_of,
+    stored_once,
+)
 
 
 def module_storage(model: nn.Module) -> ModelStorage:
@@ -156,7 +164,8 @@ def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[Fo
         if spec.name not in bundle.programs:
             module = bundle._module(spec.name)
             storage = storage_of(found.name, found.kind, spec, config, module.program, _own_arrays(module))
-            storages.append(replace(storage, update="frozen" if frozen else "dense", paths=found.paths, shared=()))
+            storage = replace(storage, update="frozen" if frozen else "dense", paths=found.paths, shared=())
+            storages.append(stored_once(storage, spec, collection.schema, at))
             continue
         program, arrays = bundle.programs[spec.name], []
         for table in program.tables:
@@ -168,7 +177,8 @@ def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[Fo
         place = list(bundle.programs).index(spec.name)
         storage = storage_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
         lookup_keys = row_keys(program, bundle.kernel.index, place)
-        storages.append(replace(storage, paths=found.paths, lookup_keys=lookup_keys))
+        storage = replace(storage, paths=found.paths, lookup_keys=lookup_keys)
+        storages.append(stored_once(storage, spec, collection.schema, at))
     # A shared table is that of the features that read it.
     at_step = fused is not None and not collection.steps_in_backward
     gathered = {found.name for found in tables if found.table in bundle.programs}

@@ -49,7 +49,8 @@ def plan_storage(
         for table in program.tables:
             if table.shared:
                 shared.put(spec.name, table.name, [array_of(table, program, itemsize, None, True)])
-        storages.append(storage_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at))
+        storage = storage_of(f"{at}{spec.name}", kind, spec, config, program, arrays, at)
+        storages.append(stored_once(storage, spec, schema, at))
     update: UpdateKind = "dense" if fused is None else "fused"
     computing = {f"{at}{n}" for n in set(schema.names) - plan.gathered(schema).keys()}
     found = [*storages, *shared.storages(at)]
@@ -69,6 +70,17 @@ def arrays_of(
     if networks:
         arrays.append(ArrayStorage("network", 1, networks // 4, itemsize, "dense"))
     return (*arrays, *index_arrays(program))
+
+
+def stored_once(storage: TableStorage, spec: FeatureSpec, schema: Schema, at: str = "") -> TableStorage:
+    """The storage of a feature, which is empty where an earlier feature reads the same table."""
+    first, *others = schema.by_table[spec.table_name]
+    if spec.name != first.name:
+        return replace(storage, arrays=(), spec=None, shared=(*storage.shared, f"{at}{first.name}"))
+    if not others:
+        return storage
+    arrays = tuple(replace(a, reads=a.reads * (1 + len(others))) for a in storage.arrays)
+    return replace(storage, arrays=arrays, read_by=tuple(f"{at}{s.name}" for s in (first, *others)))
 
 
 class SharedArrays:

@@ -97,7 +97,7 @@ class StudySpace:
         reasons = []
         for method in self.methods:
             try:
-                self._sized(method, min(self.widths), list(self.schema), budget)
+                self._sized(method, min(self.widths), list(self.schema.first_readers), budget)
             except BudgetError as e:
                 reasons.append(f"{method}: {str(e).partition(' Ways out')[0]}")
             else:
@@ -110,11 +110,15 @@ class StudySpace:
 
     @cached_property
     def fields(self) -> dict[str, list[FeatureSpec]]:
-        """Groups of fields of similar numbers of ids, smallest first; groups that would be empty are left out."""
-        logs = [math.log(s.num_ids) for s in self.schema]
+        """Groups of fields of similar numbers of ids, smallest first; groups that would be empty are left out.
+
+        Of fields that read one table the first stands for all.
+        """
+        schema = self.schema.first_readers
+        logs = [math.log(s.num_ids) for s in schema]
         low, high = min(logs), max(logs)
         bins: list[list[FeatureSpec]] = [[] for _ in range(self.groups)]
-        for spec, value in zip(self.schema, logs, strict=True):
+        for spec, value in zip(schema, logs, strict=True):
             at = int((value - low) / (high - low) * self.groups) if high > low else 0
             bins[min(at, self.groups - 1)].append(spec)
         found = [b for b in bins if b]
@@ -153,7 +157,7 @@ class StudySpace:
         configs = {}
         for (method, width), (specs, size) in merged.items():
             configs.update(self._sized(method, width, specs, size))
-        plan = Plan({s.name: configs[s.name] for s in self.schema})
+        plan = Plan({s.name: configs[s.name] for s in self.schema.first_readers}).for_readers(self.schema)
         need = plan.footprint(self.schema).serve
         if need > budget:
             raise BudgetError(f"the plan needs {format_bytes(need)}; {format_bytes(budget)} are available")
