@@ -240,8 +240,8 @@ class EmbeddingCollection(FusedTables):
 
         Args:
             ids: one of ``[B, F]`` (one id per sample and feature, columns in schema order); ``[n]`` with ``offsets
-                [F * B + 1]``, bags feature after feature; a dict of ``(values, offsets [B + 1])`` or ``[B, L]`` per
-                feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64; in a dict,
+                [F * B + 1]``, bags feature after feature, or both as one ``BagIds``; a dict of ``(values, offsets
+                [B + 1])`` or ``[B, L]`` per feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64; in a dict,
                 features of hashing methods also take strings, in lists or numpy arrays, and integers in numpy arrays,
                 see :func:`recsys_embed.string_ids`.
             per_sample_weights: ``[n]`` for the ``offsets`` form, where every feature pools by sum.
