@@ -30,6 +30,7 @@ from recsys_embed.utils.types import (
     Parameter,
     Signature,
     SupportsArray,
+    TableLike,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ __all__ = [
     "Signature",
     "Statistics",
     "SupportsArray",
+    "TableLike",
     "UpdateRule",
 ]
 

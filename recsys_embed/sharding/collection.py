@@ -16,7 +16,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.kernels.id_checks import check_id_dtype
+from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan, table_key
@@ -25,7 +25,7 @@ from recsys_embed.sharding.pooled import PooledFeatures
 from recsys_embed.sharding.pooling_split import Pooling, split_by_pooling
 from recsys_embed.sharding.row_reader import TorchRecRowReader
 from recsys_embed.sharding.shards import LocalShard, fill, shards_of
-from recsys_embed.utils.types import Ids
+from recsys_embed.utils.types import Ids, IdValues
 
 
 class ShardableCollection(Constants):
@@ -192,6 +192,32 @@ class ShardableCollection(Constants):
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
+
+    def lookup(self, feature: str, ids: IdValues) -> Tensor:
+        """Vectors of the ids of one feature, one per id; see :meth:`recsys_embed.EmbeddingCollection.lookup`.
+
+        Every process has to call it, with ids of its own.
+
+        Raises:
+            ConfigError: the feature is pooled in its tables; or TorchRec steps the tables in backward, once per lookup.
+        """
+        self.schema[feature]  # raises where there is none
+        bundle = self.by_id
+        if bundle is None or feature not in bundle.schema.names:
+            raise ConfigError(
+                f"feature {feature!r} is pooled on the ranks that hold its tables, which give no vector per id; build "
+                "the collection with pool='ids'"
+            )
+        if self.optimizer is not None and self.training and torch.is_grad_enabled():
+            raise ConfigError(
+                f"TorchRec steps tables in the backward of each lookup, so lookup({feature!r}) beside others would be "
+                "a step of its own; build the collection with optimizer=None, or look up under torch.no_grad()"
+            )
+        number = bundle.position(feature)
+        given = given_ids(ids, bundle.schema.features[number], bundle.hashes[number], self)
+        given = check_id_dtype(given, feature)
+        out = bundle.unpooled(number, given.reshape(-1).long(), self._gather)
+        return out.view(*given.shape, out.shape[1])
 
     def _given(self, ids: Ids) -> Ids:
         if not isinstance(ids, Mapping):

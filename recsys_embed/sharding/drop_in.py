@@ -72,18 +72,26 @@ class CompressedEBC(nn.Module):
         return cls(schema_of(ebc), plan, optimizer, **options)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """A configuration per feature, of the full table that it replaces; models size their layers by it."""
-        widths = zip(self.collection.schema, self.collection.widths, strict=True)
-        return [
-            EmbeddingBagConfig(
-                name=spec.name,
+        """A configuration per table, of the full table that it replaces; models size their layers by it.
+
+        Features of one table that pool differently have a configuration per pooling, as TorchRec's have one.
+        """
+        found: dict[tuple[str, PoolingType], EmbeddingBagConfig] = {}
+        for spec, width in zip(self.collection.schema, self.collection.widths, strict=True):
+            pooling = PoolingType.MEAN if spec.pooling == "mean" else PoolingType.SUM
+            known = found.get((spec.table_name, pooling))
+            if known is not None:
+                known.feature_names.append(spec.name)
+                continue
+            again = any(table == spec.table_name for table, _ in found)
+            found[spec.table_name, pooling] = EmbeddingBagConfig(
+                name=f"{spec.table_name}_{pooling.value.lower()}" if again else spec.table_name,
                 num_embeddings=spec.num_embeddings,
                 embedding_dim=width,
                 feature_names=[spec.name],
-                pooling=PoolingType.MEAN if spec.pooling == "mean" else PoolingType.SUM,
+                pooling=pooling,
             )
-            for spec, width in widths
-        ]
+        return list(found.values())
 
     def is_weighted(self) -> bool:
         """Whether ids bring weights."""
@@ -102,13 +110,13 @@ class CompressedEBC(nn.Module):
 def schema_of(ebc: Features) -> Schema:
     """The features of ``ebc``, TorchRec's collection or its list of configurations.
 
-    Features that share a table there are separate features here, each with a table of that size in a plan of full
-    tables.
+    Features that share a table there share it here, see ``table`` of :class:`recsys_embed.FeatureSpec`.
 
     Raises:
         ConfigError: several tables serve one feature, or a table is not fp32.
     """
-    configs = ebc.embedding_bag_configs() if hasattr(ebc, "embedding_bag_configs") else ebc
+    configs = list(ebc.embedding_bag_configs() if hasattr(ebc, "embedding_bag_configs") else ebc)
+    features = {name for config in configs for name in config.feature_names}
     specs: dict[str, FeatureSpec] = {}
     faults: list[str] = []
     for config in configs:
@@ -116,11 +124,16 @@ def schema_of(ebc: Features) -> Schema:
             faults.append(
                 f"tables must be fp32, because they are trained; got {config.data_type.name} (table {config.name!r})"
             )
+        table = None
+        if len(config.feature_names) > 1:
+            table = config.name.replace(".", "/").replace("#", "_")
+            while table in features - {*config.feature_names}:  # a feature without a table has one of its own name
+                table += "_table"
         for name in config.feature_names:
             if name in specs:
                 faults.append(f"feature {name!r} is served by several tables; give each a feature of its own")
                 continue
             pooling: Literal["mean", "sum"] = "mean" if config.pooling is PoolingType.MEAN else "sum"
-            specs[name] = FeatureSpec(name, config.num_embeddings, config.embedding_dim, pooling=pooling)
+            specs[name] = FeatureSpec(name, config.num_embeddings, config.embedding_dim, pooling=pooling, table=table)
     raise_faults(faults, "schema_of")
     return Schema(list(specs.values()))

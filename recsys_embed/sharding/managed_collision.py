@@ -168,6 +168,13 @@ class ManagedEBC(nn.Module):
             f"pooling must be 'sum' or 'mean'; got 'max' (feature {s.name!r})" for s in schema if s.pooling == "max"
         ]
         faults += [f"at least 2 rows are needed; got 1 (feature {s.name!r})" for s in schema if s.num_embeddings < 2]
+        for s in schema:
+            if s.padding_idx is not None:
+                faults.append(f"padding has no place among raw ids; drop `padding_idx` (feature {s.name!r})")
+        for table, readers in schema.by_table.items():
+            if len(readers) > 1:
+                names = ", ".join(s.name for s in readers)
+                faults.append(f"a managed table has one feature; ShardableCollection shares {table!r} of {names}")
         if policy not in get_args(Policy):
             faults.append(f"`policy` must be one of {', '.join(get_args(Policy))}; got {policy!r}")
         if type(interval) is not int or interval < 1:

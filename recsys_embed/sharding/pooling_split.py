@@ -47,7 +47,7 @@ def split_by_pooling(schema: Schema, plan: Plan, pool: Pooling) -> tuple[list[st
             owners.setdefault(table_key(spec, table), []).append(spec.name)
         # Rows of one or two numbers are packed into one physical row; only TorchRecRowReader unpacks them.
         short = any(ROW_ALIGNMENT % t.width == 0 and t.width < ROW_ALIGNMENT for t in program.tables if not t.dense)
-        zero = action(spec, plan[spec.name].accepts_raw) == "zero"
+        zero = action(spec, plan[spec.name].accepts_raw) == "zero" or spec.padding_idx is not None
         if pool == "ids" or zero or short or not pools_in_tables(spec, program):
             by_id.add(spec.name)
     before = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -88,3 +89,21 @@ Signature: TypeAlias = tuple[Any, ...]
 
 Parameter: TypeAlias = int | Tensor
 """An integer of one transform, or those of several as a tensor that broadcasts with the ids."""
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+class ArrowTable(Protocol):
+    """A table in memory that hands over Arrow data: frames of polars and pandas, tables of pyarrow."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
+class LazyTable(Protocol):
+    """What is read of a lazy frame of polars, so that polars need not be installed."""
+
+    def collect_schema(self) -> object: ...
+
+
+TableLike: TypeAlias = "str | Path | Sequence[str | Path] | ArrowTable | LazyTable | Mapping[str, Sequence[object]]"
+"""A table of rows: files, globs or folders, a frame in memory, or its columns by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ RULES: dict[str, Any] = {
 }
 
 
-def schema_for(dims: tuple[int, ...] = (16,), pooling: tuple[str, ...] = ("sum",), **options: Any) -> rse.Schema:
-    return rse.Schema(
+def schema_for(
+    dims: tuple[int, ...] = (16,), pooling: tuple[str, ...] = ("sum",), shared: bool = False, **options: Any
+) -> rse.Schema:
+    """``shared``: the last feature reads the table of the second."""
+    whole = rse.Schema(
         [
             rse.FeatureSpec(
                 n, size, dims[i % len(dims)], pooling=pooling[i % len(pooling)], init="uniform:0.5", **options
@@ -31,6 +35,11 @@ def schema_for(dims: tuple[int, ...] = (16,), pooling: tuple[str, ...] = ("sum",
             for i, (n, size) in enumerate(SIZES.items())
         ]
     )
+    if not shared:
+        return whole
+    second, last = whole["C2"], whole["C4"]
+    last = replace(second, name="C4", pooling=last.pooling, table="C2")
+    return rse.Schema([whole["C1"], second, whole["C3"], last])
 
 
 def plan_for(schema: rse.Schema, method: str, **options: Any) -> rse.Plan:

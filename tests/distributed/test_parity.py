@@ -131,3 +131,12 @@ def test_features_that_share_a_table_go_one_way(workers: Workers) -> None:
     check(workers.run("parity", 2, method="unified", kind="row_wise", rule="adagrad", **options), bits=False)
     coll = ShardableCollection(schema_for(pooling=("sum", "max")), plan_for(schema_for(), "unified"))
     assert sorted(s.physical.key for s in coll.shards()) == sorted(coll.physical_tables)
+
+
+@pytest.mark.parametrize("pool", ["tables", "ids"])
+@pytest.mark.parametrize("method", ["full", "compositional", "memcom"])
+def test_tables_of_several_features(workers: Workers, method: str, pool: str) -> None:
+    """One table of TorchRec, stepped once by all of its readers."""
+    options: dict[str, Any] = {"form": "jagged", "pooling": ("sum", "mean"), "rule": "adagrad"}
+    found = workers.run("parity", 2, method=method, kind="row_wise", pool=pool, spec={"shared": True}, **options)
+    check(found, bits=pool == "ids")

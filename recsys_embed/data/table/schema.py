@@ -20,7 +20,7 @@ from recsys_embed.data.table.split import TableSplit
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.utils.files import write_text
 from recsys_embed.utils.settings import Settings, param
-from recsys_embed.utils.types import JSON
+from recsys_embed.utils.types import JSON, JSONMapping, Option
 
 Names = str | Sequence[str]
 
@@ -49,7 +49,7 @@ class TableSchema(Settings):
     columns: tuple[Column, ...] = param((), empty=False)
     split: TableSplit = field(default_factory=TableSplit)
     label: str | None = param(None)
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: JSONMapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The first time column is the event time unless the schema says otherwise.
@@ -134,9 +134,9 @@ class TableSchema(Settings):
         time: Names = (),
         weight: Names = (),
         group: Names = (),
-        split: TableSplit | Mapping[str, Any] | None = None,
-        source: Mapping[str, Any] | None = None,
-        **settings: Any,
+        split: TableSplit | JSONMapping | None = None,
+        source: JSONMapping | None = None,
+        **settings: Option,
     ) -> Self:
         """A schema of columns with the settings of their kinds as they stand.
 
@@ -165,7 +165,7 @@ class TableSchema(Settings):
         return cls.from_dict({"columns": entries, "split": plain, "source": dict(source or {})})
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values: ``columns`` is a list of entries, or a mapping of them by name.
 
         Raises:

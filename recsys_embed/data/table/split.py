@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from recsys_embed.data.splits import SPLITS, TEST, TRAIN, VALID, SplitName, SplitRule, fraction
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings, param
-from recsys_embed.utils.types import JSON
+from recsys_embed.utils.types import JSON, JSONMapping
 
 TableSplitKind = Literal["order", "random", "file", "all", "time", "column", "last"]
 OUT = -1
@@ -54,7 +54,7 @@ class TableSplit(Settings):
     test_files: tuple[str, ...] = ()
     only: SplitName = "test"
     column: str | None = param(None)
-    values: Mapping[str, Any] | None = param(None)
+    values: JSONMapping | None = None
     valid_from: str | None = param(None)
     test_from: str | None = param(None)
 
@@ -84,7 +84,7 @@ class TableSplit(Settings):
         return faults
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values; shares may be texts such as ``"1/6"``, dates those of TOML."""
         values = dict(data)
         for name in ("valid", "test"):

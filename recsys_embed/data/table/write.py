@@ -120,12 +120,11 @@ def _part_shards(rows: TableRows, codes: SplitCodes, learned: Learned, part: Par
         saved = json.loads(done.read_text())
         return [_Piece(**{**piece, "shard": Shard(**piece["shard"])}) for piece in saved]
     which = codes.of(part, first)
-    names = list(dict.fromkeys(c.source for c in rows.columns))
-    frame = rows.read(part, names)
     pieces = []
-    for code in np.unique(which).tolist():
-        some = frame if (which == code).all() else frame.filter(pl.Series(which == code))
-        encoded, counts = _encode(some, learned)
+    present = np.unique(which).tolist()
+    for code in present:
+        mask = None if len(present) == 1 else pl.Series(which == code)
+        encoded, counts = _encode(rows, part, mask, learned)
         name = SPLITS[code]
         file = f"{name}-{part.index:06d}.parquet"
         path = rows.work / "out" / file
@@ -137,14 +136,25 @@ def _part_shards(rows: TableRows, codes: SplitCodes, learned: Learned, part: Par
     return pieces
 
 
-def _encode(frame: pl.DataFrame, learned: Learned) -> tuple[pl.DataFrame, dict[str, dict[str, int]]]:
+def _encode(
+    rows: TableRows, part: Part, mask: pl.Series | None, learned: Learned
+) -> tuple[pl.DataFrame, dict[str, dict[str, int]]]:
     """All columns of a shard: label, numeric columns, features, and the further parts."""
     columns: dict[str, pl.Series] = {}
     counts: dict[str, dict[str, int]] = {}
+    # One column of the table after another, so that memory holds what is encoded and one column of raw values.
+    by_source: dict[str, list[str]] = {}
     for name, (encoder, _) in learned.items():
-        encoded = encoder.encode(frame[encoder.column.source])
-        columns.update(encoded.columns)
-        counts[name] = encoded.counts
+        by_source.setdefault(encoder.column.source, []).append(name)
+    for source, names in by_source.items():
+        values = rows.read(part, [source])[source]
+        if mask is not None:
+            values = values.filter(mask)
+        for name in names:
+            encoded = learned[name][0].encode(values)
+            columns.update(encoded.columns)
+            counts[name] = encoded.counts
+        del values
     first = ["label"] if "label" in columns else []
     last = [p for p in PARTS if p in columns and p != "label"]
     middle = [c for c in columns if c not in first and c not in last]
