@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from recsys_embed.collection import EmbeddingCollection
@@ -67,6 +69,32 @@ def stands_beside_others_in_a_collection(method: MethodInfo) -> None:
                 where = f"beside full tables of width {width}, backend {backend!r}"
                 assert out.numel() == wanted.numel(), f"{where}: expected {wanted.shape[1]} columns, got {out.shape}"
                 torch.testing.assert_close(out.flatten(1), wanted, msg=f"{where}: other vectors than alone")
+
+
+def shares_a_table_and_skips_padding(method: MethodInfo) -> None:
+    """Features of one table read the same rows, once in a step; padding reads none, in bags and unpooled."""
+    config, pad = example(method).config, 7
+    spec = FeatureSpec("embedding", ROWS, WIDTH, init="normal:1")
+    history = replace(spec, name="history", pooling="mean", table="embedding", padding_idx=pad)
+    schema, alone = Schema([spec, history]), Schema([spec])
+    ids, kept = torch.tensor([[402, 31], [3, pad]]), torch.tensor([402, 3, 31])
+    for backend in ("auto", "torch", "reference"):
+        collection = EmbeddingCollection(schema, Plan(dict.fromkeys(schema.names, config)), backend=backend)
+        single = EmbeddingCollection(alone, Plan({"embedding": config}), backend=backend)
+        assert collection.footprint() == single.footprint(), "a table of two features must be stored once"
+        out, wanted = collection(ids).flatten(1), single(kept.unsqueeze(1)).flatten(1)
+        width = wanted.shape[1]
+        torch.testing.assert_close(out[:, :width], wanted[:2], msg="a shared table gives other vectors than alone")
+        torch.testing.assert_close(out[0, width:], wanted[2], msg="a second reader gets other vectors")
+        assert not out[1, width:].any(), "padding must give zeros"
+        pooled = collection(torch.tensor([402, 3, pad, 31, pad]), torch.tensor([0, 1, 2, 4, 5])).flatten(1)
+        torch.testing.assert_close(pooled[:, width:], out[:, width:], msg="bags must skip padding, in means as well")
+        each = collection.lookup("history", torch.tensor([[31, pad]]))
+        torch.testing.assert_close(each.flatten(1), out[:, width:].reshape(1, -1), msg="unpooled vectors differ")
+        out.square().sum().backward()
+        wanted.square().sum().backward()
+        for (name, p), other in zip(collection.named_parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, other.grad, msg=f"{name}: gradients of two readers must add up")
 
 
 def training_bytes_agree(method: MethodInfo) -> None:

@@ -17,6 +17,7 @@ from recsys_embed.testing.call_checks import (
 )
 from recsys_embed.testing.collection_checks import (
     runs_in_a_collection,
+    shares_a_table_and_skips_padding,
     stands_beside_others_in_a_collection,
     training_bytes_agree,
 )
@@ -71,6 +72,7 @@ EMBEDDING_CHECKS: tuple[Callable[[MethodInfo], None], ...] = (
     fits_a_trained_table,
     runs_in_a_collection,
     stands_beside_others_in_a_collection,
+    shares_a_table_and_skips_padding,
     training_bytes_agree,
     keeps_its_type_under_autocast,
     one_node_for_torch_fx,

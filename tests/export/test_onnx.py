@@ -314,3 +314,37 @@ def test_dimensions_that_vary_and_doubles(tmp_path: Path) -> None:
     assert torch.equal(run(tmp_path / "e.onnx", ids)[0], emb(ids))
     (given,), (made,) = session(tmp_path / "e.onnx").get_inputs(), session(tmp_path / "e.onnx").get_outputs()
     assert (given.name, given.shape, made.name, made.type) == ("input", [2, "batch"], "output", "tensor(double)")
+
+
+class OverHistory(nn.Module):
+    """A target item and its history, unpooled, of one table, with padding."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        item = rse.FeatureSpec("item", 300, 8, init="normal:1")
+        history = rse.FeatureSpec("history", 300, 8, "mean", init="normal:1", table="item", padding_idx=0)
+        schema = rse.Schema([item, history])
+        plan = rse.Plan.full(schema) if method == "full" else rse.Plan.uniform(schema, method, "4KiB", full_below=0)
+        self.embedding = rse.EmbeddingCollection(schema, plan)
+
+    def forward(self, ids: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        rows, items = self.embedding.lookup("history", history), self.embedding.lookup("item", ids[:, 0])
+        score = (rows * items.unsqueeze(1)).sum(-1).masked_fill(history == 0, -1e9)
+        return (score.softmax(1).unsqueeze(-1) * rows).sum(1), self.embedding(ids)
+
+
+@pytest.mark.parametrize("method", ["hash", "freqcut"])
+def test_padding_and_unpooled_vectors(method: str, tmp_path: Path) -> None:
+    model = OverHistory(method).eval()
+    ids, history = torch.tensor([[5, 0], [299, 7], [1, 1]]), torch.tensor([[1, 0, 0, 0], [3, 3, 299, 4], [0, 0, 0, 0]])
+    to_onnx(model, tmp_path / "model.onnx", (ids, history))
+    to_torch_export(model, tmp_path / "model.pt2", (ids, history))
+    with torch.no_grad():
+        wanted = model(ids, history)
+    for found in (
+        run(tmp_path / "model.onnx", ids, history),
+        torch.export.load(tmp_path / "model.pt2").module()(ids, history),
+    ):
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        assert not found[1][0, 1].any()

@@ -23,6 +23,7 @@ from tests.fuzz.check import (
     close,
     direction,
     direction_seed,
+    every_lookup,
     flat,
     restarted,
     same,
@@ -59,7 +60,7 @@ def _check_threads(program: Program, native: EmbeddingCollection) -> None:
     for number, step in enumerate(program.steps):
         if step.before == "restart":
             again = restarted(program, again, "native")
-        call = arguments(step, names, torch.float32)
+        call = every_lookup(step, names, torch.float32)
         if step.before == "look":
             call(again.eval())
             again.train()
@@ -77,7 +78,12 @@ def _drop_in(feature: Feature, native: EmbeddingCollection, **options: Any) -> A
     """The module of one feature with the collection's tables."""
     spec = feature.make()
     module = rse.make_embedding(
-        feature.method, spec.num_embeddings, spec.embedding_dim, config=feature.config(), name=spec.name, **options
+        feature.method,
+        spec.num_embeddings,
+        spec.embedding_dim,
+        config=feature.config(),
+        name=spec.table_name,
+        **options,
     )
     if feature.counts is not None:
         generator = torch.Generator().manual_seed(feature.counts)
@@ -85,7 +91,7 @@ def _drop_in(feature: Feature, native: EmbeddingCollection, **options: Any) -> A
     dense = native.bundle.dense_tables()
     with torch.no_grad():
         for table in module.program.tables:
-            key = table.name if table.shared else f"{spec.name}.{table.name}"
+            key = table.name if table.shared else f"{spec.table_name}.{table.name}"
             module.table(table.name).copy_(dense[key] if key in dense else native.table(key))
     return module
 
@@ -94,10 +100,14 @@ def _check_drop_in(program: Program, native: EmbeddingCollection, wanted: Tensor
     """It gives the collection's vectors, its gradients are those in float64, and padding is no id."""
     step, feature = program.steps[-1], program.features[number]
     spec, bags = feature.make(), step.ids[number]
-    if spec.ids == "raw" or f"feature_{spec.name}" in getattr(native.bundle, "own", {}):
+    if spec.ids == "raw" or f"feature_{spec.table_name}" in getattr(native.bundle, "own", {}):
         return
     single = step.form == "matrix"
-    options: dict[str, Any] = {"mode": None if single else spec.pooling, "unseen": spec.unseen}
+    padding = spec.padding_idx
+    # A drop-in of full tables has torch's padding, which is a row; to hashing ones -1 is another id beside padding.
+    if padding is not None and ((single and feature.method == "full") or any(-1 in bag for bag in bags)):
+        return
+    options: dict[str, Any] = {"mode": None if single else spec.pooling, "unseen": spec.unseen, "padding_idx": padding}
     if not single:
         options["include_last_offset"] = True
     values, offsets = flat([bags], step)
@@ -116,7 +126,9 @@ def _check_drop_in(program: Program, native: EmbeddingCollection, wanted: Tensor
             pair = [torch.zeros(p.shape) if g is None else g.to_dense() for g in (p.grad, q.grad)]
             close(f"drop-in gradient of {name.rstrip('0123456789')}", *pair, 2e-4)
     some = next((i for bag in bags for i in bag if 0 <= i < spec.num_embeddings), None)
-    if some is not None and (not single or feature.method != "full"):  # torch's padding has a row, which lookups give
+    if (
+        some is not None and padding is None and (not single or feature.method != "full")
+    ):  # torch's padding has a row, which lookups give
         _check_padding(program, native, number, some, given, options)
 
 
@@ -126,7 +138,7 @@ def _check_padding(
     """Vectors without it, which are zeros where an id has one of its own."""
     step, feature = program.steps[-1], program.features[number]
     bags: Sequence[Sequence[int]] = [[i for i in bag if i != padding] for bag in step.ids[number]]
-    got = _drop_in(feature, native, padding_idx=padding, **options)(*given)
+    got = _drop_in(feature, native, **{**options, "padding_idx": padding})(*given)
     alone = _drop_in(feature, native, **{**options, "mode": feature.make().pooling, "include_last_offset": True})
     close("drop-in vectors with padding", got, alone(*flat([bags], replace(step, form="bags"))), 2e-5)
 

@@ -79,10 +79,12 @@ class Arguments:
 
     given: tuple[Any, ...]
     weights: Tensor | None
+    unpooled: tuple[str, Tensor] | None = None
 
     def __call__(self, coll: Any) -> Tensor:
+        """The vectors, and after them all numbers of those of single ids, where there are such."""
         out: Tensor = coll(*self.given)
-        return out
+        return out if self.unpooled is None else torch.cat([out.reshape(-1), coll.lookup(*self.unpooled).reshape(-1)])
 
 
 def _strided(values: Tensor) -> Tensor:
@@ -118,6 +120,14 @@ def arguments(step: Step, names: Sequence[str], dtype: torch.dtype) -> Arguments
     if step.form == "jagged":
         return Arguments((Jagged([names[i] for i in order], values, offsets, given),), weights)
     return Arguments((values, offsets, given), weights)
+
+
+def every_lookup(step: Step, names: Sequence[str], dtype: torch.dtype) -> Arguments:
+    """Arguments of a step and of what it looks up beside."""
+    call = arguments(step, names, dtype)
+    if step.unpooled is None:
+        return call
+    return replace(call, unpooled=(names[step.unpooled], flat([step.ids[step.unpooled]], step)[0]))
 
 
 def plainest(step: Step) -> Step:
@@ -200,10 +210,15 @@ class Oracle:
                 self.state[f"{name}_{k}"][rows] = state[k]
 
 
+def _reads(feature: FeatureSpec, i: int) -> bool:
+    """Whether an id has a vector."""
+    return i != feature.padding_idx and (0 <= i < feature.num_embeddings or feature.unseen != "zero")
+
+
 def plain_vectors(feature: FeatureSpec, table: Tensor, bags: Sequence[Sequence[int]], weights: Tensor | None) -> Tensor:
     """What torch gives for a full table: nothing of this library."""
     n = feature.num_embeddings
-    kept = [[i if 0 <= i < n else n for i in bag if 0 <= i < n or feature.unseen != "zero"] for bag in bags]
+    kept = [[i if 0 <= i < n else n for i in bag if _reads(feature, i)] for bag in bags]
     flat = torch.tensor([i for bag in kept for i in bag], dtype=torch.int64)
     offsets = F.pad(torch.tensor([len(bag) for bag in kept], dtype=torch.int64).cumsum(0), (1, 0))
     if not len(bags) or not flat.numel():
@@ -287,7 +302,7 @@ def _run(program: Program) -> None:
     colls = {backend: build(program, backend) for backend in BACKENDS}
     oracle = Oracle(program, colls["torch"])
     for number, step in enumerate(program.steps):
-        wide, narrow = arguments(plainest(step), names, torch.float64), arguments(step, names, torch.float32)
+        wide, narrow = every_lookup(plainest(step), names, torch.float64), every_lookup(step, names, torch.float32)
         right = oracle.gradients(wide, direction_seed(program, number))
         for backend in BACKENDS:
             if step.before == "restart":
@@ -352,7 +367,8 @@ def _step(
 
 def _check_plain(program: Program, step: Step, oracle: Oracle, call: Arguments, wanted: Tensor) -> None:
     """The oracle itself, where torch can say what is right."""
-    columns = wanted.flatten(1).split(oracle.coll.bundle.widths, 1)
+    widths, batch = oracle.coll.bundle.widths, len(step.ids[0])
+    columns = wanted.reshape(-1)[: batch * sum(widths)].view(batch, sum(widths)).split(widths, 1)
     sizes = [sum(map(len, bags)) for bags in step.ids]
     parts = None if call.weights is None else call.weights.detach().split(sizes)
     for i, feature in enumerate(program.features):
@@ -360,15 +376,13 @@ def _check_plain(program: Program, step: Step, oracle: Oracle, call: Arguments, 
         if feature.method != "full" or feature.spec.get("unseen") == "hash":
             continue
         spec = feature.make()
-        table = oracle.coll.table(f"{spec.name}.weight").detach()
+        table = oracle.coll.table(f"{spec.table_name}.weight").detach()
         weights = None if parts is None else _seen(spec, step.ids[i], parts[i])
         close("reference vectors beside torch's", columns[i], plain_vectors(spec, table, step.ids[i], weights), 1e-12)
 
 
 def _seen(spec: FeatureSpec, bags: Sequence[Sequence[int]], weights: Tensor) -> Tensor:
-    if spec.unseen != "zero":
-        return weights
-    return weights[torch.tensor([0 <= i < spec.num_embeddings for bag in bags for i in bag], dtype=torch.bool)]
+    return weights[torch.tensor([_reads(spec, i) for bag in bags for i in bag], dtype=torch.bool)]
 
 
 def _check_tables(where: str, oracle: Oracle, coll: EmbeddingCollection) -> None:

@@ -56,6 +56,8 @@ class Step:
     lr: float | None = None
     # What happens before it: nothing, a look at the vectors in evaluation mode, or a restart from a checkpoint.
     before: Literal["", "look", "restart"] = ""
+    # Position of a feature whose ids are also looked up one by one, in the same backward.
+    unpooled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,8 @@ def _differs(config: MethodConfig, f: Any) -> bool:
 
 def _id(rng: random.Random, spec: FeatureSpec, wild: bool, int32: bool, few: list[int]) -> int:
     n = spec.num_embeddings
+    if spec.padding_idx is not None and rng.random() < 0.3:
+        return spec.padding_idx
     if wild and rng.random() < 0.25:
         value = rng.choice((*HUGE, n, n + 1, rng.randint(-(2**63), 2**63 - 1)))
         return value if not int32 or -(2**31) <= value < 2**31 else n
@@ -292,14 +296,50 @@ def draw(seed: int) -> Program:
             if _share(features, found):
                 features.append(found)
                 break
+    extra = random.Random(f"tables of {seed}")
+    features = _pad(extra, _read_together(extra, features, poolings))
     rule = rng.choice((None, *list_rules()))
     options = None if rule is None else draw_rule(rng, rule)
     steps = tuple(draw_step(rng, features, rule is not None) for _ in range(rng.choice((1, 2, 3))))
+    steps = tuple(replace(s, unpooled=extra.choice((None, None, extra.randrange(len(features))))) for s in steps)
     extras = tuple(name for name, odds in (("drop_in", 0.2), ("export", 0.07), ("threads", 0.1)) if rng.random() < odds)
     return Program(
         seed, tuple(features), steps, rule, options, rng.random() < 0.3, rng.choice((1,) * 8 + (2, 3)),
         rule is not None and rng.random() < 0.5, extras,
     )  # fmt: skip
+
+
+def _read_together(rng: random.Random, features: list[Feature], poolings: tuple[str, ...]) -> list[Feature]:
+    """Some features read the table of an earlier one."""
+    found: list[Feature] = []
+    for feature in features:
+        if found and rng.random() < 0.2:
+            first = rng.choice(found)
+            table = first.spec.get("table", first.spec["name"])
+            spec = {**first.spec, "name": feature.spec["name"], "pooling": rng.choice(poolings), "table": table}
+            feature = replace(first, spec=spec)
+        found.append(feature)
+    # A width of another feature may have been what made two share a physical table.
+    return found if _share(found[:-1], found[-1]) else features
+
+
+def _pad(rng: random.Random, features: list[Feature]) -> list[Feature]:
+    """Some features have padding; those of raw ids that read one table have the same."""
+    found: list[Feature] = []
+    raw: dict[str, int] = {}
+    for feature in features:
+        if rng.random() < 0.2:
+            padding = rng.randrange(feature.spec["num_embeddings"])
+            if feature.spec.get("ids") == "raw":
+                padding = raw.setdefault(feature.spec.get("table", feature.spec["name"]), rng.choice((padding, -1, -9)))
+            feature = replace(feature, spec={**feature.spec, "padding_idx": padding})
+        found.append(feature)
+    tables = {f.spec.get("table", f.spec["name"]) for f in found if f.spec.get("ids") == "raw"} & raw.keys()
+    return [
+        replace(f, spec={**f.spec, "padding_idx": raw[table]})
+        if (table := f.spec.get("table", f.spec["name"])) in tables else f
+        for f in found
+    ]  # fmt: skip
 
 
 def _share(features: list[Feature], found: Feature) -> bool:

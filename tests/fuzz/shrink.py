@@ -26,8 +26,14 @@ def failure(program: Program) -> tuple[str, str] | None:
 
 def _without_features(p: Program) -> Iterator[Program]:
     for i in range(len(p.features) if len(p.features) > 1 else 0):
-        steps = tuple(replace(s, ids=s.ids[:i] + s.ids[i + 1 :]) for s in p.steps)
+        steps = tuple(_without_feature(s, i) for s in p.steps)
         yield replace(p, features=p.features[:i] + p.features[i + 1 :], steps=steps)
+
+
+def _without_feature(step: Step, i: int) -> Step:
+    at = step.unpooled
+    at = None if at is None or at == i else at - (at > i)
+    return replace(step, ids=step.ids[:i] + step.ids[i + 1 :], unpooled=at)
 
 
 def _without_steps(p: Program) -> Iterator[Program]:
@@ -63,7 +69,14 @@ def _simpler(p: Program) -> Iterator[Program]:
     for key in sorted({*(p.rule_options or ())} - {"lr", "eps"}):
         yield replace(p, rule_options={k: v for k, v in (p.rule_options or {}).items() if k != key})
     for i, s in enumerate(p.steps):
-        for changes in ({"weights": None}, {"lr": None}, {"before": ""}, {"strided": False}, {"int32": False}):
+        for changes in (
+            {"unpooled": None},
+            {"weights": None},
+            {"lr": None},
+            {"before": ""},
+            {"strided": False},
+            {"int32": False},
+        ):
             yield _with_step(p, i, replace(s, **changes))  # type: ignore[arg-type]
         if s.form in ("dict", "jagged"):
             yield _with_step(p, i, replace(s, form="bags"))
@@ -72,7 +85,7 @@ def _simpler(p: Program) -> Iterator[Program]:
             options = {k: v for k, v in f.options.items() if k != key}
             yield _with_feature(p, i, replace(f, options=options))
         yield _with_feature(p, i, replace(f, counts=None))
-        for key in ("unseen", "init", "pooling", "ids"):
+        for key in ("unseen", "init", "pooling", "ids", "table", "padding_idx"):
             if f.spec.get(key) is not None:
                 yield _with_feature(p, i, replace(f, spec={k: v for k, v in f.spec.items() if k != key}))
         yield _with_feature(p, i, replace(f, method="full", options={}))

@@ -32,6 +32,8 @@ def test_programs_hold_everything_that_is_registered() -> None:
     assert {f.method for f in features} == {m.name for m in list_methods()}
     assert {p.rule for p in programs} == {None, *list_rules()}
     assert {s.form for p in programs for s in p.steps} == set(FORMS)
+    assert {f.method for f in features if f.spec.get("table")} == {m.name for m in list_methods()}
+    assert {f.method for f in features if f.spec.get("padding_idx") is not None} == {m.name for m in list_methods()}
     for method in list_methods():
         options = {k for f in features if f.method == method.name for k in f.options}
         declared = {f.name for f in fields(method.config_cls)}
