@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recsys_embed.data.sources.arrow_ipc import ArrowFiles
 from recsys_embed.data.sources.base import BadRow, Chunk, Source, find_files
+from recsys_embed.data.sources.csv import CsvFiles
 from recsys_embed.data.sources.frames import frame_source
+from recsys_embed.data.sources.json_lines import JsonLines
+from recsys_embed.data.sources.libsvm import LibsvmFiles
 from recsys_embed.data.sources.parquet import ParquetFiles
-from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
-READERS: tuple[Any, ...] = (ParquetFiles,)
-"""Readers of files: each has ``endings`` and is called with the paths and, by name, with the options of the schema's
-``[source]``."""
+READERS: tuple[Any, ...] = (ParquetFiles, CsvFiles, ArrowFiles, JsonLines, LibsvmFiles)
+"""Readers of files: each has a ``format``, its ``endings``, and ``options_type``, the settings that the schema's
+``[source]`` may hold, or None. It is called with the paths and, where there are some, these settings."""
 
 __all__ = ["READERS", "BadRow", "Chunk", "Source", "find_files", "open_source"]
 
@@ -24,10 +28,10 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None) -> Source:
     Args:
         table: a path, a glob, a folder, several of them, a polars (lazy) or pandas frame, an Arrow table, a mapping of
             columns, or a :class:`Source`.
-        options: of the reader, e.g. the separator of CSV files.
+        options: of the reader, e.g. the separator of CSV files; ``format`` names the reader of files of any ending.
 
     Raises:
-        ConfigError: no such files, endings that no reader knows, or files of several formats.
+        ConfigError: no such files, endings that no reader knows, files of several formats, or options of another one.
     """
     if isinstance(table, Source):
         return table
@@ -40,14 +44,30 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None) -> Source:
                 "the table must be paths, a polars or pandas frame, an Arrow table, or columns by name; got "
                 f"{type(table).__name__}"
             )
-    paths = find_files([table] if isinstance(table, str | Path) else table, _endings())
-    readers = [_reader(p) for p in paths]
+    settings = dict(options or {})
+    named = settings.pop("format", None)
+    formats = {reader.format: reader for reader in READERS}
+    if named is not None and named not in formats:
+        raise unknown_name("format", str(named), formats)
+    endings = _endings() if named is None else list(formats[named].endings)
+    paths = find_files([table] if isinstance(table, str | Path) else table, endings)
+    readers = [_reader(p) if named is None else formats[named] for p in paths]
     unknown = [f"{p}: no reader knows this ending" for p, r in zip(paths, readers, strict=True) if r is None]
-    raise_faults(unknown, f"known endings: {', '.join(_endings())}")
+    known = f"known endings: {', '.join(_endings())}; for others name the format under [source]: {', '.join(formats)}"
+    raise_faults(unknown, known)
     if len(set(readers)) > 1:
         other = next(p for p, r in zip(paths, readers, strict=True) if r is not readers[0])
         raise ConfigError(f"files of one table must have one format; got {paths[0]} and {other}")
-    made: Source = readers[0](paths, **(options or {}))
+    return _opened(readers[0], paths, settings)
+
+
+def _opened(reader: Any, paths: list[Path], settings: dict[str, Any]) -> Source:
+    if reader.options_type is None:
+        if settings:
+            raise ConfigError(f"[source]: {reader.format} files have no option {', '.join(settings)}")
+        made: Source = reader(paths)
+        return made
+    made = reader(paths, reader.options_type.from_dict(settings))
     return made
 
 

@@ -106,23 +106,35 @@ class Source(ABC):
         Raises:
             DataError: files have other columns, or types that are not one.
         """
-        first = dict(self.file_types(0))
+        of_files = self.unite([self.file_types(i) for i in range(len(self.files))])
+        first = dict(of_files[0])
         faults = []
-        for i in range(1, len(self.files)):
-            theirs = self.file_types(i)
+        for i, theirs in enumerate(of_files[1:], 1):
             if theirs.keys() != first.keys():
                 absent = ", ".join(first.keys() - theirs.keys()) or "nothing"
                 more = ", ".join(theirs.keys() - first.keys()) or "nothing"
                 faults.append(f"{self.files[i]}: lacks {absent} and has besides {more}, beside {self.files[0]}")
                 continue
             for name, dtype in theirs.items():
-                joint = joint_type(first[name], dtype)
+                joint = self.joint(first[name], dtype)
                 if joint is None:
                     faults.append(f"{self.files[i]}: column {name!r} is {dtype}; in files before it, {first[name]}")
                 else:
                     first[name] = joint
         raise_faults(faults, "files of one table must have the same columns", DataError)
-        return first
+        return self.finish_types(first)
+
+    def unite(self, of_files: Sequence[Mapping[str, pl.DataType]]) -> Sequence[Mapping[str, pl.DataType]]:
+        """Types of the files, with columns that they may lack."""
+        return of_files
+
+    def joint(self, a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
+        """The type of a column that two files have with these, or None."""
+        return joint_type(a, b)
+
+    def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
+        """Types of the table, by those of all files."""
+        return types
 
     def sample(self, rows: int) -> pl.DataFrame:
         """The first rows of the first file that has some."""

@@ -24,7 +24,9 @@ class ParquetFiles(Source):
         paths: the files in order.
     """
 
+    format = "parquet"
     endings = (".parquet", ".pq")
+    options_type = None
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)

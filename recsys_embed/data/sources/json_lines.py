@@ -1,0 +1,145 @@
+"""JSON lines: one object per line, plain, gzip or zstandard."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recsys_embed.data.sources.base import BadRow
+from recsys_embed.data.sources.csv import type_faults
+from recsys_embed.data.sources.text import SHOWN, Ends, TextFiles, compressed, record, without
+from recsys_embed.data.sources.values import TYPES
+from recsys_embed.errors import DataError
+from recsys_embed.utils.settings import Settings
+
+
+@dataclass(frozen=True)
+class JsonOptions(Settings):
+    """How JSON lines are read.
+
+    Args:
+        types: of columns by name: ``"string"``, ``"integer"``, ``"unsigned"``, ``"float"`` or ``"boolean"``. A column
+            that is in no object of the first ``SAMPLE_BYTES`` of any file has to be named here, else it is left out.
+    """
+
+    title = "the options of JSON lines"
+    types: Mapping[str, Any] = field(default_factory=dict)
+
+    def conflicts(self) -> list[str]:
+        return type_faults(self.types)
+
+
+class JsonLines(TextFiles):
+    """Files of JSON objects, one per line; a key that an object lacks is null.
+
+    Args:
+        paths: the files in order.
+        options: types of columns.
+    """
+
+    format = "json"
+    endings = compressed(".jsonl", ".ndjson")
+    options_type = JsonOptions
+
+    def __init__(self, paths: Sequence[Path], options: JsonOptions | None = None) -> None:
+        super().__init__(paths, (options or JsonOptions()).types)
+
+    def joint(self, a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
+        return _whole(super().joint(a, b))
+
+    def unite(self, of_files: Sequence[Mapping[str, pl.DataType]]) -> list[Mapping[str, pl.DataType]]:
+        names = dict.fromkeys(n for types in of_files for n in types)
+        return [{n: types.get(n, pl.Null()) for n in names} for types in of_files]
+
+    def infer(self, file: int, data: bytes, ends: Ends) -> Mapping[str, pl.DataType]:
+        objects = [r for r in (record(data, ends, i) for i in range(len(ends))) if _fault(r) is None]
+        if not objects:
+            return dict(self.declared)
+        try:
+            found = pl.read_ndjson(
+                io.BytesIO(b"\n".join(objects)), infer_schema_length=None, schema_overrides=self.declared or None
+            )
+        except pl.exceptions.PolarsError as e:
+            raise DataError(
+                f"{self.files[file]}: a column holds values of several types ({str(e).splitlines()[0]}); name its "
+                'type, e.g. `types = { price = "string" }` under [source]'
+            ) from e
+        types = {name: _whole(found[name].dtype, found[name]) or pl.String() for name in found.columns}
+        return {**{n: t for n, t in self.declared.items() if n not in types}, **types}
+
+    def parse(
+        self, file: int, data: bytes, ends: Ends, first: int, columns: Sequence[str]
+    ) -> tuple[pl.DataFrame, list[BadRow]]:
+        schema = {c: self.types[c] for c in columns}
+        made = _read(data, schema)
+        if made is not None and len(made) == len(ends):
+            return made, []
+        wrong = np.zeros(len(ends), bool)
+        for i in _misfits(data, ends, schema, 0, len(ends)):
+            wrong[i] = True
+        bad = [self._explain(file, first + i, record(data, ends, i), schema) for i in np.flatnonzero(wrong).tolist()]
+        data, ends = without(data, ends, wrong)
+        made = _read(data, schema) if len(ends) else pl.DataFrame(schema=schema)
+        if made is None or len(made) != len(ends):
+            raise DataError(f"{self.files[file]}: lines near {first + 1} cannot be read as JSON objects")
+        return made, bad
+
+    def _explain(self, file: int, row: int, line: bytes, schema: Mapping[str, pl.DataType]) -> BadRow:
+        shown = line[: 4 * SHOWN].decode(errors="backslashreplace")[:SHOWN]
+        why = _fault(line)
+        if why is not None:
+            return BadRow(file, row, "", why, shown)
+        value = json.loads(line)
+        for name, dtype in schema.items():
+            if _read(line + b"\n", {name: dtype}) is None:
+                cure = f'say what it is: `types = {{ "{name}" = "string" }}` under [source]'
+                return BadRow(
+                    file, row, name, f"not {dtype}, as in the rows before it; {cure}", str(value.get(name))[:SHOWN]
+                )
+        return BadRow(file, row, "", "cannot be read", shown)
+
+
+def _whole(dtype: pl.DataType | None, values: pl.Series | None = None) -> pl.DataType | None:
+    """Types that a table may have in place of those of JSON's larger integers."""
+    if dtype == pl.Int128:
+        fits = values is not None and values.cast(pl.UInt64, strict=False).null_count() == values.null_count()
+        return TYPES["unsigned"] if fits else TYPES["string"]
+    if isinstance(dtype, pl.List) and dtype.inner == pl.Int128:
+        inner = _whole(pl.Int128(), None if values is None else values.explode())
+        return None if inner is None else pl.List(inner)
+    return dtype
+
+
+def _read(data: bytes, schema: Mapping[str, pl.DataType]) -> pl.DataFrame | None:
+    try:
+        return pl.read_ndjson(io.BytesIO(data), schema=dict(schema))
+    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+        return None
+
+
+def _misfits(data: bytes, ends: Ends, schema: Mapping[str, pl.DataType], low: int, high: int) -> list[int]:
+    """Lines that are not objects of the schema's types, by halves."""
+    start = int(ends[low - 1]) if low else 0
+    made = _read(data[start : int(ends[high - 1])], schema)
+    if made is not None and len(made) == high - low:
+        return []
+    if high - low == 1:
+        return [low]
+    middle = (low + high) // 2
+    return _misfits(data, ends, schema, low, middle) + _misfits(data, ends, schema, middle, high)
+
+
+def _fault(line: bytes) -> str | None:
+    """Why a line is no JSON object, or None."""
+    try:
+        value = json.loads(line)
+    except ValueError as e:
+        return f"no JSON ({e})"
+    return None if isinstance(value, dict) else f"expected a JSON object; got {type(value).__name__}"

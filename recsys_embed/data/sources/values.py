@@ -1,0 +1,88 @@
+"""Types of values that are written as text."""
+
+from __future__ import annotations
+
+import polars as pl
+
+TYPES: dict[str, pl.DataType] = {
+    "string": pl.String(),
+    "integer": pl.Int64(),
+    "unsigned": pl.UInt64(),
+    "float": pl.Float64(),
+    "boolean": pl.Boolean(),
+}
+"""Types that the options of a text source name."""
+_NAMES = {str(t): name for name, t in TYPES.items()}
+_INTEGER = r"^-?(0|[1-9][0-9]*)$"
+_FLOAT = r"^[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?(?i:nan|inf|infinity)$"
+_BOOLEAN = r"^(?i:true|false)$"
+
+
+def infer_type(text: pl.Series, decimal: str = ".") -> pl.DataType:
+    """The narrowest type of some texts; numbers that begin with a zero, such as zip codes, are strings.
+
+    >>> [str(infer_type(pl.Series(v))) for v in (["1", " 2", None], ["1", "2.5e3"], ["true"], ["007"], [None])]
+    ['Int64', 'Float64', 'Boolean', 'String', 'Null']
+    """
+    known = text.cast(pl.String).drop_nulls().str.strip_chars()
+    known = known.filter(known.str.len_bytes() > 0)
+    if not len(known):
+        return pl.String() if text.drop_nulls().len() else pl.Null()
+    if known.str.contains(_INTEGER).all():
+        for dtype in (pl.Int64(), pl.UInt64()):
+            if known.cast(dtype, strict=False).null_count() == 0:
+                return dtype
+        return pl.String()
+    if _dotted(known, decimal).str.contains(_FLOAT).all():
+        return pl.Float64()
+    return pl.Boolean() if known.str.contains(_BOOLEAN).all() else pl.String()
+
+
+def read_values(
+    text: pl.Series, dtype: pl.DataType, decimal: str = ".", *, told: bool = False
+) -> tuple[pl.Series, pl.Series | None]:
+    """Texts as values of a type, and which of them are none; blanks around a number do not count.
+
+    Args:
+        text: strings and nulls.
+        dtype: one of ``TYPES``.
+        decimal: what stands before the fraction of a float.
+        told: the user names the type; else an integer must not begin with a zero, whose meaning would be lost.
+
+    >>> values, wrong = read_values(pl.Series(["1", " 2", "x", None]), pl.Int64())
+    >>> values.to_list(), wrong.to_list()
+    ([1, 2, None, None], [False, False, True, False])
+    """
+    if dtype == pl.String:
+        return text, None
+    written = _dotted(text, decimal) if dtype.is_float() else text
+    values = _cast(written, dtype)
+    failed = values.is_null() & text.is_not_null()
+    if failed.any():
+        stripped = written.str.strip_chars()
+        values = values.zip_with(~failed, _cast(stripped, dtype))
+        failed = values.is_null() & (stripped.str.len_bytes() > 0).fill_null(False)
+    if dtype.is_integer() and not told:
+        padded = text.str.starts_with("0") & (text.str.len_bytes() > 1)
+        if padded.any():
+            failed = failed | padded.fill_null(False)
+    return values, failed if failed.any() else None
+
+
+def type_name(dtype: pl.DataType) -> str:
+    """What the options call a type."""
+    return _NAMES.get(str(dtype), str(dtype))
+
+
+def _dotted(text: pl.Series, decimal: str) -> pl.Series:
+    if decimal == ".":
+        return text
+    # A dot in it is then no number.
+    return text.str.replace_all(".", "?", literal=True).str.replace_all(decimal, ".", literal=True)
+
+
+def _cast(text: pl.Series, dtype: pl.DataType) -> pl.Series:
+    if dtype == pl.Boolean:
+        words = {"true": True, "false": False, "1": True, "0": False}
+        return text.str.to_lowercase().replace_strict(words, default=None, return_dtype=pl.Boolean)
+    return text.cast(dtype, strict=False)
