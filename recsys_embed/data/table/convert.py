@@ -154,6 +154,6 @@ def _encoders(
     """
     entries = {entry["name"]: entry for entry in donor.columns}
     found = {c.name: read_encoder(entries[c.name], folder) for c in columns}
-    why = {c.source: found[c.name].refuse(types[c.source]) for c in columns}
-    raise_faults([f"column {name!r}: {text}" for name, text in why.items() if text], f"the table beside {folder}")
+    why = [(c.source, found[c.name].refuse(types[c.source])) for c in columns]
+    raise_faults([f"column {name!r}: {text}" for name, text in why if text], f"the table beside {folder}")
     return found

@@ -10,6 +10,7 @@ import pytest
 
 from recsys_embed.data import TableSchema, TableSplit, convert_table
 from recsys_embed.data.columns import KINDS, LATER
+from recsys_embed.data.table import learn
 from recsys_embed.errors import ConfigError, UnknownNameError
 
 TOML = """
@@ -172,6 +173,13 @@ def test_unknown_names(tmp_path: Path) -> None:
         TableSchema.read(tmp_path / "a.toml")
     with pytest.raises(ConfigError, match="give a schema, or the folder `like`"):
         convert_table({"a": [1]}, tmp_path / "out")
+
+
+def test_a_vocabulary_must_fit_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn, "DISTINCT_BYTES", 1 << 30)
+    schema = TableSchema.of(categorical="item", split={"kind": "all", "only": "train"})
+    with pytest.raises(ConfigError, match=r"vocabulary 'item' has more than 1 values(.|\n)*raise --max-memory"):
+        convert_table({"item": ["a", "b"]}, tmp_path / "out", schema)
 
 
 def test_columns_of_one_vocabulary_hold_one_type(tmp_path: Path) -> None:
