@@ -203,10 +203,11 @@ def raw_ids(keys: pl.Series) -> pl.Series:
     A missing string has the id that it gives an empty one; a missing number the one that no number may have.
     """
     if keys.dtype == pl.String:
+        keys = keys.fill_null("")
         distinct = keys.unique()
         ids = string_ids(distinct.to_list()).numpy()
         known = pl.DataFrame({"value": distinct, "id": ids})
-        joined = keys.to_frame("value").join(known, on="value", how="left", maintain_order="left", nulls_equal=True)
+        joined = keys.to_frame("value").join(known, on="value", how="left", maintain_order="left")
         return joined["id"]
     if keys.dtype == pl.UInt64:
         whole = pl.Series(keys.fill_null(1 << 63).to_numpy().view(np.int64))

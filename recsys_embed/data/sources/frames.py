@@ -34,8 +34,10 @@ class FrameSource(Source):
     @cached_property
     def inputs(self) -> list[JSON]:
         digest = hashlib.sha256(repr(dict(self.frame.schema)).encode())
-        for at in range(0, len(self.frame), _ROWS):
-            digest.update(self.frame.slice(at, _ROWS).hash_rows(seed=0).to_numpy().tobytes())
+        # Columns of Python objects are no columns of a schema.
+        frame = self.frame.select(n for n, dtype in self.frame.schema.items() if dtype != pl.Object)
+        for at in range(0, len(frame), _ROWS):
+            digest.update(frame.slice(at, _ROWS).hash_rows(seed=0).to_numpy().tobytes())
         return [{"frame": self.files[0], "rows": len(self.frame), "content": digest.hexdigest()}]
 
     def file_types(self, file: int) -> Mapping[str, pl.DataType]:
