@@ -167,12 +167,13 @@ class Plan:
         Raises:
             ConfigError: the plan's arrays are described, but not at hand.
         """
-        # Features of one table have one set of ids.
-        first = {schema[name].table_name: name for name in reversed(list(self.sets))}
-        out = {name: self.members(schema[name]) for name in first.values()}
-        if self.arrays is not None:
-            for name, row in self.arrays.need_values().items():
-                out.setdefault(name, {}).update(row)
+        out: dict[str, dict[str, Tensor]] = {}
+        arrays = {} if self.arrays is None else self.arrays.need_values()
+        for rows in ({name: self.members(schema[name]) for name in self.sets}, arrays):
+            for name, row in rows.items():
+                # Features of one table have what one of them is given.
+                first = schema.by_table[schema[name].table_name][0].name
+                out.setdefault(first, {}).update(row)
         return out
 
     def save(self, path: str | Path) -> None:
@@ -271,6 +272,8 @@ class Plan:
                 faults.append(f"a plan has one configuration for all features of table {table!r}; got {listed}")
             if len({json.dumps(self.sets[n], sort_keys=True) for n in names if n in self.sets}) > 1:
                 faults.append(f"a plan has one set of ids for all features of table {table!r}: give it for one of them")
+            if self.arrays is not None and sum(n in self.arrays.layout for n in names) > 1:
+                faults.append(f"arrays of a plan belong to one of the features of table {table!r}")
         return faults
 
     def gathered(self, schema: Schema) -> dict[str, LookupProgram]:

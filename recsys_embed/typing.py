@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recsys_embed.utils.types import (
     JSON,
+    BagIds,
     Budget,
     Counts,
     DynamicShapes,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON",
+    "BagIds",
     "Budget",
     "CountedData",
     "Counts",

@@ -131,6 +131,8 @@ class BatchedLookup:
     def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
         self._unseen, self._heads = features.unseen, features.heads
+        # The one feature that is run, whose ids are a column of the matrix; the others may be anything.
+        self._only = features.positions[0] if len(features.positions) == 1 else None
         self.parts = features.outputs()
         self._keys = [f"{name}{output}" for output in range(len(self.parts))]
         self._headed = [self._heads.add(k, p) for k, p in zip(self._keys, self.parts, strict=True)]
@@ -238,7 +240,16 @@ class BatchedLookup:
 
     def _resolved(self, ids: Tensor) -> Tensor:
         """``ids`` after the policies for unseen ones."""
-        return self._unseen(ids.long()) if self._unseen.replaces or self._unseen.counting else ids
+        if not (self._unseen.replaces or self._unseen.counting):
+            return ids
+        if self._only is None:
+            return self._unseen(ids.long())
+        return self._as_column(self._unseen(ids[:, self._only].long(), self._only), ids)
+
+    @staticmethod
+    def _as_column(column: Tensor, ids: Tensor) -> Tensor:
+        """Ids of one feature in a matrix like that of all features."""
+        return column.unsqueeze(1).expand(-1, ids.shape[1])
 
     def _outputs(
         self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
@@ -248,7 +259,10 @@ class BatchedLookup:
         try:
             return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse, mask=mask)
         except IdRangeError:
-            self._unseen.check(ids.long())
+            if self._only is None:
+                self._unseen.check(ids.long())
+            else:
+                self._unseen.check(ids[:, self._only].long(), self._only)
             raise
 
 
@@ -267,7 +281,11 @@ class TritonBatchedLookup(BatchedLookup):
         # The kernels check ranges themselves: the assertion that torch has for GPUs would end the process.
         if not (self._unseen.replaces or self._unseen.counting):
             return ids
-        return self._unseen.resolve(ids.long(), count=self._unseen.counting, check=False)
+        counting = self._unseen.counting
+        if self._only is None:
+            return self._unseen.resolve(ids.long(), count=counting, check=False)
+        column = self._unseen.resolve(ids[:, self._only].long(), self._only, count=counting, check=False)
+        return self._as_column(column, ids)
 
     def _outputs(
         self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None

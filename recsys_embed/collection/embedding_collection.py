@@ -240,10 +240,10 @@ class EmbeddingCollection(FusedTables):
 
         Args:
             ids: one of ``[B, F]`` (one id per sample and feature, columns in schema order); ``[n]`` with ``offsets
-                [F * B + 1]``, bags feature after feature; a dict of ``(values, offsets [B + 1])`` or ``[B, L]`` per
-                feature; or a KeyedJaggedTensor holding the schema's features in any order. int32 or int64; in a dict,
-                features of hashing methods also take strings, in lists or numpy arrays, and integers in numpy arrays,
-                see :func:`recsys_embed.string_ids`.
+                [F * B + 1]``, bags feature after feature, or both as one :class:`recsys_embed.typing.BagIds`; a dict of
+                ``(values, offsets [B + 1])`` or ``[B, L]`` per feature; or a KeyedJaggedTensor holding the schema's
+                features in any order. int32 or int64; in a dict, features of hashing methods also take strings, in
+                lists or numpy arrays, and integers in numpy arrays, see :func:`recsys_embed.string_ids`.
             per_sample_weights: ``[n]`` for the ``offsets`` form, where every feature pools by sum.
             mask: what vectors pass through, for ids ``[B, F]``: a layer such as
                 :class:`recsys_embed.search.OptembedLayer`. Native kernels apply it in the call that reads the rows.

@@ -293,10 +293,9 @@ class LookupBundle(Constants):
         sparse: bool,
     ) -> Tensor:  # fmt: skip
         """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
-        ids = self.unseen(ids.long(), feature)
         # The kernels read one column of a matrix of ids of all features.
         matrix = ids.unsqueeze(1).expand(-1, len(self.schema))
-        return batched.single(matrix, tables, step, sparse, resolved=True)[0].flatten(1)
+        return batched.single(matrix, tables, step, sparse)[0].flatten(1)
 
     def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
         """The lookup of one feature by kernels; None where these leave it to torch."""

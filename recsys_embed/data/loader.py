@@ -24,7 +24,7 @@ from recsys_embed.data.rows import IN_MEMORY_LIMIT, RowSource
 from recsys_embed.data.stats import read_stats
 from recsys_embed.data.vocab import OOV_ID, Vocabulary
 from recsys_embed.errors import ConfigError, DataError, raise_faults, unknown_name
-from recsys_embed.features import FeatureSpec, IdKind, Schema
+from recsys_embed.features import FeatureSpec, IdKind, Pooling, Schema
 from recsys_embed.utils.types import JSON
 
 if TYPE_CHECKING:
@@ -117,20 +117,12 @@ class Dataset(RowSource):
 
     def schema(self, embedding_dim: int) -> Schema:
         """The categorical features in the order of the columns of ``ids``."""
-        kinds: list[IdKind] = ["raw" if f.vocab is None else "index" for f in self.manifest.features]
-        return Schema(
-            [
-                FeatureSpec(
-                    f.name,
-                    f.num_embeddings,
-                    embedding_dim,
-                    pooling="sum" if f.form == "single" else "mean",
-                    ids=kind,
-                    table=f.table,
-                )
-                for f, kind in zip(self.manifest.features, kinds, strict=True)
-            ]
-        )
+        specs = []
+        for f in self.manifest.features:
+            kind: IdKind = "raw" if f.vocab is None else "index"
+            pooling: Pooling = "sum" if f.form == "single" else "mean"
+            specs.append(FeatureSpec(f.name, f.num_embeddings, embedding_dim, pooling, kind, table=f.table))
+        return Schema(specs)
 
     @cached_property
     def table_schema(self) -> TableSchema | None:

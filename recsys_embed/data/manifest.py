@@ -141,7 +141,8 @@ class Manifest:
             body["features"] = _parts(Feature, body["features"], "features", where)
             splits = body["splits"] if isinstance(body["splits"], Mapping) else {"": body["splits"]}
             body["splits"] = {name: _split(split, f"{where}, split {name!r:.80}") for name, split in splits.items()}
-            body["columns"] = tuple(body.get("columns", ()))
+            if isinstance(body.get("columns"), list):
+                body["columns"] = tuple(body["columns"])
             return _build(cls, body, where)
         except UnknownNameError:
             raise

@@ -91,10 +91,12 @@ def detect(path: Path, layout: LineLayout, *, header: Tri = "auto", labels: Tri 
     A first line is a header if it has the fields of a row and all of them are names. 39 fields mean no labels.
 
     Raises:
-        DataError: the header names Criteo's columns in another order.
+        DataError: the header names Criteo's columns in another order, or the file is no text.
     """
     with Reader(path) as reader:
         first = reader.read(MAX_LINE_BYTES).partition(b"\n")[0].removesuffix(b"\r")
+    if first.startswith(b"PAR1"):
+        raise DataError(f"{path}: a Parquet file; this reads Criteo's text. `recsys-embed data table` reads any table")
     cells = first.split(layout.separator.encode())
     is_header = header == "yes"
     if header == "auto":

@@ -108,15 +108,19 @@ def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[CheckpointTensor
         for key, values in module.state_dict().items():
             if not key.endswith("_extra_state"):
                 yield CheckpointTensor(f"{path}/{name}:{key}", values)
-    store = bundle.kernel.index
+    store, known = bundle.kernel.index, set[str]()
     for program, feature in enumerate(bundle.programs):
+        table = bundle.schema[feature].table_name
+        if table in known:
+            continue
+        known.add(table)
         for name in store.indexes[program]:
             held = store.value(program, name)
 
             def put(program: int = program, name: str = name, held: Tensor = held) -> None:
                 store.assign_(program, {name: held})
 
-            yield CheckpointTensor(f"{path}/{feature}:index:{name}", held, put)
+            yield CheckpointTensor(f"{path}/{table}:index:{name}", held, put)
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------

@@ -107,10 +107,13 @@ class CompressedEBC(nn.Module):
         return KeyedTensor(list(self.collection.schema.names), self.collection.widths, out.flatten(1))
 
 
-def schema_of(ebc: Features) -> Schema:
+def schema_of(ebc: Features, *, shared: bool = True) -> Schema:
     """The features of ``ebc``, TorchRec's collection or its list of configurations.
 
-    Features that share a table there share it here, see ``table`` of :class:`recsys_embed.FeatureSpec`.
+    Args:
+        shared: features that share a table there share it here, see ``table`` of
+            :class:`recsys_embed.FeatureSpec`. With False each has a table of its own, as plans and checkpoints of
+            earlier versions have it.
 
     Raises:
         ConfigError: several tables serve one feature, or a table is not fp32.
@@ -125,7 +128,7 @@ def schema_of(ebc: Features) -> Schema:
                 f"tables must be fp32, because they are trained; got {config.data_type.name} (table {config.name!r})"
             )
         table = None
-        if len(config.feature_names) > 1:
+        if shared and len(config.feature_names) > 1:
             table = config.name.replace(".", "/").replace("#", "_")
             while table in features - {*config.feature_names}:  # a feature without a table has one of its own name
                 table += "_table"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 from torchrec.types import DataType
 
 import recsys_embed as rse
 from recsys_embed.errors import ConfigError
 from recsys_embed.sharding import CompressedEBC, ManagedEBC, ShardableCollection, schema_of, shard
+from recsys_embed.sharding.checkpoint_tensors import weight_tensors
+from recsys_embed.sharding.single_machine import from_single, to_single
 from tests.distributed.workers import Workers
 
 
@@ -116,3 +121,19 @@ def test_managed_tables_refuse_what_they_lack() -> None:
     with pytest.raises(ConfigError) as e:
         ManagedEBC(rse.Schema(specs))
     assert all(word in str(e.value) for word in ("padding_idx", "'t' of a, b"))
+
+
+def test_checkpoints_hold_a_shared_table_once(tmp_path: Path) -> None:
+    specs = [rse.FeatureSpec("item", 40, 8), rse.FeatureSpec("history", 40, 8, "mean", table="item", padding_idx=0)]
+    schema = rse.Schema(specs)
+    plan = rse.Plan.uniform(schema, "freqcut", num_frequent=5, order="counts")
+    models = [rse.EmbeddingCollection(schema, plan, rse.Adagrad(lr=0.1), seed=seed) for seed in (1, 2)]
+    models[0].assign_({"history": torch.arange(40)})
+    models[0](torch.tensor([[3, 39], [39, 0]])).sum().backward()
+    names = [t.name for t in weight_tensors(nn.ModuleDict({"e": models[0]}))]
+    assert sorted(n for n in names if "index" in n) == ["e/item:index:kept"]
+    assert len(set(names)) == len(names)
+    from_single(tmp_path / "saved", nn.ModuleDict({"e": models[0]}))
+    to_single(tmp_path / "saved", nn.ModuleDict({"e": models[1]}))
+    ids = torch.arange(40)
+    assert torch.equal(models[1].lookup("history", ids), models[0].lookup("history", ids))

@@ -74,6 +74,27 @@ def test_a_step_of_every_method(method: Any, path: str) -> None:
     assert_steps_agree(*pair(schema, plan_of(method, schema), rse.RowwiseAdagrad(lr=0.1)), steps=2, batch=20)
 
 
+@METHODS
+def test_features_of_one_table_with_padding(method: Any, path: str) -> None:
+    """Vectors, also unpooled ones, and one step of all lookups; an id out of range is refused, -1 as well."""
+    specs = [FeatureSpec("item", 60, 8), FeatureSpec("last", 60, 8, table="item", padding_idx=3)]
+    schema = Schema(specs)
+    ours, oracle = pair(schema, plan_of(method, schema), rse.RowwiseAdagrad(lr=0.1))
+    ids = ids_of(schema, 20)
+    ids[::3, 1] = 3
+    assert_steps_agree(ours, oracle, steps=1, batch=20, ids=ids)
+    for coll in (ours, oracle):
+        outs = coll(ids), coll.lookup("last", ids), coll.lookup("item", ids[:, 0])
+        assert not outs[1][::3, 1].any()
+        sum(out.square().sum() for out in outs).backward()
+    for name in ours.storages:
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(oracle, name), rtol=1e-4, atol=1e-5)
+    if not plan_of(method, schema)["item"].accepts_raw:
+        for wrong in (-1, 60):
+            with pytest.raises(IdRangeError, match="last"):
+                ours(torch.tensor([[0, wrong]], device=DEVICE))
+
+
 @pytest.mark.parametrize("method", ["full", "memcom"])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_a_step_of_every_rule(method: str, rule: FusedOptimizer, path: str) -> None:

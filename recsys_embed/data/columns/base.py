@@ -7,7 +7,7 @@ the training rows taught. Converting, ``--like``, the export and serving use the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -161,6 +161,10 @@ class Encoder(ABC):
         """The numeric columns it gives, as the manifest names them."""
         return ()
 
+    def refuse(self, dtype: pl.DataType) -> str | None:
+        """Why values of a type cannot be encoded, or None: what was learned may narrow what the column takes."""
+        return self.column.refuse(dtype)
+
     @abstractmethod
     def encode(self, values: pl.Series) -> Encoded:
         """The columns of some rows; values must be without faults."""
@@ -199,6 +203,3 @@ def cast_faults(values: pl.Series, wrong: pl.Series, reason: str) -> list[Fault]
     """One fault for the rows where ``wrong`` is true; none where it never is."""
     wrong = wrong.fill_null(False)
     return [Fault(wrong, reason)] if wrong.any() else []
-
-
-Refusal = Callable[[pl.DataType], str | None]

@@ -61,15 +61,15 @@ class VocabularyColumn(Column):
 
     @property
     def learns(self) -> str:
-        return f"raw:{self.name}" if self.ids == "raw" else f"vocab:{self.vocab or self.name}"
+        return f"{self.ids}:{self.vocab or self.name}"
 
     def conflicts(self) -> list[str]:
         faults = []
         if self.ids == "raw":
             changed = [n for n, d in (("min_count", 2), ("max_size", None)) if getattr(self, n) != d]
             faults += [f'`{n}` is of a vocabulary, which `ids = "raw"` does without' for n in changed]
-        if self.vocab == "":
-            faults.append("`vocab` must not be empty")
+        if self.vocab is not None and (not self.vocab or "." in self.vocab or "#" in self.vocab):
+            faults.append(f"`vocab` must not be empty, nor contain '.' or '#'; got {self.vocab!r}")
         return faults
 
     # -- what a kind says of its values ------------------------------------------------------------------------------
@@ -177,14 +177,14 @@ class RawLearner:
 
     def __init__(self, limits: Limits) -> None:
         self.counter = FieldCounter(max_rows=limits.sample, max_distinct=min(limits.distinct, limits.sample))
-        self.dtype: pl.DataType = pl.String()
+        self.dtypes: dict[str, pl.DataType] = {}
 
     def add(self, column: Column, values: pl.Series) -> None:
         if not isinstance(column, VocabularyColumn):
             raise TypeError(f"{column.name} has no ids")
         flat = column.flat(values)
-        self.dtype = value_type(flat.dtype) or pl.String()
-        keys, _ = plain(flat, self.dtype)
+        dtype = self.dtypes[column.name] = value_type(flat.dtype) or pl.String()
+        keys, _ = plain(flat, dtype)
         missing = keys.is_null().to_numpy()
         self.counter.add(raw_ids(keys).to_numpy(), missing)
 
@@ -193,7 +193,8 @@ class RawLearner:
             raise TypeError(f"{column.name} has no ids")
         counts = self.counter.result()
         distinct = (len(counts.values) << counts.level) + (counts.missing > 0)
-        return column.encoder(known=None, dtype=self.dtype, distinct=max(1, distinct), estimated=counts.level > 0)
+        dtype = self.dtypes.get(column.name, pl.String())
+        return column.encoder(known=None, dtype=dtype, distinct=max(1, distinct), estimated=counts.level > 0)
 
 
 def raw_ids(keys: pl.Series) -> pl.Series:
@@ -244,6 +245,15 @@ class VocabularyEncoder(Encoder):
     def num_embeddings(self) -> int:
         """Rows that a table needs, or distinct values."""
         return self.known.size if self.known is not None else min(self.distinct, MAX_ROWS)
+
+    def refuse(self, dtype: pl.DataType) -> str | None:
+        column: Any = self.column
+        why = column.refuse(dtype)
+        flat = None if why is not None else column.flat_type(dtype)
+        found = None if flat is None or flat == pl.Null else value_type(flat)
+        if found is None or found == self.dtype or (found.is_integer() and self.dtype.is_integer()):
+            return why
+        return f"it learned values of type {_TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
 
     def ids(self, keys: pl.Series) -> pl.Series:
         """Ids of values that were made plain; nulls become 0, or the raw id of the missing value."""

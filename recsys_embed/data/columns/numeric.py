@@ -27,6 +27,7 @@ from recsys_embed.data.random_bits import random_bits
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
 
+_BLOCK = 1 << 14
 MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -102,11 +103,49 @@ class Numeric(Column):
         return NumericLearner(self, limits)
 
 
+class Moments:
+    """Count, mean and squared deviations of a stream, which do not depend on the pieces it comes in.
+
+    >>> a, b = Moments(), Moments()
+    >>> x = np.random.default_rng(0).normal(5, 2, 100_000)
+    >>> a.add(x); b.add(x[:12_345]); b.add(x[12_345:])
+    >>> a.finish() == b.finish(), round(a.mean, 2)
+    (True, 5.0)
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self._rest: NDArray[np.float64] = np.zeros(0)
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Some more values."""
+        joined = np.concatenate([self._rest, values]) if len(self._rest) else values
+        whole = len(joined) // _BLOCK * _BLOCK
+        for block in joined[:whole].reshape(-1, _BLOCK):
+            self._merge(block)
+        self._rest = joined[whole:].copy()
+
+    def _merge(self, x: NDArray[np.float64]) -> None:
+        # Means of blocks are joined (Chan et al., 1979), so that large numbers of a small spread keep their digits.
+        mean, total = float(x.mean()), self.count + len(x)
+        shift = mean - self.mean
+        self.squares += float(np.square(x - mean).sum()) + shift * shift * self.count * len(x) / total
+        self.mean += shift * len(x) / total
+        self.count = total
+
+    def finish(self) -> tuple[float, float]:
+        """Mean and standard deviation of all values; 0 where there are none."""
+        if len(self._rest):
+            self._merge(self._rest)
+            self._rest = np.zeros(0)
+        return self.mean, math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
 class NumericLearner:
     """Moments of the training rows, and a sample of them for quantiles: all of them up to ``limits.sample``."""
 
     def __init__(self, column: Numeric, limits: Limits) -> None:
-        self.count, self.missing, self.mean, self.squares = 0, 0, 0.0, 0.0
+        self.missing, self.moments = 0, Moments()
         self.sample = Sample(limits.sample) if column.buckets or column.fill == "median" else None
 
     def add(self, column: Column, values: pl.Series) -> None:
@@ -114,13 +153,7 @@ class NumericLearner:
             raise TypeError(f"{column.name} is not numeric")
         x = column.numbers(values).drop_nulls().to_numpy()
         self.missing += len(values) - len(x)
-        if len(x):
-            # Means of chunks are joined (Chan et al., 1979), so that large numbers of a small spread keep their digits.
-            mean, total = float(x.mean()), self.count + len(x)
-            shift = mean - self.mean
-            self.squares += float(np.square(x - mean).sum()) + shift * shift * self.count * len(x) / total
-            self.mean += shift * len(x) / total
-            self.count = total
+        self.moments.add(x)
         if self.sample is not None:
             self.sample.add(x)
 
@@ -129,16 +162,16 @@ class NumericLearner:
             raise TypeError(f"{column.name} is not numeric")
         if column.buckets is not None and self.sample is not None:
             return BucketEncoder.of_sample(column, self.sample, self.missing)
-        std = math.sqrt(self.squares / self.count) if self.count else 0.0
-        shift, scale = (self.mean, std or 1.0) if column.standardise else (0.0, 1.0)
+        mean, std = self.moments.finish()
+        shift, scale = (mean, std or 1.0) if column.standardise else (0.0, 1.0)
         if isinstance(column.fill, str):
-            middle = self.mean
+            middle = mean
             if self.sample is not None:
-                middle = float(np.median(self.sample.values())) if self.count else 0.0
+                middle = float(np.median(self.sample.values())) if self.moments.count else 0.0
             fill = (middle - shift) / scale
         else:
             fill = column.fill
-        return NumericEncoder(column, float(fill), shift, scale, self.mean, std, self.missing)
+        return NumericEncoder(column, float(fill), shift, scale, mean, std, self.missing)
 
 
 class Sample:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import polars as pl
 
 from recsys_embed.data.columns.base import Column, Encoded, Encoder, Fault, Limits, cast_faults, learned_value
+from recsys_embed.data.columns.numeric import Moments
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
 
@@ -137,8 +138,8 @@ class TimeLearner:
 
     def __init__(self, column: Time) -> None:
         self.latest: int | None = None
-        self.count, self.missing = 0, 0
-        self.sums: dict[str, float] = {str(part): 0.0 for part in column.parts}
+        self.missing = 0
+        self.moments = {str(part): Moments() for part in column.parts}
 
     def add(self, column: Column, values: pl.Series) -> None:
         if not isinstance(column, Time):
@@ -149,14 +150,12 @@ class TimeLearner:
             return
         newest: Any = seconds.max()
         self.latest = newest if self.latest is None else max(self.latest, newest)
-        self.count += len(seconds)
         for part, x in column.part_values(seconds, 0).items():
-            total: Any = x.sum()
-            self.sums[part] += total
+            self.moments[part].add(x.to_numpy())
 
     def result(self, column: Column) -> TimeEncoder:
         latest = self.latest or 0
-        means = {part: total / max(1, self.count) for part, total in self.sums.items()}
+        means = {part: moments.finish()[0] for part, moments in self.moments.items()}
         if "age" in means:
             means["age"] += latest / _DAY
         return TimeEncoder(column, latest, means, self.missing)

@@ -226,11 +226,17 @@ class Ingest:
         if fault and not any(fault in row.reason for row in bad.first):
             shown.append(f"{name}: {fault}")
         more = f"\n  and {bad.count - SHOWN_FAULTS} more in this part" if bad.count > SHOWN_FAULTS else ""
+        first = bad.first[0] if bad.first else None
+        other = (
+            first is not None and first.line <= 2 and first.reason.startswith("expected") and "fields" in first.reason
+        )
+        table = "; a table of other columns is converted by `recsys-embed data table`" if other else ""
         head = "" if len(shown) == 1 else f"{max(bad.count, len(shown))} faults in the data:\n  - "
         raise DataError(
             head + "\n  - ".join(shown) + more
             + ("\n" if len(shown) > 1 else "; ")
             + "correct the file, or pass --on-bad-row quarantine to set such rows aside and count them"
+            + table
         )  # fmt: skip
 
 

@@ -7,10 +7,12 @@ on where it stopped and ends with the bytes it would have had.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from recsys_embed.data.columns import Encoder, read_encoder
+import polars as pl
+
+from recsys_embed.data.columns import Column, Encoder, read_encoder
 from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
@@ -24,11 +26,8 @@ from recsys_embed.data.table.rows import TableOptions, TableRows
 from recsys_embed.data.table.schema import TableSchema
 from recsys_embed.data.table.split import TableSplit, check_codes
 from recsys_embed.data.table.write import write_table
-from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.utils.types import JSON, JSONMapping, TableLike
-
-_OPTIONAL = ("label", "weight", "group")
-"""Kinds that rows to be encoded like others may lack."""
 
 
 def convert_table(
@@ -82,7 +81,7 @@ def convert_table(
         table = found.stage(work)
         columns = made.used
         if donor is not None:
-            columns = tuple(c for c in columns if c.kind not in _OPTIONAL or c.source in table.types)
+            columns = tuple(c for c in columns if c.source in table.types or not _may_lack(c))
             made = made.replace(columns=columns, label=None)
         made.check_types(table.types)
         settings: JSON = {"schema": made.to_dict(), "on_bad_row": on_bad_row}
@@ -102,7 +101,7 @@ def convert_table(
             raise DataError(f"no row could be read from {', '.join(table.files[:3])}{seen}")
         codes = SplitCodes(rows, made.split)
         if donor is not None and like is not None:
-            encoders = _encoders(donor, Path(like), [c.name for c in columns])
+            encoders = _encoders(donor, Path(like), columns, table.types)
             copy_vocabularies(encoders, Path(like), work)
             learned = borrowed(columns, encoders, read_stats(like))
         else:
@@ -140,6 +139,21 @@ def _schema(
     return (made if split is None else made.replace(split=split)), donor
 
 
-def _encoders(donor: Manifest, folder: Path, names: list[str]) -> dict[str, Encoder]:
+def _may_lack(column: Column) -> bool:
+    """Whether rows that are encoded like others may lack a column: one that gives no input of a model."""
+    return column.part is not None and not getattr(column, "parts", ())
+
+
+def _encoders(
+    donor: Manifest, folder: Path, columns: Sequence[Column], types: Mapping[str, pl.DataType]
+) -> dict[str, Encoder]:
+    """The encoders of a folder.
+
+    Raises:
+        ConfigError: columns of another type than those it was made of.
+    """
     entries = {entry["name"]: entry for entry in donor.columns}
-    return {name: read_encoder(entries[name], folder) for name in names}
+    found = {c.name: read_encoder(entries[c.name], folder) for c in columns}
+    why = [(c.source, found[c.name].refuse(types[c.source])) for c in columns]
+    raise_faults([f"column {name!r}: {text}" for name, text in why if text], f"the table beside {folder}")
+    return found

@@ -20,6 +20,8 @@ from recsys_embed.data.table.codes import SplitCodes
 from recsys_embed.data.table.rows import Part, TableRows, in_order
 from recsys_embed.utils.types import JSON
 
+LEARNED = "learned"
+"""Folder of what was learned, in the work folder."""
 Learned = dict[str, tuple[Encoder, JSON]]
 """The encoder of every column by name, and its training statistics (those of features alone)."""
 
@@ -30,11 +32,11 @@ def learn_columns(rows: TableRows, codes: SplitCodes, progress: Progress) -> Lea
     found: Learned = {c.name: (c.fixed(types[c.source]), {}) for c in rows.columns if c.learns is None}
     groups = _groups(rows.columns)
     for i, columns in enumerate(groups):
-        path = rows.work / "learned" / f"{i:04d}.json"
+        path = rows.work / LEARNED / f"{i:04d}.json"
         if not path.exists():
             write_json(path, _learn(rows, codes, columns), durable=False)
         for entry, stats in json.loads(path.read_text()):
-            found[entry["name"]] = (read_encoder(entry, rows.work / "out"), stats)
+            found[entry["name"]] = (read_encoder(entry, rows.work / LEARNED), stats)
         progress("number", i + 1, len(groups), rows.total)
     return {c.name: found[c.name] for c in rows.columns}
 
@@ -73,9 +75,10 @@ def _learn(rows: TableRows, codes: SplitCodes, columns: Sequence[Column]) -> lis
         encoder = learner.result(column)
         stats: JSON = {}
         if encoder.vocabulary is not None:
-            file = rows.work / "out" / vocabulary_file(encoder.vocabulary.name)
+            file = vocabulary_file(encoder.vocabulary.name)
             if column is together[str(column.learns)][0]:
-                encoder.vocabulary.write(file, durable=False)
+                encoder.vocabulary.write(rows.work / LEARNED / file, durable=False)
+                _stage(rows.work, file)
         if isinstance(learner, VocabularyLearner):
             stats = describe_counts(learner.counter.counted(), learner.counter.missing)
         elif encoder.features:
@@ -122,4 +125,10 @@ def copy_vocabularies(encoders: dict[str, Encoder], donor: Path, work: Path) -> 
     for encoder in encoders.values():
         if encoder.vocabulary is not None:
             file = vocabulary_file(encoder.vocabulary.name)
-            write_bytes(work / "out" / file, (donor / file).read_bytes(), durable=False)
+            write_bytes(work / LEARNED / file, (donor / file).read_bytes(), durable=False)
+            _stage(work, file)
+
+
+def _stage(work: Path, file: str) -> None:
+    """Put a vocabulary among what is published; the one that is learned stays, as a run that was killed needs it."""
+    write_bytes(work / "out" / file, (work / LEARNED / file).read_bytes(), durable=False)

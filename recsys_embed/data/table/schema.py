@@ -94,9 +94,10 @@ class TableSchema(Settings):
 
     def _vocabulary_faults(self) -> list[str]:
         faults = []
-        for name in self.vocabularies:
-            sharing = [c for c in self.columns if isinstance(c, VocabularyColumn) and c.learns == f"vocab:{name}"]
-            for setting in ("min_count", "max_size"):
+        with_ids = [c for c in self.columns if isinstance(c, VocabularyColumn)]
+        for name in dict.fromkeys(c.vocab or c.name for c in with_ids):
+            sharing = [c for c in with_ids if (c.vocab or c.name) == name]
+            for setting in ("ids", "min_count", "max_size"):
                 values = {getattr(c, setting) for c in sharing}
                 if len(values) > 1:
                     who = ", ".join(f"{c.name} {getattr(c, setting)}" for c in sharing)

@@ -19,7 +19,7 @@ from recsys_embed.data.publish import BuiltDataset
 from recsys_embed.data.shards import write_parquet
 from recsys_embed.data.splits import SPLITS
 from recsys_embed.data.table.codes import SplitCodes
-from recsys_embed.data.table.learn import Learned
+from recsys_embed.data.table.learn import LEARNED, Learned
 from recsys_embed.data.table.rows import Part, TableRows, in_order
 from recsys_embed.utils.types import JSON
 
@@ -104,7 +104,7 @@ def _features(rows: TableRows, learned: Learned) -> tuple[Feature, ...]:
             file = None
             if f.vocab is not None:
                 file = vocabulary_file(f.vocab)
-                hashes.setdefault(file, file_hash(rows.work / "out" / file))
+                hashes.setdefault(file, file_hash(rows.work / LEARNED / file))
             found.append(
                 Feature(
                     f.name, f.num_embeddings, f.missing_id, f.estimated, file, hashes[file] if file else None,
