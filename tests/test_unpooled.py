@@ -180,3 +180,14 @@ def test_bags_as_one_value() -> None:
     coll = collection("hash", None, "auto")
     values, offsets = torch.tensor([1, 2, 3, 4, 5, 6, 7]), torch.tensor([0, 1, 2, 3, 4, 4, 7])
     torch.testing.assert_close(coll(BagIds(values, offsets)), coll(values, offsets))
+
+
+def test_compiled_and_uncompiled_lookups_do_not_mix() -> None:
+    """Of one backward they would be two steps."""
+    coll = collection("full", SGD(lr=0.1), "auto")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: coll.lookup("history", HISTORY).sum(), fullgraph=True, backend="aot_eager")
+    # Torch is first to see that a table that compiled code has saved was changed in between.
+    for number in (1, 2):
+        with pytest.raises((ConfigError, RuntimeError), match=r"lookup|modified by an inplace operation"):
+            (sum(compiled() for _ in range(number)) + coll(IDS).sum()).backward()

@@ -124,13 +124,21 @@ class BackwardSteps:
             if gradient is not None:
                 found[name] = found[name] + gradient if name in found else gradient
 
-    def stepped_by_compiled_code(self) -> None:
-        """Compiled lookups keep no record; two of them in one backward are refused here."""
+    def refuse_second_step(self) -> None:
+        """Compiled lookups keep no record: refuse one whose backward has stepped the tables for another lookup.
+
+        Raises:
+            ConfigError: it has.
+        """
         task = torch._C._current_graph_task_id()
         if task >= 0 and task == self._stepped_in:
             raise ConfigError(
-                f"a compiled model looked up the same tables twice in one backward, which steps them twice; {_WAY_OUT}"
+                "one backward runs through lookups of compiled and of uncompiled code, which would step the same "
+                f"tables twice; compile all of them, or {_WAY_OUT}"
             )
+
+    def stepped_by_compiled_code(self) -> None:
+        """A lookup of compiled code has stepped its tables."""
         self._count(threading.get_ident())
 
     def _end(self, task: int) -> None:

@@ -345,6 +345,8 @@ class FusedTables(TablesWithState):
             raise ConfigError(
                 "tables or optimizer state have been replaced between a compiled lookup and its backward; look up again"
             )
+        if self._in_backward:
+            self._backward_steps.refuse_second_step()
         wanted = [t.requires_grad for t in own]
         # Gradients of several lookups wait for each other, as those of uncompiled ones do.
         if self._in_backward and not collects and self._compiled_lookups <= 1:
