@@ -106,8 +106,8 @@ class TableSchema(Settings):
             if len(set(names)) > 1
         ]
         return faults + [
-            f"column {c.name!r}: a name that ends in a number in brackets is that of a vector's component; give another "
-            f'`name` and `column = "{c.source}"`'
+            f"column {c.name!r}: a name that ends in a number in brackets is that of a vector's component; give "
+            f'another `name` and `column = "{c.source}"`'
             for c in self.columns
             if c.kind in ("numeric", "vector", "time") and re.search(r"\[\d+\]$", c.name)
         ]
