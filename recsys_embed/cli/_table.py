@@ -44,15 +44,17 @@ def table(
         Literal["time", "order", "random", "file", "column", "last", "all"] | None,
         typer.Option(help="time (default with --time), order (default else), random, file, column, last (per user)."),
     ] = None,
-    valid: Share = "0.1",
-    test: Share = "1/6",
-    split_seed: SplitSeed = 0,
+    valid: Annotated[str | None, typer.Option(help="Share of all rows, 0.1 by default.")] = None,
+    test: Annotated[str | None, typer.Option(help="Share of all rows, 1/6 by default.")] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Seed of --split random.")] = None,
     split_column: Annotated[str | None, typer.Option(help="Of --split column: the splits; of last: the user.")] = None,
     valid_from: Annotated[str | None, typer.Option(help="Date at which validation begins (--split time).")] = None,
     test_from: Annotated[str | None, typer.Option(help="Date at which the test begins (--split time).")] = None,
     valid_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that validate (split file).")] = None,
     test_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that test (split file).")] = None,
-    only: Annotated[Literal["train", "valid", "test"], typer.Option(help="The split of --split all.")] = "test",
+    only: Annotated[
+        Literal["train", "valid", "test"] | None, typer.Option(help="The split of --split all; test by default.")
+    ] = None,
     like: Annotated[Path | None, typer.Option(help="Data folder whose vocabularies encode these rows.")] = None,
     on_bad_row: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="Stop, or set bad rows aside in quarantine.jsonl.")
@@ -76,37 +78,28 @@ def table(
         kind: [n for text in some for n in text.split(",") if n] for kind, some in given.items() if some
     }
     settings = {k: v for k, v in (("min_count", min_count), ("ids", ids)) if v is not None}
-    chosen = split or ("file" if valid_file or test_file else None)
-    plain = {
-        "kind": chosen, "column": split_column, "valid_from": valid_from, "test_from": test_from,
-        "valid_files": valid_file, "test_files": test_file,
+    kind = split or ("file" if valid_file or test_file else None)
+    asked = {
+        "kind": kind, "valid": valid, "test": test, "seed": split_seed, "column": split_column,
+        "valid_from": valid_from, "test_from": test_from, "valid_files": valid_file, "test_files": test_file,
+        "only": only,
     }  # fmt: skip
-    rule: dict[str, Any] = {k: v for k, v in plain.items() if v is not None}
-    if split is not None or rule:
-        rule.setdefault("kind", "time" if names.get("time") else "order")
-    if rule.get("kind", "order") in ("order", "random", "time"):
-        rule.update(valid=valid, test=test)
-    if rule.get("kind") == "random":
-        rule["seed"] = split_seed
+    rule = {k: v for k, v in asked.items() if v is not None}
     if schema is not None and (names or settings):
         raise ConfigError("columns are in --schema or named by kind; give one of them")
+    if like is not None and (schema is not None or names or settings):
+        raise ConfigError("with --like the columns are those of that folder; leave out the options that name columns")
     made = None
     if schema is not None:
         made = TableSchema.read(schema)
-        if "kind" in rule:
-            made = made.replace(split=TableSplit.from_dict(rule))
+        former = {} if kind else made.split.to_dict()
+        made = made.replace(split=TableSplit.from_dict({**former, **rule}))
     elif like is None:
         if not names:
             raise ConfigError("name the columns: --schema FILE.toml, or --label, --categorical, --numeric ...")
-        rule.setdefault("kind", "time" if names.get("time") else "order")
+        rule = {"kind": "time" if names.get("time") else "order", **rule}
         made = TableSchema.of(**{**names, **settings, "split": rule})
-    elif names or settings:
-        raise ConfigError("with --like the columns are those of that folder; leave out the options that name columns")
-    new_split = None
-    if like is not None:
-        new_split = TableSplit.from_dict(rule) if "kind" in rule and split != "all" else TableSplit("all", only=only)
-    elif split == "all" and made is not None:
-        made = made.replace(split=TableSplit("all", only=only))
+    new_split = None if like is None else TableSplit.from_dict({"kind": "all", **rule})
     with show_progress(as_json) as progress:
         report = convert_table(
             sources, out, made, like=like, split=new_split, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from recsys_embed.data.rows import Rows, RowSource
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.table.convert import convert_table
+    from recsys_embed.data.table.inspect import inspect_table
     from recsys_embed.data.table.schema import TableSchema
     from recsys_embed.data.table.split import TableSplit
     from recsys_embed.data.vocab import Vocabulary
@@ -42,6 +43,7 @@ _HOME = {
     "TableSchema": "table.schema",
     "TableSplit": "table.split",
     "convert_table": "table.convert",
+    "inspect_table": "table.inspect",
     "Vocabulary": "vocab",
 }
 _NEEDS_POLARS = {
@@ -52,6 +54,7 @@ _NEEDS_POLARS = {
     "table.schema",
     "table.split",
     "table.convert",
+    "table.inspect",
 }
 
 __all__ = [
@@ -74,6 +77,7 @@ __all__ = [
     "Vocabulary",
     "convert_criteo",
     "convert_table",
+    "inspect_table",
     "make_synthetic",
     "open_dataset",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -178,6 +179,7 @@ class RawLearner:
     def __init__(self, limits: Limits) -> None:
         self.counter = FieldCounter(max_rows=limits.sample, max_distinct=min(limits.distinct, limits.sample))
         self.dtypes: dict[str, pl.DataType] = {}
+        self.strings = StringIds()
 
     def add(self, column: Column, values: pl.Series) -> None:
         if not isinstance(column, VocabularyColumn):
@@ -186,7 +188,7 @@ class RawLearner:
         dtype = self.dtypes[column.name] = value_type(flat.dtype) or pl.String()
         keys, _ = plain(flat, dtype)
         missing = keys.is_null().to_numpy()
-        self.counter.add(raw_ids(keys).to_numpy(), missing)
+        self.counter.add(raw_ids(keys, self.strings).to_numpy(), missing)
 
     def result(self, column: Column) -> VocabularyEncoder:
         if not isinstance(column, VocabularyColumn):
@@ -197,22 +199,40 @@ class RawLearner:
         return column.encoder(known=None, dtype=dtype, distinct=max(1, distinct), estimated=counts.level > 0)
 
 
-def raw_ids(keys: pl.Series) -> pl.Series:
+class StringIds:
+    """Ids of strings, each hashed once while there is room for it, since Python hashes them one by one."""
+
+    def __init__(self, room: int = 1 << 20) -> None:
+        self._room = room
+        self._known: pl.DataFrame | None = None
+
+    def __call__(self, keys: pl.Series) -> pl.Series:
+        """Int64 ids of strings without nulls; may run in several threads."""
+        frame, known = keys.to_frame("value"), self._known
+        if known is None:
+            fresh = keys.unique()
+        else:
+            fresh = frame.join(known, on="value", how="anti")["value"].unique()
+        if len(fresh):
+            more = pl.DataFrame({"value": fresh, "id": string_ids(fresh.to_list()).numpy()})
+            known = more if known is None else pl.concat([known, more])
+            if len(known) <= self._room:
+                self._known = known
+        if known is None:
+            return pl.Series("id", [], dtype=pl.Int64)
+        return frame.join(known, on="value", how="left", maintain_order="left")["id"]
+
+
+def raw_ids(keys: pl.Series, strings: StringIds) -> pl.Series:
     """64-bit ids of values in a vocabulary's type, as :func:`recsys_embed.string_ids` has them: Int64, no nulls.
 
     A missing string has the id that it gives an empty one; a missing number the one that no number may have.
     """
     if keys.dtype == pl.String:
-        distinct = keys.unique()
-        ids = string_ids(distinct.to_list()).numpy()
-        known = pl.DataFrame({"value": distinct, "id": ids})
-        joined = keys.to_frame("value").join(known, on="value", how="left", maintain_order="left", nulls_equal=True)
-        return joined["id"]
+        return strings(keys.fill_null(""))
     if keys.dtype == pl.UInt64:
-        whole = pl.Series(keys.fill_null(1 << 63).to_numpy().view(np.int64))
-    else:
-        whole = keys.to_physical().cast(pl.Int64).fill_null(RESERVED)
-    return whole
+        return pl.Series("id", keys.fill_null(1 << 63).to_numpy().view(np.int64))
+    return keys.to_physical().cast(pl.Int64).fill_null(RESERVED)
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,10 @@ class VocabularyEncoder(Encoder):
     @property
     def vocabulary(self) -> ValueVocabulary | None:
         return self.known
+
+    @cached_property
+    def _strings(self) -> StringIds:
+        return StringIds()
 
     @property
     def missing_id(self) -> int:
@@ -257,7 +281,7 @@ class VocabularyEncoder(Encoder):
 
     def ids(self, keys: pl.Series) -> pl.Series:
         """Ids of values that were made plain; nulls become 0, or the raw id of the missing value."""
-        return raw_ids(keys) if self.known is None else self.known.find(keys)
+        return raw_ids(keys, self._strings) if self.known is None else self.known.find(keys)
 
     def learned(self) -> JSON:
         of_type = {"type": _TYPE_NAMES[str(self.dtype)]}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import polars as pl
 
 from recsys_embed.data.columns.base import Column, Encoded, Encoder
-from recsys_embed.data.columns.categorical import raw_ids
+from recsys_embed.data.columns.categorical import StringIds, raw_ids
 from recsys_embed.data.columns.vocabulary import plain, refuse_values, value_type
 from recsys_embed.utils.types import JSON
 
@@ -44,9 +45,15 @@ class Group(Column):
 class GroupEncoder(Encoder):
     """A group to the folder's ``group``, Int64."""
 
+    @cached_property
+    def _strings(self) -> StringIds:
+        return StringIds()
+
     def encode(self, values: pl.Series) -> Encoded:
         keys, odd = plain(values, value_type(values.dtype) or pl.String())
-        return Encoded({"group": raw_ids(keys).alias("group")}, {"null": values.null_count(), "empty": odd})
+        return Encoded(
+            {"group": raw_ids(keys, self._strings).alias("group")}, {"null": values.null_count(), "empty": odd}
+        )
 
     def learned(self) -> JSON:
         return {}

@@ -183,14 +183,14 @@ class Sample:
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self._seen, self._level = size, 0, 0
+        self.size, self.seen, self._level = size, 0, 0
         self._values: list[NDArray[np.float64]] = []
         self._marks: list[NDArray[np.uint64]] = []
 
     def add(self, values: NDArray[np.float64]) -> None:
         """Some more values."""
-        marks = random_bits(0x5A3B1E, self._seen, len(values))
-        self._seen += len(values)
+        marks = random_bits(0x5A3B1E, self.seen, len(values))
+        self.seen += len(values)
         keep = self._kept(marks)
         self._values.append(values[keep])
         self._marks.append(marks[keep])
@@ -273,6 +273,7 @@ class BucketEncoder(Encoder):
         inner = inner[inner > x[0]] if len(x) else inner
         edges = np.concatenate([[-np.inf], inner])
         counts = np.bincount(np.searchsorted(inner, x, side="right"), minlength=len(edges))
+        counts = np.round(counts * (sample.seen / max(1, len(x)))).astype(np.int64)
         ids = np.arange(1, len(edges) + 1, dtype=np.int32)
         known = ValueVocabulary(column.name, pl.Series("value", edges), ids, counts, 0, missing, 0)
         return cls(column, known)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +20,6 @@ from recsys_embed.errors import ConfigError, DataError
 MAX_WHOLE = 1 << 53
 """A float holds every integer up to this one."""
 _MERGE_ROWS = 1 << 20
-_HAS_ENGINES = "engine" in signature(pl.LazyFrame.collect).parameters
 _ENUM_SIZE = 1 << 14
 """Up to so many strings a lookup through polars' enumerations is faster than a join, four times where they are few."""
 DISTINCT_BYTES = 240
@@ -156,7 +154,11 @@ class ValueVocabulary:
             enum, ids = self._enum
             numbers = keys.cast(enum, strict=False).to_physical().cast(pl.UInt32).fill_null(len(self.values))
             return pl.Series("id", ids[numbers.to_numpy()])
-        found = keys.to_frame("value").join(self._known, on="value", how="left", maintain_order="left")
+        known = self._known
+        if 8 * len(keys) < len(known):
+            # A table of the few keys is built sooner than one of the vocabulary.
+            known = known.join(keys.unique().to_frame("value"), on="value", how="semi")
+        found = keys.to_frame("value").join(known, on="value", how="left", maintain_order="left")
         return found["id"].fill_null(OOV_ID)
 
     def write(self, path: Path, *, durable: bool = True) -> None:
@@ -193,8 +195,11 @@ class ValueVocabulary:
 
 def streamed(query: pl.LazyFrame) -> pl.DataFrame:
     """The result of a query, computed in pieces; the order of its rows is not fixed."""
-    options: dict[str, Any] = {"engine": "streaming"} if _HAS_ENGINES else {"streaming": True}
-    return query.collect(**options)
+    try:
+        return query.collect(engine="streaming")
+    except (TypeError, ValueError):
+        # A polars whose streaming engine is none yet.
+        return query.collect()
 
 
 class ValueCounter:

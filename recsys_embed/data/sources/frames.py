@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ class FrameSource(Source):
     @cached_property
     def inputs(self) -> list[JSON]:
         digest = hashlib.sha256(repr(dict(self.frame.schema)).encode())
-        for at in range(0, len(self.frame), _ROWS):
-            digest.update(self.frame.slice(at, _ROWS).hash_rows(seed=0).to_numpy().tobytes())
+        # Columns of Python objects are no columns of a schema.
+        frame = self.frame.select(n for n, dtype in self.frame.schema.items() if dtype != pl.Object)
+        for at in range(0, len(frame), _ROWS):
+            digest.update(_row_bytes(frame.slice(at, _ROWS)))
         return [{"frame": self.files[0], "rows": len(self.frame), "content": digest.hexdigest()}]
 
     def file_types(self, file: int) -> Mapping[str, pl.DataType]:
@@ -48,6 +51,17 @@ class FrameSource(Source):
         wanted = want_columns(self, columns)
         for at in range(start, len(self.frame), rows):
             yield Chunk(file, at, self.frame.slice(at, rows).select(wanted))
+
+
+def _row_bytes(frame: pl.DataFrame) -> bytes:
+    """Bytes that change with the rows."""
+    try:
+        return frame.hash_rows(seed=0).to_numpy().tobytes()
+    except pl.exceptions.PolarsError:
+        # Lists have no hash in some versions of polars.
+        found = BytesIO()
+        frame.write_ipc(found)
+        return found.getvalue()
 
 
 class LazySource(Source):
@@ -66,7 +80,7 @@ class LazySource(Source):
 
     def chunks(self, file: int, start: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         query = self.frame if columns is None else self.frame.select(columns)
-        yield Chunk(file, start, query.slice(start, rows).collect(engine="streaming"))
+        yield Chunk(file, start, query.slice(start, rows).collect())
 
     def stage(self, work: Path) -> Source:
         path = work / "query.parquet"

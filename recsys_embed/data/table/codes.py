@@ -12,8 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recsys_embed.data.conversion import PROCESS
-from recsys_embed.data.folder import write_bytes
-from recsys_embed.data.splits import TRAIN
+from recsys_embed.data.folder import write_file
 from recsys_embed.data.table.rows import Part, TableRows
 from recsys_embed.data.table.split import TableSplit, TimeBounds, last_codes, time_bounds
 
@@ -70,11 +69,15 @@ class SplitCodes:
     def _find_last(self) -> None:
         if self._path.exists():
             return
-        codes = np.full(self.rows.total, TRAIN, np.int8)
-        users = (self.rows.options.max_memory - PROCESS) // _USER_BYTES
-        for row, code in last_codes(self._users(), self.rows.total, users):
-            codes[row] = code
-        write_bytes(self._path, codes.tobytes(), durable=False)
+        rows, codes = last_codes(self._users(), (self.rows.options.max_memory - PROCESS) // _USER_BYTES)
+
+        def save(path: Path) -> None:
+            # A new file is all TRAIN, which is 0.
+            of_rows = np.memmap(path, np.int8, "w+", shape=self.rows.total)
+            of_rows[rows] = codes
+            of_rows.flush()
+
+        write_file(self._path, save, durable=False)
 
     def _users(self) -> Iterator[tuple[pl.Series, NDArray[np.int64] | None, int]]:
         user, event = self.split.columns[0], self.rows.schema.event_time

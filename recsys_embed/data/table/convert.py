@@ -6,6 +6,7 @@ on where it stopped and ends with the bytes it would have had.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ def convert_table(
         if donor is not None:
             settings["like"] = donor.fingerprint
         record: JSON = {"settings": settings, "inputs": table.inputs, "extra": extra or {}}
+        record = json.loads(json.dumps(record, default=str))
         done = finished(out, record, overwrite)
         if done is not None:
             shutil.rmtree(work, ignore_errors=True)

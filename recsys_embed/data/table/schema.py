@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import polars as pl
 from recsys_embed.data.columns import PARTS, Column, make_column
 from recsys_embed.data.columns.categorical import VocabularyColumn
 from recsys_embed.data.columns.label import Label
+from recsys_embed.data.columns.numeric import Numeric
 from recsys_embed.data.columns.time import Time
 from recsys_embed.data.table.split import TableSplit
 from recsys_embed.errors import ConfigError, raise_faults
@@ -90,7 +92,25 @@ class TableSchema(Settings):
             faults.append(f"a table has one event time; got {', '.join(events)}")
         if self.split.needs_time and not events:
             faults.append("split 'time' needs a column of kind time")
-        return faults + self._vocabulary_faults()
+        return faults + self._output_faults() + self._vocabulary_faults()
+
+    def _output_faults(self) -> list[str]:
+        """Columns whose columns in the folder would have the names of others'."""
+        of: dict[str, list[str]] = {}
+        for column in self.columns:
+            for name in _outputs(column):
+                of.setdefault(name, []).append(column.name)
+        faults = [
+            f"columns {', '.join(names)} would both become {name!r} in the folder; give one another `name`"
+            for name, names in of.items()
+            if len(set(names)) > 1
+        ]
+        return faults + [
+            f"column {c.name!r}: a name that ends in a number in brackets is that of a vector's component; give "
+            f'another `name` and `column = "{c.source}"`'
+            for c in self.columns
+            if c.kind in ("numeric", "vector", "time") and re.search(r"\[\d+\]$", c.name)
+        ]
 
     def _vocabulary_faults(self) -> list[str]:
         faults = []
@@ -257,6 +277,15 @@ class TableSchema(Settings):
             if name not in types
         ]
         raise_faults(faults, "the schema and the table")
+
+
+def _outputs(column: Column) -> list[str]:
+    """Columns of the folder that a column gives, but for its own names (``PARTS``)."""
+    if isinstance(column, Time):
+        return [f"{column.name}_{part}" for part in column.parts]
+    if isinstance(column, Numeric) and column.indicator:
+        return [column.name, f"{column.name}_missing"]
+    return [] if column.part is not None else [column.name]
 
 
 def _key(name: str) -> str:

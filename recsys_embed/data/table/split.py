@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -210,17 +210,20 @@ def nth_smallest(chunks: Any, n: int) -> int:
 
 
 def last_codes(
-    parts: Iterable[tuple[pl.Series, NDArray[np.int64] | None, int]], total: int, max_users: int
-) -> Iterator[tuple[int, int]]:
-    """Rows that do not train under leave-last-out: ``(row, code)``.
+    parts: Iterable[tuple[pl.Series, NDArray[np.int64] | None, int]], max_users: int
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Rows that do not train under leave-last-out, and their codes.
 
     Args:
         parts: users, times (None: the order of the rows) and the number of the first row, part by part.
-        total: rows.
         max_users: users that memory has room for.
 
     Raises:
         ConfigError: there are more users.
+
+    >>> rows, codes = last_codes([(pl.Series(["a", "a", "b", "a"]), None, 0)], 10)
+    >>> sorted(zip(rows.tolist(), codes.tolist()))
+    [(1, 1), (3, 2)]
     """
     held: pl.DataFrame | None = None
     for users, times, first in parts:
@@ -232,11 +235,11 @@ def last_codes(
                 f"split 'last' met more than {max_users:,} users, all that --max-memory has room for; raise it"
             )
     if held is None:
-        return
+        return np.zeros(0, np.int64), np.zeros(0, np.int8)
     place = pl.int_range(pl.len(), dtype=pl.Int64).reverse().over("user")
     ordered = held.sort("time", "row").with_columns(place.alias("place"), pl.len().over("user").alias("rows"))
     kept = ordered.filter((pl.col("rows") >= 3) & (pl.col("place") < 2))
-    yield from zip(kept["row"].to_list(), (TEST if p == 0 else VALID for p in kept["place"].to_list()), strict=True)
+    return kept["row"].to_numpy(), np.where(kept["place"].to_numpy() == 0, np.int8(TEST), np.int8(VALID))
 
 
 def _last_three(frame: pl.DataFrame) -> pl.DataFrame:

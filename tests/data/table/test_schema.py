@@ -112,6 +112,9 @@ def test_faults_of_columns_together() -> None:
                     {"name": "y.z", "kind": "list", "vocab": "v"},
                     {"name": "weight", "kind": "numeric"},
                     {"name": "x", "kind": "numeric"},
+                    {"name": "ts", "kind": "time"},
+                    {"name": "ts_hour", "kind": "numeric"},
+                    {"name": "v[3]", "kind": "numeric"},
                     {"name": "w1", "kind": "weight"},
                     {"name": "w2", "kind": "weight"},
                 ]
@@ -124,6 +127,8 @@ def test_faults_of_columns_together() -> None:
         "column 'weight': that name is the folder's own",
         "column 'x' is given 2 times",
         "one weight column; got w1, w2",
+        "columns ts, ts_hour would both become 'ts_hour'",
+        "column 'v[3]': a name that ends in a number in brackets",
     ):
         assert part in str(e.value)
 

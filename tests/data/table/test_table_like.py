@@ -149,7 +149,7 @@ def test_command_line(folder: Path, tmp_path: Path, command: str, capsys: pytest
                    "--time", "ts", "--weight", "w", "--group", "user", "--test", "0.2", "--json"]  # fmt: skip
     elif command == "schema":
         TableSchema.from_dict(SCHEMA).write(tmp_path / "a.toml")
-        options = ["--schema", str(tmp_path / "a.toml"), "--json"]
+        options = ["--schema", str(tmp_path / "a.toml"), "--valid", "0", "--json"]
     else:
         options = ["--like", str(folder), "--only", "train", "--json"]
     assert main([*inputs, *options]) == 0
@@ -158,6 +158,9 @@ def test_command_line(folder: Path, tmp_path: Path, command: str, capsys: pytest
     if command == "like":
         assert rows == {"train": 3000}
         return
+    # The schema's own share of the test holds beside the option.
+    assert rows["test"] == pytest.approx(600, abs=5)
+    assert ("valid" in rows) == (command == "named")
     assert main(["data", "stats", str(tmp_path / "out")]) == 0
     assert "user" in capsys.readouterr().out
     if command == "named":
