@@ -107,6 +107,8 @@ class UnseenIds(Constants):
         self.add_constant("salts", [hashing.salt(0, s.table_name, "unseen") for s in specs])
         self.add_constant("fixed", [NO_ID if a == "zero" else n for n, a in zip(sizes, actions, strict=True)])
         self.add_constant("kinds", [{"hash": 1, "oov": 2, "zero": 2}.get(a, 0) for a in actions])
+        # Features that hash any id and have padding: a given -1 is hashed as the number that padding has left.
+        self.swaps = any(a == "pass" and p is not None for a, p in zip(actions, padding, strict=True))
         if self.pads:
             self.add_constant("pads", [int(p is not None) for p in padding])
             self.add_constant("padding", [0 if p is None else p for p in padding])
@@ -157,17 +159,28 @@ class UnseenIds(Constants):
         if check and self.refuses:
             self.check(ids, feature)
         padding = None
-        if self.pads:
-            padding = (ids == self._of("padding", ids, feature)) & (self._of("pads", ids, feature) != 0)
+        if self._has_padding(feature):
+            padding = ids == self._of("padding", ids, feature)
+            if not isinstance(feature, int):
+                padding = padding & (self._of("pads", ids, feature) != 0)
             ignored = padding if ignored is None else ignored | padding
-        outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
-        if count:
-            self._count(outside, feature, ignored)
-        out = self._substituted(ids, outside, feature) if self.substitutes else ids
+        out = ids
+        if count or self.substitutes:
+            outside = (ids < self._of("low", ids, feature)) | (ids > self._of("last", ids, feature))
+            if count:
+                self._count(outside, feature, ignored)
+            out = self._substituted(ids, outside, feature) if self.substitutes else ids
         if padding is None:
             return out
-        moves = (ids == NO_ID) & (self._of("moves", ids, feature) != 0)
-        return torch.where(padding, NO_ID, torch.where(moves, self._of("moved", ids, feature), out))
+        if self.swaps or not check:  # a check that has passed leaves no other -1
+            moves = (ids == NO_ID) & (self._of("moves", ids, feature) != 0)
+            out = torch.where(moves, self._of("moved", ids, feature), out)
+        return torch.where(padding, NO_ID, out)
+
+    def _has_padding(self, feature: Tensor | int | None) -> bool:
+        if not self.pads or not isinstance(feature, int):
+            return self.pads
+        return bool(self._integers["pads"][feature])
 
     def _substituted(self, ids: Tensor, outside: Tensor, feature: Tensor | int | None) -> Tensor:
         """``ids`` with those outside as the policies have them."""
@@ -258,7 +271,7 @@ class UnseenIds(Constants):
         super().__setstate__(state)
         self.refuses = "raise" in self.actions
         # Earlier versions knew no padding.
-        self.pads = self.__dict__.get("pads", False)
+        self.pads, self.swaps = self.__dict__.get("pads", False), self.__dict__.get("swaps", False)
         self.substitutes = self.__dict__.get("substitutes", self.replaces)
         counts = self._buffers.pop("counts", None)  # a buffer of earlier versions
         if counts is not None:
