@@ -129,3 +129,17 @@ def test_reader_options_are_kept_in_the_schema(tmp_path, capsys) -> None:
         == 0
     )
     assert sum(open_dataset(tmp_path / "o").splits.values()) == 120
+
+
+def test_a_table_without_a_schema_file_and_rows_like_it_in_another_format(tmp_path) -> None:
+    frame = pl.DataFrame({"click": [i % 2 for i in range(120)], "user": [f"u{i % 7}" for i in range(120)]})
+    frame.write_csv(tmp_path / "t.txt", include_header=False, separator=";")
+    options = ["--source", "format=csv", "--source", "names=click,user", "--source", "separator=;"]
+    columns = ["--label", "click", "--categorical", "user"]
+    assert main(["data", "table", str(tmp_path / "t.txt"), str(tmp_path / "out"), *columns, *options]) == 0
+    frame.write_parquet(tmp_path / "new.parquet")
+    for name in ("t.txt", "new.parquet"):
+        paths = [str(tmp_path / name), str(tmp_path / f"like_{name}")]
+        assert main(["data", "table", *paths, "--like", str(tmp_path / "out")]) == 0
+    first, second = (open_dataset(tmp_path / f"like_{name}").read("test", 0, 120) for name in ("t.txt", "new.parquet"))
+    assert first.ids.tolist() == second.ids.tolist()
