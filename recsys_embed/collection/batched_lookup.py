@@ -177,7 +177,9 @@ class BatchedLookup:
     _takes_masks = True
 
     def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
-        self.lookup = NativeLookup(*arguments, self._shapes)
+        # Ids of features with padding have been checked when padding has become -1.
+        limits = [-1 if none else n for none, n in zip(arguments.optional, arguments.limits, strict=True)]
+        self.lookup = NativeLookup(*arguments._replace(limits=limits), self._shapes)
         self._pool = OutputPool()
 
     def single(
