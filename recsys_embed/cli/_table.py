@@ -90,10 +90,10 @@ def table(
     reader = reader_options(source or [])
     if schema is not None and (names or settings):
         raise ConfigError("columns are in --schema or named by kind; give one of them")
-    if like is not None and (schema is not None or names or settings or reader):
-        raise ConfigError(
-            "with --like the columns are those of that folder; leave out the options that name them or a reader"
-        )
+    if like is not None and (schema is not None or names or settings):
+        raise ConfigError("with --like the columns are those of that folder; leave out the options that name columns")
+    if like is not None and reader:
+        raise ConfigError("with --like files are read as that folder's were; leave out --source")
     made = None
     if schema is not None:
         made = TableSchema.read(schema)
