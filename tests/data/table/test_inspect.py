@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from recsys_embed.cli import main
-from recsys_embed.data import TableSchema, convert_table, inspect_table, open_dataset
+from recsys_embed.data import TableSchema, TableSplit, convert_table, inspect_table, open_dataset
+from recsys_embed.errors import DataError
 
 ROWS = 1200
 
@@ -143,3 +144,18 @@ def test_a_table_without_a_schema_file_and_rows_like_it_in_another_format(tmp_pa
         assert main(["data", "table", *paths, "--like", str(tmp_path / "out")]) == 0
     first, second = (open_dataset(tmp_path / f"like_{name}").read("test", 0, 120) for name in ("t.txt", "new.parquet"))
     assert first.ids.tolist() == second.ids.tolist()
+
+
+def test_names_that_collide_in_a_folder_are_changed(tmp_path) -> None:
+    columns = {
+        "a.b": ["x", "y"] * 60, "a_b": ["x", "y", "z"] * 40, "time": [0.5, 1.5] * 60, "vec[0]": [0.5, 2.5] * 60,
+        "vec": [[0.5, 1.0]] * 120, "ts": [datetime(2024, 1, 1)] * 120, "ts_hour": [0.25, 0.5] * 60,
+        "click": [0, 1, 1, 0, 0] * 24,
+    }  # fmt: skip
+    found = inspect_table(pl.DataFrame(columns))
+    assert [c.source for c in found.schema.columns] == list(columns)
+    (tmp_path / "s.toml").write_text(found.to_toml())
+    schema = TableSchema.read(tmp_path / "s.toml").replace(split=TableSplit("order"))
+    assert sum(convert_table(pl.DataFrame(columns), tmp_path / "out", schema).rows.values()) == 120
+    with pytest.raises(DataError, match="no column of the frame can be used"):
+        inspect_table(pl.DataFrame({"x": [None, None]}))
