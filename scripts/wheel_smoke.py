@@ -27,6 +27,8 @@ def main() -> int:
         raise SystemExit(f"imported {here}, not the wheel in {sys.prefix}")
     if not (here.parent / "py.typed").exists():
         raise SystemExit("the wheel lacks py.typed")
+    if not (here.parent / "data/presets/movielens_100k.toml").exists():
+        raise SystemExit("the wheel lacks the presets of public data sets")
 
     ids = torch.tensor([[3, 999, 0], [3, 5, 17]])
     for method in rse.list_methods():

@@ -67,9 +67,7 @@ static void take_ids(const Call& c, const Feature& f, i64 first, i64 n, const Ch
 // Rows of n ids for all row lookups of their feature; false if an id is out of range.
 static bool find_rows(const Call& c, const Feature& f, i64 n, const Chunk& at) {
   i64 wrong = 0;
-  if (f.limit >= 0 && f.optional)
-    for (i64 i = 0; i < n; i++) wrong |= u64(at.ids[i]) >= u64(f.limit) && at.ids[i] != -1;
-  else if (f.limit >= 0)
+  if (f.limit >= 0)
     for (i64 i = 0; i < n; i++) wrong |= u64(at.ids[i]) >= u64(f.limit);
   const unsigned char* none = f.optional ? at.none : nullptr;
   if (f.optional)

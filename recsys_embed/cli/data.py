@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from recsys_embed.cli._inspect import inspect
+from recsys_embed.cli._preset import preset
 from recsys_embed.cli._table import Json, Memory, Overwrite, Share, SplitSeed, Workers, say_rows, show_progress, table
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, make_synthetic, open_dataset
@@ -20,6 +21,7 @@ from recsys_embed.data.stats import read_stats, stats_table
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
 data_app.command("table")(table)
 data_app.command("inspect")(inspect)
+data_app.command("preset")(preset)
 
 Ids = Annotated[Literal["vocab", "raw"], typer.Option(help="vocab: by training frequency; raw: the hashes themselves.")]
 MinCount = Annotated[int, typer.Option(help="Training rows a category must occur in to get an id (vocab).")]

@@ -34,6 +34,7 @@ class BatchedFeatures:
         schema: all features of the bundle.
         numbers: of the features that are run, among the programs of ``index``.
         positions: in the schema, of each.
+        columns: of the matrix of ids, of each.
         programs, places: of each; the kernels know the programs.
         index: of all programs of the bundle.
         storages: shape of each storage by name.
@@ -46,6 +47,7 @@ class BatchedFeatures:
     schema: Schema
     numbers: Sequence[int]
     positions: Sequence[int]
+    columns: Sequence[int]
     programs: Sequence[LookupProgram]
     places: Sequence[Mapping[str, Place]]
     index: IndexStore
@@ -131,12 +133,14 @@ class BatchedLookup:
     def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
         self._unseen, self._heads = features.unseen, features.heads
-        # The one feature that is run, whose ids are a column of the matrix; the others may be anything.
-        self._only = features.positions[0] if len(features.positions) == 1 else None
+        # The one feature that is run, if ids are its own alone.
+        self._only = features.positions[0] if list(features.columns) == [0] and not rest else None
         self.parts = features.outputs()
         self._keys = [f"{name}{output}" for output in range(len(self.parts))]
         self._headed = [self._heads.add(k, p) for k, p in zip(self._keys, self.parts, strict=True)]
         self._any_headed = any(self._headed)
+        column_of = dict(zip(features.positions, features.columns, strict=True))
+        self._columns = [[column_of[i] for i in members] for members in self.parts]
         programs = dict(zip(features.positions, features.programs, strict=True))
         slots: dict[int, Slot] = {}
         widths = []
@@ -164,7 +168,7 @@ class BatchedLookup:
             features.storages,
             [slots[i] for i in features.positions],
             widths,
-            list(features.positions),
+            list(features.columns),
             [limits[i] for i in features.positions],
             [self._unseen.zeros[i] for i in features.positions],
         )
@@ -173,7 +177,9 @@ class BatchedLookup:
     _takes_masks = True
 
     def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
-        self.lookup = NativeLookup(*arguments, self._shapes)
+        # Ids of features with padding have been checked when padding has become -1.
+        limits = [-1 if none else n for none, n in zip(arguments.optional, arguments.limits, strict=True)]
+        self.lookup = NativeLookup(*arguments._replace(limits=limits), self._shapes)
         self._pool = OutputPool()
 
     def single(
@@ -234,22 +240,13 @@ class BatchedLookup:
                 continue
             members, key, value = self.parts[output], self._keys[output], outputs[output]
             columns = value.view(value.shape[0], len(members), value.shape[1] // len(members))
-            mine = ids[:, list(members)].long() if ids is not None and self._heads.needs_ids(key) else None
+            mine = ids[:, self._columns[output]].long() if ids is not None and self._heads.needs_ids(key) else None
             out[output] = self._heads.vectors(key, columns, mine).flatten(1)
         return out
 
     def _resolved(self, ids: Tensor) -> Tensor:
         """``ids`` after the policies for unseen ones."""
-        if not (self._unseen.replaces or self._unseen.counting):
-            return ids
-        if self._only is None:
-            return self._unseen(ids.long())
-        return self._as_column(self._unseen(ids[:, self._only].long(), self._only), ids)
-
-    @staticmethod
-    def _as_column(column: Tensor, ids: Tensor) -> Tensor:
-        """Ids of one feature in a matrix like that of all features."""
-        return column.unsqueeze(1).expand(-1, ids.shape[1])
+        return self._unseen(ids.long(), self._only) if self._unseen.replaces or self._unseen.counting else ids
 
     def _outputs(
         self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None
@@ -259,10 +256,7 @@ class BatchedLookup:
         try:
             return look_up(self.lookup, self._pool, Ids.matrix(ids), tables, step=step, sparse=sparse, mask=mask)
         except IdRangeError:
-            if self._only is None:
-                self._unseen.check(ids.long())
-            else:
-                self._unseen.check(ids[:, self._only].long(), self._only)
+            self._unseen.check(ids.long(), self._only)
             raise
 
 
@@ -281,11 +275,7 @@ class TritonBatchedLookup(BatchedLookup):
         # The kernels check ranges themselves: the assertion that torch has for GPUs would end the process.
         if not (self._unseen.replaces or self._unseen.counting):
             return ids
-        counting = self._unseen.counting
-        if self._only is None:
-            return self._unseen.resolve(ids.long(), count=counting, check=False)
-        column = self._unseen.resolve(ids[:, self._only].long(), self._only, count=counting, check=False)
-        return self._as_column(column, ids)
+        return self._unseen.resolve(ids.long(), self._only, count=self._unseen.counting, check=False)
 
     def _outputs(
         self, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool, mask: MaskParameters | None

@@ -340,7 +340,7 @@ class EmbeddingCollection(FusedTables):
         if found is None or batched is None:
             out = bundle.unpooled(number, flat.long(), gather)
         else:
-            out = bundle.unpooled_batched(batched, number, flat, found[1], step, self.sparse)
+            out = bundle.unpooled_batched(batched, flat, found[1], step, self.sparse)
         return out.view(*given.shape, out.shape[1])
 
     def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:

@@ -135,8 +135,9 @@ class LookupBundle(Constants):
                 if end and rest == (self.batched[name].rest if name in self.batched else None):
                     found[name] = self.batched[name]
                     continue
+                positions = [gathers[j] for j in run]
                 features = BatchedFeatures(
-                    schema, run, [gathers[j] for j in run], [programs[j] for j in run], [where[j] for j in run],
+                    schema, run, positions, positions, [programs[j] for j in run], [where[j] for j in run],
                     self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
                 )  # fmt: skip
                 if not end:
@@ -289,13 +290,10 @@ class LookupBundle(Constants):
         return self.heads.vectors(key, columns.unsqueeze(1), ids.unsqueeze(1)).flatten(1)
 
     def unpooled_batched(
-        self, batched: BatchedLookup, feature: int, ids: Tensor, tables: list[Tensor], step: NativeStep | None,
-        sparse: bool,
-    ) -> Tensor:  # fmt: skip
+        self, batched: BatchedLookup, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+    ) -> Tensor:
         """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
-        # The kernels read one column of a matrix of ids of all features.
-        matrix = ids.unsqueeze(1).expand(-1, len(self.schema))
-        return batched.single(matrix, tables, step, sparse)[0].flatten(1)
+        return batched.single(ids.unsqueeze(1), tables, step, sparse)[0].flatten(1)
 
     def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
         """The lookup of one feature by kernels; None where these leave it to torch."""
@@ -313,7 +311,7 @@ class LookupBundle(Constants):
             return True
         at = list(every.positions).index(feature)
         one = replace(
-            every, numbers=[every.numbers[at]], positions=[feature], programs=[every.programs[at]],
+            every, numbers=[every.numbers[at]], positions=[feature], columns=[0], programs=[every.programs[at]],
             places=[every.places[at]],
         )  # fmt: skip
         found[kernels] = BATCHED_LOOKUPS[kernels](one, [], f"unpooled{feature}_")

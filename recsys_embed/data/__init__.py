@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from recsys_embed.data.data_source import BatchSource, DataSource
     from recsys_embed.data.folder import StorageError
     from recsys_embed.data.loader import Dataset, open_dataset
+    from recsys_embed.data.presets import convert_preset, preset_names
     from recsys_embed.data.rows import Rows, RowSource
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.table.convert import convert_table
@@ -43,6 +44,8 @@ _HOME = {
     "TableSchema": "table.schema",
     "TableSplit": "table.split",
     "convert_table": "table.convert",
+    "convert_preset": "presets",
+    "preset_names": "presets",
     "inspect_table": "table.inspect",
     "Vocabulary": "vocab",
 }
@@ -55,6 +58,7 @@ _NEEDS_POLARS = {
     "table.split",
     "table.convert",
     "table.inspect",
+    "presets",
 }
 
 __all__ = [
@@ -76,10 +80,12 @@ __all__ = [
     "TableSplit",
     "Vocabulary",
     "convert_criteo",
+    "convert_preset",
     "convert_table",
     "inspect_table",
     "make_synthetic",
     "open_dataset",
+    "preset_names",
 ]
 
 

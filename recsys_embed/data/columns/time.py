@@ -121,6 +121,9 @@ def _parsed(text: pl.Series, form: str | None) -> pl.Series:
             )
         days = text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
         return found.zip_with(found.is_not_null(), days)
+    if "%H" in form and "%M" not in form:
+        # Polars reads no hour without a minute.
+        text, form = text + " 00", form + " %M"
     try:
         return _in_utc(text.str.to_datetime(form, time_unit="us", strict=False))
     except pl.exceptions.PolarsError:

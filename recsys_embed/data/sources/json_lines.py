@@ -16,7 +16,7 @@ from recsys_embed.data.sources.base import BadRow
 from recsys_embed.data.sources.csv import type_faults
 from recsys_embed.data.sources.text import SHOWN, Ends, TextFiles, compressed, record, without
 from recsys_embed.data.sources.values import TYPES
-from recsys_embed.errors import DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings
 
 
@@ -49,6 +49,11 @@ class JsonLines(TextFiles):
     options_type = JsonOptions
 
     def __init__(self, paths: Sequence[Path], options: JsonOptions | None = None) -> None:
+        if _read(b'{"x": 1.5}\n', {"x": pl.Int64()}) is not None:
+            raise ConfigError(
+                f"polars {pl.__version__} reads 1.5 in a column of integers as 1, so that JSON lines would be read "
+                "wrongly: update polars, or write Parquet"
+            )
         super().__init__(paths, (options or JsonOptions()).types)
 
     def joint(self, a: pl.DataType, b: pl.DataType) -> pl.DataType | None:

@@ -131,7 +131,9 @@ class LibsvmFiles(TextFiles):
             (rows.label.is_null().to_numpy(), "the label is no number"),
             (rows.bad_rows, "expected `index:value` or `field:index:value`, an integer index and a finite value"),
         ]
-        tokens = rows.tokens.filter(~rows.wrong & (pl.lit(rows.of_fields) | (pl.col("value") != 0)))
+        tokens = rows.tokens.filter(~rows.wrong)
+        if not rows.of_fields:
+            tokens = tokens.filter(pl.col("value") != 0)
         if rows.of_fields != (layout.fields is not None) and len(tokens):
             faults.append(
                 (np.ones(rows.count, bool), "the first rows are of libFFM and this is of libSVM, or the reverse")

@@ -251,7 +251,8 @@ class TableRows:
                 yield split.columns[0], Fault(pl.Series(out), f"the split's column does not hold {meant}")
 
     def _fail(self, rows: list[BadRow]) -> None:
-        shown = [f"{self.source.place(r.file, r.row)}, column {r.column}: {r.reason}; got {r.raw}" for r in rows]
+        named = ((self.source.place(r.file, r.row) + (f", column {r.column}" if r.column else ""), r) for r in rows)
+        shown = [f"{place}: {r.reason}; got {r.raw}" for place, r in named]
         shown = shown[:SHOWN_FAULTS]
         more = f"\n  and {len(rows) - SHOWN_FAULTS} more in this part" if len(rows) > SHOWN_FAULTS else ""
         head = "" if len(shown) == 1 else f"{len(rows)} faults in the data:\n  - "
