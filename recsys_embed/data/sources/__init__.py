@@ -60,7 +60,11 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_o
     paths = find_files([table] if isinstance(table, str | Path) else table, endings)
     readers = [_reader(p) if named is None else formats[named] for p in paths]
     unknown = [f"{p}: no reader knows this ending" for p, r in zip(paths, readers, strict=True) if r is None]
-    known = f"known endings: {', '.join(_endings())}; for others name the format under [source]: {', '.join(formats)}"
+    plain = ", ".join(e for e in _endings() if not e.endswith((".gz", ".zst")))
+    known = (
+        f"known endings: {plain}, of text also with .gz or .zst; for others name the format, {', '.join(formats)}: "
+        '`format = "csv"` under [source], or --source format=csv'
+    )
     raise_faults(unknown, known)
     if len(set(readers)) > 1:
         other = next(p for p, r in zip(paths, readers, strict=True) if r is not readers[0])

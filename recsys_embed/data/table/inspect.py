@@ -98,7 +98,8 @@ def inspect_table(source: object, *, rows: int = SAMPLE_ROWS, options: JSON | No
             "`data table` sets them aside with --on-bad-row quarantine"
         )
     if not len(sample):
-        raise DataError(f"no row could be read from {', '.join(table.files[:3])}")
+        why = f"; {table.place(bad[0].file, bad[0].row)}: {bad[0].reason}" if bad else ""
+        raise DataError(f"no row could be read from {', '.join(table.files[:3])}{why}")
     guesses = {name: guess_column(sample[name]) for name in sample.columns}
     label = _labels(sample, guesses, notes)
     for name, vocab in shared_vocabulary(sample, guesses).items():
