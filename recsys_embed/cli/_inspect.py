@@ -10,14 +10,16 @@ import typer
 from recsys_embed.data import inspect_table
 from recsys_embed.errors import ConfigError
 
+ReaderOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the reader of files, NAME=VALUE: separator=';', names=user,item, format=csv."),
+]
+
 
 def inspect(
     inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Files, globs or folders.")],
     rows: Annotated[int, typer.Option(min=1, help="Most rows to look at.")] = 100_000,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(help="Option of the reader, NAME=VALUE: separator=';', names=user,item, format=csv."),
-    ] = None,
+    source: ReaderOptions = None,
 ) -> None:
     """Print a schema guessed from a sample, as TOML for `data table --schema`.
 

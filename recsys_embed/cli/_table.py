@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from recsys_embed.cli._inspect import ReaderOptions, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import TableSchema, TableSplit, convert_table
 from recsys_embed.data.conversion import Progress
@@ -55,6 +56,7 @@ def table(
     only: Annotated[
         Literal["train", "valid", "test"] | None, typer.Option(help="The split of --split all; test by default.")
     ] = None,
+    source: ReaderOptions = None,
     like: Annotated[Path | None, typer.Option(help="Data folder whose vocabularies encode these rows.")] = None,
     on_bad_row: Annotated[
         Literal["fail", "quarantine"], typer.Option(help="Stop, or set bad rows aside in quarantine.jsonl.")
@@ -85,20 +87,23 @@ def table(
         "only": only,
     }  # fmt: skip
     rule = {k: v for k, v in asked.items() if v is not None}
+    reader = reader_options(source or [])
     if schema is not None and (names or settings):
         raise ConfigError("columns are in --schema or named by kind; give one of them")
     if like is not None and (schema is not None or names or settings):
         raise ConfigError("with --like the columns are those of that folder; leave out the options that name columns")
+    if like is not None and reader:
+        raise ConfigError("with --like files are read as that folder's were; leave out --source")
     made = None
     if schema is not None:
         made = TableSchema.read(schema)
         former = {} if kind else made.split.to_dict()
-        made = made.replace(split=TableSplit.from_dict({**former, **rule}))
+        made = made.replace(split=TableSplit.from_dict({**former, **rule}), source={**made.source, **reader})
     elif like is None:
         if not names:
             raise ConfigError("name the columns: --schema FILE.toml, or --label, --categorical, --numeric ...")
         rule = {"kind": "time" if names.get("time") else "order", **rule}
-        made = TableSchema.of(**{**names, **settings, "split": rule})
+        made = TableSchema.of(**{**names, **settings, "split": rule, "source": reader})
     new_split = None if like is None else TableSplit.from_dict({"kind": "all", **rule})
     with show_progress(as_json) as progress:
         report = convert_table(

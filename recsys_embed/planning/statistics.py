@@ -150,7 +150,10 @@ class _Split(FilePart):
 
 @dataclass(frozen=True)
 class _Field(FilePart):
-    """Numbers of a field, of which those that a sketch estimates may be no integers."""
+    """Numbers of a field, of which those that a sketch estimates may be no integers.
+
+    ``occurrences`` of values, where they are not as many as training rows: of lists, and of columns that share ids.
+    """
 
     distinct: float = param(MISSING, low=0, high=_MANY)
     num_embeddings: int = param(MISSING, low=1, high=_MANY)
@@ -158,6 +161,7 @@ class _Field(FilePart):
     seen_once: float | None = param(None, low=0, high=_MANY)
     oov_rate: Mapping[str, float] | None = None
     coverage: object = None
+    occurrences: float | None = param(None, low=0, high=_MANY)
 
     def conflicts(self) -> list[str]:
         faults = []
@@ -190,7 +194,8 @@ def _of_stats(stats: JSONMapping) -> dict[str, FeatureStatistics]:
             field = _Field.read(values, place)
             once = None if field.seen_once is None else int(field.seen_once)
             unseen = {split: float(rate) for split, rate in (field.oov_rate or {}).items()}
-            found[name] = FeatureStatistics(coarse=_curve_of_field(field, rows), seen_once=once, unseen=unseen)
+            total = rows if field.occurrences is None else field.occurrences
+            found[name] = FeatureStatistics(coarse=_curve_of_field(field, total), seen_once=once, unseen=unseen)
         except ConfigError as e:
             faults.append(str(e) if place in str(e) else f"{e} ({place})")
     raise_faults(faults, whole.where())

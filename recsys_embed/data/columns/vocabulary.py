@@ -261,6 +261,7 @@ def describe_counts(counted: pl.DataFrame, missing: int) -> dict[str, Any]:
         "distinct": len(ordered),
         "seen_once": int((count == 1).sum()),
         "missing": missing,
+        "occurrences": total,
         "estimated": False,
         "coverage": {str(k): round(int(running[min(k, len(ordered)) - 1]) / total, 6) for k in ks if total},
     }

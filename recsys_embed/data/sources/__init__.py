@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ READERS: tuple[Any, ...] = (ParquetFiles, CsvFiles, ArrowFiles, JsonLines, Libsv
 __all__ = ["READERS", "BadRow", "Chunk", "Source", "find_files", "open_source"]
 
 
-def open_source(table: Any, options: Mapping[str, Any] | None = None) -> Source:
+def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_only: bool = False) -> Source:
     """A source over what a user gave as a table.
 
     Args:
         table: a path, a glob, a folder, several of them, a polars (lazy) or pandas frame, an Arrow table, a mapping of
             columns, or a :class:`Source`.
         options: of the reader, e.g. the separator of CSV files; ``format`` names the reader of files of any ending.
+        known_only: leave out options that are another reader's, as those of a former table are that was read from
+            files of another format.
 
     Raises:
         ConfigError: no such files, endings that no reader knows, files of several formats, or options of another one.
@@ -46,6 +49,10 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None) -> Source:
             )
     settings = dict(options or {})
     named = settings.pop("format", None)
+    if known_only and any(
+        _reader(p) is not None for p in map(Path, [table] if isinstance(table, str | Path) else table)
+    ):
+        named = None
     formats = {reader.format: reader for reader in READERS}
     if named is not None and named not in formats:
         raise unknown_name("format", str(named), formats)
@@ -53,11 +60,18 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None) -> Source:
     paths = find_files([table] if isinstance(table, str | Path) else table, endings)
     readers = [_reader(p) if named is None else formats[named] for p in paths]
     unknown = [f"{p}: no reader knows this ending" for p, r in zip(paths, readers, strict=True) if r is None]
-    known = f"known endings: {', '.join(_endings())}; for others name the format under [source]: {', '.join(formats)}"
+    plain = ", ".join(e for e in _endings() if not e.endswith((".gz", ".zst")))
+    known = (
+        f"known endings: {plain}, of text also with .gz or .zst; for others name the format, {', '.join(formats)}: "
+        '`format = "csv"` under [source], or --source format=csv'
+    )
     raise_faults(unknown, known)
     if len(set(readers)) > 1:
         other = next(p for p, r in zip(paths, readers, strict=True) if r is not readers[0])
         raise ConfigError(f"files of one table must have one format; got {paths[0]} and {other}")
+    if known_only:
+        known_names = {f.name for f in fields(readers[0].options_type)} if readers[0].options_type else set()
+        settings = {k: v for k, v in settings.items() if k in known_names}
     return _opened(readers[0], paths, settings)
 
 

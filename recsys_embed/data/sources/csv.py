@@ -244,7 +244,7 @@ class CsvFiles(TextFiles):
         counts = self._rule.fields(data, ends)
         wrong = counts != len(names)
         for i in np.flatnonzero(wrong).tolist():
-            why = f"expected {len(names)} fields separated by {self.separator!r}; got {counts[i]}"
+            why = f"expected {len(names)} fields separated by {self.separator!r}, not {counts[i]}"
             bad.append(self._bad(file, first + good[i], why, record(data, ends, i)))
         if wrong.any():
             data, ends, good, wrong = _drop(data, ends, good, wrong)

@@ -63,6 +63,11 @@ class JsonLines(TextFiles):
         names = dict.fromkeys(n for types in of_files for n in types)
         return [{n: types.get(n, pl.Null()) for n in names} for types in of_files]
 
+    def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
+        if not types:
+            raise DataError(f"{self.files[0]}: none of the first lines is a JSON object with keys")
+        return super().finish_types(types)
+
     def infer(self, file: int, data: bytes, ends: Ends) -> Mapping[str, pl.DataType]:
         objects = [r for r in (record(data, ends, i) for i in range(len(ends))) if _fault(r) is None]
         if not objects:

@@ -58,12 +58,13 @@ def read_values(
     written = _dotted(text, decimal) if dtype.is_float() else text
     values = _cast(written, dtype)
     failed = values.is_null() & text.is_not_null()
+    stripped = written
     if failed.any():
         stripped = written.str.strip_chars()
         values = values.zip_with(~failed, _cast(stripped, dtype))
         failed = values.is_null() & (stripped.str.len_bytes() > 0).fill_null(False)
     if dtype.is_integer() and not told:
-        padded = text.str.starts_with("0") & (text.str.len_bytes() > 1)
+        padded = stripped.str.starts_with("0") & (stripped.str.len_bytes() > 1)
         if padded.any():
             failed = failed | padded.fill_null(False)
     return values, failed if failed.any() else None

@@ -75,7 +75,7 @@ def convert_table(
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
     out = Path(out)
     made, donor = _schema(schema, like, split)
-    found = open_source(source, made.source)
+    found = open_source(source, made.source, known_only=donor is not None)
     check_target(out)
     with lock(out):
         work = out / WORK_DIR

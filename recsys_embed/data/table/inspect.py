@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from recsys_embed.data.columns import Label
+from recsys_embed.data.columns import PARTS, Label
 from recsys_embed.data.sources import Source, open_source
 from recsys_embed.data.sources.base import BadRow
 from recsys_embed.data.sources.csv import CsvFiles
 from recsys_embed.data.sources.json_lines import JsonLines
 from recsys_embed.data.table.guess import Guess, choose_labels, guess_column, label_entry, leaks, shared_vocabulary
 from recsys_embed.data.table.schema import TableSchema
-from recsys_embed.errors import DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.types import JSON
 
 SAMPLE_ROWS = 100_000
@@ -97,7 +98,8 @@ def inspect_table(source: object, *, rows: int = SAMPLE_ROWS, options: JSON | No
             "`data table` sets them aside with --on-bad-row quarantine"
         )
     if not len(sample):
-        raise DataError(f"no row could be read from {', '.join(table.files[:3])}")
+        why = f"; {table.place(bad[0].file, bad[0].row)}: {bad[0].reason}" if bad else ""
+        raise DataError(f"no row could be read from {', '.join(table.files[:3])}{why}")
     guesses = {name: guess_column(sample[name]) for name in sample.columns}
     label = _labels(sample, guesses, notes)
     for name, vocab in shared_vocabulary(sample, guesses).items():
@@ -107,7 +109,10 @@ def inspect_table(source: object, *, rows: int = SAMPLE_ROWS, options: JSON | No
             guesses[name].remarks.append(f"holds values of {vocab}, whose vocabulary it shares")
     found = _options(table, guesses, dict(options or {}))
     _only_one(guesses)
-    kept = [_entry(g) for g in guesses.values() if g.entry is not None and not g.left_out]
+    kept = _entries([g for g in guesses.values() if g.entry is not None and not g.left_out])
+    if not kept:
+        why = "; ".join(f"{g.name!r}: {', '.join(g.remarks)}" for g in list(guesses.values())[:5])
+        raise DataError(f"no column of {table.files[0]} can be used ({why})")
     times = any(e["kind"] == "time" for e in kept)
     body: dict[str, Any] = {"columns": kept, "split": {"kind": "time" if times else "order"}, "source": found}
     schema = TableSchema.from_dict({**body, **({} if label is None else {"label": label})})
@@ -189,14 +194,40 @@ def _options(table: Source, guesses: Mapping[str, Guess], given: dict[str, Any])
     return found
 
 
-def _entry(guess: Guess) -> dict[str, Any]:
-    """An entry of the schema; features may not have every name that a column has."""
+def _entry(guess: Guess, suffix: str = "") -> dict[str, Any]:
+    """An entry of the schema; names of features may not hold all that those of columns may."""
     entry = dict(guess.entry or {})
     kind = entry["kind"]
-    name = kind if kind in ("weight", "group") else guess.name.replace(".", "_").replace("#", "_") or "unnamed"
-    if name in ("label", "weight", "group") and kind != name:
-        name = f"{name}_"
+    name = kind if kind in ("weight", "group") else re.sub(r"[.#\[\]]", "_", guess.name) or "unnamed"
+    name = f"{name}_" if name in PARTS and kind not in (name, "time") else name
+    name += suffix
     return {"name": name, **entry} | ({"column": guess.name} if name != guess.name else {})
+
+
+def _entries(guesses: Sequence[Guess]) -> list[dict[str, Any]]:
+    """Entries of columns, with other names where theirs collide in a folder."""
+    made = [_entry(g) for g in guesses]
+    if not made or _valid(made):
+        return made
+    made = []
+    for guess in guesses:
+        names = (_entry(guess, suffix) for suffix in ("", "_", "_2", "_3"))
+        entry = next((e for e in names if _valid([*made, e])), None)
+        if entry is None:
+            guess.remarks.append("its name collides with those of other columns; rename it")
+            guess.left_out = True
+        else:
+            made.append(entry)
+    return made
+
+
+def _valid(entries: Sequence[Mapping[str, Any]]) -> bool:
+    labels = [e["name"] for e in entries if e["kind"] == "label"]
+    try:
+        TableSchema.from_dict({"columns": list(entries), **({"label": labels[0]} if len(labels) > 1 else {})})
+    except ConfigError:
+        return False
+    return True
 
 
 def _head(schema: TableSchema, name: str) -> str:

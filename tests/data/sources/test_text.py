@@ -185,6 +185,9 @@ def test_options_and_files_that_cannot_be(tmp_path) -> None:
         (tmp_path / name).write_text("x,y\n1,2\n" if name != "e.csv" else "")
     with pytest.raises(ConfigError, match=r"no reader knows this ending \(known endings: .*\.csv.*\.jsonl"):
         open_source(tmp_path / "a.xlsx")
+    (tmp_path / "l.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(DataError, match="none of the first lines is a JSON object"):
+        open_source(tmp_path / "l.jsonl").types  # noqa: B018
     with pytest.raises(ConfigError, match="did you mean 'separator'"):
         open_source(tmp_path / "t.csv", {"seperator": ","})
     with pytest.raises(ConfigError, match=r"(?s)`types`.*`encoding`"):

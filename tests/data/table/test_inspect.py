@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from recsys_embed.cli import main
-from recsys_embed.data import TableSchema, convert_table, inspect_table, open_dataset
+from recsys_embed.data import TableSchema, TableSplit, convert_table, inspect_table, open_dataset
+from recsys_embed.errors import DataError
 
 ROWS = 1200
 
@@ -129,3 +130,32 @@ def test_reader_options_are_kept_in_the_schema(tmp_path, capsys) -> None:
         == 0
     )
     assert sum(open_dataset(tmp_path / "o").splits.values()) == 120
+
+
+def test_a_table_without_a_schema_file_and_rows_like_it_in_another_format(tmp_path) -> None:
+    frame = pl.DataFrame({"click": [i % 2 for i in range(120)], "user": [f"u{i % 7}" for i in range(120)]})
+    frame.write_csv(tmp_path / "t.txt", include_header=False, separator=";")
+    options = ["--source", "format=csv", "--source", "names=click,user", "--source", "separator=;"]
+    columns = ["--label", "click", "--categorical", "user"]
+    assert main(["data", "table", str(tmp_path / "t.txt"), str(tmp_path / "out"), *columns, *options]) == 0
+    frame.write_parquet(tmp_path / "new.parquet")
+    for name in ("t.txt", "new.parquet"):
+        paths = [str(tmp_path / name), str(tmp_path / f"like_{name}")]
+        assert main(["data", "table", *paths, "--like", str(tmp_path / "out")]) == 0
+    first, second = (open_dataset(tmp_path / f"like_{name}").read("test", 0, 120) for name in ("t.txt", "new.parquet"))
+    assert first.ids.tolist() == second.ids.tolist()
+
+
+def test_names_that_collide_in_a_folder_are_changed(tmp_path) -> None:
+    columns = {
+        "a.b": ["x", "y"] * 60, "a_b": ["x", "y", "z"] * 40, "time": [0.5, 1.5] * 60, "vec[0]": [0.5, 2.5] * 60,
+        "vec": [[0.5, 1.0]] * 120, "ts": [datetime(2024, 1, 1)] * 120, "ts_hour": [0.25, 0.5] * 60,
+        "click": [0, 1, 1, 0, 0] * 24,
+    }  # fmt: skip
+    found = inspect_table(pl.DataFrame(columns))
+    assert [c.source for c in found.schema.columns] == list(columns)
+    (tmp_path / "s.toml").write_text(found.to_toml())
+    schema = TableSchema.read(tmp_path / "s.toml").replace(split=TableSplit("order"))
+    assert sum(convert_table(pl.DataFrame(columns), tmp_path / "out", schema).rows.values()) == 120
+    with pytest.raises(DataError, match="no column of the frame can be used"):
+        inspect_table(pl.DataFrame({"x": [None, None]}))

@@ -193,3 +193,28 @@ def test_a_real_label_has_no_click_rate(tmp_path: Path) -> None:
     convert_table(frame, tmp_path / "out", schema, split=TableSplit("all", only="train"))
     stats = open_dataset(tmp_path / "out").stats
     assert stats["splits"]["train"] == {"rows": 20, "click_rate": None, "label_mean": 2.0}
+
+
+def test_statistics_of_a_shared_vocabulary_are_of_all_its_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A history has many values a row, so shares and values seen once do not go by the number of rows."""
+    rng = np.random.default_rng(0)
+    frame = pl.DataFrame(
+        {
+            "click": rng.integers(0, 2, 60),
+            "item": rng.integers(0, 300, 60),
+            "seen": [rng.integers(0, 300, 9).tolist() for _ in range(60)],
+        }
+    )
+    columns = {
+        "click": {"kind": "label"},
+        "item": {"kind": "categorical", "vocab": "item"},
+        "seen": {"kind": "list", "vocab": "item"},
+    }
+    out = tmp_path / "out"
+    convert_table(frame, out, {"columns": columns, "split": {"kind": "all", "only": "train"}})
+    field = open_dataset(out).stats["fields"]["seen"]
+    assert field["occurrences"] == 600
+    assert main(["plan", "--data", str(out), "--budget", "1KiB", "--embedding-dim", "4"]) == 0
+    assert "one table for item, seen" in " ".join(capsys.readouterr().out.split())

@@ -92,17 +92,17 @@ def test_killed_process(tmp_path: Path) -> None:
     for i in range(6):
         frame.write_parquet(tmp_path / f"{i}.parquet")
     TableSchema.from_dict(SCHEMA).write(tmp_path / "a.toml")
-    command = [sys.executable, "-m", "recsys_embed", "data", "table", str(tmp_path / "*.parquet")]
+    inputs, out = str(tmp_path / "*.parquet"), tmp_path / "out"
+    command = [sys.executable, "-m", "recsys_embed", "data", "table", inputs, str(out)]
     tail = ["--schema", str(tmp_path / "a.toml"), "--workers", "1"]
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole"), *tail], env=env, check=True, capture_output=True)
-    out = tmp_path / "out"
-    with subprocess.Popen([*command, str(out), *tail], env=env, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([*command, *tail], env=env, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not list(out.glob(".work/shards/*.json")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-    subprocess.run([*command, str(out), *tail], env=env, check=True, capture_output=True)
+    convert_table(inputs, out, tmp_path / "a.toml", workers=1)
+    convert_table(inputs, tmp_path / "whole", tmp_path / "a.toml", workers=1)
     assert contents(out) == contents(tmp_path / "whole")
 
 
