@@ -46,6 +46,11 @@ def _nobody() -> None:
     """No optimizer of torch steps the tables."""
 
 
+def _part_of_step(rows: Tensor, grad: Tensor, table: Tensor) -> RowGradient:
+    """Gradients that are summed into one step, in float32 at least, as :func:`apply_update` sums those of a lookup."""
+    return RowGradient(rows, grad.to(torch.promote_types(table.dtype, torch.float32)), table.shape[0])
+
+
 class FusedTables(TablesWithState):
     """Tables whose fused optimizer steps in backward, or at ``step()`` of a torch optimizer.
 
@@ -211,7 +216,7 @@ class FusedTables(TablesWithState):
         self._check_owned([weight], [storage])
         self._check_finite([grad])
         if self._backward_steps.collects(record, [f"gather of {storage}"]):
-            self._backward_steps.collect({storage: RowGradient(rows, grad, weight.shape[0])})
+            self._backward_steps.collect({storage: _part_of_step(rows, grad, weight)})
             return
         with self._lock:
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
@@ -222,7 +227,8 @@ class FusedTables(TablesWithState):
     @torch.no_grad()
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
-        self._leave({storage: RowGradient(rows, grad, table.shape[0])})
+        gradient = _part_of_step(rows, grad, table) if self._in_backward else RowGradient(rows, grad, table.shape[0])
+        self._leave({storage: gradient})
 
     def _leave(self, gradients: Mapping[str, Tensor | None]) -> None:
         if self._in_backward:
