@@ -98,7 +98,7 @@ def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: A
     batched = TritonBatchedLookup(features, [], "triton")
     ids = torch.zeros(50, 2, dtype=torch.int64)
     tables = [getattr(coll, name) for name in coll.storages]
-    outputs = batched._look_up(ids, tables, step=coll._native_step(None, False) if optimizer else None)
+    outputs = batched._look_up(ids, tables, step=coll._native_step(coll._record(False), False) if optimizer else None)
     torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
 
 
