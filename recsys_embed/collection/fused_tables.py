@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from recsys_embed.collection.backward_steps import (
     BackwardSteps,
     LookupRecord,
-    Schedules,
     refuse_parts,
     refuse_replicas,
-    watch,
 )
+from recsys_embed.collection.optimizer_watch import watch
+from recsys_embed.collection.schedules import Schedules
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
@@ -35,6 +35,11 @@ from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
 from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
+
+# What copies and pickles start anew.
+_LEFT_BEHIND = (
+    "_backward_steps", "_replicas", "_torch_optimizer", "_schedules", "_looked", "_handle", "_compiled_at", "warned",
+)  # fmt: skip
 
 
 def _nobody() -> None:
@@ -75,15 +80,14 @@ class FusedTables(TablesWithState):
         self._handle = handle_of(self)
         self._backward_steps = BackwardSteps(self._apply_collected)
         self._replicas: Replicas | None = None
-        self._stepper: Callable[[], object] = _nobody
+        self._torch_optimizer: Callable[[], object] = _nobody
         self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
-        self.told = False
+        self.warned = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
-        return {k: v for k, v in self.__dict__.items() if k not in left}
+        return {k: v for k, v in self.__dict__.items() if k not in _LEFT_BEHIND}
 
     def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
@@ -148,7 +152,7 @@ class FusedTables(TablesWithState):
         watch(self)
         if not self._looked:
             self._looked = True
-            self._schedules.look()
+            self._schedules.find_optimizers()
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -168,17 +172,17 @@ class FusedTables(TablesWithState):
         """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
         return self._backward_steps.take()
 
-    def met(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
         if self._in_backward:
-            self._schedules.meet(optimizer)
+            self._schedules.follow(optimizer)
 
     @property
     def _rate(self) -> float:
         """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
         return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
 
-    def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
+    def not_stepped_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
         if self._in_backward or isinstance(optimizer, FusedTableOptimizer):
             return True
@@ -370,14 +374,15 @@ class FusedTables(TablesWithState):
 
     # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
-    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None:
-        """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
-        self._in_backward, self._expects_state, self._stepper, self._replicas = False, False, owner, replicas
+    def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None:
+        """From now on gradients are left for ``step()`` of the optimizer that is called for."""
+        self._in_backward, self._expects_state = False, False
+        self._torch_optimizer, self._replicas = optimizer, replicas
         watch(self)
 
     def is_stepped_by(self, optimizer: object) -> bool:
         """Whether the optimizer is the last one made of these tables."""
-        return self._stepper() is optimizer
+        return self._torch_optimizer() is optimizer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for weight in self._weights():
@@ -388,9 +393,9 @@ class FusedTables(TablesWithState):
 
     def _own_parameters(self) -> None:
         super()._own_parameters()
-        owner = self.__dict__.get("_stepper", _nobody)()
-        if isinstance(owner, FusedTableOptimizer):
-            owner.adopt_parameters()
+        optimizer = self.__dict__.get("_torch_optimizer", _nobody)()
+        if isinstance(optimizer, FusedTableOptimizer):
+            optimizer.adopt_parameters()
 
     def check_gradients(self, rule: FusedOptimizer) -> None:
         """Refuse a step before it changes anything.

@@ -200,4 +200,4 @@ def test_ids_of_one_row_have_one_score_whatever_the_network() -> None:
             self.wide = nn.Linear(80, 8)
 
     model = Wide()
-    assert network_context(model, rse.Schema.from_model(model)).alone == {"item"}
+    assert network_context(model, rse.Schema.from_model(model)).without_network == {"item"}
