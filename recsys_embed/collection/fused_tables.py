@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from recsys_embed.collection.backward_steps import (
     BackwardSteps,
     LookupRecord,
-    Schedules,
     refuse_parts,
     refuse_replicas,
-    watch,
 )
+from recsys_embed.collection.optimizer_watch import watch
+from recsys_embed.collection.schedules import Schedules
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.kernels import pointers
@@ -35,9 +35,19 @@ from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient,
 from recsys_embed.optim.replicas import Replicas, inside_fsdp
 from recsys_embed.utils.types import JSON
 
+# What copies and pickles start anew.
+_LEFT_BEHIND = (
+    "_backward_steps", "_replicas", "_torch_optimizer", "_schedules", "_looked", "_handle", "_compiled_at", "warned",
+)  # fmt: skip
+
 
 def _nobody() -> None:
     """No optimizer of torch steps the tables."""
+
+
+def _part_of_step(rows: Tensor, grad: Tensor, table: Tensor) -> RowGradient:
+    """Gradients that are summed into one step, in float32 at least, as :func:`apply_update` sums those of a lookup."""
+    return RowGradient(rows, grad.to(torch.promote_types(table.dtype, torch.float32)), table.shape[0])
 
 
 class FusedTables(TablesWithState):
@@ -69,15 +79,14 @@ class FusedTables(TablesWithState):
         self._handle = handle_of(self)
         self._backward_steps = BackwardSteps(self._apply_collected)
         self._replicas: Replicas | None = None
-        self._stepper: Callable[[], object] = _nobody
+        self._torch_optimizer: Callable[[], object] = _nobody
         self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
-        self.told = False
+        self.warned = False
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told")
-        return {k: v for k, v in self.__dict__.items() if k not in left}
+        return {k: v for k, v in self.__dict__.items() if k not in _LEFT_BEHIND}
 
     def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
@@ -142,7 +151,7 @@ class FusedTables(TablesWithState):
         watch(self)
         if not self._looked:
             self._looked = True
-            self._schedules.look()
+            self._schedules.find_optimizers()
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -162,17 +171,17 @@ class FusedTables(TablesWithState):
         """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
         return self._backward_steps.take()
 
-    def met(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
         if self._in_backward:
-            self._schedules.meet(optimizer)
+            self._schedules.follow(optimizer)
 
     @property
     def _rate(self) -> float:
         """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
         return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
 
-    def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
+    def not_stepped_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
         if self._in_backward or isinstance(optimizer, FusedTableOptimizer):
             return True
@@ -208,7 +217,7 @@ class FusedTables(TablesWithState):
         self._check_owned([weight], [storage], grad)
         self._check_finite([grad])
         if self._backward_steps.collects(record, [f"gather of {storage}"]):
-            self._backward_steps.collect({storage: RowGradient(rows, grad, weight.shape[0])})
+            self._backward_steps.collect({storage: _part_of_step(rows, grad, weight)})
             return
         with self._lock:
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
@@ -219,7 +228,8 @@ class FusedTables(TablesWithState):
     @torch.no_grad()
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
-        self._leave({storage: RowGradient(rows, grad, table.shape[0])})
+        gradient = _part_of_step(rows, grad, table) if self._in_backward else RowGradient(rows, grad, table.shape[0])
+        self._leave({storage: gradient})
 
     def _leave(self, gradients: Mapping[str, Tensor | None]) -> None:
         if self._in_backward:
@@ -365,14 +375,15 @@ class FusedTables(TablesWithState):
 
     # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
-    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None:
-        """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
-        self._in_backward, self._expects_state, self._stepper, self._replicas = False, False, owner, replicas
+    def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None:
+        """From now on gradients are left for ``step()`` of the optimizer that is called for."""
+        self._in_backward, self._expects_state = False, False
+        self._torch_optimizer, self._replicas = optimizer, replicas
         watch(self)
 
     def is_stepped_by(self, optimizer: object) -> bool:
         """Whether the optimizer is the last one made of these tables."""
-        return self._stepper() is optimizer
+        return self._torch_optimizer() is optimizer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for weight in self._weights():
@@ -383,9 +394,9 @@ class FusedTables(TablesWithState):
 
     def _own_parameters(self) -> None:
         super()._own_parameters()
-        owner = self.__dict__.get("_stepper", _nobody)()
-        if isinstance(owner, FusedTableOptimizer):
-            owner.adopt_parameters()
+        optimizer = self.__dict__.get("_torch_optimizer", _nobody)()
+        if isinstance(optimizer, FusedTableOptimizer):
+            optimizer.adopt_parameters()
 
     def check_gradients(self, rule: FusedOptimizer) -> None:
         """Refuse a step before it changes anything.

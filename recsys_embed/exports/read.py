@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -403,6 +404,8 @@ class _Loader:
         exchange.interchangeable, exchange.readable = interchangeable, readable
         changes = exchange.in_containers(model)
         raise_faults(exchange.faults, f"load of {self.file.path}", CheckpointError)
+        for sentence in exchange.part_searched():
+            warnings.warn(sentence, stacklevel=5)
         return changes
 
 

@@ -33,7 +33,7 @@ class SteppedTables(Protocol):
     optimizer: FusedOptimizer | None
     storages: tuple[str, ...]
 
-    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None: ...
+    def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
     def check_gradients(self, rule: FusedOptimizer) -> None: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
@@ -164,7 +164,7 @@ class FusedTableOptimizer(Optimizer):
         self._complete = True
         self._replicas = Replicas(model, cast("Any", tables), process_group)
         for module in tables.values():
-            module.step_at(ref(self), self._replicas)
+            module.leave_steps_to(ref(self), self._replicas)
 
     def __getstate__(self) -> JSON:
         if self._process_group is not None:

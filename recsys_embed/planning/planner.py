@@ -32,7 +32,7 @@ from recsys_embed.planning.table_groups import TableGroup, group_configs, table_
 from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
 from recsys_embed.utils.types import Budget, Option
 
-MANY = 200
+MANY_FEATURES = 200
 """With more features than this, the grid of sizes is coarser."""
 EVALUATIONS = 24_000
 """Approximate number of configurations on the coarse grids of all features together."""
@@ -103,16 +103,16 @@ def plan_for_budget(
     total, context = _context(schema, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits)
     frequencies = Frequencies.of(schema, stats)
     weights = _importance(schema, importance)
-    around = network_context(model_or_schema, schema, network)
-    terms = curve_terms(schema, frequencies.curves, around.alone)
+    network_found = network_context(model_or_schema, schema, network)
+    terms = curve_terms(schema, frequencies.curves, network_found.without_network)
     calibration = Calibration() if evidence is None else calibrate(read_comparison(evidence), schema, terms)
     context = replace(
         context,
         loss_scales=calibration.scales,
         options=constraints.options,
         kinds=constraints.kinds,
-        one_width=around.one_width,
-        sharing_penalty=float(len(around.alone)),
+        equal_row_widths=network_found.equal_row_widths,
+        sharing_penalty=float(len(network_found.without_network)),
         **_detail(schema, context.candidates),
     )
     maker = OptionEnumerator(context)
@@ -210,7 +210,7 @@ def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[
 def _detail(schema: Schema, chosen: Sequence[Candidate]) -> dict[str, Any]:
     """Resolution of the grids of sizes: coarser where there are many features."""
     grid_points = min(14, max(4, EVALUATIONS // (len(schema) * max(1, len(chosen)))))
-    if len(schema) <= MANY:
+    if len(schema) <= MANY_FEATURES:
         return {"grid_points": grid_points, "rounds": 3}
     return {"grid_points": grid_points, "rounds": 1, "step": 1.2, "variants": False}
 
@@ -269,7 +269,7 @@ def _ways_out(
             rounds=0,
             options=context.options,
             kinds=context.kinds,
-            one_width=context.one_width,
+            equal_row_widths=context.equal_row_widths,
             sharing_penalty=context.sharing_penalty,
         )
         maker = OptionEnumerator(other)
@@ -405,7 +405,7 @@ def _reasons(
     for feature in features:
         spec, terms = feature.spec, feature.terms
         program = programs[spec.name]
-        plain = Table("weight", spec.num_embeddings, spec.embedding_dim, Initializer.plain(spec))
+        full = Table("weight", spec.num_embeddings, spec.embedding_dim, Initializer.plain(spec))
         value = float(terms.value.sum()) * feature.weight
         choice = FeatureChoice(
             spec=spec,
@@ -414,7 +414,7 @@ def _reasons(
             program=program,
             spans=column_spans(program, terms),
             own_bytes=context.costs.own(plan[spec.name], program, spec),
-            dense_bytes=context.costs.table(plain),
+            full_bytes=context.costs.table(full),
             loss=losses[spec.name] / value if value else 0.0,
             readers=max((readers[t.name] for t in program.tables if t.shared), default=0),
             counted=spec.name in known,
