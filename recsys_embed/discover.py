@@ -171,7 +171,10 @@ def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[
     scoring = [m for m in model.modules() if getattr(type(m), "table_kind", None) == "output_layer"]
     if not scoring:
         return found
-    return [replace(t, output_layers=tuple(m for m in scoring if any(m.table is e for e in t.modules))) for t in found]
+    return [
+        replace(t, output_layers=(*t.output_layers, *(m for m in scoring if any(map(m.scores_by, t.modules)))))  # type: ignore[arg-type]
+        for t in found
+    ]
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,8 @@ def _describe(group: list[_Seen], others: _Others, taken: set[str], known: tuple
         pooling = module.mode if first.kind == "compressed" else spec.pooling
         parameters = list(module.parameters())
         trained = any(p.requires_grad for p in parameters) or getattr(module, "optimizer", None) is not None
+        if first.kind == "compressed":
+            common |= _ties_of_drop_ins(group, others)
         return FoundTable(
             rows=spec.num_embeddings,
             width=spec.embedding_dim,
@@ -311,22 +316,40 @@ def _describe(group: list[_Seen], others: _Others, taken: set[str], known: tuple
             **common,
         )
     weight = module.weight
-    tied = others.get(first.key, [])
+    ties = _ties(weight, others.get(first.key, []))
     faults = [fault for s in group for fault in _obstacles(s, known)]
-    odd = [where for where, holder in tied if not _scores(holder, weight)]
-    if odd:
-        faults.append(f"its weight is also {', '.join(odd)}")
+    faults += [ties.pop("obstacle")] if ties["obstacle"] else []
     return FoundTable(
         rows=module.num_embeddings,
         width=module.embedding_dim,
         dtype=weight.dtype,
         requires_grad=any(s.module.weight.requires_grad for s in group),
         pooling=getattr(module, "mode", None),
-        tied=tuple(where for where, _ in tied),
-        output_layers=() if odd else tuple(holder for _, holder in tied),
-        obstacle="; ".join(dict.fromkeys(faults)),
+        **{**ties, "obstacle": "; ".join(dict.fromkeys(faults))},
         **common,
     )
+
+
+def _ties(weight: Tensor, holders: list[tuple[str, nn.Module]], all_rows: bool = True) -> dict[str, Any]:
+    """What a table says of others that hold its ``weight``, which has ``all_rows`` of the ids or some."""
+    odd = [where for where, holder in holders if not (all_rows and _scores(holder, weight))]
+    return {
+        "tied": tuple(where for where, _ in holders),
+        "output_layers": () if odd else tuple(holder for _, holder in holders),
+        "obstacle": f"its weight is also {', '.join(odd)}" if odd else "",
+    }
+
+
+def _ties_of_drop_ins(group: list[_Seen], others: _Others) -> dict[str, Any]:
+    """Others that hold a parameter of a drop-in which a user shared with them; a full table may score."""
+    module: Any = group[0].module
+    inside = {id(m) for s in group for m in s.module.modules()}
+    for name, parameter in module.named_parameters():
+        holders = [h for h in others.get(_tensor_key(parameter), []) if id(h[1]) not in inside]
+        if holders:
+            full = module.config.method == "full" and module.spec.num_ids == module.num_embeddings
+            return _ties(parameter, holders, full and name == "weight")
+    return {}
 
 
 def _scores(layer: nn.Module, weight: Tensor) -> bool:

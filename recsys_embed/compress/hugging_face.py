@@ -132,7 +132,7 @@ def adapt(model: nn.Module) -> None:
 
 def _adapt(model: PreTrainedModel) -> None:
     own = vars(model)
-    for name in ("_tied_weights_keys", "resize_token_embeddings"):
+    for name in ("_tied_weights_keys", "resize_token_embeddings", "set_input_embeddings", "save_pretrained"):
         own.pop(name, None)
     compressed = _compressed(model)
     declared = getattr(type(model), "_tied_weights_keys", None)
@@ -142,13 +142,13 @@ def _adapt(model: PreTrainedModel) -> None:
         model._tied_weights_keys = {a: b for a, b in declared.items() if a not in gone and b not in gone}
     if compressed:
         model.hf_quantizer = CompressedTablesQuantizer(CompressedTablesConfig())
+        model.save_pretrained = partial(_save, model)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True) | _aliases(model)
         if any(isinstance(m, CompressedEmbedding | TiedLinear) for m in _ends(model)):
             model.resize_token_embeddings = partial(_resize, model)
+            model.set_input_embeddings = partial(_set_input, model)
     elif isinstance(getattr(model, "hf_quantizer", None), CompressedTablesQuantizer):
         del model.hf_quantizer
-        if isinstance(getattr(model.config, "quantization_config", None), CompressedTablesConfig):
-            del model.config.quantization_config
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
@@ -169,6 +169,23 @@ def _resize(model: PreTrainedModel, new_num_tokens: int | None = None, *_: Any, 
         f"a compressed table of {table.num_embeddings} tokens cannot be resized to {new_num_tokens}; turn it back "
         "first, recsys_embed.materialize_(model), then resize, plan and compress again"
     )
+
+
+def _set_input(model: PreTrainedModel, value: nn.Module) -> None:
+    if value is not model.get_input_embeddings():
+        raise ConfigError(
+            "the input embeddings are a compressed table, which output layers may score by; turn it back first, "
+            "recsys_embed.materialize_(model), then set others, tie_weights(), plan and compress again"
+        )
+
+
+def _save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained``: the configuration says of tables for its file alone, since other models share it."""
+    try:
+        return type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        if isinstance(getattr(model.config, "quantization_config", None), CompressedTablesConfig):
+            del model.config.quantization_config
 
 
 def _compressed(model: nn.Module) -> list[FoundTable]:

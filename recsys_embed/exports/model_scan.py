@@ -13,6 +13,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import raise_faults
 from recsys_embed.exports.file_format import NAMES
 from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec
@@ -91,19 +92,27 @@ class _Scanner:
         self.model, self.found = model, ModelContents()
         self.state = weights_of(model, keep_vars=True)
         self.faults: list[str] = []
+        self.paths: dict[int, list[str]] = {}
         self.storages: dict[int, Storage] = {}
         self.skipped: set[str] = set()  # keys of the state that are tables, or say what the manifest says
 
     def run(self) -> None:
-        paths: dict[int, list[str]] = {}
+        paths = self.paths
         for path, module in self.model.named_modules(remove_duplicate=False):
             paths.setdefault(id(module), []).append(path)
         seen: set[int] = set()
-        for table in find_tables(self.model):
+        tables = find_tables(self.model)
+        for table in tables:
             for module in table.modules:
                 if id(module) not in seen:
                     seen.add(id(module))
                     self._embedding(module, table, paths[id(module)])
+        scoring = {id(layer) for table in tables for layer in table.output_layers}
+        for path, module in self.model.named_modules():
+            if isinstance(module, TiedLinear) and id(module) not in scoring:
+                self.faults.append(
+                    f"{path} scores by a compressed table that is no longer in the model; replace it too"
+                )
         self._rest()
         raise_faults(self.faults, "export")
         self.found.storages = list(self.storages.values())
@@ -115,8 +124,8 @@ class _Scanner:
         if isinstance(module, CompressedEmbedding | EmbeddingCollection):
             item = _item(module, tuple(paths), added)
             faults = [*_class_faults(module)] or [*_state_faults(module, item)]
-            if table.tied:
-                faults.append(f"its table is also {', '.join(table.tied)}; give each a tensor of its own")
+            if table.obstacle:
+                faults.append(f"{table.obstacle}; give each a tensor of its own")
             self.faults += [f"{where}: {fault}" for fault in faults]
             if faults:
                 return
@@ -127,6 +136,9 @@ class _Scanner:
         else:
             item = _plain_item(module, table.name, tuple(paths), added)
         self.found.modules.append(item)
+        if isinstance(module, CompressedEmbedding):
+            # Output layers score by what the file has for the table.
+            self.skipped |= {f"{p}.weight" for layer in table.output_layers for p in self.paths[id(layer)]}
         for path in paths:
             self._tables(module, path)
             # A user's own tensors are kept as they are, whatever the precision.

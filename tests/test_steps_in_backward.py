@@ -1,0 +1,165 @@
+"""Steps in backward: the numbers of torch, or a refusal before a table changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import recsys_embed as rse
+from recsys_embed.errors import ConfigError
+from tests.fused_model import BACKENDS, IDS, PAIRS, Model, dense, loss_of, weights
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_in_backward_sum_the_lookups_of_one_loss(backend: str) -> None:
+    rule, of_torch = PAIRS["adam"]
+    fused, twin = Model(rule, backend=backend), Model(None, backend=backend)
+    optimizer = of_torch(list(twin.tables.parameters()))
+    for i in range(3):
+        for model in (fused, twin):
+            a, b = (checkpoint(model.tables, IDS[16 * i + k : 16 * i + k + 9], use_reentrant=False) for k in (0, 7))
+            (a * b).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(weights(fused), weights(twin), rtol=1e-4, atol=2e-6)
+
+
+def accumulated(model: Model) -> None:
+    optimizer = torch.optim.Adam(model.parameters())
+    loss_of(model, slice(8)).backward()
+    loss_of(model, slice(8, 16)).backward()
+    optimizer.step()
+
+
+def backward_twice(model: Model) -> None:
+    loss = loss_of(model, slice(8))
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def lookup_ahead(model: Model) -> None:
+    first, second = loss_of(model, slice(8)), loss_of(model, slice(8, 16))
+    first.backward()
+    second.backward()
+
+
+def gradient_scaler(model: Model) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = dense(model)
+    scaler.scale(loss_of(model, slice(8))).backward()
+    scaler.step(optimizer)
+
+
+def foreign_parameters(model: Model) -> None:
+    other = Model(rse.SGD())
+    torch.func.functional_call(model, dict(other.named_parameters()), (IDS,)).sum().backward()
+
+
+def swapped(model: Model) -> None:
+    loss = loss_of(model, slice(8))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "loop", [accumulated, backward_twice, lookup_ahead, gradient_scaler, foreign_parameters, swapped]
+)
+def test_steps_in_backward_refuse_what_they_cannot_do(loop: Callable[[Model], None], backend: str) -> None:
+    with pytest.raises(ConfigError, match=r"fused_optimizer|look up again"):
+        loop(Model(rse.Adagrad(lr=0.1), backend=backend))
+
+
+@pytest.mark.parametrize("zero", [None, True, False])
+def test_accumulation_beside_an_optimizer_that_knows_no_table_is_refused(zero: bool | None) -> None:
+    model = Model(rse.Adagrad(lr=0.1))
+    optimizer = dense(model)
+    for _ in range(2):  # one backward per step is none
+        loss_of(model, slice(8)).backward()
+        optimizer.step()
+        if zero is not None:
+            optimizer.zero_grad(set_to_none=zero)
+    for k in (1, 2):
+        loss_of(model, slice(8 * k, 8 * k + 8)).backward()
+    with pytest.raises(ConfigError, match="2 backwards of a collection came before one step of SGD"):
+        optimizer.step()
+
+
+def test_steps_of_another_models_optimizer_are_told() -> None:
+    model, other = Model(rse.Adagrad(lr=0.1)), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(2):
+        other(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    for k in (1, 2):
+        loss_of(model, slice(8 * k, 8 * k + 8)).backward()
+        other(torch.ones(1, 2)).sum().backward()
+    with pytest.warns(UserWarning, match="2 backwards of a collection came before one step of SGD"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("found", ["before", "after its first step"])
+def test_steps_in_backward_follow_the_schedule_of_an_optimizer_that_was_given_the_tables(found: str) -> None:
+    model, by_hand = Model(rse.SGD(lr=0.5)), Model(rse.SGD(lr=0.5))
+    if found != "before":
+        for m in (model, by_hand):
+            loss_of(m, slice(8)).backward()
+            dense(m).step()
+    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), dense(by_hand)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for i in range(4):
+        # An optimizer made later is known from its first step on, where the rate is the first.
+        by_hand.tables.lr = 0.5 * 0.5**i
+        other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+        for m, o in ((model, optimizer), (by_hand, other)):
+            o.zero_grad()
+            loss_of(m, slice(8 * i, 8 * i + 8)).backward()
+            o.step()
+        scheduler.step()
+    wanted = weights(by_hand)
+    assert all(torch.equal(p, wanted[k]) for k, p in weights(model).items())
+    assert copy.deepcopy(model).tables._rate == pickle.loads(pickle.dumps(model)).tables._rate == 0.5
+    # A rate that is set is the rate.
+    model.tables.lr = 0.25
+    assert model.tables._rate == 0.25
+
+
+def test_not_a_number_changes_nothing_where_told() -> None:
+    model = Model(rse.SGD(lr=0.1))
+    model.tables.check_finite = True
+    before = weights(model)
+    with pytest.raises(ConfigError, match="not finite"):
+        (loss_of(model, slice(8)) * float("inf")).backward()
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_tables_rest_and_others_tensors_get_gradients(backend: str) -> None:
+    model = Model(rse.SGD(lr=0.1), backend=backend)
+    before = weights(model)
+    model.tables.requires_grad_(False)
+    loss_of(model, slice(8)).backward()
+    model.tables.requires_grad_(True)
+    given = {k: (p.detach() + 1).requires_grad_() for k, p in model.named_parameters()}
+    torch.func.functional_call(model, given, (IDS,)).sum().backward()
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+    assert given["tables.width8"].grad is not None
+    assert model.tables.width8.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_returned_step_nothing_in_backward(backend: str) -> None:
+    model = Model(rse.Adam(lr=0.1), backend=backend)
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"torch\.autograd\.grad of a table"):
+        torch.autograd.grad(loss_of(model, slice(8)), model.tables.width8, allow_unused=True)
+    torch.autograd.grad(loss_of(model, slice(8)), model.head.weight)
+    loss_of(model, slice(8)).backward(inputs=[model.head.weight])
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+    loss_of(model, slice(8)).backward(inputs=[model.tables.width8])
+    assert not torch.equal(model.tables.width8, before["tables.width8"])
