@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import recsys_embed as rse
+from recsys_embed.collection.backward_steps import BackwardSteps
 from recsys_embed.errors import ConfigError
 from tests.fused_model import BACKENDS, IDS, PAIRS, Model, dense, loss_of, one_step, weights
 
@@ -60,8 +61,10 @@ def gradient_scaler(model: Model) -> None:
 
 
 def gradient_scaler_after_a_plain_step(model: Model) -> None:
-    one_step(model, dense(model), 0)
-    gradient_scaler(model)
+    optimizer, scaler = dense(model), torch.amp.GradScaler("cpu")
+    one_step(model, optimizer, 0)
+    scaler.scale(loss_of(model, slice(8))).backward()
+    scaler.step(optimizer)
 
 
 def gradient_scaler_of_an_overflow(model: Model) -> None:
@@ -145,14 +148,16 @@ def test_optimizers_that_step_less_often_are_let_be(slow: str) -> None:
 
 
 def test_threads_that_train_at_once_are_independent() -> None:
-    model, faults = Model(rse.SGD(lr=0.1)), []
+    steps, faults = BackwardSteps(lambda gradients: None), []
 
     def train() -> None:
         try:
-            for _ in range(150):
-                held = [model.tables(IDS[:1]) for _ in range(20)]
-                sum((h.sum() for h in held[:2]), torch.zeros(())).backward()
-        except Exception as error:
+            for _ in range(60):
+                held = [steps.begin(False) for _ in range(100)]
+                assert steps.collects(held[0], ["width8"]), "one of several lookups of this thread"
+                held.clear()
+                assert not steps.collects(steps.begin(False), ["width8"])
+        except Exception as error:  # noqa: BLE001
             faults.append(error)
 
     interval = sys.getswitchinterval()
