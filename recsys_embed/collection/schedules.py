@@ -71,12 +71,13 @@ class Schedules:
         if peak is None:
             default = float(optimizer.defaults.get("lr", known.first_lr))
             peak = max(known.first_lr, default)
-            if now != default and not self._warned:
+            if known.first_lr != default and not self._warned:
+                # Set by hand since, resumed, or the group's own from the start: nothing tells.
                 self._warned = True
                 warnings.warn(
-                    f"a param group of {type(optimizer).__name__} holds tables that step in backward and has lr {now:g} "
-                    f"without a scheduler, where the optimizer was made with {default:g}: the tables scale their own "
-                    f"rate by {now:g} / {float(peak):g}. Set `lr` of the collection if you mean another",
+                    f"a param group of {type(optimizer).__name__} holds tables that step in backward and has another "
+                    f"lr ({now:g}) than its optimizer was made with ({default:g}), without a scheduler: the tables "
+                    f"scale their own rate by {now:g} / {float(peak):g}; set `lr` of the collection for another",
                     stacklevel=2,
                 )
         return now / float(peak) if peak else float(now > 0)
