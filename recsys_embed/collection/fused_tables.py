@@ -17,12 +17,12 @@ from recsys_embed.collection.backward_steps import (
     refuse_parts,
     refuse_replicas,
 )
-from recsys_embed.collection.optimizer_watch import watch
+from recsys_embed.collection.optimizer_watch import Backwards, watch
 from recsys_embed.collection.schedules import Schedules
 from recsys_embed.collection.tables_with_state import TablesWithState
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, RecsysEmbedError
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_gradients import DeferredGradients
-from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
 from recsys_embed.kernels.native import lookup as native
@@ -30,7 +30,6 @@ from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
 from recsys_embed.optim.replicas import Replicas, inside_fsdp
@@ -134,7 +133,7 @@ class FusedTables(TablesWithState):
 
     def _in_memory(self) -> list[int]:
         """Where the tables and the optimizer's state lie."""
-        return [memory_of(t) for t in (*self._weights(), *self._all_states().values())]
+        return [pointers.memory_of(t) for t in (*self._weights(), *self._all_states().values())]
 
     @property
     def _constant(self) -> bool:
@@ -168,9 +167,9 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> tuple[int, set[int]]:
-        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
-        return self._backward_steps.take()
+    def take_backwards(self, optimizer: torch.optim.Optimizer) -> Backwards:
+        """Backwards that stepped the tables before a step of an optimizer of torch, which begins."""
+        return self._backward_steps.count.take(optimizer)
 
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
@@ -197,14 +196,16 @@ class FusedTables(TablesWithState):
                 "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
             )
 
-    def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str]) -> None:
-        """Refuse a backward whose tables are no longer those of the lookup."""
+    def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str], gradient: Tensor) -> None:
+        """Refuse a backward whose tables are no longer those of the lookup, or of another type than its gradients."""
         if not all(t is self._parameters.get(name) for t, name in zip(tables, storages, strict=True)):
             raise ConfigError(
                 "the tables have been replaced between a lookup and its backward (load_state_dict(assign=True), or a "
                 "new Parameter); look up again"
             )
-        for table in tables:
+        for table, name in zip(tables, storages, strict=True):
+            if table.dtype is not gradient.dtype or table.device != gradient.device:
+                pointers.check(pointers.faults(table, (gradient.dtype,), 0, f"table {name!r}", device=gradient.device))
             if table.requires_grad:
                 refuse_parts(table)
 
@@ -213,7 +214,7 @@ class FusedTables(TablesWithState):
         """What a gather by torch's operations does in backward."""
         if self.optimizer is None:
             return
-        self._check_owned([weight], [storage])
+        self._check_owned([weight], [storage], grad)
         self._check_finite([grad])
         if self._backward_steps.collects(record, [f"gather of {storage}"]):
             self._backward_steps.collect({storage: _part_of_step(rows, grad, weight)})
@@ -278,7 +279,7 @@ class FusedTables(TablesWithState):
         """A step that is refused before it writes has not been made."""
         try:
             yield
-        except ConfigError:
+        except (RecsysEmbedError, MemoryError):
             for name in storages:
                 self._step_logs[name].retract()
             raise
@@ -301,7 +302,7 @@ class FusedTables(TablesWithState):
         kept: Tensor | None,
     ) -> None:
         """What a lookup by kernels does in backward."""
-        self._check_owned(tables, self.storages)
+        self._check_owned(tables, self.storages, grads[0])
         self._check_finite(grads)
         trained = [name for name, t in zip(self.storages, tables, strict=True) if t.requires_grad]
         if self._backward_steps.collects(record, trained):
@@ -403,12 +404,17 @@ class FusedTables(TablesWithState):
         Raises:
             ConfigError: the rule needs other state than the one the tables were made with, or a gradient can no longer
                 be computed.
+            IdRangeError: a gradient has rows beyond its table.
         """
         if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
             raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
-        for weight in self._weights():
-            if isinstance(weight.grad, RowGradient) and isinstance(weight.grad.source, DeferredGradients):
+        for name, weight in zip(self.storages, self._weights(), strict=True):
+            if not isinstance(weight.grad, RowGradient):
+                continue
+            if isinstance(weight.grad.source, DeferredGradients):
                 weight.grad.source.check()
+            else:
+                weight.grad.check_rows(name)
 
     def reset_optimizer_(self) -> None:
         """The optimizer's state becomes that before the first step."""
@@ -445,5 +451,5 @@ class FusedTables(TablesWithState):
     def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
         """Steps of each storage so far; sets them where given, together with states that have no missed steps."""
         if steps is not None:
-            self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
+            self._count_steps(steps)
         return {name: log.step for name, log in self._step_logs.items()}

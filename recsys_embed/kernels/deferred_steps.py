@@ -72,7 +72,8 @@ def catch_up(
         work = torch.promote_types(weight.dtype, torch.float32)
         w = weight.index_select(0, picked).to(work)
         own = {name: state[name].index_select(0, picked).to(work) for name in optimizer.state}
-        first = int(last[0])
+        # Steps before the first of the log are part of every row.
+        first = max(int(last[0]), log.first)
         # Rows are sorted by their last step, and row i takes part from step last[i] + 1 on: each step updates a prefix.
         counts = torch.searchsorted(last, torch.arange(first + 1, step + 1, dtype=last.dtype, device=last.device))
         for t, count in enumerate(counts.tolist(), first + 1):

@@ -75,6 +75,23 @@ class FusedOptimizer(ABC):
         """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
         return {**self.state, "last": "step"} if self.lazy else dict(self.state)
 
+    def state_faults(self, state: Mapping[str, Tensor], steps: int) -> list[str]:
+        """Why kernels cannot go on from a table's saved tensors: they index step sizes by the counts of its rows.
+
+        Args:
+            steps: that the table has made; state is saved when all its rows have made them.
+        """
+        counts = {name: state[name] for name, kind in self.tensors.items() if kind == "step" and name in state}
+        faults = [] if steps >= 0 else [f"a number of steps must be at least 0; got {steps}"]
+        for name, count in counts.items():
+            if count.is_meta:
+                continue
+            if name == "last" and bool((count != steps).any()):
+                faults.append(f"'last' must be {steps} in every row, as many steps as the table has made")
+            elif bool((count < 0).any()):
+                faults.append(f"{name!r} must not be negative in any row")
+        return faults
+
     @property
     def constants(self) -> tuple[float, ...]:
         """Numbers of the rule besides its rate, weight decay and epsilon, in the order in which kernels read them."""

@@ -205,6 +205,8 @@ class FusedTableOptimizer(Optimizer):
                 "fused_optimizer(model, dense_optimizer), or add the group to the optimizer of the other parameters"
             )
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("`params` must be in order, in a list; got a set, whose order changes from run to run")
         params = [params] if isinstance(params, Tensor) else list(params)
         fused = {id(p) for group in self._fused_groups for p in group["params"]}
         if any(id(p[1] if isinstance(p, tuple) else p) in fused for p in params):
@@ -233,11 +235,12 @@ class FusedTableOptimizer(Optimizer):
         for group, rule, _ in todo:
             for path in group[_OWN]:
                 self._modules[path].check_gradients(rule)
+        # What the dense optimizer refuses is refused before any table changes.
+        if self.dense is not None:
+            self.dense.step()
         for group, rule, lr in todo:
             for path in group[_OWN]:
                 self._modules[path].apply_gradients(rule, lr)
-        if self.dense is not None:
-            self.dense.step()
         return loss
 
     def _rule_of(self, number: int, group: Mapping[str, Any]) -> tuple[FusedOptimizer, float]:
@@ -301,6 +304,10 @@ class FusedTableOptimizer(Optimizer):
                     for key, have in own[id(parameter)].items()
                     if key not in found or torch.as_tensor(found[key]).shape != have.shape
                 ]
+                if all(key in found for key in own[id(parameter)]):
+                    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+                    rule = cast("FusedOptimizer", module.optimizer)
+                    wrong += [f"{name}: {fault}" for fault in rule.state_faults(tensors, int(found["step"]))]
         if len(numbers) == len(order):
             raise_faults(wrong, "an optimizer's state dict that does not fit the tables", CheckpointError)
         super().load_state_dict(state_dict)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.optim.duplicates import sum_duplicates
 
 aten = torch.ops.aten
@@ -26,22 +26,29 @@ class _Content:
     """Rows and values of a gradient, shared by its aliases so that a change of one is seen by all.
 
     They are given, or a source computes them, which is dropped then. ``dense``: all rows are there because a dense
-    gradient was stored; those that are 0 are no rows of the batch.
+    gradient was stored; those that are 0 are no rows of the batch. ``computed``: a source computed the rows, which the
+    table has.
     """
 
-    __slots__ = ("_rows", "_values", "dense", "distinct", "number", "ordered", "source")
+    __slots__ = ("_rows", "_values", "computed", "dense", "distinct", "number", "ordered", "source")
 
     def __init__(
         self, rows: Tensor | None, values: Tensor | None, distinct: bool, ordered: bool, dense: bool = False
     ) -> None:
         self._rows, self._values, self.distinct, self.ordered, self.dense = rows, values, distinct, ordered, dense
         self.source: RowSource | None = None
-        self.number = 0
+        self.number, self.computed = 0, dense
+
+    def sorted_(self, rows: Tensor, values: Tensor) -> None:
+        """The same gradient, of other order or distinct."""
+        computed = self.computed
+        self.__init__(rows, values, True, True, self.dense)  # type: ignore[misc]
+        self.computed = computed
 
     def _read(self) -> tuple[Tensor, Tensor]:
         if self.source is not None:
             self._rows, self._values = self.source.rows_and_values(self.number)
-            self.source = None
+            self.source, self.computed = None, True
         return cast("tuple[Tensor, Tensor]", (self._rows, self._values))
 
     @property
@@ -115,8 +122,7 @@ class RowGradient(Tensor):
     def distinct_(self) -> RowGradient:
         """Sum the values of rows that occur several times, in place; a step takes the rows in any order."""
         if not self._content.distinct:
-            rows, values = sum_duplicates(self.rows, self.values)
-            self._content.__init__(rows, values, True, True, self._content.dense)  # type: ignore[misc]
+            self._content.sorted_(*sum_duplicates(self.rows, self.values))
         return self
 
     def coalesce(self) -> RowGradient:
@@ -124,9 +130,25 @@ class RowGradient(Tensor):
         self.distinct_()
         if not self._content.ordered:
             rows, order = self.rows.sort()
-            values = self.values.index_select(0, order)
-            self._content.__init__(rows, values, True, True, self._content.dense)  # type: ignore[misc]
+            self._content.sorted_(rows, self.values.index_select(0, order))
         return self
+
+    def check_rows(self, table: str) -> None:
+        """Refuse rows that a table does not have.
+
+        Args:
+            table: names it in the error.
+
+        Raises:
+            IdRangeError: names the rows.
+        """
+        if self._content.computed or not len(self.rows):
+            return
+        low, high = torch.stack(self.rows.aminmax()).tolist()
+        if low < 0 or high >= self.shape[0]:
+            raise IdRangeError(
+                f"rows of a gradient of {table!r} must be in [0, {self.shape[0]}); got rows from {low} to {high}"
+            )
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """The gradient as an ordinary tensor."""
@@ -141,7 +163,7 @@ class RowGradient(Tensor):
     def _like(self, values: Tensor) -> RowGradient:
         content = self._content
         out = RowGradient(content.rows, values, self.shape[0], distinct=content.distinct, ordered=content.ordered)
-        out._content.dense = content.dense
+        out._content.dense, out._content.computed = content.dense, content.computed
         return out
 
     def _alias(self) -> RowGradient:
@@ -161,8 +183,9 @@ class RowGradient(Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"RowGradient(shape={list(self.shape)}, rows={self.rows}, values={self.values})"
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., RowGradient], tuple[Tensor, Tensor, int]]:
-        return RowGradient, (self.rows, self.values, self.shape[0])
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., RowGradient], tuple[object, ...]]:
+        content = self._content
+        return _restored, (self.rows, self.values, self.shape[0], content.distinct, content.ordered, content.dense)
 
     def __deepcopy__(self, memo: object) -> RowGradient:
         return self.clone()  # type: ignore[return-value]
@@ -178,6 +201,13 @@ class RowGradient(Tensor):
             if out is not NotImplemented:
                 return out
         return _densely(func, args, kwargs)
+
+
+def _restored(rows: Tensor, values: Tensor, num_rows: int, distinct: bool, ordered: bool, dense: bool) -> RowGradient:
+    """A gradient that was pickled."""
+    out = RowGradient(rows, values, num_rows, distinct=distinct, ordered=ordered)
+    out._content.dense = dense
+    return out
 
 
 # -- how operations of torch read the stored rows ------------------------------------------------------------------
@@ -260,6 +290,7 @@ def _added(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     else:
         joined = RowGradient(torch.cat([first.rows, second.rows]), torch.cat([first.values, scaled]), first.shape[0])
         joined._content.dense = first._content.dense or second._content.dense
+        joined._content.computed = first._content.computed and second._content.computed
     if in_place:
         known = joined._content
         first._content.__init__(known.rows, known.values, known.distinct, known.ordered, known.dense)  # type: ignore[misc]
@@ -287,14 +318,21 @@ def _converted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
 
 
 def _zeroed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    # The rows are not read: computing those that are thrown away costs time, and may no longer be possible.
     grad = args[0]
-    grad._content.__init__(grad.rows[:0], grad.values[:0], True, True)
+    grad._content.__init__(*_no_rows(grad), True, True)
+    grad._content.source = None
     return grad
+
+
+def _no_rows(like: RowGradient) -> tuple[Tensor, Tensor]:
+    rows = torch.empty(0, dtype=torch.int64, device=like.device)
+    return rows, torch.empty(0, like.shape[1], dtype=like.dtype, device=like.device)
 
 
 def _empty(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     grad = args[0]
-    out = _zeroed(func, (grad._like(grad.values),), {})
+    out = RowGradient(*_no_rows(grad), grad.shape[0], distinct=True, ordered=True)
     return _converted(aten._to_copy.default, (out,), kwargs) if kwargs else out
 
 

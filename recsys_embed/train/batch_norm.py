@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -46,6 +45,7 @@ def need_two_rows(batch: Batch) -> None:
 class LastRowJoined:
     """Batches of an epoch whose last one, a single row, goes into the batch before it.
 
+    >>> import torch
     >>> ones = [Batch(torch.zeros(n, 0), torch.zeros(n, 1, dtype=torch.int64), torch.ones(n)) for n in (2, 2, 1)]
     >>> [batch.num_rows for batch in LastRowJoined(ones)]
     [2, 3]
@@ -61,9 +61,7 @@ class LastRowJoined:
         held: Batch | None = None
         for batch in self.batches:
             if held is not None and len(batch.label) == 1:
-                pairs = zip((held.dense, held.ids, held.label), (batch.dense, batch.ids, batch.label), strict=True)
-                dense, ids, label = (torch.cat(pair) for pair in pairs)
-                held = Batch(dense, ids, label)
+                held = Batch.cat([held, batch])
             else:
                 if held is not None:
                     yield held
