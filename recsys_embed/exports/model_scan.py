@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.optimizer_state import weights_of
@@ -203,7 +204,13 @@ def _class_faults(module: CompressedEmbedding | EmbeddingCollection) -> Iterator
     known: type = EmbeddingCollection
     if isinstance(module, CompressedEmbedding):
         known = get_method(module.config.method).embedding_cls
-    if type(module) is not known:
+    if is_parametrized(module):
+        names = ", ".join(map(repr, module.parametrizations))  # type: ignore[arg-type]
+        yield (
+            f"parametrized ({names}), which a file cannot bring back; fix the values first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        )
+    elif type(module) is not known:
         yield f"a subclass of {known.__name__}, which a file cannot bring back; register it as a method of its own"
 
 
