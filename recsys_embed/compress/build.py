@@ -22,7 +22,7 @@ from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.registry import get_method
 
 InitMode = Literal["dense", "fresh"]
-_OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")
+OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")
 
 
 @dataclass
@@ -80,7 +80,7 @@ class TableReplacement:
 
 def call_options(module: nn.Module) -> dict[str, Any]:
     """Constructor arguments of torch's modules and of drop-ins that affect how they are called."""
-    return {key: getattr(module, key) for key in _OPTIONS if hasattr(module, key)}
+    return {key: getattr(module, key) for key in OPTIONS if hasattr(module, key)}
 
 
 def dense_weight(module: nn.Module) -> Tensor:
