@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import recsys_embed as rse
 from recsys_embed.errors import ConfigError
-from tests.fused_model import BACKENDS, IDS, PAIRS, Model, dense, loss_of, weights
+from tests.fused_model import BACKENDS, IDS, PAIRS, Model, dense, loss_of, one_step, weights
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,6 +59,17 @@ def gradient_scaler(model: Model) -> None:
     scaler.step(optimizer)
 
 
+def gradient_scaler_after_a_plain_step(model: Model) -> None:
+    one_step(model, dense(model), 0)
+    gradient_scaler(model)
+
+
+def gradient_scaler_of_an_overflow(model: Model) -> None:
+    """The scaler would skip the optimizer's step, by which nothing else could be known."""
+    scaler = torch.amp.GradScaler("cpu")
+    (scaler.scale(loss_of(model, slice(8))) * float("inf")).backward()
+
+
 def foreign_parameters(model: Model) -> None:
     other = Model(rse.SGD())
     torch.func.functional_call(model, dict(other.named_parameters()), (IDS,)).sum().backward()
@@ -66,13 +81,87 @@ def swapped(model: Model) -> None:
     loss.backward()
 
 
+REFUSED = [
+    accumulated, backward_twice, lookup_ahead, gradient_scaler, gradient_scaler_after_a_plain_step,
+    gradient_scaler_of_an_overflow, foreign_parameters, swapped,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "loop", [accumulated, backward_twice, lookup_ahead, gradient_scaler, foreign_parameters, swapped]
-)
+@pytest.mark.parametrize("loop", REFUSED)
 def test_steps_in_backward_refuse_what_they_cannot_do(loop: Callable[[Model], None], backend: str) -> None:
+    model = Model(rse.Adagrad(lr=0.1), backend=backend)
     with pytest.raises(ConfigError, match=r"fused_optimizer|look up again"):
-        loop(Model(rse.Adagrad(lr=0.1), backend=backend))
+        loop(model)
+    assert all(p.isfinite().all() for p in model.tables.parameters())
+
+
+def test_a_scaler_of_another_model_is_let_be() -> None:
+    """A teacher steps in backward, beside a student whose loss is scaled."""
+    model, student, scaler = Model(rse.Adagrad(lr=0.1)), nn.Linear(2, 1), torch.amp.GradScaler("cpu")
+    optimizers = [dense(model), torch.optim.SGD(student.parameters(), 0.1)]
+    for _ in range(2):
+        loss_of(model, slice(8)).backward()
+        scaler.scale(student(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+        optimizers[0].step()
+
+
+def test_accumulation_is_seen_where_another_optimizer_steps_in_between() -> None:
+    model, other = Model(rse.Adagrad(lr=0.1)), nn.Linear(2, 1)
+    optimizer, others = dense(model), torch.optim.SGD(other.parameters(), 0.1)
+
+    def loop() -> None:
+        for i in range(6):
+            loss_of(model, slice(8 * i, 8 * i + 8)).backward()
+            other(torch.ones(1, 2)).sum().backward()
+            others.step()
+            others.zero_grad()
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(ConfigError, match="2 backwards of a collection came before one step of SGD"):
+        loop()
+
+
+@pytest.mark.parametrize("slow", ["discarded", "of another model"])
+def test_optimizers_that_step_less_often_are_let_be(slow: str) -> None:
+    """A discriminator's gradients of the generator's backwards are discarded; a student is trained now and then."""
+    model, other = Model(rse.Adagrad(lr=0.1)), nn.Linear(1, 1)
+    optimizer, others = dense(model), torch.optim.SGD(other.parameters(), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(6):
+            optimizer.zero_grad()
+            scores = model(IDS[:8])[:, None]
+            (other(scores) if slow == "discarded" else scores).sum().backward()
+            optimizer.step()
+            if i % 2:
+                others.zero_grad()
+                other(torch.ones(1, 1)).sum().backward()
+                others.step()
+
+
+def test_threads_that_train_at_once_are_independent() -> None:
+    model, faults = Model(rse.SGD(lr=0.1)), []
+
+    def train() -> None:
+        try:
+            for _ in range(150):
+                held = [model.tables(IDS[:1]) for _ in range(20)]
+                sum((h.sum() for h in held[:2]), torch.zeros(())).backward()
+        except Exception as error:
+            faults.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=train) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    sys.setswitchinterval(interval)
+    assert faults == []
 
 
 @pytest.mark.parametrize("zero", [None, True, False])
@@ -90,10 +179,11 @@ def test_accumulation_beside_an_optimizer_that_knows_no_table_is_refused(zero: b
         optimizer.step()
 
 
-def test_steps_of_another_models_optimizer_are_told() -> None:
+def test_steps_of_another_models_optimizer_warn() -> None:
     model, other = Model(rse.Adagrad(lr=0.1)), torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(other.parameters(), 0.1)
     for _ in range(2):
+        loss_of(model, slice(8)).backward()
         other(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     for k in (1, 2):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from recsys_embed.collection.optimizer_watch import WAY_OUT, held_gradients
+from recsys_embed.collection.accumulation import BackwardCount
+from recsys_embed.collection.optimizer_watch import WAY_OUT
+from recsys_embed.collection.scaled_losses import is_scaled
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.replicas import active_replica, refuse_sharding
 
@@ -45,12 +47,9 @@ class BackwardSteps:
         # Gradients by storage of each backward that collects them, which torch numbers; and its thread.
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
-        self.backwards = 0
-        # Gradients that optimizers held when the last lookup began; those to which its backward has added.
-        self._held: dict[int, tuple[int, int]] = {}
-        self._accumulating: set[int] = set()
-        # Whether several backwards came before a step; closures run them inside of the step.
-        self._accumulation_suspected = False
+        self.count = BackwardCount()
+        # Of what several threads change; never held while tables step.
+        self._lock = threading.Lock()
 
     def begin(self, deferred: bool) -> LookupRecord:
         """A lookup begins.
@@ -63,11 +62,11 @@ class BackwardSteps:
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
                 f"one of several lookups) would read the new rows; {WAY_OUT}"
             )
-        if self.backwards or self._accumulation_suspected:
-            self._held = held_gradients()
+        self.count.before_lookup()
         thread = threading.get_ident()
         record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
-        self._open.add(record)
+        with self._lock:
+            self._open.add(record)
         return record
 
     def collects(self, record: LookupRecord, parts: Collection[str]) -> bool:
@@ -76,6 +75,7 @@ class BackwardSteps:
         Raises:
             ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
         """
+        refuse_scaled()
         stale = not record.stepped and record.steps_before != self._taken.get(record.thread, 0)
         if stale or record.stepped.intersection(parts):
             what = "another backward came between" if stale else "backward ran twice through one lookup"
@@ -85,11 +85,10 @@ class BackwardSteps:
             )
         first = not record.stepped
         if first and not record.deferred:
+            with self._lock:
+                others = [other for other in self._open if other is not record and not other.stepped]
             record.deferred = torch._C._current_graph_task_id() in self._collected or any(
-                other is not record
-                and not other.stepped
-                and (other.thread, other.steps_before) == (record.thread, record.steps_before)
-                for other in list(self._open)
+                (other.thread, other.steps_before) == (record.thread, record.steps_before) for other in others
             )
         record.stepped.update(parts)
         if first and not record.deferred:
@@ -99,14 +98,16 @@ class BackwardSteps:
     def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add to the gradients by which the running backward steps the optimizer when it ends."""
         task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        refuse_scaled()
         if task < 0:  # an operator that is called outside a backward
             self._apply({name: g for name, g in gradients.items() if g is not None})
             return
         if task not in self._collected:
-            # What an earlier backward of this thread left behind, it failed.
-            for other in [t for t, (of, _) in self._collected.items() if of == thread]:
-                del self._collected[other]
-            self._collected[task] = thread, {}
+            with self._lock:
+                # What an earlier backward of this thread left behind, it failed.
+                for other in [t for t, (of, _) in self._collected.items() if of == thread]:
+                    del self._collected[other]
+                self._collected[task] = thread, {}
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         found = self._collected[task][1]
         for name, gradient in gradients.items():
@@ -115,6 +116,7 @@ class BackwardSteps:
 
     def stepped_by_compiled_code(self) -> None:
         """Compiled lookups keep no record; two of them in one backward are refused here."""
+        refuse_scaled()
         task = torch._C._current_graph_task_id()
         if task >= 0 and task == self._stepped_in:
             raise ConfigError(
@@ -123,27 +125,31 @@ class BackwardSteps:
         self._count(threading.get_ident())
 
     def _end(self, task: int) -> None:
-        thread, gradients = self._collected.pop(task)
+        with self._lock:
+            thread, gradients = self._collected.pop(task)
         self._apply(gradients)
         self._count(thread)
 
     def _count(self, thread: int) -> None:
-        self._taken[thread] = self._taken.get(thread, 0) + 1
+        with self._lock:
+            self._taken[thread] = self._taken.get(thread, 0) + 1
         self._stepped_in = torch._C._current_graph_task_id()
-        self.backwards += 1
-        if self._held:
-            now = held_gradients()
-            self._accumulating.update(
-                k for k, was in self._held.items() if k in now and was[0] == now[k][0] and was < now[k]
-            )
-            self._held = {}
+        self.count.add()
+        if self.count.holds and self._stepped_in >= 0:
+            # Other gradients may follow those of the tables.
+            torch.autograd.Variable._execution_engine.queue_callback(self.count.after_backward)
 
-    def take(self) -> tuple[int, set[int]]:
-        """Backwards since this was last asked, and optimizers whose gradients several of them were added to."""
-        found = self.backwards, self._accumulating
-        self._accumulation_suspected = self._accumulation_suspected or self.backwards > 1
-        self.backwards, self._accumulating, self._held = 0, set(), {}
-        return found
+
+def refuse_scaled() -> None:
+    """Refuse the running backward where it began at a loss that a gradient scaler has scaled.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if is_scaled(torch._C._current_graph_task_id()):
+        raise ConfigError(
+            f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {WAY_OUT}"
+        )
 
 
 def refuse_parts(table: Tensor) -> None:

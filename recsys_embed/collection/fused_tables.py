@@ -17,7 +17,7 @@ from recsys_embed.collection.backward_steps import (
     refuse_parts,
     refuse_replicas,
 )
-from recsys_embed.collection.optimizer_watch import watch
+from recsys_embed.collection.optimizer_watch import Backwards, watch
 from recsys_embed.collection.schedules import Schedules
 from recsys_embed.collection.tables_with_state import TablesWithState
 from recsys_embed.errors import ConfigError, RecsysEmbedError
@@ -167,9 +167,9 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> tuple[int, set[int]]:
-        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
-        return self._backward_steps.take()
+    def take_backwards(self, optimizer: torch.optim.Optimizer) -> Backwards:
+        """Backwards that stepped the tables before a step of an optimizer of torch, which begins."""
+        return self._backward_steps.count.take(optimizer)
 
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""

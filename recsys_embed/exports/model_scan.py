@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.optimizer_state import weights_of
-from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.discover import FoundTable, find_tables, key_without_wrappers, names_without_wrappers
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import raise_faults
@@ -90,7 +91,9 @@ def scan(model: nn.Module) -> ModelContents:
 class _Scanner:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.found = model, ModelContents()
-        self.state = weights_of(model, keep_vars=True)
+        self.names = names_without_wrappers(model)
+        state = weights_of(model, keep_vars=True)
+        self.state = {key_without_wrappers(key, self.names): value for key, value in state.items()}
         self.faults: list[str] = []
         self.paths: dict[int, list[str]] = {}
         self.storages: dict[int, Storage] = {}
@@ -99,7 +102,7 @@ class _Scanner:
     def run(self) -> None:
         paths = self.paths
         for path, module in self.model.named_modules(remove_duplicate=False):
-            paths.setdefault(id(module), []).append(path)
+            paths.setdefault(id(module), []).append(self.names[path])
         seen: set[int] = set()
         tables = find_tables(self.model)
         for table in tables:
@@ -201,7 +204,13 @@ def _class_faults(module: CompressedEmbedding | EmbeddingCollection) -> Iterator
     known: type = EmbeddingCollection
     if isinstance(module, CompressedEmbedding):
         known = get_method(module.config.method).embedding_cls
-    if type(module) is not known:
+    if is_parametrized(module):
+        names = ", ".join(map(repr, module.parametrizations))  # type: ignore[arg-type]
+        yield (
+            f"parametrized ({names}), which a file cannot bring back; fix the values first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        )
+    elif type(module) is not known:
         yield f"a subclass of {known.__name__}, which a file cannot bring back; register it as a method of its own"
 
 

@@ -1,0 +1,87 @@
+"""Whether several backwards of some tables are added up in the gradients of an optimizer of torch."""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+
+from recsys_embed.collection.optimizer_watch import Backwards
+
+# An optimizer that makes no step for so many backwards is not looked at any longer.
+_FORGOTTEN_AFTER = 64
+
+
+class _Seen:
+    """What is known of an optimizer that has stepped.
+
+    Gradients are those it holds, by identity, with the number of writes in place.
+    """
+
+    __slots__ = ("added", "held", "stepped_at")
+
+    def __init__(self, stepped_at: int) -> None:
+        self.stepped_at = stepped_at
+        # When the last lookup began; and those to which its backward has added.
+        self.held: dict[int, int] = {}
+        self.added: dict[int, int] = {}
+
+
+def _gradients(optimizer: Optimizer) -> dict[int, int]:
+    held = (p.grad for group in optimizer.param_groups for p in group["params"])
+    return {id(grad): grad._version for grad in held if grad is not None}
+
+
+class BackwardCount:
+    """Backwards of some tables, as each optimizer of torch that steps sees them."""
+
+    def __init__(self) -> None:
+        self._count = self._any_stepped_at = 0
+        self._optimizers: WeakKeyDictionary[Optimizer, _Seen] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        # Whether gradients are held, to be compared with those after the backward.
+        self.holds = False
+
+    def before_lookup(self) -> None:
+        """Look at the gradients of optimizers that have not stepped since the last backward."""
+        count = self._count
+        with self._lock:
+            behind = [(o, seen) for o, seen in self._optimizers.items() if seen.stepped_at < count]
+            for optimizer, seen in behind:
+                if count - seen.stepped_at > _FORGOTTEN_AFTER and not seen.added:
+                    del self._optimizers[optimizer]
+                else:
+                    seen.held = _gradients(optimizer)
+            self.holds = bool(behind)
+
+    def add(self) -> None:
+        """One more backward has stepped the tables."""
+        with self._lock:
+            self._count += 1
+
+    def after_backward(self) -> None:
+        """Compare the gradients with those before the lookup."""
+        with self._lock:
+            for optimizer, seen in self._optimizers.items():
+                if seen.held:
+                    now = _gradients(optimizer)
+                    seen.added.update({g: now[g] for g, before in seen.held.items() if now.get(g, 0) > before})
+                    seen.held = {}
+            self.holds = False
+
+    def take(self, optimizer: Optimizer) -> Backwards:
+        """Backwards before the step of an optimizer that begins."""
+        with self._lock:
+            seen, count = self._optimizers.get(optimizer), self._count
+            known = seen is not None
+            if seen is None:
+                seen = self._optimizers[optimizer] = _Seen(self._any_stepped_at)
+            since_own, since_any, accumulated = count - seen.stepped_at, count - self._any_stepped_at, False
+            if seen.added:
+                # Gradients that were discarded since are nobody's sum.
+                now = _gradients(optimizer)
+                accumulated = any(now.get(g, -1) >= written for g, written in seen.added.items())
+            seen.stepped_at = self._any_stepped_at = count
+            seen.held, seen.added = {}, {}
+        return Backwards(since_own, since_any, accumulated, known)
