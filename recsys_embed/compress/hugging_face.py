@@ -23,7 +23,7 @@ from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.utils.optional import require
 from recsys_embed.utils.settings import param
 
@@ -122,7 +122,7 @@ class CompressedTablesQuantizer(HfQuantizer):
         """Bring back what no file holds, and tell every reader of a shared table which parameter it is now."""
         for table in _compressed(model):
             for module in _drop_ins(table):
-                revive(module, module._device())
+                recreate_derived_tensors(module, module._device())
                 vars(module).pop("_is_hf_initialized", None)
                 if module.shared is not None:
                     held = {name: module._parameters.get(name) for name in module.shared.values}

@@ -16,7 +16,7 @@ from recsys_embed.compress.saved_tables import SavedTable, damages, description
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.plan import Plan
 from recsys_embed.registry import get_method
 from recsys_embed.utils.files import write_text
@@ -71,7 +71,7 @@ class CompressedStaticEmbedding(StaticEmbedding):
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
         self.embedding = table
         self.load_state_dict(weights, assign=True)
-        revive(table, torch.device("cpu"))
+        recreate_derived_tensors(table, torch.device("cpu"))
         return self
 
 

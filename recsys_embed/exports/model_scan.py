@@ -19,7 +19,7 @@ from recsys_embed.errors import raise_faults
 from recsys_embed.exports.file_format import NAMES
 from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec
 from recsys_embed.features import spec_to_dict
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan
@@ -223,7 +223,7 @@ def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: Modul
     odd = [k for k, shape in ours.items() if theirs.get(k) != shape and k not in item.build.get(ADDED, ())]
     if odd:
         yield f"not as its configuration makes it; it also holds {', '.join(odd[:5])}"
-    revive(built, torch.device("cpu"))
+    recreate_derived_tensors(built, torch.device("cpu"))
     lost = [k for k, v in built.named_buffers() if v.is_meta and k not in theirs]
     if lost:
         yield f"buffers {', '.join(lost[:5])} are in no state dict, so no file holds them; make them persistent"

@@ -32,7 +32,7 @@ from recsys_embed.exports.served_modules import (
     row_tables,
 )
 from recsys_embed.kernels import fbgemm
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.kernels.stored_tables import Stored, too_many_columns
 from recsys_embed.plan import MAX_ROW_LOOKUPS
 from recsys_embed.utils.types import JSONMapping
@@ -289,7 +289,7 @@ class _Loader:
         lacking = [k for k in missing if k not in filled and not k.endswith("_extra_state") and "served." not in k]
         if lacking:
             raise self._unfit(f"{where}: the file does not fill {', '.join(lacking[:5])}")
-        revive(root, _CPU)
+        recreate_derived_tensors(root, _CPU)
         root.requires_grad_(False)
         empty = [k for k, v in [*root.named_parameters(), *root.named_buffers()] if v.is_meta]
         if empty:
