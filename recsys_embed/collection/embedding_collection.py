@@ -206,16 +206,12 @@ class EmbeddingCollection(FusedTables):
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
-    @property
-    def _bundle(self) -> LookupBundle:
-        """The attribute ``bundle``, which torch finds last of all, ten times slower."""
-        return self._modules["bundle"]  # type: ignore[return-value]
-
     def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (torch.compiler.is_compiling() and self.sparse):
             return None
-        served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
+        # Not as an attribute, which torch finds last of all, ten times slower.
+        served = cast("StoredTables | None", self._modules.get("served"))
         if served is not None:
             stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)

@@ -21,7 +21,7 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def beyond_kernels(grads: Sequence[Tensor]) -> bool:
+def needs_torch_gradients(grads: Sequence[Tensor]) -> bool:
     """In a backward, given the gradients of its outputs: whether these are batched, or to be differentiated again."""
     return torch.is_grad_enabled() or are_batched(grads)
 
@@ -98,7 +98,7 @@ def differentiable_gradients(
 
 
 def refuse_further_derivatives() -> None:
-    """Refuse a backward that is :func:`beyond_kernels`, where it would step an optimizer.
+    """Refuse a backward that is :func:`needs_torch_gradients`, where it would step an optimizer.
 
     Raises:
         ConfigError: always.

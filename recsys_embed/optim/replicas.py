@@ -35,7 +35,7 @@ class _Exchange:
 
     Args:
         tables: in the same order in every process.
-        always: at the end of every backward, rather than of the one after :meth:`expect`.
+        always: at the end of every backward, rather than of the one after :meth:`begin_forward`.
     """
 
     def __init__(self, tables: Sequence[ReplicatedTables], group: ProcessGroup, always: bool) -> None:
@@ -65,7 +65,7 @@ class _Exchange:
             distributed.broadcast(steps, first, self._group)
             table.steps_taken(dict(zip(table.storages, steps.tolist(), strict=True)))
 
-    def expect(self, sync: bool) -> None:
+    def begin_forward(self, sync: bool) -> None:
         """A forward of all replicas begins, whose backward ends with an exchange, or does not (``no_sync``)."""
         self._expected = self._always or sync
 
@@ -183,7 +183,7 @@ class Replicas:
             _leave_buckets(replica, exchange._tables)
             exchange.copy_first()
             self._hook(replica.module)
-        self._by_replica[replica].expect(bool(replica.require_backward_grad_sync))
+        self._by_replica[replica].begin_forward(bool(replica.require_backward_grad_sync))
 
     def after_gradient(self) -> None:
         """Compiled code left a gradient."""

@@ -123,7 +123,7 @@ def _read_side_by_side(width: int, vectors: Sequence[FoundTable], layers: Sequen
         # Products, maybe of vectors with themselves and with that of the numeric fields, maybe beside it.
         exactly |= {m * (m - 1) // 2 + beside for m in range(count, count + 3) for beside in (0, width)}
     return any(
-        layer.reads in exactly
+        (layer.reads in exactly and not (layer.fed and layer.gives == 1))
         or (
             layer.reads >= FIELDS_TO_TELL_IDS_APART * width
             and not layer.fed

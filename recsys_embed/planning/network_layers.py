@@ -22,7 +22,7 @@ class FirstLayer(NamedTuple):
     Args:
         reads: numbers of its input.
         gives: numbers of its output.
-        ends: numbers of the output of the last layer of those that follow it.
+        ends: numbers of the output of the last layer of those that follow it, also as attributes of one module.
         fed: whether another layer's output, read by none that follows it, is as wide as this one's input.
     """
 
@@ -52,26 +52,40 @@ def first_layers(model: nn.Module, tables: Sequence[FoundTable], unknown: int) -
         elif id(module) not in holders and _holds_matrices(module):
             own = {n: s for n, s in _matrices(module).items() if (f"{path}.{n}" if path else n) not in bare}
             shapes[id(module)] = list(_products(own, {t.width for t in tables}, unknown))
-    follower = _followers(model, shapes)
-    found = []
-    for key in [k for k in shapes if k not in set(follower.values())]:
-        chain = [key]
-        while follower.get(chain[-1], key) not in chain:
-            chain.append(follower[chain[-1]])
-        found += [(reads, gives, gives if len(chain) == 1 else shapes[chain[-1]][0][1]) for reads, gives in shapes[key]]
+    in_row, siblings = _followers(model, shapes)
+    after = set(in_row.values())
+    first = [(key, *numbers) for key, made in shapes.items() if key not in after for numbers in made]
     # What gives as much as it reads, such as cross layers, does not say where that comes from.
-    given = {ends for reads, _, ends in found if ends != reads}
-    return [FirstLayer(*numbers, fed=numbers[0] in given) for numbers in found]
+    given = {last for key, reads, gives in first if (last := _last(key, gives, in_row, shapes)) != reads}
+    return [
+        FirstLayer(reads, gives, _last(key, gives, siblings | in_row, shapes), reads in given)
+        for key, reads, gives in first
+    ]
 
 
-def _followers(model: nn.Module, shapes: Mapping[int, list[tuple[int, int]]]) -> dict[int, int]:
-    """By layer, the one that stands after it in a container and reads as many numbers as it gives."""
-    found: dict[int, int] = {}
-    for container in model.modules():
-        if isinstance(container, nn.Sequential | nn.ModuleList):
-            row = [id(m) for m in container.modules() if len(shapes.get(id(m), ())) == 1]
-            found.update((a, b) for a, b in pairwise(row) if shapes[a][0][1] == shapes[b][0][0])
-    return found
+_Shapes = Mapping[int, list[tuple[int, int]]]
+
+
+def _followers(model: nn.Module, shapes: _Shapes) -> tuple[dict[int, int], dict[int, int]]:
+    """By layer, the next one where that reads as many numbers as it gives: in a container, which surely is called in
+    this order, and among the attributes of a module, which maybe is."""
+    in_row: dict[int, int] = {}
+    siblings: dict[int, int] = {}
+    for holder in model.modules():
+        certain = isinstance(holder, nn.Sequential | nn.ModuleList)
+        row = [id(m) for m in (holder.modules() if certain else holder.children()) if len(shapes.get(id(m), ())) == 1]
+        pairs = ((a, b) for a, b in pairwise(row) if shapes[a][0][1] == shapes[b][0][0])
+        (in_row if certain else siblings).update(pairs)
+    return in_row, siblings
+
+
+def _last(key: int, gives: int, follower: Mapping[int, int], shapes: _Shapes) -> int:
+    """Numbers that the last layer of the chain gives that a layer begins."""
+    seen = {key}
+    while follower.get(key, key) not in seen:
+        key = follower[key]
+        seen.add(key)
+    return gives if len(seen) == 1 else shapes[key][0][1]
 
 
 def _layer_shape(module: Any, unknown: int) -> tuple[int, int] | None:

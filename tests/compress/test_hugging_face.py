@@ -161,6 +161,32 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         served.save_pretrained(tmp_path / "c")  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("tables",), 5),
+        (("tables",), [5]),
+        (("tables",), []),
+        (("tabels",), []),
+        (("tables", 0, "paths"), None),
+        (("tables", 0, "paths"), 3),
+        (("tables", 0, "unseen"), "x"),
+        (("tables", 0, "config"), {"method": "none"}),
+    ],
+    ids=str,
+)
+def test_a_damaged_description_is_refused(at: tuple[Any, ...], value: Any, tmp_path: Path) -> None:
+    compressed("BertForMaskedLM", "hash").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    part = config["quantization_config"]
+    for key in at[:-1]:
+        part = part[key]
+    part[at[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json, quantization_config is damaged"):
+        transformers.BertForMaskedLM.from_pretrained(tmp_path)
+
+
 def test_the_page_keeps_its_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).resolve().parents[2] / "docs" / "other_libraries.md"

@@ -130,6 +130,7 @@ def schema_of(fields: int) -> Schema:
      lambda: Built(matrix=nn.Parameter(torch.randn(160, 64))), lambda: Built(matrix=nn.Parameter(torch.randn(64, 160))),
      lambda: Built(8, bottom=mlp(13, 64, 128), top=nn.Linear(128, 64)), lambda: Built(deep=mlp(173, 512, 173, 1)),
      lambda: Built(10, cross=nn.ModuleList(mlp(160, 8, 160) for _ in range(3)), deep=mlp(160, 64, 1)),
+     lambda: Built(first=nn.Linear(173, 64), second=nn.Linear(64, 16), third=nn.Linear(16, 1)),
      lambda: nn.DataParallel(Deep(8))],
 )  # fmt: skip
 def test_a_network_over_many_vectors_tells_ids_of_one_row_apart(made: Callable[[], Any]) -> None:
@@ -143,6 +144,10 @@ def test_a_network_over_many_vectors_tells_ids_of_one_row_apart(made: Callable[[
      lambda: Sequences(nn.Identity),
      # Layers that read numeric fields, a text, or what another layer gives.
      lambda: Built(2, text=nn.Linear(384, 16)), lambda: Built(10, text=mlp(384, 64, 16)),
+     lambda: Built(10, first=nn.Linear(768, 256), act=nn.ReLU(), second=nn.Linear(256, 16)),
+     lambda: Built(1, first=nn.Linear(768, 256), second=nn.Linear(256, 16)),
+     lambda: Built(10, image=nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3))),
+     lambda: Built(8, deep=nn.ModuleList([nn.Linear(29, 128), nn.Linear(128, 128)]), score=nn.Linear(128, 1)),
      lambda: Built(1, text=nn.Linear(384, 16)), lambda: Built(2, numeric=nn.Linear(200, 1)),
      lambda: Built(10, numeric=nn.Linear(200, 1)), lambda: Built(10, 1, numeric=nn.Linear(13, 1)),
      lambda: Built(2, left=mlp(16, 64), right=mlp(16, 64), head=nn.Linear(128, 1)),
