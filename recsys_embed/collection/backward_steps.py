@@ -57,6 +57,8 @@ class BackwardSteps:
         Args:
             deferred: several parts of its backward update one storage, so that their gradients are collected.
         """
+        # Checkpointing runs a backward of its own for what it looks up again.
+        refuse_scaled()
         if self._stepped_in >= 0 and torch._C._current_graph_task_id() == self._stepped_in:
             raise ConfigError(
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
