@@ -12,7 +12,7 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.optim import fused_optimizer, unfused_parameters
 from tests.fused_model import IDS, PAIRS, SCHEMA, Model, dense, one_step, plain, weights
 
@@ -47,6 +47,24 @@ def test_the_usual_checkpoint_resumes(name: str, at_step: bool) -> None:
     empty.to_empty(device="cpu").load_state_dict(saved["model"])
     held = empty.tables.optimizer_state_dict()["state"].values()
     assert all(torch.isfinite(s.float()).all() for s in held)
+
+
+def test_a_rate_that_was_set_is_resumed() -> None:
+    tables, other = (EmbeddingCollection(SCHEMA, None, rse.SGD(lr=1.0)) for _ in range(2))
+    other.load_state_dict(tables.state_dict())
+    assert other.lr == 1.0
+    tables.lr = 0.1
+    other.load_state_dict(tables.state_dict())
+    assert other.lr == 0.1
+    EmbeddingCollection(SCHEMA).load_state_dict(tables.state_dict())
+    bad = {**tables.state_dict(), "width8_lr": torch.tensor(-1.0)}
+    with pytest.raises(CheckpointError, match="finite number >= 0"):
+        other.load_state_dict(bad)
+    optimizer = other.make_optimizer()
+    assert optimizer.param_groups[0]["lr"] == other.lr == 0.1
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert other.lr == other.optimizer_state_dict()["lr"] == 0.05
+    assert "width8_lr" not in other.state_dict()
 
 
 def test_a_checkpoint_without_the_state_says_so() -> None:

@@ -64,6 +64,22 @@ def schedule(model: Model, optimizer: torch.optim.Optimizer) -> None:
         scheduler.step()
 
 
+def one_cycle(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """It changes momentum too, where the optimizer has it."""
+    momentum = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=6, cycle_momentum=momentum)
+    for i in range(5):
+        one_step(model, optimizer, i)
+        scheduler.step()
+
+
+def plateau(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for i in range(5):
+        one_step(model, optimizer, i)
+        scheduler.step(1.0)
+
+
 def recomputed(model: Model, optimizer: torch.optim.Optimizer) -> None:
     for i in range(3):
         optimizer.zero_grad()
@@ -120,7 +136,7 @@ def nothing_read(model: Model, optimizer: torch.optim.Optimizer) -> None:
 
 
 LOOPS: list[Loop] = [
-    plain, accumulation, clipping, two_towers, freezing, schedule, recomputed, scaled, by_hand, overwritten,
+    plain, accumulation, clipping, two_towers, freezing, schedule, plateau, recomputed, scaled, by_hand, overwritten,
     nothing_read,
 ]  # fmt: skip
 
@@ -244,6 +260,51 @@ def test_gradients_of_vectors_that_are_changed_before_step_are_refused() -> None
     with pytest.raises(ConfigError, match="changed in place between backward and step"):
         optimizer.step()
     assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+
+
+@pytest.mark.parametrize("of_dense", [{"betas": (0.8, 0.9)}, {"momentum": 0.5}, {}, None], ids=str)
+@pytest.mark.parametrize("rule", list_rules())
+def test_schedules_of_momentum_take_every_rule_beside_every_dense_optimizer(rule: str, of_dense: Any) -> None:
+    model, twin = Model(make_rule(rule, lr=0.1)), nn.Linear(24, 1)
+    kind = torch.optim.Adagrad if not of_dense else torch.optim.Adam if "betas" in of_dense else torch.optim.SGD
+    inner, its = kind(unfused_parameters(model), **of_dense or {}), kind(twin.parameters(), **of_dense or {})
+    optimizer = fused_optimizer(model, None if of_dense is None else inner)
+    cycles = bool(of_dense) or "betas" in optimizer.defaults
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=6, cycle_momentum=cycles)
+    of_twin = torch.optim.lr_scheduler.OneCycleLR(its, 0.2, total_steps=6, cycle_momentum=bool(of_dense))
+    for i in range(5):
+        one_step(model, optimizer, i)
+        its.step()
+        if of_dense:
+            wanted = {k: v for k, v in its.param_groups[0].items() if k in ("lr", *of_dense)}
+            assert {k: optimizer.param_groups[0][k] for k in wanted} == wanted
+        scheduler.step(), of_twin.step()
+    assert optimizer.param_groups[-1]["lr"] == its.param_groups[0]["lr"]
+
+
+def test_the_groups_of_a_dense_optimizer_that_was_loaded_are_those_of_the_whole() -> None:
+    model = Model(rse.SGD(lr=0.5))
+    inner = torch.optim.SGD(model.parameters(), 1.0)
+    optimizer = fused_optimizer(model, inner)
+    inner.load_state_dict(copy.deepcopy(inner.state_dict()))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = weights(model)
+    one_step(model, optimizer, 0)
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0] is inner.param_groups[0]
+    optimizer.param_groups = [{**group, "lr": 0.25} for group in optimizer.param_groups]
+    assert [group["lr"] for group in inner.param_groups] == [0.25]
+
+
+def test_an_optimizer_that_nobody_keeps_is_missed() -> None:
+    model = Model(rse.SGD(lr=0.5))
+    inner = torch.optim.SGD(model.parameters(), 1.0)
+    fused_optimizer(model, inner)
+    loss_of(model, slice(8)).backward()
+    with pytest.raises(ConfigError, match=r"no longer exists; keep what it returns and call its step\(\)"):
+        inner.step()
 
 
 def test_optimizers_that_cannot_be_part_are_refused_before_anything_changes() -> None:

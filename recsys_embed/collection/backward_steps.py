@@ -86,10 +86,12 @@ class BackwardSteps:
         first = not record.stepped
         if first and not record.deferred:
             with self._lock:
-                others = [other for other in self._open if other is not record and not other.stepped]
-            record.deferred = torch._C._current_graph_task_id() in self._collected or any(
-                (other.thread, other.steps_before) == (record.thread, record.steps_before) for other in others
-            )
+                record.deferred = torch._C._current_graph_task_id() in self._collected or any(
+                    other is not record
+                    and not other.stepped
+                    and (other.thread, other.steps_before) == (record.thread, record.steps_before)
+                    for other in self._open
+                )
         record.stepped.update(parts)
         if first and not record.deferred:
             self._count(record.thread)

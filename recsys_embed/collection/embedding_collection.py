@@ -47,10 +47,9 @@ class EmbeddingCollection(FusedTables):
     Args:
         schema: the features, in the order of the id columns.
         plan: a method configuration per feature; plain tables when None.
-        optimizer: updates tables inside backward, so that they have no ``.grad``; ``None`` leaves ordinary gradients.
-            Projections and other dense parameters always have ordinary gradients: give them to a torch optimizer.
-            Each backward is one step of the rule, so gradients of several backwards cannot be accumulated, and
-            running backward twice over one graph updates twice. In ``eval()`` nothing is updated.
+        optimizer: updates tables in backward, one step of the rule for each, or at ``step()`` of what
+            :func:`recsys_embed.optim.fused_optimizer` makes; ``docs/training_loop.md`` says what each takes. ``None``
+            leaves ordinary gradients, which projections and other dense parameters always have.
         seed: of the initial weights (the configurations' own seeds salt the hashes).
         backend: ``"auto"``, or a name of :func:`available_backends`. ``"fbgemm"``, a backend of earlier versions, warns
             and runs what ``"auto"`` picks.

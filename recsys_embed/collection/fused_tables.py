@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,8 @@ from recsys_embed.utils.types import JSON
 
 # What copies and pickles start anew.
 _LEFT_BEHIND = (
-    "_backward_steps", "_replicas", "_torch_optimizer", "_schedules", "_looked", "_handle", "_compiled_at", "warned",
+    "_backward_steps", "_replicas", "_torch_optimizer", "_dense", "_schedules", "_looked", "_handle", "_compiled_at",
+    "warned",
 )  # fmt: skip
 
 
@@ -79,7 +82,9 @@ class FusedTables(TablesWithState):
         self._handle = handle_of(self)
         self._backward_steps = BackwardSteps(self._apply_collected)
         self._replicas: Replicas | None = None
+        # The torch optimizer that steps the tables, and the one that it steps besides.
         self._torch_optimizer: Callable[[], object] = _nobody
+        self._dense: Callable[[], object] = _nobody
         self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
@@ -99,6 +104,10 @@ class FusedTables(TablesWithState):
         """Whether a backward of what is looked up now steps the optimizer, or leaves gradients for ``step()``."""
         if self.optimizer is None or not torch.is_grad_enabled() or not (self.training or not self._in_backward):
             return False
+        if not self._looked and self._in_backward and not torch.compiler.is_compiling():
+            # Before this lookup holds the tables, too.
+            self._looked = True
+            self._schedules.find_optimizers()
         tables = self._weights()
         if not any(t.requires_grad for t in tables):
             return False
@@ -149,9 +158,6 @@ class FusedTables(TablesWithState):
         if not self._in_backward or torch.compiler.is_compiling():
             return None
         watch(self)
-        if not self._looked:
-            self._looked = True
-            self._schedules.find_optimizers()
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -187,6 +193,21 @@ class FusedTables(TablesWithState):
             return True
         waiting = {id(t) for t in self._weights() if t.grad is not None}
         return not waiting or not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"])
+
+    def check_not_lost(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step of the dense part of an optimizer that no longer exists.
+
+        Raises:
+            ConfigError: the tables' gradients wait for the optimizer that nobody has kept.
+        """
+        if self._in_backward or self._dense() is not optimizer or self._torch_optimizer() is not None:
+            return
+        if all(t.grad is None for t in self._weights()):
+            return
+        raise ConfigError(
+            "gradients of tables wait for the optimizer that recsys_embed.optim.fused_optimizer made of them, which no "
+            f"longer exists; keep what it returns and call its step(), here in place of {type(optimizer).__name__}'s"
+        )
 
     def _check_finite(self, gradients: Sequence[Tensor]) -> None:
         """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
@@ -373,12 +394,21 @@ class FusedTables(TablesWithState):
         """
         return fused_optimizer(self, dense)
 
+    # -- the learning rate ------------------------------------------------------------------------------------------
+
+    @property
+    def _current_lr(self) -> float:
+        optimizer = self._torch_optimizer()
+        return optimizer.lr_of(self) if isinstance(optimizer, FusedTableOptimizer) else self._lr
+
     # -- as the torch optimizer sees it ---------------------------------------------------------------------------
 
     def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None:
         """From now on gradients are left for ``step()`` of the optimizer that is called for."""
         self._in_backward, self._expects_state = False, False
         self._torch_optimizer, self._replicas = optimizer, replicas
+        dense = getattr(optimizer(), "dense", None)
+        self._dense = _nobody if dense is None else ref(dense)
         watch(self)
 
     def is_stepped_by(self, optimizer: object) -> bool:
@@ -393,7 +423,12 @@ class FusedTables(TablesWithState):
         return super()._apply(fn, recurse)
 
     def _own_parameters(self) -> None:
+        before = self.__dict__.get("_owned", ())
         super()._own_parameters()
+        tables = self.__dict__["_owned"]
+        if before and not all(map(operator.is_, before, tables)):
+            # Other optimizers were given these, or will be.
+            self._schedules, self._looked = Schedules(tables), False
         optimizer = self.__dict__.get("_torch_optimizer", _nobody)()
         if isinstance(optimizer, FusedTableOptimizer):
             optimizer.adopt_parameters()

@@ -16,6 +16,8 @@ from recsys_embed.utils.types import JSON
 
 STEPS = "steps"
 """Ends the key of a storage's number of steps in a state dict."""
+LR = "lr"
+"""Ends the key of a storage's learning rate in a state dict, where the user has set it."""
 ELSEWHERE = -1
 """Number of steps of tables whose state is saved in another dict."""
 _weights_alone: ContextVar[bool] = ContextVar("weights_alone", default=False)
@@ -161,6 +163,22 @@ def check_state(
     )
 
 
-def state_entries(state: Mapping[str, Tensor], steps: Mapping[str, int]) -> dict[str, Tensor]:
-    """Entries of a state dict."""
-    return {**state, **{f"{storage}_{STEPS}": torch.tensor(n) for storage, n in steps.items()}}
+def state_entries(state: Mapping[str, Tensor], steps: Mapping[str, int], lr: float | None) -> dict[str, Tensor]:
+    """Entries of a state dict; the learning rate is among them where the user has set it."""
+    counts = {f"{storage}_{STEPS}": torch.tensor(n) for storage, n in steps.items()}
+    rate = {} if lr is None else {f"{storage}_{LR}": torch.tensor(lr, dtype=torch.float64) for storage in steps}
+    return {**state, **counts, **rate}
+
+
+def saved_lr(state_dict: Mapping[str, object], prefix: str, storages: tuple[str, ...]) -> float | None:
+    """The learning rate in a state dict.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    for value in (state_dict.get(f"{prefix}{storage}_{LR}") for storage in storages):
+        if isinstance(value, Tensor) and not value.is_meta:
+            if value.numel() != 1 or not is_rate(value.item()):
+                raise CheckpointError(f"{prefix}*_{LR} of a state dict must be a finite number >= 0; got {value!r:.80}")
+            return float(value)
+    return None

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import ref
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+# References to a table: the module's parameters, its list of tables of its own, `Schedules`, and the call that counts.
+_OF_ITS_MODULE = 4
+
+
+class _Followed(NamedTuple):
+    """A param group that holds the tables."""
+
+    optimizer: ref[Optimizer]
+    number: int
+    first_lr: float
+    """When it was first seen."""
 
 
 class Schedules:
@@ -20,34 +34,50 @@ class Schedules:
 
     def __init__(self, tables: Sequence[Parameter | None]) -> None:
         self._first = next((p for p in tables if p is not None), None)
-        self._references = sys.getrefcount(self._first)
-        self._groups: list[tuple[ref[Optimizer], Mapping[str, float], float]] = []
+        self._groups: list[_Followed] = []
+        self._warned = False
 
     def find_optimizers(self) -> None:
         """Find optimizers that have not stepped yet, if something else than the module holds its first table."""
-        references = sys.getrefcount(self._first)
-        # Besides the module itself, whose attributes are complete only after this is made.
-        if references > self._references + 1:
+        if sys.getrefcount(self._first) > _OF_ITS_MODULE:
             for held in gc.get_objects():
                 if issubclass(type(held), Optimizer):
                     self.follow(held)
-        self._references = max(self._references, references)
 
     def follow(self, optimizer: Optimizer) -> None:
         """Follow an optimizer from now on, if it was given the tables."""
-        if any(known() is optimizer for known, _, _ in self._groups):
+        if any(known.optimizer() is optimizer for known in self._groups):
             return
-        for group in optimizer.param_groups:
-            if any(p is self._first for p in group["params"]):
-                # Cyclic schedules name their peak; others begin there.
-                first = group.get("max_lr", group.get("initial_lr", group["lr"]))
-                self._groups.append((ref(optimizer), group, float(first)))
+        for number, group in enumerate(optimizer.param_groups):
+            if any(p is self._first for p in group["params"]) and group.get("lr") is not None:
+                self._groups.append(_Followed(ref(optimizer), number, float(group["lr"])))
 
     def factor(self) -> float:
-        """The part of their first rate that the last of these optimizers has now."""
-        self._groups = [known for known in self._groups if known[0]() is not None]
-        if not self._groups:
-            return 1.0
-        _, group, first = self._groups[-1]
+        """The part of the rate of its schedule's start, or peak, that the last of these optimizers has now."""
+        while self._groups:
+            known = self._groups[-1]
+            optimizer = known.optimizer()
+            # Loading an optimizer's state makes new groups.
+            if optimizer is not None and known.number < len(optimizer.param_groups):
+                return self._part(optimizer, known)
+            self._groups.pop()
+        return 1.0
+
+    def _part(self, optimizer: Optimizer, known: _Followed) -> float:
+        group = optimizer.param_groups[known.number]
         now = float(group["lr"])
-        return now / first if first else float(now > 0)
+        # Cyclic schedules name their peak; others begin there.
+        peak = group.get("max_lr", group.get("initial_lr"))
+        if peak is None:
+            default = float(optimizer.defaults.get("lr", known.first_lr))
+            peak = max(known.first_lr, default)
+            if known.first_lr != default and not self._warned:
+                # Set by hand since, resumed, or the group's own from the start: nothing tells.
+                self._warned = True
+                warnings.warn(
+                    f"a param group of {type(optimizer).__name__} holds tables that step in backward and has another "
+                    f"lr ({now:g}) than its optimizer was made with ({default:g}), without a scheduler: the tables "
+                    f"scale their own rate by {now:g} / {float(peak):g}; set `lr` of the collection for another",
+                    stacklevel=2,
+                )
+        return now / float(peak) if peak else float(now > 0)

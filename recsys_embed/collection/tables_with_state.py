@@ -19,6 +19,7 @@ from recsys_embed.collection.optimizer_state import (
     SavedState,
     check_state,
     forget_state,
+    saved_lr,
     state_entries,
     take_state,
     without_state,
@@ -297,7 +298,8 @@ class TablesWithState(nn.Module):
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
             steps = {name: log.step if self._in_backward else ELSEWHERE for name, log in self._step_logs.items()}
-            destination.update({prefix + k: v for k, v in state_entries(state, steps).items()})
+            lr = self._lr if self._in_backward and self._sets_lr else None
+            destination.update({prefix + k: v for k, v in state_entries(state, steps, lr).items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -305,7 +307,7 @@ class TablesWithState(nn.Module):
         # Missed steps belong to the weights that are replaced, not to those that are loaded.
         self.catch_up_()
         loaded = [name for name in self.storages if prefix + name in state_dict]
-        saved: dict[str, SavedState] = {}
+        saved, lr = dict[str, SavedState](), saved_lr(state_dict, prefix, self.storages)
         if self.optimizer is None:
             forget_state(state_dict, prefix, self.storages)
         elif loaded:
@@ -318,6 +320,8 @@ class TablesWithState(nn.Module):
         self._own_parameters()
         if self.optimizer is not None and loaded:
             self._load_state(loaded, saved)
+            if lr is not None and self._in_backward:
+                self.lr = lr
 
     @torch.no_grad()
     def _load_state(self, loaded: Sequence[str], saved: Mapping[str, SavedState]) -> None:
@@ -347,13 +351,17 @@ class TablesWithState(nn.Module):
     # -- the optimizer, as users see it ---------------------------------------------------------------------------
 
     @property
+    def _current_lr(self) -> float:
+        return self._lr
+
+    @property
     def lr(self) -> float:
         """Learning rate of the fused optimizer; set it to follow a schedule.
 
         Until it is set, tables that step in backward follow the schedule of a torch optimizer that was given them: they
-        scale it by the part of its first rate that the optimizer has now.
+        scale it by the part of its start or peak that the schedule is at. At ``step()`` it is that of the param group.
         """
-        return self._lr
+        return self._current_lr
 
     @lr.setter
     def lr(self, value: float) -> None:
@@ -375,7 +383,7 @@ class TablesWithState(nn.Module):
         self.catch_up_()
         return {
             "rule": self._rule,
-            "lr": self._lr,
+            "lr": self.lr,
             "steps": {name: log.step for name, log in self._step_logs.items()},
             "state": {key: state.detach() for key, state in self._all_states().items()},
         }

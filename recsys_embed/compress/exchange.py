@@ -23,6 +23,7 @@ from recsys_embed.compress.references import (
     places,
     referent,
 )
+from recsys_embed.discover import join_path
 from recsys_embed.kernels.pointers import memory_of
 
 # How deep and how far references are followed from one attribute of the model.
@@ -311,7 +312,7 @@ def _subclasses(cls: type[Any]) -> set[type[Any]]:
 def live_optimizers(model: nn.Module, exchange: ModuleExchange, given: Sequence[Optimizer]) -> Iterator[str]:
     """One sentence per optimizer of the process that holds a replaced parameter and is not ``given``."""
     attributes = {
-        id(value): f"{path}.{name}" if path else name
+        id(value): join_path(path, name)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in TORCH_OWN

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from recsys_embed.discover import join_path
+
 TORCH_OWN = frozenset(vars(nn.Module()))
 # The dictionaries of hooks that functions of users are in.
 HOOKS = tuple(sorted(name for name in TORCH_OWN if name.endswith("_hooks")))
@@ -142,7 +144,7 @@ def attributes_of(module: nn.Module, path: str) -> Iterator[Place]:
     """The attributes of a module beside torch's own, and its hooks."""
     for name, item in list(vars(module).items()):
         if name not in TORCH_OWN:
-            where = f"{path}.{name}" if path else name
+            where = join_path(path, name)
             yield Place(where, item, functools.partial(vars(module).__setitem__, name))
     yield from hooks_of(module, path)
 
@@ -152,7 +154,7 @@ def class_variables(cls: type, path: str) -> Iterator[Place]:
     if cls.__module__.partition(".")[0] in _CLOSED_PACKAGES:
         return
     for name, value in list(vars(cls).items()):
-        where = f"{path}.{name}" if path else name
+        where = join_path(path, name)
         functions = _functions_of(value)
         for function in functions:
             if name != "__init__":
@@ -176,7 +178,7 @@ def hooks_of(module: nn.Module, path: str) -> Iterator[Place]:
     for kind in HOOKS:
         hooks: dict[Any, Any] = vars(module).get(kind) or {}
         for key, hook in list(hooks.items()):
-            where = f"{path}.{kind}[{key}]" if path else f"{kind}[{key}]"
+            where = join_path(path, f"{kind}[{key}]")
             yield Place(where, hook, functools.partial(hooks.__setitem__, key))
 
 

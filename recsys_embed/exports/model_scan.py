@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.optimizer_state import weights_of
-from recsys_embed.discover import FoundTable, find_tables, key_without_wrappers, names_without_wrappers
+from recsys_embed.discover import FoundTable, find_tables, join_path, key_without_wrappers, names_without_wrappers
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import raise_faults
@@ -145,7 +145,7 @@ class _Scanner:
         for path in paths:
             self._tables(module, path)
             # A user's own tensors are kept as they are, whatever the precision.
-            self.found.owned -= {f"{path}.{name}" if path else name for name in added}
+            self.found.owned -= {join_path(path, name) for name in added}
 
     def _tables(self, module: Any, path: str) -> None:
         """Storages that the module at a path reads, and whose keys of the state are whose."""
@@ -174,7 +174,7 @@ class _Scanner:
         if getattr(module, "max_norm", None) is not None:
             storage.renorm = (float(module.max_norm), float(module.norm_type))
         key = module.parameter_name(name) if isinstance(module, CompressedEmbedding) else name
-        self.skipped.add(f"{path}.{key}" if path else key)
+        self.skipped.add(join_path(path, key))
 
     def _rest(self) -> None:
         for key, value in self.state.items():

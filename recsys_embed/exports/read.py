@@ -249,7 +249,7 @@ class _Loader:
     def _module(self, item: ModuleItem, keys: Iterable[str]) -> nn.Module:
         module = build_module(item, self.kernels)
         for name in item.build.get(ADDED, ()):
-            key = f"{item.paths[0]}.{name}" if item.paths[0] else name
+            key = join_path(item.paths[0], name)
             if key not in self.manifest.dense or hasattr(module, name) or not name.isidentifier():
                 raise self._unfit(f"{item.paths[0]!r} is to have a tensor {name!r} of the user's")
             shape, dtype = self.file.entries[self.manifest.dense[key].tensor].shape, self.manifest.dense[key].dtype
@@ -279,7 +279,7 @@ class _Loader:
                     )
             put_tables(module, given)
             names = [parameter_name(module, name) for name in given]
-            filled |= {f"{inner}.{name}" if inner else name for name in names}
+            filled |= {join_path(inner, name) for name in names}
         prefix = len(path) + 1 if path else 0
         state = {key[prefix:]: self.dense(key) for key in keys}
         with refusals(where):

@@ -32,6 +32,7 @@ class SteppedTables(Protocol):
 
     optimizer: FusedOptimizer | None
     storages: tuple[str, ...]
+    lr: float
 
     def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
@@ -133,38 +134,72 @@ class FusedTableOptimizer(Optimizer):
                 f"{type(dense).__name__} evaluates the model several times in a step, which fused tables cannot; give "
                 "`dense` another optimizer, or leave it out and step it by itself"
             )
-        by_rule: dict[FusedOptimizer, list[str]] = {}
+        by_rule: dict[tuple[FusedOptimizer, float], list[str]] = {}
         for path, module in tables.items():
-            by_rule.setdefault(cast("FusedOptimizer", module.optimizer), []).append(path)
-        self._begin(model, dense, process_group, list(by_rule.items()))
+            by_rule.setdefault((cast("FusedOptimizer", module.optimizer), module.lr), []).append(path)
+        self._begin(model, dense, process_group, [(rule, lr, paths) for (rule, lr), paths in by_rule.items()])
 
     def _begin(
         self,
         model: nn.Module,
         dense: Optimizer | None,
         process_group: ProcessGroup | None,
-        by_rule: Sequence[tuple[FusedOptimizer, list[str]]],
+        by_rule: Sequence[tuple[FusedOptimizer, float, list[str]]],
     ) -> None:
         self._model, self._modules, self._process_group = model, (tables := fused_tables(model)), process_group
-        self._rules = [rule for rule, _ in by_rule]
+        self._rules = [rule for rule, _, _ in by_rule]
         groups = [
-            {"params": [p for path in paths for p in _tables_of(tables[path])], **_settings(rule), _OWN: paths}
-            for rule, paths in by_rule
+            {
+                "params": [p for path in paths for p in _tables_of(tables[path])],
+                **_settings(rule),
+                "lr": lr,
+                _OWN: paths,
+            }
+            for rule, lr, paths in by_rule
         ]
-        self._complete = False
+        self._complete, self.dense = False, dense
+        self._fused_groups: list[JSON] = []
         super().__init__(groups, _settings(self._rules[0]))
-        self._fused_groups = list(self.param_groups)
-        self.dense = dense
         if dense is not None:
             fused = {id(p) for group in groups for p in cast("list[nn.Parameter]", group["params"])}
             for group in dense.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in fused]
-            self.param_groups[:0] = dense.param_groups
             self.defaults = {**self.defaults, **dense.defaults}
+            if "momentum" in dense.defaults and "betas" not in dense.defaults:
+                # Schedules of momentum are those of the dense optimizer; they take betas first.
+                self.defaults.pop("betas", None)
         self._complete = True
+        self._fill_groups()
         self._replicas = Replicas(model, cast("Any", tables), process_group)
         for module in tables.values():
             module.leave_steps_to(ref(self), self._replicas)
+
+    @property
+    def param_groups(self) -> list[JSON]:
+        """The groups of the dense optimizer as they are now, and those of the tables; the list is a new one."""
+        if not self._complete or self.dense is None:
+            return self._fused_groups
+        return [*self.dense.param_groups, *self._fused_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[JSON]) -> None:
+        own = len(self._fused_groups) if self._complete else len(groups)
+        if self._complete and self.dense is not None:
+            self.dense.param_groups = groups[: len(groups) - own]
+        self._fused_groups = groups[len(groups) - own :]
+
+    def _fill_groups(self) -> None:
+        """Give all groups what schedules of momentum change; rules without it leave it be."""
+        for key in ("betas", "momentum"):
+            if key in self.defaults:
+                for group in self.param_groups:
+                    group.setdefault(key, self.defaults[key])
+
+    def lr_of(self, module: object) -> float:
+        """The learning rate of a module's tables."""
+        return next(
+            float(group["lr"]) for group in self._fused_groups for path in group[_OWN] if self._modules[path] is module
+        )
 
     def __getstate__(self) -> JSON:
         if self._process_group is not None:
@@ -180,7 +215,7 @@ class FusedTableOptimizer(Optimizer):
             super().__setstate__(state)
             return
         groups = state["groups"]
-        by_rule = [(rule, group[_OWN]) for rule, group in zip(state["rules"], groups, strict=True)]
+        by_rule = [(rule, rule.lr, group[_OWN]) for rule, group in zip(state["rules"], groups, strict=True)]
         self._begin(state["model"], state["dense"], None, by_rule)
         for own, group in zip(self._fused_groups, groups, strict=True):
             own.update(group)
@@ -212,8 +247,7 @@ class FusedTableOptimizer(Optimizer):
         if any(id(p[1] if isinstance(p, tuple) else p) in fused for p in params):
             raise ConfigError("add_param_group: a fused rule steps these tables already; leave them out of the group")
         self.dense.add_param_group({**param_group, "params": params})
-        if self.dense.param_groups[-1] is not self.param_groups[-1 - len(self._fused_groups)]:
-            self.param_groups.insert(len(self.param_groups) - len(self._fused_groups), self.dense.param_groups[-1])
+        self._fill_groups()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -311,10 +345,9 @@ class FusedTableOptimizer(Optimizer):
         if len(numbers) == len(order):
             raise_faults(wrong, "an optimizer's state dict that does not fit the tables", CheckpointError)
         super().load_state_dict(state_dict)
-        loaded = self.__dict__.pop("state")
-        for old, new in zip(groups, self.param_groups, strict=True):
+        loaded, found = self.__dict__.pop("state"), self.__dict__.pop("param_groups")
+        for old, new in zip(groups, found, strict=True):
             old.update({k: v for k, v in new.items() if k not in ("params", _OWN)})
-        self.param_groups = groups
         for module in self._modules.values():
             for parameter in _tables_of(module):
                 for key, tensor in own[id(parameter)].items():
