@@ -77,6 +77,12 @@ def gradient_scaler_of_an_overflow(model: Model) -> None:
     (scaler.scale(loss_of(model, slice(8))) * float("inf")).backward()
 
 
+def gradient_scaler_of_a_checkpoint(model: Model) -> None:
+    scaler, one = torch.amp.GradScaler("cpu"), torch.ones(1, requires_grad=True)
+    vectors = checkpoint(lambda ids, w: model.tables(ids) * w, IDS[:8], one, use_reentrant=True)
+    scaler.scale(vectors.sum()).backward()
+
+
 def foreign_parameters(model: Model) -> None:
     other = Model(rse.SGD())
     torch.func.functional_call(model, dict(other.named_parameters()), (IDS,)).sum().backward()
@@ -90,7 +96,7 @@ def swapped(model: Model) -> None:
 
 REFUSED = [
     accumulated, backward_twice, lookup_ahead, gradient_scaler, gradient_scaler_after_a_plain_step,
-    gradient_scaler_of_an_overflow, foreign_parameters, swapped,
+    gradient_scaler_of_an_overflow, gradient_scaler_of_a_checkpoint, foreign_parameters, swapped,
 ]  # fmt: skip
 
 

@@ -62,6 +62,8 @@ class BackwardSteps:
         Args:
             deferred: several parts of its backward update one storage, so that their gradients are collected.
         """
+        # Checkpointing runs a backward of its own for what it looks up again.
+        refuse_scaled()
         task = torch._C._current_graph_task_id()
         if 0 <= task == self._stepped_in:
             raise ConfigError(

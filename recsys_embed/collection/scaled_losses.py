@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 # The backwards of scaled losses that are running, as torch numbers them.
 _RUNNING: set[int] = set()
+_Scale = Callable[[GradScaler, object], object]
 
 
 def is_scaled(task: int) -> bool:
@@ -28,9 +28,9 @@ def watch_scalers() -> None:
             setattr(kind, "scale", _watched(scale))  # noqa: B010
 
 
-def _watched(scale: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(scale: _Scale) -> _Scale:
     @wraps(scale)
-    def watched(self: GradScaler, outputs: Any) -> Any:
+    def watched(self: GradScaler, outputs: object) -> object:
         scaled = scale(self, outputs)
         if self.is_enabled() and not torch.compiler.is_compiling():
             for loss in tree_leaves(scaled):

@@ -157,6 +157,8 @@ class ModuleExchange:
             return [ref(self.modules[id(target)])]
         if type(value) in _ATOMS or id(value) in seen:
             return [value]
+        if isinstance(value, list | tuple) and all(type(x) in _ATOMS for x in value):
+            return [value]  # rows of data, say
         if (depth >= _DEPTH or self._left <= 0) and not is_closed(value):
             if self._root not in self.unsearched:
                 self.unsearched.append(self._root)
@@ -220,8 +222,6 @@ class ModuleExchange:
                 elif new[0] is not item:
                     changes.append(_item(value, key, item, new[0]))
         else:
-            if all(type(x) in _ATOMS for x in value):
-                return
             parts = [self._rewrite(x, f"{where}[{i}]", changes, seen, depth + 1) for i, x in enumerate(value)]
             flat = _distinct([x for part in parts for x in part], self.parameters.values())
             if len(flat) != len(value) or any(a is not b for a, b in zip(flat, value, strict=True)):

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,8 +163,12 @@ def test_writes_that_would_be_lost_are_refused(write: Callable[[Tensor], Any]) -
     assert torch.equal(kept + 0, before)
 
 
-def test_a_weight_that_is_kept_follows_its_parameters() -> None:
+def test_a_weight_that_is_kept_follows_its_parameters(tmp_path: Path) -> None:
     module = stood_in(rse.get_method("hash"))
+    rse.export(nn.ModuleList([module]), tmp_path / "m", "int8")
+    served = rse.load(tmp_path / "m", into=nn.ModuleList([copy.deepcopy(module)]))[0].weight  # type: ignore[index]
+    torch.testing.assert_close(served + 0, module.materialize(), atol=0.05, rtol=0)
+    assert not served._dense  # the file holds its rows in fewer bytes
     kept = module.weight
     with torch.no_grad():
         for _ in range(2):

@@ -279,7 +279,8 @@ def test_the_search_ends_in_large_and_cyclic_objects() -> None:
     model = Model(EXCHANGED["closure"])
     model.ring = Node(None)
     model.ring.other = Node(model.ring)
-    model.many = [*[Node(i) for i in range(60_000)], Node(model.e)]
+    model.many = [*[Node(i) for i in range(20_000)], Node(model.e)]
+    model.rows = [(i, 0.5) for i in range(101_000)]
     model.helper = Node(model.e)
     nested: Any = [model.e]
     for _ in range(14):
@@ -290,6 +291,7 @@ def test_the_search_ends_in_large_and_cyclic_objects() -> None:
     for _ in range(15):
         nested = nested[0]
     assert nested is model.e
+    model.rows = model.many = None
     for _ in range(60):
         nested = [nested]
     model.nested = nested
