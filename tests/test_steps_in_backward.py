@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import recsys_embed as rse
@@ -367,3 +367,26 @@ def test_gradients_that_are_returned_step_nothing_in_backward(backend: str) -> N
     assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
     loss_of(model, slice(8)).backward(inputs=[model.tables.width8])
     assert not torch.equal(model.tables.width8, before["tables.width8"])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["alone", "beside a plain lookup"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointed_activations_make_one_step(backend: str, reentrant: bool, plain: bool) -> None:
+    """Reentrant checkpointing looks parts up again one by one, each with a backward inside of the backward."""
+    one = torch.ones(1, requires_grad=True)
+    for parts in (1, 2):
+        fused, twin = Model(rse.SGD(lr=0.5), backend=backend), Model(None, backend=backend)
+        losses: list[Tensor] = []
+        for model in (fused, twin):
+
+            def part(ids: Tensor, scale: Tensor, tables: nn.Module = model.tables) -> Tensor:
+                return (tables(ids) * scale).square()
+
+            beside = part(IDS[4:12], one).sum() if plain else torch.zeros(())
+            found = [checkpoint(part, IDS[:8], one, use_reentrant=reentrant).sum() for _ in range(parts)]
+            losses.append(torch.stack(found).sum() + beside)
+        for loss in losses:
+            loss.backward()
+        torch.optim.SGD(twin.tables.parameters(), 0.5).step()
+        torch.testing.assert_close(weights(fused)["tables.width8"], weights(twin)["tables.width8"])

@@ -21,11 +21,13 @@ from recsys_embed.optim.replicas import active_replica, refuse_sharding
 class LookupRecord:
     """One lookup with gradients, alive until its backward can no longer run."""
 
-    __slots__ = ("__weakref__", "deferred", "stepped", "steps_before", "thread")
+    __slots__ = ("__weakref__", "deferred", "outer", "stepped", "steps_before", "thread")
 
     def __init__(self, steps_before: int, thread: int, deferred: bool) -> None:
         self.steps_before, self.thread, self.deferred = steps_before, thread, deferred
         self.stepped: set[str] = set()
+        # The backward in which the lookup is made, of recomputed activations. Its own may be another one inside.
+        self.outer: int = torch._C._current_graph_task_id()
 
 
 class BackwardSteps:
@@ -47,6 +49,9 @@ class BackwardSteps:
         # Gradients by storage of each backward that collects them, which torch numbers; and its thread.
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
+        self._looked_up_in = -1
+        # Of backwards inside of others (reentrant checkpointing), the backward around.
+        self._outer: dict[int, int] = {}
         self.count = BackwardCount()
         # Of what several threads change; never held while tables step.
         self._lock = threading.Lock()
@@ -59,12 +64,16 @@ class BackwardSteps:
         """
         # Checkpointing runs a backward of its own for what it looks up again.
         refuse_scaled()
-        if self._stepped_in >= 0 and torch._C._current_graph_task_id() == self._stepped_in:
+        task = torch._C._current_graph_task_id()
+        if 0 <= task == self._stepped_in:
             raise ConfigError(
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
                 f"one of several lookups) would read the new rows; {WAY_OUT}"
             )
         self.count.before_lookup()
+        if task >= 0:
+            # Only here can the step follow this backward, where that of the lookup is another one inside of it.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         thread = threading.get_ident()
         record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
         with self._lock:
@@ -78,6 +87,10 @@ class BackwardSteps:
             ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
         """
         refuse_scaled()
+        task = torch._C._current_graph_task_id()
+        if record.outer not in (-1, task):
+            # Other parts are still to be looked up again, in the rows as they are.
+            self._outer[task], record.deferred = record.outer, True
         stale = not record.stepped and record.steps_before != self._taken.get(record.thread, 0)
         if stale or record.stepped.intersection(parts):
             what = "another backward came between" if stale else "backward ran twice through one lookup"
@@ -88,7 +101,7 @@ class BackwardSteps:
         first = not record.stepped
         if first and not record.deferred:
             with self._lock:
-                record.deferred = torch._C._current_graph_task_id() in self._collected or any(
+                record.deferred = task in self._collected or any(
                     other is not record
                     and not other.stepped
                     and (other.thread, other.steps_before) == (record.thread, record.steps_before)
@@ -96,7 +109,7 @@ class BackwardSteps:
                 )
         record.stepped.update(parts)
         if first and not record.deferred:
-            self._count(record.thread)
+            self._count(record.thread, task)
         return record.deferred
 
     def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
@@ -106,40 +119,49 @@ class BackwardSteps:
         if task < 0:  # an operator that is called outside a backward
             self._apply({name: g for name, g in gradients.items() if g is not None})
             return
+        running, task = task, self._outer.get(task, task)
         if task not in self._collected:
             with self._lock:
                 # What an earlier backward of this thread left behind, it failed.
                 for other in [t for t, (of, _) in self._collected.items() if of == thread]:
                     del self._collected[other]
                 self._collected[task] = thread, {}
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
+            if task == running:
+                torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         found = self._collected[task][1]
         for name, gradient in gradients.items():
             if gradient is not None:
                 found[name] = found[name] + gradient if name in found else gradient
 
+    def begin_compiled(self) -> None:
+        """A compiled lookup begins; it keeps no record."""
+        self._looked_up_in = torch._C._current_graph_task_id()
+
     def stepped_by_compiled_code(self) -> None:
-        """Compiled lookups keep no record; two of them in one backward are refused here."""
+        """Two compiled lookups in one backward are refused here, also those that checkpointing makes again."""
         refuse_scaled()
-        task = torch._C._current_graph_task_id()
+        task = torch._C._current_graph_task_id() if self._looked_up_in < 0 else self._looked_up_in
         if task >= 0 and task == self._stepped_in:
             raise ConfigError(
                 f"a compiled model looked up the same tables twice in one backward, which steps them twice; {WAY_OUT}"
             )
-        self._count(threading.get_ident())
+        self._count(threading.get_ident(), task)
 
     def _end(self, task: int) -> None:
         with self._lock:
-            thread, gradients = self._collected.pop(task)
+            self._outer = {inner: outer for inner, outer in self._outer.items() if outer != task}
+            thread, gradients = self._collected.pop(task, (0, {}))
+        if not gradients:
+            return
         self._apply(gradients)
-        self._count(thread)
+        self._count(thread, task)
 
-    def _count(self, thread: int) -> None:
+    def _count(self, thread: int, task: int) -> None:
         with self._lock:
             self._taken[thread] = self._taken.get(thread, 0) + 1
-        self._stepped_in = torch._C._current_graph_task_id()
+        self._stepped_in = task
         self.count.add()
-        if self.count.holds and self._stepped_in >= 0:
+        if self.count.holds and torch._C._current_graph_task_id() >= 0:
             # Other gradients may follow those of the tables.
             torch.autograd.Variable._execution_engine.queue_callback(self.count.after_backward)
 

@@ -138,6 +138,7 @@ class FusedTables(TablesWithState):
     def before_compiled_lookup(self) -> None:
         """As :meth:`before_lookup`, of a compiled model."""
         self.before_lookup()
+        self._backward_steps.begin_compiled()
         self._compiled_at = self._in_memory()
 
     def _in_memory(self) -> list[int]:
