@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from torch.optim import Optimizer
 
@@ -19,18 +19,18 @@ class _Seen:
     Gradients are those it holds, by identity, with the number of writes in place.
     """
 
-    __slots__ = ("added", "held", "stepped_at")
+    __slots__ = ("added", "held", "optimizer", "stepped_at")
 
-    def __init__(self, stepped_at: int) -> None:
-        self.stepped_at = stepped_at
+    def __init__(self, optimizer: Optimizer, stepped_at: int) -> None:
+        self.optimizer, self.stepped_at = ref(optimizer), stepped_at
         # When the last lookup began; and those to which its backward has added.
         self.held: dict[int, int] = {}
         self.added: dict[int, int] = {}
 
-
-def _gradients(optimizer: Optimizer) -> dict[int, int]:
-    held = (p.grad for group in optimizer.param_groups for p in group["params"])
-    return {id(grad): grad._version for grad in held if grad is not None}
+    def gradients(self) -> dict[int, int]:
+        groups = getattr(self.optimizer(), "param_groups", ())
+        held = (p.grad for group in groups for p in group["params"])
+        return {id(grad): grad._version for grad in held if grad is not None}
 
 
 class BackwardCount:
@@ -38,7 +38,7 @@ class BackwardCount:
 
     def __init__(self) -> None:
         self._count = self._any_stepped_at = 0
-        self._optimizers: WeakKeyDictionary[Optimizer, _Seen] = WeakKeyDictionary()
+        self._optimizers: dict[int, _Seen] = {}
         self._lock = threading.Lock()
         # Whether gradients are held, to be compared with those after the backward.
         self.holds = False
@@ -47,12 +47,12 @@ class BackwardCount:
         """Look at the gradients of optimizers that have not stepped since the last backward."""
         count = self._count
         with self._lock:
-            behind = [(o, seen) for o, seen in self._optimizers.items() if seen.stepped_at < count]
-            for optimizer, seen in behind:
-                if count - seen.stepped_at > _FORGOTTEN_AFTER and not seen.added:
-                    del self._optimizers[optimizer]
+            behind = [(key, seen) for key, seen in self._optimizers.items() if seen.stepped_at < count]
+            for key, seen in behind:
+                if seen.optimizer() is None or (count - seen.stepped_at > _FORGOTTEN_AFTER and not seen.added):
+                    del self._optimizers[key]
                 else:
-                    seen.held = _gradients(optimizer)
+                    seen.held = seen.gradients()
             self.holds = bool(behind)
 
     def add(self) -> None:
@@ -63,26 +63,38 @@ class BackwardCount:
     def after_backward(self) -> None:
         """Compare the gradients with those before the lookup."""
         with self._lock:
-            for optimizer, seen in self._optimizers.items():
+            for seen in self._optimizers.values():
                 if seen.held:
-                    now = _gradients(optimizer)
+                    now = seen.gradients()
                     seen.added.update({g: now[g] for g, before in seen.held.items() if now.get(g, 0) > before})
                     seen.held = {}
             self.holds = False
 
-    def before_step(self, optimizer: Optimizer) -> Backwards:
-        """What an optimizer's step is made of that begins, or that ends, whose closure may have run backwards."""
+    def before_step(self, optimizer: Optimizer) -> Backwards | None:
+        """What an optimizer's step is made of that begins, or that ends, whose closure may have run backwards.
+
+        None where that is one backward at most.
+        """
         with self._lock:
-            seen, since_any = self._optimizers.get(optimizer), self._count - self._any_stepped_at
-            if seen is None:
-                return Backwards(since_any, since_any, accumulated=False, stepped_before=False)
+            seen, since_any = self._optimizers.get(id(optimizer)), self._count - self._any_stepped_at
+            if seen is None or seen.optimizer() is not optimizer:
+                return (
+                    Backwards(since_any, since_any, accumulated=False, stepped_before=False) if since_any > 1 else None
+                )
+            since_own = self._count - seen.stepped_at
+            if since_own <= 1:
+                return None
             # Gradients that were discarded since are nobody's sum.
-            now = _gradients(optimizer) if seen.added else {}
+            now = seen.gradients() if seen.added else {}
             accumulated = any(now.get(g, -1) >= written for g, written in seen.added.items())
-            return Backwards(self._count - seen.stepped_at, since_any, accumulated, stepped_before=True)
+            return Backwards(since_own, since_any, accumulated, stepped_before=True)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Count anew."""
         with self._lock:
             self._any_stepped_at = self._count
-            self._optimizers[optimizer] = _Seen(self._count)
+            seen = self._optimizers.get(id(optimizer))
+            if seen is None or seen.added or seen.held or seen.optimizer() is not optimizer:
+                self._optimizers[id(optimizer)] = _Seen(optimizer, self._count)
+            else:
+                seen.stepped_at = self._count

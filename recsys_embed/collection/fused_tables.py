@@ -174,7 +174,7 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def backwards_before(self, optimizer: torch.optim.Optimizer) -> Backwards:
+    def backwards_before(self, optimizer: torch.optim.Optimizer) -> Backwards | None:
         """Backwards that stepped the tables before a step of an optimizer of torch, which begins or ends."""
         return self._backward_steps.count.before_step(optimizer)
 

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch.nn import Parameter
@@ -40,7 +40,7 @@ class WatchedTables(Protocol):
 
     warned: bool
 
-    def backwards_before(self, optimizer: Optimizer) -> Backwards: ...
+    def backwards_before(self, optimizer: Optimizer) -> Backwards | None: ...
     def after_step_of(self, optimizer: Optimizer) -> None: ...
     def follow_schedule_of(self, optimizer: Optimizer) -> None: ...
     def not_stepped_by(self, optimizer: Optimizer) -> bool: ...
@@ -48,20 +48,21 @@ class WatchedTables(Protocol):
     def parameters(self) -> Iterator[Parameter]: ...
 
 
-_TABLES: WeakSet[WatchedTables] = WeakSet()
+_TABLES: dict[int, ref[WatchedTables]] = {}
 _lock = threading.Lock()
 _hook: list[object] = []
 
 
 def watch(tables: WatchedTables) -> None:
     """From now on, steps of torch's optimizers tell when the tables' steps are not theirs."""
-    if tables in _TABLES:
+    key = id(tables)
+    if key in _TABLES:
         return
     with _lock:
         if not _hook:
             _hook.append(register_optimizer_step_pre_hook(_before_step))
             _hook.append(register_optimizer_step_post_hook(_after_step))
-        _TABLES.add(tables)
+        _TABLES[key] = ref(tables, lambda _: _TABLES.pop(key, None))
         watch_scalers()
 
 
@@ -90,13 +91,12 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _watched() -> list[WatchedTables]:
-    with _lock:
-        return list(_TABLES)
+    return [tables for known in tuple(_TABLES.values()) if (tables := known()) is not None]
 
 
 def _refuse_accumulation(tables: WatchedTables, optimizer: Optimizer) -> None:
     found = tables.backwards_before(optimizer)
-    if found.since_own <= 1:
+    if found is None:
         return
     held = {id(p) for p in tables.parameters()}
     if found.accumulated or any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
