@@ -139,6 +139,34 @@ def test_accumulation_is_seen_where_another_optimizer_steps_in_between() -> None
         loop()
 
 
+@pytest.mark.parametrize("given", ["the tables", "no table"])
+def test_closures_of_one_backward_are_let_be_and_accumulation_in_them_is_refused(given: str) -> None:
+    """Lightning runs the last backward of a step in its closure, and zeroes gradients before the first."""
+    model = Model(rse.Adagrad(lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1) if given == "the tables" else dense(model)
+
+    def backward() -> Any:
+        loss_of(model, slice(8)).backward()
+
+    def whole() -> Any:
+        optimizer.zero_grad()
+        backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.step(whole)
+
+    def loop() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward()
+            optimizer.step(backward)
+
+    with pytest.raises(ConfigError, match="2 backwards of a collection came before one step of SGD"):
+        loop()
+
+
 @pytest.mark.parametrize("slow", ["discarded", "of another model"])
 def test_optimizers_that_step_less_often_are_let_be(slow: str) -> None:
     """A discriminator's gradients of the generator's backwards are discarded; a student is trained now and then."""

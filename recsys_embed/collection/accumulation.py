@@ -70,18 +70,19 @@ class BackwardCount:
                     seen.held = {}
             self.holds = False
 
-    def take(self, optimizer: Optimizer) -> Backwards:
-        """Backwards before the step of an optimizer that begins."""
+    def before_step(self, optimizer: Optimizer) -> Backwards:
+        """What an optimizer's step is made of that begins, or that ends, whose closure may have run backwards."""
         with self._lock:
-            seen, count = self._optimizers.get(optimizer), self._count
-            known = seen is not None
+            seen, since_any = self._optimizers.get(optimizer), self._count - self._any_stepped_at
             if seen is None:
-                seen = self._optimizers[optimizer] = _Seen(self._any_stepped_at)
-            since_own, since_any, accumulated = count - seen.stepped_at, count - self._any_stepped_at, False
-            if seen.added:
-                # Gradients that were discarded since are nobody's sum.
-                now = _gradients(optimizer)
-                accumulated = any(now.get(g, -1) >= written for g, written in seen.added.items())
-            seen.stepped_at = self._any_stepped_at = count
-            seen.held, seen.added = {}, {}
-        return Backwards(since_own, since_any, accumulated, known)
+                return Backwards(since_any, since_any, accumulated=False, stepped_before=False)
+            # Gradients that were discarded since are nobody's sum.
+            now = _gradients(optimizer) if seen.added else {}
+            accumulated = any(now.get(g, -1) >= written for g, written in seen.added.items())
+            return Backwards(self._count - seen.stepped_at, since_any, accumulated, stepped_before=True)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count anew."""
+        with self._lock:
+            self._any_stepped_at = self._count
+            self._optimizers[optimizer] = _Seen(self._count)

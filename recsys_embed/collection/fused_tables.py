@@ -174,9 +174,13 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self, optimizer: torch.optim.Optimizer) -> Backwards:
-        """Backwards that stepped the tables before a step of an optimizer of torch, which begins."""
-        return self._backward_steps.count.take(optimizer)
+    def backwards_before(self, optimizer: torch.optim.Optimizer) -> Backwards:
+        """Backwards that stepped the tables before a step of an optimizer of torch, which begins or ends."""
+        return self._backward_steps.count.before_step(optimizer)
+
+    def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step of an optimizer of torch has ended."""
+        self._backward_steps.count.after_step(optimizer)
 
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from recsys_embed.collection.scaled_losses import watch_scalers
 from recsys_embed.errors import ConfigError
@@ -40,7 +40,8 @@ class WatchedTables(Protocol):
 
     warned: bool
 
-    def take_backwards(self, optimizer: Optimizer) -> Backwards: ...
+    def backwards_before(self, optimizer: Optimizer) -> Backwards: ...
+    def after_step_of(self, optimizer: Optimizer) -> None: ...
     def follow_schedule_of(self, optimizer: Optimizer) -> None: ...
     def not_stepped_by(self, optimizer: Optimizer) -> bool: ...
     def check_not_lost(self, optimizer: Optimizer) -> None: ...
@@ -59,6 +60,7 @@ def watch(tables: WatchedTables) -> None:
     with _lock:
         if not _hook:
             _hook.append(register_optimizer_step_pre_hook(_before_step))
+            _hook.append(register_optimizer_step_post_hook(_after_step))
         _TABLES.add(tables)
         watch_scalers()
 
@@ -66,9 +68,7 @@ def watch(tables: WatchedTables) -> None:
 @torch._disable_dynamo
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
-    with _lock:
-        watched = list(_TABLES)
-    for tables in watched:
+    for tables in _watched():
         if not tables.not_stepped_by(optimizer):
             raise ConfigError(
                 f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
@@ -76,16 +76,35 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
             )
         tables.check_not_lost(optimizer)
         tables.follow_schedule_of(optimizer)
-        found = tables.take_backwards(optimizer)
-        if found.since_own <= 1:
-            continue
-        held = {id(p) for p in tables.parameters()}
-        if found.accumulated or any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
-            raise ConfigError(_accumulation(found.since_own, optimizer))
-        # An optimizer of another model begins at any time.
-        if found.since_any > 1 and found.stepped_before and not tables.warned:
-            tables.warned = True
-            warnings.warn(_accumulation(found.since_any, optimizer), stacklevel=4)
+        _refuse_accumulation(tables, optimizer)
+
+
+@torch._disable_dynamo
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    """The same of the backwards that ran in the closure of the step."""
+    for tables in _watched():
+        try:
+            _refuse_accumulation(tables, optimizer)
+        finally:
+            tables.after_step_of(optimizer)
+
+
+def _watched() -> list[WatchedTables]:
+    with _lock:
+        return list(_TABLES)
+
+
+def _refuse_accumulation(tables: WatchedTables, optimizer: Optimizer) -> None:
+    found = tables.backwards_before(optimizer)
+    if found.since_own <= 1:
+        return
+    held = {id(p) for p in tables.parameters()}
+    if found.accumulated or any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(_accumulation(found.since_own, optimizer))
+    # An optimizer of another model begins at any time.
+    if found.since_any > 1 and found.stepped_before and not tables.warned:
+        tables.warned = True
+        warnings.warn(_accumulation(found.since_any, optimizer), stacklevel=5)
 
 
 def _accumulation(backwards: int, optimizer: Optimizer) -> str:
