@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from recsys_embed.discover import FoundTable, bare_tables
+from recsys_embed.discover import FoundTable, bare_tables, join_path, names_without_wrappers
 
 _CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -41,7 +41,7 @@ def first_layers(model: nn.Module, tables: Sequence[FoundTable], unknown: int) -
     """
     holders = {id(h): h for t in tables for h in (t.module, *t.modules)}
     inside = {id(m) for h in holders.values() if h is not model for m in h.modules()}
-    bare = {t.name for t in bare_tables(model)}
+    bare, names = {t.name for t in bare_tables(model)}, names_without_wrappers(model, remove_duplicate=True)
     shapes: dict[int, list[tuple[int, int]]] = {}
     for path, module in model.named_modules():
         if id(module) in inside:
@@ -50,7 +50,7 @@ def first_layers(model: nn.Module, tables: Sequence[FoundTable], unknown: int) -
         if known is not None:
             shapes[id(module)] = [known]
         elif id(module) not in holders and _holds_matrices(module):
-            own = {n: s for n, s in _matrices(module).items() if (f"{path}.{n}" if path else n) not in bare}
+            own = {n: s for n, s in _matrices(module).items() if join_path(names[path], n) not in bare}
             shapes[id(module)] = list(_products(own, {t.width for t in tables}, unknown))
     in_row, siblings = _followers(model, shapes)
     after = set(in_row.values())
