@@ -83,6 +83,13 @@ def gradient_scaler_of_a_checkpoint(model: Model) -> None:
     scaler.scale(vectors.sum()).backward()
 
 
+def gradient_scaler_in_a_compiled_step(model: Model) -> None:
+    torch._dynamo.reset()
+    scaler = torch.amp.GradScaler("cpu")
+    loss_of(model, slice(8)).backward()
+    torch.compile(lambda: scaler.scale(model.tables(IDS[:8]).sum()), backend="aot_eager")().backward()
+
+
 def foreign_parameters(model: Model) -> None:
     other = Model(rse.SGD())
     torch.func.functional_call(model, dict(other.named_parameters()), (IDS,)).sum().backward()
@@ -96,7 +103,8 @@ def swapped(model: Model) -> None:
 
 REFUSED = [
     accumulated, backward_twice, lookup_ahead, gradient_scaler, gradient_scaler_after_a_plain_step,
-    gradient_scaler_of_an_overflow, gradient_scaler_of_a_checkpoint, foreign_parameters, swapped,
+    gradient_scaler_of_an_overflow, gradient_scaler_of_a_checkpoint, gradient_scaler_in_a_compiled_step,
+    foreign_parameters, swapped,
 ]  # fmt: skip
 
 

@@ -29,10 +29,11 @@ def watch_scalers() -> None:
 
 
 def _watched(scale: _Scale) -> _Scale:
+    @torch._disable_dynamo  # as torch's own compiler leaves scalers alone
     @wraps(scale)
     def watched(self: GradScaler, outputs: object) -> object:
         scaled = scale(self, outputs)
-        if self.is_enabled() and not torch.compiler.is_compiling():
+        if self.is_enabled():
             for loss in tree_leaves(scaled):
                 if isinstance(loss, Tensor) and loss.requires_grad:
                     loss.register_hook(_note_backward)
