@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.derivatives import outside_transforms
+from recsys_embed.kernels.pointers import memory_of, of_numpy
 from recsys_embed.kernels.recording import unmapped
 
 # In-place operators; other operations that write say so by a trailing underscore.
@@ -69,7 +70,7 @@ class PlainView(Tensor):
             # A view of the table (`.data`, a slice, an array) leads nowhere either.
             held = {_memory(v) for v in views} - {None}
             if type(out).__module__ == "numpy":
-                if out.__array_interface__["data"][0] in {v.data_ptr() for v in views}:
+                if of_numpy(out) in {memory_of(v) for v in views}:
                     out.flags.writeable = False
                 return out
             if type(out) in (tuple, list):
@@ -178,7 +179,7 @@ def _version(tensor: Tensor) -> int | None:
 
 def _state(tensor: Tensor) -> tuple[int, int] | None:
     try:
-        return tensor.data_ptr(), tensor._version
+        return memory_of(tensor), tensor._version
     except RuntimeError:  # of inference mode, or wrapped by a transform of functions
         return None
 
