@@ -43,8 +43,7 @@ class WatchedTables(Protocol):
     def backwards_before(self, optimizer: Optimizer) -> Backwards | None: ...
     def after_step_of(self, optimizer: Optimizer) -> None: ...
     def follow_schedule_of(self, optimizer: Optimizer) -> None: ...
-    def not_stepped_by(self, optimizer: Optimizer) -> bool: ...
-    def check_not_lost(self, optimizer: Optimizer) -> None: ...
+    def check_gradients_of(self, optimizer: Optimizer) -> None: ...
     def parameters(self) -> Iterator[Parameter]: ...
 
 
@@ -70,12 +69,7 @@ def watch(tables: WatchedTables) -> None:
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
     for tables in _watched():
-        if not tables.not_stepped_by(optimizer):
-            raise ConfigError(
-                f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
-                "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
-            )
-        tables.check_not_lost(optimizer)
+        tables.check_gradients_of(optimizer)
         tables.follow_schedule_of(optimizer)
         _refuse_accumulation(tables, optimizer)
 

@@ -26,6 +26,7 @@ from recsys_embed.collection.optimizer_state import (
 )
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
@@ -230,10 +231,12 @@ class TablesWithState(nn.Module):
         if self.optimizer is None:
             return
         # By the same kernels whoever asks, so that bits do not depend on when a table was last read as a whole.
-        if self.backend == "native" and native.runs_on(table.detach(), [table]) and native.knows(self.optimizer):
-            row_steps.catch_up(self.optimizer, table, state, log, rows)
-        else:
-            catch_up(self.optimizer, table, state, rows, log, log.step)
+        native_rows = self.backend == "native" and native.runs_on(table.detach(), [table])
+        with catching_up(table):
+            if native_rows and native.knows(self.optimizer):
+                row_steps.catch_up(self.optimizer, table, state, log, rows)
+            else:
+                catch_up(self.optimizer, table, state, rows, log, log.step)
 
     @torch.no_grad()
     def catch_up_(self) -> Self:

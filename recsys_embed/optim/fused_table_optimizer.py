@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.optim.base import FusedOptimizer, is_rate
+from recsys_embed.optim.base import FusedOptimizer, is_rate, refuse_maximize
 from recsys_embed.optim.replicas import Replicas
 from recsys_embed.utils.types import JSON
 
@@ -35,6 +35,7 @@ class SteppedTables(Protocol):
     lr: float
 
     def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None: ...
+    def begin_anew(self) -> tuple[FusedOptimizer, float]: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
     def check_gradients(self, rule: FusedOptimizer) -> None: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
@@ -132,11 +133,14 @@ class FusedTableOptimizer(Optimizer):
         if dense is not None and _needs_closure(dense):
             raise ConfigError(
                 f"{type(dense).__name__} evaluates the model several times in a step, which fused tables cannot; give "
-                "`dense` another optimizer, or leave it out and step it by itself"
+                "`dense` another optimizer, or build the collection with optimizer=None and give "
+                f"{type(dense).__name__} all parameters"
             )
+        if dense is not None:
+            refuse_maximize(dense.param_groups, "`dense`")
         by_rule: dict[tuple[FusedOptimizer, float], list[str]] = {}
         for path, module in tables.items():
-            by_rule.setdefault((cast("FusedOptimizer", module.optimizer), module.lr), []).append(path)
+            by_rule.setdefault(module.begin_anew(), []).append(path)
         self._begin(model, dense, process_group, [(rule, lr, paths) for (rule, lr), paths in by_rule.items()])
 
     def _begin(
@@ -265,6 +269,7 @@ class FusedTableOptimizer(Optimizer):
             if not module.is_stepped_by(self):
                 raise ConfigError(f"another optimizer has been made of the tables of {path!r} since; call its step()")
         # Settings and gradients of all groups are checked before any table changes.
+        refuse_maximize(self.param_groups, "a param group")
         todo = [(group, *self._rule_of(i, group)) for i, group in enumerate(self._fused_groups)]
         for group, rule, _ in todo:
             for path in group[_OWN]:
