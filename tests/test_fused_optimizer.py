@@ -459,3 +459,24 @@ def test_a_step_between_a_lookup_and_its_second_derivative_is_refused() -> None:
         one_step(model, optimizer, i)
     with pytest.raises(ConfigError, match="a table changed in place between a lookup and a backward"):
         torch.autograd.grad(vectors.sum(), list(model.tables.parameters()), create_graph=True)
+
+
+def test_not_a_number_changes_nothing_at_step_where_told() -> None:
+    model = Model(rse.Adagrad(lr=0.1))
+    optimizer, before = fused_optimizer(model, dense(model)), weights(model)
+    (loss_of(model, slice(8)) * float("nan")).backward()
+    model.tables.check_finite = True
+    with pytest.raises(ConfigError, match="no table has been changed"):
+        optimizer.step()
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+
+
+def test_what_is_given_in_the_wrong_place_is_named() -> None:
+    schema = rse.Schema([rse.FeatureSpec("C1", 9, 2)])
+    with pytest.raises(ConfigError, match="an update rule is given as optimizer="):
+        rse.EmbeddingCollection(schema, rse.Adam(lr=0.1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"tables of compress_ .* have ordinary gradients"):
+        fused_optimizer(nn.Sequential(rse.make_embedding("full", 9, 2)))
+    for backend in BACKENDS:
+        with pytest.raises(ConfigError, match=r"ids must be dense.*got layout torch.sparse_coo"):
+            rse.EmbeddingCollection(schema, backend=backend)(torch.tensor([[3]]).to_sparse())

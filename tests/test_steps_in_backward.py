@@ -477,3 +477,19 @@ def test_training_in_eval_mode_is_told_of_once() -> None:
     model.tables.train()
     loss_of(model, slice(8)).backward()
     assert not torch.equal(weights(model)["tables.width8"], before)
+
+
+def test_the_first_step_of_a_new_optimizer_follows_it() -> None:
+    """The one before has come to a rate of 0."""
+    model = Model(rse.SGD(lr=0.5))
+    old = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(old, 1.0, 0.0, 2)
+    for i in range(2):
+        one_step(model, old, i)
+        schedule.step()
+    before = weights(model)["tables.width8"]
+    loss_of(model, slice(8)).backward()
+    assert torch.equal(weights(model)["tables.width8"], before)
+    _new = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model, slice(8)).backward()
+    assert not torch.equal(weights(model)["tables.width8"], before)

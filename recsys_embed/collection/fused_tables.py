@@ -51,7 +51,7 @@ class FusedTables(TablesOfAnOptimizer):
 
     Attributes:
         constant_in_eval: where the optimizer steps in backward, lookups in ``eval()`` give the tables no gradients.
-        check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
+        check_finite: steps first look whether all gradients are finite, and raise a ConfigError if not.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -170,6 +170,11 @@ class FusedTables(TablesOfAnOptimizer):
         self._backward_steps.count.after_step(optimizer)
         self._note_step()
 
+    def find_schedules(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch was given parameters: the next lookup follows its schedule, if they are the tables."""
+        if self._looked and self._in_backward and self._schedules.are_of(optimizer):
+            self._looked = False
+
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """A step of an optimizer of torch begins: its schedule is followed, if it was given the tables."""
         if self._in_backward:
@@ -180,14 +185,6 @@ class FusedTables(TablesOfAnOptimizer):
     def _rate(self) -> float:
         """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
         return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
-
-    def _check_finite(self, gradients: Sequence[Tensor]) -> None:
-        """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
-        if self.check_finite and not all(bool(torch.isfinite(g).all()) for g in gradients):
-            raise ConfigError(
-                "a gradient of the tables is not finite, and no table has been changed; lower the learning rate or "
-                "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
-            )
 
     def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str], gradient: Tensor) -> None:
         """Refuse a backward whose tables are no longer those of the lookup, or of another type than its gradients."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from functools import wraps
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -42,6 +43,7 @@ class WatchedTables(Protocol):
 
     def backwards_before(self, optimizer: Optimizer) -> Backwards | None: ...
     def after_step_of(self, optimizer: Optimizer) -> None: ...
+    def find_schedules(self, optimizer: Optimizer) -> None: ...
     def follow_schedule_of(self, optimizer: Optimizer) -> None: ...
     def check_gradients_of(self, optimizer: Optimizer) -> None: ...
     def parameters(self) -> Iterator[Parameter]: ...
@@ -61,8 +63,23 @@ def watch(tables: WatchedTables) -> None:
         if not _hook:
             _hook.append(register_optimizer_step_pre_hook(_before_step))
             _hook.append(register_optimizer_step_post_hook(_after_step))
+            _watch_new_groups()
         _TABLES[key] = ref(tables, lambda _: _TABLES.pop(key, None))
         watch_scalers()
+
+
+def _watch_new_groups() -> None:
+    """From now on tables know of optimizers that are given them, before these step for the first time."""
+    add = Optimizer.add_param_group
+
+    @torch._disable_dynamo
+    @wraps(add)
+    def watched(self: Optimizer, param_group: dict[str, Any]) -> None:
+        add(self, param_group)
+        for tables in _watched():
+            tables.find_schedules(self)
+
+    setattr(Optimizer, "add_param_group", watched)  # noqa: B010
 
 
 @torch._disable_dynamo

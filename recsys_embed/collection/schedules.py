@@ -46,6 +46,10 @@ class Schedules:
                 if issubclass(type(held), Optimizer):
                     self.follow(held)
 
+    def are_of(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer was given the tables."""
+        return any(p is self._first for group in optimizer.param_groups for p in group["params"])
+
     def follow(self, optimizer: Optimizer) -> None:
         """Follow an optimizer from now on, if it was given the tables.
 

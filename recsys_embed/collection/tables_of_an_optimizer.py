@@ -38,6 +38,7 @@ class TablesOfAnOptimizer(TablesWithState):
     _state_is_anothers = False
     # Whether lookups in `eval()` give the tables no gradients, where the optimizer steps in backward.
     constant_in_eval = True
+    check_finite = False
 
     def _start_alone(self) -> None:
         """Nobody but the tables' own backward steps them, yet."""
@@ -145,17 +146,27 @@ class TablesOfAnOptimizer(TablesWithState):
         if not self._in_backward:
             self._passed_over = self._torch_optimizer() is None and any(t.grad is not None for t in self._weights())
 
+    def _check_finite(self, gradients: Sequence[Tensor]) -> None:
+        """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
+        if self.check_finite and not all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise ConfigError(
+                "a gradient of the tables is not finite, and no table has been changed; lower the learning rate or "
+                "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
+            )
+
     def check_gradients(self, rule: FusedOptimizer) -> None:
         """Refuse a step before it changes anything.
 
         Raises:
             ConfigError: the rule needs other state than the one the tables were made with, or a gradient can no longer
-                be computed.
+                be computed, or is not finite where ``check_finite`` asks for it.
             IdRangeError: a gradient has rows beyond its table.
         """
         if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
             raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
         for name, weight in zip(self.storages, self._weights(), strict=True):
+            if self.check_finite and weight.grad is not None:
+                self._check_finite([rows_of(weight.grad)[1]])
             if not isinstance(weight.grad, RowGradient):
                 continue
             if isinstance(weight.grad.source, DeferredGradients):

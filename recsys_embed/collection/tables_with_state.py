@@ -182,7 +182,8 @@ class TablesWithState(nn.Module):
 
     def _count_steps(self, steps: Mapping[str, int]) -> None:
         """The states of storages are those after so many steps, and no row has missed one."""
-        self._step_logs.update({name: StepLog(count) for name, count in steps.items()})
+        for name, count in steps.items():
+            self._step_logs[name].restart(count)
         self._unfilled -= steps.keys()
 
     @property
@@ -300,7 +301,10 @@ class TablesWithState(nn.Module):
             # A torch optimizer has the state in a dict of its own.
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
-            steps = {name: log.step if self._in_backward else ELSEWHERE for name, log in self._step_logs.items()}
+            steps = {
+                name: log.live_count() if self._in_backward else torch.tensor(ELSEWHERE)
+                for name, log in self._step_logs.items()
+            }
             lr = self._lr if self._in_backward and self._sets_lr else None
             destination.update({prefix + k: v for k, v in state_entries(state, steps, lr).items()})
 
