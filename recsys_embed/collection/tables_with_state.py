@@ -391,6 +391,7 @@ class TablesWithState(nn.Module):
         return {
             "rule": self._rule,
             "lr": self.lr,
+            "sets_lr": self._sets_lr,
             "steps": {name: log.step for name, log in self._step_logs.items()},
             "state": {key: state.detach() for key, state in self._all_states().items()},
         }
@@ -409,4 +410,6 @@ class TablesWithState(nn.Module):
             state.copy_(saved["state"][key])
         self._expects_state = False
         self._lr = float(saved["lr"])
+        # States of earlier versions do not say it: their rate was a schedule's only where somebody set it.
+        self._sets_lr = bool(saved.get("sets_lr", self._sets_lr))
         self._count_steps(saved["steps"])
