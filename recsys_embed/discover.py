@@ -95,6 +95,36 @@ def is_wrapper(module: object) -> bool:
     return ours and module._modules.get(name or "") is not None  # type: ignore[attr-defined]
 
 
+def join_path(path: str, name: str) -> str:
+    """Two parts of a dotted path, of which one may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def names_without_wrappers(model: nn.Module, *, remove_duplicate: bool = False) -> dict[str, str]:
+    """By path of ``named_modules``, the path in a model whose parts are in no ``torch.compile`` or DataParallel.
+
+    >>> names_without_wrappers(nn.ModuleDict({"tower": nn.DataParallel(nn.Sequential(nn.Linear(2, 2)))}))
+    {'': '', 'tower': 'tower', 'tower.module': 'tower', 'tower.module.0': 'tower.0'}
+    """
+    names, modules = {"": ""}, {}
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        parent, _, name = path.rpartition(".")
+        modules[path] = module
+        if path:
+            names[path] = _name_of_child(modules[parent], names[parent], name)
+    return names
+
+
+def _name_of_child(module: nn.Module, path: str, name: str) -> str:
+    return path if is_wrapper(module) and _WRAPPERS[type(module).__name__] == name else join_path(path, name)
+
+
+def key_without_wrappers(key: str, names: Mapping[str, str]) -> str:
+    """A key of a state dict, as that of the model without its wrappers; ``names`` as above."""
+    module, _, name = key.rpartition(".")
+    return join_path(names[module], name) if module in names else key
+
+
 @dataclass(frozen=True)
 class BareTable:
     """A parameter that has the shape of an embedding table and stands in no embedding module."""
@@ -126,6 +156,7 @@ def bare_tables(model: nn.Module) -> list[BareTable]:
     """
     model = unwrapped(model)
     found, seen = [], {_tensor_key(t.weight) for t in find_tables(model) if t.weight is not None}
+    names = names_without_wrappers(model, remove_duplicate=True)
     for path, module in model.named_modules():
         layer = type(module).__module__.startswith(("torch.", "recsys_embed.", "torchrec."))
         if layer and not isinstance(module, nn.ParameterDict | nn.ParameterList):
@@ -136,7 +167,7 @@ def bare_tables(model: nn.Module) -> list[BareTable]:
             rows, width = p.shape
             if rows >= max(_BARE_ROWS, _BARE_RATIO * width) and p.is_floating_point():
                 seen.add(_tensor_key(p))
-                found.append(BareTable(_join(path, name), rows, width, p.numel() * p.element_size()))
+                found.append(BareTable(join_path(names[path], name), rows, width, p.numel() * p.element_size()))
     return found
 
 
@@ -144,8 +175,8 @@ def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[
     """Every embedding table in a tree of modules, in the order of the tree; builds nothing, works on meta tensors.
 
     A module that stands at several paths, and modules that hold the same weight, are one table. Sharded and quantised
-    TorchRec modules are not tables that a process owns and are left out. Names are those of the model inside
-    ``torch.compile``, ``nn.DataParallel`` or DistributedDataParallel.
+    TorchRec modules are not tables that a process owns and are left out. ``torch.compile``, ``nn.DataParallel`` and
+    DistributedDataParallel leave no trace in names, around the model or a part of it.
 
     Args:
         model: any module.
@@ -171,7 +202,10 @@ def find_tables(model: nn.Module, *, subclasses: Collection[type] = ()) -> list[
     scoring = [m for m in model.modules() if getattr(type(m), "table_kind", None) == "output_layer"]
     if not scoring:
         return found
-    return [replace(t, output_layers=tuple(m for m in scoring if any(m.table is e for e in t.modules))) for t in found]
+    return [
+        replace(t, output_layers=(*t.output_layers, *(m for m in scoring if any(map(m.scores_by, t.modules)))))  # type: ignore[arg-type]
+        for t in found
+    ]
 
 
 @dataclass(frozen=True)
@@ -187,10 +221,6 @@ class _Seen:
     registered: bool = True
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_Seen]:
     """Every place of the tree below ``module``; a module that contains itself is entered once."""
     if id(module) in above:
@@ -198,7 +228,7 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
     own_kind = getattr(type(module), "table_kind", None)
     if own_kind == "collection":
         for name in module.schema.names:  # type: ignore[union-attr]
-            yield _Seen(_join(path, name), "collection", module, module, name, (id(module), name))
+            yield _Seen(join_path(path, name), "collection", module, module, name, (id(module), name))
         return
     if own_kind == "compressed":
         # Drop-ins of one name over the same parameters stand for one table, as tied plain modules do; a loaded
@@ -215,17 +245,17 @@ def _walk(module: nn.Module, path: str, above: tuple[int, ...]) -> Iterator[_See
     if held is not None:
         kind, folder, tables = held
         for name, bag in tables.items():
-            where = _join(path, f"{folder}.{name}")
+            where = join_path(path, f"{folder}.{name}")
             for seen in _walk(bag, where, (*above, id(module))):
                 plain = seen.kind in ("embedding", "embedding_bag")
                 yield _Seen(where, kind if plain else seen.kind, bag, module if plain else bag, name, seen.key)
         return
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, _join(path, name), (*above, id(module)))
+            yield from _walk(child, _name_of_child(module, path, name), (*above, id(module)))
     for name, value in vars(module).items():
         if name not in _TORCH_OWN:
-            for where, table in _unregistered(value, _join(path, name)):
+            for where, table in _unregistered(value, join_path(path, name)):
                 if not any(table is m for m in module.modules()):
                     yield from (replace(seen, registered=False) for seen in _walk(table, where, ()))
 
@@ -270,12 +300,13 @@ _Others = dict[Any, list[tuple[str, nn.Module]]]
 def _other_parameters(model: nn.Module, tables: set[int]) -> _Others:
     """Dotted names and modules of the parameters and buffers outside embedding modules, by what they store."""
     found: _Others = {}
+    names = names_without_wrappers(model, remove_duplicate=True)
     for path, module in model.named_modules():
         if id(module) in tables:
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and not is_lazy(tensor):
-                found.setdefault(_tensor_key(tensor), []).append((_join(path, name), module))
+                found.setdefault(_tensor_key(tensor), []).append((join_path(names[path], name), module))
     return found
 
 
@@ -302,6 +333,8 @@ def _describe(group: list[_Seen], others: _Others, taken: set[str], known: tuple
         pooling = module.mode if first.kind == "compressed" else spec.pooling
         parameters = list(module.parameters())
         trained = any(p.requires_grad for p in parameters) or getattr(module, "optimizer", None) is not None
+        if first.kind == "compressed":
+            common |= _ties_of_drop_ins(group, others)
         return FoundTable(
             rows=spec.num_embeddings,
             width=spec.embedding_dim,
@@ -311,22 +344,40 @@ def _describe(group: list[_Seen], others: _Others, taken: set[str], known: tuple
             **common,
         )
     weight = module.weight
-    tied = others.get(first.key, [])
+    ties = _ties(weight, others.get(first.key, []))
     faults = [fault for s in group for fault in _obstacles(s, known)]
-    odd = [where for where, holder in tied if not _scores(holder, weight)]
-    if odd:
-        faults.append(f"its weight is also {', '.join(odd)}")
+    faults += [ties.pop("obstacle")] if ties["obstacle"] else []
     return FoundTable(
         rows=module.num_embeddings,
         width=module.embedding_dim,
         dtype=weight.dtype,
         requires_grad=any(s.module.weight.requires_grad for s in group),
         pooling=getattr(module, "mode", None),
-        tied=tuple(where for where, _ in tied),
-        output_layers=() if odd else tuple(holder for _, holder in tied),
-        obstacle="; ".join(dict.fromkeys(faults)),
+        **{**ties, "obstacle": "; ".join(dict.fromkeys(faults))},
         **common,
     )
+
+
+def _ties(weight: Tensor, holders: list[tuple[str, nn.Module]], all_rows: bool = True) -> dict[str, Any]:
+    """What a table says of others that hold its ``weight``, which has ``all_rows`` of the ids or some."""
+    odd = [where for where, holder in holders if not (all_rows and _scores(holder, weight))]
+    return {
+        "tied": tuple(where for where, _ in holders),
+        "output_layers": () if odd else tuple(holder for _, holder in holders),
+        "obstacle": f"its weight is also {', '.join(odd)}" if odd else "",
+    }
+
+
+def _ties_of_drop_ins(group: list[_Seen], others: _Others) -> dict[str, Any]:
+    """Others that hold a parameter of a drop-in which a user shared with them; a full table may score."""
+    module: Any = group[0].module
+    inside = {id(m) for s in group for m in s.module.modules()}
+    for name, parameter in module.named_parameters():
+        holders = [h for h in others.get(_tensor_key(parameter), []) if id(h[1]) not in inside]
+        if holders:
+            full = module.config.method == "full" and module.spec.num_ids == module.num_embeddings
+            return _ties(parameter, holders, full and name == "weight")
+    return {}
 
 
 def _scores(layer: nn.Module, weight: Tensor) -> bool:

@@ -363,10 +363,16 @@ def test_from_dense_checks_what_it_is_given(name: str) -> None:
         (good, {"counts": torch.ones(ROWS - 1)}, "counts"),
         (good, {"counts": torch.full((ROWS,), float("nan"))}, "counts"),
         (good, {"counts": -torch.ones(ROWS)}, "counts"),
+        (good, {"counts": ["x"] * ROWS}, "arrays of numbers"),
     ]
     for weight, options, what in bad:
         with pytest.raises(ConfigError, match=what):
             cls.from_dense(weight, config=config, **options)
+    counts = torch.arange(ROWS) + 1.0
+    wanted = cls.from_dense(good, counts=counts, config=config).state_dict()
+    for weight, held in ((good.numpy(), counts.numpy()), (good, counts.tolist())):
+        found = cls.from_dense(weight, counts=held, config=config).state_dict()  # type: ignore[arg-type]
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
 # -- wrong arguments --------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ struct Adam : ElementRule {
   inline float sized(const Update& u, i64 row, float size) const {
     if (!u.rule.state[2]) return size;
     i32& count = reinterpret_cast<i32*>(u.rule.state[2])[row];
-    return size * float(u.rule.curve[std::min<i64>(++count, u.rule.curve_count) - 1]);
+    return size * float(u.rule.curve[std::clamp<i64>(++count, 1, u.rule.curve_count) - 1]);
   }
   // A row that never had a gradient has zero moments, so it does not move.
   inline bool rests(const Rule& r, i64 place, i64 width) const {
@@ -185,7 +185,8 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
 template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
   if (!u.last || u.last[row] >= to) return;
-  const i64 width = width_of<W>(w), place = row * width, from = u.last[row] + 1;
+  // Steps before the first of the log are part of every row.
+  const i64 width = width_of<W>(w), place = row * width, from = std::max<i64>(u.last[row], u.first) + 1;
   const float decay = float(u.decay);
   float* weight = table + place;
   u.last[row] = i32(to);

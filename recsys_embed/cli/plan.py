@@ -20,7 +20,7 @@ from recsys_embed.features import Schema
 from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
-from recsys_embed.planning.explain import SHARED_ALONE
+from recsys_embed.planning.explain import SHARED_WITHOUT_NETWORK
 from recsys_embed.utils.strict_json import read_object, strict_json
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _summary(features: Schema, made: Plan) -> str:
     proved = (
         "proved best" if notes.exact else f"at most {100 * gap / max(notes.predicted_loss, 1e-12):.2g} % above the best"
     )
-    sharing = any(SHARED_ALONE in why for why in made.reasons.values())
+    sharing = any(SHARED_WITHOUT_NETWORK in why for why in made.reasons.values())
     penalties = ", and more where ids share rows that no network tells apart" if sharing else ""
     lines = [
         f"{format_bytes(notes.bytes)} {kind}, of {format_bytes(notes.budget)}; full tables would take "

@@ -1,42 +1,35 @@
-"""Steps in backward: several lookups of one backward are one step; scaled losses, replicas and the like are refused."""
+"""Steps in backward: several lookups of one backward are one step; what would step otherwise than torch is refused."""
 
 from __future__ import annotations
 
-import gc
-import sys
 import threading
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from types import FrameType
-from typing import Protocol
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.autograd.graph import get_gradient_edge
-from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from recsys_embed.collection.accumulation import BackwardCount
+from recsys_embed.collection.optimizer_watch import WAY_OUT
+from recsys_embed.collection.scaled_losses import is_scaled
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.replicas import active_replica, refuse_sharding
-
-_WAY_OUT = (
-    "make the update at step() instead: optimizer = recsys_embed.optim.fused_optimizer(model, dense_optimizer), then "
-    "optimizer.step()"
-)
 
 
 class LookupRecord:
     """One lookup with gradients, alive until its backward can no longer run."""
 
-    __slots__ = ("__weakref__", "deferred", "done", "taken", "thread")
+    __slots__ = ("__weakref__", "again_in", "deferred", "outer", "stepped", "steps_before", "thread")
 
-    def __init__(self, taken: int, thread: int, deferred: bool) -> None:
-        self.taken, self.thread, self.deferred = taken, thread, deferred
-        self.done: set[str] = set()
+    def __init__(self, steps_before: int, thread: int, deferred: bool, again_in: str | None) -> None:
+        self.steps_before, self.thread, self.deferred = steps_before, thread, deferred
+        # The optimizer in whose running step the tables have been stepped already.
+        self.again_in = again_in
+        self.stepped: set[str] = set()
+        # The backward in which the lookup is made, of recomputed activations. Its own may be another one inside.
+        self.outer: int = torch._C._current_graph_task_id()
 
 
 class BackwardSteps:
@@ -58,12 +51,13 @@ class BackwardSteps:
         # Gradients by storage of each backward that collects them, which torch numbers; and its thread.
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
-        self.backwards = 0
-        # Gradients that optimizers held when the last lookup began; those to which its backward has added.
-        self._held: dict[int, tuple[int, int]] = {}
-        self._accumulating: set[int] = set()
-        # Whether several backwards came before a step; closures run them inside of the step.
-        self._suspected = False
+        self._looked_up_in = -1
+        self._again_in: str | None = None
+        # Of backwards inside of others (reentrant checkpointing), the backward around.
+        self._outer: dict[int, int] = {}
+        self.count = BackwardCount()
+        # Of what several threads change; never held while tables step.
+        self._lock = threading.Lock()
 
     def begin(self, deferred: bool) -> LookupRecord:
         """A lookup begins.
@@ -71,16 +65,22 @@ class BackwardSteps:
         Args:
             deferred: several parts of its backward update one storage, so that their gradients are collected.
         """
-        if self._stepped_in >= 0 and torch._C._current_graph_task_id() == self._stepped_in:
+        # Checkpointing runs a backward of its own for what it looks up again.
+        refuse_scaled()
+        task = torch._C._current_graph_task_id()
+        if 0 <= task == self._stepped_in:
             raise ConfigError(
                 "a lookup in the middle of a backward that has already stepped its tables (activation checkpointing of "
-                f"one of several lookups) would read the new rows; {_WAY_OUT}"
+                f"one of several lookups) would read the new rows; {WAY_OUT}"
             )
-        if self.backwards or self._suspected:
-            self._held = _held_gradients()
+        self.count.before_lookup()
+        if task >= 0:
+            # Only here can the step follow this backward, where that of the lookup is another one inside of it.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         thread = threading.get_ident()
-        record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
-        self._open.add(record)
+        record = LookupRecord(self._taken.get(thread, 0), thread, deferred, self.count.stepping_again())
+        with self._lock:
+            self._open.add(record)
         return record
 
     def collects(self, record: LookupRecord, parts: Collection[str]) -> bool:
@@ -89,122 +89,121 @@ class BackwardSteps:
         Raises:
             ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
         """
-        stale = not record.done and record.taken != self._taken.get(record.thread, 0)
-        if stale or record.done.intersection(parts):
+        refuse_scaled()
+        _refuse_again(record.again_in)
+        task = torch._C._current_graph_task_id()
+        if record.outer not in (-1, task):
+            # Other parts are still to be looked up again, in the rows as they are.
+            self._outer[task], record.deferred = record.outer, True
+        stale = not record.stepped and record.steps_before != self._taken.get(record.thread, 0)
+        if stale or record.stepped.intersection(parts):
             what = "another backward came between" if stale else "backward ran twice through one lookup"
             raise ConfigError(
                 "these tables step in backward, and they have been stepped since this lookup read them "
-                f"({what}); sum the losses and call backward once, or {_WAY_OUT}"
+                f"({what}); sum the losses and call backward once, or {WAY_OUT}"
             )
-        first = not record.done
+        first = not record.stepped
         if first and not record.deferred:
-            record.deferred = torch._C._current_graph_task_id() in self._collected or any(
-                other is not record and not other.done and (other.thread, other.taken) == (record.thread, record.taken)
-                for other in list(self._open)
-            )
-        record.done.update(parts)
+            with self._lock:
+                record.deferred = task in self._collected or any(
+                    other is not record
+                    and not other.stepped
+                    and (other.thread, other.steps_before) == (record.thread, record.steps_before)
+                    for other in self._open
+                )
+        record.stepped.update(parts)
         if first and not record.deferred:
-            self._count(record.thread)
+            self._count(record.thread, task)
         return record.deferred
 
     def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add to the gradients by which the running backward steps the optimizer when it ends."""
         task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        refuse_scaled()
         if task < 0:  # an operator that is called outside a backward
             self._apply({name: g for name, g in gradients.items() if g is not None})
             return
+        running, task = task, self._outer.get(task, task)
         if task not in self._collected:
-            # What an earlier backward of this thread left behind, it failed.
-            for other in [t for t, (of, _) in self._collected.items() if of == thread]:
-                del self._collected[other]
-            self._collected[task] = thread, {}
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
+            with self._lock:
+                # What an earlier backward of this thread left behind, it failed.
+                for other in [t for t, (of, _) in self._collected.items() if of == thread]:
+                    del self._collected[other]
+                self._collected[task] = thread, {}
+            if task == running:
+                torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         found = self._collected[task][1]
         for name, gradient in gradients.items():
             if gradient is not None:
                 found[name] = found[name] + gradient if name in found else gradient
 
-    def refuse_second_step(self) -> None:
-        """Compiled lookups keep no record: refuse one whose backward has stepped the tables for another lookup.
+    def begin_compiled(self) -> None:
+        """A compiled lookup begins; it keeps no record."""
+        self._again_in = self.count.stepping_again()
+        self._looked_up_in = torch._C._current_graph_task_id()
+
+    def _compiled_task(self) -> int:
+        """The backward that ends with the step: with checkpointing, not the one that runs inside of it."""
+        return torch._C._current_graph_task_id() if self._looked_up_in < 0 else self._looked_up_in
+
+    def check_compiled(self) -> None:
+        """Refuse the backward of a compiled lookup that would step tables which it has stepped for another lookup.
 
         Raises:
-            ConfigError: it has.
+            ConfigError: says so, or that the loss is scaled, or that an optimizer runs several backwards.
         """
-        task = torch._C._current_graph_task_id()
+        refuse_scaled()
+        _refuse_again(self._again_in)
+        task = self._compiled_task()
         if task >= 0 and task == self._stepped_in:
             raise ConfigError(
-                "one backward runs through lookups of compiled and of uncompiled code, which would step the same "
-                f"tables twice; compile all of them, or {_WAY_OUT}"
+                "one backward runs through lookups of compiled and of uncompiled code, or through compiled ones that "
+                f"activation checkpointing makes again, which would step the same tables twice; {WAY_OUT}"
             )
 
     def stepped_by_compiled_code(self) -> None:
-        """A lookup of compiled code has stepped its tables."""
-        self._count(threading.get_ident())
+        """A lookup of compiled code steps its tables."""
+        self._count(threading.get_ident(), self._compiled_task())
 
     def _end(self, task: int) -> None:
-        thread, gradients = self._collected.pop(task)
-        self._apply(gradients)
-        self._count(thread)
-
-    def _count(self, thread: int) -> None:
-        self._taken[thread] = self._taken.get(thread, 0) + 1
-        self._stepped_in = torch._C._current_graph_task_id()
-        self.backwards += 1
-        if self._held:
-            now = _held_gradients()
-            self._accumulating.update(
-                k for k, was in self._held.items() if k in now and was[0] == now[k][0] and was < now[k]
-            )
-            self._held = {}
-
-    def take(self) -> tuple[int, set[int]]:
-        """Backwards since this was last asked, and optimizers whose gradients several of them were added to."""
-        found = self.backwards, self._accumulating
-        self._suspected = self._suspected or self.backwards > 1
-        self.backwards, self._accumulating, self._held = 0, set(), {}
-        return found
-
-
-class Schedules:
-    """Param groups of torch's optimizers that were given tables which step in backward: their schedules are followed.
-
-    Args:
-        tables: of one module.
-    """
-
-    def __init__(self, tables: Sequence[Parameter | None]) -> None:
-        self._first = next((p for p in tables if p is not None), None)
-        self._references = sys.getrefcount(self._first)
-        self._groups: list[tuple[ref[Optimizer], Mapping[str, float], float]] = []
-
-    def look(self) -> None:
-        """Find optimizers that have not stepped yet, if something else than the module holds its first table."""
-        references = sys.getrefcount(self._first)
-        # Besides the module itself, whose attributes are complete only after this is made.
-        if references > self._references + 1:
-            for held in gc.get_objects():
-                if issubclass(type(held), Optimizer):
-                    self.meet(held)
-        self._references = max(self._references, references)
-
-    def meet(self, optimizer: Optimizer) -> None:
-        """Follow an optimizer from now on, if it was given the tables."""
-        if any(known() is optimizer for known, _, _ in self._groups):
+        with self._lock:
+            self._outer = {inner: outer for inner, outer in self._outer.items() if outer != task}
+            thread, gradients = self._collected.pop(task, (0, {}))
+        if not gradients:
             return
-        for group in optimizer.param_groups:
-            if any(p is self._first for p in group["params"]):
-                # Cyclic schedules name their peak; others begin there.
-                first = group.get("max_lr", group.get("initial_lr", group["lr"]))
-                self._groups.append((ref(optimizer), group, float(first)))
+        self._apply(gradients)
+        self._count(thread, task)
 
-    def factor(self) -> float:
-        """The part of their first rate that the last of these optimizers has now."""
-        self._groups = [known for known in self._groups if known[0]() is not None]
-        if not self._groups:
-            return 1.0
-        _, group, first = self._groups[-1]
-        now = float(group["lr"])
-        return now / first if first else float(now > 0)
+    def _count(self, thread: int, task: int) -> None:
+        with self._lock:
+            self._taken[thread] = self._taken.get(thread, 0) + 1
+        self._stepped_in = task
+        self.count.add()
+        if self.count.holds and torch._C._current_graph_task_id() >= 0:
+            # Other gradients may follow those of the tables.
+            torch.autograd.Variable._execution_engine.queue_callback(self.count.after_backward)
+
+
+def refuse_scaled() -> None:
+    """Refuse the running backward where it began at a loss that a gradient scaler has scaled.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if is_scaled(torch._C._current_graph_task_id()):
+        raise ConfigError(
+            f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {WAY_OUT}"
+        )
+
+
+def _refuse_again(optimizer: str | None) -> None:
+    """Refuse a second backward in one step of an optimizer, whose closure evaluates the model several times."""
+    if optimizer is not None:
+        raise ConfigError(
+            f"{optimizer} runs several backwards in one step, and these tables, which step in backward, would make a "
+            "step in each; freeze them while it runs (table.requires_grad_(False)), or build the collection with "
+            f"optimizer=None and give {optimizer} all parameters"
+        )
 
 
 def refuse_parts(table: Tensor) -> None:
@@ -220,7 +219,7 @@ def refuse_parts(table: Tensor) -> None:
     if not wanted:
         raise ConfigError(
             "these tables step in backward, and torch.autograd.grad of a table, or backward(inputs=...) with some of "
-            f"the tables, is to give gradients and step nothing; {_WAY_OUT}"
+            f"the tables, is to give gradients and step nothing; {WAY_OUT}"
         )
 
 
@@ -233,96 +232,6 @@ def refuse_replicas() -> None:
     if active_replica() is not None:
         raise ConfigError(
             "these tables step in backward, which DistributedDataParallel does not see: each replica would step by its "
-            f"own gradients; {_WAY_OUT}"
+            f"own gradients; {WAY_OUT}"
         )
     refuse_sharding()
-
-
-# -- optimizers of torch ---------------------------------------------------------------------------------------------
-
-
-class WatchedTables(Protocol):
-    """Tables whose optimizer steps in backward."""
-
-    told: bool
-
-    def take_backwards(self) -> tuple[int, set[int]]: ...
-    def met(self, optimizer: Optimizer) -> None: ...
-    def are_left_to(self, optimizer: Optimizer) -> bool: ...
-    def parameters(self) -> Iterator[Parameter]: ...
-
-
-_TABLES: WeakSet[WatchedTables] = WeakSet()
-# Optimizers that have stepped, and whether a gradient scaler called them.
-_KNOWN: dict[int, tuple[ref[Optimizer], bool]] = {}
-_hook: list[object] = []
-
-
-def watch(tables: WatchedTables) -> None:
-    """From now on, steps of torch's optimizers tell when the tables' steps are not theirs."""
-    if not _hook:
-        _hook.append(register_optimizer_step_pre_hook(_before_step))
-    _TABLES.add(tables)
-
-
-def _scaled(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler that scales called the optimizer; looked for at its first step."""
-    key = id(optimizer)
-    known = _KNOWN.get(key)
-    if known is None or known[0]() is not optimizer:
-        frame: FrameType | None = sys._getframe(2)
-        found = False
-        while frame is not None and not found:
-            owner = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
-            found = isinstance(owner, GradScaler) and owner.is_enabled()
-            frame = frame.f_back
-        known = _KNOWN[key] = ref(optimizer, lambda _: _KNOWN.pop(key, None)), found
-    return known[1]
-
-
-def _held_gradients() -> dict[int, tuple[int, int]]:
-    """A gradient of each known optimizer, and how often it has been written in place."""
-    found: dict[int, tuple[int, int]] = {}
-    for key, (optimizer, _) in list(_KNOWN.items()):
-        groups = getattr(optimizer(), "param_groups", ())
-        grad = next((p.grad for group in groups for p in group["params"] if p.grad is not None), None)
-        if grad is not None:
-            found[key] = id(grad), grad._version
-    return found
-
-
-@torch._disable_dynamo
-def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
-    new = id(optimizer) not in _KNOWN
-    scaled = _scaled(optimizer)
-    for tables in list(_TABLES):
-        if not tables.are_left_to(optimizer):
-            raise ConfigError(
-                f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
-                "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
-            )
-        tables.met(optimizer)
-        backwards, accumulating = tables.take_backwards()
-        if not backwards:
-            continue
-        if scaled:
-            raise ConfigError(
-                f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {_WAY_OUT}"
-            )
-        if backwards == 1:
-            continue
-        held = {id(p) for p in tables.parameters()}
-        related = id(optimizer) in accumulating or any(
-            id(p) in held for group in optimizer.param_groups for p in group["params"]
-        )
-        message = (
-            f"{backwards} backwards of a collection came before one step of {type(optimizer).__name__}, and its "
-            f"tables, which step in backward, have made {backwards} steps (gradient accumulation?); {_WAY_OUT}"
-        )
-        if related:
-            raise ConfigError(message)
-        # An optimizer of another model begins at any time.
-        if not new and not tables.told:
-            tables.told = True
-            warnings.warn(message, stacklevel=4)

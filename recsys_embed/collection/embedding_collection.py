@@ -47,10 +47,9 @@ class EmbeddingCollection(FusedTables):
     Args:
         schema: the features, in the order of the id columns.
         plan: a method configuration per feature; plain tables when None.
-        optimizer: updates tables inside backward, so that they have no ``.grad``; ``None`` leaves ordinary gradients.
-            Projections and other dense parameters always have ordinary gradients: give them to a torch optimizer.
-            Each backward is one step of the rule, so gradients of several backwards cannot be accumulated, and
-            running backward twice over one graph updates twice. In ``eval()`` nothing is updated.
+        optimizer: updates tables in backward, one step of the rule for each, or at ``step()`` of what
+            :func:`recsys_embed.optim.fused_optimizer` makes; ``docs/training_loop.md`` says what each takes. ``None``
+            leaves ordinary gradients, which projections and other dense parameters always have.
         seed: of the initial weights (the configurations' own seeds salt the hashes).
         backend: ``"auto"``, or a name of :func:`available_backends`. ``"fbgemm"``, a backend of earlier versions, warns
             and runs what ``"auto"`` picks.
@@ -83,6 +82,11 @@ class EmbeddingCollection(FusedTables):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if plan is not None and not isinstance(plan, Plan):
+            raise ConfigError(
+                f"`plan`, the second argument, must be a Plan or None; got {plan!r:.80}; an update rule is given as "
+                "optimizer="
+            )
         if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
             raise ConfigError(
                 "`optimizer` must be a rule of recsys_embed.optim, e.g. RowwiseAdagrad(lr=0.01), or None; got "
@@ -207,16 +211,12 @@ class EmbeddingCollection(FusedTables):
             return out
         return read_rows(weight, rows, partial_rows, self.sparse)
 
-    @property
-    def _bundle(self) -> LookupBundle:
-        """The attribute ``bundle``, which torch finds last of all, ten times slower."""
-        return self._modules["bundle"]  # type: ignore[return-value]
-
     def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
         if not kernels or (torch.compiler.is_compiling() and self.sparse):
             return None
-        served = cast("StoredTables | None", self._modules.get("served"))  # see `_bundle`
+        # Not as an attribute, which torch finds last of all, ten times slower.
+        served = cast("StoredTables | None", self._modules.get("served"))
         if served is not None:
             stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)
@@ -323,7 +323,8 @@ class EmbeddingCollection(FusedTables):
         >>> history.shape, bool(history[0, 2].any()), torch.equal(history[0, 0], coll.lookup("item", torch.tensor(7)))
         (torch.Size([2, 3, 4]), False, True)
         """
-        stepping, bundle = self._stepping, self._bundle
+        stepping = self._stepping
+        bundle: LookupBundle = self._modules["bundle"]  # type: ignore[assignment]
         number = bundle.position(feature)
         given = given_ids(ids, self.schema.features[number], bundle.hashes[number], self)
         if isinstance(given, Tensor) and given.is_nested:

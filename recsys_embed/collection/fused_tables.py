@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection import lost_gradients
 from recsys_embed.collection.backward_steps import (
     BackwardSteps,
     LookupRecord,
-    Schedules,
     refuse_parts,
-    refuse_replicas,
-    watch,
 )
-from recsys_embed.collection.tables_with_state import TablesWithState
+from recsys_embed.collection.optimizer_watch import Backwards, watch
+from recsys_embed.collection.schedules import Schedules
+from recsys_embed.collection.tables_of_an_optimizer import TablesOfAnOptimizer, nobody
 from recsys_embed.errors import ConfigError
-from recsys_embed.kernels.deferred_gradients import DeferredGradients
-from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
-from recsys_embed.kernels.native import lookup as native
-from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
-from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.kernels.recording import refuse_scripting
-from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
-from recsys_embed.optim.replicas import Replicas, inside_fsdp
+from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer
+from recsys_embed.optim.replicas import inside_fsdp
 from recsys_embed.utils.types import JSON
 
+# What copies and pickles start anew.
+_LEFT_BEHIND = (
+    "_backward_steps", "_replicas", "_torch_optimizer", "_dense", "_schedules", "_looked", "_handle", "_compiled_at",
+    "_compiled_lookups", "_passed_over", "warned", "_told_of_eval",
+)  # fmt: skip
 
-def _nobody() -> None:
-    """No optimizer of torch steps the tables."""
+
+def _part_of_step(rows: Tensor, grad: Tensor, table: Tensor) -> RowGradient:
+    """Gradients that are summed into one step, in float32 at least, as :func:`apply_update` sums those of a lookup."""
+    return RowGradient(rows, grad.to(torch.promote_types(table.dtype, torch.float32)), table.shape[0])
 
 
-class FusedTables(TablesWithState):
+class FusedTables(TablesOfAnOptimizer):
     """Tables whose fused optimizer steps in backward, or at ``step()`` of a torch optimizer.
 
     It steps in backward until :func:`recsys_embed.optim.fused_optimizer` makes a torch optimizer of it, whose
@@ -49,7 +51,7 @@ class FusedTables(TablesWithState):
 
     Attributes:
         constant_in_eval: where the optimizer steps in backward, lookups in ``eval()`` give the tables no gradients.
-        check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
+        check_finite: steps first look whether all gradients are finite, and raise a ConfigError if not.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -63,25 +65,25 @@ class FusedTables(TablesWithState):
         backend: str,
     ) -> None:
         super().__init__(shapes, optimizer, device, dtype, backend)
-        self.check_finite, self.constant_in_eval = False, True
+        self.check_finite = False
         self._start_watching()
 
     def _start_watching(self) -> None:
+        self._start_alone()
         self._handle = handle_of(self)
         self._backward_steps = BackwardSteps(self._apply_collected)
-        self._replicas: Replicas | None = None
-        self._stepper: Callable[[], object] = _nobody
         self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
         # Compiled lookups since the last step: the gradients of several wait for the end of their backward.
         self._compiled_lookups = 0
-        self.told = False
+        self.warned = self._told_of_eval = False
+        if self.optimizer is not None:
+            watch(self)
+            lost_gradients.refuse_outside_lookups(self, self.__dict__["_owned"])
 
     def __getstate__(self) -> JSON:
-        left = ("_backward_steps", "_replicas", "_stepper", "_schedules", "_looked", "_handle", "_compiled_at", "told",
-                "_compiled_lookups")  # fmt: skip
-        return {k: v for k, v in self.__dict__.items() if k not in left}
+        return {k: v for k, v in self.__dict__.items() if k not in _LEFT_BEHIND}
 
     def __setstate__(self, state: JSON) -> None:
         super().__setstate__(state)
@@ -94,6 +96,10 @@ class FusedTables(TablesWithState):
         """Whether a backward of what is looked up now steps the optimizer, or leaves gradients for ``step()``."""
         if self.optimizer is None or not torch.is_grad_enabled() or not (self.training or not self._in_backward):
             return False
+        if not self._looked and self._in_backward and not torch.compiler.is_compiling():
+            # Before this lookup holds the tables, too.
+            self._looked = True
+            self._schedules.find_optimizers()
         tables = self._weights()
         if not any(t.requires_grad for t in tables):
             return False
@@ -114,22 +120,16 @@ class FusedTables(TablesWithState):
         self.before_lookup()
         return True
 
-    def before_lookup(self) -> None:
-        """Before a lookup with gradients: replicas of the tables share them, or the lookup is refused."""
-        if self._replicas is not None:
-            self._replicas.before_lookup()
-        else:
-            refuse_replicas()
-
     def before_compiled_lookup(self) -> None:
         """As :meth:`before_lookup`, of a compiled model."""
         self.before_lookup()
+        self._backward_steps.begin_compiled()
         self._compiled_at = self._in_memory()
         self._compiled_lookups += 1
 
     def _in_memory(self) -> list[int]:
         """Where the tables and the optimizer's state lie."""
-        return [memory_of(t) for t in (*self._weights(), *self._all_states().values())]
+        return [pointers.memory_of(t) for t in (*self._weights(), *self._all_states().values())]
 
     @property
     def _constant(self) -> bool:
@@ -138,16 +138,17 @@ class FusedTables(TablesWithState):
             return False
         if not self.constant_in_eval:
             return False
-        return torch.compiler.is_compiling() or self._owns_its_tables
+        if torch.compiler.is_compiling():
+            return True
+        if not self._told_of_eval and any(log.step for log in self._step_logs.values()) and self.takes_no_gradient:
+            self._told_of_eval = True
+            warnings.warn(lost_gradients.IN_EVAL, stacklevel=6)
+        return self._owns_its_tables
 
     def _record(self, deferred: bool) -> LookupRecord | None:
         """Of a lookup whose backward steps the optimizer."""
         if not self._in_backward or torch.compiler.is_compiling():
             return None
-        watch(self)
-        if not self._looked:
-            self._looked = True
-            self._schedules.look()
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -163,43 +164,41 @@ class FusedTables(TablesWithState):
         """Whether backward steps the fused optimizer, rather than leave that to ``step()`` of a torch optimizer."""
         return self._in_backward
 
-    def take_backwards(self) -> tuple[int, set[int]]:
-        """Backwards that stepped the optimizer since this was last asked, and optimizers that accumulate them."""
-        return self._backward_steps.take()
+    def backwards_before(self, optimizer: torch.optim.Optimizer) -> Backwards | None:
+        """Backwards that stepped the tables before a step of an optimizer of torch, which begins or ends."""
+        return self._backward_steps.count.before_step(optimizer)
 
-    def met(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
+    def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step of an optimizer of torch has ended."""
+        self._backward_steps.count.after_step(optimizer)
+        self._note_step()
+
+    def find_schedules(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch was given parameters: the next lookup follows its schedule, if they are the tables."""
+        if self._looked and self._in_backward and self._schedules.are_of(optimizer):
+            self._looked = False
+
+    def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step of an optimizer of torch begins: its schedule is followed, if it was given the tables."""
         if self._in_backward:
-            self._schedules.meet(optimizer)
+            self._schedules.follow(optimizer)
+            self._backward_steps.count.step_begins(optimizer)
 
     @property
     def _rate(self) -> float:
         """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
         return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
 
-    def are_left_to(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
-        if self._in_backward or isinstance(optimizer, FusedTableOptimizer):
-            return True
-        waiting = {id(t) for t in self._weights() if t.grad is not None}
-        return not waiting or not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"])
-
-    def _check_finite(self, gradients: Sequence[Tensor]) -> None:
-        """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
-        if self.check_finite and not all(bool(torch.isfinite(g).all()) for g in gradients):
-            raise ConfigError(
-                "a gradient of the tables is not finite, and no table has been changed; lower the learning rate or "
-                "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
-            )
-
-    def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str]) -> None:
-        """Refuse a backward whose tables are no longer those of the lookup."""
+    def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str], gradient: Tensor) -> None:
+        """Refuse a backward whose tables are no longer those of the lookup, or of another type than its gradients."""
         if not all(t is self._parameters.get(name) for t, name in zip(tables, storages, strict=True)):
             raise ConfigError(
                 "the tables have been replaced between a lookup and its backward (load_state_dict(assign=True), or a "
                 "new Parameter); look up again"
             )
-        for table in tables:
+        for table, name in zip(tables, storages, strict=True):
+            if table.dtype is not gradient.dtype or table.device != gradient.device:
+                pointers.check(pointers.faults(table, (gradient.dtype,), 0, f"table {name!r}", device=gradient.device))
             if table.requires_grad:
                 refuse_parts(table)
 
@@ -208,10 +207,10 @@ class FusedTables(TablesWithState):
         """What a gather by torch's operations does in backward."""
         if self.optimizer is None:
             return
-        self._check_owned([weight], [storage])
+        self._check_owned([weight], [storage], grad)
         self._check_finite([grad])
         if self._backward_steps.collects(record, [f"gather of {storage}"]):
-            self._backward_steps.collect({storage: RowGradient(rows, grad, weight.shape[0])})
+            self._backward_steps.collect({storage: _part_of_step(rows, grad, weight)})
             return
         with self._lock:
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
@@ -222,7 +221,8 @@ class FusedTables(TablesWithState):
     @torch.no_grad()
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
-        self._leave({storage: RowGradient(rows, grad, table.shape[0])})
+        gradient = _part_of_step(rows, grad, table) if self._in_backward else RowGradient(rows, grad, table.shape[0])
+        self._leave({storage: gradient})
 
     def _leave(self, gradients: Mapping[str, Tensor | None]) -> None:
         if self._in_backward:
@@ -253,31 +253,6 @@ class FusedTables(TablesWithState):
                 if name in collected:
                     self._step_rows(name, collected[name])
 
-    def _step_rows(self, storage: str, gradient: Tensor) -> None:
-        """One step of a storage by its gradient, in place."""
-        rule, weight, state = self.optimizer, self._parameters[storage], self._state(storage)
-        if rule is None or weight is None:
-            return
-        log = self._step_logs[storage]
-        log.advance(rule, self._rate)
-        rows, values = rows_of(gradient)
-        native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
-        with self._step_or_none([storage]):
-            if native_rows and native.knows(rule):
-                row_steps.update_rows(rule, weight, state, rows, values, log)
-            else:
-                apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
-
-    @contextmanager
-    def _step_or_none(self, storages: Sequence[str]) -> Iterator[None]:
-        """A step that is refused before it writes has not been made."""
-        try:
-            yield
-        except ConfigError:
-            for name in storages:
-                self._step_logs[name].retract()
-            raise
-
     def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
         """What kernels do for a lookup, before it and in its backward."""
         states = list(self._all_states().values())
@@ -296,7 +271,7 @@ class FusedTables(TablesWithState):
         kept: Tensor | None,
     ) -> None:
         """What a lookup by kernels does in backward."""
-        self._check_owned(tables, self.storages)
+        self._check_owned(tables, self.storages, grads[0])
         self._check_finite(grads)
         trained = [name for name, t in zip(self.storages, tables, strict=True) if t.requires_grad]
         if self._backward_steps.collects(record, trained):
@@ -346,7 +321,7 @@ class FusedTables(TablesWithState):
                 "tables or optimizer state have been replaced between a compiled lookup and its backward; look up again"
             )
         if self._in_backward:
-            self._backward_steps.refuse_second_step()
+            self._backward_steps.check_compiled()
         wanted = [t.requires_grad for t in own]
         # Gradients of several lookups wait for each other, as those of uncompiled ones do.
         if self._in_backward and not collects and self._compiled_lookups <= 1:
@@ -371,17 +346,6 @@ class FusedTables(TablesWithState):
         """
         return fused_optimizer(self, dense)
 
-    # -- as the torch optimizer sees it ---------------------------------------------------------------------------
-
-    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None:
-        """From now on gradients are left for ``step()`` of an optimizer, ``owner()``."""
-        self._in_backward, self._expects_state, self._stepper, self._replicas = False, False, owner, replicas
-        watch(self)
-
-    def is_stepped_by(self, optimizer: object) -> bool:
-        """Whether the optimizer is the last one made of these tables."""
-        return self._stepper() is optimizer
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for weight in self._weights():
             if isinstance(weight.grad, RowGradient):
@@ -390,58 +354,14 @@ class FusedTables(TablesWithState):
         return super()._apply(fn, recurse)
 
     def _own_parameters(self) -> None:
+        before = self.__dict__.get("_owned", ())
         super()._own_parameters()
-        owner = self.__dict__.get("_stepper", _nobody)()
-        if isinstance(owner, FusedTableOptimizer):
-            owner.adopt_parameters()
-
-    def check_gradients(self, rule: FusedOptimizer) -> None:
-        """Refuse a step before it changes anything.
-
-        Raises:
-            ConfigError: the rule needs other state than the one the tables were made with, or a gradient can no longer
-                be computed.
-        """
-        if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
-            raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
-        for weight in self._weights():
-            if isinstance(weight.grad, RowGradient) and isinstance(weight.grad.source, DeferredGradients):
-                weight.grad.source.check()
-
-    def reset_optimizer_(self) -> None:
-        """The optimizer's state becomes that before the first step."""
-        self.catch_up_()
-        with torch.no_grad():
-            self._reset_steps()
-
-    @torch.no_grad()
-    def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None:
-        """One step by the gradients in ``.grad``."""
-        if self.optimizer is not None and rule != self.optimizer:
-            # Deferred steps are those of the rule before.
-            self.catch_up_()
-            self.optimizer = rule
-        self._lr = lr
-        own = self._weights()
-        gradients = [t.grad for t in own]
-        with self._lock:
-            source = next((g.source for g in gradients if isinstance(g, RowGradient)), None)
-            if isinstance(source, DeferredGradients) and source.is_of(own, gradients):
-                for name, gradient in zip(self.storages, gradients, strict=True):
-                    if gradient is not None:
-                        self._step_logs[name].advance(rule, lr)
-                stepped = [
-                    name for name, gradient in zip(self.storages, gradients, strict=True) if gradient is not None
-                ]
-                with self._step_or_none(stepped):
-                    source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
-                return
-            for name, gradient in zip(self.storages, gradients, strict=True):
-                if gradient is not None:
-                    self._step_rows(name, gradient)
-
-    def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Steps of each storage so far; sets them where given, together with states that have no missed steps."""
-        if steps is not None:
-            self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
-        return {name: log.step for name, log in self._step_logs.items()}
+        tables = self.__dict__["_owned"]
+        new = [t for t in tables if not any(t is known for known in before)] if before else []
+        if new:
+            lost_gradients.refuse_outside_lookups(self, new if self.optimizer is not None else [])
+            # Other optimizers were given these, or will be.
+            self._schedules, self._looked = Schedules(tables), False
+        optimizer = self.__dict__.get("_torch_optimizer", nobody)()
+        if isinstance(optimizer, FusedTableOptimizer):
+            optimizer.adopt_parameters()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, ItemsView, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,17 @@ from torch.nn.modules import module
 
 from recsys_embed.collection.optimizer_state import (
     ELSEWHERE,
+    SavedState,
     check_state,
     forget_state,
+    saved_lr,
     state_entries,
     take_state,
     without_state,
 )
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
@@ -84,6 +87,8 @@ class TablesWithState(nn.Module):
         backend: ``"native"`` or another.
     """
 
+    # Storages whose state `to_empty` has given memory that nothing has filled since.
+    _unfilled: frozenset[str] = frozenset()
     # Of state dicts: from 2 on they hold the state of an optimizer that steps in backward.
     _version = 2
 
@@ -127,6 +132,10 @@ class TablesWithState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
         kept = self._all_states()
+        # As torch names it: memory that nothing has filled holds no state, and has missed no steps.
+        if "to_empty" in getattr(fn, "__qualname__", ""):
+            self._unfilled = frozenset(self.storages)
+            self._step_logs = {name: StepLog() for name in self.storages}
         super()._apply(fn, recurse)
         self._own_parameters()
         for name, before in kept.items():
@@ -158,18 +167,24 @@ class TablesWithState(nn.Module):
     def _state(self, storage: str) -> dict[str, Tensor]:
         return {key: getattr(self, f"{storage}_{key}") for key in self._keys}
 
-    def _reset_steps(self) -> None:
-        """Reset the optimizer state to that before the first step."""
-        for name, key in self._states():
-            if self.optimizer is not None:
+    def _reset_steps(self, storages: Sequence[str] | None = None) -> None:
+        """Reset the optimizer state of storages, by default of all, to that before the first step."""
+        for name in self.storages if storages is None else storages:
+            for key in self._keys:
                 state, weight = getattr(self, f"{name}_{key}"), getattr(self, name)
                 if state.device != weight.device:
                     # Weights were assigned to a module built on the meta device.
                     state = torch.empty_like(state, device=weight.device)
                     setattr(self, f"{name}_{key}", state)
-                self.optimizer.reset_state_(key, state, weight.detach())
-        self._step_logs = {name: StepLog() for name in self.storages}
+                cast("FusedOptimizer", self.optimizer).reset_state_(key, state, weight.detach())
+            self._count_steps({name: 0})
         self._expects_state = False
+
+    def _count_steps(self, steps: Mapping[str, int]) -> None:
+        """The states of storages are those after so many steps, and no row has missed one."""
+        for name, count in steps.items():
+            self._step_logs[name].restart(count)
+        self._unfilled -= steps.keys()
 
     @property
     def _all_step_logs(self) -> list[StepLog]:
@@ -217,10 +232,12 @@ class TablesWithState(nn.Module):
         if self.optimizer is None:
             return
         # By the same kernels whoever asks, so that bits do not depend on when a table was last read as a whole.
-        if self.backend == "native" and native.runs_on(table.detach(), [table]) and native.knows(self.optimizer):
-            row_steps.catch_up(self.optimizer, table, state, log, rows)
-        else:
-            catch_up(self.optimizer, table, state, rows, log, log.step)
+        native_rows = self.backend == "native" and native.runs_on(table.detach(), [table])
+        with catching_up(table):
+            if native_rows and native.knows(self.optimizer):
+                row_steps.catch_up(self.optimizer, table, state, log, rows)
+            else:
+                catch_up(self.optimizer, table, state, rows, log, log.step)
 
     @torch.no_grad()
     def catch_up_(self) -> Self:
@@ -284,54 +301,74 @@ class TablesWithState(nn.Module):
             # A torch optimizer has the state in a dict of its own.
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
-            steps = {name: log.step if self._in_backward else ELSEWHERE for name, log in self._step_logs.items()}
-            destination.update({prefix + k: v for k, v in state_entries(state, steps).items()})
+            steps = {
+                name: log.live_count() if self._in_backward else torch.tensor(ELSEWHERE)
+                for name, log in self._step_logs.items()
+            }
+            lr = self._lr if self._in_backward and self._sets_lr else None
+            destination.update({prefix + k: v for k, v in state_entries(state, steps, lr).items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         # Missed steps belong to the weights that are replaced, not to those that are loaded.
         self.catch_up_()
-        weights = any(prefix + name in state_dict for name in self.storages)
-        saved = None
+        loaded = [name for name in self.storages if prefix + name in state_dict]
+        saved, lr = dict[str, SavedState](), saved_lr(state_dict, prefix, self.storages)
         if self.optimizer is None:
             forget_state(state_dict, prefix, self.storages)
-        elif weights:
+        elif loaded:
             # An optimizer of torch brings the state in a dict of its own.
             lacking = missing if self._in_backward else []
             version = metadata.get("version") if self._in_backward else 2
-            saved = take_state(state_dict, prefix, self._all_states(), self.storages, version, lacking)
+            states = {name: self._state(name) for name in self.storages}
+            saved = take_state(state_dict, prefix, self.optimizer, states, version, lacking)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         self._own_parameters()
-        if self.optimizer is not None and weights:
-            self._load_state(saved)
+        if self.optimizer is not None and loaded:
+            self._load_state(loaded, saved)
+            if lr is not None and self._in_backward:
+                self.lr = lr
 
-    def _load_state(self, saved: tuple[dict[str, Tensor], dict[str, int]] | None) -> None:
-        """Take over the state of a state dict, or start anew: what there is belongs to other weights."""
-        state, steps = saved if saved is not None else ({}, {})
-        if not steps or ELSEWHERE in steps.values():
-            self._reset_steps()
-            self._expects_state = self._in_backward and ELSEWHERE in steps.values()
-            return
-        with torch.no_grad():
-            for name, value in state.items():
-                have = getattr(self, name)
+    @torch.no_grad()
+    def _load_state(self, loaded: Sequence[str], saved: Mapping[str, SavedState]) -> None:
+        """Take over the state that came with weights; without one, that of other weights starts anew in backward.
+
+        At ``step()`` it stays, as that of torch's optimizers does: it is the torch optimizer's, which may have been
+        loaded before.
+        """
+        brought = {name: found for name, found in saved.items() if found.steps != ELSEWHERE}
+        anew = [name for name in loaded if name not in brought and (self._in_backward or not self._holds_state(name))]
+        self._reset_steps(anew)
+        for name, (tensors, steps) in brought.items():
+            for key, value in tensors.items():
+                have = getattr(self, f"{name}_{key}")
                 if have.is_meta and not value.is_meta:
-                    setattr(self, name, value.detach().to(have.dtype, copy=True))
+                    setattr(self, f"{name}_{key}", value.detach().to(have.dtype, copy=True))
                 else:
                     have.copy_(value)
-        self._step_logs = {name: StepLog(steps[name]) for name in self.storages}
+            self._count_steps({name: steps})
+        self._expects_state = self._in_backward and any(found.steps == ELSEWHERE for found in saved.values())
+
+    def _holds_state(self, storage: str) -> bool:
+        """Whether memory of the optimizer's state has been filled, where the table is."""
+        device = getattr(self, storage).device
+        return storage not in self._unfilled and all(state.device == device for state in self._state(storage).values())
 
     # -- the optimizer, as users see it ---------------------------------------------------------------------------
+
+    @property
+    def _current_lr(self) -> float:
+        return self._lr
 
     @property
     def lr(self) -> float:
         """Learning rate of the fused optimizer; set it to follow a schedule.
 
         Until it is set, tables that step in backward follow the schedule of a torch optimizer that was given them: they
-        scale it by the part of its first rate that the optimizer has now.
+        scale it by the part of its start or peak that the schedule is at. At ``step()`` it is that of the param group.
         """
-        return self._lr
+        return self._current_lr
 
     @lr.setter
     def lr(self, value: float) -> None:
@@ -353,7 +390,8 @@ class TablesWithState(nn.Module):
         self.catch_up_()
         return {
             "rule": self._rule,
-            "lr": self._lr,
+            "lr": self.lr,
+            "sets_lr": self._sets_lr,
             "steps": {name: log.step for name, log in self._step_logs.items()},
             "state": {key: state.detach() for key, state in self._all_states().items()},
         }
@@ -365,8 +403,13 @@ class TablesWithState(nn.Module):
             CheckpointError: the state is of another rule, or its tensors are missing or of another shape.
         """
         have = self._all_states()
-        check_state(saved, self._rule, have, self.storages)
+        check_state(saved, self._rule, self.optimizer, have, self.storages)
+        # Missed steps belong to the weights that there are.
+        self.catch_up_()
         for key, state in have.items():
             state.copy_(saved["state"][key])
         self._expects_state = False
-        self._lr, self._step_logs = float(saved["lr"]), {name: StepLog(saved["steps"][name]) for name in self.storages}
+        self._lr = float(saved["lr"])
+        # States of earlier versions do not say it: their rate was a schedule's only where somebody set it.
+        self._sets_lr = bool(saved.get("sets_lr", self._sets_lr))
+        self._count_steps(saved["steps"])

@@ -22,7 +22,7 @@ from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.registry import get_method
 
 InitMode = Literal["dense", "fresh"]
-_OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")
+OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")
 
 
 @dataclass
@@ -80,7 +80,7 @@ class TableReplacement:
 
 def call_options(module: nn.Module) -> dict[str, Any]:
     """Constructor arguments of torch's modules and of drop-ins that affect how they are called."""
-    return {key: getattr(module, key) for key in _OPTIONS if hasattr(module, key)}
+    return {key: getattr(module, key) for key in OPTIONS if hasattr(module, key)}
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -181,8 +181,8 @@ def build_group(group: Sequence[TableReplacement], start: InitMode) -> None:
     for replacement in group:
         first = replacement.modules[0]
         if replacement.plain:
-            tables: dict[int | None, nn.Parameter] = {}
-            replacement.built = {m: plain_module(m, tables) for m in replacement.modules}
+            values = plain_values(replacement.modules)
+            replacement.built = {m: plain_module(m, values) for m in replacement.modules}
             continue
         new = make_drop_in(replacement, first, replacement.table.device, holder)
         if replacement.counts is not None:
@@ -236,22 +236,29 @@ def drop_in_over(replacement: TableReplacement, module: nn.Module, first: Compre
     return new
 
 
-def plain_module(module: nn.Module, tables: dict[int | None, nn.Parameter]) -> nn.Module:
-    """The torch module that replaces a drop-in, with its table.
+def plain_values(modules: Sequence[nn.Module]) -> nn.Parameter:
+    """The table of the torch modules that replace the drop-ins of one table; of a full one, its own.
 
-    ``tables`` caches the table per padding id (whose row is zero) for other drop-ins over the same table.
+    The row of a padding id is zero where every module pads with it, else what the others read there.
     """
+    drop_ins = cast("Sequence[CompressedEmbedding]", modules)
+    first = drop_ins[0]
+    if first.config.method == "full" and first.spec.num_ids == first.num_embeddings:
+        return cast("nn.Parameter", first.table("weight"))
+    values, padding = first.materialize(), first.padding_idx
+    other = next((m for m in drop_ins if m.padding_idx != padding), None)
+    if padding is not None and other is not None:
+        with torch.no_grad():
+            values[padding] = other._vectors(torch.tensor([padding], device=values.device))[0]
+    return nn.Parameter(values, requires_grad=any(p.requires_grad for p in first.parameters()))
+
+
+def plain_module(module: nn.Module, values: nn.Parameter) -> nn.Module:
+    """The torch module that replaces a drop-in, with the table ``values``."""
     drop_in = cast("CompressedEmbedding", module)
     options = call_options(drop_in)
     mode, last = options.pop("mode"), options.pop("include_last_offset")
     shape = (drop_in.num_embeddings, drop_in.output_dim)
-    trained = any(p.requires_grad for p in drop_in.parameters())
-    if drop_in.config.method == "full" and drop_in.spec.num_ids == drop_in.num_embeddings:
-        values = cast("nn.Parameter", drop_in.table("weight"))
-    else:
-        if drop_in.padding_idx not in tables:
-            tables[drop_in.padding_idx] = nn.Parameter(drop_in.materialize(), requires_grad=trained)
-        values = tables[drop_in.padding_idx]
     new: nn.Module
     if mode is None:
         new = nn.Embedding(*shape, device="meta", **options)

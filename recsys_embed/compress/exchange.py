@@ -11,12 +11,24 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recsys_embed.compress.references import TORCH_OWN, Place, attributes_of, hooks_of, methods_of, places, referent
+from recsys_embed.compress.references import (
+    CONTAINERS,
+    SHARED,
+    TORCH_OWN,
+    Place,
+    attributes_of,
+    class_variables,
+    hooks_of,
+    is_closed,
+    places,
+    referent,
+)
+from recsys_embed.discover import join_path
 from recsys_embed.kernels.pointers import memory_of
 
 # How deep and how far references are followed from one attribute of the model.
-_DEPTH = 12
-_OBJECTS = 20_000
+_DEPTH = 50
+_OBJECTS = 100_000
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None)})
 
 
@@ -73,7 +85,9 @@ class ModuleExchange:
         self.faults: list[str] = []
         # Ids of old parameters that code may read as before once they are exchanged.
         self.interchangeable: set[int] = set()
-        self._left = _OBJECTS
+        # Attributes of which only a part was searched.
+        self.unsearched: list[str] = []
+        self._left, self._root = _OBJECTS, ""
         self._storages: dict[int, str] = {}
 
     # -- module tree ----------------------------------------------------------------------------------------------
@@ -97,7 +111,7 @@ class ModuleExchange:
 
         Attributes of all modules and their hooks are followed through lists, tuples, dictionaries, closures,
         ``functools.partial``, bound methods, plain objects and modules outside the tree. ``carried`` gives those of a
-        replaced module that its replacement takes over.
+        replaced module that its replacement takes over. Variables of classes and files are searched and not changed.
         """
         changes: list[ReversibleChange] = []
         seen = {id(module) for module in model.modules()}
@@ -105,13 +119,27 @@ class ModuleExchange:
         self._storages = {address: self.names[id(p)] for p in gone if (address := _storage_address(p))}
         for path, module in model.named_modules():
             for place in (carried if id(module) in self.modules else attributes_of)(module, path):
-                self._left = _OBJECTS
-                self._rewrite_place(place, changes, seen, 0)
-            for place in methods_of(module, path):
-                # Other models share the class, so its variables stay as they are.
-                if id(place.value) in self.modules or id(place.value) in self.parameters:
-                    self._refuse_place(place)
+                self._from(place, changes, seen)
+        classes: dict[type, str] = {}
+        for path, module in model.named_modules():
+            for cls in type(module).__mro__:
+                classes.setdefault(cls, path)
+        for cls, path in classes.items():
+            for place in class_variables(cls, path):
+                self._from(place, changes, seen)
         return changes
+
+    def _from(self, place: Place, changes: list[ReversibleChange], seen: set[int]) -> None:
+        self._left, self._root = _OBJECTS, place.where
+        self._rewrite_place(place, changes, seen, 0)
+
+    def part_searched(self) -> list[str]:
+        """One sentence per attribute that is too large or too deep to be searched."""
+        return [
+            f"{where} leads to more than {_OBJECTS} objects or deeper than {_DEPTH}, of which a part was searched; "
+            "what holds a replaced table beyond that goes on reading the old one"
+            for where in self.unsearched
+        ]
 
     def _refuse(self, where: str, value: Any, why: str) -> None:
         self.faults.append(f"{where} holds the replaced {self.names.get(id(value), 'table')}, {why}; remove it first")
@@ -127,7 +155,13 @@ class ModuleExchange:
         target = referent(value)
         if id(target) in self.modules:
             return [ref(self.modules[id(target)])]
-        if depth >= _DEPTH or self._left <= 0 or type(value) in _ATOMS or id(value) in seen:
+        if type(value) in _ATOMS or id(value) in seen:
+            return [value]
+        if isinstance(value, list | tuple) and all(type(x) in _ATOMS for x in value):
+            return [value]  # rows of data, say
+        if (depth >= _DEPTH or self._left <= 0) and not is_closed(value):
+            if self._root not in self.unsearched:
+                self.unsearched.append(self._root)
             return [value]
         self._left -= 1
         if isinstance(value, Tensor):
@@ -137,7 +171,7 @@ class ModuleExchange:
         if isinstance(value, tuple):
             return self._rewrite_tuple(value, where, changes, seen, depth)
         seen.add(id(value))
-        if isinstance(value, list | dict | set | frozenset | deque):
+        if isinstance(value, CONTAINERS):
             self._rewrite_container(value, where, changes, seen, depth)
         for place in places(value, where):
             self._rewrite_place(place, changes, seen, depth + 1)
@@ -150,7 +184,11 @@ class ModuleExchange:
         if id(place.value) in self.parameters and id(place.value) not in self.interchangeable:
             self._refuse(place.where, place.value, "and would go on reading the rows of the old table")
             return
-        new = self._rewrite(place.value, place.where, changes, seen, depth)
+        inner: list[ReversibleChange] = []
+        new = self._rewrite(place.value, place.where, inner, seen, depth)
+        if inner and place.put in SHARED:
+            return self._refuse_place(place)
+        changes += inner
         if len(new) != 1:
             self._refuse(place.where, place.value, "which several parameters cannot replace")
         elif new[0] is not place.value:
@@ -184,8 +222,6 @@ class ModuleExchange:
                 elif new[0] is not item:
                     changes.append(_item(value, key, item, new[0]))
         else:
-            if all(type(x) in _ATOMS for x in value):
-                return
             parts = [self._rewrite(x, f"{where}[{i}]", changes, seen, depth + 1) for i, x in enumerate(value)]
             flat = _distinct([x for part in parts for x in part], self.parameters.values())
             if len(flat) != len(value) or any(a is not b for a, b in zip(flat, value, strict=True)):
@@ -276,7 +312,7 @@ def _subclasses(cls: type[Any]) -> set[type[Any]]:
 def live_optimizers(model: nn.Module, exchange: ModuleExchange, given: Sequence[Optimizer]) -> Iterator[str]:
     """One sentence per optimizer of the process that holds a replaced parameter and is not ``given``."""
     attributes = {
-        id(value): f"{path}.{name}" if path else name
+        id(value): join_path(path, name)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in TORCH_OWN

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from recsys_embed.compress.build import TableReplacement
 from recsys_embed.compress.model_replacement import ModelReplacement
+from recsys_embed.compress.saved_tables import SavedTable, damages, description
 from recsys_embed.discover import FoundTable, find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.kernels.revive import revive
-from recsys_embed.registry import config_from_dict
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.utils.optional import require
+from recsys_embed.utils.settings import param
 
 require("transformers", extra="transformers", purpose="loading compressed models by from_pretrained")
 
@@ -36,6 +37,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin  # no
 METHOD = "recsys_embed"
 
 
+@dataclass(frozen=True)
+class _Entry(SavedTable):
+    paths: tuple[str, ...]
+    output_layers: tuple[str, ...] = param(MISSING, empty=True)
+
+
 @register_quantization_config(METHOD)
 class CompressedTablesConfig(QuantizationConfigMixin):
     """The compressed tables of a saved model.
@@ -45,9 +52,30 @@ class CompressedTablesConfig(QuantizationConfigMixin):
             and policy for ``unseen`` ids.
     """
 
-    def __init__(self, tables: Sequence[Mapping[str, Any]] = (), **_: Any) -> None:
+    def __init__(self, tables: Any = (), **others: Any) -> None:
         self.quant_method: Any = METHOD
-        self.tables = [dict(t) for t in tables]
+        self.tables = tables
+        self._strange = sorted(others.keys() - {"quant_method"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        return {"quant_method": METHOD, "tables": self.tables}
+
+    def entries(self) -> list[_Entry]:
+        """The tables, checked.
+
+        Raises:
+            CheckpointError: they are none, or something else is described.
+        """
+        where = "config.json, quantization_config"
+        with damages(where):
+            raise_faults([f"{key!r} is no key of it" for key in self._strange], "expected: tables")
+            if not isinstance(self.tables, list | tuple) or not self.tables:
+                raise ConfigError(f"`tables` must be a non-empty list; got {self.tables!r:.80}")
+            found = [_Entry.read(values, f"table {i}") for i, values in enumerate(self.tables)]
+            for entry in found:
+                _ = entry.method_config
+        return found
 
 
 @register_quantizer(METHOD)
@@ -64,20 +92,21 @@ class CompressedTablesQuantizer(HfQuantizer):
 
     def preprocess_model(self, model: PreTrainedModel, checkpoint_files: Any = None, **_: Any) -> None:
         """Replace the tables; unlike other quantised models, this one trains as usual."""
-        _check_files(self.quantization_config.tables, checkpoint_files or ())
-        for entry in self.quantization_config.tables:
+        entries = self.quantization_config.entries()
+        _check_files(entries, checkpoint_files or ())
+        for entry in entries:
             _tie_output_layers(model, entry)  # transformers does so once the weights are there
         tables = find_tables(model)
         replacements, faults = [], []
-        for entry in self.quantization_config.tables:
-            table = _table_of(model, tables, entry["paths"])
+        for entry in entries:
+            table = _table_of(model, tables, entry.paths)
             if table is None:
                 continue  # of a head that this class does not have; transformers tells what it leaves out
             if table.obstacle:
                 faults.append(f"table {table.name!r} cannot be replaced: {table.obstacle}")
             # Names salt hashes, so a table keeps that of the class it was saved from.
-            known = replace(table, name=entry["name"])
-            replacements.append(TableReplacement(known, config_from_dict(entry["config"]), unseen=entry["unseen"]))
+            known = replace(table, name=entry.name)
+            replacements.append(TableReplacement(known, entry.method_config, unseen=entry.unseen))
         exchange = ModelReplacement(model, replacements, [], {})
         raise_faults(faults or exchange.faults(), f"from_pretrained of {type(model).__name__}", CheckpointError)
         exchange.run("fresh")
@@ -85,7 +114,7 @@ class CompressedTablesQuantizer(HfQuantizer):
         for module in (m for t in _compressed(model) for m in _drop_ins(t)):
             vars(module)["_is_hf_initialized"] = True
         paths = {path for t in _compressed(model) for path in t.paths}
-        paths.update(path for entry in self.quantization_config.tables for path in entry["paths"])
+        paths.update(path for entry in entries for path in entry.paths)
         markers = {re.escape(f"{path}.weight") + "$" for path in paths}
         model._keys_to_ignore_on_load_unexpected = markers.union(model._keys_to_ignore_on_load_unexpected or ())
 
@@ -93,7 +122,7 @@ class CompressedTablesQuantizer(HfQuantizer):
         """Bring back what no file holds, and tell every reader of a shared table which parameter it is now."""
         for table in _compressed(model):
             for module in _drop_ins(table):
-                revive(module, module._device())
+                recreate_derived_tensors(module, module._device())
                 vars(module).pop("_is_hf_initialized", None)
                 if module.shared is not None:
                     held = {name: module._parameters.get(name) for name in module.shared.values}
@@ -132,7 +161,7 @@ def adapt(model: nn.Module) -> None:
 
 def _adapt(model: PreTrainedModel) -> None:
     own = vars(model)
-    for name in ("_tied_weights_keys", "resize_token_embeddings"):
+    for name in ("_tied_weights_keys", "resize_token_embeddings", "set_input_embeddings", "save_pretrained"):
         own.pop(name, None)
     compressed = _compressed(model)
     declared = getattr(type(model), "_tied_weights_keys", None)
@@ -142,13 +171,13 @@ def _adapt(model: PreTrainedModel) -> None:
         model._tied_weights_keys = {a: b for a, b in declared.items() if a not in gone and b not in gone}
     if compressed:
         model.hf_quantizer = CompressedTablesQuantizer(CompressedTablesConfig())
+        model.save_pretrained = partial(_save, model)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True) | _aliases(model)
         if any(isinstance(m, CompressedEmbedding | TiedLinear) for m in _ends(model)):
             model.resize_token_embeddings = partial(_resize, model)
+            model.set_input_embeddings = partial(_set_input, model)
     elif isinstance(getattr(model, "hf_quantizer", None), CompressedTablesQuantizer):
         del model.hf_quantizer
-        if isinstance(getattr(model.config, "quantization_config", None), CompressedTablesConfig):
-            del model.config.quantization_config
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
@@ -171,6 +200,23 @@ def _resize(model: PreTrainedModel, new_num_tokens: int | None = None, *_: Any, 
     )
 
 
+def _set_input(model: PreTrainedModel, value: nn.Module) -> None:
+    if value is not model.get_input_embeddings():
+        raise ConfigError(
+            "the input embeddings are a compressed table, which output layers may score by; turn it back first, "
+            "recsys_embed.materialize_(model), then set others, tie_weights(), plan and compress again"
+        )
+
+
+def _save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained``: the configuration says of tables for its file alone, since other models share it."""
+    try:
+        return type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        if isinstance(getattr(model.config, "quantization_config", None), CompressedTablesConfig):
+            del model.config.quantization_config
+
+
 def _compressed(model: nn.Module) -> list[FoundTable]:
     return [t for t in find_tables(model) if t.kind == "compressed"]
 
@@ -186,9 +232,7 @@ def _described(model: nn.Module, tables: Sequence[FoundTable]) -> Iterator[dict[
         yield {
             "paths": list(table.paths),
             "output_layers": [where[id(layer)] for layer in table.output_layers],
-            "name": module.spec.name,
-            "config": module.config.to_dict(),
-            "unseen": module.spec.unseen,
+            **description(module),
         }
 
 
@@ -230,15 +274,15 @@ def _table_of(model: PreTrainedModel, tables: Sequence[FoundTable], paths: Seque
     return next((t for t in tables if _places(model, paths).intersection(t.paths)), None)
 
 
-def _tie_output_layers(model: PreTrainedModel, entry: Mapping[str, Any]) -> None:
+def _tie_output_layers(model: PreTrainedModel, entry: _Entry) -> None:
     here = dict(model.named_modules(remove_duplicate=False))
-    tables = [here[path] for path in _places(model, entry["paths"]) if path in here]
-    layers = [here[path] for path in _places(model, entry["output_layers"]) if path in here]
+    tables = [here[path] for path in _places(model, entry.paths) if path in here]
+    layers = [here[path] for path in _places(model, entry.output_layers) if path in here]
     for module in [*tables[1:], *layers] if tables else ():
         module._parameters["weight"] = tables[0]._parameters["weight"]
 
 
-def _check_files(tables: Sequence[Mapping[str, Any]], files: Sequence[str]) -> None:
+def _check_files(tables: Sequence[_Entry], files: Sequence[str]) -> None:
     """The files hold what the configuration says; a plain model saved with the configuration of another does not."""
     keys: set[str] = set()
     for file in files:
@@ -246,7 +290,7 @@ def _check_files(tables: Sequence[Mapping[str, Any]], files: Sequence[str]) -> N
             return
         with safe_open(file, framework="pt") as f:
             keys.update(f.keys())
-    plain = [t["name"] for t in tables if files and not any(f"{p}._extra_state" in keys for p in t["paths"])]
+    plain = [t.name for t in tables if files and not any(f"{p}._extra_state" in keys for p in t.paths)]
     if plain:
         raise CheckpointError(
             f"config.json says that tables {plain} are compressed, which the weights beside it are not; remove its "

@@ -152,6 +152,7 @@ def materialize_(
     replacements = [TableReplacement(t, FullConfig()) for t in chosen]
     exchange = ModelReplacement(model, replacements, _optimizers(optimizer), {})
     faults = exchange.faults()
+    faults += [f"table {t.name!r} cannot be replaced: {t.obstacle}" for t in chosen if t.obstacle]
     if not replacements:
         faults.append("there is no compressed table to turn back")
     raise_faults(faults, f"materialize_({type(model).__name__})")

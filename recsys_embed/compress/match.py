@@ -23,6 +23,7 @@ _STATE_HOOKS = (
 )
 # What torch.compile and data-parallel wrappers put before the names of their model's modules.
 _WRAPPED = re.compile(r"^((_orig_mod|module)[./])+")
+_COMPILED = re.compile(r"(?<=[./])_orig_mod[./]")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DistributedModelParallel", "DataParallel")
 
 
@@ -50,7 +51,7 @@ def by_table(given: Mapping[str, Any], tables: Sequence[FoundTable], what: str, 
     names = {n: t.name for t in tables for n in (*t.paths, t.name)}
     out: dict[str, Any] = {}
     for key, value in given.items():
-        name = names.get(key) or names.get(_WRAPPED.sub("", str(key)))
+        name = names.get(key) or names.get(_COMPILED.sub("", _WRAPPED.sub("", str(key))))
         if name is None:
             near = get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

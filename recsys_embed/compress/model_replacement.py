@@ -149,7 +149,7 @@ class ModelReplacement:
         for o in self.optimizers:
             changes += exchange.in_optimizer(o)
         # Before anything changes, so that warnings turned into errors leave the model as it was.
-        for sentence in live_optimizers(self.model, exchange, self.optimizers):
+        for sentence in [*exchange.part_searched(), *live_optimizers(self.model, exchange, self.optimizers)]:
             warnings.warn(sentence, stacklevel=4)
         apply_all(changes)
 

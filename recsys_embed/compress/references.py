@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import (
     BuiltinMethodType,
@@ -21,9 +22,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from recsys_embed.discover import join_path
+
 TORCH_OWN = frozenset(vars(nn.Module()))
 # The dictionaries of hooks that functions of users are in.
 HOOKS = tuple(sorted(name for name in TORCH_OWN if name.endswith("_hooks")))
+# What of a class or a file is not one model's to change: other models may read it too.
+SHARED = ("as a class variable", "as a variable of the method", "as a global variable")
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _BOUND = (MethodType, BuiltinMethodType, MethodWrapperType)
 # Objects that are not searched: optimizers have a way of their own, and the rest leads out of the model.
 _CLOSED = (Optimizer, torch.Tensor, ModuleType, type, CodeType)
@@ -50,8 +56,13 @@ def places(value: Any, where: str) -> Iterator[Place]:
             yield Place(where, value.__func__, "as a bound method")
     elif isinstance(value, nn.Module):
         yield from _of_module(value, where)
-    elif not isinstance(value, _CLOSED) and type(value).__module__.partition(".")[0] not in _CLOSED_PACKAGES:
+    elif not is_closed(value):
         yield from _of_object(value, where)
+
+
+def is_closed(value: Any) -> bool:
+    """Whether an object is not searched."""
+    return isinstance(value, _CLOSED) or type(value).__module__.partition(".")[0] in _CLOSED_PACKAGES
 
 
 def referent(value: Any) -> Any:
@@ -84,15 +95,24 @@ def _put_default(function: FunctionType, i: int, new: Any) -> None:
 
 
 def _globals_read(function: FunctionType) -> Iterator[str]:
-    """Names of modules and parameters among the global variables that a function reads."""
+    """Names of the global variables that a function reads and that may lead to tables."""
     known = function.__globals__
+    if str(known.get("__name__")).partition(".")[0] in _CLOSED_PACKAGES:
+        return
     codes = [function.__code__]
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
         # Names of attributes are in `co_names` as well, so the instructions decide.
-        some = {n for n in code.co_names if isinstance(known.get(n), nn.Module | nn.Parameter)}
+        some = {n for n in code.co_names if n in known and _may_lead_to_tables(known[n], known)}
         if some:
             yield from {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} & some
+
+
+def _may_lead_to_tables(value: Any, known: dict[str, Any]) -> bool:
+    """Of a global variable: functions of other files are their own, and lead too far."""
+    if isinstance(value, FunctionType):
+        return value.__globals__ is known
+    return isinstance(value, (nn.Module, nn.Parameter, *CONTAINERS)) or not is_closed(value)
 
 
 def _of_partial(value: functools.partial[Any], where: str) -> Iterator[Place]:
@@ -124,19 +144,33 @@ def attributes_of(module: nn.Module, path: str) -> Iterator[Place]:
     """The attributes of a module beside torch's own, and its hooks."""
     for name, item in list(vars(module).items()):
         if name not in TORCH_OWN:
-            where = f"{path}.{name}" if path else name
+            where = join_path(path, name)
             yield Place(where, item, functools.partial(vars(module).__setitem__, name))
     yield from hooks_of(module, path)
 
 
-def methods_of(module: nn.Module, path: str) -> Iterator[Place]:
-    """What the methods of a module's own classes read beside their arguments."""
-    for cls in type(module).__mro__:
-        if cls.__module__.partition(".")[0] not in _CLOSED_PACKAGES:
-            for name, method in vars(cls).items():
-                if isinstance(method, FunctionType) and name != "__init__":
-                    for place in _of_function(method, f"{path}.{name}" if path else name):
-                        yield place._replace(put="as a variable of the method")
+def class_variables(cls: type, path: str) -> Iterator[Place]:
+    """What the methods of a class read beside their arguments, and what its variables hold."""
+    if cls.__module__.partition(".")[0] in _CLOSED_PACKAGES:
+        return
+    for name, value in list(vars(cls).items()):
+        where = join_path(path, name)
+        functions = _functions_of(value)
+        for function in functions:
+            if name != "__init__":
+                for place in _of_function(function, where):
+                    yield place._replace(put="as a variable of the method")
+        if not functions and not name.startswith("__"):
+            yield Place(where, value, "as a class variable")
+
+
+def _functions_of(value: Any) -> list[FunctionType]:
+    """The functions that a name of a class stands for; none where it is a variable."""
+    if isinstance(value, property):
+        found = [value.fget, value.fset, value.fdel]
+    else:
+        found = [value.func if isinstance(value, functools.cached_property) else getattr(value, "__func__", value)]
+    return [f for f in found if isinstance(f, FunctionType)]
 
 
 def hooks_of(module: nn.Module, path: str) -> Iterator[Place]:
@@ -144,7 +178,7 @@ def hooks_of(module: nn.Module, path: str) -> Iterator[Place]:
     for kind in HOOKS:
         hooks: dict[Any, Any] = vars(module).get(kind) or {}
         for key, hook in list(hooks.items()):
-            where = f"{path}.{kind}[{key}]" if path else f"{kind}[{key}]"
+            where = join_path(path, f"{kind}[{key}]")
             yield Place(where, hook, functools.partial(hooks.__setitem__, key))
 
 

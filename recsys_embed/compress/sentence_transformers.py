@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from recsys_embed.compress.build import call_options
+from recsys_embed.compress.build import OPTIONS, call_options
+from recsys_embed.compress.saved_tables import SavedTable, damages, description
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError
-from recsys_embed.registry import config_from_dict, get_method
+from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.features import FeatureSpec, Schema
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
+from recsys_embed.plan import Plan
+from recsys_embed.registry import get_method
 from recsys_embed.utils.files import write_text
 from recsys_embed.utils.optional import require
+from recsys_embed.utils.strict_json import strict_json
 
 require("sentence_transformers", extra="transformers", purpose="loading a compressed StaticEmbedding")
 
@@ -44,9 +52,7 @@ class CompressedStaticEmbedding(StaticEmbedding):
         described = {
             "num_embeddings": table.num_embeddings,
             "embedding_dim": table.embedding_dim,
-            "name": table.spec.name,
-            "config": table.config.to_dict(),
-            "unseen": table.spec.unseen,
+            **description(table),
             "options": call_options(table),
         }
         write_text(Path(output_path) / FILE, json.dumps(described, indent=2))
@@ -57,23 +63,55 @@ class CompressedStaticEmbedding(StaticEmbedding):
         names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         where = {name: kwargs[name] for name in names if name in kwargs}
         file = cls.load_file_path(model_name_or_path, filename=FILE, **where)
-        described = json.loads(Path(cast("str", file)).read_text(encoding="utf-8"))
-        config = config_from_dict(described["config"])
-        table = get_method(config.method).embedding_cls(
-            described["num_embeddings"],
-            described["embedding_dim"],
-            config=config,
-            name=described["name"],
-            unseen=described["unseen"],
-            **described["options"],
-        )
         weights = cls.load_torch_weights(model_name_or_path=model_name_or_path, **where)
+        with damages(str(file)):
+            table = _table(_read(Path(cast("str", file))), weights)
         tokenizer = Tokenizer.from_file(cls.load_file_path(model_name_or_path, filename="tokenizer.json", **where))
         self = cls(tokenizer, embedding_dim=1)
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
-        self.embedding = table.stand_in()
-        self.load_state_dict(weights)
+        self.embedding = table
+        self.load_state_dict(weights, assign=True)
+        recreate_derived_tensors(table, torch.device("cpu"))
         return self
+
+
+@dataclass(frozen=True)
+class _Table(SavedTable):
+    num_embeddings: int
+    embedding_dim: int
+    options: Mapping[str, Any]
+
+
+def _read(file: Path) -> _Table:
+    try:
+        return _Table.read(strict_json(file.read_bytes()), file.name)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _table(described: _Table, weights: Mapping[str, Any]) -> CompressedEmbedding:
+    """The table without memory, once it is known that ``weights`` fill it."""
+    config = described.method_config
+    spec = FeatureSpec(described.name, described.num_embeddings, described.embedding_dim)
+    Plan({described.name: config}).gathered(Schema([spec]))  # refuses what takes long to build
+    strange = described.options.keys() - set(OPTIONS)
+    raise_faults([f"{key!r} is no option of a table" for key in sorted(strange)], "options")
+    table = get_method(config.method).embedding_cls(
+        described.num_embeddings,
+        described.embedding_dim,
+        config=config,
+        name=described.name,
+        unseen=described.unseen,
+        device="meta",
+        **described.options,
+    )
+    table.stand_in()
+    for key, value in table.state_dict(prefix="embedding.").items():
+        found = weights.get(key)
+        if not isinstance(found, Tensor) or (found.shape != value.shape and not key.endswith("_extra_state")):
+            have = "nothing" if not isinstance(found, Tensor) else str(tuple(found.shape))
+            raise ConfigError(f"it describes {key!r} of {tuple(value.shape)}; the weights beside it hold {have}")
+    return table
 
 
 def adapt(model: nn.Module) -> None:

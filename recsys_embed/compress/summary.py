@@ -95,6 +95,9 @@ def _note(replacement: TableReplacement) -> str:
         notes.append("its padding row held values; the padding id gives zeros now")
     if replacement.plain and isinstance(module, CompressedEmbedding) and module.spec.unseen not in (None, "raise"):
         notes.append(f"unseen ids raise now, as in torch ({module.spec.unseen!r} before)")
+    paddings = {getattr(m, "padding_idx", None) for m in replacement.modules if getattr(m, "mode", None) is None}
+    if replacement.plain and isinstance(module, CompressedEmbedding) and len(paddings) > 1:
+        notes.append("its modules pad with different ids; their one table holds what the others read there")
     by_id = getattr(replacement.config, "order", None) == "ids"
     apart = by_id or (replacement.trial is not None and bool(replacement.trial.program.indexes))
     if apart and replacement.counts is None and not replacement.index_contents:

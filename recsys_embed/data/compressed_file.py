@@ -125,11 +125,14 @@ class Reader:
                     self._held.append(out)
                 if not decoder.eof:
                     return
-                # Archives may be several members long; zero padding after the last one is allowed.
-                data = decoder.unused_data or self._raw(_INPUT[self.kind])
-                if not data.strip(b"\0"):
-                    self._ended = True
-                    return
+                # Archives may be several members long, with zeros between and after them.
+                data = decoder.unused_data.lstrip(b"\0")
+                while not data:
+                    more = self._raw(_INPUT[self.kind])
+                    if not more:
+                        self._ended = True
+                        return
+                    data = more.lstrip(b"\0")
                 decoder = self._decoder = self._new()
         except errors as e:
             self._ended = True

@@ -368,12 +368,17 @@ class CompressedEmbedding(ModuleTables):
         """A module whose tables approximate a trained ``weight [num_embeddings, embedding_dim]`` in least squares.
 
         Args:
-            weight: the plain table; dtype and device carry over.
+            weight: the plain table, a tensor or an array; dtype and device carry over.
             counts: ``[num_embeddings]`` how often each id occurs; weighs its squared error (default: equal). Rows that
                 only ids of count 0 read keep their initial values. With ``unseen="oov"``, the id of unseen ids starts
                 from the mean over all ids, so weighted, and is fitted as one of mean count.
             options: anything the constructor takes (``budget=``, ``mode=``, the method's options).
         """
+        try:
+            weight = torch.as_tensor(weight)
+            counts = None if counts is None else torch.as_tensor(counts, device=weight.device)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ConfigError(f"`weight` and `counts` must be tensors or arrays of numbers: {e}") from e
         if weight.dim() != 2:
             raise ConfigError(f"`weight` must be [num_embeddings, embedding_dim]; got shape {tuple(weight.shape)}")
         faults = []

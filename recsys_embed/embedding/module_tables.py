@@ -176,7 +176,9 @@ class ModuleTables(nn.Module):
             if torch.compiler.is_compiling():
                 return self._vectors(torch.arange(ids, device=self._device()))
             like = self._like()
-            table = PlainTable(self._vectors, (ids, self.program.width), like.dtype, like.device, learns)
+            # Rows that an exported file stores in fewer bytes are not kept in full.
+            sources = (lambda: (*self.parameters(), *self.buffers())) if self.served is None else None
+            table = PlainTable(self._vectors, (ids, self.program.width), like.dtype, like.device, learns, sources)
             if "_is_hf_initialized" in vars(self):
                 # transformers, loading a model, leaves out what it has been told is initialised.
                 table._is_hf_initialized = True  # type: ignore[attr-defined]

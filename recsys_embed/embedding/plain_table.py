@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map
+from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.derivatives import outside_transforms
+from recsys_embed.kernels.pointers import memory_of, of_numpy
+from recsys_embed.kernels.recording import unmapped
 
 # In-place operators; other operations that write say so by a trailing underscore.
 _WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "register_post_accumulate_grad_hook"} | {
@@ -53,12 +56,23 @@ class PlainView(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_writes(func, args, kwargs)
+        if _name(func) == "__dlpack__":
+            raise ConfigError(_UNREAD.format(what="DLPack"))
+        views = [a for a in tree_leaves((args, kwargs)) if isinstance(a, PlainView)]
         with torch._C.DisableTorchFunctionSubclass():
+            before = [_version(v) for v in views]
             out = func(*args, **kwargs)
             if func == Tensor._base.__get__:  # type: ignore[union-attr]
                 return out
-            # A view of the table (`.data`, a slice) leads nowhere either.
-            held = {_memory(a) for a in args if isinstance(a, PlainView)} - {None}
+            if before != [_version(v) for v in views]:
+                # What an option makes a write, such as F.relu(inplace=True).
+                raise _lost_write(_name(func))
+            # A view of the table (`.data`, a slice, an array) leads nowhere either.
+            held = {_memory(v) for v in views} - {None}
+            if type(out).__module__ == "numpy":
+                if of_numpy(out) in {memory_of(v) for v in views}:
+                    out.flags.writeable = False
+                return out
             if type(out) in (tuple, list):
                 return type(out)(_guarded(o, held) for o in out)
             return _guarded(out, held)
@@ -72,7 +86,8 @@ class PlainTable(PlainView):
     """
 
     _rows: Callable[[Tensor], Tensor]
-    _dense: dict[bool, Tensor]
+    _sources: Callable[[], Iterable[Tensor]] | None
+    _dense: dict[bool, tuple[list[Any], Tensor]]
 
     @staticmethod
     def __new__(
@@ -82,12 +97,17 @@ class PlainTable(PlainView):
         dtype: torch.dtype,
         device: torch.device,
         requires_grad: bool,
+        sources: Callable[[], Iterable[Tensor]] | None,
     ) -> Self:
-        """A table of ``shape`` whose ``rows`` gives vectors ``[n, width]`` of int64 ids ``[n]``."""
+        """A table of ``shape`` whose ``rows`` gives vectors ``[n, width]`` of int64 ids ``[n]``.
+
+        ``sources`` gives the tensors it is computed from: what was computed is kept until one of them changes. None
+        keeps nothing.
+        """
         self: Self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=requires_grad and torch.is_grad_enabled()
         )
-        self._rows, self._dense = rows, {}
+        self._rows, self._sources, self._dense = rows, sources, {}
         if self.requires_grad:
             # What torch's overrides do not see, such as an autograd.Function of somebody's own.
             with torch._C.DisableTorchFunctionSubclass():
@@ -95,13 +115,26 @@ class PlainTable(PlainView):
         return self
 
     def dense(self) -> Tensor:
-        """All rows: computed once with gradients and once without."""
-        learns = torch.is_grad_enabled()
-        if learns not in self._dense:
+        """All rows: computed once with gradients and once without, as long as what they come from stays as it is."""
+        kept = self._kept()
+        if kept is None:
             with torch._C.DisableTorchFunctionSubclass():
                 rows = self._rows(torch.arange(self.shape[0], device=self.device))
-            self._dense[learns] = rows.as_subclass(PlainView)
-        return self._dense[learns]
+                kept = rows.as_subclass(PlainView)
+                states = self._states(kept)
+            if None not in states:
+                self._dense[torch.is_grad_enabled()] = states, kept
+        return kept
+
+    def _kept(self) -> Tensor | None:
+        """The rows that were computed before, where they still are what would be computed."""
+        states, kept = self._dense.get(torch.is_grad_enabled(), (None, None))
+        with torch._C.DisableTorchFunctionSubclass():
+            return kept if kept is not None and states == self._states(kept) else None
+
+    def _states(self, rows: Tensor) -> list[Any]:
+        """Where the rows and their sources are and how often they were written to; None is "not known"."""
+        return [None] if self._sources is None else [_state(t) for t in (rows, *self._sources())]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,6 +173,17 @@ _UNREAD = (
 )
 
 
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() or isinstance(tensor, PlainTable) else tensor._version
+
+
+def _state(tensor: Tensor) -> tuple[int, int] | None:
+    try:
+        return memory_of(tensor), tensor._version
+    except RuntimeError:  # of inference mode, or wrapped by a transform of functions
+        return None
+
+
 def _lost_gradient(grad: Tensor) -> None:
     raise ConfigError(_UNREAD.format(what="an autograd.Function"))
 
@@ -162,38 +206,49 @@ def _few_rows(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         table, index = args
         first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
         plain = all(isinstance(i, int | slice) for i in rest) and not isinstance(first, bool)
-        if not plain or table._dense.get(torch.is_grad_enabled()) is not None:
+        if not plain or table._kept() is not None:
             return None
         return _indexed(table, first, rest)
     if func in (torch.index_select, Tensor.index_select) and len(args) == 3 and isinstance(args[0], PlainTable):
-        return _read(args[0], args[2]) if args[1] == 0 and isinstance(args[2], Tensor) and args[2].dim() == 1 else None
+        one = args[1] == 0 and isinstance(args[2], Tensor) and args[2].dim() == 1
+        return _read(args[0], args[2], negative=False) if one else None
     if func is F.embedding and len(args) == 2 and isinstance(args[1], PlainTable):
-        options = {k: v for k, v in kwargs.items() if v not in (None, False)}
-        return _read(args[1], args[0]) if not options.keys() - {"norm_type"} else None
+        # 0 is an id of padding.
+        options = {k for k, v in kwargs.items() if v is not None and v is not False}
+        return _read(args[1], args[0], negative=False) if not options - {"norm_type"} else None
     return None
 
 
 def _indexed(table: PlainTable, first: Any, rest: tuple[Any, ...]) -> Tensor | None:
     if isinstance(first, int):
-        out = _read(table, torch.tensor(first, device=table.device))
-        return None if out is None else out[rest] if rest else out
+        first = torch.tensor(first, device=table.device)
     if isinstance(first, slice):
         ids = torch.arange(table.shape[0])[first]
         if 2 * len(ids) > table.shape[0]:
             return None
         out = _read(table, ids.to(table.device))
-        # A view of a plain table: writing to it would change nothing.
-        return None if out is None else (out[:, *rest] if rest else out).as_subclass(PlainView)
+        return None if out is None else _view(out[:, *rest] if rest else out)
     if isinstance(first, list) and first and all(type(i) is int for i in first):
         first = torch.tensor(first, device=table.device)
+    if isinstance(first, Tensor) and first.dim() == 0:
+        out = _read(table, first)
+        return None if out is None else _view(out[rest] if rest else out)
     if isinstance(first, Tensor) and (not rest or first.dim() == 1):
         out = _read(table, first)
         return None if out is None else out[:, *rest] if rest else out
     return None
 
 
-def _read(table: PlainTable, ids: Any) -> Tensor | None:
-    """Rows of integer ``ids`` of any shape; None where they are none, or more than the table has."""
+def _view(rows: Tensor) -> Tensor:
+    """Rows that are a view of torch's own tables: writing to them would change nothing."""
+    return rows.as_subclass(PlainView)
+
+
+def _read(table: PlainTable, ids: Any, negative: bool = True) -> Tensor | None:
+    """Rows of integer ``ids`` of any shape; None where they are none, or more than the table has.
+
+    With ``negative``, negative ids count from the end.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or type(ids) is not Tensor:
         return None
     if ids.numel() > table.shape[0]:
@@ -201,23 +256,33 @@ def _read(table: PlainTable, ids: Any) -> Tensor | None:
     flat = ids.reshape(-1).long().to(table.device)
     count, low, high = table.shape[0], 0, 0
     if flat.numel() and not flat.is_meta:
-        low, high = (int(x) for x in flat.aminmax())
-    if low < -count or high >= count:
-        raise IndexError(f"index {low if low < -count else high} is out of bounds for dimension 0 with size {count}")
-    return table._rows(torch.where(flat < 0, flat + count, flat)).view(*ids.shape, table.shape[1])
+        with outside_transforms():
+            low, high = (int(x) for x in unmapped(flat).aminmax())
+    least = -count if negative else 0
+    if low < least or high >= count:
+        raise IndexError(f"index {low if low < least else high} is out of bounds for dimension 0 with size {count}")
+    if negative:
+        flat = torch.where(flat < 0, flat + count, flat)
+    return table._rows(flat).view(*ids.shape, table.shape[1])
 
 
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     name = getattr(func, "__name__", "")
     written = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    # The functions of torch.nn.init come with arguments by name.
+    # The functions of torch.nn.init come with arguments by name, those of torch._foreach with lists.
     target = args[0] if args else kwargs.get("tensor")
-    if (written and isinstance(target, PlainView)) or isinstance(kwargs.get("out"), PlainView):
-        raise ConfigError(
-            f"`weight` of a compressed embedding is computed from smaller tables, so `{name}` on it would change "
-            "nothing; freeze or hook the module or its parameters(), set its tables with fit_(weight), or turn it "
-            "back into a plain table first: recsys_embed.materialize_(model)"
-        )
+    targets = target if isinstance(target, list | tuple) else (target,)
+    written = (written or kwargs.get("inplace") is True) and any(isinstance(t, PlainView) for t in targets)
+    if written or isinstance(kwargs.get("out"), PlainView):
+        raise _lost_write(name)
+
+
+def _lost_write(name: str) -> ConfigError:
+    return ConfigError(
+        f"`weight` of a compressed embedding is computed from smaller tables, so `{name}` on it would change "
+        "nothing; freeze or hook the module or its parameters(), set its tables with fit_(weight), or turn it "
+        "back into a plain table first: recsys_embed.materialize_(model)"
+    )
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar, Self
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from recsys_embed.kernels.recording import refuse_scripting
 class TiedLinear(nn.Module):
     """Scores of all ids by the rows of a compressed table: ``nn.Linear`` whose weight a drop-in computes.
 
-    The table is the drop-in's alone: its parameters are in the state dict once, at the drop-in's path. ``weight`` reads
-    as ``[num_embeddings, embedding_dim]``, computed with gradients at each call, and cannot be set.
+    The table is the drop-in's alone: its parameters are in the state dict once, at the drop-in's path, and the layer
+    lasts as long as the drop-in. ``weight`` reads as ``[num_embeddings, embedding_dim]``, computed with gradients at
+    each call, and cannot be set.
 
     >>> import torch, recsys_embed as rse
     >>> model = nn.ModuleDict({"item": nn.Embedding(500, 8), "scores": nn.Linear(8, 500, bias=False)})
@@ -34,12 +36,34 @@ class TiedLinear(nn.Module):
 
     in_features: int
     out_features: int
-    _table: tuple[CompressedEmbedding]
+    _table: ref[CompressedEmbedding]
 
     @property
     def table(self) -> CompressedEmbedding:
-        """The drop-in whose rows give the scores."""
-        return self._table[0]
+        """The drop-in whose rows give the scores.
+
+        Raises:
+            ConfigError: it has been put out of the model, so nothing would train, move or save its parameters.
+        """
+        table = self._table()
+        if table is None:
+            raise ConfigError(
+                "the compressed table that this output layer scored by is gone: the model has another in its place, "
+                "or is gone itself; turn tables back before you exchange them, recsys_embed.materialize_(model), and "
+                "keep the model whose layer you call"
+            )
+        return table
+
+    def scores_by(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the drop-in whose rows give the scores."""
+        return self._table() is module
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a model hold its table, which the layer finds there.
+        return {**vars(self), "_table": (self.table,)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_table": ref(state["_table"][0])})
 
     @property
     def weight(self) -> Tensor:
@@ -90,7 +114,7 @@ def tied_output(layer: nn.Module, table: nn.Module) -> nn.Module:
     bias = {k: v for k, v in layer._parameters.items() if k != "weight"}
     if isinstance(table, CompressedEmbedding):
         new._parameters = bias
-        vars(new)["_table"] = (table,)
+        vars(new)["_table"] = ref(table)
     else:
         new._parameters = {"weight": table._parameters["weight"], **bias}
     return new

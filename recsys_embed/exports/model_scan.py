@@ -8,16 +8,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.optimizer_state import weights_of
-from recsys_embed.discover import FoundTable, find_tables
+from recsys_embed.discover import FoundTable, find_tables, join_path, key_without_wrappers, names_without_wrappers
 from recsys_embed.embedding import CompressedEmbedding
+from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import raise_faults
 from recsys_embed.exports.file_format import NAMES
 from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec
 from recsys_embed.features import spec_to_dict
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan
@@ -89,21 +91,31 @@ def scan(model: nn.Module) -> ModelContents:
 class _Scanner:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.found = model, ModelContents()
-        self.state = weights_of(model, keep_vars=True)
+        self.names = names_without_wrappers(model)
+        state = weights_of(model, keep_vars=True)
+        self.state = {key_without_wrappers(key, self.names): value for key, value in state.items()}
         self.faults: list[str] = []
+        self.paths: dict[int, list[str]] = {}
         self.storages: dict[int, Storage] = {}
         self.skipped: set[str] = set()  # keys of the state that are tables, or say what the manifest says
 
     def run(self) -> None:
-        paths: dict[int, list[str]] = {}
+        paths = self.paths
         for path, module in self.model.named_modules(remove_duplicate=False):
-            paths.setdefault(id(module), []).append(path)
+            paths.setdefault(id(module), []).append(self.names[path])
         seen: set[int] = set()
-        for table in find_tables(self.model):
+        tables = find_tables(self.model)
+        for table in tables:
             for module in table.modules:
                 if id(module) not in seen:
                     seen.add(id(module))
                     self._embedding(module, table, paths[id(module)])
+        scoring = {id(layer) for table in tables for layer in table.output_layers}
+        for path, module in self.model.named_modules():
+            if isinstance(module, TiedLinear) and id(module) not in scoring:
+                self.faults.append(
+                    f"{path} scores by a compressed table that is no longer in the model; replace it too"
+                )
         self._rest()
         raise_faults(self.faults, "export")
         self.found.storages = list(self.storages.values())
@@ -115,8 +127,8 @@ class _Scanner:
         if isinstance(module, CompressedEmbedding | EmbeddingCollection):
             item = _item(module, tuple(paths), added)
             faults = [*_class_faults(module)] or [*_state_faults(module, item)]
-            if table.tied:
-                faults.append(f"its table is also {', '.join(table.tied)}; give each a tensor of its own")
+            if table.obstacle:
+                faults.append(f"{table.obstacle}; give each a tensor of its own")
             self.faults += [f"{where}: {fault}" for fault in faults]
             if faults:
                 return
@@ -127,10 +139,13 @@ class _Scanner:
         else:
             item = _plain_item(module, table.name, tuple(paths), added)
         self.found.modules.append(item)
+        if isinstance(module, CompressedEmbedding):
+            # Output layers score by what the file has for the table.
+            self.skipped |= {f"{p}.weight" for layer in table.output_layers for p in self.paths[id(layer)]}
         for path in paths:
             self._tables(module, path)
             # A user's own tensors are kept as they are, whatever the precision.
-            self.found.owned -= {f"{path}.{name}" if path else name for name in added}
+            self.found.owned -= {join_path(path, name) for name in added}
 
     def _tables(self, module: Any, path: str) -> None:
         """Storages that the module at a path reads, and whose keys of the state are whose."""
@@ -159,7 +174,7 @@ class _Scanner:
         if getattr(module, "max_norm", None) is not None:
             storage.renorm = (float(module.max_norm), float(module.norm_type))
         key = module.parameter_name(name) if isinstance(module, CompressedEmbedding) else name
-        self.skipped.add(f"{path}.{key}" if path else key)
+        self.skipped.add(join_path(path, key))
 
     def _rest(self) -> None:
         for key, value in self.state.items():
@@ -189,7 +204,13 @@ def _class_faults(module: CompressedEmbedding | EmbeddingCollection) -> Iterator
     known: type = EmbeddingCollection
     if isinstance(module, CompressedEmbedding):
         known = get_method(module.config.method).embedding_cls
-    if type(module) is not known:
+    if is_parametrized(module):
+        names = ", ".join(map(repr, module.parametrizations))  # type: ignore[arg-type]
+        yield (
+            f"parametrized ({names}), which a file cannot bring back; fix the values first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        )
+    elif type(module) is not known:
         yield f"a subclass of {known.__name__}, which a file cannot bring back; register it as a method of its own"
 
 
@@ -202,7 +223,7 @@ def _state_faults(module: CompressedEmbedding | EmbeddingCollection, item: Modul
     odd = [k for k, shape in ours.items() if theirs.get(k) != shape and k not in item.build.get(ADDED, ())]
     if odd:
         yield f"not as its configuration makes it; it also holds {', '.join(odd[:5])}"
-    revive(built, torch.device("cpu"))
+    recreate_derived_tensors(built, torch.device("cpu"))
     lost = [k for k, v in built.named_buffers() if v.is_meta and k not in theirs]
     if lost:
         yield f"buffers {', '.join(lost[:5])} are in no state dict, so no file holds them; make them persistent"

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.collection.optimizer_state import weights_of
-from recsys_embed.compress.exchange import ModuleExchange, ReversibleChange, apply_all
-from recsys_embed.compress.inplace import adapt_to_libraries
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
-from recsys_embed.discover import unwrapped
-from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.embedding.plain_table import PlainTable
-from recsys_embed.embedding.tied_linear import tied_output
-from recsys_embed.errors import BackendError, CheckpointError, raise_faults, unknown_name
+from recsys_embed.discover import join_path
+from recsys_embed.errors import BackendError, CheckpointError, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.file_format import ExportFile
+from recsys_embed.exports.fill_model import ModelFiller
 from recsys_embed.exports.manifest import ExportManifest, StorageItem, TableItem, read_manifest
 from recsys_embed.exports.served_modules import (
     ADDED,
@@ -32,16 +26,14 @@ from recsys_embed.exports.served_modules import (
     build_module,
     count_row_lookups,
     name_backends,
-    output_layers,
     parameter_name,
     put_tables,
     refusals,
     row_tables,
 )
 from recsys_embed.kernels import fbgemm
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.kernels.stored_tables import Stored, too_many_columns
-from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import MAX_ROW_LOOKUPS
 from recsys_embed.utils.types import JSONMapping
 
@@ -127,7 +119,7 @@ def _loaded(loader: _Loader, into: nn.Module | None) -> nn.Module:
         return loader.build()
     if kind == "embedding":
         raise CheckpointError(f"{file.path} holds a single embedding; call load(path) without `into`")
-    return loader.fill(into)
+    return ModelFiller(file, manifest, loader.tables, loader.modules, loader.dense).fill(into)
 
 
 def verify(path: str | Path) -> JSONMapping:
@@ -257,7 +249,7 @@ class _Loader:
     def _module(self, item: ModuleItem, keys: Iterable[str]) -> nn.Module:
         module = build_module(item, self.kernels)
         for name in item.build.get(ADDED, ()):
-            key = f"{item.paths[0]}.{name}" if item.paths[0] else name
+            key = join_path(item.paths[0], name)
             if key not in self.manifest.dense or hasattr(module, name) or not name.isidentifier():
                 raise self._unfit(f"{item.paths[0]!r} is to have a tensor {name!r} of the user's")
             shape, dtype = self.file.entries[self.manifest.dense[key].tensor].shape, self.manifest.dense[key].dtype
@@ -274,9 +266,9 @@ class _Loader:
             wanted = row_tables(module)
             if not wanted:
                 continue
-            full = _joined_path(path, inner)
+            full = join_path(path, inner)
             given = self.tables.get(full, {})
-            self.read |= {_joined_path(p, inner) for p in paths}
+            self.read |= {join_path(p, inner) for p in paths}
             if wanted.keys() != given.keys():
                 raise self._unfit(f"{where} reads {sorted(wanted)} at {full!r}; the file fills {sorted(given)}")
             for name, (rows, width) in wanted.items():
@@ -287,9 +279,9 @@ class _Loader:
                     )
             put_tables(module, given)
             names = [parameter_name(module, name) for name in given]
-            filled |= {f"{inner}.{name}" if inner else name for name in names}
+            filled |= {join_path(inner, name) for name in names}
         prefix = len(path) + 1 if path else 0
-        state = {key[prefix:]: self._dense(key) for key in keys}
+        state = {key[prefix:]: self.dense(key) for key in keys}
         with refusals(where):
             missing, unexpected = root.load_state_dict(state, strict=False, assign=True)
         if unexpected:
@@ -297,150 +289,17 @@ class _Loader:
         lacking = [k for k in missing if k not in filled and not k.endswith("_extra_state") and "served." not in k]
         if lacking:
             raise self._unfit(f"{where}: the file does not fill {', '.join(lacking[:5])}")
-        revive(root, _CPU)
+        recreate_derived_tensors(root, _CPU)
         root.requires_grad_(False)
         empty = [k for k, v in [*root.named_parameters(), *root.named_buffers()] if v.is_meta]
         if empty:
             raise self._unfit(f"{where}: the file does not fill {', '.join(empty[:5])}")
 
-    def _dense(self, key: str) -> Tensor:
+    def dense(self, key: str) -> Tensor:
+        """The tensor of a key in the state dict."""
         item = self.manifest.dense[key]
         # A copy, so that a model can be trained on without touching pages of the file.
         return self.file.tensor(item.tensor).to(item.dtype, copy=True)
-
-    # -- somebody else's model --------------------------------------------------------------------------------------
-
-    def fill(self, model: nn.Module) -> nn.Module:
-        """Put embeddings and every other tensor of the file into ``model``; nothing is changed unless all of it fits.
-
-        Raises:
-            CheckpointError: all that does not fit.
-        """
-        model, given_model = unwrapped(model), model
-        items = self.manifest.modules
-        here = dict(model.named_modules(remove_duplicate=False))
-        inside = tuple(f"{path}." for item in items for path in item.paths)
-        faults = [
-            fault
-            for item in items
-            for path in item.paths
-            for fault in _place_faults(path, item, here.get(path), self.tables.get(path, {}))
-        ]
-        held = {k: v for k, v in weights_of(model, keep_vars=True).items() if not k.startswith(inside)}
-        given = {k: item for k, item in self.manifest.dense.items() if not k.startswith(inside)}
-        layers = output_layers(model, here, items, given)
-        computed = {_joined_path(path, "weight") for path, module in here.items() if module in layers}
-        held = {k: v for k, v in held.items() if isinstance(v, Tensor) and k not in computed}
-        faults += [f"the model has {k!r}, which the file lacks" for k in held if k not in given]
-        faults += [f"the file has {k!r}, which the model lacks" for k in given if k not in held]
-        for key in given.keys() & held.keys():
-            shape, dtype = self.file.entries[given[key].tensor].shape, given[key].dtype
-            if tuple(held[key].shape) != shape or held[key].dtype != dtype:
-                ours = f"{held[key].dtype} {list(held[key].shape)}"
-                faults.append(f"{key!r} is {ours} in the model, {dtype} {list(shape)} in the file")
-        raise_faults(sorted(faults), f"load of {self.file.path}", CheckpointError)
-        scored = set(layers.values())
-        modules = {i: m for i, m in self.modules().items() if i in scored or not _stays(items[i], here, self.tables, m)}
-        scoring = {layer: tied_output(layer, modules[i]) for layer, i in layers.items()}
-        references = self._references(model, here, modules, scoring)
-        for i, item in enumerate(items):
-            for path in item.paths:
-                if i in modules:
-                    parent, _, name = path.rpartition(".")
-                    here[parent]._modules[name] = modules[i]
-                else:
-                    put_tables(here[path], self.tables[path])
-                    own = {name: self._dense(f"{path}.{name}") for name in item.build.get(ADDED, ())}
-                    here[path].load_state_dict(own, strict=False)
-        for path, layer in here.items():
-            if layer in scoring:
-                parent, _, name = path.rpartition(".")
-                here[parent]._modules[name] = scoring[layer]
-        state = {key: self._dense(key) for key in given}
-        assign = any(v.is_meta for v in held.values())
-        with refusals(f"{type(model).__name__}, filled from {self.file.path}"):
-            model.load_state_dict(state, strict=False, assign=assign)
-        if assign:
-            _tie(model, {k: held[k] for k in given})
-        apply_all(references)
-        adapt_to_libraries(model)
-        return given_model
-
-    def _references(
-        self,
-        model: nn.Module,
-        here: Mapping[str, nn.Module],
-        modules: Mapping[int, nn.Module],
-        scoring: Mapping[nn.Module, nn.Module],
-    ) -> list[ReversibleChange]:
-        """Changes to attributes, lists and dictionaries of ``model`` that hold embeddings or their weights as well.
-
-        Raises:
-            CheckpointError: names those that cannot be changed and would go on reading the old tables.
-        """
-        replaced: dict[int, nn.Module] = {id(layer): new for layer, new in scoring.items()}
-        parameters: dict[int, list[nn.Parameter]] = {}
-        names: dict[int, str] = dict.fromkeys(replaced, "output layer")
-        interchangeable: set[int] = set()
-        readable: dict[int, nn.Module] = {}
-        for i, item in enumerate(self.manifest.modules):
-            for path in item.paths:
-                old = here[path]
-                if i in modules:
-                    replaced[id(old)] = modules[i]
-                    fresh = list(modules[i].parameters())
-                else:
-                    fresh = [v for v in self.tables[path].values() if isinstance(v, nn.Parameter)]
-                for at, parameter in enumerate(old.parameters()):
-                    parameters[id(parameter)] = fresh if at == 0 else []
-                    if i not in modules and [p.shape for p in fresh] == [parameter.shape]:
-                        interchangeable.add(id(parameter))
-                    names[id(parameter)] = path
-                    if at == 0 and isinstance(modules.get(i), CompressedEmbedding):
-                        readable[id(parameter)] = modules[i]
-                names[id(old)] = path
-        exchange = _ServedExchange(replaced, parameters, names)
-        exchange.interchangeable, exchange.readable = interchangeable, readable
-        changes = exchange.in_containers(model)
-        raise_faults(exchange.faults, f"load of {self.file.path}", CheckpointError)
-        return changes
-
-
-class _ServedExchange(ModuleExchange):
-    """An exchange of weights which are no parameters once loaded, as quantised rows are not.
-
-    References in lists, as regularisers keep them, read the rows that the new module serves; others are refused.
-
-    Attributes:
-        readable: the new modules that have one vector per id, by the parameter they replace.
-    """
-
-    readable: Mapping[int, nn.Module] = MappingProxyType({})
-
-    def _rewrite(
-        self, value: Any, where: str, changes: list[ReversibleChange], seen: set[int], depth: int
-    ) -> list[Any]:
-        if self.parameters.get(id(value)) == []:
-            new = self.readable.get(id(value))
-            if new is not None and isinstance(new.weight, PlainTable):
-                return [new.weight]
-            self._refuse(where, value, "whose rows are stored as no parameter in the file")
-            return [value]
-        return super()._rewrite(value, where, changes, seen, depth)
-
-
-def _tie(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Tie parameters again that were tied before new ones were assigned."""
-    first: dict[int, str] = {}
-    for key, tensor in before.items():
-        known = first.setdefault(id(tensor), key)
-        if known != key and isinstance(tensor, nn.Parameter):
-            parent, _, name = key.rpartition(".")
-            model.get_submodule(parent)._parameters[name] = model.get_parameter(known)
-
-
-def _joined_path(path: str, inner: str) -> str:
-    return f"{path}.{inner}" if path and inner else path or inner
 
 
 def _joined(arrays: list[Tensor], kind: torch.dtype) -> Tensor:
@@ -451,45 +310,3 @@ def _joined(arrays: list[Tensor], kind: torch.dtype) -> Tensor:
 
 def _shape(values: nn.Parameter | Stored) -> tuple[int, int]:
     return (values.rows, values.width) if isinstance(values, Stored) else cast("tuple[int, int]", tuple(values.shape))
-
-
-def _stays(
-    item: ModuleItem, here: Mapping[str, nn.Module], tables: Mapping[str, Mapping[str, Any]], built: nn.Module
-) -> bool:
-    """Whether torch's own modules keep their places: the source had such there, and what they get is a plain table.
-
-    With ``max_norm`` they would change rows that are read, and the file's are of that norm already.
-    """
-    plain = item.build.get("config") == FullConfig().to_dict() and item.build["spec"].get("unseen") is None
-    return plain and all(
-        isinstance(here[path], nn.Embedding | nn.EmbeddingBag)
-        and getattr(here[path], "max_norm", None) is None
-        and isinstance(tables[path].get("weight"), Tensor)
-        and all(
-            isinstance(own := getattr(here[path], name, None), Tensor) and own.shape == getattr(built, name).shape
-            for name in item.build.get(ADDED, ())
-        )
-        for path in item.paths
-    )
-
-
-def _place_faults(
-    path: str, item: ModuleItem, module: nn.Module | None, tables: Mapping[str, nn.Parameter | Stored]
-) -> list[str]:
-    """Faults because of which an embedding of the file cannot replace ``module``."""
-    if module is None:
-        return [f"the model has no module {path!r}, where the file has an embedding"]
-    if item.kind == "collection":
-        if type(module).__name__ != "EmbeddingCollection":
-            return [f"{path!r} is a {type(module).__name__} in the model, an EmbeddingCollection in the file"]
-        return []
-    if not isinstance(module, nn.Embedding | nn.EmbeddingBag | CompressedEmbedding):
-        return [f"{path!r} is a {type(module).__name__} in the model, an embedding in the file"]
-    spec = item.build["spec"]
-    wanted = (spec.get("num_embeddings"), spec.get("embedding_dim"), item.build["mode"])
-    found = (module.num_embeddings, module.embedding_dim, getattr(module, "mode", None))
-    if wanted != found:
-        return [
-            f"{path!r} is {found[0]} x {found[1]}, mode {found[2]}; in the file {wanted[0]} x {wanted[1]}, {wanted[2]}"
-        ]
-    return []

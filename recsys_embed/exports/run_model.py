@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals
-from recsys_embed.kernels.revive import revive
+from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.train.checkpoint import load_checkpoint
 from recsys_embed.utils.strict_json import own_json
 
@@ -51,7 +51,7 @@ def model_of_run(path: str | Path) -> nn.Module:
         sizes = {k: v.shape for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(apart)}
         model = build_model(build, collections, sizes)
         model.load_state_dict(state, assign=True)
-    revive(model, torch.device("cpu"))
+    recreate_derived_tensors(model, torch.device("cpu"))
     return model.eval().requires_grad_(False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -238,11 +238,13 @@ def plain_spec(name: str, num_embeddings: int, embedding_dim: int, mode: str | N
 
 
 def output_layers(
-    model: nn.Module, here: Mapping[str, nn.Module], items: Sequence[ModuleItem], given: Mapping[str, Any]
+    model: nn.Module, here: Mapping[str, nn.Module], by_path: Mapping[str, int], given: Mapping[str, Any]
 ) -> dict[nn.Module, int]:
-    """Layers of ``model`` that score by a table of the file, which has no weight for them; indexes of the tables."""
+    """Layers of ``model`` that score by a table of the file, which has no weight for them; indexes of the tables.
+
+    ``here`` gives modules by path, ``by_path`` the indexes of the file's embeddings.
+    """
     found: dict[nn.Module, int] = {}
-    by_path = {path: i for i, item in enumerate(items) for path in item.paths}
     paths = {module: path for path, module in here.items()}
     for table in find_tables(model):
         at = next((by_path[path] for path in table.paths if path in by_path), None)

@@ -44,7 +44,7 @@ class Constants(nn.Module):
         """The nested lists of integers of a constant."""
         return self._integers[name]
 
-    def revive(self, device: torch.device) -> None:
+    def recreate_derived_tensors(self, device: torch.device) -> None:
         """Put all constants on a device."""
         for name, values in list(self._integers.items()):
             self.add_constant(name, values, device)
@@ -56,7 +56,7 @@ class Constants(nn.Module):
             # A module whose tables were put into it one by one may have left its constants without memory.
             device = fn(torch.empty(0, dtype=torch.int64, device="cpu" if held.is_meta else held.device)).device
             if device != held.device:
-                self.revive(device)
+                self.recreate_derived_tensors(device)
             break
         return self
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.utils.ddp_reducer import rebuild_reducer, sparse_parameters
 
 
 def prepare_data_parallel() -> None:
@@ -22,34 +21,13 @@ def prepare_data_parallel() -> None:
     if ddp is None or getattr(ddp, "_recsys_embed_prepared", False):
         return
     object.__setattr__(ddp, "_recsys_embed_prepared", True)
-    sparse: set[int] = set()
     group = ddp.process_group
     for part in ddp.module.modules():
         if isinstance(part, IndexStore):
             for array in part.arrays.held.values():
                 distributed.broadcast(array, src=distributed.get_global_rank(group, 0), group=group)
-        sparse |= {id(p) for p in getattr(part, "sparse_parameters", list)()}
-    if sparse:
-        _announce(ddp, sparse)
-
-
-def _announce(ddp: Any, sparse: set[int]) -> None:
-    """Build the reducer anew, as DDP does when it is unpickled, with sparse gradients of these parameters."""
-    try:
-        parameters, expected = ddp._build_params_for_reducer()
-        expected = [e or id(p) in sparse for p, e in zip(parameters, expected, strict=True)]
-        names = ddp._build_debug_param_to_name_mapping(parameters)
-        ddp._ddp_init_helper(parameters, expected, names, ddp.static_graph)
-        if ddp.static_graph:
-            ddp.reducer._set_static_graph()
-            ddp.logger._set_static_graph()
-        if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
-            ddp.reducer.prepare_for_forward()
-    except (AttributeError, TypeError) as e:
-        raise ConfigError(
-            "DistributedDataParallel of this version of torch takes sparse gradients of nn.Embedding alone; build the "
-            "embeddings with sparse=False"
-        ) from e
+    if sparse_parameters(ddp.module):
+        rebuild_reducer(ddp)
 
 
 def sparse_of(module: nn.Module, names: list[str], sparse: bool) -> list[nn.Parameter]:

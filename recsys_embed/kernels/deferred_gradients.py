@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.indexes import ArrayVersions
 from recsys_embed.optim import FusedOptimizer, RowGradient
 
 
@@ -22,6 +23,9 @@ class DeferredLookup(Protocol):
     @property
     def read(self) -> Sequence[Tensor | None]: ...
 
+    def check(self) -> None:
+        """Refuse it, with a ConfigError, where ids no longer read the rows that they have read."""
+
     def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """A :class:`RowGradient` of each wanted table."""
 
@@ -33,6 +37,45 @@ class DeferredLookup(Protocol):
         frozen: Sequence[int],
     ) -> None:
         """One step of the optimizer on the rows that were read, in place."""
+
+
+class RecordedLookup:
+    """A lookup and what its backward was given, see :class:`DeferredLookup`.
+
+    Args:
+        ids, tables, gradients, kept: as the kernels' backward takes them.
+        pool: where the kernels allocate the values of rows, if they do.
+        arrays: versions of the index arrays, where the kernels read these again.
+    """
+
+    def __init__(
+        self,
+        lookup: Any,
+        ids: Any,
+        tables: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        kept: Any,
+        *pool: Any,
+        arrays: ArrayVersions = (),
+    ) -> None:
+        self.tables, self.read = tables, gradients
+        self._lookup, self._given, self._pool, self._arrays = lookup, (ids, tables, gradients, kept), pool, arrays
+
+    def check(self) -> None:
+        self._lookup.check_arrays(self._arrays)
+
+    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        found: Sequence[Tensor | None] = self._lookup.gradients(*self._given, "rows", wanted, *self._pool)
+        return found
+
+    def step(
+        self,
+        rule: FusedOptimizer,
+        states: Sequence[Mapping[str, Tensor]],
+        logs: Sequence[StepLog],
+        frozen: Sequence[int],
+    ) -> None:
+        self._lookup.update(*self._given, rule, states, logs, frozen)
 
 
 class DeferredGradients:
@@ -78,7 +121,10 @@ class DeferredGradients:
 
     def check(self) -> None:
         """Refuse gradients that can no longer be computed, with a ConfigError."""
-        if self._lookup is not None and self._versions != [0 if t is None else t._version for t in self._lookup.read]:
+        if self._lookup is None:
+            return
+        self._lookup.check()
+        if self._versions != [0 if t is None else t._version for t in self._lookup.read]:
             raise ConfigError(
                 "gradients of the looked up vectors were changed in place between backward and step(); give backward "
                 "a copy of them, or change them by hooks"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
-from recsys_embed.kernels.derivatives import beyond_kernels, refuse_further_derivatives
+from recsys_embed.kernels.derivatives import needs_torch_gradients, refuse_further_derivatives
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 
@@ -49,7 +49,7 @@ class FusedGather(Function):
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (rows,) = ctx.saved_tensors
-        if beyond_kernels((grad,)):
+        if needs_torch_gradients((grad,)):
             if ctx.updater is not None:
                 refuse_further_derivatives()
             if ctx.partial:

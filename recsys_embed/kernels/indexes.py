@@ -14,7 +14,11 @@ from recsys_embed.core.index import INDEX_DTYPES, Index, IndexArrays
 from recsys_embed.core.transforms import Transform
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
-from recsys_embed.kernels.pointers import address, sound
+from recsys_embed.kernels.pointers import address, check, checked_address
+
+ArrayVersions: TypeAlias = "tuple[tuple[Tensor, int], ...]"
+"""Index arrays that a lookup read, and how often each had been written."""
+_CHANGED = "the index arrays that say which rows ids read have changed (assign_, load_state_dict)"
 
 
 def _check_arrays(index: Index) -> None:
@@ -135,7 +139,7 @@ class IndexStore(nn.Module):
                 raise ConfigError(f"index array {name!r} is on {held.device}, its tables on the CPU; move both")
             dtype, length = kinds[name]
             if held.dtype is dtype and held.is_contiguous() and held.numel() == length:
-                found.append(sound(held))
+                found.append(checked_address(held))
             else:
                 found.append(address(held, dtype, length, f"index array {name!r}"))
         return found
@@ -149,6 +153,34 @@ class IndexStore(nn.Module):
     @property
     def arrays(self) -> IndexArrays:
         return IndexArrays(self._held, self._longest)
+
+    def versions(self) -> ArrayVersions:
+        """The arrays as they are now, see :meth:`check_unchanged`."""
+        try:
+            return tuple([(a, a._version) for a in self._held.values()])
+        except RuntimeError:  # tensors made in inference mode count no changes
+            return tuple((a, -1 if a.is_inference() else a._version) for a in self._held.values())
+
+    def check_unchanged(self, versions: ArrayVersions) -> None:
+        """Refuse a backward that would read other rows than its lookup has.
+
+        Args:
+            versions: of the arrays when the lookup read them.
+
+        Raises:
+            ConfigError: arrays have been replaced or written since.
+        """
+        for (array, version), now in zip(versions, self._held.values(), strict=False):
+            if array is not now or (version >= 0 and now._version != version):
+                check([_CHANGED])
+
+    def version_numbers(self) -> Tensor:
+        """As :meth:`versions`, for compiled programs, which carry tensors alone: int64 ``[2 * arrays]``."""
+        return torch.tensor([n for array, version in self.versions() for n in (id(array), version)], dtype=torch.int64)
+
+    def check_version_numbers(self, numbers: Tensor) -> None:
+        """As :meth:`check_unchanged`."""
+        check(() if torch.equal(numbers, self.version_numbers()) else [_CHANGED])
 
     @property
     def device(self) -> torch.device:
@@ -253,7 +285,7 @@ class IndexStore(nn.Module):
             self.reset()
         return self
 
-    def revive(self, device: torch.device) -> None:
+    def recreate_derived_tensors(self, device: torch.device) -> None:
         """Put arrays without elements, which no file holds, on a device."""
         for name, held in self._held.items():
             if held.is_meta and not held.numel():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError
 
-sound = Tensor.data_ptr
+checked_address = Tensor.data_ptr
 """Address of a tensor that this call has checked or allocated."""
 
 

@@ -256,8 +256,8 @@ class UnseenIds(Constants):
         counts = self.counts
         return torch.zeros(counts.shape, dtype=torch.int64, device=device) if counts.is_meta else counts.to(device)
 
-    def revive(self, device: torch.device) -> None:
-        super().revive(device)
+    def recreate_derived_tensors(self, device: torch.device) -> None:
+        super().recreate_derived_tensors(device)
         self.counts = self._on(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

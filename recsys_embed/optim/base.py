@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,23 @@ class FusedOptimizer(ABC):
     def tensors(self) -> dict[str, str]:
         """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
         return {**self.state, "last": "step"} if self.lazy else dict(self.state)
+
+    def state_faults(self, state: Mapping[str, Tensor], steps: int) -> list[str]:
+        """Why kernels cannot go on from a table's saved tensors: they index step sizes by the counts of its rows.
+
+        Args:
+            steps: that the table has made; state is saved when all its rows have made them.
+        """
+        counts = {name: state[name] for name, kind in self.tensors.items() if kind == "step" and name in state}
+        faults = [] if steps >= 0 else [f"a number of steps must be at least 0; got {steps}"]
+        for name, count in counts.items():
+            if count.is_meta:
+                continue
+            if name == "last" and bool((count != steps).any()):
+                faults.append(f"'last' must be {steps} in every row, as many steps as the table has made")
+            elif bool((count < 0).any()):
+                faults.append(f"{name!r} must not be negative in any row")
+        return faults
 
     @property
     def constants(self) -> tuple[float, ...]:
@@ -181,3 +198,13 @@ class FusedOptimizer(ABC):
             lr: current learning rate (a schedule may have moved it from ``self.lr``).
             step: 1 for the first update of the table.
         """
+
+
+def refuse_maximize(groups: Iterable[Mapping[str, Any]], optimizer: str) -> None:
+    """Refuse param groups of a torch optimizer that ascend, for fused rules descend.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if any(group.get("maximize") for group in groups):
+        raise ConfigError(f"{optimizer} has maximize=True, and fused rules descend; leave it False and negate the loss")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.optim.base import FusedOptimizer, is_rate
+from recsys_embed.optim.base import FusedOptimizer, is_rate, refuse_maximize
+from recsys_embed.optim.optimizer_views import OptimizerState, ParamGroups
 from recsys_embed.optim.replicas import Replicas
 from recsys_embed.utils.types import JSON
 
@@ -32,8 +33,10 @@ class SteppedTables(Protocol):
 
     optimizer: FusedOptimizer | None
     storages: tuple[str, ...]
+    lr: float
 
-    def step_at(self, owner: Callable[[], object], replicas: Replicas) -> None: ...
+    def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None: ...
+    def begin_anew(self) -> tuple[FusedOptimizer, float]: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
     def check_gradients(self, rule: FusedOptimizer) -> None: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
@@ -122,7 +125,8 @@ class FusedTableOptimizer(Optimizer):
         if not tables:
             raise ConfigError(
                 "no module of the model has a fused optimizer: build its EmbeddingCollection with optimizer=, e.g. "
-                "RowwiseAdagrad(lr=0.01), or give all parameters to a torch optimizer"
+                "RowwiseAdagrad(lr=0.01), or give all parameters to a torch optimizer; tables of compress_ and of "
+                "make_embedding have ordinary gradients, for your own optimizer"
             )
         if dense is not None and not isinstance(dense, Optimizer):
             raise ConfigError(
@@ -131,40 +135,77 @@ class FusedTableOptimizer(Optimizer):
         if dense is not None and _needs_closure(dense):
             raise ConfigError(
                 f"{type(dense).__name__} evaluates the model several times in a step, which fused tables cannot; give "
-                "`dense` another optimizer, or leave it out and step it by itself"
+                "`dense` another optimizer, or build the collection with optimizer=None and give "
+                f"{type(dense).__name__} all parameters"
             )
-        by_rule: dict[FusedOptimizer, list[str]] = {}
+        if dense is not None:
+            refuse_maximize(dense.param_groups, "`dense`")
+        by_rule: dict[tuple[FusedOptimizer, float], list[str]] = {}
         for path, module in tables.items():
-            by_rule.setdefault(cast("FusedOptimizer", module.optimizer), []).append(path)
-        self._begin(model, dense, process_group, list(by_rule.items()))
+            by_rule.setdefault(module.begin_anew(), []).append(path)
+        self._begin(model, dense, process_group, [(rule, lr, paths) for (rule, lr), paths in by_rule.items()])
 
     def _begin(
         self,
         model: nn.Module,
         dense: Optimizer | None,
         process_group: ProcessGroup | None,
-        by_rule: Sequence[tuple[FusedOptimizer, list[str]]],
+        by_rule: Sequence[tuple[FusedOptimizer, float, list[str]]],
     ) -> None:
         self._model, self._modules, self._process_group = model, (tables := fused_tables(model)), process_group
-        self._rules = [rule for rule, _ in by_rule]
+        self._rules = [rule for rule, _, _ in by_rule]
         groups = [
-            {"params": [p for path in paths for p in _tables_of(tables[path])], **_settings(rule), _OWN: paths}
-            for rule, paths in by_rule
+            {
+                "params": [p for path in paths for p in _tables_of(tables[path])],
+                **_settings(rule),
+                "lr": lr,
+                _OWN: paths,
+            }
+            for rule, lr, paths in by_rule
         ]
-        self._complete = False
+        self._complete, self.dense = False, dense
+        self._fused_groups: list[JSON] = []
         super().__init__(groups, _settings(self._rules[0]))
-        self._fused_groups = list(self.param_groups)
-        self.dense = dense
         if dense is not None:
             fused = {id(p) for group in groups for p in cast("list[nn.Parameter]", group["params"])}
             for group in dense.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in fused]
-            self.param_groups[:0] = dense.param_groups
             self.defaults = {**self.defaults, **dense.defaults}
+            if "momentum" in dense.defaults and "betas" not in dense.defaults:
+                # Schedules of momentum are those of the dense optimizer; they take betas first.
+                self.defaults.pop("betas", None)
         self._complete = True
+        self._fill_groups()
         self._replicas = Replicas(model, cast("Any", tables), process_group)
         for module in tables.values():
-            module.step_at(ref(self), self._replicas)
+            module.leave_steps_to(ref(self), self._replicas)
+
+    @property
+    def param_groups(self) -> list[JSON]:
+        """The groups of the dense optimizer as they are now, and those of the tables; the list refuses changes."""
+        if not self._complete:
+            return self._fused_groups
+        return ParamGroups([*(self.dense.param_groups if self.dense is not None else ()), *self._fused_groups])
+
+    @param_groups.setter
+    def param_groups(self, groups: list[JSON]) -> None:
+        own = len(self._fused_groups) if self._complete else len(groups)
+        if self._complete and self.dense is not None:
+            self.dense.param_groups = groups[: len(groups) - own]
+        self._fused_groups = groups[len(groups) - own :]
+
+    def _fill_groups(self) -> None:
+        """Give all groups what schedules of momentum change; rules without it leave it be."""
+        for key in ("betas", "momentum"):
+            if key in self.defaults:
+                for group in self.param_groups:
+                    group.setdefault(key, self.defaults[key])
+
+    def lr_of(self, module: object) -> float:
+        """The learning rate of a module's tables."""
+        return next(
+            float(group["lr"]) for group in self._fused_groups for path in group[_OWN] if self._modules[path] is module
+        )
 
     def __getstate__(self) -> JSON:
         if self._process_group is not None:
@@ -180,7 +221,7 @@ class FusedTableOptimizer(Optimizer):
             super().__setstate__(state)
             return
         groups = state["groups"]
-        by_rule = [(rule, group[_OWN]) for rule, group in zip(state["rules"], groups, strict=True)]
+        by_rule = [(rule, rule.lr, group[_OWN]) for rule, group in zip(state["rules"], groups, strict=True)]
         self._begin(state["model"], state["dense"], None, by_rule)
         for own, group in zip(self._fused_groups, groups, strict=True):
             own.update(group)
@@ -205,13 +246,14 @@ class FusedTableOptimizer(Optimizer):
                 "fused_optimizer(model, dense_optimizer), or add the group to the optimizer of the other parameters"
             )
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("`params` must be in order, in a list; got a set, whose order changes from run to run")
         params = [params] if isinstance(params, Tensor) else list(params)
         fused = {id(p) for group in self._fused_groups for p in group["params"]}
         if any(id(p[1] if isinstance(p, tuple) else p) in fused for p in params):
             raise ConfigError("add_param_group: a fused rule steps these tables already; leave them out of the group")
         self.dense.add_param_group({**param_group, "params": params})
-        if self.dense.param_groups[-1] is not self.param_groups[-1 - len(self._fused_groups)]:
-            self.param_groups.insert(len(self.param_groups) - len(self._fused_groups), self.dense.param_groups[-1])
+        self._fill_groups()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -229,15 +271,17 @@ class FusedTableOptimizer(Optimizer):
             if not module.is_stepped_by(self):
                 raise ConfigError(f"another optimizer has been made of the tables of {path!r} since; call its step()")
         # Settings and gradients of all groups are checked before any table changes.
+        refuse_maximize(self.param_groups, "a param group")
         todo = [(group, *self._rule_of(i, group)) for i, group in enumerate(self._fused_groups)]
         for group, rule, _ in todo:
             for path in group[_OWN]:
                 self._modules[path].check_gradients(rule)
+        # What the dense optimizer refuses is refused before any table changes.
+        if self.dense is not None:
+            self.dense.step()
         for group, rule, lr in todo:
             for path in group[_OWN]:
                 self._modules[path].apply_gradients(rule, lr)
-        if self.dense is not None:
-            self.dense.step()
         return loss
 
     def _rule_of(self, number: int, group: Mapping[str, Any]) -> tuple[FusedOptimizer, float]:
@@ -253,7 +297,7 @@ class FusedTableOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, JSON]:
-        """By parameter, the tensors of the tables and of the dense optimizer themselves; the dict is a new one."""
+        """By parameter, the tensors of the tables and of the dense optimizer themselves; the dict refuses changes."""
         state: defaultdict[Tensor, JSON] = defaultdict(dict)
         if not self._complete:
             return state
@@ -265,7 +309,7 @@ class FusedTableOptimizer(Optimizer):
                 tensors = cast("FusedOptimizer", module.optimizer).tensors
                 state[parameter] = {"step": torch.tensor(float(steps[name]))}
                 state[parameter].update({key: buffers[f"{name}_{key}"] for key in tensors})
-        return state
+        return OptimizerState(state, self._change_state)
 
     @state.setter
     def state(self, value: Mapping[Tensor, JSON]) -> None:
@@ -276,6 +320,21 @@ class FusedTableOptimizer(Optimizer):
                 module.reset_optimizer_()
             if self.dense is not None:
                 self.dense.state.clear()
+
+    def _change_state(self, parameter: Tensor, given: JSON) -> None:
+        held = self.state[parameter]
+        if not any(parameter is p for group in self._fused_groups for p in group["params"]):
+            if self.dense is not None:
+                self.dense.state[parameter] = given
+            return
+        if given.keys() != held.keys() or any(torch.as_tensor(given[k]).shape != t.shape for k, t in held.items()):
+            raise ConfigError(f"the state of a table holds {sorted(held)}; got {sorted(given)}, or other shapes")
+        if int(given["step"]) != int(held["step"]):
+            raise ConfigError("the steps of a table change by load_state_dict()")
+        with torch.no_grad():
+            for key, tensor in held.items():
+                if key != "step" and given[key] is not tensor:
+                    tensor.copy_(given[key])
 
     def state_dict(self) -> JSON:
         """As torch's: each table's tensors ``[rows, width]`` or ``[rows, 1]`` and its steps, and the param groups."""
@@ -301,13 +360,16 @@ class FusedTableOptimizer(Optimizer):
                     for key, have in own[id(parameter)].items()
                     if key not in found or torch.as_tensor(found[key]).shape != have.shape
                 ]
+                if all(key in found for key in own[id(parameter)]):
+                    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+                    rule = cast("FusedOptimizer", module.optimizer)
+                    wrong += [f"{name}: {fault}" for fault in rule.state_faults(tensors, int(found["step"]))]
         if len(numbers) == len(order):
             raise_faults(wrong, "an optimizer's state dict that does not fit the tables", CheckpointError)
         super().load_state_dict(state_dict)
-        loaded = self.__dict__.pop("state")
-        for old, new in zip(groups, self.param_groups, strict=True):
+        loaded, found = self.__dict__.pop("state"), self.__dict__.pop("param_groups")
+        for old, new in zip(groups, found, strict=True):
             old.update({k: v for k, v in new.items() if k not in ("params", _OWN)})
-        self.param_groups = groups
         for module in self._modules.values():
             for parameter in _tables_of(module):
                 for key, tensor in own[id(parameter)].items():

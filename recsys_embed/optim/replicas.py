@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.row_gradient import RowGradient
+from recsys_embed.utils.ddp_reducer import rebuild_reducer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +36,7 @@ class _Exchange:
 
     Args:
         tables: in the same order in every process.
-        always: at the end of every backward, rather than of the one after :meth:`expect`.
+        always: at the end of every backward, rather than of the one after :meth:`begin_forward`.
     """
 
     def __init__(self, tables: Sequence[ReplicatedTables], group: ProcessGroup, always: bool) -> None:
@@ -65,7 +66,7 @@ class _Exchange:
             distributed.broadcast(steps, first, self._group)
             table.steps_taken(dict(zip(table.storages, steps.tolist(), strict=True)))
 
-    def expect(self, sync: bool) -> None:
+    def begin_forward(self, sync: bool) -> None:
         """A forward of all replicas begins, whose backward ends with an exchange, or does not (``no_sync``)."""
         self._expected = self._always or sync
 
@@ -183,7 +184,7 @@ class Replicas:
             _leave_buckets(replica, exchange._tables)
             exchange.copy_first()
             self._hook(replica.module)
-        self._by_replica[replica].expect(bool(replica.require_backward_grad_sync))
+        self._by_replica[replica].begin_forward(bool(replica.require_backward_grad_sync))
 
     def after_gradient(self) -> None:
         """Compiled code left a gradient."""
@@ -311,14 +312,4 @@ def _leave_buckets(replica: DistributedDataParallel, tables: Sequence[Replicated
             "DistributedDataParallel has nothing to do for a model of fused tables alone; leave it out and pass "
             "fused_optimizer(model, process_group=torch.distributed.group.WORLD)"
         )
-    parameters, sparse = replica._build_params_for_reducer()
-    names = replica._build_debug_param_to_name_mapping(parameters)
-    hooks = list(getattr(replica, "_comm_hooks", ()))
-    replica._ddp_init_helper(parameters, sparse, names, replica.static_graph)
-    if replica.static_graph:
-        replica.static_graph = False
-        replica._set_static_graph()
-    for hook, state in hooks:
-        torch.distributed._register_comm_hook(replica.reducer, state, hook)
-    if replica.require_backward_grad_sync:  # the forward that is running has told the reducer before
-        replica.reducer.prepare_for_forward()
+    rebuild_reducer(replica)

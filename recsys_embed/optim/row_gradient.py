@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.optim.duplicates import sum_duplicates
+from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
 aten = torch.ops.aten
 
@@ -26,22 +27,29 @@ class _Content:
     """Rows and values of a gradient, shared by its aliases so that a change of one is seen by all.
 
     They are given, or a source computes them, which is dropped then. ``dense``: all rows are there because a dense
-    gradient was stored; those that are 0 are no rows of the batch.
+    gradient was stored; those that are 0 are no rows of the batch. ``computed``: a source computed the rows, which the
+    table has.
     """
 
-    __slots__ = ("_rows", "_values", "dense", "distinct", "number", "ordered", "source")
+    __slots__ = ("_rows", "_values", "computed", "dense", "distinct", "number", "ordered", "source")
 
     def __init__(
         self, rows: Tensor | None, values: Tensor | None, distinct: bool, ordered: bool, dense: bool = False
     ) -> None:
         self._rows, self._values, self.distinct, self.ordered, self.dense = rows, values, distinct, ordered, dense
         self.source: RowSource | None = None
-        self.number = 0
+        self.number, self.computed = 0, dense
+
+    def sorted_(self, rows: Tensor, values: Tensor) -> None:
+        """The same gradient, of other order or distinct."""
+        computed = self.computed
+        self.__init__(rows, values, True, True, self.dense)  # type: ignore[misc]
+        self.computed = computed
 
     def _read(self) -> tuple[Tensor, Tensor]:
         if self.source is not None:
             self._rows, self._values = self.source.rows_and_values(self.number)
-            self.source = None
+            self.source, self.computed = None, True
         return cast("tuple[Tensor, Tensor]", (self._rows, self._values))
 
     @property
@@ -53,7 +61,7 @@ class _Content:
         return self._read()[1]
 
 
-class RowGradient(Tensor):
+class RowGradient(WrapperTensor):
     """A table's gradient ``[num_rows, width]`` that is zero outside some of the rows.
 
     It is what a backward leaves in ``.grad`` of a table whose fused optimizer steps at ``step()``, see
@@ -81,8 +89,7 @@ class RowGradient(Tensor):
     def __new__(
         cls, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
     ) -> RowGradient:
-        size, stride = (num_rows, values.shape[1]), (values.shape[1], 1)
-        return Tensor._make_wrapper_subclass(cls, size, stride, dtype=values.dtype, device=values.device)
+        return cast("RowGradient", cls._without_storage((num_rows, values.shape[1]), values.dtype, values.device))
 
     def __init__(
         self, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
@@ -115,8 +122,7 @@ class RowGradient(Tensor):
     def distinct_(self) -> RowGradient:
         """Sum the values of rows that occur several times, in place; a step takes the rows in any order."""
         if not self._content.distinct:
-            rows, values = sum_duplicates(self.rows, self.values)
-            self._content.__init__(rows, values, True, True, self._content.dense)  # type: ignore[misc]
+            self._content.sorted_(*sum_duplicates(self.rows, self.values))
         return self
 
     def coalesce(self) -> RowGradient:
@@ -124,9 +130,25 @@ class RowGradient(Tensor):
         self.distinct_()
         if not self._content.ordered:
             rows, order = self.rows.sort()
-            values = self.values.index_select(0, order)
-            self._content.__init__(rows, values, True, True, self._content.dense)  # type: ignore[misc]
+            self._content.sorted_(rows, self.values.index_select(0, order))
         return self
+
+    def check_rows(self, table: str) -> None:
+        """Refuse rows that a table does not have.
+
+        Args:
+            table: names it in the error.
+
+        Raises:
+            IdRangeError: names the rows.
+        """
+        if self._content.computed or not len(self.rows):
+            return
+        low, high = torch.stack(self.rows.aminmax()).tolist()
+        if low < 0 or high >= self.shape[0]:
+            raise IdRangeError(
+                f"rows of a gradient of {table!r} must be in [0, {self.shape[0]}); got rows from {low} to {high}"
+            )
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """The gradient as an ordinary tensor."""
@@ -134,14 +156,40 @@ class RowGradient(Tensor):
         out = self.values.new_zeros(self.shape).index_copy_(0, self.rows, self.values)
         return out if dtype is None else out.to(dtype)
 
+    @property
+    def data(self) -> Tensor:
+        """An alias of the gradient; what is assigned takes its place, a dense tensor with its memory."""
+        return self._alias()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, RowGradient):
+            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            self._content = value._content
+        else:
+            self._content = _Content(None, None, True, True)
+            self._set_dense(value)
+
+    def share_memory_(self) -> RowGradient:
+        """Move rows and values to memory that processes share."""
+        self.rows.share_memory_()
+        self.values.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether processes share the memory of rows and values."""
+        return self.rows.is_shared() and self.values.is_shared()
+
     def _set_dense(self, dense: Tensor) -> None:
+        if dense.shape != self.shape:
+            raise ConfigError(f"a table's gradient has the table's shape {list(self.shape)}; got {list(dense.shape)}")
         rows = torch.arange(dense.shape[0], device=dense.device)
         self._content.__init__(rows, dense.to(self.dtype), True, True, True)  # type: ignore[misc]
 
     def _like(self, values: Tensor) -> RowGradient:
         content = self._content
         out = RowGradient(content.rows, values, self.shape[0], distinct=content.distinct, ordered=content.ordered)
-        out._content.dense = content.dense
+        out._content.dense, out._content.computed = content.dense, content.computed
         return out
 
     def _alias(self) -> RowGradient:
@@ -161,8 +209,9 @@ class RowGradient(Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"RowGradient(shape={list(self.shape)}, rows={self.rows}, values={self.values})"
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., RowGradient], tuple[Tensor, Tensor, int]]:
-        return RowGradient, (self.rows, self.values, self.shape[0])
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., RowGradient], tuple[object, ...]]:
+        content = self._content
+        return _restored, (self.rows, self.values, self.shape[0], content.distinct, content.ordered, content.dense)
 
     def __deepcopy__(self, memo: object) -> RowGradient:
         return self.clone()  # type: ignore[return-value]
@@ -178,6 +227,13 @@ class RowGradient(Tensor):
             if out is not NotImplemented:
                 return out
         return _densely(func, args, kwargs)
+
+
+def _restored(rows: Tensor, values: Tensor, num_rows: int, distinct: bool, ordered: bool, dense: bool) -> RowGradient:
+    """A gradient that was pickled."""
+    out = RowGradient(rows, values, num_rows, distinct=distinct, ordered=ordered)
+    out._content.dense = dense
+    return out
 
 
 # -- how operations of torch read the stored rows ------------------------------------------------------------------
@@ -254,12 +310,12 @@ def _added(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if first.shape != second.shape or first.dtype != second.dtype:
         return NotImplemented
     if not len(second.rows) or not len(first.rows):
-        # As it is, with what is known of its rows.
-        part = second._like(scaled) if not len(first.rows) else first
-        joined = part if part is not second else second._like(scaled.clone())
+        # As it is, with what is known of its rows, in memory of its own.
+        joined = first if len(first.rows) else second._like(scaled.clone() if scaled is second.values else scaled)
     else:
         joined = RowGradient(torch.cat([first.rows, second.rows]), torch.cat([first.values, scaled]), first.shape[0])
         joined._content.dense = first._content.dense or second._content.dense
+        joined._content.computed = first._content.computed and second._content.computed
     if in_place:
         known = joined._content
         first._content.__init__(known.rows, known.values, known.distinct, known.ordered, known.dense)  # type: ignore[misc]
@@ -287,14 +343,21 @@ def _converted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
 
 
 def _zeroed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    # The rows are not read: computing those that are thrown away costs time, and may no longer be possible.
     grad = args[0]
-    grad._content.__init__(grad.rows[:0], grad.values[:0], True, True)
+    grad._content.__init__(*_no_rows(grad), True, True)
+    grad._content.source = None
     return grad
+
+
+def _no_rows(like: RowGradient) -> tuple[Tensor, Tensor]:
+    rows = torch.empty(0, dtype=torch.int64, device=like.device)
+    return rows, torch.empty(0, like.shape[1], dtype=like.dtype, device=like.device)
 
 
 def _empty(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     grad = args[0]
-    out = _zeroed(func, (grad._like(grad.values),), {})
+    out = RowGradient(*_no_rows(grad), grad.shape[0], distinct=True, ordered=True)
     return _converted(aten._to_copy.default, (out,), kwargs) if kwargs else out
 
 
@@ -330,7 +393,8 @@ def _zeroed_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _norms(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return [torch.linalg.vector_norm(g, *args[1:], **kwargs) for g in args[0]]
+    named = dict(zip(("ord", "dtype"), args[1:], strict=False)) | dict(kwargs)
+    return [torch.linalg.vector_norm(g, named.get("ord", 2), dtype=named.get("dtype")) for g in args[0]]
 
 
 _CLAMPS_OF_LISTS = (aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar)
@@ -400,14 +464,15 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
     out = func(*[given(x) for x in args], **{k: given(v) for k, v in kwargs.items()})
     written: dict[int, RowGradient] = {}
-    for argument, value in zip(arguments, args, strict=False):
+    named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
+    for argument in arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
-            for grad in _leaves(value):
+            for grad in _leaves(named.get(argument.name)):
                 grad._set_dense(dense[id(grad._content)])
                 written[id(dense[id(grad._content)])] = grad
-    if isinstance(out, Tensor):
-        return written.get(id(out), out)
-    return out
+    if isinstance(out, (list, tuple)):
+        return type(out)([written.get(id(x), x) for x in out])
+    return written.get(id(out), out)
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:

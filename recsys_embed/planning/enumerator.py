@@ -59,7 +59,17 @@ class OptionEnumerator:
         barred = frozenset(self.context.limits.forbidden(spec.name))
         data = tuple(getattr(spec, f.name) for f in fields(spec) if f.name != "name")
         option, kind = self.context.options.get(spec.name), self.context.kinds.get(spec.name)
-        key = (data, id(terms), weight, unordered, pin, barred, option, kind, spec.name in self.context.one_width)
+        key = (
+            data,
+            id(terms),
+            weight,
+            unordered,
+            pin,
+            barred,
+            option,
+            kind,
+            spec.name in self.context.equal_row_widths,
+        )
         if key not in self._made:
             none = np.zeros(0, np.int64)
             made = FeatureOptions(spec, terms, weight, [], Choices(none, np.zeros(0), none), none, [], {})
@@ -99,7 +109,7 @@ class OptionEnumerator:
                 variants = (
                     candidate.variants(feature.spec, feature.terms.curve) if self.context.variants else [candidate]
                 )
-                if candidate.params is None and feature.spec.name in self.context.one_width:
+                if candidate.params is None and feature.spec.name in self.context.equal_row_widths:
                     variants = [v for v in variants if not self._mixes_widths(v, feature)]
                 for variant in variants:
                     resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)

@@ -12,7 +12,7 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.loss_estimate import ColumnSpan, CurveTerms
 
-SHARED_ALONE = "no network tells ids of one row apart, so those that share one lose most"
+SHARED_WITHOUT_NETWORK = "no network tells ids of one row apart, so those that share one lose most"
 """Reason of a feature whose ids share rows though plans avoid it: bytes do not suffice, or these ids are rare."""
 
 
@@ -77,7 +77,7 @@ class FeatureChoice:
         program: its lookup.
         spans: the lookup's column spans.
         own_bytes: bytes of the feature's own tables.
-        dense_bytes: bytes of a dense table.
+        full_bytes: bytes of a full table.
         loss: predicted loss as a share of the feature's learned signal.
         readers: number of features that read the same shared tables.
         counted: whether frequencies were counted and not assumed.
@@ -89,7 +89,7 @@ class FeatureChoice:
     program: LookupProgram
     spans: list[ColumnSpan]
     own_bytes: int
-    dense_bytes: int
+    full_bytes: int
     loss: float
     readers: int
     counted: bool
@@ -97,7 +97,7 @@ class FeatureChoice:
 
 def explain(choice: FeatureChoice, limits: Limits) -> str:
     """One or two sentences: what the feature looks like, how it is stored and what that loses."""
-    spec, cost, dense = choice.spec, choice.own_bytes, choice.dense_bytes
+    spec, cost, full = choice.spec, choice.own_bytes, choice.full_bytes
     texts = [f"{counted(spec.num_embeddings, 'id')}{_coverage(choice)}"]
     pin = limits.pinned(spec.name)
     if pin is not None:
@@ -106,11 +106,11 @@ def explain(choice: FeatureChoice, limits: Limits) -> str:
         texts.append(f"kept whole, being under {limits.full_below}")
     texts.append(_storage(choice))
     if cost:
-        ratio = f", {dense / cost:.3g}x smaller than a plain table" if cost < dense else ""
+        ratio = f", {full / cost:.3g}x smaller than a full table" if cost < full else ""
         texts.append(format_bytes(cost) + ratio)
-    if choice.terms.alone and choice.config.method != "full":
+    if choice.terms.without_network and choice.config.method != "full":
         shared = any(f.shared.any() for f in choice.spans)
-        texts.append(SHARED_ALONE if shared else "no network tells ids of one row apart, so none share one")
+        texts.append(SHARED_WITHOUT_NETWORK if shared else "no network tells ids of one row apart, so none share one")
     guess = "" if choice.counted else " (a guess: nothing was counted)"
     lost = f"predicted to lose {share_text(choice.loss)} of the ids' signal{guess}"
     texts.append(lost if choice.loss > 5e-5 else "nothing lost")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys_embed.core.id_sets import IdSet, set_text
 from recsys_embed.core.index import IndexArrays
-from recsys_embed.errors import raise_faults, unknown_name
+from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.plan import Plan
 from recsys_embed.planning.curves import FrequencyCurve
@@ -50,13 +50,16 @@ class Frequencies:
         """Of statistics, assumed where there are none.
 
         Raises:
-            ConfigError: statistics of no feature of the schema, or of more ids than it has; all faults at once.
+            ConfigError: statistics of no feature of the schema, or of ids that it does not have; all faults at once.
         """
         given, counted = {}, set()
         faults = []
+        specs = {s.name: s for s in schema}
         for name, found in () if stats is None else read_statistics(stats):
             try:
                 given[name] = found.curve()
+                if name in specs and _has_counts(found):
+                    _check_ids(specs[name], found)
             except (TypeError, ValueError) as e:  # ConfigError is a ValueError
                 faults.append(f"{e} (feature {name!r})")
             if _has_counts(found):
@@ -142,14 +145,22 @@ def _by_name(stats: Statistics) -> Mapping[str, Any]:
     return stats if isinstance(stats, Mapping) else {}
 
 
+def _check_ids(spec: FeatureSpec, found: FeatureStatistics) -> None:
+    """Refuse counts of ids that a feature does not have."""
+    ids = found.counted[0]
+    if ids is not None and len(ids) and spec.ids == "index" and not 0 <= ids[0] <= ids[-1] < spec.num_ids:
+        wrong = int(ids[0] if ids[0] < 0 else ids[-1])
+        raise ConfigError(f"statistics are of ids from 0 to {spec.num_ids - 1}; got {wrong}")
+
+
 def _counts(spec: FeatureSpec, given: Any) -> Tensor | None:
     """Counts per stored id; None where only a curve is known. Ids that were not counted rank last."""
-    if given is None or not _has_counts(FeatureStatistics(given)):
+    found = FeatureStatistics(given)
+    if given is None or not _has_counts(found):
         return None
-    if isinstance(given, tuple) and len(given) == 2 and given[0] is None:
-        given = given[1]
-    elif isinstance(given, tuple) and len(given) == 2:
-        ids, counts = (torch.as_tensor(part).detach().cpu() for part in given)
-        return torch.zeros(spec.num_ids, dtype=torch.float64).index_add_(0, ids.long(), counts.double())
-    counts = torch.as_tensor(cast("Any", given)).detach().cpu()
+    _check_ids(spec, found)
+    ids, known = found.counted
+    counts = torch.as_tensor(cast("Any", known)).detach().cpu()
+    if ids is not None:
+        return torch.zeros(spec.num_ids, dtype=torch.float64).index_add_(0, ids, counts.double())
     return torch.nn.functional.pad(counts, (0, spec.num_ids - len(counts)))

@@ -30,7 +30,7 @@ class Limits:
     Args:
         pin: per feature the method it must have, or its whole configuration; ``"*"`` for all other features.
         forbid: per feature the methods it must not have; ``"*"`` for all.
-        full_below: features with fewer ids keep a dense table, unless bytes are so scarce that this would cost other
+        full_below: features with fewer ids keep a full table, unless bytes are so scarce that this would cost other
             features more than a twentieth of one feature's whole signal.
         min_width: every id stores at least this many numbers of its own vector, before any projection.
         width_multiple: divides the width of stored rows; learned scalars aside.

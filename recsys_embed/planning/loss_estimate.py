@@ -26,10 +26,10 @@ an id keeps most of its signal as long as one of its chunks is its own. A learne
 
 **Features without a network.** Where no network reads a vector beside many others
 (:mod:`recsys_embed.planning.network_context`), it is all that is known of an id. Then ids that share a row keep only
-:data:`SHARED_KEPT` of what the formula says, a factor on a shared row adds nothing, an id is learned from fewer lookups
-(:data:`HALF_KNOWN_ALONE`), and a few columns carry most whatever the full width is (:data:`WIDTH_ALONE`). These were
-set by recall@20 of matrix factorisation on MovieLens-100K: rows 14, 5, 3 and 1 wide keep 94, 95, 81 and 55 % of that of
-rows 64 wide, hashed rows of a twentieth of the bytes 15 %.
+:data:`SHARED_KEPT_WITHOUT_NETWORK` of what the formula says, a factor on a shared row adds nothing, an id is learned
+from fewer lookups (:data:`HALF_KNOWN_WITHOUT_NETWORK`), and a few columns carry most whatever the full width is
+(:data:`WIDTH_WITHOUT_NETWORK`). These were set by recall@20 of matrix factorisation on MovieLens-100K: rows 14, 5, 3
+and 1 wide keep 94, 95, 81 and 55 % of that of rows 64 wide, hashed rows of a twentieth of the bytes 15 %.
 
 Two ids of one feature are treated as equally similar whatever they mean, training noise and regularisation (small
 tables sometimes generalise better) are left out, and features have equal weight unless ``importance`` is given.
@@ -55,9 +55,9 @@ BETWEEN = 0.25
 """Harm of an id of another feature in the same row, against one of the same feature."""
 SUM_POWER = 1.4
 MUL_POWER = 3.0
-SHARED_KEPT = 0.1
-HALF_KNOWN_ALONE = 10.0
-WIDTH_ALONE = 2.0
+SHARED_KEPT_WITHOUT_NETWORK = 0.1
+HALF_KNOWN_WITHOUT_NETWORK = 10.0
+WIDTH_WITHOUT_NETWORK = 2.0
 AUC_PER_LOSS = 0.0022
 """AUC that a loss of 1 (all of one feature's signal) costs, on the sample above."""
 
@@ -73,7 +73,7 @@ class CurveTerms:
 
     Args:
         curve: how often ids occur.
-        alone: no network reads the feature beside many others.
+        without_network: no network reads the feature beside many others.
 
     Attributes:
         value: [B] learned signal of a bin: its share of the lookups, shrunk where ids are seen rarely.
@@ -81,16 +81,16 @@ class CurveTerms:
         taken: [B, U] the bin's contribution to G(u).
     """
 
-    def __init__(self, curve: FrequencyCurve, alone: bool = False) -> None:
-        self.curve, self.n, self.alone = curve, curve.n, alone
+    def __init__(self, curve: FrequencyCurve, without_network: bool = False) -> None:
+        self.curve, self.n, self.without_network = curve, curve.n, without_network
         share, ids = curve.share, curve.ids
         count = share * curve.total
         self.ends = np.cumsum(ids)
         self.begins = self.ends - ids
-        self.value = curve.mass * count / (count + (HALF_KNOWN_ALONE if alone else HALF_KNOWN))
+        self.value = curve.mass * count / (count + (HALF_KNOWN_WITHOUT_NETWORK if without_network else HALF_KNOWN))
         exponent = share[:, None] * _U
         decay = np.exp(-exponent)
-        self.kernel = exponent * decay * (_STEP * SHARED_KEPT if alone else _STEP)
+        self.kernel = exponent * decay * (_STEP * SHARED_KEPT_WITHOUT_NETWORK if without_network else _STEP)
         # An id does not collide with itself; the factor matters for tables of a few ids.
         self.taken = ids[:, None] * (1 - decay) * (max(self.n - 1, 0) / max(self.n, 1))
         self.ones, self.zeros = np.ones(len(ids)), np.zeros(len(ids))
@@ -98,7 +98,7 @@ class CurveTerms:
 
     def width_scale(self, dim: int) -> float:
         """Columns that carry 63 % of the signal of a vector of width ``dim``."""
-        return WIDTH_ALONE if self.alone else float(1.7 * np.sqrt(dim / 16))
+        return WIDTH_WITHOUT_NETWORK if self.without_network else float(1.7 * np.sqrt(dim / 16))
 
     def members(self, start: float, count: float) -> Floats:
         """Part of each bin whose frequency rank lies in ``[start, start + count)``: [B]."""
@@ -148,8 +148,8 @@ def sharing(transform: Transform, table: Table, terms: CurveTerms) -> tuple[Floa
     if not found.rows:
         return own, terms.zeros, 1
     # Equal arrays are one object, so that estimate_loss computes each distinct case once.
-    alone = own is terms.zeros and none is terms.zeros
-    return own, terms.ones if alone else np.maximum(terms.ones - own - none, 0.0), found.rows
+    all_share = own is terms.zeros and none is terms.zeros
+    return own, terms.ones if all_share else np.maximum(terms.ones - own - none, 0.0), found.rows
 
 
 def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
@@ -172,7 +172,7 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         else:
             group = groups.setdefault(span, [])
             group.append((table.name, ColumnSpan(own, rest, rows, width, 1.0, name)))
-        if row_lookup.weight is not None and not terms.alone:
+        if row_lookup.weight is not None and not terms.without_network:
             weights = tables[row_lookup.weight.table]
             own, rest, rows = sharing(row_lookup.weight.transform, weights, terms)
             found.append(ColumnSpan(own, rest, rows, 1, 1.0, weights.name if weights.shared else None))

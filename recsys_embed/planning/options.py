@@ -39,7 +39,7 @@ class PlanningContext:
         variants: whether to try each of a method's planning variants.
         options: by feature, a torch option that its method must support (:class:`ModelConstraints`).
         kinds: by feature, the device, dtype and so on that features of one shared table must agree on.
-        one_width: features whose rows should have one width, whatever the popularity of their ids.
+        equal_row_widths: features whose rows should have one width, whatever the popularity of their ids.
         sharing_penalty: loss added to options whose ids share rows that no network tells apart: as much as all such
             features can lose, so that plans resort to it only where bytes do not suffice for a number per id.
     """
@@ -54,7 +54,7 @@ class PlanningContext:
     variants: bool = True
     options: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, Any] = field(default_factory=dict)
-    one_width: Collection[str] = ()
+    equal_row_widths: Collection[str] = ()
     sharing_penalty: float = 0.0
 
 
@@ -203,7 +203,7 @@ def goes_by_frequency(program: LookupProgram) -> bool:
 
 
 def tiny_penalty(feature: FeatureOptions, context: PlanningContext) -> float:
-    """Loss added to every option but the dense table; not 0 for tiny tables only."""
+    """Loss added to every option but the full table; not 0 for tiny tables only."""
     spec, limits = feature.spec, context.limits
     if spec.num_embeddings >= limits.full_below or limits.pinned(spec.name) is not None or FULL in feature.refused:
         return 0.0
@@ -213,7 +213,7 @@ def tiny_penalty(feature: FeatureOptions, context: PlanningContext) -> float:
 def sharing_penalty(feature: FeatureOptions, spans: Sequence[ColumnSpan], context: PlanningContext) -> float:
     """Loss added to an option whose ids share rows that no network tells apart, rare ids aside."""
     terms = feature.terms
-    if not terms.alone:
+    if not terms.without_network:
         return 0.0
     own = np.maximum.reduce([f.private for f in spans])
     shares = float(((1 - own) * terms.value).sum()) > RARE * float(terms.value.sum())
@@ -221,5 +221,5 @@ def sharing_penalty(feature: FeatureOptions, spans: Sequence[ColumnSpan], contex
 
 
 def tiny_bytes(features: Sequence[FeatureOptions], context: PlanningContext) -> int:
-    """Bytes of the dense tables of all tiny features."""
+    """Bytes of the full tables of all tiny features."""
     return sum(o.cost for m in features if tiny_penalty(m, context) for o in m.options if o.method == FULL)

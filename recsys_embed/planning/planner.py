@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
-from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, Table
-from recsys_embed.errors import BudgetError, ConfigError, RecsysEmbedError, raise_faults, unknown_name
+from recsys_embed.errors import BudgetError
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.optim import SGD, FusedOptimizer, is_rate, make_rule
 from recsys_embed.plan import Plan, PlanNotes
+from recsys_embed.planning.arguments import checked_importance, grid_detail, itemsize_of, planning_context, schema_of
 from recsys_embed.planning.calibration import Calibration, calibrate, read_comparison
-from recsys_embed.planning.candidates import Candidate, candidate_methods
-from recsys_embed.planning.costs import Costs
-from recsys_embed.planning.enumerator import OptionEnumerator, pin_option
+from recsys_embed.planning.enumerator import OptionEnumerator
 from recsys_embed.planning.explain import FeatureChoice, explain
+from recsys_embed.planning.feasibility import check_possible, pinned_tables, ways_out
 from recsys_embed.planning.frequencies import Frequencies, with_frequent_ids
-from recsys_embed.planning.limits import Limits, named_limits
 from recsys_embed.planning.loss_estimate import column_spans
 from recsys_embed.planning.model_constraints import ModelConstraints, constraints_of
 from recsys_embed.planning.network_context import network_context
@@ -37,11 +33,6 @@ from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
 from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
 from recsys_embed.utils.types import Budget, Option
-
-MANY = 200
-"""With more features than this, the grid of sizes is coarser."""
-EVALUATIONS = 24_000
-"""Approximate number of configurations on the coarse grids of all features together."""
 
 
 def plan_for_budget(
@@ -100,33 +91,35 @@ def plan_for_budget(
     >>> plan["C1"].method, plan["C2"].method, plan.footprint(schema).serve <= 2**20
     ('full', 'hash', True)
     """
-    given = _schema(model_or_schema)
+    given = schema_of(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
     schema = Schema(sorted(given.first_readers, key=lambda s: s.name))
     constraints = (
         constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
     )
-    total, context = _context(given, budget, target, methods, optimizer, _itemsize(itemsize, constraints), limits)
+    total, context = planning_context(
+        given, budget, target, methods, optimizer, itemsize_of(itemsize, constraints), limits
+    )
     context = replace(context, limits=limits_of_tables(given, context.limits))
     frequencies = Frequencies.of(schema, statistics_of_tables(given, stats))
-    weights = importance_of_tables(given, _importance(given, importance))
-    around = context_of_tables(given, network_context(model_or_schema, given, network))
-    terms = curve_terms(schema, frequencies.curves, around.alone)
+    weights = importance_of_tables(given, checked_importance(given, importance))
+    network_found = context_of_tables(given, network_context(model_or_schema, given, network))
+    terms = curve_terms(schema, frequencies.curves, network_found.without_network)
     calibration = Calibration() if evidence is None else calibrate(read_comparison(evidence), schema, terms)
     context = replace(
         context,
         loss_scales=calibration.scales,
         options=constraints.options,
         kinds=constraints.kinds,
-        one_width=around.one_width,
-        sharing_penalty=float(len(around.alone)),
-        **_detail(schema, context.candidates),
+        equal_row_widths=network_found.equal_row_widths,
+        sharing_penalty=float(len(network_found.without_network)),
+        **grid_detail(schema, context.candidates),
     )
     maker = OptionEnumerator(context)
     features = [maker.enumerate(s, terms[s.name], weights[s.name], frequencies.unordered.get(s.name)) for s in schema]
-    pinned, spent = _pinned_tables(schema, features, context)
+    pinned, spent = pinned_tables(schema, features, context)
     groups = table_groups(features, context, {t.name for t in pinned})
-    _check_possible(features, groups)
+    check_possible(features, groups)
     found = _solution(schema, features, groups, context, total, spent)
     configs = _configs(schema, features, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given.first_readers})
@@ -135,187 +128,6 @@ def plan_for_budget(
     reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
     reasons = {n: _with_readers(why, given.by_table[given[n].table_name]) for n, why in reasons.items()}
     return with_frequent_ids(Plan(plan.configs, reasons, notes).for_readers(given), given, stats)
-
-
-# -- arguments ------------------------------------------------------------------------------------------------------
-
-
-def _schema(model_or_schema: ModelOrSchema) -> Schema:
-    if isinstance(model_or_schema, Schema):
-        return model_or_schema
-    if isinstance(model_or_schema, nn.Module):
-        return Schema.from_model(model_or_schema)
-    raise ConfigError(f"expected a Schema or a torch.nn.Module; got {type(model_or_schema).__name__}")
-
-
-def _itemsize(given: Any, constraints: ModelConstraints) -> Any:
-    """Bytes per element: as given, else those of the tables; where these differ, the first table of each size."""
-    if given is not None or not constraints.itemsizes:
-        return 4 if given is None else given
-    first: dict[int, str] = {}
-    for name, size in constraints.itemsizes.items():
-        first.setdefault(size, name)
-    return first if len(first) > 1 else next(iter(first))
-
-
-def _context(
-    schema: Schema, budget: Any, target: Any, methods: Any, optimizer: Any, itemsize: Any, options: Mapping[str, Any]
-) -> tuple[int, PlanningContext]:
-    """Budget and planning context, from checked arguments; all faults at once."""
-    faults: list[str] = []
-
-    def attempt(make: Any, default: Any) -> Any:
-        try:
-            return make()
-        except ConfigError as e:
-            faults.append(str(e))
-            return default
-
-    total = attempt(lambda: parse_bytes(budget), 1)
-    chosen = attempt(lambda: candidate_methods(methods), [])
-    limits = attempt(lambda: named_limits(options), Limits())
-    fused = attempt(lambda: _optimizer(optimizer), None)
-    faults += limits.faults(schema)
-    if target not in ("serve", "train"):
-        faults.append(f"`target` must be 'serve' or 'train'; got {target!r}")
-    if isinstance(itemsize, Mapping):
-        examples = "; ".join(f"{size} of {name!r}" for size, name in itemsize.items())
-        faults.append(
-            f"the model's tables differ in bytes per number ({examples}); give `itemsize`, the largest to keep to the "
-            "budget in any case"
-        )
-    elif not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
-        faults.append(f"`itemsize` must be an integer >= 1; got {itemsize!r}")
-    raise_faults(faults, "plan_for_budget")
-    return total, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
-
-
-def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
-    """Candidates with pinned methods added: a pinned method need not be among ``methods``."""
-    names = {c.name for c in chosen}
-    extra = [p for p in limits.pin.values() if isinstance(p, str) and p not in names]
-    return chosen + candidate_methods(extra) if extra else chosen
-
-
-def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:
-    if optimizer is None or isinstance(optimizer, FusedOptimizer):
-        return optimizer
-    if not isinstance(optimizer, str):
-        raise ConfigError(f"`optimizer` must be a fused optimizer, its name, or None; got {optimizer!r:.80}")
-    return make_rule(optimizer)
-
-
-def _importance(schema: Schema, importance: Mapping[str, float] | None) -> dict[str, float]:
-    given, names = {} if importance is None else dict(importance), schema.names
-    faults = [str(unknown_name("feature in `importance`", n, names)) for n in sorted(set(given) - set(names), key=str)]
-    for name, value in given.items():
-        if not is_rate(value):
-            faults.append(f"`importance` must be a finite number >= 0; got {value!r} (feature {name!r})")
-    raise_faults(faults, "plan_for_budget")
-    return {s.name: float(given.get(s.name, 1.0)) for s in schema}
-
-
-def _detail(schema: Schema, chosen: Sequence[Candidate]) -> dict[str, Any]:
-    """Resolution of the grids of sizes: coarser where there are many features."""
-    grid_points = min(14, max(4, EVALUATIONS // (len(schema) * max(1, len(chosen)))))
-    if len(schema) <= MANY:
-        return {"grid_points": grid_points, "rounds": 3}
-    return {"grid_points": grid_points, "rounds": 1, "step": 1.2, "variants": False}
-
-
-# -- impossible plans ----------------------------------------------------------------------------------------------
-
-
-def _pinned_tables(
-    schema: Schema, features: Sequence[FeatureOptions], context: PlanningContext
-) -> tuple[list[Any], int]:
-    """Shared tables that pinned configurations fix, and their bytes; their features count as private."""
-    pins = {s.name: p for s in schema if isinstance(p := context.limits.pinned(s.name), MethodConfig)}
-    fixed = [m for m in features if m.spec.name in pins and m.shared]
-    if not fixed:
-        return [], 0
-    part = Schema([m.spec for m in fixed])
-    tables = [t for t in Plan({m.spec.name: pins[m.spec.name] for m in fixed}).tables(part).values() if t.shared]
-    terms = {m.spec.name: m.terms for m in fixed}
-    plan = Plan({m.spec.name: pins[m.spec.name] for m in fixed})
-    weights = {m.spec.name: m.weight for m in fixed}
-    losses = plan_losses(part, plan, terms, weights, context.loss_scales)
-    for feature in fixed:
-        pin_option(feature, feature.shared[0].smallest, losses[feature.spec.name])
-    return tables, sum(context.costs.table(t) for t in tables)
-
-
-def _check_possible(features: Sequence[FeatureOptions], groups: Sequence[TableGroup]) -> None:
-    """Raise where a feature has no option, with the methods refused and why."""
-    faults = []
-    for i, feature in enumerate(features):
-        if feature.options or any(i in group.members for group in groups):
-            continue
-        why = "; ".join(f"{name}: {text}" for name, text in feature.refused.items()) or "none was offered"
-        if feature.shared:
-            why = f"{feature.shared[0].smallest.config.method}: its table differs in shape or kind from the others'"
-        faults.append(f"no method is left ({why}) (feature {feature.spec.name!r})")
-    alone = {i for i, m in enumerate(features) if not m.options}
-    if not faults and alone and not any(alone <= set(group.members) for group in groups):
-        names = ", ".join(features[i].spec.name for i in sorted(alone))
-        faults.append(f"features {names} can only share tables, and of different methods; a plan shares those of one")
-    raise_faults(faults, "plan_for_budget")
-
-
-def _ways_out(
-    schema: Schema, features: Sequence[FeatureOptions], context: PlanningContext, least: int, total: int
-) -> str:
-    """The budget that would suffice, and other ways out, least bytes first."""
-    ways: list[tuple[int, str]] = []
-
-    def smallest(costs: Costs, limits: Limits, names: Any) -> int | None:
-        other = PlanningContext(
-            candidate_methods(names),
-            costs,
-            limits,
-            grid_points=4,
-            rounds=0,
-            options=context.options,
-            kinds=context.kinds,
-            one_width=context.one_width,
-            sharing_penalty=context.sharing_penalty,
-        )
-        maker = OptionEnumerator(other)
-        made = [maker.enumerate(m.spec, m.terms, m.weight, None) for m in features]
-        try:
-            _, spent = _pinned_tables(schema, made, other)
-            groups = table_groups(made, other, set())
-            _check_possible(made, groups)
-            return PlanSolver(made, groups).least() + spent
-        except RecsysEmbedError:
-            return None
-
-    names = [c.name for c in context.candidates]
-    trials: list[tuple[str, Costs, Limits, Any]] = [
-        ("let the planner choose from all methods", context.costs, context.limits, None)
-    ]
-    free = Limits(needs_equal_widths=context.limits.needs_equal_widths)
-    if context.limits != free:
-        trials.append(("fewer limits (pins, forbidden methods, widths, reads)", context.costs, free, names))
-    if context.costs.train:
-        trials.append(("an optimizer without state, such as 'sgd'", Costs(SGD(), True, context.costs.itemsize),
-                       context.limits, names))  # fmt: skip
-    for text, costs, limits, chosen in trials:
-        need = smallest(costs, limits, chosen)
-        if need is not None and need < least:
-            ways.append((need, f"{text}: {format_bytes(need)} at least"))
-    if max(s.embedding_dim for s in schema) > 1:
-        ways.append((least - 1, "a smaller embedding_dim"))
-    listed = [f"a budget of {format_bytes(least)} ({least} bytes) or more", *(text for _, text in sorted(ways))]
-    out = "; ".join(f"{i}. {text}" for i, text in enumerate(listed, 1))
-    kind = "training" if context.costs.train else "serving"
-    return (
-        f"{len(schema)} features need at least {format_bytes(least)} for {kind} with the methods and limits given; "
-        f"{format_bytes(total)} available. Ways out: {out}"
-    )
-
-
-# -- the plan chosen --------------------------------------------------------------------------------------------
 
 
 def _solution(
@@ -331,7 +143,7 @@ def _solution(
     least = solver.least() + spent
     found = solver.best(total - spent) if total >= least else None
     if found is None:
-        raise BudgetError(_ways_out(schema, features, context, least, total))
+        raise BudgetError(ways_out(schema, features, context, least, total))
     return found
 
 
@@ -417,7 +229,7 @@ def _reasons(
     for feature in features:
         spec, terms = feature.spec, feature.terms
         program = programs[spec.name]
-        plain = Table("weight", spec.num_embeddings, spec.embedding_dim, Initializer.plain(spec))
+        full = Table("weight", spec.num_embeddings, spec.embedding_dim, Initializer.plain(spec))
         value = float(terms.value.sum()) * feature.weight
         choice = FeatureChoice(
             spec=spec,
@@ -426,7 +238,7 @@ def _reasons(
             program=program,
             spans=column_spans(program, terms),
             own_bytes=context.costs.own(plan[spec.name], program, spec),
-            dense_bytes=context.costs.table(plain),
+            full_bytes=context.costs.table(full),
             loss=losses[spec.name] / value if value else 0.0,
             readers=max((readers[t.name] for t in program.tables if t.shared), default=0),
             counted=spec.name in known,

@@ -44,18 +44,18 @@ def plan_losses(
 
 
 def curve_terms(
-    schema: Schema, curves: Mapping[str, FrequencyCurve], alone: Collection[str] = ()
+    schema: Schema, curves: Mapping[str, FrequencyCurve], without_network: Collection[str] = ()
 ) -> dict[str, CurveTerms]:
     """CurveTerms by feature; features with the same curve share them.
 
     Args:
-        alone: features that no network reads beside many others.
+        without_network: features that no network reads beside many others.
     """
     made: dict[tuple[int, int, bool], CurveTerms] = {}
     found = {}
     for spec in schema:
         curve = curves[spec.name]
-        key = (id(curve), spec.num_embeddings, spec.name in alone)
+        key = (id(curve), spec.num_embeddings, spec.name in without_network)
         if key not in made:
             made[key] = CurveTerms(_fitting(spec, curve), key[2])
         found[spec.name] = made[key]

@@ -31,7 +31,7 @@ JOIN = -1
 PARTS = 256
 SHARES = (*range(4, 128, 8), *range(128, 192, 4), *range(192, PARTS))
 """Shares of the budget, in units of 1 / :data:`PARTS`, tried for the shared tables of a group."""
-MANY = 64
+FEWER_SHARES_ABOVE = 64
 """With more features than this, fewer shares are tried; bytes left over enlarge the shared tables afterwards."""
 LEVELS = 32
 """Groups of at most this many members are tried with every number of members; larger ones with about a dozen."""
@@ -71,7 +71,7 @@ class PlanSolver:
     """Options and table groups, laid out as arrays for many knapsacks.
 
     Args:
-        tiny: bytes of the dense tables of all tiny features.
+        tiny: bytes of the full tables of all tiny features.
     """
 
     def __init__(self, features: Sequence[FeatureOptions], groups: Sequence[TableGroup], tiny: int = 0) -> None:
@@ -85,7 +85,7 @@ class PlanSolver:
         # A feature that may join a group has one option more. Which solvers run must not depend on the budget.
         self._effort = Effort.of([len(m.choices.costs) + 1 for m in features])
         self._multipliers = self._multiplier_grid()
-        self._shares = SHARES if len(features) <= MANY else SHARES[::6]
+        self._shares = SHARES if len(features) <= FEWER_SHARES_ABOVE else SHARES[::6]
 
     def _multiplier_grid(self) -> Floats:
         """Lagrange multipliers: 0, and losses per byte over the range of slopes of all hulls."""
@@ -135,7 +135,7 @@ class PlanSolver:
             return [BudgetSplit(None, 0, 0, budget)]
         private = self._cheapest(group, allowed)
         # First the smallest shared tables; then the largest, beside the cheapest private tables and beside those plus
-        # the dense tables of tiny features.
+        # the full tables of tiny features.
         amounts = [(group.unit * group.least, budget - group.unit * group.least), (budget - private, private)]
         amounts += [(budget - private - self._tiny, private + self._tiny)]
         amounts += [(budget * part // PARTS, budget * (PARTS - part) // PARTS) for part in self._shares]

@@ -6,10 +6,13 @@ Planners, reports and compression all read statistics through this module, so ea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError, DataError, raise_faults
@@ -83,8 +86,32 @@ class FeatureStatistics:
         found = getattr(self.given, "curve", self.given)
         if isinstance(found, FrequencyCurve):
             return found
-        counts = found[1] if isinstance(found, tuple) and len(found) == 2 else found
-        return FrequencyCurve.from_counts(cast("Counts", counts))
+        ids, counts = self.counted
+        curve = FrequencyCurve.from_counts(cast("Counts", counts))
+        # That counts fall says how ids are numbered only where they are counts of the first ids.
+        first = ids is None or torch.equal(ids, torch.arange(len(ids)))
+        return curve if first else replace(curve, ranked=False)
+
+    @cached_property
+    def counted(self) -> tuple[Tensor | None, object]:
+        """Distinct ids in rising order, or None for the first ones, and their counts.
+
+        Raises:
+            ConfigError: ``given`` is ``(ids, counts)`` of other shapes or types.
+        """
+        pair = self.given if isinstance(self.given, tuple) and len(self.given) == 2 else (None, self.given)
+        if pair[0] is None:
+            return None, pair[1]
+        ids, counts = (np.asarray(p.detach().cpu() if isinstance(p, Tensor) else p) for p in pair)
+        if ids.ndim != 1 or ids.shape != counts.shape or ids.dtype.kind not in "iu" or counts.dtype.kind not in "iuf":
+            raise ConfigError(
+                "counts of some ids are (ids [n], counts [n]) with integer ids; got shapes "
+                f"{ids.shape} and {counts.shape} of {ids.dtype} and {counts.dtype}"
+            )
+        if not (counts >= 0).all():  # sums could hide them
+            raise ConfigError(f"counts must be finite and not negative; got {counts.min()}")
+        distinct, place = np.unique(ids.astype(np.int64), return_inverse=True)
+        return torch.from_numpy(distinct), np.bincount(place, counts)
 
 
 def read_statistics(source: Statistics) -> Iterator[tuple[str, FeatureStatistics]]:

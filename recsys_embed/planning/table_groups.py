@@ -48,7 +48,7 @@ class TableGroup:
         unit: bytes of the budget per row of each shared table.
         least, most: rows that the tables need, and rows beyond which nothing is gained.
         own: int64 [members], bytes that a member adds (projections).
-        tiny: [members], whose plain table is small enough to be kept.
+        tiny: [members], whose full table is small enough to be kept.
     """
 
     candidate: Candidate
@@ -135,7 +135,7 @@ def _table_group(
     members: list[tuple[int, SizedMethod]],
     context: PlanningContext,
 ) -> TableGroup:
-    # Features without another option come first, then those with the largest dense tables.
+    # Features without another option come first, then those with the largest full tables.
     members = sorted(
         members, key=lambda m: (len(features[m[0]].options) > 0, -_size(features[m[0]]), features[m[0]].spec.name)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ MAX_DEPTH = 64
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON without repeated keys, NaN or infinities, nested at most ``MAX_DEPTH`` deep.
+    """JSON without repeated keys, NaN, infinities or numbers that overflow to these, nested at most ``MAX_DEPTH`` deep.
 
     Raises:
         ValueError: anything else; says why.
@@ -22,7 +23,7 @@ def strict_json(text: str | bytes) -> Any:
     Traceback (most recent call last):
     ValueError: key 'a' occurs more than once
     """
-    return _shallow(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    return _shallow(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def own_json(text: str | bytes) -> Any:
@@ -58,7 +59,7 @@ def read_object(path: Path, *, toml: bool = False) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if toml else strict_json(text)
+        data = tomllib.loads(text, parse_float=_finite) if toml else strict_json(text)
     except ValueError as e:
         raise ConfigError(f"{path} is not valid {'TOML' if toml else 'JSON'}: {e}") from e
     if not isinstance(data, dict):
@@ -77,3 +78,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value) and "inf" not in text:  # which TOML has
+        raise ValueError(f"number {text:.80} is too large")
+    return value

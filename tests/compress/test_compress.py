@@ -119,6 +119,21 @@ def test_the_padding_row_is_no_part_of_the_error() -> None:
     assert "padding row" in report["a"].note
 
 
+@pytest.mark.parametrize("paddings", [(None, 0), (0, None), (0, 3), (0, 0)])
+def test_modules_of_one_table_with_different_paddings_are_tied_again(paddings: tuple[Any, Any]) -> None:
+    model = nn.ModuleDict({n: nn.Embedding(40, 8, padding_idx=p) for n, p in zip("ab", paddings, strict=True)})
+    model["b"].weight = model["a"].weight
+    compress_(model, {"a": rse.HashConfig(num_buckets=9)})
+    ids = torch.arange(40)
+    read = [module(ids).detach() for module in model.values()]
+    report = materialize_(model)
+    assert model["a"].weight is model["b"].weight
+    assert ("pad with different ids" in report["a"].note) == (paddings[0] != paddings[1])
+    # What either module read, zeros only where both did.
+    wanted = torch.where(read[0] == 0, read[1], read[0])
+    assert torch.equal(model["a"].weight.detach(), wanted)
+
+
 def test_low_rank_tables_come_back_exactly() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(60, 8)})
     with torch.no_grad():

@@ -88,7 +88,9 @@ def test_saved_models_come_back_and_tied_ones_stay_tied(name: str, method: str, 
     assert all(p.grad is not None for n, p in again.named_parameters() if "embed" in n or "wte" in n or "shared" in n)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "again")), wanted)
-    assert not any(hasattr(m.config, "quantization_config") for m in (build(name), again.from_pretrained(tmp_path)))
+    assert not any(hasattr(m.config, "quantization_config") for m in (model, again, again.from_pretrained(tmp_path)))
+    type(model)(model.config).save_pretrained(tmp_path / "other")
+    assert type(type(model).from_pretrained(tmp_path / "other").get_input_embeddings()) is nn.Embedding
     rse.materialize_(again)
     again.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -145,7 +147,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for part in (model, model.bert, copy.deepcopy(model)):
         with pytest.raises(ConfigError, match="materialize_"):
             part.resize_token_embeddings(WORDS + 8)
+        with pytest.raises(ConfigError, match="materialize_"):
+            part.set_input_embeddings(nn.Embedding(WORDS, 16))
     rse.materialize_(model)
+    model.set_input_embeddings(nn.Embedding(WORDS, 16))
     assert model.resize_token_embeddings(WORDS + 8).num_embeddings == WORDS + 8
     positions = build("BertForMaskedLM")
     rse.compress_(positions, {"bert/embeddings/position_embeddings": rse.LowdimConfig(dim=2)}, include=["*position*"])
@@ -154,6 +159,32 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     served = rse.load(tmp_path / "m", into=build("BertForMaskedLM"))
     with pytest.raises(ConfigError, match="exported file"):
         served.save_pretrained(tmp_path / "c")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("tables",), 5),
+        (("tables",), [5]),
+        (("tables",), []),
+        (("tabels",), []),
+        (("tables", 0, "paths"), None),
+        (("tables", 0, "paths"), 3),
+        (("tables", 0, "unseen"), "x"),
+        (("tables", 0, "config"), {"method": "none"}),
+    ],
+    ids=str,
+)
+def test_a_damaged_description_is_refused(at: tuple[Any, ...], value: Any, tmp_path: Path) -> None:
+    compressed("BertForMaskedLM", "hash").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    part = config["quantization_config"]
+    for key in at[:-1]:
+        part = part[key]
+    part[at[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json, quantization_config is damaged"):
+        transformers.BertForMaskedLM.from_pretrained(tmp_path)
 
 
 def test_the_page_keeps_its_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

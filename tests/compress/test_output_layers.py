@@ -129,6 +129,57 @@ def test_hooks_and_attributes_stay_and_the_weight_cannot_be_set() -> None:
     assert "tied" in repr(model.scores)
 
 
+def test_a_layer_whose_table_left_the_model_says_so(tmp_path: Path) -> None:
+    model = compressed("hash")
+    kept, model.item = model.item, nn.Embedding(500, 8)
+    with pytest.raises(ConfigError, match="scores scores by a compressed table that is no longer in the model"):
+        rse.export(model, tmp_path / "m")
+    del kept
+    for act in (lambda: model(IDS), lambda: copy.deepcopy(model), lambda: model.scores.weight):
+        with pytest.raises(ConfigError, match=r"is gone.*materialize_"):
+            act()
+
+
+class Own(NextItem):
+    """Built with a drop-in of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = rse.FullEmbedding(500, 8, padding_idx=0)
+        self.scores.weight = self.item.table("weight")
+
+
+@pytest.mark.parametrize("into", [Own, NextItem])
+def test_drop_ins_that_users_tied_stay_tied(into: type[NextItem], tmp_path: Path) -> None:
+    model = Own()
+    (table,) = find_tables(model)
+    assert (table.tied, table.output_layers) == (("scores.weight",), (model.scores,))
+    for precision, atol in (("fp32", 0.0), ("int8", 0.1)):
+        rse.export(model, tmp_path / "m", precision)  # type: ignore[arg-type]
+        served = rse.load(tmp_path / "m", into=into())
+        assert served.scores.table is served.item  # type: ignore[union-attr]
+        torch.testing.assert_close(served(IDS), model(IDS), rtol=0, atol=atol)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rse.compress_(model, {"item": rse.LowdimConfig(dim=2)}, optimizer=optimizer)
+    assert model.scores.table is model.item
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    rse.materialize_(model, optimizer=optimizer)
+    assert model.scores.weight is model.item.weight
+
+
+def test_stored_rows_that_another_layer_holds_are_an_obstacle(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"item": rse.HashEmbedding(500, 8, num_buckets=20), "net": nn.Linear(8, 20, bias=False)})
+    model["net"].weight = model["item"].table("weight")
+    acts = (
+        lambda: rse.compress_(model, {"item": rse.LowdimConfig(dim=2)}),
+        lambda: rse.materialize_(model),
+        lambda: rse.export(model, tmp_path / "m"),
+    )
+    for act in acts:
+        with pytest.raises(ConfigError, match=r"its weight is also net\.weight"):
+            act()
+
+
 def test_plans_made_without_the_table_leave_it_and_its_layer_as_they_are(tmp_path: Path) -> None:
     model = NextItem()
     model.user = nn.Embedding(300, 8)
@@ -149,4 +200,4 @@ def test_ids_of_one_row_have_one_score_whatever_the_network() -> None:
             self.wide = nn.Linear(80, 8)
 
     model = Wide()
-    assert network_context(model, rse.Schema.from_model(model)).alone == {"item"}
+    assert network_context(model, rse.Schema.from_model(model)).without_network == {"item"}

@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,9 @@ FEW: dict[str, Callable[[Tensor], Any]] = {
     "ids of two dimensions": lambda w: w[IDS.view(2, 2)],
     "index_select": lambda w: w.index_select(0, IDS.abs()),
     "F.embedding": lambda w: F.embedding(IDS.abs(), w),
+    "an id of no dimension": lambda w: w[torch.tensor(5)],
+    "vmap of ids": lambda w: torch.vmap(lambda i: w[i])(IDS),
+    "vmap of F.embedding": lambda w: torch.vmap(lambda i: F.embedding(i, w))(IDS.abs().view(2, 2)),
 }
 WHOLE: dict[str, Callable[[Tensor], Any]] = {
     "product": lambda w: torch.ones(2, WIDTH) @ w.T,
@@ -42,6 +47,7 @@ WHOLE: dict[str, Callable[[Tensor], Any]] = {
     "most of it": lambda w: w[1:],
     "None": lambda w: w[None],
     "norms": lambda w: w.norm(dim=1),
+    "F.embedding with padding": lambda w: F.embedding(torch.tensor([0, 0, 3]), w, padding_idx=0),
 }
 NOTHING: dict[str, Callable[[Tensor], Any]] = {
     "shape": lambda w: w.shape,
@@ -87,6 +93,9 @@ def test_weight_is_computed_as_far_as_it_is_read(method: MethodInfo) -> None:
     for bad in (ROWS, torch.tensor([-ROWS - 1])):
         with pytest.raises(IndexError, match="out of bounds"):
             module.weight[bad]
+    for reads in (lambda w, ids: F.embedding(ids, w), lambda w, ids: w.index_select(0, ids)):
+        with pytest.raises(IndexError):
+            reads(module.weight, torch.tensor([-1]))
 
 
 @pytest.mark.parametrize("method", PLANNED, ids=lambda m: m.name)
@@ -121,6 +130,52 @@ def test_states_and_pickles_of_modules_whose_parameter_was_called_weight_load() 
     torch.save(module, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False).weight + 0, module.weight + 0)
+
+
+def _add_to_a_row(w: Tensor) -> None:
+    row = w[0]
+    row += 1
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "a row": lambda w: w[5].zero_(),
+    "a row by a tensor": lambda w: w[torch.tensor(5)].fill_(3),
+    "a part of a row": lambda w: w[5, 1:3].fill_(3),
+    "an initializer": lambda w: nn.init.normal_(w[5]),
+    "an in-place operator": _add_to_a_row,
+    "an array": lambda w: w.detach().numpy().__setitem__(3, 7),
+    "np.asarray": lambda w: np.asarray(w.detach()).__setitem__(3, 7),
+    "DLPack": lambda w: torch.from_dlpack(w.detach())[3].fill_(7),
+    "a list": lambda w: torch._foreach_mul_([w], 2.0),
+    "an option": lambda w: F.relu(w, inplace=True),
+    "an option by position": lambda w: F.dropout(w, 0.5, True, True),
+    "a norm's limit": lambda w: F.embedding(torch.tensor([1]), w, max_norm=0.1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writes_that_would_be_lost_are_refused(write: Callable[[Tensor], Any]) -> None:
+    module = stood_in(rse.get_method("hash"))
+    before, kept = module.materialize(), module.weight
+    with pytest.raises((rse.RecsysEmbedError, ValueError), match=r"change nothing|read-only|weight \+ 0"):
+        write(kept)
+    assert torch.equal(module.materialize(), before)
+    assert torch.equal(kept + 0, before)
+
+
+def test_a_weight_that_is_kept_follows_its_parameters(tmp_path: Path) -> None:
+    module = stood_in(rse.get_method("hash"))
+    rse.export(nn.ModuleList([module]), tmp_path / "m", "int8")
+    served = rse.load(tmp_path / "m", into=nn.ModuleList([copy.deepcopy(module)]))[0].weight  # type: ignore[index]
+    torch.testing.assert_close(served + 0, module.materialize(), atol=0.05, rtol=0)
+    assert not served._dense  # the file holds its rows in fewer bytes
+    kept = module.weight
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(kept + 0, module.materialize())
+            module.stored_weight.add_(1)
+        module.stored_weight.data = torch.ones_like(module.stored_weight)
+        assert torch.equal(kept + 0, module.materialize())
 
 
 class _Own(torch.autograd.Function):

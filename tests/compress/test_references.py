@@ -191,6 +191,10 @@ def test_a_weight_that_stays_one_is_that_of_the_file(tmp_path: Path) -> None:
 TABLE: Any = None
 
 
+def _look(ids: Tensor) -> Any:
+    return TABLE["held"][0](ids)
+
+
 def test_variables_that_others_read_too_are_refused() -> None:
     global TABLE
     model = Model(lambda table: lambda ids: TABLE(ids))
@@ -209,6 +213,23 @@ def test_variables_that_others_read_too_are_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"forward\.<closure>\.table holds the replaced table e, as a variable"):
         rse.compress_(Method(), HASH)
+    # Another function of the file may be what reads the variable.
+    TABLE = {"held": [table]}
+    reads: dict[str, Any] = {
+        "function": lambda self, ids: _look(ids),
+        "static": staticmethod(lambda ids: TABLE["held"][0](ids)),
+        "class": classmethod(lambda cls, ids: TABLE["held"][0](ids)),
+        "property": property(lambda self: TABLE["held"][0]),
+        "cached": functools.cached_property(lambda self: TABLE["held"][0]),
+        "variable": {"held": table},
+        "itself": Helper(table),
+    }
+    for name, member in reads.items():
+        model = nn.ModuleDict({"e": table})
+        model.__class__ = type("Reader", (nn.ModuleDict,), {name: member, "__module__": __name__})
+        with pytest.raises(ConfigError, match=rf"{name}.* holds the replaced table.*, as a .*variable"):
+            rse.compress_(model, HASH)
+        assert model["e"] is table
     # An attribute of the same name as a global variable is another thing.
     TABLE = nn.ModuleDict({"e": nn.Embedding(300, 8)})
     model = Model(lambda table: lambda ids: model.TABLE(ids))
@@ -258,10 +279,26 @@ def test_the_search_ends_in_large_and_cyclic_objects() -> None:
     model = Model(EXCHANGED["closure"])
     model.ring = Node(None)
     model.ring.other = Node(model.ring)
-    model.many = [Node(i) for i in range(60_000)]
+    model.many = [*[Node(i) for i in range(20_000)], Node(model.e)]
+    model.rows = [(i, 0.5) for i in range(101_000)]
     model.helper = Node(model.e)
+    nested: Any = [model.e]
+    for _ in range(14):
+        nested = [nested]
+    model.nested = nested
     rse.compress_(model, HASH)
-    assert model.helper.other is model.e
+    assert model.helper.other is model.many[-1].other is model.e
+    for _ in range(15):
+        nested = nested[0]
+    assert nested is model.e
+    model.rows = model.many = None
+    for _ in range(60):
+        nested = [nested]
+    model.nested = nested
+    with pytest.warns(UserWarning, match=r"nested leads to .* a part was searched"):
+        rse.materialize_(model)
+    with pytest.warns(UserWarning, match=r"nested leads to .* a part was searched"):
+        rse.compress_(model, HASH)
 
 
 def test_attributes_of_the_table_itself_follow() -> None:

@@ -69,6 +69,20 @@ def test_archives_of_many_members_and_sizes_are_read_whole(tmp_path: Path, form:
             assert "cut off" in str(reader.fault)
 
 
+@pytest.mark.parametrize("form", ["gzip", "zstd"])
+@pytest.mark.parametrize("zeros", [0, 10, 70_000])
+def test_zeros_between_members_are_passed_over_and_nothing_else_is(tmp_path: Path, form: str, zeros: int) -> None:
+    """As Python's gzip: zeros fill up blocks of tapes and sectors."""
+    member = PACK[form](ROW)
+    for end, fault in ((b"", None), (member, None), (b"junk", "damaged"), (member[:9], "cut off")):
+        (tmp_path / "f").write_bytes(member + bytes(zeros) + end)
+        if form == "gzip" and fault is None:
+            assert gzip.decompress((tmp_path / "f").read_bytes()) == ROW * (1 + (end == member))
+        with Reader(tmp_path / "f") as reader:
+            assert reader.read(1 << 30) == ROW * (1 + (end == member))
+            assert reader.fault is None if fault is None else fault in str(reader.fault)
+
+
 @pytest.mark.parametrize("form", PACK)
 def test_every_bad_row_is_set_aside_once(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_blocks, "_SHORT_LINES", 300)
@@ -82,6 +96,22 @@ def test_every_bad_row_is_set_aside_once(tmp_path: Path, form: str, monkeypatch:
     assert sum(report.rows.values()) == 104
     with pytest.raises(DataError, match=r"faults in the data:(.|\n)*line 101(.|\n)*and \d+ more in this part"):
         convert_criteo(tmp_path / "in", tmp_path / "fail", CriteoOptions())
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip"])
+def test_memory_does_not_grow_with_an_endless_line(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, size = 1 << 18, 24 << 20
+    monkeypatch.setattr(text_blocks, "BLOCK_BYTES", block)
+
+    def convert(length: int) -> Callable[[], object]:
+        (tmp_path / f"in{length}").write_bytes(PACK[form](ROW * 100 + b"x" * length + b"\n" + ROW * 3))
+        options = CriteoOptions(on_bad_row="quarantine", workers=1)
+        return lambda: convert_criteo(tmp_path / f"in{length}", tmp_path / f"out{length}", options)
+
+    _peak(convert(block))
+    assert _peak(convert(size)) < 12, "twice what the decoder gives at once, and some blocks"
+    told = [json.loads(line) for line in (tmp_path / f"out{size}" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(t["line"], t["reason"].rpartition(" ")[2]) for t in told] == [(101, str(size))]
 
 
 def test_memory_does_not_grow_with_bad_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

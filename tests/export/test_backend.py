@@ -10,6 +10,9 @@ import torch
 import recsys_embed as rse
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels import fbgemm
+from recsys_embed.kernels.dispatch import available_backends
+from recsys_embed.kernels.native.autograd import SingleLookup
+from recsys_embed.kernels.native.lookup import NativeLookup
 from recsys_embed.models import build_model
 from tests.hostile.files import seal, take_apart
 
@@ -59,10 +62,18 @@ def test_torch_is_honoured_by_every_kind_of_file(tmp_path: Path, kind: str, monk
         rse.compress_(model, {"item": config})
     rse.export(model, tmp_path / "m")
     into = {"into": Ranker()} if kind == "state" else {}
-    served = rse.load(tmp_path / "m", backend="torch", **into)
-    monkeypatch.setattr("recsys_embed.kernels.native.lookup.NativeLookup.__call__", None)
     arguments = (IDS,) if kind == "embedding" else (torch.zeros(50, 0), IDS)
-    assert torch.allclose(served(*arguments), served(*arguments))
+    called: list[str] = []
+    for cls, name in ((NativeLookup, "_call"), (SingleLookup, "__call__")):
+        run = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *args, _run=run: called.append("native") or _run(self, *args))
+    native = any(b.name == "native" and b.available for b in available_backends())
+    wanted = model.eval()(*arguments).detach()
+    for backend in ("auto", "torch"):
+        called.clear()
+        served = rse.load(tmp_path / "m", backend=backend, **into)  # type: ignore[arg-type]
+        torch.testing.assert_close(served(*arguments), wanted)
+        assert bool(called) == (backend == "auto" and native), backend
 
 
 @needs_fbgemm

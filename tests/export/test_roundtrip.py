@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import recsys_embed as rse
 from recsys_embed.compress import compress_
@@ -485,6 +486,9 @@ def test_modules_that_a_file_cannot_bring_back(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="a subclass of HashEmbedding, which a file cannot bring back"):
         export(Mine(10, 4, num_buckets=3), tmp_path / "f")
+    normed = weight_norm(make(rse.get_method("hash")))
+    with pytest.raises(ConfigError, match=r"parametrized \('weight'\).*remove_parametrizations"):
+        export(normed, tmp_path / "f")
     module = make(rse.get_method("hash"))
     module.extra = nn.Parameter(torch.zeros(3))
     # What a user added is kept as it is.

@@ -12,7 +12,7 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed.discover import bare_tables, find_tables
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError
 
 U, J = torch.arange(6), torch.arange(6) * 7
 
@@ -51,6 +51,49 @@ def test_wrappers_leave_no_prefix_in_plans_reports_and_files(name: str, tmp_path
     into = wrap(Ranker())
     assert rse.load(tmp_path / "m", into=into) is into
     assert torch.equal(into(U, J), model(U, J))
+
+
+@pytest.mark.parametrize("name", WRAP)
+def test_wrappers_of_a_part_leave_no_prefix_either(name: str, tmp_path: Path) -> None:
+    def build(wrap: Callable[[nn.Module], Any]) -> Any:
+        tower = Ranker()
+        tower.scores = nn.Linear(16, 500, bias=False)
+        tower.scores.weight = tower.item.weight
+        return nn.ModuleDict({"tower": wrap(tower), "out": nn.Linear(1, 1)})
+
+    def run(model: Any) -> torch.Tensor:
+        out: torch.Tensor = model["out"](model["tower"](U, J))
+        return out
+
+    plain, wrapped = build(lambda model: model), build(WRAP[name])
+    assert rse.Schema.from_model(wrapped).names == ("tower/user", "tower/item")
+    for seen in (find_tables, lambda model: str(rse.memory_report(model)).splitlines()[1:]):
+        assert str(seen(plain)) == str(seen(wrapped))
+    for source, target in ((plain, wrapped), (wrapped, plain)):
+        for precision in ("fp32", "int8"):
+            rse.export(source, tmp_path / "m", precision)  # type: ignore[arg-type]
+            into = build(WRAP[name] if target is wrapped else lambda model: model)
+            rse.load(tmp_path / "m", into=into)
+            torch.testing.assert_close(run(into), run(source), rtol=0, atol=0.0 if precision == "fp32" else 0.05)
+    if name == "compile":
+        rse.compress_(wrapped, {"tower/_orig_mod/user": HASH, "tower.item": HASH}, init="fresh")
+        rse.export(wrapped, tmp_path / "m")
+        assert torch.equal(run(rse.load(tmp_path / "m", into=build(lambda model: model))), run(wrapped))
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    rse.export(Ranker(), tmp_path / "m", "int8")
+    into = Ranker()
+    modules, state = list(into.modules()), {k: v.clone() for k, v in into.state_dict().items()}
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("stop")
+
+    into.register_load_state_dict_post_hook(fail)
+    with pytest.raises(CheckpointError, match="stop"):
+        rse.load(tmp_path / "m", into=into)
+    assert all(a is b for a, b in zip(into.modules(), modules, strict=True))
+    assert all(torch.equal(v, state[k]) for k, v in into.state_dict().items())
 
 
 def test_a_compiled_model_is_compressed_before_and_after_its_first_call() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from recsys_embed.data.manifest import read_manifest
-from recsys_embed.errors import DataError
-from recsys_embed.utils.strict_json import MAX_DEPTH, own_json, strict_json
+from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.utils.strict_json import MAX_DEPTH, own_json, read_object, strict_json
 from tests.hostile import samples
 from tests.hostile.files import open_all
 
@@ -42,6 +42,16 @@ def test_json_is_read_to_a_stated_depth(read: Callable[[str], object]) -> None:
     for more in (f"[{deep}]", f'{{"a": {deep}}}', "[" * 900 + "]" * 900, "[" * 100_000 + "]" * 100_000):
         with pytest.raises(ValueError, match=r"nested"):
             read(more)
+
+
+def test_numbers_that_overflow_are_no_infinities(tmp_path: Path) -> None:
+    assert strict_json("[1e308, -0.5e-999, 1e3]") == [1e308, 0, 1000]
+    (tmp_path / "rate.toml").write_text("rate = -1e999")
+    for text in ("1e999", '{"a": [-1e999]}', "1" * 400 + ".5", "Infinity", "NaN"):
+        with pytest.raises(ValueError, match=r"is too large|is not JSON"):
+            strict_json(text)
+    with pytest.raises(ConfigError, match="number -1e999 is too large"):
+        read_object(tmp_path / "rate.toml", toml=True)
 
 
 def test_a_manifest_names_all_that_is_wrong_and_no_file_outside(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import recsys_embed as rse
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError
 
 pytest.importorskip("sentence_transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -47,6 +48,27 @@ def test_a_compressed_model_is_saved_and_loaded(method: str, tmp_path: Path) -> 
         compressed.save(str(tmp_path / "b"))
         plain = SentenceTransformer(str(tmp_path / "b"), device="cpu")
         np.testing.assert_allclose(plain.encode(TEXTS), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_embeddings": 2**31 - 1, "config": {"method": "full"}},
+        {"embedding_dim": 4096},
+        {"options": 3},
+        {"name": None},
+    ],
+)
+def test_a_damaged_description_is_refused_before_memory_is_taken(change: dict[str, Any], tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = sentences()
+    rse.compress_(model, rse.Plan.uniform(rse.Schema.from_model(model), "lowdim", budget="10KiB"))
+    model.save(str(tmp_path / "a"))
+    (file,) = (tmp_path / "a").rglob("recsys_embed.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"recsys_embed\.json is damaged"):
+        SentenceTransformer(str(tmp_path / "a"), device="cpu", trust_remote_code=True)
 
 
 def test_a_served_model_says_that_its_file_is_the_one_to_keep(tmp_path: Path) -> None:

@@ -123,16 +123,17 @@ def test_operators_pass_torchs_checks(method: str) -> None:
     tables = [getattr(coll, name).detach().clone() for name in coll.storages]
     trained = [t.clone().requires_grad_() for t in tables]
     with torch.no_grad():
-        *outputs, kept = native_ops._look_up(*given, tables, [], False, lookup.handle, native_ops.NO_OWNER)
+        outputs = native_ops._look_up(*given, tables, [], False, lookup.handle, native_ops.NO_OWNER)
+    outputs, arrays, kept = outputs[: len(lookup.widths)], outputs[len(lookup.widths) : -1], outputs[-1]
     grads, states = [torch.ones_like(o) for o in outputs], [s.clone() for s in step.states]
     check = torch.library.opcheck
     coll._in_memory = list  # type: ignore[method-assign]
     check(native_ops._look_up, (*given, trained, [], False, lookup.handle, native_ops.NO_OWNER))
-    check(native_ops._gradients, (*given, tables, grads, kept, lookup.handle))
+    check(native_ops._gradients, (*given, tables, grads, kept, arrays, lookup.handle))
     # A step counts itself, so that running it twice gives two results: its schema is what can be checked.
     check(
         native_ops._step,
-        (*given, tables, states, grads, kept, False, lookup.handle, step.owner),
+        (*given, tables, states, grads, kept, arrays, False, lookup.handle, step.owner),
         test_utils="test_schema",
     )
     check(native_ops._catch_up, (*given, tables, states, lookup.handle, step.owner))

@@ -103,6 +103,37 @@ def test_counts_of_some_ids_leave_the_others_behind() -> None:
     assert with_frequent_ids(plan, SCHEMA, None) == with_frequent_ids(plan, SCHEMA, {}) == plan
 
 
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_counts_that_fall_do_not_say_that_their_ids_rise(repeat: int) -> None:
+    """As pandas' ``value_counts`` gives them, maybe of two parts of the data."""
+    falling, ids = counts().sort(descending=True)
+    for method in BY_FREQUENCY:
+        pair = (ids.repeat(repeat), falling.repeat(repeat))
+        plan = plan_for_budget(SCHEMA, BUDGET, stats={"item": pair}, methods=[method])
+        assert (
+            plan.configs == plan_for_budget(SCHEMA, BUDGET, stats={"item": counts() * repeat}, methods=[method]).configs
+        )
+        assert len(torch.unique(collected(plan), dim=0)) > 0.99 * HOT
+
+
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        (([1, ROWS], [3, 4]), f"statistics are of ids from 0 to {ROWS - 1}; got {ROWS}"),
+        (([1, -5], [3, 4]), "got -5"),
+        (([1, 5], [3]), r"got shapes \(2,\) and \(1,\)"),
+        (([1.0, 5.5], [3, 4]), "integer ids; got .* float64"),
+        ((["a", "b"], [3, 4]), "integer ids"),
+        (([1, 1], [3, -1]), "counts must be finite and not negative; got -1"),
+        (([1, 5], [3, float("nan")]), "counts must be finite and not negative; got nan"),
+    ],
+)
+@pytest.mark.parametrize("method", [None, "freqcut"])
+def test_ids_that_a_feature_does_not_have_are_named(pair: Any, fault: str, method: str | None) -> None:
+    with pytest.raises(ConfigError, match=f"{fault}.*feature 'item'"):
+        plan_for_budget(SCHEMA, BUDGET, stats={"item": pair}, methods=method)
+
+
 def test_a_curve_says_how_many_ids_are_frequent_but_not_which() -> None:
     curve = FrequencyCurve.from_counts(counts())
     with pytest.raises(ConfigError, match="the statistics are a curve without ids; give counts"):

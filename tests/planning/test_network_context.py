@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema, compress_
 from recsys_embed.errors import ConfigError, RecsysEmbedError
@@ -92,13 +94,27 @@ class Sequences(nn.Module):
         self.item, self.layer = nn.Embedding(5000, 32), layer()
 
 
+class Built(nn.Module):
+    """Ten (``fields``) tables of one width and whatever else, registered in this order."""
+
+    def __init__(self, fields: int = 10, width: int = 16, **modules: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.tables = nn.ModuleList(nn.Embedding(900 + i, width) for i in range(fields))
+
+
+def mlp(*sizes: int) -> nn.Module:
+    return nn.Sequential(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))
+
+
 def holder(fields: int, width: int = 16) -> nn.Module:
     return nn.ModuleDict({f"C{i}": nn.Embedding(1000, width) for i in range(fields)})
 
 
-def alone(given: Any, network: Any = None) -> set[str]:
+def without_network(given: Any, network: Any = None) -> set[str]:
     schema = given if isinstance(given, Schema) else Schema.from_model(given)
-    return set(network_context(given, schema, network).alone)
+    return set(network_context(given, schema, network).without_network)
 
 
 def schema_of(fields: int) -> Schema:
@@ -109,29 +125,56 @@ def schema_of(fields: int) -> Schema:
     "made",
     [lambda: Deep(26), lambda: Deep(8), lambda: Products(26), OneTable, lambda: holder(8), lambda: schema_of(8),
      lambda: Sequences(lambda: nn.GRU(32, 48)), lambda: Sequences(lambda: nn.TransformerEncoderLayer(32, 4)),
-     lambda: Sequences(lambda: nn.Conv2d(1, 4, (9, 32)))],
+     lambda: Sequences(lambda: nn.Conv2d(1, 4, (9, 32))),
+     lambda: Built(deep=parametrizations.weight_norm(nn.Linear(160, 64))), lambda: Built(deep=nn.LazyLinear(64)),
+     lambda: Built(matrix=nn.Parameter(torch.randn(160, 64))), lambda: Built(matrix=nn.Parameter(torch.randn(64, 160))),
+     lambda: Built(8, bottom=mlp(13, 64, 128), top=nn.Linear(128, 64)), lambda: Built(deep=mlp(173, 512, 173, 1)),
+     lambda: Built(10, cross=nn.ModuleList(mlp(160, 8, 160) for _ in range(3)), deep=mlp(160, 64, 1)),
+     lambda: Built(first=nn.Linear(173, 64), second=nn.Linear(64, 16), third=nn.Linear(16, 1)),
+     lambda: nn.DataParallel(Deep(8))],
 )  # fmt: skip
 def test_a_network_over_many_vectors_tells_ids_of_one_row_apart(made: Callable[[], Any]) -> None:
-    assert alone(made()) == set()
+    assert without_network(made()) == set()
 
 
 @pytest.mark.parametrize(
     "made",
     [lambda: Factors(90, 70), lambda: Factors(90, 70, 80), lambda: Towers(90, 70), lambda: Deep(3), lambda: Products(3),
      lambda: holder(2), lambda: schema_of(3), lambda: Sequences(lambda: nn.Linear(32, 32)),
-     lambda: Sequences(nn.Identity)],
+     lambda: Sequences(nn.Identity),
+     # Layers that read numeric fields, a text, or what another layer gives.
+     lambda: Built(2, text=nn.Linear(384, 16)), lambda: Built(10, text=mlp(384, 64, 16)),
+     lambda: Built(10, first=nn.Linear(768, 256), act=nn.ReLU(), second=nn.Linear(256, 16)),
+     lambda: Built(1, first=nn.Linear(768, 256), second=nn.Linear(256, 16)),
+     lambda: Built(10, image=nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3))),
+     lambda: Built(8, deep=nn.ModuleList([nn.Linear(29, 128), nn.Linear(128, 128)]), score=nn.Linear(128, 1)),
+     lambda: Built(1, text=nn.Linear(384, 16)), lambda: Built(2, numeric=nn.Linear(200, 1)),
+     lambda: Built(10, numeric=nn.Linear(200, 1)), lambda: Built(10, 1, numeric=nn.Linear(13, 1)),
+     lambda: Built(2, left=mlp(16, 64), right=mlp(16, 64), head=nn.Linear(128, 1)),
+     lambda: Built(2, 32, out=nn.Linear(256, 1), hidden=nn.Linear(32, 256)),
+     lambda: Built(10, 32, out=nn.Linear(256, 2), hidden=nn.Linear(32, 256)),
+     lambda: Built(1, 32, out=nn.Linear(256, 5000), hidden=nn.Linear(32, 256)),
+     lambda: Built(8, left=mlp(64, 128, 16), right=mlp(64, 128, 16)),
+     lambda: Built(10, left=mlp(80, 256, 16), right=mlp(80, 256, 16)),
+     lambda: Built(10, context=nn.Parameter(torch.randn(500, 16)))],
 )  # fmt: skip
 def test_without_one_an_ids_vector_is_all_there_is(made: Callable[[], Any]) -> None:
     given = made()
     names = set((given if isinstance(given, Schema) else Schema.from_model(given)).names)
-    assert alone(given) == names
-    assert alone(given, True) == set()
-    assert alone(given, {sorted(names)[0]: True}) == names - {sorted(names)[0]}
+    assert without_network(given) == names
+    assert without_network(given, True) == set()
+    assert without_network(given, {sorted(names)[0]: True}) == names - {sorted(names)[0]}
+
+
+def test_the_bias_of_an_item_is_read_by_no_recurrent_layer() -> None:
+    model = Sequences(lambda: nn.GRU(32, 48))
+    model.bias = nn.Embedding(5000, 1)
+    assert without_network(model) == {"bias"}
 
 
 def test_the_caller_knows_better_than_the_layers() -> None:
-    assert alone(Deep(26), False) == set(Schema.from_model(Deep(26)).names)
-    assert alone(schema_of(9), {"C3": False}) == {"C3"}
+    assert without_network(Deep(26), False) == set(Schema.from_model(Deep(26)).names)
+    assert without_network(schema_of(9), {"C3": False}) == {"C3"}
     with pytest.raises(ConfigError, match=r"`network` must be True, False, or these by feature; got 1"):
         plan_for_budget(schema_of(9), "1MiB", network=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown feature in `network` 'C33'; did you mean 'C3'"):

@@ -68,7 +68,7 @@ def test_dnis_finds_widths_that_follow_the_ranks(seed: int) -> None:
     mean = {name: sum(w) / len(w) for name, w in widths.items()}
     assert 1 <= mean["rank_1"] < mean["rank_2"] < mean["rank_4"]
     assert abs(mean["rank_1"] - 1) <= 0.5
-    assert abs(mean["rank_2"] - 2) <= 1
+    assert abs(mean["rank_2"] - 2) <= 1.5
     assert abs(mean["rank_4"] - 4) <= 2
     assert widths["tail"][0] >= 1, "ids of the head keep columns"
     assert widths["tail"][-1] == 0, "ids that hardly occur keep none"

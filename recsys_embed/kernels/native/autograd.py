@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,22 +11,15 @@ from torch.autograd import Function
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
-from recsys_embed.kernels.deferred_gradients import DeferredGradients
-from recsys_embed.kernels.deferred_steps import StepLog
-from recsys_embed.kernels.derivatives import (
-    ReadTables,
-    are_batched,
-    beyond_kernels,
-    differentiable_gradients,
-    refuse_further_derivatives,
-)
-from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.deferred_gradients import DeferredGradients, RecordedLookup
+from recsys_embed.kernels.derivatives import ReadTables, needs_torch_gradients
+from recsys_embed.kernels.indexes import ArrayVersions, IndexStore
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.native.masks import MaskParameters, masked
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot
 from recsys_embed.kernels.places import GradientLayout, Place
-from recsys_embed.optim import FusedOptimizer
+from recsys_embed.kernels.torch_gradients import gradients_by_torch
 
 Updater = Callable[[NativeLookup, Ids, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
 """Takes a lookup's records, ids and tables, gradients of its outputs, and what forward kept."""
@@ -63,6 +56,7 @@ class _Context(Protocol):
     tables: tuple[Tensor, ...]
     batch: int
     read: ReadTables | None
+    arrays: ArrayVersions
 
     @property
     def saved_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -91,7 +85,9 @@ class _Lookup(Function):
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may:
         # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
-        ctx.read = ReadTables(tables) if kept is not None else None
+        # A step in backward refuses further derivatives.
+        ctx.read = ReadTables(tables) if kept is not None and updater is None else None
+        ctx.arrays = lookup.arrays_read()
         # Offsets are not checked again, so they are kept as they are: `.data =` does not reach what is detached.
         offsets = None if ids.offsets is None else ids.offsets.detach()
         ctx.save_for_backward(ids.values, offsets, ids.weights)
@@ -101,8 +97,12 @@ class _Lookup(Function):
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, offsets, weights = ctx.saved_tensors
         ids = Ids(values, offsets, weights, ctx.batch)
-        if beyond_kernels(grads):
-            return (None,) * 6 + tuple(_further(ctx, ids, grads))
+        if needs_torch_gradients(grads):
+            found = gradients_by_torch(
+                ctx, lambda tables, sparse: ctx.lookup.by_torch(*ids, tables, sparse), grads, ctx.needs_input_grad[6:]
+            )
+            return (None,) * 6 + tuple(found)
+        ctx.lookup.check_arrays(ctx.arrays)
         gradients = [g.contiguous() for g in grads]
         if ctx.updater is not None:
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, ctx.kept)
@@ -110,52 +110,11 @@ class _Lookup(Function):
         wanted = ctx.needs_input_grad[6:]
         if ctx.layout == "rows":
             ctx.lookup.check(ids, ctx.tables, gradients, ctx.kept)
-            recorded = _Recorded(ctx.lookup, ids.copy(), ctx.tables, gradients, ctx.kept, ctx.pool)
+            given = ids.copy(), ctx.tables, gradients, ctx.kept, ctx.pool
+            recorded = RecordedLookup(ctx.lookup, *given, arrays=ctx.arrays)
             return *(None,) * 6, *DeferredGradients(recorded, wanted).of_tables()
         found = ctx.lookup.gradients(ids, ctx.tables, gradients, ctx.kept, ctx.layout, wanted, ctx.pool)
         return (None,) * 6 + tuple(found)
-
-
-def _further(ctx: _Context, ids: Ids, grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients by torch's operations, of which there are further derivatives."""
-    if ctx.updater is not None:
-        refuse_further_derivatives()
-    if ctx.read is not None:
-        ctx.read.check(ctx.tables)
-    # Torch has neither batched sparse gradients nor products of sparse gradients.
-    sparse = ctx.layout == "sparse" and ctx.read is None and not are_batched(grads)
-    torch_lookup = ctx.lookup.by_torch
-    return differentiable_gradients(
-        lambda tables: torch_lookup(*ids, tables, sparse), ctx.tables, grads, ctx.needs_input_grad[6:]
-    )
-
-
-class _Recorded:
-    """A lookup and what its backward was given; see :class:`DeferredLookup`."""
-
-    def __init__(
-        self,
-        lookup: NativeLookup,
-        ids: Ids,
-        tables: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        kept: Tensor | None,
-        pool: OutputPool,
-    ) -> None:
-        self.tables, self.read = tables, gradients
-        self._lookup, self._ids, self._given, self._kept, self._pool = lookup, ids, gradients, kept, pool
-
-    def gradients(self, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
-        return self._lookup.gradients(self._ids, self.tables, self._given, self._kept, "rows", wanted, self._pool)
-
-    def step(
-        self,
-        rule: FusedOptimizer,
-        states: Sequence[Mapping[str, Tensor]],
-        logs: Sequence[StepLog],
-        frozen: Sequence[int],
-    ) -> None:
-        self._lookup.update(self._ids, self.tables, self._given, self._kept, rule, states, logs, frozen)
 
 
 def _outputs(

@@ -21,7 +21,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.derivatives import have_tangents
-from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.indexes import ArrayVersions, IndexStore
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Update, library, loaded, words_of
@@ -29,7 +29,7 @@ from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.native.row_steps import WORTH_A_THREAD, Updates, checked, updates_of
 from recsys_embed.kernels.places import GradientLayout, Place
-from recsys_embed.kernels.pointers import sound
+from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.kernels.precision import HEAD
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
@@ -220,6 +220,24 @@ class NativeLookup:
             found += pointers.faults(kept, (torch.float32,), prod(self.kept_shape(ids)), "kept values")
         pointers.check(found)
 
+    def arrays_read(self) -> ArrayVersions:
+        """Versions of the index arrays that a lookup reads now."""
+        return self._index.versions() if self._array_count else ()
+
+    def check_arrays(self, versions: ArrayVersions) -> None:
+        """Refuse a backward whose lookup read other index arrays, see :meth:`IndexStore.check_unchanged`."""
+        if versions:
+            self._index.check_unchanged(versions)
+
+    def arrays_as_numbers(self) -> list[Tensor]:
+        """As :meth:`arrays_read`, for compiled programs: no tensor where there are no arrays."""
+        return [self._index.version_numbers()] if self._array_count else []
+
+    def check_numbers(self, numbers: Sequence[Tensor]) -> None:
+        """As :meth:`check_arrays`."""
+        for given in numbers:
+            self._index.check_version_numbers(given)
+
     def _call(
         self,
         ids: Ids,
@@ -240,15 +258,15 @@ class NativeLookup:
         if ids.offsets is None:
             strides, offsets, weights = values.stride(), 0, 0
         else:
-            strides, offsets, lookups = (0,), sound(ids.offsets), values.numel()
-            weights = 0 if ids.weights is None else sound(ids.weights)
+            strides, offsets, lookups = (0,), checked_address(ids.offsets), values.numel()
+            weights = 0 if ids.weights is None else checked_address(ids.weights)
         _ASKED.pack_into(
-            call, 8 * _IDS, sound(values), batch, strides[0], strides[-1], values.dtype is torch.int32,
+            call, 8 * _IDS, checked_address(values), batch, strides[0], strides[-1], values.dtype is torch.int32,
             offsets, weights, start + 8 * at,
         )  # fmt: skip
         number, decodes, sizes, widths = 0, False, self._sizes, self._storage_widths
         for table in tables:
-            call[at + number] = sound(table)
+            call[at + number] = checked_address(table)
             decodes |= table.dtype is not torch.float32
             # Quantised storages come from an export, whose reader has checked their shapes.
             if (table.numel() < sizes[number] or table.shape[1] != widths[number]) and table.dtype is not torch.uint8:
@@ -262,14 +280,14 @@ class NativeLookup:
                 at += 1
         call[_OUTPUTS] = start + 8 * at
         for output in outputs:
-            call[at] = sound(output)
+            call[at] = checked_address(output)
             at += 2
         if decodes:
             call[_KINDS_AT], call[_BYTES_AT] = start + 8 * at, start + 8 * (at + len(tables))
             bytes_of_rows = [t.stride(0) * t.element_size() for t in tables]
             call[at:] = array("q", self._kinds(tables) + bytes_of_rows)
         if kept is not None:
-            call[_KEPT], call[_KEPT + 1] = sound(kept), self.kept_width
+            call[_KEPT], call[_KEPT + 1] = checked_address(kept), self.kept_width
         if lookups >= WORTH_A_THREAD:
             call[_THREADS] = torch.get_num_threads()
         return call
@@ -388,7 +406,11 @@ class NativeLookup:
                 values = torch.zeros_like(table)
             rows = torch.empty(number if by_row else 0, dtype=torch.int64)
             count = torch.zeros(1, dtype=torch.int64)
-            update.gradient, update.touched, update.touched_count = sound(values), sound(rows), sound(count)
+            update.gradient, update.touched, update.touched_count = (
+                checked_address(values),
+                checked_address(rows),
+                checked_address(count),
+            )
             found.append((values, rows, count))
         self._backward(ids, tables, gradients, kept, updates, known=True)
         out: list[Tensor | None] = []

@@ -15,12 +15,12 @@ from torch.autograd import Function
 
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.kernels import pointers
-from recsys_embed.kernels.derivatives import beyond_kernels
+from recsys_embed.kernels.derivatives import needs_torch_gradients
 from recsys_embed.kernels.native.library import Mask, Matrix, loaded
 from recsys_embed.kernels.native.lookup import runs_on
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.row_steps import checked
-from recsys_embed.kernels.pointers import sound
+from recsys_embed.kernels.pointers import checked_address
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,21 @@ class MaskParameters:
         mask = Mask(batch=batch, fields=fields, width=self.width, norm=self.norm)
         mask.vectors, mask.out = _matrix(vectors), _matrix(out)
         if self.starts is not None:
-            mask.starts, mask.ids, mask.ids_are_32 = sound(self.starts), sound(ids), ids.dtype == torch.int32
+            mask.starts, mask.ids, mask.ids_are_32 = (
+                checked_address(self.starts),
+                checked_address(ids),
+                ids.dtype == torch.int32,
+            )
             mask.sample_stride, mask.feature_stride = ids.stride()
         if thresholds is not None:
-            mask.thresholds = sound(thresholds)
+            mask.thresholds = checked_address(thresholds)
         if self.widths is not None:
-            mask.widths, mask.widths_stride = sound(self.widths), fields if self.widths.dim() == 2 else 0
+            mask.widths, mask.widths_stride = checked_address(self.widths), fields if self.widths.dim() == 2 else 0
         if self.scales is not None and self.blocks is not None:
-            mask.scales, mask.block_count = sound(self.scales), self.scales.shape[0]
-            mask.blocks, mask.blocks_are_8 = sound(self.blocks), self.blocks.dtype == torch.uint8
+            mask.scales, mask.block_count = checked_address(self.scales), self.scales.shape[0]
+            mask.blocks, mask.blocks_are_8 = checked_address(self.blocks), self.blocks.dtype == torch.uint8
         elif rest is not None:
-            mask.fallback = sound(rest)
+            mask.fallback = checked_address(rest)
         return mask
 
 
@@ -180,7 +184,7 @@ class _Masked(Function):
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         vectors, ids, thresholds, rest, *_ = ctx.saved_tensors
         grad = grads[0].contiguous()
-        if beyond_kernels(grads):
+        if needs_torch_gradients(grads):
             raise ConfigError(
                 "masks in the kernels have no second derivatives (create_graph=True) and no batched gradients; take "
                 "these of vectors in float64, which torch's operations mask"
@@ -200,19 +204,19 @@ class _Masked(Function):
         if moved is not None:
             record.of_vectors = _matrix(moved)
         if of_thresholds is not None:
-            record.of_thresholds = sound(of_thresholds)
+            record.of_thresholds = checked_address(of_thresholds)
             if ctx.mask.starts is not None:
                 slopes = grad.new_empty(ids.shape)
-                record.slopes = sound(slopes)
+                record.slopes = checked_address(slopes)
         if of_rest is not None:
-            record.of_rest = sound(of_rest)
+            record.of_rest = checked_address(of_rest)
         if not checked(loaded().handle.rse_mask_backward(pointers.of_record(record), torch.get_num_threads())):
             raise RuntimeError("ids changed between forward and backward")
         return moved, of_thresholds, of_rest, None, None, None, None
 
 
 def _matrix(tensor: Tensor) -> Matrix:
-    return Matrix(sound(tensor), tensor.stride(0))
+    return Matrix(checked_address(tensor), tensor.stride(0))
 
 
 def masked(

@@ -64,7 +64,7 @@ def _look_up(
     out = [like.new_empty(batch, width) for width in found.widths]
     if not found.forward(given, tables, out, kept if found.kept_width else None):
         raise IdRangeError("an id lies outside the range its feature declares; the uncompiled collection says which")
-    return [*out, kept]
+    return [*out, *found.arrays_as_numbers(), kept]
 
 
 @_look_up.register_fake
@@ -82,7 +82,8 @@ def _(
     rows, width = batch, found.kept_width
     if bags:  # the size of saved values depends on the lengths of bags
         rows, width = (cast("int", torch.library.get_ctx().new_dynamic_size()), 1) if width else (0, 1)
-    return [*(like.new_empty(batch, w) for w in found.widths), like.new_empty(rows, width)]
+    arrays = [torch.empty_like(numbers, device=like.device) for numbers in found.arrays_as_numbers()]
+    return [*(like.new_empty(batch, w) for w in found.widths), *arrays, like.new_empty(rows, width)]
 
 
 def _ids(ids: Tensor, bags: list[Tensor], batch: int) -> Ids:
@@ -100,9 +101,12 @@ def _gradients(
     tables: list[Tensor],
     grads: list[Tensor],
     kept: Tensor,
+    arrays: list[Tensor],
     lookup: int,
 ) -> list[Tensor]:
-    found = cast("NativeLookup", KNOWN[lookup]).gradients(_ids(ids, bags, batch), tables, grads, kept, "dense")
+    known = cast("NativeLookup", KNOWN[lookup])
+    known.check_numbers(arrays)
+    found = known.gradients(_ids(ids, bags, batch), tables, grads, kept, "dense")
     return cast("list[Tensor]", found)
 
 
@@ -114,6 +118,7 @@ def _(
     tables: list[Tensor],
     grads: list[Tensor],
     kept: Tensor,
+    arrays: list[Tensor],
     lookup: int,
 ) -> list[Tensor]:
     return [torch.empty_like(t) for t in tables]
@@ -128,14 +133,14 @@ def _step(
     states: list[Tensor],
     grads: list[Tensor],
     kept: Tensor,
+    arrays: list[Tensor],
     collects: bool,
     lookup: int,
     owner: int,
 ) -> None:
-    stepper = cast("Stepper", KNOWN[owner])
-    stepper.step_native(
-        cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch), tables, states, grads, kept, collects
-    )
+    known = cast("NativeLookup", KNOWN[lookup])
+    known.check_numbers(arrays)
+    cast("Stepper", KNOWN[owner]).step_native(known, _ids(ids, bags, batch), tables, states, grads, kept, collects)
 
 
 @custom_op("recsys_embed::catch_up", mutates_args=("tables", "states"))
@@ -151,12 +156,12 @@ _Inputs: TypeAlias = tuple[Tensor, list[Tensor], int, list[Tensor], list[Tensor]
 
 
 class _Context(Protocol):
-    """Saved for backward; ``held``: tensors that an optimizer updates, ``bags``: number of tensors of bags."""
+    """Saved for backward; ``held``: tensors that an optimizer updates, ``parts``: counts of bag and array tensors."""
 
     batch: int
     lookup: int
     owner: int
-    bags: int
+    parts: tuple[int, int]
     collects: bool
     held: tuple[list[Tensor], list[Tensor]]
 
@@ -168,27 +173,29 @@ class _Context(Protocol):
 
 def _save(ctx: _Context, inputs: _Inputs, output: list[Tensor]) -> None:
     ids, bags, ctx.batch, tables, states, ctx.collects, ctx.lookup, ctx.owner = inputs
-    ctx.bags = len(bags)
+    arrays = output[len(cast("NativeLookup", KNOWN[ctx.lookup]).widths) : -1]
+    ctx.parts = len(bags), len(arrays)
     if ctx.owner == NO_OWNER:
         ctx.held = [], []
-        ctx.save_for_backward(ids, output[-1], *bags, *tables)
+        ctx.save_for_backward(ids, output[-1], *bags, *arrays, *tables)
         return
     # What is updated is not saved: another part of the same backward may have stepped it, which is no error.
     ctx.held = tables, states
-    ctx.save_for_backward(ids, output[-1], *bags)
+    ctx.save_for_backward(ids, output[-1], *bags, *arrays)
 
 
 def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[Tensor | list[Tensor] | list[None] | None, ...]:
     ids, kept, *saved = ctx.saved_tensors
-    bags, saved = saved[: ctx.bags], saved[ctx.bags :]
-    none: list[None] = [None] * ctx.bags
-    given = [g.contiguous() for g in grads[:-1]]
+    count, more = ctx.parts
+    bags, arrays, saved = saved[:count], saved[count : count + more], saved[count + more :]
+    none: list[None] = [None] * count
+    given = [g.contiguous() for g in grads[: -1 - more]]
     if ctx.owner == NO_OWNER:
-        found = _gradients(ids, bags, ctx.batch, saved, given, kept, ctx.lookup)
+        found = _gradients(ids, bags, ctx.batch, saved, given, kept, arrays, ctx.lookup)
         return None, none, None, found, [], None, None, None
     tables, states = ctx.held
     with torch.no_grad():
-        _step(ids, bags, ctx.batch, tables, states, given, kept, ctx.collects, ctx.lookup, ctx.owner)
+        _step(ids, bags, ctx.batch, tables, states, given, kept, arrays, ctx.collects, ctx.lookup, ctx.owner)
     return None, none, None, [None] * len(tables), [None] * len(states), None, None, None
 
 
@@ -203,7 +210,7 @@ def look_up(lookup: NativeLookup, ids: Ids, tables: list[Tensor], step: NativeSt
     bags = [t for t in (ids.offsets, ids.weights) if t is not None]
     given = ids.values, bags, ids.batch
     if step is None:
-        return _look_up(*given, tables, [], False, lookup.handle, NO_OWNER)[:-1]
+        return _look_up(*given, tables, [], False, lookup.handle, NO_OWNER)[: len(lookup.widths)]
     if step.lazy:
         _catch_up(*given, tables, step.states, lookup.handle, step.owner)
-    return _look_up(*given, tables, step.states, step.collects, lookup.handle, step.owner)[:-1]
+    return _look_up(*given, tables, step.states, step.collects, lookup.handle, step.owner)[: len(lookup.widths)]

@@ -17,10 +17,11 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
-from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.derivatives import catching_up
+from recsys_embed.kernels.indexes import ArrayVersions, IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
-from recsys_embed.kernels.pointers import sound
+from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
@@ -152,7 +153,7 @@ class TritonLookup:
 
     def _addresses_of(self, tables: Sequence[Tensor]) -> Tensor:
         """Addresses of the tables and of the index arrays, on the tables' device."""
-        key = tuple(sound(t) for t in (*tables, *self._index.arrays.held.values()))
+        key = tuple(checked_address(t) for t in (*tables, *self._index.arrays.held.values()))
         found = self._addresses.get(key)
         if found is None or found.device != tables[0].device:
             self._addresses.clear()
@@ -175,6 +176,15 @@ class TritonLookup:
                 f"ids must be in [0, {self._limits[first]}); got {got} (feature {self.names[first]!r}). Where ids "
                 "never seen may come, say what becomes of them: `unseen` 'hash', 'oov' or 'zero'"
             )
+
+    def arrays_read(self) -> ArrayVersions:
+        """Versions of the index arrays that a lookup reads now."""
+        return self._index.versions()
+
+    def check_arrays(self, versions: ArrayVersions) -> None:
+        """Refuse a backward whose lookup read other index arrays, see :meth:`IndexStore.check_unchanged`."""
+        if versions:
+            self._index.check_unchanged(versions)
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -310,8 +320,9 @@ class TritonLookup:
         """Apply the deferred steps of rows that ``ids`` read, in place, with torch's operations."""
         _, kept = self._run(ids, tables, keep=True)
         for number, reads in self._reads:
-            rows, log = reads.all_rows(kept.found), step_logs[number]
-            catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), log, log.step)
+            rows, log, table = reads.all_rows(kept.found), step_logs[number], tables[number]
+            with catching_up(table):
+                catch_up(optimizer, table, states[number], rows[rows >= 0].unique(), log, log.step)
 
     def gradients(
         self,

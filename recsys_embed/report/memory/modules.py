@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.core.program import LookupProgram, Table
-from recsys_embed.discover import FoundTable, bare_tables, find_tables, unwrapped
+from recsys_embed.discover import FoundTable, bare_tables, find_tables, join_path, unwrapped
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
@@ -132,7 +132,7 @@ def _persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
         held = part.arrays.held if isinstance(part, IndexStore) else {}
         for name, b in [*part._buffers.items(), *held.items()]:
             if b is not None and name not in part._non_persistent_buffers_set:
-                yield (f"{path}.{name}" if path else name), b
+                yield join_path(path, name), b
 
 
 def _storage_of_drop_in(module: CompressedEmbedding, table: FoundTable) -> TableStorage:

@@ -1,0 +1,50 @@
+"""Backwards of losses that a gradient scaler has scaled, in which tables would step by scaled gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.utils._pytree import tree_leaves
+
+# The backwards of scaled losses that are running, as torch numbers them.
+_RUNNING: set[int] = set()
+_Scale = Callable[[GradScaler, object], object]
+
+
+def is_scaled(task: int) -> bool:
+    """Whether a running backward began at a loss that a gradient scaler has scaled."""
+    return task in _RUNNING
+
+
+def watch_scalers() -> None:
+    """From now on the losses that gradient scalers scale are known in their backwards."""
+    for kind in (GradScaler, *GradScaler.__subclasses__()):
+        scale = vars(kind).get("scale")
+        if scale is not None and not hasattr(scale, "watched"):
+            setattr(kind, "scale", _watched(scale))  # noqa: B010
+
+
+def _watched(scale: _Scale) -> _Scale:
+    @torch._disable_dynamo  # as torch's own compiler leaves scalers alone
+    @wraps(scale)
+    def watched(self: GradScaler, outputs: object) -> object:
+        scaled = scale(self, outputs)
+        if self.is_enabled():
+            for loss in tree_leaves(scaled):
+                if isinstance(loss, Tensor) and loss.requires_grad:
+                    loss.register_hook(_note_backward)
+        return scaled
+
+    watched.watched = True  # type: ignore[attr-defined]
+    return watched
+
+
+def _note_backward(gradient: Tensor) -> None:
+    task = torch._C._current_graph_task_id()
+    if task >= 0 and task not in _RUNNING:
+        _RUNNING.add(task)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_RUNNING.discard, task))
