@@ -76,7 +76,7 @@ def test_a_checkpoint_without_the_state_says_so() -> None:
     plain_state = EmbeddingCollection(SCHEMA).state_dict()
     trained = EmbeddingCollection(SCHEMA, None, rule)
     trained(IDS).sum().backward()
-    with pytest.raises(RuntimeError, match=r"Missing key.*width8_sum"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*width8_sum.*strict=False starts anew"):
         trained.load_state_dict(plain_state)
     trained.load_state_dict(plain_state, strict=False)
     assert not any(s.any() for s in trained.optimizer_state_dict()["state"].values()), "another weights' state is reset"
@@ -130,3 +130,39 @@ def test_state_is_that_of_the_tables() -> None:
     optimizer.state = {}
     assert optimizer.state[model.tables.width8]["step"] == 0
     assert not held["exp_avg"].any()
+
+
+def test_what_gathers_groups_and_state_refuses_changes_that_would_be_lost() -> None:
+    model = Model(rse.Adam(lr=0.1))
+    optimizer = fused_optimizer(model, torch.optim.Adam(model.parameters(), 0.1))
+    one_step(model, optimizer, 0)
+    table, head = model.tables.width8, model.head.weight
+    groups, state = optimizer.param_groups, optimizer.state
+    for change in (
+        lambda: groups.append({}), lambda: groups.pop(), lambda: groups.__setitem__(0, {}), lambda: state.clear(),
+        lambda: state.pop(table), lambda: state.update({}), lambda: state.__delitem__(head),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="would be lost"):
+            change()
+    assert (type(copy.deepcopy(groups)), type(pickle.loads(pickle.dumps(groups)))) == (list, list)
+    assert state[torch.zeros(())] == {}
+    # As Lightning moves states to a device.
+    for p, held in state.items():
+        state[p] = {k: v + 1 if k != "step" else v for k, v in held.items()}
+    assert model.tables.width8_exp_avg.min() >= 0.5
+    assert optimizer.dense.state[head]["exp_avg"].min() >= 0.5
+    with pytest.raises(ConfigError, match="other shapes"):
+        state[table] = {}
+
+
+def test_a_state_dict_that_is_kept_counts_on_with_its_weights() -> None:
+    model = Model(PAIRS["adam"][0])
+    optimizer = dense(model)
+    one_step(model, optimizer, 0)
+    live, saved = model.state_dict(), copy.deepcopy(model.state_dict())
+    one_step(model, optimizer, 1)
+    one_step(model, optimizer, 2)
+    model.load_state_dict(live)
+    assert model.tables.steps_taken() == {"width8": 3}
+    model.load_state_dict(saved)
+    assert (model.tables.steps_taken(), int(live["tables.width8_steps"])) == ({"width8": 1}, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -349,3 +350,133 @@ def test_compiled_models_and_steps(backend: str, at_step: bool) -> None:
         step(), optimizers[1].step()
     for key, found in weights(pair[0]).items():
         torch.testing.assert_close(found, weights(pair[1])[key])
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "not kept"])
+@pytest.mark.parametrize("given", ["no table", "the tables"])
+def test_a_model_without_its_optimizer_is_not_trained_by_another_rule_or_not_at_all(copied: str, given: str) -> None:
+    model = Model(rse.Adam(lr=0.1))
+    optimizer = fused_optimizer(model, dense(model))
+    if copied == "not kept":
+        del optimizer
+    else:
+        model = copy.deepcopy(model) if copied == "deepcopy" else pickle.loads(pickle.dumps(model))
+    other = dense(model) if given == "no table" else torch.optim.SGD(model.parameters(), 0.1)
+    before = weights(model)["tables.width8"]
+    with pytest.raises(ConfigError, match=r"no longer exists.*one of its own|holds tables that"):
+        plain(model, other)
+    assert torch.equal(weights(model)["tables.width8"], before)
+    other.zero_grad()
+    model.zero_grad()
+    again = fused_optimizer(model, dense(model))
+    one_step(model, again, 0)
+    assert not torch.equal(weights(model)["tables.width8"], before)
+
+
+def test_gradients_of_a_copy_accumulate_where_nothing_steps_it() -> None:
+    """A worker's copy, whose gradients are read."""
+    model = Model(rse.Adam(lr=0.1))
+    optimizer = fused_optimizer(model, dense(model))
+    worker = copy.deepcopy(model)
+    for i in range(2):
+        loss_of(worker, slice(8 * i, 8 * i + 8)).backward()
+    twin = Model(None)
+    (loss_of(twin, slice(8)) + loss_of(twin, slice(8, 16))).backward()
+    torch.testing.assert_close(worker.tables.width8.grad.to_dense(), twin.tables.width8.grad)
+    one_step(model, optimizer, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_second_optimizer_starts_anew_as_torchs(name: str, backend: str) -> None:
+    rule, of_torch = PAIRS[name]
+    fused, twin = Model(rule, backend=backend), Model(None, backend=backend)
+    for _ in range(2):
+        optimizer: torch.optim.Optimizer = fused_optimizer(fused, torch.optim.SGD(fused.parameters(), 0.1))
+        others = of_torch(list(twin.tables.parameters())), torch.optim.SGD(twin.head.parameters(), 0.1)
+        assert optimizer.param_groups[1]["lr"] == others[0].param_groups[0]["lr"]
+        schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 3) for o in (optimizer, *others)]
+        for i in range(3):
+            one_step(fused, optimizer, i)
+            [o.zero_grad() for o in others]
+            loss_of(twin, slice(16 * i, 16 * i + 16)).backward()
+            for step in (*(o.step for o in others), *(s.step for s in schedules)):
+                step()
+    torch.testing.assert_close(weights(fused), weights(twin), rtol=1e-4, atol=1e-5)
+
+
+def test_steps_in_backward_are_part_of_the_first_optimizer() -> None:
+    model, whole = Model(rse.Adam(lr=0.1)), Model(rse.Adam(lr=0.1))
+    model.tables.lr = whole.tables.lr = 0.05
+    optimizer: torch.optim.Optimizer = dense(model)
+    of_whole = dense(whole)
+    one_step(model, optimizer, 0)
+    optimizer = fused_optimizer(model, optimizer)
+    assert optimizer.param_groups[1]["lr"] == 0.05
+    one_step(model, optimizer, 1)
+    one_step(whole, of_whole, 0)
+    one_step(whole, of_whole, 1)
+    assert all(torch.equal(p, q) for p, q in zip(weights(model).values(), weights(whole).values(), strict=True))
+
+
+def test_optimizers_that_ascend_are_refused() -> None:
+    model = Model(rse.SGD(lr=0.1))
+    with pytest.raises(ConfigError, match="`dense` has maximize=True"):
+        fused_optimizer(model, torch.optim.SGD(model.parameters(), 0.1, maximize=True))
+    optimizer, before = fused_optimizer(model, dense(model)), weights(model)
+    for group in optimizer.param_groups:
+        loss_of(model, slice(8)).backward()
+        group["maximize"] = True
+        with pytest.raises(ConfigError, match="negate the loss"):
+            optimizer.step()
+        group["maximize"] = False
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["full", "memcom"])
+def test_gradient_penalties_have_the_numbers_of_torch_beside_deferred_steps(method: str, backend: str) -> None:
+    rule, of_torch = PAIRS["adam"]
+    fused, twin = Model(rule, method, backend), Model(None, method, "torch")
+    optimizer = fused_optimizer(fused, torch.optim.SGD(fused.parameters(), 0.1))
+    others = of_torch(list(twin.tables.parameters())), torch.optim.SGD(twin.head.parameters(), 0.1)
+    for i in range(3):
+        for model, steps in ((fused, (optimizer,)), (twin, others)):
+            model.zero_grad()
+            loss = loss_of(model, slice(16 * i, 16 * i + 16))
+            # Listing the parameters applies deferred steps between lookup and backward.
+            given = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+            (loss + sum(g.square().sum() for g in given)).backward()
+            [o.step() for o in steps]
+    torch.testing.assert_close(weights(fused), weights(twin), rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_between_a_lookup_and_its_second_derivative_is_refused() -> None:
+    model = Model(rse.Adam(lr=0.1, rows="all"), "memcom")
+    optimizer = fused_optimizer(model, dense(model))
+    for i in range(2):
+        vectors = model.tables(IDS[:16])
+        one_step(model, optimizer, i)
+    with pytest.raises(ConfigError, match="a table changed in place between a lookup and a backward"):
+        torch.autograd.grad(vectors.sum(), list(model.tables.parameters()), create_graph=True)
+
+
+def test_not_a_number_changes_nothing_at_step_where_told() -> None:
+    model = Model(rse.Adagrad(lr=0.1))
+    optimizer, before = fused_optimizer(model, dense(model)), weights(model)
+    (loss_of(model, slice(8)) * float("nan")).backward()
+    model.tables.check_finite = True
+    with pytest.raises(ConfigError, match="no table has been changed"):
+        optimizer.step()
+    assert all(torch.equal(p, before[k]) for k, p in weights(model).items())
+
+
+def test_what_is_given_in_the_wrong_place_is_named() -> None:
+    schema = rse.Schema([rse.FeatureSpec("C1", 9, 2)])
+    with pytest.raises(ConfigError, match="an update rule is given as optimizer="):
+        rse.EmbeddingCollection(schema, rse.Adam(lr=0.1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"tables of compress_ .* have ordinary gradients"):
+        fused_optimizer(nn.Sequential(rse.make_embedding("full", 9, 2)))
+    for backend in BACKENDS:
+        with pytest.raises(ConfigError, match=r"ids must be dense.*got layout torch.sparse_coo"):
+            rse.EmbeddingCollection(schema, backend=backend)(torch.tensor([[3]]).to_sparse())

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recsys_embed import SGD, EmbeddingCollection, FeatureSpec, Schema
+from recsys_embed.errors import ConfigError
 from recsys_embed.optim import RowGradient
 
 OPERATIONS: dict[str, Callable[[nn.Parameter], Any]] = {
@@ -42,7 +44,13 @@ OPERATIONS: dict[str, Callable[[nn.Parameter], Any]] = {
     "largest": lambda p: p.grad.abs().max(),
     "foreach": lambda p: torch._foreach_mul_([p.grad, torch.ones(2)], 2.0),
     "foreach norm": lambda p: torch.stack(torch._foreach_norm([p.grad, p.data])),
+    "foreach norm in another type": lambda p: torch.stack(torch._foreach_norm([p.grad], 2, dtype=torch.float64)),
     "matmul": lambda p: p.grad @ p.grad.T,
+    "out=": lambda p: torch.mul(p.grad, p.data, out=p.grad),
+    "data =": lambda p: setattr(p.grad, "data", p.data.clone()),
+    "data = a gradient": lambda p: setattr(p.grad, "data", p.grad * 2),
+    "dlpack": lambda p: torch.from_dlpack(p.grad),
+    "share_memory_": lambda p: p.grad.share_memory_(),
 }
 
 
@@ -79,3 +87,33 @@ def test_gradients_by_row_take_torchs_operations(operation: Callable[[nn.Paramet
         found.append((p.detach().clone(), held.clone(), out if isinstance(out, Tensor) else None))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_sum_with_zeros_has_memory_of_its_own(in_place: bool) -> None:
+    grad = RowGradient(torch.tensor([1]), torch.ones(1, 4), 5)
+    buffer = torch.zeros_like(grad)
+    buffer = buffer.add_(grad) if in_place else buffer + grad
+    buffer.mul_(0.5)
+    assert (float(grad.sum()), float(buffer.sum())) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [Tensor.data_ptr, RowGradient.data_ptr, RowGradient.untyped_storage, RowGradient.storage, torch._C._to_dlpack],
+)
+def test_memory_that_is_not_there_is_refused(read: Callable[[RowGradient], Any]) -> None:
+    """Address 0 ends the process when something reads it."""
+    with pytest.raises((ConfigError, RuntimeError), match=r"no memory of its own|Cannot access data pointer"):
+        read(RowGradient(torch.tensor([1]), torch.ones(1, 4), 5))
+
+
+def test_a_table_moves_to_shared_memory_with_its_gradient() -> None:
+    tables = EmbeddingCollection(Schema([FeatureSpec("C1", 9, 2)]), optimizer=SGD(lr=1.0))
+    optimizer, before = tables.make_optimizer(), tables.width2.detach().clone()
+    tables(torch.tensor([[3], [3]])).sum().backward()
+    tables.share_memory()
+    assert tables.width2.is_shared()
+    assert tables.width2.grad.is_shared()
+    optimizer.step()
+    assert (before - tables.width2)[:, 0].tolist() == pytest.approx([0, 0, 0, 2, 0, 0, 0, 0, 0], abs=1e-6)

@@ -21,6 +21,7 @@ import recsys_embed as rse
 from recsys_embed import EmbeddingCollection
 from recsys_embed.collection.backward_steps import BackwardSteps
 from recsys_embed.errors import ConfigError
+from recsys_embed.optim import unfused_parameters
 from tests.fused_model import BACKENDS, IDS, PAIRS, SCHEMA, Model, dense, loss_of, one_step, weights
 
 
@@ -101,7 +102,27 @@ def swapped(model: Model) -> None:
     loss.backward()
 
 
+def penalty_on_a_table(model: Model) -> None:
+    (loss_of(model, slice(8)) + model.tables.width8.square().sum()).backward()
+
+
+def scores_of_all_items(model: Model) -> None:
+    (model.tables(IDS[:8])[:, 0].detach() @ model.tables.width8.T).sum().backward()
+
+
+def gradient_by_hand(model: Model) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.tables.width8.grad = torch.ones_like(model.tables.width8)
+    optimizer.step()
+
+
+def ascent(model: Model) -> None:
+    _optimizer = torch.optim.SGD(model.parameters(), 0.1, maximize=True)
+    loss_of(model, slice(8)).backward()
+
+
 REFUSED = [
+    penalty_on_a_table, scores_of_all_items, gradient_by_hand, ascent,
     accumulated, backward_twice, lookup_ahead, gradient_scaler, gradient_scaler_after_a_plain_step,
     gradient_scaler_of_an_overflow, gradient_scaler_of_a_checkpoint, gradient_scaler_in_a_compiled_step,
     foreign_parameters, swapped,
@@ -112,7 +133,7 @@ REFUSED = [
 @pytest.mark.parametrize("loop", REFUSED)
 def test_steps_in_backward_refuse_what_they_cannot_do(loop: Callable[[Model], None], backend: str) -> None:
     model = Model(rse.Adagrad(lr=0.1), backend=backend)
-    with pytest.raises(ConfigError, match=r"fused_optimizer|look up again"):
+    with pytest.raises(ConfigError, match=r"fused_optimizer|look up again|negate the loss"):
         loop(model)
     assert all(p.isfinite().all() for p in model.tables.parameters())
 
@@ -398,3 +419,77 @@ def test_checkpointed_activations_make_one_step(backend: str, reentrant: bool, p
             loss.backward()
         torch.optim.SGD(twin.tables.parameters(), 0.5).step()
         torch.testing.assert_close(weights(fused)["tables.width8"], weights(twin)["tables.width8"])
+
+
+@pytest.mark.parametrize("given", ["the tables", "no table"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_backward_in_a_step_is_refused_before_it_and_frozen_tables_are_let_be(
+    given: str, backend: str
+) -> None:
+    model, twin = Model(rse.SGD(lr=0.1), backend=backend), Model(rse.SGD(lr=0.1), backend=backend)
+
+    def lbfgs() -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(model.parameters() if given == "the tables" else unfused_parameters(model))
+
+    optimizer = lbfgs()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, slice(8))
+        loss.backward()
+        return loss
+
+    with pytest.raises(ConfigError, match=r"LBFGS runs several backwards .* freeze them .* optimizer=None"):
+        optimizer.step(closure)
+    loss_of(twin, slice(8)).backward()
+    assert torch.equal(model.tables.width8, twin.tables.width8), "one step, of the first backward"
+    model.tables.requires_grad_(False)
+    optimizer = lbfgs()
+    first, last = optimizer.step(closure).item(), loss_of(model, slice(8)).item()
+    assert last < 0.1 * first
+    assert torch.equal(model.tables.width8, twin.tables.width8)
+
+
+def test_a_step_that_failed_in_its_closure_is_over() -> None:
+    model = Model(rse.SGD(lr=0.1))
+    optimizer = dense(model)
+
+    def closure() -> None:
+        loss_of(model, slice(8)).backward()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    loss_of(model, slice(8)).backward()
+    optimizer.step()
+
+
+def test_training_in_eval_mode_is_told_of_once() -> None:
+    model = Model(rse.SGD(lr=0.5))
+    loss_of(model.eval(), slice(8)).backward()  # nothing has been trained
+    loss_of(model.train(), slice(8)).backward()
+    before = weights(model)["tables.width8"]
+    with pytest.warns(UserWarning, match="call train.. of their collection after model.eval"):
+        loss_of(model.eval(), slice(8)).backward()
+    loss_of(model, slice(8)).backward()
+    assert torch.equal(weights(model)["tables.width8"], before)
+    model.tables.train()
+    loss_of(model, slice(8)).backward()
+    assert not torch.equal(weights(model)["tables.width8"], before)
+
+
+def test_the_first_step_of_a_new_optimizer_follows_it() -> None:
+    """The one before has come to a rate of 0."""
+    model = Model(rse.SGD(lr=0.5))
+    old = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(old, 1.0, 0.0, 2)
+    for i in range(2):
+        one_step(model, old, i)
+        schedule.step()
+    before = weights(model)["tables.width8"]
+    loss_of(model, slice(8)).backward()
+    assert torch.equal(weights(model)["tables.width8"], before)
+    _new = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model, slice(8)).backward()
+    assert not torch.equal(weights(model)["tables.width8"], before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import FrameType
 from weakref import ref
 
 from torch.optim import Optimizer
@@ -42,6 +44,26 @@ class BackwardCount:
         self._lock = threading.Lock()
         # Whether gradients are held, to be compared with those after the backward.
         self.holds = False
+        # The optimizer whose step runs, and the backwards before it.
+        self._inside: tuple[ref[Optimizer], int] | None = None
+
+    def step_begins(self, optimizer: Optimizer) -> None:
+        """A step of an optimizer begins, whose closure may run backwards."""
+        self._inside = ref(optimizer), self._count
+
+    def stepping_again(self) -> str | None:
+        """Of a lookup: the optimizer in whose running step a backward has stepped the tables already."""
+        if self._inside is None or self._inside[1] == self._count:
+            return None
+        optimizer = self._inside[0]()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and optimizer is not None:
+            if frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is optimizer:
+                return type(optimizer).__name__
+            frame = frame.f_back
+        # That step has failed.
+        self._inside = None
+        return None
 
     def before_lookup(self) -> None:
         """Look at the gradients of optimizers that have not stepped since the last backward."""
@@ -92,6 +114,7 @@ class BackwardCount:
     def after_step(self, optimizer: Optimizer) -> None:
         """Count anew."""
         with self._lock:
+            self._inside = None
             self._any_stepped_at = self._count
             seen = self._optimizers.get(id(optimizer))
             if seen is None or seen.added or seen.held or seen.optimizer() is not optimizer:

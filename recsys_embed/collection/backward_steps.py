@@ -21,10 +21,12 @@ from recsys_embed.optim.replicas import active_replica, refuse_sharding
 class LookupRecord:
     """One lookup with gradients, alive until its backward can no longer run."""
 
-    __slots__ = ("__weakref__", "deferred", "outer", "stepped", "steps_before", "thread")
+    __slots__ = ("__weakref__", "again_in", "deferred", "outer", "stepped", "steps_before", "thread")
 
-    def __init__(self, steps_before: int, thread: int, deferred: bool) -> None:
+    def __init__(self, steps_before: int, thread: int, deferred: bool, again_in: str | None) -> None:
         self.steps_before, self.thread, self.deferred = steps_before, thread, deferred
+        # The optimizer in whose running step the tables have been stepped already.
+        self.again_in = again_in
         self.stepped: set[str] = set()
         # The backward in which the lookup is made, of recomputed activations. Its own may be another one inside.
         self.outer: int = torch._C._current_graph_task_id()
@@ -50,6 +52,7 @@ class BackwardSteps:
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
         self._looked_up_in = -1
+        self._again_in: str | None = None
         # Of backwards inside of others (reentrant checkpointing), the backward around.
         self._outer: dict[int, int] = {}
         self.count = BackwardCount()
@@ -75,7 +78,7 @@ class BackwardSteps:
             # Only here can the step follow this backward, where that of the lookup is another one inside of it.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         thread = threading.get_ident()
-        record = LookupRecord(self._taken.get(thread, 0), thread, deferred)
+        record = LookupRecord(self._taken.get(thread, 0), thread, deferred, self.count.stepping_again())
         with self._lock:
             self._open.add(record)
         return record
@@ -87,6 +90,7 @@ class BackwardSteps:
             ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
         """
         refuse_scaled()
+        _refuse_again(record.again_in)
         task = torch._C._current_graph_task_id()
         if record.outer not in (-1, task):
             # Other parts are still to be looked up again, in the rows as they are.
@@ -135,11 +139,13 @@ class BackwardSteps:
 
     def begin_compiled(self) -> None:
         """A compiled lookup begins; it keeps no record."""
+        self._again_in = self.count.stepping_again()
         self._looked_up_in = torch._C._current_graph_task_id()
 
     def stepped_by_compiled_code(self) -> None:
         """Two compiled lookups in one backward are refused here, also those that checkpointing makes again."""
         refuse_scaled()
+        _refuse_again(self._again_in)
         task = torch._C._current_graph_task_id() if self._looked_up_in < 0 else self._looked_up_in
         if task >= 0 and task == self._stepped_in:
             raise ConfigError(
@@ -175,6 +181,16 @@ def refuse_scaled() -> None:
     if is_scaled(torch._C._current_graph_task_id()):
         raise ConfigError(
             f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {WAY_OUT}"
+        )
+
+
+def _refuse_again(optimizer: str | None) -> None:
+    """Refuse a second backward in one step of an optimizer, whose closure evaluates the model several times."""
+    if optimizer is not None:
+        raise ConfigError(
+            f"{optimizer} runs several backwards in one step, and these tables, which step in backward, would make a "
+            "step in each; freeze them while it runs (table.requires_grad_(False)), or build the collection with "
+            f"optimizer=None and give {optimizer} all parameters"
         )
 
 

@@ -82,6 +82,11 @@ class EmbeddingCollection(FusedTables):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if plan is not None and not isinstance(plan, Plan):
+            raise ConfigError(
+                f"`plan`, the second argument, must be a Plan or None; got {plan!r:.80}; an update rule is given as "
+                "optimizer="
+            )
         if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
             raise ConfigError(
                 "`optimizer` must be a rule of recsys_embed.optim, e.g. RowwiseAdagrad(lr=0.01), or None; got "

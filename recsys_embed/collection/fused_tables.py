@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection import lost_gradients
 from recsys_embed.collection.backward_steps import (
     BackwardSteps,
     LookupRecord,
     refuse_parts,
-    refuse_replicas,
 )
 from recsys_embed.collection.optimizer_watch import Backwards, watch
 from recsys_embed.collection.schedules import Schedules
-from recsys_embed.collection.tables_with_state import TablesWithState
-from recsys_embed.errors import ConfigError, RecsysEmbedError
+from recsys_embed.collection.tables_of_an_optimizer import TablesOfAnOptimizer, nobody
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels import pointers
-from recsys_embed.kernels.deferred_gradients import DeferredGradients
 from recsys_embed.kernels.fused_gather import apply_update
 from recsys_embed.kernels.gather_ops import gather
-from recsys_embed.kernels.native import lookup as native
-from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.recording import refuse_scripting
-from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer, rows_of
-from recsys_embed.optim.replicas import Replicas, inside_fsdp
+from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer
+from recsys_embed.optim.replicas import inside_fsdp
 from recsys_embed.utils.types import JSON
 
 # What copies and pickles start anew.
 _LEFT_BEHIND = (
     "_backward_steps", "_replicas", "_torch_optimizer", "_dense", "_schedules", "_looked", "_handle", "_compiled_at",
-    "warned",
+    "_passed_over", "warned", "_told_of_eval",
 )  # fmt: skip
-
-
-def _nobody() -> None:
-    """No optimizer of torch steps the tables."""
 
 
 def _part_of_step(rows: Tensor, grad: Tensor, table: Tensor) -> RowGradient:
@@ -53,7 +43,7 @@ def _part_of_step(rows: Tensor, grad: Tensor, table: Tensor) -> RowGradient:
     return RowGradient(rows, grad.to(torch.promote_types(table.dtype, torch.float32)), table.shape[0])
 
 
-class FusedTables(TablesWithState):
+class FusedTables(TablesOfAnOptimizer):
     """Tables whose fused optimizer steps in backward, or at ``step()`` of a torch optimizer.
 
     It steps in backward until :func:`recsys_embed.optim.fused_optimizer` makes a torch optimizer of it, whose
@@ -61,7 +51,7 @@ class FusedTables(TablesWithState):
 
     Attributes:
         constant_in_eval: where the optimizer steps in backward, lookups in ``eval()`` give the tables no gradients.
-        check_finite: steps in backward first look whether all gradients are finite, and raise a ConfigError if not.
+        check_finite: steps first look whether all gradients are finite, and raise a ConfigError if not.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -75,20 +65,20 @@ class FusedTables(TablesWithState):
         backend: str,
     ) -> None:
         super().__init__(shapes, optimizer, device, dtype, backend)
-        self.check_finite, self.constant_in_eval = False, True
+        self.check_finite = False
         self._start_watching()
 
     def _start_watching(self) -> None:
+        self._start_alone()
         self._handle = handle_of(self)
         self._backward_steps = BackwardSteps(self._apply_collected)
-        self._replicas: Replicas | None = None
-        # The torch optimizer that steps the tables, and the one that it steps besides.
-        self._torch_optimizer: Callable[[], object] = _nobody
-        self._dense: Callable[[], object] = _nobody
         self._schedules, self._looked = Schedules(self.__dict__["_owned"]), False
         # Where tables and state lay when a compiled model last looked them up.
         self._compiled_at: list[int] = []
-        self.warned = False
+        self.warned = self._told_of_eval = False
+        if self.optimizer is not None:
+            watch(self)
+            lost_gradients.refuse_outside_lookups(self, self.__dict__["_owned"])
 
     def __getstate__(self) -> JSON:
         return {k: v for k, v in self.__dict__.items() if k not in _LEFT_BEHIND}
@@ -128,13 +118,6 @@ class FusedTables(TablesWithState):
         self.before_lookup()
         return True
 
-    def before_lookup(self) -> None:
-        """Before a lookup with gradients: replicas of the tables share them, or the lookup is refused."""
-        if self._replicas is not None:
-            self._replicas.before_lookup()
-        else:
-            refuse_replicas()
-
     def before_compiled_lookup(self) -> None:
         """As :meth:`before_lookup`, of a compiled model."""
         self.before_lookup()
@@ -152,13 +135,17 @@ class FusedTables(TablesWithState):
             return False
         if not self.constant_in_eval:
             return False
-        return torch.compiler.is_compiling() or self._owns_its_tables
+        if torch.compiler.is_compiling():
+            return True
+        if not self._told_of_eval and any(log.step for log in self._step_logs.values()) and self.takes_no_gradient:
+            self._told_of_eval = True
+            warnings.warn(lost_gradients.IN_EVAL, stacklevel=6)
+        return self._owns_its_tables
 
     def _record(self, deferred: bool) -> LookupRecord | None:
         """Of a lookup whose backward steps the optimizer."""
         if not self._in_backward or torch.compiler.is_compiling():
             return None
-        watch(self)
         if self._expects_state:
             self._expects_state = False
             warnings.warn(
@@ -181,46 +168,23 @@ class FusedTables(TablesWithState):
     def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
         """A step of an optimizer of torch has ended."""
         self._backward_steps.count.after_step(optimizer)
+        self._note_step()
+
+    def find_schedules(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch was given parameters: the next lookup follows its schedule, if they are the tables."""
+        if self._looked and self._in_backward and self._schedules.are_of(optimizer):
+            self._looked = False
 
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer of torch steps: its schedule is followed from now on, if it was given the tables."""
+        """A step of an optimizer of torch begins: its schedule is followed, if it was given the tables."""
         if self._in_backward:
             self._schedules.follow(optimizer)
+            self._backward_steps.count.step_begins(optimizer)
 
     @property
     def _rate(self) -> float:
         """Learning rate of the next step: in backward, by the schedule of an optimizer that was given the tables."""
         return self._lr * self._schedules.factor() if self._in_backward and not self._sets_lr else self._lr
-
-    def not_stepped_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer's step leaves alone gradients that another optimizer steps."""
-        if self._in_backward or isinstance(optimizer, FusedTableOptimizer):
-            return True
-        waiting = {id(t) for t in self._weights() if t.grad is not None}
-        return not waiting or not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"])
-
-    def check_not_lost(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a step of the dense part of an optimizer that no longer exists.
-
-        Raises:
-            ConfigError: the tables' gradients wait for the optimizer that nobody has kept.
-        """
-        if self._in_backward or self._dense() is not optimizer or self._torch_optimizer() is not None:
-            return
-        if all(t.grad is None for t in self._weights()):
-            return
-        raise ConfigError(
-            "gradients of tables wait for the optimizer that recsys_embed.optim.fused_optimizer made of them, which no "
-            f"longer exists; keep what it returns and call its step(), here in place of {type(optimizer).__name__}'s"
-        )
-
-    def _check_finite(self, gradients: Sequence[Tensor]) -> None:
-        """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
-        if self.check_finite and not all(bool(torch.isfinite(g).all()) for g in gradients):
-            raise ConfigError(
-                "a gradient of the tables is not finite, and no table has been changed; lower the learning rate or "
-                "look for NaN in the batch, or skip such steps by a GradScaler with recsys_embed.optim.fused_optimizer"
-            )
 
     def _check_owned(self, tables: Sequence[Tensor], storages: Sequence[str], gradient: Tensor) -> None:
         """Refuse a backward whose tables are no longer those of the lookup, or of another type than its gradients."""
@@ -284,31 +248,6 @@ class FusedTables(TablesWithState):
             for name in self.storages:
                 if name in collected:
                     self._step_rows(name, collected[name])
-
-    def _step_rows(self, storage: str, gradient: Tensor) -> None:
-        """One step of a storage by its gradient, in place."""
-        rule, weight, state = self.optimizer, self._parameters[storage], self._state(storage)
-        if rule is None or weight is None:
-            return
-        log = self._step_logs[storage]
-        log.advance(rule, self._rate)
-        rows, values = rows_of(gradient)
-        native_rows = self.backend == "native" and values.dtype is torch.float32 and native.runs_on(values, [weight])
-        with self._step_or_none([storage]):
-            if native_rows and native.knows(rule):
-                row_steps.update_rows(rule, weight, state, rows, values, log)
-            else:
-                apply_update(rule, weight, state, rows, values, log, self.backend in ("native", "triton"))
-
-    @contextmanager
-    def _step_or_none(self, storages: Sequence[str]) -> Iterator[None]:
-        """A step that is refused before it writes has not been made."""
-        try:
-            yield
-        except (RecsysEmbedError, MemoryError):
-            for name in storages:
-                self._step_logs[name].retract()
-            raise
 
     def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
         """What kernels do for a lookup, before it and in its backward."""
@@ -399,27 +338,6 @@ class FusedTables(TablesWithState):
         """
         return fused_optimizer(self, dense)
 
-    # -- the learning rate ------------------------------------------------------------------------------------------
-
-    @property
-    def _current_lr(self) -> float:
-        optimizer = self._torch_optimizer()
-        return optimizer.lr_of(self) if isinstance(optimizer, FusedTableOptimizer) else self._lr
-
-    # -- as the torch optimizer sees it ---------------------------------------------------------------------------
-
-    def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None:
-        """From now on gradients are left for ``step()`` of the optimizer that is called for."""
-        self._in_backward, self._expects_state = False, False
-        self._torch_optimizer, self._replicas = optimizer, replicas
-        dense = getattr(optimizer(), "dense", None)
-        self._dense = _nobody if dense is None else ref(dense)
-        watch(self)
-
-    def is_stepped_by(self, optimizer: object) -> bool:
-        """Whether the optimizer is the last one made of these tables."""
-        return self._torch_optimizer() is optimizer
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for weight in self._weights():
             if isinstance(weight.grad, RowGradient):
@@ -431,65 +349,11 @@ class FusedTables(TablesWithState):
         before = self.__dict__.get("_owned", ())
         super()._own_parameters()
         tables = self.__dict__["_owned"]
-        if before and not all(map(operator.is_, before, tables)):
+        new = [t for t in tables if not any(t is known for known in before)] if before else []
+        if new:
+            lost_gradients.refuse_outside_lookups(self, new if self.optimizer is not None else [])
             # Other optimizers were given these, or will be.
             self._schedules, self._looked = Schedules(tables), False
-        optimizer = self.__dict__.get("_torch_optimizer", _nobody)()
+        optimizer = self.__dict__.get("_torch_optimizer", nobody)()
         if isinstance(optimizer, FusedTableOptimizer):
             optimizer.adopt_parameters()
-
-    def check_gradients(self, rule: FusedOptimizer) -> None:
-        """Refuse a step before it changes anything.
-
-        Raises:
-            ConfigError: the rule needs other state than the one the tables were made with, or a gradient can no longer
-                be computed.
-            IdRangeError: a gradient has rows beyond its table.
-        """
-        if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
-            raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
-        for name, weight in zip(self.storages, self._weights(), strict=True):
-            if not isinstance(weight.grad, RowGradient):
-                continue
-            if isinstance(weight.grad.source, DeferredGradients):
-                weight.grad.source.check()
-            else:
-                weight.grad.check_rows(name)
-
-    def reset_optimizer_(self) -> None:
-        """The optimizer's state becomes that before the first step."""
-        self.catch_up_()
-        with torch.no_grad():
-            self._reset_steps()
-
-    @torch.no_grad()
-    def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None:
-        """One step by the gradients in ``.grad``."""
-        if self.optimizer is not None and rule != self.optimizer:
-            # Deferred steps are those of the rule before.
-            self.catch_up_()
-            self.optimizer = rule
-        self._lr = lr
-        own = self._weights()
-        gradients = [t.grad for t in own]
-        with self._lock:
-            source = next((g.source for g in gradients if isinstance(g, RowGradient)), None)
-            if isinstance(source, DeferredGradients) and source.is_of(own, gradients):
-                for name, gradient in zip(self.storages, gradients, strict=True):
-                    if gradient is not None:
-                        self._step_logs[name].advance(rule, lr)
-                stepped = [
-                    name for name, gradient in zip(self.storages, gradients, strict=True) if gradient is not None
-                ]
-                with self._step_or_none(stepped):
-                    source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
-                return
-            for name, gradient in zip(self.storages, gradients, strict=True):
-                if gradient is not None:
-                    self._step_rows(name, gradient)
-
-    def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Steps of each storage so far; sets them where given, together with states that have no missed steps."""
-        if steps is not None:
-            self._count_steps(steps)
-        return {name: log.step for name, log in self._step_logs.items()}

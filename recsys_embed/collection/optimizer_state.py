@@ -65,6 +65,13 @@ def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str
         del state_dict[key]
 
 
+class _StateKey(str):
+    """A missing key of optimizer state, which torch's message explains."""
+
+    def __format__(self, spec: str) -> str:
+        return f"{self!s:{spec}} (state of the fused optimizer, which strict=False starts anew)"
+
+
 class SavedState(NamedTuple):
     """Optimizer state of one storage in a state dict.
 
@@ -114,8 +121,9 @@ def take_state(
             # Earlier versions saved it apart.
             found[storage] = SavedState({}, ELSEWHERE)
         else:
-            missing += [f"{prefix}{storage}_{name}" for name in tensors if name not in whole]
-            missing += [] if known else [f"{prefix}{storage}_{STEPS}"]
+            lacks = [f"{prefix}{storage}_{name}" for name in tensors if name not in whole]
+            lacks += [] if known else [f"{prefix}{storage}_{STEPS}"]
+            missing += [*lacks[:-1], *map(_StateKey, lacks[-1:])]
     raise_faults(faults, "an optimizer state that no table can go on from", CheckpointError)
     # What another rule saved is nobody's.
     forget_state(state_dict, prefix, tuple(wanted))
@@ -163,9 +171,9 @@ def check_state(
     )
 
 
-def state_entries(state: Mapping[str, Tensor], steps: Mapping[str, int], lr: float | None) -> dict[str, Tensor]:
+def state_entries(state: Mapping[str, Tensor], steps: Mapping[str, Tensor], lr: float | None) -> dict[str, Tensor]:
     """Entries of a state dict; the learning rate is among them where the user has set it."""
-    counts = {f"{storage}_{STEPS}": torch.tensor(n) for storage, n in steps.items()}
+    counts = {f"{storage}_{STEPS}": n for storage, n in steps.items()}
     rate = {} if lr is None else {f"{storage}_{LR}": torch.tensor(lr, dtype=torch.float64) for storage in steps}
     return {**state, **counts, **rate}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from functools import wraps
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -42,9 +43,9 @@ class WatchedTables(Protocol):
 
     def backwards_before(self, optimizer: Optimizer) -> Backwards | None: ...
     def after_step_of(self, optimizer: Optimizer) -> None: ...
+    def find_schedules(self, optimizer: Optimizer) -> None: ...
     def follow_schedule_of(self, optimizer: Optimizer) -> None: ...
-    def not_stepped_by(self, optimizer: Optimizer) -> bool: ...
-    def check_not_lost(self, optimizer: Optimizer) -> None: ...
+    def check_gradients_of(self, optimizer: Optimizer) -> None: ...
     def parameters(self) -> Iterator[Parameter]: ...
 
 
@@ -62,20 +63,30 @@ def watch(tables: WatchedTables) -> None:
         if not _hook:
             _hook.append(register_optimizer_step_pre_hook(_before_step))
             _hook.append(register_optimizer_step_post_hook(_after_step))
+            _watch_new_groups()
         _TABLES[key] = ref(tables, lambda _: _TABLES.pop(key, None))
         watch_scalers()
+
+
+def _watch_new_groups() -> None:
+    """From now on tables know of optimizers that are given them, before these step for the first time."""
+    add = Optimizer.add_param_group
+
+    @torch._disable_dynamo
+    @wraps(add)
+    def watched(self: Optimizer, param_group: dict[str, Any]) -> None:
+        add(self, param_group)
+        for tables in _watched():
+            tables.find_schedules(self)
+
+    setattr(Optimizer, "add_param_group", watched)  # noqa: B010
 
 
 @torch._disable_dynamo
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Compare what tables did since the last step of an optimizer with what the optimizer is about to do."""
     for tables in _watched():
-        if not tables.not_stepped_by(optimizer):
-            raise ConfigError(
-                f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
-                "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
-            )
-        tables.check_not_lost(optimizer)
+        tables.check_gradients_of(optimizer)
         tables.follow_schedule_of(optimizer)
         _refuse_accumulation(tables, optimizer)
 

@@ -12,6 +12,8 @@ from weakref import ref
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from recsys_embed.optim.base import refuse_maximize
+
 # References to a table: the module's parameters, its list of tables of its own, `Schedules`, and the call that counts.
 _OF_ITS_MODULE = 4
 
@@ -44,12 +46,23 @@ class Schedules:
                 if issubclass(type(held), Optimizer):
                     self.follow(held)
 
+    def are_of(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer was given the tables."""
+        return any(p is self._first for group in optimizer.param_groups for p in group["params"])
+
     def follow(self, optimizer: Optimizer) -> None:
-        """Follow an optimizer from now on, if it was given the tables."""
+        """Follow an optimizer from now on, if it was given the tables.
+
+        Raises:
+            ConfigError: it ascends.
+        """
         if any(known.optimizer() is optimizer for known in self._groups):
             return
         for number, group in enumerate(optimizer.param_groups):
-            if any(p is self._first for p in group["params"]) and group.get("lr") is not None:
+            if not any(p is self._first for p in group["params"]):
+                continue
+            refuse_maximize([group], type(optimizer).__name__)
+            if group.get("lr") is not None:
                 self._groups.append(_Followed(ref(optimizer), number, float(group["lr"])))
 
     def factor(self) -> float:

@@ -26,6 +26,7 @@ from recsys_embed.collection.optimizer_state import (
 )
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
@@ -181,7 +182,8 @@ class TablesWithState(nn.Module):
 
     def _count_steps(self, steps: Mapping[str, int]) -> None:
         """The states of storages are those after so many steps, and no row has missed one."""
-        self._step_logs.update({name: StepLog(count) for name, count in steps.items()})
+        for name, count in steps.items():
+            self._step_logs[name].restart(count)
         self._unfilled -= steps.keys()
 
     @property
@@ -230,10 +232,12 @@ class TablesWithState(nn.Module):
         if self.optimizer is None:
             return
         # By the same kernels whoever asks, so that bits do not depend on when a table was last read as a whole.
-        if self.backend == "native" and native.runs_on(table.detach(), [table]) and native.knows(self.optimizer):
-            row_steps.catch_up(self.optimizer, table, state, log, rows)
-        else:
-            catch_up(self.optimizer, table, state, rows, log, log.step)
+        native_rows = self.backend == "native" and native.runs_on(table.detach(), [table])
+        with catching_up(table):
+            if native_rows and native.knows(self.optimizer):
+                row_steps.catch_up(self.optimizer, table, state, log, rows)
+            else:
+                catch_up(self.optimizer, table, state, rows, log, log.step)
 
     @torch.no_grad()
     def catch_up_(self) -> Self:
@@ -297,7 +301,10 @@ class TablesWithState(nn.Module):
             # A torch optimizer has the state in a dict of its own.
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
-            steps = {name: log.step if self._in_backward else ELSEWHERE for name, log in self._step_logs.items()}
+            steps = {
+                name: log.live_count() if self._in_backward else torch.tensor(ELSEWHERE)
+                for name, log in self._step_logs.items()
+            }
             lr = self._lr if self._in_backward and self._sets_lr else None
             destination.update({prefix + k: v for k, v in state_entries(state, steps, lr).items()})
 
@@ -384,6 +391,7 @@ class TablesWithState(nn.Module):
         return {
             "rule": self._rule,
             "lr": self.lr,
+            "sets_lr": self._sets_lr,
             "steps": {name: log.step for name, log in self._step_logs.items()},
             "state": {key: state.detach() for key, state in self._all_states().items()},
         }
@@ -402,4 +410,6 @@ class TablesWithState(nn.Module):
             state.copy_(saved["state"][key])
         self._expects_state = False
         self._lr = float(saved["lr"])
+        # States of earlier versions do not say it: their rate was a schedule's only where somebody set it.
+        self._sets_lr = bool(saved.get("sets_lr", self._sets_lr))
         self._count_steps(saved["steps"])

@@ -17,6 +17,9 @@ _CHUNK = 1 << 18
 class StepLog:
     """Rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which may be deferred for some rows."""
 
+    # The number of steps where state dicts see it, once one has asked.
+    _seen: array[int] | None = None
+
     def __init__(self, step: int = 0) -> None:
         self.first = step
         self.rates, self.sizes, self.epsilons = array("d"), array("d"), array("d")
@@ -33,11 +36,29 @@ class StepLog:
         size, epsilon = optimizer.size_and_epsilon(lr, self.step + 1)
         for values, value in ((self.rates, lr), (self.sizes, size), (self.epsilons, epsilon)):
             values.append(value)
+        if self._seen is not None:
+            self._seen[0] = self.step
 
     def retract(self) -> None:
         """Take back the last :meth:`advance`, whose step was refused."""
         for values in (self.rates, self.sizes, self.epsilons):
             values.pop()
+        if self._seen is not None:
+            self._seen[0] = self.step
+
+    def restart(self, step: int) -> None:
+        """Count on from ``step``; every row has had the steps so far."""
+        self.clear()
+        self.first = step
+        if self._seen is not None:
+            self._seen[0] = step
+
+    def live_count(self) -> Tensor:
+        """Number of steps, int64 ``[]``, which goes on counting, as the weights in a state dict go on changing."""
+        if self._seen is None:
+            self._seen = array("q", [0])
+        self._seen[0] = self.step
+        return torch.frombuffer(self._seen, dtype=torch.int64)[0]
 
     def clear(self) -> None:
         """Drop the logged steps: every row has had them."""

@@ -6,8 +6,8 @@ Kernels compute first derivatives in backward. Second derivatives (``create_grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,13 +48,38 @@ def outside_transforms() -> AbstractContextManager[object]:
     return temporarily_clear_interpreter_stack()
 
 
+# Of the writes that a table's version counts, those of deferred steps, by id of the table. Rows that a lookup has read
+# have no deferred steps left, so that these writes change none of them. Differences alone matter: ids may come again.
+_CATCH_UPS: dict[int, int] = {}
+
+
+@contextmanager
+def catching_up(table: Tensor) -> Iterator[None]:
+    """What is written here are deferred steps of rows of a table."""
+    before = _version(table)
+    try:
+        yield
+    finally:
+        written = _version(table) - before
+        if written:
+            _CATCH_UPS[id(table)] = _CATCH_UPS.get(id(table), 0) + written
+
+
+def _version(table: Tensor) -> int:
+    return 0 if table.is_inference() else table._version
+
+
 class ReadTables:
     """Versions of the tables that a lookup read, which its backward reads again for further derivatives."""
 
     __slots__ = ("_versions",)
 
     def __init__(self, tables: Sequence[Tensor]) -> None:
-        self._versions = [None if t.is_inference() else t._version for t in tables]
+        self._versions = self._now(tables)
+
+    @staticmethod
+    def _now(tables: Sequence[Tensor]) -> list[int]:
+        return [_version(t) - _CATCH_UPS.get(id(t), 0) for t in tables]
 
     def check(self, tables: Sequence[Tensor]) -> None:
         """Raise if a table has changed.
@@ -62,7 +87,7 @@ class ReadTables:
         Raises:
             ConfigError: says so.
         """
-        if self._versions != [None if t.is_inference() else t._version for t in tables]:
+        if self._versions != self._now(tables):
             raise ConfigError(
                 "a table changed in place between a lookup and a backward with create_graph=True (or with batched "
                 "gradients), which reads it again; take these derivatives before the optimizer steps"

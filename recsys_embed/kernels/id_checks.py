@@ -16,6 +16,7 @@ from recsys_embed.kernels.recording import refused_when_run, tracing, unmapped
 from recsys_embed.utils.types import IdValues
 
 _ID_TYPES = (torch.int64, torch.int32)
+_LAYOUTS = (torch.strided, torch.jagged)
 
 
 def check_id_dtype(ids: object, where: str) -> Tensor:
@@ -27,11 +28,13 @@ def check_id_dtype(ids: object, where: str) -> Tensor:
     Raises:
         ConfigError: they are anything else.
     """
-    if isinstance(ids, Tensor) and ids.dtype in _ID_TYPES:
+    if isinstance(ids, Tensor) and ids.dtype in _ID_TYPES and ids.layout in _LAYOUTS:
         return ids
     at = f"feature {where!r}" if where else "a collection's features"
     if not isinstance(ids, Tensor):
         raise ConfigError(f"ids must be a tensor of int32 or int64; got {type(ids).__name__} ({at})")
+    if ids.dtype in _ID_TYPES:
+        raise ConfigError(f"ids must be dense, or bags of values and offsets; got layout {ids.layout} ({at})")
     raise ConfigError(f"ids must be int32 or int64; got {ids.dtype} ({at})")
 
 

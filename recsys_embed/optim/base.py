@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -198,3 +198,13 @@ class FusedOptimizer(ABC):
             lr: current learning rate (a schedule may have moved it from ``self.lr``).
             step: 1 for the first update of the table.
         """
+
+
+def refuse_maximize(groups: Iterable[Mapping[str, Any]], optimizer: str) -> None:
+    """Refuse param groups of a torch optimizer that ascend, for fused rules descend.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if any(group.get("maximize") for group in groups):
+        raise ConfigError(f"{optimizer} has maximize=True, and fused rules descend; leave it False and negate the loss")

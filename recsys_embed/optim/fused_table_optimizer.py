@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
-from recsys_embed.optim.base import FusedOptimizer, is_rate
+from recsys_embed.optim.base import FusedOptimizer, is_rate, refuse_maximize
+from recsys_embed.optim.optimizer_views import OptimizerState, ParamGroups
 from recsys_embed.optim.replicas import Replicas
 from recsys_embed.utils.types import JSON
 
@@ -35,6 +36,7 @@ class SteppedTables(Protocol):
     lr: float
 
     def leave_steps_to(self, optimizer: Callable[[], object], replicas: Replicas) -> None: ...
+    def begin_anew(self) -> tuple[FusedOptimizer, float]: ...
     def is_stepped_by(self, optimizer: object) -> bool: ...
     def check_gradients(self, rule: FusedOptimizer) -> None: ...
     def apply_gradients(self, rule: FusedOptimizer, lr: float) -> None: ...
@@ -123,7 +125,8 @@ class FusedTableOptimizer(Optimizer):
         if not tables:
             raise ConfigError(
                 "no module of the model has a fused optimizer: build its EmbeddingCollection with optimizer=, e.g. "
-                "RowwiseAdagrad(lr=0.01), or give all parameters to a torch optimizer"
+                "RowwiseAdagrad(lr=0.01), or give all parameters to a torch optimizer; tables of compress_ and of "
+                "make_embedding have ordinary gradients, for your own optimizer"
             )
         if dense is not None and not isinstance(dense, Optimizer):
             raise ConfigError(
@@ -132,11 +135,14 @@ class FusedTableOptimizer(Optimizer):
         if dense is not None and _needs_closure(dense):
             raise ConfigError(
                 f"{type(dense).__name__} evaluates the model several times in a step, which fused tables cannot; give "
-                "`dense` another optimizer, or leave it out and step it by itself"
+                "`dense` another optimizer, or build the collection with optimizer=None and give "
+                f"{type(dense).__name__} all parameters"
             )
+        if dense is not None:
+            refuse_maximize(dense.param_groups, "`dense`")
         by_rule: dict[tuple[FusedOptimizer, float], list[str]] = {}
         for path, module in tables.items():
-            by_rule.setdefault((cast("FusedOptimizer", module.optimizer), module.lr), []).append(path)
+            by_rule.setdefault(module.begin_anew(), []).append(path)
         self._begin(model, dense, process_group, [(rule, lr, paths) for (rule, lr), paths in by_rule.items()])
 
     def _begin(
@@ -176,10 +182,10 @@ class FusedTableOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[JSON]:
-        """The groups of the dense optimizer as they are now, and those of the tables; the list is a new one."""
-        if not self._complete or self.dense is None:
+        """The groups of the dense optimizer as they are now, and those of the tables; the list refuses changes."""
+        if not self._complete:
             return self._fused_groups
-        return [*self.dense.param_groups, *self._fused_groups]
+        return ParamGroups([*(self.dense.param_groups if self.dense is not None else ()), *self._fused_groups])
 
     @param_groups.setter
     def param_groups(self, groups: list[JSON]) -> None:
@@ -265,6 +271,7 @@ class FusedTableOptimizer(Optimizer):
             if not module.is_stepped_by(self):
                 raise ConfigError(f"another optimizer has been made of the tables of {path!r} since; call its step()")
         # Settings and gradients of all groups are checked before any table changes.
+        refuse_maximize(self.param_groups, "a param group")
         todo = [(group, *self._rule_of(i, group)) for i, group in enumerate(self._fused_groups)]
         for group, rule, _ in todo:
             for path in group[_OWN]:
@@ -290,7 +297,7 @@ class FusedTableOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, JSON]:
-        """By parameter, the tensors of the tables and of the dense optimizer themselves; the dict is a new one."""
+        """By parameter, the tensors of the tables and of the dense optimizer themselves; the dict refuses changes."""
         state: defaultdict[Tensor, JSON] = defaultdict(dict)
         if not self._complete:
             return state
@@ -302,7 +309,7 @@ class FusedTableOptimizer(Optimizer):
                 tensors = cast("FusedOptimizer", module.optimizer).tensors
                 state[parameter] = {"step": torch.tensor(float(steps[name]))}
                 state[parameter].update({key: buffers[f"{name}_{key}"] for key in tensors})
-        return state
+        return OptimizerState(state, self._change_state)
 
     @state.setter
     def state(self, value: Mapping[Tensor, JSON]) -> None:
@@ -313,6 +320,21 @@ class FusedTableOptimizer(Optimizer):
                 module.reset_optimizer_()
             if self.dense is not None:
                 self.dense.state.clear()
+
+    def _change_state(self, parameter: Tensor, given: JSON) -> None:
+        held = self.state[parameter]
+        if not any(parameter is p for group in self._fused_groups for p in group["params"]):
+            if self.dense is not None:
+                self.dense.state[parameter] = given
+            return
+        if given.keys() != held.keys() or any(torch.as_tensor(given[k]).shape != t.shape for k, t in held.items()):
+            raise ConfigError(f"the state of a table holds {sorted(held)}; got {sorted(given)}, or other shapes")
+        if int(given["step"]) != int(held["step"]):
+            raise ConfigError("the steps of a table change by load_state_dict()")
+        with torch.no_grad():
+            for key, tensor in held.items():
+                if key != "step" and given[key] is not tensor:
+                    tensor.copy_(given[key])
 
     def state_dict(self) -> JSON:
         """As torch's: each table's tensors ``[rows, width]`` or ``[rows, 1]`` and its steps, and the param groups."""

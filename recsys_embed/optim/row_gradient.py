@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.optim.duplicates import sum_duplicates
+from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
 aten = torch.ops.aten
 
@@ -60,7 +61,7 @@ class _Content:
         return self._read()[1]
 
 
-class RowGradient(Tensor):
+class RowGradient(WrapperTensor):
     """A table's gradient ``[num_rows, width]`` that is zero outside some of the rows.
 
     It is what a backward leaves in ``.grad`` of a table whose fused optimizer steps at ``step()``, see
@@ -88,8 +89,7 @@ class RowGradient(Tensor):
     def __new__(
         cls, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
     ) -> RowGradient:
-        size, stride = (num_rows, values.shape[1]), (values.shape[1], 1)
-        return Tensor._make_wrapper_subclass(cls, size, stride, dtype=values.dtype, device=values.device)
+        return cast("RowGradient", cls._without_storage((num_rows, values.shape[1]), values.dtype, values.device))
 
     def __init__(
         self, rows: Tensor, values: Tensor, num_rows: int, *, distinct: bool = False, ordered: bool = False
@@ -156,7 +156,33 @@ class RowGradient(Tensor):
         out = self.values.new_zeros(self.shape).index_copy_(0, self.rows, self.values)
         return out if dtype is None else out.to(dtype)
 
+    @property
+    def data(self) -> Tensor:
+        """An alias of the gradient; what is assigned takes its place, a dense tensor with its memory."""
+        return self._alias()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, RowGradient):
+            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            self._content = value._content
+        else:
+            self._content = _Content(None, None, True, True)
+            self._set_dense(value)
+
+    def share_memory_(self) -> RowGradient:
+        """Move rows and values to memory that processes share."""
+        self.rows.share_memory_()
+        self.values.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether processes share the memory of rows and values."""
+        return self.rows.is_shared() and self.values.is_shared()
+
     def _set_dense(self, dense: Tensor) -> None:
+        if dense.shape != self.shape:
+            raise ConfigError(f"a table's gradient has the table's shape {list(self.shape)}; got {list(dense.shape)}")
         rows = torch.arange(dense.shape[0], device=dense.device)
         self._content.__init__(rows, dense.to(self.dtype), True, True, True)  # type: ignore[misc]
 
@@ -284,9 +310,8 @@ def _added(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if first.shape != second.shape or first.dtype != second.dtype:
         return NotImplemented
     if not len(second.rows) or not len(first.rows):
-        # As it is, with what is known of its rows.
-        part = second._like(scaled) if not len(first.rows) else first
-        joined = part if part is not second else second._like(scaled.clone())
+        # As it is, with what is known of its rows, in memory of its own.
+        joined = first if len(first.rows) else second._like(scaled.clone() if scaled is second.values else scaled)
     else:
         joined = RowGradient(torch.cat([first.rows, second.rows]), torch.cat([first.values, scaled]), first.shape[0])
         joined._content.dense = first._content.dense or second._content.dense
@@ -368,7 +393,8 @@ def _zeroed_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _norms(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return [torch.linalg.vector_norm(g, *args[1:], **kwargs) for g in args[0]]
+    named = dict(zip(("ord", "dtype"), args[1:], strict=False)) | dict(kwargs)
+    return [torch.linalg.vector_norm(g, named.get("ord", 2), dtype=named.get("dtype")) for g in args[0]]
 
 
 _CLAMPS_OF_LISTS = (aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar)
@@ -438,14 +464,15 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
     out = func(*[given(x) for x in args], **{k: given(v) for k, v in kwargs.items()})
     written: dict[int, RowGradient] = {}
-    for argument, value in zip(arguments, args, strict=False):
+    named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
+    for argument in arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
-            for grad in _leaves(value):
+            for grad in _leaves(named.get(argument.name)):
                 grad._set_dense(dense[id(grad._content)])
                 written[id(dense[id(grad._content)])] = grad
-    if isinstance(out, Tensor):
-        return written.get(id(out), out)
-    return out
+    if isinstance(out, (list, tuple)):
+        return type(out)([written.get(id(x), x) for x in out])
+    return written.get(id(out), out)
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:

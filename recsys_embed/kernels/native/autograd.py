@@ -85,7 +85,8 @@ class _Lookup(Function):
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may:
         # what products need of them is kept. Further derivatives of products do need them.
         ctx.kept, ctx.tables, ctx.batch = kept, tables, ids.batch
-        ctx.read = ReadTables(tables) if kept is not None else None
+        # A step in backward refuses further derivatives.
+        ctx.read = ReadTables(tables) if kept is not None and updater is None else None
         ctx.arrays = lookup.arrays_read()
         # Offsets are not checked again, so they are kept as they are: `.data =` does not reach what is detached.
         offsets = None if ids.offsets is None else ids.offsets.detach()

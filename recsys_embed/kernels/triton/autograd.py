@@ -33,7 +33,7 @@ class _Lookup(Function):
         ctx.lookup, ctx.updater, ctx.layout = lookup, updater, layout
         # Values of the tables are not needed again, so they may change before backward, as those of a gather may.
         ctx.kept, ctx.tables = kept, tables
-        ctx.read = ReadTables(tables) if lookup.tables.kept else None
+        ctx.read = ReadTables(tables) if lookup.tables.kept and updater is None else None
         ctx.arrays = lookup.arrays_read()
         ctx.save_for_backward(ids)
         return outputs

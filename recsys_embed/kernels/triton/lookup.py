@@ -17,6 +17,7 @@ from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
+from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.indexes import ArrayVersions, IndexStore
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
@@ -319,8 +320,9 @@ class TritonLookup:
         """Apply the deferred steps of rows that ``ids`` read, in place, with torch's operations."""
         _, kept = self._run(ids, tables, keep=True)
         for number, reads in self._reads:
-            rows, log = reads.all_rows(kept.found), step_logs[number]
-            catch_up(optimizer, tables[number], states[number], rows[rows >= 0].unique(), log, log.step)
+            rows, log, table = reads.all_rows(kept.found), step_logs[number], tables[number]
+            with catching_up(table):
+                catch_up(optimizer, table, states[number], rows[rows >= 0].unique(), log, log.step)
 
     def gradients(
         self,

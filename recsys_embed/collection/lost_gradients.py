@@ -1,0 +1,91 @@
+"""Gradients of tables that no optimizer would step, or that another rule would step: they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from recsys_embed.collection.optimizer_watch import WAY_OUT
+from recsys_embed.errors import ConfigError
+
+
+class LooksUpAlone(Protocol):
+    """Tables that get no gradients while :attr:`takes_no_gradient` holds: lookups step them in backward."""
+
+    @property
+    def takes_no_gradient(self) -> bool: ...
+
+
+def refuse_outside_lookups(tables: LooksUpAlone, parameters: Sequence[nn.Parameter | None]) -> None:
+    """From now on a gradient is refused that reaches a table outside a lookup, for nothing would step it."""
+    # Not the tables themselves: their parameters would keep them alive.
+    hook = _hook(ref(tables))
+    for parameter in parameters:
+        if parameter is not None and parameter.is_leaf and not parameter.is_inference():
+            wanted = parameter.requires_grad
+            # Torch takes hooks of tensors that require grad, which a frozen table may come to do.
+            parameter.requires_grad_().register_post_accumulate_grad_hook(hook)
+            parameter.requires_grad_(wanted)
+
+
+def _hook(tables: ref[LooksUpAlone]) -> Callable[[Tensor], None]:
+    def refuse(parameter: Tensor) -> None:
+        if parameter.grad is None:  # of a lookup, which has stepped the table
+            return
+        owner = tables()
+        if owner is None or not owner.takes_no_gradient:
+            return
+        parameter.grad = None
+        raise ConfigError(
+            "a gradient reaches a table outside a lookup (a penalty on the table, or a product with the whole of it), "
+            f"and these tables step in backward, by their lookups alone; {WAY_OUT}; or give the rule weight_decay="
+        )
+
+    return refuse
+
+
+def refuse_given(tables: Sequence[Tensor], optimizer: Optimizer) -> None:
+    """Refuse a step of an optimizer that holds tables which step in backward and yet have a gradient."""
+    if _holds(optimizer, tables):
+        raise ConfigError(
+            f"{type(optimizer).__name__} holds tables that step in backward, and would step them by another rule and "
+            f"the gradient in their .grad; set that to None, or {WAY_OUT}"
+        )
+
+
+def _holds(optimizer: Optimizer, tables: Sequence[Tensor]) -> bool:
+    waiting = {id(t) for t in tables if t.grad is not None}
+    return bool(waiting) and any(id(p) in waiting for group in optimizer.param_groups for p in group["params"])
+
+
+def refuse_foreign(tables: Sequence[Tensor], optimizer: Optimizer) -> None:
+    """Refuse a step of an optimizer that holds tables which another optimizer steps."""
+    if _holds(optimizer, tables):
+        raise ConfigError(
+            f"{type(optimizer).__name__} holds tables that recsys_embed.optim.fused_optimizer steps, and would "
+            "step them a second time; give it recsys_embed.optim.unfused_parameters(model)"
+        )
+
+
+def refuse_lost(tables: Sequence[Tensor], instead_of: str) -> None:
+    """Refuse to go on while gradients wait for an optimizer that no longer exists.
+
+    Args:
+        instead_of: what was called, where its ``step()`` should be.
+    """
+    if any(t.grad is not None for t in tables):
+        raise ConfigError(
+            "gradients of tables wait for the optimizer that recsys_embed.optim.fused_optimizer made of them, which no "
+            f"longer exists; keep what it returns and call its step(), here in place of {instead_of}; a model that was "
+            "copied without it needs one of its own"
+        )
+
+
+IN_EVAL = (
+    "lookups in eval() do not train tables that step in backward; to train them in eval mode call train() of their "
+    "collection after model.eval(); to evaluate, use torch.no_grad()"
+)
