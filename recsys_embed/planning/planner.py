@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from recsys_embed.planning.model_constraints import ModelConstraints, constraint
 from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
+from recsys_embed.planning.shared_rows import shared_rows
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
 from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
 from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
@@ -73,7 +75,9 @@ def plan_for_budget(
             ``max_rows_per_id`` and ``max_bytes_per_id``: see :class:`recsys_embed.planning.Limits`.
 
     Returns:
-        A plan with a reason per feature, and notes on its budget, its bytes and how close to optimal it is.
+        A plan with a reason per feature, and notes on its budget, its bytes and how close to optimal it is. Where ids
+        share rows that no network tells apart, because the budget is too small for rows of their own, a warning and a
+        note name the tables and the least budget that suffices.
 
     Raises:
         BudgetError: the budget cannot be met; the message gives the least budget and the ways out.
@@ -111,13 +115,18 @@ def plan_for_budget(
     maker = OptionEnumerator(context)
     features = [maker.enumerate(s, terms[s.name], weights[s.name], frequencies.unordered.get(s.name)) for s in schema]
     pinned, spent = pinned_tables(schema, features, context)
-    groups = table_groups(features, context, {t.name for t in pinned})
+    taken = {t.name for t in pinned}
+    groups = table_groups(features, context, taken)
     check_possible(features, groups)
     found = _solution(schema, features, groups, context, total, spent)
     configs = _configs(schema, features, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given})
     losses = plan_losses(schema, plan, terms, weights, calibration.scales)
     notes = _notes(schema, plan, context, found, total, frequencies.source, constraints.left_out)
+    warning = shared_rows(plan, features, context, taken, spent)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
+        notes = replace(notes, warnings=(warning,))
     reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
     return with_frequent_ids(Plan(plan.configs, reasons, notes), schema, stats)
 
