@@ -57,6 +57,7 @@ class PlanNotes:
         measured: methods whose losses were fitted to measured runs.
         left_out: tables of the model that no plan can replace and the budget does not count: name, bytes and why.
         itemsize: bytes per number that ``bytes`` counts.
+        warnings: what the budget did not suffice for, in words, with the budget that would.
 
     Raises:
         ConfigError: a value of the wrong type.
@@ -73,6 +74,7 @@ class PlanNotes:
     measured: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     itemsize: int = 4
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_settings(self, "notes of a plan")
@@ -88,7 +90,7 @@ class PlanNotes:
         return {k: v for k, v in values.items() if k not in _LATER or getattr(self, k) != _LATER[k]}
 
 
-_LATER = {f.name: f.default for f in fields(PlanNotes) if f.name in ("left_out", "itemsize")}
+_LATER = {f.name: f.default for f in fields(PlanNotes) if f.name in ("left_out", "itemsize", "warnings")}
 
 
 @dataclass(frozen=True)

@@ -100,12 +100,19 @@ def test_a_sum_with_zeros_has_memory_of_its_own(in_place: bool) -> None:
 
 @pytest.mark.parametrize(
     "read",
-    [Tensor.data_ptr, RowGradient.data_ptr, RowGradient.untyped_storage, RowGradient.storage, torch._C._to_dlpack],
+    [Tensor.data_ptr, RowGradient.data_ptr, torch._C._to_dlpack, RowGradient.untyped_storage],
 )
 def test_memory_that_is_not_there_is_refused(read: Callable[[RowGradient], Any]) -> None:
     """Address 0 ends the process when something reads it."""
     with pytest.raises((ConfigError, RuntimeError), match=r"no memory of its own|Cannot access data pointer"):
         read(RowGradient(torch.tensor([1]), torch.ones(1, 4), 5))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_compiled_functions_take_gradients() -> None:
+    torch._dynamo.reset()
+    grad = RowGradient(torch.tensor([1]), torch.ones(1, 4), 5)
+    assert float(torch.compile(lambda g: g * 2, backend="aot_eager")(grad).sum()) == 8.0
 
 
 def test_a_table_moves_to_shared_memory_with_its_gradient() -> None:

@@ -467,15 +467,19 @@ def test_a_step_that_failed_in_its_closure_is_over() -> None:
 
 def test_training_in_eval_mode_is_told_of_once() -> None:
     model = Model(rse.SGD(lr=0.5))
-    loss_of(model.eval(), slice(8)).backward()  # nothing has been trained
-    loss_of(model.train(), slice(8)).backward()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    one_step(model.eval(), optimizer, 0)  # nothing has been trained
+    one_step(model.train(), optimizer, 0)
     before = weights(model)["tables.width8"]
+    loss_of(model.eval(), slice(8))  # an evaluation that forgot torch.no_grad()
+    one_step(model.train(), optimizer, 0)
+    assert not torch.equal(before, before := weights(model)["tables.width8"])
     with pytest.warns(UserWarning, match="call train.. of their collection after model.eval"):
-        loss_of(model.eval(), slice(8)).backward()
-    loss_of(model, slice(8)).backward()
+        one_step(model.eval(), optimizer, 0)
+    one_step(model, optimizer, 0)
     assert torch.equal(weights(model)["tables.width8"], before)
     model.tables.train()
-    loss_of(model, slice(8)).backward()
+    one_step(model, optimizer, 0)
     assert not torch.equal(weights(model)["tables.width8"], before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from recsys_embed.sharding.placement import Cluster
 
 WIDTH = 160
+BUDGET = (
+    "Bytes of all tables of the plan, e.g. 64MiB; default: what --world-size holds. The first-order weights of a model "
+    "that 'train --plan' trains come on top."
+)
 Network = Annotated[
     bool | None,
     typer.Option(
@@ -38,9 +43,7 @@ Network = Annotated[
 
 
 def plan(
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Bytes of all tables, e.g. 64MiB; default: what --world-size holds.")
-    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help=BUDGET)] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Data folder: its features and id frequencies.")] = None,
     schema: Annotated[
         Path | None, typer.Option("--schema", help="Or the features as a JSON file of Schema.to_dict.")
@@ -116,22 +119,24 @@ def plan(
         "max_rows_per_id": max_rows,
         "max_bytes_per_id": max_bytes,
     }
-    made = plan_for_budget(
-        source,
-        budget,
-        target,
-        None if methods is None else names(methods),
-        rule,
-        known,
-        evidence=evidence,
-        itemsize=itemsize,
-        network=network,
-        **limits,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ids of .* share rows")  # the summary says so
+        made = plan_for_budget(
+            source,
+            budget,
+            target,
+            None if methods is None else names(methods),
+            rule,
+            known,
+            evidence=evidence,
+            itemsize=itemsize,
+            network=network,
+            **limits,
+        )
     changes = () if diff is None else describe_changes(Plan.load(diff), made, features)
     if out is not None:
         write_text(out, made.to_json() + "\n")
-    _print_plan(features, made, cluster, rule, as_json)
+    _print_plan(features, made, cluster, rule, as_json, first_order=model is None)
     print(*changes, sep="\n", end="\n" if changes else "", file=sys.stderr if as_json else sys.stdout)
     if out is not None:
         print(f"written: {out}", file=sys.stderr)
@@ -160,8 +165,10 @@ def _cluster(world_size: int | None, hosts: int, hbm: str, batch_size: int) -> C
     return Cluster(world_size, hosts, hbm, batch_size)
 
 
-def _print_plan(features: Schema, made: Plan, cluster: Cluster | None, rule: str | None, as_json: bool) -> None:
-    """Print the plan and, for a cluster, the placement of its tables."""
+def _print_plan(
+    features: Schema, made: Plan, cluster: Cluster | None, rule: str | None, as_json: bool, first_order: bool
+) -> None:
+    """Print the plan, what comes on top of it, and for a cluster the placement of its tables."""
     placements = None
     if cluster is not None:
         from recsys_embed.cli import _placement
@@ -172,6 +179,8 @@ def _print_plan(features: Schema, made: Plan, cluster: Cluster | None, rule: str
         print(json.dumps({**made.to_dict(), **extra}, indent=2) if extra else made.to_json())
         return
     _show(features, made)
+    if first_order:
+        _show_first_order(features, made)
     if placements is not None:
         _placement.show(placements)
 
@@ -256,6 +265,18 @@ def _show(features: Schema, made: Plan) -> None:
     print(_summary(features, made))
 
 
+def _show_first_order(features: Schema, made: Plan) -> None:
+    """Say what comes on top of the plan in models with a weight per id beside the vectors."""
+    from recsys_embed.models import get_model, vector_models
+    from recsys_embed.train.plans import first_order_bytes
+
+    if features.uniform_dim is None:
+        return
+    keys = ", ".join(key for key in vector_models() if get_model(key).uses_linear)
+    extra = format_bytes(first_order_bytes(made, features))
+    print(f"first-order weights (linear tables) of {keys} come on top: {extra} with 'train --plan'")
+
+
 def _summary(features: Schema, made: Plan) -> str:
     notes = made.notes
     if notes is None:
@@ -280,6 +301,7 @@ def _summary(features: Schema, made: Plan) -> str:
     ]
     if notes.left_out:
         lines.append(f"not in the plan nor its budget: {'; '.join(notes.left_out)}")
+    lines += [f"warning: {text}" for text in notes.warnings]
     if notes.measured:
         lines.append(f"losses fitted to measured runs: {', '.join(notes.measured)}")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from recsys_embed.train import Interrupted, run_training
 from recsys_embed.train.config import PLANNED
 from recsys_embed.train.driver import RunOutcome
 from recsys_embed.train.json_values import footprint_dict, json_ready
+from recsys_embed.train.plans import on_top_of
 from recsys_embed.utils.types import JSON
 
 EXIT_INTERRUPTED = 130
@@ -106,6 +107,9 @@ def train(
         return 0
     summary = summarise(outcome)
     print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
+    extra = on_top_of(dataset.schema(settings.embedding_dim), settings)
+    if extra and not as_json:
+        print(f"first-order weights (linear tables), {format_bytes(extra)}, come on top of the plan")
     return 0
 
 

@@ -47,6 +47,11 @@ class BackwardCount:
         # The optimizer whose step runs, and the backwards before it.
         self._inside: tuple[ref[Optimizer], int] | None = None
 
+    @property
+    def so_far(self) -> int:
+        """Number of backwards."""
+        return self._count
+
     def step_begins(self, optimizer: Optimizer) -> None:
         """A step of an optimizer begins, whose closure may run backwards."""
         self._inside = ref(optimizer), self._count

@@ -34,7 +34,7 @@ from recsys_embed.utils.types import JSON
 # What copies and pickles start anew.
 _LEFT_BEHIND = (
     "_backward_steps", "_replicas", "_torch_optimizer", "_dense", "_schedules", "_looked", "_handle", "_compiled_at",
-    "_compiled_lookups", "_passed_over", "warned", "_told_of_eval",
+    "_compiled_lookups", "_passed_over", "warned", "_told_of_eval", "_read_in_eval",
 )  # fmt: skip
 
 
@@ -78,6 +78,8 @@ class FusedTables(TablesOfAnOptimizer):
         # Compiled lookups since the last step: the gradients of several wait for the end of their backward.
         self._compiled_lookups = 0
         self.warned = self._told_of_eval = False
+        # The backwards before the last lookup in eval(), until an optimizer steps.
+        self._read_in_eval: int | None = None
         if self.optimizer is not None:
             watch(self)
             lost_gradients.refuse_outside_lookups(self, self.__dict__["_owned"])
@@ -140,9 +142,7 @@ class FusedTables(TablesOfAnOptimizer):
             return False
         if torch.compiler.is_compiling():
             return True
-        if not self._told_of_eval and any(log.step for log in self._step_logs.values()) and self.takes_no_gradient:
-            self._told_of_eval = True
-            warnings.warn(lost_gradients.IN_EVAL, stacklevel=6)
+        self._read_in_eval = self._backward_steps.count.so_far
         return self._owns_its_tables
 
     def _record(self, deferred: bool) -> LookupRecord | None:
@@ -173,6 +173,19 @@ class FusedTables(TablesOfAnOptimizer):
         self._backward_steps.count.after_step(optimizer)
         self._note_step()
 
+    def _tell_of_eval(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step of an optimizer begins: say once where it was given the tables and they are not trained in eval()."""
+        read, self._read_in_eval = self._read_in_eval, None
+        if read is None or self._told_of_eval or read != self._backward_steps.count.so_far:
+            return
+        if self._schedules.are_of(optimizer) and any(log.step for log in self._step_logs.values()):
+            self._told_of_eval = True
+            warnings.warn(
+                "lookups in eval() do not train tables that step in backward; to train them in eval mode call train() "
+                "of their collection after model.eval(); to evaluate, use torch.no_grad()",
+                stacklevel=5,
+            )
+
     def find_schedules(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch was given parameters: the next lookup follows its schedule, if they are the tables."""
         if self._looked and self._in_backward and self._schedules.are_of(optimizer):
@@ -181,6 +194,7 @@ class FusedTables(TablesOfAnOptimizer):
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """A step of an optimizer of torch begins: its schedule is followed, if it was given the tables."""
         if self._in_backward:
+            self._tell_of_eval(optimizer)
             self._schedules.follow(optimizer)
             self._backward_steps.count.step_begins(optimizer)
 

@@ -83,9 +83,3 @@ def refuse_lost(tables: Sequence[Tensor], instead_of: str) -> None:
             f"longer exists; keep what it returns and call its step(), here in place of {instead_of}; a model that was "
             "copied without it needs one of its own"
         )
-
-
-IN_EVAL = (
-    "lookups in eval() do not train tables that step in backward; to train them in eval mode call train() of their "
-    "collection after model.eval(); to evaluate, use torch.no_grad()"
-)

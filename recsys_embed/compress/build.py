@@ -243,8 +243,10 @@ def plain_values(modules: Sequence[nn.Module]) -> nn.Parameter:
     """
     drop_ins = cast("Sequence[CompressedEmbedding]", modules)
     first = drop_ins[0]
-    if first.config.method == "full" and first.spec.num_ids == first.num_embeddings:
-        return cast("nn.Parameter", first.table("weight"))
+    own = first._parameters.get("weight")
+    # Of a loaded file the rows may be stored otherwise, and then they are decoded as all others are.
+    if own is not None and first.config.method == "full" and first.spec.num_ids == first.num_embeddings:
+        return own
     values, padding = first.materialize(), first.padding_idx
     other = next((m for m in drop_ins if m.padding_idx != padding), None)
     if padding is not None and other is not None:

@@ -274,9 +274,9 @@ class ModuleExchange:
         return changes
 
     def held_by(self, optimizer: Optimizer) -> list[str]:
-        """Names of the replaced parameters that an optimizer holds."""
+        """Names of the tables whose replaced parameters an optimizer holds, each once."""
         params = [p for g in optimizer.param_groups for p in g["params"]]
-        return [self.names[id(p)] for p in params if id(p) in self.parameters]
+        return list(dict.fromkeys(self.names[id(p)] for p in params if id(p) in self.parameters))
 
 
 def _storage_address(tensor: Tensor) -> int:
@@ -327,6 +327,6 @@ def live_optimizers(model: nn.Module, exchange: ModuleExchange, given: Sequence[
             where = f" (attribute {attributes[id(found)]!r} of the model)" if id(found) in attributes else ""
             some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
             yield (
-                f"optimizer {type(found).__name__}{where} still holds the replaced parameters {some}: pass it as "
+                f"optimizer {type(found).__name__}{where} still holds the replaced parameters of {some}: pass it as "
                 "`optimizer=` to have them exchanged, or build it anew afterwards"
             )

@@ -22,6 +22,7 @@ from recsys_embed.compress.build import (
 from recsys_embed.compress.exchange import ModuleExchange, apply_all, live_optimizers
 from recsys_embed.compress.initializer import initializer_for
 from recsys_embed.compress.module_state import carried_over, extra_faults, transfer_module_state
+from recsys_embed.discover import find_tables
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import ConfigError
@@ -82,12 +83,21 @@ class ModelReplacement:
             exchange = self._exchange(lambda replacement: dict.fromkeys(replacement.modules, _trial_of(replacement)))
             exchange.in_containers(self.model, carried_over)
             faults += exchange.faults
-            for o in self.optimizers:
-                if isinstance(o, Optimizer) and not exchange.held_by(o):
-                    faults.append(f"`optimizer` {type(o).__name__} holds none of the parameters to be replaced")
-                if isinstance(o, torch.optim.SparseAdam):
-                    faults += self._dense_faults(set(exchange.held_by(o)))
+            faults += self._optimizer_faults(exchange)
         return faults
+
+    def _optimizer_faults(self, exchange: ModuleExchange) -> Iterator[str]:
+        """Faults of optimizers: they hold no table, or cannot train the new ones."""
+        # What stays a full table has its optimizer too, which is then none for the others.
+        tables = {id(p) for t in find_tables(self.model) for m in t.modules for p in m.parameters()}
+        for o in self.optimizers:
+            if not isinstance(o, Optimizer):
+                continue
+            held = exchange.held_by(o)
+            if self.replacements and not held and not any(id(p) in tables for g in o.param_groups for p in g["params"]):
+                yield f"`optimizer` {type(o).__name__} holds none of the parameters to be replaced"
+            if isinstance(o, torch.optim.SparseAdam):
+                yield from self._dense_faults(set(held))
 
     def _dense_faults(self, names: set[str]) -> Iterator[str]:
         """Faults: tables of these names whose replacements have dense gradients, which SparseAdam refuses in a step."""
@@ -150,7 +160,7 @@ class ModelReplacement:
             changes += exchange.in_optimizer(o)
         # Before anything changes, so that warnings turned into errors leave the model as it was.
         for sentence in [*exchange.part_searched(), *live_optimizers(self.model, exchange, self.optimizers)]:
-            warnings.warn(sentence, stacklevel=4)
+            warnings.warn(sentence, stacklevel=3)
         apply_all(changes)
 
 

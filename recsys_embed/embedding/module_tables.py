@@ -16,6 +16,7 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.embedding.plain_table import PlainTable, PlainView
 from recsys_embed.embedding.shared_tables import SharedTables
+from recsys_embed.embedding.stored_parameters import StoredParameters, no_parameter
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
@@ -43,6 +44,10 @@ def _check_identity(
     """Raise where a saved extra state is of another configuration."""
     # The initial distribution and the pooling do not change what stored rows mean.
     _state.check(saved, own, where, ("init", "pooling"), STORED_UNSEEN, upgrade)
+
+
+def _refuse_parameter(stored: StoredParameters) -> None:
+    raise no_parameter(stored)
 
 
 class _Weight:
@@ -157,10 +162,20 @@ class ModuleTables(nn.Module):
         self.stands_in = True
         # A full table with the same rows is its own plain table.
         plain = self.config.method == "full" and self.spec.num_ids == self.num_embeddings
-        if "weight" in self._parameters and not plain:
-            self._parameters = {self._now(name): p for name, p in self._parameters.items()}
         self._renamed = not plain and any(t.name == "weight" for t in self.program.tables)
+        if not plain:
+            self._refuse_weight_as_parameter()
         return self
+
+    def _refuse_weight_as_parameter(self) -> None:
+        """Let utilities that put a computed tensor in a parameter's place hear that ``weight`` is none."""
+        stored = StoredParameters({self._now(name): p for name, p in self._parameters.items()})
+        shown = self._buffers
+        if not isinstance(shown, HiddenBuffers):
+            shown = HiddenBuffers({})
+            shown.update(self._buffers)
+        shown.hidden["weight"], shown.refuse = None, partial(_refuse_parameter, stored)
+        self.__dict__.update(_parameters=stored, _buffers=shown)
 
     @staticmethod
     def _now(name: str) -> str:

@@ -16,6 +16,7 @@ from recsys_embed.compress.inplace import adapt_to_libraries
 from recsys_embed.discover import join_path, key_without_wrappers, names_without_wrappers, unwrapped
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.plain_table import PlainTable
+from recsys_embed.embedding.stored_parameters import StoredParameters
 from recsys_embed.embedding.tied_linear import tied_output
 from recsys_embed.errors import CheckpointError, raise_faults
 from recsys_embed.exports.file_format import ExportFile
@@ -180,7 +181,7 @@ class _ServedExchange(ModuleExchange):
 def _restorer(model: nn.Module, values: Iterable[Tensor]) -> Callable[[], None]:
     """A function that gives all modules of ``model`` the children, tensors and ``values`` that they have now."""
     owned: list[Any] = [own for m in model.modules() for own in (m._parameters, m._buffers, m._modules)]
-    held = [(own, dict(own)) for own in owned if type(own) is dict]
+    held = [(own, dict(own)) for own in owned if type(own) in (dict, StoredParameters)]
     kept = [(v, v.detach().clone()) for v in values]
 
     def restore() -> None:

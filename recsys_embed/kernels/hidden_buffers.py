@@ -17,17 +17,25 @@ class HiddenBuffers(dict[str, Any]):
     Args:
         hidden: by name.
         check: is called with the name and the new value before a hidden one is set, and may raise.
+
+    Attributes:
+        refuse: is called where somebody asks for a hidden name that stands for no tensor (None), and raises.
     """
 
-    hidden: dict[str, Tensor] = {}  # noqa: RUF012 (copies and pickles fill the dictionary before they set attributes)
+    hidden: dict[str, Any] = {}  # noqa: RUF012 (copies and pickles fill the dictionary before they set attributes)
     check: Callable[[str, Tensor], None] | None = None
+    refuse: Callable[[], None] | None = None
 
-    def __init__(self, hidden: dict[str, Tensor], check: Callable[[str, Tensor], None] | None = None) -> None:
+    def __init__(self, hidden: dict[str, Any], check: Callable[[str, Tensor], None] | None = None) -> None:
         super().__init__()
         self.hidden, self.check = hidden, check
 
     def __contains__(self, name: object) -> bool:
-        return name in self.hidden or super().__contains__(name)
+        if name not in self.hidden:
+            return super().__contains__(name)
+        if self.hidden[name] is None and self.refuse is not None:
+            self.refuse()
+        return True
 
     def __getitem__(self, name: str) -> Any:
         return self.hidden[name] if name in self.hidden else super().__getitem__(name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError
+
+_TRACERS = ("torch._subclasses", "torch._dynamo", "torch._functorch", "torch._inductor", "torch.fx")
 
 
 class WrapperTensor(Tensor):
@@ -20,13 +23,19 @@ class WrapperTensor(Tensor):
         torch._C._set_throw_on_mutable_data_ptr(out)
         return out
 
-    def _no_memory(self, *_: object, **__: object) -> NoReturn:
+    def data_ptr(self) -> NoReturn:
+        """Refused: there is none."""
         raise ConfigError(
             f"a {type(self).__name__} has no memory of its own: `rows` and `values` are its tensors, and to_dense() "
             "is an ordinary one"
         )
 
-    data_ptr = untyped_storage = storage = _typed_storage = cast("Any", _no_memory)
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Refused, but for torch's tracers, which tell aliases by it: its methods end the process."""
+        if str(sys._getframe(1).f_globals.get("__name__")).startswith(_TRACERS):
+            return super().untyped_storage()
+        self.data_ptr()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense tensor, for other libraries."""
         return self.to_dense().__dlpack__(*args, **kwargs)

@@ -181,7 +181,7 @@ class OptionEnumerator:
                 # Between two dominated sizes, an option that is not dominated is unlikely.
                 if between and ((c, a.low) in good or (c, b.low) in good):
                     options += _interpolated(a, b, self.context.step)
-        _finish(feature, options)
+        set_options(feature, options)
 
     def _allowed_between(self, feature: FeatureOptions, a: SizedMethod, b: SizedMethod) -> bool:
         """Whether all sizes between two allowed sizes are allowed as well, and their losses lie between."""
@@ -238,10 +238,11 @@ def losses_of(
 def pin_option(feature: FeatureOptions, only: SizedMethod, loss: float) -> None:
     """Make a configuration the only option of a feature."""
     feature.shared = []
-    _finish(feature, [Option(None, 0, 0, only.config, only.cost, loss)])
+    set_options(feature, [Option(None, 0, 0, only.config, only.cost, loss)])
 
 
-def _finish(feature: FeatureOptions, options: list[Option]) -> None:
+def set_options(feature: FeatureOptions, options: list[Option]) -> None:
+    """Make ``options`` all that a feature can be stored as with tables of its own."""
     feature.options = options
     feature.choices = reduce_options([o.cost for o in options], [o.loss for o in options])
     feature.hull = hull(feature.choices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recsys_embed.core.footprint import format_bytes
@@ -14,11 +14,15 @@ from recsys_embed.plan import Plan
 from recsys_embed.planning.candidates import candidate_methods
 from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.enumerator import OptionEnumerator, pin_option
+from recsys_embed.planning.explain import counted
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.options import FeatureOptions, PlanningContext
 from recsys_embed.planning.predict import plan_losses
 from recsys_embed.planning.solver import PlanSolver
 from recsys_embed.planning.table_groups import TableGroup, table_groups
+
+MOST_NAMES = 5
+"""Tables that a message names."""
 
 
 def pinned_tables(
@@ -63,14 +67,14 @@ def ways_out(
     """The budget that would suffice, and other ways out, least bytes first."""
     ways: list[tuple[int, str]] = []
 
-    def smallest(costs: Costs, limits: Limits, names: Any) -> int | None:
+    def smallest(costs: Costs, limits: Limits, names: Any, options: Mapping[str, str] = context.options) -> int | None:
         other = PlanningContext(
             candidate_methods(names),
             costs,
             limits,
             grid_points=4,
             rounds=0,
-            options=context.options,
+            options=options,
             kinds=context.kinds,
             equal_row_widths=context.equal_row_widths,
             sharing_penalty=context.sharing_penalty,
@@ -95,6 +99,15 @@ def ways_out(
     if context.costs.train:
         trials.append(("an optimizer without state, such as 'sgd'", Costs(SGD(), True, context.costs.itemsize),
                        context.limits, names))  # fmt: skip
+    if context.options:
+        held = ", ".join(f"`{option}` of {name!r}" for name, option in sorted(context.options.items())[:MOST_NAMES])
+        able = [c.name for c in candidate_methods(None) if c.info.embedding_cls.supports_torch_options]
+        need = smallest(context.costs, context.limits, names, {})
+        if need is not None and need < least:
+            only = " or ".join(map(repr, able))
+            ways.append(
+                (need, f"tables without {held}, which only method {only} supports: {format_bytes(need)} at least")
+            )
     for text, costs, limits, chosen in trials:
         need = smallest(costs, limits, chosen)
         if need is not None and need < least:
@@ -104,7 +117,5 @@ def ways_out(
     listed = [f"a budget of {format_bytes(least)} ({least} bytes) or more", *(text for _, text in sorted(ways))]
     out = "; ".join(f"{i}. {text}" for i, text in enumerate(listed, 1))
     kind = "training" if context.costs.train else "serving"
-    return (
-        f"{len(schema)} features need at least {format_bytes(least)} for {kind} with the methods and limits given; "
-        f"{format_bytes(total)} available. Ways out: {out}"
-    )
+    who = f"{counted(len(schema), 'feature')} need{'s' * (len(schema) == 1)} at least {format_bytes(least)}"
+    return f"{who} for {kind} with the methods and limits given; {format_bytes(total)} available. Ways out: {out}"

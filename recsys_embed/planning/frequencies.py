@@ -52,7 +52,7 @@ class Frequencies:
         Raises:
             ConfigError: statistics of no feature of the schema, or of ids that it does not have; all faults at once.
         """
-        given, counted = {}, set()
+        given, counted, every = {}, set(), set()
         faults = []
         specs = {s.name: s for s in schema}
         for name, found in () if stats is None else read_statistics(stats):
@@ -64,6 +64,8 @@ class Frequencies:
                 faults.append(f"{e} (feature {name!r})")
             if _has_counts(found):
                 counted.add(name)
+                if name in given and found.counted[0] is None:
+                    every.add(name)  # without ids, counts are those of all ids in order
         raise_faults(faults, "statistics")
         names = schema.names
         faults = [
@@ -71,9 +73,12 @@ class Frequencies:
         ]
         for spec in schema:
             curve = given.get(spec.name)
-            if curve is not None and spec.ids == "index" and curve.n > spec.num_embeddings:
+            if curve is None or spec.ids != "index":
+                continue
+            if curve.n > spec.num_embeddings or (curve.n < spec.num_embeddings and spec.name in every):
                 faults.append(
-                    f"statistics of {curve.n} ids for {spec.num_embeddings} embeddings (feature {spec.name!r})"
+                    f"statistics of {curve.n} ids for {spec.num_embeddings} embeddings; give a count for each "
+                    f"(torch.bincount(ids, minlength={spec.num_embeddings})), or (ids, counts) (feature {spec.name!r})"
                 )
         raise_faults(faults, "plan_for_budget, `stats`")
         # A sample looks up one id of every feature, so all features have as many lookups as the largest needs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from recsys_embed.planning.model_constraints import ModelConstraints, constraint
 from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
+from recsys_embed.planning.shared_rows import shared_rows
 from recsys_embed.planning.shared_tables import (
     context_of_tables,
     importance_of_tables,
@@ -79,7 +81,9 @@ def plan_for_budget(
             ``max_rows_per_id`` and ``max_bytes_per_id``: see :class:`recsys_embed.planning.Limits`.
 
     Returns:
-        A plan with a reason per feature, and notes on its budget, its bytes and how close to optimal it is.
+        A plan with a reason per feature, and notes on its budget, its bytes and how close to optimal it is. Where ids
+        share rows that no network tells apart, because the budget is too small for rows of their own, a warning and a
+        note name the tables and the least budget that suffices.
 
     Raises:
         BudgetError: the budget cannot be met; the message gives the least budget and the ways out.
@@ -118,13 +122,18 @@ def plan_for_budget(
     maker = OptionEnumerator(context)
     features = [maker.enumerate(s, terms[s.name], weights[s.name], frequencies.unordered.get(s.name)) for s in schema]
     pinned, spent = pinned_tables(schema, features, context)
-    groups = table_groups(features, context, {t.name for t in pinned})
+    taken = {t.name for t in pinned}
+    groups = table_groups(features, context, taken)
     check_possible(features, groups)
     found = _solution(schema, features, groups, context, total, spent)
     configs = _configs(schema, features, found, total - spent)
     plan = Plan({s.name: configs[s.name] for s in given.first_readers})
     losses = plan_losses(schema, plan, terms, weights, calibration.scales)
     notes = _notes(schema, plan, context, found, total, frequencies.source, constraints.left_out)
+    warning = shared_rows(plan, features, context, taken, spent)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
+        notes = replace(notes, warnings=(warning,))
     reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
     reasons = {n: _with_readers(why, given.by_table[given[n].table_name]) for n, why in reasons.items()}
     return with_frequent_ids(Plan(plan.configs, reasons, notes).for_readers(given), given, stats)

@@ -59,8 +59,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     counted = data if hasattr(data, "counts") else None
     given = None if config.plan is None else with_frequent_ids(Plan.from_dict(config.plan), vectors, counted)
     if given is not None and budget is None:
-        spent = given.footprint(vectors).serve
-        budget = spent + max(spent // config.embedding_dim, 4)
+        budget = _with_first_order(given.footprint(vectors).serve, config.embedding_dim)
     linear = None
     if narrow is not None and budget is not None:
         share = budget // (config.embedding_dim + 1)
@@ -103,5 +102,32 @@ def resolve(schema: Schema, config: TrainConfig, data: DataSource) -> TrainConfi
 
 def linear_share(budget: int, config: TrainConfig, narrow: Schema) -> int:
     """Bytes of the first-order weights over ``narrow``, of width 1, under a budget of the whole embedding part."""
-    share = budget // (config.embedding_dim + 1)
-    return Plan.uniform(narrow, LINEAR_METHOD, budget=share).footprint(narrow).serve
+    return _linear_bytes(budget, config.embedding_dim, narrow)
+
+
+def first_order_bytes(plan: Plan, schema: Schema) -> int:
+    """Bytes of the first-order weights that a model gets on top of a plan of its vectors, where it has such weights.
+
+    Args:
+        schema: the features of the plan, of one width.
+    """
+    dim = schema.uniform_dim or 1
+    return _linear_bytes(_with_first_order(plan.footprint(schema).serve, dim), dim, schema.with_dim(1))
+
+
+def on_top_of(schema: Schema, config: TrainConfig) -> int:
+    """Bytes of the first-order weights that a run adds to those of the plan it was given; 0 under a budget of both."""
+    cls = get_model(config.model)
+    both = config.plan is None or config.budget is not None or config.ratio is not None
+    if both or not (cls.uses_vectors and cls.uses_linear):
+        return 0
+    return first_order_bytes(Plan.from_dict(config.plan or {}), schema)
+
+
+def _with_first_order(vectors: int, dim: int) -> int:
+    """Bytes of the whole embedding part where ``vectors`` bytes are those of vectors of width ``dim``."""
+    return vectors + max(vectors // dim, 4)
+
+
+def _linear_bytes(budget: int, dim: int, narrow: Schema) -> int:
+    return Plan.uniform(narrow, LINEAR_METHOD, budget=budget // (dim + 1)).footprint(narrow).serve

@@ -24,7 +24,7 @@ def test_optimizers_left_behind_are_named_and_given_ones_taken_over() -> None:
     model(torch.tensor([3])).sum().backward()
     model.optim.step()
     given = model.optim
-    with pytest.warns(UserWarning, match=r"SGD still holds the replaced parameters user:.*optimizer=") as caught:
+    with pytest.warns(UserWarning, match=r"SGD still holds the replaced parameters of user:.*optimizer=") as caught:
         compress_(model, uniform(model, "hash"), optimizer=given)
     assert len(caught) == 1
     held = [id(p) for g in given.param_groups for p in g["params"]]
@@ -55,6 +55,34 @@ def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was() -> None:
         with pytest.raises(UserWarning, match="SGD"):
             compress_(model, uniform(model, "hash"))
     assert snapshot(model) == before
+    del optimizer
+
+
+def test_an_optimizer_of_tables_that_stay_full_is_none_too_many() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(300, 4), "b": nn.Embedding(20, 4), "head": nn.Linear(4, 1)})
+    whole, one, head = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, model["b"], model["head"]))
+    tables = rse.Schema.from_model(model)
+    before = snapshot(model)
+    compress_(model, rse.Plan.full(tables), optimizer=[whole, head])
+    assert snapshot(model) == before
+    some = {"a": rse.get_method("hash").config_cls.from_params({"num_buckets": 9}), "b": rse.Plan.full(tables)["b"]}
+    with pytest.raises(ConfigError, match="SGD holds none of the parameters to be replaced"):
+        compress_(model, some, optimizer=[whole, head])
+    compress_(model, some, optimizer=[whole, one])
+    assert [id(p) for p in whole.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    assert one.param_groups[0]["params"] == [model["b"].weight]
+
+
+def test_a_warning_names_each_table_once_at_the_callers_line() -> None:
+    model = nn.ModuleDict({n: nn.Embedding(300, 4) for n in "abcd"})
+    schema = rse.Schema.from_model(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.warns(UserWarning, match="the replaced parameters of a, b, c and 1 more: ") as first:
+        compress_(model, rse.Plan.uniform(schema, "lowdim", dim=2))
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.warns(UserWarning, match="the replaced parameters of a, b, c and 1 more: ") as second:
+        materialize_(model)
+    assert {w.filename for w in [*first, *second]} == {__file__}
     del optimizer
 
 

@@ -188,18 +188,19 @@ class _Own(torch.autograd.Function):
         return grad.expand(ROWS, WIDTH)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils")
 def test_what_cannot_read_the_plain_table_says_so() -> None:
     module = stood_in(rse.get_method("hash"))
     with pytest.raises(rse.RecsysEmbedError, match=r"weight \+ 0"):
         _Own.apply(module.weight).backward()
     _Own.apply(module.weight + 0).backward()
     assert float(module.stored_weight.grad.sum()) == ROWS * WIDTH
-    with pytest.raises(rse.RecsysEmbedError, match="materialize_"):
-        prune.l1_unstructured(module, "weight", 0.5)
+    for name, act in ACTS.items():
+        named = "" if "pruning" in name else r"name a stored table instead \('stored_weight'\), .*"
+        with pytest.raises(rse.RecsysEmbedError, match=named + "materialize_"):
+            act(copy.deepcopy(module), "weight")
     with pytest.raises(rse.RecsysEmbedError, match="would change nothing"):
         module.weight = torch.zeros(ROWS, WIDTH)
-    with pytest.raises(ValueError, match="does not have a parameter"):
-        weight_norm(module)
     kept = module.weight
     kept.retain_grad()
     (kept * kept).sum().backward()

@@ -30,6 +30,7 @@ from tests.export.zoo import models
 PRECISIONS = get_args(Precision)
 METHODS = pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name)
 ROWS, WIDTH = 1500, 12
+FULL = rse.get_method("full").config_cls.from_params({})
 SCHEMA = Schema(
     [
         FeatureSpec(f"C{i}", n, 8, pooling=p)
@@ -312,6 +313,30 @@ def test_a_model_after_compress(theirs: Theirs, tmp_path: Path) -> None:
     served = load(tmp_path / "m", into=fresh)
     assert all(torch.equal(served[n](ids), plain[n](ids)) for n in plain)
     assert sum(p.numel() for p in served.parameters()) * 4 == exact.embedding_bytes
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_was_loaded_can_be_turned_back_or_compressed_anew(precision: Any, tmp_path: Path) -> None:
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({"item": nn.Embedding(900, 8), "day": nn.EmbeddingBag(50, 8, mode="sum", padding_idx=3)})
+
+    def outputs(model: nn.ModuleDict) -> list[Tensor]:
+        return [model["item"](torch.arange(900)), model["day"](torch.arange(50).view(10, 5))]
+
+    model, file = build(), tmp_path / "model.safetensors"
+    compress_(model, {"item": rse.get_method("hash").config_cls.from_params({"num_buckets": 90}), "day": FULL})
+    export(model, file, precision=precision)
+    served = load(file, into=build())
+    before = outputs(served)
+    rse.materialize_(served)
+    assert [type(m) for m in served.values()] == [nn.Embedding, nn.EmbeddingBag]
+    assert all(torch.equal(a, b) for a, b in zip(outputs(served), before, strict=True))
+    assert {p.requires_grad for p in served["item"].parameters()} == {False}
+    again = load(file, into=build())
+    wide = rse.get_method("lowdim").config_cls.from_params({"dim": 8})
+    compress_(again, {"item": wide, "day": wide})
+    for found, expected in zip(outputs(again), before, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_torchrec_collections(tmp_path: Path) -> None:

@@ -217,10 +217,35 @@ def test_plans_share_no_rows_where_no_network_could_repair_it(
 
 def test_a_budget_below_a_number_per_id_says_what_sharing_loses() -> None:
     model = Factors(900, 1700)
-    plan = plan_for_budget(model, 4 * 1300)
+    with pytest.warns(UserWarning, match="ids of 'item' share rows"):
+        plan = plan_for_budget(model, 4 * 1300)
     assert any("those that share one lose most" in reason for reason in plan.reasons.values())
     assert plan.notes is not None
     assert plan.notes.predicted_loss > 1
+
+
+@pytest.mark.parametrize("made", [lambda: Factors(900, 1700), lambda: Towers(900, 1700, width=16), lambda: Deep(9)])
+@pytest.mark.parametrize("target", ["serve", "train"])
+def test_the_least_budget_that_keeps_rows_apart_is_named(made: Callable[[], Any], target: str) -> None:
+    model = made()
+    schema = Schema.from_model(model)
+    # The least that sets ids apart is a number per id and, for vectors, a projection; training has two for each.
+    least = sum(4 * (s.num_embeddings + s.embedding_dim * (s.embedding_dim > 1)) for s in schema)
+    least *= 2 if target == "train" else 1
+    with pytest.warns(UserWarning, match=rf"least budget that keeps rows apart is .* \({least} bytes\)") as caught:
+        plan = plan_for_budget(model, least - 1, target, network=False)
+    assert caught[0].filename == __file__
+    assert plan.notes is not None
+    assert plan.notes.warnings == (str(caught[0].message),)
+    assert Plan.from_dict(plan.to_dict()).notes == plan.notes
+    plan = plan_for_budget(model, least, target, network=False)
+    assert plan.notes is not None
+    assert plan.notes.warnings == ()
+    assert {c.method for c in plan.configs.values()} <= {"full", "lowdim"}
+    # Whoever says so, or asks for methods that share rows alone, is not warned.
+    plan_for_budget(model, least // 2, target, network=True)
+    plan_for_budget(model, least // 2, target, methods="hash", network=False)
+    plan_for_budget(model, least // 2, target, pin={"*": "hash"}, network=False)
 
 
 def test_what_is_lost_is_no_less_than_measured_where_nothing_was_counted() -> None:

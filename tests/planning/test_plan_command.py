@@ -9,8 +9,10 @@ import pytest
 
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.cli import main
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.data import make_synthetic, open_dataset
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
+from recsys_embed.train.plans import first_order_bytes
 
 SCHEMA = Schema([FeatureSpec("C1", 100, 16), FeatureSpec("C2", 50_000, 16), FeatureSpec("C3", 9000, 16)])
 
@@ -34,6 +36,22 @@ def test_a_schema_is_planned_shown_and_written(
     for part in ("C1", "50,000", "full", plan["C2"].method, "of 300.00 KiB", "predicted loss", "Zipf curves"):
         assert part in text
     assert "\x1b" not in text
+    extra = format_bytes(first_order_bytes(plan, SCHEMA))
+    assert f"of deepfm, fm, widedeep come on top: {extra} with 'train --plan'" in " ".join(text.split())
+
+
+def test_rows_that_ids_share_for_want_of_bytes_are_said_once(
+    schema_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["plan", "--schema", str(schema_file), "--budget", "100KiB"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert out.count("warning: ids of 'C2' share rows") == 1
+    assert "UserWarning" not in err
+    assert main([*args, "--json"]) == 0
+    assert "ids of 'C2' share rows" in json.loads(capsys.readouterr().out)["notes"]["warnings"][0]
+    assert main([*args, "--network"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_limits_and_target_reach_the_planner(schema_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

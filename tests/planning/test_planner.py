@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -392,6 +393,18 @@ def test_an_impossible_budget_says_what_is_required_and_what_to_do() -> None:
         plan_for_budget(schema, "2KiB", "train", optimizer="adam", methods=["hash"])
 
 
+def test_a_table_that_can_only_stay_full_is_named_as_the_cause() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(4000, 16, max_norm=1.0), "b": nn.Embedding(90, 16)})
+    with pytest.raises(BudgetError) as caught:
+        plan_for_budget(model, "30KiB", network=True)
+    found = re.search(
+        r"tables without `max_norm` of 'a', which only method 'full' supports: (.*?) at", str(caught.value)
+    )
+    assert found is not None
+    model["a"].max_norm = None
+    assert plan_for_budget(model, found[1].replace(" ", ""), network=True)["a"].method != "full"
+
+
 def test_all_faults_of_the_arguments_come_at_once() -> None:
     schema = criteo()
     with pytest.raises(ConfigError) as caught:
@@ -422,6 +435,7 @@ def test_all_faults_of_the_arguments_come_at_once() -> None:
     [
         ({"stats": {"C33": [1, 2]}}, "unknown feature in the statistics 'C33'; did you mean 'C3'"),
         ({"stats": {"C9": [1] * 5}}, "statistics of 5 ids for 4 embeddings"),
+        ({"stats": {"C9": [1] * 3}}, r"statistics of 3 ids for 4 embeddings; .*minlength=4.* \(feature 'C9'\)"),
         ({"importance": {"C99": 1}}, "did you mean 'C9'"),
         ({"importance": {"C9": -1}}, "finite number >= 0; got -1"),
         ({"methods": []}, "at least one method"),

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from recsys_embed.cli import main
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.data import make_synthetic, open_dataset
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.train.compare import Comparison, run_comparison
-from recsys_embed.train.plans import plans_for
+from recsys_embed.train.plans import first_order_bytes, plans_for
 from recsys_embed.train.run import run_training
 from tests.train.toy import ToyData, toy_config
 
@@ -66,10 +67,16 @@ def test_the_command_takes_a_plan_file(tmp_path: Path, capsys) -> None:
     make_synthetic(tmp_path / "data", rows=2000, seed=1)
     schema = open_dataset(tmp_path / "data").schema(4)
     plan = tmp_path / "plan.json"
-    plan.write_text(Plan.uniform(schema, "hash", budget="64KiB").to_json())
+    made = Plan.uniform(schema, "hash", budget="64KiB")
+    plan.write_text(made.to_json())
     args = ["train", "--data", str(tmp_path / "data"), "--embedding-dim", "4", "--plan", str(plan)]
-    assert main([*args, "--out", str(tmp_path / "run"), "--set", "model_args.hidden=[8]", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["footprint"]["serve"] <= 80 * 1024
+    assert main([*args, "--out", str(tmp_path / "run"), "--set", "model_args.hidden=[8]"]) == 0
+    serve = json.loads((tmp_path / "run" / "run.json").read_text())["footprint"]["serve"]
+    assert serve <= 80 * 1024
+    on_top = serve - made.footprint(schema).serve
+    line = f"first-order weights (linear tables), {format_bytes(on_top)}, come on top of the plan"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert first_order_bytes(made, schema) == on_top > 0
     assert main([*args, "--method", "hash", "--out", str(tmp_path / "other")]) == 2
     assert "either --plan or --method" in capsys.readouterr().err
     plan.write_text("{}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -108,14 +109,16 @@ class StudyDefinition:
         for text, budget in self.space.budgets.items():
             model = get_model(self.full_config.model)
             try:
-                found = plan_for_budget(
-                    self.schema,
-                    budget,
-                    stats=stats,
-                    methods=list(self.space.methods),
-                    needs_equal_widths=model.needs_equal_widths,
-                    network=None if model.uses_network else False,
-                )
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "ids of .* share rows")  # a search begins here, and goes on
+                    found = plan_for_budget(
+                        self.schema,
+                        budget,
+                        stats=stats,
+                        methods=list(self.space.methods),
+                        needs_equal_widths=model.needs_equal_widths,
+                        network=None if model.uses_network else False,
+                    )
             except BudgetError:
                 continue
             yield self.space.point_of(found, text)
