@@ -302,8 +302,6 @@ class LookupBundle(Constants):
             self._make_lookup_of(kernels, feature)
         return self._unpooled[feature][kernels]
 
-    # Encodings of programs are made by numpy, which Dynamo does not follow.
-    @torch.compiler.assume_constant_result
     def _make_lookup_of(self, kernels: str, feature: int) -> bool:
         every, found = self._makers[kernels], self._unpooled[feature]
         if kernels in found or feature not in every.positions:
@@ -316,6 +314,10 @@ class LookupBundle(Constants):
         )  # fmt: skip
         found[kernels] = BATCHED_LOOKUPS[kernels](one, [], f"unpooled{feature}_")
         return True
+
+    # Encodings of programs are made by numpy, which Dynamo does not follow. What torch.compiler.assume_constant_result
+    # sets, without the seconds that it takes to import Dynamo.
+    _make_lookup_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def pooled_batched(
         self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather

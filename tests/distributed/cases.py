@@ -541,7 +541,7 @@ def refusal(group: Any, rank: int, world: int, settings: dict[str, Any], rows: i
     data = ToySource(rows, memory_limit=0)
     if label is not None:
         data.toy.parts["train"].label[-1] = label
-        RowSource.check_values = lambda self: None  # type: ignore[method-assign]
+        RowSource.check_values = lambda self, **_: None  # type: ignore[method-assign]
     process_group._inside.append(True)  # an error would end the worker
     try:
         run_sharded(toy_config(model="dnn", epochs=1, **settings), data)
