@@ -194,7 +194,8 @@ class FusedTables(TablesOfAnOptimizer):
     def follow_schedule_of(self, optimizer: torch.optim.Optimizer) -> None:
         """A step of an optimizer of torch begins: its schedule is followed, if it was given the tables."""
         if self._in_backward:
-            self._tell_of_eval(optimizer)
+            if self._read_in_eval is not None:
+                self._tell_of_eval(optimizer)
             self._schedules.follow(optimizer)
             self._backward_steps.count.step_begins(optimizer)
 

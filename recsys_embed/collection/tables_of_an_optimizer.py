@@ -130,9 +130,13 @@ class TablesOfAnOptimizer(TablesWithState):
         Raises:
             ConfigError: it would step tables that another steps, or the one for which they wait no longer exists.
         """
+        for table in (tables := self._weights()):
+            if table.grad is not None:
+                break
+        else:
+            return
         if isinstance(optimizer, FusedTableOptimizer):
             return
-        tables = self._weights()
         if self._in_backward:
             if self.takes_no_gradient:
                 lost_gradients.refuse_given(tables, optimizer)
