@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_embed.cli import _options as opt
 from recsys_embed.data import inspect_table
 from recsys_embed.errors import ConfigError
 
@@ -20,12 +21,14 @@ def inspect(
     inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Files, globs or folders.")],
     rows: Annotated[int, typer.Option(min=1, help="Most rows to look at.")] = 100_000,
     source: ReaderOptions = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Print a schema guessed from a sample, as TOML for `data table --schema`.
 
     Comments tell each column's cardinality, missing share and examples, and warn of what a person should look at.
     """
-    print(inspect_table(inputs, rows=rows, options=reader_options(source or [])).to_toml())
+    found = inspect_table(inputs, rows=rows, options=reader_options(source or []))
+    print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False, default=str) if as_json else found.to_toml())
 
 
 def reader_options(texts: list[str]) -> dict[str, Any]:

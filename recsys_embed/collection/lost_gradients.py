@@ -39,7 +39,9 @@ def _hook(tables: ref[LooksUpAlone]) -> Callable[[Tensor], None]:
         owner = tables()
         if owner is None or not owner.takes_no_gradient:
             return
-        parameter.grad = None
+        lost, parameter.grad = parameter.grad, None
+        if not lost.any():  # 0 * parameter.sum() keeps a parameter in the graph
+            return
         raise ConfigError(
             "a gradient reaches a table outside a lookup (a penalty on the table, or a product with the whole of it), "
             f"and these tables step in backward, by their lookups alone; {WAY_OUT}; or give the rule weight_decay="

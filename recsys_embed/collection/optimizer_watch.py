@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from functools import wraps
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -74,7 +74,7 @@ def _watch_new_groups() -> None:
 
     @torch._disable_dynamo
     @wraps(add)
-    def watched(self: Optimizer, param_group: dict[str, Any]) -> None:
+    def watched(self: Optimizer, param_group: dict[str, object]) -> None:
         add(self, param_group)
         for tables in _watched():
             tables.find_schedules(self)

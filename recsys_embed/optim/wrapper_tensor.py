@@ -23,18 +23,19 @@ class WrapperTensor(Tensor):
         torch._C._set_throw_on_mutable_data_ptr(out)
         return out
 
-    def data_ptr(self) -> NoReturn:
-        """Refused: there is none."""
+    def _refuse_address(self) -> NoReturn:
         raise ConfigError(
             f"a {type(self).__name__} has no memory of its own: `rows` and `values` are its tensors, and to_dense() "
             "is an ordinary one"
         )
 
+    data_ptr = _refuse_address
+
     def untyped_storage(self) -> torch.UntypedStorage:
         """Refused, but for torch's tracers, which tell aliases by it: its methods end the process."""
         if str(sys._getframe(1).f_globals.get("__name__")).startswith(_TRACERS):
             return super().untyped_storage()
-        self.data_ptr()
+        self._refuse_address()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """The dense tensor, for other libraries."""

@@ -92,8 +92,8 @@ def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: A
     bundle, numbers = coll.bundle, range(len(SCHEMA))
     storages = {name: tuple(getattr(coll, name).shape) for name in coll.storages}
     features = BatchedFeatures(
-        SCHEMA, numbers, numbers, list(bundle.programs.values()), places, bundle.kernel.index, storages, bundle.unseen,
-        bundle.heads, bundle.vectors, bundle.output_dim,
+        SCHEMA, numbers, numbers, numbers, list(bundle.programs.values()), places, bundle.kernel.index, storages,
+        bundle.unseen, bundle.heads, bundle.vectors, bundle.output_dim,
     )  # fmt: skip
     batched = TritonBatchedLookup(features, [], "triton")
     ids = torch.zeros(50, 2, dtype=torch.int64)

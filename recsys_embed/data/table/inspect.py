@@ -37,6 +37,14 @@ class Inspection:
     guesses: tuple[Guess, ...]
     notes: tuple[str, ...]
 
+    def to_dict(self) -> JSON:
+        """JSON values: the schema, what is to be said of every column, and notes."""
+        columns = [
+            {"column": g.name, "left_out": g.left_out, "facts": g.facts, "warnings": list(g.remarks)}
+            for g in self.guesses
+        ]
+        return {"schema": self.schema.to_dict(), "columns": columns, "notes": list(self.notes)}
+
     def to_toml(self) -> str:
         """The schema as TOML; facts, remarks and columns that are left out are comments."""
         lines = [f"# {note}" for note in self.notes] + [""]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -159,3 +161,12 @@ def test_names_that_collide_in_a_folder_are_changed(tmp_path) -> None:
     assert sum(convert_table(pl.DataFrame(columns), tmp_path / "out", schema).rows.values()) == 120
     with pytest.raises(DataError, match="no column of the frame can be used"):
         inspect_table(pl.DataFrame({"x": [None, None]}))
+
+
+def test_json_says_what_the_comments_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pl.DataFrame({"click": [0, 1] * 50, "user": [f"u{i % 9}" for i in range(100)], "one": ["x"] * 100})
+    frame.write_parquet(tmp_path / "events.parquet")
+    assert main(["data", "inspect", str(tmp_path / "events.parquet"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [c.kind for c in TableSchema.from_dict(found["schema"]).columns][:2] == ["label", "categorical"]
+    assert {c["column"]: bool(c["warnings"]) for c in found["columns"]}["one"]
