@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.splits import SPLITS, TEST, TRAIN, VALID, SplitName, SplitRule, fraction
+from recsys_embed.data.splits import SPLITS, TEST, TRAIN, VALID, SplitName, SplitRule, fraction, rule_faults
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON, JSONMapping
@@ -75,13 +75,7 @@ class TableSplit(Settings):
                 faults.append(f"`{name}` needs split 'time'")
             elif text is not None and _seconds(text) is None:
                 faults.append(f"`{name}` must be a date or time such as 2024-03-01; got {text!r}")
-        if self.kind in ("order", "random", "time") and self.valid + self.test >= 1:
-            faults.append(f"`valid` + `test` must leave rows to train on; got {self.valid} + {self.test}")
-        if self.kind != "file" and (self.valid_files or self.test_files):
-            faults.append("`valid_files` and `test_files` need split 'file'")
-        if self.kind == "file" and not (self.valid_files or self.test_files):
-            faults.append("split 'file' needs a pattern in `valid_files` or `test_files`")
-        return faults
+        return faults + rule_faults(self, shares=self.kind in ("order", "random", "time"))
 
     @classmethod
     def from_dict(cls, data: JSONMapping) -> Self:
