@@ -59,7 +59,7 @@ def watch(tables: WatchedTables) -> None:
     """While the tables exist, steps of torch's optimizers tell when the tables' steps are not theirs.
 
     Torch has global hooks of steps. It has none of losses that a gradient scaler scales, nor of parameters that are
-    given to an optimizer, so ``GradScaler.scale`` and ``Optimizer.add_param_group`` are wrapped until no tables are left.
+    given to an optimizer: ``GradScaler.scale`` and ``Optimizer.add_param_group`` are wrapped until no tables are left.
     """
     key = id(tables)
     if key in _TABLES:

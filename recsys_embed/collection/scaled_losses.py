@@ -22,8 +22,9 @@ def is_scaled(task: int) -> bool:
 
 def watch_scalers() -> list[Callable[[], None]]:
     """Know the losses that gradient scalers scale in their backwards, until all that is returned has been called."""
-    undo = []
-    for kind in (GradScaler, *GradScaler.__subclasses__()):
+    undo, kinds = [], [GradScaler]
+    kinds += GradScaler.__subclasses__()
+    for kind in kinds:
         scale = vars(kind).get("scale")
         if scale is not None and not hasattr(scale, "watched"):
             undo.append(wrap_method(kind, "scale", _watched))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Self, cast
@@ -86,8 +87,9 @@ class ModuleTables(nn.Module):
     served: StoredTables | None
     _given: frozenset[str]
 
+    @abstractmethod
     def _vectors(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        """Vectors of resolved int64 ``ids [n]``, padding included; see :class:`CompressedEmbedding`."""
 
     def _like(self) -> Tensor:
         """A tensor of the type and on the device of the vectors."""

@@ -1,4 +1,4 @@
-"""Programs that torch.compile keeps on disk run for the lookup and the version of the operators that they were made of."""
+"""Programs that torch.compile keeps on disk run for the lookup and the operators that they were compiled of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from recsys_embed.kernels.native import library as native_library
 SCHEMA = rse.Schema([rse.FeatureSpec("a", 100, 8)])
 
 
-def _collection(monkeypatch: pytest.MonkeyPatch, order: str, rule: rse.FusedOptimizer | None) -> rse.EmbeddingCollection:
+def _collection(
+    monkeypatch: pytest.MonkeyPatch, order: str, rule: rse.FusedOptimizer | None
+) -> rse.EmbeddingCollection:
     """Made as the first of a process, whose handles count from 0."""
     monkeypatch.setattr(handles, "_NUMBERS", count(1 << 20))
     plan = rse.Plan.uniform(SCHEMA, "freqcut", num_frequent=10, order=order)

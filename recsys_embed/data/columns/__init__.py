@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recsys_embed.data.columns.base import PARTS, Column, Encoded, Encoder, Fault, FeatureOutput, Limits
+from recsys_embed.data.columns.base import (
+    PARTS,
+    Column,
+    Encoded,
+    Encoder,
+    Fault,
+    FeatureOutput,
+    FixedColumn,
+    LearnedColumn,
+    Limits,
+)
 from recsys_embed.data.columns.categorical import Categorical, CategoricalEncoder
 from recsys_embed.data.columns.group import Group, GroupEncoder
 from recsys_embed.data.columns.label import Label, LabelEncoder
@@ -43,8 +53,10 @@ __all__ = [
     "Encoder",
     "Fault",
     "FeatureOutput",
+    "FixedColumn",
     "Group",
     "Label",
+    "LearnedColumn",
     "Limits",
     "ListColumn",
     "Numeric",
