@@ -9,9 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.native import library as native_library
 
@@ -146,3 +148,29 @@ def test_the_picture_is_drawn_from_the_rows(bench: Any, tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--threads", "7"])
     with pytest.raises(SystemExit, match="no rows of 7 threads"):
         plot.main()
+
+
+def test_full_tables_are_trained_beside_plain_torch_on_the_same_rows(bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 30, 3000), rng.integers(0, 20, (3000, 4))
+    seen = [row[:n] for row, n in zip(item.tolist(), rng.integers(0, 4, 3000), strict=True)]
+    click = rng.random(3000) < 1 / (1 + np.exp(-3 * (item[:, 3] % 3 - 1.0)))
+    table = {"click": click, "user": user, "item": item[:, 3], "seen": seen, "price": rng.random(3000)}
+    columns = {
+        "click": {"kind": "label"},
+        "user": {"kind": "categorical"},
+        "item": {"kind": "categorical", "vocab": "item"},
+        "seen": {"kind": "list", "vocab": "item"},
+        "price": {"kind": "numeric"},
+    }
+    convert_table(table, tmp_path / "data", {"columns": columns})
+    beside = bench("beside_torch")
+    data = open_dataset(tmp_path / "data")
+    sizes = {spec.name: (spec.table_name, spec.num_embeddings) for spec in data.schema(16)}
+    rows = beside.rows_of(data, "train", sizes)
+    batch = data.read("train", 0, 50)
+    bags = [piece.tolist() for piece in batch.lists.values.tensor_split(batch.lists.offsets[1:-1])]
+    assert [[i for i in row if i < sizes["seen"][1]] for row in rows["seen"][:50].tolist()] == bags
+    aucs = {row["contender"]: row["auc"] for row in beside.compare(tmp_path / "data", "deepfm", 12, 1)}
+    assert min(aucs.values()) > 0.85, aucs
+    assert max(aucs.values()) - min(aucs.values()) < 0.03, aucs

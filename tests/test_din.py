@@ -11,6 +11,7 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.models import build_model
+from recsys_embed.models.din import TargetAttention
 from recsys_embed.utils.types import BagIds
 
 ITEMS, WIDTH = 30, 6
@@ -83,6 +84,33 @@ def formula(model: torch.nn.Module, dense: Tensor, given: BagIds) -> Tensor:
 def test_logits_are_those_of_the_paper() -> None:
     model, dense = din(), torch.randn(5, 2)
     torch.testing.assert_close(model(dense, ids()), formula(model, dense, ids()).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_that_of_deepctr() -> None:
+    """Its layer takes padded histories, and puts the candidate before the history and the difference the other way."""
+    sequence = pytest.importorskip("deepctr_torch.layers.sequence", exc_type=ImportError)
+    torch.manual_seed(0)
+    lengths, rows = torch.tensor([3, 0, 1, 7]), 4
+    theirs = sequence.AttentionSequencePoolingLayer((5, 4), "prelu", embedding_dim=WIDTH)
+    ours = TargetAttention(WIDTH, (5, 4))
+    unit = theirs.local_att
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        t, h, difference, product = unit.dnn.linears[0].weight.chunk(4, 1)
+        ours.weigh[0].weight.copy_(torch.cat([h, t, -difference, product], 1))
+        ours.weigh[0].bias.copy_(unit.dnn.linears[0].bias)
+        for mine, layer in (
+            (ours.weigh[1], unit.dnn.activation_layers[0]),
+            (ours.weigh[2], unit.dnn.linears[1]),
+            (ours.weigh[3], unit.dnn.activation_layers[1]),
+            (ours.weigh[4], unit.dense),
+        ):
+            mine.load_state_dict(layer.state_dict())
+    targets, padded = torch.randn(rows, WIDTH), torch.randn(rows, 7, WIDTH)
+    real = torch.arange(7) < lengths[:, None]
+    got = ours(padded[real], torch.repeat_interleave(torch.arange(rows), lengths), targets)
+    torch.testing.assert_close(got, theirs(targets[:, None], padded, lengths[:, None])[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["hash", "unified", "lowdim", "memcom"])

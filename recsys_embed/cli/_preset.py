@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated, Literal
 
 import typer
 
-from recsys_embed.cli._table import Json, Memory, Overwrite, Workers, say_rows, show_progress
+from recsys_embed.cli._table import Json, Memory, Overwrite, Workers, say_report, show_progress
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import convert_preset
 from recsys_embed.data.presets import preset_names, preset_text, read_preset
@@ -48,13 +46,6 @@ def preset(
             name, sources, out, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory), workers=workers,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    for notice in report.notices:
-        print(notice, file=sys.stderr)
-    if as_json:
-        result = {"out": out, "rows": report.rows, "quarantined": report.quarantined}
-        print(json.dumps({**result, "already_done": report.already_done}))
-        return
-    print(f"{name}: {read_preset(name).protocol}")
-    say_rows(out, report.rows, report.already_done)
-    if report.quarantined:
-        print(f"{report.quarantined:,} bad rows set aside in {out}/quarantine.jsonl")
+    if not as_json:
+        print(f"{name}: {read_preset(name).protocol}")
+    say_report(out, report, as_json)

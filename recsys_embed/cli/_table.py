@@ -14,11 +14,17 @@ import typer
 from recsys_embed.cli._inspect import ReaderOptions, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import TableSchema, TableSplit, convert_table
-from recsys_embed.data.conversion import Progress
+from recsys_embed.data.conversion import ConvertReport, Progress
 from recsys_embed.errors import ConfigError
 
-Share = Annotated[str, typer.Option(help="Share of all rows, such as 0.1 or 1/6.")]
-SplitSeed = Annotated[int, typer.Option(help="Seed of --split random.")]
+ValidShare = Annotated[str | None, typer.Option(help="Share of all rows, such as 0.1 (default) or 1/6.")]
+TestShare = Annotated[str | None, typer.Option(help="Share of all rows, 1/6 by default.")]
+SplitSeed = Annotated[int | None, typer.Option(help="Seed of --split random, 0 by default.")]
+ValidFiles = Annotated[list[str] | None, typer.Option(help="Pattern of files that validate (split file).")]
+TestFiles = Annotated[list[str] | None, typer.Option(help="Pattern of files that test (split file).")]
+Only = Annotated[
+    Literal["train", "valid", "test"] | None, typer.Option(help="The split of --split all; test by default.")
+]
 Memory = Annotated[str, typer.Option(help="Memory to stay under, at least 512MiB (912MiB with a CUDA build of torch).")]
 Workers = Annotated[int, typer.Option(help="Threads; 0: one per core, at most 4.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in OUT.")]
@@ -45,17 +51,15 @@ def table(
         Literal["time", "order", "random", "file", "column", "last", "all"] | None,
         typer.Option(help="time (default with --time), order (default else), random, file, column, last (per user)."),
     ] = None,
-    valid: Annotated[str | None, typer.Option(help="Share of all rows, 0.1 by default.")] = None,
-    test: Annotated[str | None, typer.Option(help="Share of all rows, 1/6 by default.")] = None,
-    split_seed: Annotated[int | None, typer.Option(help="Seed of --split random.")] = None,
+    valid: ValidShare = None,
+    test: TestShare = None,
+    split_seed: SplitSeed = None,
     split_column: Annotated[str | None, typer.Option(help="Of --split column: the splits; of last: the user.")] = None,
     valid_from: Annotated[str | None, typer.Option(help="Date at which validation begins (--split time).")] = None,
     test_from: Annotated[str | None, typer.Option(help="Date at which the test begins (--split time).")] = None,
-    valid_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that validate (split file).")] = None,
-    test_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that test (split file).")] = None,
-    only: Annotated[
-        Literal["train", "valid", "test"] | None, typer.Option(help="The split of --split all; test by default.")
-    ] = None,
+    valid_file: ValidFiles = None,
+    test_file: TestFiles = None,
+    only: Only = None,
     source: ReaderOptions = None,
     like: Annotated[Path | None, typer.Option(help="Data folder whose vocabularies encode these rows.")] = None,
     on_bad_row: Annotated[
@@ -79,14 +83,12 @@ def table(
     names: dict[str, Any] = {
         kind: [n for text in some for n in text.split(",") if n] for kind, some in given.items() if some
     }
-    settings = {k: v for k, v in (("min_count", min_count), ("ids", ids)) if v is not None}
+    settings = given_settings(min_count=min_count, ids=ids)
     kind = split or ("file" if valid_file or test_file else None)
-    asked = {
-        "kind": kind, "valid": valid, "test": test, "seed": split_seed, "column": split_column,
-        "valid_from": valid_from, "test_from": test_from, "valid_files": valid_file, "test_files": test_file,
-        "only": only,
-    }  # fmt: skip
-    rule = {k: v for k, v in asked.items() if v is not None}
+    rule = given_settings(
+        kind=kind, valid=valid, test=test, seed=split_seed, valid_files=valid_file, test_files=test_file, only=only,
+        column=split_column, valid_from=valid_from, test_from=test_from,
+    )  # fmt: skip
     reader = reader_options(source or [])
     if schema is not None and (names or settings):
         raise ConfigError("columns are in --schema or named by kind; give one of them")
@@ -110,6 +112,16 @@ def table(
             sources, out, made, like=like, split=new_split, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory),
             workers=workers, overwrite=overwrite, progress=progress,
         )  # fmt: skip
+    say_report(out, report, as_json)
+
+
+def given_settings(**settings: Any) -> dict[str, Any]:
+    """Those of some settings that the command line gives."""
+    return {k: v for k, v in settings.items() if v is not None}
+
+
+def say_report(out: str, report: ConvertReport, as_json: bool) -> None:
+    """Print what a conversion gave; what a person should know of the values goes to standard error."""
     for notice in report.notices:
         print(notice, file=sys.stderr)
     if as_json:

@@ -11,11 +11,25 @@ import typer
 
 from recsys_embed.cli._inspect import inspect
 from recsys_embed.cli._preset import preset
-from recsys_embed.cli._table import Json, Memory, Overwrite, Share, SplitSeed, Workers, say_rows, show_progress, table
+from recsys_embed.cli._table import (
+    Json,
+    Memory,
+    Only,
+    Overwrite,
+    SplitSeed,
+    TestFiles,
+    TestShare,
+    ValidFiles,
+    ValidShare,
+    Workers,
+    given_settings,
+    say_rows,
+    show_progress,
+    table,
+)
 from recsys_embed.core.footprint import parse_bytes
-from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, make_synthetic, open_dataset
+from recsys_embed.data import CriteoOptions, SplitRule, TableSplit, convert_criteo, make_synthetic, open_dataset
 from recsys_embed.data.criteo.planted import DEFAULT_ROWS, DEFAULT_SCALE
-from recsys_embed.data.splits import fraction
 from recsys_embed.data.stats import read_stats, stats_table
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data folders.")
@@ -32,6 +46,26 @@ Split = Annotated[
 ]
 
 
+def _rule(
+    kind: str,
+    valid: str | None,
+    test: str | None,
+    seed: int | None,
+    valid_files: list[str] | None = None,
+    test_files: list[str] | None = None,
+    only: str | None = None,
+) -> SplitRule:
+    """The rule that options name.
+
+    Raises:
+        ConfigError: an option that the split does not have.
+    """
+    shares = given_settings(valid=valid, test=test, seed=seed)
+    files = given_settings(valid_files=valid_files, test_files=test_files, only=only)
+    rule = TableSplit.from_dict({"kind": kind, **shares, **files}).rule
+    return cast("SplitRule", rule)  # the other kinds are no choices here
+
+
 @data_app.command()
 def criteo(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT... OUT", help="Files, globs or folders; then OUT.")],
@@ -43,12 +77,12 @@ def criteo(
         Literal["order", "random", "file", "all"] | None,
         typer.Option(help="order (default): by time, the last rows test; random: by seed; file: by name; all: one."),
     ] = None,
-    valid: Share = "0.1",
-    test: Share = "1/6",
-    split_seed: SplitSeed = 0,
-    valid_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that validate (split file).")] = None,
-    test_file: Annotated[list[str] | None, typer.Option(help="Pattern of files that test (split file).")] = None,
-    only: Annotated[Literal["train", "valid", "test"], typer.Option(help="The split of --split all.")] = "test",
+    valid: ValidShare = None,
+    test: TestShare = None,
+    split_seed: SplitSeed = None,
+    valid_file: ValidFiles = None,
+    test_file: TestFiles = None,
+    only: Only = None,
     header: Annotated[Literal["auto", "yes", "no"], typer.Option(help="Whether files start with a header.")] = "auto",
     labels: Annotated[Literal["auto", "yes", "no"], typer.Option(help="Whether rows start with a label.")] = "auto",
     separator: Annotated[Literal["tab", "comma", "semicolon", "pipe"], typer.Option(help="Between fields.")] = "tab",
@@ -69,15 +103,8 @@ def criteo(
     if len(inputs) < 2:
         raise typer.BadParameter("expected INPUT... and OUT", param_hint="INPUT... OUT")
     *sources, out = inputs
-    rule = SplitRule(
-        kind=split or ("file" if valid_file or test_file else "all" if like else "order"),
-        valid=fraction(valid, "valid"),
-        test=fraction(test, "test"),
-        seed=split_seed,
-        valid_files=tuple(valid_file or ()),
-        test_files=tuple(test_file or ()),
-        only=only,
-    )
+    kind = split or ("file" if valid_file or test_file else "all" if like else "order")
+    rule = _rule(kind, valid, test, split_seed, valid_file, test_file, only)
     options = CriteoOptions(
         ids=ids, min_count=min_count, id_bits=cast("Any", id_bits), dense=dense, split=rule, header=header,
         labels=labels, separator=separator, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory),
@@ -112,16 +139,16 @@ def synthetic(
     min_count: MinCount = 2,
     dense: Dense = "log",
     split: Split = "order",
-    valid: Share = "0.1",
-    test: Share = "1/6",
-    split_seed: SplitSeed = 0,
+    valid: ValidShare = None,
+    test: TestShare = None,
+    split_seed: SplitSeed = None,
     max_memory: Memory = "1GiB",
     workers: Workers = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make Criteo-shaped rows from a planted click model, whose attainable AUC is known, and their data folder."""
-    rule = SplitRule(kind=split, valid=fraction(valid, "valid"), test=fraction(test, "test"), seed=split_seed)
+    rule = _rule(split, valid, test, split_seed)
     options = CriteoOptions(
         ids=ids, min_count=min_count, dense=dense, split=rule, max_memory=parse_bytes(max_memory), workers=workers
     )

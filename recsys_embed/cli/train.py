@@ -132,11 +132,17 @@ def summarise(outcome: RunOutcome) -> dict[str, Any]:
 
 def told(metrics: JSON) -> str:
     """The metrics of a split as text."""
-    if metrics.get("rmse") is not None:
-        return f"RMSE {metrics['rmse']:.4f}"
-    auc = "-" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
-    grouped = "" if metrics.get("grouped_auc") is None else f"  grouped AUC {metrics['grouped_auc']:.4f}"
-    return f"AUC {auc}{grouped}  logloss {metrics['logloss']:.4f}"
+    parts = [
+        f"{title}@{k} {value:.4f}"
+        for name, title in (("recall", "recall"), ("ndcg", "NDCG"))
+        for k, value in (metrics.get(name) or {}).items()
+    ]
+    for name, title in (("rmse", "RMSE"), ("auc", "AUC"), ("grouped_auc", "grouped AUC"), ("logloss", "logloss")):
+        if metrics.get(name) is not None:
+            parts.append(f"{title} {metrics[name]:.4f}")
+        elif name == "auc" and not parts:
+            parts.append("AUC -")
+    return "  ".join(parts)
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -213,10 +213,10 @@ class EmbeddingCollection(FusedTables):
 
     def _batched_tables(self, kernels: Collection[str], ids: Tensor) -> tuple[str, list[Tensor]] | None:
         """Which of some batched kernels can run on ``ids`` and on the storages, and these; None where none can."""
-        if not kernels or (torch.compiler.is_compiling() and self.sparse):
+        if not kernels or (self.sparse and torch.compiler.is_compiling()):
             return None
         # Not as an attribute, which torch finds last of all, ten times slower.
-        served = cast("StoredTables | None", self._modules.get("served"))
+        served: StoredTables | None = self._modules.get("served")  # type: ignore[assignment]
         if served is not None:
             stored = served.direct(self.storages) if "native" in kernels else None
             return None if stored is None or not native.reads(ids, stored) else ("native", stored)

@@ -176,6 +176,12 @@ class Dataset(RowSource):
             found[OOV_ID] += vocabulary.unknown_count + rare
         return found
 
+    def unknown_ids(self, feature: str) -> tuple[int, ...]:
+        known = self._feature(feature)
+        if known.vocab is None:
+            return ()
+        return tuple({OOV_ID, self.vocabulary(feature).missing_id})
+
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
         wide = 4 if self.manifest.id_mode == "vocab" else 8

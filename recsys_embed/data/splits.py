@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,31 @@ def fraction(text: str | float, name: str) -> Fraction:
     return value
 
 
+class _Shares(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def valid(self) -> Fraction | float: ...
+    @property
+    def test(self) -> Fraction | float: ...
+    @property
+    def valid_files(self) -> tuple[str, ...]: ...
+    @property
+    def test_files(self) -> tuple[str, ...]: ...
+
+
+def rule_faults(split: _Shares, shares: bool = True) -> list[str]:
+    """What is wrong with the files and, where they count, the shares of a split."""
+    faults = []
+    if shares and split.valid + split.test >= 1:
+        faults.append(f"`valid` + `test` must leave rows to train on; got {split.valid} + {split.test}")
+    if split.kind != "file" and (split.valid_files or split.test_files):
+        faults.append("`valid_files` and `test_files` need split 'file'")
+    if split.kind == "file" and not (split.valid_files or split.test_files):
+        faults.append("split 'file' needs a pattern in `valid_files` or `test_files`")
+    return faults
+
+
 @dataclass(frozen=True)
 class SplitRule(Settings):
     """How rows are assigned to splits; shares are of all valid rows.
@@ -64,14 +89,7 @@ class SplitRule(Settings):
     only: SplitName = "test"
 
     def conflicts(self) -> list[str]:
-        faults = []
-        if self.valid + self.test >= 1:
-            faults.append(f"`valid` + `test` must leave rows to train on; got {self.valid} + {self.test}")
-        if self.kind != "file" and (self.valid_files or self.test_files):
-            faults.append("`valid_files` and `test_files` need split 'file'")
-        if self.kind == "file" and not (self.valid_files or self.test_files):
-            faults.append("split 'file' needs a pattern in `valid_files` or `test_files`")
-        return faults
+        return rule_faults(self)
 
     def codes(self, total: int, rows: NDArray[np.int64], file_code: int) -> NDArray[np.int8]:
         """Split number (0 train, 1 valid, 2 test) per row.

@@ -140,7 +140,8 @@ def check_id_range(ids: Tensor, size: int, where: str) -> None:
     if ids.numel() == 0:
         return
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in unmapped(ids).aminmax())
+        smallest, largest = unmapped(ids).aminmax()
+        low, high = int(smallest), int(largest)
         if low < 0 or high >= size:
             raise IdRangeError(
                 f"ids must be in [0, {size}); got values from {low} to {high} (feature {where!r}). Where ids "

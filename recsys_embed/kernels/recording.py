@@ -17,7 +17,7 @@ def recording() -> bool:
 
 def tracing() -> bool:
     """Whether torch.jit.trace is recording, as TensorBoard does for its graphs."""
-    return torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def hidden(tensor: Tensor) -> bool:

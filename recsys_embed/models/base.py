@@ -127,8 +127,7 @@ class CTRModel(nn.Module):
 
     def forward(self, dense: Tensor, ids: Ids) -> Tensor:
         """Logits ``[B]`` of ``dense [B, num_dense]`` with raw numeric values, and ``ids [B, F]``."""
-        mean, std = self.get_buffer("numeric_mean"), self.get_buffer("numeric_std")
-        return self.logits((dense - mean) / std, ids)
+        return self.logits(self.standardised(dense), ids)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
@@ -158,6 +157,10 @@ class CTRModel(nn.Module):
                 "predict with the model of rse.load(path)"
             )
         return self.scorer.predict(self, rows, batch_size)
+
+    def standardised(self, dense: Tensor) -> Tensor:
+        """Raw numeric values ``[B, num_dense]`` as :meth:`logits` takes them, see :meth:`standardise`."""
+        return (dense - self.get_buffer("numeric_mean")) / self.get_buffer("numeric_std")
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Standardise numeric columns (mean 0, standard deviation 1) inside the model, so serving takes raw values.

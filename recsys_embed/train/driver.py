@@ -16,6 +16,7 @@ from recsys_embed.data.manifest import Manifest
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import CTRModel
 from recsys_embed.train.build import model_from_config, trained_footprint
+from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import environment
@@ -82,6 +83,7 @@ class Run:
         footprint = self.footprint(model)
         if self.config.standardise and self.data.num_dense:
             model.standardise(*self.moments())
+        learn_items(model, self.data)
         trained = self.placed(model)
         if self.writes and self.folder is not None:
             write_json(self.folder / "config.json", self.config.to_dict())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -11,31 +11,16 @@ from urllib.parse import unquote
 
 import polars as pl
 
-from recsys_embed.data.sources.base import Chunk, Source, file_record, unreadable, want_columns
-from recsys_embed.utils.types import JSON
+from recsys_embed.data.sources.scanned import ScannedFiles
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
-class ParquetFiles(Source):
-    """Parquet files of one table.
-
-    Args:
-        paths: the files in order.
-    """
+class ParquetFiles(ScannedFiles):
+    """Parquet files of one table, see :class:`ScannedFiles`."""
 
     format = "parquet"
     endings = (".parquet", ".pq")
-    options_type = None
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-        self.files = tuple(map(str, paths))
-        self._lengths: dict[int, int] = {}
-
-    @property
-    def inputs(self) -> list[JSON]:
-        return [file_record(p) for p in self.paths]
 
     @cached_property
     def _partitions(self) -> list[dict[str, str | None]]:
@@ -52,42 +37,20 @@ class ParquetFiles(Source):
         names = dict.fromkeys(name for values in self._partitions for name in values)
         return {name: _type_of([v.get(name) for v in self._partitions]) for name in names}
 
+    def scan(self, file: int) -> pl.LazyFrame:
+        return pl.scan_parquet(self.paths[file], hive_partitioning=False)
+
+    def own_types(self, path: Path) -> Mapping[str, pl.DataType]:
+        return pl.read_parquet_schema(path)
+
     def file_types(self, file: int) -> Mapping[str, pl.DataType]:
-        try:
-            own = pl.read_parquet_schema(self.paths[file])
-        except (OSError, pl.exceptions.PolarsError) as e:
-            raise unreadable(self.paths[file], e) from e
+        own = super().file_types(file)
         return {**own, **{k: t for k, t in self._partition_types.items() if k not in own}}
 
-    def length(self, file: int) -> int:
-        if file not in self._lengths:
-            try:
-                counted = pl.scan_parquet(self.paths[file], hive_partitioning=False).select(pl.len()).collect()
-            except (OSError, pl.exceptions.PolarsError) as e:
-                raise unreadable(self.paths[file], e) from e
-            self._lengths[file] = int(counted.item())
-        return self._lengths[file]
-
-    def chunks(self, file: int, start: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
-        wanted = want_columns(self, columns)
-        path = self.paths[file]
-        own = pl.read_parquet_schema(path)
-        read = [c for c in wanted if c in own]
-        for at in range(start, self.length(file), rows):
-            count = min(rows, self.length(file) - at)
-            try:
-                frame = pl.scan_parquet(path, hive_partitioning=False).slice(at, count).select(read).collect()
-            except (OSError, pl.exceptions.PolarsError) as e:
-                raise unreadable(path, e) from e
-            known, types = self._partitions[file], self._partition_types
-            from_folders = [
-                pl.repeat(_parsed(known.get(c), types[c]), count, dtype=types[c], eager=True).alias(c)
-                for c in wanted
-                if c not in own
-            ]
-            # A frame without columns has no rows to add to.
-            frame = frame.with_columns(from_folders) if read else pl.DataFrame(from_folders)
-            yield Chunk(file, at, frame.select(pl.col(c).cast(self.types[c]) for c in wanted))
+    def added(self, file: int, columns: Sequence[str], rows: int) -> list[pl.Series]:
+        known, types = self._partitions[file], self._partition_types
+        values = {c: _parsed(known.get(c), types[c]) for c in columns}
+        return [pl.repeat(v, rows, dtype=types[c], eager=True).alias(c) for c, v in values.items()]
 
 
 def _type_of(values: Sequence[str | None]) -> pl.DataType:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.splits import SPLITS, TEST, TRAIN, VALID, SplitName, SplitRule, fraction
-from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.data.splits import SPLITS, TEST, TRAIN, VALID, SplitName, SplitRule, fraction, rule_faults
+from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON, JSONMapping
 
@@ -22,6 +22,12 @@ TableSplitKind = Literal["order", "random", "file", "all", "time", "column", "la
 OUT = -1
 """Code of a row that is in no split."""
 _BINS = 1 << 16
+_KINDS_OF: Mapping[str, tuple[TableSplitKind, ...]] = {
+    "valid": ("order", "random", "time"),
+    "test": ("order", "random", "time"),
+    "seed": ("random",),
+    "only": ("all",),
+}
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,7 @@ class TableSplit(Settings):
                 faults.append(f"`{name}` needs split 'time'")
             elif text is not None and _seconds(text) is None:
                 faults.append(f"`{name}` must be a date or time such as 2024-03-01; got {text!r}")
-        if self.kind in ("order", "random", "time") and self.valid + self.test >= 1:
-            faults.append(f"`valid` + `test` must leave rows to train on; got {self.valid} + {self.test}")
-        if self.kind != "file" and (self.valid_files or self.test_files):
-            faults.append("`valid_files` and `test_files` need split 'file'")
-        if self.kind == "file" and not (self.valid_files or self.test_files):
-            faults.append("split 'file' needs a pattern in `valid_files` or `test_files`")
-        return faults
+        return faults + rule_faults(self, shares=self.kind in ("order", "random", "time"))
 
     @classmethod
     def from_dict(cls, data: JSONMapping) -> Self:
@@ -93,6 +93,13 @@ class TableSplit(Settings):
         for name in ("valid_from", "test_from"):
             if hasattr(values.get(name), "isoformat"):
                 values[name] = values[name].isoformat()
+        kind = str(values.get("kind", cls.kind))
+        unused = [
+            f"`{name}` is of split {' and '.join(map(repr, kinds))}; got split {kind!r}"
+            for name, kinds in _KINDS_OF.items()
+            if name in values and kind in get_args(TableSplitKind) and kind not in kinds
+        ]
+        raise_faults(unused, cls.title)
         return super().from_dict(values)
 
     def to_dict(self) -> JSON:

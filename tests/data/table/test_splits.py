@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from recsys_embed.cli import main
 from recsys_embed.data import TableSchema, TableSplit, convert_table, open_dataset
 from recsys_embed.data.table.rows import TableOptions
 from recsys_embed.errors import ConfigError, DataError
@@ -138,3 +139,29 @@ def test_splits_that_cannot_be(rows: list[dict[str, Any]], tmp_path: Path) -> No
         TableSchema.of(label="click", split={"kind": "time"})
     with pytest.raises(DataError, match=r"a\.parquet, row \d+, column user: the split's column does not hold"):
         converted(rows, tmp_path, {"kind": "column", "column": "user"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("order", "only", "train"),
+        ("time", "seed", 3),
+        ("last", "valid", 0.2),
+        ("file", "test", 0.2),
+        ("all", "seed", 1),
+    ],
+)
+def test_settings_that_a_split_does_not_have_are_refused(kind: str, setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"`{setting}` is of split .*; got split '{kind}'"):
+        TableSplit.from_dict({"kind": kind, setting: value})
+
+
+@pytest.mark.parametrize("command", ["data criteo", "data table"])
+def test_options_that_a_split_does_not_have_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.csv").write_text("label,item\n1,2\n")
+    columns = ["--label", "label", "--categorical", "item"] if command == "data table" else []
+    assert main([*command.split(), str(tmp_path / "in.csv"), str(tmp_path / "out"), *columns, "--only", "valid"]) == 2
+    assert "`only` is of split 'all'; got split 'order'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
