@@ -55,6 +55,10 @@ def train(
     shard: Annotated[
         str | None, typer.Option("--shard", help="Under torchrun: how TorchRec shards all tables, e.g. row_wise.")
     ] = None,
+    export_to: Annotated[
+        Path | None,
+        typer.Option("--export", help="Also export the trained model to this file, at fp32, as `recsys-embed export`."),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into the run folder.")] = True,
     as_json: opt.Json = False,
 ) -> int:
@@ -105,6 +109,11 @@ def train(
         return EXIT_INTERRUPTED
     if not speaks:
         return 0
+    if export_to is not None:
+        from recsys_embed.exports import export as write
+
+        report = write(folder, export_to)
+        print(report, file=sys.stderr if as_json else sys.stdout)
     summary = summarise(outcome)
     print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     extra = on_top_of(dataset.schema(settings.embedding_dim), settings)
