@@ -12,7 +12,8 @@ from tests import tiers
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # In CI the same examples every time: a change that lands must not fail for an example that another change found.
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+PROFILE = "ci" if os.environ.get("CI") else "dev"
+settings.load_profile(PROFILE)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("tier") == "fast":
+        # Properties that ask for no number of examples have a quarter of hypothesis's; `make test-all` runs them all.
+        settings.register_profile("fast", parent=settings.get_profile(PROFILE), max_examples=25)
+        settings.load_profile("fast")
     if config.getoption("seconds"):
         config.pluginmanager.register(tiers.Deadline(config.getoption("seconds")))
 

@@ -27,6 +27,8 @@ EQUAL = [n for n in NAMES if get_model(n).needs_equal_widths]
 
 def build(name: str, schema: Schema = SCHEMA, **changes) -> CTRModel:
     options = {"num_dense": NUM_DENSE, "seed": 1, **HPARAMS[name], **changes}
+    if name == "twotower":
+        options = {"item": schema.names[-1], **options}
     plan = options.pop("plan", None) or Plan.full(schema)
     linear = options.pop("linear_plan", None)
     if name == "lr" and linear is None and "plan" not in changes:
@@ -79,6 +81,12 @@ def field_mlp(model: CTRModel, x: Tensor) -> Tensor:
     return run_mlp(linears(model.mlp.rest), hidden)[0]
 
 
+def tower_of(tower: nn.Module, x: Tensor) -> Tensor:
+    first = tower.net.first
+    weight = torch.cat([first.weight, first.numeric_weight.flatten(1)], 1).double()
+    return run_mlp(linears(tower.net.rest), (weight @ x + first.bias.double()).clamp(min=0))
+
+
 def sample_vectors(model: CTRModel, dense: Tensor, ids: Tensor) -> list[Tensor]:
     """Field vectors of one sample, categorical then numeric, float64."""
     cat = model.embedding(ids[None])[0].double()
@@ -112,6 +120,10 @@ def expected(name: str, model: CTRModel, dense: Tensor, ids: Tensor) -> Tensor:
         return first_order(model, dense, ids) + sum(pairs(vectors)) + field_mlp(model, flat)
     if name == "ipnn":
         return run_mlp(linears(model.mlp), torch.cat([flat, torch.stack(pairs(vectors))]))[0]
+    if name == "twotower":
+        places = len(ids) - 1
+        user, item = torch.cat([*vectors[:places], *vectors[places + 1 :]]), vectors[places]
+        return sum(tower_of(model.user_tower, user) * tower_of(model.item_tower, item))
     if name == "dlrm":
         number = run_mlp(linears(model.bottom), dense.double(), last_is_plain=False)
         dots = torch.stack(pairs([number, *vectors]))
@@ -152,7 +164,8 @@ def test_columns_that_do_not_vary_are_centred_only() -> None:
 
 
 def test_every_model_has_a_definition_here() -> None:
-    assert set(list_models()) == {"lr", "fm", "dnn", "widedeep", "deepfm", "dcn", "dcnv2", "din", "dlrm", "ipnn"}
+    clicks = {"lr", "fm", "dnn", "widedeep", "deepfm", "dcn", "dcnv2", "din", "dlrm", "ipnn"}
+    assert set(list_models()) == clicks | {"twotower"}
 
 
 def test_stacked_and_low_rank_dcnv2() -> None:
@@ -254,8 +267,8 @@ def test_every_trainable_weight_gets_a_gradient(name: str) -> None:
     randomise(model)
     dense, ids = inputs(64)
     model(dense, ids).square().sum().backward()
-    missing = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert missing == []
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad and p.numel()}
+    assert [k for k, p in trained.items() if p.grad is None or not p.grad.any()] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -299,7 +312,7 @@ def test_a_model_without_num_dense_has_criteos_and_says_so() -> None:
     assert model.num_dense == 13
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("lr", "fm")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("lr", "fm", "twotower")])
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

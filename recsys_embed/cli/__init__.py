@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROG = "recsys-embed"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-_FIRST = ("doctor", "data", "plan", "train", "compare", "search", "report", "export", "bench")
+_FIRST = ("doctor", "data", "plan", "train", "compare", "search", "report", "export", "predict", "bench")
 
 
 def command_names() -> list[str]:

@@ -21,6 +21,7 @@ def export(
     source: Annotated[
         Path | None, typer.Argument(help="Folder of a finished run, its model.pt, or an exported file to convert.")
     ] = None,
+    target: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="File to write, as --out.")] = None,
     factory: opt.ModelFactory = None,
     model: opt.FormerFactory = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write, e.g. model.safetensors.")] = None,
@@ -32,19 +33,30 @@ def export(
     ] = None,
     prune: Annotated[bool, typer.Option(help="Drop rows and columns of zeros where that saves bytes.")] = True,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder made by 'recsys-embed data': AUC before and after.")
+        Path | None,
+        typer.Option("--data", help="Folder made by 'recsys-embed data': AUC before and after; its encoders are kept."),
     ] = None,
+    encoders: Annotated[
+        bool,
+        typer.Option(help="Keep what turns raw rows into ids, for predict: of --data, or of the run's own folder."),
+    ] = True,
     split: Annotated[str, typer.Option("--split", help="Rows of --data to measure on.")] = "test",
     check: Annotated[
         Path | None, typer.Option("--verify", help="Only check an exported file: every byte of it.")
     ] = None,
     as_json: opt.Json = False,
 ) -> int:
-    """Export a model to one file, pruned, quantised and without optimizer state, and report its error."""
+    """Export a model to one file, pruned, quantised and without optimizer state, and report its error.
+
+    The file of a run holds what turns raw rows into ids too, so that `recsys-embed predict` scores them.
+    """
     from recsys_embed.exports import export as write
     from recsys_embed.exports import load
 
     model = opt.model_factory(factory, model)
+    if target is not None and out is not None:
+        raise ConfigError(f"the file to write is given twice: {target} and --out {out}")
+    out = out or target
     if check is not None:
         if source is not None or model is not None or out is not None:
             raise ConfigError("--verify only checks a file; leave out SOURCE, --model-factory and --out")
@@ -65,9 +77,20 @@ def export(
         search=search,  # type: ignore[arg-type]
         evaluate=None if data is None else _auc(data, split),
         metric=f"{split} AUC",
+        encoders=_encoders(found, data) if encoders else False,
     )
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     return 0
+
+
+def _encoders(found: Any, data: Path | None) -> Path | None:
+    """The folder whose encoders are kept: the run's own, else --data; None leaves it to the file that is converted."""
+    from recsys_embed.exports.run_model import run_data
+    from recsys_embed.models import CTRModel
+
+    if isinstance(found, Path):
+        return run_data(found, []) or data
+    return data if isinstance(found, CTRModel) and found.scorer is None else None
 
 
 def _auc(folder: Path, split: str) -> Callable[[Any], float]:

@@ -55,10 +55,14 @@ def train(
     shard: Annotated[
         str | None, typer.Option("--shard", help="Under torchrun: how TorchRec shards all tables, e.g. row_wise.")
     ] = None,
+    export_to: Annotated[
+        Path | None,
+        typer.Option("--export", help="Also export the trained model to this file, at fp32, as `recsys-embed export`."),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into the run folder.")] = True,
     as_json: opt.Json = False,
 ) -> int:
-    """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume.
+    """Train one model and report its test metrics and bytes. Ctrl-C keeps a checkpoint for --resume.
 
     Started by torchrun on several processes, they train it together: torchrun --nproc-per-node 2 -m recsys_embed train
     """
@@ -105,6 +109,11 @@ def train(
         return EXIT_INTERRUPTED
     if not speaks:
         return 0
+    if export_to is not None:
+        from recsys_embed.exports import export as write
+
+        report = write(folder, export_to)
+        print(report, file=sys.stderr if as_json else sys.stdout)
     summary = summarise(outcome)
     print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     extra = on_top_of(dataset.schema(settings.embedding_dim), settings)
@@ -123,11 +132,17 @@ def summarise(outcome: RunOutcome) -> dict[str, Any]:
 
 def told(metrics: JSON) -> str:
     """The metrics of a split as text."""
-    if metrics.get("rmse") is not None:
-        return f"RMSE {metrics['rmse']:.4f}"
-    auc = "-" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
-    grouped = "" if metrics.get("grouped_auc") is None else f"  grouped AUC {metrics['grouped_auc']:.4f}"
-    return f"AUC {auc}{grouped}  logloss {metrics['logloss']:.4f}"
+    parts = [
+        f"{title}@{k} {value:.4f}"
+        for name, title in (("recall", "recall"), ("ndcg", "NDCG"))
+        for k, value in (metrics.get(name) or {}).items()
+    ]
+    for name, title in (("rmse", "RMSE"), ("auc", "AUC"), ("grouped_auc", "grouped AUC"), ("logloss", "logloss")):
+        if metrics.get(name) is not None:
+            parts.append(f"{title} {metrics[name]:.4f}")
+        elif name == "auc" and not parts:
+            parts.append("AUC -")
+    return "  ".join(parts)
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:

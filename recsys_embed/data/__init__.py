@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from recsys_embed.data.data_source import BatchSource, DataSource
     from recsys_embed.data.folder import StorageError
     from recsys_embed.data.loader import Dataset, open_dataset
-    from recsys_embed.data.presets import convert_preset, preset_names
+    from recsys_embed.data.presets import convert_preset, preset_names, preset_table
     from recsys_embed.data.rows import Rows, RowSource
+    from recsys_embed.data.serving.pack import encoders_of
+    from recsys_embed.data.serving.read import read_row_encoder
+    from recsys_embed.data.serving.score import score_files, score_rows
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.table.convert import convert_table
     from recsys_embed.data.table.inspect import inspect_table
@@ -46,8 +49,13 @@ _HOME = {
     "convert_table": "table.convert",
     "convert_preset": "presets",
     "preset_names": "presets",
+    "preset_table": "presets",
     "inspect_table": "table.inspect",
     "Vocabulary": "vocab",
+    "encoders_of": "serving.pack",
+    "read_row_encoder": "serving.read",
+    "score_files": "serving.score",
+    "score_rows": "serving.score",
 }
 _NEEDS_POLARS = {
     "criteo.convert",
@@ -59,6 +67,9 @@ _NEEDS_POLARS = {
     "table.convert",
     "table.inspect",
     "presets",
+    "serving.pack",
+    "serving.read",
+    "serving.score",
 }
 
 __all__ = [
@@ -82,10 +93,15 @@ __all__ = [
     "convert_criteo",
     "convert_preset",
     "convert_table",
+    "encoders_of",
     "inspect_table",
     "make_synthetic",
     "open_dataset",
     "preset_names",
+    "preset_table",
+    "read_row_encoder",
+    "score_files",
+    "score_rows",
 ]
 
 
@@ -96,5 +112,6 @@ def __getattr__(name: str) -> Any:
     if home in _NEEDS_POLARS:
         from recsys_embed.utils.optional import require
 
-        require("polars", extra="data", purpose="reading and writing data folders")
+        purpose = "scoring raw rows" if home.startswith("serving.") else "reading and writing data folders"
+        require("polars", extra="data", purpose=purpose)
     return getattr(import_module(f"recsys_embed.data.{home}"), name)

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -131,6 +131,11 @@ class Batch:
             stacklevel=2,
         )
         return (self.dense, self.ids, self.label)[position]
+
+
+def as_batch(parts: Any) -> Batch:
+    """The batch of a data set of one's own, which may be any object with ``dense``, ``ids`` and ``label``."""
+    return parts if isinstance(parts, Batch) else Batch(parts.dense, parts.ids, parts.label)
 
 
 class Batches:

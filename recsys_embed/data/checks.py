@@ -97,7 +97,13 @@ def _cure(part: Any) -> str:
 
 
 def value_faults(
-    dense: Tensor, label: Tensor, first_row: int = 0, *, shuffled: bool = False, real_labels: bool = False
+    dense: Tensor,
+    label: Tensor,
+    first_row: int = 0,
+    *,
+    shuffled: bool = False,
+    real_labels: bool = False,
+    needs_labels: bool = True,
 ) -> list[str]:
     """Labels other than 0 and 1, and numeric values that are NaN or infinite; one reduction each where all is well.
 
@@ -107,11 +113,16 @@ def value_faults(
         first_row: number of their first row.
         shuffled: rows have no number that would tell anybody where to look.
         real_labels: labels are any finite numbers.
+        needs_labels: rows must have labels; else they may all have none (NaN).
 
     >>> value_faults(torch.zeros(3, 1), torch.tensor([1.0, 2.0, 1.0]))
     ["labels must be 0 or 1; got 2, first in row 1: map the two values, e.g. label == 2, or train on them ..."]
     """
-    found = label_faults(label, first_row, shuffled=shuffled, real=real_labels)
+    found = (
+        []
+        if not needs_labels and label.isnan().all()
+        else label_faults(label, first_row, shuffled=shuffled, real=real_labels)
+    )
     if not torch.isfinite(dense.sum()):  # a sum is finite wherever all values are, unless they are huge
         wrong = ~torch.isfinite(dense)
         for column in wrong.any(0).nonzero().flatten().tolist():
@@ -159,20 +170,21 @@ def _first(rows: Tensor, first_row: int, shuffled: bool) -> str:
     return "" if shuffled else f", first in row {first_row + int(rows[0])}"
 
 
-def split_faults(dense: Tensor, label: Tensor, *, real_labels: bool = False) -> list[str]:
+def split_faults(dense: Tensor, label: Tensor, *, real_labels: bool = False, needs_labels: bool = True) -> list[str]:
     """Faults of the values of a whole split: those of its first piece that has any."""
     for start in range(0, len(label), _PIECE):
         piece = slice(start, start + _PIECE)
-        found = value_faults(dense[piece], label[piece], start, real_labels=real_labels)
+        found = value_faults(dense[piece], label[piece], start, real_labels=real_labels, needs_labels=needs_labels)
         if found:
             return found
     return []
 
 
-def refuse_values(batch: Any, where: str, *, real_labels: bool = False) -> None:
+def refuse_values(batch: Any, where: str, *, real_labels: bool = False, needs_labels: bool = True) -> None:
     """Refuse a shuffled batch whose labels or numeric values are the reason for what went wrong.
 
     Raises:
         DataError: names them and ``where`` they are.
     """
-    raise_faults(value_faults(batch.dense, batch.label, shuffled=True, real_labels=real_labels), where, DataError)
+    faults = value_faults(batch.dense, batch.label, shuffled=True, real_labels=real_labels, needs_labels=needs_labels)
+    raise_faults(faults, where, DataError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.folder import file_hash
-from recsys_embed.data.list_ids import ListIds
+from recsys_embed.data.frame_inputs import as_tensor, dense_sources, frame_inputs
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split, read_manifest
 from recsys_embed.data.rows import IN_MEMORY_LIMIT, RowSource
 from recsys_embed.data.stats import read_stats
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from recsys_embed.data.table.schema import TableSchema
 
 _PART_BYTES = {"weight": 4, "group": 8, "time": 8}
-_VECTOR_PART = re.compile(r"\[\d+\]$")
 CHUNK_ROWS = 1 << 16
 """Rows read from Parquet at once when streaming: one row group."""
 
@@ -179,6 +176,12 @@ class Dataset(RowSource):
             found[OOV_ID] += vocabulary.unknown_count + rare
         return found
 
+    def unknown_ids(self, feature: str) -> tuple[int, ...]:
+        known = self._feature(feature)
+        if known.vocab is None:
+            return ()
+        return tuple({OOV_ID, self.vocabulary(feature).missing_id})
+
     def row_bytes(self) -> int:
         """Bytes a row takes in memory."""
         wide = 4 if self.manifest.id_mode == "vocab" else 8
@@ -233,7 +236,7 @@ class Dataset(RowSource):
     def _read(self, shard: Shard, offset: int, rows: int) -> Batch:
         """Rows of a shard with compact ids."""
         path = self.path / shard.file
-        dense_columns = list(dict.fromkeys(_VECTOR_PART.sub("", name) for name in self.manifest.dense))
+        dense_columns = dense_sources(self.manifest.dense)
         parts = self.manifest.parts
         columns = ["label"] * self.manifest.labels + [*dense_columns, *self.feature_names, *parts]
         try:
@@ -248,35 +251,7 @@ class Dataset(RowSource):
                                else pl.col(n).cast(pl.Int64).fill_null(m) for n, m in missing.items())  # fmt: skip
         else:
             ids = frame.select(self.feature_names[: len(self.feature_names) - self.num_lists])
-        dense = _dense(frame, dense_columns) if self.num_dense else np.zeros((rows, 0), "f4")
+        dense, ids_part, lists = frame_inputs(frame, dense_columns, ids, self._lists)
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
-        extra = {part: _tensor(frame[part].to_numpy()) for part in parts}
-        lists = ListIds.of([_list_ids(frame[name]) for name in self._lists]) if self._lists else None
-        return Batch(_tensor(dense), _tensor(_ids(ids, rows)), _tensor(label), extra, lists)
-
-
-def _ids(ids: pl.DataFrame, rows: int) -> NDArray[Any]:
-    return ids.to_numpy(order="c") if ids.width else np.zeros((rows, 0), np.int32)
-
-
-def _list_ids(column: pl.Series) -> tuple[Tensor, Tensor]:
-    """Values ``[n]`` and offsets ``[rows + 1]`` of a column of lists, none of which is null."""
-    lengths = column.list.len().to_numpy().astype(np.int64)
-    # `explode` makes one null of an empty list.
-    values = column.filter(column.list.len() > 0).explode().to_numpy()
-    return _tensor(values), torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def _dense(frame: pl.DataFrame, columns: list[str]) -> NDArray[Any]:
-    """Numeric columns as one array [rows, num_dense]; a vector's components stand side by side."""
-    vectors = [c for c in columns if isinstance(frame[c].dtype, pl.Array)]
-    if not vectors:
-        return frame.select(columns).to_numpy(order="c")
-    numbers = [c for c in columns if c not in vectors]
-    parts = [frame.select(numbers).to_numpy()] if numbers else []
-    return np.ascontiguousarray(np.concatenate([*parts, *(frame[c].to_numpy() for c in vectors)], axis=1))
-
-
-def _tensor(values: NDArray[Any]) -> Tensor:
-    """A tensor over the memory of an array, or of a copy where that is read-only."""
-    return torch.from_numpy(np.require(values, requirements="W"))
+        extra = {part: as_tensor(frame[part].to_numpy()) for part in parts}
+        return Batch(dense, ids_part, as_tensor(label), extra, lists)

@@ -93,6 +93,10 @@ class RowSource(ABC):
         """Statistics of the features, in the form of a data folder's ``stats.json``."""
         return None
 
+    def unknown_ids(self, feature: str) -> tuple[int, ...]:
+        """Ids of a feature that stand for values which are missing, or too rare or new for an id of their own."""
+        return ()
+
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Ranges of rows ``(first, stop)`` that are read most efficiently in one call, in file order."""
         total = self.rows(split)
@@ -161,7 +165,7 @@ class RowSource(ABC):
     def _name(self) -> str:
         return type(self).__name__
 
-    def check_values(self, *, real_labels: bool = False) -> None:
+    def check_values(self, *, real_labels: bool = False, needs_labels: bool = True) -> None:
         """Refuse rows that cannot be trained on; a run calls it before its first step.
 
         Looks at every row of the splits that are held in memory, and at the first chunk of those that are streamed;
@@ -169,6 +173,7 @@ class RowSource(ABC):
 
         Args:
             real_labels: labels are any finite numbers, rather than 0 and 1.
+            needs_labels: rows must have labels; else all or none of a split have.
 
         Raises:
             ConfigError: parts that :meth:`read` returns have other shapes or types than this data set says.
@@ -176,22 +181,24 @@ class RowSource(ABC):
         """
         faults = []
         for split in ("train", "valid", "test", HELD_OUT):
-            if split in self.splits and (split, real_labels) not in self._values_checked and self.rows(split):
-                found = self._value_faults(split, real_labels)
+            key = (split, real_labels, needs_labels)
+            if split in self.splits and key not in self._values_checked and self.rows(split):
+                found = self._value_faults(split, real_labels, needs_labels)
                 faults += [f"split {split!r}: {fault}" for fault in found]
                 if not found:
-                    self._values_checked.add((split, real_labels))
+                    self._values_checked.add(key)
         raise_faults(faults, f"data set {self._name}", DataError)
 
-    def _value_faults(self, split: str, real_labels: bool) -> list[str]:
+    def _value_faults(self, split: str, real_labels: bool, needs_labels: bool) -> list[str]:
+        kind = {"real_labels": real_labels, "needs_labels": needs_labels}
         if self.fits(split):
             rows = self.load(split)
-            return split_faults(rows.dense, rows.label, real_labels=real_labels)
+            return split_faults(rows.dense, rows.label, **kind)
         batch = self._read_checked(split, *self.chunks(split)[0])
-        return value_faults(batch.dense, batch.label.float(), real_labels=real_labels)
+        return value_faults(batch.dense, batch.label.float(), **kind)
 
     @cached_property
-    def _values_checked(self) -> set[tuple[str, bool]]:
+    def _values_checked(self) -> set[tuple[str, bool, bool]]:
         return set()
 
     @cached_property
@@ -370,6 +377,9 @@ class Rows(RowSource):
 
     def counts(self, feature: str) -> Tensor | None:
         return self.whole.counts(feature)
+
+    def unknown_ids(self, feature: str) -> tuple[int, ...]:
+        return self.whole.unknown_ids(feature)
 
     def row_bytes(self) -> int:
         return self.whole.row_bytes()

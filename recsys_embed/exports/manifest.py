@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from recsys_embed.core.id_sets import words_of
+from recsys_embed.data.serving.stored import check_about
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.exports.file_format import DTYPES, NAMES, ExportFile
 from recsys_embed.exports.served_modules import ModuleItem
@@ -22,6 +23,8 @@ from recsys_embed.kernels.stored_tables import Part, RowForm
 from recsys_embed.utils.settings import FilePart, fault, param
 
 MANIFEST_VERSION = 1
+WITH_ENCODERS = 2
+"""The version of files that hold encoders of raw rows."""
 
 FloatName = Literal["F64", "F32", "F16", "BF16"]
 
@@ -73,6 +76,7 @@ class ExportManifest:
         dense: everything else by its key in the state dict.
         digests: SHA-256 of every tensor by its name.
         raw: the whole of it as JSON values.
+        encoders: what turns raw rows into ids and numbers, or None.
     """
 
     model: Mapping[str, Any]
@@ -81,6 +85,7 @@ class ExportManifest:
     dense: Mapping[str, DenseItem]
     digests: Mapping[str, str]
     raw: Mapping[str, Any]
+    encoders: Mapping[str, Any] | None = None
 
 
 def item_to_dict(item: ModuleItem) -> dict[str, Any]:
@@ -115,6 +120,7 @@ class _Top(FilePart):
     sha256: Mapping[str, Any]
     modules: tuple[Mapping[str, Any], ...] = param(MISSING, empty=True)
     storages: tuple[Mapping[str, Any], ...] = param(MISSING, empty=True)
+    encoders: Mapping[str, Any] | None = None
 
     def conflicts(self) -> list[str]:
         wrong = {name: d for name, d in self.sha256.items() if not isinstance(d, str) or len(d) != 64}
@@ -207,10 +213,10 @@ def read_manifest(file: ExportFile) -> ExportManifest:
     """
     raw = file.manifest
     version = raw.get("version") if isinstance(raw, dict) else None
-    if type(version) is not int or version != MANIFEST_VERSION:
+    if type(version) is not int or version not in (MANIFEST_VERSION, WITH_ENCODERS):
         raise CheckpointError(
-            f"{file.path} is of format version {str(version)[:20]}; this library reads version {MANIFEST_VERSION}: "
-            "export it again, or load it with the library that wrote it"
+            f"{file.path} is of format version {str(version)[:20]}; this library reads versions {MANIFEST_VERSION} and "
+            f"{WITH_ENCODERS}: export it again, or load it with the library that wrote it"
         )
     try:
         return _checked(file, raw)
@@ -230,8 +236,10 @@ def _checked(file: ExportFile, raw: Any) -> ExportManifest:
         values = _Dense.read(item, f"manifest, dense {key!r}")
         dense[key] = DenseItem(key if values.tensor is None else values.tensor, DTYPES[values.dtype])
     modules = tuple(_module(i, item) for i, item in enumerate(top.modules))
-    _check_tensors(file, tables, dense, top.sha256)
-    return ExportManifest(top.model, modules, storages, dense, top.sha256, raw)
+    shapes = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+    encoders = set() if top.encoders is None else check_about(top.encoders, shapes)
+    _check_tensors(file, tables, dense, top.sha256, encoders)
+    return ExportManifest(top.model, modules, storages, dense, top.sha256, raw, top.encoders)
 
 
 def _storage(i: int, item: Any, tables: Mapping[str, TableItem]) -> StorageItem:
@@ -262,6 +270,7 @@ def _check_tensors(
     tables: Mapping[str, TableItem],
     dense: Mapping[str, DenseItem],
     digests: Mapping[str, Any],
+    encoders: set[str],
 ) -> None:
     """Check that the manifest names every tensor of the file, with its dtype and shape."""
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -270,7 +279,7 @@ def _check_tensors(
         wanted[t.name] = (layout.dtype, (layout.stored_rows(t.part.count), layout.items))
         for name, dtype, shape in t.arrays().values():
             wanted[name] = (dtype, shape)
-    spoken = {*wanted, *(item.tensor for item in dense.values())}
+    spoken = {*wanted, *(item.tensor for item in dense.values()), *encoders}
     if spoken != file.entries.keys() or spoken != digests.keys():
         odd = sorted((spoken ^ file.entries.keys()) | (spoken ^ digests.keys()))
         raise ConfigError(f"manifest and file hold different tensors: {', '.join(odd[:5])}")

@@ -16,6 +16,7 @@ from recsys_embed.core.index import IndexArrays
 from recsys_embed.discover import join_path
 from recsys_embed.errors import BackendError, CheckpointError, unknown_name
 from recsys_embed.exports.earlier_files import with_tables_of_modules
+from recsys_embed.exports.encoders import scorer_of
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.exports.fill_model import ModelFiller
 from recsys_embed.exports.manifest import ExportManifest, StorageItem, TableItem, read_manifest
@@ -34,6 +35,7 @@ from recsys_embed.exports.served_modules import (
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.kernels.stored_tables import Stored, too_many_columns
+from recsys_embed.models.base import CTRModel
 from recsys_embed.plan import MAX_ROW_LOOKUPS
 from recsys_embed.utils.types import JSONMapping
 
@@ -72,7 +74,7 @@ def load(
             torch. The ``backend`` of a loaded collection is the one that reads its rows.
 
     Returns:
-        The module; ``into`` where it was given.
+        The module; ``into`` where it was given. A model whose file holds encoders scores raw rows by its ``predict``.
 
     Raises:
         CheckpointError: absent, damaged (says what: tensor, expected, got), of another version, or ``into`` is missing
@@ -89,6 +91,8 @@ def load(
     with _naming(file.path):
         root = _loaded(_Loader(file, manifest, backend), into)
         name_backends(root)
+        if manifest.encoders is not None and isinstance(root, CTRModel):
+            root.scorer = scorer_of(file, manifest.encoders)
     if device is None and into is not None:
         device = next((p.device for p in into.parameters() if not p.is_meta and p.device.type != "cpu"), None)
     if device is not None:

@@ -70,6 +70,7 @@ class ExportReport:
         tables: every table and other parameter of the embeddings.
         metric: what was measured, if anything.
         notes: tables that were kept as they are, and why.
+        encoder_bytes: of the vocabularies of raw rows' encoders; 0 where the file has none.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class ExportReport:
     tables: tuple[TableOutcome, ...]
     metric: Metric | None = None
     notes: tuple[str, ...] = ()
+    encoder_bytes: int = 0
 
     @property
     def max_error(self) -> float:
@@ -105,6 +107,7 @@ class ExportReport:
             f"{self.path}: {format_bytes(self.bytes)} at {self.precision}; embeddings "
             f"{format_bytes(self.source_bytes)} -> {format_bytes(self.embedding_bytes)} ({ratio:.2f}x), other layers "
             f"{format_bytes(self.dense_bytes)}, header {format_bytes(self.header_bytes)}"
+            + (f", vocabularies of raw rows {format_bytes(self.encoder_bytes)}" if self.encoder_bytes else "")
         ]
         rows = [("table", "rows kept", "width", "kind", "bytes", "index", "max error", "rms error")]
         for t in sorted(self.tables, key=lambda t: -t.bytes - t.index_bytes)[:12]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.data.manifest import read_manifest
+from recsys_embed.data.serving.stored import Output
+from recsys_embed.errors import CheckpointError, ConfigError, DataError
 from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals
 from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.train.checkpoint import load_checkpoint
-from recsys_embed.utils.strict_json import own_json
+from recsys_embed.utils.strict_json import own_json, read_object
 
 
 def model_of_run(path: str | Path) -> nn.Module:
@@ -62,3 +64,38 @@ def _carried(state: dict[str, Any], name: str) -> dict[str, Any]:
     # What its indexes hold is among the state's tensors.
     plan = {key: carried["plan"][key] for key in ("version", "features")}
     return {"schema": {"features": features}, "plan": plan}
+
+
+def run_output(path: str | Path) -> Output:
+    """What the scores of a run's model are."""
+    config = load_checkpoint(_files(path)[1])["config"]
+    return "probability" if config.get("loss", "logloss") == "logloss" else "value"
+
+
+def run_data(path: str | Path, notes: list[str]) -> Path | None:
+    """The data folder that a run was trained on, where it is still that; None where it is not known or not there.
+
+    Args:
+        path: of the run folder, or of its ``model.pt``.
+        notes: filled with why not.
+    """
+    file = _files(path)[0] / "run.json"
+    known = (read_object(file) if file.exists() else {}).get("data")
+    if not isinstance(known, dict) or not isinstance(known.get("folder"), str):
+        return None
+    try:
+        if read_manifest(known["folder"]).fingerprint == known.get("encoding"):
+            return Path(known["folder"])
+    except (DataError, ConfigError):
+        pass
+    notes.append(
+        f"without encoders of raw rows: {known['folder']} is no longer the data that the run was trained on; name the "
+        "folder with `--data` or `encoders=`"
+    )
+    return None
+
+
+def _files(path: str | Path) -> tuple[Path, Path]:
+    """The folder and the ``model.pt`` of a run by the path of either."""
+    path = Path(path)
+    return (path, path / "model.pt") if os.path.isdir(path) else (path.parent, path)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recsys_embed._version import __version__
+from recsys_embed.data.serving.stored import Output, StoredEncoders
 from recsys_embed.discover import unwrapped
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
+from recsys_embed.exports.encoders import encoders_for
 from recsys_embed.exports.file_format import NAMES, TensorInfo, header_bytes, lay_out
-from recsys_embed.exports.manifest import MANIFEST_VERSION, item_to_dict, table_to_dict
+from recsys_embed.exports.manifest import MANIFEST_VERSION, WITH_ENCODERS, item_to_dict, table_to_dict
 from recsys_embed.exports.model_scan import ModelContents, Storage, scan
 from recsys_embed.exports.pack import Packed, RoundingError, choose_parts, inspect_table
 from recsys_embed.exports.read import load
@@ -27,6 +30,9 @@ from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
 from recsys_embed.utils.files import replacing
+
+if TYPE_CHECKING:
+    from recsys_embed.data.loader import Dataset
 
 
 def unwritten(path: Path, error: OSError) -> CheckpointError:
@@ -57,6 +63,8 @@ def export(
     search: Search | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     metric: str = "metric",
+    encoders: Dataset | str | Path | Literal[False] | None = None,
+    output: Output | None = None,
 ) -> ExportReport:
     """Write ``model`` to one file that :func:`recsys_embed.load` turns back into a module that gives the same outputs.
 
@@ -76,13 +84,18 @@ def export(
         evaluate: measures a model, e.g. its AUC, as a finite number; called with the source before anything is written,
             and with what was loaded from the new file.
         metric: name of what ``evaluate`` measures.
+        encoders: the data folder that the model was trained on, opened or its path. What turns raw rows into ids and
+            numbers is then stored too, so that the loaded model's ``predict`` takes raw rows. By default that of the
+            run's own folder where it is still there, and that of a model which was loaded with it; False: none.
+        output: what ``predict`` gives: ``"probability"``, or ``"value"``, the model's output as it is. By default as
+            the run was trained, or by the labels of ``encoders``.
 
     Returns:
         Bytes and errors per table and in total.
 
     Raises:
         ConfigError: unknown precision; weights that are not finite or too large for it (all named); tensors on the
-            meta device; subclasses of the library's embeddings.
+            meta device; subclasses of the library's embeddings; encoders of another model's data.
         CheckpointError: the run folder cannot be read, or the file cannot be written.
 
     >>> import torch, tempfile, recsys_embed as rse
@@ -98,18 +111,24 @@ def export(
     check_precision(precision)
     if search not in (None, "minmax", "greedy"):
         raise unknown_name("search", str(search), ("minmax", "greedy"))
+    if output not in (None, "probability", "value"):
+        raise unknown_name("output", str(output), ("probability", "value"))
+    notes: list[str] = []
     if isinstance(model, str | Path):
-        from recsys_embed.exports.run_model import model_of_run
+        from recsys_embed.exports.run_model import model_of_run, run_data, run_output
 
-        model = model_of_run(model)
+        run, model = model, model_of_run(model)
+        encoders = run_data(run, notes) if encoders is None else encoders
+        output = output or run_output(run)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module or the path of a run; got {type(model).__name__}")
     model = unwrapped(model)
     found = scan(model)
     kind = _model_kind(model, found)
     search = search or ("greedy" if precision == "int4" else "minmax")
+    stored = encoders_for(model, encoders, output)
     with torch.no_grad():
-        return _Writer(model, found, kind, precision, search, prune).write(path, evaluate, metric)
+        return _Writer(model, found, kind, precision, search, prune, stored, notes).write(path, evaluate, metric)
 
 
 def _model_kind(model: nn.Module, found: ModelContents) -> dict[str, Any]:
@@ -146,10 +165,19 @@ def _finite(value: float, name: str) -> float:
 
 class _Writer:
     def __init__(
-        self, model: nn.Module, found: ModelContents, kind: dict[str, Any], precision: str, search: Search, prune: bool
+        self,
+        model: nn.Module,
+        found: ModelContents,
+        kind: dict[str, Any],
+        precision: str,
+        search: Search,
+        prune: bool,
+        encoders: StoredEncoders | None,
+        notes: Sequence[str],
     ) -> None:
         self.model, self.found, self.kind = model, found, kind
         self.precision, self.search = precision, search
+        self.encoders, self.notes = encoders, notes
         self.packed = self._inspect_tables(prune)
         self.matrices = {m.key: m for m in self._matrices()}
         self.errors = {key: RoundingError() for key in self.matrices}
@@ -212,6 +240,9 @@ class _Writer:
             self.aliases[key] = held.setdefault(same, key)
             if self.aliases[key] == key:
                 out[key] = (dtype, tuple(value.shape), self._whole(key, dtype))
+        for name, values in {} if self.encoders is None else self.encoders.arrays.items():
+            tensor = torch.from_numpy(np.require(values, requirements="W"))
+            out[name] = (tensor.dtype, tuple(tensor.shape), _given(tensor))
         return out
 
     def _whole(self, key: str, dtype: torch.dtype) -> Callable[[], Iterator[Tensor]]:
@@ -267,8 +298,8 @@ class _Writer:
             dense[key] = {"dtype": NAMES[value.dtype]}
             if self.aliases[key] != key:
                 dense[key]["tensor"] = self.aliases[key]
-        return {
-            "version": MANIFEST_VERSION,
+        manifest = {
+            "version": MANIFEST_VERSION if self.encoders is None else WITH_ENCODERS,
             "written_by": {"recsys-embed": __version__, "torch": str(torch.__version__)},
             "precision": self.precision,
             "search": self.search,
@@ -283,6 +314,9 @@ class _Writer:
             "sha256": {name: self.digests.get(name, "0" * 64) for name in entries},
             "metric": None if metric is None else vars(metric),
         }
+        if self.encoders is not None:
+            manifest["encoders"] = dict(self.encoders.about)
+        return manifest
 
     # -- report -----------------------------------------------------------------------------------------------------
 
@@ -308,6 +342,7 @@ class _Writer:
             sizes = (rows, width, held, 0, value.nbytes)
             outcomes.append(TableOutcome(key, rows, width, str(kind), "whole", *sizes, *errors))
         embedding = sum(t.bytes + t.index_bytes for t in outcomes)
+        encoders = 0 if self.encoders is None else self.encoders.nbytes
         return ExportReport(
             path=path,
             precision=self.precision,
@@ -315,11 +350,12 @@ class _Writer:
             bytes=total,
             embedding_bytes=embedding,
             source_bytes=sum(t.source_bytes for t in outcomes),
-            dense_bytes=total - header - embedding,
+            dense_bytes=total - header - embedding - encoders,
             header_bytes=header,
             tables=tuple(outcomes),
             metric=metric,
-            notes=tuple(self.found.notes),
+            notes=(*self.found.notes, *self.notes),
+            encoder_bytes=encoders,
         )
 
 
@@ -329,6 +365,10 @@ def _reader(storage: Storage, first: int) -> Callable[[int, int], Tensor]:
 
 def _stored(table: Packed, search: Search) -> Callable[[], Iterator[Tensor]]:
     return lambda: table.stored(search)
+
+
+def _given(tensor: Tensor) -> Callable[[], Iterator[Tensor]]:
+    return lambda: iter([tensor])
 
 
 def _array(table: Packed, end: str) -> Callable[[], Iterator[Tensor]]:

@@ -22,6 +22,8 @@ from recsys_embed.models.dnn import DNN
 from recsys_embed.models.fm import FM
 from recsys_embed.models.ipnn import IPNN
 from recsys_embed.models.lr import LR
+from recsys_embed.models.retrieval import RetrievalModel
+from recsys_embed.models.twotower import TwoTower
 from recsys_embed.models.widedeep import WideDeep
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
@@ -41,6 +43,8 @@ __all__ = [
     "DCNv2",
     "DeepFM",
     "ModelSpec",
+    "RetrievalModel",
+    "TwoTower",
     "WideDeep",
     "build_model",
     "get_model",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
@@ -18,7 +20,7 @@ from recsys_embed.models.criteo import former_default
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
-from recsys_embed.utils.types import JSON, Ids
+from recsys_embed.utils.types import JSON, Ids, RowsLike
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,6 +55,14 @@ class ModelSpec:
     collection: Callable[..., nn.Module] = EmbeddingCollection
 
 
+class Scorer(Protocol):
+    """What turns raw rows into scores of a model; a loaded file brings it."""
+
+    def predict(self, model: nn.Module, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
+        """Scores float32 ``[n]``."""
+        ...
+
+
 class CTRModel(nn.Module):
     """Base of the models: ``model(dense [B, num_dense] float32, ids [B, F] int64) -> logits [B] float32``.
 
@@ -67,6 +77,7 @@ class CTRModel(nn.Module):
         needs_history: whether a feature must have a list of ids per row that reads the table of another.
         uses_network: whether layers read the vectors side by side, so that they can tell ids of one row apart.
         params: the hyperparameters it was built with by :func:`recsys_embed.models.build_model`, else None.
+        scorer: what turns raw rows into scores, of a model that was loaded from a file with encoders, else None.
     """
 
     key: ClassVar[str]
@@ -79,6 +90,7 @@ class CTRModel(nn.Module):
     needs_history: ClassVar[bool] = False
 
     params: DataclassInstance | None = None
+    scorer: Scorer | None = None
     embedding: EmbeddingCollection | None
     linear: EmbeddingCollection | None
 
@@ -115,11 +127,40 @@ class CTRModel(nn.Module):
 
     def forward(self, dense: Tensor, ids: Ids) -> Tensor:
         """Logits ``[B]`` of ``dense [B, num_dense]`` with raw numeric values, and ``ids [B, F]``."""
-        mean, std = self.get_buffer("numeric_mean"), self.get_buffer("numeric_std")
-        return self.logits((dense - mean) / std, ids)
+        return self.logits(self.standardised(dense), ids)
 
     if TYPE_CHECKING:  # torch types a module's call as anything
         __call__ = forward
+
+    def predict(self, rows: RowsLike, *, batch_size: int = 8192) -> NDArray[np.float32]:
+        """Scores of raw rows, encoded as the training rows were.
+
+        Of a model that :func:`recsys_embed.load` read from a file with encoders. Needs polars. Columns that the model
+        does not use are ignored; labels, weights and groups are not needed.
+
+        Args:
+            rows: a polars (lazy) or pandas frame, an Arrow table, columns by name, a list of rows by column, or files.
+            batch_size: rows that go through the model at once.
+
+        Returns:
+            float32 ``[n]`` in the order of the rows: probabilities of a model that was trained by ``logloss``, else
+            the values that it predicts.
+
+        Raises:
+            ConfigError: the model has no encoders; columns that are absent or of another type, all of them named.
+            DataError: values that cannot be used, with row, column and reason.
+        """
+        if self.scorer is None:
+            raise ConfigError(
+                "this model takes ids, as it does not hold what turns raw rows into them: write it with `recsys-embed "
+                "export RUN --data FOLDER --out FILE`, or rse.export(model, path, encoders=open_dataset(folder)), and "
+                "predict with the model of rse.load(path)"
+            )
+        return self.scorer.predict(self, rows, batch_size)
+
+    def standardised(self, dense: Tensor) -> Tensor:
+        """Raw numeric values ``[B, num_dense]`` as :meth:`logits` takes them, see :meth:`standardise`."""
+        return (dense - self.get_buffer("numeric_mean")) / self.get_buffer("numeric_std")
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Standardise numeric columns (mean 0, standard deviation 1) inside the model, so serving takes raw values.

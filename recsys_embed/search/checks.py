@@ -5,7 +5,9 @@ from __future__ import annotations
 from recsys_embed.data.checks import label_faults
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError, DataError, raise_faults
+from recsys_embed.models import RetrievalModel, get_model
 from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.losses import LOSSES
 
 LEAST_OF_A_CLASS = 50
 """Fewest rows of the rarer class for which a metric is more than noise."""
@@ -30,6 +32,11 @@ def need_logloss(config: TrainConfig) -> None:
     Raises:
         ConfigError: says what to do.
     """
+    if not LOSSES[config.loss].needs_labels:
+        raise ConfigError(
+            f"a search compares candidates by the AUC of labels 0 and 1, and loss={config.loss!r} ranks items; train "
+            "several methods and ratios beside each other: recsys-embed compare, which tells recall and NDCG"
+        )
     if config.loss != "logloss":
         raise ConfigError(
             f"a search compares candidates by the AUC of labels 0 and 1; got loss={config.loss!r}. Map the labels, "
@@ -44,6 +51,12 @@ def need_single_ids(data: DataSource, config: TrainConfig) -> None:
         ConfigError: names them, and what else chooses their storage.
     """
     need_logloss(config)
+    if issubclass(get_model(config.model), RetrievalModel):
+        raise ConfigError(
+            f"a search of rows and widths masks the vectors of one id per feature and row, and model {config.model!r} "
+            "also looks up items alone. Choose methods and sizes by `search methods`, which trains whole plans, or by "
+            "`compare`"
+        )
     count = getattr(data, "num_lists", 0)
     if count:
         names = ", ".join(data.schema(1).names[-count:])

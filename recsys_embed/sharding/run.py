@@ -15,8 +15,9 @@ from recsys_embed.core.footprint import Footprint, format_bytes
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.data.folder import lock
 from recsys_embed.data.stream import moments_of
+from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
-from recsys_embed.models import CTRModel, build_model
+from recsys_embed.models import CTRModel, RetrievalModel, build_model, get_model
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.sharding.checkpoint import save
@@ -63,6 +64,11 @@ def run_sharded(
         LostProcessError: a process is gone.
     """
     check_data(data, config, "training on several processes", "rows", "portion")
+    if issubclass(get_model(config.model), RetrievalModel):
+        raise ConfigError(
+            f"model {config.model!r} scores all items of a batch against each other, which one process must hold; "
+            "train it without torchrun, with `method` and `ratio` where its tables are too large for one device"
+        )
     device = local_device(device)
     check_device(device)
     if config.threads is not None:

@@ -18,16 +18,17 @@ def check_model(model: str) -> None:
     Raises:
         AssertionError: names the method and clause.
     """
-    from recsys_embed.models import build_model, get_model
+    from recsys_embed.models import RetrievalModel, build_model, get_model
 
-    features = [FeatureSpec("a", 50, 4), FeatureSpec("b", 300, 4)]
+    second = "item" if issubclass(get_model(model), RetrievalModel) else "b"
+    features = [FeatureSpec("a", 50, 4), FeatureSpec(second, 300, 4)]
     generator = torch.Generator().manual_seed(0)
     dense = torch.rand(64, 3, generator=generator)
     single = torch.stack([torch.randint(0, s.num_embeddings, (64,), generator=generator) for s in features], 1)
     label = (single[:, 0] % 2).float()
     ids: Tensor | BagIds = single
     if get_model(model).needs_history:
-        features.append(FeatureSpec("history", 300, 4, table="b", pooling="mean"))
+        features.append(FeatureSpec("history", 300, 4, table=second, pooling="mean"))
         lengths = torch.randint(0, 4, (64,), generator=generator)
         history = torch.randint(0, 300, (int(lengths.sum()),), generator=generator)
         offsets = torch.cat([torch.arange(128), 128 + lengths.cumsum(0) - lengths, torch.tensor([128 + len(history)])])

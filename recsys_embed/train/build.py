@@ -10,6 +10,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import CTRModel, build_model
 from recsys_embed.optim import FusedOptimizer, make_rule, unfused_parameters
+from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.plans import plans_for
 
@@ -50,9 +51,11 @@ def model_from_config(
 
 
 def standardise(model: CTRModel, config: TrainConfig, data: DataSource) -> CTRModel:
-    """The model with its numeric columns standardised by the training rows, if the settings say so."""
+    """The model with its numeric columns standardised by the training rows, if the settings say so; one that finds
+    items also has learned which there are."""
     if config.standardise and data.num_dense:
         model.standardise(*data.numeric_moments())
+    learn_items(model, data)
     return model
 
 

@@ -6,10 +6,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from recsys_embed.errors import unknown_name
+from recsys_embed.errors import ConfigError, unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.optim import list_rules
-from recsys_embed.train.losses import LossName
+from recsys_embed.train.losses import LossName, loss_args
+from recsys_embed.train.retrieval_metrics import TOP_K
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.strict_json import read_object
 from recsys_embed.utils.types import JSON
@@ -19,6 +20,9 @@ PLANNED = "planned"
 
 DENSE_ADAM = "dense_adam"
 """The optimizer of tables that are trained as ordinary parameters."""
+
+_LATER = ("loss", "loss_args", "top_k", "exclude_seen")
+"""Settings that earlier runs do not name."""
 
 ScheduleName = Literal["constant", "cosine", "plateau"]
 
@@ -42,8 +46,14 @@ class TrainConfig(Settings):
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.
         standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
-        loss: ``"logloss"`` of labels 0 and 1, or ``"squared_error"`` of any numbers. Where rows have a ``weight``, it
-            multiplies their loss; metrics count all rows alike.
+        loss: ``"logloss"`` of labels 0 and 1, or ``"squared_error"`` of any numbers; for models that find items also
+            ``"softmax"`` over the catalogue, ``"sampled_softmax"`` over the batch's items and uniform ones, and
+            ``"bpr"`` of pairs, which learn from the rows of label 1, or from all where the data has no labels. Where
+            rows have a ``weight``, it multiplies their loss; metrics count all rows alike.
+        loss_args: its arguments, see :mod:`recsys_embed.train.retrieval_losses`, e.g. ``{"temperature": 0.1}``.
+        top_k: lengths of the lists that recall@k and NDCG@k are told of, for models that find items. Validations go by
+            NDCG at the first.
+        exclude_seen: whether these leave out items of the user's earlier rows; None: where rows say whose they are.
         epochs: passes over the training split.
         steps: stop after this many batches, whatever ``epochs`` says; None: no limit.
         batch_size: samples per step.
@@ -65,7 +75,8 @@ class TrainConfig(Settings):
         clip_norm: largest L2 norm of all dense gradients together; None: no clipping.
         eval_every: validate every so many steps as well as after each epoch; None: after each epoch only.
         patience: stop after this many validations without gain; None: never.
-        min_delta: gain of validation AUC that counts (fall of the logloss, where the rows are of one class).
+        min_delta: gain of validation AUC that counts (fall of the logloss, where the rows are of one class; gain of
+            NDCG, where the model finds items).
         keep_best: end with the weights of the best validation.
         checkpoint_every: steps between checkpoints besides those after each validation; None: a second, or twenty times
             what writing one takes (in one process; several write those after validations only).
@@ -99,6 +110,9 @@ class TrainConfig(Settings):
     unseen: Unseen | None = None
     standardise: bool = True
     loss: LossName = "logloss"
+    loss_args: JSON = field(default_factory=dict)
+    top_k: tuple[int, ...] = param(TOP_K, low=1)
+    exclude_seen: bool | None = None
     epochs: int = param(1, low=1)
     steps: int | None = param(None, low=1)
     batch_size: int = param(4096, low=1)
@@ -133,6 +147,10 @@ class TrainConfig(Settings):
             faults.append(f"`embedding_optimizer`: {unknown_name('optimizer', self.embedding_optimizer, optimizers)}")
         if self.ratio is not None and self.budget is not None:
             faults.append(f"`ratio` and `budget` exclude each other; got {self.ratio!r} and {self.budget!r}")
+        try:
+            loss_args(self.loss, self.loss_args)
+        except ConfigError as e:
+            faults.append(f"`loss_args`: {e}")
         if self.plan is not None and (self.method != PLANNED or self.method_args):
             faults.append(f"a `plan` goes with `method` {PLANNED!r} and without `method_args`; got {self.method!r}")
         if self.method == PLANNED and self.plan is None and self.ratio is None and self.budget is None:
@@ -140,11 +158,10 @@ class TrainConfig(Settings):
         return faults
 
     def to_dict(self) -> JSON:
-        """JSON-ready; ``loss`` is left out where it is ``"logloss"``, so that runs from before it compare alike."""
-        values = super().to_dict()
-        if self.loss == "logloss":
-            del values["loss"]
-        return values
+        """JSON-ready; settings that earlier runs do not name are left out at their defaults, so that these compare
+        alike."""
+        values, changed = super().to_dict(), self.non_defaults()
+        return {k: v for k, v in values.items() if k in changed or k not in _LATER}
 
     def non_defaults(self) -> JSON:
         """Settings that differ from their defaults."""

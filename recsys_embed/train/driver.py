@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from recsys_embed.collection.optimizer_state import weights_of
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.data.data_source import DataSource
+from recsys_embed.data.manifest import Manifest
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import CTRModel
 from recsys_embed.train.build import model_from_config, trained_footprint
+from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.environment import environment
@@ -81,11 +83,12 @@ class Run:
         footprint = self.footprint(model)
         if self.config.standardise and self.data.num_dense:
             model.standardise(*self.moments())
+        learn_items(model, self.data)
         trained = self.placed(model)
         if self.writes and self.folder is not None:
             write_json(self.folder / "config.json", self.config.to_dict())
             facts = {"seed": self.config.seed, **environment(), "footprint": footprint_dict(footprint)}
-            write_json(self.folder / "run.json", {**facts, **self.facts(trained)})
+            write_json(self.folder / "run.json", {**facts, **data_folder(self.data), **self.facts(trained)})
         result = self.train(trained, going_on)
         if self.folder is not None:
             if self.save_model:
@@ -146,6 +149,14 @@ class Run:
         """Write the trained model."""
         identity = {**self.config.to_dict(), **self.identity}
         save_checkpoint(folder / "model.pt", identity, model=weights_of(trained))
+
+
+def data_folder(data: DataSource) -> dict[str, Any]:
+    """Where a data folder is, and the fingerprint of its encoding; nothing of other data."""
+    path, manifest = getattr(data, "path", None), getattr(data, "manifest", None)
+    if not isinstance(path, Path) or not isinstance(manifest, Manifest):
+        return {}
+    return {"data": {"folder": str(path.resolve()), "encoding": manifest.fingerprint}}
 
 
 def should_resume(folder: Path | None, resume: bool, *, torchrun: bool = False) -> bool:

@@ -10,7 +10,7 @@ from recsys_embed.data.rows import RowSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.losses import LOSSES
+from recsys_embed.train.losses import LOSSES, check_model
 
 
 def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) -> None:
@@ -29,11 +29,14 @@ def check_rows(data: BatchSource, config: TrainConfig) -> bool:
     """Refuse rows that cannot be trained on, see :meth:`RowSource.check_values`; whether every row was looked at.
 
     Raises:
+        ConfigError: the loss does not train the model.
         DataError: names split, row and what is wrong.
     """
+    check_model(config.loss, config.model)
     if not isinstance(data, RowSource):
         return False
-    data.check_values(real_labels=LOSSES[config.loss].real_labels)
+    loss = LOSSES[config.loss]
+    data.check_values(real_labels=loss.real_labels, needs_labels=loss.needs_labels)
     return data.fits("train")
 
 

@@ -22,7 +22,7 @@ def footprint_dict(footprint: Footprint) -> dict[str, int]:
 def json_ready(value: Any) -> Any:
     """JSON values: numbers that JSON lacks become None."""
     if isinstance(value, dict):
-        return {k: json_ready(v) for k, v in value.items()}
+        return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_ready(v) for v in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.evaluation import evaluate
 from recsys_embed.train.inputs import check_rows
 from recsys_embed.train.loss import explain, loss_of, wrong_labels
-from recsys_embed.train.losses import LOSSES
+from recsys_embed.train.losses import LOSSES, loss_args
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
+from recsys_embed.train.retrieval_metrics import Seen
 from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
@@ -89,7 +90,8 @@ class Trainer(Resumable):
         self.label, self.show_progress = label, show_progress
         self.fused = config.embedding_optimizer != DENSE_ADAM
         self.table_lr = config.embedding_learning_rate or config.learning_rate
-        self._labels_known = check_rows(data, config)
+        self._labels_known, self._any_label = check_rows(data, config), LOSSES[config.loss].real_labels
+        self.loss_args, self._seen = loss_args(config.loss, config.loss_args), cast("Seen", {})
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
@@ -226,11 +228,13 @@ class Trainer(Resumable):
         self._set_rates(self.schedule.factor(state.step))
         if self._norms:
             need_two_rows(batch)
-        loss = loss_of(self.model, batch, loss=self.config.loss)
-        if self._labels_known or LOSSES[self.config.loss].real_labels:
+        loss = loss_of(self.model, batch, loss=self.config.loss, args=self.loss_args)
+        if self._labels_known or self._any_label:
             value, wrong = float(loss.detach()), 0.0
         else:
-            value, wrong = torch.stack((loss.detach(), wrong_labels(batch.label).to(loss.dtype))).tolist()
+            value, wrong = torch.stack(
+                (loss.detach(), wrong_labels(batch.label, self.config.loss).to(loss.dtype))
+            ).tolist()
         if wrong or not math.isfinite(value):
             raise explain(value, batch, self.model, self.config, state.step, state.epoch)
         loss.backward()
@@ -295,10 +299,13 @@ class Trainer(Resumable):
             device=self.device,
             stop=stop,
             loss=self.config.loss,
+            top_k=self.config.top_k,
+            exclude_seen=self.config.exclude_seen,
+            seen=self._seen,
         )
 
     def _say_one_class(self, split: str, metrics: Metrics, then: str = "") -> None:
-        if math.isnan(metrics.auc) and metrics.rmse is None:
+        if math.isnan(metrics.auc) and metrics.rmse is None and metrics.recall is None:
             kind = "positive" if metrics.positives else "negative"
             warnings.warn(
                 f"all {metrics.samples:,} rows of the split {split!r} are {kind}, and AUC needs both classes{then}. "

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.data.batch import Batch
+from recsys_embed.data.batch import Batch, as_batch
 from recsys_embed.data.checks import refuse_values
 from recsys_embed.errors import ConfigError, RecsysEmbedError
-from recsys_embed.train.losses import LOSSES, LossName
+from recsys_embed.models import RetrievalModel
+from recsys_embed.models.retrieval import Queries
+from recsys_embed.train.catalogue import positives_of
+from recsys_embed.train.losses import LOSSES, Loss, LossName, loss_args
 from recsys_embed.train.result import DivergedError
+from recsys_embed.utils.settings import Settings
 
 if TYPE_CHECKING:
     from recsys_embed.train.config import TrainConfig
@@ -37,22 +41,56 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def loss_of(model: nn.Module, batch: Batch, reduction: str = "mean", loss: LossName = "logloss") -> Tensor:
+def loss_of(
+    model: nn.Module,
+    batch: Batch,
+    reduction: str = "mean",
+    loss: LossName = "logloss",
+    args: Settings | None = None,
+) -> Tensor:
     """The loss of a batch: the sum over its rows, each times its ``weight`` where rows have one; or that by B.
 
+    Losses over items have a term for each positive row, or each item of its history, in place of each row.
+
     Raises:
-        ConfigError: the model returns something other than logits ``[B]``.
+        ConfigError: the model returns something other than logits ``[B]``, or finds no items where the loss needs them.
     """
-    rows = LOSSES[loss].of_rows(logits_of(model, batch), batch.label)
+    kind = LOSSES[loss]
+    if kind.of_rows is None:
+        return _loss_of_queries(model, batch, reduction, kind, args or loss_args(loss, {}))
+    rows = kind.of_rows(logits_of(model, batch), batch.label)
     weight = batch.extra.get("weight") if isinstance(batch, Batch) else None
     if weight is not None:
         rows = rows * weight
     return rows.sum() if reduction == "sum" else rows.mean()
 
 
-def wrong_labels(label: Tensor) -> Tensor:
+def _loss_of_queries(model: nn.Module, batch: Batch, reduction: str, kind: Loss, args: Settings) -> Tensor:
+    """The loss of the positive rows whose items can be found; 0 where there are none."""
+    if not isinstance(model, RetrievalModel) or kind.of_queries is None:
+        raise ConfigError(f"this loss needs a model that finds items, such as 'twotower'; got {type(model).__name__}")
+    batch = as_batch(batch)
+    positive = positives_of(batch.label)
+    if not positive.all():
+        rows = positive.nonzero().flatten()
+        batch = batch.map(lambda part: part.index_select(0, rows))
+    queries = model.queries(batch.dense, batch.inputs)
+    found = model.in_catalogue[queries.targets]
+    if not found.all():
+        queries = Queries(*(part[found] for part in queries))
+    if not len(queries.targets):
+        return queries.vectors.sum()
+    losses = kind.of_queries(model, queries, args)
+    weight = batch.extra.get("weight")
+    if weight is not None:
+        losses = losses * weight[queries.rows]
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+def wrong_labels(label: Tensor, loss: LossName = "logloss") -> Tensor:
     """How many labels are neither 0 nor 1: a scalar on their device, so that no step waits for it by itself."""
-    return (label - label.bool().to(label.dtype)).count_nonzero()
+    off = label - label.bool().to(label.dtype)
+    return (off if LOSSES[loss].needs_labels else off.masked_fill(label.isnan().all(), 0)).count_nonzero()
 
 
 def explain(value: float, batch: Batch, model: nn.Module, config: TrainConfig, step: int, epoch: int) -> Exception:
@@ -67,9 +105,14 @@ def explain(value: float, batch: Batch, model: nn.Module, config: TrainConfig, s
         epoch: epochs done before.
     """
     where = f"step {step + 1} (epoch {epoch + 1})"
-    real = LOSSES[config.loss].real_labels
+    kind = LOSSES[config.loss]
     try:
-        refuse_values(batch, f"the training batch of {where}", real_labels=real)
+        refuse_values(
+            batch,
+            f"the training batch of {where}",
+            real_labels=kind.real_labels,
+            needs_labels=kind.needs_labels,
+        )
     except RecsysEmbedError as e:
         return e
     last = "; the last checkpoint is from before this step"

@@ -29,6 +29,7 @@ class Metrics:
         pr_auc: mean precision at each positive (average precision).
         grouped_auc: AUC within groups, where rows have a group, see :func:`grouped_auc`.
         rmse: root of the mean squared error, of real labels; else None.
+        recall, ndcg: by k, of models that find items, see :mod:`recsys_embed.train.retrieval_metrics`; else None.
     """
 
     auc: float
@@ -39,19 +40,26 @@ class Metrics:
     pr_auc: float | None = None
     grouped_auc: float | None = None
     rmse: float | None = None
+    recall: dict[int, float] | None = None
+    ndcg: dict[int, float] | None = None
 
     @property
     def score(self) -> float:
-        """What validations are compared by, larger is better: AUC; minus logloss of rows of one class; minus RMSE."""
+        """What validations are compared by, larger is better: NDCG at the first k, where the model finds items; AUC;
+        minus logloss of rows of one class; minus RMSE."""
+        if self.ndcg:
+            return next(iter(self.ndcg.values()))
         if self.rmse is not None:
             return -self.rmse
         return -self.logloss if math.isnan(self.auc) else self.auc
 
     def logged(self) -> dict[str, float]:
         """The values of a log line."""
-        if self.rmse is not None:
-            return {"rmse": self.rmse}
         more = {} if self.grouped_auc is None else {"grouped_auc": self.grouped_auc}
+        for name, found in (("recall", self.recall), ("ndcg", self.ndcg)):
+            more |= {f"{name}@{k}": value for k, value in (found or {}).items()}
+        if self.rmse is not None:
+            return {"rmse": self.rmse, **more}
         return {"auc": self.auc, "logloss": self.logloss, "calibration": self.calibration, **more}
 
 

@@ -107,3 +107,6 @@ class LazyTable(Protocol):
 
 TableLike: TypeAlias = "str | Path | Sequence[str | Path] | ArrowTable | LazyTable | Mapping[str, Sequence[object]]"
 """A table of rows: files, globs or folders, a frame in memory, or its columns by name."""
+
+RowsLike: TypeAlias = "TableLike | Sequence[Mapping[str, object]]"
+"""Rows: a table, or a list of rows by column."""

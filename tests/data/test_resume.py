@@ -78,6 +78,7 @@ def test_stopped_before_any_rename(
     assert stops > 40
 
 
+@pytest.mark.slow  # as in data/table, whose kills are in the fast tier
 def test_killed_process(tmp_path: Path) -> None:
     made = make_synthetic(tmp_path / "text", 30_000, 1, text_only=True)
     text = made.out / "synthetic.tsv"

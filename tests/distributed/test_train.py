@@ -66,6 +66,7 @@ def test_whole_batches_take_the_steps_of_one_process(workers: Workers, data: Pat
     assert losses[0][0] != losses[0][-1]
 
 
+@pytest.mark.slow
 def test_files_of_a_run_are_those_of_one_process(workers: Workers, data: Path, tmp_path: Path) -> None:
     """The saved model, read by one process, gives the AUC that the four reported; resuming what ended changes none."""
     settings = {**SETTINGS, "batch_size": 100, "epochs": 2}
@@ -109,6 +110,7 @@ def test_a_folder_belongs_to_the_command_that_began_it(tmp_path: Path) -> None:
             should_resume(folder, True, torchrun=not torchrun)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(workers: Workers, data: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "batch_size": 100, "epochs": 1, "method": "compositional", "ratio": 2}
     options: dict[str, Any] = {"data": str(data), "settings": settings}

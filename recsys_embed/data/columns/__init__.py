@@ -16,6 +16,7 @@ from recsys_embed.data.columns.base import (
     FixedColumn,
     LearnedColumn,
     Limits,
+    Vocabularies,
 )
 from recsys_embed.data.columns.categorical import Categorical, CategoricalEncoder
 from recsys_embed.data.columns.group import Group, GroupEncoder
@@ -25,6 +26,7 @@ from recsys_embed.data.columns.numeric import Numeric, NumericEncoder
 from recsys_embed.data.columns.sequence import Sequence
 from recsys_embed.data.columns.time import Time, TimeEncoder
 from recsys_embed.data.columns.vector import Vector, VectorEncoder
+from recsys_embed.data.columns.vocabulary import FolderVocabularies
 from recsys_embed.data.columns.weight import Weight, WeightEncoder
 from recsys_embed.errors import ConfigError, DataError, unknown_name
 
@@ -63,6 +65,7 @@ __all__ = [
     "Sequence",
     "Time",
     "Vector",
+    "Vocabularies",
     "Weight",
     "make_column",
     "read_encoder",
@@ -94,8 +97,12 @@ def make_column(values: Mapping[str, Any]) -> Column:
     return made
 
 
-def read_encoder(entry: Mapping[str, Any], folder: Path) -> Encoder:
-    """The encoder of an entry of a manifest's ``columns``; its vocabularies are read from the folder.
+def read_encoder(entry: Mapping[str, Any], source: Path | Vocabularies) -> Encoder:
+    """The encoder of an entry of a manifest's ``columns``.
+
+    Args:
+        entry: the column with what it learned.
+        source: of the vocabularies: the data folder, or what reads them from an exported file.
 
     Raises:
         DataError: the entry or a vocabulary is damaged.
@@ -104,5 +111,7 @@ def read_encoder(entry: Mapping[str, Any], folder: Path) -> Encoder:
         learned = entry["learned"]
         column = make_column({k: v for k, v in entry.items() if k != "learned"})
     except (KeyError, ConfigError) as e:
-        raise DataError(f"{folder}: what schema.json says of a column cannot be read ({e})") from e
-    return KINDS[column.kind][1].restore(column, learned, folder)
+        where = f"{source}: what schema.json" if isinstance(source, Path) else "what the file"
+        raise DataError(f"{where} says of a column cannot be read ({e})") from e
+    vocabularies = FolderVocabularies(source) if isinstance(source, Path) else source
+    return KINDS[column.kind][1].restore(column, learned, vocabularies)

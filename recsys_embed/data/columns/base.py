@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import polars as pl
@@ -80,6 +79,14 @@ class Learner(Protocol):
 
     def result(self, column: LearnedColumn) -> Encoder:
         """The encoder of a column, once all rows were added."""
+        ...
+
+
+class Vocabularies(Protocol):
+    """Where the vocabularies of encoders that are read back come from: a data folder, or an exported file."""
+
+    def read(self, file: str, name: str, *, missing_count: int = 0, unknown_count: int = 0) -> Any:
+        """A vocabulary by its file in the data folder that it was learned in."""
         ...
 
 
@@ -190,8 +197,8 @@ class Encoder(ABC):
 
     @classmethod
     @abstractmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
-        """Inverse of :meth:`learned`; ``folder`` holds the vocabularies."""
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
+        """Inverse of :meth:`learned`."""
 
     def to_dict(self) -> JSON:
         """An entry of ``columns`` of a manifest."""

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -20,6 +19,7 @@ from recsys_embed.data.columns.base import (
     FeatureOutput,
     LearnedColumn,
     Limits,
+    Vocabularies,
     cast_faults,
     learned_value,
 )
@@ -298,14 +298,14 @@ class VocabularyEncoder(Encoder):
         }
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
         dtype = _TYPES[learned_value(learned, "type", where)]
         if column.ids == "raw":
             return cls(column, None, dtype, learned_value(learned, "distinct", where), bool(learned.get("estimated")))
         file = learned_value(learned, "vocab", where)
-        known = ValueVocabulary.read(
-            folder / file,
+        known = vocabularies.read(
+            file,
             column.vocab or column.name,
             missing_count=learned_value(learned, "missing_count", where),
             unknown_count=learned_value(learned, "unknown_count", where),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import polars as pl
 
-from recsys_embed.data.columns.base import Encoded, Encoder, FixedColumn
+from recsys_embed.data.columns.base import Encoded, Encoder, FixedColumn, Vocabularies
 from recsys_embed.data.columns.categorical import StringIds, raw_ids
 from recsys_embed.data.columns.vocabulary import plain, refuse_values, value_type
 from recsys_embed.utils.types import JSON
@@ -59,5 +58,5 @@ class GroupEncoder(Encoder):
         return {}
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         return cls(column)

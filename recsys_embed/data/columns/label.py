@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
 
-from recsys_embed.data.columns.base import Encoded, Encoder, Fault, FixedColumn, cast_faults
+from recsys_embed.data.columns.base import Encoded, Encoder, Fault, FixedColumn, Vocabularies, cast_faults
 from recsys_embed.data.columns.numeric import MAX_FLOAT
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
@@ -96,5 +95,5 @@ class LabelEncoder(Encoder):
         return {}
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         return cls(column)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -19,6 +18,7 @@ from recsys_embed.data.columns.base import (
     FeatureOutput,
     LearnedColumn,
     Limits,
+    Vocabularies,
     cast_faults,
     learned_value,
 )
@@ -248,9 +248,9 @@ class NumericEncoder(Encoder):
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Any:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Any:
         if column.buckets is not None:
-            return BucketEncoder.restore(column, learned, folder)
+            return BucketEncoder.restore(column, learned, vocabularies)
         names = ("fill", "shift", "scale", "mean", "std", "missing")
         return cls(column, *(learned_value(learned, name, column.where()) for name in names))
 
@@ -299,7 +299,7 @@ class BucketEncoder(Encoder):
         return {"vocab": vocabulary_file(self.known.name), "missing_count": self.known.missing_count}
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         missing = learned_value(learned, "missing_count", column.where())
-        file = folder / learned_value(learned, "vocab", column.where())
-        return cls(column, ValueVocabulary.read(file, column.name, missing_count=missing))
+        file = learned_value(learned, "vocab", column.where())
+        return cls(column, vocabularies.read(file, column.name, missing_count=missing))

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
 
-from recsys_embed.data.columns.base import Encoded, Encoder, Fault, LearnedColumn, Limits, cast_faults, learned_value
+from recsys_embed.data.columns.base import (
+    Encoded,
+    Encoder,
+    Fault,
+    LearnedColumn,
+    Limits,
+    Vocabularies,
+    cast_faults,
+    learned_value,
+)
 from recsys_embed.data.columns.numeric import Moments
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
@@ -198,6 +206,6 @@ class TimeEncoder(Encoder):
         return {"latest": self.latest, "means": dict(self.means), "missing": self.missing}
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
         return cls(column, *(learned_value(learned, key, where) for key in ("latest", "means", "missing")))

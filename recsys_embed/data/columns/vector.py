@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import polars as pl
@@ -15,6 +14,7 @@ from recsys_embed.data.columns.base import (
     Fault,
     LearnedColumn,
     Limits,
+    Vocabularies,
     cast_faults,
     learned_value,
 )
@@ -124,6 +124,6 @@ class VectorEncoder(Encoder):
         return {"width": self.width, "missing": self.missing}
 
     @classmethod
-    def restore(cls, column: Any, learned: Mapping[str, Any], folder: Path) -> Self:
+    def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
         return cls(column, learned_value(learned, "width", where), learned_value(learned, "missing", where))

@@ -193,6 +193,17 @@ class ValueVocabulary:
             raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
 
 
+@dataclass(frozen=True)
+class FolderVocabularies:
+    """The vocabularies of a data folder."""
+
+    folder: Path
+
+    def read(self, file: str, name: str, *, missing_count: int = 0, unknown_count: int = 0) -> ValueVocabulary:
+        """See :meth:`ValueVocabulary.read`."""
+        return ValueVocabulary.read(self.folder / file, name, missing_count=missing_count, unknown_count=unknown_count)
+
+
 def streamed(query: pl.LazyFrame) -> pl.DataFrame:
     """The result of a query, computed in pieces; the order of its rows is not fixed."""
     try:

@@ -126,6 +126,25 @@ def convert_preset(
     )  # fmt: skip
 
 
+def preset_table(name: str, inputs: str | Path | Sequence[str | Path]) -> Source | list[Path]:
+    """The rows of a public data set's own files, joined as its preset has them, e.g. to score them.
+
+    Args:
+        name: of the preset.
+        inputs: its files, plain, ``.gz`` or ``.zst``, or a folder that holds them.
+
+    Returns:
+        A table for :meth:`recsys_embed.models.CTRModel.predict`; of Criteo's text the files.
+
+    Raises:
+        UnknownNameError: there is no such preset.
+        ConfigError: files are missing; says what they hold and where they are.
+    """
+    preset = read_preset(name)
+    found = _find(preset, [Path(inputs)] if isinstance(inputs, str | Path) else [Path(p) for p in inputs])
+    return next(iter(found.values())) if preset.schema is None else _table(preset, found)
+
+
 def _find(preset: Preset, paths: Sequence[Path]) -> dict[str, list[Path]]:
     """Files by role.
 

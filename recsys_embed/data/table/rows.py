@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from recsys_embed.data.columns import Column, Fault
-from recsys_embed.data.conversion import MIN_MEMORY, PROCESS, SHOWN_FAULTS, OnBadRow, Progress, different
+from recsys_embed.data.conversion import MIN_MEMORY, PROCESS, OnBadRow, Progress, different
 from recsys_embed.data.folder import boot_id, write_bytes, write_file, write_json
-from recsys_embed.data.sources.base import BadRow, Chunk, Source
+from recsys_embed.data.sources.bad_rows import bad_row_line, bad_rows_error, find_bad_rows
+from recsys_embed.data.sources.base import Chunk, Source
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.table.schema import TableSchema
 from recsys_embed.data.table.split import OUT
@@ -201,14 +201,11 @@ class TableRows:
     def _store(self, index: int, chunk: Chunk, *, staged: bool) -> Part:
         """Check a part and write down what later steps need of it."""
         frame = chunk.frame
-        good, bad = self._check(frame, chunk)
-        bad += [(row.row, row) for row in chunk.bad]
-        bad.sort(key=lambda item: item[0])
-        rows = [row for _, row in bad]
+        good, rows = find_bad_rows(chunk, self._faults(frame))
         if rows and self.options.on_bad_row == "fail":
-            self._fail(rows)
+            raise bad_rows_error(self.source, rows)
         if rows:
-            lines = "".join(self._record(row) for row in rows).encode()
+            lines = "".join(bad_row_line(self.source, row) for row in rows).encode()
             write_bytes(self.bad_path(index), lines, durable=False)
         if staged:
             write_file(self._rows(index), lambda p: frame.write_ipc(p, compression="lz4"), durable=False)
@@ -225,53 +222,16 @@ class TableRows:
         write_json(self._sidecar(part.index), asdict(part), durable=False)
         return part
 
-    def _check(self, frame: pl.DataFrame, chunk: Chunk) -> tuple[NDArray[np.bool_], list[tuple[int, BadRow]]]:
-        """Which rows are good, and the first fault of each of the others."""
-        good = np.ones(len(frame), bool)
-        bad: list[tuple[int, BadRow]] = []
-        gone = np.array([row.row for row in chunk.bad], np.int64) - chunk.first
-        for name, fault in self._faults(frame):
-            for at in np.flatnonzero(fault.rows.to_numpy() & good).tolist():
-                # Rows that the reader left out stand between those of the frame.
-                number = chunk.first + _with_gaps(at, gone)
-                bad.append((number, BadRow(chunk.file, number, name, fault.reason, str(frame[name][at])[:200])))
-                good[at] = False
-        return good, bad
-
     def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
         for column in self.columns:
             if column.source in frame.columns and column.checks(self.source.types[column.source]):
-                for fault in column.faults(frame[column.source]):
-                    yield column.source, fault
+                yield from ((column.source, fault) for fault in column.faults(frame[column.source]))
         split = self.schema.split
         if split.kind == "column":
             out = split.column_codes(frame[split.columns[0]]) == OUT
             if out.any():
                 meant = "train, valid or test" if split.values is None else "what `values` of the split has"
                 yield split.columns[0], Fault(pl.Series(out), f"the split's column does not hold {meant}")
-
-    def _fail(self, rows: list[BadRow]) -> None:
-        named = ((self.source.place(r.file, r.row) + (f", column {r.column}" if r.column else ""), r) for r in rows)
-        shown = [f"{place}: {r.reason}; got {r.raw}" for place, r in named]
-        shown = shown[:SHOWN_FAULTS]
-        more = f"\n  and {len(rows) - SHOWN_FAULTS} more in this part" if len(rows) > SHOWN_FAULTS else ""
-        head = "" if len(shown) == 1 else f"{len(rows)} faults in the data:\n  - "
-        raise DataError(
-            head + "\n  - ".join(shown) + more
-            + ("\n" if len(shown) > 1 else "; ")
-            + "correct the table, or pass --on-bad-row quarantine to set such rows aside and count them"
-        )  # fmt: skip
-
-    def _record(self, row: BadRow) -> str:
-        """A line of the quarantine file."""
-        value = {
-            "file": self.source.files[row.file],
-            "row": row.row + 1,
-            "column": row.column,
-            "reason": row.reason,
-            "raw": row.raw,
-        }
-        return json.dumps(value) + "\n"
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -323,19 +283,6 @@ class TableRows:
     def bad_path(self, index: int) -> Path:
         """File of a part's bad rows."""
         return self.work / "parts" / f"{index:06d}.bad.jsonl"
-
-
-def _with_gaps(at: int, gone: NDArray[np.int64]) -> int:
-    """Number of row ``at`` of those that are left, where rows ``gone`` (sorted) were taken out.
-
-    >>> [_with_gaps(i, np.array([0, 2])) for i in range(3)]
-    [1, 3, 4]
-    """
-    for g in gone.tolist():
-        if g > at:
-            break
-        at += 1
-    return at
 
 
 def in_order(

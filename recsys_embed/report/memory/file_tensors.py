@@ -102,7 +102,7 @@ def parse_manifest(path: Path, text: Any) -> dict[str, Any]:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{path} is damaged: its manifest is no JSON ({e})") from e
     version = manifest.get("version") if isinstance(manifest, dict) else None
-    if type(version) is not int or version != 1:
+    if type(version) is not int or version not in (1, 2):
         raise CheckpointError(f"{path} is an export of a version that this library does not read")
     return manifest
 

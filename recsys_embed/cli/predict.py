@@ -1,0 +1,82 @@
+"""``recsys-embed predict``: scores of raw rows by an exported model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from recsys_embed.cli import _options as opt
+from recsys_embed.cli._inspect import ReaderOptions, reader_options
+from recsys_embed.core.footprint import parse_bytes
+from recsys_embed.errors import ConfigError
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="File of `recsys-embed export`.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Raw rows: files, globs or folders.")],
+    out: Annotated[Path, typer.Option("--out", help="File of scores to write: .parquet or .csv.")],
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Columns of the rows to write beside the score: a,b,c.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="FILES are a public data set's own, joined as `data preset` joins them, e.g. movielens_100k."
+        ),
+    ] = None,
+    source: ReaderOptions = None,
+    on_bad_row: Annotated[
+        Literal["fail", "quarantine"], typer.Option(help="Stop, or set bad rows aside in OUT.quarantine.jsonl.")
+    ] = "fail",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 8192,
+    max_memory: Annotated[str, typer.Option(help="Memory to stay under, see `data table`.")] = "1GiB",
+    device: opt.Device = "cpu",
+    as_json: opt.Json = False,
+) -> None:
+    """Score raw rows: the file holds what turns them into ids, so that they need no conversion.
+
+    A score is a probability where the model was trained by logloss, else the value that it predicts. The rows keep
+    their order; labels, weights and columns that the model does not use are not needed. A folder of the files of the
+    public data set that the model was trained on (`data preset`) is joined by itself.
+    """
+    from recsys_embed.cli._table import show_progress
+    from recsys_embed.data import preset_table, score_files
+    from recsys_embed.exports import load
+
+    served = load(model, device=None if device == "cpu" else device)
+    scorer: Any = getattr(served, "scorer", None)
+    if scorer is None:
+        raise ConfigError(
+            f"{model} does not hold what turns raw rows into ids: export the run again with its data, `recsys-embed "
+            "export RUN --data FOLDER --out FILE`"
+        )
+    given = reader_options(source or [])
+    own = scorer.stored.about.get("preset")
+    if preset is None and own is not None and not given and all(Path(p).is_dir() for p in inputs):
+        preset = own
+        print(f"reading the files of {preset} (--preset)", file=sys.stderr)
+    if preset is not None and given:
+        raise ConfigError("with --preset files are read as its data set's are; leave out --source")
+    encoder = scorer.encoder
+    table = encoder.open(inputs if preset is None else preset_table(preset, inputs), given)
+    names = [name for text in keep or [] for name in text.split(",") if name]
+    with show_progress(as_json) as progress:
+        report = score_files(
+            encoder, scorer.score(served, batch_size), table, out, keep=names, on_bad_row=on_bad_row,
+            max_memory=parse_bytes(max_memory), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        bad = None if report.quarantine is None else str(report.quarantine)
+        values = {"out": str(out), "rows": report.rows, "output": scorer.output, "quarantined": report.quarantined}
+        print(json.dumps({**values, "quarantine": bad, "ignored": list(report.ignored)}))
+        return
+    what = "probabilities" if scorer.output == "probability" else "values"
+    print(f"{out}: {report.rows:,} rows scored ({what})")
+    if report.ignored:
+        print(f"columns that were not used: {', '.join(report.ignored)}")
+    if report.quarantine is not None:
+        print(f"{report.quarantined:,} bad rows set aside in {report.quarantine}")

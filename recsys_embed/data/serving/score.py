@@ -1,0 +1,186 @@
+"""Scores of raw rows: of a table in memory as one array, of files of any size as a file."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.conversion import OnBadRow, Progress, no_progress
+from recsys_embed.data.folder import storage_error
+from recsys_embed.data.serving.read import rows_of
+from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
+from recsys_embed.data.sources import Source
+from recsys_embed.data.sources.bad_rows import QUARANTINE, bad_row_line, bad_rows_error
+from recsys_embed.data.sources.base import BadRow
+from recsys_embed.data.table.rows import TableOptions
+from recsys_embed.errors import raise_faults
+from recsys_embed.utils.files import replacing
+from recsys_embed.utils.types import RowsLike
+
+Score = Callable[[Batch], NDArray[np.float32]]
+SCORE = "score"
+"""Name of the scores' column."""
+ENDINGS = (".parquet", ".csv")
+_CHUNK_ROWS = 1 << 16
+_SAMPLE_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """What was scored.
+
+    Args:
+        out: the file of scores.
+        rows: in it.
+        quarantined: bad rows that are not.
+        quarantine: the file that tells them; None where there are none.
+        ignored: columns that neither the model nor the output uses.
+    """
+
+    out: Path
+    rows: int
+    quarantined: int
+    quarantine: Path | None
+    ignored: tuple[str, ...]
+
+
+def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike) -> NDArray[np.float32]:
+    """Scores float32 ``[n]`` of rows in memory, or of files whose scores memory holds.
+
+    Raises:
+        ConfigError: no table; columns that are absent or of another type.
+        DataError: values that cannot be used, with row, column and reason.
+    """
+    if isinstance(rows, Sequence) and not isinstance(rows, str) and not len(rows):
+        return np.zeros(0, np.float32)
+    with tempfile.TemporaryDirectory() as work:
+        source = encoder.open(rows_of(rows)).stage(Path(work))
+        found = [score(part.batch) for part in _parts(encoder, source, _CHUNK_ROWS, (), _refuse(source))]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def _refuse(source: Source) -> Callable[[Sequence[BadRow]], None]:
+    def refuse(bad: Sequence[BadRow]) -> None:
+        raise bad_rows_error(source, bad, "correct these rows or leave them out")
+
+    return refuse
+
+
+def _parts(
+    encoder: RowEncoder, source: Source, rows: int, keep: Sequence[str], tell: Callable[[Sequence[BadRow]], None]
+) -> Iterator[EncodedRows]:
+    """All rows, encoded, chunk by chunk; bad ones are told."""
+    wanted = list(dict.fromkeys([*encoder.columns, *keep]))
+    for file in range(len(source.files)):
+        for chunk in source.chunks(file, 0, rows, wanted):
+            part = encoder.encode(source, chunk)
+            if part.bad:
+                tell(part.bad)
+            if len(part.frame):
+                yield part
+
+
+def score_files(
+    encoder: RowEncoder,
+    score: Score,
+    source: Source,
+    out: str | Path,
+    *,
+    keep: Sequence[str] = (),
+    on_bad_row: OnBadRow = "fail",
+    max_memory: int = 1 << 30,
+    progress: Progress = no_progress,
+) -> ScoreReport:
+    """Write the score of every row to a file, in the order of the rows; it appears when it is whole.
+
+    Args:
+        encoder: of the model.
+        score: scores of a batch.
+        source: the rows, as ``encoder.open`` gives them.
+        out: ends in ``.parquet`` or ``.csv``; columns ``keep`` and ``score`` (float32).
+        keep: columns of the rows that stand beside their scores.
+        on_bad_row: ``"fail"``, or ``"quarantine"``: bad rows have no score and are told in ``OUT.quarantine.jsonl``.
+        max_memory: bytes the process should stay under, see :func:`recsys_embed.data.convert_table`.
+        progress: called as ``progress("score", done, total, rows)``.
+
+    Raises:
+        ConfigError: another ending, or columns to keep that the rows lack.
+        DataError: bad rows under ``on_bad_row="fail"``.
+    """
+    out = Path(out)
+    faults = [f"the rows have no column {name!r} to keep; they have {', '.join(source.types)}"
+              for name in keep if name not in source.types]  # fmt: skip
+    if out.suffix not in ENDINGS:
+        faults.append(f"the scores' file must end in {' or '.join(ENDINGS)}; got {str(out)!r}")
+    if SCORE in keep:
+        faults.append(f"column {SCORE!r} cannot be kept beside the scores, which have that name; rename it")
+    nested = [n for n in keep if n in source.types and out.suffix == ".csv" and source.types[n].is_nested()]
+    faults += [f"column {n!r} holds lists, which CSV cannot: write Parquet, or leave it out" for n in nested]
+    raise_faults(faults, "the scores")
+    wanted = list(dict.fromkeys([*encoder.columns, *keep]))
+    options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
+    sample = source.sample(_SAMPLE_ROWS).select(wanted)
+    size = min(_CHUNK_ROWS, options.part_rows(sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted)))
+    quarantine = out.with_name(out.name + ".quarantine.jsonl")
+    told: list[IO[bytes]] = []
+    counts = {"rows": 0, "bad": 0}
+
+    def tell(rows: Sequence[BadRow]) -> None:
+        if on_bad_row == "fail":
+            raise bad_rows_error(source, rows, QUARANTINE.replace("table", "rows"))
+        if not told:
+            told.append(stack.enter_context(replacing(quarantine, failed=storage_error))[0])
+        counts["bad"] += len(rows)
+        told[0].write("".join(bad_row_line(source, row) for row in rows).encode())
+
+    total = sum(source.length(i) for i in range(len(source.files))) if source.seekable else 0
+
+    def scored() -> Iterator[pl.DataFrame]:
+        for part in _parts(encoder, source, size, keep, tell):
+            yield part.frame.select(keep).with_columns(pl.Series(SCORE, score(part.batch)))
+            counts["rows"] += len(part.frame)
+            progress("score", counts["rows"], total or counts["rows"], counts["rows"])
+
+    empty = pl.DataFrame(schema={**{n: source.types[n] for n in keep}, SCORE: pl.Float32})
+    with ExitStack() as stack:
+        (_write_csv if out.suffix == ".csv" else _write_parquet)(out, scored(), empty)
+    if not told:
+        quarantine.unlink(missing_ok=True)
+    ignored = tuple(name for name in source.types if name not in wanted)
+    return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored)
+
+
+def _write_csv(out: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
+    with replacing(out, failed=storage_error) as (file, _):
+        file.write(empty.write_csv().encode())
+        for frame in frames:
+            file.write(frame.write_csv(include_header=False).encode())
+
+
+def _write_parquet(out: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
+    """Parquet in one file: pieces are written first, as none of its writers takes one piece after another."""
+    with replacing(out, failed=storage_error) as (_, temporary):
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            pieces = []
+            for number, frame in enumerate(frames):
+                pieces.append(work / f"{number:06d}.arrow")
+                frame.write_ipc(pieces[-1], compression="lz4")
+            if pieces:
+                pl.scan_ipc(pieces).sink_parquet(temporary, compression="zstd", row_group_size=_CHUNK_ROWS)
+            else:
+                empty.write_parquet(temporary)
+        except pl.exceptions.PolarsError as e:
+            raise storage_error(out, e) from e
+        finally:
+            shutil.rmtree(work, ignore_errors=True)

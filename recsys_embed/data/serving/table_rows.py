@@ -1,0 +1,117 @@
+"""Raw rows of a table of events to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from recsys_embed.data.columns import Encoder, Fault, read_encoder
+from recsys_embed.data.columns.categorical import VocabularyEncoder
+from recsys_embed.data.columns.lists import ListSettings
+from recsys_embed.data.columns.numeric import Numeric
+from recsys_embed.data.serving.lookups import make_vocabulary
+from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
+from recsys_embed.data.serving.stored import StoredEncoders
+from recsys_embed.data.sources import Source, open_source
+from recsys_embed.data.sources.bad_rows import find_bad_rows
+from recsys_embed.data.sources.base import Chunk
+from recsys_embed.data.sources.text import TextFiles
+from recsys_embed.data.sources.values import type_name
+from recsys_embed.errors import DataError, raise_faults
+
+
+class TableEncoder(RowEncoder):
+    """Rows of a table of events."""
+
+    def __init__(self, stored: StoredEncoders) -> None:
+        super().__init__(stored)
+        about = stored.about
+        widths = [e.get("learned", {}).get("width") for e in about["columns"] if e.get("kind") == "vector"]
+        # A vector's components are counted before their names are made.
+        if any(type(w) is not int or w < 1 for w in widths) or sum(widths) > len(self.dense):
+            raise DataError(f"vectors of {widths} components do not make {len(self.dense)} numeric columns")
+        vocabularies = _FileVocabularies(stored)
+        self.encoders: list[Encoder] = [read_encoder(entry, vocabularies) for entry in about["columns"]]
+        given = {name for e in self.encoders for name in (*e.dense, *(f.name for f in e.features))}
+        absent = {*self.dense, *self.single, *self.lists} ^ given
+        if absent:
+            raise DataError(f"columns and inputs of the model differ in {', '.join(sorted(absent)[:5])}")
+        self.columns = tuple(dict.fromkeys(e.column.source for e in self.encoders))
+        self.options = dict(about.get("source") or {})
+
+    def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
+        given = dict(options or {})
+        source = open_source(table, {**self.options, **given}, known_only=not given)
+        if isinstance(source, TextFiles):
+            # Texts are read as what was learned from, where they spell it in another way.
+            declared = dict(source.declared)
+            others = {
+                e.column.source: type_name(wanted)
+                for e in self.encoders
+                if (dtype := source.types.get(e.column.source)) is not None
+                and e.column.source not in declared
+                and e.refuse(dtype) is not None
+                and (wanted := _text_type(e)) is not None
+            }
+            if others:
+                told = {**{name: type_name(dtype) for name, dtype in declared.items()}, **others}
+                source = open_source(table, {**self.options, **given, "types": told}, known_only=not given)
+        types = source.types
+        faults = [f"column {name!r} is missing" for name in self.columns if name not in types]
+        for encoder in self.encoders:
+            name = encoder.column.source
+            why = None if name not in types or types[name] == pl.Null else encoder.refuse(types[name])
+            if why is not None:
+                faults.append(f"column {name!r} as {encoder.column.kind}: {why}")
+        raise_faults(faults, f"the rows and the model; the rows have {', '.join(types)}")
+        return source
+
+    def encode(self, source: Source, chunk: Chunk) -> EncodedRows:
+        frame = chunk.frame
+        good, bad = find_bad_rows(chunk, self._faults(frame))
+        frame = frame if good.all() else frame.filter(pl.Series(good))
+        columns: dict[str, pl.Series] = {}
+        for encoder in self.encoders:
+            columns.update(encoder.encode(self._typed(encoder, frame[encoder.column.source])).columns)
+        made = pl.DataFrame([values.rename(name) for name, values in columns.items()])
+        return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad))
+
+    def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
+        for encoder in self.encoders:
+            column, values = encoder.column, frame[encoder.column.source]
+            if column.checks(values.dtype) and values.dtype != pl.Null:
+                yield from ((column.source, fault) for fault in column.faults(values))
+
+    @staticmethod
+    def _typed(encoder: Encoder, values: pl.Series) -> pl.Series:
+        """Values that are all missing, as a type that every encoder takes."""
+        if values.dtype == pl.Null and encoder.column.kind == "vector":
+            return values.cast(pl.List(pl.Float32))
+        return values
+
+
+@dataclass(frozen=True)
+class _FileVocabularies:
+    """The vocabularies of stored encoders."""
+
+    stored: StoredEncoders
+
+    def read(self, file: str, name: str, *, missing_count: int = 0, unknown_count: int = 0) -> Any:
+        known = self.stored.vocabularies
+        if file not in known:
+            raise DataError(f"there is no vocabulary {file!r:.80}")
+        return make_vocabulary(known[file], self.stored.arrays)
+
+
+def _text_type(encoder: Encoder) -> pl.DataType | None:
+    """The type that a column of text is read as, for an encoder that does not take what it looks like."""
+    if isinstance(encoder.column, Numeric):
+        return pl.Float64()
+    if isinstance(encoder.column, ListSettings):
+        return None if encoder.column.separator is None else pl.String()
+    if isinstance(encoder, VocabularyEncoder) and encoder.dtype in (pl.String, pl.Int64, pl.UInt64, pl.Boolean):
+        return encoder.dtype
+    return None

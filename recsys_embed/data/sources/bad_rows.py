@@ -1,0 +1,70 @@
+"""Rows whose values cannot be used: found, told, and written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys_embed.data.columns.base import Fault
+from recsys_embed.data.conversion import SHOWN_FAULTS
+from recsys_embed.data.sources.base import BadRow, Chunk, Source
+from recsys_embed.errors import DataError
+
+QUARANTINE = "correct the table, or pass --on-bad-row quarantine to set such rows aside and count them"
+
+
+def find_bad_rows(chunk: Chunk, faults: Iterable[tuple[str, Fault]]) -> tuple[NDArray[np.bool_], list[BadRow]]:
+    """Which rows of a chunk's frame are good, and the bad ones in order, the reader's among them.
+
+    Args:
+        chunk: the rows.
+        faults: column and fault, of which a row has the first.
+    """
+    frame = chunk.frame
+    good = np.ones(len(frame), bool)
+    bad = list(chunk.bad)
+    gone = np.array([row.row for row in chunk.bad], np.int64) - chunk.first
+    for name, fault in faults:
+        for at in np.flatnonzero(fault.rows.to_numpy() & good).tolist():
+            # Rows that the reader left out stand between those of the frame.
+            number = chunk.first + _with_gaps(at, gone)
+            bad.append(BadRow(chunk.file, number, name, fault.reason, str(frame[name][at])[:200]))
+            good[at] = False
+    return good, sorted(bad, key=lambda row: row.row)
+
+
+def bad_rows_error(source: Source, rows: Sequence[BadRow], cure: str = QUARANTINE) -> DataError:
+    """The error that names the first of some bad rows."""
+    named = ((source.place(r.file, r.row) + (f", column {r.column}" if r.column else ""), r) for r in rows)
+    shown = [f"{place}: {r.reason}; got {r.raw}" for place, r in named][:SHOWN_FAULTS]
+    more = f"\n  and {len(rows) - SHOWN_FAULTS} more in this part" if len(rows) > SHOWN_FAULTS else ""
+    head = "" if len(shown) == 1 else f"{len(rows)} faults in the data:\n  - "
+    return DataError(head + "\n  - ".join(shown) + more + ("\n" if len(shown) > 1 else "; ") + cure)
+
+
+def bad_row_line(source: Source, row: BadRow) -> str:
+    """A line of a quarantine file."""
+    value = {
+        "file": source.files[row.file],
+        "row": row.row + 1,
+        "column": row.column,
+        "reason": row.reason,
+        "raw": row.raw,
+    }
+    return json.dumps(value) + "\n"
+
+
+def _with_gaps(at: int, gone: NDArray[np.int64]) -> int:
+    """Number of row ``at`` of those that are left, where rows ``gone`` (sorted) were taken out.
+
+    >>> [_with_gaps(i, np.array([0, 2])) for i in range(3)]
+    [1, 3, 4]
+    """
+    for g in gone.tolist():
+        if g > at:
+            break
+        at += 1
+    return at

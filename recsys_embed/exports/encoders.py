@@ -1,0 +1,113 @@
+"""The encoders of raw rows in an exported file, and the scores that they and the model give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.serving.stored import PREFIX, Output, StoredEncoders
+from recsys_embed.errors import ConfigError
+from recsys_embed.exports.file_format import ExportFile
+from recsys_embed.models.base import CTRModel
+from recsys_embed.utils.types import RowsLike
+
+if TYPE_CHECKING:
+    from recsys_embed.data.serving.row_encoder import RowEncoder
+
+
+class FileScorer:
+    """Scores of raw rows by the encoders of a file; what they need is built at first use.
+
+    Args:
+        stored: the encoders.
+    """
+
+    def __init__(self, stored: StoredEncoders) -> None:
+        self.stored = stored
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    @cached_property
+    def encoder(self) -> RowEncoder:
+        """The encoder of rows."""
+        from recsys_embed.data import read_row_encoder
+
+        return read_row_encoder(self.stored)
+
+    @property
+    def output(self) -> Output:
+        """What a score is."""
+        found: Output = self.stored.about["output"]
+        return found
+
+    def score(self, model: nn.Module, batch_size: int) -> Callable[[Batch], NDArray[np.float32]]:
+        """A function from batches to scores float32 ``[n]``."""
+        if type(batch_size) is not int or batch_size < 1:
+            raise ConfigError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}")
+        device = next(chain(model.parameters(), model.buffers())).device
+
+        @torch.inference_mode()
+        def scores(batch: Batch) -> NDArray[np.float32]:
+            training = model.training
+            model.eval()
+            try:
+                found = []
+                for start in range(0, batch.num_rows, batch_size):
+                    piece = batch.map(lambda part: part[start : start + batch_size]).to(device)  # noqa: B023
+                    logits: Tensor = model(piece.dense, piece.inputs).float()
+                    found.append((torch.sigmoid(logits) if self.output == "probability" else logits).cpu())
+                return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+            finally:
+                model.train(training)
+
+        return scores
+
+    def predict(self, model: nn.Module, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
+        """See :meth:`recsys_embed.models.CTRModel.predict`."""
+        encoder = self.encoder
+        from recsys_embed.data import score_rows
+
+        return score_rows(encoder, self.score(model, batch_size), rows)
+
+
+def scorer_of(file: ExportFile, about: Mapping[str, Any]) -> FileScorer:
+    """The scorer of an opened file, whose arrays stay in it."""
+    arrays = {name: file.tensor(name).numpy() for name in file.entries if name.startswith(PREFIX)}
+    return FileScorer(StoredEncoders(about, arrays))
+
+
+def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredEncoders | None:
+    """The encoders to store with a model: those of a data folder, or those that it was loaded with.
+
+    Args:
+        model: to be exported.
+        given: a data folder, opened or its path; None: the model's own; False: none.
+        output: what a score is; None: as the folder's labels have it.
+
+    Raises:
+        ConfigError: the model is none that gives scores, or the folder is that of another model.
+    """
+    if given is False:
+        return None
+    if given is None:
+        scorer = getattr(model, "scorer", None)
+        return scorer.stored if isinstance(scorer, FileScorer) else None
+    if not isinstance(model, CTRModel):
+        raise ConfigError(
+            f"`encoders` go with a model that gives scores, one of recsys_embed.models; got {type(model).__name__}: "
+            "leave them out, and encode rows with `recsys-embed data table --like`"
+        )
+    from recsys_embed.data import encoders_of
+
+    schema = next(iter(model.collections().values())).schema
+    return encoders_of(Path(given) if isinstance(given, str) else given, output, schema, model.num_dense)

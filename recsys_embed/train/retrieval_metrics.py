@@ -1,0 +1,210 @@
+"""Recall and NDCG of the items that a model finds, exact over the whole catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys_embed.data.batch import Batch
+from recsys_embed.data.data_source import BatchSource
+from recsys_embed.errors import DataError
+from recsys_embed.models import RetrievalModel
+from recsys_embed.models.retrieval import BLOCK_SCORES
+from recsys_embed.train.catalogue import CHUNK_ROWS, positives_of
+
+USER = "user"
+"""The feature that tells users apart where rows have no group."""
+TOP_K = (10, 20, 50)
+EARLIER: dict[str, tuple[str, ...]] = {"train": (), "test": ("train", "valid")}
+"""Splits whose items a user has seen before a split, where these are not the training rows alone."""
+
+Ints = NDArray[np.int64]
+Pairs = tuple[Ints, Ints]
+Seen = dict[str, tuple[Ints, Pairs]]
+"""By split its users, and numbers of users and items of their earlier rows."""
+
+
+@dataclass(frozen=True)
+class RankingMetrics:
+    """Recall and NDCG by k, means over the users who have a positive; empty where there is none."""
+
+    recall: dict[int, float]
+    ndcg: dict[int, float]
+
+
+def recall_and_ndcg(ranks: Ints, users: Ints, positives: Ints, ks: Sequence[int]) -> RankingMetrics:
+    """Means over users of recall@k, hits / positives, and of NDCG@k with gain 1, as RecBole defines them.
+
+    Args:
+        ranks: rank from 0 of every positive among the items, ``[m]``.
+        users: whose it is, ``[m]`` numbers below U.
+        positives: how many each user has, ``[U]``, at least 1 each.
+        ks: lengths of the lists.
+
+    >>> found = recall_and_ndcg(np.array([0, 5]), np.array([0, 0]), np.array([2]), (2,))
+    >>> found.recall[2], round(found.ndcg[2], 4)  # (1 / log2(2)) / (1 / log2(2) + 1 / log2(3))
+    (0.5, 0.6131)
+    """
+    recall, ndcg = {}, {}
+    for k in ks:
+        discounts = 1 / np.log2(np.arange(2, k + 2))
+        ideal = np.cumsum(discounts)[np.minimum(positives, k) - 1]
+        hit = ranks < k
+        hits = np.bincount(users[hit], minlength=len(positives))
+        gains = np.bincount(users[hit], discounts[ranks[hit]], minlength=len(positives))
+        recall[int(k)], ndcg[int(k)] = float((hits / positives).mean()), float((gains / ideal).mean())
+    return RankingMetrics(recall, ndcg)
+
+
+@dataclass
+class ItemRanking:
+    """Accumulates the users of a split and their positives, then ranks these among all items.
+
+    A user is told by the part ``group`` of rows, else by a feature named ``user``; else every row is a user of its own.
+    The user's vector is that of the first of its rows in the split.
+
+    Args:
+        model: finds the items.
+        ks: lengths of the lists.
+        exclude_seen: leave out items of the user's earlier rows (:data:`EARLIER`), unless they are positives here;
+            None: where rows say whose they are.
+        seen: by split what earlier rows hold, filled when first used.
+    """
+
+    model: RetrievalModel
+    ks: Sequence[int] = TOP_K
+    exclude_seen: bool | None = None
+    seen: Seen = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._vectors: list[Tensor] = []
+        self._users: list[Ints] = []
+        self._pairs: list[Pairs] = []
+        self._known = np.zeros(0, np.int64)
+        self._rows, self._identified = 0, True
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        users, items = self._who(batch)
+        chosen = positives_of(batch.label).cpu().numpy()
+        if users is None:
+            self._identified = False
+            users = np.arange(self._rows, self._rows + len(items))
+        self._rows += len(items)
+        self._pairs.append((users[chosen], items[chosen]))
+        fresh, first = np.unique(users, return_index=True)
+        if self._identified:
+            unknown = ~np.isin(fresh, self._known, assume_unique=True)
+            fresh, first = fresh[unknown], first[unknown]
+            self._known = np.union1d(self._known, fresh)
+        else:
+            fresh, first = users[chosen], np.flatnonzero(chosen)
+        if len(fresh):
+            rows = torch.from_numpy(first).to(batch.label.device)
+            some = batch.map(lambda part: part.index_select(0, rows))
+            self._vectors.append(self.model.users(some.dense, some.inputs).float())
+            self._users.append(fresh)
+
+    def compute(self, data: BatchSource, split: str) -> RankingMetrics | None:
+        """Metrics of what was added; None where no user has a positive.
+
+        Raises:
+            ConfigError: ``exclude_seen`` is set, and nothing tells users apart.
+            DataError: vectors that are not finite.
+        """
+        pairs = np.unique(np.stack([np.concatenate(part) for part in zip(*self._pairs, strict=True)]), axis=1)
+        if not pairs.shape[1]:
+            return None
+        users, owners, positives = np.unique(pairs[0], return_inverse=True, return_counts=True)
+        order = np.argsort(np.concatenate(self._users), kind="stable")
+        rows = order[np.searchsorted(np.concatenate(self._users)[order], users)]
+        vectors = torch.cat(self._vectors)[torch.from_numpy(rows).to(self._vectors[0].device)]
+        if not torch.isfinite(vectors).all():
+            raise DataError(
+                "the model's user vectors are not numbers (NaN or infinite); if it was trained just now, lower the "
+                "learning rate or clip gradients"
+            )
+        ranks = self._ranks(vectors, owners, pairs[1], positives, self._seen(data, split, users))
+        return recall_and_ndcg(ranks, owners, positives, self.ks)
+
+    def _who(self, batch: Batch) -> tuple[Ints | None, Ints]:
+        """Users ``[B]``, or None, and candidates ``[B]``."""
+        names = self.model.vectors.schema.names
+        items = self.model.candidates(batch.inputs).cpu().numpy()
+        if "group" in batch.extra:
+            return batch.extra["group"].cpu().numpy().astype(np.int64), items
+        if USER in names and names.index(USER) < batch.ids.shape[1]:
+            return batch.ids[:, names.index(USER)].cpu().numpy().astype(np.int64), items
+        return None, items
+
+    def _seen(self, data: BatchSource, split: str, users: Ints) -> Pairs:
+        """Numbers of users and items of their earlier rows, each pair once, by user."""
+        none = np.zeros(0, np.int64)
+        if not (self._identified if self.exclude_seen is None else self.exclude_seen):
+            return none, none
+        if not self._identified:
+            raise DataError(
+                "`exclude_seen` needs rows that say whose they are: a `group` column, or a feature named 'user'"
+            )
+        kept = self.seen.get(split)
+        if kept is None or not np.array_equal(kept[0], users):
+            pieces: list[Ints] = [np.zeros((2, 0), np.int64)]
+            for earlier in EARLIER.get(split, ("train",)):
+                if earlier not in data.splits:
+                    continue
+                for batch in data.batches(earlier, CHUNK_ROWS, shuffle=False):
+                    who, items = self._who(batch)
+                    if who is None:
+                        raise DataError(f"rows of the split {earlier!r} do not say whose they are, as others do")
+                    at = np.searchsorted(users, who).clip(max=len(users) - 1)
+                    ours = users[at] == who
+                    pieces.append(np.unique(np.stack([at[ours], items[ours]]), axis=1))
+            kept = (users, tuple(np.unique(np.concatenate(pieces, axis=1), axis=1)))
+            self.seen[split] = kept
+        return kept[1]
+
+    def _ranks(self, vectors: Tensor, owners: Ints, items: Ints, positives: Ints, seen: Pairs) -> Ints:
+        """Rank of each positive, users in order; equal scores of other items come before it."""
+        model, device = self.model, vectors.device
+        catalogue = torch.cat([block.float() for _, block in model.item_blocks()])
+        count = len(catalogue)
+        size = max(1, BLOCK_SCORES // count)
+        ends = np.concatenate([[0], np.cumsum(positives)])
+        seen_ends = np.searchsorted(seen[0], np.arange(len(positives) + 1))
+        ranks = np.empty(len(items), np.int64)
+        for start in range(0, len(positives), size):
+            stop = min(start + size, len(positives))
+            low, high = ends[start], ends[stop]
+            rows = torch.from_numpy(owners[low:high] - start).to(device)
+            wanted = torch.from_numpy(items[low:high]).to(device)
+            scores = vectors[start:stop] @ catalogue.T
+            scores.masked_fill_(~model.in_catalogue, float("-inf"))
+            own = scores[rows, wanted]
+            scores[rows, wanted] = float("-inf")
+            left, right = seen_ends[start], seen_ends[stop]
+            out = (torch.from_numpy(part[left:right]).to(device) for part in (seen[0] - start, seen[1]))
+            scores[tuple(out)] = float("-inf")
+            above = torch.cat(
+                [
+                    (scores[rows[i : i + size]] >= own[i : i + size].unsqueeze(1)).sum(1)
+                    for i in range(0, len(own), size)
+                ]
+            )
+            ranks[low:high] = above.cpu().numpy() + _places(own.cpu().numpy(), owners[low:high])
+            # What is not in the catalogue is never found, however long the list.
+            ranks[low:high][np.isneginf(own.cpu().numpy())] = np.iinfo(np.int64).max
+        return ranks
+
+
+def _places(scores: NDArray[np.float32], owners: Ints) -> Ints:
+    """Place of each score among those of its owner, the highest 0; owners ``[m]`` in order."""
+    order = np.lexsort((-scores, owners))
+    starts = np.searchsorted(owners, owners)
+    places = np.empty(len(scores), np.int64)
+    places[order] = np.arange(len(scores)) - starts
+    return places

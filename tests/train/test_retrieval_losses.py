@@ -1,0 +1,176 @@
+"""Losses over items beside their formulas in float64, written out row by row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.data import Batch
+from recsys_embed.errors import ConfigError
+from recsys_embed.models import build_model
+from recsys_embed.models.retrieval import Queries, RetrievalModel
+from recsys_embed.train import TrainConfig, run_training
+from recsys_embed.train.loss import loss_of
+from recsys_embed.train.losses import loss_args
+
+from .events import ARGS, Events
+
+V, K = 12, 5
+SCHEMA = Schema([FeatureSpec("user", 50, 4), FeatureSpec("item", V, 4)])
+
+
+def planted(seed: int = 0, missing: tuple[int, ...] = ()) -> tuple[RetrievalModel, Tensor]:
+    """A model of items with frequencies, some of which cannot be found, and its items' vectors in float64."""
+    torch.manual_seed(seed)
+    model = build_model("twotower", SCHEMA, Plan.full(SCHEMA), num_dense=0, hidden=(6,), output_dim=K)
+    assert isinstance(model, RetrievalModel)
+    model.item_counts.copy_(torch.randint(1, 40, (V,)))
+    model.in_catalogue[list(missing)] = False
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.7)
+    return model, model.items(torch.arange(V)).detach().double()
+
+
+def queries(targets: list[int]) -> Queries:
+    return Queries(torch.randn(len(targets), K), torch.tensor(targets), torch.arange(len(targets)))
+
+
+def of(name: str, model: RetrievalModel, asked: Queries, **args: object) -> Tensor:
+    from recsys_embed.train.losses import LOSSES
+
+    compute = LOSSES[name].of_queries  # type: ignore[index]
+    assert compute is not None
+    return compute(model, asked, loss_args(name, args))  # type: ignore[arg-type]
+
+
+def test_softmax_is_the_formula() -> None:
+    model, items = planted(missing=(3, 11))
+    asked = queries([0, 5, 5, 7])
+    got = of("softmax", model, asked, temperature=0.5)
+    for query, target, loss in zip(asked.vectors.double(), asked.targets.tolist(), got.tolist(), strict=True):
+        scores = [float(query @ items[j]) / 0.5 for j in range(V) if j not in (3, 11)]
+        wanted = math.log(sum(math.exp(s) for s in scores)) - float(query @ items[target]) / 0.5
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("negatives", [0, 6])
+@pytest.mark.parametrize(
+    "args", [{}, {"logq": False}, {"correct_positive": True}], ids=["logq", "no logq", "positive too"]
+)
+def test_sampled_softmax_is_the_formula(negatives: int, args: dict[str, bool]) -> None:
+    """Item 5 is chosen twice, so that it is an accidental hit in the batch; uniform draws hit as well."""
+    model, items = planted(missing=(3,))
+    asked, temperature = queries([0, 5, 5, 7, 2]), 0.7
+    torch.manual_seed(3)
+    drawn = torch.randint(V, (negatives,)).tolist()
+    torch.manual_seed(3)
+    got = of("sampled_softmax", model, asked, negatives=negatives, temperature=temperature, **args)
+    targets, counts = asked.targets.tolist(), model.item_counts.tolist()
+
+    def expected(item: int) -> float:
+        if not args.get("logq", True):
+            return 1.0
+        return (len(targets) - 1) * counts[item] / sum(counts) + negatives / V
+
+    for i, (query, loss) in enumerate(zip(asked.vectors.double(), got.tolist(), strict=True)):
+
+        def score(item: int, query: Tensor = query) -> float:
+            return float(query @ items[item]) / temperature
+
+        own = score(targets[i])
+        if args.get("correct_positive"):
+            own -= math.log(expected(targets[i]))
+        others = [j for k, j in enumerate(targets) if k != i] + drawn
+        total = math.exp(own) + sum(math.exp(score(j)) / expected(j) for j in others if j != targets[i] and j != 3)
+        assert loss == pytest.approx(math.log(total) - own, rel=1e-4)
+
+
+@pytest.mark.parametrize("negatives", [0, 4])
+def test_sampled_sums_estimate_those_of_the_catalogue(negatives: int) -> None:
+    """Positives of the batch drawn by their frequencies: the mean of exp(loss) is that of the full softmax."""
+    model, items = planted(seed=1)
+    torch.manual_seed(5)
+    weights, query = model.item_counts.double(), torch.randn(1, K) * 0.5
+    full = float((query.double() @ (items - items[4]).T).exp().sum())
+    found = []
+    for _ in range(3000):
+        others = torch.multinomial(weights, 8, replacement=True)
+        targets = torch.cat([torch.tensor([4]), others])
+        asked = Queries(query.expand(9, K), targets, torch.arange(9))
+        found.append(of("sampled_softmax", model, asked, negatives=negatives)[0].double().exp())
+    values = torch.stack(found).detach()
+    error = float(values.std()) / math.sqrt(len(values))
+    assert abs(float(values.mean()) - full) < 4 * error
+    assert error < 0.03 * full, "else the test would pass whatever the mean is"
+
+
+def test_bpr_is_the_formula_and_never_draws_the_positive() -> None:
+    model, items = planted(missing=(3, 4))
+    asked = queries([0, 11, 5] * 20)
+    torch.manual_seed(4)
+    drawn = torch.randint(V - 1, (60, 3))
+    torch.manual_seed(4)
+    got = of("bpr", model, asked, negatives=3)
+    for query, target, row, loss in zip(
+        asked.vectors.double(), asked.targets.tolist(), drawn.tolist(), got.tolist(), strict=True
+    ):
+        others = [j + (j >= target) for j in row]
+        assert target not in others
+        margins = [float(query @ (items[target] - items[j])) for j in others if j not in (3, 4)]
+        wanted = [math.log1p(math.exp(-m)) for m in margins]
+        assert loss == pytest.approx(sum(wanted) / max(1, len(wanted)), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bpr"])
+def test_only_positive_rows_of_known_items_count_by_their_weights(loss: str) -> None:
+    model, _ = planted(missing=(9,))
+    ids = torch.tensor([[1, 2], [3, 9], [4, 7], [5, 8], [6, 2]])
+    label, weight = torch.tensor([1.0, 1, 0, 1, 1]), torch.tensor([2.0, 5, 5, 0.5, 0])
+    batch = Batch(torch.zeros(5, 0), ids, label, {"weight": weight})
+    kept = torch.tensor([0, 3, 4])
+    torch.manual_seed(2)
+    rows = of(loss, model, model.queries(batch.dense[kept], ids[kept]))
+    for reduction, wanted in (("mean", (rows * weight[kept]).mean()), ("sum", (rows * weight[kept]).sum())):
+        torch.manual_seed(2)
+        torch.testing.assert_close(loss_of(model, batch, reduction, loss), wanted)  # type: ignore[arg-type]
+    unlabelled = Batch(torch.zeros(3, 0), ids[kept], torch.full((3,), float("nan")), {"weight": weight[kept]})
+    torch.manual_seed(2)
+    torch.testing.assert_close(loss_of(model, unlabelled, "mean", loss), (rows * weight[kept]).mean())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bpr"])
+def test_batches_without_positives_move_nothing(loss: str) -> None:
+    model, _ = planted()
+    batch = Batch(torch.zeros(2, 0), torch.tensor([[1, 2], [3, 4]]), torch.zeros(2))
+    value = loss_of(model, batch, loss=loss)  # type: ignore[arg-type]
+    value.backward()
+    assert float(value.detach()) == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_what_cannot_be_trained_is_refused_before_any_step() -> None:
+    for loss in ("softmax", "sampled_softmax", "bpr"):
+        with pytest.raises(ConfigError, match=r"'deepfm' scores rows"):
+            run_training(TrainConfig(model="deepfm", loss=loss), Events())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="did you mean 'negatives'"):
+        TrainConfig(model="twotower", loss="bpr", loss_args={"negative": 2})
+    with pytest.raises(ConfigError, match="`temperature` must be a finite number > 0"):
+        TrainConfig(model="twotower", loss="softmax", loss_args={"temperature": 0})
+    with pytest.raises(ConfigError, match="'temperature'"):
+        TrainConfig(loss_args={"temperature": 1.0})
+    with pytest.raises(ConfigError, match=r"features year, genres are the same in all training rows of an item"):
+        run_training(TrainConfig(model="twotower", loss="bpr"), Events())
+    with pytest.raises(ConfigError, match=r"set the hyperparameter `item_lists` to \{'genres': 2\}"):
+        run_training(TrainConfig(model="twotower", model_args={**ARGS, "item_lists": {}}), Events())
+
+
+def test_settings_of_losses_are_named_only_where_they_are_set() -> None:
+    known = TrainConfig().to_dict()
+    assert not {"loss", "loss_args", "top_k", "exclude_seen"} & known.keys()
+    config = TrainConfig(model="twotower", loss="bpr", loss_args={"negatives": 2}, top_k=(5,), exclude_seen=False)
+    assert TrainConfig.from_dict(config.to_dict()) == config
