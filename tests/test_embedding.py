@@ -51,7 +51,7 @@ RAW = [n for n in NAMES if rse.get_method(OPTIONS[n][0] if n in OPTIONS else n).
 def build(key: str, rows: int = ROWS, width: int = WIDTH, **options: Any) -> CompressedEmbedding:
     if key in OPTIONS:
         method, params = OPTIONS[key]
-        return rse.make_embedding(method, rows, width, **params, **options)
+        return rse.make_embedding(method, rows, width, **{"seed": 0, **params, **options})
     return example(rse.get_method(key), rows, width, **options)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection
+from recsys_embed.collection import optimizer_watch
 from recsys_embed.collection.backward_steps import BackwardSteps
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim import unfused_parameters
@@ -497,3 +499,31 @@ def test_the_first_step_of_a_new_optimizer_follows_it() -> None:
     _new = torch.optim.SGD(model.parameters(), 0.1)
     loss_of(model, slice(8)).backward()
     assert not torch.equal(weights(model)["tables.width8"], before)
+
+
+def test_torch_is_as_it_was_once_no_tables_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, outputs: Any) -> Any:
+            return super().scale(outputs)
+
+    def parts() -> tuple[object, ...]:
+        hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+        return (torch.optim.Optimizer.add_param_group, vars(Scaler)["scale"], *(len(h) for h in hooks))
+
+    monkeypatch.setattr(optimizer_watch, "_TABLES", {})  # those of other tests may be alive
+    monkeypatch.setattr(optimizer_watch, "_undo", [])
+    before = parts()
+    first, second = Model(rse.SGD(lr=0.1)), Model(rse.SGD(lr=0.1))
+    optimizer = dense(second)
+    one_step(second, optimizer, 0)
+    del first
+    gc.collect()
+    assert all(now != was for now, was in zip(parts(), before, strict=True)), "tables are left"
+    with pytest.raises(ConfigError, match="GradScaler scales"):
+        Scaler("cpu").scale(loss_of(second, slice(8))).backward()
+    del second, optimizer
+    gc.collect()
+    assert parts() == before
+    model = Model(rse.SGD(lr=0.1))
+    with pytest.raises(ConfigError, match="GradScaler scales"):
+        Scaler("cpu").scale(loss_of(model, slice(8))).backward()

@@ -17,7 +17,7 @@ from recsys_embed.models import hyperparameters
 from recsys_embed.report.comparison import markdown_table, reasons, rich_table
 from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import Interrupted
-from recsys_embed.train.compare import Comparison, Summary, all_methods, run_comparison, summarise
+from recsys_embed.train.compare import Comparison, Summary, all_methods, ranking_of, run_comparison, summarise
 from recsys_embed.train.environment import environment
 from recsys_embed.train.json_values import footprint_dict
 from recsys_embed.utils.files import write_json, write_text
@@ -63,6 +63,8 @@ def compare(
     as_json: opt.Json = False,
 ) -> int:
     """Train methods with the same settings and bytes, and print AUC, logloss, bytes and speed of each.
+
+    Of models that find items, such as twotower, also recall@k and NDCG@k.
 
     OUT gets results.json, table.md, pareto.png and a file per row; a comparison that was stopped resumes there.
     """
@@ -147,9 +149,16 @@ def say_row(number: int, total: int, row: dict[str, Any]) -> None:
     elif row["test"] is None:
         text = "trained; no test split"
     else:
-        auc = "-" if row["test"]["auc"] is None else f"{row['test']['auc']:.4f}"
-        text = f"AUC {auc}  {row['footprint']['serve'] / 2**20:.3f} MiB  {row['samples_per_s']:,.0f} samples/s"
+        text = (
+            f"{_told(row['test'])}  {row['footprint']['serve'] / 2**20:.3f} MiB  {row['samples_per_s']:,.0f} samples/s"
+        )
     print(f"[{number}/{total}] {name}: {text}", flush=True)
+
+
+def _told(test: dict[str, Any]) -> str:
+    """The metric that rows are chosen by."""
+    found = next(((name, v) for name, v in ranking_of(test).items() if name.startswith("ndcg")), ("AUC", test["auc"]))
+    return f"{found[0].replace('ndcg', 'NDCG')} {'-' if found[1] is None else f'{found[1]:.4f}'}"
 
 
 def write_results(

@@ -62,7 +62,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events into the run folder.")] = True,
     as_json: opt.Json = False,
 ) -> int:
-    """Train one model and report its test AUC, logloss and bytes. Ctrl-C keeps a checkpoint for --resume.
+    """Train one model and report its test metrics and bytes. Ctrl-C keeps a checkpoint for --resume.
 
     Started by torchrun on several processes, they train it together: torchrun --nproc-per-node 2 -m recsys_embed train
     """

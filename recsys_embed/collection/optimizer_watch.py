@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
-from functools import wraps
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from typing import NamedTuple, Protocol
 from weakref import ref
 
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from recsys_embed.collection.scaled_losses import watch_scalers
+from recsys_embed.collection.scaled_losses import watch_scalers, wrap_method
 from recsys_embed.errors import ConfigError
 
 WAY_OUT = (
@@ -50,27 +50,38 @@ class WatchedTables(Protocol):
 
 
 _TABLES: dict[int, ref[WatchedTables]] = {}
-_lock = threading.Lock()
-_hook: list[object] = []
+# What takes back all that watching has changed of torch.
+_undo: list[Callable[[], None]] = []
+_lock = threading.RLock()  # tables may be collected while others begin
 
 
 def watch(tables: WatchedTables) -> None:
-    """From now on, steps of torch's optimizers tell when the tables' steps are not theirs."""
+    """While the tables exist, steps of torch's optimizers tell when the tables' steps are not theirs.
+
+    Torch has global hooks of steps. It has none of losses that a gradient scaler scales, nor of parameters that are
+    given to an optimizer: ``GradScaler.scale`` and ``Optimizer.add_param_group`` are wrapped until no tables are left.
+    """
     key = id(tables)
     if key in _TABLES:
         return
     with _lock:
-        if not _hook:
-            _hook.append(register_optimizer_step_pre_hook(_before_step))
-            _hook.append(register_optimizer_step_post_hook(_after_step))
-            _watch_new_groups()
-        _TABLES[key] = ref(tables, lambda _: _TABLES.pop(key, None))
-        watch_scalers()
+        _TABLES[key] = ref(tables, partial(_forget, key))
+        if not _undo:
+            _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
+            _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+            _undo.append(wrap_method(Optimizer, "add_param_group", _telling_of_groups))
+        _undo.extend(watch_scalers())
 
 
-def _watch_new_groups() -> None:
-    """From now on tables know of optimizers that are given them, before these step for the first time."""
-    add = Optimizer.add_param_group
+def _forget(key: int, _: object) -> None:
+    with _lock:
+        _TABLES.pop(key, None)
+        while _undo and not _TABLES:
+            _undo.pop()()
+
+
+def _telling_of_groups(add: Callable[[Optimizer, dict[str, object]], None]) -> Callable[..., None]:
+    """Let tables know of optimizers that are given them, before these step for the first time."""
 
     @torch._disable_dynamo
     @wraps(add)
@@ -79,7 +90,7 @@ def _watch_new_groups() -> None:
         for tables in _watched():
             tables.find_schedules(self)
 
-    setattr(Optimizer, "add_param_group", watched)  # noqa: B010
+    return watched
 
 
 @torch._disable_dynamo

@@ -20,12 +20,28 @@ def is_scaled(task: int) -> bool:
     return task in _RUNNING
 
 
-def watch_scalers() -> None:
-    """From now on the losses that gradient scalers scale are known in their backwards."""
-    for kind in (GradScaler, *GradScaler.__subclasses__()):
+def watch_scalers() -> list[Callable[[], None]]:
+    """Know the losses that gradient scalers scale in their backwards, until all that is returned has been called."""
+    undo, kinds = [], [GradScaler]
+    kinds += GradScaler.__subclasses__()
+    for kind in kinds:
         scale = vars(kind).get("scale")
         if scale is not None and not hasattr(scale, "watched"):
-            setattr(kind, "scale", _watched(scale))  # noqa: B010
+            undo.append(wrap_method(kind, "scale", _watched))
+    return undo
+
+
+def wrap_method(kind: type, name: str, wrap: Callable[..., Callable[..., object]]) -> Callable[[], None]:
+    """Replace a method of a class; what is returned puts it back, unless another has replaced it since."""
+    before = vars(kind)[name]
+    after = wrap(before)
+    setattr(kind, name, after)
+
+    def undo() -> None:
+        if vars(kind).get(name) is after:
+            setattr(kind, name, before)
+
+    return undo
 
 
 def _watched(scale: _Scale) -> _Scale:

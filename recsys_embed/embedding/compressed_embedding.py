@@ -49,7 +49,8 @@ class CompressedEmbedding(ModuleTables):
         mode: ``None`` for one vector per id, ``"sum"``, ``"mean"`` or ``"max"`` to pool bags.
         include_last_offset: ``offsets`` has one more entry, the number of ids.
         config: the method's configuration; or ``budget`` (bytes or text such as ``"4MiB"``) to size one; or neither,
-            with the method's own options in ``params``.
+            with the method's own options in ``params``. Initial weights are a function of its ``seed``; without
+            ``config`` and ``seed`` torch's generator draws them, as those of ``nn.Embedding``.
         name: salts the hashes; two modules of equal name, seed and size share their collisions.
         init: initial distribution of a plain table, see :class:`FeatureSpec`; ``"normal:1"`` is ``nn.Embedding``'s.
         unseen: what ids outside ``[0, num_embeddings)`` become, see :class:`FeatureSpec`: ``"hash"``, ``"oov"``,
@@ -139,6 +140,7 @@ class CompressedEmbedding(ModuleTables):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
             self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
+        self._seeded = config is not None or "seed" in params
         self.reset_parameters()
         self._given = frozenset()
         if type(self).get_extra_state is not nn.Module.get_extra_state:
@@ -394,6 +396,8 @@ class CompressedEmbedding(ModuleTables):
             faults.append("`counts` must not all be 0")
         raise_faults(faults, f"{cls.__name__}.from_dense")
         options = {"device": weight.device, "dtype": weight.dtype, **options}
+        if "config" not in options:
+            options.setdefault("seed", 0)  # the same table gives the same module
         module = cls(weight.shape[0], weight.shape[1], **options)
         if counts is not None:
             module.assign_(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Self, cast
@@ -72,6 +73,8 @@ class ModuleTables(nn.Module):
     # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
     stands_in: bool = False
     _renamed: bool = False
+    # Whether the initial weights are a function of the configuration's seed; else torch's generator draws one.
+    _seeded: bool = True
 
     spec: FeatureSpec
     config: MethodConfig
@@ -84,8 +87,9 @@ class ModuleTables(nn.Module):
     served: StoredTables | None
     _given: frozenset[str]
 
+    @abstractmethod
     def _vectors(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        """Vectors of resolved int64 ``ids [n]``, padding included; see :class:`CompressedEmbedding`."""
 
     def _like(self) -> Tensor:
         """A tensor of the type and on the device of the vectors."""
@@ -102,19 +106,39 @@ class ModuleTables(nn.Module):
         return self._like().device
 
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw the initial weights: a function of the seed (the config's unless given) and table names alone.
+        """Draw the initial weights, as ``nn.Embedding`` does, by torch's global generator.
 
-        A collection of the same seed draws the same weights.
+        Where a seed is given, here or when the module was built (``seed=`` or ``config=``), they are a function of the
+        seed and of table names alone, and a collection of the same seed draws the same.
+
+        >>> from recsys_embed.methods.hash import HashEmbedding
+        >>> a, b = (HashEmbedding(10, 4, num_buckets=3) for _ in range(2))
+        >>> torch.equal(a.weight, b.weight)
+        False
+        >>> for module in (a, b):
+        ...     _ = torch.manual_seed(0)
+        ...     module.reset_parameters()
+        >>> torch.equal(a.weight, b.weight)
+        True
         """
         if self.served is not None:
             raise ConfigError(f"{type(self).__name__} {self.spec.name!r} serves exported tables, which do not change")
-        seed = self.config.seed if seed is None else seed
+        if seed is None:
+            seed = self.config.seed if self._seeded else self._drawn_seed()
         with torch.no_grad():
             for table in self.program.tables:
                 if table.name in self._given:
                     continue  # shared: the module that was built first has initialised it
                 key = table.name if table.shared else f"{self.spec.name}.{table.name}"
                 table.init.fill_(self.table(table.name), hashing.salt(seed, "init", key))
+
+    def _drawn_seed(self) -> int:
+        """A seed by torch's global generator, whatever the device."""
+        if self._device().type != "meta":
+            draw = torch.randint(1 << 62, (), device="cpu")
+            if type(draw) is Tensor:  # not a fake one, which has no value
+                return int(draw)
+        return self.config.seed
 
     def assign_(self, counts: Tensor | Mapping[str, Tensor]) -> Self:
         """Say which ids are frequent, for methods that treat them apart and whose ids are not numbered by frequency.

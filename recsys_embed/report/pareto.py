@@ -25,8 +25,18 @@ def pareto_front(points: Sequence[tuple[float, float]], slack: float = 0.01) -> 
     return sorted(kept, key=lambda i: points[i])
 
 
+def _quality(s: Summary) -> tuple[float | None, float | None, str]:
+    """What a line is drawn by, its standard deviation, and its name."""
+    name = next((name for name in s.ranking if name.startswith("ndcg")), None)
+    if name is None:
+        return s.auc, s.auc_sd, "test AUC"
+    return s.ranking[name], s.ranking_sd.get(name), f"test {name.upper()}"
+
+
 def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
     """Draw test AUC over deployed bytes, one panel per model, and save it; None when no row has a result.
+
+    Of models that find items it is NDCG at the first k.
 
     Args:
         summaries: lines of a comparison.
@@ -35,7 +45,7 @@ def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    good = [s for s in summaries if s.auc is not None]
+    good = [s for s in summaries if _quality(s)[0] is not None]
     if not good:
         return None
     require("matplotlib", extra="train", purpose="the Pareto plot").use("Agg")
@@ -45,7 +55,7 @@ def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
     figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.8), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
         mine = [s for s in good if s.model == model]
-        points = [(s.footprint.serve / 2**20, s.auc or 0.0) for s in mine]
+        points = [(s.footprint.serve / 2**20, _quality(s)[0] or 0.0) for s in mine]
         front = [points[i] for i in pareto_front(points)]
         axis.plot(
             *zip(*front, strict=True), color="0.75", linestyle="--", linewidth=1, zorder=0, label="best at its bytes"
@@ -53,9 +63,9 @@ def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
         for s, (x, y) in zip(mine, points, strict=True):
             look = methods.index(s.method)
             axis.errorbar(
-                x, y, yerr=s.auc_sd, fmt="osD^vPX*"[look % 8], capsize=3, color=f"C{look % 10}", label=s.method
+                x, y, yerr=_quality(s)[1], fmt="osD^vPX*"[look % 8], capsize=3, color=f"C{look % 10}", label=s.method
             )
-        axis.set(title=model, xscale="log", xlabel="deployed embedding bytes (MiB)", ylabel="test AUC")
+        axis.set(title=model, xscale="log", xlabel="deployed embedding bytes (MiB)", ylabel=_quality(mine[0])[2])
         axis.margins(x=0.12, y=0.12)
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

@@ -47,7 +47,13 @@ def refused(error: type[Exception], *words: str) -> Iterator[None]:
 
 
 def example(method: MethodInfo, rows: int = ROWS, width: int = WIDTH, **options: Option) -> CompressedEmbedding:
-    """A module of the method at half the bytes of a full table, or as near as the method allows."""
+    """A module of the method at half the bytes of a full table, or as near as the method allows.
+
+    Its seed is 0 unless ``options`` give another; with ``seed=None`` torch's generator draws.
+    """
+    options = {"seed": 0, **options}
+    if options["seed"] is None:
+        del options["seed"]
     spec = FeatureSpec("embedding", rows, width, unseen=options.get("unseen"))
     itemsize = (options.get("dtype") or torch.get_default_dtype()).itemsize
     whole = rows * width * itemsize

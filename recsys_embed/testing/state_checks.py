@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.method_checks import faults_of
 from recsys_embed.errors import BudgetError, CheckpointError, RecsysEmbedError
 from recsys_embed.features import FeatureSpec, Schema
@@ -39,9 +40,42 @@ def same_seed_same_bits(method: MethodInfo) -> None:
     assert not torch.equal(first.materialize(), other.materialize()), "another seed must give other weights"
 
 
+def draws_by_torchs_generator_unless_seeded(method: MethodInfo) -> None:
+    """As nn.Embedding: modules differ, ``torch.manual_seed`` repeats them, and a copy that is drawn anew differs."""
+
+    def built(seed: int) -> CompressedEmbedding:
+        torch.manual_seed(seed)
+        return example(method, seed=None)
+
+    def equal(a: CompressedEmbedding, b: CompressedEmbedding) -> bool:
+        return torch.equal(a.materialize(), b.materialize())
+
+    with torch.random.fork_rng(devices=[]):
+        first, again = built(5), example(method, seed=None)
+        assert not equal(first, again), "two modules built without a seed must start differently"
+        assert equal(first, built(5)), "torch.manual_seed must repeat the initial weights"
+        lazy = example(method, seed=None, device="meta").to_empty(device="cpu")
+        for module in (lazy, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+            torch.manual_seed(5)
+            module.reset_parameters()
+            assert equal(module, first), "reset_parameters must draw as building does"
+            module.reset_parameters()
+            assert not equal(module, first), "reset_parameters must draw anew"
+        again.load_state_dict(first.state_dict())
+        assert equal(again, first), "modules that were drawn differently must read the same hashes"
+        state = torch.get_rng_state()
+        fixed = [example(method, seed=3), method.embedding_cls(ROWS, WIDTH, config=first.config)]
+        assert torch.equal(state, torch.get_rng_state()), "a module of a seed must leave torch's generator alone"
+        for module in fixed:
+            was = module.materialize()
+            module.reset_parameters()
+            assert torch.equal(module.materialize(), was), "a module of a seed must be drawn as it was built"
+
+
 def starts_with_the_distribution_of_a_full_table(method: MethodInfo) -> None:
     for init, std in (("normal:1", 1.0), ("uniform:0.3", 0.3 / 3**0.5)):
-        tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in range(4)]
+        seeds = (0, 1, None, None)
+        tables = [example(method, 2003, 16, init=init, seed=s).materialize() for s in seeds]
         values = torch.stack(tables).double()
         values = values[values != 0]  # what a method has pruned follows no distribution
         assert abs(values.mean()) < 0.2 * std, f"init {init}: mean {values.mean():.4f}, expected about 0"
@@ -152,7 +186,7 @@ def what_is_planned_is_declared(method: MethodInfo) -> None:
 
 
 def survives_the_meta_device(method: MethodInfo) -> None:
-    options: dict[str, Any] = {"budget": example(method).footprint().serve}
+    options: dict[str, Any] = {"budget": example(method).footprint().serve, "seed": 0}
     built = method.embedding_cls(ROWS, WIDTH, **options)
     lazy = method.embedding_cls(ROWS, WIDTH, device="meta", **options)
     assert all(p.is_meta for p in lazy.parameters())

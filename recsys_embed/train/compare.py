@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,8 @@ def run_comparison(
         ConfigError: the folder holds a row of other settings or other data.
     """
     check_data(data, comparison.train, "a comparison")
-    check_rows(data, comparison.train)
+    for model in comparison.models:
+        check_rows(data, comparison.train.replace(model=model))
     folder = Path(folder)
     cases = list(comparison.cases())
     found = [_finished_row(folder, case, data) for case in cases]
@@ -214,7 +215,9 @@ def _finished_row(folder: Path, case: Case, data: DataSource) -> dict[str, Any] 
     wanted = case.config.to_dict()
     # Settings pass through JSON so that tuples and lists compare equal.
     wanted, settings = with_current_names(json.loads(json.dumps(wanted))), with_current_names(row["settings"])
-    differing = [k for k in wanted if settings.get(k) != wanted[k]]
+    # Settings at their defaults may be left out on either side; names of earlier versions' settings say nothing.
+    known = {f.name for f in fields(TrainConfig)}
+    differing = [k for k in {**wanted, **settings} if k in known and settings.get(k) != wanted.get(k)]
     if row.get("data") != fingerprint(schema_of(data, case.config), data):
         differing.append("data")
     if differing:
@@ -283,7 +286,8 @@ class Summary:
     """One line of the table: a model, method and size over all seeds.
 
     ``auc_gain`` is the mean over seeds of test AUC minus that of ``full`` at the same seed. Standard deviations are
-    over seeds, None for one seed.
+    over seeds, None for one seed. ``ranking`` holds recall and NDCG of models that find items, by names such as
+    ``"recall@10"``, and ``ranking_gain`` what they gain on ``full``.
     """
 
     model: str
@@ -301,6 +305,19 @@ class Summary:
     footprint: Footprint = field(default_factory=Footprint)
     compression: float | None = None
     samples_per_s: float | None = None
+    ranking: dict[str, float] = field(default_factory=dict)
+    ranking_sd: dict[str, float | None] = field(default_factory=dict)
+    ranking_gain: dict[str, float] = field(default_factory=dict)
+    ranking_gain_sd: dict[str, float | None] = field(default_factory=dict)
+
+
+def ranking_of(test: dict[str, Any]) -> dict[str, float]:
+    """Recall and NDCG among the metrics of a row, by name; empty where the model finds no items.
+
+    >>> ranking_of({"auc": 0.7, "recall": {"10": 0.2}, "ndcg": {"10": 0.1}})
+    {'recall@10': 0.2, 'ndcg@10': 0.1}
+    """
+    return {f"{name}@{k}": v for name in ("recall", "ndcg") for k, v in (test.get(name) or {}).items()}
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -309,7 +326,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
     for row in rows:
         groups.setdefault((row["model"], row["method"], row["size"]), []).append(row)
     full = {
-        (r["model"], r["seed"]): r["test"]["auc"]
+        (r["model"], r["seed"]): r["test"]
         for r in rows
         if r["method"] == "full" and r["status"] == "ok" and r["test"] is not None
     }
@@ -317,19 +334,23 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
 
 
 def _summary(
-    key: tuple[str, str, str], rows: list[dict[str, Any]], full: dict[tuple[str, int], float | None]
+    key: tuple[str, str, str], rows: list[dict[str, Any]], full: dict[tuple[str, int], dict[str, Any]]
 ) -> Summary:
-    good = [r for r in rows if r["status"] == "ok" and r["test"] is not None and r["test"]["auc"] is not None]
+    tested = [r for r in rows if r["status"] == "ok" and r["test"] is not None]
+    good = [r for r in tested if r["test"]["auc"] is not None or ranking_of(r["test"])]
     if not good:
         bad = rows[0]
         none = "no test split" if bad.get("test") is None else "the test rows are of one class, so they have no AUC"
         return Summary(*key, status=bad["status"], reason=bad["reason"] or none, seeds=0)
-    gains = []
+    found: dict[str, list[float]] = {}
+    gains: dict[str, list[float]] = {}
     for r in good:
-        base = full.get((r["model"], r["seed"]))
-        if base is not None:
-            gains.append(r["test"]["auc"] - base)
-    aucs, losses = [r["test"]["auc"] for r in good], [r["test"]["logloss"] for r in good]
+        base = _told(full.get((r["model"], r["seed"]), {}))
+        for name, value in _told(r["test"]).items():
+            found.setdefault(name, []).append(value)
+            if name in base:
+                gains.setdefault(name, []).append(value - base[name])
+    ranked = [name for name in found if "@" in name]
     parts = good[0]["footprint"]
     missing = [r for r in rows if r["status"] != "ok"]
     return Summary(
@@ -337,16 +358,30 @@ def _summary(
         status="ok",
         reason="; ".join(f"seed {r['seed']}: {r['reason']}" for r in missing),
         seeds=len(good),
-        auc=statistics.fmean(aucs),
-        auc_sd=_sd(aucs),
-        logloss=statistics.fmean(losses),
-        logloss_sd=_sd(losses),
-        auc_gain=statistics.fmean(gains) if gains else None,
-        auc_gain_sd=_sd(gains),
+        auc=_mean(found.get("auc", [])),
+        auc_sd=_sd(found.get("auc", [])),
+        logloss=_mean(found.get("logloss", [])),
+        logloss_sd=_sd(found.get("logloss", [])),
+        auc_gain=_mean(gains.get("auc", [])),
+        auc_gain_sd=_sd(gains.get("auc", [])),
         footprint=Footprint(**{k: parts[k] for k in ("weights", "index", "optimizer", "gradient")}),
         compression=good[0]["compression"],
         samples_per_s=statistics.median(r["samples_per_s"] for r in good),
+        ranking={name: statistics.fmean(found[name]) for name in ranked},
+        ranking_sd={name: _sd(found[name]) for name in ranked},
+        ranking_gain={name: statistics.fmean(gains[name]) for name in ranked if name in gains},
+        ranking_gain_sd={name: _sd(gains[name]) for name in ranked if name in gains},
     )
+
+
+def _told(test: dict[str, Any]) -> dict[str, float]:
+    """Metrics of a row that it has, by name."""
+    values = {"auc": test.get("auc"), "logloss": test.get("logloss"), **ranking_of(test)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _sd(values: Sequence[float]) -> float | None:

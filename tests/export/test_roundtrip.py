@@ -25,7 +25,7 @@ from recsys_embed.models import build_model
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.report.memory import memory_report
-from tests.export.zoo import models
+from tests.export.zoo import finds, models
 
 PRECISIONS = get_args(Precision)
 METHODS = pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name)
@@ -130,7 +130,8 @@ def test_every_model(name: str, tmp_path: Path) -> None:
     narrow = SCHEMA.with_dim(1)
     linear = Plan.uniform(narrow, "unified", budget="2KiB") if name in ("lr", "fm", "deepfm", "widedeep") else None
     vectors = Plan.uniform(SCHEMA, "hash", num_buckets=7) if name == "lr" else plan
-    model = build_model(name, SCHEMA, vectors, linear if name != "lr" else None, num_dense=3, seed=5)
+    options = {"num_dense": 3, "seed": 5, **finds(name, SCHEMA)}
+    model = build_model(name, SCHEMA, vectors, linear if name != "lr" else None, **options)
     model.standardise(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1.0, 0.5]))
     dense, ids = torch.randn(50, 3), ids_of(SCHEMA)
     model(dense, ids).sum().backward()
@@ -150,7 +151,7 @@ def test_every_model(name: str, tmp_path: Path) -> None:
     assert small.embedding_bytes < report.embedding_bytes / 1.7
     assert (load(tmp_path / "m")(dense, ids) - wanted).abs().max() < 0.05
     # The same file fills a model that its owner has built.
-    fresh = build_model(name, SCHEMA, vectors, linear if name != "lr" else None, num_dense=3)
+    fresh = build_model(name, SCHEMA, vectors, linear if name != "lr" else None, num_dense=3, **finds(name, SCHEMA))
     assert torch.equal(load(tmp_path / "m", into=fresh)(dense, ids), load(tmp_path / "m")(dense, ids))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import recsys_embed as rse
 from recsys_embed.exports import export, load
-from recsys_embed.models import build_model, get_model, list_models
+from recsys_embed.models import RetrievalModel, build_model, get_model, list_models
 from recsys_embed.testing import example
 
 DENSE = 3
@@ -44,7 +44,12 @@ def model(name: str, mixed: bool = True, **options) -> nn.Module:
     """A registered model with every method in it, or with two small full tables."""
     features = schema() if mixed else rse.Schema([rse.FeatureSpec(n, 50, 4) for n in "ab"])
     chosen = plan(features) if mixed else rse.Plan.full(features)
-    return randomised(build_model(name, features, chosen, num_dense=DENSE, **options))
+    return randomised(build_model(name, features, chosen, num_dense=DENSE, **finds(name, features), **options))
+
+
+def finds(name: str, features: rse.Schema) -> dict[str, str]:
+    """Of models that find items, which feature is the item."""
+    return {"item": features.names[-1]} if issubclass(get_model(name), RetrievalModel) else {}
 
 
 def served(precision: str, folder: Path) -> nn.Module:

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch
+from recsys_embed.errors import ConfigError
 from recsys_embed.models.base import ModelSpec
 from recsys_embed.models.retrieval import RetrievalModel
+from recsys_embed.report.comparison import cells, header, markdown_table, rich_table
+from recsys_embed.report.pareto import plot_pareto
 from recsys_embed.train import TrainConfig, evaluate, run_training
+from recsys_embed.train.compare import Comparison, run_comparison, summarise
 
 from .events import ARGS, Events
 
@@ -158,3 +162,29 @@ def test_rows_that_do_not_say_whose_they_are_are_users_each() -> None:
     got = evaluate(model, data, "test", top_k=(1,))
     assert got is not None
     assert got.recall == {1: 3 / 4}
+
+
+def test_comparisons_tell_recall_and_ndcg(tmp_path: Path) -> None:
+    config = TrainConfig(model_args=ARGS, loss="bpr", batch_size=300, embedding_dim=4, top_k=(3, 10))
+    comparison = Comparison(models=("twotower",), methods=("hash",), ratios=(3.0,), seeds=2, train=config)
+    for labels, clicks in ((True, ("test AUC",)), (False, ())):
+        folder = tmp_path / str(labels)
+        rows = run_comparison(comparison, Events(labels=labels), folder)
+        full, hashed = summarise(rows)
+        names = ("recall@3", "recall@10", "NDCG@3", "NDCG@10", *clicks, "dNDCG@3 vs full", "weights MiB")
+        titles = header([full, hashed])
+        assert titles[3 : 3 + len(names)] == names
+        line = dict(zip(titles, cells(hashed, titles), strict=True))
+        tests = [r["test"]["ndcg"]["3"] for r in rows]
+        mean, gain = (tests[1] + tests[3]) / 2, (tests[1] + tests[3] - tests[0] - tests[2]) / 2
+        assert line["NDCG@3"].startswith(f"{mean:.4f} ± ")
+        assert line["dNDCG@3 vs full"].startswith(f"{gain:+.4f} ± ")
+        assert markdown_table([full, hashed]).count("\n") == 4
+        rich_table([full, hashed])
+        assert plot_pareto([full, hashed], tmp_path / "p.png") is not None
+        assert json.loads(json.dumps(rows)) == run_comparison(comparison, Events(labels=labels), folder)
+    other = Comparison(
+        models=("twotower",), methods=("hash",), ratios=(3.0,), seeds=2, train=config.replace(loss="logloss")
+    )
+    with pytest.raises(ConfigError, match=r"other settings \(loss\)"):
+        run_comparison(other, Events(), tmp_path / "True")

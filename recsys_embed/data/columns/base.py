@@ -73,11 +73,11 @@ class Encoded:
 class Learner(Protocol):
     """Learns a column, or the vocabulary of several, from the training rows, chunk by chunk."""
 
-    def add(self, column: Column, values: pl.Series) -> None:
+    def add(self, column: LearnedColumn, values: pl.Series) -> None:
         """Some more training rows of a column."""
         ...
 
-    def result(self, column: Column) -> Encoder:
+    def result(self, column: LearnedColumn) -> Encoder:
         """The encoder of a column, once all rows were added."""
         ...
 
@@ -92,7 +92,7 @@ class Vocabularies(Protocol):
 
 @dataclass(frozen=True)
 class Column(Settings, ABC):
-    """A column of a table, as the schema has it; each kind is a subclass.
+    """A column of a table, as the schema has it; each kind is a :class:`LearnedColumn` or a :class:`FixedColumn`.
 
     Args:
         name: of what it gives: a feature, a numeric column, ...
@@ -143,14 +143,6 @@ class Column(Settings, ABC):
         """Rows whose values cannot be used."""
         return []
 
-    def learner(self, dtypes: Sequence[pl.DataType], limits: Limits) -> Learner:
-        """What learns this column and those that it shares a vocabulary with; ``dtypes`` are the types of all."""
-        raise NotImplementedError
-
-    def fixed(self, dtype: pl.DataType) -> Encoder:
-        """The encoder of a column that learns nothing."""
-        raise NotImplementedError
-
     def entry(self) -> JSON:
         """JSON: name, kind and the settings that differ from their defaults."""
         changed = {}
@@ -159,6 +151,29 @@ class Column(Settings, ABC):
             if f.name != "name" and value != f.default:
                 changed[f.name] = list(value) if isinstance(value, tuple) else value
         return {"name": self.name, "kind": self.kind, **changed}
+
+
+@dataclass(frozen=True)
+class LearnedColumn(Column):
+    """A kind of column that learns from the training rows."""
+
+    @property
+    @abstractmethod
+    def learns(self) -> str:
+        """Columns of one such name learn together: the vocabulary's name, or the column's own."""
+
+    @abstractmethod
+    def learner(self, dtypes: Sequence[pl.DataType], limits: Limits) -> Learner:
+        """What learns this column and those that it shares a vocabulary with; ``dtypes`` are the types of all."""
+
+
+@dataclass(frozen=True)
+class FixedColumn(Column):
+    """A kind of column that learns nothing."""
+
+    @abstractmethod
+    def fixed(self, dtype: pl.DataType) -> Encoder:
+        """The encoder."""
 
 
 @dataclass(frozen=True)

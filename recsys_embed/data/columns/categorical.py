@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,11 @@ import polars as pl
 
 from recsys_embed.core.hashing import EMPTY_ID, string_ids
 from recsys_embed.data.columns.base import (
-    Column,
     Encoded,
     Encoder,
     Fault,
     FeatureOutput,
+    LearnedColumn,
     Limits,
     Vocabularies,
     cast_faults,
@@ -41,7 +42,7 @@ RESERVED = EMPTY_ID[64]
 
 
 @dataclass(frozen=True)
-class VocabularyColumn(Column):
+class VocabularyColumn(LearnedColumn):
     """Settings of every kind whose values become ids.
 
     Args:
@@ -83,9 +84,9 @@ class VocabularyColumn(Column):
         """Their type, by that of the column."""
         return dtype
 
+    @abstractmethod
     def encoder(self, **learned: Any) -> VocabularyEncoder:
         """The encoder of this kind."""
-        raise NotImplementedError
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class VocabularyLearner:
         self.counter = ValueCounter(self.name, dtype, limits.distinct)
         self._made: ValueVocabulary | None = None
 
-    def add(self, column: Column, values: pl.Series) -> None:
+    def add(self, column: LearnedColumn, values: pl.Series) -> None:
         if not isinstance(column, VocabularyColumn):
             raise TypeError(f"{column.name} has no vocabulary")
         keys, _ = plain(column.flat(values), self.dtype)
@@ -170,7 +171,7 @@ class VocabularyLearner:
             )
         return self._made
 
-    def result(self, column: Column) -> VocabularyEncoder:
+    def result(self, column: LearnedColumn) -> VocabularyEncoder:
         if not isinstance(column, VocabularyColumn):
             raise TypeError(f"{column.name} has no vocabulary")
         return column.encoder(known=self.vocabulary(), dtype=self.dtype)
@@ -184,7 +185,7 @@ class RawLearner:
         self.dtypes: dict[str, pl.DataType] = {}
         self.strings = StringIds()
 
-    def add(self, column: Column, values: pl.Series) -> None:
+    def add(self, column: LearnedColumn, values: pl.Series) -> None:
         if not isinstance(column, VocabularyColumn):
             raise TypeError(f"{column.name} has no ids")
         flat = column.flat(values)
@@ -198,7 +199,7 @@ class RawLearner:
         """What was counted, or a sample of it."""
         return self.counter.result()
 
-    def result(self, column: Column) -> VocabularyEncoder:
+    def result(self, column: LearnedColumn) -> VocabularyEncoder:
         if not isinstance(column, VocabularyColumn):
             raise TypeError(f"{column.name} has no ids")
         counts = self.counter.result()

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Self
 
 import polars as pl
 
-from recsys_embed.data.columns.base import Column, Encoded, Encoder, Vocabularies
+from recsys_embed.data.columns.base import Encoded, Encoder, FixedColumn, Vocabularies
 from recsys_embed.data.columns.categorical import StringIds, raw_ids
 from recsys_embed.data.columns.vocabulary import plain, refuse_values, value_type
 from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)
-class Group(Column):
+class Group(FixedColumn):
     """The group of a row, as a 64-bit id: of strings that of :func:`recsys_embed.string_ids`, of integers themselves.
 
     Rows whose value is missing are one group.

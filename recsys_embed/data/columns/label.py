@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
 
-from recsys_embed.data.columns.base import Column, Encoded, Encoder, Fault, Vocabularies, cast_faults
+from recsys_embed.data.columns.base import Encoded, Encoder, Fault, FixedColumn, Vocabularies, cast_faults
 from recsys_embed.data.columns.numeric import MAX_FLOAT
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
@@ -18,7 +18,7 @@ _WORDS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
 
 
 @dataclass(frozen=True)
-class Label(Column):
+class Label(FixedColumn):
     """The label of a row; null and NaN are faults.
 
     Args:

@@ -12,11 +12,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recsys_embed.data.columns.base import (
-    Column,
     Encoded,
     Encoder,
     Fault,
     FeatureOutput,
+    LearnedColumn,
     Limits,
     Vocabularies,
     cast_faults,
@@ -33,7 +33,7 @@ MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Numeric(Column):
+class Numeric(LearnedColumn):
     """A number per row.
 
     Null and NaN are missing and become ``fill``; the model standardises its numeric columns itself. Infinite numbers
@@ -155,7 +155,7 @@ class NumericLearner:
         self.missing, self.moments = 0, Moments()
         self.sample = Sample(limits.sample) if column.buckets or column.fill == "median" else None
 
-    def add(self, column: Column, values: pl.Series) -> None:
+    def add(self, column: LearnedColumn, values: pl.Series) -> None:
         if not isinstance(column, Numeric):
             raise TypeError(f"{column.name} is not numeric")
         x = column.numbers(values).drop_nulls().to_numpy()
@@ -164,7 +164,7 @@ class NumericLearner:
         if self.sample is not None:
             self.sample.add(x)
 
-    def result(self, column: Column) -> NumericEncoder | BucketEncoder:
+    def result(self, column: LearnedColumn) -> NumericEncoder | BucketEncoder:
         if not isinstance(column, Numeric):
             raise TypeError(f"{column.name} is not numeric")
         if column.buckets is not None and self.sample is not None:

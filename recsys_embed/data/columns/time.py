@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 import polars as pl
 
 from recsys_embed.data.columns.base import (
-    Column,
     Encoded,
     Encoder,
     Fault,
+    LearnedColumn,
     Limits,
     Vocabularies,
     cast_faults,
@@ -30,7 +30,7 @@ _FIRST, _LAST = -62_135_596_800, 253_402_300_799
 
 
 @dataclass(frozen=True)
-class Time(Column):
+class Time(LearnedColumn):
     """A point in time per row.
 
     Null gets the training rows' mean in every part. In the table's event time, which splits and metrics go by and which
@@ -164,7 +164,7 @@ class TimeLearner:
         self.missing = 0
         self.moments = {str(part): Moments() for part in column.parts}
 
-    def add(self, column: Column, values: pl.Series) -> None:
+    def add(self, column: LearnedColumn, values: pl.Series) -> None:
         if not isinstance(column, Time):
             raise TypeError(f"{column.name} is no time")
         seconds = column.seconds(values).drop_nulls()
@@ -176,7 +176,7 @@ class TimeLearner:
         for part, x in column.part_values(seconds, 0).items():
             self.moments[part].add(x.to_numpy())
 
-    def result(self, column: Column) -> TimeEncoder:
+    def result(self, column: LearnedColumn) -> TimeEncoder:
         latest = self.latest or 0
         means = {part: moments.finish()[0] for part, moments in self.moments.items()}
         if "age" in means:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 import polars as pl
 
 from recsys_embed.data.columns.base import (
-    Column,
     Encoded,
     Encoder,
     Fault,
+    LearnedColumn,
     Limits,
     Vocabularies,
     cast_faults,
@@ -25,7 +25,7 @@ from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)
-class Vector(Column):
+class Vector(LearnedColumn):
     """A list or array of ``width`` numbers per row; its components are the numeric columns ``NAME[0]``, ``NAME[1]``...
 
     Null becomes the zero vector. A vector of another length, or with a component that is null, NaN or infinite, is a
@@ -87,12 +87,12 @@ class VectorLearner:
         self.width = column.width
         self.missing = 0
 
-    def add(self, column: Column, values: pl.Series) -> None:
+    def add(self, column: LearnedColumn, values: pl.Series) -> None:
         self.missing += values.null_count()
         if self.width is None:
             self.width = first_width(values)
 
-    def result(self, column: Column) -> VectorEncoder:
+    def result(self, column: LearnedColumn) -> VectorEncoder:
         return VectorEncoder(column, self.width or 1, self.missing)
 
 

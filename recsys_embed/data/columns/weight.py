@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 
 import polars as pl
 
-from recsys_embed.data.columns.base import Column, Encoded, Encoder, Fault, Vocabularies, cast_faults
+from recsys_embed.data.columns.base import Encoded, Encoder, Fault, FixedColumn, Vocabularies, cast_faults
 from recsys_embed.data.columns.numeric import MAX_FLOAT
 from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)
-class Weight(Column):
+class Weight(FixedColumn):
     """How much a row counts: a finite number of at least 0; anything else, null too, is a fault.
 
     >>> Weight("weight", column="w").entry()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from recsys_embed.data.columns import Column, Encoder, Limits, read_encoder
+from recsys_embed.data.columns import Column, Encoder, FixedColumn, LearnedColumn, Limits, read_encoder
 from recsys_embed.data.columns.categorical import RawLearner, VocabularyLearner
 from recsys_embed.data.columns.numeric import BucketEncoder
 from recsys_embed.data.columns.vocabulary import DISTINCT_BYTES, vocabulary_file
@@ -30,7 +30,7 @@ Learned = dict[str, tuple[Encoder, JSON]]
 def learn_columns(rows: TableRows, codes: SplitCodes, progress: Progress) -> Learned:
     """Learn all columns, one vocabulary after another; what an earlier run learned is kept."""
     types = rows.source.types
-    found: Learned = {c.name: (c.fixed(types[c.source]), {}) for c in rows.columns if c.learns is None}
+    found: Learned = {c.name: (c.fixed(types[c.source]), {}) for c in rows.columns if isinstance(c, FixedColumn)}
     groups = _groups(rows.columns)
     for i, columns in enumerate(groups):
         path = rows.work / LEARNED / f"{i:04d}.json"
@@ -42,25 +42,27 @@ def learn_columns(rows: TableRows, codes: SplitCodes, progress: Progress) -> Lea
     return {c.name: found[c.name] for c in rows.columns}
 
 
-def _groups(columns: Sequence[Column]) -> list[list[Column]]:
+def _groups(columns: Sequence[Column]) -> list[list[LearnedColumn]]:
     """Columns that learn together: each vocabulary by itself, which bounds the memory; all others in one pass."""
-    vocabularies: dict[str, list[Column]] = {}
-    others: list[Column] = []
+    vocabularies: dict[str, list[LearnedColumn]] = {}
+    others: list[LearnedColumn] = []
     for column in columns:
-        if column.learns is not None and column.learns.startswith("vocab:"):
+        if not isinstance(column, LearnedColumn):
+            continue
+        if column.learns.startswith("vocab:"):
             vocabularies.setdefault(column.learns, []).append(column)
-        elif column.learns is not None:
+        else:
             others.append(column)
     return [*vocabularies.values(), *([others] if others else [])]
 
 
-def _learn(rows: TableRows, codes: SplitCodes, columns: Sequence[Column]) -> list[tuple[JSON, JSON]]:
+def _learn(rows: TableRows, codes: SplitCodes, columns: Sequence[LearnedColumn]) -> list[tuple[JSON, JSON]]:
     """Entries of the columns and their training statistics; vocabularies are written to the work folder."""
     types = rows.source.types
     limits = Limits(distinct=max(1, (rows.options.max_memory - PROCESS) // DISTINCT_BYTES))
-    together: dict[str, list[Column]] = {}
+    together: dict[str, list[LearnedColumn]] = {}
     for column in columns:
-        together.setdefault(str(column.learns), []).append(column)
+        together.setdefault(column.learns, []).append(column)
     learners = {
         key: some[0].learner([c.flat_type(types[c.source]) if hasattr(c, "flat_type") else types[c.source]
                               for c in some], limits)
@@ -69,15 +71,15 @@ def _learn(rows: TableRows, codes: SplitCodes, columns: Sequence[Column]) -> lis
     names = list(dict.fromkeys(c.source for c in columns))
     for frame in _training(rows, codes, names):
         for column in columns:
-            learners[str(column.learns)].add(column, frame[column.source])
+            learners[column.learns].add(column, frame[column.source])
     found = []
     for column in columns:
-        learner = learners[str(column.learns)]
+        learner = learners[column.learns]
         encoder = learner.result(column)
         stats: JSON = {}
         if encoder.vocabulary is not None:
             file = vocabulary_file(encoder.vocabulary.name)
-            if column is together[str(column.learns)][0]:
+            if column is together[column.learns][0]:
                 encoder.vocabulary.write(rows.work / LEARNED / file, durable=False)
                 _stage(rows.work, file)
         if isinstance(learner, VocabularyLearner | RawLearner):

@@ -159,7 +159,7 @@ class NativeLookup:
         # An array of integers: copying and setting it is several times as fast as setting fields of a ctypes structure.
         self._record = array("q", bytes(call)) + array("q", behind)
         self._row_lookup_count = len(self._row_lookups)
-        self.handle = handle_of(self)
+        self.handle = handle_of(self, (self.widths, self.kept_width, self._array_count))
         # Copies encode again, because records hold addresses.
         self._given = (programs, places, index, storages, slots, widths, columns, limits, optional, shapes)
 
