@@ -17,6 +17,7 @@ from recsys_embed.data.batch import Batch
 from recsys_embed.data.serving.stored import PREFIX, Output, StoredEncoders
 from recsys_embed.errors import ConfigError
 from recsys_embed.exports.file_format import ExportFile
+from recsys_embed.models import RetrievalModel
 from recsys_embed.models.base import CTRModel
 from recsys_embed.utils.types import RowsLike
 
@@ -92,7 +93,7 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
     Args:
         model: to be exported.
         given: a data folder, opened or its path; None: the model's own; False: none.
-        output: what a score is; None: as the folder's labels have it.
+        output: what a score is; None: as the folder's labels have it, and of models that find items a value.
 
     Raises:
         ConfigError: the model is none that gives scores, or the folder is that of another model.
@@ -109,5 +110,7 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
         )
     from recsys_embed.data import encoders_of
 
+    if output is None and isinstance(model, RetrievalModel):
+        output = "value"  # dot products are log odds after training by logloss alone
     schema = next(iter(model.collections().values())).schema
     return encoders_of(Path(given) if isinstance(given, str) else given, output, schema, model.num_dense)

@@ -36,19 +36,7 @@ def rows_of(rows: Any) -> Any:
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) and isinstance(rows[0], Mapping):
         try:
-            return _narrow(pl.DataFrame([dict(row) for row in rows], infer_schema_length=None))
+            return pl.DataFrame([dict(row) for row in rows], infer_schema_length=None)
         except (TypeError, ValueError, pl.exceptions.PolarsError) as e:
             raise ConfigError(f"the rows are no table ({str(e).splitlines()[0]}): give each column one type") from e
     return rows
-
-
-def _narrow(frame: pl.DataFrame) -> pl.DataFrame:
-    """Integers from 2^63 on, which polars takes from dictionaries as 128 bits wide, as unsigned ones."""
-    for name, dtype in frame.schema.items():
-        if dtype in (pl.Int128, pl.List(pl.Int128)):
-            narrow = pl.UInt64() if dtype == pl.Int128 else pl.List(pl.UInt64)
-            try:
-                frame = frame.with_columns(pl.col(name).cast(narrow))
-            except pl.exceptions.PolarsError:
-                continue  # negative ones among them: the encoder refuses the type
-    return frame

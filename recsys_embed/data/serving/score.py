@@ -147,7 +147,7 @@ def score_files(
 
     def scored() -> Iterator[pl.DataFrame]:
         for part in _parts(encoder, source, size, keep, tell):
-            yield part.frame.select(keep).with_columns(pl.Series(SCORE, score(part.batch)))
+            yield pl.DataFrame([*part.frame.select(keep).get_columns(), pl.Series(SCORE, score(part.batch))])
             counts["rows"] += len(part.frame)
             progress("score", counts["rows"], total or counts["rows"], counts["rows"])
 

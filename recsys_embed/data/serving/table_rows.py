@@ -15,6 +15,7 @@ from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.sources import Source, open_source
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
+from recsys_embed.data.sources.frames import FrameSource
 from recsys_embed.data.sources.learned_types import read_as_learned
 from recsys_embed.errors import DataError, raise_faults
 
@@ -42,6 +43,8 @@ class TableEncoder(RowEncoder):
         given = dict(options or {})
         source = open_source(table, {**self.options, **given}, known_only=not given)
         read_as_learned(source, self.encoders)
+        if isinstance(source, FrameSource):
+            source = FrameSource(_with_64_bits(source.frame), source.files[0])
         types = source.types
         faults = [f"column {name!r} is missing" for name in self.columns if name not in types]
         for encoder in self.encoders:
@@ -87,3 +90,17 @@ class _FileVocabularies:
         if file not in known:
             raise DataError(f"there is no vocabulary {file!r:.80}")
         return make_vocabulary(known[file], self.stored.arrays)
+
+
+def _with_64_bits(frame: pl.DataFrame) -> pl.DataFrame:
+    """A frame whose integers of 128 bits, which polars makes of Python's beyond 2^63, have 64 where these hold them."""
+    found = frame
+    for name, dtype in frame.schema.items():
+        wide = dtype == pl.Int128 or (isinstance(dtype, pl.List) and dtype.inner == pl.Int128)
+        for narrow in (pl.Int64(), pl.UInt64()) if wide else ():
+            try:
+                found = found.with_columns(pl.col(name).cast(pl.List(narrow) if isinstance(dtype, pl.List) else narrow))
+            except pl.exceptions.PolarsError:
+                continue
+            break
+    return found

@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 
 from recsys_embed.data import TableSchema, convert_table, open_dataset
-from recsys_embed.data.serving.read import rows_of
 from recsys_embed.data.table.rows import TableOptions
 from recsys_embed.errors import ConfigError, DataError
 
@@ -207,9 +206,3 @@ def test_files_that_are_no_csv(tmp_path: Path, data: bytes, says: str) -> None:
     (tmp_path / "t.csv").write_bytes(data)
     with pytest.raises(DataError, match=says):
         made(tmp_path / "t.csv", tmp_path / "out", {"y": LABEL})
-
-
-def test_integers_from_dictionaries_may_take_64_bits_without_a_sign() -> None:
-    frame = rows_of([{"item": 2**64 - 1, "seen": [2**64 - 1]}, {"item": None, "seen": []}])
-    assert frame.schema == {"item": pl.UInt64, "seen": pl.List(pl.UInt64)}
-    assert frame["item"].to_list() == [2**64 - 1, None]
