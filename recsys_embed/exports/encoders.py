@@ -51,10 +51,8 @@ class FileScorer:
         found: Output = self.stored.about["output"]
         return found
 
-    def score(self, model: nn.Module, batch_size: int) -> Callable[[Batch], NDArray[np.float32]]:
+    def score(self, model: nn.Module) -> Callable[[Batch], NDArray[np.float32]]:
         """A function from batches to scores float32 ``[n]``."""
-        if type(batch_size) is not int or batch_size < 1:
-            raise ConfigError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}")
         device = next(chain(model.parameters(), model.buffers())).device
 
         @torch.inference_mode()
@@ -62,14 +60,12 @@ class FileScorer:
             training = model.training
             model.eval()
             try:
-                found = []
-                for start in range(0, batch.num_rows, batch_size):
-                    piece = batch.map(lambda part: part[start : start + batch_size]).to(device)  # noqa: B023
-                    logits: Tensor = model(piece.dense, piece.inputs).float()
-                    found.append((torch.sigmoid(logits) if self.output == "probability" else logits).cpu())
-                return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+                moved = batch.to(device)
+                logits: Tensor = model(moved.dense, moved.inputs).float()
             finally:
                 model.train(training)
+            found: Tensor = (torch.sigmoid(logits) if self.output == "probability" else logits).cpu()
+            return found.numpy()
 
         return scores
 
@@ -78,7 +74,7 @@ class FileScorer:
         encoder = self.encoder
         from recsys_embed.data import score_rows
 
-        return score_rows(encoder, self.score(model, batch_size), rows)
+        return score_rows(encoder, self.score(model), rows, batch_size)
 
 
 def scorer_of(file: ExportFile, about: Mapping[str, Any]) -> FileScorer:
