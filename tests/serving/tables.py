@@ -91,7 +91,8 @@ def model_of(data: Dataset, key: str = "dnn", method: str | None = None) -> CTRM
         full = rse.get_method("full").config_cls()
         plan = rse.Plan({f.name: hashed if f.ids == "raw" else full for f in features})
         linear = {"linear_plan": plan} if rse.models.get_model(key).uses_linear else {}
-        made = build_model(key, features, plan, num_dense=data.num_dense, **linear)
+        sizes: dict[str, Any] = {"hidden": [8]} if key == "dnn" else {}
+        made = build_model(key, features, plan, num_dense=data.num_dense, **linear, **sizes)
     else:
         config = TrainConfig(model=key, model_args={"hidden": [8]}, method=method, embedding_dim=4, ratio=2)
         made = model_from_config(config, features, data.num_dense)

@@ -46,7 +46,9 @@ def test_files_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert found.columns == ["user", "zip", "score"]
         assert found["user"].to_list() == EVENTS["user"].to_list()
         assert found["zip"].to_list() == EVENTS["zip"].to_list()
-        np.testing.assert_allclose(found["score"], model.predict(EVENTS), rtol=1e-5)
+        wanted = model.predict(EVENTS, batch_size=5)
+        assert ending == ".csv" or np.array_equal(found["score"].to_numpy(), wanted)
+        np.testing.assert_allclose(found["score"], wanted, rtol=1e-5)
         assert "columns that were not used: click" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "rows-0.parquet", "rows-1.parquet", "scores.csv", "scores.parquet",
@@ -82,6 +84,8 @@ def test_columns_are_refused_together(folder: Path, tmp_path: Path, capsys: Any)
     for text in ("3 faults", "'user' is missing", "'zip' as categorical: it learned values of type string; got Int32",
                  "'price' as numeric: numbers are"):  # fmt: skip
         assert text in str(e.value)
+    with pytest.raises(ConfigError, match="`batch_size` must be an integer of at least 1; got 0"):
+        model.predict(EVENTS, batch_size=0)
     assert len(model.predict(EVENTS.with_columns(more=pl.lit(1)))) == 40
     assert model.predict(EVENTS.head(0)).shape == model.predict([]).shape == (0,)
     EVENTS.write_parquet(tmp_path / "rows.parquet")

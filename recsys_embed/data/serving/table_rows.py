@@ -9,9 +9,6 @@ from typing import Any
 import polars as pl
 
 from recsys_embed.data.columns import Encoder, Fault, read_encoder
-from recsys_embed.data.columns.categorical import VocabularyEncoder
-from recsys_embed.data.columns.lists import ListSettings
-from recsys_embed.data.columns.numeric import Numeric
 from recsys_embed.data.serving.lookups import make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
@@ -19,8 +16,7 @@ from recsys_embed.data.sources import Source, open_source
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
-from recsys_embed.data.sources.text import TextFiles
-from recsys_embed.data.sources.values import type_name
+from recsys_embed.data.sources.learned_types import read_as_learned
 from recsys_embed.errors import DataError, raise_faults
 
 
@@ -46,20 +42,7 @@ class TableEncoder(RowEncoder):
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
         given = dict(options or {})
         source = open_source(table, {**self.options, **given}, known_only=not given)
-        if isinstance(source, TextFiles):
-            # Texts are read as what was learned from, where they spell it in another way.
-            declared = dict(source.declared)
-            others = {
-                e.column.source: type_name(wanted)
-                for e in self.encoders
-                if (dtype := source.types.get(e.column.source)) is not None
-                and e.column.source not in declared
-                and e.refuse(dtype) is not None
-                and (wanted := _text_type(e)) is not None
-            }
-            if others:
-                told = {**{name: type_name(dtype) for name, dtype in declared.items()}, **others}
-                source = open_source(table, {**self.options, **given, "types": told}, known_only=not given)
+        read_as_learned(source, self.encoders)
         if isinstance(source, FrameSource):
             source = FrameSource(_with_64_bits(source.frame), source.files[0])
         types = source.types
@@ -121,14 +104,3 @@ def _with_64_bits(frame: pl.DataFrame) -> pl.DataFrame:
                 continue
             break
     return found
-
-
-def _text_type(encoder: Encoder) -> pl.DataType | None:
-    """The type that a column of text is read as, for an encoder that does not take what it looks like."""
-    if isinstance(encoder.column, Numeric):
-        return pl.Float64()
-    if isinstance(encoder.column, ListSettings):
-        return None if encoder.column.separator is None else pl.String()
-    if isinstance(encoder, VocabularyEncoder) and encoder.dtype in (pl.String, pl.Int64, pl.UInt64, pl.Boolean):
-        return encoder.dtype
-    return None
