@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import chain
@@ -44,6 +45,11 @@ class FileScorer:
         from recsys_embed.data import read_row_encoder
 
         return read_row_encoder(self.stored)
+
+    @property
+    def lists(self) -> list[str]:
+        """Features with any number of ids per row."""
+        return [f["name"] for f in self.stored.about["features"] if f["form"] != "single"]
 
     @property
     def output(self) -> Output:
@@ -98,7 +104,9 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
         return None
     if given is None:
         scorer = getattr(model, "scorer", None)
-        return scorer.stored if isinstance(scorer, FileScorer) else None
+        if not isinstance(scorer, FileScorer):
+            return None
+        return scorer.stored if output is None else scorer.stored.replace(output=output)
     if not isinstance(model, CTRModel):
         raise ConfigError(
             f"`encoders` go with a model that gives scores, one of recsys_embed.models; got {type(model).__name__}: "
@@ -110,3 +118,30 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
         output = "value"  # dot products are log odds after training by logloss alone
     schema = next(iter(model.collections().values())).schema
     return encoders_of(Path(given) if isinstance(given, str) else given, output, schema, model.num_dense)
+
+
+def rows_json(graph: Path) -> Path:
+    """The file beside a graph that says how to make its inputs of raw rows."""
+    return graph.with_name(f"{graph.name}.json")
+
+
+def write_rows_json(file: Path, stored: StoredEncoders, graph: Any) -> Path:
+    """Write what a client needs to make the inputs of an ONNX graph of raw rows.
+
+    Args:
+        file: of the graph.
+        stored: the encoders.
+        graph: what :func:`recsys_embed.exports.onnx_file.translate` returned.
+    """
+    from recsys_embed.data import describe_encoders
+
+    about = describe_encoders(stored)
+    bags = ("values", "offsets") if about["lists"] else ("ids",)
+    names = [value.name for value in graph.model.graph.inputs]
+    # The graph leaves out what it does not read, as numbers where there are none.
+    wanted = ["dense", *bags]
+    roles = wanted if len(names) == len(wanted) else list(bags)
+    inputs = [{"name": name, "holds": role} for name, role in zip(names, roles, strict=True)]
+    written = rows_json(file)
+    written.write_text(json.dumps({**about, "inputs": inputs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return written
