@@ -146,6 +146,7 @@ def main() -> None:
         del columns["user"]
         convert_table(table, folder / "items", {"columns": columns, "split": split})
         as_recbole_knew_it()
+        os.chdir(folder)  # where it leaves logs
         contenders = {
             "RecBole's DIN": lambda seed: recbole_auc(folder, options.epochs, seed),
             "din": lambda seed: our_auc(folder / "items", "din", options.epochs, seed),

@@ -165,7 +165,7 @@ def test_columns_that_do_not_vary_are_centred_only() -> None:
 
 def test_every_model_has_a_definition_here() -> None:
     clicks = {"lr", "fm", "dnn", "widedeep", "deepfm", "dcn", "dcnv2", "din", "dlrm", "ipnn"}
-    assert set(list_models()) == clicks | {"twotower"}
+    assert set(list_models()) == clicks | {"twotower", "sasrec"}
 
 
 def test_stacked_and_low_rank_dcnv2() -> None:

@@ -23,6 +23,7 @@ from recsys_embed.models.fm import FM
 from recsys_embed.models.ipnn import IPNN
 from recsys_embed.models.lr import LR
 from recsys_embed.models.retrieval import RetrievalModel
+from recsys_embed.models.sasrec import SASRec
 from recsys_embed.models.twotower import TwoTower
 from recsys_embed.models.widedeep import WideDeep
 from recsys_embed.optim import FusedOptimizer
@@ -44,6 +45,7 @@ __all__ = [
     "DeepFM",
     "ModelSpec",
     "RetrievalModel",
+    "SASRec",
     "TwoTower",
     "WideDeep",
     "build_model",

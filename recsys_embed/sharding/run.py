@@ -69,6 +69,12 @@ def run_sharded(
             f"model {config.model!r} scores all items of a batch against each other, which one process must hold; "
             "train it without torchrun, with `method` and `ratio` where its tables are too large for one device"
         )
+    if get_model(config.model).needs_history and make_optimizer(config) is not None:
+        raise ConfigError(
+            f"model {config.model!r} reads its tables twice per step, pooled and id by id, and TorchRec would move "
+            f"them twice with the {config.embedding_optimizer!r} that steps in backward; set `embedding_optimizer` to "
+            "'dense_adam', or train without torchrun"
+        )
     device = local_device(device)
     check_device(device)
     if config.threads is not None:

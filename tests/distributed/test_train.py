@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from recsys_embed.data import CriteoOptions, convert_criteo, make_synthetic, open_dataset
+from recsys_embed.data import CriteoOptions, convert_criteo, convert_table, make_synthetic, open_dataset
 from recsys_embed.errors import ConfigError
 from recsys_embed.sharding.trainer import batch_sizes
 from recsys_embed.train import run_training
@@ -64,6 +65,69 @@ def test_whole_batches_take_the_steps_of_one_process(workers: Workers, data: Pat
                if '"train"' in line] for run in ("one", "four")]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][0] != losses[0][-1]
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with tags, a history that reads the table of the item, a number and a weight."""
+    rng = np.random.default_rng(0)
+    item, seen = rng.integers(0, 40, 501), rng.integers(0, 40, (501, 4))
+    lengths = rng.integers(0, 5, (2, 501))
+    likely = ((seen % 5 == item[:, None] % 5) & (np.arange(4) < lengths[0][:, None])).any(1)
+    table = {
+        "click": rng.random(501) < np.where(likely, 0.8, 0.2),
+        "item": item,
+        "tags": [[f"t{i % 7}", f"u{i % 3}", f"v{i}"][:n] for i, n in zip(item, lengths[1] % 4, strict=True)],
+        "seen": [row[:n].tolist() for row, n in zip(seen, lengths[0], strict=True)],
+        "price": rng.random(501),
+        "weight": 0.5 + rng.random(501),
+    }
+    columns = {
+        "click": {"kind": "label"},
+        "item": {"kind": "categorical", "vocab": "item"},
+        "tags": {"kind": "list"},
+        "seen": {"kind": "sequence", "vocab": "item", "max_length": 3},
+        "price": {"kind": "numeric"},
+        "weight": {"kind": "weight"},
+    }
+    folder = tmp_path_factory.mktemp("histories") / "data"
+    convert_table(table, folder, {"columns": columns})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "deepfm"},
+        pytest.param({"model": "dnn", "method": "hash"}, marks=pytest.mark.slow),
+        pytest.param({"model": "dnn", "method": "compositional"}, marks=pytest.mark.slow),
+        {"model": "din", "embedding_optimizer": "dense_adam"},
+    ],
+    ids=["unified", "hash", "compositional", "din"],
+)
+def test_lists_and_shared_tables_take_the_steps_of_one_process(
+    workers: Workers, histories: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = {**SETTINGS, "batch_size": 501, "epochs": 4, "shuffle": False, "ratio": 2, **changes}
+    alone = run_training(TrainConfig.from_dict(settings), open_dataset(histories), folder=tmp_path / "one").result
+    for found in workers.run("train_run", 4, data=str(histories), settings=settings, folder=str(tmp_path / "four")):
+        for mine, known in zip(found["history"], alone.history, strict=True):
+            assert mine["auc"] == pytest.approx(known["auc"], abs=1e-4)
+            assert mine["logloss"] == pytest.approx(known["logloss"], abs=1e-5)
+        assert found["test"]["samples"] == alone.test.samples  # type: ignore[union-attr]
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()
+               if '"train"' in line] for run in ("one", "four")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] - losses[0][-1] > 1e-3
+
+
+def test_what_cannot_be_sharded_is_refused_before_anything_is_written(
+    workers: Workers, histories: Path, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "model": "din"}
+    with pytest.raises(AssertionError, match="set `embedding_optimizer` to 'dense_adam'"):
+        workers.run("train_run", 4, data=str(histories), settings=settings, folder=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
