@@ -66,7 +66,7 @@ def predict(
     names = [name for text in keep or [] for name in text.split(",") if name]
     with show_progress(as_json) as progress:
         report = score_files(
-            encoder, scorer.score(served, batch_size), table, out, keep=names, on_bad_row=on_bad_row,
+            encoder, scorer.score(served), table, out, batch_size, keep=names, on_bad_row=on_bad_row,
             max_memory=parse_bytes(max_memory), progress=progress,
         )  # fmt: skip
     if as_json:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from recsys_embed.data.loader import Dataset, open_dataset
     from recsys_embed.data.presets import convert_preset, preset_names, preset_table
     from recsys_embed.data.rows import Rows, RowSource
+    from recsys_embed.data.serving.describe import describe_encoders
     from recsys_embed.data.serving.pack import encoders_of
     from recsys_embed.data.serving.read import read_row_encoder
     from recsys_embed.data.serving.score import score_files, score_rows
@@ -52,6 +53,7 @@ _HOME = {
     "preset_table": "presets",
     "inspect_table": "table.inspect",
     "Vocabulary": "vocab",
+    "describe_encoders": "serving.describe",
     "encoders_of": "serving.pack",
     "read_row_encoder": "serving.read",
     "score_files": "serving.score",
@@ -67,6 +69,7 @@ _NEEDS_POLARS = {
     "table.convert",
     "table.inspect",
     "presets",
+    "serving.describe",
     "serving.pack",
     "serving.read",
     "serving.score",
@@ -93,6 +96,7 @@ __all__ = [
     "convert_criteo",
     "convert_preset",
     "convert_table",
+    "describe_encoders",
     "encoders_of",
     "inspect_table",
     "make_synthetic",

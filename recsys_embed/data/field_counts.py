@@ -85,3 +85,28 @@ class FieldCounter:
             return FieldCounts(np.zeros(0, np.uint32), np.zeros(0, np.int64), self._missing)
         m = self._merged
         return FieldCounts(m["value"].to_numpy(), m["count"].to_numpy(), self._missing, self._level)
+
+
+def describe(counts: FieldCounts) -> dict[str, Any]:
+    """Distinct values, those seen once, and the share of training rows the k most frequent values cover.
+
+    The empty field counts as a value. With sampled counts (``level`` above 0) distinct and seen-once are estimates
+    and the coverage is left out.
+    """
+    count = counts.counts
+    if counts.missing:
+        count = np.append(count, counts.missing)
+    scale = 1 << counts.level
+    stats: dict[str, Any] = {
+        "distinct": int(len(counts.counts) * scale + (counts.missing > 0)),
+        "seen_once": int((count == 1).sum() * scale),
+        "missing": counts.missing,
+        "estimated": counts.level > 0,
+    }
+    if not counts.level:
+        ordered = np.sort(count)[::-1]
+        total = int(ordered.sum())
+        running = np.cumsum(ordered)
+        ks = [10**e for e in range(10) if e == 0 or 10 ** (e - 1) < len(ordered)]
+        stats["coverage"] = {str(k): round(int(running[min(k, len(ordered)) - 1]) / total, 6) for k in ks if total}
+    return stats

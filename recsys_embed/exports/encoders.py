@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import chain
@@ -17,6 +18,7 @@ from recsys_embed.data.batch import Batch
 from recsys_embed.data.serving.stored import PREFIX, Output, StoredEncoders
 from recsys_embed.errors import ConfigError
 from recsys_embed.exports.file_format import ExportFile
+from recsys_embed.models import RetrievalModel
 from recsys_embed.models.base import CTRModel
 from recsys_embed.utils.types import RowsLike
 
@@ -45,15 +47,18 @@ class FileScorer:
         return read_row_encoder(self.stored)
 
     @property
+    def lists(self) -> list[str]:
+        """Features with any number of ids per row."""
+        return [f["name"] for f in self.stored.about["features"] if f["form"] != "single"]
+
+    @property
     def output(self) -> Output:
         """What a score is."""
         found: Output = self.stored.about["output"]
         return found
 
-    def score(self, model: nn.Module, batch_size: int) -> Callable[[Batch], NDArray[np.float32]]:
+    def score(self, model: nn.Module) -> Callable[[Batch], NDArray[np.float32]]:
         """A function from batches to scores float32 ``[n]``."""
-        if type(batch_size) is not int or batch_size < 1:
-            raise ConfigError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}")
         device = next(chain(model.parameters(), model.buffers())).device
 
         @torch.inference_mode()
@@ -61,14 +66,12 @@ class FileScorer:
             training = model.training
             model.eval()
             try:
-                found = []
-                for start in range(0, batch.num_rows, batch_size):
-                    piece = batch.map(lambda part: part[start : start + batch_size]).to(device)  # noqa: B023
-                    logits: Tensor = model(piece.dense, piece.inputs).float()
-                    found.append((torch.sigmoid(logits) if self.output == "probability" else logits).cpu())
-                return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+                moved = batch.to(device)
+                logits: Tensor = model(moved.dense, moved.inputs).float()
             finally:
                 model.train(training)
+            found: Tensor = (torch.sigmoid(logits) if self.output == "probability" else logits).cpu()
+            return found.numpy()
 
         return scores
 
@@ -77,7 +80,7 @@ class FileScorer:
         encoder = self.encoder
         from recsys_embed.data import score_rows
 
-        return score_rows(encoder, self.score(model, batch_size), rows)
+        return score_rows(encoder, self.score(model), rows, batch_size)
 
 
 def scorer_of(file: ExportFile, about: Mapping[str, Any]) -> FileScorer:
@@ -92,7 +95,7 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
     Args:
         model: to be exported.
         given: a data folder, opened or its path; None: the model's own; False: none.
-        output: what a score is; None: as the folder's labels have it.
+        output: what a score is; None: as the folder's labels have it, and of models that find items a value.
 
     Raises:
         ConfigError: the model is none that gives scores, or the folder is that of another model.
@@ -101,7 +104,9 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
         return None
     if given is None:
         scorer = getattr(model, "scorer", None)
-        return scorer.stored if isinstance(scorer, FileScorer) else None
+        if not isinstance(scorer, FileScorer):
+            return None
+        return scorer.stored if output is None else scorer.stored.replace(output=output)
     if not isinstance(model, CTRModel):
         raise ConfigError(
             f"`encoders` go with a model that gives scores, one of recsys_embed.models; got {type(model).__name__}: "
@@ -109,5 +114,34 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
         )
     from recsys_embed.data import encoders_of
 
+    if output is None and isinstance(model, RetrievalModel):
+        output = "value"  # dot products are log odds after training by logloss alone
     schema = next(iter(model.collections().values())).schema
     return encoders_of(Path(given) if isinstance(given, str) else given, output, schema, model.num_dense)
+
+
+def rows_json(graph: Path) -> Path:
+    """The file beside a graph that says how to make its inputs of raw rows."""
+    return graph.with_name(f"{graph.name}.json")
+
+
+def write_rows_json(file: Path, stored: StoredEncoders, graph: Any) -> Path:
+    """Write what a client needs to make the inputs of an ONNX graph of raw rows.
+
+    Args:
+        file: of the graph.
+        stored: the encoders.
+        graph: what :func:`recsys_embed.exports.onnx_file.translate` returned.
+    """
+    from recsys_embed.data import describe_encoders
+
+    about = describe_encoders(stored)
+    bags = ("values", "offsets") if about["lists"] else ("ids",)
+    names = [value.name for value in graph.model.graph.inputs]
+    # The graph leaves out what it does not read, as numbers where there are none.
+    wanted = ["dense", *bags]
+    roles = wanted if len(names) == len(wanted) else list(bags)
+    inputs = [{"name": name, "holds": role} for name, role in zip(names, roles, strict=True)]
+    written = rows_json(file)
+    written.write_text(json.dumps({**about, "inputs": inputs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return written

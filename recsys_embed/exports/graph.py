@@ -9,10 +9,11 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,19 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
+from recsys_embed.exports.encoders import FileScorer, encoders_for, rows_json, write_rows_json
 from recsys_embed.exports.graph_check import GraphCheck, check_graph, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
+from recsys_embed.models import CTRModel
 from recsys_embed.utils.files import move_into_place
 from recsys_embed.utils.optional import require
 from recsys_embed.utils.types import DynamicShapes
+
+if TYPE_CHECKING:
+    from recsys_embed.data.loader import Dataset
 
 __all__ = ["GraphCheck", "GraphFile", "check_graph", "to_onnx", "to_torch_export"]
 
@@ -145,8 +152,12 @@ def to_onnx(
     external_data: bool | None = None,
     check: bool = True,
     tolerance: float | None = None,
+    encoders: Dataset | str | Path | Literal[False] | None = None,
 ) -> GraphFile:
     """Write ``model`` as an ONNX graph of opset 18, hashes and rows exact for every int64 id.
+
+    The graph takes ids. A model with encoders of raw rows gets a JSON file beside it, ``PATH.json``, that says how to
+    make ids and numbers of them (docs/serving.md); the features that are lists then take bags of ids.
 
     ``torch.onnx.export`` cannot do this: it has no ONNX for operators by which quantised rows are read, such as
     ``view.dtype``, which takes bytes for numbers of another type; here these are written in terms of ones it has.
@@ -160,6 +171,7 @@ def to_onnx(
         model: as :func:`to_torch_export`; so are ``inputs``, ``dynamic_shapes`` and ``check``.
         path: ends in ``.onnx``; replaced in one step once the new file is whole.
         external_data: put the tables into a file beside it; None does so beyond 1.5 GiB, which ONNX demands at 2.
+        encoders: as :func:`recsys_embed.export`.
 
     Raises:
         ConfigError: no example inputs for a module of somebody else's, or none of which the batch could vary.
@@ -174,17 +186,37 @@ def to_onnx(
     target = _target(path, ".onnx")
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         require(library, extra="onnx", purpose=onnx_file.PURPOSE)
-    example = example_inputs(model, inputs)
-    with without_exporter_warnings():
-        graph = onnx_file.translate(_trace(model, example, dynamic_shapes))
+    stored = encoders_for(model, encoders, None)
+    with _with_encoders(model, stored):
+        example = example_inputs(model, inputs)
+        with without_exporter_warnings():
+            graph = onnx_file.translate(_trace(model, example, dynamic_shapes))
 
     def write(file: Path) -> list[Path]:
-        return onnx_file.write(graph, file, external_data)
+        files = onnx_file.write(graph, file, external_data)
+        return files if stored is None else [*files, write_rows_json(file, stored, graph)]
 
     def compare(file: Path) -> GraphCheck:
-        return check_graph(file, model, inputs, vary=dynamic_shapes is None, tolerance=tolerance)
+        with _with_encoders(model, stored):
+            return check_graph(file, model, inputs, vary=dynamic_shapes is None, tolerance=tolerance)
 
-    return _publish(target, write, compare if check else None)
+    written = _publish(target, write, compare if check else None)
+    if stored is None:
+        rows_json(target).unlink(missing_ok=True)
+    return written
+
+
+@contextmanager
+def _with_encoders(model: nn.Module, stored: StoredEncoders | None) -> Iterator[None]:
+    """A model that knows its lists meanwhile."""
+    former = getattr(model, "scorer", None)
+    if stored is not None and isinstance(model, CTRModel):
+        model.scorer = FileScorer(stored)
+    try:
+        yield
+    finally:
+        if stored is not None and isinstance(model, CTRModel):
+            model.scorer = former
 
 
 def _target(path: str | os.PathLike[str], suffix: str) -> Path:

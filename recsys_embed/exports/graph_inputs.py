@@ -15,6 +15,7 @@ from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import CTRModel
+from recsys_embed.utils.types import BagIds
 
 Inputs = tuple[Any, ...]
 
@@ -48,7 +49,12 @@ def random_inputs(model: nn.Module, batch: int, seed: int = 0) -> Inputs | None:
         # A feature takes the ids that all collections take.
         limits = [max(column) for column in zip(*(_limits(c.bundle) for c in colls), strict=True)]
         sizes = [spec.num_embeddings for spec in colls[0].schema]
-        found: Inputs = (torch.randn(batch, model.num_dense, generator=rng), _columns(batch, limits, sizes, rng))
+        lists = 0 if model.scorer is None else len(model.scorer.lists)
+        dense = torch.randn(batch, model.num_dense, generator=rng)
+        if lists:
+            bags = _bags(batch, limits, sizes, lists, rng)
+            return dense.to(_device(model)), BagIds(*(t.to(_device(model)) for t in bags))
+        found: Inputs = (dense, _columns(batch, limits, sizes, rng))
     elif isinstance(model, EmbeddingCollection):
         sizes = [spec.num_embeddings for spec in model.schema]
         found = (_columns(batch, _limits(model.bundle), sizes, rng),)
@@ -64,8 +70,19 @@ def random_inputs(model: nn.Module, batch: int, seed: int = 0) -> Inputs | None:
             found = (_ids(int(ends[-1]), limit, model.num_embeddings, rng), offsets)
     else:
         return None
-    device = next(chain(model.parameters(), model.buffers())).device
-    return tuple(t.to(device) for t in found)
+    return tuple(t.to(_device(model)) for t in found)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(chain(model.parameters(), model.buffers())).device
+
+
+def _bags(batch: int, limits: Sequence[int], sizes: Sequence[int], lists: int, rng: torch.Generator) -> BagIds:
+    """Ids of all features as bags, those of the last features with any number of ids."""
+    lengths = torch.ones(len(sizes), batch, dtype=torch.int64)
+    lengths[-lists:] = torch.randint(0, 4, (lists, batch), generator=rng)
+    values = [_ids(int(n.sum()), limit, size, rng) for n, limit, size in zip(lengths, limits, sizes, strict=True)]
+    return BagIds(torch.cat(values), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)]))
 
 
 def _limits(module: LookupBundle | CompressedEmbedding) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
@@ -57,6 +57,11 @@ class ModelSpec:
 
 class Scorer(Protocol):
     """What turns raw rows into scores of a model; a loaded file brings it."""
+
+    @property
+    def lists(self) -> Sequence[str]:
+        """Features with any number of ids per row; they come last."""
+        ...
 
     def predict(self, model: nn.Module, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
         """Scores float32 ``[n]``."""

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import recsys_embed as rse
 from recsys_embed.data import Dataset
 from recsys_embed.models import CTRModel, build_model
+from recsys_embed.train import TrainConfig
+from recsys_embed.train.build import model_from_config
 
 BIG = 2**53 + 1
 NAN = float("nan")
@@ -81,18 +83,19 @@ def frame_of(kind: str, some: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(some, schema=types)
 
 
-def model_of(data: Dataset, key: str = "dnn", method: str = "hash", seed: int = 0) -> CTRModel:
-    """An untrained model of a folder whose rows differ."""
+def model_of(data: Dataset, key: str = "dnn", method: str | None = None) -> CTRModel:
+    """An untrained model of a folder whose rows differ, with full tables, or by a method at half of their bytes."""
     features = data.schema(4)
-    cls = rse.get_method(method).config_cls
-    configs = {f.name: cls.for_budget(f, max(64, f.num_embeddings * 8)) for f in features}
-    linear = features.with_dim(1)
-    torch.manual_seed(seed)
-    plans: dict[str, Any] = {}
-    if rse.models.get_model(key).uses_linear:
-        plans["linear_plan"] = rse.Plan({f.name: rse.get_method("hash").config_cls.for_budget(f, 64) for f in linear})
-    params: dict[str, Any] = {"hidden": [8]} if key == "dnn" else {}
-    made = build_model(key, features, rse.Plan(configs), num_dense=data.num_dense, seed=seed, **params, **plans)
+    if method in (None, "full"):
+        hashed = rse.get_method("hash").config_cls.from_params({"num_buckets": 7})
+        full = rse.get_method("full").config_cls()
+        plan = rse.Plan({f.name: hashed if f.ids == "raw" else full for f in features})
+        linear = {"linear_plan": plan} if rse.models.get_model(key).uses_linear else {}
+        sizes: dict[str, Any] = {"hidden": [8]} if key == "dnn" else {}
+        made = build_model(key, features, plan, num_dense=data.num_dense, **linear, **sizes)
+    else:
+        config = TrainConfig(model=key, model_args={"hidden": [8]}, method=method, embedding_dim=4, ratio=2)
+        made = model_from_config(config, features, data.num_dense)
     with torch.no_grad():
         for p in made.parameters():
             p.normal_(0, 0.3)

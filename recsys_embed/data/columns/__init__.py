@@ -28,7 +28,7 @@ from recsys_embed.data.columns.time import Time, TimeEncoder
 from recsys_embed.data.columns.vector import Vector, VectorEncoder
 from recsys_embed.data.columns.vocabulary import FolderVocabularies
 from recsys_embed.data.columns.weight import Weight, WeightEncoder
-from recsys_embed.errors import ConfigError, DataError, unknown_name
+from recsys_embed.errors import ConfigError, DataError, UnknownNameError, unknown_name
 
 KINDS: dict[str, tuple[type[Column], type[Encoder]]] = {
     "label": (Label, LabelEncoder),
@@ -82,17 +82,19 @@ def make_column(values: Mapping[str, Any]) -> Column:
     >>> make_column({"name": "user", "kind": "categorical", "min_count": 5})
     Categorical(name='user', column=None, ids='vocab', min_count=5, max_size=None, vocab=None)
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a column is its `name`, its `kind` and their settings; got {values!r:.80}")
     settings = dict(values)
     name, kind = settings.get("name"), settings.pop("kind", None)
-    if kind in LATER:
+    if isinstance(kind, str) and kind in LATER:
         raise ConfigError(
             f"column {name!r}: kind {kind!r} comes with {LATER[kind]}; until then leave the column out, or make it "
             "a category or a list in the table"
         )
     if kind is None:
         raise ConfigError(f"column {name!r} lacks a `kind`, one of {', '.join(KINDS)}")
-    if kind not in KINDS:
-        raise unknown_name("kind of column", str(kind), KINDS)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UnknownNameError(f"column {name!r:.80}: {unknown_name('kind of column', str(kind), KINDS)}")
     made: Column = KINDS[kind][0].from_dict(settings)
     return made
 

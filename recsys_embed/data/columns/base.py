@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import polars as pl
 
 from recsys_embed.errors import DataError
-from recsys_embed.utils.settings import Settings, param
-from recsys_embed.utils.types import JSON
+from recsys_embed.utils.settings import Settings, build, param
+from recsys_embed.utils.types import JSON, JSONMapping
 
 Form = Literal["single", "list", "sequence"]
 PARTS = ("label", "weight", "group", "time")
@@ -107,6 +107,10 @@ class Column(Settings, ABC):
     def where(self) -> str:
         return f"column {self.name!r:.80}, kind {self.kind}"
 
+    @classmethod
+    def from_dict(cls, data: JSONMapping) -> Self:
+        return build(cls, data, cls.noun, where=f"column {data.get('name')!r:.80}, kind {cls.kind}")
+
     @property
     def source(self) -> str:
         """The table's column it is read from."""
@@ -121,6 +125,11 @@ class Column(Settings, ABC):
     def part(self) -> str | None:
         """The part of a batch that this column gives (one of ``PARTS``), or None."""
         return None
+
+    @property
+    def takes_floats(self) -> bool:
+        """Whether its values are numbers of any kind, so that text which looks like integers is read as floats."""
+        return False
 
     @abstractmethod
     def refuse(self, dtype: pl.DataType) -> str | None:

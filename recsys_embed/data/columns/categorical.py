@@ -33,7 +33,7 @@ from recsys_embed.data.columns.vocabulary import (
     value_type,
     vocabulary_file,
 )
-from recsys_embed.data.field_counts import FieldCounter
+from recsys_embed.data.field_counts import FieldCounter, FieldCounts
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
@@ -91,10 +91,8 @@ class VocabularyColumn(LearnedColumn):
     # -- learning ----------------------------------------------------------------------------------------------------
 
     def learner(self, dtypes: Sequence[pl.DataType], limits: Limits) -> VocabularyLearner | RawLearner:
-        if self.ids == "raw":
-            return RawLearner(limits)
-        name = self.vocab or self.name
-        return VocabularyLearner(self, joint_value_type(dtypes, name), limits)
+        dtype = joint_value_type(dtypes, self.vocab or self.name)
+        return RawLearner(limits) if self.ids == "raw" else VocabularyLearner(self, dtype, limits)
 
     def whole_faults(self, flat: pl.Series) -> pl.Series | None:
         """Where values are floats that are no integers, or integers that raw ids keep for the missing value."""
@@ -156,6 +154,11 @@ class VocabularyLearner:
         # A missing value inside of a list is none of its values.
         self.counter.add(keys, keys.null_count() if column.kind == Categorical.kind else 0)
 
+    def counts(self) -> FieldCounts:
+        """What was counted."""
+        found = self.counter.counted()
+        return FieldCounts(found["value"].to_numpy(), found["count"].to_numpy(), self.counter.missing)
+
     def vocabulary(self) -> ValueVocabulary:
         """The vocabulary of everything added."""
         if self._made is None:
@@ -188,8 +191,13 @@ class RawLearner:
         flat = column.flat(values)
         dtype = self.dtypes[column.name] = value_type(flat.dtype) or pl.String()
         keys, _ = plain(flat, dtype)
-        missing = keys.is_null().to_numpy()
-        self.counter.add(raw_ids(keys, self.strings).to_numpy(), missing)
+        # A missing value inside of a list is none of its values.
+        keys = keys if column.kind == Categorical.kind else keys.drop_nulls()
+        self.counter.add(raw_ids(keys, self.strings).to_numpy(), keys.is_null().to_numpy())
+
+    def counts(self) -> FieldCounts:
+        """What was counted, or a sample of it."""
+        return self.counter.result()
 
     def result(self, column: LearnedColumn) -> VocabularyEncoder:
         if not isinstance(column, VocabularyColumn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -46,11 +47,29 @@ class Label(FixedColumn):
     def part(self) -> str | None:
         return "label"
 
+    @property
+    def takes_floats(self) -> bool:
+        return self.task == "real" or self.threshold is not None
+
     def refuse(self, dtype: pl.DataType) -> str | None:
         words = self.task == "binary" and self.threshold is None
         if dtype.is_numeric() or dtype == pl.Boolean or (words and dtype in (pl.String, pl.Categorical, pl.Enum)):
-            return None
+            return self._refuse_positive(dtype)
         return f"a label is a number{', a boolean or a word' if words else ''}; got {dtype}"
+
+    def _refuse_positive(self, dtype: pl.DataType) -> str | None:
+        """Why no label of a type can be ``positive``, or None."""
+        if dtype == pl.Boolean and self.positive is not None and self._positive not in ("true", "false"):
+            return f'`positive` of booleans is "true" or "false"; got {self.positive!r}'
+        text = self._positive
+        fits = re.fullmatch(r"[+-]?\d+", text) if dtype.is_integer() else _number(text) is not None
+        if dtype.is_numeric() and self.positive is not None and not fits:
+            return f"`positive` of {dtype} is one of its numbers; got {self.positive!r}"
+        return None
+
+    @property
+    def _positive(self) -> str:
+        return str(self.positive).strip().lower()
 
     def checks(self, dtype: pl.DataType) -> bool:
         return True
@@ -71,7 +90,11 @@ class Label(FixedColumn):
     def numbers(self, values: pl.Series) -> pl.Series:
         """Float64 of each label, null where it is none."""
         if self.positive is not None:
-            return (values.cast(pl.String) == str(self.positive)).cast(pl.Float64)
+            if values.dtype.is_numeric() and not values.dtype.is_integer():
+                return (values.cast(pl.Float64).fill_nan(None) == _number(self._positive)).cast(pl.Float64)
+            text = self._positive if values.dtype == pl.Boolean else str(self.positive)
+            text = str(int(text)) if values.dtype.is_integer() else text
+            return (values.cast(pl.String) == text).cast(pl.Float64)
         if values.dtype in (pl.String, pl.Categorical, pl.Enum):
             words = values.cast(pl.String).str.to_lowercase().str.strip_chars()
             return words.replace_strict(_WORDS, default=None, return_dtype=pl.Float64)
@@ -80,6 +103,13 @@ class Label(FixedColumn):
 
     def fixed(self, dtype: pl.DataType) -> LabelEncoder:
         return LabelEncoder(self)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

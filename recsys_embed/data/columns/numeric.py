@@ -23,6 +23,7 @@ from recsys_embed.data.columns.base import (
     learned_value,
 )
 from recsys_embed.data.columns.vocabulary import ValueVocabulary, vocabulary_file
+from recsys_embed.data.field_counts import FieldCounts
 from recsys_embed.data.random_bits import random_bits
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
@@ -36,7 +37,7 @@ class Numeric(LearnedColumn):
     """A number per row.
 
     Null and NaN are missing and become ``fill``; the model standardises its numeric columns itself. Infinite numbers
-    are faults. Steps in order: ``clip``, ``transform``, ``standardise``, ``fill``.
+    are faults, unless ``clip`` bounds them. Steps in order: ``clip``, ``transform``, ``standardise``, ``fill``.
 
     Args:
         name: of the numeric column, or of the feature with ``buckets``.
@@ -58,7 +59,7 @@ class Numeric(LearnedColumn):
     standardise: bool = False
     clip: tuple[float, float] | None = param(None)
     buckets: int | None = param(None, low=2, high=1 << 16)
-    fill: float | Literal["mean", "median"] = "mean"
+    fill: float | Literal["mean", "median"] = param("mean", low=-MAX_FLOAT, high=MAX_FLOAT)
     indicator: bool = False
 
     def conflicts(self) -> list[str]:
@@ -81,12 +82,18 @@ class Numeric(LearnedColumn):
             return None
         return f"numbers are integers, floats, decimals or booleans; got {dtype}: cast it, or make it categorical"
 
+    @property
+    def takes_floats(self) -> bool:
+        return True
+
     def checks(self, dtype: pl.DataType) -> bool:
-        return not dtype.is_integer() and dtype not in (pl.Boolean, pl.Null)
+        return self.clip is None and not dtype.is_integer() and dtype not in (pl.Boolean, pl.Null)
 
     def faults(self, values: pl.Series) -> list[Fault]:
         number = values.cast(pl.Float64).fill_nan(None)
-        wrong = number.abs() > (MAX_FLOAT if self.clip is None and self.transform is None else math.inf)
+        if self.clip is not None:
+            return []
+        wrong = number.abs() > (MAX_FLOAT if self.transform is None else math.inf)
         wrong = wrong | number.is_infinite()
         return cast_faults(values, wrong, "infinite, or too large for a 32-bit float: clip it or take its logarithm")
 
@@ -294,6 +301,11 @@ class BucketEncoder(Encoder):
         found = pl.Series(column.name, ids.astype(np.int32)).set(gone, 0)
         null = values.null_count()
         return Encoded({column.name: found}, {"null": null, "nan": int(gone.sum()) - null})
+
+    def counts(self) -> FieldCounts:
+        """Training rows of every bucket that has some."""
+        filled = self.known.counts > 0
+        return FieldCounts(self.known.ids[filled], self.known.counts[filled], self.known.missing_count)
 
     def learned(self) -> JSON:
         return {"vocab": vocabulary_file(self.known.name), "missing_count": self.known.missing_count}

@@ -25,6 +25,8 @@ from recsys_embed.utils.types import JSON
 Part = Literal["hour", "weekday", "day", "month", "age"]
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _DAY = 86_400
+_FIRST, _LAST = -62_135_596_800, 253_402_300_799
+"""Seconds of the years 1 to 9999; a number beyond them is of another unit."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class Time(LearnedColumn):
         try:
             pl.Series([0]).cast(pl.Datetime("us", "UTC")).dt.convert_time_zone(self.time_zone)
         except (pl.exceptions.PolarsError, ValueError) as e:
-            return [f"`time_zone` must be an IANA name, e.g. Europe/Berlin; got {self.time_zone!r} ({e})"]
-        return []
+            why = str(e).split("\n", 1)[0]
+            return [f"`time_zone` must be an IANA name, e.g. Europe/Berlin; got {self.time_zone!r} ({why})"]
+        twice = [p for p in dict.fromkeys(self.parts) if self.parts.count(p) > 1]
+        return [f"`parts` names {', '.join(twice)} more than once"] if twice else []
 
     @property
     def learns(self) -> str:
@@ -71,22 +75,27 @@ class Time(LearnedColumn):
         return "time" if self.event else None
 
     def refuse(self, dtype: pl.DataType) -> str | None:
-        if dtype.is_numeric() or dtype in (pl.Date, pl.String, pl.Null) or isinstance(dtype, pl.Datetime):
+        texts = (pl.String, pl.Categorical, pl.Enum)
+        if dtype.is_numeric() or dtype in (pl.Date, pl.Null, *texts) or isinstance(dtype, pl.Datetime):
             return None
         return f"times are dates, datetimes, numbers since 1970 or text; got {dtype}"
 
     def checks(self, dtype: pl.DataType) -> bool:
-        return bool(self.event) or dtype == pl.String or dtype.is_float()
+        return bool(self.event) or not (isinstance(dtype, pl.Datetime) or dtype in (pl.Date, pl.Null))
 
     def faults(self, values: pl.Series) -> list[Fault]:
         found = cast_faults(values, values.is_null(), "the event time is missing") if self.event else []
         wrong = self.seconds(values).is_null() & values.is_not_null()
-        return found + cast_faults(values, wrong, f"no time{f' of format {self.format}' if self.format else ''}")
+        if values.dtype.is_numeric():
+            why = f" in {self.unit} since 1970, in the years 1 to 9999; name its `unit`"
+        else:
+            why = f" of format {self.format}" if self.format else ""
+        return found + cast_faults(values, wrong, f"no time{why}")
 
     def seconds(self, values: pl.Series) -> pl.Series:
         """Seconds since 1970, Int64; null where there is no time."""
-        if values.dtype == pl.String:
-            text = values.str.strip_chars()
+        if values.dtype in (pl.String, pl.Categorical, pl.Enum):
+            text = values.cast(pl.String).str.strip_chars()
             values = _parsed(text, self.format)
         if isinstance(values.dtype, pl.Datetime) or values.dtype == pl.Date:
             return values.dt.epoch("s").cast(pl.Int64)
@@ -95,8 +104,11 @@ class Time(LearnedColumn):
         per = _PER_SECOND[self.unit]
         if values.dtype.is_integer():
             whole = values.cast(pl.Int64, strict=False)
-            return whole if per == 1 else whole // per
-        return (values.cast(pl.Float64).fill_nan(None) / per).floor().cast(pl.Int64, strict=False)
+            whole = whole if per == 1 else whole // per
+        else:
+            whole = (values.cast(pl.Float64).fill_nan(None) / per).floor().cast(pl.Int64, strict=False)
+        beyond = (whole < _FIRST) | (whole > _LAST)
+        return whole.set(beyond.fill_null(False), None) if beyond.any() else whole
 
     def learner(self, dtypes: Sequence[pl.DataType], limits: Limits) -> TimeLearner:
         return TimeLearner(self)

@@ -58,10 +58,10 @@ class Vector(LearnedColumn):
     def faults(self, values: pl.Series) -> list[Fault]:
         lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values
         lists = lists.cast(pl.List(pl.Float64))
-        width = self.width or _first_width(lists)
-        if width is None:
-            return []
+        width = self.width or first_width(lists)
         lengths = lists.list.len()
+        if width is None:
+            return cast_faults(values, lengths == 0, "it has no components")
         found = cast_faults(values, lengths != width, f"expected {width} components")
         # Null components are skipped by the sum of the others; NaN and infinity are not.
         total = lists.list.eval(pl.element().abs()).list.max()
@@ -72,8 +72,11 @@ class Vector(LearnedColumn):
         return VectorLearner(self)
 
 
-def _first_width(lists: pl.Series) -> int | None:
+def first_width(values: pl.Series) -> int | None:
+    """Components of the first vector that has some."""
+    lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values
     lengths = lists.list.len().drop_nulls()
+    lengths = lengths.filter(lengths > 0)
     return int(lengths[0]) if len(lengths) else None
 
 
@@ -87,7 +90,7 @@ class VectorLearner:
     def add(self, column: LearnedColumn, values: pl.Series) -> None:
         self.missing += values.null_count()
         if self.width is None:
-            self.width = _first_width(values.arr.to_list() if isinstance(values.dtype, pl.Array) else values)
+            self.width = first_width(values)
 
     def result(self, column: LearnedColumn) -> VectorEncoder:
         return VectorEncoder(column, self.width or 1, self.missing)
@@ -126,4 +129,6 @@ class VectorEncoder(Encoder):
     @classmethod
     def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
-        return cls(column, learned_value(learned, "width", where), learned_value(learned, "missing", where))
+        width = learned_value(learned, "width", where)
+        # Rows that come later have the width that was learned.
+        return cls(column.replace(width=width), width, learned_value(learned, "missing", where))

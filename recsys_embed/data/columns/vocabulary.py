@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -22,6 +22,8 @@ MAX_WHOLE = 1 << 53
 _MERGE_ROWS = 1 << 20
 _ENUM_SIZE = 1 << 14
 """Up to so many strings a lookup through polars' enumerations is faster than a join, four times where they are few."""
+_FILE_NAME = 200
+"""Characters that a file's name may have before its ending; file systems take 255 with what is added while writing."""
 DISTINCT_BYTES = 240
 """Measured peak per distinct value of a vocabulary, strings of 12 bytes."""
 
@@ -260,28 +262,13 @@ class ValueCounter:
         return self._pending[0]
 
 
-def describe_counts(counted: pl.DataFrame, missing: int) -> dict[str, Any]:
-    """Training statistics of a vocabulary in the form of ``stats.json``; the missing value counts as one."""
-    count = counted["count"].to_numpy()
-    if missing:
-        count = np.append(count, missing)
-    ordered = np.sort(count)[::-1]
-    total, running = int(ordered.sum()), np.cumsum(ordered)
-    ks = [10**e for e in range(10) if e == 0 or 10 ** (e - 1) < len(ordered)]
-    return {
-        "distinct": len(ordered),
-        "seen_once": int((count == 1).sum()),
-        "missing": missing,
-        "occurrences": total,
-        "estimated": False,
-        "coverage": {str(k): round(int(running[min(k, len(ordered)) - 1]) / total, 6) for k in ks if total},
-    }
-
-
 def vocabulary_file(name: str) -> str:
-    """The file of a vocabulary in a data folder; characters that files' names cannot have are spelt out.
+    """The file of a vocabulary in a data folder: long names cut, characters that no file's name may have spelt out.
 
     >>> vocabulary_file("a/b")
     'vocab/a%2Fb.parquet'
     """
-    return f"vocab/{quote(name, safe=' ')}.parquet"
+    spelt = quote(name, safe=" ")
+    if len(spelt) > _FILE_NAME:
+        spelt = f"{spelt[: _FILE_NAME // 2]}-{hashlib.sha256(spelt.encode()).hexdigest()[:16]}"
+    return f"vocab/{spelt}.parquet"

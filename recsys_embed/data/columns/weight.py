@@ -27,6 +27,10 @@ class Weight(FixedColumn):
     def part(self) -> str | None:
         return "weight"
 
+    @property
+    def takes_floats(self) -> bool:
+        return True
+
     def refuse(self, dtype: pl.DataType) -> str | None:
         return None if dtype.is_numeric() or dtype == pl.Boolean else f"a weight is a number; got {dtype}"
 

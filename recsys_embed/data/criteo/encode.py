@@ -20,7 +20,7 @@ from recsys_embed.data.criteo.layout import CAT_NAMES, INT_NAMES
 from recsys_embed.data.criteo.options import CriteoOptions
 from recsys_embed.data.criteo.parts import ParsedPart
 from recsys_embed.data.criteo.transform import bucket_transform
-from recsys_embed.data.field_counts import FieldCounter, FieldCounts
+from recsys_embed.data.field_counts import FieldCounter, describe
 from recsys_embed.data.folder import file_hash, write_file, write_json
 from recsys_embed.data.manifest import Feature, Manifest
 from recsys_embed.data.splits import TRAIN
@@ -157,28 +157,3 @@ def _write_ids(path: Path, name: str, rows: PartRows, vocab: Vocabulary, pool: T
                     f.write(ids.data)
 
     write_file(path, save, durable=False)
-
-
-def describe(counts: FieldCounts) -> dict[str, Any]:
-    """Distinct values, those seen once, and the share of training rows the k most frequent values cover.
-
-    The empty field counts as a value. With sampled counts (``level`` above 0) distinct and seen-once are estimates
-    and the coverage is left out.
-    """
-    count = counts.counts
-    if counts.missing:
-        count = np.append(count, counts.missing)
-    scale = 1 << counts.level
-    stats: dict[str, Any] = {
-        "distinct": int(len(counts.counts) * scale + (counts.missing > 0)),
-        "seen_once": int((count == 1).sum() * scale),
-        "missing": counts.missing,
-        "estimated": counts.level > 0,
-    }
-    if not counts.level:
-        ordered = np.sort(count)[::-1]
-        total = int(ordered.sum())
-        running = np.cumsum(ordered)
-        ks = [10**e for e in range(10) if e == 0 or 10 ** (e - 1) < len(ordered)]
-        stats["coverage"] = {str(k): round(int(running[min(k, len(ordered)) - 1]) / total, 6) for k in ks if total}
-    return stats

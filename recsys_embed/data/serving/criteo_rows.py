@@ -78,9 +78,12 @@ class CriteoEncoder(RowEncoder):
 
     def encode(self, source: Source, chunk: Chunk) -> EncodedRows:
         frame = chunk.frame
-        block = parse_block(_lines(frame), LineLayout(labels=False, id_bits=self.bits))
-        if block.lines != len(frame):
-            raise DataError(f"{source.place(chunk.file, chunk.first)}: a value in these rows holds a newline")
+        text = _lines(frame)
+        if text.count(b"\n") != len(frame) or text.count(b"\t") != len(frame) * (len(self.columns) - 1):
+            odd = frame.select(pl.any_horizontal(pl.col(self.columns).cast(pl.String).str.contains(r"[\t\n]")))
+            place = source.place(chunk.file, chunk.first + (odd.to_series().arg_max() or 0))
+            raise DataError(f"{place}: a value holds a tab or a newline, which none of Criteo's does")
+        block = parse_block(text, LineLayout(labels=False, id_bits=self.bits))
         bad = list(chunk.bad)
         if block.bad:
             good = np.ones(len(frame), bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ class TextIds:
     def values(self) -> tuple[list[str], NDArray[np.int32]]:
         """All values and their ids."""
         whole, ends = self.text.tobytes(), self.ends.tolist()
-        return [whole[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)], self.ids
+        return [whole[a:b].decode() for a, b in pairwise([0, *ends])], self.ids
 
 
 def _bytes(values: pl.Series) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -23,7 +23,7 @@ from recsys_embed.data.sources import Source
 from recsys_embed.data.sources.bad_rows import QUARANTINE, bad_row_line, bad_rows_error
 from recsys_embed.data.sources.base import BadRow
 from recsys_embed.data.table.rows import TableOptions
-from recsys_embed.errors import raise_faults
+from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.utils.files import replacing
 from recsys_embed.utils.types import RowsLike
 
@@ -54,7 +54,7 @@ class ScoreReport:
     ignored: tuple[str, ...]
 
 
-def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike) -> NDArray[np.float32]:
+def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
     """Scores float32 ``[n]`` of rows in memory, or of files whose scores memory holds.
 
     Raises:
@@ -65,7 +65,8 @@ def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike) -> NDArray[np.
         return np.zeros(0, np.float32)
     with tempfile.TemporaryDirectory() as work:
         source = encoder.open(rows_of(rows)).stage(Path(work))
-        found = [score(part.batch) for part in _parts(encoder, source, _CHUNK_ROWS, (), _refuse(source))]
+        parts = _parts(encoder, source, _CHUNK_ROWS, (), _refuse(source))
+        found = [scores for _, scores in _scored(parts, score, batch_size)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
@@ -79,7 +80,7 @@ def _refuse(source: Source) -> Callable[[Sequence[BadRow]], None]:
 def _parts(
     encoder: RowEncoder, source: Source, rows: int, keep: Sequence[str], tell: Callable[[Sequence[BadRow]], None]
 ) -> Iterator[EncodedRows]:
-    """All rows, encoded, chunk by chunk; bad ones are told."""
+    """All rows, encoded; bad ones are told."""
     wanted = list(dict.fromkeys([*encoder.columns, *keep]))
     for file in range(len(source.files)):
         for chunk in source.chunks(file, 0, rows, wanted):
@@ -90,11 +91,41 @@ def _parts(
                 yield part
 
 
+def _scored(
+    parts: Iterator[EncodedRows], score: Score, batch_size: int
+) -> Iterator[tuple[pl.DataFrame, NDArray[np.float32]]]:
+    """Raw rows and their scores; every batch but the last has ``batch_size`` rows.
+
+    A model therefore gives the same bits, whatever files the rows are in and however many are read at once.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise ConfigError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}")
+    frame, batch = pl.DataFrame(), None
+    for part in parts:
+        frame = part.frame if batch is None else pl.concat([frame, part.frame], rechunk=True)
+        batch = part.batch if batch is None else Batch.cat([batch, part.batch])
+        whole = len(frame) // batch_size * batch_size
+        if whole:
+            yield frame.head(whole), _batchwise(batch, whole, score, batch_size)
+            frame, batch = frame.slice(whole), _rows(batch, whole, len(frame))
+    if batch is not None and len(frame):
+        yield frame, score(batch)
+
+
+def _batchwise(batch: Batch, rows: int, score: Score, size: int) -> NDArray[np.float32]:
+    return np.concatenate([score(_rows(batch, at, at + size)) for at in range(0, rows, size)])
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return batch.map(lambda part: part[start:stop])
+
+
 def score_files(
     encoder: RowEncoder,
     score: Score,
     source: Source,
     out: str | Path,
+    batch_size: int,
     *,
     keep: Sequence[str] = (),
     on_bad_row: OnBadRow = "fail",
@@ -108,6 +139,7 @@ def score_files(
         score: scores of a batch.
         source: the rows, as ``encoder.open`` gives them.
         out: ends in ``.parquet`` or ``.csv``; columns ``keep`` and ``score`` (float32).
+        batch_size: rows of a batch.
         keep: columns of the rows that stand beside their scores.
         on_bad_row: ``"fail"``, or ``"quarantine"``: bad rows have no score and are told in ``OUT.quarantine.jsonl``.
         max_memory: bytes the process should stay under, see :func:`recsys_embed.data.convert_table`.
@@ -146,9 +178,9 @@ def score_files(
     total = sum(source.length(i) for i in range(len(source.files))) if source.seekable else 0
 
     def scored() -> Iterator[pl.DataFrame]:
-        for part in _parts(encoder, source, size, keep, tell):
-            yield part.frame.select(keep).with_columns(pl.Series(SCORE, score(part.batch)))
-            counts["rows"] += len(part.frame)
+        for frame, scores in _scored(_parts(encoder, source, size, keep, tell), score, batch_size):
+            yield pl.DataFrame([*frame.select(keep).get_columns(), pl.Series(SCORE, scores)])
+            counts["rows"] += len(frame)
             progress("score", counts["rows"], total or counts["rows"], counts["rows"])
 
     empty = pl.DataFrame(schema={**{n: source.types[n] for n in keep}, SCORE: pl.Float32})

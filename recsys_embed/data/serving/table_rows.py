@@ -9,17 +9,14 @@ from typing import Any
 import polars as pl
 
 from recsys_embed.data.columns import Encoder, Fault, read_encoder
-from recsys_embed.data.columns.categorical import VocabularyEncoder
-from recsys_embed.data.columns.lists import ListSettings
-from recsys_embed.data.columns.numeric import Numeric
 from recsys_embed.data.serving.lookups import make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.sources import Source, open_source
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
-from recsys_embed.data.sources.text import TextFiles
-from recsys_embed.data.sources.values import type_name
+from recsys_embed.data.sources.frames import FrameSource
+from recsys_embed.data.sources.learned_types import read_as_learned
 from recsys_embed.errors import DataError, raise_faults
 
 
@@ -45,20 +42,9 @@ class TableEncoder(RowEncoder):
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
         given = dict(options or {})
         source = open_source(table, {**self.options, **given}, known_only=not given)
-        if isinstance(source, TextFiles):
-            # Texts are read as what was learned from, where they spell it in another way.
-            declared = dict(source.declared)
-            others = {
-                e.column.source: type_name(wanted)
-                for e in self.encoders
-                if (dtype := source.types.get(e.column.source)) is not None
-                and e.column.source not in declared
-                and e.refuse(dtype) is not None
-                and (wanted := _text_type(e)) is not None
-            }
-            if others:
-                told = {**{name: type_name(dtype) for name, dtype in declared.items()}, **others}
-                source = open_source(table, {**self.options, **given, "types": told}, known_only=not given)
+        read_as_learned(source, self.encoders)
+        if isinstance(source, FrameSource):
+            source = FrameSource(_with_64_bits(source.frame), source.files[0])
         types = source.types
         faults = [f"column {name!r} is missing" for name in self.columns if name not in types]
         for encoder in self.encoders:
@@ -106,12 +92,15 @@ class _FileVocabularies:
         return make_vocabulary(known[file], self.stored.arrays)
 
 
-def _text_type(encoder: Encoder) -> pl.DataType | None:
-    """The type that a column of text is read as, for an encoder that does not take what it looks like."""
-    if isinstance(encoder.column, Numeric):
-        return pl.Float64()
-    if isinstance(encoder.column, ListSettings):
-        return None if encoder.column.separator is None else pl.String()
-    if isinstance(encoder, VocabularyEncoder) and encoder.dtype in (pl.String, pl.Int64, pl.UInt64, pl.Boolean):
-        return encoder.dtype
-    return None
+def _with_64_bits(frame: pl.DataFrame) -> pl.DataFrame:
+    """A frame whose integers of 128 bits, which polars makes of Python's beyond 2^63, have 64 where these hold them."""
+    found = frame
+    for name, dtype in frame.schema.items():
+        wide = dtype == pl.Int128 or (isinstance(dtype, pl.List) and dtype.inner == pl.Int128)
+        for narrow in (pl.Int64(), pl.UInt64()) if wide else ():
+            try:
+                found = found.with_columns(pl.col(name).cast(pl.List(narrow) if isinstance(dtype, pl.List) else narrow))
+            except pl.exceptions.PolarsError:
+                continue
+            break
+    return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from recsys_embed.data.columns.base import Fault
@@ -31,9 +33,13 @@ def find_bad_rows(chunk: Chunk, faults: Iterable[tuple[str, Fault]]) -> tuple[ND
         for at in np.flatnonzero(fault.rows.to_numpy() & good).tolist():
             # Rows that the reader left out stand between those of the frame.
             number = chunk.first + _with_gaps(at, gone)
-            bad.append(BadRow(chunk.file, number, name, fault.reason, str(frame[name][at])[:200]))
+            bad.append(BadRow(chunk.file, number, name, fault.reason, _shown(frame[name][at])))
             good[at] = False
     return good, sorted(bad, key=lambda row: row.row)
+
+
+def _shown(value: Any) -> str:
+    return str(value.to_list() if isinstance(value, pl.Series) else value)[:200]
 
 
 def bad_rows_error(source: Source, rows: Sequence[BadRow], cure: str = QUARANTINE) -> DataError:

@@ -121,7 +121,10 @@ class Source(ABC):
                     faults.append(f"{self.files[i]}: column {name!r} is {dtype}; in files before it, {first[name]}")
                 else:
                     first[name] = joint
-        raise_faults(faults, "files of one table must have the same columns", DataError)
+        raise_faults(faults, "files of one table must have the same columns; write them alike", DataError)
+        patterns = [n for n in first if n == "*" or (n.startswith("^") and n.endswith("$"))]
+        if patterns:
+            raise DataError(f"{self.files[0]}: column {patterns[0]!r} has the name of a pattern of names; rename it")
         return self.finish_types(first)
 
     def unite(self, of_files: Sequence[Mapping[str, pl.DataType]]) -> Sequence[Mapping[str, pl.DataType]]:
@@ -158,6 +161,11 @@ def joint_type(a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
     if isinstance(a, pl.List) and isinstance(b, pl.List):
         inner = joint_type(_made(a.inner), _made(b.inner))
         return None if inner is None else pl.List(inner)
+    texts = (pl.String, pl.Categorical, pl.Enum)
+    if a in texts and b in texts:
+        return pl.String()
+    if isinstance(a, pl.Datetime) and isinstance(b, pl.Datetime) and a.time_zone == b.time_zone:
+        return pl.Datetime("us", a.time_zone)
     if not (a.is_numeric() and b.is_numeric()):
         return None
     joint = pl.concat([pl.Series(dtype=a).to_frame("x"), pl.Series(dtype=b).to_frame("x")], how="vertical_relaxed")

@@ -21,6 +21,7 @@ from recsys_embed.data.sources.text import (
     SHOWN,
     Ends,
     TextFiles,
+    beginning,
     compressed,
     record,
     without,
@@ -134,7 +135,12 @@ class CsvFiles(TextFiles):
         text = line if one == separator else line.replace(separator, one)
         if not self.options.quote:
             return text.split(one)
-        return next(csv.reader([text], delimiter=one, quotechar=self.options.quote), [])
+        try:
+            return next(csv.reader([text], delimiter=one, quotechar=self.options.quote), [])
+        except csv.Error as e:
+            raise DataError(
+                f"{self.paths[0]}: the first lines are no CSV ({e}); is it text, whose lines end with a newline?"
+            ) from e
 
     @cached_property
     def _replaced(self) -> bool:
@@ -211,9 +217,8 @@ class CsvFiles(TextFiles):
             if failed is None:
                 continue
             for at in np.flatnonzero(failed.to_numpy() & ~rejected).tolist():
-                bad.append(
-                    BadRow(file, first + good[at], name, _misfit(name, dtype, self), str(frame[name][at])[:SHOWN])
-                )
+                text = str(frame[name][at])
+                bad.append(BadRow(file, first + good[at], name, _misfit(name, dtype, self, text), text[:SHOWN]))
                 rejected[at] = True
         made = pl.DataFrame(found) if columns else frame
         if rejected.any():
@@ -301,13 +306,14 @@ def _drop(data: bytes, ends: Ends, good: Sequence[int], wrong: np.ndarray) -> tu
     return data, ends, [g for g, w in zip(good, wrong.tolist(), strict=True) if not w], np.zeros(len(ends), bool)
 
 
-def _misfit(name: str, dtype: pl.DataType, source: TextFiles) -> str:
+def _misfit(name: str, dtype: pl.DataType, source: TextFiles, text: str) -> str:
     article = "an" if type_name(dtype)[0] in "aeiou" else "a"
     if name in source.declared:
         return f"not {article} {type_name(dtype)}, as `types` says"
+    other = "float" if dtype.is_integer() and infer_type(pl.Series([text])).is_float() else "string"
     return (
         f"not {article} {type_name(dtype)}, as the first rows of the table are; say what it is: "
-        f'`types = {{ "{name}" = "string" }}` under [source]'
+        f'`types = {{ "{name}" = "{other}" }}` under [source]'
     )
 
 
@@ -316,9 +322,7 @@ def _first_lines(path: Path, encoding: str = "utf-8", most: int = 20) -> list[st
     with Reader(path) as reader:
         data = reader.read(SAMPLE_BYTES)
         whole = len(data) < SAMPLE_BYTES
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}: is UTF-16; write it as UTF-8, e.g. with iconv -f UTF-16 -t UTF-8")
-    text = data.removeprefix(b"\xef\xbb\xbf").decode(encoding, errors="replace")
+    text = beginning(path, data).decode(encoding, errors="replace")
     lines = text.split("\n")
     lines = lines if whole or len(lines) == 1 else lines[:-1]
     return [line.rstrip("\r") for line in lines if line.strip("\r")][:most]

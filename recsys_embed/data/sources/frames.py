@@ -92,9 +92,6 @@ class LazySource(Source):
             raise DataError(f"the lazy frame cannot be computed ({e})") from e
         return StagedQuery(path)
 
-    def _write(self, path: Path) -> None:
-        self.frame.sink_parquet(path, compression="lz4", row_group_size=_ROWS)
-
 
 class StagedQuery(ParquetFiles):
     """The rows of a query, known by their content."""

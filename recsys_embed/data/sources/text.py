@@ -24,6 +24,7 @@ SAMPLE_BYTES = 1 << 20
 MAX_RECORD_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
 _WIDE = (b"\xff\xfe", b"\xfe\xff")
+_BINARY = (b"PAR1", b"ARROW1")
 SHOWN = 200
 """Characters of a bad row that are kept."""
 
@@ -57,6 +58,8 @@ class TextFiles(Source):
         self.paths = tuple(paths)
         self.files = tuple(map(str, paths))
         self.declared = {name: TYPES[t] for name, t in types.items()}
+        self._assumed: dict[str, pl.DataType] = {}
+        self.empty: set[str] = set()
         self._uneven: set[int] = set()
 
     @property
@@ -100,7 +103,7 @@ class TextFiles(Source):
                 if reader.fault:
                     raise DataError(f"{path}: {reader.fault}; get the file again")
                 if not started:
-                    got, started = _beginning(path, got), True
+                    got, started = beginning(path, got), True
                 data += got
                 if ended and data and not data.endswith(b"\n"):
                     data += b"\n"
@@ -139,7 +142,13 @@ class TextFiles(Source):
     def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
         absent = [f"`types` names {n!r}, which is no column" for n in self.declared if n not in types]
         raise_faults(absent, f"the columns of {self.files[0]} are {', '.join(types)}")
-        return {n: _known(t) for n, t in types.items()}
+        self.empty = {n for n, t in types.items() if t == pl.Null}
+        return {n: self._assumed.get(n) or _known(t) for n, t in types.items()}
+
+    def assume(self, types: Mapping[str, pl.DataType]) -> None:
+        """Read columns as these types, whatever the first rows look like, but for those that the options name."""
+        self._assumed = {n: t for n, t in types.items() if n not in self.declared}
+        self.__dict__.pop("types", None)
 
     def chunks(self, file: int, start: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         wanted = want_columns(self, columns)
@@ -175,9 +184,16 @@ def _known(dtype: pl.DataType) -> pl.DataType:
     return pl.String() if dtype == pl.Null else dtype
 
 
-def _beginning(path: Path, data: bytes) -> bytes:
+def beginning(path: Path, data: bytes) -> bytes:
+    """The first bytes of a text without a byte-order mark.
+
+    Raises:
+        DataError: they are those of another kind of file.
+    """
     if data.startswith(_WIDE):
         raise DataError(f"{path}: is UTF-16; write it as UTF-8, e.g. with iconv -f UTF-16 -t UTF-8")
+    if data.startswith(_BINARY):
+        raise DataError(f"{path}: is Parquet or Arrow, not text; give it the ending .parquet or .arrow")
     return data.removeprefix(_BOM)
 
 

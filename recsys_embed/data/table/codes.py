@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recsys_embed.data.columns.vocabulary import plain
 from recsys_embed.data.conversion import PROCESS
 from recsys_embed.data.folder import write_file
 from recsys_embed.data.table.rows import Part, TableRows
@@ -84,4 +85,7 @@ class SplitCodes:
         for part, first in self.rows.firsts():
             frame = self.rows.read(part, list(dict.fromkeys([user] + ([event.source] if event else []))))
             times = None if event is None else event.seconds(frame[event.source]).to_numpy()
-            yield frame[user], times, first
+            users = frame[user]
+            # As everywhere, an empty string and NaN are missing.
+            users = plain(users, pl.String())[0] if users.dtype == pl.String else users
+            yield (users.fill_nan(None) if users.dtype.is_float() else users), times, first

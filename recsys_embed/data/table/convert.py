@@ -13,12 +13,15 @@ from pathlib import Path
 
 import polars as pl
 
-from recsys_embed.data.columns import Column, Encoder, read_encoder
+from recsys_embed.data.columns import Column, Encoder, Vector, read_encoder
+from recsys_embed.data.columns.vector import first_width
 from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import publish
 from recsys_embed.data.sources import Source, open_source
+from recsys_embed.data.sources.learned_types import read_as_learned, read_floats
+from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.data.splits import TRAIN
 from recsys_embed.data.stats import read_stats
 from recsys_embed.data.table.codes import SplitCodes
@@ -80,11 +83,21 @@ def convert_table(
     with lock(out):
         work = out / WORK_DIR
         table = found.stage(work)
-        columns = made.used
-        if donor is not None:
-            columns = tuple(c for c in columns if c.source in table.types or not _may_lack(c))
-            made = made.replace(columns=columns, label=None)
+        encoders: dict[str, Encoder] = {}
+        if donor is not None and like is not None:
+            encoders = _encoders(donor, Path(like), made.used)
+            read_as_learned(table, encoders.values())
+            kept = tuple(c for c in made.used if c.source in table.types or not _may_lack(c))
+            made = made.replace(columns=kept, label=None)
+            encoders = {c.name: encoders[c.name] for c in kept}
+        elif isinstance(table, TextFiles):
+            read_floats(table, made.used)
         made.check_types(table.types)
+        if encoders:
+            _check_learned(encoders, table.types, Path(str(like)))
+            columns = tuple(e.column for e in encoders.values())
+        else:
+            columns = tuple(_with_width(c, table) if isinstance(c, Vector) else c for c in made.used)
         settings: JSON = {"schema": made.to_dict(), "on_bad_row": on_bad_row}
         if donor is not None:
             settings["like"] = donor.fingerprint
@@ -103,7 +116,6 @@ def convert_table(
             raise DataError(f"no row could be read from {', '.join(table.files[:3])}{seen}")
         codes = SplitCodes(rows, made.split)
         if donor is not None and like is not None:
-            encoders = _encoders(donor, Path(like), columns, table.types)
             copy_vocabularies(encoders, Path(like), work)
             learned = borrowed(columns, encoders, read_stats(like))
         else:
@@ -112,9 +124,38 @@ def convert_table(
             learned = learn_columns(rows, codes, progress)
         built = write_table(rows, codes, learned, record, progress)
         publish(out, built)
+    notices += _remarks(made, built.manifest, donor is not None)
     return ConvertReport(
         out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
     )
+
+
+def _remarks(schema: TableSchema, manifest: Manifest, like: bool) -> list[str]:
+    """What a person should know of a folder that was made."""
+    if like:
+        return []
+    found = [
+        f"no row is in split {name!r}, of which {schema.split.kind!r} had too few"
+        for name in schema.split.wanted
+        if name not in manifest.splits
+    ]
+    train = manifest.splits.get("train")
+    if train is not None and train.positives in (0, train.rows):
+        value = 0 if train.positives == 0 else 1
+        found.append(f"every label of the training rows is {value}, of which nothing can be learned")
+    return found
+
+
+def _with_width(column: Vector, table: Source) -> Vector:
+    """A vector column with its width: that of the first row that has one."""
+    if column.width is not None:
+        return column
+    for file in range(len(table.files)):
+        for chunk in table.chunks(file, 0, 1 << 16, [column.source]):
+            width = first_width(chunk.frame[column.source])
+            if width is not None:
+                return column.replace(width=width)
+    return column
 
 
 def _schema(
@@ -146,16 +187,17 @@ def _may_lack(column: Column) -> bool:
     return column.part is not None and not getattr(column, "parts", ())
 
 
-def _encoders(
-    donor: Manifest, folder: Path, columns: Sequence[Column], types: Mapping[str, pl.DataType]
-) -> dict[str, Encoder]:
-    """The encoders of a folder.
+def _encoders(donor: Manifest, folder: Path, columns: Sequence[Column]) -> dict[str, Encoder]:
+    """The encoders of a folder."""
+    entries = {entry["name"]: entry for entry in donor.columns}
+    return {c.name: read_encoder(entries[c.name], folder) for c in columns}
+
+
+def _check_learned(encoders: Mapping[str, Encoder], types: Mapping[str, pl.DataType], folder: Path) -> None:
+    """Refuse columns of another type than those that were learned from.
 
     Raises:
-        ConfigError: columns of another type than those it was made of.
+        ConfigError: names all of them.
     """
-    entries = {entry["name"]: entry for entry in donor.columns}
-    found = {c.name: read_encoder(entries[c.name], folder) for c in columns}
-    why = [(c.source, found[c.name].refuse(types[c.source])) for c in columns]
+    why = [(e.column.source, e.refuse(types[e.column.source])) for e in encoders.values()]
     raise_faults([f"column {name!r}: {text}" for name, text in why if text], f"the table beside {folder}")
-    return found

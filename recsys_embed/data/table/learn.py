@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from recsys_embed.data.columns import Column, Encoder, FixedColumn, LearnedColumn, Limits, read_encoder
-from recsys_embed.data.columns.categorical import VocabularyLearner
-from recsys_embed.data.columns.vocabulary import DISTINCT_BYTES, describe_counts, vocabulary_file
+from recsys_embed.data.columns.categorical import RawLearner, VocabularyLearner
+from recsys_embed.data.columns.numeric import BucketEncoder
+from recsys_embed.data.columns.vocabulary import DISTINCT_BYTES, vocabulary_file
 from recsys_embed.data.conversion import PROCESS, Progress
+from recsys_embed.data.field_counts import FieldCounts, describe
 from recsys_embed.data.folder import write_bytes, write_json
 from recsys_embed.data.splits import TRAIN
 from recsys_embed.data.table.codes import SplitCodes
@@ -81,21 +82,18 @@ def _learn(rows: TableRows, codes: SplitCodes, columns: Sequence[LearnedColumn])
             if column is together[column.learns][0]:
                 encoder.vocabulary.write(rows.work / LEARNED / file, durable=False)
                 _stage(rows.work, file)
-        if isinstance(learner, VocabularyLearner):
-            stats = describe_counts(learner.counter.counted(), learner.counter.missing)
-        elif encoder.features:
-            stats = _own_stats(encoder)
+        if isinstance(learner, VocabularyLearner | RawLearner):
+            stats = _training_stats(learner.counts())
+        elif isinstance(encoder, BucketEncoder):
+            stats = _training_stats(encoder.counts())
         found.append((encoder.to_dict(), stats))
     return found
 
 
-def _own_stats(encoder: Any) -> JSON:
-    """Training statistics of buckets and of raw ids."""
-    known = encoder.vocabulary
-    if known is not None:
-        counted = pl.DataFrame({"count": known.counts})
-        return describe_counts(counted, known.missing_count)
-    return {"distinct": encoder.distinct, "seen_once": 0, "missing": 0, "estimated": encoder.estimated}
+def _training_stats(counts: FieldCounts) -> JSON:
+    """Statistics of a field, with the number of values that they are of: a list has any number per row."""
+    occurrences = (int(counts.counts.sum()) << counts.level) + counts.missing
+    return {**describe(counts), "occurrences": occurrences}
 
 
 def _training(rows: TableRows, codes: SplitCodes, names: Sequence[str]) -> Iterator[pl.DataFrame]:

@@ -21,7 +21,7 @@ from recsys_embed.data.columns.time import Time
 from recsys_embed.data.table.split import TableSplit
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.utils.files import write_text
-from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.settings import Settings, fault, key_faults, param
 from recsys_embed.utils.types import JSON, JSONMapping, Option
 
 Names = str | Sequence[str]
@@ -73,11 +73,9 @@ class TableSchema(Settings):
                     f"column {column.name!r}: that name is the folder's own; give the {column.kind} column another "
                     f'`name` and `column = "{column.source}"`'
                 )
-            if feature and (not column.name or "." in column.name or "#" in column.name):
-                faults.append(
-                    f"column {column.name!r}: a feature's name must not be empty, nor contain '.' or '#'; give another "
-                    f'`name` and `column = "{column.source}"`'
-                )
+            if not column.name or (feature and ("." in column.name or "#" in column.name)):
+                what = "a feature's name must not contain '.' or '#'" if column.name else "a name must not be empty"
+                faults.append(f'column {column.name!r}: {what}; give another `name` and `column = "{column.source}"`')
         labels = [c.name for c in self.columns if isinstance(c, Label)]
         if self.label is not None and self.label not in labels:
             faults.append(f"`label` names {self.label!r}, which is no label column; those are {labels or 'none'}")
@@ -122,6 +120,12 @@ class TableSchema(Settings):
                 if len(values) > 1:
                     who = ", ".join(f"{c.name} {getattr(c, setting)}" for c in sharing)
                     faults.append(f"columns of vocabulary {name!r} must have one `{setting}`; got {who}")
+            # Buckets are a vocabulary of their column's name.
+            faults += [
+                f"column {c.name!r}: a vocabulary of other columns has the name of its buckets; rename one of them"
+                for c in self.columns
+                if getattr(c, "buckets", None) is not None and c.name == name
+            ]
         return faults
 
     @property
@@ -176,6 +180,8 @@ class TableSchema(Settings):
             raise ConfigError(f"no kind of column is called {', '.join(sorted(unknown))}; known: {', '.join(given)}")
         entries = []
         for kind, names in given.items():
+            if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+                raise ConfigError(fault(kind, "the name of a column, or a list of names", names))
             for column in [names] if isinstance(names, str) else names:
                 name = kind if kind in ("weight", "group") else column.replace(".", "_").replace("#", "_")
                 entry = {"name": name, "kind": kind} | ({"column": column} if column != name else {})
@@ -196,6 +202,9 @@ class TableSchema(Settings):
         entries = body.get("columns", ())
         if isinstance(entries, Mapping):
             entries = [{"name": n, **e} if isinstance(e, Mapping) else {"name": n} for n, e in entries.items()]
+        elif not isinstance(entries, Sequence) or isinstance(entries, str):
+            faults.append(fault("columns", "tables of settings by the columns' names", entries))
+            entries = ()
         columns = []
         for entry in entries:
             try:
@@ -208,7 +217,7 @@ class TableSchema(Settings):
             faults.append(str(e))
             body["split"] = TableSplit()
         if faults:
-            raise_faults(faults, "TableSchema")
+            raise_faults(faults + key_faults(cls, data, cls.noun)[0], "TableSchema")
         return super().from_dict({**body, "columns": tuple(columns)})
 
     def to_dict(self) -> JSON:
@@ -271,11 +280,11 @@ class TableSchema(Settings):
             why = column.refuse(types[column.source])
             if why is not None:
                 faults.append(f"column {column.source!r} as {column.kind}: {why}")
-        faults += [
-            f"column {name!r} of the split is not in the table, which has {', '.join(types)}"
-            for name in self.split.columns
-            if name not in types
-        ]
+        for name in self.split.columns:
+            if name not in types:
+                faults.append(f"column {name!r} of the split is not in the table, which has {', '.join(types)}")
+            elif types[name].is_nested() or types[name] in (pl.Binary, pl.Object):
+                faults.append(f"column {name!r} of the split holds {types[name]}; its rows must be texts or numbers")
         raise_faults(faults, "the schema and the table")
 
 

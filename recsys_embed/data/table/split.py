@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from recsys_embed.data.splits import SPLITS, TEST, TRAIN, VALID, SplitName, SplitRule, fraction, rule_faults
 from recsys_embed.errors import ConfigError, DataError, raise_faults
-from recsys_embed.utils.settings import Settings, param
+from recsys_embed.utils.settings import Settings, fault, param
 from recsys_embed.utils.types import JSON, JSONMapping
 
 TableSplitKind = Literal["order", "random", "file", "all", "time", "column", "last"]
@@ -75,31 +75,56 @@ class TableSplit(Settings):
             faults.append("`values` needs split 'column'")
         if self.values is not None:
             faults += [f"`values` must be by {', '.join(SPLITS)}; got {k!r}" for k in self.values if k not in SPLITS]
+            faults += self._value_faults()
         for name in ("valid_from", "test_from"):
             text = getattr(self, name)
             if text is not None and self.kind != "time":
                 faults.append(f"`{name}` needs split 'time'")
             elif text is not None and _seconds(text) is None:
                 faults.append(f"`{name}` must be a date or time such as 2024-03-01; got {text!r}")
+        if not faults and self.valid_from and self.test_from and _later(self.valid_from, self.test_from):
+            faults.append(f"`valid_from` must not be after `test_from`; got {self.valid_from}, {self.test_from}")
         return faults + rule_faults(self, shares=self.kind in ("order", "random", "time"))
+
+    def _value_faults(self) -> list[str]:
+        """Values that are none of a column, and those that would mean two splits."""
+        faults, seen = [], dict[str, str]()
+        for name, given in (self.values or {}).items():
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if not isinstance(value, str | int | float | date):
+                    faults.append(f"`values` of {name} must be texts, numbers or dates; got {value!r:.80}")
+                elif seen.setdefault(str(value), name) != name:
+                    faults.append(f"`values` has {value!r:.80} in {seen[str(value)]} and {name}; it can mean one")
+        return faults
 
     @classmethod
     def from_dict(cls, data: JSONMapping) -> Self:
         """Build from plain values; shares may be texts such as ``"1/6"``, dates those of TOML."""
-        values = dict(data)
+        if not isinstance(data, Mapping):
+            raise ConfigError(fault(cls.title, 'settings by name, such as `kind = "time"` under [split]', data))
+        values, faults = dict(data), []
         for name in ("valid", "test"):
             if name in values and isinstance(values[name], str | float | int):
-                values[name] = fraction(values[name], name)
+                try:
+                    values[name] = fraction(values[name], name)
+                except ConfigError as e:
+                    faults.append(str(e))
+                    del values[name]
         for name in ("valid_from", "test_from"):
             if hasattr(values.get(name), "isoformat"):
                 values[name] = values[name].isoformat()
         kind = str(values.get("kind", cls.kind))
-        unused = [
+        faults += [
             f"`{name}` is of split {' and '.join(map(repr, kinds))}; got split {kind!r}"
             for name, kinds in _KINDS_OF.items()
             if name in values and kind in get_args(TableSplitKind) and kind not in kinds
         ]
-        raise_faults(unused, cls.title)
+        faults += [
+            f"`{name}` is a share of rows, `valid_from` and `test_from` are dates in place of shares; give one of them"
+            for name in ("valid", "test")
+            if name in values and ("valid_from" in values or "test_from" in values)
+        ]
+        raise_faults(faults, cls.title)
         return super().from_dict(values)
 
     def to_dict(self) -> JSON:
@@ -115,6 +140,15 @@ class TableSplit(Settings):
     def columns(self) -> list[str]:
         """Columns of the table that it reads, besides the event time."""
         return [] if self.column is None else [self.column]
+
+    @property
+    def wanted(self) -> list[str]:
+        """Splits that should have rows."""
+        if self.kind == "last":
+            return [*SPLITS]
+        by_date = self.valid_from is not None or self.test_from is not None
+        held = {"valid": self.valid_from if by_date else self.valid, "test": self.test_from if by_date else self.test}
+        return [name for name, given in held.items() if given and self.kind in ("order", "random", "time")]
 
     @property
     def needs_time(self) -> bool:
@@ -133,17 +167,31 @@ class TableSplit(Settings):
     def column_codes(self, values: pl.Series) -> NDArray[np.int8]:
         """Codes of the values of the split's column; ``OUT`` for those that mean no split."""
         meant = self.values or {name: name for name in SPLITS}
+        number = values.dtype.is_numeric() and not values.dtype.is_integer()
         table = {
-            str(v): SPLITS.index(name)
+            _as_number(v) if number else str(v): SPLITS.index(name)
             for name, given in meant.items()
             for v in (given if isinstance(given, list | tuple) else [given])
         }
-        text = values.cast(pl.String)
+        # The text of a whole number in a column of floats is 1.0.
+        text = (values.cast(pl.Float64) if number else values).cast(pl.String)
         if values.dtype == pl.Boolean:
             table = {k.lower(): v for k, v in table.items()}
         codes = text.replace_strict(table, default=OUT, return_dtype=pl.Int8).fill_null(OUT)
         found: NDArray[np.int8] = codes.to_numpy()
         return found
+
+
+def _as_number(value: Any) -> str:
+    try:
+        return str(pl.Series([float(value)]).cast(pl.String)[0])
+    except ValueError:
+        return str(value)
+
+
+def _later(a: str, b: str) -> bool:
+    first, second = _seconds(a), _seconds(b)
+    return first is not None and second is not None and first > second
 
 
 def _seconds(text: str) -> int | None:
@@ -182,8 +230,6 @@ def time_bounds(split: TableSplit, chunks: Sequence[Path], total: int) -> TimeBo
     if split.test_from is not None or split.valid_from is not None:
         test = end if split.test_from is None else (_seconds(split.test_from) or 0)
         valid = test if split.valid_from is None else (_seconds(split.valid_from) or 0)
-        if valid > test:
-            raise ConfigError(f"`valid_from` must not be after `test_from`; got {split.valid_from}, {split.test_from}")
         return TimeBounds(valid, test)
 
     def ranked(share: Fraction | float) -> int:

@@ -45,7 +45,10 @@ def convert(frame: Any, out: Path, column: dict[str, Any], mode: str = "fail") -
         ([5, None], pl.Int64, {"kind": "time"}, "the event time is missing"),
         (["2024-01-01", "soon"], pl.String, {"kind": "time"}, "no time; got soon"),
         (["2024-01-01", "01/02/2024"], pl.String, {"kind": "time", "format": "%Y-%m-%d"}, "no time of format"),
-        ([1.0, NAN], pl.Float64, {"kind": "time"}, "no time; got nan"),
+        ([1.0, NAN], pl.Float64, {"kind": "time"}, "no time in s since 1970.*; got nan"),
+        ([1, 1_700_000_000_000], pl.Int64, {"kind": "time"}, "no time in s since 1970, .*name its `unit`"),
+        ([1.0, 1.7e18], pl.Float64, {"kind": "time", "event": False}, "no time in s since 1970, .*name its `unit`"),
+        ([None, []], pl.List(pl.Float64), {"kind": "vector"}, "it has no components"),
     ],
 )
 def test_reasons(tmp_path: Path, values: list[Any], dtype: Any, column: dict[str, Any], reason: str) -> None:

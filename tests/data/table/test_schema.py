@@ -47,7 +47,7 @@ format = "%d/%m/%Y\\t\\u007f"
 
 [split]
 kind = "time"
-test = "1/5"
+test_from = 2024-04-01T12:00:00
 valid_from = 2024-03-01
 
 [source]
@@ -56,11 +56,12 @@ separator = ";"
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text(TOML.replace('test = "1/5"\n', 'test = "1/5"\ntest_from = 2024-04-01T12:00:00\n'))
+    (tmp_path / "a.toml").write_text(TOML)
     schema = TableSchema.read(tmp_path / "a.toml")
-    assert schema.split == TableSplit(
-        "time", test=Fraction(1, 5), valid_from="2024-03-01", test_from="2024-04-01T12:00:00"
-    )
+    assert schema.split == TableSplit("time", valid_from="2024-03-01", test_from="2024-04-01T12:00:00")
+    shares = TableSplit("time", test=Fraction(1, 5))
+    assert TableSplit.from_dict({"kind": "time", "test": "1/5"}) == shares
+    assert TableSplit.from_dict(shares.to_dict()) == shares
     schema.write(tmp_path / "b.toml")
     assert TableSchema.read(tmp_path / "b.toml") == schema
     assert TableSchema.from_dict(schema.to_dict()) == schema
@@ -123,7 +124,7 @@ def test_faults_of_columns_together() -> None:
     for part in (
         "several columns are labels (a, b): choose one with `label`",
         "columns of vocabulary 'v' must have one `min_count`; got x 3, y.z 2",
-        "nor contain '.' or '#'",
+        "column 'y.z': a feature's name must not contain '.' or '#'",
         "column 'weight': that name is the folder's own",
         "column 'x' is given 2 times",
         "one weight column; got w1, w2",
