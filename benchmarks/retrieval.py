@@ -93,7 +93,7 @@ def trained(data: Dataset, seed: int, epochs: int, **changes: Any) -> tuple[Metr
         "hidden": [128], "output_dim": 64, "item_features": ["genres"], "item_lists": {"genres": 6}, "normalise": True,
     }  # fmt: skip
     settings: dict[str, Any] = {
-        "model_args": args, "loss": "sampled_softmax", "loss_args": {"temperature": 0.1, "negatives": 200},
+        "model_args": args, "loss": "sampled_softmax", "loss_args": {"temperature": 0.1},
         "embedding_dim": 32, "embedding_init": "normal:0.05", "batch_size": 1024, "learning_rate": 1e-3,
         "epochs": epochs, "top_k": TOP_K, "patience": 4, "seed": seed, **changes,
     }  # fmt: skip

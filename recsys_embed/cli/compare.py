@@ -157,8 +157,11 @@ def say_row(number: int, total: int, row: dict[str, Any]) -> None:
 
 def _told(test: dict[str, Any]) -> str:
     """The metric that rows are chosen by."""
-    found = next(((name, v) for name, v in ranking_of(test).items() if name.startswith("ndcg")), ("AUC", test["auc"]))
-    return f"{found[0].replace('ndcg', 'NDCG')} {'-' if found[1] is None else f'{found[1]:.4f}'}"
+    ranked = [(name, v) for name, v in ranking_of(test).items() if name.startswith(("ndcg", "rmse"))]
+    found = next(iter(ranked), ("AUC", test["auc"]))
+    return (
+        f"{found[0].replace('ndcg', 'NDCG').replace('rmse', 'RMSE')} {'-' if found[1] is None else f'{found[1]:.4f}'}"
+    )
 
 
 def write_results(

@@ -185,7 +185,9 @@ def stats(
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     for name, split in data.stats["splits"].items():
-        rate = "no labels" if split["click_rate"] is None else f"click rate {split['click_rate']:.4f}"
+        mean = split.get("label_mean")
+        rate = "no labels" if mean is None else f"mean label {mean:.4f}"
+        rate = rate if split["click_rate"] is None else f"click rate {split['click_rate']:.4f}"
         console.print(f"{name}: {split['rows']:,} rows, {rate}", highlight=False)
     table = Table(caption="Distinct values, frequency curve: training rows; the empty field counts as a value.")
     for i, column in enumerate(header):

@@ -113,7 +113,16 @@ class Dataset(RowSource):
         return read_stats(self.path)
 
     def schema(self, embedding_dim: int) -> Schema:
-        """The categorical features in the order of the columns of ``ids``."""
+        """The categorical features in the order of the columns of ``ids``.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if not self.manifest.features:
+            raise ConfigError(
+                f"data folder {self.path} has no categorical column, list or sequence, so that there is nothing to "
+                "embed; convert it with one, e.g. --categorical user"
+            )
         specs = []
         for f in self.manifest.features:
             kind: IdKind = "raw" if f.vocab is None else "index"

@@ -38,12 +38,12 @@ def header(summaries: Sequence[Summary]) -> tuple[str, ...]:
 
 
 def _title(name: str) -> str:
-    return name.replace("ndcg", "NDCG")
+    return name.replace("ndcg", "NDCG").replace("rmse", "RMSE")
 
 
 def _main(names: Sequence[str]) -> str:
     """The metric that validations go by."""
-    return next(name for name in names if name.startswith("ndcg"))
+    return next((name for name in names if name.startswith("ndcg")), names[0])
 
 
 def cells(s: Summary, titles: Sequence[str] = HEADER) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ def pareto_front(points: Sequence[tuple[float, float]], slack: float = 0.01) -> 
 def _quality(s: Summary) -> tuple[float | None, float | None, str]:
     """What a line is drawn by, its standard deviation, and its name."""
     name = next((name for name in s.ranking if name.startswith("ndcg")), None)
+    if "rmse" in s.ranking:
+        return -s.ranking["rmse"], s.ranking_sd.get("rmse"), "negative test RMSE"
     if name is None:
         return s.auc, s.auc_sd, "test AUC"
     return s.ranking[name], s.ranking_sd.get(name), f"test {name.upper()}"
@@ -36,7 +38,7 @@ def _quality(s: Summary) -> tuple[float | None, float | None, str]:
 def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
     """Draw test AUC over deployed bytes, one panel per model, and save it; None when no row has a result.
 
-    Of models that find items it is NDCG at the first k.
+    Of models that find items it is NDCG at the first k, of real labels the negative RMSE.
 
     Args:
         summaries: lines of a comparison.

@@ -15,7 +15,7 @@ import torch
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.data.data_source import DataSource
-from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, unknown_name
+from recsys_embed.errors import BudgetError, ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.models import get_model, hyperparameters
 from recsys_embed.models.base import make_params
 from recsys_embed.registry import get_method, list_methods, with_current_names
@@ -178,6 +178,14 @@ def run_comparison(
         check_rows(data, comparison.train.replace(model=model))
     folder = Path(folder)
     cases = list(comparison.cases())
+    raw = [s.name for s in data.schema(1) if s.ids == "raw"]
+    if raw:
+        # Raw ids have no full table, so that nothing is measured against one.
+        cases = [case for case in cases if case.config.method != "full"]
+        unfit = [m for m in comparison.methods if m != "full" and not get_method(m).config_cls.accepts_raw]
+        faults = [f"method {m!r} needs vocabulary indices, and {', '.join(raw[:3])} have raw 64-bit ids" for m in unfit]
+        known = ", ".join(m.name for m in list_methods() if m.config_cls.accepts_raw)
+        raise_faults(faults, f"a comparison; compare {known}, or convert the data with vocabularies")
     found = [_finished_row(folder, case, data) for case in cases]
     rows = []
     left, spent, trained = sum(row is None for row in found), 0.0, 0
@@ -287,7 +295,7 @@ class Summary:
 
     ``auc_gain`` is the mean over seeds of test AUC minus that of ``full`` at the same seed. Standard deviations are
     over seeds, None for one seed. ``ranking`` holds recall and NDCG of models that find items, by names such as
-    ``"recall@10"``, and ``ranking_gain`` what they gain on ``full``.
+    ``"recall@10"``, or the RMSE of real labels (``"rmse"``), and ``ranking_gain`` what they gain on ``full``.
     """
 
     model: str
@@ -312,12 +320,16 @@ class Summary:
 
 
 def ranking_of(test: dict[str, Any]) -> dict[str, float]:
-    """Recall and NDCG among the metrics of a row, by name; empty where the model finds no items.
+    """What tells rows without clicks, by name: recall and NDCG of models that find items, RMSE of real labels.
 
     >>> ranking_of({"auc": 0.7, "recall": {"10": 0.2}, "ndcg": {"10": 0.1}})
     {'recall@10': 0.2, 'ndcg@10': 0.1}
+    >>> ranking_of({"auc": None, "logloss": None, "rmse": 0.9})
+    {'rmse': 0.9}
     """
-    return {f"{name}@{k}": v for name in ("recall", "ndcg") for k, v in (test.get(name) or {}).items()}
+    found = {f"{name}@{k}": v for name in ("recall", "ndcg") for k, v in (test.get(name) or {}).items()}
+    real = not found and test.get("logloss") is None and test.get("rmse") is not None
+    return {"rmse": test["rmse"]} if real else found
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -350,7 +362,7 @@ def _summary(
             found.setdefault(name, []).append(value)
             if name in base:
                 gains.setdefault(name, []).append(value - base[name])
-    ranked = [name for name in found if "@" in name]
+    ranked = [name for name in found if name not in ("auc", "logloss")]
     parts = good[0]["footprint"]
     missing = [r for r in rows if r["status"] != "ok"]
     return Summary(

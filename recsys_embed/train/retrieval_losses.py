@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recsys_embed.models.retrieval import Queries, RetrievalModel
@@ -59,10 +61,8 @@ class BPRArgs(Settings):
 def softmax(model: RetrievalModel, queries: Queries, args: SoftmaxArgs) -> Tensor:
     """Cross entropies ``[n]`` of the positives among all items of the catalogue."""
     items = model.items(torch.arange(len(model.in_catalogue), device=queries.targets.device))
-    scores = queries.vectors @ (items.T / args.temperature)
-    with torch.no_grad():  # what has probability 0 has gradient 0
-        scores.masked_fill_(~model.in_catalogue, float("-inf"))
-    return F.cross_entropy(scores, queries.targets, reduction="none")
+    bias = items.new_zeros(len(items)).masked_fill_(~model.in_catalogue, float("-inf"))
+    return cross_entropy(queries.vectors, items / args.temperature, queries.targets, bias, None)
 
 
 def sampled_softmax(model: RetrievalModel, queries: Queries, args: SampledSoftmaxArgs) -> Tensor:
@@ -74,20 +74,87 @@ def sampled_softmax(model: RetrievalModel, queries: Queries, args: SampledSoftma
     drawn = torch.randint(total, (args.negatives,), device=targets.device)
     ids = torch.cat([targets, drawn])
     items = model.items(ids)
+    bias = items.new_zeros(len(ids))
+    if args.logq:
+        bias -= expected_negatives(model, ids, len(targets), args.negatives).log().to(items.dtype)
+    own = bias[: len(targets)] if args.correct_positive else bias.new_zeros(len(targets))
+    absent = bias.masked_fill(~model.in_catalogue[ids], float("-inf"))
     rows = torch.arange(len(targets), device=targets.device)
-    with torch.no_grad():
-        absent = targets.unsqueeze(1) == ids
-        absent |= ~model.in_catalogue[ids]
-        absent[rows, rows] = False
-        log_expected = items.new_zeros(len(ids))
-        if args.logq:
-            log_expected = expected_negatives(model, ids, len(targets), args.negatives).log().to(items.dtype)
-    scores = torch.addmm(-log_expected, queries.vectors, items.T / args.temperature)
-    with torch.no_grad():
-        if not args.correct_positive:
-            scores[rows, rows] += log_expected[: len(targets)]
-        scores.masked_fill_(absent, float("-inf"))  # what has probability 0 has gradient 0
-    return F.cross_entropy(scores, rows, reduction="none")
+    return cross_entropy(queries.vectors, items / args.temperature, rows, absent, Positives(targets, ids, own))
+
+
+class Positives(NamedTuple):
+    """Positives of rows that are among the items themselves.
+
+    Args:
+        targets: ids of the positives, ``[n]``.
+        ids: of the items, the positives first: ``[m]``.
+        bias: added to the positives' scores in place of the items', ``[n]``.
+    """
+
+    targets: Tensor
+    ids: Tensor
+    bias: Tensor
+
+
+def cross_entropy(users: Tensor, items: Tensor, columns: Tensor, bias: Tensor, positives: Positives | None) -> Tensor:
+    """Cross entropies ``[n]`` of one item per user among all.
+
+    Args:
+        users: ``[n, K]``.
+        items: ``[m, K]``.
+        columns: the item of each user, ``[n]``.
+        bias: added to the items' scores, ``[m]``; minus infinity leaves an item out.
+        positives: where items are those of other users too, which are left out where they are the user's own.
+    """
+    found: Tensor = _CrossEntropy.apply(users, items, columns, bias, positives)
+    return found
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the probabilities as the one matrix of all users and items; torch's own functions make five."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, users: Tensor, items: Tensor, columns: Tensor, bias: Tensor, positives: Positives | None
+    ) -> Tensor:
+        rows = torch.arange(len(users), device=users.device)
+        scores = torch.addmm(bias, users, items.T)
+        if positives is not None:
+            own = (users * items.index_select(0, columns)).sum(1) + positives.bias
+            scores[same_items(positives.targets, positives.ids)] = float("-inf")
+            scores[rows, columns] = own
+        top = scores.amax(1, keepdim=True)
+        chosen = scores[rows, columns] - top.squeeze(1)
+        total = scores.sub_(top).exp_().sum(1, keepdim=True)
+        ctx.save_for_backward(scores.div_(total), users, items, columns)
+        return total.log_().squeeze(1) - chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        shares, users, items, columns = ctx.saved_tensors
+        moved = shares * grad.unsqueeze(1)
+        moved[torch.arange(len(users), device=users.device), columns] -= grad
+        return moved @ items, moved.T @ users, None, None, None
+
+
+def same_items(targets: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """Places ``(row, column)`` of equal ids of ``targets [n]`` and ``ids [m]``; few as a rule, so no matrix is made.
+
+    >>> [part.tolist() for part in same_items(torch.tensor([5, 7]), torch.tensor([7, 5, 5]))]
+    [[0, 0, 1], [1, 2, 0]]
+    """
+    values, order = ids.sort(stable=True)
+    targets = targets.contiguous()
+    first, last = torch.searchsorted(values, targets), torch.searchsorted(values, targets, right=True)
+    counts = last - first
+    ends = counts.cumsum(0)
+    rows = torch.repeat_interleave(counts)
+    if 4 * len(rows) > len(targets) * len(ids):
+        return (targets.unsqueeze(1) == ids).nonzero(as_tuple=True)
+    places = torch.arange(len(rows), device=ids.device) - (ends - counts - first)[rows]
+    return rows, order[places]
 
 
 def expected_negatives(model: RetrievalModel, ids: Tensor, batch: int, negatives: int) -> Tensor:

@@ -53,7 +53,11 @@ def check_beside(program: Program, native: EmbeddingCollection) -> None:
 
 
 def _check_threads(program: Program, native: EmbeddingCollection) -> None:
-    """The same bits of tables and states for another number of threads."""
+    """The same bits of tables and states for another number of threads; about the same where torch multiplies matrices.
+
+    The bits of torch's products of matrices depend on the number of threads, and heads are such products.
+    """
+    exact = all(p.head is None for p in native.bundle.programs.values())
     torch.set_num_threads(1 + program.threads % 3)
     again = build(program, "native")
     names = program.schema().names
@@ -71,7 +75,11 @@ def _check_threads(program: Program, native: EmbeddingCollection) -> None:
             take_step(again)
         again.catch_up_()
     for (name, a), (_, b) in zip(native.state_dict().items(), again.state_dict().items(), strict=True):
-        same(f"threads: {name.rstrip('0123456789')}", b, a)
+        what = f"threads: {name.rstrip('0123456789')}"
+        if exact or not a.is_floating_point():
+            same(what, b, a)
+        else:
+            close(what, b, a, 1e-4)
 
 
 def _drop_in(feature: Feature, native: EmbeddingCollection, **options: Any) -> Any:

@@ -391,3 +391,15 @@ def test_the_command_leaves_a_front_and_a_point_of_it_is_trained_and_exported(tm
     assert "no finished trial 99" in capsys.readouterr().err
     assert main([*args, "--methods", "hash"]) == 2
     assert "another space" in capsys.readouterr().err
+
+
+def test_raw_ids_are_searched_among_the_methods_that_take_them() -> None:
+    schema = Schema([*SCHEMA, FeatureSpec("raw", 500, 8, ids="raw")])
+    known = study_methods(raw=True)
+    assert {"hash", "unified"} <= set(known) < set(study_methods())
+    space = StudySpace(schema, {"b": 300_000}, known)
+    for method in known:
+        fields = {f"{g}.{k}": v for g in space.fields for k, v in (("method", method), ("width", 8), ("share", 1.0))}
+        space.plan({"budget": "b", **fields}).check(schema)
+    with pytest.raises(ConfigError, match="method 'memcom' needs vocabulary indices, and raw have raw 64-bit ids"):
+        StudySpace(schema, {"b": 300_000}, ("hash", "memcom"))

@@ -15,7 +15,7 @@ import pytest
 import recsys_embed.cli.compare as compare_command
 from recsys_embed.cli import main
 from recsys_embed.cli._settings import train_config
-from recsys_embed.data import make_synthetic
+from recsys_embed.data import convert_table, make_synthetic
 from recsys_embed.registry import list_methods
 from recsys_embed.report.comparison import rich_table
 from recsys_embed.train.compare import Summary
@@ -127,3 +127,35 @@ def test_the_table_of_one_model_and_seed_fits_80_columns() -> None:
     text = console.export_text()
     assert all(part in text for part in ("compositional", "0.7500", "-0.0100", "20.0x", "123,456", "pression"))
     assert max(len(row.rstrip()) for row in text.splitlines()) <= 80
+
+
+def _table(out: Path, label: dict[str, str], ids: str) -> str:
+    events = {"click": [i * 7 % 5 % 2 for i in range(300)], "user": [i * 7 % 5 for i in range(300)]}
+    events["price"] = [i % 9 for i in range(300)]
+    user = {"kind": "categorical", "ids": ids}
+    convert_table(events, out, {"columns": {"click": {"kind": "label", **label}, "user": user}})
+    return str(out)
+
+
+def test_compare_of_raw_ids_has_no_full_table_to_measure_against(tmp_path: Path, capsys) -> None:
+    data = _table(tmp_path / "data", {}, "raw")
+    args = ["compare", "--data", data, "--model", "lr", "--ratios", "2", "--batch-size", "32", "--epochs", "1"]
+    assert main([*args, "--methods", "hash", "--out", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["summary"]
+    assert [(s["method"], s["auc_gain"]) for s in found] == [("hash", None)]
+    assert 0 <= found[0]["auc"] <= 1
+    assert main([*args, "--methods", "hash,memcom", "--out", str(tmp_path / "b")]) == 2
+    assert "method 'memcom' needs vocabulary indices, and user have raw 64-bit ids" in capsys.readouterr().err
+
+
+def test_compare_of_real_labels_tells_rmse(tmp_path: Path, capsys) -> None:
+    data = _table(tmp_path / "data", {"task": "real", "column": "price"}, "vocab")
+    args = ["compare", "--data", data, "--model", "lr", "--methods", "hash", "--ratios", "2", "--batch-size", "32"]
+    assert main([*args, "--epochs", "1", "--set", "loss=squared_error", "--out", str(tmp_path / "run")]) == 0
+    assert "RMSE" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for line, row in zip(results["summary"], results["rows"], strict=True):
+        assert line["ranking"] == {"rmse": row["test"]["rmse"]}
+    assert "dRMSE vs full" in (tmp_path / "run" / "table.md").read_text()
+    assert main(["data", "stats", data]) == 0
+    assert "train: 220 rows, mean label 3.9545" in capsys.readouterr().out

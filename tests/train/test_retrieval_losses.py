@@ -16,6 +16,7 @@ from recsys_embed.models.retrieval import Queries, RetrievalModel
 from recsys_embed.train import TrainConfig, run_training
 from recsys_embed.train.loss import loss_of
 from recsys_embed.train.losses import loss_args
+from recsys_embed.train.retrieval_losses import Positives, cross_entropy
 
 from .events import ARGS, Events
 
@@ -174,3 +175,26 @@ def test_settings_of_losses_are_named_only_where_they_are_set() -> None:
     assert not {"loss", "loss_args", "top_k", "exclude_seen"} & known.keys()
     config = TrainConfig(model="twotower", loss="bpr", loss_args={"negatives": 2}, top_k=(5,), exclude_seen=False)
     assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("items", [[0, 5, 5, 7, 2, 5], [3] * 6], ids=["some equal", "all equal"])
+def test_gradients_are_those_of_torchs_cross_entropy(items: list[int]) -> None:
+    torch.manual_seed(0)
+    targets, ids = torch.tensor(items), torch.tensor([*items, 5, 1, 3])
+    users, vectors = torch.randn(6, 4).double().requires_grad_(), torch.randn(9, 4).double().requires_grad_()
+    bias, own = torch.randn(9).double(), torch.randn(6).double()
+    bias[7] = float("-inf")
+    rows, weights = torch.arange(6), torch.rand(6).double()
+    for positives in (None, Positives(targets, ids, own)):
+        got = cross_entropy(users, vectors, rows, bias, positives)
+        scores = users @ vectors.T + bias
+        if positives is not None:
+            hits = targets.unsqueeze(1) == ids
+            hits[rows, rows] = False
+            keep = torch.eye(6, 9).bool()
+            scores = torch.where(keep, (users @ vectors.T)[:, :6].diagonal().unsqueeze(1) + own.unsqueeze(1), scores)
+            scores = scores.masked_fill(hits, float("-inf"))
+        want = torch.nn.functional.cross_entropy(scores, rows, reduction="none")
+        torch.testing.assert_close(got, want)
+        found = torch.autograd.grad((got * weights).sum(), (users, vectors))
+        torch.testing.assert_close(found, torch.autograd.grad((want * weights).sum(), (users, vectors)))

@@ -54,7 +54,7 @@ class StudyDefinition:
         self.full_bytes = plans_for(schema, config).full_bytes
         self.budgets = {text: read_budget(text, self.full_bytes) for text in settings.budgets}
         room = {text: budget - self._linear_bytes(budget) for text, budget in self.budgets.items()}
-        methods = settings.methods or study_methods()
+        methods = settings.methods or study_methods(raw=any(s.ids == "raw" for s in schema))
         self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
 
     def _linear_bytes(self, budget: int) -> int:

@@ -37,13 +37,16 @@ def _width(cls: type[MethodConfig], width: int) -> dict[str, Any]:
     return {} if cls.width_option is None else {cls.width_option: width}
 
 
-def study_methods() -> tuple[str, ...]:
+def study_methods(*, raw: bool = False) -> tuple[str, ...]:
     """Methods that a budget, or a budget and a width, size; ``full`` is what they fall back to where it fits.
+
+    Args:
+        raw: whether features have raw 64-bit ids, which some methods alone take.
 
     >>> {"hash", "optembed"} <= set(study_methods()), "full" in study_methods()
     (True, False)
     """
-    names = [m for m in list_methods() if m.name != "full"]
+    names = [m for m in list_methods() if m.name != "full" and (m.config_cls.accepts_raw or not raw)]
     return tuple(m.name for m in names if m.config_cls.plannable or takes_width(m.name))
 
 
@@ -83,6 +86,13 @@ class StudySpace:
             faults.append("`budgets` must name at least one; got none")
         known = [m.name for m in list_methods()]
         faults += [str(unknown_name("method of a study", m, known)) for m in self.methods if m not in known]
+        raw = [s.name for s in self.schema if s.ids == "raw"]
+        faults += [
+            f"method {m!r} needs vocabulary indices, and {', '.join(raw[:3])} have raw 64-bit ids; choose among "
+            f"{', '.join(study_methods(raw=True))}"
+            for m in self.methods
+            if raw and m in known and not get_method(m).config_cls.accepts_raw
+        ]
         if not self.methods or len(set(self.methods)) < len(self.methods):
             faults.append(f"`methods` must be keys without repetition; got {self.methods!r}")
         if not 1 <= self.groups <= len(_NAMES):
