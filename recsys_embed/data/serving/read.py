@@ -22,7 +22,7 @@ def read_row_encoder(stored: StoredEncoders) -> RowEncoder:
     """
     try:
         return CriteoEncoder(stored) if stored.about["kind"] == "criteo" else TableEncoder(stored)
-    except (ConfigError, KeyError, TypeError, ValueError) as e:
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         if isinstance(e, DataError):
             raise
         raise DataError(f"the encoders of the file cannot be used ({e})") from e
