@@ -206,3 +206,17 @@ def test_files_that_are_no_csv(tmp_path: Path, data: bytes, says: str) -> None:
     (tmp_path / "t.csv").write_bytes(data)
     with pytest.raises(DataError, match=says):
         made(tmp_path / "t.csv", tmp_path / "out", {"y": LABEL})
+
+
+def test_a_folder_is_not_written_over_what_it_is_made_of(tmp_path: Path) -> None:
+    columns = {"y": LABEL, "u": CATEGORY, "v": {"kind": "vector"}}
+    table = {"y": [0, 1], "u": ["a", "b"], "v": [[1.0, 2.0], [3.0, 4.0]]}
+    made(table, tmp_path / "out", columns)
+    with pytest.raises(ConfigError, match="its schema and vocabularies encode these rows"):
+        convert_table(table, tmp_path / "out", like=tmp_path / "out", overwrite=True)
+    shard = tmp_path / "out" / "train-000000.parquet"
+    with pytest.raises(ConfigError, match="is in it, and would be replaced"):
+        convert_table(shard, tmp_path / "out", {"columns": {"label": LABEL}}, overwrite=True)
+    # Columns that are null throughout have no type of their own.
+    convert_table({"u": [None], "v": [None]}, tmp_path / "like", like=tmp_path / "out")
+    assert open_dataset(tmp_path / "like").read("test", 0, 1).dense.tolist() == [[0, 0]]
