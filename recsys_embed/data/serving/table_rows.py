@@ -132,7 +132,7 @@ class TableEncoder(RowEncoder):
         frame = frame if good.all() else frame.filter(pl.Series(good))
         columns: dict[str, pl.Series] = {}
         for encoder in self.encoders:
-            columns.update(encoder.encode(self._typed(encoder, frame[encoder.column.source])).columns)
+            columns.update(encoder.encode(frame[encoder.column.source]).columns)
         made = pl.DataFrame([values.rename(name) for name, values in columns.items()])
         return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad))
 
@@ -141,13 +141,6 @@ class TableEncoder(RowEncoder):
             column, values = encoder.column, frame[encoder.column.source]
             if column.checks(values.dtype) and values.dtype != pl.Null:
                 yield from ((column.source, fault) for fault in column.faults(values))
-
-    @staticmethod
-    def _typed(encoder: Encoder, values: pl.Series) -> pl.Series:
-        """Values that are all missing, as a type that every encoder takes."""
-        if values.dtype == pl.Null and encoder.column.kind == "vector":
-            return values.cast(pl.List(pl.Float32))
-        return values
 
 
 @dataclass(frozen=True)
