@@ -34,7 +34,9 @@ def export(
     prune: Annotated[bool, typer.Option(help="Drop rows and columns of zeros where that saves bytes.")] = True,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Folder made by 'recsys-embed data': AUC before and after; its encoders are kept."),
+        typer.Option(
+            "--data", help="Folder made by 'recsys-embed data': AUC (NDCG@10) before and after; its encoders are kept."
+        ),
     ] = None,
     encoders: Annotated[
         bool,
@@ -75,8 +77,8 @@ def export(
         precision,  # type: ignore[arg-type]
         prune=prune,
         search=search,  # type: ignore[arg-type]
-        evaluate=None if data is None else _auc(data, split),
-        metric=f"{split} AUC",
+        evaluate=None if data is None else _quality(data, split),
+        metric=f"{split} {'NDCG@10' if _finds_items(found) else 'AUC'}",
         encoders=_encoders(found, data) if encoders else False,
     )
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
@@ -93,8 +95,21 @@ def _encoders(found: Any, data: Path | None) -> Path | None:
     return data if isinstance(found, CTRModel) and found.scorer is None else None
 
 
-def _auc(folder: Path, split: str) -> Callable[[Any], float]:
-    """A function that measures a model's AUC on a split of a data folder."""
+def _finds_items(found: Any) -> bool:
+    """Whether a model, or that of a run, finds items."""
+    from recsys_embed.models import RetrievalModel, list_models
+    from recsys_embed.models.base import MODELS
+    from recsys_embed.train.config import read_settings
+
+    if not isinstance(found, Path):
+        return isinstance(found, RetrievalModel)
+    settings = (found if found.is_dir() else found.parent) / "config.json"
+    key = read_settings(settings).get("model") if settings.exists() else None
+    return key in list_models() and issubclass(MODELS[str(key)], RetrievalModel)
+
+
+def _quality(folder: Path, split: str) -> Callable[[Any], float]:
+    """A function that measures a model on a split of a data folder: AUC, or NDCG@10 of one that finds items."""
     from recsys_embed.data import open_dataset
     from recsys_embed.train import evaluate
 
@@ -104,6 +119,8 @@ def _auc(folder: Path, split: str) -> Callable[[Any], float]:
 
     def measure(model: Any) -> float:
         metrics = evaluate(model, dataset, split)
+        if metrics is not None and metrics.ndcg:
+            return metrics.ndcg[10]
         if metrics is None or math.isnan(metrics.auc):
             raise ConfigError(
                 f"the {dataset.rows(split):,} rows of split {split!r} of {folder} are of one class, so there is no "

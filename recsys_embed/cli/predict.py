@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from recsys_embed.errors import ConfigError
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="File of `recsys-embed export`.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="File of `recsys-embed export`.")],
     inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Raw rows: files, globs or folders.")],
     out: Annotated[Path, typer.Option("--out", help="File of scores to write: .parquet or .csv.")],
     keep: Annotated[
@@ -55,14 +56,19 @@ def predict(
             "export RUN --data FOLDER --out FILE`"
         )
     given = reader_options(source or [])
-    own = scorer.stored.about.get("preset")
-    if preset is None and own is not None and not given and all(Path(p).is_dir() for p in inputs):
-        preset = own
-        print(f"reading the files of {preset} (--preset)", file=sys.stderr)
     if preset is not None and given:
         raise ConfigError("with --preset files are read as its data set's are; leave out --source")
+    own = scorer.stored.about.get("preset")
+    joined: Any = None
+    if preset is not None:
+        joined = preset_table(preset, inputs)
+    elif own is not None and not given and all(Path(p).is_dir() for p in inputs):
+        # A folder of other files, of rows that were joined before, is a table as any other.
+        with suppress(ConfigError):
+            joined = preset_table(own, inputs)
+            print(f"reading the files of {own} (--preset)", file=sys.stderr)
     encoder = scorer.encoder
-    table = encoder.open(inputs if preset is None else preset_table(preset, inputs), given)
+    table = encoder.open(inputs if joined is None else joined, given)
     names = [name for text in keep or [] for name in text.split(",") if name]
     with show_progress(as_json) as progress:
         report = score_files(

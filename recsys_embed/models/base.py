@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
+from recsys_embed.planning.network_context import NetworkContext
 from recsys_embed.utils.settings import Settings, build, check_settings, param
 from recsys_embed.utils.types import JSON, Ids, RowsLike
 
@@ -93,6 +94,7 @@ class CTRModel(nn.Module):
     needs_equal_widths: ClassVar[bool] = False
     uses_network: ClassVar[bool] = True
     needs_history: ClassVar[bool] = False
+    must_define: ClassVar[Mapping[str, str]] = {"logits": "logits(dense, ids)`, which returns [B],"}
 
     params: DataclassInstance | None = None
     scorer: Scorer | None = None
@@ -144,7 +146,8 @@ class CTRModel(nn.Module):
         does not use are ignored; labels, weights and groups are not needed.
 
         Args:
-            rows: a polars (lazy) or pandas frame, an Arrow table, columns by name, a list of rows by column, or files.
+            rows: a polars (lazy) or pandas frame, an Arrow table, columns by name, one row or a list of rows by column,
+                or files.
             batch_size: rows that go through the model at once.
 
         Returns:
@@ -257,6 +260,11 @@ class CTRModel(nn.Module):
         """Bytes of all embedding parts together (dense layers are not counted)."""
         return sum((c.footprint() for c in self.collections().values()), Footprint())
 
+    @classmethod
+    def network_context(cls, schema: Schema) -> NetworkContext | Literal[False] | None:
+        """What a planner is to hold of the layers after the lookups, its argument ``network``."""
+        return None if cls.uses_network else False
+
     @property
     def embedding_lr(self) -> float:
         """Learning rate of the fused optimizer of every collection."""
@@ -287,8 +295,10 @@ def register(cls: type[M]) -> type[M]:
     params = getattr(cls, "params_cls", None)
     if not (isinstance(params, type) and is_dataclass(params)):
         faults.append(f"`params_cls` must be a frozen dataclass of its hyperparameters; got {params!r:.80}")
-    if cls.logits is CTRModel.logits:
-        faults.append("`logits(dense, ids)`, which returns [B], must be defined")
+    for name, what in cls.must_define.items():
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        if name in vars(owner).get("must_define", {}):
+            faults.append(f"`{what} must be defined")
     try:
         signature(cls).bind("spec", "params")
     except TypeError:

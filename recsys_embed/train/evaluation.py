@@ -61,7 +61,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums, ranking = LOSSES[loss].metrics(), None
-    if isinstance(model, RetrievalModel):
+    if isinstance(model, RetrievalModel) and not sums.real_labels:
         ranking = ItemRanking(model, top_k, exclude_seen, {} if seen is None else seen)
     rows = labelled = 0
     try:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import cast
 
+from recsys_embed.data.batch import as_batch
 from recsys_embed.data.data_source import TRAINING, BatchSource, DataSource, need_members
 from recsys_embed.data.rows import RowSource
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Schema
+from recsys_embed.models import RetrievalModel, get_model
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.losses import LOSSES, check_model
+from recsys_embed.train.retrieval_metrics import USER
 
 
 def check_data(data: DataSource, config: TrainConfig, purpose: str, *also: str) -> None:
@@ -33,11 +37,28 @@ def check_rows(data: BatchSource, config: TrainConfig) -> bool:
         DataError: names split, row and what is wrong.
     """
     check_model(config.loss, config.model)
+    if config.exclude_seen and issubclass(get_model(config.model), RetrievalModel):
+        _need_users(data)
     if not isinstance(data, RowSource):
         return False
     loss = LOSSES[config.loss]
     data.check_values(real_labels=loss.real_labels, needs_labels=loss.needs_labels)
     return data.fits("train")
+
+
+def _need_users(data: BatchSource) -> None:
+    """Refuse to leave out what users have seen where rows do not say whose they are.
+
+    Raises:
+        ConfigError: says what would.
+    """
+    batch = next(iter(data.batches("train", 1, shuffle=False)), None)
+    names = cast("DataSource", data).schema(1).names if hasattr(data, "schema") else []
+    if batch is not None and "group" not in as_batch(batch).extra and USER not in names:
+        raise ConfigError(
+            "`exclude_seen` needs rows that say whose they are: a `group` column in the data, or a feature named "
+            f"{USER!r}; got features {', '.join(names)}"
+        )
 
 
 def schema_of(data: DataSource, config: TrainConfig) -> Schema:

@@ -42,6 +42,13 @@ def _checkpoint(path: Path) -> None:
     model_of_run(path)
 
 
+def _rows(path: Path) -> None:
+    model: Any = rse.load(path)
+    if getattr(model, "scorer", None) is None:
+        raise rse.ConfigError("there are no encoders")
+    model.predict({"user": ["a", "zoe"], "item": [7, None], "title": [[0.5, 1.0], None], "price": [1.0, None]})
+
+
 SCHEMA = rse.Schema([rse.FeatureSpec("a", 500, 8), rse.FeatureSpec("b", 90, 8)])
 OPEN: dict[str, Callable[[Path], Any]] = {
     "export": rse.load,
@@ -51,6 +58,7 @@ OPEN: dict[str, Callable[[Path], Any]] = {
     "manifest": _manifest,
     "statistics": _statistics,
     "checkpoint": _checkpoint,
+    "rows": _rows,
 }
 
 

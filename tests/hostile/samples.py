@@ -15,7 +15,7 @@ import torch
 
 import recsys_embed as rse
 from recsys_embed.core.id_sets import set_text
-from recsys_embed.data import CriteoOptions, convert_criteo
+from recsys_embed.data import CriteoOptions, convert_criteo, convert_table, open_dataset
 from recsys_embed.models import build_model
 from recsys_embed.train.checkpoint import save_checkpoint
 from tests.hostile.files import seal, take_apart
@@ -25,6 +25,7 @@ SCHEMA = rse.Schema([rse.FeatureSpec("a", 500, 8), rse.FeatureSpec("b", 90, 8)])
 _HUGE: list[Any] = [2**31, 2**63, 10**300, 1e308, [1] * 30_000, ["x"] * 30_000, "x" * 100_000]
 _WRONG: list[Any] = [None, True, -1, 0, -(2**63), 0.5, "", "x", [], {}, [[]], {"a": 1}, [None], "../../etc/passwd"]
 VALUES = [*_HUGE, *_WRONG]
+EXPORTED = ("collection", "embedding", "model", "served")
 DEPTHS = (60, 300, 900, 3000)
 
 
@@ -51,6 +52,21 @@ def _data(path: Path) -> None:
     convert_criteo(path / "in", path / "data", CriteoOptions())
 
 
+def served(path: Path) -> None:
+    """An export with encoders of several kinds."""
+    rows = {"click": [0, 1] * 10, "user": ["a", "b"] * 10, "item": [7, 8, 9, None] * 5, "title": [[1.0, 2.0]] * 20}
+    columns = {
+        "click": {"kind": "label"}, "user": {"kind": "categorical"}, "item": {"kind": "categorical"},
+        "title": {"kind": "vector"}, "price": {"kind": "numeric", "buckets": 3},
+    }  # fmt: skip
+    schema = {"columns": columns, "split": {"kind": "order"}}
+    convert_table({**rows, "price": [1.5, 2.5] * 10}, path.parent / "table", schema)
+    data = open_dataset(path.parent / "table")
+    features = data.schema(4)
+    model = build_model("dnn", features, rse.Plan.full(features), num_dense=data.num_dense, hidden=[4])
+    rse.export(model, path, encoders=data)
+
+
 def _checkpoint(path: Path) -> None:
     model = build_model("dcnv2", SCHEMA, rse.Plan.full(SCHEMA), num_dense=3)
     config = {"model": "dcnv2", "model_args": {}, "seed": 0}
@@ -62,6 +78,7 @@ def make(folder: Path) -> dict[str, Path]:
     rse.export(collection(), folder / "collection", "int8")
     rse.export(rse.make_embedding("hash", 300, 16, num_buckets=50), folder / "embedding")
     rse.export(build_model("dcnv2", SCHEMA, rse.Plan.full(SCHEMA), num_dense=3), folder / "model", "int4")
+    served(folder / "served")
     _plan(folder / "plan.json")
     _data(folder)
     _checkpoint(folder / "model.pt")
@@ -69,6 +86,7 @@ def make(folder: Path) -> dict[str, Path]:
         "collection": folder / "collection",
         "embedding": folder / "embedding",
         "model": folder / "model",
+        "served": folder / "served",
         "plan": folder / "plan.json",
         "manifest": folder / "data" / "schema.json",
         "statistics": folder / "data" / "stats.json",
@@ -151,7 +169,7 @@ def jobs(files: dict[str, Path], folder: Path, count: int | None, seed: int = 0)
                 yield kind, f"{kind}: {words}", place
                 yield "report", f"{kind}: {words}, reported", place
             continue
-        exported = kind in ("collection", "embedding", "model")
+        exported = kind in EXPORTED
         parts = take_apart(file) if exported else None
         value = parts[0] if parts else json.loads(file.read_text())
         if parts:
@@ -166,5 +184,6 @@ def jobs(files: dict[str, Path], folder: Path, count: int | None, seed: int = 0)
             else:
                 (place / file.name).write_text(text)
             opened = ["export", "report"] if exported else [kind]
+            opened += ["rows"] if kind == "served" else []
             for how in opened:
                 yield how, f"{kind}: {words}", place / file.name

@@ -16,6 +16,7 @@ import recsys_embed as rse
 from recsys_embed.core.id_sets import IdSet, members_of, set_text
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import build_model
+from tests.hostile import samples
 from tests.hostile.files import open_all, seal, take_apart
 
 SCHEMA = rse.Schema([rse.FeatureSpec("a", 500, 8), rse.FeatureSpec("b", 90, 8)])
@@ -130,3 +131,50 @@ def test_sets_of_any_integers_are_packed_alike(dtype: torch.dtype) -> None:
         for wrong in (torch.tensor([0.0, 1.0, 2.0]), torch.zeros(3, 1, dtype=dtype), torch.zeros(3, dtype=torch.bool)):
             with pytest.raises(ConfigError, match="takes 3 distinct ids"):
                 index.packed(wrong)
+
+
+def _vectors(manifest: Any, *_: Any) -> None:
+    """Vector columns of many components, in two numeric columns."""
+    (entry,) = (c for c in manifest["encoders"]["columns"] if c["kind"] == "vector")
+    more = [{**entry, "name": f"v{i}", "learned": {"width": 1 << 14, "missing": 0}} for i in range(50_000)]
+    manifest["encoders"]["columns"] += more
+
+
+def _encoders(**changes: Any) -> Callable[..., None]:
+    def edit(manifest: Any, *_: Any) -> None:
+        for item in manifest["encoders"]["vocabularies"].values():
+            item.update(changes)
+
+    return edit
+
+
+def _hashes(manifest: Any, entries: Any, body: bytearray) -> None:
+    """Strings of one hash, that end beyond the text."""
+    a, b = entries["encoders/0.hashes"]["data_offsets"]
+    body[a:b] = bytes(b - a)
+    a, b = entries["encoders/0.ends"]["data_offsets"]
+    body[a:b] = b"\xff\xff\xff\x7f" * ((b - a) // 4)
+
+
+ENCODERS: dict[str, tuple[str, Callable[..., None]]] = {
+    "50000 vectors of 16384 components": ("refused: DataError", _vectors),
+    "a vocabulary of 10**12 ids": ("refused: CheckpointError", _encoders(size=10**12)),
+    "a vocabulary of no ids": ("refused: CheckpointError", _encoders(size=1)),
+    "vocabularies of one number": ("refused: CheckpointError", _encoders(number=0)),
+    "strings of one hash beyond the text": ("opened", _hashes),
+}
+
+
+def test_encoders_cost_what_they_weigh(tmp_path: Path) -> None:
+    samples.served(tmp_path / "served")
+    jobs = []
+    for i, (_, edit) in enumerate(ENCODERS.values()):
+        parts = take_apart(tmp_path / "served")
+        edit(*parts)
+        jobs.append(("rows", seal(tmp_path / f"case{i}", *parts)))
+    found = open_all([("rows", tmp_path / "served"), *jobs])
+    assert found[0][0] == "opened"
+    for (name, (wanted, _)), (said, seconds, grown) in zip(ENCODERS.items(), found[1:], strict=True):
+        assert said.startswith(wanted), f"{name}: {said}"
+        assert grown < 300, f"{name}: {grown} MiB"
+        assert seconds < 20, f"{name}: {seconds} s"

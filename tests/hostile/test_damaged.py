@@ -21,7 +21,8 @@ COUNT = int(os.environ.get("RECSYS_EMBED_MUTANTS", "12"))  # of each kind of fil
 def test_damaged_files_are_opened_or_refused(tmp_path: Path) -> None:
     files = samples.make(tmp_path)
     (tmp_path / "mutants").mkdir()
-    sound = [("export" if kind in ("collection", "embedding", "model") else kind, p) for kind, p in files.items()]
+    sound = [("export" if kind in samples.EXPORTED else kind, p) for kind, p in files.items()]
+    sound.append(("rows", files["served"]))
     assert [said for said, *_ in open_all(sound)] == ["opened"] * len(sound)
     jobs = list(samples.jobs(files, tmp_path / "mutants", COUNT))
     # What the library loads at its first use is not the first file's.

@@ -86,6 +86,8 @@ def test_columns_are_refused_together(folder: Path, tmp_path: Path, capsys: Any)
         assert text in str(e.value)
     with pytest.raises(ConfigError, match="`batch_size` must be an integer of at least 1; got 0"):
         model.predict(EVENTS, batch_size=0)
+    row = EVENTS.to_dicts()[0]
+    assert model.predict(row).tolist() == model.predict([row]).tolist() == model.predict(EVENTS.head(1)).tolist()
     assert len(model.predict(EVENTS.with_columns(more=pl.lit(1)))) == 40
     assert model.predict(EVENTS.head(0)).shape == model.predict([]).shape == (0,)
     EVENTS.write_parquet(tmp_path / "rows.parquet")

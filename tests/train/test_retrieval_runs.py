@@ -135,6 +135,28 @@ def test_searches_refuse_them_before_any_time_is_spent(kind: Any, settings: Any,
     assert not (tmp_path / "a").exists()
 
 
+def test_what_users_have_seen_needs_users() -> None:
+    class Nameless(Events):
+        def schema(self, embedding_dim: int) -> rse.Schema:
+            first, *rest = super().schema(embedding_dim)
+            return rse.Schema([rse.FeatureSpec("visitor", first.num_embeddings, embedding_dim), *rest])
+
+    with pytest.raises(ConfigError, match="`exclude_seen` needs rows that say whose they are"):
+        run_training(CONFIG.replace(exclude_seen=True), Nameless(group=False))
+    left = run_training(CONFIG.replace(epochs=1), Nameless(group=False)).result.test
+    assert left is not None
+    assert left.recall is not None
+
+
+def test_real_labels_are_no_choices() -> None:
+    """Ratings by their squared error: no row is a negative one, so nothing is ranked."""
+    config = CONFIG.replace(loss="squared_error", loss_args={}, epochs=1)
+    test = run_training(config, Events()).result.test
+    assert test is not None
+    assert test.recall is None
+    assert test.score == -float(test.rmse or 0)
+
+
 def test_processes_refuse_them() -> None:
     sharding = pytest.importorskip("recsys_embed.sharding.run")
     with pytest.raises(ConfigError, match="train it without torchrun"):
@@ -171,5 +193,6 @@ def test_the_command_line_trains_and_compares(tmp_path: Path, capsys: pytest.Cap
     assert "dNDCG@3" in out.replace("\n", "")
     assert "recall@5" in (tmp_path / "compared" / "table.md").read_text()
     run("report", str(tmp_path / "run"))
-    served = rse.export(tmp_path / "run", tmp_path / "m.rse")
-    assert served.embedding_bytes
+    done = json.loads(run("export", str(tmp_path / "run"), "--out", str(tmp_path / "m.rse"), "--data", data, "--json"))
+    assert done["metric"]["name"] == "test NDCG@10"
+    assert done["metric"]["before"] == done["metric"]["after"]

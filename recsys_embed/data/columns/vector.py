@@ -46,6 +46,8 @@ class Vector(LearnedColumn):
         return f"vector:{self.name}"
 
     def refuse(self, dtype: pl.DataType) -> str | None:
+        if dtype == pl.Null:
+            return None
         if not isinstance(dtype, pl.List | pl.Array) or not inner(dtype).is_numeric():
             return f"expected lists or arrays of numbers; got {dtype}"
         if isinstance(dtype, pl.Array) and self.width not in (None, dtype.size):
@@ -53,7 +55,7 @@ class Vector(LearnedColumn):
         return None
 
     def checks(self, dtype: pl.DataType) -> bool:
-        return True
+        return dtype != pl.Null
 
     def faults(self, values: pl.Series) -> list[Fault]:
         lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values
@@ -74,7 +76,7 @@ class Vector(LearnedColumn):
 
 def first_width(values: pl.Series) -> int | None:
     """Components of the first vector that has some."""
-    lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values
+    lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values.cast(pl.List(pl.Float32))
     lengths = lists.list.len().drop_nulls()
     lengths = lengths.filter(lengths > 0)
     return int(lengths[0]) if len(lengths) else None

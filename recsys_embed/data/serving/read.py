@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import polars as pl
@@ -22,18 +23,22 @@ def read_row_encoder(stored: StoredEncoders) -> RowEncoder:
     """
     try:
         return CriteoEncoder(stored) if stored.about["kind"] == "criteo" else TableEncoder(stored)
-    except (ConfigError, KeyError, TypeError, ValueError) as e:
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         if isinstance(e, DataError):
             raise
         raise DataError(f"the encoders of the file cannot be used ({e})") from e
 
 
 def rows_of(rows: Any) -> Any:
-    """Rows as :func:`open_source` takes them: a list of rows by column becomes a frame.
+    """Rows as :func:`recsys_embed.data.sources.open_source` takes them.
+
+    A list of rows by column becomes a frame, and so does one row: a mapping of columns to single values.
 
     Raises:
         ConfigError: the rows have values of types that do not go together.
     """
+    if isinstance(rows, Mapping) and any(v is None or isinstance(v, str | int | float | date) for v in rows.values()):
+        rows = [rows]
     if isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) and isinstance(rows[0], Mapping):
         try:
             return pl.DataFrame([dict(row) for row in rows], infer_schema_length=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ PREFIX = "encoders/"
 """Of the names of their tensors."""
 VERSION = 1
 Output = Literal["probability", "value"]
+Form = Literal["single", "list", "sequence"]
 ValueType = Literal["string", "integer", "unsigned", "bool", "date", "time", "edges"]
 _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "string": {"hashes": ("I32",), "ids": ("I32",), "ends": ("I32", "I64"), "text": ("U8",)},
@@ -70,8 +71,9 @@ class _About(FilePart):
     def conflicts(self) -> list[str]:
         if self.version != VERSION:
             return [fault("version", f"{VERSION}, which this library reads", self.version)]
-        wrong = [f for f in self.features if not isinstance(f.get("name"), str) or not isinstance(f.get("form"), str)]
-        return [fault("features", "objects with `name` and `form`", wrong[0])] if wrong else []
+        wrong = [f for f in self.features if not isinstance(f.get("name"), str) or f.get("form") not in get_args(Form)]
+        want = f"objects with `name` and `form`, one of {', '.join(get_args(Form))}"
+        return [fault("features", want, wrong[0])] if wrong else []
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
 
 import polars as pl
 
-from recsys_embed.data.columns import Encoder, Fault, read_encoder
-from recsys_embed.data.serving.lookups import make_vocabulary
+from recsys_embed.data.columns import Encoder, Fault, Time, read_encoder
+from recsys_embed.data.columns.categorical import VocabularyEncoder
+from recsys_embed.data.columns.numeric import BucketEncoder
+from recsys_embed.data.serving.lookups import MappedVocabulary, make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.sources import Source, open_source
@@ -18,6 +20,65 @@ from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
 from recsys_embed.data.sources.learned_types import read_as_learned
 from recsys_embed.errors import DataError, raise_faults
+from recsys_embed.utils.settings import FilePart, fault, param
+
+
+@dataclass(frozen=True)
+class _Numeric(FilePart):
+    fill: float
+    shift: float
+    scale: float
+    mean: float
+    std: float
+    missing: int
+
+
+@dataclass(frozen=True)
+class _Time(FilePart):
+    means: Mapping[str, float]
+    missing: int
+    latest: int = param(MISSING, low=-(1 << 40), high=1 << 40)
+
+    def conflicts(self) -> list[str]:
+        wrong = [v for v in self.means.values() if not isinstance(v, int | float)]
+        return [fault("means", "numbers by part", wrong[0])] if wrong else []
+
+
+@dataclass(frozen=True)
+class _Vector(FilePart):
+    missing: int
+    width: int = param(MISSING, low=1, high=1 << 14)
+
+
+@dataclass(frozen=True)
+class _Buckets(FilePart):
+    vocab: str
+    missing_count: int
+
+
+@dataclass(frozen=True)
+class _Known(FilePart):
+    type: Literal["string", "integer", "unsigned", "bool", "date", "time"]
+    vocab: str | None = None
+    missing_count: int = 0
+    unknown_count: int = 0
+    distinct: int = param(1, low=1)
+    estimated: bool = False
+
+
+def _check_learned(entry: Mapping[str, Any]) -> FilePart:
+    """What a column learned, of which every value is of its type.
+
+    Raises:
+        ConfigError: names those that are not.
+    """
+    kind = entry.get("kind")
+    parts: dict[Any, type[FilePart]] = {"numeric": _Numeric, "time": _Time, "vector": _Vector}
+    part = _Buckets if kind == "numeric" and entry.get("buckets") is not None else parts.get(kind, _Known)
+    made: FilePart = part.read(entry.get("learned"), f"column {entry.get('name')!r:.80}")
+    if isinstance(made, _Time) and not {*entry.get("parts", Time.parts)} <= made.means.keys():
+        raise DataError(f"column {entry.get('name')!r:.80} has no mean of each part")
+    return made
 
 
 class TableEncoder(RowEncoder):
@@ -26,16 +87,26 @@ class TableEncoder(RowEncoder):
     def __init__(self, stored: StoredEncoders) -> None:
         super().__init__(stored)
         about = stored.about
-        widths = [e.get("learned", {}).get("width") for e in about["columns"] if e.get("kind") == "vector"]
+        learned = [_check_learned(entry) for entry in about["columns"]]
+        widths = [values.width for values in learned if isinstance(values, _Vector)]
         # A vector's components are counted before their names are made.
-        if any(type(w) is not int or w < 1 for w in widths) or sum(widths) > len(self.dense):
-            raise DataError(f"vectors of {widths} components do not make {len(self.dense)} numeric columns")
+        if sum(widths) > len(self.dense):
+            raise DataError(f"vectors of {widths[:5]} components do not make {len(self.dense)} numeric columns")
         vocabularies = _FileVocabularies(stored)
         self.encoders: list[Encoder] = [read_encoder(entry, vocabularies) for entry in about["columns"]]
-        given = {name for e in self.encoders for name in (*e.dense, *(f.name for f in e.features))}
-        absent = {*self.dense, *self.single, *self.lists} ^ given
-        if absent:
-            raise DataError(f"columns and inputs of the model differ in {', '.join(sorted(absent)[:5])}")
+        given = {name: "dense" for e in self.encoders for name in e.dense}
+        given |= {f.name: f.form for e in self.encoders for f in e.features}
+        wanted = {**dict.fromkeys(self.dense, "dense"), **{f["name"]: f["form"] for f in about["features"]}}
+        odd = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
+        if odd:
+            raise DataError(f"columns and inputs of the model differ in {', '.join(odd[:5])}")
+        for encoder in self.encoders:
+            known: Any = encoder.vocabulary
+            edges = isinstance(encoder, BucketEncoder)
+            if known is not None and (isinstance(known, MappedVocabulary) == edges or (
+                isinstance(encoder, VocabularyEncoder) and known.dtype != encoder.dtype
+            )):  # fmt: skip
+                raise DataError(f"the vocabulary of column {encoder.column.name!r} is of another type")
         self.columns = tuple(dict.fromkeys(e.column.source for e in self.encoders))
         self.options = dict(about.get("source") or {})
 
@@ -61,7 +132,7 @@ class TableEncoder(RowEncoder):
         frame = frame if good.all() else frame.filter(pl.Series(good))
         columns: dict[str, pl.Series] = {}
         for encoder in self.encoders:
-            columns.update(encoder.encode(self._typed(encoder, frame[encoder.column.source])).columns)
+            columns.update(encoder.encode(frame[encoder.column.source]).columns)
         made = pl.DataFrame([values.rename(name) for name, values in columns.items()])
         return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad))
 
@@ -70,13 +141,6 @@ class TableEncoder(RowEncoder):
             column, values = encoder.column, frame[encoder.column.source]
             if column.checks(values.dtype) and values.dtype != pl.Null:
                 yield from ((column.source, fault) for fault in column.faults(values))
-
-    @staticmethod
-    def _typed(encoder: Encoder, values: pl.Series) -> pl.Series:
-        """Values that are all missing, as a type that every encoder takes."""
-        if values.dtype == pl.Null and encoder.column.kind == "vector":
-            return values.cast(pl.List(pl.Float32))
-        return values
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def convert_table(
     made, donor = _schema(schema, like, split)
     found = open_source(source, made.source, known_only=donor is not None)
     check_target(out)
+    _keep_apart(out, like, found)
     with lock(out):
         work = out / WORK_DIR
         table = found.stage(work)
@@ -128,6 +129,19 @@ def convert_table(
     return ConvertReport(
         out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
     )
+
+
+def _keep_apart(out: Path, like: str | Path | None, source: Source) -> None:
+    """Refuse to write where the rows or the vocabularies are read from.
+
+    Raises:
+        ConfigError: names them.
+    """
+    inside = [f for f in source.files if out.resolve() in Path(f).resolve().parents]
+    faults = [f"{f} is in it, and would be replaced" for f in inside[:1]]
+    if like is not None and Path(like).resolve() == out.resolve():
+        faults.append("its schema and vocabularies encode these rows")
+    raise_faults(faults, f"{out} is to be written; choose another folder")
 
 
 def _remarks(schema: TableSchema, manifest: Manifest, like: bool) -> list[str]:

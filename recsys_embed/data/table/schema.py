@@ -285,7 +285,7 @@ class TableSchema(Settings):
                 faults.append(f"column {name!r} of the split is not in the table, which has {', '.join(types)}")
             elif types[name].is_nested() or types[name] in (pl.Binary, pl.Object):
                 faults.append(f"column {name!r} of the split holds {types[name]}; its rows must be texts or numbers")
-        raise_faults(faults, "the schema and the table")
+        raise_faults(list(dict.fromkeys(faults)), "the schema and the table")
 
 
 def _outputs(column: Column) -> list[str]:

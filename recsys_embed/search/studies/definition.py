@@ -117,7 +117,7 @@ class StudyDefinition:
                         stats=stats,
                         methods=list(self.space.methods),
                         needs_equal_widths=model.needs_equal_widths,
-                        network=None if model.uses_network else False,
+                        network=model.network_context(self.schema),
                     )
             except BudgetError:
                 continue
