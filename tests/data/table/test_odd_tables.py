@@ -239,3 +239,9 @@ def test_raw_integers_are_themselves_in_rows_of_the_other_sign(tmp_path: Path) -
     batch = open_dataset(tmp_path / "like").read("test", 0, 2)
     assert batch.ids.flatten().tolist() == [-(2**63) + 5, -(2**63)]
     assert batch.lists.values.tolist() == [-1]
+
+
+def test_a_query_that_fails_is_no_full_disk(tmp_path: Path) -> None:
+    query = pl.LazyFrame({"y": ["a"]}).with_columns(pl.col("y").cast(pl.Int64))
+    with pytest.raises(DataError, match="the lazy frame cannot be computed"):
+        made(query, tmp_path / "out", {"y": LABEL})
