@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from recsys_embed.data.rows import RowSource
     from recsys_embed.models.base import CTRModel, ModelSpec
     from recsys_embed.models.base import register as register_model
+    from recsys_embed.models.retrieval import RetrievalModel
     from recsys_embed.planning.curves import FrequencyCurve
     from recsys_embed.search.base import Search
     from recsys_embed.search.registry import register_search
@@ -82,6 +83,7 @@ _LAZY = {
     "DataSource": ("data.data_source", "DataSource"),
     "FrequencyCurve": ("planning.curves", "FrequencyCurve"),
     "ModelSpec": ("models.base", "ModelSpec"),
+    "RetrievalModel": ("models.retrieval", "RetrievalModel"),
     "RowSource": ("data.rows", "RowSource"),
     "Search": ("search.base", "Search"),
     "check_backend": ("testing", "check_backend"),
@@ -120,6 +122,7 @@ __all__ = [
     "PooledCombination",
     "Projection",
     "RankInSet",
+    "RetrievalModel",
     "RowLookup",
     "RowSource",
     "Schema",

@@ -15,7 +15,9 @@ from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch
 from recsys_embed.errors import ConfigError, UnknownNameError
 from recsys_embed.models import build_model
+from recsys_embed.models.base import register
 from recsys_embed.models.retrieval import RetrievalModel
+from recsys_embed.models.twotower import TwoTowerParams
 from recsys_embed.train.loss import loss_of
 from recsys_embed.utils.types import BagIds
 
@@ -257,6 +259,21 @@ def test_candidates_are_found_or_asked_for() -> None:
         item(a, FeatureSpec("item", 5, 2), item_features=("a",))
     with pytest.raises(ConfigError, match="columns below 0"):
         item(a, FeatureSpec("item", 5, 2), item_numeric=(0,))
+
+
+def test_models_of_ones_own_must_give_both_vectors() -> None:
+    class Half(RetrievalModel):
+        key = "half"
+        params_cls = TwoTowerParams
+
+        def __init__(self, spec: Any, params: Any) -> None:
+            super().__init__(spec, None)
+
+        def items(self, item_ids: Tensor) -> Tensor:
+            return self.vectors.lookup(self.item, item_ids)
+
+    with pytest.raises(ConfigError, match=r"`user_vectors\(dense, ids\)`, which returns \[B, K\], must be defined"):
+        register(Half)
 
 
 def test_losses_take_any_model_that_finds_items_and_no_other() -> None:

@@ -202,6 +202,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             else ("make a data folder with `recsys-embed data table FILES OUT`, `data criteo` or `data synthetic`")
         )
         raise DataError(f"{folder}: holds no {SCHEMA_FILE}; {hint}") from None
+    except NotADirectoryError:
+        raise DataError(f"{folder}: is a file; make a data folder of it with `recsys-embed data table`") from None
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read as JSON ({e})") from e
     if not isinstance(data, dict):

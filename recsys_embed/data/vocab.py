@@ -139,10 +139,7 @@ class Vocabulary:
             durable: see :func:`recsys_embed.data.folder.write_file`.
         """
         frame = pl.DataFrame({"value": self.values, "id": self.ids, "count": self.counts})
-        if self.missing_id:
-            rest = {"value": [None], "id": [self.missing_id], "count": [self.missing_count]}
-            frame = pl.concat([frame, pl.DataFrame(rest, schema=frame.schema)]).sort("id")
-        write_file(path, lambda p: frame.write_parquet(p, compression="zstd", statistics=False), durable=durable)
+        write_known(path, frame, self.missing_id, self.missing_count, durable=durable)
 
     @classmethod
     def read(cls, path: Path, name: str) -> Vocabulary:
@@ -151,17 +148,29 @@ class Vocabulary:
         Raises:
             DataError: the file is damaged or is no vocabulary.
         """
-        try:
-            frame = pl.read_parquet(path)
-            known = frame.filter(pl.col("value").is_not_null())
-            empty = frame.filter(pl.col("value").is_null())
-            return cls(
-                name,
-                known["value"].to_numpy(),
-                known["id"].to_numpy().astype(np.int32),
-                known["count"].to_numpy(),
-                int(empty["id"][0]) if len(empty) else OOV_ID,
-                int(empty["count"][0]) if len(empty) else 0,
-            )
-        except (OSError, pl.exceptions.PolarsError) as e:
-            raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
+        known, missing_id, missing_count = read_known(path, name)
+        values = known["value"].to_numpy()
+        return cls(name, values, known["id"].to_numpy(), known["count"].to_numpy(), missing_id, missing_count)
+
+
+def write_known(path: Path, known: pl.DataFrame, missing_id: int, missing_count: int, *, durable: bool) -> None:
+    """Store a vocabulary as Parquet: ``value`` (null for the missing one, where it has an id), ``id``, ``count``."""
+    if missing_id != OOV_ID:
+        rest = {"value": [None], "id": [missing_id], "count": [missing_count]}
+        known = pl.concat([known, pl.DataFrame(rest, schema=known.schema)]).sort("id")
+    write_file(path, lambda p: known.write_parquet(p, compression="zstd", statistics=False), durable=durable)
+
+
+def read_known(path: Path, name: str) -> tuple[pl.DataFrame, int, int]:
+    """Inverse of :func:`write_known`: the known values with int32 ids and int64 counts, and those of the missing one.
+
+    Raises:
+        DataError: the file is damaged or is no vocabulary.
+    """
+    try:
+        frame = pl.read_parquet(path).select("value", pl.col("id").cast(pl.Int32), pl.col("count").cast(pl.Int64))
+    except (OSError, pl.exceptions.PolarsError) as e:
+        raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
+    missing = frame.filter(pl.col("value").is_null())
+    found = (int(missing["id"][0]), int(missing["count"][0])) if len(missing) else (OOV_ID, 0)
+    return frame.filter(pl.col("value").is_not_null()), *found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, cast
@@ -94,6 +94,7 @@ class CTRModel(nn.Module):
     needs_equal_widths: ClassVar[bool] = False
     uses_network: ClassVar[bool] = True
     needs_history: ClassVar[bool] = False
+    must_define: ClassVar[Mapping[str, str]] = {"logits": "logits(dense, ids)`, which returns [B],"}
 
     params: DataclassInstance | None = None
     scorer: Scorer | None = None
@@ -294,8 +295,10 @@ def register(cls: type[M]) -> type[M]:
     params = getattr(cls, "params_cls", None)
     if not (isinstance(params, type) and is_dataclass(params)):
         faults.append(f"`params_cls` must be a frozen dataclass of its hyperparameters; got {params!r:.80}")
-    if cls.logits is CTRModel.logits:
-        faults.append("`logits(dense, ids)`, which returns [B], must be defined")
+    for name, what in cls.must_define.items():
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        if name in vars(owner).get("must_define", {}):
+            faults.append(f"`{what} must be defined")
     try:
         signature(cls).bind("spec", "params")
     except TypeError:

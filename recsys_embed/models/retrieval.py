@@ -50,6 +50,10 @@ class RetrievalModel(CTRModel):
     """
 
     uses_network: ClassVar[bool] = False
+    must_define: ClassVar[Mapping[str, str]] = {
+        "user_vectors": "user_vectors(dense, ids)`, which returns [B, K],",
+        "items": "items(item_ids)`, which returns [n, K],",
+    }
 
     item_counts: Tensor
     in_catalogue: Tensor

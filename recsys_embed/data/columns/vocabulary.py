@@ -13,9 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recsys_embed.data.folder import write_file
-from recsys_embed.data.vocab import OOV_ID
-from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.data.vocab import OOV_ID, read_known, write_known
+from recsys_embed.errors import ConfigError
 
 MAX_WHOLE = 1 << 53
 """A float holds every integer up to this one."""
@@ -166,10 +165,7 @@ class ValueVocabulary:
     def write(self, path: Path, *, durable: bool = True) -> None:
         """Store as Parquet: ``value`` (null for the missing one), ``id``, ``count``."""
         frame = pl.DataFrame({"value": self.values, "id": self.ids, "count": self.counts})
-        if self.missing_id:
-            rest = {"value": [None], "id": [self.missing_id], "count": [self.missing_count]}
-            frame = pl.concat([frame, pl.DataFrame(rest, schema=frame.schema)]).sort("id")
-        write_file(path, lambda p: frame.write_parquet(p, compression="zstd", statistics=False), durable=durable)
+        write_known(path, frame, self.missing_id, self.missing_count, durable=durable)
 
     @classmethod
     def read(cls, path: Path, name: str, *, missing_count: int = 0, unknown_count: int = 0) -> ValueVocabulary:
@@ -178,21 +174,10 @@ class ValueVocabulary:
         Raises:
             DataError: the file is damaged or is no vocabulary.
         """
-        try:
-            frame = pl.read_parquet(path)
-            known = frame.filter(pl.col("value").is_not_null())
-            gone = frame.filter(pl.col("value").is_null())
-            return cls(
-                name,
-                known["value"],
-                known["id"].to_numpy().astype(np.int32),
-                known["count"].to_numpy().astype(np.int64),
-                int(gone["id"][0]) if len(gone) else OOV_ID,
-                int(gone["count"][0]) if len(gone) else missing_count,
-                unknown_count,
-            )
-        except (OSError, pl.exceptions.PolarsError) as e:
-            raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
+        known, missing_id, counted = read_known(path, name)
+        ids, counts = known["id"].to_numpy(), known["count"].to_numpy()
+        missing_count = missing_count if missing_id == OOV_ID else counted
+        return cls(name, known["value"], ids, counts, missing_id, missing_count, unknown_count)
 
 
 @dataclass(frozen=True)

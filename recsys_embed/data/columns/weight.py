@@ -1,4 +1,4 @@
-"""Weights of rows in the loss and the metrics."""
+"""Weights of rows in the loss; metrics count every row alike."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recsys_embed.data.columns.vocabulary import MAX_WHOLE
+from recsys_embed.data.columns.vocabulary import MAX_WHOLE, value_type
 from recsys_embed.data.sources.values import infer_type
 
 NULL_WORDS = ("NULL", "null", "NA", "N/A", "\\N", "None", "none", "-", "?", "nan", "NaN")
@@ -76,9 +76,9 @@ def guess_column(values: pl.Series) -> Guess:
         made.entry = {"kind": "time"}
     elif dtype in (pl.String, pl.Categorical, pl.Enum):
         _guess_text(made, known.cast(pl.String))
-    elif dtype.is_integer():
+    elif dtype.is_integer() and value_type(dtype) is not None:
         _guess_integer(made, known)
-    elif dtype.is_numeric():
+    elif dtype.is_float() or dtype.is_decimal():
         _guess_float(made, known)
     else:
         made.remarks.append(f"no kind of column takes {dtype}; take its parts into columns of their own")
