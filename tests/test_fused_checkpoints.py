@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection
@@ -166,3 +167,26 @@ def test_a_state_dict_that_is_kept_counts_on_with_its_weights() -> None:
     assert model.tables.steps_taken() == {"width8": 3}
     model.load_state_dict(saved)
     assert (model.tables.steps_taken(), int(live["tables.width8_steps"])) == ({"width8": 1}, 1)
+
+
+@pytest.mark.parametrize("at_step", [False, True], ids=["in backward", "at step"])
+def test_torchs_distributed_state_dicts_resume(at_step: bool) -> None:
+    """They look for what a state dict names among the attributes of the model."""
+
+    def made() -> tuple[Model, torch.optim.Optimizer]:
+        model = Model(PAIRS["adam"][0])
+        inner = torch.optim.Adam(unfused_parameters(model), 0.1)
+        return model, fused_optimizer(model, inner) if at_step else inner
+
+    (model, optimizer), (other, again) = made(), made()
+    plain(model, optimizer)
+    if not at_step:
+        model.tables.lr = 0.03
+    of_model, of_optimizer = copy.deepcopy(get_state_dict(model, optimizer))
+    set_state_dict(other, again, model_state_dict=of_model, optim_state_dict=of_optimizer)
+    for each in ((model, optimizer), (other, again)):
+        plain(*each)
+    wanted = weights(model)
+    assert all(torch.equal(p, wanted[k]) for k, p in weights(other).items())
+    with pytest.raises(AttributeError, match="width9_steps"):
+        _ = model.tables.width9_steps

@@ -218,6 +218,8 @@ def test_optimizers_that_step_less_often_are_let_be(slow: str) -> None:
 
 def test_threads_that_train_at_once_are_independent() -> None:
     steps, faults = BackwardSteps(lambda gradients: None), []
+    for _ in range(2):  # the first backwards step when they end
+        steps.count.add()
 
     def train() -> None:
         try:
@@ -499,6 +501,51 @@ def test_the_first_step_of_a_new_optimizer_follows_it() -> None:
     _new = torch.optim.SGD(model.parameters(), 0.1)
     loss_of(model, slice(8)).backward()
     assert not torch.equal(weights(model)["tables.width8"], before)
+
+
+def penalty_before(model: Model) -> None:
+    (model.tables.width8.square().sum() + loss_of(model, slice(8))).backward()
+
+
+def penalty_after(model: Model) -> None:
+    (loss_of(model, slice(8)) + model.tables.width8.square().sum()).backward()
+
+
+def hook_on_a_table(model: Model) -> None:
+    model.tables.width8.register_hook(lambda grad: grad * 2)
+    loss_of(model, slice(8)).backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loop", [penalty_before, penalty_after, hook_on_a_table])
+def test_gradients_that_tables_cannot_take_are_refused_before_any_change(
+    loop: Callable[[Model], None], backend: str, compiled: bool
+) -> None:
+    model = Model(rse.SGD(lr=0.1), backend=backend)
+    before = weights(model)
+    if compiled:
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager")
+    # Compiled code writes tables back, which torch refuses where an operation before the lookup has saved them.
+    words = "modified by an inplace operation" if compiled and loop is penalty_before else "step in backward"
+    with pytest.raises((ConfigError, RuntimeError), match=words):
+        loop(model)
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+
+
+def test_a_hook_on_a_table_that_compiled_code_looks_up_is_refused_at_step_too() -> None:
+    model = Model(rse.SGD(lr=0.1))
+    optimizer = rse.optim.fused_optimizer(model, dense(model))
+    handle, seen = model.tables.width8.register_hook(lambda grad: seen.append(grad)), []  # type: ignore[has-type]
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ConfigError, match="register_post_accumulate_grad_hook"):
+        call(IDS[:8])
+    handle.remove()
+    call(IDS[:8]).sum().backward()
+    optimizer.step()
+    assert seen == []
 
 
 def test_torch_is_as_it_was_once_no_tables_are_left(monkeypatch: pytest.MonkeyPatch) -> None:

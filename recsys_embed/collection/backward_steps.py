@@ -17,6 +17,10 @@ from recsys_embed.collection.scaled_losses import is_scaled
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.replicas import active_replica, refuse_sharding
 
+_WATCHED = 2
+"""Backwards that step when they end: a gradient that reaches a table outside a lookup is then refused before any
+change, and a penalty is usually part of the first loss already."""
+
 
 class LookupRecord:
     """One lookup with gradients, alive until its backward can no longer run."""
@@ -105,11 +109,15 @@ class BackwardSteps:
         first = not record.stepped
         if first and not record.deferred:
             with self._lock:
-                record.deferred = task in self._collected or any(
-                    other is not record
-                    and not other.stepped
-                    and (other.thread, other.steps_before) == (record.thread, record.steps_before)
-                    for other in self._open
+                record.deferred = (
+                    self.watched
+                    or task in self._collected
+                    or any(
+                        other is not record
+                        and not other.stepped
+                        and (other.thread, other.steps_before) == (record.thread, record.steps_before)
+                        for other in self._open
+                    )
                 )
         record.stepped.update(parts)
         if first and not record.deferred:
@@ -160,6 +168,11 @@ class BackwardSteps:
                 "one backward runs through lookups of compiled and of uncompiled code, or through compiled ones that "
                 f"activation checkpointing makes again, which would step the same tables twice; {WAY_OUT}"
             )
+
+    @property
+    def watched(self) -> bool:
+        """Whether the tables are stepped when the running backward ends, whatever it runs through."""
+        return self.count.so_far < _WATCHED
 
     def stepped_by_compiled_code(self) -> None:
         """A lookup of compiled code steps its tables."""

@@ -125,6 +125,7 @@ class FusedTables(TablesOfAnOptimizer):
     def before_compiled_lookup(self) -> None:
         """As :meth:`before_lookup`, of a compiled model."""
         self.before_lookup()
+        lost_gradients.refuse_hooks(self._weights(), self._in_backward)
         self._backward_steps.begin_compiled()
         self._compiled_at = self._in_memory()
         self._compiled_lookups += 1
@@ -157,6 +158,7 @@ class FusedTables(TablesOfAnOptimizer):
                 "apart; load it into that optimizer, or by load_optimizer_state_dict",
                 stacklevel=4,
             )
+        lost_gradients.refuse_hooks(self._weights(), in_backward=True)
         return self._backward_steps.begin(deferred)
 
     @property
@@ -339,7 +341,7 @@ class FusedTables(TablesOfAnOptimizer):
             self._backward_steps.check_compiled()
         wanted = [t.requires_grad for t in own]
         # Gradients of several lookups wait for each other, as those of uncompiled ones do.
-        if self._in_backward and not collects and self._compiled_lookups <= 1:
+        if self._in_backward and not (collects or self._compiled_lookups > 1 or self._backward_steps.watched):
             self._compiled_lookups = 0
             self._backward_steps.stepped_by_compiled_code()
             trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]

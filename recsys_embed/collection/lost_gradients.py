@@ -50,6 +50,25 @@ def _hook(tables: ref[LooksUpAlone]) -> Callable[[Tensor], None]:
     return refuse
 
 
+def refuse_hooks(tables: Sequence[Tensor], in_backward: bool) -> None:
+    """Refuse a lookup of tables with hooks on their gradients (``Tensor.register_hook``) which would get None.
+
+    Args:
+        in_backward: the tables step in backward; else they are looked up by compiled code.
+    """
+    for table in tables:
+        if table._backward_hooks:
+            raise ConfigError(
+                "a hook on the gradient of a table (register_hook) would get None, for "
+                + (
+                    f"these tables step in backward; remove it, or {WAY_OUT}"
+                    if in_backward
+                    else "compiled lookups leave gradients in .grad alone; take register_post_accumulate_grad_hook, or "
+                    "leave the collection out of what is compiled (torch.compiler.disable)"
+                )
+            )
+
+
 def refuse_given(tables: Sequence[Tensor], optimizer: Optimizer) -> None:
     """Refuse a step of an optimizer that holds tables which step in backward and yet have a gradient."""
     if _holds(optimizer, tables):

@@ -16,6 +16,8 @@ from torch.nn.modules import module
 
 from recsys_embed.collection.optimizer_state import (
     ELSEWHERE,
+    LR,
+    STEPS,
     SavedState,
     check_state,
     forget_state,
@@ -301,12 +303,23 @@ class TablesWithState(nn.Module):
             # A torch optimizer has the state in a dict of its own.
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
-            steps = {
-                name: log.live_count() if self._in_backward else torch.tensor(ELSEWHERE)
-                for name, log in self._step_logs.items()
-            }
-            lr = self._lr if self._in_backward and self._sets_lr else None
-            destination.update({prefix + k: v for k, v in state_entries(state, steps, lr).items()})
+            destination.update({prefix + k: v for k, v in {**state, **self._numbers()}.items()})
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """Entries of a state dict beside weights and optimizer state: steps and the learning rate."""
+        steps = {
+            name: log.live_count() if self._in_backward else torch.tensor(ELSEWHERE)
+            for name, log in self._step_logs.items()
+        }
+        return state_entries({}, steps, self._lr if self._in_backward and self._sets_lr else None)
+
+    def __getattr__(self, name: str) -> Any:
+        # torch.distributed.checkpoint asks for what a state dict names by its name.
+        if name.endswith((f"_{STEPS}", f"_{LR}")) and self.__dict__.get("optimizer") is not None:
+            numbers = self._numbers()
+            if name in numbers:
+                return numbers[name]
+        return super().__getattr__(name)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
+from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
 from recsys_embed.utils.deprecated import earlier_names, renamed_fields, warn_deprecated
 
@@ -75,9 +76,13 @@ class Initializer:
             return out
         if self.distribution == "constant":
             return out.fill_(self.loc)
-        flat, at = out.view(-1), 0
-        for draw in self.stream(flat.numel(), seed):
-            flat[at : at + len(draw)].copy_(draw)
+        held, at = held_part(out)
+        flat = held.view(-1)
+        for draw in self.stream(out.numel(), seed):
+            # Elements at .. at + len(draw) of what is held, as far as these exist.
+            start, stop = max(at, 0), min(at + len(draw), flat.numel())
+            if start < stop:
+                flat[start:stop].copy_(draw[start - at : stop - at])
             at += len(draw)
         return out
 
@@ -93,6 +98,23 @@ class Initializer:
             else:
                 draw.normal_(0.0, self.scale, generator=generator)
             yield draw.add_(self.loc) if self.loc else draw
+
+
+def held_part(out: Any) -> tuple[Tensor, int]:
+    """The elements of a tensor that this process holds, and where its first element lies in them, which is 0 or before.
+
+    Raises:
+        ConfigError: it is sharded by columns.
+    """
+    if not hasattr(out, "to_local"):
+        return out, 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(out.shape, out.device_mesh, out.placements)
+    if tuple(shape[1:]) != out.shape[1:]:
+        raise ConfigError(f"initial weights are drawn for tables sharded by rows; got {out.placements}")
+    held: Tensor = out.to_local()
+    return held, -offset[0] * out.shape[1:].numel()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.embedding.plain_table import PlainTable, PlainView
 from recsys_embed.embedding.shared_tables import SharedTables
-from recsys_embed.embedding.stored_parameters import StoredParameters, no_parameter
+from recsys_embed.embedding.stored_parameters import StoredParameters
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
@@ -48,7 +48,7 @@ def _check_identity(
 
 
 def _refuse_parameter(stored: StoredParameters) -> None:
-    raise no_parameter(stored)
+    stored.refuse()
 
 
 class _Weight:

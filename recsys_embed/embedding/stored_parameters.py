@@ -15,18 +15,19 @@ class StoredParameters(dict[str, Any]):
     """
 
     def __missing__(self, name: str) -> Any:
-        raise KeyError(name) if name != "weight" else no_parameter(self)
+        if name == "weight":
+            self.refuse()
+        raise KeyError(name)
 
     def __delitem__(self, name: str) -> None:
         if name == "weight" and name not in self:
-            raise no_parameter(self)
+            self.refuse()
         super().__delitem__(name)
 
-
-def no_parameter(stored: StoredParameters) -> ConfigError:
-    """The error of taking ``weight`` for a parameter of a module that has the parameters ``stored``."""
-    names = " or ".join(map(repr, stored)) or "none"
-    return ConfigError(
-        "`weight` of a compressed embedding is computed from smaller tables and is no parameter; name a stored table "
-        f"instead ({names}), or turn it back into a plain table first: recsys_embed.materialize_(model)"
-    )
+    def refuse(self) -> None:
+        """Raise the error of taking ``weight`` for a parameter."""
+        names = " or ".join(map(repr, self)) or "none"
+        raise ConfigError(
+            "`weight` of a compressed embedding is computed from smaller tables and is no parameter; name a stored "
+            f"table instead ({names}), or turn it back into a plain table first: recsys_embed.materialize_(model)"
+        )

@@ -10,8 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
+from recsys_embed.embedding.plain_table import PlainView
+from recsys_embed.embedding.stored_parameters import StoredParameters
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.hidden_buffers import HiddenBuffers
 from recsys_embed.kernels.recording import refuse_scripting
+
+_COMPUTED = (
+    "the weight of this output layer is computed by a compressed embedding{what}; turn the table back into a plain one "
+    "first: recsys_embed.materialize_(model)"
+)
+
+
+class _Parameters(StoredParameters):
+    """The bias, if there is one."""
+
+    def refuse(self) -> None:
+        raise ConfigError(_COMPUTED.format(what=" and is no parameter"))
 
 
 class TiedLinear(nn.Module):
@@ -64,6 +79,7 @@ class TiedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_table": ref(state["_table"][0])})
+        self._refuse_weight_as_parameter()
 
     @property
     def weight(self) -> Tensor:
@@ -84,11 +100,20 @@ class TiedLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise ConfigError(
-                "the weight of this output layer is computed by a compressed embedding, so setting it would change "
-                "nothing; turn the table back into a plain one first: recsys_embed.materialize_(model)"
-            )
+            raise ConfigError(_COMPUTED.format(what=", so setting it would change nothing"))
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, PlainView):  # pruning registers what it takes over under a new name
+            raise ConfigError(_COMPUTED.format(what=f", so registering it as {name!r} would change nothing"))
+        super().register_parameter(name, param)
+
+    def _refuse_weight_as_parameter(self) -> None:
+        """Let utilities that put a computed tensor in a parameter's place hear that ``weight`` is none."""
+        stored, shown = _Parameters(self._parameters), HiddenBuffers({"weight": None})
+        shown.update(self._buffers)
+        shown.refuse = stored.refuse
+        vars(self).update(_parameters=stored, _buffers=shown)
 
     def _replicate_for_data_parallel(self) -> Self:
         raise ConfigError(
@@ -108,13 +133,13 @@ def tied_output(layer: nn.Module, table: nn.Module) -> nn.Module:
         table: a drop-in, or an ``nn.Embedding`` or ``nn.EmbeddingBag`` whose weight becomes the layer's.
     """
     compressed = isinstance(table, CompressedEmbedding)
-    new: nn.Module = object.__new__(TiedLinear if compressed else nn.Linear)
+    new: Any = object.__new__(TiedLinear if compressed else nn.Linear)
     # A RemovableHandle refers to the dictionaries of hooks, so the new layer takes the same objects.
     vars(new).update({k: v for k, v in vars(layer).items() if k != "_table"})
     bias = {k: v for k, v in layer._parameters.items() if k != "weight"}
     if isinstance(table, CompressedEmbedding):
-        new._parameters = bias
-        vars(new)["_table"] = ref(table)
+        vars(new).update(_parameters=bias, _table=ref(table))
+        new._refuse_weight_as_parameter()
     else:
-        new._parameters = {"weight": table._parameters["weight"], **bias}
+        vars(new).update(_parameters={"weight": table._parameters["weight"], **bias}, _buffers=dict(layer._buffers))
     return new

@@ -181,7 +181,7 @@ class _ServedExchange(ModuleExchange):
 def _restorer(model: nn.Module, values: Iterable[Tensor]) -> Callable[[], None]:
     """A function that gives all modules of ``model`` the children, tensors and ``values`` that they have now."""
     owned: list[Any] = [own for m in model.modules() for own in (m._parameters, m._buffers, m._modules)]
-    held = [(own, dict(own)) for own in owned if type(own) in (dict, StoredParameters)]
+    held = [(own, dict(own)) for own in owned if type(own) is dict or isinstance(own, StoredParameters)]
     kept = [(v, v.detach().clone()) for v in values]
 
     def restore() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_embed.core.method_config import MethodConfig
-from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table
+from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table, held_part
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.other_inputs import call_with_other_input
 from recsys_embed.errors import ConfigError
@@ -18,6 +19,8 @@ from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.data_parallel import prepare_data_parallel
 from recsys_embed.kernels.derivatives import have_tangents, transformed
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
+from recsys_embed.kernels.pooling import pool_vectors
+from recsys_embed.kernels.recording import recording
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.utils.types import IdValues
 
@@ -63,7 +66,10 @@ class FullEmbedding(CompressedEmbedding):
         super().reset_parameters(seed)
         if self.padding_idx is not None and self._device().type != "meta":
             with torch.no_grad():
-                self.table("weight")[self.padding_idx] = 0.0
+                held, first = held_part(self.table("weight"))
+                row = self.padding_idx + first // self.embedding_dim
+                if 0 <= row < len(held):
+                    held[row] = 0.0
 
     def forward(
         self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -101,7 +107,7 @@ class FullEmbedding(CompressedEmbedding):
         if offsets is not None:
             # Torch reads out of bounds where offsets decrease.
             offsets = check_offsets(offsets, ids.numel(), f"feature {self.spec.name!r}").to(ids.dtype)
-        return F.embedding_bag(
+        out = F.embedding_bag(
             ids,
             weight,
             offsets,
@@ -110,6 +116,36 @@ class FullEmbedding(CompressedEmbedding):
             include_last_offset=self.include_last_offset,
             **options,
         )
+        if pools_alone and not self.sparse and not recording() and (node := out.grad_fn) is not None:
+            node.register_hook(partial(self._gradients_with_graph, weight, ids, offsets, per_sample_weights))
+        return out
+
+    def _gradients_with_graph(
+        self,
+        weight: Tensor,
+        ids: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        found: tuple[Tensor | None, ...],
+        grads: tuple[Tensor, ...],
+    ) -> tuple[Tensor | None, ...] | None:
+        """With ``create_graph=True``, gradients that can be differentiated again, which torch's pooled lookup has not.
+
+        Args:
+            found: gradients of the table and of ``weights``, as far as they are wanted.
+            grads: the first is that of the pooled vectors.
+        """
+        if self.mode is None or not torch.is_grad_enabled():
+            return None
+        values, starts = self._bags(ids, offsets)
+        skipped = None if self.padding_idx is None else values == self.padding_idx
+        flat, mode = None if weights is None else weights.reshape(-1), bag_mode(self.mode, starts)
+        pooled = pool_vectors(F.embedding(values, weight), starts, mode, flat, skipped, self.include_last_offset)
+        wanted = [
+            t for t, gradient in zip((weight, flat), found, strict=True) if t is not None and gradient is not None
+        ]
+        gradients = iter(torch.autograd.grad(pooled, wanted, grads[0], create_graph=True))
+        return tuple(None if gradient is None else next(gradients) for gradient in found)
 
     def _vectors(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
         # The padding row is an ordinary stored row here, as in torch: it starts at zero and never gets a gradient.

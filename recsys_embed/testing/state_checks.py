@@ -55,7 +55,7 @@ def draws_by_torchs_generator_unless_seeded(method: MethodInfo) -> None:
         assert not equal(first, again), "two modules built without a seed must start differently"
         assert equal(first, built(5)), "torch.manual_seed must repeat the initial weights"
         lazy = example(method, seed=None, device="meta").to_empty(device="cpu")
-        for module in (lazy, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        for module in (lazy, copy.deepcopy(again)):
             torch.manual_seed(5)
             module.reset_parameters()
             assert equal(module, first), "reset_parameters must draw as building does"
@@ -64,12 +64,11 @@ def draws_by_torchs_generator_unless_seeded(method: MethodInfo) -> None:
         again.load_state_dict(first.state_dict())
         assert equal(again, first), "modules that were drawn differently must read the same hashes"
         state = torch.get_rng_state()
-        fixed = [example(method, seed=3), method.embedding_cls(ROWS, WIDTH, config=first.config)]
+        fixed = example(method, seed=3)
         assert torch.equal(state, torch.get_rng_state()), "a module of a seed must leave torch's generator alone"
-        for module in fixed:
-            was = module.materialize()
-            module.reset_parameters()
-            assert torch.equal(module.materialize(), was), "a module of a seed must be drawn as it was built"
+        was = fixed.materialize()
+        fixed.reset_parameters()
+        assert torch.equal(fixed.materialize(), was), "a module of a seed must be drawn as it was built"
 
 
 def starts_with_the_distribution_of_a_full_table(method: MethodInfo) -> None:

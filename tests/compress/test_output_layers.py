@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import recsys_embed as rse
 from recsys_embed.discover import find_tables
@@ -201,3 +202,33 @@ def test_ids_of_one_row_have_one_score_whatever_the_network() -> None:
 
     model = Wide()
     assert network_context(model, rse.Schema.from_model(model)).without_network == {"item"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.register_buffer("weight", torch.zeros(1)),
+        lambda layer: delattr(layer, "weight"),
+    ],
+)
+def test_the_weight_of_a_tied_layer_is_no_parameter(change: Any) -> None:
+    """Refused in words before anything changes, also of a copy; a plain layer again takes all of it."""
+    model = nn.ModuleDict({"item": nn.Embedding(60, 8), "scores": nn.Linear(8, 60)})
+    model["scores"].weight = model["item"].weight
+    rse.compress_(model, {"item": rse.HashConfig(num_buckets=10)})
+    x = torch.rand(2, 8)
+    for tied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before, state = tied["scores"](x), list(tied.state_dict())
+        with pytest.raises(ConfigError, match="materialize_"):
+            change(tied["scores"])
+        assert torch.equal(tied["scores"](x), before)
+        assert list(tied.state_dict()) == state
+    rse.materialize_(model)
+    model["scores"].weight = nn.Parameter(model["item"].weight.detach().clone())
+    parametrizations.weight_norm(model["scores"])
+    torch.testing.assert_close(model["scores"](x), before)

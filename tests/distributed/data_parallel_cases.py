@@ -57,6 +57,20 @@ def ddp(method: Any, rank: int, sparse: bool) -> None:
     compare(one, net, f"DDP, {method.name}, sparse={sparse}")
 
 
+def drawn_in_shards(method: Any, rank: int, **options: Any) -> None:
+    """Built without memory, sharded, then drawn: the weights of one process."""
+    torch.manual_seed(7)
+    one = example(method, padding_idx=402, **options)
+    with torch.device("meta"):
+        net = Net(example(method, padding_idx=402, **options))
+    fully_shard(net.table)
+    net.to_empty(device="cpu")
+    torch.manual_seed(7)
+    net.table.reset_parameters()  # type: ignore[operator]
+    for (name, p), q in zip(one.named_parameters(), net.table.parameters(), strict=True):
+        assert torch.equal(q.full_tensor(), p), f"drawn in shards, {method.name}, {options}: {name}"  # type: ignore[operator]
+
+
 def main(rank: int) -> None:
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -71,6 +85,8 @@ def main(rank: int) -> None:
         steps(net, torch.optim.Adagrad(net.parameters(), lr=0.1, foreach=False), [IDS[rank]])
         steps(one, torch.optim.Adagrad(one.parameters(), lr=0.1), list(IDS))
         compare(one, net, f"FSDP2, {method.name}")
+        for seed in (None, 3):
+            drawn_in_shards(method, rank, seed=seed)
     # Index arrays that the first process alone has loaded reach the others, as buffers do.
     schema = rse.Schema([rse.FeatureSpec("a", 400, 8)])
     counts = torch.rand(400, generator=torch.Generator().manual_seed(2))

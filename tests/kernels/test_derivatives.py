@@ -75,8 +75,6 @@ def run_of(module: nn.Module, mode: str) -> tuple[Callable[..., Tensor], tuple[T
 @SHAPE
 @METHODS
 def test_finite_differences_agree(method: Any, mode: str) -> None:
-    if method.name == "full" and mode != "none":
-        pytest.skip("torch's own embedding_bag, which has no second derivatives")
     module = made(method, mode).double()
     run, values = run_of(module, mode)
     assert gradcheck(run, values, fast_mode=True, check_batched_grad=True, check_forward_ad=True)
@@ -124,8 +122,6 @@ def assert_as_in_float64(module: nn.Module, mode: str, takes: Callable[..., list
 @SHAPE
 @METHODS
 def test_kernels_agree_with_float64(method: Any, mode: str, takes: Callable[..., list[Tensor]]) -> None:
-    if method.name == "full" and mode != "none" and takes is not forward_mode:
-        pytest.skip("torch's own embedding_bag, which has no second derivatives")
     assert_as_in_float64(made(method, mode), mode, takes)
 
 

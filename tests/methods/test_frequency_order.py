@@ -29,7 +29,9 @@ def counts(seed: int = 0, rows: int = ROWS) -> Tensor:
 def build(method: str, order: str = "counts", rows: int = ROWS, **options: Any) -> CompressedEmbedding:
     more: dict[str, Any] = {"blocks": (rows // 10,)} if method == "mixeddim" else {}
     with poisoned_memory():
-        return rse.make_embedding(method, rows, WIDTH, budget=rows * WIDTH * 3, order=order, **more, **options)
+        return rse.make_embedding(
+            method, rows, WIDTH, budget=rows * WIDTH * 3, order=order, **{"seed": 0, **more, **options}
+        )
 
 
 def test_there_are_such_methods() -> None:

@@ -108,8 +108,9 @@ class VocabularyColumn(LearnedColumn):
 class Categorical(VocabularyColumn):
     """One category per row.
 
-    Strings, booleans, integers of every width, dates, times, and floats that hold whole numbers. Null, the empty
-    string and NaN are one missing value; it gets an id of its own where training has it ``min_count`` times, else 0.
+    Strings, booleans, integers of every width, dates, times to the microsecond, and floats that hold whole numbers.
+    Null, the empty string and NaN are one missing value; it gets an id of its own where training has it ``min_count``
+    times, else 0.
 
     >>> Categorical("user", min_count=5).entry()
     {'name': 'user', 'kind': 'categorical', 'min_count': 5}
@@ -288,6 +289,12 @@ class VocabularyEncoder(Encoder):
             return why
         return f"it learned values of type {_TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
 
+    def keys(self, values: pl.Series) -> tuple[pl.Series, int]:
+        """Values in the vocabulary's type, see :func:`plain`; raw integers in their own, with a sign or without."""
+        own = value_type(values.dtype)
+        raw = self.known is None and own is not None and own.is_integer() and self.dtype.is_integer()
+        return plain(values, own if raw and own is not None else self.dtype)
+
     def ids(self, keys: pl.Series) -> pl.Series:
         """Ids of values that were made plain; nulls become 0, or the raw id of the missing value."""
         return raw_ids(keys, self._strings) if self.known is None else self.known.find(keys)
@@ -347,7 +354,7 @@ class CategoricalEncoder(VocabularyEncoder):
         )
 
     def encode(self, values: pl.Series) -> Encoded:
-        keys, odd = plain(values, self.dtype)
+        keys, odd = self.keys(values)
         null = values.is_null()
         counts = {"null": int(null.sum()), "empty": odd}
         ids = self.ids(keys)

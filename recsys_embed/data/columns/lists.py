@@ -11,7 +11,7 @@ import polars as pl
 
 from recsys_embed.data.columns.base import Encoded, Fault, FeatureOutput, Form, cast_faults
 from recsys_embed.data.columns.categorical import VocabularyColumn, VocabularyEncoder, reason
-from recsys_embed.data.columns.vocabulary import plain, refuse_values
+from recsys_embed.data.columns.vocabulary import refuse_values
 from recsys_embed.utils.settings import param
 
 _CHOOSES = "empty_as_null" in signature(pl.Series.explode).parameters
@@ -173,7 +173,7 @@ class ListEncoder(VocabularyEncoder):
             counts["cut"] = int(cut)
         kind = pl.Int32 if self.known is not None else pl.Int64
         flat = kept.explode(**_DENSE) if _DENSE else kept.filter(lengths > 0).explode()
-        keys, _ = plain(column.typed(flat), self.dtype)
+        keys, _ = self.keys(column.typed(flat))
         rows = pl.Series("row", np.repeat(np.arange(len(kept), dtype=np.uint32), lengths.fill_null(0).to_numpy()))
         counts["left_out"] = keys.null_count()
         if counts["left_out"]:

@@ -227,3 +227,21 @@ def test_columns_that_no_kind_takes_are_left_out_of_a_guess() -> None:
     text = inspect_table(wide).to_toml()
     assert "no kind of column takes Int128" in text
     assert "no kind of column takes Binary" in text
+
+
+def test_raw_integers_are_themselves_in_rows_of_the_other_sign(tmp_path: Path) -> None:
+    raw = {"kind": "categorical", "ids": "raw"}
+    columns = {"y": LABEL, "u": raw, "l": {**raw, "kind": "list"}}
+    made({"y": [0, 1], "u": [1, 2], "l": [[3], [4]]}, tmp_path / "out", columns)
+    big = pl.DataFrame({"u": pl.Series([2**63 + 5, None], dtype=pl.UInt64), "l": pl.Series([[2**64 - 1], []])})
+    assert big["l"].dtype == pl.List(pl.UInt64)
+    convert_table(big, tmp_path / "like", like=tmp_path / "out")
+    batch = open_dataset(tmp_path / "like").read("test", 0, 2)
+    assert batch.ids.flatten().tolist() == [-(2**63) + 5, -(2**63)]
+    assert batch.lists.values.tolist() == [-1]
+
+
+def test_a_query_that_fails_is_no_full_disk(tmp_path: Path) -> None:
+    query = pl.LazyFrame({"y": ["a"]}).with_columns(pl.col("y").cast(pl.Int64))
+    with pytest.raises(DataError, match="the lazy frame cannot be computed"):
+        made(query, tmp_path / "out", {"y": LABEL})
