@@ -64,12 +64,14 @@ class FileScorer:
         @torch.inference_mode()
         def scores(batch: Batch) -> NDArray[np.float32]:
             training = model.training
-            model.eval()
+            if training:
+                model.eval()
             try:
                 moved = batch.to(device)
                 logits: Tensor = model(moved.dense, moved.inputs).float()
             finally:
-                model.train(training)
+                if training:
+                    model.train()
             found: Tensor = (torch.sigmoid(logits) if self.output == "probability" else logits).cpu()
             return found.numpy()
 

@@ -84,13 +84,16 @@ class LazySource(Source):
 
     def stage(self, work: Path) -> Source:
         path = work / "query.parquet"
-        try:
-            write_file(
-                path, lambda p: self.frame.sink_parquet(p, compression="lz4", row_group_size=_ROWS), durable=False
-            )
-        except pl.exceptions.PolarsError as e:
-            raise DataError(f"the lazy frame cannot be computed ({e})") from e
+        write_file(path, self._write, durable=False)
         return StagedQuery(path)
+
+    def _write(self, path: Path) -> None:
+        try:
+            self.frame.sink_parquet(path, compression="lz4", row_group_size=_ROWS)
+        except pl.exceptions.PolarsError as e:
+            if "os error" in str(e):
+                raise
+            raise DataError(f"the lazy frame cannot be computed ({str(e).splitlines()[0]})") from e
 
 
 class StagedQuery(ParquetFiles):
