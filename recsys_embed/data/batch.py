@@ -58,6 +58,8 @@ class Batch:
                 ],
                 "Batch",
             )
+        if self.lists is not None and len(self.lists) != len(self.label):
+            raise_faults([f"`lists` must have {len(self.label)} rows, as `label` has; got {len(self.lists)}"], "Batch")
 
     @classmethod
     def empty(cls, num_dense: int, num_features: int, num_lists: int = 0) -> Batch:
@@ -76,6 +78,8 @@ class Batch:
                     [f"batches must have the same further parts; got {[*first.extra]} and {[*batch.extra]}"],
                     "Batch.cat",
                 )
+            if (batch.lists is None) != (first.lists is None):
+                raise_faults(["some batches have `lists` and others none"], "Batch.cat")
         return cls(
             torch.cat([b.dense for b in batches]),
             torch.cat([b.ids for b in batches]),

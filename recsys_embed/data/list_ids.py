@@ -71,7 +71,13 @@ class ListIds:
 
     @classmethod
     def cat(cls, parts: Sequence[ListIds]) -> ListIds:
-        """The rows of several, one after another."""
+        """The rows of several, one after another.
+
+        Raises:
+            ConfigError: they are of different numbers of features.
+        """
+        if len({p.num_features for p in parts}) > 1:
+            raise_faults([f"`num_features` must be one; got {[p.num_features for p in parts]}"], "ListIds.cat")
         ends = torch.tensor([0, *(p.values.numel() for p in parts)]).cumsum(0).tolist()
         offsets = [p.offsets[1:] + end for p, end in zip(parts, ends, strict=False)]
         first = parts[0].offsets[:1] * 0

@@ -223,8 +223,10 @@ class Dataset(RowSource):
             if low < high:
                 pieces.append(self._read(shard, low - at, high - low))
             at += shard.rows
+        if not pieces and (some := self._split(split).shards):
+            return self._read(some[0], 0, 0)
         if not pieces:
-            return Batch.empty(self.num_dense, len(self.feature_names))
+            return Batch.empty(self.num_dense, self._num_single, self.num_lists)
         return pieces[0] if len(pieces) == 1 else Batch.cat(pieces)
 
     @property

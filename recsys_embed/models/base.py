@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
-from recsys_embed.planning.network_context import NetworkContext
 from recsys_embed.utils.settings import Settings, build, check_settings, param
 from recsys_embed.utils.types import JSON, Ids, RowsLike
 
@@ -259,11 +258,6 @@ class CTRModel(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes of all embedding parts together (dense layers are not counted)."""
         return sum((c.footprint() for c in self.collections().values()), Footprint())
-
-    @classmethod
-    def network_context(cls, schema: Schema) -> NetworkContext | Literal[False] | None:
-        """What a planner is to hold of the layers after the lookups, its argument ``network``."""
-        return None if cls.uses_network else False
 
     @property
     def embedding_lr(self) -> float:

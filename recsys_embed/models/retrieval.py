@@ -12,7 +12,6 @@ from recsys_embed.collection.bags import to_bags
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel, ModelSpec
-from recsys_embed.planning.network_context import NetworkContext
 from recsys_embed.utils.types import JSON, BagIds, Ids
 
 BLOCK_ITEMS = 1 << 16
@@ -73,12 +72,6 @@ class RetrievalModel(CTRModel):
         if feature.padding_idx is not None:
             listed[feature.padding_idx] = False
         self.register_buffer("in_catalogue", listed)
-
-    @classmethod
-    def network_context(cls, schema: Schema) -> NetworkContext:
-        """Ids of one row have one score, and layers read the vectors of each side, which had better be of one width."""
-        every = frozenset(schema.names)
-        return NetworkContext(every, every)
 
     # -- what a subclass defines ----------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ def network_context(given: ModelOrSchema, schema: Schema, network: Any = None) -
         given: the schema or the model that a plan is for.
         schema: its features.
         network: what the caller says, for all or by feature: whether a network reads it beside many others. None, or
-            features left out: found out. Or the whole answer.
+            features left out: found out.
 
     Raises:
         ConfigError: ``network`` is neither, or names a feature that there is not.
@@ -64,8 +64,6 @@ def network_context(given: ModelOrSchema, schema: Schema, network: Any = None) -
     >>> sorted(found.without_network), sorted(found.equal_row_widths)
     (['user'], ['user'])
     """
-    if isinstance(network, NetworkContext):
-        return network
     names = schema.names
     given_by_caller = dict.fromkeys(names, network) if isinstance(network, bool) else network
     if given_by_caller is None:

@@ -21,7 +21,7 @@ from recsys_embed.planning.feasibility import check_possible, pinned_tables, way
 from recsys_embed.planning.frequencies import Frequencies, with_frequent_ids
 from recsys_embed.planning.loss_estimate import column_spans
 from recsys_embed.planning.model_constraints import ModelConstraints, constraints_of
-from recsys_embed.planning.network_context import NetworkContext, network_context
+from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
 from recsys_embed.planning.shared_rows import shared_rows
@@ -48,7 +48,7 @@ def plan_for_budget(
     evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
-    network: bool | Mapping[str, bool] | NetworkContext | None = None,
+    network: bool | Mapping[str, bool] | None = None,
     **limits: Option,
 ) -> Plan:
     """Choose a method and a size for every table, so that all of them together fit a byte budget and lose least.

@@ -76,7 +76,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     if config.method == PLANNED and budget is not None:
         options = {
             "needs_equal_widths": cls.needs_equal_widths,
-            "network": cls.network_context(vectors),
+            "network": None if cls.uses_network else False,
             **config.method_args,
         }
         return Plans(plan_for_budget(vectors, budget, stats=counted, **options), linear, full_bytes)

@@ -93,3 +93,14 @@ def test_collections_read_single_ids_and_lists_of_a_batch() -> None:
         ends = torch.tensor([0, *map(len, given)]).cumsum(0)[:-1]
         torch.testing.assert_close(out[:, f], torch.nn.functional.embedding_bag(flat, table, ends, mode=mode))
         assert batch.feature(f).tolist() == flat.tolist()
+
+
+def test_batches_whose_lists_do_not_fit_are_refused() -> None:
+    one, two = made([[[1]], [[2, 3]]]), made([[[1], [2]]])
+    parts = torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2)
+    with pytest.raises(ConfigError, match="`lists` must have 2 rows, as `label` has; got 1"):
+        Batch(*parts, lists=two)
+    with pytest.raises(ConfigError, match="some batches have `lists` and others none"):
+        Batch.cat([Batch(*parts), Batch(*parts, lists=one)])
+    with pytest.raises(ConfigError, match="`num_features` must be one"):
+        ListIds.cat([one, two])

@@ -117,7 +117,7 @@ class StudyDefinition:
                         stats=stats,
                         methods=list(self.space.methods),
                         needs_equal_widths=model.needs_equal_widths,
-                        network=model.network_context(self.schema),
+                        network=None if model.uses_network else False,
                     )
             except BudgetError:
                 continue

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from recsys_embed.data import TableSchema, convert_table, inspect_table, open_dataset
+from recsys_embed.data import Batch, TableSchema, convert_table, inspect_table, open_dataset
 from recsys_embed.data.table.rows import TableOptions
 from recsys_embed.errors import ConfigError, DataError
 
@@ -245,3 +245,12 @@ def test_a_query_that_fails_is_no_full_disk(tmp_path: Path) -> None:
     query = pl.LazyFrame({"y": ["a"]}).with_columns(pl.col("y").cast(pl.Int64))
     with pytest.raises(DataError, match="the lazy frame cannot be computed"):
         made(query, tmp_path / "out", {"y": LABEL})
+
+
+def test_no_rows_have_all_parts(tmp_path: Path) -> None:
+    columns = {"y": LABEL, "u": CATEGORY, "t": {"kind": "list"}, "w": {"kind": "list"}, "weight": {"kind": "weight"}}
+    table = {"y": [0, 1], "u": ["a", "b"], "t": [["x"], []], "w": [["x"], []], "weight": [1.0, 2.0]}
+    data = made(table, tmp_path / "out", columns)
+    none, whole = data.read("train", 1, 1), data.read("train", 0, 2)
+    assert (none.num_rows, none.ids.shape, len(none.lists), none.lists.num_features) == (0, (0, 1), 0, 2)
+    assert Batch.cat([none, whole, none]).lists.values.tolist() == whole.lists.values.tolist()
