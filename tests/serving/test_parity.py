@@ -42,7 +42,7 @@ def scores(model: CTRModel, batch: Batch) -> np.ndarray:
         return torch.sigmoid(model(batch.dense, batch.inputs)).numpy()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(TYPES)), ids=st.sampled_from(["vocab", "raw"]))
 def test_every_kind_of_column_and_every_null(data: st.DataObject, kind: str, ids: str) -> None:
     train = frame_of(kind, data.draw(rows(kind, 6)))
