@@ -17,6 +17,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.models.criteo import former_default
+from recsys_embed.models.layers import FieldMLP
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.utils.settings import Settings, build, check_settings, param
@@ -230,6 +231,11 @@ class CTRModel(nn.Module):
     def input_width(self) -> int:
         """Floats per sample of categorical and numeric vectors side by side."""
         return self.cat_width + self.num_dense * self.numeric_dim
+
+    def field_mlp(self, params: MLPParams) -> FieldMLP:
+        """A new network from all categorical and numeric vectors to one number per sample."""
+        widths = self.cat_width, self.num_dense, self.numeric_dim
+        return FieldMLP(*widths, params.hidden, 1, dropout=params.dropout, batch_norm=params.batch_norm)
 
     def flat_input(self, dense: Tensor, ids: Ids) -> Tensor:
         """Categorical then numeric vectors side by side: ``[B, input_width]``."""

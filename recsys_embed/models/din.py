@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
-from recsys_embed.models.layers import FieldMLP
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON, BagIds, Ids
 
@@ -74,15 +73,7 @@ class DIN(CTRModel):
         self.attention = nn.ModuleDict(
             {history: TargetAttention(widths[names.index(history)], params.attention) for history in self.pairs}
         )
-        self.mlp = FieldMLP(
-            self.cat_width,
-            self.num_dense,
-            self.numeric_dim,
-            params.hidden,
-            1,
-            dropout=params.dropout,
-            batch_norm=params.batch_norm,
-        )
+        self.mlp = self.field_mlp(params)
 
     def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         if not isinstance(ids, BagIds):

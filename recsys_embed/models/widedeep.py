@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from recsys_embed.models.base import CTRModel, MLPParams, ModelSpec, register
-from recsys_embed.models.layers import FieldMLP
 from recsys_embed.utils.types import Ids
 
 
@@ -19,15 +18,7 @@ class WideDeep(CTRModel):
 
     def __init__(self, spec: ModelSpec, params: MLPParams) -> None:
         super().__init__(spec)
-        self.mlp = FieldMLP(
-            self.cat_width,
-            self.num_dense,
-            self.numeric_dim,
-            params.hidden,
-            1,
-            dropout=params.dropout,
-            batch_norm=params.batch_norm,
-        )
+        self.mlp = self.field_mlp(params)
 
     def logits(self, dense: Tensor, ids: Ids) -> Tensor:
         deep = self.mlp(self.vectors(ids).flatten(1), dense, self.numeric).squeeze(1)

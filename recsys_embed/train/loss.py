@@ -125,6 +125,11 @@ def explain(value: float, batch: Batch, model: nn.Module, config: TrainConfig, s
         )
     if not wrong and (far := _far_values(batch.dense, model)):
         return DivergedError(f"{told}, where {far}{last}")
+    weight = batch.extra.get("weight") if isinstance(batch, Batch) else None
+    if weight is not None and (most := float(weight.max())) > HUGE:
+        return DivergedError(
+            f"{told}, where weights of rows reach {most:.3g}; divide the `weight` column by its mean{last}"
+        )
     tables = config.embedding_learning_rate or config.learning_rate
     return DivergedError(
         f"{told}; lower `learning_rate` ({config.learning_rate:g}) or `embedding_learning_rate` ({tables:g}), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,26 @@ def _ordered(config: TrainConfig, counted: DataSource | None) -> dict[str, Any]:
 
 def resolve(schema: Schema, config: TrainConfig, data: DataSource) -> TrainConfig:
     """``config`` with the plan that method ``"planned"`` comes to on ``data``, so that a run says what it stored."""
+    if config.plan is not None:
+        _say_made_for_others(Plan.from_dict(config.plan), schema)
     if config.method != PLANNED or config.plan is not None:
         return config
     return config.replace(plan=plans_for(schema, config, data).vectors.to_dict(), method_args={})
+
+
+def _say_made_for_others(plan: Plan, schema: Schema) -> None:
+    """Warn of a plan whose bytes come to another number here: it was made for other widths or other counts of ids."""
+    notes = plan.notes
+    if notes is None or notes.target != "serve" or set(plan) != set(schema.names):
+        return
+    here = plan.footprint(schema).serve
+    if here != notes.bytes:
+        warnings.warn(
+            f"the plan was made for features of other widths or sizes: it took {format_bytes(notes.bytes)} there and "
+            f"takes {format_bytes(here)} here, at width {schema.uniform_dim}; plan for these (`recsys-embed plan "
+            "--embedding-dim`), or train at the width of the plan (`embedding_dim`)",
+            stacklevel=3,
+        )
 
 
 def linear_share(budget: int, config: TrainConfig, narrow: Schema) -> int:

@@ -33,7 +33,7 @@ def agree(about: dict[str, Any], batch: Batch, some: list[dict[str, Any]]) -> No
             assert bag == values[offsets[at] : offsets[at + 1]].tolist()  # type: ignore[index]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(TYPES)), ids=st.sampled_from(["vocab", "raw"]))
 def test_a_client_makes_the_ids_and_numbers(data: st.DataObject, kind: str, ids: str) -> None:
     train, new = (frame_of(kind, data.draw(rows(kind, least))) for least in (6, 1))

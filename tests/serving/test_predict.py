@@ -98,6 +98,26 @@ def test_columns_are_refused_together(folder: Path, tmp_path: Path, capsys: Any)
     assert "must end in .parquet or .csv" in said
 
 
+def test_files_are_read_as_those_of_training_were(tmp_path: Path) -> None:
+    rows = EVENTS.select("click", "user", "price", "ts")
+    rows.write_csv(tmp_path / "train.txt", include_header=False, separator=";")
+    source = {"format": "csv", "separator": ";", "names": rows.columns}
+    of = TableSchema.of(label="click", categorical="user", numeric="price", min_count=1, source=source)
+    convert_table(tmp_path / "train.txt", tmp_path / "data", of)
+    model = written(tmp_path, open_dataset(tmp_path / "data"))
+    wanted = model.predict(rows)
+    assert np.array_equal(model.predict(tmp_path / "train.txt"), wanted)
+    # Files of another format say so by their ending, in a folder too; others are named.
+    (tmp_path / "day=1").mkdir()
+    rows.write_parquet(tmp_path / "day=1" / "rows.parquet")
+    assert np.array_equal(model.predict(tmp_path / "day=1"), wanted)
+    rows.drop("click").write_csv(tmp_path / "new.txt", include_header=False, separator=";")
+    args = ["predict", str(tmp_path / "model.safetensors"), str(tmp_path / "new.txt"), "--out", str(tmp_path / "s.csv")]
+    assert main(args) == 2
+    assert main([*args, "--source", "names=user,price,ts"]) == 0
+    assert np.allclose(pl.read_csv(tmp_path / "s.csv")["score"].to_numpy(), wanted, rtol=1e-5)
+
+
 def test_a_file_without_encoders_says_how_to_get_them(folder: Path, tmp_path: Path, capsys: Any) -> None:
     data = open_dataset(folder / "data")
     rse.export(model_of(data), tmp_path / "ids.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from recsys_embed import FeatureSpec, Schema
 from recsys_embed.data import Batch, RowSource
 from recsys_embed.data.list_ids import ListIds
 from recsys_embed.errors import ConfigError, DataError
-from recsys_embed.train import TrainConfig, evaluate, run_training
+from recsys_embed.train import DivergedError, TrainConfig, evaluate, run_training
 from recsys_embed.train.loss import loss_of
 
 ROWS = {"train": 2000, "valid": 400, "test": 400}
@@ -111,6 +112,17 @@ def test_rows_of_weight_zero_teach_nothing() -> None:
     before = fresh.model.linear.table("user.weight").detach()[:, 0]  # type: ignore[union-attr]
     assert torch.equal(users[::2], before[::2])
     assert bool((users[1::2] != before[1::2]).all())
+
+
+class Heavy(Ratings):
+    def read(self, split: str, start: int, stop: int) -> Batch:
+        batch = super().read(split, start, stop)
+        return dataclasses.replace(batch, extra={"weight": torch.full_like(batch.label, 2e38)})
+
+
+def test_weights_that_drive_the_loss_out_of_range_are_named() -> None:
+    with pytest.raises(DivergedError, match=r"weights of rows reach 2e\+38; divide the `weight` column by its mean"):
+        run_training(TrainConfig(model="lr", batch_size=100), Heavy(real=False))
 
 
 def test_labels_that_do_not_fit_the_loss_are_refused() -> None:

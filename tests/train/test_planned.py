@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from recsys_embed.core.footprint import format_bytes
 from recsys_embed.data import make_synthetic, open_dataset
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.plan import Plan
+from recsys_embed.planning import plan_for_budget
 from recsys_embed.train.compare import Comparison, run_comparison
-from recsys_embed.train.plans import first_order_bytes, plans_for
+from recsys_embed.train.plans import first_order_bytes, plans_for, resolve
 from recsys_embed.train.run import run_training
 from tests.train.toy import ToyData, toy_config
 
@@ -39,6 +41,16 @@ def test_a_given_plan_is_used_as_it_is_and_first_order_weights_get_their_part() 
     assert plans.linear.footprint(schema.with_dim(1)).serve <= spent / 8
     with pytest.raises(BudgetError, match=r"the plan needs .* Ways out"):
         plans_for(schema, config.replace(budget=spent), data)
+
+
+def test_a_plan_made_for_another_width_is_told() -> None:
+    data = ToyData()
+    plan = plan_for_budget(data.schema(16), "1KiB").to_dict()
+    with pytest.warns(UserWarning, match=r"other widths or sizes: it took .* at width 8; plan for these"):
+        resolve(data.schema(8), toy_config(method="planned", plan=plan, embedding_dim=8), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(data.schema(16), toy_config(method="planned", plan=plan, embedding_dim=16), data)
 
 
 def test_planned_rows_stand_beside_methods_in_a_comparison(tmp_path: Path) -> None:

@@ -49,9 +49,7 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_o
             )
     settings = dict(options or {})
     named = settings.pop("format", None)
-    if known_only and any(
-        _reader(p) is not None for p in map(Path, [table] if isinstance(table, str | Path) else table)
-    ):
+    if known_only and any(_tells_format(Path(p)) for p in ([table] if isinstance(table, str | Path) else table)):
         named = None
     formats = {reader.format: reader for reader in READERS}
     if named is not None and named not in formats:
@@ -87,6 +85,13 @@ def _opened(reader: Any, paths: list[Path], settings: dict[str, Any]) -> Source:
 
 def _endings() -> list[str]:
     return [ending for reader in READERS for ending in reader.endings]
+
+
+def _tells_format(path: Path) -> bool:
+    """Whether the ending of a file, or of one in a folder, is that of a reader."""
+    if not path.is_dir():
+        return _reader(path) is not None
+    return any(_reader(p) is not None for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
 
 
 def _reader(path: Path) -> Any:
