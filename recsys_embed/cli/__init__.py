@@ -152,8 +152,8 @@ def _click_exit(error: Exception) -> int:
 def _fail(error: BaseException, message: str, debug: bool, status: int = EXIT_ERROR) -> int:
     if debug:
         traceback.print_exception(error)
-    # Faults have a line each, as `raise_faults` lists them; whatever else has several lines becomes one.
+    # Faults have a line each, and the cure, as `raise_faults` lists them; whatever else has several lines becomes one.
     lines = [part.rstrip() for part in message.splitlines() if part.strip()]
-    between = "\n" if all(part.lstrip().startswith("- ") for part in lines[1:]) else "; "
+    between = "\n" if any(part.lstrip().startswith("- ") for part in lines[1:]) else "; "
     print(f"{PROG}: error: {between.join(lines)}", file=sys.stderr)
     return status

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +13,11 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.data import inspect_table
 from recsys_embed.errors import ConfigError
 
+_BY_COLUMN = {"types": "price=float", "kinds": "7=numeric"}
+"""Options of readers that have a value per column, and an example."""
 ReaderOptions = Annotated[
     list[str] | None,
-    typer.Option(help="Option of the reader of files, NAME=VALUE: separator=';', names=user,item, format=csv."),
+    typer.Option(help="Option of the reader of files, NAME=VALUE: separator=';', names=user,item, types.price=float."),
 ]
 
 
@@ -32,18 +36,46 @@ def inspect(
 
 
 def reader_options(texts: list[str]) -> dict[str, Any]:
-    """Options of a reader of files as the command line has them."""
+    """Options of a reader of files as the command line has them.
+
+    >>> reader_options(["separator=;", "nulls=n/a,-", "types.price=float", "types.zip=string"])
+    {'separator': ';', 'nulls': ['n/a', '-'], 'types': {'price': 'float', 'zip': 'string'}}
+    """
     found: dict[str, Any] = {}
+    by_column: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--source takes NAME=VALUE, e.g. separator=';'; got {text!r}")
         name = name.strip()
-        if name in ("names", "nulls"):
+        kind, dot, column = name.partition(".")
+        if dot and kind in _BY_COLUMN:
+            by_column.setdefault(kind, {})[column] = value
+        elif name in _BY_COLUMN:
+            by_column.setdefault(name, {}).update(_table(name, value))
+        elif name in ("names", "nulls"):
             found[name] = value.split(",")
         else:
             try:
                 found[name] = json.loads(value)
             except ValueError:
                 found[name] = value.replace("\\t", "\t")
-    return found
+    return {**found, **by_column}
+
+
+def joined_options(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a reader of files, of which the second win, column by column."""
+    joined = {k: {**first[k], **then[k]} for k in _BY_COLUMN if k in first and k in then}
+    return {**first, **then, **joined}
+
+
+def _table(name: str, value: str) -> dict[str, Any]:
+    """An option that goes by column, as a table of TOML or JSON."""
+    for read in (json.loads, lambda text: tomllib.loads(f"x = {text}")["x"]):
+        try:
+            found = read(value)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    raise ConfigError(f"--source {name} goes by column, e.g. --source {name}.{_BY_COLUMN[name]}; got {value!r}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from recsys_embed.cli._inspect import ReaderOptions, reader_options
+from recsys_embed.cli._inspect import ReaderOptions, joined_options, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import TableSchema, TableSplit, convert_table
 from recsys_embed.data.conversion import ConvertReport, Progress
@@ -100,7 +100,7 @@ def table(
     if schema is not None:
         made = TableSchema.read(schema)
         former = {} if kind else made.split.to_dict()
-        made = made.replace(split=TableSplit.from_dict({**former, **rule}), source={**made.source, **reader})
+        made = made.replace(split=TableSplit.from_dict({**former, **rule}), source=joined_options(made.source, reader))
     elif like is None:
         if not names:
             raise ConfigError("name the columns: --schema FILE.toml, or --label, --categorical, --numeric ...")

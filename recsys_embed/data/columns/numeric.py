@@ -80,7 +80,10 @@ class Numeric(LearnedColumn):
     def refuse(self, dtype: pl.DataType) -> str | None:
         if dtype.is_numeric() or dtype in (pl.Boolean, pl.Null):
             return None
-        return f"numbers are integers, floats, decimals or booleans; got {dtype}: cast it, or make it categorical"
+        comma = ' (numbers such as 1,5 in CSV: `decimal = ","` under [source])' if dtype == pl.String else ""
+        return (
+            f"numbers are integers, floats, decimals or booleans; got {dtype}: cast it, or make it categorical{comma}"
+        )
 
     @property
     def takes_floats(self) -> bool:

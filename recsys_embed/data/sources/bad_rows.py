@@ -53,9 +53,11 @@ def bad_rows_error(source: Source, rows: Sequence[BadRow], cure: str = QUARANTIN
 
 def bad_row_line(source: Source, row: BadRow) -> str:
     """A line of a quarantine file."""
+    line = source.line(row.file, row.row)
     value = {
         "file": source.files[row.file],
         "row": row.row + 1,
+        **({} if line is None else {"line": line}),
         "column": row.column,
         "reason": row.reason,
         "raw": row.raw,

@@ -93,7 +93,12 @@ class Source(ABC):
 
     def place(self, file: int, row: int) -> str:
         """Where a row is, for people: ``events.csv, line 7``."""
-        return f"{self.files[file]}, row {row + 1}"
+        line = self.line(file, row)
+        return f"{self.files[file]}, " + (f"row {row + 1}" if line is None else f"line {line}")
+
+    def line(self, file: int, row: int) -> int | None:
+        """The line of a row in its file, from 1; None where rows are no lines."""
+        return None
 
     def stage(self, work: Path) -> Source:
         """This source, or what its rows were written to under ``work`` where they cannot be read twice."""

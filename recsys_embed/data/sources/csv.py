@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +27,14 @@ from recsys_embed.data.sources.text import (
     record,
     without,
 )
-from recsys_embed.data.sources.values import TYPES, infer_type, read_values, type_name
+from recsys_embed.data.sources.values import (
+    TYPES,
+    NumberCount,
+    count_numbers,
+    infer_type,
+    read_values,
+    type_name,
+)
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings, param
 
@@ -206,6 +214,12 @@ class CsvFiles(TextFiles):
         frame, _, _ = self._texts(file, data, ends, 0, names)
         return {name: infer_type(frame[name], self.options.decimal) for name in names}
 
+    def count_numbers(self, file: int, data: bytes, ends: Ends, columns: Sequence[str]) -> Mapping[str, NumberCount]:
+        if not len(ends):
+            return {}
+        frame, _, _ = self._texts(file, data, ends, 0, columns)
+        return {name: count_numbers(frame[name], self.options.decimal) for name in columns}
+
     def parse(
         self, file: int, data: bytes, ends: Ends, first: int, columns: Sequence[str]
     ) -> tuple[pl.DataFrame, list[BadRow]]:
@@ -310,6 +324,14 @@ def _misfit(name: str, dtype: pl.DataType, source: TextFiles, text: str) -> str:
     article = "an" if type_name(dtype)[0] in "aeiou" else "a"
     if name in source.declared:
         return f"not {article} {type_name(dtype)}, as `types` says"
+    if name in source.assumed and source.by_learned:
+        return f"not {article} {type_name(dtype)}, as the column was when it was learned"
+    if name in source.assumed:
+        comma = ' or `decimal = ","`' if "," in text else ""
+        return (
+            f"not {article} {type_name(dtype)}, as the schema has it; if it stands for a missing value: "
+            f"`nulls = [{json.dumps(text[:SHOWN], ensure_ascii=False)}]`{comma} under [source]"
+        )
     other = "float" if dtype.is_integer() and infer_type(pl.Series([text])).is_float() else "string"
     return (
         f"not {article} {type_name(dtype)}, as the first rows of the table are; say what it is: "

@@ -15,9 +15,10 @@ import polars as pl
 from recsys_embed.data.sources.base import BadRow
 from recsys_embed.data.sources.csv import type_faults
 from recsys_embed.data.sources.text import SHOWN, Ends, TextFiles, compressed, record, without
-from recsys_embed.data.sources.values import TYPES
+from recsys_embed.data.sources.values import TYPES, NumberCount
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings
+from recsys_embed.utils.types import JSON
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class JsonLines(TextFiles):
         types = {name: _whole(found[name].dtype, found[name]) or pl.String() for name in found.columns}
         return {**{n: t for n, t in self.declared.items() if n not in types}, **types}
 
+    def count_numbers(self, file: int, data: bytes, ends: Ends, columns: Sequence[str]) -> Mapping[str, NumberCount]:
+        objects = [o for o in (_object(record(data, ends, i)) for i in range(len(ends))) if o is not None]
+        return {name: _numbers([o.get(name) for o in objects]) for name in columns}
+
     def parse(
         self, file: int, data: bytes, ends: Ends, first: int, columns: Sequence[str]
     ) -> tuple[pl.DataFrame, list[BadRow]]:
@@ -109,6 +114,8 @@ class JsonLines(TextFiles):
         value = json.loads(line)
         for name, dtype in schema.items():
             if _read(line + b"\n", {name: dtype}) is None:
+                if name in self.assumed:
+                    return BadRow(file, row, name, f"not {dtype}, as the schema has it", str(value.get(name))[:SHOWN])
                 cure = f'say what it is: `types = {{ "{name}" = "string" }}` under [source]'
                 return BadRow(
                     file, row, name, f"not {dtype}, as in the rows before it; {cure}", str(value.get(name))[:SHOWN]
@@ -144,6 +151,23 @@ def _misfits(data: bytes, ends: Ends, schema: Mapping[str, pl.DataType], low: in
         return [low]
     middle = (low + high) // 2
     return _misfits(data, ends, schema, low, middle) + _misfits(data, ends, schema, middle, high)
+
+
+def _object(line: bytes) -> JSON | None:
+    """A line as an object, or None."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _numbers(values: Sequence[Any]) -> NumberCount:
+    """How many values of JSON are numbers, which texts such as ``"2"`` are not."""
+    known = [v for v in values if v is not None]
+    numbers = [v for v in known if isinstance(v, int | float) and not isinstance(v, bool)]
+    other = next((str(v) for v in known if isinstance(v, str | bool)), None)
+    return NumberCount(len(known), sum(isinstance(v, int) for v in numbers), len(numbers), other)
 
 
 def _fault(line: bytes) -> str | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from recsys_embed.data.compressed_file import Reader
 from recsys_embed.data.sources.base import BadRow, Chunk, Source, file_record, joint_type, want_columns
-from recsys_embed.data.sources.values import TYPES
+from recsys_embed.data.sources.values import TYPES, NumberCount
 from recsys_embed.errors import DataError, raise_faults
 from recsys_embed.utils.types import JSON
 
@@ -60,6 +60,7 @@ class TextFiles(Source):
         self.declared = {name: TYPES[t] for name, t in types.items()}
         self._assumed: dict[str, pl.DataType] = {}
         self.empty: set[str] = set()
+        self.by_learned = False
         self._uneven: set[int] = set()
 
     @property
@@ -85,6 +86,10 @@ class TextFiles(Source):
         self, file: int, data: bytes, ends: Ends, first: int, columns: Sequence[str]
     ) -> tuple[pl.DataFrame, list[BadRow]]:
         """The rows that can be read, in the table's types, and the others in order; ``first`` is the first's number."""
+
+    def count_numbers(self, file: int, data: bytes, ends: Ends, columns: Sequence[str]) -> Mapping[str, NumberCount]:
+        """Of columns of the first records of a file, how many values are numbers."""
+        return {}
 
     # -- what all have -------------------------------------------------------------------------------------------------
 
@@ -145,8 +150,32 @@ class TextFiles(Source):
         self.empty = {n for n, t in types.items() if t == pl.Null}
         return {n: self._assumed.get(n) or _known(t) for n, t in types.items()}
 
-    def assume(self, types: Mapping[str, pl.DataType]) -> None:
-        """Read columns as these types, whatever the first rows look like, but for those that the options name."""
+    def number_counts(self, columns: Sequence[str]) -> dict[str, NumberCount]:
+        """Of those of some columns that are strings, how many values of the first records of all files are numbers.
+
+        Columns without a number, and those whose type the options name, are left out.
+        """
+        wanted = [c for c in columns if self.types.get(c) == pl.String and c not in self.declared]
+        total = dict.fromkeys(wanted, NumberCount())
+        for file in range(len(self.files)) if wanted else ():
+            data, ends = next(self.blocks(file, SAMPLE_BYTES), (b"", np.zeros(0, np.int64)))
+            for name, count in self.count_numbers(file, data, ends, wanted).items():
+                total[name] += count
+        return {name: count for name, count in total.items() if count.number}
+
+    @property
+    def assumed(self) -> Mapping[str, pl.DataType]:
+        """Types of columns that are read as something else than their first rows look like."""
+        return self._assumed
+
+    def assume(self, types: Mapping[str, pl.DataType], *, learned: bool = False) -> None:
+        """Read columns as these types, whatever the first rows look like, but for those that the options name.
+
+        Args:
+            types: by name.
+            learned: they are those of the rows that a model was taught with, rather than of a schema.
+        """
+        self.by_learned = learned
         self._assumed = {n: t for n, t in types.items() if n not in self.declared}
         self.__dict__.pop("types", None)
 
@@ -168,10 +197,8 @@ class TextFiles(Source):
         if held is not None and held.stop > held.first:
             yield held
 
-    def place(self, file: int, row: int) -> str:
-        if file in self._uneven:
-            return super().place(file, row)
-        return f"{self.files[file]}, line {row + 1 + self.head(file)}"
+    def line(self, file: int, row: int) -> int | None:
+        return None if file in self._uneven else row + 1 + self.head(file)
 
     def lines_differ(self, file: int) -> None:
         """Note that the records of a file are not its lines."""

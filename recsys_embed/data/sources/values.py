@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import polars as pl
 
 TYPES: dict[str, pl.DataType] = {
@@ -36,6 +38,50 @@ def infer_type(text: pl.Series, decimal: str = ".") -> pl.DataType:
     if _dotted(known, decimal).str.contains(_FLOAT).all():
         return pl.Float64()
     return pl.Boolean() if known.str.contains(_BOOLEAN).all() else pl.String()
+
+
+@dataclass(frozen=True)
+class NumberCount:
+    """How many values of a column are numbers, of those that its text files begin with.
+
+    Args:
+        known: values that are not missing.
+        whole: those that are integers.
+        number: those that are numbers, integers too.
+        other: the first that is no number, or None.
+    """
+
+    known: int = 0
+    whole: int = 0
+    number: int = 0
+    other: str | None = None
+
+    def __add__(self, more: NumberCount) -> NumberCount:
+        return NumberCount(
+            self.known + more.known,
+            self.whole + more.whole,
+            self.number + more.number,
+            more.other if self.other is None else self.other,
+        )
+
+    @property
+    def share(self) -> float:
+        """Share of the values that are numbers."""
+        return self.number / max(1, self.known)
+
+
+def count_numbers(text: pl.Series, decimal: str = ".") -> NumberCount:
+    """How many of some texts are numbers.
+
+    >>> count_numbers(pl.Series(["1", " 2.5", "n/a", "", None]))
+    NumberCount(known=3, whole=1, number=2, other='n/a')
+    """
+    known = text.drop_nulls().str.strip_chars()
+    known = known.filter(known.str.len_bytes() > 0)
+    whole = known.str.contains(_INTEGER)
+    number = whole | _dotted(known, decimal).str.contains(_FLOAT)
+    others = known.filter(~number)
+    return NumberCount(len(known), int(whole.sum()), int(number.sum()), str(others[0]) if len(others) else None)
 
 
 def read_values(
