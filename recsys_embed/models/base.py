@@ -146,8 +146,8 @@ class CTRModel(nn.Module):
         does not use are ignored; labels, weights and groups are not needed.
 
         Args:
-            rows: a polars (lazy) or pandas frame, an Arrow table, columns by name, one row or a list of rows by column,
-                or files.
+            rows: a polars (lazy) or pandas frame, an Arrow table, columns by name, a list of rows by column (of one row
+                too, ``[row]``), or files.
             batch_size: rows that go through the model at once.
 
         Returns:

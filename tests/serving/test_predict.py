@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_columns_are_refused_together(folder: Path, tmp_path: Path, capsys: Any)
     with pytest.raises(ConfigError, match="`batch_size` must be an integer of at least 1; got 0"):
         model.predict(EVENTS, batch_size=0)
     row = EVENTS.to_dicts()[0]
-    assert model.predict(row).tolist() == model.predict([row]).tolist() == model.predict(EVENTS.head(1)).tolist()
+    assert model.predict([row]).tolist() == model.predict(EVENTS.head(1)).tolist()
     assert len(model.predict(EVENTS.with_columns(more=pl.lit(1)))) == 40
     assert model.predict(EVENTS.head(0)).shape == model.predict([]).shape == (0,)
     EVENTS.write_parquet(tmp_path / "rows.parquet")
@@ -116,6 +117,56 @@ def test_files_are_read_as_those_of_training_were(tmp_path: Path) -> None:
     assert main(args) == 2
     assert main([*args, "--source", "names=user,price,ts"]) == 0
     assert np.allclose(pl.read_csv(tmp_path / "s.csv")["score"].to_numpy(), wanted, rtol=1e-5)
+
+
+def test_one_row_in_no_list_is_refused(tmp_path: Path) -> None:
+    events = pl.DataFrame({"click": [0, 1] * 9, "user": list("abc") * 6, "tags": [["a", "b"], ["b"], []] * 6})
+    convert_table(events, tmp_path / "data", TableSchema.of(label="click", categorical="user", list="tags"))
+    model: Any = written(tmp_path, open_dataset(tmp_path / "data"))
+    wanted = model.predict([{"user": "a", "tags": ["a", "b"]}])
+    assert model.predict({"user": ["a"], "tags": [["a", "b"]]}).tolist() == wanted.tolist()
+    assert model.predict({"user": [], "tags": []}).shape == (0,)
+    for tags in ([], None, ["a"], ["a", "b", "c"]):
+        for user in ("a", None, ["a"], ["a", "b", "c"]):
+            one: Any = {"user": user, "tags": tags}
+            with pytest.raises(ConfigError, match=r"^`rows` is a dict .*: give a list of rows, \[row\], or columns"):
+                model.predict(one)
+    convert_table(events, tmp_path / "lists", TableSchema.of(label="click", list="tags"))
+    (tmp_path / "only").mkdir()
+    model = written(tmp_path / "only", open_dataset(tmp_path / "lists"))
+    with pytest.raises(ConfigError, match="dict of empty lists, which may be one row or none"):
+        model.predict({"tags": []})
+
+
+@pytest.mark.parametrize(
+    ("column", "good", "bad", "told"),
+    [
+        ("zip", "12", 12, "text '12' and row 2 has the number 12"),
+        ("zip", "12", True, "text '12' and row 2 has the boolean True"),
+        ("user", 1, "1", "number 1 and row 2 has the text '1'"),
+        ("user", 1, True, "number 1 and row 2 has the boolean True"),
+        ("price", 2.5, "abc", "number 2.5 and row 2 has the text 'abc'"),
+        ("member", True, 1, "boolean True and row 2 has the number 1"),
+        ("tags", "a", ["a"], "text 'a' and row 2 has the list"),
+        ("ts", 1_700_000_000, dt.date(2024, 1, 1), "number 1700000000 and row 2 has the date"),
+    ],
+)
+def test_a_value_has_its_type_whatever_is_beside_it(
+    folder: Path, column: str, good: object, bad: object, told: str
+) -> None:
+    model: Any = rse.load(folder / "model.safetensors")
+    row = {**EVENTS.to_dicts()[0], column: good}
+    for rows in (
+        [row, {**row, column: bad}],
+        pl.DataFrame([row, row]).to_dict(as_series=False) | {column: [good, bad]},
+    ):
+        with pytest.raises(DataError) as e:
+            model.predict(rows)
+        assert f"column {column!r}: row 1 has the {told}" in str(e.value)
+    # What the model does not read may hold anything, and NaN is missing beside any type.
+    odd = [{**row, "click": good}, {**row, "click": bad, column: float("nan")}]
+    alone = [model.predict([one]).item() for one in (row, {**row, column: None})]
+    np.testing.assert_allclose(model.predict(odd), alone, rtol=1e-6)
 
 
 def test_a_file_without_encoders_says_how_to_get_them(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from typing import Any
-
-import polars as pl
 
 from recsys_embed.data.serving.criteo_rows import CriteoEncoder
 from recsys_embed.data.serving.row_encoder import RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.serving.table_rows import TableEncoder
+from recsys_embed.data.sources.python_values import frame_of_rows, refuse_one_row
 from recsys_embed.errors import ConfigError, DataError
 
 
@@ -29,19 +27,15 @@ def read_row_encoder(stored: StoredEncoders) -> RowEncoder:
         raise DataError(f"the encoders of the file cannot be used ({e})") from e
 
 
-def rows_of(rows: Any) -> Any:
-    """Rows as :func:`recsys_embed.data.sources.open_source` takes them.
-
-    A list of rows by column becomes a frame, and so does one row: a mapping of columns to single values.
+def rows_of(rows: Any, encoder: RowEncoder) -> Any:
+    """Rows as :func:`recsys_embed.data.sources.open_source` takes them: a list of rows by column becomes a frame.
 
     Raises:
-        ConfigError: the rows have values of types that do not go together.
+        ConfigError: a dict that is not columns of equal length, as one row is.
+        DataError: columns that hold values of several types.
     """
-    if isinstance(rows, Mapping) and any(v is None or isinstance(v, str | int | float | date) for v in rows.values()):
-        rows = [rows]
+    if isinstance(rows, Mapping):
+        refuse_one_row(rows, encoder.nested, encoder.columns)
     if isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) and isinstance(rows[0], Mapping):
-        try:
-            return pl.DataFrame([dict(row) for row in rows], infer_schema_length=None)
-        except (TypeError, ValueError, pl.exceptions.PolarsError) as e:
-            raise ConfigError(f"the rows are no table ({str(e).splitlines()[0]}): give each column one type") from e
+        return frame_of_rows(rows, encoder.columns)
     return rows

@@ -40,9 +40,11 @@ class RowEncoder(ABC):
 
     Attributes:
         columns: of the raw rows that are needed.
+        nested: those whose every value is a list.
     """
 
     columns: tuple[str, ...]
+    nested: tuple[str, ...] = ()
 
     def __init__(self, stored: StoredEncoders) -> None:
         about = stored.about

@@ -58,13 +58,13 @@ def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike, batch_size: in
     """Scores float32 ``[n]`` of rows in memory, or of files whose scores memory holds.
 
     Raises:
-        ConfigError: no table; columns that are absent or of another type.
+        ConfigError: no table, or one row that is in no list; columns that are absent or of another type.
         DataError: values that cannot be used, with row, column and reason.
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str) and not len(rows):
         return np.zeros(0, np.float32)
     with tempfile.TemporaryDirectory() as work:
-        source = encoder.open(rows_of(rows)).stage(Path(work))
+        source = encoder.open(rows_of(rows, encoder)).stage(Path(work))
         parts = _parts(encoder, source, _CHUNK_ROWS, (), _refuse(source))
         found = [scores for _, scores in _scored(parts, score, batch_size)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)

@@ -11,6 +11,7 @@ import polars as pl
 from recsys_embed.data.columns import Encoder, Fault, Time, read_encoder
 from recsys_embed.data.columns.categorical import VocabularyEncoder
 from recsys_embed.data.columns.numeric import BucketEncoder
+from recsys_embed.data.columns.vector import Vector
 from recsys_embed.data.serving.lookups import MappedVocabulary, make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
@@ -108,6 +109,9 @@ class TableEncoder(RowEncoder):
             )):  # fmt: skip
                 raise DataError(f"the vocabulary of column {encoder.column.name!r} is of another type")
         self.columns = tuple(dict.fromkeys(e.column.source for e in self.encoders))
+        lists = [e.column for e in self.encoders if getattr(e.column, "separator", e.column) is None]
+        vectors = [e.column for e in self.encoders if isinstance(e.column, Vector)]
+        self.nested = tuple(dict.fromkeys(c.source for c in [*lists, *vectors]))
         self.options = dict(about.get("source") or {})
 
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:

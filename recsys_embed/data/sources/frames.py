@@ -14,6 +14,7 @@ import polars as pl
 from recsys_embed.data.folder import file_hash, write_file
 from recsys_embed.data.sources.base import Chunk, Source, want_columns
 from recsys_embed.data.sources.parquet import ParquetFiles
+from recsys_embed.data.sources.python_values import frame_of_columns
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.types import JSON
 
@@ -126,10 +127,7 @@ def frame_source(table: Any) -> Source | None:
                 f"the pandas frame cannot be taken over ({e}): give each column one type, or write it to Parquet"
             ) from e
     if isinstance(table, Mapping) and table:
-        try:
-            return FrameSource(pl.DataFrame(dict(table)))
-        except (TypeError, ValueError, pl.exceptions.PolarsError) as e:
-            raise ConfigError(f"the columns are no table ({e})") from e
+        return FrameSource(frame_of_columns(table))
     if hasattr(table, "__arrow_c_stream__"):
         return FrameSource(pl.DataFrame(table))
     return None
