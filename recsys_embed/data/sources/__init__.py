@@ -66,7 +66,10 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_o
     raise_faults(unknown, known)
     if len(set(readers)) > 1:
         other = next(p for p, r in zip(paths, readers, strict=True) if r is not readers[0])
-        raise ConfigError(f"files of one table must have one format; got {paths[0]} and {other}")
+        raise ConfigError(
+            f"files of one table must have one format; got {paths[0]} and {other}: give those of one format alone, or "
+            "write all in one, e.g. polars.read_csv(file).write_parquet(other)"
+        )
     if known_only:
         known_names = {f.name for f in fields(readers[0].options_type)} if readers[0].options_type else set()
         settings = {k: v for k, v in settings.items() if k in known_names}
