@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.data import inspect_table
 from recsys_embed.errors import ConfigError
 
-_BY_COLUMN = {"types": "price=float", "kinds": "7=numeric"}
+_BY_COLUMN = {"types": "price=float", "kinds": "7=numeric", "lists": "tags='|'"}
 """Options of readers that have a value per column, and an example."""
 ReaderOptions = Annotated[
     list[str] | None,
@@ -61,12 +60,6 @@ def reader_options(texts: list[str]) -> dict[str, Any]:
             except ValueError:
                 found[name] = value.replace("\\t", "\t")
     return {**found, **by_column}
-
-
-def joined_options(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a reader of files, of which the second win, column by column."""
-    joined = {k: {**first[k], **then[k]} for k in _BY_COLUMN if k in first and k in then}
-    return {**first, **then, **joined}
 
 
 def _table(name: str, value: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from recsys_embed.cli._inspect import ReaderOptions, joined_options, reader_options
+from recsys_embed.cli._inspect import ReaderOptions, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.data import TableSchema, TableSplit, convert_table
 from recsys_embed.data.conversion import ConvertReport, Progress
+from recsys_embed.data.sources import join_options
 from recsys_embed.errors import ConfigError
 
 ValidShare = Annotated[str | None, typer.Option(help="Share of all rows, such as 0.1 (default) or 1/6.")]
@@ -94,13 +95,11 @@ def table(
         raise ConfigError("columns are in --schema or named by kind; give one of them")
     if like is not None and (schema is not None or names or settings):
         raise ConfigError("with --like the columns are those of that folder; leave out the options that name columns")
-    if like is not None and reader:
-        raise ConfigError("with --like files are read as that folder's were; leave out --source")
     made = None
     if schema is not None:
         made = TableSchema.read(schema)
         former = {} if kind else made.split.to_dict()
-        made = made.replace(split=TableSplit.from_dict({**former, **rule}), source=joined_options(made.source, reader))
+        made = made.replace(split=TableSplit.from_dict({**former, **rule}), source=join_options(made.source, reader))
     elif like is None:
         if not names:
             raise ConfigError("name the columns: --schema FILE.toml, or --label, --categorical, --numeric ...")
@@ -109,8 +108,9 @@ def table(
     new_split = None if like is None else TableSplit.from_dict({"kind": "all", **rule})
     with show_progress(as_json) as progress:
         report = convert_table(
-            sources, out, made, like=like, split=new_split, on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory),
-            workers=workers, overwrite=overwrite, progress=progress,
+            sources, out, made, like=like, split=new_split, options=reader if like is not None else None,
+            on_bad_row=on_bad_row, max_memory=parse_bytes(max_memory), workers=workers, overwrite=overwrite,
+            progress=progress,
         )  # fmt: skip
     say_report(out, report, as_json)
 

@@ -14,7 +14,8 @@ from recsys_embed.data.columns.numeric import MAX_FLOAT
 from recsys_embed.utils.settings import param
 from recsys_embed.utils.types import JSON
 
-_WORDS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
+WORDS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
+"""Texts that are binary labels."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Label(FixedColumn):
             return (values.cast(pl.String) == text).cast(pl.Float64)
         if values.dtype in (pl.String, pl.Categorical, pl.Enum):
             words = values.cast(pl.String).str.to_lowercase().str.strip_chars()
-            return words.replace_strict(_WORDS, default=None, return_dtype=pl.Float64)
+            return words.replace_strict(WORDS, default=None, return_dtype=pl.Float64)
         number = values.cast(pl.Float64)
         return number if self.threshold is None else (number >= self.threshold).cast(pl.Float64)
 

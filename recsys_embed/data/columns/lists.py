@@ -23,7 +23,8 @@ class ListSettings(VocabularyColumn):
     """Settings of lists and sequences: those of a category, and these.
 
     Args:
-        separator: of delimited text, such as ``"a|b|c"``; None: the column holds lists.
+        separator: of delimited text, such as ``"a|b|c"``; None: the column holds lists. A column that holds lists of
+            ``values`` is taken with a separator too.
         values: what the pieces of delimited text are.
         max_length: most values of a row that are kept; None: all.
     """
@@ -46,29 +47,38 @@ class ListSettings(VocabularyColumn):
             return None
         if dtype in (pl.String, pl.Categorical, pl.Enum):
             if self.separator is None:
-                return "it holds text: name the `separator` of its values, or make the column a list"
+                return (
+                    "it holds text: name the `separator` of its values, or make the column a list (of CSV files the "
+                    f"reader does: --source lists.{self.source}='|', or `lists` under [source])"
+                )
             return None
         if not isinstance(dtype, pl.List | pl.Array):
             return f"expected lists, or text with a `separator`; got {dtype}"
-        if self.separator is not None:
-            return f"`separator` is of delimited text; the column holds {dtype}"
+        own = inner(dtype)
+        fits = own.is_integer() if self.values == "integer" else own in (pl.String, pl.Categorical, pl.Enum)
+        if self.separator is not None and not fits and own != pl.Null:
+            return f"`separator` is of text that holds {self.values} values; the column holds {dtype}: cast its values"
         return refuse_values(inner(dtype))
 
     def flat_type(self, dtype: pl.DataType) -> pl.DataType:
-        if self.separator is not None:
+        if self._splits(dtype):
             return pl.Int64() if self.values == "integer" else pl.String()
         return inner(dtype) if isinstance(dtype, pl.List | pl.Array) else dtype
 
+    def _splits(self, dtype: pl.DataType) -> bool:
+        """Whether values of a type are text that the separator splits."""
+        return self.separator is not None and not isinstance(dtype, pl.List | pl.Array)
+
     def checks(self, dtype: pl.DataType) -> bool:
         flat = self.flat_type(dtype)
-        if self.separator is not None:
+        if self._splits(dtype):
             return self.values == "integer"
         return flat.is_float() or (self.ids == "raw" and flat in (pl.Int64, pl.UInt64))
 
     def faults(self, values: pl.Series) -> list[Fault]:
         lists = self.lists(values)
         flat = exploded(lists)
-        if self.separator is not None and self.values == "integer":
+        if self._splits(values.dtype) and self.values == "integer":
             text = flat.str.strip_chars()
             wrong: pl.Series | None = text.cast(pl.Int64, strict=False).is_null() & (text.str.len_bytes() > 0)
             why = "a value is no integer of 64 bits"
@@ -86,14 +96,16 @@ class ListSettings(VocabularyColumn):
             return values.arr.to_list()
         if values.dtype == pl.Null:
             return values.cast(pl.List(pl.String))
-        return values if self.separator is None else values.cast(pl.String).str.split(self.separator)
+        if self.separator is None or not self._splits(values.dtype):
+            return values
+        return values.cast(pl.String).str.split(self.separator)
 
     def flat(self, values: pl.Series) -> pl.Series:
         return self.typed(exploded(self.kept(self.lists(values))))
 
     def typed(self, flat: pl.Series) -> pl.Series:
         """Pieces of text as what they are."""
-        if self.separator is None:
+        if self.separator is None or flat.dtype != pl.String:
             return flat
         text = flat.str.strip_chars()
         return text.cast(pl.Int64, strict=False) if self.values == "integer" else text

@@ -15,7 +15,7 @@ from recsys_embed.data.columns.vector import Vector
 from recsys_embed.data.serving.lookups import MappedVocabulary, make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
-from recsys_embed.data.sources import Source, open_source
+from recsys_embed.data.sources import Source, join_options, open_source
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
@@ -116,7 +116,7 @@ class TableEncoder(RowEncoder):
 
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
         given = dict(options or {})
-        source = open_source(table, {**self.options, **given}, known_only=not given)
+        source = open_source(table, join_options(self.options, given), known_only=not given)
         read_as_learned(source, self.encoders)
         if isinstance(source, FrameSource):
             source = FrameSource(_with_64_bits(source.frame), source.files[0])

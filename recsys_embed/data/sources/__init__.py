@@ -20,7 +20,7 @@ READERS: tuple[Any, ...] = (ParquetFiles, CsvFiles, ArrowFiles, JsonLines, Libsv
 """Readers of files: each has a ``format``, its ``endings``, and ``options_type``, the settings that the schema's
 ``[source]`` may hold, or None. It is called with the paths and, where there are some, these settings."""
 
-__all__ = ["READERS", "BadRow", "Chunk", "Source", "find_files", "open_source"]
+__all__ = ["READERS", "BadRow", "Chunk", "Source", "find_files", "join_options", "open_source"]
 
 
 def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_only: bool = False) -> Source:
@@ -66,11 +66,24 @@ def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_o
     raise_faults(unknown, known)
     if len(set(readers)) > 1:
         other = next(p for p, r in zip(paths, readers, strict=True) if r is not readers[0])
-        raise ConfigError(f"files of one table must have one format; got {paths[0]} and {other}")
+        raise ConfigError(
+            f"files of one table must have one format; got {paths[0]} and {other}: give those of one format alone, or "
+            "write all in one, e.g. polars.read_csv(file).write_parquet(other)"
+        )
     if known_only:
         known_names = {f.name for f in fields(readers[0].options_type)} if readers[0].options_type else set()
         settings = {k: v for k, v in settings.items() if k in known_names}
     return _opened(readers[0], paths, settings)
+
+
+def join_options(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a reader, of which the second win: whole ones, and column by column those that go by column.
+
+    >>> join_options({"decimal": ",", "types": {"a": "string"}}, {"decimal": ".", "types": {"b": "float"}})
+    {'decimal': '.', 'types': {'a': 'string', 'b': 'float'}}
+    """
+    both = {k for k, v in then.items() if isinstance(v, Mapping) and isinstance(first.get(k), Mapping)}
+    return {**first, **then, **{k: {**first[k], **then[k]} for k in then if k in both}}
 
 
 def _opened(reader: Any, paths: list[Path], settings: dict[str, Any]) -> Source:

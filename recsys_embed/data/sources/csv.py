@@ -32,10 +32,12 @@ from recsys_embed.data.sources.values import (
     NumberCount,
     count_numbers,
     infer_type,
+    list_type,
+    read_lists,
     read_values,
     type_name,
 )
-from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.utils.settings import Settings, param
 
 SEPARATORS = (",", "\t", ";", "|", "::")
@@ -59,7 +61,9 @@ class CsvOptions(Settings):
         encoding: of the text, as Python calls it; a byte-order mark is left out.
         decimal: ``","`` in numbers such as ``1,5``.
         nulls: texts that mean a missing value, besides the empty one.
-        types: of columns by name: ``"string"``, ``"integer"``, ``"unsigned"``, ``"float"`` or ``"boolean"``.
+        types: of columns by name: ``"string"``, ``"integer"``, ``"unsigned"``, ``"float"`` or ``"boolean"``;
+            of a column of ``lists``, of its values.
+        lists: columns that are lists written as text, and what separates the values, e.g. ``{"tags": "|"}``.
     """
 
     title = "the options of CSV files"
@@ -71,9 +75,15 @@ class CsvOptions(Settings):
     decimal: Literal[".", ","] = "."
     nulls: tuple[str, ...] = ()
     types: Mapping[str, Any] = field(default_factory=dict)
+    lists: Mapping[str, Any] = field(default_factory=dict)
 
     def conflicts(self) -> list[str]:
         faults = type_faults(self.types)
+        faults += [
+            f"`lists`: column {name!r} must have what separates its values, as text; got {given!r}"
+            for name, given in self.lists.items()
+            if not isinstance(given, str) or not given
+        ]
         if self.separator is not None and (not self.separator or self.separator in ("\n", "\r", self.quote)):
             faults.append(f"`separator` must be text other than a newline or the quote; got {self.separator!r}")
         if len(self.quote.encode()) > 1 or self.quote in ("\n", "\r"):
@@ -116,6 +126,7 @@ class CsvFiles(TextFiles):
     def __init__(self, paths: Sequence[Path], options: CsvOptions | None = None) -> None:
         self.options = options or CsvOptions()
         super().__init__(paths, self.options.types)
+        self.declared = {n: pl.List(t) if n in self.options.lists else t for n, t in self.declared.items()}
         self._names: dict[int, tuple[list[str], int]] = {}
 
     # -- dialect -------------------------------------------------------------------------------------------------------
@@ -212,7 +223,21 @@ class CsvFiles(TextFiles):
         if not len(ends):
             return {name: pl.Null() for name in names}
         frame, _, _ = self._texts(file, data, ends, 0, names)
-        return {name: infer_type(frame[name], self.options.decimal) for name in names}
+        types = {name: infer_type(frame[name], self.options.decimal) for name in names}
+        for name, separator in self.options.lists.items():
+            if name in types:
+                types[name] = pl.List(list_type(frame[name], separator))
+        return types
+
+    def joint(self, a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
+        found = super().joint(a, b)
+        # Lists whose values files spell in several ways are lists of texts.
+        return pl.List(pl.String()) if found is None and a.is_nested() and b.is_nested() else found
+
+    def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
+        absent = [f"`lists` names {n!r}, which is no column" for n in self.options.lists if n not in types]
+        raise_faults(absent, f"the columns of {self.files[0]} are {', '.join(types)}")
+        return super().finish_types(types)
 
     def count_numbers(self, file: int, data: bytes, ends: Ends, columns: Sequence[str]) -> Mapping[str, NumberCount]:
         if not len(ends):
@@ -227,7 +252,11 @@ class CsvFiles(TextFiles):
         found, rejected = {}, np.zeros(len(frame), bool)
         for name in columns:
             dtype = self.types[name]
-            found[name], failed = read_values(frame[name], dtype, self.options.decimal, told=name in self.declared)
+            told = name in self.declared
+            if isinstance(dtype, pl.List):
+                found[name], failed = read_lists(frame[name], self.options.lists[name], dtype)
+            else:
+                found[name], failed = read_values(frame[name], dtype, self.options.decimal, told=told)
             if failed is None:
                 continue
             for at in np.flatnonzero(failed.to_numpy() & ~rejected).tolist():

@@ -73,10 +73,15 @@ class JsonLines(TextFiles):
         objects = [r for r in (record(data, ends, i) for i in range(len(ends))) if _fault(r) is None]
         if not objects:
             return dict(self.declared)
+        lines = b"\n".join(objects)
         try:
-            found = pl.read_ndjson(
-                io.BytesIO(b"\n".join(objects)), infer_schema_length=None, schema_overrides=self.declared or None
-            )
+            try:
+                found = pl.read_ndjson(
+                    io.BytesIO(lines), infer_schema_length=None, schema_overrides=self.declared or None
+                )
+            except pl.exceptions.PolarsError:
+                # A value that does not fit the type that the options name is a bad row.
+                found = pl.read_ndjson(io.BytesIO(lines), infer_schema_length=None)
         except pl.exceptions.PolarsError as e:
             raise DataError(
                 f"{self.files[file]}: a column holds values of several types ({str(e).splitlines()[0]}); name its "
@@ -114,6 +119,8 @@ class JsonLines(TextFiles):
         value = json.loads(line)
         for name, dtype in schema.items():
             if _read(line + b"\n", {name: dtype}) is None:
+                if name in self.declared:
+                    return BadRow(file, row, name, f"not {dtype}, as `types` says", str(value.get(name))[:SHOWN])
                 if name in self.assumed:
                     return BadRow(file, row, name, f"not {dtype}, as the schema has it", str(value.get(name))[:SHOWN])
                 cure = f'say what it is: `types = {{ "{name}" = "string" }}` under [source]'

@@ -10,6 +10,7 @@ from recsys_embed.data.columns import Column, Encoder, Label, Time
 from recsys_embed.data.columns.categorical import VocabularyEncoder
 from recsys_embed.data.columns.lists import ListSettings
 from recsys_embed.data.sources.base import Source
+from recsys_embed.data.sources.csv import CsvFiles
 from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.data.sources.values import NumberCount
 
@@ -61,7 +62,11 @@ def read_as_learned(source: Source, encoders: Iterable[Encoder]) -> None:
         if dtype is None:
             continue
         narrow = encoder.column.takes_floats and (dtype.is_integer() or encoder.column.source in source.empty)
-        found = _text_type(encoder) if narrow or encoder.refuse(dtype) is not None else None
+        found = (
+            _text_type(encoder, dtype, isinstance(source, CsvFiles))
+            if narrow or encoder.refuse(dtype) is not None
+            else None
+        )
         if found is None and isinstance(encoder.column, Time) and encoder.column.source in counts:
             found = _number_type(encoder.column, counts[encoder.column.source])
         if found is not None:
@@ -69,12 +74,16 @@ def read_as_learned(source: Source, encoders: Iterable[Encoder]) -> None:
     source.assume(wanted, learned=True)
 
 
-def _text_type(encoder: Encoder) -> pl.DataType | None:
-    """The type that a column of text is read as, for an encoder that does not take what it looks like."""
+def _text_type(encoder: Encoder, dtype: pl.DataType, csv: bool) -> pl.DataType | None:
+    """The type that a column of text is read as, for an encoder that does not take ``dtype``, which it looks like."""
     if encoder.column.takes_floats:
         return pl.Float64()
+    plain = (pl.String(), pl.Int64(), pl.UInt64(), pl.Boolean())
+    if isinstance(dtype, pl.List):
+        # CSV reads lists as lists of any type; JSON says of which they are.
+        return pl.List(encoder.dtype) if csv and isinstance(encoder, VocabularyEncoder) else None
     if isinstance(encoder.column, ListSettings):
         return None if encoder.column.separator is None else pl.String()
-    if isinstance(encoder, VocabularyEncoder) and encoder.dtype in (pl.String(), pl.Int64(), pl.UInt64(), pl.Boolean()):
+    if isinstance(encoder, VocabularyEncoder) and encoder.dtype in plain:
         return encoder.dtype
     return None

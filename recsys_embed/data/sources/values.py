@@ -116,6 +116,28 @@ def read_values(
     return values, failed if failed.any() else None
 
 
+def list_type(text: pl.Series, separator: str) -> pl.DataType:
+    """The type of the values of lists that are written as text: integers, or else strings."""
+    found = infer_type(text.drop_nulls().str.split(separator).explode())
+    return found if found == pl.Int64 else pl.String()
+
+
+def read_lists(text: pl.Series, separator: str, dtype: pl.List) -> tuple[pl.Series, pl.Series | None]:
+    """Lists that are written as text, and which of them hold a value of another type; blanks around one do not count.
+
+    >>> values, wrong = read_lists(pl.Series(["1|2", " 3", "4|x", None]), "|", pl.List(pl.Int64()))
+    >>> values.to_list(), wrong.to_list()
+    ([[1, 2], [3], [4, None], None], [False, False, True, False])
+    """
+    pieces = text.str.split(separator).list.eval(pl.element().str.strip_chars())
+    if dtype.inner == pl.String:
+        return pieces, None
+    values = pieces.cast(dtype, strict=False)
+    lost = pl.element().cast(dtype.inner, strict=False).is_null() & (pl.element().str.len_bytes() > 0)
+    failed = pieces.list.eval(lost).list.any().fill_null(False)
+    return values, failed if failed.any() else None
+
+
 def type_name(dtype: pl.DataType) -> str:
     """What the options call a type."""
     return _NAMES.get(str(dtype), str(dtype))

@@ -19,7 +19,7 @@ from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, chec
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import publish
-from recsys_embed.data.sources import Source, open_source
+from recsys_embed.data.sources import Source, join_options, open_source
 from recsys_embed.data.sources.learned_types import read_as_learned, read_floats
 from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.data.splits import TRAIN
@@ -41,6 +41,7 @@ def convert_table(
     *,
     like: str | Path | None = None,
     split: TableSplit | None = None,
+    options: JSONMapping | None = None,
     on_bad_row: OnBadRow = "fail",
     max_memory: int = 1 << 30,
     workers: int = 0,
@@ -56,6 +57,8 @@ def convert_table(
         schema: the columns: a :class:`TableSchema`, its values, or a TOML file.
         like: in place of a schema: a data folder whose schema and vocabularies encode these rows.
         split: in place of the schema's; with ``like`` all rows are ``"test"`` by default.
+        options: of the reader of files, as ``[source]`` of a schema has them; they win over those of the schema or of
+            the folder ``like``.
         on_bad_row: ``"fail"`` stops at the first part with a bad row; ``"quarantine"`` sets them aside, counted.
         max_memory: bytes the process should stay under; at least 512 MiB, or 912 MiB beside a CUDA build of torch.
         workers: parts that are encoded at the same time; 0 means one per core, at most 4.
@@ -75,10 +78,12 @@ def convert_table(
     ...     convert_table(table, folder, schema).rows
     {'train': 9, 'valid': 1, 'test': 2}
     """
-    options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
+    how = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
     out = Path(out)
     made, donor = _schema(schema, like, split)
-    found = open_source(source, made.source, known_only=donor is not None)
+    if options:
+        made = made.replace(source=join_options(made.source, options))
+    found = open_source(source, made.source, known_only=donor is not None and not options)
     check_target(out)
     _keep_apart(out, like, found)
     with lock(out):
@@ -109,7 +114,7 @@ def convert_table(
             shutil.rmtree(work, ignore_errors=True)
             return done
         notices: list[str] = []
-        rows = TableRows(work, table, made, columns, options, record, notices)
+        rows = TableRows(work, table, made, columns, how, record, notices)
         rows.scan(progress)
         if not rows.total:
             bad = [rows.bad_path(p.index) for p in rows.parts if p.bad]

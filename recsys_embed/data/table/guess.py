@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recsys_embed.data.columns.label import WORDS
 from recsys_embed.data.columns.vocabulary import MAX_WHOLE, value_type
-from recsys_embed.data.sources.values import infer_type
+from recsys_embed.data.sources.values import NumberCount, infer_type, read_values
 
 NULL_WORDS = ("NULL", "null", "NA", "N/A", "\\N", "None", "none", "-", "?", "nan", "NaN")
 """Texts that stand for a missing value in many tables."""
@@ -26,10 +28,12 @@ _ID = re.compile(r"(^|_)(id|uid|iid|code|zip|ip|cat|category|type|kind|brand|use
                  r"|city|gender|field|bin)s?(_|$)|id$", re.I)  # fmt: skip
 _ROW_ID = re.compile(r"^(id|index|row|row_?(id|number|nr)|event_?id|impression_?id|uuid|guid)$|^(unnamed.*|)$", re.I)
 _AMOUNT = re.compile(r"price|count|num|age|amount|score|len|size|duration|depth|position|rank|days|hours|qty|quantity"
-                     r"|total|sum|avg|mean|rate|ratio|year", re.I)  # fmt: skip
+                     r"|total|dwell|tempo|bpm|sum|avg|mean|rate|ratio|year", re.I)  # fmt: skip
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FROM, _TO = 631_152_000, 4_102_444_800
 """1990 and 2100."""
+MOST = 0.95
+"""Share of a column's values from which the others are taken for faults."""
 _FEW = 100
 """Rows below which nothing is said about how often values repeat."""
 
@@ -45,6 +49,7 @@ class Guess:
         remarks: what a person should look at.
         left_out: whether the entry is written as a comment.
         nulls: texts of the column that stand for a missing value.
+        type: of text that is to be read as numbers, as ``types`` of the reader has it.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Guess:
     remarks: list[str] = field(default_factory=list)
     left_out: bool = False
     nulls: tuple[str, ...] = ()
+    type: str | None = None
 
     @property
     def kind(self) -> str | None:
@@ -87,6 +93,48 @@ def guess_column(values: pl.Series) -> Guess:
     return made
 
 
+def guess_numbers(text: pl.Series, count: NumberCount, decimal: str = ".") -> tuple[Guess, pl.Series]:
+    """What a column of text is that holds numbers but for a few values, and its values: numbers if it is one of them.
+
+    Args:
+        text: a sample.
+        count: how many of its values are numbers, of those that stand for none.
+        decimal: what stands before the fraction of a number.
+    """
+    whole = count.whole == count.number
+    numbers, _ = read_values(text, pl.Int64() if whole else pl.Float64(), decimal, told=True)
+    made = guess_column(numbers)
+    said = f"{_percent(count.share)} of the values are numbers; others, e.g. {_short(count.other)}, are "
+    words = json.dumps(count.other, ensure_ascii=False)
+    label = label_entry(numbers)
+    if made.kind not in ("numeric", "weight", "time") and (label is None or not _named_label(text.name)):
+        made = guess_column(text)
+        made.remarks.append(f"{said}categories of their own")
+        return made, text
+    made.facts = _facts(text)
+    made.type = "integer" if whole and made.kind == "time" else "float"
+    made.nulls = _null_words(text.drop_nulls()) if made.kind == "numeric" else ()
+    made.remarks.append(
+        f"{said}bad rows, which --on-bad-row quarantine sets aside; if they stand for a missing value, add them to "
+        f"[source]: nulls = [{words}]"
+    )
+    return made, numbers
+
+
+def without_null_words(text: pl.Series) -> pl.Series:
+    """Texts but those that stand for a missing value."""
+    return text.filter(~text.is_in(list(NULL_WORDS)))
+
+
+def _null_words(known: pl.Series) -> tuple[str, ...]:
+    return tuple(sorted(set(known.filter(known.is_in(list(NULL_WORDS))).to_list())))
+
+
+def _percent(share: float) -> str:
+    """A share below one, never rounded to all."""
+    return f"{min(99.99, 100 * share):.2f} %"
+
+
 def _facts(values: pl.Series) -> str:
     known = values.drop_nulls()
     missing = 100.0 * (len(values) - len(known)) / max(1, len(values))
@@ -115,6 +163,11 @@ def _repeats(made: Guess, known: pl.Series) -> None:
     if made.kind in ("categorical", "group") and len(known) >= _FEW and distinct == len(known):
         made.remarks.append("looks like an id: no value occurs twice, so that nothing can be learned of one")
         made.left_out |= bool(_ROW_ID.search(made.name))
+    elif made.kind == "categorical" and len(known) >= _FEW and distinct > len(known) / 2:
+        made.remarks.append(
+            f"looks like an id: {distinct:,} distinct values in {len(known):,} rows, most of them too rare to be "
+            "learned; `min_count` makes these one"
+        )
 
 
 def _guess_list(made: Guess, known: pl.Series) -> None:
@@ -132,12 +185,20 @@ def _guess_list(made: Guess, known: pl.Series) -> None:
 
 def _guess_text(made: Guess, known: pl.Series) -> None:
     bare = known.filter(~known.is_in(list(NULL_WORDS)) & (known.str.len_bytes() > 0))
-    if len(bare) and _is_time(bare):
+    times = _times(bare)
+    share = int(times.sum()) / max(1, len(bare))
+    if share >= MOST:
         made.entry = {"kind": "time"}
+        if share < 1:
+            other = _short(bare.filter(~times)[0])
+            made.remarks.append(
+                f"{_percent(share)} of the values are times; others, e.g. {other}, are bad rows, which --on-bad-row "
+                "quarantine sets aside"
+            )
         return
     inferred = infer_type(bare)
     if inferred.is_numeric() and len(bare) < len(known):
-        made.nulls = tuple(sorted(set(known.filter(known.is_in(list(NULL_WORDS))).to_list())))
+        made.nulls = _null_words(known)
     if inferred.is_numeric():
         words = ", ".join(map(repr, made.nulls))
         made.remarks.append(f"text that holds numbers{f' and {words} for a missing value' if made.nulls else ''}")
@@ -159,12 +220,14 @@ def _guess_text(made: Guess, known: pl.Series) -> None:
     made.entry = {"kind": "categorical"}
 
 
-def _is_time(known: pl.Series) -> bool:
-    if not known.str.contains(r"^\s*\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?\s*$").all():
-        return False
+def _times(known: pl.Series) -> pl.Series:
+    """Which texts are times as ISO 8601 has them."""
     from recsys_embed.data.columns import Time
 
-    return Time(known.name or "time").seconds(known).null_count() == 0
+    written = known.str.contains(r"^\s*\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?\s*$")
+    if not len(known) or written.mean() < MOST:  # type: ignore[operator]
+        return pl.Series([False] * len(known), dtype=pl.Boolean)
+    return written & Time(known.name or "time").seconds(known).is_not_null()
 
 
 def _separator(known: pl.Series) -> str | None:
@@ -182,7 +245,7 @@ def _separator(known: pl.Series) -> str | None:
 def _guess_integer(made: Guess, known: pl.Series) -> None:
     whole = known.to_numpy()
     low, high, distinct = int(whole.min()), int(whole.max()), known.n_unique()
-    if _TIME.search(made.name):
+    if _TIME.search(_plain(made.name)):
         unit = next((u for u, per in _UNITS.items() if _FROM * per <= low and high <= _TO * per), None)
         if unit is not None:
             made.entry = {"kind": "time"} if unit == "s" else {"kind": "time", "unit": unit}
@@ -197,7 +260,7 @@ def _guess_integer(made: Guess, known: pl.Series) -> None:
     else:
         dense = distinct > _FEW and distinct > 0.5 * (high - low + 1)
         amount = _AMOUNT.search(made.name) is not None
-        id_like = _ID.search(made.name) is not None or high > 1 << 31 or low < -(1 << 31)
+        id_like = _ID.search(_plain(made.name)) is not None or high > 1 << 31 or low < -(1 << 31)
         if id_like or (not amount and (distinct <= 20 or dense)):
             made.entry = {"kind": "categorical"}
         else:
@@ -235,6 +298,10 @@ def label_entry(values: pl.Series) -> dict[str, Any] | None:
     known = values.drop_nulls()
     if values.dtype == pl.Boolean:
         return {"kind": "label"}
+    if values.dtype == pl.String and len(known):
+        words = known.str.to_lowercase().str.strip_chars()
+        fits = words.is_in(list(WORDS))
+        return {"kind": "label"} if fits.sum() >= MOST * len(words) and words.filter(fits).n_unique() > 1 else None
     if not values.dtype.is_numeric() or not len(known):
         return None
     distinct = set(known.unique().head(21).cast(pl.Float64).to_list())
@@ -247,14 +314,28 @@ def label_entry(values: pl.Series) -> dict[str, Any] | None:
     return None
 
 
+def _plain(name: str) -> str:
+    """A name in small letters, without signs such as a question mark.
+
+    >>> _plain("Clicked?"), _plain("is click")
+    ('clicked', 'is_click')
+    """
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
+
+
+def _named_label(name: str) -> bool:
+    return _plain(name) in _LABELS
+
+
 def choose_labels(sample: pl.DataFrame) -> tuple[list[str], bool]:
     """Columns that look like labels, the likeliest first, and whether only their values say so."""
-    by_name = {c.lower(): c for c in reversed(sample.columns)}
+    by_name = {_plain(c): c for c in reversed(sample.columns)}
     named = [by_name[n] for n in _LABELS if n in by_name]
     found = [c for c in named if label_entry(sample[c]) is not None]
     if found:
         return found, False
     binary = [c for c in sample.columns if label_entry(sample[c]) == {"kind": "label"} and sample[c].n_unique() > 1]
+    binary = [c for c in binary if sample[c].dtype != pl.String] or binary
     return binary[:1] if len(binary) == 1 else [], True
 
 

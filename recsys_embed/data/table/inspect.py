@@ -14,7 +14,18 @@ from recsys_embed.data.sources import Source, open_source
 from recsys_embed.data.sources.base import BadRow
 from recsys_embed.data.sources.csv import CsvFiles
 from recsys_embed.data.sources.json_lines import JsonLines
-from recsys_embed.data.table.guess import Guess, choose_labels, guess_column, label_entry, leaks, shared_vocabulary
+from recsys_embed.data.sources.values import NumberCount, count_numbers
+from recsys_embed.data.table.guess import (
+    MOST,
+    Guess,
+    choose_labels,
+    guess_column,
+    guess_numbers,
+    label_entry,
+    leaks,
+    shared_vocabulary,
+    without_null_words,
+)
 from recsys_embed.data.table.schema import TableSchema
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.types import JSON
@@ -108,7 +119,15 @@ def inspect_table(source: object, *, rows: int = SAMPLE_ROWS, options: JSON | No
     if not len(sample):
         why = f"; {table.place(bad[0].file, bad[0].row)}: {bad[0].reason}" if bad else ""
         raise DataError(f"no row could be read from {', '.join(table.files[:3])}{why}")
-    guesses = {name: guess_column(sample[name]) for name in sample.columns}
+    counts = _mostly_numbers(table, sample)
+    guesses = {}
+    for name in sample.columns:
+        if name in counts:
+            decimal = table.options.decimal if isinstance(table, CsvFiles) else "."
+            guesses[name], values = guess_numbers(sample[name], counts[name], decimal)
+            sample = sample.with_columns(values.alias(name))
+        else:
+            guesses[name] = guess_column(sample[name])
     label = _labels(sample, guesses, notes)
     for name, vocab in shared_vocabulary(sample, guesses).items():
         entry = guesses[name].entry
@@ -145,6 +164,19 @@ def _sample(table: Source, rows: int) -> tuple[pl.DataFrame, list[BadRow]]:
     return pl.concat(frames), bad
 
 
+def _mostly_numbers(table: Source, sample: pl.DataFrame) -> dict[str, NumberCount]:
+    """Columns of text files that are numbers but for a few values."""
+    if not isinstance(table, CsvFiles | JsonLines):
+        return {}
+    texts = [n for n, t in sample.schema.items() if t == pl.String and n not in table.declared]
+    if isinstance(table, CsvFiles):
+        counts = {n: count_numbers(without_null_words(sample[n]), table.options.decimal) for n in texts}
+    else:
+        # Of JSON, numbers that are written as texts are texts.
+        counts = table.number_counts(texts)
+    return {n: c for n, c in counts.items() if MOST <= c.share < 1}
+
+
 def _labels(sample: pl.DataFrame, guesses: Mapping[str, Guess], notes: list[str]) -> str | None:
     """Mark labels and what gives them away; the name of the label that is used where there are several."""
     labels, guessed = choose_labels(sample)
@@ -152,7 +184,9 @@ def _labels(sample: pl.DataFrame, guesses: Mapping[str, Guess], notes: list[str]
         notes.append('warning: no column looks like a label; give the one to predict kind = "label"')
         return None
     for name in labels:
-        guesses[name].entry, guesses[name].left_out, guesses[name].remarks = label_entry(sample[name]), False, []
+        guesses[name].entry, guesses[name].left_out = label_entry(sample[name]), False
+        # What is said of the values of text that is read as numbers holds of a label too.
+        guesses[name].remarks = guesses[name].remarks[-1:] if guesses[name].type else []
     first = guesses[labels[0]]
     entry = first.entry or {}
     if "threshold" in entry:
@@ -196,7 +230,8 @@ def _options(table: Source, guesses: Mapping[str, Guess], given: dict[str, Any])
                     guess.entry = {"kind": "numeric"}
     if isinstance(table, CsvFiles | JsonLines):
         floats = {g.name: "float" for g in guesses.values() if g.kind == "numeric" and not g.left_out}
-        types = {**floats, **given.get("types", {})}
+        read = {g.name: g.type for g in guesses.values() if g.type is not None and not g.left_out}
+        types = {**floats, **read, **given.get("types", {})}
         if types:
             found["types"] = types
     return found
