@@ -144,7 +144,7 @@ def test_a_single_id_per_row_is_a_history_of_one() -> None:
     )
 
 
-def test_what_is_no_history_is_refused() -> None:
+def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
     apart = Schema([FeatureSpec("item", 30, 4), FeatureSpec("seen", 30, 4)])
     with pytest.raises(ConfigError, match="give both one `vocab`"):
         sasrec(schema=apart)
@@ -154,7 +154,11 @@ def test_what_is_no_history_is_refused() -> None:
     with pytest.raises(ConfigError, match="item, seen, bought"):
         sasrec(schema=three)
     with pytest.warns(UserWarning, match="bought stay as they were drawn"):
-        assert sasrec(schema=three, item="item", history="seen").history == "seen"
+        made = sasrec(schema=three, item="item", history="seen")
+    assert made.history == "seen"
+    # Files of it warn no more, which would fail here.
+    rse.export(made, tmp_path / "model.safetensors")
+    assert rse.load(tmp_path / "model.safetensors").history == "seen"
     with pytest.raises(ConfigError, match="divide the width 8"):
         sasrec(heads=3)
 

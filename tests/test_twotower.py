@@ -256,6 +256,8 @@ def test_candidates_are_found_or_asked_for() -> None:
         item(a, FeatureSpec("item", 5, 2), item_features=("genre",))
     with pytest.raises(ConfigError, match="'a' is named already"):
         item(a, b, FeatureSpec("item", 5, 2), item_features=("a",), user_features=("a", "b"))
+    with pytest.raises(ConfigError, match="`item_lists` of model 'twotower' has a, not in `item_features`: name"):
+        item(a, b, FeatureSpec("item", 5, 2), item_lists={"a": 2})
     with pytest.raises(ConfigError, match="needs features or numeric columns of the user"):
         item(a, FeatureSpec("item", 5, 2), item_features=("a",))
     with pytest.raises(ConfigError, match="columns below 0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def build_model(
             raise ConfigError(f"`params` must be an object; got {type(build['params']).__name__}")
         params = make_params(cls, build["params"])
         spec = ModelSpec(schema, plan, second, build["num_dense"], backend=backend, device=_META)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a model warns of was said when it was trained
             return cls(spec, params)  # type: ignore[call-arg]
 
     with refusals(f"model {build.get('key')!r}"):

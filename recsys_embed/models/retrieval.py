@@ -167,13 +167,14 @@ class RetrievalModel(CTRModel):
         Args:
             dense: raw numeric values, ``[B, num_dense]``.
             ids: as for the model; candidates are not looked at.
-            k: items per row.
+            k: items per row; may be more than there are to be found.
             exclude: items to leave out of each row's, such as those that the user knows: int64 ``[B, L]`` padded with
                 -1, or :class:`recsys_embed.typing.BagIds` of ``B`` bags.
 
         Returns:
-            Item ids, int64 ``[B, k]``, best first, and their scores ``[B, k]``; -1 and minus infinity where the
-            catalogue has fewer items. Of equal scores any may come first.
+            Item ids, int64 ``[B, k]``, best first, and their scores ``[B, k]``. Where ``k`` is beyond the catalogue,
+            or beyond what ``exclude`` leaves of it, the last places hold id -1 and score minus infinity. Of equal
+            scores any may come first.
 
         Raises:
             ConfigError: k below 1, or ``exclude`` of another form.

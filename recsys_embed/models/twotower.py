@@ -99,7 +99,12 @@ class TwoTower(RetrievalModel):
         named = {"item_features": params.item_features, "user_features": params.user_features}
         check_names(self.key, schema, named, {self.item})
         lists = longest_lists(params.item_lists)
-        check_names(self.key, schema, {"item_lists": lists}, {*schema.names} - {*params.item_features})
+        check_names(self.key, schema, {"item_lists": lists})
+        others = [name for name in lists if name not in params.item_features]
+        if others:
+            raise ConfigError(
+                f"`item_lists` of model 'twotower' has {', '.join(others)}, not in `item_features`: name them in both"
+            )
         self.item_features = [name for name in schema.names if name in params.item_features]
         apart = {self.item, *self.item_features}
         self._user_features = [n for n in schema.names if n in (params.user_features or {*schema.names} - apart)]

@@ -115,8 +115,8 @@ class _Items:
         raise ConfigError(
             f"{told} are the same in all training rows of an item ({model.item!r}) and differ between items: as "
             f"properties of the user they would tell model {model.key!r} which item the row holds. Name them in "
-            "`item_features` (numeric columns, counted from 0, in `item_numeric`), leave them out of the data, or say "
-            "what the user's are by `user_features`"
+            "`item_features` (lists with the most ids of an item in `item_lists`, numeric columns, counted from 0, in "
+            "`item_numeric`), leave them out of the data, or say what the user's are by `user_features`"
         )
 
     def _describe(self, model: TwoTower) -> None:
