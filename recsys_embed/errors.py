@@ -35,7 +35,7 @@ class CheckpointError(RecsysEmbedError, RuntimeError):
 
 
 class ExportError(RecsysEmbedError, RuntimeError):
-    """What was exported does not compute what the model computes."""
+    """A model cannot be written as a graph, or what was exported does not compute what it computes."""
 
 
 class MissingDependencyError(RecsysEmbedError, ImportError):

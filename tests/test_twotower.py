@@ -14,6 +14,7 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch
 from recsys_embed.errors import ConfigError, UnknownNameError
+from recsys_embed.exports.graph import check_graph, to_onnx
 from recsys_embed.models import build_model
 from recsys_embed.models.base import register
 from recsys_embed.models.retrieval import RetrievalModel
@@ -259,6 +260,16 @@ def test_candidates_are_found_or_asked_for() -> None:
         item(a, FeatureSpec("item", 5, 2), item_features=("a",))
     with pytest.raises(ConfigError, match="columns below 0"):
         item(a, FeatureSpec("item", 5, 2), item_numeric=(0,))
+
+
+def test_a_graph_of_a_model_with_lists(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = tower_model(hidden=())
+    dense, ids, _ = rows(8)
+    written = to_onnx(model, tmp_path / "m.onnx", (dense, ids))
+    assert written.check is not None
+    assert written.check.batches == (8, 24)
+    check_graph(tmp_path / "m.onnx", model, rows(5, 1)[:2])
 
 
 def test_models_of_ones_own_must_give_both_vectors() -> None:

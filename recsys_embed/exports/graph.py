@@ -25,7 +25,7 @@ from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
 from recsys_embed.exports.encoders import FileScorer, encoders_for, rows_json, write_rows_json
-from recsys_embed.exports.graph_check import GraphCheck, check_graph, serving, without_exporter_warnings
+from recsys_embed.exports.graph_check import GraphCheck, check_graph, refused_by, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
 from recsys_embed.models import CTRModel
 from recsys_embed.utils.files import move_into_place
@@ -53,7 +53,7 @@ class GraphFile:
     check: GraphCheck | None
 
 
-def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> ExportedProgram:
+def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes, made_up: bool) -> ExportedProgram:
     """The model in eval mode as an exported program with a dynamic batch size and without dead code."""
     short = [tuple(t.shape) for t in tensors(inputs) if dynamic_shapes is None and t.dim() and t.shape[0] < 2]
     if short:
@@ -64,7 +64,7 @@ def _trace(model: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> E
     if dynamic_shapes is None:
         vary = {0: Dim.DYNAMIC}
         dynamic_shapes = pytree.tree_map(lambda t: vary if isinstance(t, Tensor) and t.dim() else None, inputs)
-    with serving(model), without_exporter_warnings():
+    with refused_by("traced by torch.export", model, made_up), serving(model), without_exporter_warnings():
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)
     _prune(program)
     for node in program.graph.nodes:
@@ -110,13 +110,15 @@ def to_torch_export(
         path: ends in ``.pt2``; replaced in one step once the new file is whole.
         inputs: example arguments of ``model``, tensors or nested containers of them. Of the library's own modules they
             are made up: ``(dense [B, num_dense], ids [B, F])`` of models, ids ``[B, F]`` of collections, ids ``[B]`` of
-            drop-ins, ids ``[n]`` and offsets ``[bags]`` of drop-ins with a mode.
+            drop-ins, ids ``[n]`` and offsets ``[bags]`` of drop-ins with a mode. Of a model with lists of ids that was
+            not loaded with its encoders, give a batch of its data: ``(batch.dense, batch.inputs)``.
         dynamic_shapes: which dimensions vary, as ``torch.export.export`` takes it; the first of every input by default.
         check: run the file against the model; see :func:`check_graph`.
 
     Raises:
         ConfigError: no example inputs for a module of somebody else's, or none of which the batch could vary.
-        ExportError: the file's outputs are not those of the model; nothing is left at ``path`` but what was there.
+        ExportError: the exporter refuses the model, or the file's outputs are not those of the model; nothing is left
+            at ``path`` but what was there.
 
     >>> import recsys_embed as rse
     >>> emb = rse.make_embedding("hash", 1000, 4, num_buckets=50)
@@ -129,7 +131,7 @@ def to_torch_export(
     """
     target = _target(path, ".pt2")
     example = example_inputs(model, inputs)
-    program = _trace(model, example, dynamic_shapes)
+    program = _trace(model, example, dynamic_shapes, inputs is None)
     program.example_inputs = None  # torch would pickle them into the file
 
     def write(file: Path) -> list[Path]:
@@ -175,7 +177,8 @@ def to_onnx(
 
     Raises:
         ConfigError: no example inputs for a module of somebody else's, or none of which the batch could vary.
-        ExportError: the file's outputs are not those of the model; nothing is left at ``path`` but what was there.
+        ExportError: the exporter refuses the model, or the file's outputs are not those of the model; nothing is left
+            at ``path`` but what was there.
         MissingDependencyError: onnx or onnxscript, or for the check onnxruntime, is not installed.
 
     >>> import recsys_embed as rse
@@ -189,8 +192,9 @@ def to_onnx(
     stored = encoders_for(model, encoders, None)
     with _with_encoders(model, stored):
         example = example_inputs(model, inputs)
-        with without_exporter_warnings():
-            graph = onnx_file.translate(_trace(model, example, dynamic_shapes))
+        program = _trace(model, example, dynamic_shapes, inputs is None)
+        with refused_by("written as ONNX", model, inputs is None), without_exporter_warnings():
+            graph = onnx_file.translate(program)
 
     def write(file: Path) -> list[Path]:
         files = onnx_file.write(graph, file, external_data)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.errors import ExportError
+from recsys_embed.errors import ExportError, RecsysEmbedError
 from recsys_embed.exports.graph_inputs import Inputs, batches, example_inputs, tensors
 from recsys_embed.kernels.unseen_ids import UnseenIds
+from recsys_embed.models import CTRModel
 from recsys_embed.utils.optional import require
 
 # Largest difference that other orders of summation explain, relative to the largest output (at least 1).
@@ -54,6 +55,34 @@ def without_exporter_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def refused_by(step: str, model: nn.Module, made_up: bool) -> Iterator[None]:
+    """What exporters and runtimes raise, in one sentence that says what to do.
+
+    Args:
+        step: what they do with the model, "written as ONNX".
+        model: of the graph.
+        made_up: whether its inputs are not the caller's.
+    """
+    try:
+        yield
+    except (ExportError, ImportError, MemoryError, OSError):
+        raise
+    except Exception as e:
+        if isinstance(e, RecsysEmbedError) and not (made_up and isinstance(model, CTRModel)):
+            raise
+        cause: BaseException = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        why = (lines[0] if lines else type(cause).__name__)[:300].rstrip(".:")
+        name = f"model {model.key!r}" if isinstance(model, CTRModel) else f"a {type(model).__name__}"
+        cure = "serve it from Python with recsys_embed.export and recsys_embed.load"
+        if made_up and isinstance(model, CTRModel):
+            cure = f"give a batch of its data, `inputs=(batch.dense, batch.inputs)`, or {cure}"
+        raise ExportError(f"{name} cannot be {step}: {why}; {cure}") from e
+
+
 def check_graph(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -73,7 +102,7 @@ def check_graph(
             more for halves, less for doubles. Other outputs must be equal.
 
     Raises:
-        ExportError: outputs differ in number, shape or dtype, or by more than the tolerance.
+        ExportError: outputs differ in number, shape or dtype, or by more than the tolerance, or the graph does not run.
     """
     path = Path(path)
     run = _torch_runner(path) if path.suffix == ".pt2" else _onnx_runner(path)
@@ -83,7 +112,9 @@ def check_graph(
         with serving(model):
             wanted = tensors(model(*batch))
         sizes.append(next((t.shape[0] for t in tensors(batch) if t.dim()), 1))
-        worst = max(worst, _compare(run(batch), wanted, tolerance, f"{path.name}, batch of {sizes[-1]}"))
+        with refused_by("run as it was written", model, made_up):
+            got = run(batch)
+        worst = max(worst, _compare(got, wanted, tolerance, f"{path.name}, batch of {sizes[-1]}"))
     return GraphCheck(worst, tuple(sizes))
 
 

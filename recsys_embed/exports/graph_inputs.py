@@ -143,10 +143,26 @@ def batches(model: nn.Module, inputs: Inputs, made_up: bool, vary: bool) -> Iter
                 yield made
         return
     yield inputs
+    if vary and isinstance(model, CTRModel) and len(inputs) == 2 and isinstance(inputs[1], BagIds):
+        features, (dense, bags) = len(next(iter(model.collections().values())).schema), inputs
+        if bags.offsets.numel() == features * len(dense) + 1:
+            yield _repeated(dense, bags, features)
+        return
     if vary and len({t.shape[0] for t in tensors(inputs) if t.dim()}) == 1:
         yield _resized(inputs, lambda t: t[:1])
         if not any(_may_be_offsets(t) for t in tensors(inputs)):
             yield _resized(inputs, lambda t: torch.cat([t.flip(0), t, t]))
+
+
+def _repeated(dense: Tensor, bags: BagIds, features: int) -> Inputs:
+    """Rows in the opposite order and twice more, of numeric values and of bags feature after feature."""
+    order = torch.arange(len(dense), device=dense.device)
+    rows = torch.cat([order.flip(0), order, order])
+    starts = bags.offsets[:-1].view(features, -1)[:, rows].flatten()
+    lengths = bags.offsets.diff().view(features, -1)[:, rows].flatten()
+    ends = lengths.cumsum(0)
+    places = torch.arange(int(ends[-1]), device=dense.device) + (starts - ends + lengths).repeat_interleave(lengths)
+    return dense[rows], BagIds(bags.values[places], torch.cat([ends.new_zeros(1), ends]))
 
 
 def _may_be_offsets(t: Tensor) -> bool:

@@ -78,7 +78,8 @@ def translate(program: ExportedProgram) -> Any:
     """``program``, which is changed, as a ``torch.onnx.ONNXProgram`` of the same input names.
 
     Raises:
-        ExportError: an operator has no translation.
+        ExportError: torch gives no graph.
+        Exception: what torch raises, as where an operator has no translation.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     refuse_bad_ids(program)
@@ -97,11 +98,6 @@ def translate(program: ExportedProgram) -> Any:
             custom_translation_table=translations(),
             verbose=False,
         )
-    except torch.onnx.errors.OnnxExporterError as e:
-        cause: BaseException = e
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ExportError(f"the model cannot be written as ONNX: {cause}") from e
     finally:
         registry.setLevel(level)
     if graph is None:

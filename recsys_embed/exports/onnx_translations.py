@@ -94,7 +94,9 @@ def embedding_bag(
             out = op.Where(op.Greater(count, op.Constant(value_float=0.0)), out, op.Constant(value_float=0.0))
     if include_last_offset:
         out = op.Slice(out, zero, ints(-1), zero)
-    return op.Cast(out, to=weight.dtype), bag, bags, bags
+    # Nothing reads the other outputs, which torch shapes otherwise: a value of this graph under their shapes would be
+    # given another's memory.
+    return op.Cast(out, to=weight.dtype), *(op.Reshape(x, ints(-1)) for x in (bag, bags, bags))
 
 
 def ints(value: int) -> Any:

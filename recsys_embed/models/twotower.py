@@ -192,8 +192,9 @@ class TwoTower(RetrievalModel):
         rows, names = self._rows(item_ids), self.vectors.schema.names
         known, lengths = self.item_ids.index_select(0, rows), self.item_lengths.index_select(0, rows)
         ends = torch.arange(max(self.longest, default=1), device=rows.device)
-        values, counts = [], torch.zeros(len(names), len(item_ids), dtype=torch.int64, device=rows.device)
-        counts[self.place] = 1
+        # Neither rows written in place nor len(): graphs have none of the former, and of the latter a constant.
+        none = torch.zeros_like(rows)
+        values, counts = [], {self.place: torch.ones_like(none)}
         pieces = dict(zip(self.item_features, known.split(self.longest, 1), strict=True))
         for place in self.item_places:
             if place == self.place:
@@ -203,7 +204,8 @@ class TwoTower(RetrievalModel):
             counts[place] = lengths[:, number]
             ids = pieces[names[place]]
             values.append(ids[ends[: ids.shape[1]] < lengths[:, number : number + 1]])
-        return BagIds(torch.cat(values), torch.cat([counts.new_zeros(1), counts.view(-1).cumsum(0)]))
+        flat = torch.cat([counts.get(place, none) for place in range(len(names))])
+        return BagIds(torch.cat(values), torch.cat([flat.new_zeros(1), flat.cumsum(0)]))
 
     def describe_items(self, ids: Mapping[str, tuple[Tensor, Tensor]], dense: Tensor, known: Tensor) -> None:
         """Take over what training rows say of items.

@@ -19,6 +19,8 @@ from recsys_embed.core.id_sets import popcount
 from recsys_embed.errors import ConfigError, ExportError, MissingDependencyError
 from recsys_embed.exports import onnx_file
 from recsys_embed.exports.graph import check_graph, to_onnx, to_torch_export
+from recsys_embed.models.base import CTRModel, ModelSpec
+from recsys_embed.utils.types import Ids
 from tests.export import zoo
 from tests.tiers import slow_but
 
@@ -235,6 +237,39 @@ def test_ids_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=re.escape("ids of feature 'c' must be in [0, 30)")):
         run(tmp_path / "m.onnx", torch.tensor([[9, 19]]), torch.tensor([30]))
     assert len(run(tmp_path / "m.onnx", torch.tensor([[9, 19]]), torch.tensor([29]))) == 2
+
+
+def test_what_exporters_and_runtimes_raise_names_the_model_and_the_way_out(tmp_path: Path) -> None:
+    class Reads(CTRModel):
+        key = "reads"
+
+        def __init__(self, fault: str) -> None:
+            schema = rse.Schema([rse.FeatureSpec("a", 10, 4)])
+            super().__init__(ModelSpec(schema, rse.Plan.full(schema), num_dense=1))
+            self.fault = fault
+
+        def logits(self, dense: Tensor, ids: Ids) -> Tensor:
+            if self.fault == "traced by torch.export":
+                return dense[: int(dense[0, 0])].sum(1)
+            found = dense.sum(1) + self.vectors(ids).sum((1, 2))
+            return torch.linalg.matrix_exp(found.diag()).sum(0) if self.fault == "written as ONNX" else found
+
+    inputs = torch.ones(4, 1), torch.ones(4, 1, dtype=torch.int64)
+    for step in ("traced by torch.export", "written as ONNX"):
+        told = (
+            f"^model 'reads' cannot be {step}: [^\n]+; give a batch of its data, `inputs=.batch.dense, batch.inputs.`"
+        )
+        with pytest.raises(ExportError, match=told):
+            to_onnx(Reads(step), tmp_path / "m.onnx")
+        with pytest.raises(ExportError, match=rf"{step}: [^\n]+; serve it from Python with recsys_embed.export"):
+            to_onnx(Reads(step), tmp_path / "m.onnx", inputs)
+    with pytest.raises(ExportError, match=r"'reads' cannot be traced by torch\.export"):
+        to_torch_export(Reads("traced by torch.export"), tmp_path / "m.pt2")
+    to_onnx(Reads(""), tmp_path / "m.onnx")
+    three = torch.ones(4, 3), inputs[1]
+    with pytest.raises(ExportError, match=r"'reads' cannot be run as it was written: [^\n]+; serve it"):
+        check_graph(tmp_path / "m.onnx", Reads(""), three)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_an_empty_batch(tmp_path: Path) -> None:
