@@ -81,8 +81,8 @@ class Numeric(LearnedColumn):
         if dtype.is_numeric() or dtype in (pl.Boolean, pl.Null):
             return None
         of_text = (
-            f" (of CSV files, --source types.{self.source}=float makes other values bad rows, and --source decimal=, reads "
-            "numbers such as 1,5)"
+            f" (of CSV files, --source types.{self.source}=float makes other values bad rows, and --source decimal=, "
+            "reads numbers such as 1,5)"
         )
         cure = of_text if dtype == pl.String else ""
         return f"numbers are integers, floats, decimals or booleans; got {dtype}: cast it, or make it categorical{cure}"
