@@ -125,7 +125,8 @@ class ExportFile:
             raise ConfigError(f"`path` must be the path of an exported file; got {type(path).__name__}")
         self.path = Path(path)
         if not os.path.isfile(self.path):
-            raise CheckpointError(f"no exported file at {self.path}")
+            run = "; it is a folder: `recsys-embed export` makes a file of a run" if self.path.is_dir() else ""
+            raise CheckpointError(f"no exported file at {self.path}{run}")
         with open(self.path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             header = self._header(f.read(8), f, size)

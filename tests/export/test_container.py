@@ -297,6 +297,8 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="no exported file at"):
             load(path)
+    with pytest.raises(CheckpointError, match="it is a folder: `recsys-embed export` makes a file of a run"):
+        load(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="no exported file at"):
         load(tmp_path / "pipe")

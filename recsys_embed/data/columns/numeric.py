@@ -80,10 +80,12 @@ class Numeric(LearnedColumn):
     def refuse(self, dtype: pl.DataType) -> str | None:
         if dtype.is_numeric() or dtype in (pl.Boolean, pl.Null):
             return None
-        comma = ' (numbers such as 1,5 in CSV: `decimal = ","` under [source])' if dtype == pl.String else ""
-        return (
-            f"numbers are integers, floats, decimals or booleans; got {dtype}: cast it, or make it categorical{comma}"
+        of_text = (
+            f" (of CSV files, --source types.{self.source}=float makes other values bad rows, and --source decimal=, "
+            "reads numbers such as 1,5)"
         )
+        cure = of_text if dtype == pl.String else ""
+        return f"numbers are integers, floats, decimals or booleans; got {dtype}: cast it, or make it categorical{cure}"
 
     @property
     def takes_floats(self) -> bool:

@@ -86,7 +86,7 @@ def test_files_of_which_one_is_dirty_and_rows_like_them(tmp_path: Path) -> None:
 
 def test_columns_without_any_number_are_refused_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", "x", ["red", "blue", "red"])
-    with pytest.raises(ConfigError, match=r"column 'x' as numeric.*make it categorical.*decimal"):
+    with pytest.raises(ConfigError, match=r"column 'x' as numeric.*make it categorical.*types.x=float.*decimal"):
         convert_table(path, tmp_path / "out", TableSchema.of(label="click", categorical="item", numeric="x"))
 
 
