@@ -133,7 +133,8 @@ def _mixed(values: Sequence[Any], rows: Iterable[int]) -> str | None:
         return None
     first: dict[str, tuple[int, Any]] = {}
     for row, value in zip(rows, values, strict=True):
-        if value is not None:
+        # The missing time of pandas is a datetime of no zone that does not equal itself.
+        if value is not None and not (isinstance(value, dt.datetime) and value != value):
             first.setdefault(_kind(value), (row, value))
     if len(first) < 2:
         return None
