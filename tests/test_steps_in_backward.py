@@ -574,3 +574,29 @@ def test_torch_is_as_it_was_once_no_tables_are_left(monkeypatch: pytest.MonkeyPa
     model = Model(rse.SGD(lr=0.1))
     with pytest.raises(ConfigError, match="GradScaler scales"):
         Scaler("cpu").scale(loss_of(model, slice(8))).backward()
+
+
+CHANGES: dict[str, Callable[[Model], object]] = {
+    "clip_grad_norm_": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 100.0),
+    "clip_grad_value_": lambda model: nn.utils.clip_grad_value_(model.parameters(), 100.0),
+    "noise": lambda model: [p.grad.add_(1e-3) for p in unfused_parameters(model) if p.grad is not None],
+    "none": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_that_are_changed_before_step_are_told_of_once(change: str, set_to_none: bool) -> None:
+    model = Model(PAIRS["adam"][0])
+    optimizer = torch.optim.Adam(unfused_parameters(model))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for i in range(5):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            a, b = loss_of(model, slice(i, i + 8)), loss_of(model, slice(8, 16))
+            (a + b).backward()
+            CHANGES[change](model)
+            optimizer.step()
+    words = [str(w.message) for w in told if "gradients were changed between backward() and step()" in str(w.message)]
+    assert len(words) == (change != "none")
+    assert all(w.filename == __file__ for w in told)

@@ -1,4 +1,4 @@
-"""Whether several backwards of some tables are added up in the gradients of an optimizer of torch."""
+"""What becomes of gradients of an optimizer of torch: several backwards are added up in them, or others change them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from recsys_embed.collection.optimizer_watch import Backwards
 
 # An optimizer that makes no step for so many backwards is not looked at any longer.
 _FORGOTTEN_AFTER = 64
+# Backwards after which gradients are compared with those of the step: what clips them does so from the first step on.
+_COMPARED = 8
 
 
 class _Seen:
@@ -21,13 +23,16 @@ class _Seen:
     Gradients are those it holds, by identity, with the number of writes in place.
     """
 
-    __slots__ = ("added", "held", "optimizer", "stepped_at")
+    __slots__ = ("added", "before", "held", "left", "optimizer", "stepped_at")
 
     def __init__(self, optimizer: Optimizer, stepped_at: int) -> None:
         self.optimizer, self.stepped_at = ref(optimizer), stepped_at
         # When the last lookup began; and those to which its backward has added.
         self.held: dict[int, int] = {}
         self.added: dict[int, int] = {}
+        # When the last lookup began; and when its backward ended, of those that it has written.
+        self.before: dict[int, int] | None = None
+        self.left: dict[int, int] = {}
 
     def gradients(self) -> dict[int, int]:
         groups = getattr(self.optimizer(), "param_groups", ())
@@ -44,6 +49,8 @@ class BackwardCount:
         self._lock = threading.Lock()
         # Whether gradients are held, to be compared with those after the backward.
         self.holds = False
+        # Whether somebody has said that gradients of the other parameters change between backward and step.
+        self.changes_are_known = False
         # The optimizer whose step runs, and the backwards before it.
         self._inside: tuple[ref[Optimizer], int] | None = None
 
@@ -51,6 +58,23 @@ class BackwardCount:
     def so_far(self) -> int:
         """Number of backwards."""
         return self._count
+
+    @property
+    def _compares(self) -> bool:
+        """Whether gradients after a backward are compared with those of the step."""
+        return self._count <= _COMPARED and not self.changes_are_known
+
+    @property
+    def looks_after_backward(self) -> bool:
+        """Whether :meth:`after_backward` is to be called."""
+        return self.holds or self._compares
+
+    def note_gradients(self) -> None:
+        """Look at the gradients before a lookup: those of other models are not written by its backward."""
+        if self._compares:
+            with self._lock:
+                for seen in self._optimizers.values():
+                    seen.before = seen.gradients()
 
     def step_begins(self, optimizer: Optimizer) -> None:
         """A step of an optimizer begins, whose closure may run backwards."""
@@ -88,14 +112,31 @@ class BackwardCount:
             self._count += 1
 
     def after_backward(self) -> None:
-        """Compare the gradients with those before the lookup."""
+        """Compare the gradients with those before the lookup, and remember them until the step."""
         with self._lock:
             for seen in self._optimizers.values():
+                if seen.before is not None:
+                    written = seen.gradients().items()
+                    seen.left = {g: version for g, version in written if version > seen.before.get(g, -1)}
+                    seen.before = None
                 if seen.held:
                     now = seen.gradients()
                     seen.added.update({g: now[g] for g, before in seen.held.items() if now.get(g, 0) > before})
                     seen.held = {}
             self.holds = False
+
+    def changed_since_backward(self, optimizer: Optimizer) -> bool:
+        """Whether somebody has written to an optimizer's gradients between the last backward and its step, as clipping
+        does; looked at for the first backwards only."""
+        if not self._compares:
+            return False
+        with self._lock:
+            seen = self._optimizers.get(id(optimizer))
+            if seen is None or not seen.left or seen.optimizer() is not optimizer:
+                return False
+            now, left = seen.gradients(), seen.left
+            seen.left = {}
+            return any(now.get(g, written) > written for g, written in left.items())
 
     def before_step(self, optimizer: Optimizer) -> Backwards | None:
         """What an optimizer's step is made of that begins, or that ends, whose closure may have run backwards.

@@ -78,6 +78,7 @@ class BackwardSteps:
                 f"one of several lookups) would read the new rows; {WAY_OUT}"
             )
         self.count.before_lookup()
+        self.count.note_gradients()
         if task >= 0:
             # Only here can the step follow this backward, where that of the lookup is another one inside of it.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
@@ -148,6 +149,7 @@ class BackwardSteps:
     def begin_compiled(self) -> None:
         """A compiled lookup begins; it keeps no record."""
         self._again_in = self.count.stepping_again()
+        self.count.note_gradients()
         self._looked_up_in = torch._C._current_graph_task_id()
 
     def _compiled_task(self) -> int:
@@ -192,7 +194,7 @@ class BackwardSteps:
             self._taken[thread] = self._taken.get(thread, 0) + 1
         self._stepped_in = task
         self.count.add()
-        if self.count.holds and torch._C._current_graph_task_id() >= 0:
+        if self.count.looks_after_backward and torch._C._current_graph_task_id() >= 0:
             # Other gradients may follow those of the tables.
             torch.autograd.Variable._execution_engine.queue_callback(self.count.after_backward)
 

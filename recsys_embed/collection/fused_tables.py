@@ -122,10 +122,14 @@ class FusedTables(TablesOfAnOptimizer):
         self.before_lookup()
         return True
 
-    def before_compiled_lookup(self) -> None:
-        """As :meth:`before_lookup`, of a compiled model."""
+    def before_compiled_gather(self) -> None:
+        """As :meth:`before_lookup`, of a compiled model that reads one storage by torch's operations."""
         self.before_lookup()
         lost_gradients.refuse_hooks(self._weights(), self._in_backward)
+
+    def before_compiled_lookup(self) -> None:
+        """As :meth:`before_lookup`, of a compiled model."""
+        self.before_compiled_gather()
         self._backward_steps.begin_compiled()
         self._compiled_at = self._in_memory()
         self._compiled_lookups += 1
@@ -169,6 +173,17 @@ class FusedTables(TablesOfAnOptimizer):
     def backwards_before(self, optimizer: torch.optim.Optimizer) -> Backwards | None:
         """Backwards that stepped the tables before a step of an optimizer of torch, which begins or ends."""
         return self._backward_steps.count.before_step(optimizer)
+
+    def gradients_changed(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether others have changed an optimizer's gradients since the backward that stepped the tables; once."""
+        count = self._backward_steps.count
+        changed = self._in_backward and count.changed_since_backward(optimizer)
+        count.changes_are_known |= changed
+        return changed
+
+    def expect_changed_gradients(self) -> None:
+        """Do not warn that gradients of other parameters are changed between backward and step: it is meant so."""
+        self._backward_steps.count.changes_are_known = True
 
     def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
         """A step of an optimizer of torch has ended."""

@@ -23,6 +23,12 @@ WAY_OUT = (
 )
 
 
+_CHANGED = (
+    "gradients were changed between backward() and step(), as clipping does; the tables of a collection, which step in "
+    f"backward, had used theirs as they were. To clip them too {WAY_OUT}"
+)
+
+
 class Backwards(NamedTuple):
     """Backwards that stepped some tables before a step of an optimizer of torch."""
 
@@ -42,6 +48,7 @@ class WatchedTables(Protocol):
     warned: bool
 
     def backwards_before(self, optimizer: Optimizer) -> Backwards | None: ...
+    def gradients_changed(self, optimizer: Optimizer) -> bool: ...
     def after_step_of(self, optimizer: Optimizer) -> None: ...
     def find_schedules(self, optimizer: Optimizer) -> None: ...
     def follow_schedule_of(self, optimizer: Optimizer) -> None: ...
@@ -100,6 +107,8 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         tables.check_gradients_of(optimizer)
         tables.follow_schedule_of(optimizer)
         _refuse_accumulation(tables, optimizer)
+        if tables.gradients_changed(optimizer):
+            warnings.warn(_CHANGED, stacklevel=5)
 
 
 @torch._disable_dynamo

@@ -20,7 +20,7 @@ class RowStepper(Protocol):
 
     training: bool
 
-    def before_lookup(self) -> None:
+    def before_compiled_gather(self) -> None:
         """Refuse a lookup that cannot be trained, or prepare it."""
 
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: list[Tensor]) -> None:
@@ -44,7 +44,7 @@ def _gather(
 ) -> Tensor:
     stepper = cast("RowStepper", KNOWN[owner])
     if stepper.training:
-        stepper.before_lookup()
+        stepper.before_compiled_gather()
     return table.index_select(0, rows.clamp_min(0) if partial else rows)
 
 

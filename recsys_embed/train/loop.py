@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.checks import need_parts
 from recsys_embed.data.data_source import BatchSource, BatchStream
@@ -95,6 +96,10 @@ class Trainer(Resumable):
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
+        if config.clip_norm is not None:
+            for tables in model.collections().values():
+                if isinstance(tables, EmbeddingCollection):
+                    tables.expect_changed_gradients()
         self.steps_per_epoch = _length(self._epoch(0, 0), data)
         if self.steps_per_epoch == 0:
             raise DataError("no training samples: the split 'train' is empty")
