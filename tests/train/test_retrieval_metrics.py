@@ -164,6 +164,25 @@ def test_rows_that_do_not_say_whose_they_are_are_users_each() -> None:
     assert got.recall == {1: 3 / 4}
 
 
+@pytest.mark.parametrize("by", ["user", "padding", "group", "group of strings"])
+def test_rows_of_unknown_users_are_users_each_who_have_seen_nothing(by: str) -> None:
+    """Users 0 and 1 are one and have seen their best item; the three rows of nobody find theirs."""
+    model = Scored(torch.tensor([[3, 2, 1], [3, 2, 1]]))
+    if by == "padding":
+        model.vectors.schema = Schema([FeatureSpec("user", 2, 1, padding_idx=0), FeatureSpec("item", 3, 1)])
+    ids = torch.tensor([[0, 0], [0, 1], [0, 0], [1, 1], [1, 2]])
+    nobody = 1 << 32 if by == "group of strings" else -(1 << 63)
+    extra = {"group": torch.tensor([nobody, nobody, nobody, 5, 5])} if "group" in by else {}
+    train = Batch(torch.zeros(5, 0), torch.tensor([[0, 0], [0, 0], [0, 0], [1, 0], [1, 0]]), torch.ones(5), extra)
+    data = Split(train=train, test=Batch(torch.zeros(5, 0), ids, torch.ones(5), extra))
+    if by == "user":
+        data.unknown_ids = lambda feature: (0,)  # type: ignore[attr-defined]
+    for size in (2, 5):
+        got = evaluate(model, data, "test", batch_size=size, top_k=(1,))
+        assert got is not None
+        assert got.recall == {1: (1 + 0 + 1 + 1 / 2) / 4}
+
+
 def test_comparisons_tell_recall_and_ndcg(tmp_path: Path) -> None:
     config = TrainConfig(model_args=ARGS, loss="bpr", batch_size=300, embedding_dim=4, top_k=(3, 10))
     comparison = Comparison(models=("twotower",), methods=("hash",), ratios=(3.0,), seeds=2, train=config)
