@@ -131,11 +131,7 @@ class ItemRanking:
         order = np.argsort(np.concatenate(self._users), kind="stable")
         rows = order[np.searchsorted(np.concatenate(self._users)[order], users)]
         vectors = torch.cat(self._vectors)[torch.from_numpy(rows).to(self._vectors[0].device)]
-        if not torch.isfinite(vectors).all():
-            raise DataError(
-                "the model's user vectors are not numbers (NaN or infinite); if it was trained just now, lower the "
-                "learning rate or clip gradients"
-            )
+        _need_finite(vectors, "user vectors")
         ranks = self._ranks(vectors, owners, pairs[1], positives, self._seen(data, split, users))
         return recall_and_ndcg(ranks, owners, positives, self.ks)
 
@@ -186,6 +182,7 @@ class ItemRanking:
         """Rank of each positive, users in order; equal scores of other items come before it."""
         model, device = self.model, vectors.device
         catalogue = torch.cat([block.float() for _, block in model.item_blocks()])
+        _need_finite(catalogue[model.in_catalogue], "vectors of items")
         count = len(catalogue)
         size = max(1, BLOCK_SCORES // count)
         ends = np.concatenate([[0], np.cumsum(positives)])
@@ -213,6 +210,14 @@ class ItemRanking:
             # What is not in the catalogue is never found, however long the list.
             ranks[low:high][np.isneginf(own.cpu().numpy())] = np.iinfo(np.int64).max
         return ranks
+
+
+def _need_finite(vectors: Tensor, what: str) -> None:
+    if not torch.isfinite(vectors).all():
+        raise DataError(
+            f"the model's {what} are not numbers (NaN or infinite); if it was trained just now, lower the learning "
+            "rate or clip gradients"
+        )
 
 
 def _places(scores: NDArray[np.float32], owners: Ints) -> Ints:

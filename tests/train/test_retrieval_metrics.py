@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models.base import ModelSpec
 from recsys_embed.models.retrieval import RetrievalModel
 from recsys_embed.report.comparison import cells, header, markdown_table, rich_table
@@ -181,6 +181,21 @@ def test_rows_of_unknown_users_are_users_each_who_have_seen_nothing(by: str) -> 
         got = evaluate(model, data, "test", batch_size=size, top_k=(1,))
         assert got is not None
         assert got.recall == {1: (1 + 0 + 1 + 1 / 2) / 4}
+
+
+def test_items_whose_vectors_are_not_numbers_are_refused() -> None:
+    model = Scored(torch.ones(2, 3))
+    vectors = torch.eye(3)
+    vectors[1] = float("nan")
+    model.items = lambda item_ids: vectors[item_ids]  # type: ignore[method-assign]
+    ids = torch.tensor([[0, 0], [1, 1]])
+    data = Split(test=Batch(torch.zeros(2, 0), ids, torch.full((2,), float("nan"))))
+    with pytest.raises(DataError, match="vectors of items are not numbers"):
+        evaluate(model, data, "test", top_k=(2,))
+    model.in_catalogue[1] = False
+    got = evaluate(model, data, "test", top_k=(2,))
+    assert got is not None
+    assert got.recall == {2: 1 / 2}
 
 
 def test_comparisons_tell_recall_and_ndcg(tmp_path: Path) -> None:
