@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,9 +63,11 @@ def predict(
         joined = preset_table(preset, inputs)
     elif own is not None and not given and all(Path(p).is_dir() for p in inputs):
         # A folder of other files, of rows that were joined before, is a table as any other.
-        with suppress(ConfigError):
+        try:
             joined = preset_table(own, inputs)
             print(f"reading the files of {own} (--preset)", file=sys.stderr)
+        except ConfigError as e:
+            print(f"reading a table, not the files of {own} (--preset): {e}", file=sys.stderr)
     encoder = scorer.encoder
     table = encoder.open(inputs if joined is None else joined, given)
     names = [name for text in keep or [] for name in text.split(",") if name]

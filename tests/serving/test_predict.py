@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_parity import EVENTS, SCHEMA, scores
 
 import recsys_embed as rse
 from recsys_embed.cli import main
-from recsys_embed.data import TableSchema, convert_table, open_dataset
+from recsys_embed.data import TableSchema, convert_table, open_dataset, score_files
 from recsys_embed.data.serving import score as score_module
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models import list_models
@@ -54,6 +55,38 @@ def test_files_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "rows-0.parquet", "rows-1.parquet", "scores.csv", "scores.parquet",
     ]  # fmt: skip
+
+
+def test_a_query_is_scored_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_module, "_CHUNK_ROWS", 7)
+    model: Any = rse.load(folder / "model.safetensors")
+    scorer = model.scorer
+    table = scorer.encoder.open(EVENTS.lazy())
+    report = score_files(scorer.encoder, scorer.score(model), table, tmp_path / "s.parquet", 5, keep=["user"])
+    found = pl.read_parquet(tmp_path / "s.parquet")
+    assert report.rows == len(found) == len(EVENTS)
+    assert np.array_equal(found["score"].to_numpy(), model.predict(EVENTS, batch_size=5))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_no_place_for_temporary_files_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
+    model: Any = rse.load(folder / "model.safetensors")
+    assert len(model.predict(EVENTS)) == len(EVENTS)
+
+
+def test_why_a_folder_is_not_joined_is_told(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    model: Any = rse.load(folder / "model.safetensors")
+    stored = model.scorer.stored
+    model.scorer = type(model.scorer)(stored.replace(preset="movielens_100k"))
+    rse.export(model, tmp_path / "m.safetensors")
+    (tmp_path / "in").mkdir()
+    EVENTS.write_parquet(tmp_path / "in" / "rows.parquet")
+    out = str(tmp_path / "s.parquet")
+    assert main(["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "in"), "--out", out]) == 0
+    said = capsys.readouterr().err
+    assert "reading a table, not the files of movielens_100k" in said
+    assert "u.data" in said
 
 
 def test_bad_rows_fail_or_are_set_aside(folder: Path, tmp_path: Path, capsys: Any) -> None:

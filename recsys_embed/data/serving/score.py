@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -63,11 +63,22 @@ def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike, batch_size: in
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str) and not len(rows):
         return np.zeros(0, np.float32)
-    with tempfile.TemporaryDirectory() as work:
-        source = encoder.open(rows_of(rows, encoder)).stage(Path(work))
+    with _staged(encoder.open(rows_of(rows, encoder))) as source:
         parts = _parts(encoder, source, _CHUNK_ROWS, (), _refuse(source))
         found = [scores for _, scores in _scored(parts, score, batch_size)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+@contextmanager
+def _staged(source: Source, folder: Path | None = None) -> Iterator[Source]:
+    """A source whose rows can be read in parts; only those of a query are written down, into ``folder``, for that."""
+    if type(source).stage is Source.stage:
+        yield source
+        return
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rows.", dir=folder) as work:
+        yield source.stage(Path(work))
 
 
 def _refuse(source: Source) -> Callable[[Sequence[BadRow]], None]:
@@ -159,6 +170,21 @@ def score_files(
     nested = [n for n in keep if n in source.types and out.suffix == ".csv" and source.types[n].is_nested()]
     faults += [f"column {n!r} holds lists, which CSV cannot: write Parquet, or leave it out" for n in nested]
     raise_faults(faults, "the scores")
+    with _staged(source, out.parent) as rows:
+        return _score_to(encoder, score, rows, out, batch_size, keep, on_bad_row, max_memory, progress)
+
+
+def _score_to(
+    encoder: RowEncoder,
+    score: Score,
+    source: Source,
+    out: Path,
+    batch_size: int,
+    keep: Sequence[str],
+    on_bad_row: OnBadRow,
+    max_memory: int,
+    progress: Progress,
+) -> ScoreReport:
     wanted = list(dict.fromkeys([*encoder.columns, *keep]))
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
     sample = source.sample(_SAMPLE_ROWS).select(wanted)
