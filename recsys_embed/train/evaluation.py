@@ -17,7 +17,7 @@ from recsys_embed.models import RetrievalModel
 from recsys_embed.train.loss import logits_of
 from recsys_embed.train.losses import LOSSES, LossName
 from recsys_embed.train.metrics import BinaryMetrics, Metrics, RealMetrics
-from recsys_embed.train.retrieval_metrics import TOP_K, ItemRanking, Seen
+from recsys_embed.train.retrieval_metrics import TOP_K, USER, ItemRanking, Seen
 from recsys_embed.train.stop_request import StopRequest
 
 
@@ -62,7 +62,9 @@ def evaluate(
     model.eval()
     sums, ranking = LOSSES[loss].metrics(), None
     if isinstance(model, RetrievalModel) and not sums.real_labels:
-        ranking = ItemRanking(model, top_k, exclude_seen, {} if seen is None else seen)
+        unknown, known = getattr(data, "unknown_ids", None), USER in model.vectors.schema.names
+        nobody = unknown(USER) if unknown is not None and known else ()
+        ranking = ItemRanking(model, top_k, exclude_seen, {} if seen is None else seen, nobody)
     rows = labelled = 0
     try:
         for batch in data.batches(split, batch_size, shuffle=False, device=device):

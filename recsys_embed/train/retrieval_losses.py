@@ -160,8 +160,10 @@ def same_items(targets: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
 def expected_negatives(model: RetrievalModel, ids: Tensor, batch: int, negatives: int) -> Tensor:
     """How often each of ``ids [n]`` is expected among a row's negatives: ``batch - 1`` items by the frequencies of
     training, and ``negatives`` uniform ones; float64 ``[n]``."""
-    counts = model.item_counts.clamp(min=1).double()
-    expected = counts[ids] * (max(batch - 1, 0) / counts.sum()) + negatives / len(counts)
+    counts = model.item_counts
+    # The loss leaves out rows whose item is not in the catalogue, so these are no negatives either.
+    total = counts.masked_fill(~model.in_catalogue, 0).sum().clamp(min=1).double()
+    expected = counts[ids].clamp(min=1) * (max(batch - 1, 0) / total) + negatives / len(counts)
     return expected.clamp(min=1e-30)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys_embed.core.hashing import EMPTY_ID
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import DataError
@@ -65,8 +66,8 @@ def recall_and_ndcg(ranks: Ints, users: Ints, positives: Ints, ks: Sequence[int]
 class ItemRanking:
     """Accumulates the users of a split and their positives, then ranks these among all items.
 
-    A user is told by the part ``group`` of rows, else by a feature named ``user``; else every row is a user of its own.
-    The user's vector is that of the first of its rows in the split.
+    A user is told by the part ``group`` of rows, else by a feature named ``user``; else every row is a user of its own,
+    and so is one whose user is missing or has no id. The user's vector is that of the first of its rows in the split.
 
     Args:
         model: finds the items.
@@ -74,12 +75,14 @@ class ItemRanking:
         exclude_seen: leave out items of the user's earlier rows (:data:`EARLIER`), unless they are positives here;
             None: where rows say whose they are.
         seen: by split what earlier rows hold, filled when first used.
+        unknown: ids of the feature ``user`` that are no user's, see :meth:`recsys_embed.data.RowSource.unknown_ids`.
     """
 
     model: RetrievalModel
     ks: Sequence[int] = TOP_K
     exclude_seen: bool | None = None
     seen: Seen = field(default_factory=dict)
+    unknown: Collection[int] = ()
 
     def __post_init__(self) -> None:
         self._vectors: list[Tensor] = []
@@ -95,6 +98,10 @@ class ItemRanking:
         if users is None:
             self._identified = False
             users = np.arange(self._rows, self._rows + len(items))
+        else:
+            # Numbers next to the id of missing values, which no other id has.
+            alone = EMPTY_ID[64] + 1 + self._rows + np.arange(len(items))
+            users = np.where(np.isin(users, self._nobody(batch)), alone, users)
         self._rows += len(items)
         self._pairs.append((users[chosen], items[chosen]))
         fresh, first = np.unique(users, return_index=True)
@@ -124,11 +131,7 @@ class ItemRanking:
         order = np.argsort(np.concatenate(self._users), kind="stable")
         rows = order[np.searchsorted(np.concatenate(self._users)[order], users)]
         vectors = torch.cat(self._vectors)[torch.from_numpy(rows).to(self._vectors[0].device)]
-        if not torch.isfinite(vectors).all():
-            raise DataError(
-                "the model's user vectors are not numbers (NaN or infinite); if it was trained just now, lower the "
-                "learning rate or clip gradients"
-            )
+        _need_finite(vectors, "user vectors")
         ranks = self._ranks(vectors, owners, pairs[1], positives, self._seen(data, split, users))
         return recall_and_ndcg(ranks, owners, positives, self.ks)
 
@@ -141,6 +144,13 @@ class ItemRanking:
         if USER in names and names.index(USER) < batch.ids.shape[1]:
             return batch.ids[:, names.index(USER)].cpu().numpy().astype(np.int64), items
         return None, items
+
+    def _nobody(self, batch: Batch) -> list[int]:
+        """What :meth:`_who` gives for rows whose user is not known."""
+        if "group" in batch.extra:
+            return [*EMPTY_ID.values()]
+        padding = self.model.vectors.schema[USER].padding_idx
+        return [*EMPTY_ID.values(), *self.unknown, *([] if padding is None else [padding])]
 
     def _seen(self, data: BatchSource, split: str, users: Ints) -> Pairs:
         """Numbers of users and items of their earlier rows, each pair once, by user."""
@@ -172,6 +182,7 @@ class ItemRanking:
         """Rank of each positive, users in order; equal scores of other items come before it."""
         model, device = self.model, vectors.device
         catalogue = torch.cat([block.float() for _, block in model.item_blocks()])
+        _need_finite(catalogue[model.in_catalogue], "vectors of items")
         count = len(catalogue)
         size = max(1, BLOCK_SCORES // count)
         ends = np.concatenate([[0], np.cumsum(positives)])
@@ -199,6 +210,14 @@ class ItemRanking:
             # What is not in the catalogue is never found, however long the list.
             ranks[low:high][np.isneginf(own.cpu().numpy())] = np.iinfo(np.int64).max
         return ranks
+
+
+def _need_finite(vectors: Tensor, what: str) -> None:
+    if not torch.isfinite(vectors).all():
+        raise DataError(
+            f"the model's {what} are not numbers (NaN or infinite); if it was trained just now, lower the learning "
+            "rate or clip gradients"
+        )
 
 
 def _places(scores: NDArray[np.float32], owners: Ints) -> Ints:

@@ -16,7 +16,7 @@ from recsys_embed.models.retrieval import Queries, RetrievalModel
 from recsys_embed.train import TrainConfig, run_training
 from recsys_embed.train.loss import loss_of
 from recsys_embed.train.losses import loss_args
-from recsys_embed.train.retrieval_losses import Positives, cross_entropy
+from recsys_embed.train.retrieval_losses import Positives, cross_entropy, expected_negatives
 
 from .events import ARGS, Events
 
@@ -71,7 +71,7 @@ def test_sampled_softmax_is_the_formula(negatives: int, args: dict[str, bool]) -
     drawn = torch.randint(V, (negatives,)).tolist()
     torch.manual_seed(3)
     got = of("sampled_softmax", model, asked, negatives=negatives, temperature=temperature, **args)
-    targets, counts = asked.targets.tolist(), model.item_counts.tolist()
+    targets, counts = asked.targets.tolist(), (model.item_counts * model.in_catalogue).tolist()
 
     def expected(item: int) -> float:
         if not args.get("logq", True):
@@ -89,6 +89,15 @@ def test_sampled_softmax_is_the_formula(negatives: int, args: dict[str, bool]) -
         others = [j for k, j in enumerate(targets) if k != i] + drawn
         total = math.exp(own) + sum(math.exp(score(j)) / expected(j) for j in others if j != targets[i] and j != 3)
         assert loss == pytest.approx(math.log(total) - own, rel=1e-4)
+
+
+def test_expected_negatives_are_shares_of_the_chosen_items_of_the_catalogue() -> None:
+    """Ids that nobody chose, and rows of items that cannot be found, take no share."""
+    model, _ = planted(missing=(3,))
+    model.item_counts.zero_()
+    model.item_counts[torch.tensor([0, 3, 5])] = torch.tensor([30, 1000, 10])
+    got = expected_negatives(model, torch.tensor([0, 5, 7]), 9, 6)
+    assert got.tolist() == pytest.approx([8 * 30 / 40 + 6 / V, 8 * 10 / 40 + 6 / V, 8 / 40 + 6 / V], rel=1e-12)
 
 
 @pytest.mark.parametrize("negatives", [0, 4])

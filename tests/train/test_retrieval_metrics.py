@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models.base import ModelSpec
 from recsys_embed.models.retrieval import RetrievalModel
 from recsys_embed.report.comparison import cells, header, markdown_table, rich_table
@@ -162,6 +162,40 @@ def test_rows_that_do_not_say_whose_they_are_are_users_each() -> None:
     got = evaluate(model, data, "test", top_k=(1,))
     assert got is not None
     assert got.recall == {1: 3 / 4}
+
+
+@pytest.mark.parametrize("by", ["user", "padding", "group", "group of strings"])
+def test_rows_of_unknown_users_are_users_each_who_have_seen_nothing(by: str) -> None:
+    """Users 0 and 1 are one and have seen their best item; the three rows of nobody find theirs."""
+    model = Scored(torch.tensor([[3, 2, 1], [3, 2, 1]]))
+    if by == "padding":
+        model.vectors.schema = Schema([FeatureSpec("user", 2, 1, padding_idx=0), FeatureSpec("item", 3, 1)])
+    ids = torch.tensor([[0, 0], [0, 1], [0, 0], [1, 1], [1, 2]])
+    nobody = 1 << 32 if by == "group of strings" else -(1 << 63)
+    extra = {"group": torch.tensor([nobody, nobody, nobody, 5, 5])} if "group" in by else {}
+    train = Batch(torch.zeros(5, 0), torch.tensor([[0, 0], [0, 0], [0, 0], [1, 0], [1, 0]]), torch.ones(5), extra)
+    data = Split(train=train, test=Batch(torch.zeros(5, 0), ids, torch.ones(5), extra))
+    if by == "user":
+        data.unknown_ids = lambda feature: (0,)  # type: ignore[attr-defined]
+    for size in (2, 5):
+        got = evaluate(model, data, "test", batch_size=size, top_k=(1,))
+        assert got is not None
+        assert got.recall == {1: (1 + 0 + 1 + 1 / 2) / 4}
+
+
+def test_items_whose_vectors_are_not_numbers_are_refused() -> None:
+    model = Scored(torch.ones(2, 3))
+    vectors = torch.eye(3)
+    vectors[1] = float("nan")
+    model.items = lambda item_ids: vectors[item_ids]  # type: ignore[method-assign]
+    ids = torch.tensor([[0, 0], [1, 1]])
+    data = Split(test=Batch(torch.zeros(2, 0), ids, torch.full((2,), float("nan"))))
+    with pytest.raises(DataError, match="vectors of items are not numbers"):
+        evaluate(model, data, "test", top_k=(2,))
+    model.in_catalogue[1] = False
+    got = evaluate(model, data, "test", top_k=(2,))
+    assert got is not None
+    assert got.recall == {2: 1 / 2}
 
 
 def test_comparisons_tell_recall_and_ndcg(tmp_path: Path) -> None:
