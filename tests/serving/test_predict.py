@@ -22,6 +22,7 @@ from recsys_embed.data import TableSchema, convert_table, open_dataset, score_fi
 from recsys_embed.data.serving import score as score_module
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models import list_models
+from recsys_embed.train import TrainConfig, run_training
 
 ROOT = os.environ.get("RECSYS_EMBED_DATA", "")
 
@@ -225,6 +226,25 @@ def test_a_file_without_encoders_says_how_to_get_them(folder: Path, tmp_path: Pa
     assert np.allclose(again.predict(EVENTS), served.predict(EVENTS), atol=0.2)
     rse.export(served, tmp_path / "none.safetensors", encoders=False)
     assert rse.exports.verify(tmp_path / "none.safetensors")["version"] == 1
+
+
+def test_another_conversion_of_the_same_sizes_is_refused(tmp_path: Path, capsys: Any) -> None:
+    rows = pl.DataFrame({"click": [0, 1] * 60, "user": list("abc") * 40})
+    other = rows.with_columns(pl.col("user").replace({"a": "x"}))
+    of = TableSchema.of(label="click", categorical="user", min_count=1)
+    convert_table(rows, tmp_path / "data", of)
+    convert_table(other, tmp_path / "other", of)
+    config = TrainConfig(model="fm", method="full", embedding_dim=2, steps=1, batch_size=16, threads=1)
+    run_training(config, open_dataset(tmp_path / "data"), folder=tmp_path / "run", show_progress=False)
+    out = tmp_path / "m.safetensors"
+    for given in (tmp_path / "other", str(tmp_path / "other"), open_dataset(tmp_path / "other")):
+        with pytest.raises(ConfigError, match=r"other is another conversion than .*data\).*: name that folder"):
+            rse.export(tmp_path / "run", out, encoders=given)
+    assert main(["export", str(tmp_path / "run"), str(out), "--data", str(tmp_path / "other")]) == 2
+    assert "another conversion" in capsys.readouterr().err
+    assert not out.exists()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert rse.export(tmp_path / "run" / "model.pt", out, encoders=tmp_path / "moved").encoder_bytes > 0
 
 
 def test_every_method_and_every_precision(tmp_path: Path) -> None:
