@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,7 @@ def predict(
     from recsys_embed.data import preset_table, score_files
     from recsys_embed.exports import load
 
+    _check_out(out, inputs)
     served = load(model, device=None if device == "cpu" else device)
     scorer: Any = getattr(served, "scorer", None)
     if scorer is None:
@@ -87,3 +89,16 @@ def predict(
         print(f"columns that were not used: {', '.join(report.ignored)}")
     if report.quarantine is not None:
         print(f"{report.quarantined:,} bad rows set aside in {report.quarantine}")
+
+
+def _check_out(out: Path, inputs: list[str]) -> None:
+    """Refuse a file of scores that the next call would read as rows."""
+    place = Path(os.path.abspath(out))
+    for given in inputs:
+        found = Path(os.path.abspath(given))
+        if found.is_dir() and os.path.realpath(out).startswith(os.path.join(os.path.realpath(found), "")):
+            raise ConfigError(f"--out {out} lies in {given}, whose files are read as rows: write it elsewhere")
+        if found.exists() and place.exists() and found.samefile(place):
+            raise ConfigError(f"--out {out} is one of the files of rows and would be replaced: write to another file")
+        if not found.exists() and place.match(str(found)):
+            raise ConfigError(f"--out {out} matches {given}, whose files are read as rows: write it elsewhere")

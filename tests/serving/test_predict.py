@@ -76,6 +76,31 @@ def test_no_place_for_temporary_files_is_needed(folder: Path, monkeypatch: pytes
     assert len(model.predict(EVENTS)) == len(EVENTS)
 
 
+def test_rows_are_not_replaced_and_scores_not_read(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = tmp_path / "in" / "rows.parquet"
+    rows.parent.mkdir()
+    EVENTS.write_parquet(rows)
+    before = rows.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(rows)
+    for given, out, told in (
+        (rows, rows, "is one of the files of rows and would be replaced"),
+        (tmp_path / "link.parquet", rows, "is one of the files of rows"),
+        (rows.parent, rows.parent / "scores.parquet", "whose files are read as rows: write it elsewhere"),
+        (tmp_path, rows.parent / "deep" / "scores.csv", "whose files are read as rows"),
+        (tmp_path / "*" / "r*.parquet", rows.parent / "r2.parquet", "whose files are read as rows"),
+    ):
+        assert main(["predict", str(folder / "model.safetensors"), str(given), "--out", str(out)]) == 2
+        assert told in capsys.readouterr().err
+    assert rows.read_bytes() == before
+    assert [p.name for p in rows.parent.iterdir()] == ["rows.parquet"]
+    args = ["predict", str(folder / "model.safetensors"), str(rows), "--out", str(tmp_path / "s.csv")]
+    (tmp_path / "s.csv.quarantine.jsonl").write_text("of before")
+    assert main(args) == 0
+    assert (tmp_path / "s.csv.quarantine.jsonl").read_text() == "of before"
+    assert main([*args, "--on-bad-row", "quarantine"]) == 0
+    assert not (tmp_path / "s.csv.quarantine.jsonl").exists()
+
+
 def test_why_a_folder_is_not_joined_is_told(folder: Path, tmp_path: Path, capsys: Any) -> None:
     model: Any = rse.load(folder / "model.safetensors")
     stored = model.scorer.stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -157,7 +158,7 @@ def score_files(
         progress: called as ``progress("score", done, total, rows)``.
 
     Raises:
-        ConfigError: another ending, or columns to keep that the rows lack.
+        ConfigError: another ending, a file of the rows, or columns to keep that the rows lack.
         DataError: bad rows under ``on_bad_row="fail"``.
     """
     out = Path(out)
@@ -167,11 +168,19 @@ def score_files(
         faults.append(f"the scores' file must end in {' or '.join(ENDINGS)}; got {str(out)!r}")
     if SCORE in keep:
         faults.append(f"column {SCORE!r} cannot be kept beside the scores, which have that name; rename it")
+    quarantine = _quarantine(out)
+    read = {os.path.realpath(f) for f in source.files}
+    faults += [f"{p} is one of the files of rows and would be replaced: write the scores to another file"
+               for p in (out, quarantine) if os.path.exists(p) and os.path.realpath(p) in read]  # fmt: skip
     nested = [n for n in keep if n in source.types and out.suffix == ".csv" and source.types[n].is_nested()]
     faults += [f"column {n!r} holds lists, which CSV cannot: write Parquet, or leave it out" for n in nested]
     raise_faults(faults, "the scores")
     with _staged(source, out.parent) as rows:
         return _score_to(encoder, score, rows, out, batch_size, keep, on_bad_row, max_memory, progress)
+
+
+def _quarantine(out: Path) -> Path:
+    return out.with_name(out.name + ".quarantine.jsonl")
 
 
 def _score_to(
@@ -189,7 +198,7 @@ def _score_to(
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
     sample = source.sample(_SAMPLE_ROWS).select(wanted)
     size = min(_CHUNK_ROWS, options.part_rows(sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted)))
-    quarantine = out.with_name(out.name + ".quarantine.jsonl")
+    quarantine = _quarantine(out)
     told: list[IO[bytes]] = []
     counts = {"rows": 0, "bad": 0}
 
@@ -212,7 +221,7 @@ def _score_to(
     empty = pl.DataFrame(schema={**{n: source.types[n] for n in keep}, SCORE: pl.Float32})
     with ExitStack() as stack:
         (_write_csv if out.suffix == ".csv" else _write_parquet)(out, scored(), empty)
-    if not told:
+    if not told and on_bad_row == "quarantine":
         quarantine.unlink(missing_ok=True)
     ignored = tuple(name for name in source.types if name not in wanted)
     return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored)
