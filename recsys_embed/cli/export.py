@@ -54,6 +54,7 @@ def export(
     """
     from recsys_embed.exports import export as write
     from recsys_embed.exports import load
+    from recsys_embed.exports.run_model import check_run_data
 
     model = opt.model_factory(factory, model)
     if target is not None and out is not None:
@@ -71,6 +72,8 @@ def export(
     found: Any = load_target(model) if model is not None else source
     if source is not None and source.is_file() and not is_zipfile(source):
         found = load(source, backend="torch")
+    elif source is not None and data is not None:
+        check_run_data(source, data)
     report = write(
         found,
         out,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,7 @@ def predict(
     from recsys_embed.data import preset_table, score_files
     from recsys_embed.exports import load
 
+    _check_out(out, inputs)
     served = load(model, device=None if device == "cpu" else device)
     scorer: Any = getattr(served, "scorer", None)
     if scorer is None:
@@ -64,9 +65,11 @@ def predict(
         joined = preset_table(preset, inputs)
     elif own is not None and not given and all(Path(p).is_dir() for p in inputs):
         # A folder of other files, of rows that were joined before, is a table as any other.
-        with suppress(ConfigError):
+        try:
             joined = preset_table(own, inputs)
             print(f"reading the files of {own} (--preset)", file=sys.stderr)
+        except ConfigError as e:
+            print(f"reading a table, not the files of {own} (--preset): {e}", file=sys.stderr)
     encoder = scorer.encoder
     table = encoder.open(inputs if joined is None else joined, given)
     names = [name for text in keep or [] for name in text.split(",") if name]
@@ -86,3 +89,16 @@ def predict(
         print(f"columns that were not used: {', '.join(report.ignored)}")
     if report.quarantine is not None:
         print(f"{report.quarantined:,} bad rows set aside in {report.quarantine}")
+
+
+def _check_out(out: Path, inputs: list[str]) -> None:
+    """Refuse a file of scores that the next call would read as rows."""
+    place = Path(os.path.abspath(out))
+    for given in inputs:
+        found = Path(os.path.abspath(given))
+        if found.is_dir() and os.path.realpath(out).startswith(os.path.join(os.path.realpath(found), "")):
+            raise ConfigError(f"--out {out} lies in {given}, whose files are read as rows: write it elsewhere")
+        if found.exists() and place.exists() and found.samefile(place):
+            raise ConfigError(f"--out {out} is one of the files of rows and would be replaced: write to another file")
+        if not found.exists() and place.match(str(found)):
+            raise ConfigError(f"--out {out} matches {given}, whose files are read as rows: write it elsewhere")

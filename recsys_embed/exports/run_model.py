@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.data.manifest import read_manifest
+from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.serving.stored import Output
 from recsys_embed.errors import CheckpointError, ConfigError, DataError
 from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals
 from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.train.checkpoint import load_checkpoint
 from recsys_embed.utils.strict_json import own_json, read_object
+
+if TYPE_CHECKING:
+    from recsys_embed.data.loader import Dataset
 
 
 def model_of_run(path: str | Path) -> nn.Module:
@@ -79,9 +82,8 @@ def run_data(path: str | Path, notes: list[str]) -> Path | None:
         path: of the run folder, or of its ``model.pt``.
         notes: filled with why not.
     """
-    file = _files(path)[0] / "run.json"
-    known = (read_object(file) if file.exists() else {}).get("data")
-    if not isinstance(known, dict) or not isinstance(known.get("folder"), str):
+    known = _trained_on(path)
+    if known is None:
         return None
     try:
         if read_manifest(known["folder"]).fingerprint == known.get("encoding"):
@@ -93,6 +95,32 @@ def run_data(path: str | Path, notes: list[str]) -> Path | None:
         "folder with `--data` or `encoders=`"
     )
     return None
+
+
+def check_run_data(path: str | Path, given: Dataset | str | Path) -> None:
+    """Refuse a data folder, opened or its path, that encodes rows in another way than the one of a run.
+
+    Raises:
+        ConfigError: it does, whatever its features and sizes; names the way out.
+        DataError: the folder is damaged.
+    """
+    known = _trained_on(path)
+    if known is None or not isinstance(known.get("encoding"), str):
+        return
+    manifest = read_manifest(given) if isinstance(given, str | Path) else getattr(given, "manifest", None)
+    if isinstance(manifest, Manifest) and manifest.fingerprint != known["encoding"]:
+        raise ConfigError(
+            f"{given if isinstance(given, str | Path) else getattr(given, 'path', 'the data')} is another conversion "
+            f"than the one that the run was trained on ({known['folder']}), so that its ids mean other values: name "
+            "that folder, or one that `recsys-embed data ... --like` made by it"
+        )
+
+
+def _trained_on(path: str | Path) -> dict[str, Any] | None:
+    """What a run says of the data folder that it was trained on."""
+    file = _files(path)[0] / "run.json"
+    known = (read_object(file) if file.exists() else {}).get("data")
+    return known if isinstance(known, dict) and isinstance(known.get("folder"), str) else None
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:

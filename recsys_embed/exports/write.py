@@ -115,10 +115,13 @@ def export(
         raise unknown_name("output", str(output), ("probability", "value"))
     notes: list[str] = []
     if isinstance(model, str | Path):
-        from recsys_embed.exports.run_model import model_of_run, run_data, run_output
+        from recsys_embed.exports.run_model import check_run_data, model_of_run, run_data, run_output
 
         run, model = model, model_of_run(model)
-        encoders = run_data(run, notes) if encoders is None else encoders
+        if encoders is None:
+            encoders = run_data(run, notes)
+        elif encoders is not False:
+            check_run_data(run, encoders)
         output = output or run_output(run)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module or the path of a run; got {type(model).__name__}")

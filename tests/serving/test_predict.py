@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from test_parity import EVENTS, SCHEMA, scores
 
 import recsys_embed as rse
 from recsys_embed.cli import main
-from recsys_embed.data import TableSchema, convert_table, open_dataset
+from recsys_embed.data import TableSchema, convert_table, open_dataset, score_files
 from recsys_embed.data.serving import score as score_module
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models import list_models
+from recsys_embed.train import TrainConfig, run_training
 
 ROOT = os.environ.get("RECSYS_EMBED_DATA", "")
 
@@ -54,6 +56,63 @@ def test_files_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "rows-0.parquet", "rows-1.parquet", "scores.csv", "scores.parquet",
     ]  # fmt: skip
+
+
+def test_a_query_is_scored_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_module, "_CHUNK_ROWS", 7)
+    model: Any = rse.load(folder / "model.safetensors")
+    scorer = model.scorer
+    table = scorer.encoder.open(EVENTS.lazy())
+    report = score_files(scorer.encoder, scorer.score(model), table, tmp_path / "s.parquet", 5, keep=["user"])
+    found = pl.read_parquet(tmp_path / "s.parquet")
+    assert report.rows == len(found) == len(EVENTS)
+    assert np.array_equal(found["score"].to_numpy(), model.predict(EVENTS, batch_size=5))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_no_place_for_temporary_files_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
+    model: Any = rse.load(folder / "model.safetensors")
+    assert len(model.predict(EVENTS)) == len(EVENTS)
+
+
+def test_rows_are_not_replaced_and_scores_not_read(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = tmp_path / "in" / "rows.parquet"
+    rows.parent.mkdir()
+    EVENTS.write_parquet(rows)
+    before = rows.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(rows)
+    for given, out, told in (
+        (rows, rows, "is one of the files of rows and would be replaced"),
+        (tmp_path / "link.parquet", rows, "is one of the files of rows"),
+        (rows.parent, rows.parent / "scores.parquet", "whose files are read as rows: write it elsewhere"),
+        (tmp_path, rows.parent / "deep" / "scores.csv", "whose files are read as rows"),
+        (tmp_path / "*" / "r*.parquet", rows.parent / "r2.parquet", "whose files are read as rows"),
+    ):
+        assert main(["predict", str(folder / "model.safetensors"), str(given), "--out", str(out)]) == 2
+        assert told in capsys.readouterr().err
+    assert rows.read_bytes() == before
+    assert [p.name for p in rows.parent.iterdir()] == ["rows.parquet"]
+    args = ["predict", str(folder / "model.safetensors"), str(rows), "--out", str(tmp_path / "s.csv")]
+    (tmp_path / "s.csv.quarantine.jsonl").write_text("of before")
+    assert main(args) == 0
+    assert (tmp_path / "s.csv.quarantine.jsonl").read_text() == "of before"
+    assert main([*args, "--on-bad-row", "quarantine"]) == 0
+    assert not (tmp_path / "s.csv.quarantine.jsonl").exists()
+
+
+def test_why_a_folder_is_not_joined_is_told(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    model: Any = rse.load(folder / "model.safetensors")
+    stored = model.scorer.stored
+    model.scorer = type(model.scorer)(stored.replace(preset="movielens_100k"))
+    rse.export(model, tmp_path / "m.safetensors")
+    (tmp_path / "in").mkdir()
+    EVENTS.write_parquet(tmp_path / "in" / "rows.parquet")
+    out = str(tmp_path / "s.parquet")
+    assert main(["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "in"), "--out", out]) == 0
+    said = capsys.readouterr().err
+    assert "reading a table, not the files of movielens_100k" in said
+    assert "u.data" in said
 
 
 def test_bad_rows_fail_or_are_set_aside(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -192,6 +251,25 @@ def test_a_file_without_encoders_says_how_to_get_them(folder: Path, tmp_path: Pa
     assert np.allclose(again.predict(EVENTS), served.predict(EVENTS), atol=0.2)
     rse.export(served, tmp_path / "none.safetensors", encoders=False)
     assert rse.exports.verify(tmp_path / "none.safetensors")["version"] == 1
+
+
+def test_another_conversion_of_the_same_sizes_is_refused(tmp_path: Path, capsys: Any) -> None:
+    rows = pl.DataFrame({"click": [0, 1] * 60, "user": list("abc") * 40})
+    other = rows.with_columns(pl.col("user").replace({"a": "x"}))
+    of = TableSchema.of(label="click", categorical="user", min_count=1)
+    convert_table(rows, tmp_path / "data", of)
+    convert_table(other, tmp_path / "other", of)
+    config = TrainConfig(model="fm", method="full", embedding_dim=2, steps=1, batch_size=16, threads=1)
+    run_training(config, open_dataset(tmp_path / "data"), folder=tmp_path / "run", show_progress=False)
+    out = tmp_path / "m.safetensors"
+    for given in (tmp_path / "other", str(tmp_path / "other"), open_dataset(tmp_path / "other")):
+        with pytest.raises(ConfigError, match=r"other is another conversion than .*data\).*: name that folder"):
+            rse.export(tmp_path / "run", out, encoders=given)
+    assert main(["export", str(tmp_path / "run"), str(out), "--data", str(tmp_path / "other")]) == 2
+    assert "another conversion" in capsys.readouterr().err
+    assert not out.exists()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert rse.export(tmp_path / "run" / "model.pt", out, encoders=tmp_path / "moved").encoder_bytes > 0
 
 
 def test_every_method_and_every_precision(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -63,11 +64,22 @@ def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike, batch_size: in
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str) and not len(rows):
         return np.zeros(0, np.float32)
-    with tempfile.TemporaryDirectory() as work:
-        source = encoder.open(rows_of(rows, encoder)).stage(Path(work))
+    with _staged(encoder.open(rows_of(rows, encoder))) as source:
         parts = _parts(encoder, source, _CHUNK_ROWS, (), _refuse(source))
         found = [scores for _, scores in _scored(parts, score, batch_size)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+@contextmanager
+def _staged(source: Source, folder: Path | None = None) -> Iterator[Source]:
+    """A source whose rows can be read in parts; only those of a query are written down, into ``folder``, for that."""
+    if type(source).stage is Source.stage:
+        yield source
+        return
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rows.", dir=folder) as work:
+        yield source.stage(Path(work))
 
 
 def _refuse(source: Source) -> Callable[[Sequence[BadRow]], None]:
@@ -146,7 +158,7 @@ def score_files(
         progress: called as ``progress("score", done, total, rows)``.
 
     Raises:
-        ConfigError: another ending, or columns to keep that the rows lack.
+        ConfigError: another ending, a file of the rows, or columns to keep that the rows lack.
         DataError: bad rows under ``on_bad_row="fail"``.
     """
     out = Path(out)
@@ -156,14 +168,37 @@ def score_files(
         faults.append(f"the scores' file must end in {' or '.join(ENDINGS)}; got {str(out)!r}")
     if SCORE in keep:
         faults.append(f"column {SCORE!r} cannot be kept beside the scores, which have that name; rename it")
+    quarantine = _quarantine(out)
+    read = {os.path.realpath(f) for f in source.files}
+    faults += [f"{p} is one of the files of rows and would be replaced: write the scores to another file"
+               for p in (out, quarantine) if os.path.exists(p) and os.path.realpath(p) in read]  # fmt: skip
     nested = [n for n in keep if n in source.types and out.suffix == ".csv" and source.types[n].is_nested()]
     faults += [f"column {n!r} holds lists, which CSV cannot: write Parquet, or leave it out" for n in nested]
     raise_faults(faults, "the scores")
+    with _staged(source, out.parent) as rows:
+        return _score_to(encoder, score, rows, out, batch_size, keep, on_bad_row, max_memory, progress)
+
+
+def _quarantine(out: Path) -> Path:
+    return out.with_name(out.name + ".quarantine.jsonl")
+
+
+def _score_to(
+    encoder: RowEncoder,
+    score: Score,
+    source: Source,
+    out: Path,
+    batch_size: int,
+    keep: Sequence[str],
+    on_bad_row: OnBadRow,
+    max_memory: int,
+    progress: Progress,
+) -> ScoreReport:
     wanted = list(dict.fromkeys([*encoder.columns, *keep]))
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
     sample = source.sample(_SAMPLE_ROWS).select(wanted)
     size = min(_CHUNK_ROWS, options.part_rows(sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted)))
-    quarantine = out.with_name(out.name + ".quarantine.jsonl")
+    quarantine = _quarantine(out)
     told: list[IO[bytes]] = []
     counts = {"rows": 0, "bad": 0}
 
@@ -186,7 +221,7 @@ def score_files(
     empty = pl.DataFrame(schema={**{n: source.types[n] for n in keep}, SCORE: pl.Float32})
     with ExitStack() as stack:
         (_write_csv if out.suffix == ".csv" else _write_parquet)(out, scored(), empty)
-    if not told:
+    if not told and on_bad_row == "quarantine":
         quarantine.unlink(missing_ok=True)
     ignored = tuple(name for name in source.types if name not in wanted)
     return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored)
