@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
-from recsys_embed.data import convert_table, open_dataset
+from recsys_embed.data import Batch, convert_table, open_dataset
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import build_model
 from recsys_embed.train import TrainConfig, run_training
+from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.loop import Trainer
 from recsys_embed.utils.types import BagIds
 
@@ -106,6 +108,23 @@ def test_every_position_is_the_state_of_a_shorter_history_and_tells_the_next_ite
     last = sasrec().queries(dense, ids)
     assert torch.equal(last.vectors, model.users(dense, ids))
     assert last.targets.tolist() == ids.values[: len(HISTORIES)].tolist()
+
+
+def test_items_of_histories_are_learned_where_they_are_trained() -> None:
+    """The catalogue and its frequencies are those of the targets of positive rows."""
+    batch = Batch(torch.zeros(4, 0), torch.tensor([[10], [11], [11], [12]]), torch.tensor([1.0, 1, 1, 0]), {},
+                  ListIds.of([(torch.tensor([3, 7, PADDING, 3, 9, 20, 21]), torch.tensor([0, 4, 5, 5, 7]))]))  # fmt: skip
+
+    class Rows:
+        def batches(self, *_: object, **__: object) -> list[Batch]:
+            return [batch]
+
+    for every, wanted in ((False, {10: 1, 11: 2, 12: 0}), (True, {7: 1, 3: 1, 10: 1, 11: 2, 12: 0, 21: 0})):
+        model = sasrec(every_position=every)
+        learn_items(model, Rows())  # type: ignore[arg-type]
+        assert model.in_catalogue.nonzero().flatten().tolist() == sorted(wanted)
+        assert model.item_counts.nonzero().flatten().tolist() == sorted(i for i, n in wanted.items() if n)
+        assert all(int(model.item_counts[i]) == n for i, n in wanted.items())
 
 
 def test_nothing_later_enters_a_state_bit_for_bit() -> None:

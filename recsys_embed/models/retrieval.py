@@ -42,8 +42,9 @@ class RetrievalModel(CTRModel):
 
     Attributes:
         item: the feature of the candidate.
-        item_counts: how often each item is the candidate of a positive training row, int64 ``[num_embeddings]``.
-        in_catalogue: the items that can be found, bool ``[num_embeddings]``: those that are the candidate of a training
+        item_counts: how often each item is a target (:meth:`targets`) of a positive training row, int64
+            ``[num_embeddings]``.
+        in_catalogue: the items that can be found, bool ``[num_embeddings]``: those that are a target of a training
             row, without padding and what stands for unknown items; before training all but padding.
         uses_network: no other feature tells two items apart whose vectors are equal, so plans may not count on it.
     """
@@ -107,6 +108,12 @@ class RetrievalModel(CTRModel):
         """What losses over items learn from a batch of positive rows: by default its users and their candidates."""
         vectors = self.users(dense, ids)
         return Queries(vectors, self.candidates(ids), torch.arange(len(vectors), device=vectors.device))
+
+    def targets(self, ids: Ids) -> tuple[Tensor, Tensor]:
+        """Items that :meth:`queries` has as targets, and the row of the batch of each: int64 ``[n]`` both; by default
+        the candidates."""
+        found = self.candidates(ids)
+        return found, torch.arange(len(found), device=found.device)
 
     def candidates(self, ids: Ids) -> Tensor:
         """The candidate of each row: int64 ``[B]``.
