@@ -112,8 +112,9 @@ def test_every_position_is_the_state_of_a_shorter_history_and_tells_the_next_ite
 
 def test_items_of_histories_are_learned_where_they_are_trained() -> None:
     """The catalogue and its frequencies are those of the targets of positive rows."""
-    batch = Batch(torch.zeros(4, 0), torch.tensor([[10], [11], [11], [12]]), torch.tensor([1.0, 1, 1, 0]), {},
-                  ListIds.of([(torch.tensor([3, 7, PADDING, 3, 9, 20, 21]), torch.tensor([0, 4, 5, 5, 7]))]))  # fmt: skip
+    seen = ListIds.of([(torch.tensor([3, 7, PADDING, 3, 9, 20, 21]), torch.tensor([0, 4, 5, 5, 7]))])
+    candidates, label = torch.tensor([[10], [11], [11], [12]]), torch.tensor([1.0, 1, 1, 0])
+    batch = Batch(torch.zeros(4, 0), candidates, label, {}, seen)
 
     class Rows:
         def batches(self, *_: object, **__: object) -> list[Batch]:
@@ -172,7 +173,7 @@ def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
     three = Schema([*SCHEMA, FeatureSpec("bought", ITEMS, WIDTH, table="item", padding_idx=PADDING)])
     with pytest.raises(ConfigError, match="item, seen, bought"):
         sasrec(schema=three)
-    with pytest.warns(UserWarning, match="bought stay as they were drawn"):
+    with pytest.warns(UserWarning, match="not bought; tables that these alone have stay"):
         made = sasrec(schema=three, item="item", history="seen")
     assert made.history == "seen"
     # Files of it warn no more, which would fail here.

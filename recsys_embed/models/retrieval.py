@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -271,6 +272,17 @@ def check_names(key: str, schema: Schema, given: Mapping[str, Collection[str]], 
                 faults.append(f"`{hyperparameter}`: feature {name!r} is named already, or the candidate")
             seen.add(name)
     raise_faults(faults, f"model {key!r}")
+
+
+def warn_of_unread(key: str, names: Sequence[str], read: Sequence[str]) -> None:
+    """Warn of features that a model does not read; called by the model's ``__init__``."""
+    unread = [name for name in names if name not in read]
+    if unread:
+        warnings.warn(
+            f"model {key!r} reads {', '.join(read)}, not {', '.join(unread)}; tables that these alone have stay as they "
+            "were drawn and take bytes for nothing: leave these features out of the data",
+            stacklevel=4,
+        )
 
 
 def longest_lists(given: JSON) -> dict[str, int]:

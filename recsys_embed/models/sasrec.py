@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import ModelSpec, register
-from recsys_embed.models.retrieval import Queries, RetrievalModel
+from recsys_embed.models.retrieval import Queries, RetrievalModel, warn_of_unread
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import Ids
 
@@ -106,13 +105,7 @@ class SASRec(RetrievalModel):
         width = self.vectors.bundle.widths[self.place]
         if width % params.heads:
             raise ConfigError(f"`heads` of model 'sasrec' must divide the width {width}; got {params.heads}")
-        unread = [name for name in names if name not in (self.item, self.history)]
-        if unread:
-            warnings.warn(
-                f"model 'sasrec' reads {self.item} and {self.history} alone; the tables of {', '.join(unread)} stay as "
-                "they were drawn and take bytes for nothing: leave these features out of the data",
-                stacklevel=3,
-            )
+        warn_of_unread(self.key, names, (self.item, self.history))
         self.every_position, self.max_length = params.every_position, params.max_length
         self.positions = nn.Parameter(torch.randn(params.max_length, width) * POSITION_INIT_STD)
         self.dropout = nn.Dropout(params.dropout)
