@@ -279,8 +279,8 @@ def warn_of_unread(key: str, names: Sequence[str], read: Sequence[str]) -> None:
     unread = [name for name in names if name not in read]
     if unread:
         warnings.warn(
-            f"model {key!r} reads {', '.join(read)}, not {', '.join(unread)}; tables that these alone have stay as they "
-            "were drawn and take bytes for nothing: leave these features out of the data",
+            f"model {key!r} reads {', '.join(read)}, not {', '.join(unread)}; tables that these alone have stay as "
+            "they were drawn and take bytes for nothing: leave these features out of the data",
             stacklevel=4,
         )
 
