@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.checks import need_parts
-from recsys_embed.data.data_source import BatchSource, BatchStream
+from recsys_embed.data.data_source import BatchSource, BatchStream, DataSource
 from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.models import RetrievalModel
 from recsys_embed.models.base import CTRModel
 from recsys_embed.train.batch_norm import LastRowJoined, leaves_one_row, need_two_rows, normalises_batches
+from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.checkpoint import CheckpointTimer, set_rng_state
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
 from recsys_embed.train.evaluation import evaluate
@@ -55,7 +57,8 @@ class Trainer(Resumable):
     Args:
         model: built with the fused optimizer the settings name, or without one for ``dense_adam``.
         data: splits ``train``, and ``valid`` and ``test`` where they exist.
-        config: settings.
+        config: settings. Where their loss compares items and the model has counted none, it takes them from the
+            training rows first.
         folder: run folder for checkpoints and logs; None keeps everything in memory. A process killed at any moment
             loses what it did after its last checkpoint: the step or validation at work and, unless the settings say
             how many steps lie between checkpoints, at most a second or twenty times what writing one takes.
@@ -67,7 +70,7 @@ class Trainer(Resumable):
 
     Raises:
         CheckpointError: the folder's checkpoint is absent, damaged or of other settings.
-        ConfigError: batch normalisation over batches of one row.
+        ConfigError: batch normalisation over batches of one row; features of the user that tell the item.
         DataError: no training rows, or labels and numeric values that cannot be trained on.
     """
 
@@ -93,6 +96,8 @@ class Trainer(Resumable):
         self.table_lr = config.embedding_learning_rate or config.learning_rate
         self._labels_known, self._any_label = check_rows(data, config), LOSSES[config.loss].real_labels
         self.loss_args, self._seen = loss_args(config.loss, config.loss_args), cast("Seen", {})
+        if not resume and LOSSES[config.loss].of_queries is not None:
+            self._learn_items()
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
@@ -115,6 +120,12 @@ class Trainer(Resumable):
         if resume:
             self._restore()
         self.log = RunLog(folder, tensorboard=tensorboard, keep_bytes=self.state.log_bytes, step=self.state.step)
+
+    def _learn_items(self) -> None:
+        """Take the items from the training rows, where the model has not learned them yet."""
+        model = self.model
+        if isinstance(model, RetrievalModel) and not model.item_counts.any():
+            learn_items(model, cast("DataSource", self.data))
 
     def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
         tables = {id(c.get_parameter(name)) for c in self.model.collections().values() for name in c.storages}

@@ -21,6 +21,9 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.models import RetrievalModel
 from recsys_embed.search import DnisSearch, DnisSettings, OptembedSearch, OptembedSettings, run_search
 from recsys_embed.train import Interrupted, TrainConfig, run_training
+from recsys_embed.train.build import model_from_config
+from recsys_embed.train.inputs import schema_of
+from recsys_embed.train.loop import Trainer
 from recsys_embed.train.plans import plans_for
 
 from .events import ARGS, GENRES, ITEMS, Events
@@ -29,6 +32,20 @@ CONFIG = TrainConfig(
     model="twotower", model_args={**ARGS, "dropout": 0.2}, loss="sampled_softmax", loss_args={"negatives": 7},
     batch_size=100, epochs=2, embedding_dim=4, learning_rate=0.01, top_k=(5,),
 )  # fmt: skip
+
+
+def test_a_trainer_learns_items_that_the_model_has_not() -> None:
+    """A model built without the data trains as that of a run, bit for bit; what it has learned is left alone."""
+    data, config = Events(), CONFIG.replace(standardise=False, epochs=1)
+    wanted = run_training(config, data, show_progress=False).model.state_dict()
+    model = model_from_config(config, schema_of(data, config), data.num_dense)
+    assert isinstance(model, RetrievalModel)
+    Trainer(model, data, config).run()
+    assert int(wanted["item_counts"].sum()) > 0
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    model.in_catalogue[3] = False
+    Trainer(model, data, config)
+    assert not model.in_catalogue[3]
 
 
 class Stopping(Events):
