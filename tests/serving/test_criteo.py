@@ -15,6 +15,7 @@ from test_parity import encoded, same, scores
 
 from recsys_embed.data import CriteoOptions, convert_criteo, open_dataset
 from recsys_embed.data.criteo.layout import CAT_NAMES, INT_NAMES
+from recsys_embed.data.sources import BadRow, Chunk
 from recsys_embed.errors import ConfigError, DataError
 
 
@@ -81,3 +82,15 @@ def test_rows_that_are_not_criteos(tmp_path: Path) -> None:
     for odd in ("a\tb", "a\nb"):
         with pytest.raises(DataError, match="row 3: a value holds a tab or a newline"):
             model.predict(frame.with_columns(C4=pl.Series(["0a", "1", odd, *["1"] * 6])))
+    # Rows that a reader left out count.
+    left_out = (BadRow(0, 10, "", "", ""), BadRow(0, 12, "", "", ""))
+    encoder: Any = model.scorer.encoder
+    for value in ("xyz", "a\tb"):
+        rows = frame.with_columns(C4=pl.Series(["0a", value, *["1"] * 7]))
+        source = encoder.open(rows)
+        chunk = Chunk(0, 10, rows.select(encoder.columns), left_out)
+        if value == "xyz":
+            assert [row.row for row in encoder.encode(source, chunk).bad] == [10, 12, 13]
+        else:
+            with pytest.raises(DataError, match="row 14: a value holds a tab"):
+                encoder.encode(source, chunk)

@@ -18,6 +18,7 @@ from recsys_embed.data.serving.lookups import IntegerIds, MappedVocabulary, make
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.sources import READERS, Source, open_source
+from recsys_embed.data.sources.bad_rows import row_numbers
 from recsys_embed.data.sources.base import BadRow, Chunk, find_files
 from recsys_embed.data.sources.csv import CsvFiles, CsvOptions
 from recsys_embed.data.text_blocks import detect
@@ -81,16 +82,14 @@ class CriteoEncoder(RowEncoder):
         text = _lines(frame)
         if text.count(b"\n") != len(frame) or text.count(b"\t") != len(frame) * (len(self.columns) - 1):
             odd = frame.select(pl.any_horizontal(pl.col(self.columns).cast(pl.String).str.contains(r"[\t\n]")))
-            place = source.place(chunk.file, chunk.first + (odd.to_series().arg_max() or 0))
+            place = source.place(chunk.file, int(row_numbers(chunk)[odd.to_series().arg_max() or 0]))
             raise DataError(f"{place}: a value holds a tab or a newline, which none of Criteo's does")
         block = parse_block(text, LineLayout(labels=False, id_bits=self.bits))
         bad = list(chunk.bad)
         if block.bad:
             good = np.ones(len(frame), bool)
             good[[row.line - 1 for row in block.bad]] = False
-            # Rows that the reader left out stand between those of the frame.
-            gone = {row.row for row in chunk.bad}
-            numbers = [n for n in range(chunk.first, chunk.stop) if n not in gone]
+            numbers = row_numbers(chunk).tolist()
             for row in block.bad:
                 raw = row.raw.decode("utf-8", "replace")[:200]
                 bad.append(BadRow(chunk.file, numbers[row.line - 1], row.column or "", row.reason, raw))

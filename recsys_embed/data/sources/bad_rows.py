@@ -28,14 +28,23 @@ def find_bad_rows(chunk: Chunk, faults: Iterable[tuple[str, Fault]]) -> tuple[ND
     frame = chunk.frame
     good = np.ones(len(frame), bool)
     bad = list(chunk.bad)
-    gone = np.array([row.row for row in chunk.bad], np.int64) - chunk.first
+    numbers: NDArray[np.int64] | None = None
     for name, fault in faults:
         for at in np.flatnonzero(fault.rows.to_numpy() & good).tolist():
-            # Rows that the reader left out stand between those of the frame.
-            number = chunk.first + _with_gaps(at, gone)
-            bad.append(BadRow(chunk.file, number, name, fault.reason, _shown(frame[name][at])))
+            numbers = row_numbers(chunk) if numbers is None else numbers
+            bad.append(BadRow(chunk.file, int(numbers[at]), name, fault.reason, _shown(frame[name][at])))
             good[at] = False
     return good, sorted(bad, key=lambda row: row.row)
+
+
+def row_numbers(chunk: Chunk) -> NDArray[np.int64]:
+    """Numbers in their file of the rows of a chunk's frame; those that the reader left out stand between them.
+
+    >>> row_numbers(Chunk(0, 5, pl.DataFrame({"x": [1, 2]}), (BadRow(0, 5, "x", "", ""), BadRow(0, 7, "x", "", ""))))
+    array([6, 8])
+    """
+    gone = np.array([row.row for row in chunk.bad], np.int64)
+    return np.setdiff1d(np.arange(chunk.first, chunk.stop), gone)
 
 
 def _shown(value: Any) -> str:
@@ -63,16 +72,3 @@ def bad_row_line(source: Source, row: BadRow) -> str:
         "raw": row.raw,
     }
     return json.dumps(value) + "\n"
-
-
-def _with_gaps(at: int, gone: NDArray[np.int64]) -> int:
-    """Number of row ``at`` of those that are left, where rows ``gone`` (sorted) were taken out.
-
-    >>> [_with_gaps(i, np.array([0, 2])) for i in range(3)]
-    [1, 3, 4]
-    """
-    for g in gone.tolist():
-        if g > at:
-            break
-        at += 1
-    return at

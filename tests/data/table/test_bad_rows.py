@@ -10,6 +10,9 @@ import polars as pl
 import pytest
 
 from recsys_embed.data import convert_table, open_dataset
+from recsys_embed.data.columns.base import Fault
+from recsys_embed.data.sources import BadRow, Chunk
+from recsys_embed.data.sources.bad_rows import find_bad_rows, row_numbers
 from recsys_embed.data.table.rows import TableOptions
 from recsys_embed.errors import DataError
 
@@ -81,6 +84,17 @@ def test_rows_are_named_by_their_file(tmp_path: Path, monkeypatch: pytest.Monkey
     kept = data.read("train", 0, 46)
     assert kept.dense[:, 0].tolist() == [*range(24), *(i for i in range(24) if i not in (5, 17))]
     assert (data.manifest.rows_read, data.manifest.quarantined) == (48, 2)
+
+
+def test_rows_that_the_reader_left_out_count() -> None:
+    gone = [*range(0, 4000, 2), 4001]
+    kept = [n for n in range(7, 6000) if n not in gone]
+    chunk = Chunk(0, 7, pl.DataFrame({"x": kept}), tuple(BadRow(0, n, "", "", "") for n in gone if n >= 7))
+    assert row_numbers(chunk).tolist() == kept
+    good, bad = find_bad_rows(chunk, [("x", Fault(chunk.frame["x"] % 5 == 0, "of five"))])
+    assert [r.row for r in bad] == sorted([n for n in gone if n >= 7] + [n for n in kept if n % 5 == 0])
+    assert all(r.row == int(r.raw) for r in bad if r.reason)
+    assert good.sum() == len(kept) - sum(n % 5 == 0 for n in kept)
 
 
 def test_many_faults_are_told_in_short(tmp_path: Path) -> None:
