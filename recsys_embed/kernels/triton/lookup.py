@@ -61,6 +61,16 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def state_faults(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, Tensor]) -> list[str]:
+    """Why the state of a table is not what kernels take it for."""
+    found = []
+    for name, kind in optimizer.tensors.items():
+        count, number = table.shape[0], torch.int32 if kind == "step" else torch.float32
+        count *= table.shape[1] if kind == "element" else 1
+        found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=table.device)
+    return found
+
+
 class TritonLookup:
     """A lookup of many features, on the CUDA device of the tensors of each call.
 
@@ -267,12 +277,9 @@ class TritonLookup:
             found += pointers.faults(gradient, (dtype,), batch * width, "a gradient", device=device)
         for (name, (rows, width)), table in zip(self.storages.items(), tables, strict=True):
             found += pointers.faults(table, (dtype,), rows * width, f"table {name!r}", device=device)
-        kinds = {} if optimizer is None else optimizer.tensors
-        for table, state in zip(tables, states, strict=False):
-            for name, kind in kinds.items():
-                count, number = table.shape[0], torch.int32 if kind == "step" else torch.float32
-                count *= table.shape[1] if kind == "element" else 1
-                found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=device)
+        if optimizer is not None:
+            for table, state in zip(tables, states, strict=False):
+                found += state_faults(optimizer, table, state)
         pointers.check(found)
 
     def update(

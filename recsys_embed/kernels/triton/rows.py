@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.triton.fields import JOB, READ, ROW_LOOKUP, SORTED, Tables
-from recsys_embed.kernels.triton.lookup import on_device
+from recsys_embed.kernels.triton.lookup import on_device, state_faults
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target
 from recsys_embed.optim import FusedOptimizer
 
@@ -33,7 +34,12 @@ def update_rows(
     """One exact step in place; arguments as of :func:`recsys_embed.kernels.fused_gather.apply_update`.
 
     No row may have deferred steps. Deterministic.
+
+    Raises:
+        ConfigError: table or state are not as they were when the rows were looked up; nothing has changed.
     """
+    table = pointers.faults(weight, (weight.dtype,), weight.numel(), "the table", device=grad.device)
+    pointers.check([*table, *state_faults(optimizer, weight, state)])
     reads = _reads(weight.shape[1])
     grad = grad.contiguous()
     source = reads.all_sources(Source(rows, rows, grad, grad))
