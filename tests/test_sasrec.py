@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
-from recsys_embed.data import convert_table, open_dataset
+from recsys_embed.data import Batch, convert_table, open_dataset
+from recsys_embed.data.list_ids import ListIds
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import build_model
 from recsys_embed.train import TrainConfig, run_training
+from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.loop import Trainer
 from recsys_embed.utils.types import BagIds
 
@@ -108,6 +110,24 @@ def test_every_position_is_the_state_of_a_shorter_history_and_tells_the_next_ite
     assert last.targets.tolist() == ids.values[: len(HISTORIES)].tolist()
 
 
+def test_items_of_histories_are_learned_where_they_are_trained() -> None:
+    """The catalogue and its frequencies are those of the targets of positive rows."""
+    seen = ListIds.of([(torch.tensor([3, 7, PADDING, 3, 9, 20, 21]), torch.tensor([0, 4, 5, 5, 7]))])
+    candidates, label = torch.tensor([[10], [11], [11], [12]]), torch.tensor([1.0, 1, 1, 0])
+    batch = Batch(torch.zeros(4, 0), candidates, label, {}, seen)
+
+    class Rows:
+        def batches(self, *_: object, **__: object) -> list[Batch]:
+            return [batch]
+
+    for every, wanted in ((False, {10: 1, 11: 2, 12: 0}), (True, {7: 1, 3: 1, 10: 1, 11: 2, 12: 0, 21: 0})):
+        model = sasrec(every_position=every)
+        learn_items(model, Rows())  # type: ignore[arg-type]
+        assert model.in_catalogue.nonzero().flatten().tolist() == sorted(wanted)
+        assert model.item_counts.nonzero().flatten().tolist() == sorted(i for i, n in wanted.items() if n)
+        assert all(int(model.item_counts[i]) == n for i, n in wanted.items())
+
+
 def test_nothing_later_enters_a_state_bit_for_bit() -> None:
     model = sasrec(every_position=True)
     dense = torch.zeros(2, 0)
@@ -153,7 +173,7 @@ def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
     three = Schema([*SCHEMA, FeatureSpec("bought", ITEMS, WIDTH, table="item", padding_idx=PADDING)])
     with pytest.raises(ConfigError, match="item, seen, bought"):
         sasrec(schema=three)
-    with pytest.warns(UserWarning, match="bought stay as they were drawn"):
+    with pytest.warns(UserWarning, match="not bought; tables that these alone have stay"):
         made = sasrec(schema=three, item="item", history="seen")
     assert made.history == "seen"
     # Files of it warn no more, which would fail here.

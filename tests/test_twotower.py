@@ -264,6 +264,19 @@ def test_candidates_are_found_or_asked_for() -> None:
         item(a, FeatureSpec("item", 5, 2), item_numeric=(0,))
 
 
+def test_features_of_neither_tower_are_warned_of(recwarn: pytest.WarningsRecorder, tmp_path: Path) -> None:
+    named = {"item_features": ("year",), "item_lists": {}, "user_features": ("user",)}
+    model = tower_model(**named)
+    (warning,) = recwarn
+    assert "reads item, year, user, not genres, history; tables" in str(warning.message)
+    # Files of it warn no more.
+    recwarn.clear()
+    rse.export(model, tmp_path / "model.rse")
+    rse.load(tmp_path / "model.rse")
+    tower_model()
+    assert not recwarn.list
+
+
 def test_a_graph_of_a_model_with_lists(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model = tower_model(hidden=())

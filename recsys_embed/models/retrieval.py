@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -42,8 +43,9 @@ class RetrievalModel(CTRModel):
 
     Attributes:
         item: the feature of the candidate.
-        item_counts: how often each item is the candidate of a positive training row, int64 ``[num_embeddings]``.
-        in_catalogue: the items that can be found, bool ``[num_embeddings]``: those that are the candidate of a training
+        item_counts: how often each item is a target (:meth:`targets`) of a positive training row, int64
+            ``[num_embeddings]``.
+        in_catalogue: the items that can be found, bool ``[num_embeddings]``: those that are a target of a training
             row, without padding and what stands for unknown items; before training all but padding.
         uses_network: no other feature tells two items apart whose vectors are equal, so plans may not count on it.
     """
@@ -107,6 +109,12 @@ class RetrievalModel(CTRModel):
         """What losses over items learn from a batch of positive rows: by default its users and their candidates."""
         vectors = self.users(dense, ids)
         return Queries(vectors, self.candidates(ids), torch.arange(len(vectors), device=vectors.device))
+
+    def targets(self, ids: Ids) -> tuple[Tensor, Tensor]:
+        """Items that :meth:`queries` has as targets, and the row of the batch of each: int64 ``[n]`` both; by default
+        the candidates."""
+        found = self.candidates(ids)
+        return found, torch.arange(len(found), device=found.device)
 
     def candidates(self, ids: Ids) -> Tensor:
         """The candidate of each row: int64 ``[B]``.
@@ -264,6 +272,17 @@ def check_names(key: str, schema: Schema, given: Mapping[str, Collection[str]], 
                 faults.append(f"`{hyperparameter}`: feature {name!r} is named already, or the candidate")
             seen.add(name)
     raise_faults(faults, f"model {key!r}")
+
+
+def warn_of_unread(key: str, names: Sequence[str], read: Sequence[str]) -> None:
+    """Warn of features that a model does not read; called by the model's ``__init__``."""
+    unread = [name for name in names if name not in read]
+    if unread:
+        warnings.warn(
+            f"model {key!r} reads {', '.join(read)}, not {', '.join(unread)}; tables that these alone have stay as "
+            "they were drawn and take bytes for nothing: leave these features out of the data",
+            stacklevel=4,
+        )
 
 
 def longest_lists(given: JSON) -> dict[str, int]:

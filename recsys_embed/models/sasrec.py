@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import ModelSpec, register
-from recsys_embed.models.retrieval import Queries, RetrievalModel
+from recsys_embed.models.retrieval import Queries, RetrievalModel, warn_of_unread
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import Ids
 
@@ -106,13 +105,7 @@ class SASRec(RetrievalModel):
         width = self.vectors.bundle.widths[self.place]
         if width % params.heads:
             raise ConfigError(f"`heads` of model 'sasrec' must divide the width {width}; got {params.heads}")
-        unread = [name for name in names if name not in (self.item, self.history)]
-        if unread:
-            warnings.warn(
-                f"model 'sasrec' reads {self.item} and {self.history} alone; the tables of {', '.join(unread)} stay as "
-                "they were drawn and take bytes for nothing: leave these features out of the data",
-                stacklevel=3,
-            )
+        warn_of_unread(self.key, names, (self.item, self.history))
         self.every_position, self.max_length = params.every_position, params.max_length
         self.positions = nn.Parameter(torch.randn(params.max_length, width) * POSITION_INIT_STD)
         self.dropout = nn.Dropout(params.dropout)
@@ -140,14 +133,24 @@ class SASRec(RetrievalModel):
     def queries(self, dense: Tensor, ids: Ids) -> Queries:
         if not self.every_position:
             return super().queries(dense, ids)
-        values, rows, lengths, places = read = self._read(ids)
-        states, candidates = self._states(*read), self.candidates(ids)
-        ends = places == lengths[rows] - 1
-        # What comes after an item is the next one of its history, or the candidate after the last.
+        _, rows, _, places = read = self._read(ids)
+        states, (targets, owners) = self._states(*read), self._following(ids, *read)
+        # Those of empty histories come last.
+        empty = states.new_zeros(len(targets) - len(rows), states.shape[2])
+        return Queries(self._normed(torch.cat([states[rows, places], empty])), targets, owners)
+
+    def targets(self, ids: Ids) -> tuple[Tensor, Tensor]:
+        return self._following(ids, *self._read(ids)) if self.every_position else super().targets(ids)
+
+    def _following(
+        self, ids: Ids, values: Tensor, rows: Tensor, lengths: Tensor, places: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What comes after each item that is read, then after each empty history, and the rows of both."""
+        candidates, ends = self.candidates(ids), places == lengths[rows] - 1
+        # It is the next item of the history, or the candidate after the last.
         following = torch.where(ends, candidates[rows], values.roll(-1))
         empty = (lengths == 0).nonzero().squeeze(1)
-        vectors = torch.cat([states[rows, places], states.new_zeros(len(empty), states.shape[2])])
-        return Queries(self._normed(vectors), torch.cat([following, candidates[empty]]), torch.cat([rows, empty]))
+        return torch.cat([following, candidates[empty]]), torch.cat([rows, empty])
 
     def _normed(self, states: Tensor) -> Tensor:
         normed: Tensor = self.last_norm(states)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from recsys_embed.errors import ConfigError
 from recsys_embed.models.base import ModelSpec, register
 from recsys_embed.models.layers import FieldMLP, InputLinear
-from recsys_embed.models.retrieval import RetrievalModel, check_names, longest_lists
+from recsys_embed.models.retrieval import RetrievalModel, check_names, longest_lists, warn_of_unread
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON, BagIds, Ids
 
@@ -109,6 +109,7 @@ class TwoTower(RetrievalModel):
         apart = {self.item, *self.item_features}
         self._user_features = [n for n in schema.names if n in (params.user_features or {*schema.names} - apart)]
         self.names_user = bool(params.user_features)
+        warn_of_unread(self.key, schema.names, [self.item, *self.item_features, *self._user_features])
         self._numbers(spec.num_dense, params)
         if not self._user_features and not self._user_numeric:
             raise ConfigError("model 'twotower' needs features or numeric columns of the user; all are the item's")

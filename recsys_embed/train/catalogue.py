@@ -39,6 +39,7 @@ class _Items:
         total, columns = len(model.item_counts), len(self.names) + model.num_dense
         self.positives = torch.zeros(total, dtype=torch.int64)
         self.seen = torch.zeros(total, dtype=torch.bool)
+        self.listed = torch.zeros(total, dtype=torch.bool)
         self.prints = torch.zeros(columns, total, dtype=torch.int64)
         self.agrees = torch.ones(columns, dtype=torch.bool)
         self.dense = torch.zeros(total, model.num_dense)
@@ -51,7 +52,7 @@ class _Items:
             self._add(batch)
         self._refuse_leaks()
         unknown = getattr(self.data, "unknown_ids", None)
-        listed = self.seen.clone()
+        listed = self.listed
         listed[list(unknown(model.item)) if unknown is not None else []] = False
         padding = model.vectors.schema[model.item].padding_idx
         if padding is not None:
@@ -65,11 +66,13 @@ class _Items:
         inputs = batch.inputs if isinstance(batch, Batch) else batch.ids
         items, bags = self.model.candidates(inputs), self.model.bags(inputs)
         total, rows = len(self.seen), len(items)
-        outside = (items < 0) | (items >= total)
+        targets, owners = self.model.targets(inputs)
+        outside = (targets < 0) | (targets >= total)
         if outside.any():
-            worst = int(items[outside][0])
+            worst = int(targets[outside][0])
             raise ConfigError(f"feature {self.model.item!r} has {total} items, and a training row has id {worst}")
-        self.positives += torch.bincount(items[positives_of(batch.label)], minlength=total)
+        self.listed[targets] = True
+        self.positives += torch.bincount(targets[positives_of(batch.label)[owners]], minlength=total)
         first = torch.full((total,), rows).scatter_reduce_(0, items, torch.arange(rows), "amin")
         new = ((first < rows) & ~self.seen).nonzero().flatten()
         at = first[new]
