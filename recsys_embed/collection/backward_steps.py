@@ -165,7 +165,7 @@ class BackwardSteps:
         refuse_scaled()
         _refuse_again(self._again_in)
         task = self._compiled_task()
-        if task >= 0 and task == self._stepped_in:
+        if task >= 0 and (task == self._stepped_in or task in self._collected):
             raise ConfigError(
                 "one backward runs through lookups of compiled and of uncompiled code, or through compiled ones that "
                 f"activation checkpointing makes again, which would step the same tables twice; {WAY_OUT}"

@@ -21,6 +21,7 @@ from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.models import RetrievalModel
 from recsys_embed.models.base import CTRModel
 from recsys_embed.utils.evaluation_mode import evaluation_mode
+from recsys_embed.utils.files import write_text
 from recsys_embed.utils.types import RowsLike
 
 if TYPE_CHECKING:
@@ -140,5 +141,5 @@ def write_rows_json(file: Path, stored: StoredEncoders, graph: Any) -> Path:
     roles = wanted if len(names) == len(wanted) else list(bags)
     inputs = [{"name": name, "holds": role} for name, role in zip(names, roles, strict=True)]
     written = rows_json(file)
-    written.write_text(json.dumps({**about, "inputs": inputs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(written, json.dumps({**about, "inputs": inputs}, indent=1, ensure_ascii=False) + "\n")
     return written

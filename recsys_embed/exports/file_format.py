@@ -125,7 +125,7 @@ class ExportFile:
             raise ConfigError(f"`path` must be the path of an exported file; got {type(path).__name__}")
         self.path = Path(path)
         if not os.path.isfile(self.path):
-            run = "; it is a folder: `recsys-embed export` makes a file of a run" if self.path.is_dir() else ""
+            run = "; it is a folder: `recsys-embed export` makes a file of a run" if os.path.isdir(self.path) else ""
             raise CheckpointError(f"no exported file at {self.path}{run}")
         with open(self.path, "rb") as f:
             size = os.fstat(f.fileno()).st_size

@@ -265,7 +265,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "not aligned",
     ),
     "too much": (signed(with_header({"t": entry()}), b"x" * 9), "something was added"),
-    "another version": (signed(with_header({}, {"version": 2})), "format version 2; this library reads version 1"),
+    "another version": (
+        signed(with_header({}, {"version": 3})),
+        "format version 3; this library reads",
+    ),
     "a version that is a flag": (signed(with_header({}, {"version": True})), "format version True"),
     "no version": (signed(with_header({}, [1])), "format version None"),
 }
