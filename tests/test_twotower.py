@@ -264,6 +264,16 @@ def test_candidates_are_found_or_asked_for() -> None:
         item(a, FeatureSpec("item", 5, 2), item_numeric=(0,))
 
 
+def test_recommending_leaves_frozen_modules_frozen() -> None:
+    model = tower_model()
+    dense, ids, _ = rows()
+    model.item_tower.eval()  # type: ignore[operator]
+    before = {name: module.training for name, module in model.named_modules()}
+    assert {*before.values()} == {True, False}
+    model.recommend(dense, ids, k=3)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_features_of_neither_tower_are_warned_of(recwarn: pytest.WarningsRecorder, tmp_path: Path) -> None:
     named = {"item_features": ("year",), "item_lists": {}, "user_features": ("user",)}
     model = tower_model(**named)

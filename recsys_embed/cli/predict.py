@@ -96,7 +96,13 @@ def _check_out(out: Path, inputs: list[str]) -> None:
     place = Path(os.path.abspath(out))
     for given in inputs:
         found = Path(os.path.abspath(given))
-        if found.is_dir() and os.path.realpath(out).startswith(os.path.join(os.path.realpath(found), "")):
+        inside = Path(os.path.realpath(out)), Path(os.path.realpath(given))
+        # Of a folder all is read but what is hidden, or begins with an underscore.
+        if (
+            found.is_dir()
+            and inside[0].is_relative_to(inside[1])
+            and not any(part.startswith((".", "_")) for part in inside[0].relative_to(inside[1]).parts)
+        ):
             raise ConfigError(f"--out {out} lies in {given}, whose files are read as rows: write it elsewhere")
         if found.exists() and place.exists() and found.samefile(place):
             raise ConfigError(f"--out {out} is one of the files of rows and would be replaced: write to another file")

@@ -20,6 +20,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.models import RetrievalModel
 from recsys_embed.models.base import CTRModel
+from recsys_embed.utils.evaluation_mode import evaluation_mode
 from recsys_embed.utils.files import write_text
 from recsys_embed.utils.types import RowsLike
 
@@ -64,15 +65,9 @@ class FileScorer:
 
         @torch.inference_mode()
         def scores(batch: Batch) -> NDArray[np.float32]:
-            training = model.training
-            if training:
-                model.eval()
-            try:
+            with evaluation_mode(model):
                 moved = batch.to(device)
                 logits: Tensor = model(moved.dense, moved.inputs).float()
-            finally:
-                if training:
-                    model.train()
             found: Tensor = (torch.sigmoid(logits) if self.output == "probability" else logits).cpu()
             return found.numpy()
 

@@ -13,6 +13,7 @@ from recsys_embed.collection.bags import to_bags
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel, ModelSpec
+from recsys_embed.utils.evaluation_mode import evaluation_mode
 from recsys_embed.utils.types import JSON, BagIds, Ids
 
 BLOCK_ITEMS = 1 << 16
@@ -189,9 +190,7 @@ class RetrievalModel(CTRModel):
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ConfigError(f"`k` must be an integer of at least 1; got {k!r}")
-        training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             users = self.users(dense, ids)
             rows, items = excluded_pairs(exclude, len(users), users.device)
             best = users.new_full((len(users), k), float("-inf"))
@@ -206,8 +205,6 @@ class RetrievalModel(CTRModel):
                 best, at = torch.cat([best, scores], 1).topk(k)
                 found = torch.cat([found, ends], 1).gather(1, at)
             return found.masked_fill(best == float("-inf"), -1), best
-        finally:
-            self.train(training)
 
 
 def excluded_pairs(exclude: Tensor | BagIds | None, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

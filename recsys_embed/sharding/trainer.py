@@ -33,6 +33,7 @@ from recsys_embed.train.losses import LOSSES
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.stop_request import StopRequest
+from recsys_embed.utils.evaluation_mode import evaluation_mode
 
 BEST = "best"
 AGREE_EVERY = 32
@@ -227,16 +228,12 @@ class ShardedTrainer(Trainer):
         size = -(-self.config.eval_batch_size // self.world)
         steps = max(-(-n // size) for n in self.rows_by_rank[split])
         batches = self.data.batches(split, size, shuffle=False, device=self.device)
-        was_training = self.model.training
-        self.model.eval()
         sums = LOSSES[self.config.loss].metrics()
-        try:
+        with evaluation_mode(self.model):
             for number, batch in enumerate(PaddedBatches(batches, steps, self.empty)):
                 if number % AGREE_EVERY == 0 and self._agree(stop):
                     return None
                 update(sums, self.model, batch, split)
-        finally:
-            self.model.train(was_training)
         return None if self._agree(stop) else global_metrics(sums, self.device)
 
     def _agree(self, stop: StopRequest | None) -> bool:

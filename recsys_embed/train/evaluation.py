@@ -19,6 +19,7 @@ from recsys_embed.train.losses import LOSSES, LossName
 from recsys_embed.train.metrics import BinaryMetrics, Metrics, RealMetrics
 from recsys_embed.train.retrieval_metrics import TOP_K, USER, ItemRanking, Seen
 from recsys_embed.train.stop_request import StopRequest
+from recsys_embed.utils.evaluation_mode import evaluation_mode
 
 
 def update(sums: BinaryMetrics | RealMetrics, model: nn.Module, batch: Batch, split: str) -> None:
@@ -58,15 +59,13 @@ def evaluate(
         ConfigError: the model returns something other than logits ``[B]``.
         DataError: labels other than 0 and 1, numeric values or logits that are NaN or infinite.
     """
-    was_training = model.training
-    model.eval()
     sums, ranking = LOSSES[loss].metrics(), None
     if isinstance(model, RetrievalModel) and not sums.real_labels:
         unknown, known = getattr(data, "unknown_ids", None), USER in model.vectors.schema.names
         nobody = unknown(USER) if unknown is not None and known else ()
         ranking = ItemRanking(model, top_k, exclude_seen, {} if seen is None else seen, nobody)
     rows = labelled = 0
-    try:
+    with evaluation_mode(model):
         for batch in data.batches(split, batch_size, shuffle=False, device=device):
             if stop is not None and stop.requested:
                 return None
@@ -84,5 +83,3 @@ def evaluate(
         if not LOSSES[loss].needs_labels:  # scores that are compared with each other only are no log odds
             metrics = replace(metrics, logloss=nan, calibration=nan)
         return metrics if found is None else replace(metrics, recall=found.recall, ndcg=found.ndcg)
-    finally:
-        model.train(was_training)

@@ -93,6 +93,10 @@ def test_rows_are_not_replaced_and_scores_not_read(folder: Path, tmp_path: Path,
         assert told in capsys.readouterr().err
     assert rows.read_bytes() == before
     assert [p.name for p in rows.parent.iterdir()] == ["rows.parquet"]
+    # What a folder's reader leaves out may lie in it.
+    beside = rows.parent / "_scores" / "s.parquet"
+    assert main(["predict", str(folder / "model.safetensors"), str(rows.parent), "--out", str(beside)]) == 0
+    assert len(pl.read_parquet(beside)) == len(EVENTS)
     args = ["predict", str(folder / "model.safetensors"), str(rows), "--out", str(tmp_path / "s.csv")]
     (tmp_path / "s.csv.quarantine.jsonl").write_text("of before")
     assert main(args) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import recsys_embed as rse
 from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.data.serving import lookups
 from recsys_embed.data.serving.lookups import IntegerIds, TextIds
+from recsys_embed.data.serving.stored import StoredEncoders
 
 WORDS = st.text(max_size=20)
 NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3) | st.integers(2**31 - 2, 2**31 + 2)
@@ -38,6 +40,31 @@ def test_strings_are_found_whatever_their_hashes(known: set[str], other: set[str
         assert dict(zip(texts, found.tolist(), strict=True)) == wanted
 
 
+def test_text_is_hashed_and_compared_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = pl.Series(["", *(f"{i:x}" * (1 + i % 7) for i in range(2**20, 2**20 + 99)), "x" * 500])
+    ids = np.arange(1, len(values) + 1)
+    whole = TextIds.of(values, ids)
+    for size in (1, 10, 60):
+        monkeypatch.setattr(lookups, "_SLICE", size)
+        made = TextIds.of(values, ids)
+        assert all(np.array_equal(a, b) for a, b in zip(made.arrays().values(), whole.arrays().values(), strict=True))
+        assert made(values).tolist() == [0, *range(2, len(values) + 1)]
+    monkeypatch.undo()
+    long = pl.Series([f"{i:8d}" * 64 for i in range(2**16)])  # 32 MiB
+    text, lengths = lookups._bytes(long)
+    lookup = TextIds.of(long, np.arange(1, len(long) + 1))
+    starts = np.cumsum(lengths) - lengths
+    for work in (
+        lambda: lookups._hashes(text, lengths),
+        lambda: TextIds(lookup.hashes, lookup.ids, lookup.ends, text)._equal(starts, text, starts, lengths),
+    ):
+        tracemalloc.start()
+        work()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 6 * len(text)
+
+
 @settings(max_examples=60, deadline=None)
 @given(known=st.sets(NUMBERS, max_size=30), other=st.lists(NUMBERS, max_size=30))
 def test_integers_are_found(known: set[int], other: list[int]) -> None:
@@ -45,6 +72,13 @@ def test_integers_are_found(known: set[int], other: list[int]) -> None:
     lookup = IntegerIds.of(values, np.arange(1, len(values) + 1))
     wanted = {int(v): i for i, v in enumerate(values, 1)}
     assert lookup(np.array(asked, np.int64)).tolist() == [wanted.get(v, 0) for v in asked]
+
+
+def test_vocabularies_are_parsed_once() -> None:
+    item = {"number": 0, "name": "user", "type": "string", "size": 3, "missing_id": 0}
+    encoders = StoredEncoders({"vocabularies": {"user.parquet": item}}, {})
+    assert encoders.vocabularies is encoders.vocabularies
+    assert encoders.vocabularies["user.parquet"].size == 3
 
 
 def test_a_shared_vocabulary_is_stored_once(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch
+from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.exports.encoders import FileScorer
 from recsys_embed.models.base import ModelSpec
 from recsys_embed.models.retrieval import RetrievalModel
 from recsys_embed.report.comparison import cells, header, markdown_table, rich_table
@@ -196,6 +198,18 @@ def test_items_whose_vectors_are_not_numbers_are_refused() -> None:
     got = evaluate(model, data, "test", top_k=(2,))
     assert got is not None
     assert got.recall == {2: 1 / 2}
+
+
+@pytest.mark.parametrize("by", ["evaluate", "predict"])
+def test_evaluation_leaves_frozen_modules_frozen(by: str) -> None:
+    model, batch = Scored(torch.ones(2, 3)), Batch(torch.zeros(1, 0), torch.tensor([[0, 0]]), torch.ones(1))
+    model.vectors.eval()
+    if by == "evaluate":
+        evaluate(model, Split(test=batch), "test")
+    else:
+        FileScorer(StoredEncoders({"output": "value"}, {})).score(model)(batch)
+    assert model.training
+    assert not any(module.training for module in model.vectors.modules())
 
 
 def test_comparisons_tell_recall_and_ndcg(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,8 @@ from recsys_embed.errors import ConfigError
 _SEED = 0x5E7B
 _PROBES = 64
 """Values of one hash that a search looks at; of 2^31 values no 16 have one."""
+_SLICE = 4 << 20
+"""Bytes of text that are hashed or compared at once."""
 _I32 = np.iinfo(np.int32)
 
 
@@ -156,12 +158,12 @@ class TextIds:
         self, start: NDArray[np.int64], text: NDArray[np.uint8], other: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Whether strings of this vocabulary from ``start`` on are those of ``text`` from ``other`` on."""
-        if not len(start):
-            return np.zeros(0, bool)
-        firsts = np.cumsum(lengths) - lengths
-        inside = np.arange(int(lengths.sum())) - np.repeat(firsts, lengths)
-        mine = self.text.take(np.repeat(start, lengths) + inside, mode="clip")
-        equal: NDArray[np.bool_] = np.logical_and.reduceat(mine == text[np.repeat(other, lengths) + inside], firsts)
+        equal = np.empty(len(start), bool)
+        for part in _slices(lengths):
+            inside, firsts = _inside(lengths[part])
+            mine = self.text.take(np.repeat(start[part], lengths[part]) + inside, mode="clip")
+            theirs = text[np.repeat(other[part], lengths[part]) + inside]
+            equal[part] = np.logical_and.reduceat(mine == theirs, firsts)
         return equal
 
     def values(self) -> tuple[list[str], NDArray[np.int32]]:
@@ -178,18 +180,39 @@ def _bytes(values: pl.Series) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.frombuffer(joined.encode(), np.uint8), values.str.len_bytes().to_numpy().astype(np.int64)
 
 
+def _slices(lengths: NDArray[np.int64]) -> Iterator[slice]:
+    """Consecutive strings of at most ``_SLICE`` bytes, or one longer one, for work that takes many bytes per byte."""
+    if len(lengths) and lengths.sum() <= _SLICE:
+        yield slice(0, len(lengths))
+        return
+    ends, start = np.cumsum(lengths), 0
+    while start < len(lengths):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _SLICE, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def _inside(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The place of each byte in its string, for strings one after another, and where each string begins."""
+    firsts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(firsts, lengths), firsts
+
+
 def _hashes(text: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.uint32]:
     """A hash of each of some strings: the sum of their bytes times random odd numbers by position (Dietzfelbinger)."""
     longest = int(lengths.max(initial=0))
     factors = splitmix64(torch.arange(longest + 1), _SEED).numpy().view(np.uint64) | np.uint64(1)
-    firsts = np.cumsum(lengths) - lengths
-    inside = np.arange(len(text)) - np.repeat(firsts, lengths)
-    terms = (text.astype(np.uint64) + np.uint64(1)) * factors[inside]
-    # A string of no bytes would make `reduceat` take its neighbour's.
     sums = np.zeros(len(lengths), np.uint64)
-    there = lengths > 0
-    if there.any():
-        sums[there] = np.add.reduceat(terms, firsts[there])
+    at = 0
+    for part in _slices(lengths):
+        inside, firsts = _inside(lengths[part])
+        terms = (text[at : at + len(inside)].astype(np.uint64) + np.uint64(1)) * factors[inside]
+        at += len(inside)
+        # A string of no bytes would make `reduceat` take its neighbour's.
+        there = lengths[part] > 0
+        if there.any():
+            sums[part][there] = np.add.reduceat(terms, firsts[there])
     mixed = splitmix64(torch.from_numpy((sums + factors[lengths]).view(np.int64)), 0).numpy().view(np.uint64)
     return (mixed >> np.uint64(32)).astype(np.uint32)
 

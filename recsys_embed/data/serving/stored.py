@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -94,7 +95,7 @@ class StoredEncoders:
         """Bytes of the arrays."""
         return sum(a.nbytes for a in self.arrays.values())
 
-    @property
+    @cached_property
     def vocabularies(self) -> dict[str, StoredVocabulary]:
         """The vocabularies by their names in a data folder."""
         return dict(stored_vocabularies(self.about))

@@ -90,6 +90,9 @@ class Joined(Source):
     def place(self, file: int, row: int) -> str:
         return self.events.place(file, row)
 
+    def line(self, file: int, row: int) -> int | None:
+        return self.events.line(file, row)
+
     def chunks(self, file: int, start: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         wanted = want_columns(self, columns)
         own = self.events.types

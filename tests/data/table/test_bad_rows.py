@@ -11,8 +11,9 @@ import pytest
 
 from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.data.columns.base import Fault
-from recsys_embed.data.sources import BadRow, Chunk
-from recsys_embed.data.sources.bad_rows import find_bad_rows, row_numbers
+from recsys_embed.data.sources import BadRow, Chunk, open_source
+from recsys_embed.data.sources.bad_rows import bad_row_line, find_bad_rows, row_numbers
+from recsys_embed.data.sources.joined import Joined, Side
 from recsys_embed.data.table.rows import TableOptions
 from recsys_embed.errors import DataError
 
@@ -95,6 +96,14 @@ def test_rows_that_the_reader_left_out_count() -> None:
     assert [r.row for r in bad] == sorted([n for n in gone if n >= 7] + [n for n in kept if n % 5 == 0])
     assert all(r.row == int(r.raw) for r in bad if r.reason)
     assert good.sum() == len(kept) - sum(n % 5 == 0 for n in kept)
+
+
+def test_the_quarantine_of_joined_files_tells_lines(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("item,x\n1,0\n2,7\n")
+    side = Side("items", pl.DataFrame({"item": [1, 2], "genre": ["a", "b"]}), "item")
+    joined = Joined(open_source(tmp_path / "events.csv"), [side])
+    assert joined.place(0, 1).endswith("line 3")
+    assert json.loads(bad_row_line(joined, BadRow(0, 1, "x", "", "7")))["line"] == 3
 
 
 def test_many_faults_are_told_in_short(tmp_path: Path) -> None:
