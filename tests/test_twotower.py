@@ -287,6 +287,7 @@ def test_features_of_neither_tower_are_warned_of(recwarn: pytest.WarningsRecorde
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_a_graph_of_a_model_with_lists(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model = tower_model(hidden=())

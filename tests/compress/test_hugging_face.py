@@ -61,9 +61,12 @@ def compressed(name: str, method: str, **options: Any) -> Any:
 
 
 MODELS = ["BertForSequenceClassification", "BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"]
-CASES: list[Any] = [(name, "lowdim") for name in [*MODELS, "T5EncoderModel"]]
+CASES: list[Any] = [
+    pytest.param(name, "lowdim", marks=() if name in MODELS[2:] else pytest.mark.slow)
+    for name in [*MODELS, "T5EncoderModel"]
+]
 CASES += [
-    pytest.param("BertForMaskedLM", m.name, marks=() if m.name in ("memcom", "freqcut") else pytest.mark.slow)
+    pytest.param("BertForMaskedLM", m.name, marks=() if m.name == "memcom" else pytest.mark.slow)
     for m in rse.list_methods()
     if m.name not in ("full", "lowdim")
 ]

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import recsys_embed as rse
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.testing import example
+from tests.tiers import slow_but
 
 ROWS, WIDTH = 60, 4
 PLANNED = [m for m in list_methods() if m.name != "full" and example(m).output_dim == 8]
@@ -219,7 +220,7 @@ ACTS: dict[str, Callable[[nn.Module, str], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils")
-@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize("act", slow_but(ACTS.values(), ACTS["weight_norm"], ACTS["a parametrization"]), ids=ACTS)
 def test_utilities_that_recompute_a_parameter_change_what_is_looked_up(act: Callable[[nn.Module, str], Any]) -> None:
     """Oracle: torch's own module, and for other methods the same act on a bare parameter in the table's place."""
     for mode in (None, "sum"):

@@ -22,6 +22,7 @@ from recsys_embed.data import text_blocks as source
 from recsys_embed.data.conversion import MIN_MEMORY
 from recsys_embed.data.criteo import convert, ingest
 from recsys_embed.errors import DataError
+from tests.tiers import slow_but
 
 OPTIONS = CriteoOptions(workers=1)
 
@@ -36,7 +37,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "part_blocks", lambda options: 2)
 
 
-@pytest.mark.parametrize("suffix", [".tsv", ".gz"])
+@pytest.mark.parametrize("suffix", slow_but([".tsv", ".gz"], ".gz"))
 def test_stopped_before_any_rename(
     tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:

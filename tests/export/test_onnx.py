@@ -49,10 +49,12 @@ class Zoo(nn.Module):
         return {name: model(dense, ids) for name, model in self.members.items()}
 
 
+@pytest.mark.slow
 def test_every_model(tmp_path: Path) -> None:
     to_onnx(Zoo(), tmp_path / "zoo.onnx", (torch.randn(6, zoo.DENSE), torch.randint(50, (6, 2))))
 
 
+@pytest.mark.slow
 def test_every_method_takes_every_id_it_takes(tmp_path: Path) -> None:
     coll = zoo.collection(optimizer=rse.RowwiseAdagrad(lr=0.1))
     written = to_onnx(coll, tmp_path / "coll.onnx")
@@ -368,6 +370,7 @@ class OverHistory(nn.Module):
         return (score.softmax(1).unsqueeze(-1) * rows).sum(1), self.embedding(ids)
 
 
+@pytest.mark.slow
 def test_padding_and_unpooled_vectors(tmp_path: Path) -> None:
     model = OverHistory("freqcut").eval()
     ids, history = torch.tensor([[5, 0], [299, 7], [1, 1]]), torch.tensor([[1, 0, 0, 0], [3, 3, 299, 4], [0, 0, 0, 0]])

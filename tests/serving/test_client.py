@@ -54,6 +54,7 @@ def test_a_client_of_criteo(ids: Any, bits: Any, dense: Any, tmp_path: Path) -> 
     agree(describe_encoders(model.scorer.stored), encoded(model, new), new.to_dicts())  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_graph_and_its_client(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     convert_table(EVENTS, tmp_path / "data", SCHEMA)
