@@ -55,6 +55,8 @@ class BackwardSteps:
         # Gradients by storage of each backward that collects them, which torch numbers; and its thread.
         self._collected: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._stepped_in = -1
+        # The last backward in which a lookup of uncompiled code has left its step to the end.
+        self._deferred_in = -1
         self._looked_up_in = -1
         self._again_in: str | None = None
         # Of backwards inside of others (reentrant checkpointing), the backward around.
@@ -121,7 +123,9 @@ class BackwardSteps:
                     )
                 )
         record.stepped.update(parts)
-        if first and not record.deferred:
+        if record.deferred:
+            self._deferred_in = task
+        elif first:
             self._count(record.thread, task)
         return record.deferred
 
@@ -165,7 +169,7 @@ class BackwardSteps:
         refuse_scaled()
         _refuse_again(self._again_in)
         task = self._compiled_task()
-        if task >= 0 and (task == self._stepped_in or task in self._collected):
+        if task >= 0 and task in (self._stepped_in, self._deferred_in):
             raise ConfigError(
                 "one backward runs through lookups of compiled and of uncompiled code, or through compiled ones that "
                 f"activation checkpointing makes again, which would step the same tables twice; {WAY_OUT}"

@@ -6,8 +6,9 @@ import pytest
 
 from recsys_embed.models import list_models
 from recsys_embed.testing import check_model
+from tests.tiers import slow_but
 
 
-@pytest.mark.parametrize("model", list_models())
+@pytest.mark.parametrize("model", slow_but(list_models(), "deepfm", "dcnv2", "din", "twotower", "sasrec"))
 def test_model(model: str) -> None:
     check_model(model)

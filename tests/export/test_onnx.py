@@ -111,6 +111,7 @@ def test_bags_with_last_offset_and_weights(include: bool, weighted: bool, tmp_pa
     torch.testing.assert_close(out, bag(ids, offsets, *weights).detach())
 
 
+@pytest.mark.slow
 def test_features_of_bags_in_one_call(tmp_path: Path) -> None:
     specs = [rse.FeatureSpec("a", 3000, 4), rse.FeatureSpec("b", 3000, 4, pooling="max")]
     specs += [rse.FeatureSpec("c", 3000, 4, pooling="mean", unseen="zero")]

@@ -89,6 +89,7 @@ def test_inductor_takes_the_same_steps_on_tables_of_half_precision() -> None:
     same_bits(None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all"), "inductor", dtype=torch.bfloat16)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", [None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all")], ids=["none", "all"])
 def test_bags_are_compiled_whole(rule: FusedOptimizer | None, backend: str) -> None:

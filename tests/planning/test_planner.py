@@ -129,7 +129,9 @@ def test_a_larger_budget_never_loses_more(
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("methods", [None, ["unified", "full"], ["hash", "full", "lowdim"]])
+@pytest.mark.parametrize(
+    "methods", [pytest.param(None, marks=pytest.mark.slow), ["unified", "full"], ["hash", "full", "lowdim"]]
+)
 def test_losses_fall_along_a_fine_row_of_budgets(methods: list[str] | None) -> None:
     schema = Schema([FeatureSpec(f"C{i}", n, 16) for i, n in enumerate((50, 900, 7000, 30_000))])
     losses = []

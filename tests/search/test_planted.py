@@ -76,6 +76,7 @@ def test_dnis_finds_widths_that_follow_the_ranks(seed: int) -> None:
     assert found.result.test.auc >= uniform_auc(data, config, spent) + 0.03
 
 
+@pytest.mark.slow
 @SEEDS
 def test_dnis_with_blocks_of_all_fields_spends_columns_where_there_is_something_to_tell(seed: int) -> None:
     data, config = Planted(seed), planted_config(seed=seed, epochs=8)

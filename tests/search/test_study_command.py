@@ -84,6 +84,7 @@ def test_a_folder_moves_with_its_study_and_keeps_to_it(data, tmp_path, capsys, m
         assert fault in err
 
 
+@pytest.mark.slow
 def test_a_servers_password_is_neither_kept_nor_shown(data, tmp_path, capsys, monkeypatch):
     asked = []
 

@@ -82,6 +82,7 @@ def test_compare_from_text_and_with_a_budget(data: str, tmp_path: Path, capsys) 
     assert rows[1]["footprint"]["serve"] <= 24 * 1024
 
 
+@pytest.mark.slow
 def test_the_demo_suits_every_model(data: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(compare_command, "DEMO_ROWS", 2000)
     args = ["compare", "--demo", "--models", "lr", "--ratio", "2", "--epochs", "1", "--out", str(tmp_path), "--json"]
