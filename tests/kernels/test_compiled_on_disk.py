@@ -17,10 +17,10 @@ SCHEMA = rse.Schema([rse.FeatureSpec("a", 100, 8)])
 
 
 def _collection(
-    monkeypatch: pytest.MonkeyPatch, order: str, rule: rse.FusedOptimizer | None
+    monkeypatch: pytest.MonkeyPatch, order: str, rule: rse.FusedOptimizer | None, first: int
 ) -> rse.EmbeddingCollection:
-    """Made as the first of a process, whose handles count from 0."""
-    monkeypatch.setattr(handles, "_NUMBERS", count(1 << 20))
+    """Made as in another process, whose handles count from ``first``."""
+    monkeypatch.setattr(handles, "_NUMBERS", count(first))
     plan = rse.Plan.uniform(SCHEMA, "freqcut", num_frequent=10, order=order)
     return rse.EmbeddingCollection(SCHEMA, plan, optimizer=rule)
 
@@ -52,7 +52,8 @@ def test_a_cached_program_of_another_lookup_is_not_run(
     for order in ("ids", "counts", "counts"):
         torch._dynamo.reset()
         counters.clear()
-        compiled, plain = (_collection(monkeypatch, order, rule) for _ in range(2))
+        # The compiled one counts as those of earlier rounds, whose programs are cached; no two living ones count alike.
+        compiled, plain = (_collection(monkeypatch, order, rule, first) for first in (1 << 20, 1 << 21))
         for module, call in ((compiled, torch.compile(compiled)), (plain, plain)):
             call(ids).square().sum().backward()
             for p in module.parameters():
