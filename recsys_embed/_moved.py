@@ -55,6 +55,7 @@ MOVED = {
     "kernels.native_ops": "kernels.native.ops",
     "kernels.outputs": "kernels.native.output_pool",
     "kernels.pace": "kernels.deferred_steps",
+    "kernels.precision": "core.precision",
     "kernels.records": "kernels.native.records",
     "kernels.stored": "kernels.stored_tables",
     "kernels.triton.deferred": "kernels.triton.lazy_lookup",

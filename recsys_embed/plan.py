@@ -238,7 +238,8 @@ class Plan:
         if budget is None:
             config = config_cls.from_params(params)
             return cls({s.name: config for s in schema})
-        plain = get_method("full").config_cls.from_params({})
+        rounded = {"precision": params["precision"]} if "precision" in params else {}
+        plain = get_method("full").config_cls.from_params(rounded)
         once = config_cls.plan(tuple(schema.first_readers), parse_bytes(budget), plain, **params)
         return cls(once).for_readers(schema)
 
@@ -320,7 +321,8 @@ class Plan:
         total, gathered = Footprint(), self.gathered(schema)
         for table in _tables_of(gathered, schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
-            total += Footprint(weights=itemsize * table.rows * table.width, optimizer=state)
+            weights = table.nbytes(itemsize)
+            total += Footprint(weights, optimizer=state, unrounded=itemsize * table.elements - weights)
         for spec in schema.first_readers:
             if spec.name in gathered:
                 total += Footprint(index=gathered[spec.name].footprint(itemsize).index)
@@ -393,7 +395,12 @@ def _tables_of(programs: Mapping[str, LookupProgram], schema: Schema) -> dict[st
             known = tables.setdefault(table_key(spec, table), table)
             if known != table:
                 raise ConfigError(
-                    f"shared table {table.name!r} is {known.rows} x {known.width}, {known.init}, for one feature "
-                    f"and {table.rows} x {table.width}, {table.init}, for {spec.name!r}; give both the same options"
+                    f"shared table {table.name!r} is {_described(known)}, for one feature and {_described(table)}, for "
+                    f"{spec.name!r}; give both the same options"
                 )
     return tables
+
+
+def _described(table: Table) -> str:
+    precision = "" if table.precision == "fp32" else f", {table.precision}"
+    return f"{table.rows} x {table.width}, {table.init}{precision}"

@@ -250,7 +250,7 @@ def _show(features: Schema, made: Plan) -> None:
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for spec in features:
-        own = costs[spec.name].serve - sum(itemsize * t.rows * t.width for t in shared[spec.name])
+        own = costs[spec.name].serve - sum(t.nbytes(itemsize) for t in shared[spec.name])
         first = features.by_table[spec.table_name][0].name
         size = format_bytes(own) if own or not shared[spec.name] else "shared"
         size = size if first == spec.name else f"with {first}"
@@ -260,7 +260,7 @@ def _show(features: Schema, made: Plan) -> None:
     Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False).print(table)
     for key, found in {t.name: t for tables in shared.values() for t in tables}.items():
         users = sum(any(t.name == key for t in tables) for tables in shared.values())
-        held = format_bytes(itemsize * found.rows * found.width)
+        held = format_bytes(found.nbytes(itemsize))
         print(f"table {key!r}: {found.rows:,} x {found.width}, {held}, read by {users} features")
     print(_summary(features, made))
 

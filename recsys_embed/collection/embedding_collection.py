@@ -360,8 +360,15 @@ class EmbeddingCollection(FusedTables):
         weights = sum(p.numel() * p.element_size() for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
+        gradient = sum(p.nbytes for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
-        return served + Footprint(weights, index, state, gradient=sum(p.nbytes for p in unfused_parameters(self)))
+        unrounded = 0
+        for key, place in self.places.items():
+            held = self._parameters.get(place.storage)
+            if held is not None:
+                size = held.element_size()
+                unrounded += size * self.tables[key].elements - self.tables[key].nbytes(size)
+        return served + Footprint(weights - unrounded, index, state, gradient, unrounded)
 
     def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]

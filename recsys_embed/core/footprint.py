@@ -58,6 +58,7 @@ class Footprint:
         index: remap, pointer and code buffers.
         optimizer: state of the tables' optimizer.
         gradient: peak gradient buffers of one step; 0 if the update is fused or the batch is unknown.
+        unrounded: what rows take more while they train than rounded to the precision that they are served in.
 
     >>> a = Footprint(weights=100, index=10, optimizer=5); b = a + a
     >>> b.serve, b.train
@@ -68,6 +69,7 @@ class Footprint:
     index: int = 0
     optimizer: int = 0
     gradient: int = 0
+    unrounded: int = 0
 
     @property
     def serve(self) -> int:
@@ -76,8 +78,8 @@ class Footprint:
 
     @property
     def train(self) -> int:
-        """Bytes held while training: deployed bytes, optimizer state and gradients."""
-        return self.serve + self.optimizer + self.gradient
+        """Bytes held while training: rows before they are rounded, index buffers, optimizer state and gradients."""
+        return self.serve + self.unrounded + self.optimizer + self.gradient
 
     def __add__(self, other: Footprint) -> Footprint:
         return Footprint(
@@ -85,4 +87,5 @@ class Footprint:
             self.index + other.index,
             self.optimizer + other.optimizer,
             self.gradient + other.gradient,
+            self.unrounded + other.unrounded,
         )

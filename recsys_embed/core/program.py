@@ -19,6 +19,7 @@ from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
+from recsys_embed.core.precision import table_bytes
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -122,7 +123,8 @@ class Table:
     """A physical table ``[rows, width]``.
 
     ``shared``: programs of several features that name the same table share its rows. A ``dense`` table is a parameter
-    of a head and is never read by row; its rows may be tensors of shape ``inner``.
+    of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its rows once
+    they are served; dense tables keep their type.
     """
 
     name: str
@@ -132,6 +134,22 @@ class Table:
     shared: bool = False
     dense: bool = False
     inner: tuple[int, ...] | None = None
+    precision: str = "fp32"
+
+    @property
+    def elements(self) -> int:
+        """Number of its elements."""
+        return self.rows * self.width
+
+    def nbytes(self, itemsize: int = 4) -> int:
+        """Bytes of the table once served, where an element that is not rounded takes ``itemsize``.
+
+        >>> Table("w", 1000, 16, Initializer("constant"), precision="int4").nbytes()
+        12000
+        """
+        if self.precision == "fp32" or self.dense:
+            return itemsize * self.elements
+        return table_bytes(self.rows, self.width, self.precision)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -256,8 +274,16 @@ class LookupProgram:
 
     def footprint(self, itemsize: int = 4) -> Footprint:
         """Bytes of the program's own tables at ``itemsize`` bytes per element, and of its index arrays."""
-        weights = itemsize * sum(t.rows * t.width for t in self.tables)
-        return Footprint(weights=weights, index=sum(index.nbytes for index in self.indexes))
+        weights = sum(t.nbytes(itemsize) for t in self.tables)
+        held = itemsize * sum(t.elements for t in self.tables)
+        index = sum(index.nbytes for index in self.indexes)
+        return Footprint(weights=weights, index=index, unrounded=held - weights)
+
+    def at_precision(self, precision: str) -> LookupProgram:
+        """The same program with all rows served at a precision."""
+        if precision == "fp32":
+            return self
+        return replace(self, tables=tuple(t if t.dense else replace(t, precision=precision) for t in self.tables))
 
     def reach_faults(self, ids: int) -> list[str]:
         """Faults of tables with fewer rows than ids in ``[0, ids)`` can reach; if that is unknown, lookups check."""

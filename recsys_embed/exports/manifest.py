@@ -18,7 +18,7 @@ from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.exports.file_format import DTYPES, NAMES, ExportFile
 from recsys_embed.exports.served_modules import ModuleItem
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.kernels.precision import FLOATS, Layout, Precision
+from recsys_embed.core.precision import FLOATS, Layout, Precision
 from recsys_embed.kernels.stored_tables import Part, RowForm
 from recsys_embed.utils.settings import FilePart, fault, param
 

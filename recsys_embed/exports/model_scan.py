@@ -37,12 +37,14 @@ class Storage:
         tables: name in the file and number of rows of each, in order.
         targets: path of every embedding that reads them, and the name it has for them.
         renorm: ``max_norm`` and ``norm_type`` that lookups would apply.
+        precision: that the plan wants for the rows.
     """
 
     source: Source
     tables: list[tuple[str, int]]
     targets: list[tuple[str, str]] = field(default_factory=list)
     renorm: tuple[float, float] | None = None
+    precision: str = "fp32"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,20 +158,28 @@ class _Scanner:
         if isinstance(module, EmbeddingCollection):
             for name in module.storages:
                 keys = sorted((k for k, p in module.places.items() if p.storage == name), key=_offset_in(module))
-                self._storage(module, name, [(prefix + k, module.tables[k].rows) for k in keys], path)
+                tables = [(prefix + k, module.tables[k].rows) for k in keys]
+                self._storage(module, name, tables, path, module.tables[keys[0]].precision)
             for name, own in module.bundle.own.items():
                 if isinstance(own, CompressedEmbedding):  # the tables of heads stay as they are
                     self._tables(own, f"{prefix}bundle.own.{name}")
         elif isinstance(module, CompressedEmbedding):
             for t in module.program.tables:
                 if not t.dense:
-                    self._storage(module, t.name, [(prefix + t.name, t.rows)], path)
+                    self._storage(module, t.name, [(prefix + t.name, t.rows)], path, t.precision)
         else:
             self._storage(module, "weight", [(prefix + "weight", module.num_embeddings)], path)
 
-    def _storage(self, module: Any, name: str, tables: list[tuple[str, int]], path: str) -> None:
+    def _storage(
+        self, module: Any, name: str, tables: list[tuple[str, int]], path: str, precision: str = "fp32"
+    ) -> None:
         source = _source(module, name)
-        storage = self.storages.setdefault(id(source), Storage(source, tables))
+        storage = self.storages.setdefault(id(source), Storage(source, tables, precision=precision))
+        if storage.precision != precision:
+            self.faults.append(
+                f"table {tables[0][0]!r} is to be stored at {precision}, and at {storage.precision} by another module "
+                "that reads it; give both one precision"
+            )
         storage.targets.append((path, name))
         if getattr(module, "max_norm", None) is not None:
             storage.renorm = (float(module.max_norm), float(module.norm_type))

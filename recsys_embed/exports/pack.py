@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.id_sets import ranks_of, words_of
-from recsys_embed.kernels.precision import BITS, FP16_MAX, Layout, Search
+from recsys_embed.core.precision import BITS, FP16_MAX, Layout, Search
 from recsys_embed.kernels.stored_tables import Part, RowForm, too_many_columns
 
 _ELEMENTS = 1 << 18  # of a chunk: it stays in a processor's cache while it is searched and encoded

@@ -27,7 +27,7 @@ from recsys_embed.exports.read import load
 from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
 from recsys_embed.exports.served_modules import build_model
 from recsys_embed.kernels.pointers import memory_of
-from recsys_embed.kernels.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
+from recsys_embed.core.precision import BITS, FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
 from recsys_embed.utils.files import replacing
 
@@ -41,6 +41,8 @@ def unwritten(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} could not be written: {reason}; what was there before is untouched")
 
 
+PLANNED = "planned"
+"""The manifest's precision where tables have several."""
 _PLACEHOLDER = -1.7976931348623157e308  # no number takes more characters
 _KINDS = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -57,7 +59,7 @@ class _Matrix:
 def export(
     model: nn.Module | str | Path,
     path: str | Path,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     *,
     prune: bool = True,
     search: Search | None = None,
@@ -78,9 +80,11 @@ def export(
         path: the file to write; ``.safetensors`` is its usual ending.
         precision: of table rows: ``"fp32"`` (outputs are bit for bit those of the source), ``"fp16"``, ``"bf16"``,
             ``"int8"`` or ``"int4"`` with an fp16 scale and bias per row (FBGEMM's layout). Projections and networks of
-            embeddings are kept in 16 bits where rows are quantised; other layers stay as they are.
+            embeddings are kept in 16 bits where it is not ``"fp32"``; other layers stay as they are. By default each
+            table has the precision of its plan or configuration, ``"fp32"`` where these say nothing, and only rows are
+            rounded.
         prune: drop rows and columns of zeros where that saves bytes.
-        search: how scales of quantised rows are found: ``"minmax"`` (default of int8) or ``"greedy"`` (of int4).
+        search: how scales of quantised rows are found: ``"minmax"`` (default of int8) or ``"greedy"`` (of fewer bits).
         evaluate: measures a model, e.g. its AUC, as a finite number; called with the source before anything is written,
             and with what was loaded from the new file.
         metric: name of what ``evaluate`` measures.
@@ -108,7 +112,8 @@ def export(
     >>> bool((served(ids) - emb(ids)).abs().max() <= report.max_error), report.embedding_bytes / report.source_bytes
     (True, 0.3125)
     """
-    check_precision(precision)
+    if precision is not None:
+        check_precision(precision)
     if search not in (None, "minmax", "greedy"):
         raise unknown_name("search", str(search), ("minmax", "greedy"))
     if output not in (None, "probability", "value"):
@@ -128,7 +133,6 @@ def export(
     model = unwrapped(model)
     found = scan(model)
     kind = _model_kind(model, found)
-    search = search or ("greedy" if precision == "int4" else "minmax")
     stored = encoders_for(model, encoders, output)
     with torch.no_grad():
         return _Writer(model, found, kind, precision, search, prune, stored, notes).write(path, evaluate, metric)
@@ -172,16 +176,20 @@ class _Writer:
         model: nn.Module,
         found: ModelContents,
         kind: dict[str, Any],
-        precision: str,
-        search: Search,
+        precision: Precision | None,
+        search: Search | None,
         prune: bool,
         encoders: StoredEncoders | None,
         notes: Sequence[str],
     ) -> None:
         self.model, self.found, self.kind = model, found, kind
-        self.precision, self.search = precision, search
+        self.rounded = precision
         self.encoders, self.notes = encoders, notes
         self.packed = self._inspect_tables(prune)
+        planned = {storage.precision for storage in found.storages} or {"fp32"}
+        self.precision = precision or (planned.pop() if len(planned) == 1 else PLANNED)
+        self.searches = {kind: search or ("minmax" if BITS[kind] == 8 else "greedy") for kind in BITS}
+        self.search = search or ("greedy" if precision in BITS and BITS[precision] < 8 else "minmax")
         self.matrices = {m.key: m for m in self._matrices()}
         self.errors = {key: RoundingError() for key in self.matrices}
         self.digests: dict[str, str] = {}
@@ -190,10 +198,10 @@ class _Writer:
     def _inspect_tables(self, prune: bool) -> list[tuple[Storage, list[Packed]]]:
         out, faults = [], []
         for storage in self.found.storages:
-            tables, start = [], 0
+            tables, start, precision = [], 0, self.rounded or storage.precision
             for name, rows in storage.tables:
                 read = _reader(storage, start)
-                packed, wrong = inspect_table(name, read, rows, storage.width, storage.dtype, self.precision, prune)
+                packed, wrong = inspect_table(name, read, rows, storage.width, storage.dtype, precision, prune)
                 tables.append(packed)
                 faults += wrong
                 start += rows
@@ -209,12 +217,12 @@ class _Writer:
 
     def _matrices(self) -> Iterator[_Matrix]:
         faults = []
-        half = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        half = torch.bfloat16 if self.rounded == "bf16" else torch.float16
         for key in self.found.rest:
             value = self.found.rest[key]
             if key in self.found.owned and value.is_floating_point():
                 narrow = value.dtype.itemsize <= 2
-                dtype = value.dtype if narrow else torch.float32 if self.precision == "fp32" else half
+                dtype = value.dtype if narrow else torch.float32 if self.rounded in (None, "fp32") else half
                 if dtype == torch.float16 and value.numel() and float(value.abs().max()) > FP16_MAX:
                     faults.append(f"parameter {key!r} holds values beyond {FP16_MAX:.0f}, the largest of fp16")
                 yield _Matrix(key, value, dtype)
@@ -230,7 +238,7 @@ class _Writer:
             for t in tables:
                 layout = t.part.layout
                 shape = (layout.stored_rows(t.part.count), layout.items)
-                out[t.name] = (layout.dtype, shape, _stored(t, self.search))
+                out[t.name] = (layout.dtype, shape, _stored(t, self.searches.get(layout.kind, "minmax")))
         for _, tables in self.packed:
             for t in tables:
                 for end, array in t.arrays().items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.errors import MissingDependencyError
-from recsys_embed.kernels.precision import Layout
+from recsys_embed.core.precision import Layout
 from recsys_embed.utils.optional import require
 
 # FBGEMM's numbers of its types (SparseType), a table on the host (EmbeddingLocation) and no pooling (PoolingMode).

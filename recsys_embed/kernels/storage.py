@@ -1,4 +1,4 @@
-"""Physical storage: tables of one width are stored in one tensor, so that one gather reads them all."""
+"""Physical storage: tables of one width and precision are stored in one tensor, so that one gather reads them all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MADV_HUGEPAGE = 14
 
 
 def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]], dict[str, Place]]:
-    """Concatenate tables of equal width.
+    """Concatenate tables of equal width that are served at one precision.
 
     Args:
         tables: by key; dense tables are left out.
@@ -34,14 +34,16 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
     """
     shapes: dict[str, tuple[int, int]] = {}
     places: dict[str, Place] = {}
-    current: dict[int, str] = {}
+    current: dict[tuple[int, str], str] = {}
     for key, table in tables.items():
         if table.dense:
             continue
-        name = current.setdefault(table.width, f"width{table.width}")
+        kind = table.width, table.precision
+        base = f"width{table.width}" + ("" if table.precision == "fp32" else f"_{table.precision}")
+        name = current.setdefault(kind, base)
         rows = shapes.get(name, (0, 0))[0]
         if rows + table.rows > MAX_ROWS:
-            name = current[table.width] = f"width{table.width}_{len(shapes)}"
+            name = current[kind] = f"{base}_{len(shapes)}"
             rows = 0
         places[key] = Place(name, rows)
         shapes[name] = (rows + table.rows, table.width)

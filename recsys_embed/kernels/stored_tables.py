@@ -18,7 +18,7 @@ from recsys_embed.core.id_sets import positions, words_of
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.kernels.precision import HEAD, Layout
+from recsys_embed.core.precision import HEAD, Layout
 
 RowForm = Literal["all", "range", "bitmap", "sorted"]
 _FORMS: tuple[RowForm, ...] = get_args(RowForm)

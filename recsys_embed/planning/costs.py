@@ -28,9 +28,9 @@ class Costs:
 
     def table(self, table: Table) -> int:
         """Bytes of one physical table."""
-        weights = self.itemsize * table.rows * table.width
         if not self.train:
-            return weights
+            return table.nbytes(self.itemsize)
+        weights = self.itemsize * table.elements
         if self.optimizer is None or table.dense:
             return 2 * weights
         return weights + self.optimizer.state_bytes(table.rows, table.width)
@@ -49,10 +49,10 @@ class Costs:
         if not self.train:
             return parts.serve
         if self.optimizer is None:
-            return parts.train + parts.weights
+            return parts.train + parts.weights + parts.unrounded
         gathered = plan.gathered(schema)
         computed = sum(
             plan[s.name].footprint(s, self.itemsize).weights for s in schema.first_readers if s.name not in gathered
         )
-        dense = sum(self.itemsize * t.rows * t.width for t in plan.tables(schema).values() if t.dense)
+        dense = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.dense)
         return parts.train + computed + dense

@@ -36,7 +36,7 @@ def _own_bytes(plan: Plan, spec: FeatureSpec) -> str:
     if spec.name not in plan.configs:
         return "-"
     config, itemsize = plan[spec.name], 4 if plan.notes is None else plan.notes.itemsize
-    shared = sum(itemsize * t.rows * t.width for t in config.program(spec).tables if t.shared)
+    shared = sum(t.nbytes(itemsize) for t in config.program(spec).tables if t.shared)
     own = config.footprint(spec, itemsize).serve - shared
     return (
         (format_bytes(own) if own or not shared else "") + (" + " if own and shared else "") + "shared" * bool(shared)

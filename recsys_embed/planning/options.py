@@ -93,7 +93,7 @@ class ResizableMethod:
         """
         config = self.cls.sized(self.spec, size, **self.params)
         # Checking every size would take half of the time; the chosen configurations are checked with the plan.
-        program = config.build_program(self.spec) if self._checked else config.program(self.spec)
+        program = config.unchecked_program(self.spec) if self._checked else config.program(self.spec)
         self._checked = True
         return sized_method(config, program, self.spec, self.terms, self.costs, size)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recsys_embed.kernels import fbgemm
-from recsys_embed.kernels.precision import (
+from recsys_embed.core.precision import (
     BITS,
     Layout,
     dequantise,

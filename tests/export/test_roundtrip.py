@@ -20,7 +20,7 @@ from recsys_embed.compress import compress_
 from recsys_embed.errors import CheckpointError, ConfigError, IdRangeError
 from recsys_embed.exports import export, load, verify
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.precision import Precision
+from recsys_embed.core.precision import Precision
 from recsys_embed.models import build_model
 from recsys_embed.plan import Plan
 from recsys_embed.registry import MethodInfo, list_methods

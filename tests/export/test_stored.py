@@ -14,7 +14,7 @@ from torch import Tensor
 from recsys_embed.core.id_sets import bitmap
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.exports.pack import Packed, choose_parts, chunks, inspect_table, pack_bits
-from recsys_embed.kernels.precision import Layout
+from recsys_embed.core.precision import Layout
 from recsys_embed.kernels.stored_tables import Part, Stored
 
 KINDS = ("fp32", "fp16", "bf16", "int8", "int4")

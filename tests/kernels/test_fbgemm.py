@@ -13,7 +13,7 @@ import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Schema
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels import dispatch, fbgemm
-from recsys_embed.kernels.precision import Layout
+from recsys_embed.core.precision import Layout
 from recsys_embed.models import build_model
 
 WHY = fbgemm.why_not()

@@ -266,7 +266,7 @@ def test_rows_for_ids_never_seen_are_counted(info: MethodInfo, unseen: Any) -> N
 
 @pytest.mark.parametrize(("info", "more"), VARIANTS, ids=IDS)
 def test_serving_precisions_follow_the_layout(info: MethodInfo, more: dict[str, Any]) -> None:
-    from recsys_embed.kernels.precision import matrix_bytes, table_bytes
+    from recsys_embed.core.precision import matrix_bytes, table_bytes
 
     module = make(info, 5000, 16, **more)
     tables = {t.name: t for t in module.program.tables}

@@ -30,7 +30,7 @@ from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.native.row_steps import WORTH_A_THREAD, Updates, checked, updates_of
 from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.pointers import checked_address
-from recsys_embed.kernels.precision import HEAD
+from recsys_embed.core.precision import HEAD
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
 
@@ -320,7 +320,7 @@ class NativeLookup:
 
         Args:
             tables: ``[rows, width]`` per storage, contiguous: float32, float16, bfloat16; or uint8 ``[rows, items]``,
-                the integers of :class:`recsys_embed.kernels.precision.Layout`.
+                the integers of :class:`recsys_embed.core.precision.Layout`.
             outputs: float32, contiguous; the width may be several dimensions.
             kept: float32 of ``kept_shape``, filled with the values that backward needs.
             mask: of the first output; it says where the masked vectors go.

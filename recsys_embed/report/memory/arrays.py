@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.features import FeatureSpec
-from recsys_embed.kernels.precision import Layout, Precision, matrix_bytes
+from recsys_embed.core.precision import Layout, Precision, check_precision, matrix_bytes
 from recsys_embed.optim import FusedOptimizer
 
 ArrayRole = Literal["table", "dense", "index"]
@@ -35,6 +35,7 @@ class ArrayStorage:
         trained: whether it gets gradients.
         packed: its bytes, where quantised rows take fewer than ``width * itemsize`` each.
         flat: whether it is a vector ``[width]``; some optimizers treat it unlike a matrix of one row.
+        precision: that its plan wants for its rows once they are served.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ArrayStorage:
     trained: bool = True
     packed: int | None = None
     flat: bool = False
+    precision: str = "fp32"
 
     @property
     def elements(self) -> int:
@@ -58,14 +60,16 @@ class ArrayStorage:
 
 
 def stored_bytes(array: ArrayStorage, precision: Precision | None) -> int:
-    """Bytes of an array in a file of that precision; None: as held now.
+    """Bytes of an array in a file of that precision; None: of the plan's, and as held now without one.
 
-    Tables are laid out as the export lays them out (:mod:`recsys_embed.kernels.precision`): quantised rows carry an
+    Tables are laid out as the export lays them out (:mod:`recsys_embed.core.precision`): quantised rows carry an
     fp16 scale and bias, and matrices that every lookup reads whole keep 16 bits per element.
 
     >>> [stored_bytes(ArrayStorage("weight", 100, 16), p) for p in (None, "fp16", "int8", "int4")]
     [6400, 3200, 2000, 1200]
     """
+    if precision is None:
+        precision = None if array.precision == "fp32" else check_precision(array.precision)
     if precision is None or array.role == "index":
         return array.nbytes
     if array.role == "dense":

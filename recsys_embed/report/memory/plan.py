@@ -66,7 +66,7 @@ def arrays_of(
 ) -> tuple[ArrayStorage, ...]:
     """Arrays that a configuration stores for a feature; ``private`` omits shared tables."""
     arrays = [array_of(t, program, itemsize, None, True) for t in program.tables if not (private and t.shared)]
-    networks = config.footprint(spec).weights - 4 * sum(t.rows * t.width for t in program.tables)
+    networks = config.footprint(spec).weights - sum(t.nbytes() for t in program.tables)
     if networks:
         arrays.append(ArrayStorage("network", 1, networks // 4, itemsize, "dense"))
     return (*arrays, *index_arrays(program))
@@ -138,8 +138,9 @@ def list_shared_once(storages: Sequence[TableStorage]) -> list[TableStorage]:
 def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> ArrayStorage:
     """One table of a program, stored in ``parameter`` (None: not yet built)."""
     role: ArrayRole = "dense" if table.dense else "table"
+    reads, precision = reads_of(program, table.name), "fp32" if table.dense else table.precision
     return ArrayStorage(
-        table.name, table.rows, table.width, itemsize, role, reads_of(program, table.name), parameter, trained
+        table.name, table.rows, table.width, itemsize, role, reads, parameter, trained, precision=precision
     )
 
 

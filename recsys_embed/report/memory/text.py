@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recsys_embed.core.footprint import format_bytes
-from recsys_embed.kernels.precision import Precision
+from recsys_embed.core.precision import Precision
 
 if TYPE_CHECKING:
     from recsys_embed.report.memory.report_values import ReportValues, TableReport
