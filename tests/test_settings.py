@@ -32,7 +32,7 @@ class Example(Settings):
     args: dict[str, Any] = field(default_factory=dict)
     budget: str | int | None = param(None, low=0)
     place: Path | None = None
-    share: Fraction = param(Fraction(1, 2), low=0, high=1)  # noqa: RUF009 - a field
+    share: Fraction = param(Fraction(1, 2), low=0, high=1)
 
     def conflicts(self) -> list[str]:
         return ["`flag` needs a `limit`"] if self.flag and self.limit is None else []

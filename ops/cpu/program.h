@@ -10,8 +10,9 @@ using u64 = uint64_t;
 #include "transforms.h"
 
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
-// Number format of a storage. INT8 and INT4 rows: scale and bias in fp16, then codes; x = code * scale + bias.
-enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4 };
+// Number format of a storage. Integer rows: scale and bias in fp16, then codes; x = code * scale + bias. FP8 rows: scale in
+// fp16, then e4m3 numbers.
+enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4, INT2 = 5, FP8 = 6 };
 // In place of a rule: gradients are handed out.
 constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2, NO_UPDATE = -3;
 

@@ -310,7 +310,7 @@ def pick(
     out: Annotated[Path | None, typer.Option("--out", help="Run folder of the training; default RUN/trial-N.")] = None,
     file: Annotated[Path | None, typer.Option("--export", help="Also write the model to serve: m.safetensors.")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Precision of that file: fp32, fp16, bf16, int8, int4.")
+        str, typer.Option("--precision", help="Precision of that file: fp32, fp16, bf16, fp8, int8, int4, int2.")
     ] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:

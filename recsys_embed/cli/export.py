@@ -26,10 +26,15 @@ def export(
     model: opt.FormerFactory = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write, e.g. model.safetensors.")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the tables' rows: fp32 (same bits), fp16, bf16, int8, int4.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            "--precision",
+            help="Of the tables' rows: fp32 (same bits), fp16, bf16, fp8, int8, int4, int2; by default as planned.",
+        ),
+    ] = None,
     search: Annotated[
-        str | None, typer.Option("--search", help="Scales of int8 and int4: minmax (fast) or greedy (less error).")
+        str | None,
+        typer.Option("--search", help="Scales of integer rows: minmax (fast), greedy or mse (least error)."),
     ] = None,
     prune: Annotated[bool, typer.Option(help="Drop rows and columns of zeros where that saves bytes.")] = True,
     data: Annotated[

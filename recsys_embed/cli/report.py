@@ -41,7 +41,7 @@ def report(
         typer.Option("--dense-optimizer", help="Of all other parameters; default: the same, if torch has it."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="Of deployed weights: fp32, fp16, bf16, int8, int4.")
+        str | None, typer.Option("--precision", help="Of deployed weights: fp32, fp16, bf16, fp8, int8, int4, int2.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples per step.")] = 4096,
     ids_per_sample: Annotated[float, typer.Option("--ids-per-sample", help="Ids per sample and feature.")] = 1.0,

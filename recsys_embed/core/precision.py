@@ -1,10 +1,10 @@
 """Row formats by precision: bytes of a row, encoding and decoding.
 
 Integer rows have the layout of FBGEMM's n-bit inference tables, so that its kernels can read them directly: an fp16
-scale and an fp16 bias at the head of the row, then the codes (two to a byte for int4, the even column in the low half);
-x = code * scale + bias. Quantisation is FBGEMM's (``FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf``): the minimum is
-rounded to fp16 first, the range is taken from there. Its tail layouts are converted by :func:`head_to_tail` and
-:func:`tail_to_head`.
+scale and an fp16 bias at the head of the row, then the codes (two to a byte for int4, four for int2, the first column
+in the low bits); x = code * scale + bias. Quantisation is FBGEMM's (``FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf``):
+the minimum is rounded to fp16 first, the range is taken from there. Its tail layouts are converted by
+:func:`head_to_tail` and :func:`tail_to_head`. Rows of fp8 are e4m3 numbers behind an fp16 scale.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from recsys_embed.errors import unknown_name
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-Search = Literal["minmax", "greedy"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "int2"]
+Search = Literal["minmax", "greedy", "mse"]
 FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+FP8 = "fp8"
 HEAD = 4  # bytes of scale and bias
+FP8_HEAD = 2  # bytes of the scale
+FP8_MAX = 448.0
 FP16_MAX = 65504.0
 
 _NARROW = 8  # for narrower rows, scale and bias take more bytes than quantisation saves
@@ -46,7 +49,7 @@ class Layout:
     """Storage format of the rows of one table.
 
     Args:
-        kind: ``"fp64"``, ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int4"``.
+        kind: a :data:`Precision`, or ``"fp64"``.
         width: elements of a table row.
         block: consecutive table rows that share one stored row, and with it scale and bias; 1 for floats.
 
@@ -65,7 +68,7 @@ class Layout:
         Rows of fewer than 8 elements are quantised in blocks of about 64 elements, or of the whole table if it is
         smaller. ``"fp32"`` keeps float16 and bfloat16 tables in their type, which is exact and smaller.
         """
-        if precision in BITS:
+        if precision in BITS or precision == FP8:
             return cls(precision, width, 1 if width >= _NARROW else min(_BLOCK // width, rows))
         if precision == "fp32" and dtype in (torch.float16, torch.bfloat16):
             precision = "fp16" if dtype == torch.float16 else "bf16"
@@ -77,14 +80,24 @@ class Layout:
         return BITS.get(self.kind)
 
     @property
+    def scaled(self) -> bool:
+        """Whether rows have a scale, and so decode to other numbers than the stored ones."""
+        return self.kind in BITS or self.kind == FP8
+
+    @property
+    def head(self) -> int:
+        """Bytes before the numbers of a row."""
+        return HEAD if self.kind in BITS else FP8_HEAD if self.kind == FP8 else 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the stored tensor."""
         return FLOATS.get(self.kind, torch.uint8)
 
     @property
     def items(self) -> int:
-        """Elements of a stored row; bytes if it is quantised."""
-        return self.width if self.bits is None else HEAD + -(-self.block * self.width * self.bits // 8)
+        """Elements of a stored row; bytes if rows have a scale."""
+        return self.head + -(-self.block * self.width * (self.bits or 8) // 8) if self.scaled else self.width
 
     @property
     def row_bytes(self) -> int:
@@ -103,26 +116,28 @@ class Layout:
 
         The last block is padded with copies of its last row.
         """
-        if self.bits is None:
+        if not self.scaled:
             return values.to(self.dtype)
         flat = values.to(torch.float32)
         if self.block > 1:
             missing = self.stored_rows(len(flat)) * self.block - len(flat)
             flat = torch.cat([flat, flat[-1:].expand(missing, -1)]).view(-1, self.block * self.width)
-        return quantise(flat, self.bits, search)
+        return to_fp8(flat) if self.bits is None else quantise(flat, self.bits, search)
 
     def decode(self, stored: Tensor) -> Tensor:
         """Table rows of ``stored [n, items]``: float32 (float64 for fp64) ``[n * block, width]``."""
-        if self.bits is None:
+        if not self.scaled:
             return stored.to(torch.promote_types(stored.dtype, torch.float32))
+        if self.bits is None:
+            return from_fp8(stored).view(-1, self.width)
         return dequantise(stored, self.bits, self.block * self.width).view(-1, self.width)
 
 
 def table_bytes(rows: int, width: int, precision: str) -> int:
     """Bytes of a float32 table ``[rows, width]`` stored at a precision, including scales and biases.
 
-    >>> [table_bytes(1000, 16, p) for p in ("fp32", "fp16", "int8", "int4")]
-    [64000, 32000, 20000, 12000]
+    >>> [table_bytes(1000, 16, p) for p in ("fp32", "fp16", "fp8", "int8", "int4", "int2")]
+    [64000, 32000, 18000, 20000, 12000, 8000]
     """
     return Layout.of(width, precision, rows=rows).nbytes(rows)
 
@@ -160,9 +175,10 @@ def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
 
     Args:
         values: float32 ``[n, width]``, finite and within ±65504.
-        bits: 8 or 4.
+        bits: 8, 4 or 2.
         search: ``"minmax"`` covers each row's range; ``"greedy"`` narrows it while the squared error falls, as
-            FBGEMM's ``param_search_greedy`` does, which pays at 4 bits.
+            FBGEMM's ``param_search_greedy`` does, which pays at 4 bits; ``"mse"`` goes on from there, codes and the
+            line through them (scale and bias, by least squares) in turns, which pays at 2 bits.
 
     Returns:
         uint8 ``[n, 4 + ceil(width * bits / 8)]``.
@@ -174,12 +190,18 @@ def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
     levels = (1 << bits) - 1
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     scale, bias = _grid(low, high, levels)
-    if search == "greedy":
+    if search != "minmax":
         scale, bias = _greedy(values, low, high, scale, bias, levels)
+    if search == "mse":
+        # From two starts, since each ends at the nearest minimum.
+        found = [_least_squares(values, *start, levels) for start in ((scale, bias), _grid(low, high, levels))]
+        errors = [_squared_error(values, *line, levels) for line in found]
+        scale, bias = (torch.where(errors[1] < errors[0], b, a) for a, b in zip(*found, strict=True))
     codes = _codes(values, scale, bias, levels).to(torch.uint8)
-    if bits == 4:
-        codes = F.pad(codes, (0, codes.shape[1] % 2))
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    per = 8 // bits
+    if per > 1:
+        codes = F.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per)
+        codes = (codes << (torch.arange(per, device=codes.device) * bits).to(torch.uint8)).sum(2, dtype=torch.uint8)
     head = torch.cat([scale, bias], 1).half().contiguous().view(torch.uint8)
     return torch.cat([head, codes], 1)
 
@@ -190,8 +212,7 @@ def _greedy(
     """Scale and bias of least error found by shrinking the range in steps, each at the end where it costs less."""
 
     def loss(scale: Tensor, bias: Tensor) -> Tensor:
-        back = _codes(values, scale, bias, levels).mul_(scale).add_(bias)
-        return back.sub_(values).square_().sum(1, keepdim=True)
+        return _squared_error(values, scale, bias, levels)
 
     best, step = loss(scale, bias), (high - low) / bins
     for _ in range(steps):
@@ -207,6 +228,34 @@ def _greedy(
     return scale, bias
 
 
+def _squared_error(values: Tensor, scale: Tensor, bias: Tensor, levels: int) -> Tensor:
+    back = _codes(values, scale, bias, levels).mul_(scale).add_(bias)
+    return back.sub_(values).square_().sum(1, keepdim=True)
+
+
+def _least_squares(values: Tensor, scale: Tensor, bias: Tensor, levels: int, steps: int = 12) -> tuple[Tensor, Tensor]:
+    """Scale and bias of least error found from given ones: the codes nearest to the values, and the line that fits the
+    values of these codes best, in turns (Lloyd's algorithm for levels at equal distances)."""
+    best, current = _squared_error(values, scale, bias, levels), (scale, bias)
+    mean = values.mean(1, keepdim=True)
+    for _ in range(steps):
+        codes = _codes(values, *current, levels)
+        middle = codes.mean(1, keepdim=True)
+        codes -= middle
+        spread = codes.square().sum(1, keepdim=True)
+        slope = (codes * (values - mean)).sum(1, keepdim=True) / torch.where(spread > 0, spread, 1.0)
+        line = slope.half().float()
+        usable = (spread > 0) & (line > 0) & torch.isfinite(1 / line)
+        line = torch.where(usable, line, current[0])
+        start = torch.where(usable, (mean - line * middle).half().float(), current[1])
+        current = line, torch.where(torch.isfinite(start), start, current[1])
+        found = _squared_error(values, *current, levels)
+        better = found < best
+        best = torch.where(better, found, best)
+        scale, bias = torch.where(better, current[0], scale), torch.where(better, current[1], bias)
+    return scale, bias
+
+
 def _own(rows: Tensor) -> Tensor:
     """A copy with standard strides, so that it can be viewed as another dtype: torch calls a single row contiguous
     whatever its strides."""
@@ -216,15 +265,61 @@ def _own(rows: Tensor) -> Tensor:
 def dequantise(rows: Tensor, bits: int, width: int) -> Tensor:
     """Inverse of :func:`quantise` up to rounding: float32 ``[n, width]`` of uint8 ``[n, 4 + ...]``."""
     head = _own(rows[:, :HEAD]).view(torch.float16).float()
-    codes = rows[:, HEAD:]
-    if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :width]
+    codes = unpacked(rows[:, HEAD:], bits)[:, :width]
     # In place: allocating memory costs more than the arithmetic.
     return codes.float().mul_(head[:, :1]).add_(head[:, 1:])
 
 
+def unpacked(codes: Tensor, bits: int) -> Tensor:
+    """One code to a byte: uint8 ``[n, bytes * 8 / bits]`` of uint8 ``[n, bytes]``."""
+    if bits == 8:
+        return codes
+    mask = (1 << bits) - 1
+    return torch.stack([codes >> at & mask for at in range(0, 8, bits)], -1).flatten(1)
+
+
+def to_fp8(values: Tensor) -> Tensor:
+    """Rows as e4m3 numbers (1 sign, 4 exponent and 3 mantissa bits, largest 448) behind their scale.
+
+    Args:
+        values: float32 ``[n, width]``, finite and within ±65504.
+
+    Returns:
+        uint8 ``[n, 2 + width]``: the scale in fp16, a power of two by which the largest number of the row is within
+        reach, then the numbers.
+
+    >>> from_fp8(to_fp8(torch.tensor([[0.5, -3.0, 0.0, 100.0]]))).tolist()
+    [[0.5, -3.0, 0.0, 104.0]]
+    """
+    largest = values.abs().amax(1, keepdim=True)
+    # A power of two, so that decoding rounds nothing; the smallest that fp16 holds as a normal number.
+    power = torch.ceil(torch.log2(largest / FP8_MAX)).clamp_(-14, 15)
+    scale = torch.where(largest > 0, torch.exp2(power), 1.0).half().float()
+    numbers = (values / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return torch.cat([scale.half().contiguous().view(torch.uint8), numbers], 1)
+
+
+def from_fp8(rows: Tensor) -> Tensor:
+    """Inverse of :func:`to_fp8` up to rounding: float32 ``[n, width]``."""
+    scale = _own(rows[:, :FP8_HEAD]).view(torch.float16).float()
+    return fp8_values(rows[:, FP8_HEAD:]) * scale
+
+
+def fp8_values(numbers: Tensor) -> Tensor:
+    """Float32 values of bytes that are e4m3 numbers, by integer operations, which every device and exporter has.
+
+    >>> fp8_values(torch.tensor([0x38, 0xC0, 0x01], dtype=torch.uint8)).tolist()
+    [1.0, -2.0, 0.001953125]
+    """
+    size = (numbers & 127).to(torch.int32)
+    exponent, mantissa = size >> 3, size & 7
+    normal = (8 + mantissa).float() * torch.exp2((exponent - 10).float())
+    value = torch.where(exponent > 0, normal, mantissa.float() * 2.0**-9)
+    return torch.where(numbers > 127, -value, value)
+
+
 def head_to_tail(rows: Tensor, bits: int) -> Tensor:
-    """From this layout to FBGEMM's fused rows: codes, then scale and bias; fp32 for 8 bits, fp16 for 4.
+    """From this layout to FBGEMM's fused rows: codes, then scale and bias; fp32 for 8 bits, fp16 for 4 and 2.
 
     >>> rows = quantise(torch.randn(5, 8), 8)
     >>> head_to_tail(rows, 8).shape, bool((tail_to_head(head_to_tail(rows, 8), 8) == rows).all())

@@ -123,8 +123,8 @@ class Table:
     """A physical table ``[rows, width]``.
 
     ``shared``: programs of several features that name the same table share its rows. A ``dense`` table is a parameter
-    of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its rows once
-    they are served; dense tables keep their type.
+    of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its rows
+    once they are served; dense tables keep their type.
     """
 
     name: str

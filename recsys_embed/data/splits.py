@@ -81,8 +81,8 @@ class SplitRule(Settings):
 
     title = "split"
     kind: SplitKind = "order"
-    valid: Fraction | float = param(Fraction(1, 10), low=0, below=1)  # noqa: RUF009 - a field
-    test: Fraction | float = param(Fraction(1, 6), low=0, below=1)  # noqa: RUF009 - a field
+    valid: Fraction | float = param(Fraction(1, 10), low=0, below=1)
+    test: Fraction | float = param(Fraction(1, 6), low=0, below=1)
     seed: int = 0
     valid_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()

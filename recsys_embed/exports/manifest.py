@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 
 from recsys_embed.core.id_sets import words_of
+from recsys_embed.core.precision import FLOATS, Layout, Precision
 from recsys_embed.data.serving.stored import check_about
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.exports.file_format import DTYPES, NAMES, ExportFile
 from recsys_embed.exports.served_modules import ModuleItem
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.core.precision import FLOATS, Layout, Precision
 from recsys_embed.kernels.stored_tables import Part, RowForm
 from recsys_embed.utils.settings import FilePart, fault, param
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.id_sets import ranks_of, words_of
-from recsys_embed.core.precision import BITS, FP16_MAX, Layout, Search
+from recsys_embed.core.precision import BITS, FP8, FP16_MAX, Layout, Search
 from recsys_embed.kernels.stored_tables import Part, RowForm, too_many_columns
 
 _ELEMENTS = 1 << 18  # of a chunk: it stays in a processor's cache while it is searched and encoded
@@ -168,8 +168,8 @@ def inspect_table(
     faults = []
     if broken:
         faults.append(f"table {name!r} holds NaN or infinite values in {broken} rows, the first of them row {first}")
-    elif largest > FP16_MAX and (precision in BITS or precision == "fp16"):
-        what = "keeps" if precision == "fp16" else "keeps scale and bias in fp16,"
+    elif largest > FP16_MAX and (precision in BITS or precision in ("fp16", FP8)):
+        what = "keeps scale and bias in fp16," if precision in BITS else "keeps"
         faults.append(
             f"table {name!r} holds values up to {largest:.3g}; {precision} {what} at most {FP16_MAX:.0f}: use bf16 or "
             "fp32"

@@ -166,8 +166,8 @@ class _Loader:
         stored = [v for row in self.tables.values() for v in row.values() if isinstance(v, Stored)]
         if backend == "fbgemm" and self.tables and not any(v.read_by_fbgemm for v in stored):
             raise BackendError(
-                f"backend 'fbgemm' can read no table of {file.path}: it reads whole rows of fp32, fp16, int8 and int4 "
-                "that do not share scales; use backend 'auto', or export with another precision"
+                f"backend 'fbgemm' can read no table of {file.path}: it reads whole rows of fp32, fp16, int8, int4 "
+                "and int2 that do not share scales; use backend 'auto', or export with another precision"
             )
 
     def _unfit(self, why: str) -> CheckpointError:

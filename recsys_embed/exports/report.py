@@ -16,7 +16,7 @@ class TableOutcome:
     Args:
         name: of its tensor.
         rows, width: of the table that lookups see.
-        kind: precision of the stored values: fp32, fp16, bf16, int8, int4.
+        kind: precision of the stored values: fp32, fp16, bf16, fp8, int8, int4, int2.
         form: how kept rows are known: ``"all"``, ``"range"``, ``"bitmap"``, ``"sorted"``; or ``"whole"``.
         kept_rows, kept_columns: what is not zero and stands in the file.
         bytes: of the stored values, scales and biases included.

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recsys_embed._version import __version__
+from recsys_embed.core.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.data.serving.stored import Output, StoredEncoders
 from recsys_embed.discover import unwrapped
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
@@ -27,7 +28,6 @@ from recsys_embed.exports.read import load
 from recsys_embed.exports.report import ExportReport, Metric, TableOutcome
 from recsys_embed.exports.served_modules import build_model
 from recsys_embed.kernels.pointers import memory_of
-from recsys_embed.core.precision import BITS, FLOATS, FP16_MAX, Precision, Search, check_precision
 from recsys_embed.models.base import MODELS, CTRModel
 from recsys_embed.utils.files import replacing
 
@@ -41,6 +41,7 @@ def unwritten(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} could not be written: {reason}; what was there before is untouched")
 
 
+_SEARCHES: dict[str, Search] = {"int8": "minmax", "int4": "greedy", "int2": "mse"}
 PLANNED = "planned"
 """The manifest's precision where tables have several."""
 _PLACEHOLDER = -1.7976931348623157e308  # no number takes more characters
@@ -79,12 +80,13 @@ def export(
             training run, or its ``model.pt``.
         path: the file to write; ``.safetensors`` is its usual ending.
         precision: of table rows: ``"fp32"`` (outputs are bit for bit those of the source), ``"fp16"``, ``"bf16"``,
-            ``"int8"`` or ``"int4"`` with an fp16 scale and bias per row (FBGEMM's layout). Projections and networks of
-            embeddings are kept in 16 bits where it is not ``"fp32"``; other layers stay as they are. By default each
-            table has the precision of its plan or configuration, ``"fp32"`` where these say nothing, and only rows are
-            rounded.
+            ``"fp8"`` (e4m3 with a scale per row), or ``"int8"``, ``"int4"`` or ``"int2"`` with an fp16 scale and bias
+            per row (FBGEMM's layout). Projections and networks of embeddings are then kept in 16 bits; other layers
+            stay as they are. By default each table has the precision of its plan or configuration, ``"fp32"`` where
+            these say nothing, and only rows are rounded.
         prune: drop rows and columns of zeros where that saves bytes.
-        search: how scales of quantised rows are found: ``"minmax"`` (default of int8) or ``"greedy"`` (of fewer bits).
+        search: how scales of integer rows are found: ``"minmax"`` (default of int8), ``"greedy"`` (of int4) or
+            ``"mse"``, of least squared error (of int2).
         evaluate: measures a model, e.g. its AUC, as a finite number; called with the source before anything is written,
             and with what was loaded from the new file.
         metric: name of what ``evaluate`` measures.
@@ -114,8 +116,8 @@ def export(
     """
     if precision is not None:
         check_precision(precision)
-    if search not in (None, "minmax", "greedy"):
-        raise unknown_name("search", str(search), ("minmax", "greedy"))
+    if search is not None and search not in get_args(Search):
+        raise unknown_name("search", str(search), get_args(Search))
     if output not in (None, "probability", "value"):
         raise unknown_name("output", str(output), ("probability", "value"))
     notes: list[str] = []
@@ -188,8 +190,8 @@ class _Writer:
         self.packed = self._inspect_tables(prune)
         planned = {storage.precision for storage in found.storages} or {"fp32"}
         self.precision = precision or (planned.pop() if len(planned) == 1 else PLANNED)
-        self.searches = {kind: search or ("minmax" if BITS[kind] == 8 else "greedy") for kind in BITS}
-        self.search = search or ("greedy" if precision in BITS and BITS[precision] < 8 else "minmax")
+        self.searches = {kind: search or default for kind, default in _SEARCHES.items()}
+        self.search = self.searches.get(self.precision, "minmax")
         self.matrices = {m.key: m for m in self._matrices()}
         self.errors = {key: RoundingError() for key in self.matrices}
         self.digests: dict[str, str] = {}

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recsys_embed.errors import MissingDependencyError
 from recsys_embed.core.precision import Layout
+from recsys_embed.errors import MissingDependencyError
 from recsys_embed.utils.optional import require
 
 # FBGEMM's numbers of its types (SparseType), a table on the host (EmbeddingLocation) and no pooling (PoolingMode).
-_TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3}
+_TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int2": 4}
 _HOST, _NO_POOLING, _FP32 = 3, 2, 0
 # The kernel loads whole vector registers, so it reads a few bytes past a row: the last row needs padding.
 _BEYOND = 256
@@ -21,7 +21,7 @@ _BEYOND = 256
 
 def usable(layout: Layout) -> bool:
     """Whether FBGEMM reads this layout: one table row per stored row, of whole bytes."""
-    return layout.kind in _TYPES and layout.block == 1 and (layout.kind != "int4" or layout.width % 2 == 0)
+    return layout.kind in _TYPES and layout.block == 1 and layout.width * (layout.bits or 8) % 8 == 0
 
 
 def require_fbgemm() -> None:

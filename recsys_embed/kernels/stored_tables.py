@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.id_sets import positions, words_of
 from recsys_embed.core.index import IndexArrays
+from recsys_embed.core.precision import HEAD, Layout, fp8_values
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.constants import Constants
-from recsys_embed.core.precision import HEAD, Layout
 
 RowForm = Literal["all", "range", "bitmap", "sorted"]
 _FORMS: tuple[RowForm, ...] = get_args(RowForm)
@@ -261,16 +261,19 @@ class Stored(Constants):
         last = len(self.data) - 1  # columns of a narrower part may point beyond its row; their values are dropped
         row = (n.base + torch.div(pos, n.block, rounding_mode="floor") * n.items).unsqueeze(1)
         element = ((pos % n.block) * n.width).unsqueeze(1) + lane[: self._widest]
-        if self._kind.bits is None:
-            read = self.data[(row + element).clamp_max(last)]
+        kind = self._kind
+        per = 8 // (kind.bits or 8)
+        read = self.data[(row + kind.head + element // per).clamp_max(last)]
+        if not kind.scaled:
             values = read.to(torch.promote_types(read.dtype, torch.float32))
         else:
-            head = self.data[row + lane[:HEAD]].view(torch.float16).float()
-            per = 8 // self._kind.bits
-            codes = self.data[(row + HEAD + element // per).clamp_max(last)]
-            if per > 1:
-                codes = (codes >> ((element % per) * self._kind.bits).to(torch.uint8)) & 15
-            values = codes.float() * head[:, :1] + head[:, 1:]
+            head = self.data[row + lane[: kind.head]].view(torch.float16).float()
+            if kind.bits is None:
+                values = fp8_values(read) * head
+            else:
+                if per > 1:
+                    read = (read >> ((element % per) * kind.bits).to(torch.uint8)) & ((1 << kind.bits) - 1)
+                values = read.float() * head[:, :1] + head[:, 1:]
         if self._whole:
             return values
         where = self.constant("columns", pos)[n.number].expand(pos.shape[0], -1)

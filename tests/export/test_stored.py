@@ -13,12 +13,12 @@ from torch import Tensor
 
 from recsys_embed.core.id_sets import bitmap
 from recsys_embed.core.index import IndexArrays
-from recsys_embed.exports.pack import Packed, choose_parts, chunks, inspect_table, pack_bits
 from recsys_embed.core.precision import Layout
+from recsys_embed.exports.pack import Packed, choose_parts, chunks, inspect_table, pack_bits
 from recsys_embed.kernels.stored_tables import Part, Stored
 
-KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
-ERRORS = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "int8": 2e-2, "int4": 0.4}
+KINDS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4", "int2")
+ERRORS = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "fp8": 0.25, "int8": 2e-2, "int4": 0.4, "int2": 2.0}
 PATTERNS = ("whole", "scattered", "few", "head", "columns", "both", "nothing")
 
 
@@ -185,7 +185,7 @@ def test_weights_that_cannot_be_kept_are_named() -> None:
     large = torch.full((10, 4), -1e6)
     for kind in KINDS:
         _, faults = inspect_table("t", lambda a, b: large[a:b], 10, 4, rows.dtype, kind, True)
-        assert ("holds values up to 1e+06" in "".join(faults)) == (kind in ("fp16", "int8", "int4"))
+        assert ("holds values up to 1e+06" in "".join(faults)) == (kind not in ("fp32", "bf16"))
 
 
 def test_parts_of_one_storage_count_their_bytes() -> None:

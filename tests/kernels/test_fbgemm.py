@@ -11,9 +11,9 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Schema
+from recsys_embed.core.precision import Layout
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels import dispatch, fbgemm
-from recsys_embed.core.precision import Layout
 from recsys_embed.models import build_model
 
 WHY = fbgemm.why_not()
@@ -63,7 +63,7 @@ def test_a_training_run_that_names_it_still_runs() -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("kept", [1.0, 0.5, 0.01], ids=lambda k: f"kept {k}")
 def test_exports_are_served_by_its_inference_tables(
     precision: Any, kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,7 +109,7 @@ def test_rows_that_do_not_exist_are_refused_before_the_kernel() -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("kind", ["INT8", "INT4", "FP16"])
+@pytest.mark.parametrize("kind", ["INT8", "INT4", "INT2", "FP16"])
 def test_pruned_tables_are_read_as_its_own_module_reads_them(kind: str) -> None:
     from fbgemm_gpu.split_embedding_configs import SparseType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation

@@ -6,7 +6,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core.precision import Precision
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, MixedRadixDigit, RowLookup, Table, Weight
 from recsys_embed.errors import BackendError, ConfigError, IdRangeError
 from recsys_embed.kernels import dispatch
@@ -500,7 +501,7 @@ def test_bags_of_ids_out_of_range_are_refused_by_name() -> None:
 
 @pytest.mark.crossed(2)
 @METHODS
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_exports_are_served_as_torch_decodes_them(method: Any, precision: Any, tmp_path: Path, variant: str) -> None:
     schema = Schema([FeatureSpec("C1", 97, 16), FeatureSpec("C2", 1000, 16, unseen="zero"), FeatureSpec("C3", 5, 16)])
     coll = EmbeddingCollection(schema, plan_of(method, schema), backend="native")

@@ -13,9 +13,9 @@ from torch import nn
 
 import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema
+from recsys_embed.core.precision import Precision
 from recsys_embed.errors import CheckpointError
 from recsys_embed.exports import export, load
-from recsys_embed.core.precision import Precision
 from recsys_embed.report.memory import memory_report
 
 METHODS = rse.list_methods()

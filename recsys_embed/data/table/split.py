@@ -53,8 +53,8 @@ class TableSplit(Settings):
 
     title = "split"
     kind: TableSplitKind = "order"
-    valid: Fraction | float = param(Fraction(1, 10), low=0, below=1)  # noqa: RUF009 - a field
-    test: Fraction | float = param(Fraction(1, 6), low=0, below=1)  # noqa: RUF009 - a field
+    valid: Fraction | float = param(Fraction(1, 10), low=0, below=1)
+    test: Fraction | float = param(Fraction(1, 6), low=0, below=1)
     seed: int = 0
     valid_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()

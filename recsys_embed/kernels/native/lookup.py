@@ -6,7 +6,7 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from recsys_embed.core.precision import Layout
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels import pointers
@@ -30,13 +31,12 @@ from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.native.row_steps import WORTH_A_THREAD, Updates, checked, updates_of
 from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.pointers import checked_address
-from recsys_embed.core.precision import HEAD
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
 
 _DENSE, _SPARSE, _NO_UPDATE = -1, -2, -3
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_INT8, _INT4 = 3, 4
+_BY_ROW = {"int8": 3, "int4": 4, "int2": 5, "fp8": 6}
 _STORED = (*_KINDS, torch.uint8)
 # Positions in a call's record of the fields that differ between calls; `_ASKED`: the ids and the fields after them.
 _AT, _BEHIND, _ASKED = words_of(Call), ctypes.sizeof(Call) // 8, struct.Struct("8q")
@@ -72,6 +72,12 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
     """As :func:`runs_on`, for serving: of any precision, and not in compiled models."""
     return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
+
+
+@cache
+def _kind_of_rows(size: int, width: int) -> int:
+    """Precision of rows with a scale, by their bytes, which differ from 8 columns on."""
+    return next(number for kind, number in _BY_ROW.items() if Layout(kind, width).items == size)
 
 
 class Ids(NamedTuple):
@@ -303,7 +309,7 @@ class NativeLookup:
     def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
         """Precision of each storage."""
         return [
-            _KINDS.get(t.dtype, _INT8 if t.shape[1] == HEAD + width else _INT4)
+            _KINDS[t.dtype] if t.dtype in _KINDS else _kind_of_rows(t.shape[1], width)
             for t, width in zip(tables, self._storage_widths, strict=True)
         ]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from recsys_embed.core.precision import Precision
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import FeatureSpec
-from recsys_embed.core.precision import Precision
 from recsys_embed.registry import MethodInfo, get_method, list_methods
 from recsys_embed.report.memory.arrays import PRECISIONS, ArrayStorage, TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.plan import arrays_of

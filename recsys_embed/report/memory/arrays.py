@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from recsys_embed.core.precision import Layout, Precision, check_precision, matrix_bytes
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.features import FeatureSpec
-from recsys_embed.core.precision import Layout, Precision, check_precision, matrix_bytes
 from recsys_embed.optim import FusedOptimizer
 
 ArrayRole = Literal["table", "dense", "index"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from recsys_embed.core.precision import Precision, check_precision
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import MAX_DIM, Schema
-from recsys_embed.core.precision import Precision, check_precision
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.plan import Plan
 from recsys_embed.planning.statistics import is_stats_json

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from recsys_embed.core.footprint import Footprint
-from recsys_embed.errors import unknown_name
 from recsys_embed.core.precision import Precision
+from recsys_embed.errors import unknown_name
 from recsys_embed.report.memory.alternatives import Alternative, alternatives, dense_bytes
 from recsys_embed.report.memory.arrays import TableStorage, UpdateKind, stored_bytes
 from recsys_embed.report.memory.collisions import Collisions
