@@ -66,6 +66,12 @@ def plan(
         int | None,
         typer.Option("--itemsize", help="Bytes per number; by default those of the model's tables, else 4."),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision", help="Of served rows: auto, or one or more of fp32, fp16, bf16, fp8, int8, int4, int2."
+        ),
+    ] = "fp32",
     methods: Annotated[
         str | None, typer.Option("--methods", help="Keys to choose from, comma-separated; all by default.")
     ] = None,
@@ -130,6 +136,7 @@ def plan(
             known,
             evidence=evidence,
             itemsize=itemsize,
+            precision=precision if precision == "auto" else names(precision),
             network=network,
             **limits,
         )

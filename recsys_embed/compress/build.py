@@ -62,20 +62,18 @@ class TableReplacement:
     @property
     def plain(self) -> bool:
         """Whether the replacement is one of torch's modules."""
-        return self.config.method == "full" and self.unseen is None
+        return self.config.method == "full" and self.unseen is None and self.config.precision == "fp32"
 
     def shared(self) -> list[Table]:
         """The program's tables that other features may read too."""
         return [t for t in self.trial.program.tables if t.shared] if self.trial is not None else []
 
     def own_bytes(self) -> int:
-        """Bytes that this table alone stores: parameters and index buffers."""
+        """Bytes that this table alone stores once it is served: parameters and index buffers."""
         if self.trial is None:
             return self.table.rows * self.table.width * self.table.dtype.itemsize
         itemsize = self.table.dtype.itemsize
-        shared = sum(t.rows * t.width for t in self.shared())
-        own = sum(p.numel() for p in self.trial.parameters()) - shared
-        return itemsize * own + self.config.footprint(self.trial.spec, itemsize).index
+        return self.config.footprint(self.trial.spec, itemsize).serve - sum(t.nbytes(itemsize) for t in self.shared())
 
 
 def call_options(module: nn.Module) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def compression_report(
             )
         )
     joint = [
-        SharedTable(t.name, t.rows, t.width, t.rows * t.width * size, tuple(readers[t.name]))
-        for t, size in shared.values()
+        SharedTable(t.name, t.rows, t.width, t.nbytes(size), tuple(readers[t.name])) for t, size in shared.values()
     ]
     return CompressReport(tuple(lines), tuple(joint), dry_run)
 

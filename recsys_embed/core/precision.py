@@ -22,6 +22,8 @@ Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "int2"]
 Search = Literal["minmax", "greedy", "mse"]
 FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4, "int2": 2}
+SEARCHES: dict[str, Search] = {"int8": "minmax", "int4": "greedy", "int2": "mse"}
+"""Searches of scales that pay by default."""
 FP8 = "fp8"
 HEAD = 4  # bytes of scale and bias
 FP8_HEAD = 2  # bytes of the scale
@@ -30,6 +32,7 @@ FP16_MAX = 65504.0
 
 _NARROW = 8  # for narrower rows, scale and bias take more bytes than quantisation saves
 _BLOCK = 64
+_CHUNK = 1 << 18
 
 
 def check_precision(precision: str) -> Precision:
@@ -140,6 +143,34 @@ def table_bytes(rows: int, width: int, precision: str) -> int:
     [64000, 32000, 18000, 20000, 12000, 8000]
     """
     return Layout.of(width, precision, rows=rows).nbytes(rows)
+
+
+@torch.no_grad()
+def round_rows_(table: Tensor, precision: str, search: Search | None = None) -> Tensor:
+    """Replace the rows of a table ``[rows, width]`` by those that a file of a precision holds, in place.
+
+    Args:
+        search: of scales; by default that of :data:`SEARCHES`.
+
+    >>> round_rows_(torch.tensor([[0.1, 0.2, 0.3, 0.9] * 2]), "int2").unique().tolist()
+    [0.125, 0.375, 0.875]
+    """
+    layout = Layout.of(table.shape[1], precision, table.dtype, len(table))
+    size = max(1, _CHUNK // (layout.block * layout.width)) * layout.block
+    for rows in table.split(size):
+        stored = layout.encode(rows, search or SEARCHES.get(precision, "minmax"))
+        rows.copy_(layout.decode(stored)[: len(rows)])
+    return table
+
+
+def rows_within(available: int, width: int, precision: str) -> int:
+    """Rows of ``width`` elements that fit ``available`` bytes at a precision, in full blocks where rows share scales.
+
+    >>> [rows_within(64_000, 16, p) for p in ("fp32", "int8")], rows_within(100, 1, "int8")
+    ([1000, 3200], 64)
+    """
+    layout = Layout.of(width, precision, rows=_BLOCK)
+    return available // layout.row_bytes * layout.block
 
 
 def matrix_bytes(elements: int, precision: str) -> int:
@@ -289,7 +320,7 @@ def to_fp8(values: Tensor) -> Tensor:
         reach, then the numbers.
 
     >>> from_fp8(to_fp8(torch.tensor([[0.5, -3.0, 0.0, 100.0]]))).tolist()
-    [[0.5, -3.0, 0.0, 104.0]]
+    [[0.5, -3.0, 0.0, 96.0]]
     """
     largest = values.abs().amax(1, keepdim=True)
     # A power of two, so that decoding rounds nothing; the smallest that fp16 holds as a normal number.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from recsys_embed.core.footprint import parse_bytes
+from recsys_embed.core.precision import Precision
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.optim import FusedOptimizer, is_rate, make_rule
@@ -16,6 +17,7 @@ from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.limits import Limits, named_limits
 from recsys_embed.planning.model_constraints import ModelConstraints
 from recsys_embed.planning.options import PlanningContext
+from recsys_embed.planning.rounding import precisions_of
 from recsys_embed.typing import ModelOrSchema, UpdateRule
 
 COARSE_GRID_ABOVE = 200
@@ -44,7 +46,14 @@ def itemsize_of(given: Any, constraints: ModelConstraints) -> Any:
 
 
 def planning_context(
-    schema: Schema, budget: Any, target: Any, methods: Any, optimizer: Any, itemsize: Any, options: Mapping[str, Any]
+    schema: Schema,
+    budget: Any,
+    target: Any,
+    methods: Any,
+    optimizer: Any,
+    itemsize: Any,
+    precision: Any,
+    options: Mapping[str, Any],
 ) -> tuple[int, PlanningContext]:
     """Budget and planning context, from checked arguments; all faults at once."""
     faults: list[str] = []
@@ -57,7 +66,8 @@ def planning_context(
             return default
 
     total = attempt(lambda: parse_bytes(budget), 1)
-    chosen = attempt(lambda: candidate_methods(methods), [])
+    precisions = attempt(lambda: precisions_of(precision), ("fp32",))
+    chosen = attempt(lambda: candidate_methods(methods, precisions), [])
     limits = attempt(lambda: named_limits(options), Limits())
     fused = attempt(lambda: _optimizer(optimizer), None)
     faults += limits.faults(schema)
@@ -72,14 +82,16 @@ def planning_context(
     elif not isinstance(itemsize, int) or isinstance(itemsize, bool) or itemsize < 1:
         faults.append(f"`itemsize` must be an integer >= 1; got {itemsize!r}")
     raise_faults(faults, "plan_for_budget")
-    return total, PlanningContext(_with_pins(chosen, limits), Costs(fused, target == "train", itemsize), limits)
+    return total, PlanningContext(
+        _with_pins(chosen, limits, precisions), Costs(fused, target == "train", itemsize), limits
+    )
 
 
-def _with_pins(chosen: list[Candidate], limits: Limits) -> list[Candidate]:
+def _with_pins(chosen: list[Candidate], limits: Limits, precisions: Sequence[Precision]) -> list[Candidate]:
     """Candidates with pinned methods added: a pinned method need not be among ``methods``."""
     names = {c.name for c in chosen}
     extra = [p for p in limits.pin.values() if isinstance(p, str) and p not in names]
-    return chosen + candidate_methods(extra) if extra else chosen
+    return chosen + candidate_methods(extra, precisions) if extra else chosen
 
 
 def _optimizer(optimizer: UpdateRule | None) -> FusedOptimizer | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recsys_embed.core.precision import Precision
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.curves import FrequencyCurve
@@ -27,10 +28,12 @@ class Candidate:
     Args:
         info: the method.
         params: its options; None means the method's defaults.
+        precision: of its rows once they are served; options may say another.
     """
 
     info: MethodInfo
     params: JSONMapping | None = None
+    precision: Precision = "fp32"
 
     @property
     def name(self) -> str:
@@ -40,11 +43,12 @@ class Candidate:
         """The method with each set of options worth trying, see :meth:`MethodConfig.planning_variants`."""
         if self.params is not None:
             return [self]
-        return [Candidate(self.info, dict(params)) for params in self.info.config_cls.planning_variants(spec, curve)]
+        variants = self.info.config_cls.planning_variants(spec, curve)
+        return [Candidate(self.info, dict(params), self.precision) for params in variants]
 
 
-def candidate_methods(methods: Methods | None) -> list[Candidate]:
-    """The methods to consider, in the order of registration.
+def candidate_methods(methods: Methods | None, precisions: Sequence[Precision] = ("fp32",)) -> list[Candidate]:
+    """The methods to consider at each precision, in the order of registration.
 
     Args:
         methods: None for all registered methods that are ``plannable``; names; or names
@@ -72,5 +76,7 @@ def candidate_methods(methods: Methods | None) -> list[Candidate]:
         if given is not None and not isinstance(given, Mapping):
             raise ConfigError(f"options of a method in `methods` must be a mapping; got {given!r:.80} ({name!r})")
         info = get_method(name)
-        found.append(Candidate(info, info.config_cls.current_options(given) if given else None))
+        params = info.config_cls.current_options(given) if given else None
+        fixed: Sequence[Precision] = ("fp32",) if params is not None and "precision" in params else precisions
+        found += [Candidate(info, params, p) for p in fixed]
     return found

@@ -138,20 +138,24 @@ def _storage(choice: FeatureChoice) -> str:
         table = program.table(shared)
         beside = f" with {counted(readers - 1, 'other feature')}" if readers > 1 else ""
         reads = counted(len(program.row_lookups), "read")
-        return f"{reads} per id from table {shared!r} of {table.rows:,} rows shared{beside}"
+        return f"{reads} per id from table {shared!r} of {table.rows:,} rows{_precision(choice)} shared{beside}"
     widths = sorted({f.width for f in spans}, reverse=True)
     if own >= curve.n - 0.5 and not rows:
         wide = " or ".join(f"{w:g}" for w in widths)
         head = "" if program.head is None else f", {program.head.describe()}"
-        return f"every id has a row of its own, of width {wide}{head}"
+        return f"every id has a row of its own, of width {wide}{_precision(choice)}{head}"
     text = []
     if own >= 0.5:
         rows_of = "a row of its own" if round(own) == 1 else "rows of their own"
         text.append(f"the {counted(round(own), 'most frequent id')} ({share_text(lookups)} of lookups) have {rows_of}")
     if rows:
         who = "the others" if own >= 0.5 else "all ids"
-        text.append(f"{who} share {counted(round(rows), 'row')}")
+        text.append(f"{who} share {counted(round(rows), 'row')}{_precision(choice)}")
     return " and ".join(text) or "stored by a network"
+
+
+def _precision(choice: FeatureChoice) -> str:
+    return "" if choice.config.precision == "fp32" else f" at {choice.config.precision}"
 
 
 def counted(n: int, what: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.precision import Precision
 from recsys_embed.errors import RecsysEmbedError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.optim import SGD
@@ -18,6 +19,7 @@ from recsys_embed.planning.explain import counted
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.options import FeatureOptions, PlanningContext
 from recsys_embed.planning.predict import plan_losses
+from recsys_embed.planning.rounding import AUTO
 from recsys_embed.planning.solver import PlanSolver
 from recsys_embed.planning.table_groups import TableGroup, table_groups
 
@@ -67,9 +69,17 @@ def ways_out(
     """The budget that would suffice, and other ways out, least bytes first."""
     ways: list[tuple[int, str]] = []
 
-    def smallest(costs: Costs, limits: Limits, names: Any, options: Mapping[str, str] = context.options) -> int | None:
+    allowed = tuple(dict.fromkeys(c.precision for c in context.candidates))
+
+    def smallest(
+        costs: Costs,
+        limits: Limits,
+        names: Any,
+        options: Mapping[str, str] = context.options,
+        precisions: Sequence[Precision] = allowed,
+    ) -> int | None:
         other = PlanningContext(
-            candidate_methods(names),
+            candidate_methods(names, precisions),
             costs,
             limits,
             grid_points=4,
@@ -89,7 +99,7 @@ def ways_out(
         except RecsysEmbedError:
             return None
 
-    names = [c.name for c in context.candidates]
+    names = list(dict.fromkeys(c.name for c in context.candidates))
     trials: list[tuple[str, Costs, Limits, Any]] = [
         ("let the planner choose from all methods", context.costs, context.limits, None)
     ]
@@ -112,6 +122,10 @@ def ways_out(
         need = smallest(costs, limits, chosen)
         if need is not None and need < least:
             ways.append((need, f"{text}: {format_bytes(need)} at least"))
+    if not context.costs.train and AUTO[-1] not in allowed:
+        need = smallest(context.costs, context.limits, names, precisions=AUTO)
+        if need is not None and need < least:
+            ways.append((need, f'rows of fewer bits, precision="auto": {format_bytes(need)} at least'))
     if max(s.embedding_dim for s in schema) > 1:
         ways.append((least - 1, "a smaller embedding_dim"))
     listed = [f"a budget of {format_bytes(least)} ({least} bytes) or more", *(text for _, text in sorted(ways))]

@@ -24,6 +24,8 @@ pieces side by side.
 full width: the first columns carry most. Chunks side by side each take their share away from what the others left, so
 an id keeps most of its signal as long as one of its chunks is its own. A learned scalar per id is a chunk of width 1.
 
+**Rounding.** Rows served at fewer bits keep a part of what they carry (:mod:`recsys_embed.planning.rounding`).
+
 **Features without a network.** Where no network reads a vector beside many others
 (:mod:`recsys_embed.planning.network_context`), it is all that is known of an id. Then ids that share a row keep only
 :data:`SHARED_KEPT_WITHOUT_NETWORK` of what the formula says, a factor on a shared row adds nothing, an id is learned
@@ -48,6 +50,7 @@ import numpy as np
 
 from recsys_embed.core.program import LookupProgram, Table, Transform
 from recsys_embed.planning.curves import Floats, FrequencyCurve
+from recsys_embed.planning.rounding import signal_kept
 
 HALF_KNOWN = 100.0
 """Lookups after which half of an id's signal is learned."""
@@ -128,6 +131,8 @@ class ColumnSpan(NamedTuple):
         power: exponent on the signal that sharing keeps, see the module.
         table: name of the table where features share it, else None.
         reads: rows of that table that an id reads for these columns.
+        rounded: share of the signal that rows keep at the precision of the table, see
+            :mod:`recsys_embed.planning.rounding`.
     """
 
     private: Floats
@@ -137,6 +142,7 @@ class ColumnSpan(NamedTuple):
     power: float
     table: str | None
     reads: float = 1.0
+    rounded: float = 1.0
 
 
 def sharing(transform: Transform, table: Table, terms: CurveTerms) -> tuple[Floats, Floats, float]:
@@ -164,14 +170,14 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         table = tables[row_lookup.table]
         name = table.name if table.shared else None
         own, rest, rows = sharing(row_lookup.transform, table, terms)
-        width = span[1] - span[0]
+        width, rounded = span[1] - span[0], signal_kept(table)
         if row_lookup.num_rows > 1 and spans.count(span) == 1:
-            found += _pieces(own, rest, rows, row_lookup.num_rows, name)
+            found += _pieces(own, rest, rows, row_lookup.num_rows, name, rounded)
         elif width > 1 and table.width == 1 and row_lookup.num_rows == 1:
-            found.append(ColumnSpan(own, rest, rows, 1, 1.0, name))
+            found.append(ColumnSpan(own, rest, rows, 1, 1.0, name, rounded=rounded))
         else:
             group = groups.setdefault(span, [])
-            group.append((table.name, ColumnSpan(own, rest, rows, width, 1.0, name)))
+            group.append((table.name, ColumnSpan(own, rest, rows, width, 1.0, name, rounded=rounded)))
         if row_lookup.weight is not None and not terms.without_network:
             weights = tables[row_lookup.weight.table]
             own, rest, rows = sharing(row_lookup.weight.transform, weights, terms)
@@ -181,11 +187,11 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
     return found
 
 
-def _pieces(own: Floats, rest: Floats, rows: float, run: int, name: str | None) -> list[ColumnSpan]:
+def _pieces(own: Floats, rest: Floats, rows: float, run: int, name: str | None, rounded: float) -> list[ColumnSpan]:
     """A run of elements that starts anywhere: other runs overlap parts of it, so each piece collides separately."""
     count = min(RUN_PIECES, run)
     # A piece is met by every run that starts within its length and a run before it.
-    return [ColumnSpan(own, rest, rows / (run + run / count), run / count, 1.0, name, 1 / count)] * count
+    return [ColumnSpan(own, rest, rows / (run + run / count), run / count, 1.0, name, 1 / count, rounded)] * count
 
 
 def _together(members: Sequence[tuple[str, ColumnSpan]], power: float) -> ColumnSpan:
@@ -195,7 +201,9 @@ def _together(members: Sequence[tuple[str, ColumnSpan]], power: float) -> Column
     sharers = [(table, m) for table, m in members if m.shared.any()]
     rows = sum({table: m.rows for table, m in sharers}.values()) or 1
     name = next((m.table for _, m in sharers if m.table), None)
-    return ColumnSpan(own, rest, rows, members[0][1].width, power if len(sharers) > 1 else 1.0, name)
+    power = power if len(sharers) > 1 else 1.0
+    rounded = min(m.rounded for _, m in members)
+    return ColumnSpan(own, rest, rows, members[0][1].width, power, name, rounded=rounded)
 
 
 def estimate_loss(
@@ -228,7 +236,7 @@ def estimate_loss(
     kept = terms.kept(rows, shared, beside)[where]
     power = np.array([f.power for f in flat])[:, None]
     keep = np.stack([f.private for f in flat]) + np.stack([f.shared for f in flat]) * kept**power
-    carried = 1 - np.exp(-np.array([f.width for f in flat]) / tau)
+    carried = np.array([f.rounded for f in flat]) * (1 - np.exp(-np.array([f.width for f in flat]) / tau))
     lost = np.multiply.reduceat(1 - keep * carried[:, None], places, axis=0)
     floor = np.exp(-dim / tau)
     lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)

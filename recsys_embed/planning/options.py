@@ -194,6 +194,8 @@ def params_of(candidate: Candidate, ranked: bool) -> dict[str, Any]:
     params, order = dict(candidate.params or {}), candidate.info.config_cls.order_option
     if not ranked and order is not None:
         params.setdefault(order, "counts")
+    if candidate.precision != "fp32":
+        params.setdefault("precision", candidate.precision)
     return params
 
 

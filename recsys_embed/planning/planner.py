@@ -48,6 +48,7 @@ def plan_for_budget(
     evidence: EvidenceSource | None = None,
     importance: Mapping[str, float] | None = None,
     itemsize: int | None = None,
+    precision: str | Sequence[str] = "fp32",
     network: bool | Mapping[str, bool] | None = None,
     **limits: Option,
 ) -> Plan:
@@ -74,6 +75,9 @@ def plan_for_budget(
         importance: factors of the losses by feature; 1 by default.
         itemsize: bytes per stored number; by default those of the model's tables, or 4 for a schema. It must be
             given where the tables of a model differ in it.
+        precision: of the rows once they are served: a name as :func:`recsys_embed.export` knows them, names to choose
+            from for each table, or ``"auto"`` for fp32, int8, int4 and int2. Rows train unrounded, so with ``target=
+            "train"`` fewer bits save nothing. Exports follow the plan.
         network: whether a network reads a feature's vector beside many others and so can tell ids of one row apart, for
             all or by feature; else ids get narrow rows rather than shared ones. By default found out, see
             :mod:`recsys_embed.planning.network_context`.
@@ -94,6 +98,9 @@ def plan_for_budget(
     >>> plan = plan_for_budget(schema, "1MiB", methods=["full", "hash"])
     >>> plan["C1"].method, plan["C2"].method, plan.footprint(schema).serve <= 2**20
     ('full', 'hash', True)
+    >>> plan = plan_for_budget(schema, "5MiB", precision=["fp32", "int4"])
+    >>> plan["C2"].method, plan["C2"].precision
+    ('lowdim', 'int4')
     """
     given = schema_of(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
@@ -102,7 +109,7 @@ def plan_for_budget(
         constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
     )
     total, context = planning_context(
-        given, budget, target, methods, optimizer, itemsize_of(itemsize, constraints), limits
+        given, budget, target, methods, optimizer, itemsize_of(itemsize, constraints), precision, limits
     )
     context = replace(context, limits=limits_of_tables(given, context.limits))
     frequencies = Frequencies.of(schema, statistics_of_tables(given, stats))
@@ -177,7 +184,7 @@ def _configs(
     if group is not None and members:
         own = {i: int(cost) for i, cost in zip(group.members, group.own, strict=True)}
         left -= sum(own[i] for i in members)
-        together = group_configs(group, features, members, min(group.most, left // group.unit))
+        together = group_configs(group, features, members, group.rows_within(left))
         if together is None:
             raise RuntimeError(f"method {group.name!r} cannot be sized to {left} bytes for {len(members)} features")
         return {**configs, **together}

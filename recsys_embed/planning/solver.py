@@ -127,7 +127,7 @@ class PlanSolver:
         return int(cost.sum())
 
     def _least_of(self, group: TableGroup | None, allowed: int) -> int:
-        return self._cheapest(group, allowed) + (0 if group is None else group.unit * group.least)
+        return self._cheapest(group, allowed) + (0 if group is None else group.least_bytes)
 
     def _splits(self, group: TableGroup | None, allowed: int, budget: int) -> list[BudgetSplit]:
         """Ways to split the budget. No part of a split shrinks when the budget grows, so losses never rise."""
@@ -136,10 +136,11 @@ class PlanSolver:
         private = self._cheapest(group, allowed)
         # First the smallest shared tables; then the largest, beside the cheapest private tables and beside those plus
         # the full tables of tiny features.
-        amounts = [(group.unit * group.least, budget - group.unit * group.least), (budget - private, private)]
+        least = group.least_bytes
+        amounts = [(least, budget - least), (budget - private, private)]
         amounts += [(budget - private - self._tiny, private + self._tiny)]
         amounts += [(budget * part // PARTS, budget * (PARTS - part) // PARTS) for part in self._shares]
-        splits = [BudgetSplit(group, min(group.most, shared // group.unit), allowed, rest) for shared, rest in amounts]
+        splits = [BudgetSplit(group, group.rows_within(shared), allowed, rest) for shared, rest in amounts]
         return [c for c in dict.fromkeys(splits) if c.rows >= group.least and c.private >= private]
 
     # -- bounds and solutions -------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ members, so the bound is exact for the set that joins in full and too high for i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.precision import Layout
 from recsys_embed.core.program import Table
 from recsys_embed.errors import RecsysEmbedError
 from recsys_embed.features import MAX_ROWS
@@ -27,11 +28,14 @@ from recsys_embed.planning.options import (
     PlanningContext,
     SharedTableOption,
     SizedMethod,
+    params_of,
     sharing_penalty,
     tiny_penalty,
 )
 from recsys_embed.registry import get_method
 
+ROWS = 64
+"""Rows that shared tables are priced by, since several may share a scale."""
 _AT_ONCE = 1 << 21
 """Elements of the arrays that losses are computed in."""
 
@@ -45,7 +49,8 @@ class TableGroup:
         tables: the shared tables at their smallest.
         members: positions of the features that may join, those with most to gain first.
         must: how many of them have nothing else to choose.
-        unit: bytes of the budget per row of each shared table.
+        unit: bytes of the budget per :data:`ROWS` rows of each shared table.
+        block: rows that share a scale; tables have multiples of it.
         least, most: rows that the tables need, and rows beyond which nothing is gained.
         own: int64 [members], bytes that a member adds (projections).
         tiny: [members], whose full table is small enough to be kept.
@@ -56,6 +61,7 @@ class TableGroup:
     members: list[int]
     must: int
     unit: int
+    block: int
     least: int
     most: int
     own: Ints
@@ -76,6 +82,16 @@ class TableGroup:
     @property
     def name(self) -> str:
         return self.candidate.name
+
+    def rows_within(self, available: int) -> int:
+        """Rows of each shared table, at most ``most``, that fit so many bytes."""
+        rows = min(self.most, available * ROWS // self.unit)
+        return rows - rows % self.block
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of the shared tables at their smallest."""
+        return -(-self.unit * self.least // ROWS)
 
     def losses(self, rows: Floats, allowed: int) -> Floats:
         """Loss of each of the first ``allowed`` members in tables of ``rows`` [R]: [allowed, R]."""
@@ -144,15 +160,16 @@ def _table_group(
     columns = [np.array([r[j] for r in rows]) for j in range(len(rows[0]))]
     biggest = max((s for _, s in members), key=lambda s: max(t.rows for t in s.program.tables if t.shared))
     tables = tuple(t for t in biggest.program.tables if t.shared)
-    unit = sum(context.costs.table(Table(t.name, 1, t.width, t.init, shared=True)) for t in tables)
+    unit = sum(context.costs.table(replace(t, rows=ROWS)) for t in tables)
     width = sum(t.width for t in tables)
     most = min(MAX_ROWS, max(1, sum(_size(features[i]) for i, _ in members) // width))
-    least = max(t.rows for t in tables)
+    block = max(Layout.of(t.width, t.precision, rows=ROWS).block for t in tables)
+    least = -(-max(t.rows for t in tables) // block) * block
     must = sum(not features[i].options for i, _ in members)
     own = np.array([s.cost for _, s in members], np.int64)
     tiny = [tiny_penalty(features[i], context) > 0 for i, _ in members]
     return TableGroup(
-        candidate, tables, [i for i, _ in members], must, unit, least, max(least, most), own, tiny, *columns
+        candidate, tables, [i for i, _ in members], must, unit, block, least, max(least, most), own, tiny, *columns
     )
 
 
@@ -167,7 +184,7 @@ def _member(
     for f in sized.spans:
         if f.table is None:
             kept = terms.kept(np.array([float(f.rows)]), f.shared[None])[0] ** f.power
-            base = base * (1 - (1 - np.exp(-f.width / tau)) * (f.private + f.shared * kept))
+            base = base * (1 - f.rounded * (1 - np.exp(-f.width / tau)) * (f.private + f.shared * kept))
     gap = bins - len(base)
     reference = max(t.rows for t in sized.program.tables if t.shared)
     width = sum(f.width for f in shared) / len(shared)
@@ -178,7 +195,7 @@ def _member(
         np.pad(base, (0, gap)),
         sum(f.reads for f in shared),
         sum(f.rows for f in shared) / len(shared) / reference,
-        1 - np.exp(-width / tau),
+        min(f.rounded for f in shared) * (1 - np.exp(-width / tau)),
         sum(f.power for f in shared) / len(shared),
         float(len(shared)),
         np.exp(-dim / tau),
@@ -199,15 +216,14 @@ def group_configs(
     The method's own :meth:`recsys_embed.core.method_config.MethodConfig.plan` makes them agree on the tables.
     """
     specs = [features[i].spec for i in members]
+    params = params_of(group.candidate, ranked=True)
     plain = get_method("full").config_cls.from_params({})
     serve = Costs(None, False)
     small = [_of(features[i].shared, group.candidate).smallest for i in members]
     heads = sum(serve.own(s.config, s.program, features[i].spec) for i, s in zip(members, small, strict=True))
-    budget = heads + sum(serve.table(t) // t.rows for t in group.tables) * rows
+    budget = heads + sum(serve.table(replace(t, rows=rows)) for t in group.tables)
     try:
-        configs = group.candidate.info.config_cls.plan(
-            specs, budget, plain, full_below=0, **(group.candidate.params or {})
-        )
+        configs = group.candidate.info.config_cls.plan(specs, budget, plain, full_below=0, **params)
     except RecsysEmbedError:
         return None
     for spec in specs:

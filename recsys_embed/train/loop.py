@@ -32,6 +32,7 @@ from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
 from recsys_embed.train.retrieval_metrics import Seen
+from recsys_embed.train.rounded_rows import rounded_rows
 from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
 from recsys_embed.train.schedule import Schedule
@@ -334,11 +335,12 @@ class Trainer(Resumable):
         if self.config.keep_best and state.history and state.best_step != state.step:
             self._load_best()
         results: dict[str, Metrics | None] = {}
-        for split in ("valid", "test"):
-            results[split] = self.evaluate(split, stop) if split in self.data.splits else None
-            if stop.requested:
-                # The checkpoint of the last step is written, and the weights in memory may be older, better ones.
-                raise Interrupted(self._resume_hint())
+        with rounded_rows(self.model):
+            for split in ("valid", "test"):
+                results[split] = self.evaluate(split, stop) if split in self.data.splits else None
+                if stop.requested:
+                    # The checkpoint of the last step is written, and the weights in memory may be older, better ones.
+                    raise Interrupted(self._resume_hint())
         if (test := results["test"]) is not None:
             self._say_one_class("test", test)
             self.log.write("test", state.step, **test.logged())

@@ -1,0 +1,70 @@
+"""Loss by rounding: what rows that are served at a precision keep of the signal they were trained to.
+
+Rounding adds noise of its own to every id, as shared rows do, so a row keeps ``1 - error`` of its signal: ``error`` is
+the squared rounding error relative to the squares of the row. For rows of normal numbers that is a number per
+precision and width, :data:`ERRORS`: the range of more columns is wider, and so are the steps between the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import cache
+from typing import Any, get_args
+
+import numpy as np
+
+from recsys_embed.core.precision import Layout, Precision, check_precision
+from recsys_embed.core.program import Table
+from recsys_embed.errors import ConfigError
+
+AUTO: tuple[Precision, ...] = ("fp32", "int8", "int4", "int2")
+"""Precisions that ``"auto"`` chooses from. fp16, bf16 and fp8 take more bytes than int8 for errors that matter less."""
+COLUMNS = (8, 16, 32, 64, 128, 256)
+ERRORS = {
+    "fp64": (0.0,) * 6,
+    "fp32": (0.0,) * 6,
+    "fp16": (4.3e-8,) * 6,
+    "bf16": (2.7e-6,) * 6,
+    "fp8": (7.0e-4,) * 6,
+    "int8": (8.5e-6, 1.5e-5, 2.1e-5, 2.8e-5, 3.5e-5, 4.1e-5),
+    "int4": (0.0020, 0.0035, 0.0050, 0.0067, 0.0082, 0.0096),
+    "int2": (0.039, 0.065, 0.088, 0.103, 0.110, 0.115),
+}
+"""Relative squared error of rows of normal numbers by their :data:`COLUMNS`, with the searches that exports use."""
+
+
+@cache
+def rounding_error(precision: str, columns: int) -> float:
+    """Relative squared error of rows that share a scale over ``columns`` numbers."""
+    return float(np.interp(np.log2(columns), np.log2(COLUMNS), ERRORS[precision]))
+
+
+def signal_kept(table: Table) -> float:
+    """Share of the signal that the rows of a table keep at its precision.
+
+    >>> from recsys_embed.core.program import Initializer
+    >>> signal_kept(Table("w", 1000, 16, Initializer("constant"), precision="int4"))
+    0.9965
+    """
+    if table.precision == "fp32":
+        return 1.0
+    layout = Layout.of(table.width, table.precision, rows=table.rows)
+    return 1.0 - rounding_error(layout.kind, layout.block * layout.width)
+
+
+def precisions_of(given: Any) -> tuple[Precision, ...]:
+    """The precisions that a plan may choose from.
+
+    Args:
+        given: ``"auto"``, a name, or names.
+
+    Raises:
+        ConfigError: no precision, or an unknown one.
+    """
+    if given == "auto":
+        return AUTO
+    names: Iterable[Any] = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or isinstance(names, bytes) or not names:
+        known = ", ".join(get_args(Precision))
+        raise ConfigError(f"`precision` must be 'auto', or one or more of {known}; got {given!r:.80}")
+    return tuple(dict.fromkeys(check_precision(name) for name in names))

@@ -1,0 +1,129 @@
+"""Bits as a planned variable: bytes, losses and choices follow the precision of each table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recsys_embed as rse
+from recsys_embed import FeatureSpec, Plan, Schema, plan_for_budget
+from recsys_embed.core.precision import SEARCHES, Layout, Precision
+from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.planning.rounding import AUTO, COLUMNS, ERRORS
+from tests.tiers import slow_but
+
+ROWS = {"user": 20_000, "item": 5000, "c1": 10, "c2": 300, "c3": 900}
+SCHEMA = Schema([FeatureSpec(name, n, 16) for name, n in ROWS.items()])
+FULL = Plan.full(SCHEMA).footprint(SCHEMA).serve
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_errors_are_those_of_normal_rows(precision: Any, columns: int) -> None:
+    rows = torch.randn(4000, columns, generator=torch.Generator().manual_seed(0))
+    layout = Layout(precision, columns)
+    back = layout.decode(layout.encode(rows, SEARCHES.get(precision, "minmax")))
+    error = float((back - rows).square().mean() / rows.square().mean())
+    assert ERRORS[precision][COLUMNS.index(columns)] == pytest.approx(error, rel=0.08, abs=1e-12)
+
+
+@pytest.mark.parametrize("ratio", slow_but([4, 20, 100], 20))
+def test_more_precisions_to_choose_from_never_lose_more(ratio: int) -> None:
+    losses = []
+    for menu in ("fp32", ("fp32", "int8"), "auto"):
+        plan = plan_for_budget(SCHEMA, FULL // ratio, precision=menu, full_below=0)
+        assert plan.notes is not None
+        assert plan.notes.bytes == plan.footprint(SCHEMA).serve <= FULL // ratio
+        assert {c.precision for c in plan.configs.values()} <= ({menu} if menu == "fp32" else set(AUTO))
+        losses.append(plan.notes.predicted_loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+@given(
+    sizes=st.lists(st.integers(1, 50_000), min_size=1, max_size=5),
+    width=st.sampled_from([1, 4, 8, 16, 20]),
+    ratio=st.floats(1.5, 100),
+    menu=st.one_of(
+        st.just("auto"), st.lists(st.sampled_from(get_args(Precision)), min_size=1, max_size=2, unique=True)
+    ),
+    methods=st.sampled_from([None, ["unified"], ["robe", "full"], ["lowdim", "hash"]]),
+)
+def test_plans_keep_to_their_bytes(sizes: Any, width: int, ratio: float, menu: Any, methods: Any) -> None:
+    schema = Schema([FeatureSpec(f"f{i}", n, width) for i, n in enumerate(sizes)])
+    budget = max(1, int(Plan.full(schema).footprint(schema).serve / ratio))
+    try:
+        plan = plan_for_budget(schema, budget, methods=methods, precision=menu)
+    except BudgetError:
+        return
+    assert plan.notes is not None
+    assert plan.footprint(schema).serve == plan.notes.bytes <= budget
+    assert {c.precision for c in plan.configs.values()} <= set(AUTO if menu == "auto" else menu)
+
+
+def test_a_name_is_that_of_every_table_and_what_is_exported(tmp_path: Path) -> None:
+    plan = plan_for_budget(SCHEMA, FULL // 20, precision="int4")
+    assert {c.precision for c in plan.configs.values()} == {"int4"}
+    assert "at int4" in plan.reasons["user"]
+    report = rse.export(rse.EmbeddingCollection(SCHEMA, plan), tmp_path / "c", prune=False)
+    assert report.embedding_bytes == plan.notes.bytes  # type: ignore[union-attr]
+    assert {t.kind for t in report.tables if t.form != "whole"} == {"int4"}
+
+
+def test_in_training_fewer_bits_save_nothing() -> None:
+    plan = plan_for_budget(SCHEMA, FULL // 4, "train", precision="auto")
+    assert {c.precision for c in plan.configs.values()} == {"fp32"}
+    assert plan.configs == plan_for_budget(SCHEMA, FULL // 4, "train").configs
+
+
+def test_a_budget_for_fewer_bits_is_named() -> None:
+    with pytest.raises(BudgetError, match=r'precision="auto": .* at least'):
+        plan_for_budget(SCHEMA, FULL // 2, methods=["full"])
+
+
+@pytest.mark.parametrize("wrong", ["int9", [], None, 4, ["int8", "in4"], b"int8"])
+def test_what_is_no_precision_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="precision"):
+        plan_for_budget(SCHEMA, FULL // 4, precision=wrong)
+
+
+def test_a_model_is_compressed_and_exported_as_planned(tmp_path: Path) -> None:
+    class Ranker(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.user, self.item = torch.nn.Embedding(3000, 16), torch.nn.Embedding(800, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return (self.user(ids[:, 0]) * self.item(ids[:, 1])).sum(1)
+
+    model, ids = Ranker(), torch.stack([torch.arange(99), torch.arange(99)], 1)
+    before = model(ids).detach()
+    plan = plan_for_budget(model, "60KiB", methods=["full", "lowdim"], precision="auto")
+    report = rse.compress_(model, plan)
+    assert report.bytes_after == plan.notes.bytes  # type: ignore[union-attr]
+    written = rse.export(model, tmp_path / "m", prune=False)
+    assert written.embedding_bytes == report.bytes_after
+    served = rse.load(tmp_path / "m", into=Ranker())
+    assert torch.corrcoef(torch.stack([served(ids), before]))[0, 1] > 0.95
+
+
+def test_a_run_is_measured_as_it_is_served(tmp_path: Path) -> None:
+    from recsys_embed.train import evaluate, run_training
+    from tests.train.toy import ToyData, toy_config
+
+    schema = ToyData(2000).schema(8)
+    configs = {s.name: {"method": "full", "precision": "int2"} for s in schema}
+    data = ToyData(2000)
+    found = run_training(toy_config(method="planned", plan={"version": 1, "features": configs}), data)
+    unrounded = evaluate(found.model, data, "test")
+    rse.export(found.model, tmp_path / "m")
+    served = evaluate(rse.load(tmp_path / "m"), data, "test")  # type: ignore[arg-type]
+    assert unrounded is not None
+    assert found.result.test.auc == pytest.approx(served.auc, abs=1e-9)  # type: ignore[union-attr]
+    assert found.result.test.auc != unrounded.auc  # type: ignore[union-attr]
