@@ -2,7 +2,7 @@
 
 Rounding adds noise to every number of a row. Its size is the squared rounding error relative to the squares of the
 row, which for rows of normal numbers is a number per precision and width, :data:`ERRORS`: the range of more columns is
-wider, and so are the steps between the codes. What it destroys of the signal was set by exports of trained models: where
+wider, and so are the steps between codes. What it destroys of the signal was set by exports of trained models: where
 a network reads the rows, two bits cost DeepFM and DCNv2 on a Criteo sample 0.0000 to 0.0002 of AUC with full tables and
 0.0009 with shared ones (:data:`LOST_PER_ERROR`); where none does, recall@20 of matrix factorisation on MovieLens-100K
 fell by 12 to 25 % at two bits and by up to 2 % at four (:data:`LOST_PER_ERROR_WITHOUT_NETWORK`).

@@ -104,7 +104,7 @@ def test_a_model_is_compressed_and_exported_as_planned(tmp_path: Path) -> None:
 
     model, ids = Ranker(), torch.stack([torch.arange(99), torch.arange(99)], 1)
     before = model(ids).detach()
-    plan = plan_for_budget(model, "60KiB", methods=["full", "lowdim"], precision="auto")
+    plan = plan_for_budget(model, "60KiB", methods=["full"], precision="auto")
     report = rse.compress_(model, plan)
     assert report.bytes_after == plan.notes.bytes  # type: ignore[union-attr]
     written = rse.export(model, tmp_path / "m", prune=False)
