@@ -82,12 +82,13 @@ def test_raw_rows_get_what_the_model_finds_on_the_folder(kind: str, tmp_path: Pa
     # The names of ids, by what the folder made of the very rows.
     named = dict(zip(batch.ids[:, 1].tolist(), rows["item"].to_list(), strict=True))
     vocabulary = pl.read_parquet(next(data.path.glob("vocab/item*.parquet")))
-    named |= {i: v for i, v in zip(vocabulary["id"].to_list(), vocabulary["value"].to_list(), strict=True)}
+    named |= dict(zip(vocabulary["id"].to_list(), vocabulary["value"].to_list(), strict=True))
     without = rows.drop("item", "kind", "price")
     for given in (rows, without, without.to_dicts(), without.lazy()):
         found = model.recommend(given, k=5)
         assert found.items.tolist() == [[named[i] for i in row] for row in wanted.tolist()]
-        assert np.array_equal(found.scores, scores.numpy()) and found.scores.dtype == np.float32
+        assert np.array_equal(found.scores, scores.numpy())
+        assert found.scores.dtype == np.float32
 
 
 def test_items_are_left_out_and_new_values_are_as_for_predict(tmp_path: Path) -> None:
@@ -99,12 +100,14 @@ def test_items_are_left_out_and_new_values_are_as_for_predict(tmp_path: Path) ->
     for row, items, scores in zip(users.to_dicts(), found.items, found.scores, strict=True):
         out = {*row["seen"], names[3]} & {*names}
         # Histories are cut to the newest 3 as inputs, and excluded whole.
-        assert set(items) - {None} == {*names} - out and len(names) == in_catalogue
+        assert set(items) - {None} == {*names} - out
+        assert len(names) == in_catalogue
         assert np.isneginf(scores).tolist() == [item is None for item in items]
     strange = [{"user": "nobody", "seen": ["no film"], "age": None}, {"user": None, "seen": None, "age": None}]
     some = model.recommend(strange, k=2, exclude="seen")
     again = model.recommend([{**strange[0], "user": "zoe", "seen": ["another"]}], k=2)
-    assert some.items.shape == (2, 2) and some.items[0].tolist() == again.items[0].tolist()
+    assert some.items.shape == (2, 2)
+    assert some.items[0].tolist() == again.items[0].tolist()
     assert model.recommend([], k=3).items.shape == (0, 3)
 
 
@@ -139,7 +142,8 @@ def test_files_of_recommendations(tmp_path: Path, capsys: Any) -> None:
         np.testing.assert_allclose(written["score"], wanted.scores[there], rtol=1e-6)
     assert main([*args, "--out", str(tmp_path / "x.parquet"), "--keep", "item"]) != 0
     error = capsys.readouterr().err
-    assert "no column 'item' to keep" in error and "column 'item' cannot be kept" in error
+    assert "no column 'item' to keep" in error
+    assert "column 'item' cannot be kept" in error
 
 
 def test_what_cannot_be_recommended_is_refused(tmp_path: Path, capsys: Any) -> None:
@@ -157,8 +161,8 @@ def test_what_cannot_be_recommended_is_refused(tmp_path: Path, capsys: Any) -> N
         model.recommend(users, torch.zeros(1, 1))  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="numeric values need ids"):
         model.recommend(torch.zeros(1, 1))  # type: ignore[call-overload]
+    outside: Any = model_of_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="it does not hold what turns raw rows into them"):
-        outside: Any = model_of_run(tmp_path / "run")
         outside.recommend(users, k=2)
     ids = BagIds(torch.tensor([3]), torch.tensor([0, 1]))
     batch = next(iter(data.batches("test", 1, shuffle=False)))

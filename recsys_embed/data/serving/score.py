@@ -256,7 +256,7 @@ def _write_to(
         for frame, batches in _batches(_parts(encoder, source, size, keep, tell), batch_size):
             made, kept = output.make(frame, batches), frame.select(keep)
             if ROW in output.columns:
-                kept = kept[made[ROW].to_numpy()]
+                kept = kept[made[ROW].to_numpy()] if keep else kept
                 made = made.with_columns((pl.col(ROW) + counts["rows"]).cast(output.columns[ROW]))
             yield pl.DataFrame([*kept.get_columns(), *made.get_columns()])
             counts["rows"] += len(frame)

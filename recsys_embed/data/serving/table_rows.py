@@ -19,6 +19,7 @@ from recsys_embed.data.sources import Source, join_options, open_source
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
+from recsys_embed.data.sources.learned_spelling import check_dialect, check_spelling
 from recsys_embed.data.sources.learned_types import read_as_learned
 from recsys_embed.errors import DataError, raise_faults
 from recsys_embed.utils.settings import FilePart, fault, param
@@ -125,6 +126,7 @@ class TableEncoder(RowEncoder):
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
         given = dict(options or {})
         source = open_source(table, join_options(self.options, given), known_only=not given)
+        check_dialect(source, self.columns, given)
         encoders = [*self.read, *self.others(source.types)]
         read_as_learned(source, encoders)
         if isinstance(source, FrameSource):
@@ -137,6 +139,7 @@ class TableEncoder(RowEncoder):
             if why is not None:
                 faults.append(f"column {name!r} as {encoder.column.kind}: {why}")
         raise_faults(faults, f"the rows and the model; the rows have {', '.join(types)}")
+        check_spelling(source, encoders, given)
         return source
 
     def others(self, types: Mapping[str, pl.DataType]) -> Sequence[Encoder]:
