@@ -20,6 +20,13 @@ from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import publish
 from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.sources.learned_spelling import (
+    check_dialect,
+    check_spelling,
+    first_texts,
+    list_separator,
+    other_separator,
+)
 from recsys_embed.data.sources.learned_types import read_as_learned, read_floats
 from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.data.splits import TRAIN
@@ -89,6 +96,8 @@ def convert_table(
     with lock(out):
         work = out / WORK_DIR
         table = found.stage(work)
+        needed = [c.source for c in made.used if donor is None or not _may_lack(c)]
+        check_dialect(table, needed, made.source if donor is None else options or {})
         encoders: dict[str, Encoder] = {}
         if donor is not None and like is not None:
             encoders = _encoders(donor, Path(like), made.used)
@@ -101,6 +110,7 @@ def convert_table(
         made.check_types(table.types)
         if encoders:
             _check_learned(encoders, table.types, Path(str(like)))
+            check_spelling(table, encoders.values(), options or {})
             columns = tuple(e.column for e in encoders.values())
         else:
             columns = tuple(_with_width(c, table) if isinstance(c, Vector) else c for c in made.used)
@@ -131,6 +141,7 @@ def convert_table(
         built = write_table(rows, codes, learned, record, progress)
         publish(out, built)
     notices += _remarks(made, built.manifest, donor is not None)
+    notices += [] if donor is not None else _odd_separators(table, made)
     return ConvertReport(
         out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
     )
@@ -162,6 +173,21 @@ def _remarks(schema: TableSchema, manifest: Manifest, like: bool) -> list[str]:
     if train is not None and train.positives in (0, train.rows):
         value = 0 if train.positives == 0 else 1
         found.append(f"every label of the training rows is {value}, of which nothing can be learned")
+    return found
+
+
+def _odd_separators(table: Source, schema: TableSchema) -> list[str]:
+    """Lists as text in which the first rows never have the separator, and mostly another one."""
+    found = []
+    for column in schema.used:
+        separator = list_separator(table, column)
+        if separator is not None:
+            other = other_separator(first_texts(table, 0, column.source), separator)
+            if other is not None:
+                found.append(
+                    f"column {column.source!r}: no value of the first rows holds the separator {separator!r}, and most "
+                    f"hold {other!r}"
+                )
     return found
 
 
