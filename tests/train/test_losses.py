@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from recsys_embed import FeatureSpec, Schema
 from recsys_embed.data import Batch, RowSource
 from recsys_embed.data.list_ids import ListIds
-from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.errors import DataError
 from recsys_embed.train import DivergedError, TrainConfig, Trainer, evaluate, run_training
 from recsys_embed.train.build import model_from_config
 from recsys_embed.train.loss import loss_of
@@ -153,9 +153,3 @@ def test_weights_that_drive_the_loss_out_of_range_are_named() -> None:
 def test_labels_that_do_not_fit_the_loss_are_refused() -> None:
     with pytest.raises(DataError, match=r"labels must be 0 or 1.*loss='squared_error'"):
         run_training(TrainConfig(), Ratings(real=True))
-    from recsys_embed.search import DnisSearch, DnisSettings, run_search
-
-    with pytest.raises(ConfigError, match="tags have lists"):
-        run_search(DnisSearch, TrainConfig(), Ratings(real=False), DnisSettings())
-    with pytest.raises(ConfigError, match="loss='squared_error'"):
-        run_search(DnisSearch, TrainConfig(loss="squared_error"), Ratings(real=True), DnisSettings())

@@ -25,6 +25,8 @@ from recsys_embed.data.columns.base import (
 )
 from recsys_embed.data.columns.vocabulary import (
     MAX_WHOLE,
+    TYPE_NAMES,
+    VALUE_TYPES,
     ValueCounter,
     ValueVocabulary,
     joint_value_type,
@@ -289,7 +291,7 @@ class VocabularyEncoder(Encoder):
         found = None if flat is None or flat == pl.Null else value_type(flat)
         if found is None or found == self.dtype or (found.is_integer() and self.dtype.is_integer()):
             return why
-        return f"it learned values of type {_TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
+        return f"it learned values of type {TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
 
     def writes_numbers(self, dtype: pl.DataType) -> bool:
         """Whether values of a type are numbers where texts were learned: they are read as their decimals."""
@@ -325,7 +327,7 @@ class VocabularyEncoder(Encoder):
         return raw_ids(keys, self._strings) if self.known is None else self.known.find(keys)
 
     def learned(self) -> JSON:
-        of_type = {"type": _TYPE_NAMES[str(self.dtype)]}
+        of_type = {"type": TYPE_NAMES[str(self.dtype)]}
         if self.known is None:
             return {**of_type, "distinct": self.distinct, "estimated": self.estimated}
         known = self.known
@@ -340,7 +342,7 @@ class VocabularyEncoder(Encoder):
     @classmethod
     def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
-        dtype = _TYPES[learned_value(learned, "type", where)]
+        dtype = VALUE_TYPES[learned_value(learned, "type", where)]
         if column.ids == "raw":
             return cls(column, None, dtype, learned_value(learned, "distinct", where), bool(learned.get("estimated")))
         file = learned_value(learned, "vocab", where)
@@ -351,17 +353,6 @@ class VocabularyEncoder(Encoder):
             unknown_count=learned_value(learned, "unknown_count", where),
         )
         return cls(column, known, dtype)
-
-
-_TYPES: dict[str, pl.DataType] = {
-    "string": pl.String(),
-    "integer": pl.Int64(),
-    "unsigned": pl.UInt64(),
-    "bool": pl.Boolean(),
-    "date": pl.Date(),
-    "time": pl.Datetime("us"),
-}
-_TYPE_NAMES = {str(dtype): name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,16 @@ _FILE_NAME = 200
 """Characters that a file's name may have before its ending; file systems take 255 with what is added while writing."""
 DISTINCT_BYTES = 240
 """Measured peak per distinct value of a vocabulary, strings of 12 bytes."""
+VALUE_TYPES: dict[str, pl.DataType] = {
+    "string": pl.String(),
+    "integer": pl.Int64(),
+    "unsigned": pl.UInt64(),
+    "bool": pl.Boolean(),
+    "date": pl.Date(),
+    "time": pl.Datetime("us"),
+}
+"""Types of vocabularies by their names in manifests and exported files."""
+TYPE_NAMES = {str(dtype): name for name, dtype in VALUE_TYPES.items()}
 
 
 def value_type(dtype: pl.DataType) -> pl.DataType | None:
