@@ -323,7 +323,7 @@ class TablesWithState(nn.Module):
 
     @torch.no_grad()
     def catch_up_all(self, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-        """What compiled code does where it reads everything: apply all deferred steps, given the ``states`` in a row."""
+        """What compiled code does where it reads everything: apply all deferred steps; ``states`` are in a row."""
         with self._by_compiled_code():
             if self._has_missed_steps:
                 self._replay_all(tables, states)
