@@ -23,6 +23,6 @@ def test_an_example_runs(script: str, tmp_path: Path) -> None:
         if re.search(rf"\b(from|import) {library}\b", source):
             pytest.importorskip(library, exc_type=ImportError)
     command = [sys.executable, str(ROOT / "examples" / script), "--smoke"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "nan" not in done.stdout.lower()

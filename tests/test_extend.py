@@ -160,6 +160,7 @@ def test_plugins_are_imported_at_first_need(installed: Path) -> None:
     assert "plugin 'broken' (fold_plugin.broken, from fold-plugin 1.2) cannot be imported" in line
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_plugins(installed: Path) -> None:
     script = """
         from recsys_embed.cli import main

@@ -118,6 +118,10 @@ class SASRec(RetrievalModel):
     def user_features(self) -> list[str]:
         return [self.history]
 
+    @property
+    def user_numeric(self) -> tuple[int, ...]:
+        return ()
+
     def items(self, item_ids: Tensor) -> Tensor:
         return self.vectors.lookup(self.item, item_ids)
 

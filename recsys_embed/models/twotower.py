@@ -238,5 +238,6 @@ class TwoTower(RetrievalModel):
             owners = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
             columns = torch.arange(len(values), device=values.device) - offsets[:-1][owners] + starts[number]
             self.item_ids[owners, columns] = values.long()
-            self.item_lengths[:-1, number] = lengths
+            # Of items of which there is no row stays what was known.
+            self.item_lengths[:-1, number] = torch.where(known, lengths, self.item_lengths[:-1, number])
         self.item_dense[:-1] = torch.where(known.unsqueeze(1), dense[:, self.item_numeric], self.item_dense[:-1])

@@ -50,7 +50,7 @@ def test_methods(workers: Workers, method: str, rule: str) -> None:
     check(workers.run("replicas", module=CASES, plan=plan, rule=rule), 1e-5)
 
 
-@pytest.mark.parametrize("compiled", slow_but(["inside", "outside"], "outside"))
+@pytest.mark.parametrize("compiled", slow_but(["inside", "outside"]))
 def test_compiled(workers: Workers, compiled: str) -> None:
     check(workers.run("two_replicas", module=CASES, compiled=compiled))
 

@@ -11,11 +11,12 @@ from recsys_embed.optim import list_rules
 from recsys_embed.registry import list_methods
 from tests.fuzz.programs import FORMS, Program, draw
 from tests.fuzz.shrink import explain, shrink
+from tests.tiers import slow_but
 
-CHUNKS, SIZE = 12, 100
+CHUNKS, FAST, SIZE = 12, 7, 100
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", slow_but(range(CHUNKS), *range(FAST)))
 def test_backends_agree(chunk: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -27,7 +28,7 @@ def test_backends_agree(chunk: int) -> None:
 
 
 def test_programs_hold_everything_that_is_registered() -> None:
-    programs = [draw(seed) for seed in range(CHUNKS * SIZE)]
+    programs = [draw(seed) for seed in range(FAST * SIZE)]
     features = [f for p in programs for f in p.features]
     assert {f.method for f in features} == {m.name for m in list_methods()}
     assert {p.rule for p in programs} == {None, *list_rules()}

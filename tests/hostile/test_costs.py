@@ -106,7 +106,7 @@ def test_sets_of_ids_are_counted_before_memory_is_taken(tmp_path: Path) -> None:
         rse.Plan.from_dict(json.loads(json.dumps(plan))).members(schema["a"])
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1000, 20_000_000])
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, pytest.param(20_000_000, marks=pytest.mark.slow)])
 def test_sets_of_ids_come_back(size: int) -> None:
     some = torch.randperm(size)[: max(1, size // 7)].sort().values
     for members in (some, torch.arange(size), torch.tensor([size - 1])):

@@ -18,6 +18,7 @@ from tests.hostile.files import open_all
 COUNT = int(os.environ.get("RECSYS_EMBED_MUTANTS", "12"))  # of each kind of file; more by hand
 
 
+@pytest.mark.slow
 def test_damaged_files_are_opened_or_refused(tmp_path: Path) -> None:
     files = samples.make(tmp_path)
     (tmp_path / "mutants").mkdir()

@@ -14,10 +14,12 @@ from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.kernels import gather_ops
 from recsys_embed.kernels.dispatch import available_backends
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
+from tests.tiers import slow_but
 
 # One feature whose ids may be none, so that rows are partial.
 SCHEMA = Schema([FeatureSpec("C1", 60, 8), FeatureSpec("C2", 900, 8, unseen="zero"), FeatureSpec("C3", 3, 8)])
 
+ALL = rse.Adam(lr=0.1, weight_decay=0.01, rows="all")
 BACKENDS = [b.name for b in available_backends() if b.available and b.name in ("torch", "native")]
 
 
@@ -91,7 +93,7 @@ def test_inductor_takes_the_same_steps_on_tables_of_half_precision() -> None:
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", [None, rse.Adam(lr=0.1, weight_decay=0.01, rows="all")], ids=["none", "all"])
+@pytest.mark.parametrize("rule", slow_but([None, ALL], ALL), ids=["none", "all"])
 def test_bags_are_compiled_whole(rule: FusedOptimizer | None, backend: str) -> None:
     schema = Schema([FeatureSpec("a", 30, 8), FeatureSpec("b", 20, 8, pooling="mean"), FeatureSpec("c", 9, 8)])
     plain = EmbeddingCollection(schema, None, rule, backend=backend)

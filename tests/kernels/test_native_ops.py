@@ -101,6 +101,7 @@ def test_compiled_weighted_bags_that_keep_values_for_backward_have_the_same_bits
         assert rule is not None or torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_inductor_leaves_tables_where_they_are() -> None:
     coll = EmbeddingCollection(SCHEMA, None, rse.Adagrad(lr=0.1), backend="native")
     model = torch.nn.Sequential(coll, torch.nn.Flatten(), torch.nn.Linear(24, 1))

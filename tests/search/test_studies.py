@@ -350,6 +350,7 @@ def _worker(where: str) -> None:
     MethodStudy(CONFIG, Planted(0, rows=600), changed(trials=8), where).work()
 
 
+@pytest.mark.slow
 def test_workers_share_a_study_without_losing_or_repeating_a_trial(tmp_path):
     where = str(tmp_path / "s.db")
     study = MethodStudy(CONFIG, Planted(0, rows=600), changed(trials=8), where)

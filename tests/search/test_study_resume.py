@@ -102,7 +102,7 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize("sampler", slow_but(["nsgaii", "evolution"], "nsgaii"))
+@pytest.mark.parametrize("sampler", slow_but(["nsgaii", "evolution"]))
 def test_a_study_killed_in_its_trials_loses_at_most_one_step(sampler: str, tmp_path: Path) -> None:
     changes = {"sampler": sampler, "trials": 9, "validations": 3}
     changes |= {"objectives": ["auc"], "sampler_args": {"population": 4}} if sampler == "evolution" else {}

@@ -231,6 +231,7 @@ run_training(toy_config(), ToyData(40_000), folder=Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_costs_about_a_second_where_writing_is_fast(tmp_path: Path) -> None:
     folder, book = tmp_path / "run", tmp_path / "book"
     command = [sys.executable, "-c", SLOW, str(folder), str(book)]

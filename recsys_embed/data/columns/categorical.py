@@ -25,6 +25,8 @@ from recsys_embed.data.columns.base import (
 )
 from recsys_embed.data.columns.vocabulary import (
     MAX_WHOLE,
+    TYPE_NAMES,
+    VALUE_TYPES,
     ValueCounter,
     ValueVocabulary,
     joint_value_type,
@@ -282,12 +284,37 @@ class VocabularyEncoder(Encoder):
 
     def refuse(self, dtype: pl.DataType) -> str | None:
         column: Any = self.column
+        if self.writes_numbers(dtype):
+            return None
         why = column.refuse(dtype)
         flat = None if why is not None else column.flat_type(dtype)
         found = None if flat is None or flat == pl.Null else value_type(flat)
         if found is None or found == self.dtype or (found.is_integer() and self.dtype.is_integer()):
             return why
-        return f"it learned values of type {_TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
+        return f"it learned values of type {TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
+
+    def writes_numbers(self, dtype: pl.DataType) -> bool:
+        """Whether values of a type are numbers where texts were learned: they are read as their decimals."""
+        column: Any = self.column
+        if self.dtype != pl.String or isinstance(dtype, pl.List | pl.Array) != hasattr(column, "lists"):
+            return False
+        return bool(column.flat_type(dtype).is_numeric())
+
+    def checks(self, dtype: pl.DataType) -> bool:
+        column: Any = self.column
+        return bool(column.flat_type(dtype).is_float()) if self.writes_numbers(dtype) else super().checks(dtype)
+
+    def faults(self, values: pl.Series) -> list[Fault]:
+        column: Any = self.column
+        if not self.writes_numbers(values.dtype):
+            return super().faults(values)
+        if not column.flat_type(values.dtype).is_float():
+            return []
+        if values.dtype.is_numeric():
+            wrong = values.is_infinite()
+        else:
+            wrong = column.lists(values).list.eval(pl.element().is_infinite()).list.any()
+        return cast_faults(values, wrong, "infinity is no category")
 
     def keys(self, values: pl.Series) -> tuple[pl.Series, int]:
         """Values in the vocabulary's type, see :func:`plain`; raw integers in their own, with a sign or without."""
@@ -300,7 +327,7 @@ class VocabularyEncoder(Encoder):
         return raw_ids(keys, self._strings) if self.known is None else self.known.find(keys)
 
     def learned(self) -> JSON:
-        of_type = {"type": _TYPE_NAMES[str(self.dtype)]}
+        of_type = {"type": TYPE_NAMES[str(self.dtype)]}
         if self.known is None:
             return {**of_type, "distinct": self.distinct, "estimated": self.estimated}
         known = self.known
@@ -315,7 +342,7 @@ class VocabularyEncoder(Encoder):
     @classmethod
     def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
-        dtype = _TYPES[learned_value(learned, "type", where)]
+        dtype = VALUE_TYPES[learned_value(learned, "type", where)]
         if column.ids == "raw":
             return cls(column, None, dtype, learned_value(learned, "distinct", where), bool(learned.get("estimated")))
         file = learned_value(learned, "vocab", where)
@@ -326,17 +353,6 @@ class VocabularyEncoder(Encoder):
             unknown_count=learned_value(learned, "unknown_count", where),
         )
         return cls(column, known, dtype)
-
-
-_TYPES: dict[str, pl.DataType] = {
-    "string": pl.String(),
-    "integer": pl.Int64(),
-    "unsigned": pl.UInt64(),
-    "bool": pl.Boolean(),
-    "date": pl.Date(),
-    "time": pl.Datetime("us"),
-}
-_TYPE_NAMES = {str(dtype): name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)

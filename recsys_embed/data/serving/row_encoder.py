@@ -41,10 +41,12 @@ class RowEncoder(ABC):
     Attributes:
         columns: of the raw rows that are needed.
         nested: those whose every value is a list.
+        texts: those of which texts are known, which numbers are read as.
     """
 
     columns: tuple[str, ...]
     nested: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def __init__(self, stored: StoredEncoders) -> None:
         about = stored.about

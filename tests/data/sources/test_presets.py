@@ -234,6 +234,7 @@ def test_command_line(tmp_path, capsys) -> None:
         read_preset("movielens1m")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("RECSYS_EMBED_DATA" not in os.environ, reason="RECSYS_EMBED_DATA names no folder of public data")
 def test_movielens_100k_itself(tmp_path, capsys) -> None:
     """The real files: joined as a plain join has them, and a model that learns as published ones do."""
