@@ -13,7 +13,6 @@ from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.plan import Plan
 from recsys_embed.search.base import Search
-from recsys_embed.search.checks import need_single_ids
 from recsys_embed.search.folder import SearchFolder, held
 from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.report import CURVES, curves_of, page
@@ -40,14 +39,6 @@ def _check_tables(schema: Schema) -> None:
     """Refuse features whose rows a search cannot choose."""
     if any(s.ids == "raw" for s in schema):
         raise ConfigError("a search needs ids of a vocabulary; this data holds raw 64-bit ids, which have no rows")
-    shared = {table: readers for table, readers in schema.by_table.items() if len(readers) > 1}
-    if shared:
-        listed = "; ".join(f"{t!r} of {', '.join(s.name for s in readers)}" for t, readers in shared.items())
-        raise ConfigError(
-            f"a search chooses rows feature by feature, and features of this data share tables ({listed}); plan them "
-            "by recsys_embed.plan_for_budget, or search over methods (recsys-embed search methods), which choose per "
-            "table"
-        )
 
 
 def run_search(
@@ -100,7 +91,6 @@ def run_search(
     if config.method != "full" or config.plan is not None:
         raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
-    need_single_ids(data, config)
     check_rows(data, config)
     path = None if folder is None else Path(folder)
     if device is not None:

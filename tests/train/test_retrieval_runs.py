@@ -19,7 +19,6 @@ from recsys_embed.cli import main
 from recsys_embed.data import Batch, convert_table, open_dataset
 from recsys_embed.errors import ConfigError
 from recsys_embed.models import RetrievalModel
-from recsys_embed.search import DnisSearch, DnisSettings, OptembedSearch, OptembedSettings, run_search
 from recsys_embed.train import Interrupted, TrainConfig, run_training
 from recsys_embed.train.build import model_from_config
 from recsys_embed.train.inputs import schema_of
@@ -139,17 +138,6 @@ def test_plans_hold_items_apart() -> None:
     assert plan["item"].method not in ("hash", "unified", "compositional"), plan["item"]
     vectors = found.model.vectors.lookup("item", torch.arange(ITEMS))
     assert len(vectors.unique(dim=0)) == ITEMS
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"), [(DnisSearch, DnisSettings()), (OptembedSearch, OptembedSettings())], ids=["dnis", "optembed"]
-)
-def test_searches_refuse_them_before_any_time_is_spent(kind: Any, settings: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="recsys-embed compare, which tells recall and NDCG"):
-        run_search(kind, CONFIG.replace(ratio=4), Events(), settings, folder=tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"model 'twotower' also looks up items alone.*`compare`"):
-        run_search(kind, TrainConfig(model="twotower", model_args=ARGS, ratio=4), Events(), settings)
-    assert not (tmp_path / "a").exists()
 
 
 def test_what_users_have_seen_needs_users() -> None:
