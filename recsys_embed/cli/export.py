@@ -15,6 +15,7 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.cli._target import load_target
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.utils.strict_json import read_object
 
 
 def export(
@@ -35,7 +36,8 @@ def export(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", help="Folder made by 'recsys-embed data': AUC (NDCG@10) before and after; its encoders are kept."
+            "--data",
+            help="Folder made by 'recsys-embed data': AUC (RMSE, NDCG@10) before and after; its encoders are kept.",
         ),
     ] = None,
     encoders: Annotated[
@@ -74,14 +76,16 @@ def export(
         found = load(source, backend="torch")
     elif source is not None and data is not None:
         check_run_data(source, data)
+    settings = _settings_of(found)
+    loss = str(settings.get("loss", "logloss"))
     report = write(
         found,
         out,
         precision,  # type: ignore[arg-type]
         prune=prune,
         search=search,  # type: ignore[arg-type]
-        evaluate=None if data is None else _quality(data, split),
-        metric=f"{split} {'NDCG@10' if _finds_items(found) else 'AUC'}",
+        evaluate=None if data is None else _quality(data, split, loss),
+        metric=f"{split} {_metric(found, settings, loss)}",
         encoders=_encoders(found, data) if encoders else False,
     )
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
@@ -98,21 +102,33 @@ def _encoders(found: Any, data: Path | None) -> Path | None:
     return data if isinstance(found, CTRModel) and found.scorer is None else None
 
 
-def _finds_items(found: Any) -> bool:
-    """Whether a model, or that of a run, finds items."""
-    from recsys_embed.models import RetrievalModel, list_models
-    from recsys_embed.models.base import MODELS
+def _settings_of(found: Any) -> dict[str, Any]:
+    """Settings that a run, or the retraining of a search, was trained by; none of what is neither."""
     from recsys_embed.train.config import read_settings
 
     if not isinstance(found, Path):
-        return isinstance(found, RetrievalModel)
-    settings = (found if found.is_dir() else found.parent) / "config.json"
-    key = read_settings(settings).get("model") if settings.exists() else None
-    return key in list_models() and issubclass(MODELS[str(key)], RetrievalModel)
+        return {}
+    folder = found if found.is_dir() else found.parent
+    if (folder / "config.json").exists():
+        return read_settings(folder / "config.json")
+    known = read_object(folder / "search.json") if (folder / "search.json").exists() else {}
+    return dict(known.get("identity", {}).get("train", {}))
 
 
-def _quality(folder: Path, split: str) -> Callable[[Any], float]:
-    """A function that measures a model on a split of a data folder: AUC, or NDCG@10 of one that finds items."""
+def _metric(found: Any, settings: dict[str, Any], loss: str) -> str:
+    """What a model, or that of a run, is measured by."""
+    from recsys_embed.models import RetrievalModel, list_models
+    from recsys_embed.models.base import MODELS
+
+    if loss == "squared_error":
+        return "RMSE"
+    key = settings.get("model")
+    known = key in list_models() and issubclass(MODELS[str(key)], RetrievalModel)
+    return "NDCG@10" if isinstance(found, RetrievalModel) or known else "AUC"
+
+
+def _quality(folder: Path, split: str, loss: str) -> Callable[[Any], float]:
+    """A function that measures a model on a split of a data folder: AUC, RMSE of real labels, or NDCG@10 of items."""
     from recsys_embed.data import open_dataset
     from recsys_embed.train import evaluate
 
@@ -121,7 +137,9 @@ def _quality(folder: Path, split: str) -> Callable[[Any], float]:
         raise ConfigError(f"--split must be one of {', '.join(dataset.splits)}; got {split!r}")
 
     def measure(model: Any) -> float:
-        metrics = evaluate(model, dataset, split)
+        metrics = evaluate(model, dataset, split, loss="squared_error" if loss == "squared_error" else "logloss")
+        if metrics is not None and metrics.rmse is not None:
+            return metrics.rmse
         if metrics is not None and metrics.ndcg:
             return metrics.ndcg[10]
         if metrics is None or math.isnan(metrics.auc):
