@@ -137,7 +137,7 @@ class EmbeddingCollection(FusedTables):
         storage, offset = self.places[key]
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
-        weight: Tensor = getattr(self, storage)
+        weight = self._table(storage)
         # Changes of a table that a fused optimizer steps are no part of a graph.
         weight = weight if self.optimizer is None else weight.detach()
         return weight[offset : offset + self.tables[key].rows]

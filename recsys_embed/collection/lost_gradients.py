@@ -19,6 +19,8 @@ class LooksUpAlone(Protocol):
     @property
     def takes_no_gradient(self) -> bool: ...
 
+    def refuse_stale(self, table: Tensor) -> None: ...
+
 
 def refuse_outside_lookups(tables: LooksUpAlone, parameters: Sequence[nn.Parameter | None]) -> None:
     """From now on a gradient is refused that reaches a table outside a lookup, for nothing would step it."""
@@ -37,7 +39,10 @@ def _hook(tables: ref[LooksUpAlone]) -> Callable[[Tensor], None]:
         if parameter.grad is None:  # of a lookup, which has stepped the table
             return
         owner = tables()
-        if owner is None or not owner.takes_no_gradient:
+        if owner is None:
+            return
+        if not owner.takes_no_gradient:
+            owner.refuse_stale(parameter)
             return
         lost, parameter.grad = parameter.grad, None
         if not lost.any():  # 0 * parameter.sum() keeps a parameter in the graph

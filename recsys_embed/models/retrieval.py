@@ -165,8 +165,9 @@ class RetrievalModel(CTRModel):
 
     # -- the catalogue --------------------------------------------------------------------------------------------
 
-    def item_blocks(self, size: int = BLOCK_ITEMS) -> Iterator[tuple[int, Tensor]]:
+    def item_blocks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Vectors of all ids in blocks: the first id, and ``[n, K]``."""
+        size = BLOCK_ITEMS if size is None else size
         for start in range(0, len(self.in_catalogue), size):
             stop = min(start + size, len(self.in_catalogue))
             yield start, self.items(torch.arange(start, stop, device=self.in_catalogue.device))

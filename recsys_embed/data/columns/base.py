@@ -196,6 +196,14 @@ class Encoder(ABC):
         """Why values of a type cannot be encoded, or None: what was learned may narrow what the column takes."""
         return self.column.refuse(dtype)
 
+    def checks(self, dtype: pl.DataType) -> bool:
+        """Whether values of a type may be faulty, see :meth:`Column.checks`."""
+        return self.column.checks(dtype)
+
+    def faults(self, values: pl.Series) -> list[Fault]:
+        """Rows whose values cannot be used, see :meth:`Column.faults`."""
+        return self.column.faults(values)
+
     @abstractmethod
     def encode(self, values: pl.Series) -> Encoded:
         """The columns of some rows; values must be without faults."""

@@ -284,12 +284,37 @@ class VocabularyEncoder(Encoder):
 
     def refuse(self, dtype: pl.DataType) -> str | None:
         column: Any = self.column
+        if self.writes_numbers(dtype):
+            return None
         why = column.refuse(dtype)
         flat = None if why is not None else column.flat_type(dtype)
         found = None if flat is None or flat == pl.Null else value_type(flat)
         if found is None or found == self.dtype or (found.is_integer() and self.dtype.is_integer()):
             return why
         return f"it learned values of type {TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
+
+    def writes_numbers(self, dtype: pl.DataType) -> bool:
+        """Whether values of a type are numbers where texts were learned: they are read as their decimals."""
+        column: Any = self.column
+        if self.dtype != pl.String or isinstance(dtype, pl.List | pl.Array) != hasattr(column, "lists"):
+            return False
+        return bool(column.flat_type(dtype).is_numeric())
+
+    def checks(self, dtype: pl.DataType) -> bool:
+        column: Any = self.column
+        return bool(column.flat_type(dtype).is_float()) if self.writes_numbers(dtype) else super().checks(dtype)
+
+    def faults(self, values: pl.Series) -> list[Fault]:
+        column: Any = self.column
+        if not self.writes_numbers(values.dtype):
+            return super().faults(values)
+        if not column.flat_type(values.dtype).is_float():
+            return []
+        if values.dtype.is_numeric():
+            wrong = values.is_infinite()
+        else:
+            wrong = column.lists(values).list.eval(pl.element().is_infinite()).list.any()
+        return cast_faults(values, wrong, "infinity is no category")
 
     def keys(self, values: pl.Series) -> tuple[pl.Series, int]:
         """Values in the vocabulary's type, see :func:`plain`; raw integers in their own, with a sign or without."""

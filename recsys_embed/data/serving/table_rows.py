@@ -19,8 +19,9 @@ from recsys_embed.data.sources import Source, join_options, open_source
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
-from recsys_embed.data.sources.learned_spelling import check_dialect, check_spelling
+from recsys_embed.data.sources.learned_spelling import check_spelling
 from recsys_embed.data.sources.learned_types import read_as_learned
+from recsys_embed.data.sources.other_dialect import check_dialect
 from recsys_embed.errors import DataError, raise_faults
 from recsys_embed.utils.settings import FilePart, fault, param
 
@@ -121,6 +122,7 @@ class TableEncoder(RowEncoder):
         lists = [e.column for e in self.read if getattr(e.column, "separator", e.column) is None]
         vectors = [e.column for e in self.read if isinstance(e.column, Vector)]
         self.nested = tuple(dict.fromkeys(c.source for c in [*lists, *vectors]))
+        self.texts = tuple(e.column.source for e in self.encoders if getattr(e, "dtype", None) == pl.String)
         self.options = dict(about.get("source") or {})
 
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
@@ -130,7 +132,7 @@ class TableEncoder(RowEncoder):
         encoders = [*self.read, *self.others(source.types)]
         read_as_learned(source, encoders)
         if isinstance(source, FrameSource):
-            source = FrameSource(_with_64_bits(source.frame), source.files[0])
+            source = FrameSource(_with_64_bits(source.frame), source.files[0], source.written)
         types = source.types
         faults = [f"column {name!r} is missing" for name in self.columns if name not in types]
         for encoder in encoders:
@@ -160,9 +162,9 @@ class TableEncoder(RowEncoder):
 
     def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
         for encoder in [*self.read, *self.others(frame.schema)]:
-            column, values = encoder.column, frame[encoder.column.source]
-            if column.checks(values.dtype) and values.dtype != pl.Null:
-                yield from ((column.source, fault) for fault in column.faults(values))
+            name = encoder.column.source
+            if encoder.checks(frame[name].dtype) and frame[name].dtype != pl.Null:
+                yield from ((name, fault) for fault in encoder.faults(frame[name]))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -24,13 +24,18 @@ _ROWS = 1 << 16
 class FrameSource(Source):
     """A polars frame.
 
+    Args:
+        frame: the rows.
+        name: for messages.
+        written: columns of texts that were given as numbers.
+
     >>> source = FrameSource(pl.DataFrame({"item": [7, 8, 9]}))
     >>> [chunk.frame["item"].to_list() for chunk in source.chunks(0, 0, 2)]
     [[7, 8], [9]]
     """
 
-    def __init__(self, frame: pl.DataFrame, name: str = "the frame") -> None:
-        self.frame = frame
+    def __init__(self, frame: pl.DataFrame, name: str = "the frame", written: Collection[str] = ()) -> None:
+        self.frame, self.written = frame, frozenset(written)
         self.files = (name,)
 
     @cached_property

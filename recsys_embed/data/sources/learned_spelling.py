@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
@@ -10,29 +10,17 @@ import polars as pl
 from recsys_embed.data.columns import Column, Encoder
 from recsys_embed.data.columns.categorical import VocabularyEncoder
 from recsys_embed.data.columns.lists import ListSettings, exploded, row_numbers
-from recsys_embed.data.columns.vocabulary import ValueVocabulary
+from recsys_embed.data.columns.vocabulary import ValueVocabulary, plain
 from recsys_embed.data.sources.base import Source
 from recsys_embed.data.sources.csv import CsvFiles
-from recsys_embed.data.sources.csv_dialect import SEPARATORS, dialect_fault
+from recsys_embed.data.sources.csv_dialect import SEPARATORS
+from recsys_embed.data.sources.frames import FrameSource
+from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.errors import raise_faults
 
 _ROWS = 2048
-
-
-def check_dialect(source: Source, wanted: Collection[str], named: Collection[str]) -> None:
-    """Refuse CSV files whose separator, quote, header or encoding is not what the options have.
-
-    Args:
-        source: the table.
-        wanted: columns that must be there.
-        named: options that were given for these very files, rather than taken over from those of earlier rows.
-
-    Raises:
-        ConfigError: one sentence per file, with the option.
-    """
-    if isinstance(source, CsvFiles):
-        found = ((path, dialect_fault(source, file, wanted, named)) for file, path in enumerate(source.paths))
-        raise_faults([f"{path}: {why}" for path, why in found if why], "the files are written in another way")
+_PADDED = 12
+"""Most digits of numbers that are looked for with zeros before them."""
 
 
 def check_spelling(source: Source, encoders: Iterable[Encoder], given: Mapping[str, Any]) -> None:
@@ -55,10 +43,12 @@ def check_spelling(source: Source, encoders: Iterable[Encoder], given: Mapping[s
             or column.source not in source.types
         ):
             continue
-        separator = list_separator(source, column)
-        if isinstance(source, CsvFiles) or separator is not None:
+        separator, numbers = list_separator(source, column), encoder.writes_numbers(source.types[column.source])
+        numbers |= isinstance(source, FrameSource) and column.source in source.written
+        # Whatever rows in memory hold else was meant so, and one row is scored in no time.
+        if isinstance(source, TextFiles) or separator is not None or numbers:
             for file, name in enumerate(source.files):
-                why = _fault(source, file, encoder, separator, given)
+                why = _fault(source, file, encoder, separator, given) or _zeros(source, file, encoder)
                 faults += [f"{name}: column {column.source!r}: {why}"] if why else []
     raise_faults(faults, "the values are written in another way than those that were learned")
 
@@ -84,14 +74,15 @@ def other_separator(values: pl.Series, separator: str) -> str | None:
     return best if held[best] > len(values) / 2 else None
 
 
-def first_texts(source: Source, file: int, column: str) -> pl.Series:
-    """Distinct texts of a file's first rows; of lists that a reader split, their values if none has several."""
+def first_texts(source: Source, file: int, column: str, *, several: bool = False) -> pl.Series:
+    """Distinct texts of a file's first rows; of lists, their values if none has several or those are wanted as well."""
     chunk = next(iter(source.chunks(file, 0, _ROWS, [column])), None)
     values = pl.Series(column, [], dtype=pl.String) if chunk is None else chunk.frame[column]
     if values.dtype.is_nested():
-        values = values.head(0) if (values.list.len() > 1).any() else values
-        values = exploded(values)
-    values = values.cast(pl.String).drop_nulls().unique(maintain_order=True)
+        lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values
+        lists = lists.head(0) if not several and (lists.list.len() > 1).any() else lists
+        values = exploded(lists)
+    values = plain(values, pl.String())[0].drop_nulls().unique(maintain_order=True)
     return values.filter(values.str.len_bytes() > 0)
 
 
@@ -124,6 +115,25 @@ def _fault(
         text = _known_by(known, texts, texts.str.strip_chars(quote))
         if text is not None:
             return f"{text!r} is unknown, and known without its quotes: --source quote={quote!r}"
+    return None
+
+
+def _zeros(source: Source, file: int, encoder: VocabularyEncoder) -> str | None:
+    """Why numbers are not the texts that were learned: those begin with zeros."""
+    if encoder.known is None:
+        return None
+    texts = first_texts(source, file, encoder.column.source, several=True)
+    if texts.str.contains("^0[0-9]").any():
+        return None
+    numbers = texts.filter(texts.str.contains("^[0-9]+$"))
+    numbers = numbers.filter(encoder.known.find(numbers) == 0)
+    for width in range(2, _PADDED + 1):
+        padded = numbers.str.zfill(width)
+        lost = padded.filter((encoder.known.find(padded) > 0) & (padded != numbers))
+        if len(lost):
+            return (
+                f"{str(lost[0]).lstrip('0')!r} is unknown, and {lost[0]!r} is known: give texts, which keep their zeros"
+            )
     return None
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recsys_embed.data.columns import Column, Fault
+from recsys_embed.data.columns import Column, Encoder, Fault
 from recsys_embed.data.conversion import MIN_MEMORY, PROCESS, OnBadRow, Progress, different
 from recsys_embed.data.folder import boot_id, write_bytes, write_file, write_json
 from recsys_embed.data.sources.bad_rows import bad_row_line, bad_rows_error, find_bad_rows
@@ -85,6 +85,7 @@ class TableRows:
         options: settings.
         record: settings and inputs as JSON, to recognise an earlier run.
         notices: filled with remarks for the user.
+        encoders: of the columns by name, where another folder learned them.
     """
 
     def __init__(
@@ -96,9 +97,14 @@ class TableRows:
         options: TableOptions,
         record: JSON,
         notices: list[str],
+        encoders: Mapping[str, Encoder] | None = None,
     ) -> None:
         self.work, self.source, self.schema, self.options = work, source, schema, options
         self.columns = tuple(columns)
+        # What says whether a column's values can be used.
+        self._checks: list[tuple[str, Column | Encoder]] = [
+            (c.source, (encoders or {}).get(c.name, c)) for c in columns
+        ]
         sample = source.sample(_SAMPLE_ROWS).select(self._all)
         row_bytes = sample.estimated_size() / max(1, len(sample)) + 4 * len(self._all)
         self.part_rows = options.part_rows(row_bytes)
@@ -130,7 +136,7 @@ class TableRows:
     @cached_property
     def _checked(self) -> list[str]:
         types = self.source.types
-        names = [c.source for c in self.columns if c.checks(types[c.source])]
+        names = [name for name, column in self._checks if column.checks(types[name])]
         if self.schema.split.kind == "column":
             names += self.schema.split.columns
         if self.schema.split.needs_time and self.schema.event_time is not None:
@@ -223,9 +229,9 @@ class TableRows:
         return part
 
     def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
-        for column in self.columns:
-            if column.source in frame.columns and column.checks(self.source.types[column.source]):
-                yield from ((column.source, fault) for fault in column.faults(frame[column.source]))
+        for name, column in self._checks:
+            if name in frame.columns and column.checks(self.source.types[name]):
+                yield from ((name, fault) for fault in column.faults(frame[name]))
         split = self.schema.split
         if split.kind == "column":
             out = split.column_codes(frame[split.columns[0]]) == OUT
