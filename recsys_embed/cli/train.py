@@ -44,7 +44,11 @@ def train(
     ] = None,
     model: opt.Model = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified, planned.")
+        str | None,
+        typer.Option(
+            "--method",
+            help="How embeddings are stored, e.g. hash; by default full, or planned with --ratio or --budget.",
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Plan of 'recsys-embed plan --out', instead of --method.")
@@ -94,7 +98,7 @@ def train(
         "seed": seed,
     }
     earlier = {} if start_from is None else settings_of_run(start_from)
-    settings = train_config({**earlier, **split_settings(config)[0]}, options, assign or [])
+    settings = train_config({**earlier, **split_settings(config)[0]}, options, assign or [], planned=True)
     folder = out or Path("runs/train") / f"{settings.model}-{settings.method}-s{settings.seed}"
     dataset = open_dataset(data)
     speaks = os.environ.get("RANK", "0") == "0"
