@@ -183,8 +183,14 @@ class RetrievalModel(CTRModel):
     ) -> Recommendations: ...
 
     def recommend(
-        self, dense: Any, ids: Any = None, k: int = 10, exclude: Any = None, *, batch_size: int = 8192
-    ) -> tuple[Any, Any]:
+        self,
+        dense: Tensor | RowsLike,
+        ids: Ids | None = None,
+        k: int = 10,
+        exclude: Tensor | BagIds | str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 8192,
+    ) -> tuple[Tensor, Tensor] | Recommendations:
         """The k items of the highest scores for each row, of the whole catalogue and exact, in bounded memory.
 
         Of ids, or of raw rows by a model that :func:`recsys_embed.load` read from a file with encoders.
@@ -216,12 +222,16 @@ class RetrievalModel(CTRModel):
         if not isinstance(dense, Tensor):
             if ids is not None:
                 raise ConfigError("raw rows come without ids: `recommend(rows, k=10)`, or `recommend(dense, ids, k)`")
-            names = [exclude] if isinstance(exclude, str) else list(exclude or ())
-            return self._scorer().recommend(self, dense, k, names, batch_size)
+            named: Any = [] if exclude is None else [exclude] if isinstance(exclude, str) else exclude
+            if not isinstance(named, list | tuple) or not all(isinstance(name, str) for name in named):
+                raise ConfigError(f"`exclude` of raw rows must name columns of theirs; got {type(exclude).__name__}")
+            found: Recommendations = self._scorer().recommend(self, dense, k, named, batch_size)
+            return found
         if ids is None:
             raise ConfigError("numeric values need ids: `recommend(dense, ids, k)`")
+        left_out: Any = exclude
         with evaluation_mode(self), torch.no_grad():
-            return self.best_items(self.users(dense, ids), k, exclude)
+            return self.best_items(self.users(dense, ids), k, left_out)
 
     @torch.no_grad()
     def best_items(
@@ -267,7 +277,7 @@ class Recommendations(NamedTuple):
         scores: float32 ``[n, k]``, minus infinity there.
     """
 
-    items: NDArray[Any]
+    items: NDArray[np.object_]
     scores: NDArray[np.float32]
 
 
