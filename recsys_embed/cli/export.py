@@ -15,6 +15,7 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.cli._target import load_target
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.utils.strict_json import read_object
 
 if TYPE_CHECKING:
     from recsys_embed.train import TrainConfig
@@ -38,7 +39,8 @@ def export(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", help="Folder made by 'recsys-embed data': AUC or NDCG before and after; its encoders are kept."
+            "--data",
+            help="Folder of 'recsys-embed data': AUC, RMSE or NDCG before and after; its encoders are kept.",
         ),
     ] = None,
     encoders: Annotated[
@@ -85,7 +87,7 @@ def export(
         prune=prune,
         search=search,  # type: ignore[arg-type]
         evaluate=None if data is None else _quality(data, split, how),
-        metric=f"{split} {f'NDCG@{how.top_k[0]}' if _finds_items(found) else 'AUC'}",
+        metric=f"{split} {_metric(found, how)}",
         encoders=_encoders(found, data) if encoders else False,
     )
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
@@ -102,28 +104,32 @@ def _encoders(found: Any, data: Path | None) -> Path | None:
     return data if isinstance(found, CTRModel) and found.scorer is None else None
 
 
-def _finds_items(found: Any) -> bool:
-    """Whether a model, or that of a run, finds items."""
+def _metric(found: Any, how: TrainConfig) -> str:
+    """What a model, or that of a run, is measured by."""
     from recsys_embed.models import RetrievalModel, list_models
-    from recsys_embed.models.base import MODELS
+    from recsys_embed.train.quality import quality_of
 
-    if not isinstance(found, Path):
-        return isinstance(found, RetrievalModel)
-    key = _settings(found).model
-    return key in list_models() and issubclass(MODELS[key], RetrievalModel)
+    if isinstance(found, RetrievalModel):
+        return f"NDCG@{how.top_k[0]}"
+    return quality_of(how).label if how.model in list_models() else "AUC"
 
 
 def _settings(found: Any) -> TrainConfig:
-    """The settings of a run, by which its metrics were told; the default ones of other models."""
+    """The settings of a run, or of a search, by which its metrics were told; the default ones of other models."""
     from recsys_embed.train.config import TrainConfig, read_settings
 
-    known = (found if found.is_dir() else found.parent) / "config.json" if isinstance(found, Path) else None
-    return TrainConfig() if known is None or not known.exists() else TrainConfig.from_dict(read_settings(known))
+    if not isinstance(found, Path):
+        return TrainConfig()
+    folder = found if found.is_dir() else found.parent
+    if (folder / "config.json").exists():
+        return TrainConfig.from_dict(read_settings(folder / "config.json"))
+    known = read_object(folder / "search.json") if (folder / "search.json").exists() else {}
+    return TrainConfig.from_dict(known.get("identity", {}).get("train", {}))
 
 
 def _quality(folder: Path, split: str, how: TrainConfig) -> Callable[[Any], float]:
-    """A function that measures a model on a split of a data folder as its run did: AUC, or NDCG of one that finds
-    items."""
+    """A function that measures a model on a split of a data folder as its run did: AUC, RMSE of real labels, or NDCG of
+    one that finds items."""
     from recsys_embed.data import open_dataset
     from recsys_embed.train import evaluate
 
@@ -141,7 +147,10 @@ def _quality(folder: Path, split: str, how: TrainConfig) -> Callable[[Any], floa
             exclude_seen=how.exclude_seen,
             seen=seen,
             batch_size=how.eval_batch_size,
+            loss="squared_error" if how.loss == "squared_error" else "logloss",
         )
+        if metrics is not None and metrics.rmse is not None:
+            return metrics.rmse
         if metrics is not None and metrics.ndcg:
             return metrics.ndcg[how.top_k[0]]
         if metrics is None or math.isnan(metrics.auc):
