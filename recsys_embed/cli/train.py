@@ -44,11 +44,7 @@ def train(
     ] = None,
     model: opt.Model = None,
     method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            help="How embeddings are stored, e.g. hash; by default full, or planned with --ratio or --budget.",
-        ),
+        str | None, typer.Option("--method", help="How embeddings are stored; default full, planned under a budget.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Plan of 'recsys-embed plan --out', instead of --method.")
