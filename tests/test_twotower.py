@@ -46,7 +46,7 @@ def tower_model(plan: Plan | None = None, **changes: Any) -> RetrievalModel:
         lengths = torch.tensor([len(g) for g in GENRES])
         genres = (torch.tensor([g for gs in GENRES for g in gs]), F.pad(lengths.cumsum(0), (1, 0)))
         years = (torch.arange(ITEMS) % 5, torch.arange(ITEMS + 1))
-        dense = torch.arange(ITEMS).float().unsqueeze(1).expand(ITEMS, 3) / ITEMS
+        dense = torch.arange(ITEMS).float().unsqueeze(1) / ITEMS
         model.describe_items({"year": years, "genres": genres}, dense, torch.ones(ITEMS, dtype=torch.bool))  # type: ignore[operator]
     model.item_counts.copy_(torch.arange(ITEMS) % 4 + 1)
     return model

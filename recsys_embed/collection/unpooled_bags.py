@@ -92,8 +92,10 @@ class UnpooledBags:
 
     def vectors(self, ids: Tensor, feature: Tensor | int) -> Tensor:
         """Vectors ``[n, D]`` of resolved ids ``[n]`` of features by position, ``[n]`` or one for all."""
-        coll, starts = self.coll, self.starts.to(ids.device)
-        rows = (ids + starts[feature]).unsqueeze(1)
+        coll = self.coll
+        if self.starts.device != ids.device:
+            self.starts = self.starts.to(ids.device)
+        rows = (ids + self.starts[feature]).unsqueeze(1)
         stepping = coll._stepping
         if not stepping:
             coll._catch_up_before_reading()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from recsys_embed.data.serving.describe import describe_encoders
     from recsys_embed.data.serving.pack import encoders_of
     from recsys_embed.data.serving.read import read_row_encoder
-    from recsys_embed.data.serving.recommend import UserEncoder, recommend_rows, recommended
+    from recsys_embed.data.serving.recommend import UserEncoder as UserEncoder  # not public
+    from recsys_embed.data.serving.recommend import recommend_rows, recommended
     from recsys_embed.data.serving.score import score_files, score_rows, write_rows
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.table.convert import convert_table
@@ -98,7 +99,6 @@ __all__ = [
     "SyntheticReport",
     "TableSchema",
     "TableSplit",
-    "UserEncoder",
     "Vocabulary",
     "convert_criteo",
     "convert_preset",

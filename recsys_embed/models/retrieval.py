@@ -141,8 +141,8 @@ class RetrievalModel(CTRModel):
         coll = self.vectors
         if isinstance(ids, Tensor) and ids.dim() == 2:
             return BagIds(ids.T.reshape(-1), torch.arange(ids.numel() + 1, device=ids.device))
-        if isinstance(ids, BagIds):
-            return ids
+        if isinstance(ids, tuple):
+            return BagIds(*ids)
         given = to_bags(coll.schema, coll.bundle.given(ids, coll) if isinstance(ids, dict) else ids, None, None)
         return BagIds(given.values, given.offsets)
 
@@ -165,8 +165,9 @@ class RetrievalModel(CTRModel):
 
     # -- the catalogue --------------------------------------------------------------------------------------------
 
-    def item_blocks(self, size: int = BLOCK_ITEMS) -> Iterator[tuple[int, Tensor]]:
+    def item_blocks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Vectors of all ids in blocks: the first id, and ``[n, K]``."""
+        size = BLOCK_ITEMS if size is None else size
         for start in range(0, len(self.in_catalogue), size):
             stop = min(start + size, len(self.in_catalogue))
             yield start, self.items(torch.arange(start, stop, device=self.in_catalogue.device))
@@ -182,8 +183,14 @@ class RetrievalModel(CTRModel):
     ) -> Recommendations: ...
 
     def recommend(
-        self, dense: Any, ids: Any = None, k: int = 10, exclude: Any = None, *, batch_size: int = 8192
-    ) -> tuple[Any, Any]:
+        self,
+        dense: Tensor | RowsLike,
+        ids: Ids | None = None,
+        k: int = 10,
+        exclude: Tensor | BagIds | str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 8192,
+    ) -> tuple[Tensor, Tensor] | Recommendations:
         """The k items of the highest scores for each row, of the whole catalogue and exact, in bounded memory.
 
         Of ids, or of raw rows by a model that :func:`recsys_embed.load` read from a file with encoders.
@@ -215,12 +222,16 @@ class RetrievalModel(CTRModel):
         if not isinstance(dense, Tensor):
             if ids is not None:
                 raise ConfigError("raw rows come without ids: `recommend(rows, k=10)`, or `recommend(dense, ids, k)`")
-            names = [exclude] if isinstance(exclude, str) else list(exclude or ())
-            return self._scorer().recommend(self, dense, k, names, batch_size)
+            named: Any = [] if exclude is None else [exclude] if isinstance(exclude, str) else exclude
+            if not isinstance(named, list | tuple) or not all(isinstance(name, str) for name in named):
+                raise ConfigError(f"`exclude` of raw rows must name columns of theirs; got {type(exclude).__name__}")
+            found: Recommendations = self._scorer().recommend(self, dense, k, named, batch_size)
+            return found
         if ids is None:
             raise ConfigError("numeric values need ids: `recommend(dense, ids, k)`")
+        left_out: Any = exclude
         with evaluation_mode(self), torch.no_grad():
-            return self.best_items(self.users(dense, ids), k, exclude)
+            return self.best_items(self.users(dense, ids), k, left_out)
 
     @torch.no_grad()
     def best_items(
@@ -266,7 +277,7 @@ class Recommendations(NamedTuple):
         scores: float32 ``[n, k]``, minus infinity there.
     """
 
-    items: NDArray[Any]
+    items: NDArray[np.object_]
     scores: NDArray[np.float32]
 
 

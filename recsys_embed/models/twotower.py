@@ -218,7 +218,7 @@ class TwoTower(RetrievalModel):
 
         Args:
             ids: by name of an item feature, ids ``[n]`` and offsets ``[items + 1]`` of all items, in their order.
-            dense: numeric columns of the items, raw: float32 ``[items, num_dense]``.
+            dense: the items' numeric columns, raw: float32 ``[items, len(item_numeric)]``.
             known: items of which there was a row, bool ``[items]``.
 
         Raises:
@@ -240,4 +240,4 @@ class TwoTower(RetrievalModel):
             self.item_ids[owners, columns] = values.long()
             # Of items of which there is no row stays what was known.
             self.item_lengths[:-1, number] = torch.where(known, lengths, self.item_lengths[:-1, number])
-        self.item_dense[:-1] = torch.where(known.unsqueeze(1), dense[:, self.item_numeric], self.item_dense[:-1])
+        self.item_dense[:-1] = torch.where(known.unsqueeze(1), dense, self.item_dense[:-1])

@@ -20,7 +20,8 @@ from recsys_embed.search.retrain import planned
 from recsys_embed.train.build import trained_footprint
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.environment import check_device
+from recsys_embed.train.driver import data_folder
+from recsys_embed.train.environment import check_device, environment
 from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
 from recsys_embed.train.plans import plans_for
 from recsys_embed.utils.settings import Settings
@@ -132,6 +133,7 @@ def run_search(
         if path is not None:
             final_config = planned(bare, plan, budget).to_dict()
             save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=weights_of(model))
+            store.put("run", {**environment(), **data_folder(data)})
             store.put("report", outcome.to_dict())
             store.put(CURVES, curves_of(search))
             store.text("report.md", page(search, outcome))

@@ -31,6 +31,7 @@ from recsys_embed.train.losses import LOSSES, loss_args
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
+from recsys_embed.train.retrieval_losses import warn_of_large
 from recsys_embed.train.retrieval_metrics import Seen
 from recsys_embed.train.run_log import RunLog, progress_bar
 from recsys_embed.train.run_state import RunState
@@ -98,6 +99,8 @@ class Trainer(Resumable):
         self.loss_args, self._seen = loss_args(config.loss, config.loss_args), cast("Seen", {})
         if not resume and LOSSES[config.loss].of_queries is not None:
             self._learn_items()
+        if config.loss == "softmax" and isinstance(model, RetrievalModel):
+            warn_of_large(model)
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()

@@ -53,6 +53,7 @@ def bags_of(seed: int) -> BagIds:
     lengths[:2] = 1
     values = [torch.randint(0, s.num_embeddings, (int(n),), generator=g)
               for s, n in zip(SCHEMA, lengths.sum(1), strict=True)]  # fmt: skip
+    values[SCHEMA.names.index("seen")][::2] = 0  # padding
     return BagIds(torch.cat(values), F.pad(lengths.reshape(-1).cumsum(0), (1, 0)))
 
 

@@ -108,7 +108,7 @@ def _found(encoder: UserEncoder, frame: pl.DataFrame, batches: list[Batch], find
 
 def recommend_rows(
     encoder: UserEncoder, find: Find, rows: RowsLike, k: int, batch_size: int
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
+) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
     """Names of items, objects ``[n, k]``, and their scores float32 ``[n, k]``, of rows in memory.
 
     Raises:

@@ -12,6 +12,7 @@ import torch
 
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.frame_inputs import dense_sources, frame_inputs
+from recsys_embed.data.manifest import vector_places
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.sources import Source
 from recsys_embed.data.sources.base import BadRow, Chunk
@@ -53,6 +54,7 @@ class RowEncoder(ABC):
         self.single = [f["name"] for f in about["features"] if f["form"] == "single"]
         self.lists = [f["name"] for f in about["features"] if f["form"] != "single"]
         self.dense = list(about.get("dense", ()))
+        self.vectors = vector_places(about.get("columns", ()), self.dense)
 
     @abstractmethod
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
@@ -70,4 +72,5 @@ class RowEncoder(ABC):
         """Encoded columns as a batch."""
         dense, ids, lists = frame_inputs(frame, dense_sources(self.dense), frame.select(self.single), self.lists)
         label = torch.full((rows,), torch.nan)
-        return Batch(dense, ids.long(), label, lists=None if lists is None else lists.long())
+        bags = None if lists is None else lists.long()
+        return Batch(dense, ids.long(), label, lists=bags, vector_places=self.vectors)
