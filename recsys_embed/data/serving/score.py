@@ -236,6 +236,7 @@ def _write_to(
 ) -> ScoreReport:
     wanted = list(dict.fromkeys([*encoder.columns, *keep]))
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
+    options.readers(source, wanted)
     sample = source.sample(_SAMPLE_ROWS).select(wanted)
     size = min(_CHUNK_ROWS, options.part_rows(sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted)))
     quarantine = _quarantine(out)

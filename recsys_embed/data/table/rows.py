@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.data.columns import Column, Encoder, Fault
 from recsys_embed.data.conversion import MIN_MEMORY, PROCESS, OnBadRow, Progress, different
 from recsys_embed.data.folder import boot_id, write_bytes, write_file, write_json
@@ -25,7 +26,7 @@ from recsys_embed.data.sources.base import Chunk, Source
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.table.schema import TableSchema
 from recsys_embed.data.table.split import OUT
-from recsys_embed.errors import DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON
 
@@ -55,6 +56,23 @@ class TableOptions(Settings):
     def threads(self) -> int:
         """Parts that are in memory at the same time."""
         return self.workers or min(4, os.cpu_count() or 1)
+
+    def readers(self, source: Source, columns: Collection[str]) -> int:
+        """Parts that may be read at the same time, by what memory holds of a whole row group of some columns.
+
+        Raises:
+            ConfigError: there is no room for one; says how to make it.
+        """
+        held, file = source.held_besides(columns)
+        room = self.max_memory - PROCESS
+        if held > room:
+            need = (PROCESS + 2 * held >> 20) + 1
+            raise ConfigError(
+                f"{file}: a row group holds {format_bytes(held)} of the columns that are read, for which --max-memory "
+                f"{format_bytes(self.max_memory)} has no room: give --max-memory {need}MiB, or write smaller row "
+                "groups: polars.scan_parquet(file).sink_parquet(other, row_group_size=100_000)"
+            )
+        return max(1, min(self.threads, room // 2 // held)) if held else self.threads
 
     def part_rows(self, row_bytes: float) -> int:
         """Rows of a part under the memory bound."""
@@ -105,6 +123,9 @@ class TableRows:
         self._checks: list[tuple[str, Column | Encoder]] = [
             (c.source, (encoders or {}).get(c.name, c)) for c in columns
         ]
+        # Steps read all columns together, or one after the other.
+        self.readers = options.readers(source, self._all)
+        self.column_readers = min(options.readers(source, [name]) for name in self._all)
         sample = source.sample(_SAMPLE_ROWS).select(self._all)
         row_bytes = sample.estimated_size() / max(1, len(sample)) + 4 * len(self._all)
         self.part_rows = options.part_rows(row_bytes)
@@ -166,8 +187,8 @@ class TableRows:
         whole = sum(rows for _, _, rows in planned) if planned is not None else 0
         if planned is not None:
             jobs = planned[len(self.parts) :]
-            with ThreadPoolExecutor(self.options.threads) as pool:
-                for part in in_order(pool, self._scan_planned, jobs, self.options.threads, len(self.parts)):
+            with ThreadPoolExecutor(self.readers) as pool:
+                for part in in_order(pool, self._scan_planned, jobs, self.readers, len(self.parts)):
                     self.parts.append(part)
                     progress("read", self._scanned, whole, self._scanned)
             return
