@@ -205,3 +205,44 @@ def test_compiled_code_writes_tables_back_as_its_own(compiler: str, backend: str
                 with torch.no_grad():
                     model.tables.width8.mul_(0.5)
     assert_equal(fused, twin)
+
+
+def lookahead(model: Model, optimizer: torch.optim.Optimizer, tables: Callable[[], list[Tensor]]) -> None:
+    """As packages of optimizers have it: slow weights meet the fast ones every other step."""
+    slow = [p.detach().clone() for p in tables()]
+    for i in range(5):
+        one_step(model, optimizer, i)
+        if i % 2:
+            for mean, fast in zip(slow, tables(), strict=True):
+                mean.add_(fast.data - mean, alpha=0.5)
+                fast.data.copy_(mean)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_param_groups_have_all_steps(name: str, backend: str) -> None:
+    rule, of_torch = PAIRS[name]
+    fused, twin = Model(rule, backend=backend), Model(None, backend=backend)
+    for model in (fused, twin):
+        model.head.requires_grad_(False)
+    mine = rse.optim.fused_optimizer(fused)
+    theirs = of_torch(list(twin.tables.parameters()))
+    lookahead(fused, mine, lambda: [p for group in mine.param_groups for p in group["params"]])
+    lookahead(twin, theirs, lambda: theirs.param_groups[0]["params"])
+    assert_equal(fused, twin)
+    assert torch.equal(mine.param_groups[0]["params"][0], fused.tables.width8)
+
+
+def test_norms_and_scalers_leave_steps_deferred() -> None:
+    """They read gradients alone, and applying all deferred steps would take as long as torch's dense step."""
+    model = Model(RULE)
+    optimizer = rse.optim.fused_optimizer(model, dense(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for i in range(2):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, slice(16 * i, 16 * i + 16))).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert len(model.tables._step_logs["width8"].rates) == 2

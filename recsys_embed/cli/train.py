@@ -119,12 +119,16 @@ def train(
 
         report = write(folder, export_to)
         print(report, file=sys.stderr if as_json else sys.stdout)
-    summary = summarise(outcome)
-    print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     extra = on_top_of(dataset.schema(settings.embedding_dim), settings)
+    _tell(summarise(outcome), folder, extra, as_json)
+    return 0
+
+
+def _tell(summary: dict[str, Any], folder: Path, extra: int, as_json: bool) -> None:
+    """Print a finished run, with the bytes that come on top of its plan."""
+    print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     if extra and not as_json:
         print(f"first-order weights (linear tables), {format_bytes(extra)}, come on top of the plan")
-    return 0
 
 
 def _together(shard: str | None, start_from: Path | None) -> bool:

@@ -34,7 +34,8 @@ from recsys_embed.utils.types import JSON
 # What copies and pickles start anew.
 _LEFT_BEHIND = (
     "_backward_steps", "_replicas", "_torch_optimizer", "_dense", "_schedules", "_looked", "_handle", "_compiled_at",
-    "_compiled_lookups", "_passed_over", "_have_dense_gradients", "warned", "_told_of_eval", "_read_in_eval",
+    "_compiled_lookups", "_passed_over", "_told_of_given", "_have_dense_gradients",
+    "warned", "_told_of_eval", "_read_in_eval",
 )  # fmt: skip
 
 
@@ -237,7 +238,7 @@ class FusedTables(TablesOfAnOptimizer):
     @torch.no_grad()
     def _update(self, storage: str, record: LookupRecord, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
         """What a gather by torch's operations does in backward."""
-        if self.optimizer is None:
+        if self.optimizer is None or not weight.requires_grad:  # frozen since the lookup
             return
         self._check_owned([weight], [storage], grad)
         self._check_finite([grad])
@@ -256,6 +257,9 @@ class FusedTables(TablesOfAnOptimizer):
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
         self._forget_writes()
+        own = self._parameters[storage]
+        if own is None or not own.requires_grad:  # frozen since the lookup
+            return
         gradient = _part_of_step(rows, grad, table) if self._in_backward else RowGradient(rows, grad, table.shape[0])
         self._leave({storage: gradient})
 

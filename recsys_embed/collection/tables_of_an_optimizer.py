@@ -48,7 +48,7 @@ class TablesOfAnOptimizer(TablesWithState):
         self._torch_optimizer: Callable[[], object] = nobody
         self._dense: Callable[[], object] = nobody
         # Whether a step of torch's has come while gradients waited for an optimizer that is not there.
-        self._passed_over = False
+        self._passed_over = self._told_of_given = False
         # Tables whose gradient was dense before the last lookup already.
         self._have_dense_gradients: frozenset[int] = frozenset()
 
@@ -145,6 +145,7 @@ class TablesOfAnOptimizer(TablesWithState):
         if self._in_backward:
             if self.takes_no_gradient:
                 lost_gradients.refuse_given(tables, optimizer)
+                self._told_of_given = self._told_of_given or lost_gradients.tell_of_given(tables)
             return
         lost_gradients.refuse_foreign(tables, optimizer)
         if self._dense() is optimizer and self._torch_optimizer() is None:

@@ -27,6 +27,7 @@ from recsys_embed.collection.optimizer_state import (
     take_state,
     without_state,
 )
+from recsys_embed.collection.writes import note_writes, refuse_writes
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
@@ -215,31 +216,12 @@ class TablesWithState(nn.Module):
         return self.optimizer is not None and self.optimizer.lazy and any(p.rates for p in self._all_step_logs)
 
     def _refuse_writes(self) -> None:
-        """Refuse to go on where others have written to a table while steps of its rows were deferred.
-
-        Raises:
-            ConfigError: says so, once; from then on the deferred steps are those of what was written.
-        """
-        if not self._has_missed_steps:
-            return
-        found = []
-        for name, table in zip(self.storages, self.__dict__["_owned"], strict=True):
-            log = self._step_logs[name]
-            if log.rates and log.writes not in (None, table._version):
-                log.writes = None
-                found.append(name)
-        if found:
-            raise ConfigError(
-                f"{', '.join(found)} was changed in place while steps of its rows were deferred (rows='all'), which "
-                "would now change what was written; call catch_up_() of the collection before you write to a "
-                "parameter that you hold, or take it from model.parameters() each time"
-            )
+        if self._has_missed_steps:
+            refuse_writes(self._step_logs, self.__dict__["_owned"])
 
     def _note_writes(self) -> None:
-        """Remember how often the tables have been written to."""
         if self.optimizer is not None and self.optimizer.lazy:
-            for name, table in zip(self.storages, self.__dict__["_owned"], strict=True):
-                self._step_logs[name].writes = None if table is None or table.is_inference() else table._version
+            note_writes(self._step_logs, self.__dict__["_owned"])
 
     @contextmanager
     def _by_compiled_code(self) -> Iterator[None]:
@@ -362,6 +344,7 @@ class TablesWithState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.optimizer is None:
             return
+        self._count_copied_steps()
         if without_state():
             # As earlier versions did, which saved the state apart.
             getattr(destination, "_metadata", {}).get(prefix[:-1], {}).pop("version", None)
@@ -370,6 +353,15 @@ class TablesWithState(nn.Module):
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
             destination.update({prefix + k: v for k, v in {**state, **self._numbers()}.items()})
+
+    def _count_copied_steps(self) -> None:
+        """Count the steps of a state that was copied here from another module, as averages of weights do buffers."""
+        if self.optimizer is not None and self.optimizer.lazy:
+            for name in self.storages:
+                last = self._state(name)["last"]
+                known = last.is_meta or not last.numel() or int(last[0]) == self._step_logs[name].step
+                if not known and bool((last == last[0]).all()):
+                    self._count_steps({name: int(last[0])})
 
     def _numbers(self) -> dict[str, Tensor]:
         """Entries of a state dict beside weights and optimizer state: steps and the learning rate."""

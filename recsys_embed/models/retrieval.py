@@ -141,8 +141,8 @@ class RetrievalModel(CTRModel):
         coll = self.vectors
         if isinstance(ids, Tensor) and ids.dim() == 2:
             return BagIds(ids.T.reshape(-1), torch.arange(ids.numel() + 1, device=ids.device))
-        if isinstance(ids, BagIds):
-            return ids
+        if isinstance(ids, tuple):
+            return BagIds(*ids)
         given = to_bags(coll.schema, coll.bundle.given(ids, coll) if isinstance(ids, dict) else ids, None, None)
         return BagIds(given.values, given.offsets)
 

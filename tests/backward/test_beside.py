@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable
@@ -101,3 +102,37 @@ def test_gradients_that_are_changed_before_step_are_told_of_once(change: str, se
     words = [str(w.message) for w in told if "gradients were changed between backward() and step()" in str(w.message)]
     assert len(words) == (change != "none")
     assert all(w.filename == __file__ for w in told)
+
+
+def test_a_gradient_that_nothing_steps_is_told_of_once() -> None:
+    model = Model(rse.SGD(lr=0.1))
+    optimizer = dense(model)
+    for value in (0.0, 1.0):  # zeros are none
+        model.tables.width8.grad = torch.full_like(model.tables.width8, value)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            [optimizer.step() for _ in range(2)]
+        words = [str(w.message) for w in told]
+        assert len(words) == value
+        assert all("was put into .grad of tables that step in backward" in word for word in words)
+    assert all(w.filename == __file__ for w in told)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_average_is_loaded_for_an_evaluation_between_steps(name: str) -> None:
+    """Its buffers are copies of the model's, and with them the optimizer's state."""
+    models = Model(PAIRS[name][0]), Model(PAIRS[name][0])
+    optimizers = [dense(model) for model in models]
+    average = torch.optim.swa_utils.AveragedModel(models[0])
+    for i in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            one_step(model, optimizer, i)
+        average.update_parameters(models[0])
+        kept = copy.deepcopy(models[0].state_dict())
+        models[0].load_state_dict(average.module.state_dict())
+        models[0].load_state_dict(kept)
+    wanted = weights(models[1])
+    assert all(torch.equal(found, wanted[key]) for key, found in weights(models[0]).items())
+    again = Model(PAIRS[name][0])
+    again.load_state_dict(average.module.state_dict())
+    one_step(again, dense(again), 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_threads_that_train_at_once_are_independent() -> None:
                 held = [steps.begin(False) for _ in range(100)]
                 assert steps.collects(held[0], ["width8"]), "one of several lookups of this thread"
                 held.clear()
-                assert not steps.collects(steps.begin(False), ["width8"])
+                steps.collects(steps.begin(False), ["width8"])  # that of no other thread has made it stale
         except Exception as error:
             faults.append(error)
 
@@ -102,3 +104,57 @@ def test_threads_that_train_at_once_are_independent() -> None:
     [thread.join() for thread in threads]
     sys.setswitchinterval(interval)
     assert faults == []
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_that_are_frozen_after_the_lookup_rest(backend: str, compiled: bool) -> None:
+    model = Model(rse.SGD(lr=0.5), backend=backend)
+    if compiled:
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager")
+    for _ in range(3):  # past the backwards that are watched
+        loss_of(model, slice(8)).backward()
+    before = weights(model)["tables.width8"]
+    loss = loss_of(model, slice(8))
+    model.tables.requires_grad_(False)
+    loss.backward()
+    assert torch.equal(weights(model)["tables.width8"], before)
+
+
+def in_threads(lookups: list[Callable[[], Tensor]], end: bool) -> list[Tensor]:
+    """Each in a thread of its own, at once; ``end`` waits until all have ended."""
+    made, done = threading.Barrier(len(lookups) + 1), threading.Event()
+    found: list[Tensor] = []
+
+    def look_up(lookup: Callable[[], Tensor]) -> None:
+        found.append(lookup())
+        made.wait()
+        done.wait(10)
+
+    threads = [threading.Thread(target=look_up, args=(lookup,), daemon=True) for lookup in lookups]
+    [thread.start() for thread in threads]
+    made.wait()
+    if end:
+        done.set()
+        [thread.join() for thread in threads]
+    return found
+
+
+@pytest.mark.parametrize("by", ["threads that have ended", "threads that go on", "this thread first"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lookups_of_several_threads_are_one_step(backend: str, by: str) -> None:
+    fused, twin = Model(rse.SGD(lr=0.5), backend=backend), Model(None, backend=backend)
+    optimizer = torch.optim.SGD(twin.tables.parameters(), 0.5)
+    for i in range(4):
+        for model in (fused, twin):
+            optimizer.zero_grad()
+            own = [] if by == "threads that go on" else [loss_of(model, slice(i, i + 8))]
+            rows = [slice(i + k, i + k + 8) for k in (8, 16)]
+            others = in_threads([partial(loss_of, model, at) for at in rows], by == "threads that have ended")
+            if by == "this thread first":
+                # The last lookup is the first that backward comes to: it has a product above it.
+                others = [other * own[0].detach() for other in others]
+            torch.stack(own + others).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(weights(fused)["tables.width8"], weights(twin)["tables.width8"])
