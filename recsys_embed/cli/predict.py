@@ -35,7 +35,7 @@ def predict(
     ] = "fail",
     top: Annotated[
         int | None,
-        typer.Option("--top", min=1, help="Write the best TOP items of each row, of a model that finds items."),
+        typer.Option("--top", min=1, help="Recommend the best TOP items to each row, by a retrieval model."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
@@ -70,7 +70,7 @@ def predict(
         )
     left_out = [name for text in exclude or [] for name in text.split(",") if name]
     if top is not None and not isinstance(served, RetrievalModel):
-        raise ConfigError(f"--top is of models that find items (twotower, sasrec); {model} scores the rows' own items")
+        raise ConfigError(f"--top is of retrieval models (twotower, sasrec); {model} scores the rows' own items")
     if top is None and left_out:
         raise ConfigError("--exclude goes with --top, which says how many items are recommended")
     given = reader_options(source or [])
