@@ -286,10 +286,11 @@ def _write_parquet(out: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFram
         try:
             pieces = []
             for number, frame in enumerate(frames):
-                pieces.append(work / f"{number:06d}.arrow")
-                frame.write_ipc(pieces[-1], compression="lz4")
+                # The earliest polars that is supported streams Parquet into Parquet, and no other format.
+                pieces.append(work / f"{number:06d}.parquet")
+                frame.write_parquet(pieces[-1], compression="lz4")
             if pieces:
-                pl.scan_ipc(pieces).sink_parquet(temporary, compression="zstd", row_group_size=_CHUNK_ROWS)
+                pl.scan_parquet(pieces).sink_parquet(temporary, compression="zstd", row_group_size=_CHUNK_ROWS)
             else:
                 empty.write_parquet(temporary)
         except pl.exceptions.PolarsError as e:
