@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recsys_embed.data.batch import Batch
+from recsys_embed.data.columns.categorical import all_unknown
 from recsys_embed.data.conversion import OnBadRow, Progress, no_progress
 from recsys_embed.data.folder import storage_error
 from recsys_embed.data.serving.read import rows_of
@@ -60,6 +62,7 @@ class ScoreReport:
         quarantined: bad rows that are not.
         quarantine: the file that tells them; None where there are none.
         ignored: columns that neither the model nor the output uses.
+        unknown: columns of which the model knows no value.
     """
 
     out: Path
@@ -67,6 +70,7 @@ class ScoreReport:
     quarantined: int
     quarantine: Path | None
     ignored: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
 
 
 def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
@@ -253,8 +257,16 @@ def _write_to(
 
     total = sum(source.length(i) for i in range(len(source.files))) if source.seekable else 0
 
+    needed: dict[str, Counter[str]] = {}
+
+    def counted() -> Iterator[EncodedRows]:
+        for part in _parts(encoder, source, size, keep, tell):
+            for name, some in part.counts.items():
+                needed.setdefault(name, Counter()).update(some)
+            yield part
+
     def written() -> Iterator[pl.DataFrame]:
-        for frame, batches in _batches(_parts(encoder, source, size, keep, tell), batch_size):
+        for frame, batches in _batches(counted(), batch_size):
             made, kept = output.make(frame, batches), frame.select(keep)
             if ROW in output.columns:
                 kept = kept[made[ROW].to_numpy()] if keep else kept
@@ -269,7 +281,8 @@ def _write_to(
     if not told and on_bad_row == "quarantine":
         quarantine.unlink(missing_ok=True)
     ignored = tuple(name for name in source.types if name not in wanted)
-    return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored)
+    unknown = tuple(name for name, some in needed.items() if all_unknown(some, counts["rows"]))
+    return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored, unknown)
 
 
 def _write_csv(out: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
