@@ -15,6 +15,9 @@ from recsys_embed.cli._inspect import ReaderOptions, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.errors import ConfigError
 
+_FOUND = 1 << 21
+"""Recommended items that are held at once."""
+
 
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="File of `recsys-embed export`.")],
@@ -58,7 +61,7 @@ def predict(
     from recsys_embed.cli._table import show_progress
     from recsys_embed.data import preset_table, recommended, score_files, write_rows
     from recsys_embed.exports import load
-    from recsys_embed.models.retrieval import BLOCK_SCORES, RetrievalModel
+    from recsys_embed.models import RetrievalModel
 
     _check_out(out, inputs)
     served = load(model, device=None if device == "cpu" else device)
@@ -96,8 +99,8 @@ def predict(
             score = scorer.score(served)
             report = score_files(encoder, score, table, out, batch_size, **options, progress=progress)
         else:
-            found = recommended(encoder, scorer.find(served, encoder, top))
-            size = min(batch_size, max(1, BLOCK_SCORES // top))
+            found = recommended(encoder, scorer.find(served, encoder, top), top)
+            size = min(batch_size, max(1, _FOUND // top))
             report = write_rows(encoder, found, table, out, size, **options, progress=progress)
     if as_json:
         bad = None if report.quarantine is None else str(report.quarantine)
