@@ -43,6 +43,7 @@ SCHEMA = Schema(
         FeatureSpec("tags", 7, WIDTH, pooling="mean"),
         FeatureSpec("seen", 9, WIDTH, pooling="mean", table="things", padding_idx=0),
         FeatureSpec("liked", 9, WIDTH, table="things"),
+        FeatureSpec("best", 7, WIDTH, pooling="max", table="tags"),
     ]
 ).with_init("normal:0.3")
 TABLES = {"user": 0, "things": 1, "tags": 2}
@@ -187,11 +188,11 @@ def test_vectors_of_a_row_that_read_one_table_have_one_width() -> None:
     bags = bags_of(2)
     lengths = bags.offsets.diff().view(len(SCHEMA), BATCH)
     place = SCHEMA.names.index("liked")
-    first = int(lengths[:place].sum())
+    first, last = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
     seen: list[tuple[Tensor, Tensor]] = []
 
     def probe(dense: Tensor, ids: BagIds) -> Tensor:
-        seen.append((net.vectors(ids), net.vectors.lookup("liked", ids.values[first:])))
+        seen.append((net.vectors(ids), net.vectors.lookup("liked", ids.values[first:last])))
         return ids.offsets[:BATCH]
 
     net.model.forward = probe
