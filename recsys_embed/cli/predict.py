@@ -19,6 +19,9 @@ from recsys_embed.utils.types import JSON
 if TYPE_CHECKING:
     from recsys_embed.data.serving.score import ScoreReport
 
+_FOUND = 1 << 21
+"""Recommended items that are held at once."""
+
 
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="File of `recsys-embed export`.")],
@@ -62,7 +65,7 @@ def predict(
     from recsys_embed.cli._table import show_progress
     from recsys_embed.data import preset_table, recommended, score_files, write_rows
     from recsys_embed.exports import load
-    from recsys_embed.models.retrieval import BLOCK_SCORES, RetrievalModel
+    from recsys_embed.models import RetrievalModel
 
     _check_out(out, inputs)
     served = load(model, device=None if device == "cpu" else device)
@@ -100,8 +103,8 @@ def predict(
             score = scorer.score(served)
             report = score_files(encoder, score, table, out, batch_size, **options, progress=progress)
         else:
-            found = recommended(encoder, scorer.find(served, encoder, top))
-            size = min(batch_size, max(1, BLOCK_SCORES // top))
+            found = recommended(encoder, scorer.find(served, encoder, top), top)
+            size = min(batch_size, max(1, _FOUND // top))
             report = write_rows(encoder, found, table, out, size, **options, progress=progress)
     _tell(report, scorer.output, top, as_json)
 

@@ -46,10 +46,12 @@ class Output(NamedTuple):
     Args:
         columns: by name, beside those that are kept; with ``ROW`` among them any number for each row.
         make: these columns for some rows with their batches; ``ROW`` counts these rows from 0.
+        row_bytes: what making them holds for a row.
     """
 
     columns: Mapping[str, pl.DataType]
     make: Callable[[pl.DataFrame, list[Batch]], pl.DataFrame]
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ def _write_to(
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
     options.readers(source, wanted)
     sample = source.sample(_SAMPLE_ROWS).select(wanted)
-    size = min(_CHUNK_ROWS, options.part_rows(sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted)))
+    held = sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted) + output.row_bytes
+    size = min(_CHUNK_ROWS, options.part_rows(held))
     quarantine = _quarantine(out)
     told: list[IO[bytes]] = []
     counts = {"rows": 0, "bad": 0}
