@@ -112,22 +112,21 @@ class BackwardSteps:
         first = not record.stepped
         if first and not record.deferred:
             with self._lock:
-                record.deferred = (
-                    self.watched
-                    or task in self._collected
-                    or any(
-                        other is not record
-                        and not other.stepped
-                        and (other.thread, other.steps_before) == (record.thread, record.steps_before)
-                        for other in self._open
-                    )
-                )
+                record.deferred = self.watched or task in self._collected or self._others_may_follow(record)
         record.stepped.update(parts)
         if record.deferred:
             self._deferred_in = task
         elif first:
             self._count(record.thread, task)
         return record.deferred
+
+    def _others_may_follow(self, record: LookupRecord) -> bool:
+        """Whether the backward that has come to a lookup may come to others that read the same tables."""
+        # Of any thread: the one that runs this backward may have waited for others to look up.
+        return any(
+            other is not record and not other.stepped and other.steps_before == self._taken.get(other.thread, 0)
+            for other in self._open
+        )
 
     def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add to the gradients by which the running backward steps the optimizer when it ends."""
