@@ -118,9 +118,13 @@ def test_a_run_is_measured_as_it_is_served(tmp_path: Path) -> None:
     from tests.train.toy import ToyData, toy_config
 
     schema = ToyData(2000).schema(8)
-    configs = {s.name: {"method": "full", "precision": "int2"} for s in schema}
+    precisions = ("int2", "int2", "fp32", "int2")
+    configs = {s.name: {"method": "full", "precision": p} for s, p in zip(schema, precisions, strict=True)}
     data = ToyData(2000)
-    found = run_training(toy_config(method="planned", plan={"version": 1, "features": configs}), data)
+    plan = {"version": 1, "features": configs}
+    config = toy_config(method="planned", plan=plan, eval_every=5, patience=2, learning_rate=0.02)
+    found = run_training(config, data, folder=tmp_path / "run", show_progress=False)
+    assert found.result.best_step < found.result.steps, "the best weights are loaded"
     unrounded = evaluate(found.model, data, "test")
     rse.export(found.model, tmp_path / "m")
     served = evaluate(rse.load(tmp_path / "m"), data, "test")  # type: ignore[arg-type]
