@@ -122,7 +122,7 @@ def test_a_run_is_measured_as_it_is_served(tmp_path: Path) -> None:
     configs = {s.name: {"method": "full", "precision": p} for s, p in zip(schema, precisions, strict=True)}
     data = ToyData(2000)
     plan = {"version": 1, "features": configs}
-    config = toy_config(method="planned", plan=plan, eval_every=5, patience=2, learning_rate=0.02)
+    config = toy_config(method="planned", plan=plan, eval_every=5, epochs=8, learning_rate=0.05)
     found = run_training(config, data, folder=tmp_path / "run", show_progress=False)
     assert found.result.best_step < found.result.steps, "the best weights are loaded"
     unrounded = evaluate(found.model, data, "test")
