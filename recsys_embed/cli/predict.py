@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.cli._inspect import ReaderOptions, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.utils.types import JSON
+
+if TYPE_CHECKING:
+    from recsys_embed.data.serving.score import ScoreReport
 
 _FOUND = 1 << 21
 """Recommended items that are held at once."""
@@ -102,15 +106,23 @@ def predict(
             found = recommended(encoder, scorer.find(served, encoder, top), top)
             size = min(batch_size, max(1, _FOUND // top))
             report = write_rows(encoder, found, table, out, size, **options, progress=progress)
+    _tell(report, scorer.output, top, as_json)
+
+
+def _tell(report: ScoreReport, output: str, top: int | None, as_json: bool) -> None:
+    """Print what was scored."""
     if as_json:
         bad = None if report.quarantine is None else str(report.quarantine)
-        values = {"out": str(out), "rows": report.rows, "output": scorer.output, "quarantined": report.quarantined}
-        values |= {} if top is None else {"top": top}
-        print(json.dumps({**values, "quarantine": bad, "ignored": list(report.ignored)}))
+        values: JSON = {"out": str(report.out), "rows": report.rows, "output": output}
+        values |= {"quarantined": report.quarantined, **({} if top is None else {"top": top}), "quarantine": bad}
+        print(json.dumps({**values, "ignored": list(report.ignored), "unknown": list(report.unknown)}))
         return
-    what = "probabilities" if scorer.output == "probability" else "values"
+    what = "probabilities" if output == "probability" else "values"
     told = f"rows scored ({what})" if top is None else f"rows, the best {top:,} items of each"
-    print(f"{out}: {report.rows:,} {told}")
+    print(f"{report.out}: {report.rows:,} {told}")
+    if report.unknown:
+        names = ", ".join(report.unknown)
+        print(f"the model knows no value of these columns: {names}; are they written as in training?")
     if report.ignored:
         print(f"columns that were not used: {', '.join(report.ignored)}")
     if report.quarantine is not None:

@@ -402,3 +402,13 @@ def _odd(values: pl.Series) -> pl.Series:
     if values.dtype.is_float():
         return values.is_nan().fill_null(False)
     return (values.cast(pl.String).str.len_bytes() == 0).fill_null(False)
+
+
+def all_unknown(counts: Mapping[str, int], rows: int) -> bool:
+    """Whether some values were looked up in a vocabulary and none was known, by what encoders count.
+
+    >>> all_unknown({"null": 1, "empty": 0, "unknown": 3}, 4), all_unknown({"null": 4, "empty": 0, "unknown": 0}, 4)
+    (True, False)
+    """
+    values = counts["values"] if "values" in counts else rows - counts.get("null", 0) - counts.get("empty", 0)
+    return values > 0 and counts.get("unknown", 0) == values

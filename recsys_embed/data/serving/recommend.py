@@ -86,7 +86,9 @@ class UserEncoder(TableEncoder):
             next(iter(e.encode(rows.frame[e.column.source]).columns.values())) for e in self.others(rows.frame.schema)
         ]
         excluded = pl.DataFrame([s.alias(str(i)) for i, s in enumerate(ids)]).select(pl.concat_list(pl.all()))
-        return EncodedRows(rows.batch, rows.frame.with_columns(excluded.to_series().alias(_EXCLUDED)), rows.bad)
+        return EncodedRows(
+            rows.batch, rows.frame.with_columns(excluded.to_series().alias(_EXCLUDED)), rows.bad, rows.counts
+        )
 
     def named(self, size: int) -> NDArray[np.bool_]:
         """The ids that stand for an item: bool ``[size]``."""

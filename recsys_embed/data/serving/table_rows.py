@@ -113,12 +113,15 @@ class TableEncoder(RowEncoder):
         good, bad = find_bad_rows(chunk, self._faults(frame))
         frame = frame if good.all() else frame.filter(pl.Series(good))
         columns: dict[str, pl.Series] = {}
+        counts: dict[str, dict[str, int]] = {}
         nothing = pl.repeat(None, len(frame), dtype=pl.Null, eager=True)
         for encoder, matters in zip(self.encoders, self.matters, strict=True):
             values = frame[encoder.column.source] if matters else nothing
-            columns.update(encoder.encode(values).columns)
+            encoded = encoder.encode(values)
+            columns.update(encoded.columns)
+            counts[encoder.column.name] = encoded.counts
         made = pl.DataFrame([values.rename(name) for name, values in columns.items()])
-        return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad))
+        return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad), counts)
 
     def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
         for encoder in [*self.read, *self.others(frame.schema)]:

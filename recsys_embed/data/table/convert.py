@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from recsys_embed.data.columns import Column, Encoder, Vector, Weight, read_encoder
+from recsys_embed.data.columns.categorical import all_unknown
 from recsys_embed.data.columns.vector import first_width
 from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
 from recsys_embed.data.folder import WORK_DIR, lock
@@ -134,8 +135,7 @@ def convert_table(
             check_codes(counts, made.split, any(c.learns for c in columns) and not counts.get(TRAIN))
             learned = learn_columns(rows, codes, progress)
         built = write_table(rows, codes, learned, record, progress)
-        if donor is None:
-            notices += _remarks(made, built) + _odd_separators(table, made)
+        notices += _unknown(built, donor) if donor else _remarks(made, built) + _odd_separators(table, made)
         publish(out, built)
     return ConvertReport(
         out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
@@ -182,6 +182,18 @@ def _remarks(schema: TableSchema, built: BuiltDataset) -> list[str]:
     if train is not None and train.rows in [zeros.get("train") for zeros in counts]:
         found.append("the weight of every training row is 0, of which nothing can be learned: training refuses them")
     return found
+
+
+def _unknown(built: BuiltDataset, donor: Manifest) -> list[str]:
+    """Columns of which another folder knows no value."""
+    rows = sum(split.rows for split in built.manifest.splits.values())
+    totals = {
+        name: {what: sum(n.values()) for what, n in some.items()} for name, some in built.stats["columns"].items()
+    }
+    names = [name for name, counts in totals.items() if all_unknown(counts, rows)]
+    return (
+        [f"no value of {', '.join(map(repr, names))} is known: is it written as in the other folder?"] if names else []
+    )
 
 
 def _odd_separators(table: Source, schema: TableSchema) -> list[str]:

@@ -64,6 +64,7 @@ def test_new_rows_are_a_test_and_may_lack_what_is_not_a_feature(folder: Path, tm
     frame = events(500, 1).drop("click", "w")
     report = convert_table(frame.with_columns(user=pl.lit("stranger")), tmp_path / "new", like=folder)
     assert report.rows == {"test": 500}
+    assert "no value of 'user' is known" in " ".join(report.notices)
     data = open_dataset(tmp_path / "new")
     batch = data.read("test", 0, 500)
     assert batch.label.isnan().all()
