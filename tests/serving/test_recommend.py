@@ -122,6 +122,29 @@ def test_sasrec_needs_the_history_alone(tmp_path: Path) -> None:
     assert found.items.tolist() == [ids.values_of(row).to_list() for row in wanted.numpy()]
 
 
+def test_items_to_leave_out_as_text(tmp_path: Path, capsys: Any) -> None:
+    """Digits as names, histories as delimited text, read from CSV: all that a row names is left out, cut or not."""
+    table = events([f"0{i}" for i in range(12)])
+    text = table.with_columns(pl.col("seen").list.join("|")).drop("kind", "price")
+    text.write_csv(tmp_path / "all.csv")
+    columns = {**SCHEMA["columns"], "seen": {**SCHEMA["columns"]["seen"], "separator": "|"}}
+    columns = {name: columns[name] for name in text.columns}
+    reader = {"types": {"item": "string"}}
+    convert_table(tmp_path / "all.csv", tmp_path / "data", {**SCHEMA, "columns": columns, "source": reader})
+    data = open_dataset(tmp_path / "data")
+    config = TrainConfig(model="twotower", model_args={"hidden": [4], "output_dim": 4}, loss="bpr", embedding_dim=4)
+    rse.export(run_training(config, data, show_progress=False).model, tmp_path / "m.safetensors", encoders=data)
+    users = text.select("user", "seen", "age", pl.Series("last", [f"0{i % 12}" for i in range(len(text))]))
+    users.write_csv(tmp_path / "users.csv")
+    args = ["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "users.csv"), "--top", "12"]
+    out = tmp_path / "top.parquet"
+    assert main([*args, "--exclude", "seen,last", "--out", str(out)]) == 0, capsys.readouterr().err
+    found = pl.read_parquet(out).group_by("row", maintain_order=True).agg("item")
+    everything = {f"0{i}" for i in range(12)}
+    wanted = [everything - {*(seen or "").split("|"), last} for seen, last in users.select("seen", "last").iter_rows()]
+    assert [set(items) for items in found["item"]] == wanted
+
+
 def test_files_of_recommendations(tmp_path: Path, capsys: Any) -> None:
     names = NAMES["big"]
     model, _, rows = served(tmp_path, names)

@@ -20,7 +20,7 @@ from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, chec
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import BuiltDataset, publish
-from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.sources import Source, join_options, open_like, open_source
 from recsys_embed.data.sources.learned_spelling import (
     check_spelling,
     distinct_texts,
@@ -90,9 +90,8 @@ def convert_table(
     how = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
     out = Path(out)
     made, donor = _schema(schema, like, split)
-    if options:
-        made = made.replace(source=join_options(made.source, options))
-    found = open_source(source, made.source, known_only=donor is not None and not options)
+    former, made = made.source, made.replace(source=join_options(made.source, options or {}))
+    found = open_source(source, made.source) if donor is None else open_like(source, former, options or {})
     check_target(out)
     _keep_apart(out, like, found)
     with lock(out):
