@@ -23,7 +23,8 @@ from recsys_embed.data.publish import BuiltDataset, publish
 from recsys_embed.data.sources import Source, join_options, open_like, open_source
 from recsys_embed.data.sources.learned_spelling import (
     check_spelling,
-    first_texts,
+    distinct_texts,
+    first_rows,
     list_separator,
     other_separator,
 )
@@ -202,7 +203,7 @@ def _odd_separators(table: Source, schema: TableSchema) -> list[str]:
     for column in schema.used:
         separator = list_separator(table, column)
         if separator is not None:
-            other = other_separator(first_texts(table, 0, column.source), separator)
+            other = other_separator(distinct_texts(first_rows(table, 0, [column.source])[column.source]), separator)
             if other is not None:
                 found.append(
                     f"column {column.source!r}: no value of the first rows holds the separator {separator!r}, and most "
