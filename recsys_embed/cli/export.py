@@ -129,7 +129,7 @@ def _settings(found: Any) -> TrainConfig:
 
 def _quality(folder: Path, split: str, how: TrainConfig) -> Callable[[Any], float]:
     """A function that measures a model on a split of a data folder as its run did: AUC, RMSE of real labels, or NDCG of
-    one that finds items."""
+    a retrieval model."""
     from recsys_embed.data import open_dataset
     from recsys_embed.train import evaluate
 

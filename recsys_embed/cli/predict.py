@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,13 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.cli._inspect import ReaderOptions, reader_options
 from recsys_embed.core.footprint import parse_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.utils.types import JSON
+
+if TYPE_CHECKING:
+    from recsys_embed.data.serving.score import ScoreReport
+
+_FOUND = 1 << 21
+"""Recommended items that are held at once."""
 
 
 def predict(
@@ -35,7 +42,7 @@ def predict(
     ] = "fail",
     top: Annotated[
         int | None,
-        typer.Option("--top", min=1, help="Write the best TOP items of each row, of a model that finds items."),
+        typer.Option("--top", min=1, help="Recommend the best TOP items to each row, by a retrieval model."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
@@ -58,7 +65,7 @@ def predict(
     from recsys_embed.cli._table import show_progress
     from recsys_embed.data import preset_table, recommended, score_files, write_rows
     from recsys_embed.exports import load
-    from recsys_embed.models.retrieval import BLOCK_SCORES, RetrievalModel
+    from recsys_embed.models import RetrievalModel
 
     _check_out(out, inputs)
     served = load(model, device=None if device == "cpu" else device)
@@ -70,7 +77,7 @@ def predict(
         )
     left_out = [name for text in exclude or [] for name in text.split(",") if name]
     if top is not None and not isinstance(served, RetrievalModel):
-        raise ConfigError(f"--top is of models that find items (twotower, sasrec); {model} scores the rows' own items")
+        raise ConfigError(f"--top is of retrieval models (twotower, sasrec); {model} scores the rows' own items")
     if top is None and left_out:
         raise ConfigError("--exclude goes with --top, which says how many items are recommended")
     given = reader_options(source or [])
@@ -96,18 +103,26 @@ def predict(
             score = scorer.score(served)
             report = score_files(encoder, score, table, out, batch_size, **options, progress=progress)
         else:
-            found = recommended(encoder, scorer.find(served, encoder, top))
-            size = min(batch_size, max(1, BLOCK_SCORES // top))
+            found = recommended(encoder, scorer.find(served, encoder, top), top)
+            size = min(batch_size, max(1, _FOUND // top))
             report = write_rows(encoder, found, table, out, size, **options, progress=progress)
+    _tell(report, scorer.output, top, as_json)
+
+
+def _tell(report: ScoreReport, output: str, top: int | None, as_json: bool) -> None:
+    """Print what was scored."""
     if as_json:
         bad = None if report.quarantine is None else str(report.quarantine)
-        values = {"out": str(out), "rows": report.rows, "output": scorer.output, "quarantined": report.quarantined}
-        values |= {} if top is None else {"top": top}
-        print(json.dumps({**values, "quarantine": bad, "ignored": list(report.ignored)}))
+        values: JSON = {"out": str(report.out), "rows": report.rows, "output": output}
+        values |= {"quarantined": report.quarantined, **({} if top is None else {"top": top}), "quarantine": bad}
+        print(json.dumps({**values, "ignored": list(report.ignored), "unknown": list(report.unknown)}))
         return
-    what = "probabilities" if scorer.output == "probability" else "values"
+    what = "probabilities" if output == "probability" else "values"
     told = f"rows scored ({what})" if top is None else f"rows, the best {top:,} items of each"
-    print(f"{out}: {report.rows:,} {told}")
+    print(f"{report.out}: {report.rows:,} {told}")
+    if report.unknown:
+        names = ", ".join(report.unknown)
+        print(f"the model knows no value of these columns: {names}; are they written as in training?")
     if report.ignored:
         print(f"columns that were not used: {', '.join(report.ignored)}")
     if report.quarantine is not None:

@@ -287,7 +287,10 @@ class EmbeddingCollection(FusedTables):
                 )
             return out if mask is None or masking is None or inside else mask.through(masking, out, ids)
         if mask is not None:
-            raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
+            raise ConfigError(
+                "`mask` is for one id per sample and feature, ids [B, F]; got bags, whose rows a "
+                "recsys_embed.search.Supernet masks before they are pooled"
+            )
         given = bundle.given(ids, self) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         batched = self._batched_tables(bundle.batched_bags, bags.values)

@@ -147,7 +147,7 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
     Args:
         model: to be exported.
         given: a data folder, opened or its path; None: the model's own; False: none.
-        output: what a score is; None: as the folder's labels have it, and of models that find items a value.
+        output: what a score is; None: as the folder's labels have it, and of retrieval models a value.
 
     Raises:
         ConfigError: the model is none that gives scores, or the folder is that of another model.

@@ -1,4 +1,4 @@
-"""Base of the models that find items for a user: a vector of the user and one of each item, scored by dot product."""
+"""Base of retrieval models: a vector of the user and one of each item, scored by dot product."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Queries(NamedTuple):
 
 
 class RetrievalModel(CTRModel):
-    """Base of models that find items for a user among all items.
+    """Base of retrieval models (candidate generation), which find items for a user among all of them.
 
     A subclass defines :meth:`user_vectors`, into which nothing of the candidate may enter, and :meth:`items`. The score
     of an item is the dot product of the two, which is also what :meth:`logits` gives for the row's own candidate.

@@ -15,7 +15,7 @@ def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
 
     Args:
         curves: by stage, a list of validations with ``step`` and ``auc`` (``rmse`` of real
-            labels, ``ndcg@k`` of models that find items); for ``evolution``, ``scores`` of all
+            labels, ``ndcg@k`` of retrieval models); for ``evolution``, ``scores`` of all
             candidates and where each generation ``ends`` among them.
         path: file to write; its suffix picks the format (png, svg, pdf).
 

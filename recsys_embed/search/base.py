@@ -111,8 +111,8 @@ class Search(ABC):
         """Arguments of :func:`build_retrained` that go on with a trained supernet's network and first-order weights."""
         found: StartWeights = {"tables": tables, "dense": dense_weights(net.model)}
         if net.model.linear is not None:
-            first = {s.name: net.model.linear.table(f"{s.table_name}.weight").detach() for s in self.tables}
-            found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.tables, self.counts, strict=True)}
+            first = {s.name: net.model.linear.table(f"{s.table_name}.weight").detach() for s in self.first_readers}
+            found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.first_readers, self.counts, strict=True)}
         return found
 
     @cached_property
@@ -128,7 +128,7 @@ class Search(ABC):
         return schema_of(self.data, self.config)
 
     @property
-    def tables(self) -> Schema:
+    def first_readers(self) -> Schema:
         """The first feature of each table: what is masked, pruned and stored once, whatever else reads it."""
         return self.schema.first_readers
 

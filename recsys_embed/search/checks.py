@@ -40,7 +40,7 @@ def need_rows(data: DataSource, config: TrainConfig, split: str, purpose: str, r
     if quality.key == "auc":
         need_classes(data, split, purpose, remedy)
         return
-    # Models that find items learn and rank the rows of label 1, and all where there are no labels.
+    # Retrieval models learn and rank the rows of label 1, and all where there are no labels.
     wanted = 2 * LEAST_OF_A_CLASS if quality.key == "rmse" else LEAST_OF_A_CLASS
     found, what = 0, "rows" if quality.key == "rmse" else "positives"
     for batch in data.batches(split, 1 << 16, shuffle=False):

@@ -108,24 +108,24 @@ class DnisSearch(Search):
     def _merge(self, net: Supernet) -> None:
         """In place, since there may be no room for a copy of the tables."""
         layer = cast("DnisLayer", net.layer)
-        for field, name in enumerate(self.tables.names):
+        for field, name in enumerate(self.first_readers.names):
             blocks = layer.blocks_of(field)
             for start, rows in chunks(net.table(name)):
                 rows.mul_(layer.alpha[blocks[start : start + len(rows)]])
         layer.alpha.fill_(1.0)
 
     @cached_property
-    def merged(self) -> dict[str, Tensor]:
-        """The tables of the searched supernet by first reader: ``[num_ids, D]`` each."""
-        return {name: self.net.table(name).detach() for name in self.tables.names}
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of the searched supernet, by the first feature that reads each: ``[num_ids, D]`` each."""
+        return {name: self.net.table(name).detach() for name in self.first_readers.names}
 
     def search(self) -> Plan:
         """Warm start, alternating steps, pruning."""
-        s, schema = self.settings, self.tables
+        s, schema = self.settings, self.first_readers
         pruned = "oov" if s.shared else "zero"
         limits: dict[str, Any] = {"budget": self.vector_budget, "sparsity": s.sparsity}
         if s.structure == "elements":
-            masks = keep_elements(schema, list(self.merged.values()), pruned, **limits)
+            masks = keep_elements(schema, list(self.tables.values()), pruned, **limits)
             chosen = {spec.name: choose_elements(spec, k, pruned) for spec, k in zip(schema, masks, strict=True)}
             reasons = {spec.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
                        for spec, k in zip(schema, masks, strict=True)}  # fmt: skip
@@ -135,12 +135,12 @@ class DnisSearch(Search):
         return make_plan(self.schema, chosen, {f.spec.name: _words(f, chosen[f.spec.name][0]) for f in fields})
 
     def _blocks(self, field: int) -> FieldBlocks:
-        spec, counts = self.tables.features[field], self.counts[field]
+        spec, counts = self.first_readers.features[field], self.counts[field]
         order = order_of(counts)
         sizes = [n for n in self.sizes[field] if n]
         ranks = torch.arange(spec.num_ids) if order is None else order
         members = list(ranks.split(sizes))
-        importance = importance_of(self.merged[spec.name], members)
+        importance = importance_of(self.tables[spec.name], members)
         if self.settings.importance == "traffic":
             share = torch.stack([counts[m].double().mean() for m in members])
             importance = importance * share.unsqueeze(1).sqrt()
@@ -150,7 +150,7 @@ class DnisSearch(Search):
         """The initial weights, or the merged tables beside the network as it was trained."""
         if self.settings.retrain_from == "init":
             return super().start_weights()
-        return self.trained_weights(self.net, self.merged)
+        return self.trained_weights(self.net, self.tables)
 
 
 def _words(field: FieldBlocks, config: Any) -> str:

@@ -100,7 +100,7 @@ class CandidateEvaluator:
         self.net, self.data, self.split, self.rows = net.eval(), data, split, rows
         self.config = config or TrainConfig(model=net.model.key)
         self.quality = quality_of(self.config)
-        # What the users of splits have seen, of models that find items.
+        # What the users of splits have seen, of retrieval models.
         self._seen: Seen = {}
         self.recalibrate, self.batch_size, self.seed, self.device, self.stop = (
             recalibrate, batch_size, seed, device, stop

@@ -84,12 +84,12 @@ class OptembedSearch(Search):
         """The initial weights, or those of the supernet."""
         if self.settings.retrain_from == "init":
             return {**super().start_weights(), "shared": self._oov(self._layer())}
-        tables = {name: self.net.table(name).detach() for name in self.tables.names}
+        tables = {name: self.net.table(name).detach() for name in self.first_readers.names}
         return {**self.trained_weights(self.net, tables), "shared": self._oov(cast("OptembedLayer", self.net.layer))}
 
     def _oov(self, layer: OptembedLayer) -> dict[str, Tensor] | None:
         """Vectors of pruned ids, by feature."""
-        return None if layer.oov is None else dict(zip(self.tables.names, layer.oov.detach(), strict=True))
+        return None if layer.oov is None else dict(zip(self.first_readers.names, layer.oov.detach(), strict=True))
 
     # -- supernet -------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ class OptembedSearch(Search):
 
     def _layer(self) -> OptembedLayer:
         """Its layer, a function of the seed."""
-        s, tables = self.settings, self.tables
+        s, tables = self.settings, self.first_readers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             return OptembedLayer(
@@ -122,12 +122,12 @@ class OptembedSearch(Search):
     def _space(self, kept: Sequence[Tensor]) -> WidthSpace:
         """Widths, and what they cost where the rows ``kept`` are."""
         costs, fixed, oov = [], 0, "oov" if self.settings.oov else "zero"
-        for spec, rows in zip(self.tables, kept, strict=True):
+        for spec, rows in zip(self.first_readers, kept, strict=True):
             config, _ = choose(spec, rows, 1, oov)
             footprint = config.footprint(spec)
             costs.append(footprint.weights)
             fixed += footprint.index
-        return WidthSpace(len(self.tables), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
+        return WidthSpace(len(self.first_readers), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
 
     def _rows(self) -> int | None:
         """Validation rows on which candidates are compared."""
@@ -190,9 +190,9 @@ class OptembedSearch(Search):
         oov = "oov" if self.settings.oov else "zero"
         chosen = {
             spec.name: choose(spec, rows, width, oov)
-            for spec, rows, width in zip(self.tables, kept, widths, strict=True)
+            for spec, rows, width in zip(self.first_readers, kept, widths, strict=True)
         }
-        return make_plan(self.schema, chosen, widths_text(self.tables, kept, widths))
+        return make_plan(self.schema, chosen, widths_text(self.first_readers, kept, widths))
 
 
 @torch.no_grad()

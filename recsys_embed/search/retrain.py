@@ -46,7 +46,7 @@ def weights_hash(values: Tensor) -> str:
 def dense_weights(model: CTRModel) -> dict[str, Tensor]:
     """A model's state outside its collections: the network, numeric vectors, buffers."""
     inside = tuple(f"{key}." for key in model.collections())
-    # A model that finds items holds the layer that a search put before it.
+    # A retrieval model holds the layer that a search put before it.
     inside = (*inside, f"{LAYER}.")
     return {k: v for k, v in model.state_dict().items() if not k.startswith(inside) and isinstance(v, Tensor)}
 

@@ -38,8 +38,13 @@ def total_budget(config: TrainConfig, schema: Schema) -> int | None:
 
 def _check_tables(schema: Schema) -> None:
     """Refuse features whose rows a search cannot choose."""
-    if any(s.ids == "raw" for s in schema):
-        raise ConfigError("a search needs ids of a vocabulary; this data holds raw 64-bit ids, which have no rows")
+    raw = [s.name for s in schema if s.ids == "raw"]
+    if raw:
+        raise ConfigError(
+            f"a search needs ids of a vocabulary; {', '.join(raw)} {'have' if len(raw) > 1 else 'has'} raw 64-bit ids, "
+            "which have no rows to choose from: convert the data with a vocabulary, or choose hashing methods and "
+            "sizes by `search methods` or `plan`"
+        )
 
 
 def run_search(
@@ -93,14 +98,14 @@ def run_search(
         raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
     check_rows(data, config)
+    schema = schema_of(data, config)
+    _check_tables(schema)
     path = None if folder is None else Path(folder)
     if device is not None:
         check_device(device)
     with held(path):
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        schema = schema_of(data, config)
-        _check_tables(schema)
         budget = total_budget(config, schema)
         identity = {
             "method": kind.method,

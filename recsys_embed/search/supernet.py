@@ -26,7 +26,7 @@ from recsys_embed.train.loop import Trainer
 from recsys_embed.utils.types import BagIds, Ids
 
 LAYER = "search_layer"
-"""Name of the layer in a model that finds items."""
+"""Name of the layer in a retrieval model."""
 
 
 class MasksIds(Protocol):
@@ -234,7 +234,7 @@ def replaced(module: nn.Module, **methods: Callable[..., Tensor]) -> Iterator[No
 
 
 def _hold(model: CTRModel, layer: nn.Module) -> None:
-    """Make the layer a part of a model that finds items, which trainers and metrics take itself, not a supernet.
+    """Make the layer a part of a retrieval model, which trainers and metrics take itself, not a supernet.
 
     The layer's parameters have steps of their own.
     """
@@ -246,7 +246,7 @@ def _hold(model: CTRModel, layer: nn.Module) -> None:
 def as_model(net: Supernet) -> CTRModel:
     """The supernet typed as a model, because it has all members that a trainer uses.
 
-    Of a model that finds items the model itself, since losses of users and items ask it for more.
+    Of a retrieval model the model itself, since losses of users and items ask it for more.
     """
     return net.model if isinstance(net.model, RetrievalModel) else cast("CTRModel", net)
 

@@ -1,4 +1,4 @@
-"""What a model that finds items learns of them from the training rows before its first step."""
+"""What a retrieval model learns of the items from the training rows before its first step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def positives_of(label: Tensor) -> Tensor:
 
 
 def learn_items(model: CTRModel, data: DataSource) -> None:
-    """Take frequencies and features of items from the training rows, one pass over them, into a model that finds items.
+    """Take frequencies and features of items from the training rows, one pass over them, into a retrieval model.
 
     Raises:
         ConfigError: features of the user tell the item, or items have more ids of a feature than the model keeps.

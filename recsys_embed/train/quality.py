@@ -1,4 +1,4 @@
-"""What searches and studies compare candidates by: AUC, RMSE of real labels, or NDCG of models that find items."""
+"""What searches and studies compare candidates by: AUC, RMSE of real labels, or NDCG of retrieval models."""
 
 from __future__ import annotations
 

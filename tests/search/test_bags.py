@@ -22,6 +22,8 @@ from recsys_embed.search import (
     PepSearch,
     PepSettings,
     Supernet,
+    get_search,
+    run_search,
 )
 from recsys_embed.search.folder import SearchFolder
 from recsys_embed.search.layers import PepLayer, table_numbers
@@ -30,7 +32,7 @@ from recsys_embed.train import TrainConfig, evaluate
 from recsys_embed.train.evaluation import logits_of
 from recsys_embed.typing import BagIds
 from tests.tiers import slow_but
-from tests.train.events import Events
+from tests.train.events import ARGS, Events
 from tests.train.test_losses import Ratings
 
 WIDTH = 4
@@ -41,6 +43,7 @@ SCHEMA = Schema(
         FeatureSpec("tags", 7, WIDTH, pooling="mean"),
         FeatureSpec("seen", 9, WIDTH, pooling="mean", table="things", padding_idx=0),
         FeatureSpec("liked", 9, WIDTH, table="things"),
+        FeatureSpec("best", 7, WIDTH, pooling="max", table="tags"),
     ]
 ).with_init("normal:0.3")
 TABLES = {"user": 0, "things": 1, "tags": 2}
@@ -185,11 +188,11 @@ def test_vectors_of_a_row_that_read_one_table_have_one_width() -> None:
     bags = bags_of(2)
     lengths = bags.offsets.diff().view(len(SCHEMA), BATCH)
     place = SCHEMA.names.index("liked")
-    first = int(lengths[:place].sum())
+    first, last = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
     seen: list[tuple[Tensor, Tensor]] = []
 
     def probe(dense: Tensor, ids: BagIds) -> Tensor:
-        seen.append((net.vectors(ids), net.vectors.lookup("liked", ids.values[first:])))
+        seen.append((net.vectors(ids), net.vectors.lookup("liked", ids.values[first:last])))
         return ids.offsets[:BATCH]
 
     net.model.forward = probe
@@ -306,8 +309,6 @@ def test_a_table_is_one_choice_of_what_all_its_readers_look_up() -> None:
 
 @pytest.mark.parametrize("kind", slow_but(["dnis", "optembed", "pep"], "dnis"))
 def test_real_labels_are_searched_and_told_by_their_error(kind: str, tmp_path: Any) -> None:
-    from recsys_embed.search import get_search, run_search
-
     settings = {"optembed": QUICK, "dnis": {"blocks": 2}, "pep": {"check_every": 1, "threshold_lr": 0.4}}[kind]
     cls = get_search(kind)
     config = CONFIG.replace(loss="squared_error", epochs=5 if kind == "pep" else 2)
@@ -318,3 +319,60 @@ def test_real_labels_are_searched_and_told_by_their_error(kind: str, tmp_path: A
     assert test.rmse < 1.2
     assert f"- test: RMSE {test.rmse:.4f} (400 rows)" in (tmp_path / "report.md").read_text()
     assert outcome.footprint.serve <= outcome.full_bytes / 1.3
+
+
+class Stopping(More):
+    """Raises a keyboard interrupt where a batch of a split is asked for, once."""
+
+    def __init__(self, split: str, at: int) -> None:
+        super().__init__()
+        self.split, self.left = split, at
+
+    def batches(self, split: str, *args: Any, **options: Any) -> Any:
+        made = super().batches(split, *args, **options)
+        return Interrupting(self, made) if split == self.split else made
+
+
+class Interrupting:
+    def __init__(self, owner: Stopping, made: Any) -> None:
+        self.owner, self.made = owner, made
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __iter__(self) -> Any:
+        for batch in self.made:
+            self.owner.left -= 1
+            if self.owner.left == 0:
+                raise KeyboardInterrupt
+            yield batch
+
+
+ITEMS = {"model": "twotower", "model_args": ARGS, "loss": "sampled_softmax", "loss_args": {"negatives": 3}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"model": "din"}, ITEMS], ids=["din", "twotower"])
+@pytest.mark.parametrize("kind", ["optembed", "dnis", "pep"])
+def test_a_stopped_search_over_bags_ends_as_it_would_have_ended(kind: str, changes: Any, tmp_path: Any) -> None:
+    settings = {"optembed": QUICK, "dnis": {"blocks": 2}, "pep": {"check_every": 2, "threshold_lr": 1.0}}[kind]
+    cls = get_search(kind)
+    config = CONFIG.replace(**changes, epochs=2, top_k=(5,), checkpoint_every=3, eval_every=7)
+
+    def run(data: Any, folder: str) -> Any:
+        options = {"folder": tmp_path / folder, "show_progress": False}
+        return run_search(cls, config, data, cls.settings_cls.from_dict(settings), **options)
+
+    whole = run(More(), "whole")
+    stops = 0
+    for split, at in (("train", 8), ("train", 25), ("valid", 4), ("held_out", 5), ("train", 44), ("valid", 9)):
+        try:
+            run(Stopping(split, at), "parts")
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 2
+    found = run(More(), "parts")
+    assert found.plan == whole.plan
+    assert found.result.test == whole.result.test
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(t, wanted[n]) for n, t in found.model.state_dict().items() if isinstance(t, Tensor))

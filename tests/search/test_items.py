@@ -1,4 +1,4 @@
-"""Searches over models that find items: compared by NDCG of the catalogue, retrained and served like any other."""
+"""Searches over retrieval models: compared by NDCG of the catalogue, retrained and served like any other."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_candidates_are_ranked_by_the_metrics_of_their_masked_tables() -> None:
 
 
 def test_the_layer_trains_by_its_own_steps_alone() -> None:
-    """A model that finds items holds the layer, whose parameters are not for the model's own optimizer."""
+    """A retrieval model holds the layer, whose parameters are not for the model's own optimizer."""
     schema = Events().schema(4)
     fields = table_numbers(schema)
     model = build_model("twotower", schema, Plan.full(schema), num_dense=1, **ARGS)

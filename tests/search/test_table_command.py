@@ -170,3 +170,17 @@ def test_labels_that_the_loss_does_not_take_and_missing_splits_are_refused(
         args = ["search", kind, "--data", str(tmp_path / "few"), "--out", str(tmp_path / kind), "--set"]
         assert main([*args, "loss=squared_error"]) == 2
         assert "convert it with --valid 1/12" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_raw_ids_are_refused_and_sized_by_a_study(table: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "raw.toml").write_text(SCHEMA.replace('vocab = "item"', 'vocab = "item"\nids = "raw"'))
+    made = ["data", "table", str(table / "rows.parquet"), str(tmp_path / "raw"), "--schema", str(tmp_path / "raw.toml")]
+    assert main(made) == 0
+    args = ["--data", str(tmp_path / "raw"), "--model", "dnn", *FAST, "--epochs", "1", "--set", "loss=squared_error"]
+    assert main(["search", "dnis", *args, "--out", str(tmp_path / "a")]) == 2
+    assert not (tmp_path / "a").exists()
+    assert "item, last_items have raw 64-bit ids, which have no rows to choose from" in capsys.readouterr().err
+    study = ["search", "methods", *args, "--out", str(tmp_path / "b"), "--trials", "1", "--budgets", "50%"]
+    assert main(study) == 0
+    assert "RMSE" in capsys.readouterr().out

@@ -52,10 +52,21 @@ def test_files_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         wanted = model.predict(EVENTS, batch_size=5)
         assert ending == ".csv" or np.array_equal(found["score"].to_numpy(), wanted)
         np.testing.assert_allclose(found["score"], wanted, rtol=1e-5)
-        assert "columns that were not used: click" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "columns that were not used: click" in said
+        assert "knows no value" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "rows-0.parquet", "rows-1.parquet", "scores.csv", "scores.parquet",
     ]  # fmt: skip
+
+
+def test_columns_of_which_no_value_is_known_are_told(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    EVENTS.with_columns(zip=pl.lit("none"), tags=pl.lit("x|y")).write_csv(tmp_path / "rows.csv")
+    args = ["predict", str(folder / "model.safetensors"), str(tmp_path / "rows.csv"), "--out", str(tmp_path / "s.csv")]
+    assert main(args) == 0
+    assert "the model knows no value of these columns: zip, tags; are they written" in capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unknown"] == ["zip", "tags"]
 
 
 def test_a_query_is_scored_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

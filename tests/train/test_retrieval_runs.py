@@ -1,4 +1,4 @@
-"""Runs of models that find items: resumed, exported, planned, from the command line, and refused where they cannot."""
+"""Runs of retrieval models: resumed, exported, planned, from the command line, and refused where they cannot."""
 
 from __future__ import annotations
 

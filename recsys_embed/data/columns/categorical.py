@@ -37,7 +37,7 @@ from recsys_embed.data.columns.vocabulary import (
 )
 from recsys_embed.data.field_counts import FieldCounter, FieldCounts
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.utils.settings import param
+from recsys_embed.utils.settings import FilePart, param
 from recsys_embed.utils.types import JSON
 
 RESERVED = EMPTY_ID[64]
@@ -248,6 +248,18 @@ def raw_ids(keys: pl.Series, strings: StringIds) -> pl.Series:
 
 
 @dataclass(frozen=True)
+class SavedIds(FilePart):
+    """What a column whose values become ids learned besides its vocabulary, see :class:`VocabularyEncoder`."""
+
+    type: Literal["string", "integer", "unsigned", "bool", "date", "time"]
+    vocab: str | None = None
+    missing_count: int = 0
+    unknown_count: int = 0
+    distinct: int = param(1, low=1)
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
 class VocabularyEncoder(Encoder):
     """Values to ids.
 
@@ -257,6 +269,7 @@ class VocabularyEncoder(Encoder):
         distinct: raw ids: distinct values in training, or an estimate.
     """
 
+    saved = SavedIds
     known: ValueVocabulary | None
     dtype: pl.DataType
     distinct: int = 1
@@ -389,3 +402,13 @@ def _odd(values: pl.Series) -> pl.Series:
     if values.dtype.is_float():
         return values.is_nan().fill_null(False)
     return (values.cast(pl.String).str.len_bytes() == 0).fill_null(False)
+
+
+def all_unknown(counts: Mapping[str, int], rows: int) -> bool:
+    """Whether some values were looked up in a vocabulary and none was known, by what encoders count.
+
+    >>> all_unknown({"null": 1, "empty": 0, "unknown": 3}, 4), all_unknown({"null": 4, "empty": 0, "unknown": 0}, 4)
+    (True, False)
+    """
+    values = counts["values"] if "values" in counts else rows - counts.get("null", 0) - counts.get("empty", 0)
+    return values > 0 and counts.get("unknown", 0) == values

@@ -27,6 +27,8 @@ from recsys_embed.utils.types import BagIds, RowsLike
 
 Find = Callable[[Batch, BagIds | None], tuple[NDArray[np.int64], NDArray[np.float32]]]
 """Ids of items and their scores ``[B, k]`` for a batch, best first; id -1 where there is none left."""
+_ITEM_BYTES = 64
+"""Measured peak per recommended item of a file that is written, names of 12 bytes."""
 _EXCLUDED = "\0excluded"
 """Column of an encoded frame: ids of the items that are left out."""
 
@@ -84,7 +86,9 @@ class UserEncoder(TableEncoder):
             next(iter(e.encode(rows.frame[e.column.source]).columns.values())) for e in self.others(rows.frame.schema)
         ]
         excluded = pl.DataFrame([s.alias(str(i)) for i, s in enumerate(ids)]).select(pl.concat_list(pl.all()))
-        return EncodedRows(rows.batch, rows.frame.with_columns(excluded.to_series().alias(_EXCLUDED)), rows.bad)
+        return EncodedRows(
+            rows.batch, rows.frame.with_columns(excluded.to_series().alias(_EXCLUDED)), rows.bad, rows.counts
+        )
 
     def named(self, size: int) -> NDArray[np.bool_]:
         """The ids that stand for an item: bool ``[size]``."""
@@ -128,8 +132,9 @@ def recommend_rows(
     return names.reshape(whole.shape), np.concatenate(scores)
 
 
-def recommended(encoder: UserEncoder, find: Find) -> Output:
-    """A row for each item that is found for a row: ``row`` from 0, ``rank`` from 1, ``item`` and ``score``."""
+def recommended(encoder: UserEncoder, find: Find, k: int) -> Output:
+    """A row for each of the ``k`` items that are found for a row: ``row`` from 0, ``rank`` from 1, ``item`` and
+    ``score``."""
 
     def make(frame: pl.DataFrame, batches: list[Batch]) -> pl.DataFrame:
         pairs = list(_found(encoder, frame, batches, find))
@@ -140,4 +145,4 @@ def recommended(encoder: UserEncoder, find: Find) -> Output:
         return pl.DataFrame({**numbers, "item": items, SCORE: scores[rows, places]})
 
     columns = {ROW: pl.Int64(), "rank": pl.Int32(), "item": encoder.known.dtype, SCORE: pl.Float32()}
-    return Output(columns, make)
+    return Output(columns, make, k * _ITEM_BYTES)

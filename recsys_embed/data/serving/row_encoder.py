@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -26,11 +26,13 @@ class EncodedRows:
         batch: the rows that could be encoded; labels are NaN.
         frame: their raw values.
         bad: the others.
+        counts: what their values needed, by column, see :class:`recsys_embed.data.columns.Encoded`.
     """
 
     batch: Batch
     frame: pl.DataFrame
     bad: tuple[BadRow, ...]
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class RowEncoder(ABC):

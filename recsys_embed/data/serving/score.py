@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recsys_embed.data.batch import Batch
+from recsys_embed.data.columns.categorical import all_unknown
 from recsys_embed.data.conversion import OnBadRow, Progress, no_progress
 from recsys_embed.data.folder import storage_error
 from recsys_embed.data.serving.read import rows_of
@@ -44,10 +46,12 @@ class Output(NamedTuple):
     Args:
         columns: by name, beside those that are kept; with ``ROW`` among them any number for each row.
         make: these columns for some rows with their batches; ``ROW`` counts these rows from 0.
+        row_bytes: what making them holds for a row.
     """
 
     columns: Mapping[str, pl.DataType]
     make: Callable[[pl.DataFrame, list[Batch]], pl.DataFrame]
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class ScoreReport:
         quarantined: bad rows that are not.
         quarantine: the file that tells them; None where there are none.
         ignored: columns that neither the model nor the output uses.
+        unknown: columns of which the model knows no value.
     """
 
     out: Path
@@ -67,6 +72,7 @@ class ScoreReport:
     quarantined: int
     quarantine: Path | None
     ignored: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
 
 
 def score_rows(encoder: RowEncoder, score: Score, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
@@ -238,7 +244,8 @@ def _write_to(
     options = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=1)
     options.readers(source, wanted)
     sample = source.sample(_SAMPLE_ROWS).select(wanted)
-    size = min(_CHUNK_ROWS, options.part_rows(sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted)))
+    held = sample.estimated_size() / max(1, len(sample)) + 16 * len(wanted) + output.row_bytes
+    size = min(_CHUNK_ROWS, options.part_rows(held))
     quarantine = _quarantine(out)
     told: list[IO[bytes]] = []
     counts = {"rows": 0, "bad": 0}
@@ -253,8 +260,16 @@ def _write_to(
 
     total = sum(source.length(i) for i in range(len(source.files))) if source.seekable else 0
 
+    needed: dict[str, Counter[str]] = {}
+
+    def counted() -> Iterator[EncodedRows]:
+        for part in _parts(encoder, source, size, keep, tell):
+            for name, some in part.counts.items():
+                needed.setdefault(name, Counter()).update(some)
+            yield part
+
     def written() -> Iterator[pl.DataFrame]:
-        for frame, batches in _batches(_parts(encoder, source, size, keep, tell), batch_size):
+        for frame, batches in _batches(counted(), batch_size):
             made, kept = output.make(frame, batches), frame.select(keep)
             if ROW in output.columns:
                 kept = kept[made[ROW].to_numpy()] if keep else kept
@@ -269,7 +284,8 @@ def _write_to(
     if not told and on_bad_row == "quarantine":
         quarantine.unlink(missing_ok=True)
     ignored = tuple(name for name in source.types if name not in wanted)
-    return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored)
+    unknown = tuple(name for name, some in needed.items() if all_unknown(some, counts["rows"]))
+    return ScoreReport(out, counts["rows"], counts["bad"], quarantine if told else None, ignored, unknown)
 
 
 def _write_csv(out: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
@@ -286,10 +302,11 @@ def _write_parquet(out: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFram
         try:
             pieces = []
             for number, frame in enumerate(frames):
-                pieces.append(work / f"{number:06d}.arrow")
-                frame.write_ipc(pieces[-1], compression="lz4")
+                # The earliest polars that is supported streams Parquet into Parquet, and no other format.
+                pieces.append(work / f"{number:06d}.parquet")
+                frame.write_parquet(pieces[-1], compression="lz4")
             if pieces:
-                pl.scan_ipc(pieces).sink_parquet(temporary, compression="zstd", row_group_size=_CHUNK_ROWS)
+                pl.scan_parquet(pieces).sink_parquet(temporary, compression="zstd", row_group_size=_CHUNK_ROWS)
             else:
                 empty.write_parquet(temporary)
         except pl.exceptions.PolarsError as e:

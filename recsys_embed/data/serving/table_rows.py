@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
-from recsys_embed.data.columns import Encoder, Fault, Time, read_encoder
-from recsys_embed.data.columns.categorical import VocabularyEncoder
-from recsys_embed.data.columns.numeric import BucketEncoder
-from recsys_embed.data.columns.vector import Vector
+from recsys_embed.data.columns import KINDS, Encoder, Fault, Time, read_encoder
+from recsys_embed.data.columns.categorical import CategoricalEncoder, SavedIds, VocabularyEncoder
+from recsys_embed.data.columns.numeric import BucketEncoder, NumericEncoder
+from recsys_embed.data.columns.time import SavedTime
+from recsys_embed.data.columns.vector import SavedVector, Vector
 from recsys_embed.data.serving.lookups import MappedVocabulary, make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
-from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.sources import Source, open_like
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
@@ -23,50 +24,7 @@ from recsys_embed.data.sources.learned_spelling import check_spelling
 from recsys_embed.data.sources.learned_types import read_as_learned
 from recsys_embed.data.sources.other_dialect import check_dialect
 from recsys_embed.errors import DataError, raise_faults
-from recsys_embed.utils.settings import FilePart, fault, param
-
-
-@dataclass(frozen=True)
-class _Numeric(FilePart):
-    fill: float
-    shift: float
-    scale: float
-    mean: float
-    std: float
-    missing: int
-
-
-@dataclass(frozen=True)
-class _Time(FilePart):
-    means: Mapping[str, float]
-    missing: int
-    latest: int = param(MISSING, low=-(1 << 40), high=1 << 40)
-
-    def conflicts(self) -> list[str]:
-        wrong = [v for v in self.means.values() if not isinstance(v, int | float)]
-        return [fault("means", "numbers by part", wrong[0])] if wrong else []
-
-
-@dataclass(frozen=True)
-class _Vector(FilePart):
-    missing: int
-    width: int = param(MISSING, low=1, high=1 << 14)
-
-
-@dataclass(frozen=True)
-class _Buckets(FilePart):
-    vocab: str
-    missing_count: int
-
-
-@dataclass(frozen=True)
-class _Known(FilePart):
-    type: Literal["string", "integer", "unsigned", "bool", "date", "time"]
-    vocab: str | None = None
-    missing_count: int = 0
-    unknown_count: int = 0
-    distinct: int = param(1, low=1)
-    estimated: bool = False
+from recsys_embed.utils.settings import FilePart
 
 
 def _check_learned(entry: Mapping[str, Any]) -> FilePart:
@@ -76,10 +34,12 @@ def _check_learned(entry: Mapping[str, Any]) -> FilePart:
         ConfigError: names those that are not.
     """
     kind = entry.get("kind")
-    parts: dict[Any, type[FilePart]] = {"numeric": _Numeric, "time": _Time, "vector": _Vector}
-    part = _Buckets if kind == "numeric" and entry.get("buckets") is not None else parts.get(kind, _Known)
-    made: FilePart = part.read(entry.get("learned"), f"column {entry.get('name')!r:.80}")
-    if isinstance(made, _Time) and not {*entry.get("parts", Time.parts)} <= made.means.keys():
+    encoder = KINDS[kind][1] if isinstance(kind, str) and kind in KINDS else CategoricalEncoder
+    if encoder is NumericEncoder and entry.get("buckets") is not None:
+        encoder = BucketEncoder
+    # What is no input of a model has nothing saved, and is refused as a category would be.
+    made: FilePart = getattr(encoder, "saved", SavedIds).read(entry.get("learned"), f"column {entry.get('name')!r:.80}")
+    if isinstance(made, SavedTime) and not {*entry.get("parts", Time.parts)} <= made.means.keys():
         raise DataError(f"column {entry.get('name')!r:.80} has no mean of each part")
     return made
 
@@ -97,7 +57,7 @@ class TableEncoder(RowEncoder):
         super().__init__(stored)
         about = stored.about
         learned = [_check_learned(entry) for entry in about["columns"]]
-        widths = [values.width for values in learned if isinstance(values, _Vector)]
+        widths = [values.width for values in learned if isinstance(values, SavedVector)]
         # A vector's components are counted before their names are made.
         if sum(widths) > len(self.dense):
             raise DataError(f"vectors of {widths[:5]} components do not make {len(self.dense)} numeric columns")
@@ -127,7 +87,7 @@ class TableEncoder(RowEncoder):
 
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
         given = dict(options or {})
-        source = open_source(table, join_options(self.options, given), known_only=not given)
+        source = open_like(table, self.options, given)
         check_dialect(source, self.columns, given)
         encoders = [*self.read, *self.others(source.types)]
         read_as_learned(source, encoders)
@@ -153,12 +113,15 @@ class TableEncoder(RowEncoder):
         good, bad = find_bad_rows(chunk, self._faults(frame))
         frame = frame if good.all() else frame.filter(pl.Series(good))
         columns: dict[str, pl.Series] = {}
+        counts: dict[str, dict[str, int]] = {}
         nothing = pl.repeat(None, len(frame), dtype=pl.Null, eager=True)
         for encoder, matters in zip(self.encoders, self.matters, strict=True):
             values = frame[encoder.column.source] if matters else nothing
-            columns.update(encoder.encode(values).columns)
+            encoded = encoder.encode(values)
+            columns.update(encoded.columns)
+            counts[encoder.column.name] = encoded.counts
         made = pl.DataFrame([values.rename(name) for name, values in columns.items()])
-        return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad))
+        return EncodedRows(self.batch(made, len(frame)), frame, tuple(bad), counts)
 
     def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
         for encoder in [*self.read, *self.others(frame.schema)]:

@@ -50,6 +50,9 @@ class TextFiles(Source):
     Args:
         paths: the files in order; compression is recognised by content.
         types: types of columns by name, each of :data:`recsys_embed.data.sources.values.TYPES`.
+
+    Attributes:
+        may_lack: columns that options name and that need not be there: those of other files' options.
     """
 
     seekable: ClassVar[bool] = False
@@ -58,6 +61,7 @@ class TextFiles(Source):
         self.paths = tuple(paths)
         self.files = tuple(map(str, paths))
         self.declared = {name: TYPES[t] for name, t in types.items()}
+        self.may_lack: frozenset[str] = frozenset()
         self._assumed: dict[str, pl.DataType] = {}
         self.empty: set[str] = set()
         self.by_learned = False
@@ -145,10 +149,14 @@ class TextFiles(Source):
         return joint_type(a, b) or (pl.String() if a.is_nested() == b.is_nested() is False else None)
 
     def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
-        absent = [f"`types` names {n!r}, which is no column" for n in self.declared if n not in types]
+        absent = [f"`types` names {n!r}, which is no column" for n in self.declared if self._lacks(n, types)]
         raise_faults(absent, f"the columns of {self.files[0]} are {', '.join(types)}")
         self.empty = {n for n, t in types.items() if t == pl.Null}
         return {n: self._assumed.get(n) or _known(t) for n, t in types.items()}
+
+    def _lacks(self, name: str, types: Mapping[str, pl.DataType]) -> bool:
+        """Whether options name a column that is not there and should be."""
+        return name not in types and name not in self.may_lack
 
     def number_counts(self, columns: Sequence[str]) -> dict[str, NumberCount]:
         """Of those of some columns that are strings, how many values of the first records of all files are numbers.

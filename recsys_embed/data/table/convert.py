@@ -14,15 +14,17 @@ from pathlib import Path
 import polars as pl
 
 from recsys_embed.data.columns import Column, Encoder, Vector, Weight, read_encoder
+from recsys_embed.data.columns.categorical import all_unknown
 from recsys_embed.data.columns.vector import first_width
 from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import BuiltDataset, publish
-from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.sources import Source, join_options, open_like, open_source
 from recsys_embed.data.sources.learned_spelling import (
     check_spelling,
-    first_texts,
+    distinct_texts,
+    first_rows,
     list_separator,
     other_separator,
 )
@@ -88,9 +90,8 @@ def convert_table(
     how = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
     out = Path(out)
     made, donor = _schema(schema, like, split)
-    if options:
-        made = made.replace(source=join_options(made.source, options))
-    found = open_source(source, made.source, known_only=donor is not None and not options)
+    former, made = made.source, made.replace(source=join_options(made.source, options or {}))
+    found = open_source(source, made.source) if donor is None else open_like(source, former, options or {})
     check_target(out)
     _keep_apart(out, like, found)
     with lock(out):
@@ -135,8 +136,7 @@ def convert_table(
             check_codes(counts, made.split, any(c.learns for c in columns) and not counts.get(TRAIN))
             learned = learn_columns(rows, codes, progress)
         built = write_table(rows, codes, learned, record, progress)
-        if donor is None:
-            notices += _remarks(made, built) + _odd_separators(table, made)
+        notices += _unknown(built, donor) if donor else _remarks(made, built) + _odd_separators(table, made)
         publish(out, built)
     return ConvertReport(
         out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
@@ -185,13 +185,25 @@ def _remarks(schema: TableSchema, built: BuiltDataset) -> list[str]:
     return found
 
 
+def _unknown(built: BuiltDataset, donor: Manifest) -> list[str]:
+    """Columns of which another folder knows no value."""
+    rows = sum(split.rows for split in built.manifest.splits.values())
+    totals = {
+        name: {what: sum(n.values()) for what, n in some.items()} for name, some in built.stats["columns"].items()
+    }
+    names = [name for name, counts in totals.items() if all_unknown(counts, rows)]
+    return (
+        [f"no value of {', '.join(map(repr, names))} is known: is it written as in the other folder?"] if names else []
+    )
+
+
 def _odd_separators(table: Source, schema: TableSchema) -> list[str]:
     """Lists as text in which the first rows never have the separator, and mostly another one."""
     found = []
     for column in schema.used:
         separator = list_separator(table, column)
         if separator is not None:
-            other = other_separator(first_texts(table, 0, column.source), separator)
+            other = other_separator(distinct_texts(first_rows(table, 0, [column.source])[column.source]), separator)
             if other is not None:
                 found.append(
                     f"column {column.source!r}: no value of the first rows holds the separator {separator!r}, and most "

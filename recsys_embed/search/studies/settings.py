@@ -32,7 +32,7 @@ class StudySettings(Settings):
         groups: of fields, at most, by number of ids.
         widths: of rows, for methods that take one; empty: a quarter, half and all of the vectors' width.
         objectives: first the quality of the validation rows: ``auc``, ``rmse`` of real labels, or ``ndcg`` (at the
-            first k) of models that find items; then ``bytes`` to serve, ``latency`` of a batch's lookup in ms (which
+            first k) of retrieval models; then ``bytes`` to serve, ``latency`` of a batch's lookup in ms (which
             differs from run to run, so that studies with it do not repeat bit for bit); empty: quality and bytes.
         sampler: ``evolution`` or one of Optuna's by name.
         sampler_args: further arguments of the sampler.
