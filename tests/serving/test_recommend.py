@@ -18,7 +18,7 @@ from recsys_embed.cli import main
 from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.exports.run_model import model_of_run
-from recsys_embed.models import RetrievalModel
+from recsys_embed.models import RetrievalModel, build_model
 from recsys_embed.train import TrainConfig, run_training
 from recsys_embed.typing import BagIds
 
@@ -197,3 +197,25 @@ def test_what_cannot_be_recommended_is_refused(tmp_path: Path, capsys: Any) -> N
     assert "--exclude goes with --top" in capsys.readouterr().err
     assert main([*args, "--top", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top"] == 3
+
+
+def test_models_and_items_without_names_are_refused(tmp_path: Path, capsys: Any) -> None:
+    table = events(NAMES["string"])
+    columns = {"user": {"kind": "categorical"}, "age": {"kind": "numeric", "buckets": 4}}
+    convert_table(table, tmp_path / "data", {"columns": columns, "split": SCHEMA["split"]})
+    data = open_dataset(tmp_path / "data")
+    schema = data.schema(4)
+    towers: Any = build_model("twotower", schema, rse.Plan.full(schema), num_dense=0, item="age", hidden=(4,))
+    rse.export(towers, tmp_path / "towers.safetensors", encoders=data)
+    buckets: Any = rse.load(tmp_path / "towers.safetensors")
+    with pytest.raises(ConfigError, match="feature 'age' is no category, so that its ids have no names"):
+        buckets.recommend(table, k=2)
+    buckets.scorer.stored = buckets.scorer.stored.replace(kind="criteo")
+    with pytest.raises(ConfigError, match="Criteo's columns have no names of items"):
+        buckets.recommend(table, k=2)
+    clicks = build_model("dnn", schema, rse.Plan.full(schema), num_dense=0, hidden=(4,))
+    rse.export(clicks, tmp_path / "clicks.safetensors", encoders=data)
+    table.select("user", "age").write_parquet(tmp_path / "rows.parquet")
+    args = [str(tmp_path / "clicks.safetensors"), str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "o.csv")]
+    assert main(["predict", *args, "--top", "2"]) != 0
+    assert "--top is of retrieval models (twotower, sasrec)" in capsys.readouterr().err
