@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from recsys_embed.data.columns import Column, Encoder
@@ -18,7 +19,7 @@ from recsys_embed.data.sources.frames import FrameSource
 from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.errors import raise_faults
 
-_ROWS = 2048
+_ROWS, _BYTES = 1024, 1 << 18
 _FILES = 64
 """Of more files than twice as many, only some are looked at."""
 _PADDED = 12
@@ -81,6 +82,11 @@ def other_separator(values: pl.Series, separator: str) -> str | None:
 
 def first_rows(source: Source, file: int, columns: Sequence[str]) -> pl.DataFrame:
     """The first rows of a file."""
+    if isinstance(source, TextFiles):
+        # A block of text is parsed whole, so that it is a small one.
+        data, ends = next(source.blocks(file, _BYTES), (b"", np.zeros(0, np.int64)))
+        ends = ends[:_ROWS]
+        return source.parse(file, data[: ends[-1]] if len(ends) else b"", ends, 0, columns)[0]
     chunk = next(iter(source.chunks(file, 0, _ROWS, columns)), None)
     return pl.DataFrame(schema={c: source.types[c] for c in columns}) if chunk is None else chunk.frame
 
@@ -100,7 +106,8 @@ def _fault(
 ) -> str | None:
     name, known = encoder.column.source, encoder.known
     texts = distinct_texts(values)
-    if not len(texts):
+    # Unless half of them are unknown, nothing below holds.
+    if not len(texts) or (known is not None and 2 * int((known.find(texts) == 0).sum()) < len(texts)):
         return None
     reader = source if isinstance(source, CsvFiles) else None
     if separator is not None and name not in given.get("lists", ()):

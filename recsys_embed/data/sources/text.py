@@ -63,6 +63,7 @@ class TextFiles(Source):
         self.declared = {name: TYPES[t] for name, t in types.items()}
         self.may_lack: frozenset[str] = frozenset()
         self._assumed: dict[str, pl.DataType] = {}
+        self._inferred: dict[int, dict[str, pl.DataType]] = {}
         self.empty: set[str] = set()
         self.by_learned = False
         self._uneven: set[int] = set()
@@ -140,9 +141,10 @@ class TextFiles(Source):
         return without(data, ends, blank)
 
     def file_types(self, file: int) -> Mapping[str, pl.DataType]:
-        data, ends = next(self.blocks(file, SAMPLE_BYTES), (b"", np.zeros(0, np.int64)))
-        found = dict(self.infer(file, data, ends))
-        return {name: self.declared.get(name, dtype) for name, dtype in found.items()}
+        if file not in self._inferred:
+            data, ends = next(self.blocks(file, SAMPLE_BYTES), (b"", np.zeros(0, np.int64)))
+            self._inferred[file] = dict(self.infer(file, data, ends))
+        return {name: self.declared.get(name, dtype) for name, dtype in self._inferred[file].items()}
 
     def joint(self, a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
         # Values that files spell in several ways are texts in all of them.
